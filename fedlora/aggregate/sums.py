@@ -1,0 +1,164 @@
+"""A weighted sum of updates that is the same, bit for bit, in whatever order they arrive.
+
+Floating-point addition is not associative, integer addition is: each ``weight * delta`` is put on a grid of powers of two
+and added as int64. The grid is as fine as the cohort allows without overflow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.adapter import F32, Adapter, Layout, Update
+from fedlora.errors import UpdateRejected
+
+__all__ = ["MAX_COHORT", "MAX_DELTA", "MAX_WEIGHT", "Aggregated", "Sums", "gap", "product_norm"]
+
+MAX_DELTA = 64.0
+"""Largest change of one value that is believed. LoRA factors move by less than 1."""
+MAX_WEIGHT = 1 << 26
+"""Largest weight: 67 million supervised tokens in a round."""
+MAX_COHORT = 1024
+
+_CHUNK = 1 << 16  # values at a time: the temporaries stay in the cache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aggregated:
+    """The next adapter and numbers about the step, for the round's record."""
+
+    adapter: Adapter
+    record: Mapping[str, float]
+
+
+@dataclass(slots=True, eq=False)
+class Sums:
+    """Accumulator of ``sum_i w_i * delta_i``.
+
+    Error: each update is rounded to a multiple of ``2**-exponent``; the mean is within ``N * 2**-(exponent + 1) / sum(w)`` of
+    the exact one. For 8 sites of 1,000 tokens that is 2e-12.
+
+    Args:
+        layout: of the deltas.
+        exponent: see :meth:`start`.
+        cohort: most updates that will come.
+        max_weight: largest weight of one of them.
+    """
+
+    layout: Layout
+    exponent: int
+    cohort: int
+    max_weight: int
+    total: NDArray[np.int64]
+    weights: dict[str, int] = field(default_factory=dict)
+    squares: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, layout: Layout, *, cohort: int, max_weight: int) -> Sums:
+        """An empty sum. 8 bytes a value.
+
+        Raises:
+            ValueError: cohort or max_weight out of range.
+        """
+        if not 1 <= cohort <= MAX_COHORT or not 1 <= max_weight <= MAX_WEIGHT:
+            raise ValueError(f"cohort {cohort}, max_weight {max_weight}")
+        bits = math.ceil(math.log2(MAX_DELTA)) + (max_weight - 1).bit_length() + (cohort - 1).bit_length()
+        return cls(layout, 62 - bits, cohort, max_weight, np.zeros(layout.size, np.int64))
+
+    @property
+    def weight(self) -> int:
+        """Sum of the weights."""
+        return sum(self.weights.values())
+
+    def add(self, site: str, update: Update) -> None:
+        """Adds one update, or nothing of it.
+
+        Raises:
+            WrongLayout, NonFiniteUpdate: see :meth:`Update.check`.
+            UpdateRejected: weight or a value out of range, or the site is in the sum already.
+        """
+        update.check(self.layout.size)
+        if site in self.weights or len(self.weights) >= self.cohort:
+            raise UpdateRejected(f"{site} is in the sum already, or more than {self.cohort} updates came")
+        if not 0 <= update.weight <= self.max_weight:
+            raise UpdateRejected(f"weight {update.weight} is not within 0 .. {self.max_weight}")
+        if max(-float(update.delta.min()), float(update.delta.max())) > MAX_DELTA:
+            raise UpdateRejected(f"a value changed by more than {MAX_DELTA:g}", hint="training diverged at that site")
+        # A float32 times an integer below 2^27 is exact in float64, and so is the power of two: one rounding in all.
+        factor = math.ldexp(float(update.weight), self.exponent)
+        buffer = np.empty(_CHUNK, np.float64)
+        for at in range(0, self.layout.size, _CHUNK):
+            part = update.delta[at : at + _CHUNK]
+            scaled = np.multiply(part, factor, out=buffer[: part.size], dtype=np.float64)
+            self.total[at : at + _CHUNK] += np.rint(scaled, out=scaled).astype(np.int64)
+        self.weights[site] = update.weight
+        self.squares[site] = _squares(update.delta, self.layout)
+
+    def mean(self) -> F32:
+        """``sum_i w_i delta_i / sum_i w_i``, (n,) float32.
+
+        Raises:
+            UpdateRejected: the weights sum to zero.
+        """
+        if self.weight == 0:
+            raise UpdateRejected("no site used a single token; there is nothing to average")
+        out = np.empty(self.layout.size, np.float32)
+        unit = math.ldexp(1.0, -self.exponent)
+        for at in range(0, out.size, _CHUNK):
+            out[at : at + _CHUNK] = self.total[at : at + _CHUNK] * unit / self.weight
+        return out
+
+
+def _squares(delta: F32, layout: Layout) -> NDArray[np.float64]:
+    """Squared Frobenius norms of (A, B) of each LoRA pair, (pairs, 2)."""
+
+    def square(part: F32) -> float:
+        wide = part.astype(np.float64)
+        return float(wide @ wide)
+
+    return np.array([[square(delta[p.a]), square(delta[p.b])] for p in layout.pairs()])
+
+
+def product_norm(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Frobenius norm of ``x @ y``, x (d, R), y (R, k), without forming the (d, k) product: O((d + k) R^2)."""
+    return math.sqrt(max(float(np.sum((x.T @ x) * (y @ y.T).T)), 0.0))
+
+
+def gap(sums: Sums, mean: F32, before: Adapter, after: Adapter, *, scale: float) -> dict[str, float]:
+    """How far averaging A and B apart can be from averaging their products.
+
+    The error of the factor-wise mean is a covariance, ``G = s * sum_i p_i (B_i - Bbar)(A_i - Abar)``, so
+    ``|G| <= s * sqrt(V_A V_B)`` with the variances of the displacements; they need two scalars per pair and site, which a
+    secure sum can carry too. ``ratio`` relates the bound to the change of the product itself.
+
+    Args:
+        mean: the mean displacement, ``sums.mean()``; not ``after - before``, which the adapter's own size has rounded.
+
+    Returns:
+        ``gap/bound``: Frobenius norm over all pairs. ``gap/update``: norm of the change of ``s * B @ A``. ``gap/ratio``.
+        ``drift``: weighted mean of squared displacements over the squared mean displacement; 1 if all sites agree.
+    """
+    weights = np.array([sums.weights[s] for s in sorted(sums.weights)], np.float64)
+    squares = np.stack([sums.squares[s] for s in sorted(sums.squares)])  # sorted: the same bits in any order of arrival
+    p = weights / weights.sum()
+    raw = np.tensordot(p, squares, axes=1)
+    middle = _squares(mean, before.layout)
+    variance = np.maximum(raw - middle, 0.0)
+    bound = scale * math.sqrt(float(np.sum(variance[:, 0] * variance[:, 1])))
+    changes = []
+    for pair in before.layout.pairs():
+        a0, a1 = (v.vector[pair.a].reshape(pair.rank, pair.d_in).astype(np.float64) for v in (before, after))
+        b0, b1 = (v.vector[pair.b].reshape(pair.d_out, pair.rank).astype(np.float64) for v in (before, after))
+        changes.append(product_norm(np.concatenate([b1 - b0, b0], axis=1), np.concatenate([a1, a1 - a0], axis=0)))
+    update = scale * math.sqrt(math.fsum(c * c for c in changes))
+    moved = float(middle.sum())
+    return {
+        "gap/bound": bound,
+        "gap/update": update,
+        "gap/ratio": bound / update if update > 0 else 0.0,
+        "drift": float(raw.sum()) / moved if moved > 0 else 1.0,
+    }

@@ -1,0 +1,332 @@
+"""Plans and site files become objects here, with flat arguments; the only place that chooses classes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora.adapter import Adapter
+from fedlora.aggregate import AGGREGATORS, Aggregator
+from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
+from fedlora.errors import ConfigError, DataError, KeyFileError, ModelError
+from fedlora.messages import check_site_name
+from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
+from fedlora.protect.sealed import SealedServer, SealedSite, new_run_key
+from fedlora.rounds import Report
+from fedlora.rounds import run as run_rounds
+from fedlora.site import Learner, Site
+from fedlora.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter
+from fedlora.transport import Transport
+
+if TYPE_CHECKING:
+    from fedlora.data import Conversation, Tokenizer, Tokens
+    from fedlora.learn.base import BaseOptions
+    from fedlora.learn.learner import TrainOptions
+    from fedlora.learn.lora import LoraModel, LoraOptions
+
+__all__ = [
+    "aggregator",
+    "base_options",
+    "enrolled",
+    "learner",
+    "learner_of",
+    "load_lora",
+    "lora_options",
+    "open_site",
+    "rows",
+    "serve",
+    "serve_run",
+    "site",
+    "start_run",
+    "tokens",
+    "train_options",
+]
+
+log = logging.getLogger(__name__)
+
+
+def aggregator(plan: Plan) -> Aggregator:
+    """The plan's rule."""
+    rule = AGGREGATORS[plan.aggregate.name]
+    return rule(max_weight=1) if plan.aggregate.weighting == "uniform" else rule()
+
+
+# --- learning ---------------------------------------------------------------------------------------------------
+
+
+def base_options(plan: Plan, path: Path, *, device: str, threads: int, keep_dequantised: bool) -> BaseOptions:
+    """How to load the plan's base from ``path`` on this machine."""
+    from fedlora.learn.base import BaseOptions
+
+    m = plan.model
+    return BaseOptions(
+        path=path,
+        dtype=m.dtype,
+        load_in_4bit=m.load_in_4bit,
+        load_in_8bit=m.load_in_8bit,
+        bnb_4bit_quant_type=m.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=m.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=m.bnb_4bit_compute_dtype,
+        device=device,
+        threads=threads,
+        keep_dequantised=keep_dequantised,
+    )
+
+
+def lora_options(plan: Plan) -> LoraOptions:
+    """The plan's adapter settings."""
+    from fedlora.learn.lora import LoraOptions
+
+    o = plan.lora
+    return LoraOptions(
+        r=o.r,
+        lora_alpha=o.lora_alpha,
+        lora_dropout=o.lora_dropout,
+        target_modules=o.target_modules,
+        use_rslora=o.use_rslora,
+        init_seed=plan.run.seed,
+    )
+
+
+def train_options(plan: Plan) -> TrainOptions:
+    """The plan's local training."""
+    from fedlora.learn.learner import TrainOptions
+
+    t, f = plan.training, plan.federation
+    return TrainOptions(
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.lr_scheduler_type,
+        warmup_ratio=t.warmup_ratio,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        per_device_train_batch_size=t.per_device_train_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        max_length=t.max_length,
+        packing=t.packing,
+        optim=t.optim,
+        optimizer_state=t.optimizer_state,
+        gradient_checkpointing=t.gradient_checkpointing,
+        local_steps=f.local_steps,
+        local_epochs=f.local_epochs,
+        num_rounds=f.num_rounds,
+        seed=plan.run.seed,
+        coarse_chars=plan.evaluation.coarse_chars,
+    )
+
+
+def load_lora(plan: Plan, path: Path, *, device: str, threads: int, keep_dequantised: bool) -> LoraModel:
+    """Loads the base and puts the plan's adapter on it: seconds to minutes.
+
+    Raises:
+        ModelError: nothing usable at ``path``.
+    """
+    from fedlora.learn.base import load_base
+    from fedlora.learn.lora import attach
+
+    options = base_options(plan, path, device=device, threads=threads, keep_dequantised=keep_dequantised)
+    return attach(load_base(options), lora_options(plan))
+
+
+def rows(path: Path, data: SiteData, report: Report) -> list[Conversation]:
+    """Reads one file as the site's ``[data]`` table says.
+
+    Raises:
+        DataError: see :func:`fedlora.data.read`.
+    """
+    from fedlora.data import read
+
+    found, count = read(path, format=data.format, shape=data.shape, columns=data.columns, group_key=data.group_key)
+    report("data", {"file": path.name, "lines": list(count.lines())})
+    return found
+
+
+def tokens(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_length: int, report: Report, append_eos: bool = True
+) -> list[Tokens]:
+    """Turns rows into tokens with the mask of what is trained.
+
+    Raises:
+        DataError: see :func:`fedlora.data.tokenise`.
+    """
+    from fedlora.data import tokenise
+
+    found, count = tokenise(conversations, tokenizer, max_length=max_length, append_eos=append_eos)
+    report("data", {"file": "tokens", "lines": list(count.lines())})
+    return found
+
+
+def learner(plan: Plan, lora: LoraModel, data: SiteData, *, name: str, root: Path, report: Report) -> Learner:
+    """A site's learner: its rows, split by group unless it has a file for evaluation, on the shared base.
+
+    Raises:
+        DataError: nothing to train on, or nothing to evaluate on.
+    """
+    from fedlora.data import split
+
+    train = rows(root / data.path, data, report)
+    if data.held_out_path:
+        held_out = rows(root / data.held_out_path, data, report)
+    else:
+        train, held_out = split(train, fraction=data.held_out_fraction, seed=plan.run.seed)
+    if not held_out:
+        raise DataError("no rows are held out for evaluation", hint="set data.held_out_fraction or data.held_out_path")
+    length = plan.training.max_length
+    both = [tokens(lora.tokenizer, part, max_length=length, report=report) for part in (train, held_out)]
+    return learner_of(plan, lora, both[0], both[1], name=name, report=report)
+
+
+def learner_of(
+    plan: Plan, lora: LoraModel, train: Sequence[Tokens], held_out: Sequence[Tokens], *, name: str, report: Report
+) -> Learner:
+    """A learner from tokens; reports each step."""
+    from fedlora.learn.learner import HFLearner
+
+    def on_step(step: int, steps: int, loss: float) -> None:
+        report("step", {"site": name, "step": step, "steps": steps, "loss": loss})
+
+    return HFLearner(lora, train, held_out, train_options(plan), site=name, on_step=on_step)
+
+
+# --- a site -----------------------------------------------------------------------------------------------------
+
+
+def site(
+    identity: Identity,
+    server: PublicIdentity,
+    file: SiteFile,
+    *,
+    make_learner: Callable[[Plan], Learner],
+    state: Path,
+    report: Report,
+) -> Site:
+    """A site from its parts. The same for a deployment and for a simulation."""
+    protection = SealedSite(
+        identity=identity,
+        server=server,
+        memory=FileMemory(state / "memory"),
+        max_request_bytes=file.policy.max_request_bytes,
+        clock=lambda: int(time.time()),
+        entropy=os.urandom,
+    )
+    return Site(
+        name=identity.name,
+        protection=protection,
+        learner=make_learner,
+        encoder=aggregator,
+        policy=file.policy,
+        models=frozenset(file.models),
+        journal=Journal(state / "journal"),
+        report=report,
+    )
+
+
+def open_site(path: Path, *, report: Report) -> Site:
+    """The site of a site file, ready to answer. The base is loaded when the first plan comes.
+
+    Raises:
+        ConfigError, KeyFileError: the file or a key is wrong.
+    """
+    file, root = load_site_file(path), path.resolve().parent
+    identity = load_identity(root / file.key)
+    if identity.name != check_site_name(file.name):
+        raise KeyFileError(f"{file.key} is the key of {identity.name!r}, the site file says {file.name!r}")
+
+    def make_learner(plan: Plan) -> Learner:
+        where = file.models.get(plan.model.model_name_or_path)
+        if where is None:
+            raise ModelError(f"no copy of {plan.model.model_name_or_path} here", hint="name its directory under [models]")
+        report("load", {"model": plan.model.model_name_or_path})
+        lora = load_lora(plan, root / where, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
+        return learner(plan, lora, file.data, name=file.name, root=root, report=report)
+
+    server = load_public(root / file.server_key)
+    return site(identity, server, file, make_learner=make_learner, state=root / file.state, report=report)
+
+
+# --- the server -------------------------------------------------------------------------------------------------
+
+
+def enrolled(home: Path) -> dict[str, PublicIdentity]:
+    """The sites whose public files lie in ``home/sites``.
+
+    Raises:
+        ConfigError: there is none.
+        KeyFileError: a file is malformed, or named after another site than it holds.
+    """
+    found = {}
+    for path in sorted((home / "sites").glob("*.pub")):
+        public = load_public(path)
+        if check_site_name(public.name) != path.stem:
+            raise KeyFileError(f"{path.name} holds the key of {public.name!r}", hint="a file is named after its site")
+        found[public.name] = public
+    if not found:
+        raise ConfigError(f"no site is enrolled in {home / 'sites'}", hint="each site sends the .pub file that `fedlora keygen` made")
+    return found
+
+
+def start_run(directory: Path, plan: Plan, first: Adapter) -> RunStore:
+    """A new run in ``directory``.
+
+    Raises:
+        ConfigError: the plan is not pinned, or ``first`` is not the adapter that it pins.
+        StoreError: the directory holds a run.
+    """
+    if not plan.model.digest or not plan.lora.init_digest:
+        raise ConfigError("the plan pins neither base nor first adapter", hint="`fedlora pin` makes the pinned plan and the adapter")
+    if first.digest() != plan.lora.init_digest:
+        raise ConfigError("this is not the first adapter that the plan pins", hint="`fedlora pin` writes both together")
+    return RunStore.create(directory, plan, first, run=secrets.token_hex(32))
+
+
+def serve_run(
+    store: RunStore, identity: Identity, sites: Mapping[str, PublicIdentity], transport: Transport, *, report: Report
+) -> Checkpoint:
+    """Runs what is left of a run. The run's key is made at its start and deleted at its end, so that no one who takes the
+    server's keys later can read an update that he recorded."""
+    key = store.directory / "run.key"
+    if not key.exists():
+        new_run_key(key)
+    protection = SealedServer(
+        identity=identity,
+        reply_key=load_identity(key),
+        sites=sites,
+        memory=store.memory,
+        dtype=store.plan.wire.dtype,
+        clock=lambda: int(time.time()),
+        entropy=os.urandom,
+    )
+    last = run_rounds(
+        store.plan, store=store, aggregator=aggregator(store.plan), protection=protection, transport=transport, report=report
+    )
+    key.unlink()
+    return last
+
+
+def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> Checkpoint:
+    """What runs inside the aggregation server: the plan's rounds, in ``home/runs/NAME``.
+
+    The first adapter lies beside the plan as ``first.safetensors``.
+
+    Raises:
+        ConfigError, StoreError, QuorumNotReached: see the parts.
+    """
+    plan = replace_simulation(load_plan(plan_file))
+    directory = home / "runs" / plan.run.name
+    if resume:
+        store = RunStore.open(directory, plan)
+    else:
+        first, _ = load_adapter(plan_file.parent / "first.safetensors")
+        store = start_run(directory, plan, first)
+    return serve_run(store, load_identity(home / "server.key"), enrolled(home), transport, report=report)
+
+
+def replace_simulation(plan: Plan) -> Plan:
+    """The plan without its simulation table, which means nothing in a deployment."""
+    return plan.model_copy(update={"simulation": None})
+
+

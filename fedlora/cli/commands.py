@@ -1,0 +1,280 @@
+"""The commands. Each parses, calls the library and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fedlora.cli.output import Screen, emit
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Federated LoRA fine-tuning: data stays, only sealed low-rank updates travel.",
+)
+new = typer.Typer(no_args_is_help=True, help="Print a commented sample file.")
+keygen = typer.Typer(no_args_is_help=True, help="Make the keys of a site or of a server.")
+server = typer.Typer(no_args_is_help=True, help="For the coordinator: run the aggregation server.")
+site = typer.Typer(no_args_is_help=True, help="For a hospital or branch: take part.")
+app.add_typer(new, name="new")
+app.add_typer(keygen, name="keygen")
+app.add_typer(server, name="server")
+app.add_typer(site, name="site")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+PlanFile = Annotated[Path, typer.Argument(help="Plan file (TOML).", show_default=False)]
+
+
+@app.command()
+def version(json: Json = False) -> None:
+    """Print the version.
+
+    Example: fedlora version --json
+    """
+    from importlib.metadata import version as installed
+
+    found = {"fedlora": installed("fedlora"), "flwr": installed("flwr")}
+    emit(found, f"fedlora {found['fedlora']} (flwr {found['flwr']})", as_json=json)
+
+
+@new.command("plan")
+def new_plan() -> None:
+    """Print a plan with every key at its default and a comment.
+
+    Example: fedlora new plan > plan.toml
+    """
+    from fedlora.config import Plan, sample
+
+    emit({}, sample(Plan).rstrip(), as_json=False)
+
+
+@new.command("site")
+def new_site() -> None:
+    """Print a site file with every key at its default and a comment.
+
+    Example: fedlora new site > site.toml
+    """
+    from fedlora.config import SiteFile, sample
+
+    emit({}, sample(SiteFile).rstrip(), as_json=False)
+
+
+@new.command("simulation")
+def new_simulation() -> None:
+    """Print a plan for `fedlora simulate`: needs no data and no download.
+
+    Example: fedlora new simulation > toy.toml && fedlora simulate toy.toml
+    """
+    from fedlora.config import Plan, Simulation, dump_toml
+
+    emit({}, dump_toml(Plan(simulation=Simulation())).rstrip(), as_json=False)
+
+
+# --- keys ---------------------------------------------------------------------------------------------------
+
+
+@keygen.command("site")
+def keygen_site(
+    name: Annotated[str, typer.Argument(help="The site's name: a-z, 0-9 and -.")],
+    out: Annotated[Path, typer.Option(help="Directory for the keys.")] = Path("keys"),
+    json: Json = False,
+) -> None:
+    """Make a site's keys. Send NAME.pub to the coordinator; the .key files never leave.
+
+    Example: fedlora keygen site st-marys --out keys
+    """
+    from fedlora.enrol import make_site_keys
+
+    public, fingerprint = make_site_keys(name, out)
+    emit(
+        {"public": str(public), "fingerprint": fingerprint},
+        f"send to the coordinator: {public}\nfingerprint, to compare over the telephone: {fingerprint}",
+        as_json=json,
+    )
+
+
+@keygen.command("server")
+def keygen_server(
+    home: Annotated[Path, typer.Argument(help="The server's directory, made new.")],
+    host: Annotated[list[str], typer.Option(help="Name or address under which sites reach the server; may be repeated.")],
+    json: Json = False,
+) -> None:
+    """Make a server's directory: signing key, certificate authority, TLS certificate, secrets.
+
+    Example: fedlora keygen server study --host fed.example.org
+    """
+    from fedlora.enrol import make_server_home
+
+    fingerprint = make_server_home(home, hosts=host)
+    emit(
+        {"home": str(home), "fingerprint": fingerprint},
+        f"send to every site: {home / 'server.pub'} and {home / 'tls' / 'ca.crt'}\n"
+        f"put each site's .pub file into: {home / 'sites'}\nfingerprint, to compare over the telephone: {fingerprint}",
+        as_json=json,
+    )
+
+
+# --- plans --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def check(plan: PlanFile, json: Json = False) -> None:
+    """Check a plan without training: every wrong key at once, and what it means.
+
+    Example: fedlora check plan.toml
+    """
+    from fedlora.config import load_plan
+
+    found = load_plan(plan)
+    f = found.federation
+    facts = {"digest": found.digest(), "rounds": f.num_rounds, "pinned": bool(found.model.digest and found.lora.init_digest)}
+    emit(
+        facts,
+        f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
+        f"{found.wire.dtype} updates, {found.protect.mode}\n"
+        + ("pinned to base and first adapter" if facts["pinned"] else "not pinned yet: `fedlora pin` fills in the digests"),
+        as_json=json,
+    )
+
+
+@app.command()
+def pin(
+    plan: PlanFile,
+    model: Annotated[Path, typer.Option(help="The base model: a Hugging Face directory or a GGUF file.")],
+    out: Annotated[Path, typer.Option(help="Directory for the pinned plan and the first adapter.")],
+    json: Json = False,
+) -> None:
+    """Pin a plan to a base model by content, and make the first adapter.
+
+    Example: fedlora pin plan.toml --model models/SmolLM2 --out study/plan
+    """
+    from fedlora.enrol import pin_plan
+
+    pinned = pin_plan(plan, model, out)
+    facts = {"plan": pinned.digest(), "base": pinned.model.digest, "init": pinned.lora.init_digest}
+    emit(facts, f"{out / 'plan.toml'}: plan {facts['plan'][:12]}, base {facts['base'][:12]}", as_json=json)
+
+
+@app.command()
+def simulate(
+    plan: PlanFile,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME.", show_default=False)] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; default: the plan's.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    transport: Annotated[Literal["local", "flower"], typer.Option(help="This process, or real Flower processes.")] = "local",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a whole federation and its baselines on this machine, at equal tokens.
+
+    Example: fedlora simulate simulations/plans/toy.toml --seeds 0,1,2
+    """
+    from fedlora.config import load_plan
+    from fedlora.simulate import parse_seeds
+    from fedlora.simulate import simulate as run
+
+    found = load_plan(plan)
+    where = out or Path("runs") / found.run.name
+    with Screen(quiet=quiet) as screen:
+        results = run(
+            found,
+            root=plan.resolve().parent,
+            out=where,
+            seeds=parse_seeds(seeds, default=found.run.seed),
+            resume=resume,
+            transport=transport,
+            report=screen,
+        )
+    text = (where / "summary.txt").read_text() + f"\nreport: {where / 'report.html'}"
+    emit({"out": str(where), "results": results}, text, as_json=json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A seed's directory of a simulation, or a server's run directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Type of the published weights.")] = "bfloat16",
+    merge: Annotated[bool, typer.Option("--merge", help="Write the base with the adapter merged in instead.")] = False,
+    base: Annotated[Path | None, typer.Option(help="Full-precision base, as needed by --merge.")] = None,
+    json: Json = False,
+) -> None:
+    """Write an ordinary PEFT adapter, or a merged model.
+
+    Example: fedlora export runs/clinical/seed-0 adapter/
+    """
+    from fedlora.enrol import export_run
+
+    export_run(run, out, dtype=dtype, merge=merge, base=base)
+    text = f'{out}\n\n  from peft import PeftModel\n  model = PeftModel.from_pretrained(base, "{out}")'
+    emit({"out": str(out)}, str(out) if merge else text, as_json=json)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="Any file of FedLoRA.")], json: Json = False) -> None:
+    """Say what a file is: names and sizes, never values.
+
+    Example: fedlora inspect runs/clinical/seed-0/adapter.safetensors
+    """
+    from fedlora.enrol import describe
+
+    facts = describe(file)
+    emit(facts, "\n".join(f"{k}: {v}" for k, v in facts.items()), as_json=json)
+
+
+# --- deployment -----------------------------------------------------------------------------------------------
+
+
+@server.command("up")
+def server_up(
+    home: Annotated[Path, typer.Argument(help="The server's directory, from `fedlora keygen server`.")],
+    listen: Annotated[str, typer.Option(help="Address and port for the sites.")] = "0.0.0.0:8443",  # noqa: S104: the gateway is meant to be reached
+    max_body: Annotated[int, typer.Option(help="Largest request body, bytes.")] = 64 << 20,
+    quiet: Quiet = False,
+) -> None:
+    """Start the server and keep it up: relay on loopback, gateway to the sites over TLS.
+
+    Example: fedlora server up study --listen 0.0.0.0:8443
+    """
+    from fedlora.flower.server import up
+
+    with Screen(quiet=quiet) as screen:
+        up(home, listen=listen, body_limit_bytes=max_body, report=screen)
+
+
+@server.command("start")
+def server_start(
+    home: Annotated[Path, typer.Argument(help="The server's directory; `fedlora server up` is running on it.")],
+    plan: PlanFile,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this plan.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Start a run and follow it to its end. Interrupting this command does not stop the run.
+
+    Example: fedlora server start study study/plan/plan.toml
+    """
+    from fedlora.flower.server import start
+
+    with Screen(quiet=quiet) as screen:
+        directory = start(home, plan, resume=resume, report=screen)
+    emit({"run": str(directory)}, f"done: {directory}\nnext: fedlora export {directory} adapter/", as_json=json)
+
+
+@site.command("up")
+def site_up(
+    file: Annotated[Path, typer.Argument(help="Site file (TOML).")],
+    quiet: Quiet = False,
+) -> None:
+    """Take part: connect to the server and answer its tasks until stopped. Only outbound connections.
+
+    Example: fedlora site up site.toml
+    """
+    from fedlora.flower.site import up
+
+    with Screen(quiet=quiet) as screen:
+        up(file, report=screen)

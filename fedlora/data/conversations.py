@@ -1,0 +1,192 @@
+"""A file becomes conversations and a report. Bad rows are counted and named by line; nothing here ever quotes a row."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.data.readers import READERS, Row, format_of
+from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, BadRow, Turn, plain_text, shape_of
+from fedlora.errors import DataError
+
+__all__ = ["Conversation", "ReadReport", "Turn", "numbered", "read"]
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One example before it becomes tokens.
+
+    Attributes:
+        turns: in order, at least one of them trained.
+        chat: True: the chat template makes text of it; False: the turns are plain text, one after the other.
+        line: 1-based line (JSONL, CSV) or row (JSON, Parquet) of the file.
+        group: patient or customer; ``""``: a group of its own.
+    """
+
+    turns: tuple[Turn, ...]
+    chat: bool
+    line: int
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadReport:
+    """What reading a file found; for the operator's eyes.
+
+    Attributes:
+        path: the file's name without its directory.
+        format: key of READERS.
+        shape: key of SHAPES.
+        rows: rows in the file, without blank lines.
+        used: rows that became conversations; ``rows - len(bad)``.
+        bad: (line, reason) of every other row. Reasons are fixed texts.
+    """
+
+    path: str
+    format: str
+    shape: str
+    rows: int
+    used: int
+    bad: tuple[tuple[int, str], ...]
+
+    def lines(self) -> list[str]:
+        """The report as text: a headline, then one line a reason with at most 20 line numbers."""
+        head = f"{self.path}: {self.used:,} of {self.rows:,} rows used ({self.format}, {self.shape})"
+        by_reason: dict[str, list[int]] = {}
+        for line, reason in self.bad:
+            by_reason.setdefault(reason, []).append(line)
+        return [head, *(f"{reason}: {numbered(lines)}" for reason, lines in sorted(by_reason.items()))]
+
+
+def numbered(lines: list[int]) -> str:
+    """``lines 3, 8 and 310 more``: at most 20 numbers, then a count."""
+    shown = ", ".join(str(line) for line in lines[:_SHOWN])
+    more = f" and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
+    return f"{'line' if len(lines) == 1 else 'lines'} {shown}{more}"
+
+
+def read(
+    path: Path,
+    *,
+    format: str = "auto",
+    shape: str = "auto",
+    columns: Mapping[str, str] = {},
+    group_key: str = "",
+) -> tuple[list[Conversation], ReadReport]:
+    """Reads a data file.
+
+    Args:
+        path: a local file.
+        format: key of READERS, or ``auto``: by suffix.
+        shape: key of SHAPES, or ``auto``: by the columns, which must agree on one shape.
+        columns: our name -> the file's column, e.g. ``{"prompt": "Question"}``.
+        group_key: the file's column that names the patient or customer; ``""``: every row is a group of its own.
+
+    Returns:
+        The conversations in file order, and the report. Rows that cannot be used are in the report only.
+
+    Raises:
+        DataError: the file cannot be read, a setting fits no row, the rows have several shapes or hold preference pairs,
+            or no row can be used. No error quotes a row, a column name of the file, or chains an error that does.
+    """
+    _check_name("format", format, READERS)
+    _check_name("shape", shape, SHAPES)
+    for ours in columns:
+        if ours not in COLUMNS:
+            close = difflib.get_close_matches(ours, COLUMNS, n=1)
+            raise DataError(
+                f"columns maps {ours!r}, which is not a name of ours",
+                hint=f"did you mean {close[0]!r}?" if close else f"one of {', '.join(sorted(COLUMNS))}",
+            )
+    format, rows = _rows(path, format)
+    good = [row for _, row in rows if not isinstance(row, str)]
+    for setting, theirs in [*((f"columns.{ours}", theirs) for ours, theirs in columns.items()), ("group_key", group_key)]:
+        if theirs and good and not any(row.get(theirs) is not None for row in good):
+            raise DataError(f"{path.name}: no row has the column {theirs!r} that {setting} names", hint=f"correct data.{setting}")
+    renamed = [(line, row if isinstance(row, str) else _renamed(row, columns)) for line, row in rows]
+    if shape == "auto":
+        shape = _agreed(path, [row for _, row in renamed if not isinstance(row, str)])
+
+    conversations, bad = [], []
+    for (line, row), (_, raw) in zip(renamed, rows, strict=True):
+        try:
+            conversations.append(_conversation(line, row, raw, shape=shape, group_key=group_key))
+        except BadRow as why:
+            bad.append((line, str(why)))
+    report = ReadReport(path.name, format, shape, len(rows), len(conversations), tuple(bad))
+    if not conversations:
+        raise DataError(
+            f"{path.name}: none of the {len(rows):,} rows can be used as {shape}: " + "; ".join(report.lines()[1:]),
+            hint="name the columns in data.columns, or say data.format and data.shape",
+        )
+    return conversations, report
+
+
+def _check_name(setting: str, value: str, registry: Mapping[str, object]) -> None:
+    if value != "auto" and value not in registry:
+        raise DataError(f"{setting} {value!r} is unknown", hint=f"auto, {', '.join(registry)}")
+
+
+def _rows(path: Path, format: str) -> tuple[str, list[tuple[int, Row]]]:
+    """The format and all rows of a file, in memory."""
+    why = ""
+    try:
+        name = format_of(path) if format == "auto" else format
+        rows = list(READERS[name](path))
+    except OSError as err:
+        why = err.strerror or "input/output error"
+    if why:
+        raise DataError(f"{path}: {why}", hint="check data.path and who may read the file")
+    if not rows:
+        raise DataError(f"{path.name}: the file holds no rows", hint="check data.path")
+    return name, rows
+
+
+def _renamed(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+    """The row under our names, without empty (None) columns."""
+    taken = set(columns) | set(columns.values())
+    named = {key: value for key, value in row.items() if key not in taken}
+    named.update({ours: row.get(theirs) for ours, theirs in columns.items()})
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def _agreed(path: Path, rows: list[dict[str, object]]) -> str:
+    """The one shape of all rows that have one."""
+    counts = Counter(name for name in map(shape_of, rows) if name is not None)
+    if PREFERENCE in counts:
+        raise DataError(
+            f"{path.name}: {counts[PREFERENCE]:,} rows hold preference pairs (chosen, rejected), which cannot be trained on",
+            hint="FedLoRA does supervised fine-tuning: keep the chosen answer as completion, or set data.shape",
+        )
+    if len(counts) > 1:
+        found = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common())
+        raise DataError(f"{path.name}: the rows have more than one shape: {found}", hint="split the file, or set data.shape")
+    if not counts:
+        raise DataError(
+            f"{path.name}: the columns of none of the {len(rows):,} readable rows make a known shape",
+            hint=f"known: {', '.join(SHAPES)}; name the columns in data.columns, e.g. {{ prompt = 'question', completion = 'answer' }}",
+        )
+    return next(iter(counts))
+
+
+def _conversation(line: int, row: Row, raw: Row, *, shape: str, group_key: str) -> Conversation:
+    if isinstance(row, str) or isinstance(raw, str):
+        raise BadRow(row)
+    turns, chat = SHAPES[shape].convert(row)
+    return Conversation(turns, chat, line, _group(raw.get(group_key)) if group_key else "")
+
+
+def _group(value: object) -> str:
+    """A group's name as text. Identifiers come as text or numbers."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        raise BadRow("the group is missing")
+    name = plain_text(str(value), "the group")
+    if not name.strip():
+        raise BadRow("the group is missing")
+    return name

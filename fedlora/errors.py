@@ -1,0 +1,324 @@
+"""Everything that can go wrong in the world, each case with a name.
+
+An error has a ``code``, which may leave the site, and a text, which may not: the text can quote a path, a
+tensor name or a setting. A programmer's mistake is a ``ValueError``; what is here is the world's.
+
+    FedLoRAError                                   exit status
+    +- ConfigError DataError ...                   3   the file, the data or the set-up must be changed
+    +- ConnectionFailed UnknownSite ...            4   connection, enrolment
+    +- PlanRefused WrongBase VersionUnsupported    5   refused by policy, or incompatible
+    +- QuorumNotReached                            6   too few sites before the deadline
+    +- ResourceError                               7   memory, disk
+    +- RunFailed ...                               1   everything else
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadSignature",
+    "CannotOpen",
+    "ConfigError",
+    "ConnectionFailed",
+    "DataError",
+    "EnvelopeError",
+    "Equivocation",
+    "FedLoRAError",
+    "KeyFileError",
+    "MalformedHeader",
+    "ModelError",
+    "NonFiniteUpdate",
+    "Oversized",
+    "PayloadMismatch",
+    "PlanRefused",
+    "QuorumNotReached",
+    "RemoteError",
+    "Replayed",
+    "ResourceError",
+    "RunFailed",
+    "StoreError",
+    "SuiteDowngrade",
+    "TrailingBytes",
+    "Truncated",
+    "UnknownSite",
+    "UpdateRejected",
+    "VersionUnsupported",
+    "WireError",
+    "WrongBase",
+    "WrongContext",
+    "WrongDirection",
+    "WrongFederation",
+    "WrongGlobal",
+    "WrongLayout",
+    "WrongPlan",
+    "WrongRecipient",
+    "WrongRound",
+    "WrongRun",
+]
+
+
+class FedLoRAError(Exception):
+    """Base of every named error.
+
+    Args:
+        message: what was found and what was expected. Stays on this machine.
+        hint: what to do next. Stays on this machine.
+    """
+
+    code = "error"
+    exit_status = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+# --- 3: the set-up ---------------------------------------------------------------------------------------------
+
+
+class ConfigError(FedLoRAError):
+    """A plan, site or server file is wrong, or two of its choices do not fit together."""
+
+    code = "config"
+    exit_status = 3
+
+
+class DataError(FedLoRAError):
+    """Site data cannot be used. The text names line numbers and reasons, never contents."""
+
+    code = "data"
+    exit_status = 3
+
+
+class ModelError(FedLoRAError):
+    """A base model or adapter on disk cannot be used."""
+
+    code = "model"
+    exit_status = 3
+
+
+class KeyFileError(FedLoRAError):
+    """A key file is missing, malformed or readable by others."""
+
+    code = "key-file"
+    exit_status = 3
+
+
+# --- 4: connection and enrolment --------------------------------------------------------------------------------
+
+
+class ConnectionFailed(FedLoRAError):
+    """The other side, or a process of ours, cannot be reached."""
+
+    code = "connection"
+    exit_status = 4
+
+
+# --- 5: refused ---------------------------------------------------------------------------------------------
+
+
+class PlanRefused(FedLoRAError):
+    """This site's policy does not allow what the plan asks."""
+
+    code = "plan-refused"
+    exit_status = 5
+
+
+class WrongBase(FedLoRAError):
+    """The base model here differs from the one the plan pins by content."""
+
+    code = "wrong-base"
+    exit_status = 5
+
+
+class VersionUnsupported(FedLoRAError):
+    """The other side speaks a format version that this one does not."""
+
+    code = "version-unsupported"
+    exit_status = 5
+
+
+# --- 6, 7, 1: the run -----------------------------------------------------------------------------------------
+
+
+class QuorumNotReached(FedLoRAError):
+    """Fewer than ``min_sites`` sites delivered a valid update before the deadline."""
+
+    code = "quorum"
+    exit_status = 6
+
+
+class ResourceError(FedLoRAError):
+    """Out of memory or disk."""
+
+    code = "resources"
+    exit_status = 7
+
+
+class RunFailed(FedLoRAError):
+    """The run cannot go on."""
+
+    code = "run-failed"
+
+
+class StoreError(FedLoRAError):
+    """A checkpoint or journal is damaged or belongs to another run."""
+
+    code = "store"
+
+
+class RemoteError(FedLoRAError):
+    """A site answered with an error code instead of an update."""
+
+    code = "remote"
+
+    def __init__(self, site: str, remote_code: str) -> None:
+        super().__init__(f"site {site} answered {remote_code!r}", hint="the reason is in that site's own log")
+        self.remote_code = remote_code
+
+
+class UpdateRejected(FedLoRAError):
+    """An update opened and parsed, but must not be aggregated."""
+
+    code = "update-rejected"
+
+
+class NonFiniteUpdate(UpdateRejected):
+    """An update holds NaN or infinity."""
+
+    code = "non-finite"
+
+
+# --- bytes: the payload (wire) and the envelope around it (protect) ------------------------------------------------
+
+
+class WireError(FedLoRAError):
+    """An update blob is malformed."""
+
+    code = "wire"
+
+
+class EnvelopeError(FedLoRAError):
+    """An envelope is malformed, forged, replayed or meant for somebody else."""
+
+    code = "envelope"
+
+
+class MalformedHeader(EnvelopeError):
+    """The header is not canonical JSON with exactly the fields of this version."""
+
+    code = "malformed-header"
+
+
+class Truncated(EnvelopeError):
+    """Bytes are missing."""
+
+    code = "truncated"
+
+
+class Oversized(EnvelopeError):
+    """A length exceeds its limit; nothing was allocated."""
+
+    code = "oversized"
+
+
+class TrailingBytes(EnvelopeError):
+    """Bytes follow the end."""
+
+    code = "trailing-bytes"
+
+
+class BadSignature(EnvelopeError):
+    """No valid signature by the key that is pinned for the sender."""
+
+    code = "bad-signature"
+
+
+class SuiteDowngrade(EnvelopeError):
+    """A weaker or unknown cipher suite than the federation allows."""
+
+    code = "suite-downgrade"
+
+
+class UnknownSite(EnvelopeError):
+    """The sender is not one of the enrolled sites."""
+
+    code = "unknown-site"
+    exit_status = 4
+
+
+class CannotOpen(EnvelopeError):
+    """Decryption failed. One text for all causes."""
+
+    code = "cannot-open"
+
+
+class PayloadMismatch(EnvelopeError):
+    """The opened payload does not have the digest or size that the header states."""
+
+    code = "payload-mismatch"
+
+
+class Replayed(EnvelopeError):
+    """A sequence number at or below the highest one seen."""
+
+    code = "replayed"
+
+
+class Equivocation(EnvelopeError):
+    """Two different bodies under one sequence number."""
+
+    code = "equivocation"
+
+
+class WrongContext(EnvelopeError):
+    """The header is about something else than this exchange."""
+
+    code = "wrong-context"
+
+
+class WrongFederation(WrongContext):
+    """Another federation."""
+
+    code = "wrong-federation"
+
+
+class WrongRun(WrongContext):
+    """Another run."""
+
+    code = "wrong-run"
+
+
+class WrongPlan(WrongContext):
+    """Another plan."""
+
+    code = "wrong-plan"
+
+
+class WrongRound(WrongContext):
+    """Another round or attempt."""
+
+    code = "wrong-round"
+
+
+class WrongDirection(WrongContext):
+    """A message of the other direction, or of another phase."""
+
+    code = "wrong-direction"
+
+
+class WrongRecipient(WrongContext):
+    """Not addressed to this key."""
+
+    code = "wrong-recipient"
+
+
+class WrongGlobal(WrongContext):
+    """Another global adapter."""
+
+    code = "wrong-global"
+
+
+class WrongLayout(WrongContext):
+    """Another set of names and shapes."""
+
+    code = "wrong-layout"

@@ -1,0 +1,17 @@
+"""What the bundle names as its client part: an app that refuses, because sites never run bundles."""
+
+from __future__ import annotations
+
+from flwr.clientapp import ClientApp
+
+from fedlora.errors import PlanRefused
+
+__all__ = ["app"]
+
+
+class _Refuses(ClientApp):  # type: ignore[misc]  # flwr is untyped here
+    def __call__(self, message: object, context: object) -> object:
+        raise PlanRefused("a site does not run bundles", hint="start the site with `fedlora site up`")
+
+
+app = _Refuses()

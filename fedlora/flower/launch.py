@@ -1,0 +1,84 @@
+"""Command lines of the processes: pure functions. No secret and no ``--insecure`` in any of them; a test looks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fedlora.errors import ConfigError
+
+__all__ = ["LOOPBACK", "executable", "executor", "gateway", "join_address", "split_address", "superlink", "supernode"]
+
+LOOPBACK = "127.0.0.1"
+
+
+def executable(name: str) -> str:
+    """Path of a console script of this very environment, never one that PATH happens to find.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    path = Path(sys.executable).parent / name
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing", hint="install FedLoRA with pip into one environment: pip install fedlora")
+    return str(path)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``host:port`` or ``[v6]:port`` into its parts.
+
+    Raises:
+        ConfigError: not an address.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"not host:port: {address[:120]!r}")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Inverse of :func:`split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _module(name: str) -> list[str]:
+    # -P: the working directory is no place to import from.
+    return [sys.executable, "-P", "-m", f"fedlora.flower.{name}"]
+
+
+def superlink(port: int, *, tls: Path, database: Path, secret: Path) -> list[str]:
+    """Flower's relay, on loopback: its one port also carries the Control API, which asks nobody for a password."""
+    return [
+        executable("flower-superlink"),
+        *("--host", LOOPBACK, "--port", str(port)),
+        *("--ssl-ca-certfile", str(tls / "ca.crt"), "--ssl-certfile", str(tls / "server.crt")),
+        *("--ssl-keyfile", str(tls / "server.key"), "--enable-supernode-auth", "--database", str(database)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(secret), "--disable-runtime-dependency-installation"),
+    ]
+
+
+def executor(home: Path, *, superlink_port: int) -> list[str]:
+    """What claims runs from the SuperLink and starts their :mod:`fedlora.flower.server_app`."""
+    return [*_module("executor"), "--home", str(home), "--superlink-port", str(superlink_port)]
+
+
+def gateway(
+    listen: str, *, superlink_port: int, tls: Path, body_limit_bytes: int, timeout_s: float, connections: int
+) -> list[str]:
+    """The public side."""
+    return [
+        *_module("gateway"),
+        *("--listen", listen, "--superlink-port", str(superlink_port), "--tls", str(tls)),
+        *("--body-limit-bytes", str(body_limit_bytes), "--timeout-s", str(timeout_s), "--connections", str(connections)),
+    ]
+
+
+def supernode(server: str, *, port: int, ca: Path, node_key: Path, secret: Path) -> list[str]:
+    """A site's connection to the server. ``port`` is its loopback port towards our runner."""
+    return [
+        executable("flower-supernode"),
+        *("--superlink", server, "--root-certificates", str(ca), "--auth-supernode-private-key", str(node_key)),
+        *("--host", LOOPBACK, "--port", str(port)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
+    ]

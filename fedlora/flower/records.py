@@ -1,0 +1,85 @@
+"""Requests and replies as Flower's records: one opaque blob in an array, and two or three names.
+
+An array is cut into chunks, stored once and dropped by ``.numpy()`` users; a config record is one unchunked body. The
+``stype`` is ours, so that nothing of Flower can mistake the blob for numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedlora.errors import Oversized, WireError
+from fedlora.messages import Reply, Request
+
+__all__ = ["STYPE", "dump_reply", "dump_request", "parse_reply", "parse_request", "safe_code"]
+
+STYPE = "fedlora.sealed.v1"
+
+_CODE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_PHASE = re.compile(r"[a-z][a-z0-9-]{0,31}")
+
+
+def safe_code(code: str) -> str:
+    """``code`` if it has the form of an error code, else ``error``: no other text may travel."""
+    return code if _CODE.fullmatch(code) else "error"
+
+
+def _dump(body: bytes, names: Mapping[str, str]) -> RecordDict:
+    blob = Array(dtype="uint8", shape=(len(body),), stype=STYPE, data=body)
+    return RecordDict({"fedlora": ConfigRecord(dict(names)), "body": ArrayRecord({"blob": blob})})
+
+
+def dump_request(request: Request) -> RecordDict:
+    """A request as records."""
+    return _dump(request.body, {"site": request.site, "phase": request.phase})
+
+
+def dump_reply(reply: Reply) -> RecordDict:
+    """A reply as records. The body of an error stays behind."""
+    return _dump(b"" if reply.error else reply.body, {"site": reply.site, "error": safe_code(reply.error) if reply.error else ""})
+
+
+def _parse(content: RecordDict, keys: tuple[str, str], max_bytes: int) -> tuple[str, str, bytes]:
+    names, arrays = content.get("fedlora"), content.get("body")
+    if set(content) != {"fedlora", "body"} or not isinstance(names, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+        raise WireError("not a FedLoRA message")
+    first, second = (names.get(k) for k in keys)
+    if set(names) != set(keys) or not isinstance(first, str) or not isinstance(second, str):
+        raise WireError("not the names of a FedLoRA message")
+    blob = arrays.get("blob")
+    if set(arrays) != {"blob"} or blob is None or blob.stype != STYPE or blob.dtype != "uint8":
+        raise WireError("not one sealed blob")
+    if len(blob.data) > max_bytes:
+        raise Oversized(f"{len(blob.data)} bytes, at most {max_bytes} are taken")
+    if tuple(blob.shape) != (len(blob.data),):
+        raise WireError("the blob has not the length it states")
+    return first, second, blob.data
+
+
+def parse_request(content: RecordDict, *, max_bytes: int) -> Request:
+    """Inverse of :func:`dump_request`.
+
+    Raises:
+        WireError: not the records of a request.
+        Oversized: more than ``max_bytes``.
+    """
+    site, phase, body = _parse(content, ("site", "phase"), max_bytes)
+    if not _PHASE.fullmatch(phase):
+        raise WireError("not a phase")
+    return Request(site, phase, body)
+
+
+def parse_reply(content: RecordDict, *, max_bytes: int) -> Reply:
+    """Inverse of :func:`dump_reply`.
+
+    Raises:
+        WireError: not the records of a reply.
+        Oversized: more than ``max_bytes``.
+    """
+    site, error, body = _parse(content, ("site", "error"), max_bytes)
+    if error:
+        return Reply(site, error=safe_code(error))
+    return Reply(site, body)

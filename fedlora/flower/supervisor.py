@@ -1,0 +1,248 @@
+"""Keeps a few processes running: starts them in order, restarts what dies, stops them in reverse, leaves no orphans."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from types import FrameType
+
+from fedlora.errors import ConnectionFailed
+
+__all__ = ["Event", "OnEvent", "Service", "Supervisor", "die_with_parent", "end_with", "rotating_log", "signals"]
+
+_LOG_BYTES = 8 << 20
+_LOG_FILES = 4
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something worth a line to whoever watches.
+
+    Attributes:
+        service: name of the process, or of the part of this one.
+        kind: starting, ready, exited, waiting, stopping, stopped, and what a module adds.
+        detail: a few words, never a secret.
+    """
+
+    service: str
+    kind: str
+    detail: str = ""
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One process to keep running.
+
+    Attributes:
+        name: for events and for the log file.
+        argv: command line.
+        env: whole environment.
+        ready: True once it does its work; called every tenth of a second.
+        ready_s: how long it may take to get there, seconds.
+        after_exit_s: pause before a restart when it ended with status 0, seconds.
+        after_crash_s: pause before a restart when it did not, seconds.
+        death_signal: what it is sent when this process dies without a chance to stop it.
+    """
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    ready: Callable[[], bool]
+    ready_s: float = 30.0
+    after_exit_s: float = 1.0
+    after_crash_s: float = 2.0
+    death_signal: int = signal.SIGKILL
+
+
+@dataclass(slots=True)
+class _Running:
+    service: Service
+    process: subprocess.Popen[bytes] | None = None
+    pump: threading.Thread | None = None
+    restart_at: float | None = None
+    seen_ready: bool = field(default=False)
+
+
+class Supervisor:
+    """Runs services. Not thread-safe; start() must be called from a thread that lives as long as the processes.
+
+    Args:
+        services: in the order in which they need each other.
+        log_directory: gets one rotating ``NAME.log`` each, 0600.
+        on_event: called for each change, in the thread that calls start, watch or stop.
+        stop_s: how long a process may take to end before it is killed, seconds.
+    """
+
+    def __init__(self, services: Sequence[Service], *, log_directory: Path, on_event: OnEvent, stop_s: float = 10.0) -> None:
+        self._running = [_Running(s) for s in services]
+        self._log_directory = log_directory
+        self._on_event = on_event
+        self._stop_s = stop_s
+
+    def start(self) -> None:
+        """Starts all, each when the one before it is ready.
+
+        Raises:
+            ConnectionFailed: one ended or was not ready in time; the others are stopped again.
+        """
+        for running in self._running:
+            try:
+                self._spawn(running)
+                self._wait_ready(running)
+            except BaseException:
+                self.stop()
+                raise
+
+    def watch(self, stop: threading.Event) -> None:
+        """Restarts what dies until ``stop`` is set. Never gives up: what is wrong may be mended from outside."""
+        while not stop.wait(_POLL_S):
+            self.check(time.monotonic())
+
+    def check(self, now: float) -> None:
+        """One look at every process. ``now`` is the monotonic clock, seconds."""
+        for running in self._running:
+            if running.process is None:
+                if running.restart_at is not None and now >= running.restart_at:
+                    self._spawn(running)
+            elif (status := running.process.poll()) is not None:
+                self._bury(running)
+                service = running.service
+                pause = service.after_crash_s if status else service.after_exit_s
+                running.restart_at = now + pause
+                self._on_event(Event(service.name, "exited", f"status {status}; again in {pause:g} s"))
+            elif not running.seen_ready and running.service.ready():
+                running.seen_ready = True
+                self._on_event(Event(running.service.name, "ready"))
+
+    def stop(self) -> None:
+        """Ends all in reverse order: asks, waits, kills; whole process groups, so that no grandchild stays."""
+        for running in reversed(self._running):
+            process = running.process
+            running.restart_at = None
+            if process is None:
+                continue
+            self._on_event(Event(running.service.name, "stopping"))
+            end_with(process, signal.SIGTERM)
+            try:
+                process.wait(self._stop_s)
+            except subprocess.TimeoutExpired:
+                self._on_event(Event(running.service.name, "killed", f"did not stop within {self._stop_s:g} s"))
+            self._bury(running)
+            self._on_event(Event(running.service.name, "stopped"))
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of what runs now, by name."""
+        return {r.service.name: r.process.pid for r in self._running if r.process is not None}
+
+    def _spawn(self, running: _Running) -> None:
+        service = running.service
+        self._on_event(Event(service.name, "starting"))
+        parent = os.getpid()
+        running.process = subprocess.Popen(  # noqa: S603  argv is ours, without a shell
+            list(service.argv),
+            env=dict(service.env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal reaches us only; we stop the others in order
+            preexec_fn=lambda: die_with_parent(service.death_signal, parent=parent),  # noqa: PLW1509
+        )
+        running.pump = threading.Thread(
+            target=_pump, args=(running.process, self._log_directory / f"{service.name}.log"), daemon=True
+        )
+        running.pump.start()
+        running.restart_at = None
+        running.seen_ready = False
+
+    def _wait_ready(self, running: _Running) -> None:
+        service, process = running.service, running.process
+        end = time.monotonic() + service.ready_s
+        log = self._log_directory / f"{service.name}.log"
+        while process is not None:
+            if process.poll() is not None:
+                raise ConnectionFailed(f"{service.name} ended with status {process.returncode} while starting", hint=f"see {log}")
+            if service.ready():
+                running.seen_ready = True
+                self._on_event(Event(service.name, "ready"))
+                return
+            if time.monotonic() >= end:
+                raise ConnectionFailed(f"{service.name} was not ready within {service.ready_s:g} s", hint=f"see {log}")
+            time.sleep(_POLL_S)
+
+    def _bury(self, running: _Running) -> None:
+        if running.process is not None:
+            end_with(running.process, signal.SIGKILL)
+            running.process.wait()
+        if running.pump is not None:
+            running.pump.join(timeout=2)
+        running.process = running.pump = None
+
+
+def end_with(process: subprocess.Popen[bytes], signum: int) -> None:
+    """Signals a process's whole group, whatever is left of it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signum)
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def die_with_parent(signum: int, *, parent: int) -> None:
+    """In a fresh child: has the kernel send ``signum`` when the parent dies. Does nothing outside Linux."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signum)
+        if os.getppid() != parent:  # it died in between
+            os._exit(1)
+
+
+def rotating_log(path: Path) -> RotatingFileHandler:
+    """A log file of at most 8 MiB and three old ones, readable by its owner only."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES - 1, encoding="utf-8", errors="replace")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    return handler
+
+
+def _pump(process: subprocess.Popen[bytes], path: Path) -> None:
+    handler = rotating_log(path)
+    try:
+        for line in process.stdout or ():
+            text = line[:4096].decode(errors="replace").rstrip()
+            handler.emit(logging.LogRecord(process.args[0], logging.INFO, "", 0, text, None, None))  # type: ignore[index]
+    finally:
+        handler.close()
+
+
+@contextlib.contextmanager
+def signals(on_signal: Callable[[], None]) -> Iterator[None]:
+    """Calls ``on_signal`` on SIGTERM and SIGINT while inside. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        on_signal()
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)

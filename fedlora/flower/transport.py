@@ -1,0 +1,129 @@
+"""The server's transport over Flower: push, then pull one reply at a time until all came or the deadline passed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from flwr.app import Message
+
+from fedlora.errors import ConnectionFailed, Oversized, WireError
+from fedlora.flower._internals import Channel
+from fedlora.flower.records import dump_request, parse_reply
+from fedlora.messages import Reply, Request
+
+__all__ = ["FLOWER_ERRORS", "FlowerTransport"]
+
+FLOWER_ERRORS = {
+    1: "site-process",
+    2: "site-process",
+    3: "message-unavailable",
+    4: "reply-unavailable",
+    5: "node-unavailable",
+    7: "bundle-refused",
+    8: "site-process",
+}
+"""Flower's error codes in our words. Their texts are dropped."""
+
+_FIRST_WAIT_S = 0.25
+_LONGEST_WAIT_S = 2.0
+
+
+def _action(phase: str) -> str:
+    # Flower wants one of its own verbs first; the site reads only our phase.
+    return "train.fedlora" if phase == "train" else "query.fedlora"
+
+
+class FlowerTransport:
+    """A Transport whose sites are Flower nodes. Holds one reply in memory at a time.
+
+    Args:
+        grid: Flower's Grid, or a TaskClient.
+        nodes: node id of each enrolled site.
+        max_reply_bytes: a larger reply counts as the error ``oversized``.
+        clock: seconds, rising.
+        sleep: waits that many seconds.
+    """
+
+    def __init__(
+        self,
+        grid: Channel,
+        nodes: Mapping[str, int],
+        *,
+        max_reply_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._grid = grid
+        self._nodes = dict(nodes)
+        self._max_reply_bytes = max_reply_bytes
+        self._clock = clock
+        self._sleep = sleep
+
+    def sites(self) -> Sequence[str]:
+        """Enrolled sites whose node is online, sorted. A node that died shows for up to a minute more."""
+        online = set(self._grid.get_node_ids())
+        return sorted(site for site, node in self._nodes.items() if node in online)
+
+    def exchange(self, requests: Sequence[Request], *, deadline_s: float) -> Iterator[Reply]:
+        """Sends now; the iterator that comes back yields until ``deadline_s`` seconds from this call have passed.
+
+        What the site never gets to see expires at the deadline too (the message's time to live). What went wrong on the
+        way is a reply with one of our codes.
+
+        Raises:
+            ConnectionFailed: from the iterator, if the SuperLink stays away longer than the channel's patience.
+        """
+        end = self._clock() + deadline_s
+        pending: dict[str, str] = {}
+        failed: list[Reply] = []
+        for request in requests:
+            left = end - self._clock()
+            if request.site not in self._nodes:
+                failed.append(Reply(request.site, error="unknown-site"))
+            elif left > 0:
+                message_id = self._push(request, ttl_s=left)
+                if message_id:
+                    pending[message_id] = request.site
+                else:
+                    failed.append(Reply(request.site, error="node-unavailable"))
+        return self._replies(failed, pending, end)
+
+    def _push(self, request: Request, *, ttl_s: float) -> str:
+        message = Message(dump_request(request), self._nodes[request.site], _action(request.phase), ttl=ttl_s)
+        try:
+            return next(iter(self._grid.push_messages([message]))) or ""
+        except ConnectionFailed:
+            return ""
+
+    def _replies(self, failed: Sequence[Reply], pending: dict[str, str], end: float) -> Iterator[Reply]:
+        yield from failed
+        wait = _FIRST_WAIT_S
+        while pending:
+            came = False
+            for message_id, site in list(pending.items()):
+                reply = self._pull(message_id, site)
+                if reply is not None:
+                    del pending[message_id]
+                    came = True
+                    yield reply
+                    del reply
+                if self._clock() >= end:
+                    return
+            if came:
+                wait = _FIRST_WAIT_S
+            elif pending:
+                self._sleep(min(wait, max(0.0, end - self._clock())))
+                wait = min(2 * wait, _LONGEST_WAIT_S)
+
+    def _pull(self, message_id: str, site: str) -> Reply | None:
+        try:
+            for message in self._grid.pull_messages([message_id]):
+                if message.has_error():
+                    return Reply(site, error=FLOWER_ERRORS.get(message.error.code, "flower"))
+                reply = parse_reply(message.content, max_bytes=self._max_reply_bytes)
+                # Who answers is known from the message that is answered, never from what the reply says.
+                return reply if reply.site == site else Reply(site, error="wire")
+        except (Oversized, WireError) as e:
+            return Reply(site, error=e.code)
+        return None

@@ -1,0 +1,15 @@
+"""The base model, its adapter, local training and what is published: the only place for torch and its family.
+
+This file imports nothing heavy. It runs before any of its submodules, so it is also where the Hugging Face libraries are
+told to stay off the network: a site connects to its aggregation server and to nothing else. (bitsandbytes, for one, asks
+the hub for a compiled kernel while it is imported.)
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__: list[str] = []
+
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    os.environ.setdefault(_name, "1")

@@ -1,0 +1,167 @@
+"""Loads a base model: local files only, quantised while it is read, never trained."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from fedlora.errors import ConfigError, FedLoRAError, ModelError, ResourceError
+from fedlora.learn.digest import base_digest
+from fedlora.learn.gguf import convert_gguf, file_digest
+from fedlora.learn.options import BaseOptions
+
+__all__ = ["Base", "BaseOptions", "DequantisedLinear", "load_base"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Base:
+    """A loaded base model.
+
+    Attributes:
+        model: transformers' causal language model, in eval mode; no parameter asks for a gradient.
+        tokenizer: transformers' tokenizer of the same directory.
+        digest: content digest, hex; see :func:`fedlora.learn.digest.base_digest`.
+        directory: where it was read from (for a GGUF file, the directory made of it).
+    """
+
+    model: Any
+    tokenizer: Any
+    digest: str
+    options: BaseOptions
+    device: torch.device
+    directory: Path
+
+
+class DequantisedLinear(torch.nn.Linear):
+    """A linear layer whose weights are the values of a 4-bit code, written out in the compute type."""
+
+
+def load_base(options: BaseOptions) -> Base:
+    """Loads the model, its tokenizer and its digest.
+
+    Weights go from disk to their final form one tensor at a time: no copy of the base in float32 is ever made.
+
+    Raises:
+        ModelError: files are missing, malformed, pickled, of an unknown architecture, or do not fit together.
+        ConfigError: CUDA is asked for and there is none.
+        ResourceError: not enough memory.
+    """
+    device = _device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    directory = _directory(options)
+    digest = base_digest(directory, options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        model, info = _quietly(directory, options, device)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise ResourceError(f"not enough memory for {directory}", hint="load_in_4bit, or a smaller base") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as e:
+        raise ModelError(f"cannot load {directory}: {_first_line(e)}", hint="copy the base model again, all files of one revision") from e
+    missing = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
+    if missing:
+        raise ModelError(f"{directory}: {len(missing)} weights are missing or of another shape, first {missing[0]}")
+    _check_untouched(model)
+    _settle(model, options)
+    model.requires_grad_(False)
+    return Base(model.eval(), tokenizer, digest, options, device, directory)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch finds none", hint="device = \"auto\" or \"cpu\"")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _directory(options: BaseOptions) -> Path:
+    path = options.path
+    if not path.is_file():
+        return path
+    if path.suffix != ".gguf":
+        raise ModelError(f"{path} is neither a directory nor a .gguf file", hint="give the directory that holds config.json")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return convert_gguf(path, options.converted or cache / "fedlora" / "gguf" / file_digest(path)[:32])
+
+
+def _quietly(directory: Path, options: BaseOptions, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """from_pretrained without its progress bar: printing belongs to the command line."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=getattr(torch, options.dtype),
+            quantization_config=_quantisation(options),
+            device_map={"": device},
+            attn_implementation=options.attn_implementation,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    return model, info
+
+
+def _quantisation(options: BaseOptions) -> Any:
+    if options.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not options.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=options.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, options.bnb_4bit_compute_dtype),
+    )
+
+
+def _check_untouched(model: Any) -> None:
+    """Embeddings and head are never quantised."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is None or not module.weight.dtype.is_floating_point:
+            raise ModelError("the embeddings or the output head would be quantised, or the model has none")
+
+
+def _settle(model: Any, options: BaseOptions) -> None:
+    """Makes 4-bit layers compute the same in training and in evaluation, and writes them out if asked to."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, bnb.nn.Linear4bit):
+            continue
+        # On CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first forward pass in eval mode, rounding their
+        # scales to bfloat16. From then on every pass uses a kernel without a gradient: training after an evaluation would
+        # silently learn nothing below the last layer. This switch is how that path is left out.
+        module.support_avx512bf16_for_cpu = False
+        if options.keep_dequantised:
+            model.set_submodule(name, _written_out(module))
+    if options.keep_dequantised and options.load_in_4bit:
+        model.is_loaded_in_4bit = False  # for PEFT: these are plain layers now
+
+
+def _written_out(module: Any) -> DequantisedLinear:
+    weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    out, inner = weight.shape
+    plain = DequantisedLinear(inner, out, bias=module.bias is not None, device="meta", dtype=weight.dtype)
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        plain.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)
+    return plain
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300] if not isinstance(error, FedLoRAError) else str(error)

@@ -1,0 +1,88 @@
+"""The content digest of a base model: what a plan pins, so that no two sites train on different bases. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import canonical
+from fedlora.errors import ModelError
+from fedlora.learn.options import BaseOptions
+from fedlora.learn.shards import chunks, load_json, scan, weight_files
+
+__all__ = ["base_digest", "read_config"]
+
+_COSMETIC_CONFIG = frozenset({
+    "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "_model_name_or_path", "chunk_size_feed_forward", "dtype",
+    "id2label", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "torch_dtype", "transformers_version", "use_cache",
+})  # fmt: skip
+"""Keys of config.json that change no number; one that is not listed counts."""
+_COSMETIC_TOKENIZER = frozenset({"chat_template", "is_local", "local_files_only", "model_max_length", "name_or_path",
+                                 "processor_class", "special_tokens_map_file", "transformers_version"})  # fmt: skip
+_SPECIAL = ("bos_token", "cls_token", "eos_token", "mask_token", "pad_token", "sep_token", "unk_token")
+
+
+def base_digest(directory: Path, options: BaseOptions) -> str:
+    """SHA-256 over everything that changes what the base model computes, hex.
+
+    That is: each tensor's name, type, shape and bytes in order of name, however they are split into shards; config.json
+    without cosmetic keys; the tokenizer; special tokens; chat template; and how the weights are held
+    (:meth:`BaseOptions.arithmetic`). Where the files lie, the device and the attention kernel do not count.
+
+    Reads every weight once, a few MB at a time: 0.7 to 1.5 GB/s on a recent core, mostly SHA-256 itself.
+
+    Raises:
+        ModelError: a file is missing or malformed, the weights are pickled, or already quantised.
+    """
+    config = read_config(directory)
+    h = hashlib.sha256(b"fedlora base 1\0")
+    h.update(canonical({"arithmetic": options.arithmetic(), "config": _without(config, _COSMETIC_CONFIG)}) + b"\0")
+    h.update(canonical(_tokenizer(directory)) + b"\0")
+    for name, entry in scan(weight_files(directory)).items():
+        h.update(canonical([name, entry.dtype, list(entry.shape)]) + b"\0")
+        for chunk in chunks(entry):
+            h.update(chunk)
+    return h.hexdigest()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a full-precision base.
+
+    Raises:
+        ModelError: missing, malformed or of weights that are stored quantised.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"no such directory: {directory}", hint="give a Hugging Face model directory or a GGUF file")
+    config = load_json(directory / "config.json")
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"the weights in {directory} are stored quantised",
+            hint="give the full-precision base; it is quantised while it is loaded",
+        )
+    return config
+
+
+def _tokenizer(directory: Path) -> dict[str, Any]:
+    if not (directory / "tokenizer.json").is_file():
+        raise ModelError(f"no tokenizer.json in {directory}", hint="copy the tokenizer files of the same revision")
+    file = directory / "tokenizer_config.json"
+    config = load_json(file) if file.is_file() else {}
+    legacy = directory / "special_tokens_map.json"
+    names = (load_json(legacy) if legacy.is_file() else {}) | config
+    jinja = directory / "chat_template.jinja"
+    return {
+        "tokenizer": load_json(directory / "tokenizer.json"),
+        "special": {k: _text(names[k]) for k in _SPECIAL if names.get(k) is not None},
+        "settings": _without(config, _COSMETIC_TOKENIZER.union(_SPECIAL)),
+        "chat_template": jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template"),
+    }
+
+
+def _text(token: Any) -> str:
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
+
+
+def _without(table: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:
+    return {k: v for k, v in table.items() if k not in keys and v is not None}

@@ -1,0 +1,102 @@
+"""Scores on held-out examples: loss, and whether greedy decoding would give the completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlora.data import IGNORE, Tokens, in_order
+from fedlora.learn.lora import LoraModel
+
+__all__ = ["Scores", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Means over held-out examples.
+
+    Attributes:
+        nll: nats per supervised token, each token weighing the same.
+        exact_match: share of examples whose every supervised token, the end token included, is the most likely one.
+        coarse_match: share of those whose first characters are right; None if not asked for.
+        tokens: supervised tokens.
+        examples: examples.
+    """
+
+    nll: float
+    exact_match: float
+    coarse_match: float | None
+    tokens: int
+    examples: int
+
+    def metrics(self) -> dict[str, float]:
+        """By the names that a plan's ``evaluation.share`` uses."""
+        found = {
+            "eval/nll": self.nll,
+            "eval/exact_match": self.exact_match,
+            "eval/tokens": float(self.tokens),
+            "eval/examples": float(self.examples),
+        }
+        return found if self.coarse_match is None else {**found, "eval/coarse_match": self.coarse_match}
+
+
+def evaluate(
+    model: LoraModel, examples: Sequence[Tokens], *, rows: int, max_length: int, coarse_chars: int = 0, packing: bool = True
+) -> Scores:
+    """Scores the adapter as it is, without dropout and without generating.
+
+    Exact match is teacher-forced: all supervised tokens of the example must be the most likely ones given the true tokens
+    before them. For one completion at the end of an example this is the same as greedy decoding that gives exactly this
+    completion: the first wrong token spoils both, and before it both have read the same tokens.
+
+    Args:
+        rows: rows of a batch.
+        max_length: tokens of a row.
+        coarse_chars: k > 0 also counts completions whose first k characters, once stripped, are right: the tokens up to
+            the one that completes them must all be the most likely ones.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if not examples:
+        raise ValueError("nothing to evaluate on")
+    tokenizer = model.tokenizer
+    depth = [_tokens_needed(tokenizer, e, coarse_chars) for e in examples]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    was_training = model.peft_model.training
+    model.peft_model.eval()
+    nats, tokens, exact, coarse, seen = 0.0, 0, 0, 0, 0
+    try:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for batch in in_order(examples, rows=rows, max_length=max_length, packing=packing, pad_token_id=pad):
+                scored = model.forward(batch)
+                nats += float(scored.nll.double().sum())
+                tokens += len(scored.document)
+                right = scored.right.cpu().numpy()
+                for number, source in enumerate(batch.sources):
+                    hits: NDArray[np.bool_] = right[scored.document == number]
+                    exact += bool(hits.all())
+                    coarse += bool(hits[: depth[source]].all())
+                    seen += 1
+    finally:
+        model.peft_model.train(was_training)
+    return Scores(nats / max(tokens, 1), exact / seen, coarse / seen if coarse_chars else None, tokens, seen)
+
+
+def _tokens_needed(tokenizer: Any, example: Tokens, characters: int) -> int:
+    """How many supervised tokens it takes until their stripped text has so many characters; all, if it never has."""
+    labels = [int(t) for t in example.labels if t != IGNORE]
+    for count in range(1, len(labels) + 1):
+        if characters and len(tokenizer.decode(labels[:count], skip_special_tokens=True).strip()) >= characters:
+            return count
+    return len(labels)
+
+
+def metrics_of(scores: Scores) -> Mapping[str, float]:
+    """See :meth:`Scores.metrics`."""
+    return scores.metrics()

@@ -1,0 +1,104 @@
+"""The training loop: one page, any number of batches a step, exact means, one schedule for the whole run."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.data import Batch
+from fedlora.errors import DataError, NonFiniteUpdate
+from fedlora.learn.lora import LoraModel
+
+__all__ = ["OnStep", "Spent", "derived_seed", "learning_rate", "train_steps"]
+
+OnStep = Callable[[int, int, float], None]
+"""Told (step from 1, steps, loss in nats per supervised token) after each step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What some steps used and gave. ``loss`` is the mean over all their supervised tokens, nats, before each step."""
+
+    loss: float
+    tokens: int
+    examples: int
+
+
+def learning_rate(name: str, progress: float, *, peak: float, warmup_ratio: float) -> float:
+    """The learning rate at ``progress`` in [0, 1] through the whole run: linear rise, then the named course to zero.
+
+    Args:
+        name: transformers' name: ``cosine``, ``linear`` or ``constant``.
+    """
+    if progress < warmup_ratio:
+        return peak * progress / warmup_ratio
+    left = (1 - progress) / (1 - warmup_ratio) if warmup_ratio < 1 else 1.0
+    return peak * {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[name]
+
+
+def derived_seed(*key: object) -> int:
+    """A seed of 63 bits for the purpose that ``key`` names: SHA-256, so that neighbours have nothing in common."""
+    text = "\0".join(["fedlora", *map(str, key)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def train_steps(
+    model: LoraModel,
+    groups: Iterator[Sequence[Batch]],
+    *,
+    steps: int,
+    optimiser: torch.optim.Optimizer,
+    rate: Callable[[int], float],
+    seed: Callable[[int], int],
+    max_grad_norm: float,
+    on_step: OnStep | None = None,
+) -> Spent:
+    """Trains the adapter in place, one optimiser step a group of batches.
+
+    A step's loss is the mean over the supervised tokens of all its batches: splitting a batch changes nothing but rounding.
+    Dropout depends on ``seed(step)`` only. The caller's random state is left as it was.
+
+    Args:
+        groups: batches of each step, (rows, length) each.
+        rate: learning rate of a step, counted from 0 in this call.
+        max_grad_norm: gradients are scaled down to this Euclidean norm.
+
+    Raises:
+        NonFiniteUpdate: the loss or the gradient's norm is NaN or infinite. The adapter keeps its last finite values.
+        DataError: a step without a supervised token.
+    """
+    parameters = model.trainable()
+    nats, tokens, examples = 0.0, 0, 0
+    model.peft_model.train()
+    with torch.random.fork_rng(devices=_cuda(model.base.device)):
+        for step in range(steps):
+            batches = next(groups)
+            total = sum(b.supervised for b in batches)
+            if total == 0:
+                raise DataError("no token with a loss in a whole step", hint="max_length may cut the completions off")
+            torch.manual_seed(seed(step))
+            loss = 0.0
+            for batch in batches:
+                part = model.forward(batch).nll.sum() / total
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                optimiser.zero_grad(set_to_none=True)
+                raise NonFiniteUpdate(f"step {step + 1}: loss {loss}, gradient norm {norm}", hint="lower learning_rate")
+            for group in optimiser.param_groups:
+                group["lr"] = rate(step)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            nats, tokens, examples = nats + loss * total, tokens + total, examples + sum(b.examples for b in batches)
+            if on_step is not None:
+                on_step(step + 1, steps, loss)
+    return Spent(nats / max(tokens, 1), tokens, examples)
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,173 @@
+"""A LoRA adapter on a base: PEFT's layers, our names, one vector in and out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.adapter import Adapter, Layout
+from fedlora.errors import ConfigError, RunFailed, WrongLayout
+from fedlora.learn.base import Base, DequantisedLinear
+from fedlora.learn.first import first_adapter
+from fedlora.learn.forward import Forward
+from fedlora.learn.options import LoraOptions
+
+__all__ = ["LoraModel", "LoraOptions", "attach"]
+
+_ADAPTER = "default"  # PEFT's own name for the first adapter; it stands in parameter names, not in saved ones
+
+
+class _LoraOnDequantised(LoraLinear):
+    """PEFT's arithmetic for 4-bit layers on a written-out one: the product is rounded before it is added.
+
+    PEFT adds in float32 over a plain layer and in the layer's own type over a 4-bit one; without this class,
+    ``keep_dequantised`` would change the last bit of a sum.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        x = x.to(self.lora_A[_ADAPTER].weight.dtype)
+        change = self.lora_B[_ADAPTER](self.lora_A[_ADAPTER](self.lora_dropout[_ADAPTER](x))) * self.scaling[_ADAPTER]
+        return result + change.to(result.dtype)
+
+
+class LoraModel:
+    """A base with one adapter on it, which :meth:`set` overwrites as a whole. Several learners may share it.
+
+    Attributes:
+        layout: PEFT's saved names (``base_model.model....lora_A.weight``), sorted, with shapes.
+        scale: alpha / r, or alpha / sqrt(r), read from PEFT's layers; no unit.
+        forward: batches to losses.
+    """
+
+    def __init__(self, base: Base, options: LoraOptions, peft_model: Any) -> None:
+        self.base = base
+        self.options = options
+        self.peft_model = peft_model
+        self._parameters = {
+            name.replace(f".{_ADAPTER}.", "."): p for name, p in sorted(peft_model.named_parameters()) if _is_factor(name)
+        }
+        self.layout = Layout.of({n: tuple(p.shape) for n, p in self._parameters.items()})
+        self.layout.pairs()  # every tensor belongs to a pair of one rank
+        self.scale = _one_scale(peft_model)
+        self.forward = Forward(peft_model.get_base_model(), base.device)
+        self._checkpointing = False
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self.base.tokenizer
+
+    def get(self) -> Adapter:
+        """A copy of the adapter as it is now; later training does not change it."""
+        flat = torch.cat([p.detach().reshape(-1) for p in self.trainable()])
+        return Adapter(flat.cpu().numpy(), self.layout)  # cat has copied
+
+    def set(self, adapter: Adapter) -> None:
+        """Overwrites every factor.
+
+        Raises:
+            WrongLayout: the adapter's names or shapes are not exactly this model's. Nothing is changed then.
+        """
+        if adapter.layout != self.layout:
+            raise WrongLayout("the adapter does not fit this base and these LoRA settings", hint="compare base and [lora]")
+        flat = torch.from_numpy(adapter.vector.copy()).to(self.base.device)
+        with torch.no_grad():
+            for name, at, shape in self.layout.slices():
+                self._parameters[name].copy_(flat[at].view(shape))
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The factors in the layout's order, float32."""
+        return [self._parameters[name] for name, _ in self.layout.entries]
+
+    def check_trainable(self) -> None:
+        """Confirms that the factors, all of them and nothing else, will be trained.
+
+        Raises:
+            RunFailed: something switched a factor off or another parameter on, as several calls of PEFT's do.
+        """
+        on = {id(p) for p in self.peft_model.parameters() if p.requires_grad}
+        if on != {id(p) for p in self.trainable()} or any(p.dtype != torch.float32 for p in self.trainable()):
+            raise RunFailed("the trainable parameters are not exactly the adapter's factors in float32")
+
+    def set_checkpointing(self, on: bool, /) -> None:
+        """Recomputes activations on the way back, or does not."""
+        if on == self._checkpointing:
+            return
+        model = self.peft_model.get_base_model()
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()  # else nothing below asks for a gradient and the factors silently stand still
+        else:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
+        self._checkpointing = on
+
+
+def attach(base: Base, options: LoraOptions) -> LoraModel:
+    """Puts an adapter on a base and gives it the first values of ``options.init_seed``. Changes ``base.model`` in place.
+
+    Raises:
+        ConfigError: a target does not exist, is an embedding or the head, or has no plain (d_out, d_in) weight.
+    """
+    if any(isinstance(m, LoraLayer) for m in base.model.modules()):
+        raise ValueError("this base has an adapter already; load it again, or share the LoraModel")
+    config = _config(base, options)
+    try:
+        peft_model = get_peft_model(base.model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=True)
+    except ValueError as e:
+        raise ConfigError(f"target_modules: {str(e)[:300]}", hint="name linear layers of this base, or say 'all-linear'") from e
+    model = LoraModel(base, options, peft_model)
+    for parameter in model.trainable():
+        parameter.data = parameter.data.float()
+    model.set(first_adapter(model.layout, seed=options.init_seed))
+    model.check_trainable()
+    return model
+
+
+def _config(base: Base, options: LoraOptions) -> LoraConfig:
+    linear = _linear_names(base)
+    if options.target_modules != "all-linear":
+        for target in options.target_modules:
+            hit = [n for n, _ in base.model.named_modules() if n == target or n.endswith(f".{target}")]
+            if not hit or not linear.issuperset(hit):
+                raise ConfigError(
+                    f"target_modules: {target!r} is no linear layer of this base, or its head or embedding",
+                    hint=f"known: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}",
+                )
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules),
+        use_rslora=options.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    config._register_custom_module({DequantisedLinear: _LoraOnDequantised})
+    return config
+
+
+def _linear_names(base: Base) -> set[str]:
+    head = base.model.get_output_embeddings()
+    if any(isinstance(m, Conv1D) for m in base.model.modules()):
+        raise ConfigError("this architecture stores weights transposed (Conv1D), which is not supported")
+    return {n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+
+
+def _is_factor(name: str) -> bool:
+    return f".lora_A.{_ADAPTER}." in name or f".lora_B.{_ADAPTER}." in name
+
+
+def _one_scale(peft_model: Any) -> float:
+    scales = {float(m.scaling[_ADAPTER]) for m in peft_model.modules() if isinstance(m, LoraLayer)}
+    if len(scales) != 1:
+        raise ConfigError(f"layers have different alpha / r: {sorted(scales)}; such factors cannot be averaged")
+    return scales.pop()

@@ -1,0 +1,64 @@
+"""Who can read an update on its way: the protocol, its two halves and the registry.
+
+An exchange is a generator: the server's half yields requests and is sent an iterator of replies, which arrive one at a
+time in any order. It never sends by itself, so the same code runs in process, in simulation and over Flower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Protocol
+
+from fedlora.adapter import Update
+from fedlora.errors import FedLoRAError
+from fedlora.messages import Reply, Request, Reveals, Task
+
+__all__ = ["Memory", "Protection", "SiteProtection", "Talk", "Tally"]
+
+Talk = Generator[Sequence[Request], Iterator[Reply], None]
+"""Yields requests, is sent the replies as they come, returns when the exchange is over."""
+
+
+class Tally(Protocol):
+    """Where the updates of one round go, one at a time. Law: each asked site is named at most once, by one of the two."""
+
+    def accept(self, site: str, update: Update) -> None:
+        """Takes a verified update (``site`` is ``*`` for the sum of a protection that reveals sums).
+
+        Raises:
+            UpdateRejected, WrongLayout: it must not be aggregated; the caller passes that on to :meth:`reject`.
+        """
+
+    def reject(self, site: str, error: FedLoRAError) -> None:
+        """Notes why a site does not count in this round."""
+
+
+class Memory(Protocol):
+    """A few small values that survive a power cut. ``put`` returns after fsync."""
+
+    def get(self, key: str) -> bytes | None: ...
+    def put(self, key: str, value: bytes) -> None: ...
+
+
+class Protection(Protocol):
+    """Server half.
+
+    Law: whatever bytes a site sends, ``collect`` ends, names that site's error through ``tally.reject`` and takes the
+    others' updates; it raises nothing for a bad reply.
+    """
+
+    @property
+    def reveals(self) -> Reveals: ...
+    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk: ...
+
+
+class SiteProtection(Protocol):
+    """Site half."""
+
+    def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
+        """Opens the request, does the work, returns the protected update.
+
+        Raises:
+            FedLoRAError: the request is not genuine or the work was refused; only the code may leave the site.
+        """
+        ...

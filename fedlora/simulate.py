@@ -1,0 +1,411 @@
+"""A whole federation on one machine, and the baselines that it must be compared with, at equal tokens.
+
+The same :mod:`fedlora.site`, :mod:`fedlora.protect` and :mod:`fedlora.rounds` as in a deployment; N sites share one base in
+memory and adapters are swapped. Every arm starts from the same first adapter and is saved round by round, so that a run
+that was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlora import build, wire
+from fedlora import report as pages
+from fedlora.adapter import Adapter, Update
+from fedlora.config import Arm, Plan, Policy, Simulation, SiteData, SiteFile, canonical, dump_toml
+from fedlora.errors import ConfigError, StoreError
+from fedlora.protect.keys import Identity, PublicIdentity, load_identity
+from fedlora.rounds import Report
+from fedlora.site import Learner
+from fedlora.store import Entry, Journal, RunStore, save_adapter, write_atomic
+from fedlora.transport import LocalTransport
+
+if TYPE_CHECKING:
+    from fedlora.data import Tokens
+    from fedlora.learn.lora import LoraModel
+
+__all__ = ["simulate"]
+
+_GENERAL = "general.jsonl"  # hold-out that has nothing to do with the task: what does training make the model forget?
+
+
+def simulate(
+    plan: Plan, *, root: Path, out: Path, seeds: Sequence[int], resume: bool, transport: str, report: Report
+) -> list[dict[str, Any]]:
+    """Runs the plan once for each seed and writes a directory that describes itself.
+
+    ::
+
+        out/plan.toml  report.html  summary.txt
+        out/seed-0/    results.json  table.txt  arms/*.json  federated/ (checkpoints)  sites/ (journals)  adapter.safetensors
+
+    Args:
+        root: directory against which the plan's data and base are resolved.
+        seeds: each replaces ``run.seed``; the arms of one seed share it, so that they can be compared in pairs.
+        resume: go on in ``out`` rather than refuse it.
+        transport: ``local`` (this process) or ``flower`` (real processes on loopback).
+
+    Returns:
+        The contents of each ``results.json``.
+
+    Raises:
+        ConfigError: no ``[simulation]`` table, or files that it names are missing.
+        StoreError: ``out`` exists and ``resume`` is not asked, or belongs to another plan.
+    """
+    if plan.simulation is None:
+        raise ConfigError("the plan has no [simulation] table", hint="`fedlora new simulation` prints one")
+    _claim(out, plan, resume=resume)
+    results = []
+    lab: Lab | None = None
+    for seed in seeds:
+        seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
+        lab = open_lab(seeded, root=root, report=report) if lab is None else lab.reseeded(seeded)
+        results.append(_one_seed(lab, out / f"seed-{seed}", transport=transport, report=report))
+    _write_summary(out, results)
+    return results
+
+
+def _claim(out: Path, plan: Plan, *, resume: bool) -> None:
+    facts = canonical(plan.model_dump(mode="json"))
+    mark = out / "plan.json"
+    if mark.exists():
+        if not resume:
+            raise StoreError(f"{out} holds a simulation already", hint="--resume goes on with it; or choose another --out")
+        if mark.read_bytes() != facts:
+            raise StoreError(f"{out} holds another plan's simulation", hint="choose another --out; a plan cannot change under its run")
+        return
+    write_atomic(mark, facts)
+    write_atomic(out / "plan.toml", dump_toml(plan).encode(), mode=0o644)
+
+
+def _write_summary(out: Path, results: list[dict[str, Any]]) -> None:
+    text = pages.table(results[0]) if len(results) == 1 else pages.table_across(results)
+    write_atomic(out / "summary.txt", text.encode() + b"\n", mode=0o644)
+    pages.write_html(results, out / "report.html")
+
+
+# --- the laboratory ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lab:
+    """Everything that the arms share: one base, the rows of every site, the first adapter.
+
+    Attributes:
+        plan: pinned to base and first adapter.
+        rows: site -> split -> tokens.
+        general: tokens of the general hold-out; may be empty.
+    """
+
+    plan: Plan
+    simulation: Simulation
+    data: Path
+    base: Path
+    lora: LoraModel
+    first: Adapter
+    rows: Mapping[str, Mapping[str, list[Tokens]]]
+    general: list[Tokens]
+
+    def reseeded(self, plan: Plan) -> Lab:
+        """The same base and rows under another seed."""
+        return replace(self, **_first(plan, self.lora))
+
+    def tested(self, site: str) -> list[Tokens]:
+        """The rows on which the arms are compared."""
+        rows = self.rows[site][self.simulation.evaluate_on]
+        return rows[: self.simulation.examples_per_site or None]
+
+
+def _first(plan: Plan, lora: LoraModel) -> dict[str, Any]:
+    from fedlora.learn.first import first_adapter
+
+    first = first_adapter(lora.layout, seed=plan.run.seed)
+    return {"first": first, "plan": plan.pinned(base=lora.base_digest, init=first.digest())}
+
+
+def open_lab(plan: Plan, *, root: Path, report: Report) -> Lab:
+    """Loads base and rows.
+
+    Raises:
+        ConfigError, DataError, ModelError: something that the simulation table names is missing or unusable.
+    """
+    simulation = plan.simulation
+    if simulation is None:
+        raise ConfigError("the plan has no [simulation] table")
+    if "toy" in (simulation.base, simulation.data):
+        from fedlora.learn.toy import toy_base, toy_data
+
+        made = root / "toy"
+        base = toy_base(made / "base") if simulation.base == "toy" else root / simulation.base
+        data = toy_data(made / "data", simulation.sites) if simulation.data == "toy" else root / simulation.data
+    else:
+        base, data = root / simulation.base, root / simulation.data
+    report("load", {"model": plan.model.model_name_or_path})
+    lora = build.load_lora(plan, base, device="auto", threads=0, keep_dequantised=simulation.keep_dequantised)
+    length = plan.training.max_length
+
+    def tokens(path: Path, append_eos: bool = True) -> list[Tokens]:
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist", hint="simulation.data names a directory with SITE.train.jsonl and so on")
+        return build.tokens(lora.tokenizer, build.rows(path, SiteData(), report), max_length=length, append_eos=append_eos, report=report)
+
+    rows = {s: {p: tokens(data / f"{s}.{p}.jsonl") for p in ("train", "validation", "test")} for s in simulation.sites}
+    general = tokens(data / _GENERAL, append_eos=False) if (data / _GENERAL).exists() else []
+    return Lab(simulation=simulation, data=data, base=base, lora=lora, rows=rows, general=general, **_first(plan, lora))
+
+
+# --- one seed ---------------------------------------------------------------------------------------------------
+
+
+def _one_seed(lab: Lab, out: Path, *, transport: str, report: Report) -> dict[str, Any]:
+    done = out / "results.json"
+    if done.exists():
+        found: dict[str, Any] = json.loads(done.read_bytes())
+        return found
+    arms: dict[str, dict[str, Any]] = {}
+    extra: dict[str, Any] = {"rounds": [], "bytes": {}}
+    for name, arm in _arms(lab).items():
+        report("arm", {"name": name})
+        path = out / "arms" / f"{name.replace(':', '-')}.json"
+        if not path.exists():
+            trained, facts = _federated(lab, out, transport, report) if name == "federated" else arm.train(lab, out, report)
+            facts |= _scores(lab, trained)
+            write_atomic(path, canonical(facts))
+        arms[name] = json.loads(path.read_bytes())
+        report("arm-done", {"name": name})
+    if "federated" in arms:
+        store = RunStore.open(out / "federated", lab.plan)
+        save_adapter(out / "adapter.safetensors", store.load().adapter, {"run": store.run})
+        extra = _federation_facts(lab, store)
+    results = {
+        "format": 1,
+        "name": lab.plan.run.name,
+        "seed": lab.plan.run.seed,
+        "plan": lab.plan.digest(),
+        "split": lab.simulation.evaluate_on,
+        "sites": list(lab.simulation.sites),
+        "arms": arms,
+        "seconds": _phases(arms, extra["rounds"]),
+        "environment": _environment(transport),
+        "dataset": _dataset(lab.data),
+        **extra,
+    }
+    write_atomic(done, json.dumps(results, indent=1, allow_nan=False).encode(), mode=0o644)
+    return results
+
+
+def _scores(lab: Lab, adapter: Adapter) -> dict[str, Any]:
+    """How an adapter does on every site's rows and on the general hold-out."""
+    from fedlora.learn.evaluate import evaluate
+
+    began = time.monotonic()
+    lab.lora.set(adapter)
+    chars = lab.plan.evaluation.coarse_chars
+    length = lab.plan.training.max_length
+    sites = {}
+    for site in lab.simulation.sites:
+        s = evaluate(lab.lora, lab.tested(site), max_length=length, coarse_chars=chars)
+        sites[site] = {
+            "nll": s.nll,
+            "exact_match": s.exact_match,
+            "coarse_match": s.coarse_match if chars else None,
+            "tokens": s.tokens,
+            "examples": s.examples,
+        }
+    general = {"nll": evaluate(lab.lora, lab.general, max_length=length).nll} if lab.general else None
+    return {"sites": sites, "general": general, "seconds/evaluate": time.monotonic() - began}
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """An arm without federation: some sites' rows, ``rounds`` times ``steps`` steps of ``batches`` batches each."""
+
+    name: str
+    sites: tuple[str, ...]
+    rounds: int
+    batches: int
+    settings: Arm | None
+
+    def train(self, lab: Lab, out: Path, report: Report) -> tuple[Adapter, dict[str, Any]]:
+        """Trains, or goes on where the journal ends. The optimiser is kept throughout: nothing interrupts a site alone."""
+        from fedlora.learn.learner import HFLearner
+
+        if not self.rounds:
+            return lab.first, {"tokens": 0, "steps": 0, "seconds": 0.0, "learning_rate": None}
+        options = build.train_options(lab.plan)
+        rate = self.settings.learning_rate if self.settings else options.learning_rate
+        options = replace(
+            options,
+            learning_rate=rate,
+            num_rounds=self.rounds,
+            optimizer_state="keep",
+            gradient_accumulation_steps=options.gradient_accumulation_steps * self.batches,
+        )
+        rows = [t for s in self.sites for t in lab.rows[s]["train"]]
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            report("step", {"site": self.name, "step": step, "steps": steps, "loss": loss})
+
+        learner = HFLearner(lab.lora, rows, [], options, site=self.name, on_step=on_step)
+        return _rounds_alone(lab, learner, self.rounds, out / "alone" / self.name.replace(":", "-"), report, rate)
+
+
+def _rounds_alone(
+    lab: Lab, learner: Learner, rounds: int, directory: Path, report: Report, rate: float
+) -> tuple[Adapter, dict[str, Any]]:
+    journal, key, run = Journal(directory), lab.plan.digest(), "0" * 64
+    adapter, state, facts = lab.first, b"", {"tokens": 0, "steps": 0, "seconds": 0.0}
+    for number in range(1, rounds + 1):
+        entry = journal.find(run, number)
+        if entry is not None and entry.key != key:
+            raise StoreError(f"{directory} belongs to another plan")
+        if entry is None and journal.find(run, number + 1) is not None:
+            continue  # older than what the journal keeps
+        if entry is None:
+            began = time.monotonic()
+            report("train", {"round": number, "rounds": rounds})
+            trained = learner.train(adapter, round=number, state=state)
+            facts["tokens"] += trained.tokens
+            facts["steps"] += int(trained.metrics["train/steps"])
+            facts["seconds"] += time.monotonic() - began
+            update = Update(trained.adapter.vector, 0, dict(facts))
+            entry = Entry(key, wire.dump_update(update, lab.first.layout, dtype="float32"), trained.state)
+            journal.save(run, number, entry)
+        update = wire.parse_update(entry.update, lab.first.layout)
+        adapter, state, facts = Adapter(update.delta, lab.first.layout), entry.state, dict(update.metrics)
+    return adapter, {**facts, "learning_rate": rate}
+
+
+def _arms(lab: Lab) -> dict[str, _Alone]:
+    """The plan's arms at equal tokens: R rounds of K steps at each of N sites, or N R K steps, or R K steps of N batches."""
+    s, rounds = lab.simulation, lab.plan.federation.num_rounds
+    arms: dict[str, _Alone] = {}
+    for kind in s.arms:
+        if kind == "base":
+            arms["base"] = _Alone("base", (), 0, 1, None)
+        elif kind == "local":
+            arms |= {f"local:{n}": _Alone(f"local:{n}", (n,), rounds, 1, s.local) for n in s.sites}
+        elif kind == "federated":
+            arms["federated"] = _Alone("federated", s.sites, rounds, 1, None)
+        elif kind == "pooled-steps":
+            arms[kind] = _Alone(kind, s.sites, rounds, len(s.sites), s.pooled_steps)
+        else:
+            arms[kind] = _Alone(kind, s.sites, rounds * len(s.sites), 1, s.pooled_tokens)
+    return arms
+
+
+# --- the federation ---------------------------------------------------------------------------------------------
+
+
+def _federated(lab: Lab, out: Path, transport: str, report: Report) -> tuple[Adapter, dict[str, Any]]:
+    """The federated arm, in this process or over real Flower processes."""
+    began = time.monotonic()
+    if transport == "flower":
+        from fedlora.rehearse import over_flower
+
+        store = over_flower(lab.plan, lab.simulation, lab.first, data=lab.data, base=lab.base, out=out, report=report)
+    else:
+        store = _in_process(lab, out, report)
+    records = store.records()
+    facts = {
+        "tokens": sum(int(r["weight"]) for r in records) if lab.plan.aggregate.weighting == "tokens" else 0,
+        "steps": len(records) * lab.plan.federation.local_steps,
+        "seconds": time.monotonic() - began,
+        "learning_rate": lab.plan.training.learning_rate,
+    }
+    return store.load().adapter, facts
+
+
+def _in_process(lab: Lab, out: Path, report: Report) -> RunStore:
+    directory = out / "federated"
+    server = _identity(out / "keys" / "server.key", "server")
+    identities = {n: _identity(out / "keys" / f"{n}.key", n) for n in lab.simulation.sites}
+    sites = {n: _virtual_site(lab, i, server.public, out / "sites" / n, report) for n, i in identities.items()}
+    if (directory / "run.json").exists():
+        store = RunStore.open(directory, lab.plan)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)  # cut off before the run began
+        store = build.start_run(directory, lab.plan, lab.first)
+    if store.final() is None:
+        publics = {n: i.public for n, i in identities.items()}
+        build.serve_run(store, server, publics, LocalTransport({n: s.handle for n, s in sites.items()}), report=report)
+    return store
+
+
+def _virtual_site(lab: Lab, identity: Identity, server: PublicIdentity, state: Path, report: Report) -> Any:
+    file = SiteFile(
+        name=identity.name,
+        models={lab.plan.model.model_name_or_path: str(lab.base)},
+        policy=Policy(min_sites=1),
+    )
+
+    def make_learner(plan: Plan) -> Learner:
+        rows = lab.rows[identity.name]
+        return build.learner_of(plan, lab.lora, rows["train"], rows["validation"], name=identity.name, report=report)
+
+    quiet = partial(_named, identity.name, report)
+    return build.site(identity, server, file, make_learner=make_learner, state=state, report=quiet)
+
+
+def _named(site: str, report: Report, event: str, facts: Mapping[str, object]) -> None:
+    report(event, {"site": site, **facts})
+
+
+def _identity(path: Path, name: str) -> Identity:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Identity.generate(name).save(path)
+    return load_identity(path)
+
+
+# --- facts ------------------------------------------------------------------------------------------------------
+
+
+def _federation_facts(lab: Lab, store: RunStore) -> dict[str, Any]:
+    records = store.records()
+    final = store.final()
+    up = sum(sum(r["bytes/up"].values()) for r in records)
+    down = sum(sum(r["bytes/down"].values()) for r in records)
+    sizes = {"up": up, "down": down, "base": lab.lora.base_bytes, "adapter": 4 * lab.first.layout.size}
+    return {"rounds": [*records, *([final] if final else [])], "bytes": sizes}
+
+
+def _phases(arms: Mapping[str, Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    phases = {f"train {name}": arm["seconds"] for name, arm in arms.items() if arm["seconds"]}
+    phases["aggregate"] = sum(r.get("seconds/aggregate", 0.0) for r in rounds)
+    phases["evaluate arms"] = sum(a["seconds/evaluate"] for a in arms.values())
+    return phases
+
+
+def _environment(transport: str) -> dict[str, str | int]:
+    facts: dict[str, str | int] = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count() or 0,
+        "transport": transport,
+    }
+    for package in ("fedlora", "torch", "transformers", "peft", "bitsandbytes", "flwr", "cryptography", "numpy"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            facts[package] = importlib.metadata.version(package)
+    return facts
+
+
+def _dataset(data: Path) -> dict[str, Any] | None:
+    path = data / "dataset.json"
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_bytes())
+    return found
+
+

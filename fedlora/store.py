@@ -1,0 +1,315 @@
+"""What survives a power cut: the server's run directory and the site's journal.
+
+Everything is written to a temporary name, flushed to disk and renamed, so that a reader finds the old or the new file and
+never a torn one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as dump_tensors
+
+from fedlora.adapter import Adapter
+from fedlora.config import Plan, canonical, parse_plan
+from fedlora.errors import ResourceError, StoreError
+
+__all__ = ["Checkpoint", "Entry", "FileMemory", "Journal", "RunStore", "load_adapter", "save_adapter", "write_atomic"]
+
+
+@contextmanager
+def _named_disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some disk; nothing is lost, the run goes on from here"
+            raise ResourceError(f"no space left for {path}", hint=hint) from None
+        raise StoreError(f"cannot write {path}: {e.strerror}") from None
+
+
+def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600) -> None:
+    """Replaces a file by these bytes, flushed to disk before the rename and the directory after it.
+
+    Raises:
+        ResourceError: no space left; the old file is untouched.
+        StoreError: any other failure to write.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with _named_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        finally:
+            with suppress(FileNotFoundError):
+                new.unlink()
+        _flush_directory(path.parent)
+
+
+def _flush_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class FileMemory:
+    """:class:`fedlora.protect.Memory` in a directory: one small file a key, named by the key's digest."""
+
+    directory: Path
+
+    def get(self, key: str) -> bytes | None:
+        try:
+            return self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def put(self, key: str, value: bytes) -> None:
+        write_atomic(self._path(key), value)
+
+    def _path(self, key: str) -> Path:
+        return self.directory / hashlib.sha256(key.encode()).hexdigest()
+
+
+# --- adapters in files -----------------------------------------------------------------------------------------
+
+_META = "fedlora"  # one key only: the order of several would not be stable
+
+
+def save_adapter(path: Path, adapter: Adapter, facts: Mapping[str, Any]) -> None:
+    """Writes a safetensors file with the adapter under PEFT's names, float32, and ``facts`` as its one metadata key."""
+    head = canonical({**facts, "digest": adapter.digest(), "layout": adapter.layout.digest()}).decode()
+    write_atomic(path, dump_tensors(dict(adapter.tensors()), metadata={_META: head}))
+
+
+def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
+    """Inverse of :func:`save_adapter`.
+
+    Raises:
+        StoreError: unreadable, not ours, or other contents than its digest says.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts: dict[str, Any] = json.loads((file.metadata() or {})[_META])
+            adapter = Adapter.of({name: file.get_tensor(name) for name in list(file.keys())})
+    except (OSError, SafetensorError, KeyError, ValueError) as e:
+        raise StoreError(f"{path} is not an adapter file of FedLoRA ({type(e).__name__})") from None
+    if adapter.digest() != facts.get("digest"):
+        raise StoreError(f"{path} is damaged: its contents do not have the digest that it states")
+    return adapter, facts
+
+
+# --- the server's run ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """The state after a round: the global adapter and the round's record. Round 0 is the first adapter."""
+
+    round: int
+    adapter: Adapter
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RunStore:
+    """One run's directory.
+
+    ::
+
+        plan.json          canonical plan
+        run.json           the run's id
+        round-0007.safetensors   checkpoint: adapter and record
+        rounds.jsonl       one record a round, rebuilt from the checkpoint if the power failed between the two
+        final.json         the last evaluation, when the run is complete
+        memory/            sequence numbers, the run's key (deleted at the end)
+    """
+
+    def __init__(self, directory: Path, plan: Plan, run: str, *, keep: int = 2) -> None:
+        self.directory = directory
+        self.plan = plan
+        self.run = run
+        self.memory = FileMemory(directory / "memory")
+        self._keep = keep
+
+    @classmethod
+    def create(cls, directory: Path, plan: Plan, first: Adapter, *, run: str, keep: int = 2) -> RunStore:
+        """A new run. ``run`` is 64 random hex digits.
+
+        Raises:
+            StoreError: the directory holds a run already.
+        """
+        if (directory / "run.json").exists():
+            raise StoreError(f"{directory} holds a run already", hint="resume it, or choose another run.name or directory")
+        write_atomic(directory / "plan.json", plan.canonical())
+        store = cls(directory, plan, run, keep=keep)
+        store.save(Checkpoint(0, first))
+        write_atomic(directory / "run.json", canonical({"format": 1, "run": run, "plan": plan.digest()}))
+        return store
+
+    @classmethod
+    def open(cls, directory: Path, plan: Plan | None = None, *, keep: int = 2) -> RunStore:
+        """An existing run.
+
+        Raises:
+            StoreError: no run there, a damaged one, or one of another plan.
+        """
+        try:
+            facts = json.loads((directory / "run.json").read_bytes())
+            found = parse_plan((directory / "plan.json").read_bytes())
+        except (OSError, ValueError, KeyError):
+            raise StoreError(f"no run in {directory}", hint="start it without --resume") from None
+        if plan is not None and plan.digest() != found.digest():
+            raise StoreError(
+                f"{directory} holds a run of another plan ({found.digest()[:12]}, not {plan.digest()[:12]})",
+                hint="give the new plan another run.name; a plan cannot change under its run",
+            )
+        return cls(directory, found, str(facts["run"]), keep=keep)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Makes a round permanent. After this returns, a power cut loses nothing of it."""
+        facts = {"run": self.run, "round": checkpoint.round, "record": dict(checkpoint.record)}
+        save_adapter(self._path(checkpoint.round), checkpoint.adapter, facts)
+        if checkpoint.record:
+            with _named_disk_errors(self.directory / "rounds.jsonl"), (self.directory / "rounds.jsonl").open("ab") as file:
+                file.write(canonical(dict(checkpoint.record)) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        for old in self._rounds()[: -self._keep]:
+            self._path(old).unlink()
+
+    def load(self) -> Checkpoint:
+        """The last complete round.
+
+        Raises:
+            StoreError: no checkpoint that is whole and of this run.
+        """
+        for number in reversed(self._rounds()):
+            adapter, facts = load_adapter(self._path(number))
+            if facts.get("run") != self.run or facts.get("round") != number:
+                raise StoreError(f"{self._path(number)} belongs to another run or round")
+            self._mend(facts["record"])
+            return Checkpoint(number, adapter, facts["record"])
+        raise StoreError(f"no checkpoint in {self.directory}")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all rounds so far; a torn last line is ignored."""
+        try:
+            lines = (self.directory / "rounds.jsonl").read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        whole = []
+        for line in lines:
+            with suppress(ValueError):
+                whole.append(json.loads(line))
+        return whole
+
+    def finish(self, final: Mapping[str, Any]) -> None:
+        """Notes the last evaluation; from here on the run is complete."""
+        write_atomic(self.directory / "final.json", canonical(dict(final)))
+
+    def final(self) -> dict[str, Any] | None:
+        """What :meth:`finish` noted, or None."""
+        try:
+            found: dict[str, Any] = json.loads((self.directory / "final.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        return found
+
+    def _mend(self, record: Mapping[str, Any]) -> None:
+        known = self.records()
+        if record and (not known or known[-1].get("round") != record["round"]):
+            known.append(dict(record))
+        write_atomic(self.directory / "rounds.jsonl", *(canonical(r) + b"\n" for r in known))
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"round-{number:06d}.safetensors"
+
+    def _rounds(self) -> list[int]:
+        return sorted(int(p.stem.removeprefix("round-")) for p in self.directory.glob("round-*.safetensors"))
+
+
+# --- the site's journal ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One finished piece of work: the update as float32 bytes, and the learner's state after it."""
+
+    key: str
+    update: bytes
+    state: bytes
+
+
+_ENTRY = struct.Struct("<4sQQQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """Finished updates and the learner's state, one file a round, the last two of each run kept. Mode 0600."""
+
+    directory: Path
+
+    def find(self, run: str, round: int) -> Entry | None:
+        """The entry of this round, or None.
+
+        Raises:
+            StoreError: the file is damaged. Delete it to train the round again.
+        """
+        path = self._path(run, round)
+        try:
+            blob = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        body, digest = blob[:-32], blob[-32:]
+        if len(blob) < _ENTRY.size + 32 or hashlib.sha256(body).digest() != digest:
+            raise StoreError(f"{path} is damaged", hint="delete it; the round is then trained again")
+        magic, *sizes = _ENTRY.unpack_from(body)
+        if magic != b"FLJ1" or _ENTRY.size + sum(sizes) != len(body):
+            raise StoreError(f"{path} is not a journal entry", hint="delete it; the round is then trained again")
+        at, parts = _ENTRY.size, []
+        for size in sizes:
+            parts.append(body[at : at + size])
+            at += size
+        return Entry(parts[0].decode(), parts[1], parts[2])
+
+    def save(self, run: str, round: int, entry: Entry) -> None:
+        """Makes a finished update permanent, before anything of it is sent."""
+        key = entry.key.encode()
+        parts = (_ENTRY.pack(b"FLJ1", len(key), len(entry.update), len(entry.state)), key, entry.update, entry.state)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        write_atomic(self._path(run, round), *parts, digest.digest())
+        for old in self._rounds(run)[:-2]:
+            self._path(run, old).unlink()
+
+    def state_before(self, run: str, round: int) -> bytes:
+        """The learner's state after the last round before ``round`` that this site finished; ``b""`` if there is none."""
+        earlier = [r for r in self._rounds(run) if r < round]
+        entry = self.find(run, earlier[-1]) if earlier else None
+        return entry.state if entry else b""
+
+    def _path(self, run: str, round: int) -> Path:
+        if len(run) != 64 or not set(run) <= set("0123456789abcdef"):
+            raise ValueError("a run is 64 hex digits")
+        return self.directory / run / f"round-{round:06d}.journal"
+
+    def _rounds(self, run: str) -> list[int]:
+        return sorted(int(p.stem.removeprefix("round-")) for p in (self.directory / run).glob("round-*.journal"))
