@@ -315,7 +315,9 @@ def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, re
     Raises:
         ConfigError, StoreError, QuorumNotReached: see the parts.
     """
-    plan = replace_simulation(load_plan(plan_file))
+    plan = load_plan(plan_file)
+    if plan.simulation is not None:
+        raise ConfigError("a plan with a [simulation] table is not for a deployment", hint="`fedlora pin` leaves it out")
     directory = home / "runs" / plan.run.name
     if resume:
         store = RunStore.open(directory, plan)
@@ -323,10 +325,3 @@ def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, re
         first, _ = load_adapter(plan_file.parent / "first.safetensors")
         store = start_run(directory, plan, first)
     return serve_run(store, load_identity(home / "server.key"), enrolled(home), transport, report=report)
-
-
-def replace_simulation(plan: Plan) -> Plan:
-    """The plan without its simulation table, which means nothing in a deployment."""
-    return plan.model_copy(update={"simulation": None})
-
-

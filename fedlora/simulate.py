@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fedlora.data import Tokens
     from fedlora.learn.lora import LoraModel
 
-__all__ = ["simulate"]
+__all__ = ["parse_seeds", "simulate"]
 
 _GENERAL = "general.jsonl"  # hold-out that has nothing to do with the task: what does training make the model forget?
 
@@ -74,6 +74,21 @@ def simulate(
         results.append(_one_seed(lab, out / f"seed-{seed}", transport=transport, report=report))
     _write_summary(out, results)
     return results
+
+
+def parse_seeds(text: str, *, default: int) -> list[int]:
+    """``"0,1,2"`` to numbers; ``default`` alone if the text is empty.
+
+    Raises:
+        ConfigError: not numbers, or one of them twice.
+    """
+    try:
+        seeds = [int(word) for word in text.split(",")] if text else [default]
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ConfigError(f"not a list of seeds: {text!r}", hint="for example --seeds 0,1,2")
+    return seeds
 
 
 def _claim(out: Path, plan: Plan, *, resume: bool) -> None:

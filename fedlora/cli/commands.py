@@ -207,7 +207,7 @@ def export(
 
     Example: fedlora export runs/clinical/seed-0 adapter/
     """
-    from fedlora.enrol import export_run
+    from fedlora.publish import export_run
 
     export_run(run, out, dtype=dtype, merge=merge, base=base)
     text = f'{out}\n\n  from peft import PeftModel\n  model = PeftModel.from_pretrained(base, "{out}")'
@@ -220,7 +220,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="Any file of FedLoRA.")], 
 
     Example: fedlora inspect runs/clinical/seed-0/adapter.safetensors
     """
-    from fedlora.enrol import describe
+    from fedlora.publish import describe
 
     facts = describe(file)
     emit(facts, "\n".join(f"{k}: {v}" for k, v in facts.items()), as_json=json)

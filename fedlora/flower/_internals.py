@@ -13,9 +13,10 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 from flwr.app import Message
-from flwr.app.message import remove_content_from_message
+from flwr.app.error import Error
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import SubStatus
-from flwr.common.serde import fab_to_proto, message_to_proto, user_config_from_proto, user_config_to_proto
+from flwr.common.serde import fab_to_proto, message_from_proto, message_to_proto, user_config_from_proto, user_config_to_proto
 from flwr.proto import control_pb2, message_pb2, node_pb2, runtime_pb2
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
@@ -33,9 +34,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedlora.errors import ConnectionFailed, Oversized, WireError
 from fedlora.flower.launch import LOOPBACK
 
-__all__ = ["Channel", "Claim", "Control", "Node", "RunState", "TaskClient", "claim_task"]
+__all__ = ["BROKEN", "TOO_LARGE", "Channel", "Claim", "Claimer", "Control", "Node", "RunState", "TaskClient"]
 
 T = TypeVar("T")
+
+BROKEN, TOO_LARGE = 1000, 1001
+"""Error codes of ours beside Flower's 0 to 8: a message that does not unfold, or unfolds to too much."""
 
 _RETRIED = (502, 503, 504)
 _MAX_OBJECTS = 4096
@@ -48,21 +52,180 @@ class Channel(Protocol):
 
     def get_node_ids(self) -> Iterable[int]: ...
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]: ...
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]: ...
+
+
+def _patient(patience_s: float) -> RetryInvoker:
+    # Not flwr's own make_simple_http_retry_invoker: on 401 that one sends SIGINT to this process, which holds the base model.
+    def hopeless(error: Exception) -> bool:
+        if isinstance(error, httpx.HTTPStatusError):
+            return error.response.status_code not in _RETRIED
+        return "certificate" in str(error).lower()
+
+    return RetryInvoker(
+        lambda: exponential(base_delay=0.2, max_delay=5),
+        (httpx.TransportError, httpx.HTTPStatusError),
+        max_tries=None,
+        max_time=patience_s,
+        should_giveup=hopeless,
+    )
+
+
+def _call(method: Callable[[Any], T], request: object) -> T:
+    """Runs one request; what httpx raises becomes a named error."""
+    try:
+        return method(request)
+    except httpx.HTTPStatusError as e:
+        raise ConnectionFailed(f"Flower answered {e.response.status_code} to {e.request.url.path}") from None
+    except (httpx.HTTPError, OSError, ValueError) as e:
+        raise ConnectionFailed(f"no answer from Flower: {type(e).__name__}") from None
+
+
+def _runtime(address: str, ca: Path | None, patience_s: float, *interceptors: object) -> Any:
+    if ca is None and not address.startswith(f"{LOOPBACK}:"):
+        raise ValueError("without TLS only on loopback")
+    return RuntimeHttpClient.from_server_address(
+        server_address=address,
+        insecure=ca is None,
+        root_certificates=None if ca is None else str(ca),
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="fedlora"), *interceptors],
+        retry_invoker=_patient(patience_s),
+    )
+
+
+class Claimer:
+    """Asks a Runtime API for waiting tasks.
+
+    Args:
+        kind: ``flwr-serverapp`` or ``flwr-clientapp``.
+        address: loopback host:port of the SuperLink or SuperNode.
+        secret: what its ``--superexec-auth-secret-file`` holds.
+        ca: None for plain HTTP, on loopback only.
+    """
+
+    def __init__(self, kind: str, *, address: str, secret: bytes, ca: Path | None) -> None:
+        protected = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+        self._request = runtime_pb2.AcquireTaskRequest(supported_task_types=[kind])
+        self._client = _runtime(address, ca, 0.0, SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=protected))
+
+    def claim(self) -> str:
+        """A task's token, or an empty string if nothing waits.
+
+        Raises:
+            ConnectionFailed: no answer, or the secret is wrong.
+        """
+        return str(_call(self._client.AcquireTask, self._request).token)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a claimed task is about.
+
+    Attributes:
+        run_id, task_id, node_id: Flower's numbers.
+        bundle: bytes of the bundle, to be hashed and nothing else.
+        config: the run's overrides of the bundle's config.
+    """
+
+    run_id: int
+    task_id: int
+    node_id: int
+    bundle: bytes
+    config: Mapping[str, object]
+
+
+class TaskClient:
+    """A claimed task's line to its Runtime API; for a run it is also the :class:`Channel` to the sites.
+
+    Every method raises ConnectionFailed if Flower does not answer within ``patience_s`` or knows the token no more.
+    """
+
+    def __init__(self, address: str, *, token: str, ca: Path | None, patience_s: float, max_bytes: int) -> None:
+        self._client = _runtime(address, ca, patience_s, RuntimeTokenHttpInterceptor(token))
+        self.max_bytes = max_bytes
+        self._run_id = 0
+        self._node = node_pb2.Node(node_id=0)
+        self._arriving: dict[str, tuple[Any, Any]] = {}
+
+    def identify(self, *, run_id: int, task_id: int, node_id: int) -> None:
+        """Sets whose messages these are. Process-wide, because flwr's Message reads it from a global."""
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, run_id, node_id
+        self._run_id, self._node = run_id, node_pb2.Node(node_id=node_id)
+
+    def start(self) -> Claim:
+        """Tells Flower that the task runs now, and identifies this client with it."""
+        answer = _call(self._client.PullTaskInput, runtime_pb2.PullTaskInputRequest())
+        claim = Claim(
+            run_id=answer.run.run_id,
+            task_id=answer.task_id,
+            node_id=answer.context.node_id,
+            bundle=answer.fab.content,
+            config=user_config_from_proto(answer.run.override_config),
+        )
+        self.identify(run_id=claim.run_id, task_id=claim.task_id, node_id=claim.node_id)
+        return claim
+
+    def heartbeat(self) -> bool:
+        """False if the task is over for Flower: stopped, or expired."""
+        return bool(_call(self._client.SendTaskHeartbeat, runtime_pb2.SendTaskHeartbeatRequest()).success)
+
+    def finish(self, error: str) -> None:
+        """Ends the task: completed for an empty code, failed otherwise."""
+        status = SubStatus.FAILED if error else SubStatus.COMPLETED
+        _call(self._client.PushTaskOutput, runtime_pb2.PushTaskOutputRequest(sub_status=status, details=error))
+
+    def close(self) -> None:
+        self._client.close()
+
+    def get_node_ids(self) -> list[int]:
+        """Nodes that are online."""
+        return [int(n.node_id) for n in _call(self._client.GetNodes, runtime_pb2.GetNodesRequest()).nodes]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Sends messages one by one, each in chunks that are stored once however many sites they go to.
+
+        Returns:
+            Ids in order, empty where Flower refused one.
+        """
+        return [self._push(m) for m in messages]
+
+    def _push(self, message: Message) -> str:
+        # Metadata are part of the message's content: the id must be set before the tree is taken.
+        message.metadata.__dict__["_message_id"] = message.object_id
+        with inflatable_object.no_object_id_recompute():
+            answer = _call(
+                self._client.PushMessages,
+                runtime_pb2.PushAppMessagesRequest(
+                    messages_list=[message_to_proto(remove_content_from_message(message))],
+                    message_object_trees=[inflatable_object.get_object_tree(message)],
+                ),
+            )
+            push = make_push_object_fn_protobuf(
+                self._client.PushObject, self._node, run_id=self._run_id, session_id=answer.session_id
+            )
+            try:
+                inflatable_utils.push_objects(
+                    inflatable_object.get_all_nested_objects(message), push, object_ids_to_push=set(answer.objects_to_push)
+                )
+            except (httpx.HTTPError, inflatable_utils.ObjectPushError) as e:
+                raise ConnectionFailed(f"a message could not be delivered: {type(e).__name__}") from None
+        return str(answer.message_ids[0]) if answer.message_ids else str(message.metadata.message_id)
+
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Takes what has arrived whole: replies to these ids, or for no ids the instruction of a site's task. At most once each.
 
-        Does not wait for a reply that is still being uploaded: one slow site would hold up all others.
-
-        Raises:
-            Oversized: a message would unfold to more than ``max_bytes``; it is thrown away.
-            WireError: it does not unfold at all; likewise.
+        Does not wait for a reply that is still being uploaded: one slow site would hold up all others. A message that
+        would unfold to more than ``max_bytes``, or not at all, comes as one with the error TOO_LARGE or BROKEN.
         """
         asked = list(message_ids)
         for message_id in [i for i in asked or [""] if i not in self._arriving]:
             request = runtime_pb2.PullAppMessagesRequest(message_ids=[message_id] if message_id else [])
             answer = _call(self._client.PullMessages, request)
             for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
-                self._arriving[message_id] = (head.metadata.message_id, tree)
+                self._arriving[message_id] = (message_from_proto(head).metadata, tree)
         arrived = []
         for message_id in asked or [""]:
             if message_id in self._arriving and self._is_whole(self._arriving[message_id][1]):
@@ -75,23 +238,22 @@ class Channel(Protocol):
         answer = _call(self._client.PullObject, request)
         return bool(answer.object_available) or not answer.object_found
 
-    def _unfold(self, message_id: str, tree: Any) -> Message:
+    def _unfold(self, head: Any, tree: Any) -> Message:
         try:
             parts = self._pull_objects(tree)
-            _check_unfolded(parts, self._max_bytes)
-            message = inflatable_utils.inflate_object_from_contents(message_id, parts)
+            _check_unfolded(parts, self.max_bytes)
+            message = inflatable_utils.inflate_object_from_contents(tree.object_id, parts)
             if not isinstance(message, Message):
                 raise WireError("not a message")
-        except (Oversized, WireError):
-            raise
-        except Exception as e:  # whatever another site sends must not end the run
-            raise WireError(f"a message does not unfold: {type(e).__name__}") from None
-        finally:
-            confirm = message_pb2.ConfirmMessageReceivedRequest(
-                node=self._node, run_id=self._run_id, message_object_id=message_id
-            )
-            _call(self._client.ConfirmMessageReceived, confirm)
-        message.metadata.__dict__["_message_id"] = message_id
+        except Oversized:
+            message = make_message(metadata=head, error=Error(TOO_LARGE))
+        except Exception:  # whatever another site sends must not end the run
+            message = make_message(metadata=head, error=Error(BROKEN))
+        confirm = message_pb2.ConfirmMessageReceivedRequest(
+            node=self._node, run_id=self._run_id, message_object_id=tree.object_id
+        )
+        _call(self._client.ConfirmMessageReceived, confirm)
+        message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
     def _pull_objects(self, tree: Any) -> dict[str, bytes]:
@@ -102,10 +264,10 @@ class Channel(Protocol):
         sizes: list[int] = []
 
         def bounded(object_id: str) -> bytes:
-            part = pull(object_id)
+            part: bytes = pull(object_id)
             sizes.append(len(part))
-            if sum(sizes) > self._max_bytes + _OVERHEAD_BYTES:
-                raise Oversized(f"a message of more than {self._max_bytes} bytes")
+            if sum(sizes) > self.max_bytes + _OVERHEAD_BYTES:
+                raise Oversized(f"a message of more than {self.max_bytes} bytes")
             return part
 
         try:

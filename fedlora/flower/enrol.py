@@ -9,7 +9,7 @@ import ipaddress
 import os
 import secrets
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -28,7 +28,7 @@ __all__ = ["certificate_hosts", "load_node_keys", "make_node_key", "make_secret"
 _SKEW = timedelta(hours=1)
 
 
-def make_tls(directory: Path, hosts: Sequence[str], *, valid_days: int, now: datetime) -> None:
+def make_tls(directory: Path, hosts: Sequence[str], *, valid_days: int = 1825, now: datetime | None = None) -> None:
     """Writes ``ca.crt ca.key server.crt server.key``: EC P-256, keys 0600.
 
     An authority that is there already is kept, so that a new host name or a renewal changes nothing at the sites.
@@ -36,17 +36,18 @@ def make_tls(directory: Path, hosts: Sequence[str], *, valid_days: int, now: dat
     Args:
         directory: created with 0700 if missing.
         hosts: DNS names and IP addresses by which sites reach the server; localhost and 127.0.0.1 are added.
-        valid_days: of the server certificate; a new authority gets ten times that.
-        now: time zone aware.
+        valid_days: of the server certificate; a new authority gets four times that.
+        now: time zone aware; the clock by default.
 
     Raises:
         ConfigError: not a host name or address.
         KeyFileError: the authority that is there cannot be read.
     """
     names = [_general_name(h) for h in dict.fromkeys([*hosts, "localhost", "127.0.0.1"])]
+    now = now or datetime.now(UTC)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not (directory / "ca.key").exists():
-        _make_ca(directory, valid_days=10 * valid_days, now=now)
+        _make_ca(directory, valid_days=4 * valid_days, now=now)
     ca_key, ca = _load_ca(directory)
     key = ec.generate_private_key(ec.SECP256R1())
     builder = (
@@ -196,7 +197,9 @@ def load_node_keys(sites: Path) -> dict[str, bytes]:
         name = check_site_name(path.stem)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         if len(lines) < 2:
-            raise KeyFileError(f"{path} has no second line with the node's public key", hint="ask the site for its .pub file again")
+            raise KeyFileError(
+                f"{path} has no second line with the node's public key", hint="ask the site for its .pub file again"
+            )
         pem = node_key_pem(lines[1])
         if pem in keys.values():
             raise KeyFileError(f"{path} repeats another site's node key")

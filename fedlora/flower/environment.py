@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["flower_environment"]
+__all__ = ["flower_environment", "join_flower"]
 
 _SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -35,3 +36,12 @@ def flower_environment(flwr_home: Path, *, base: Mapping[str, str]) -> dict[str,
         hosts = [h for h in env.get(name, "").split(",") if h]
         env[name] = ",".join(dict.fromkeys([*hosts, *_LOOPBACK]))
     return env | _SWITCHES | {"FLWR_HOME": str(flwr_home)}
+
+
+def join_flower(flower_home: Path) -> dict[str, str]:
+    """Gives this process that environment too, because it calls Flower's loopback ports itself; returns it for children."""
+    environment = flower_environment(flower_home, base=os.environ)
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+    return environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.errors import ConfigError
@@ -58,9 +59,9 @@ def superlink(port: int, *, tls: Path, database: Path, secret: Path) -> list[str
     ]
 
 
-def executor(home: Path, *, superlink_port: int) -> list[str]:
-    """What claims runs from the SuperLink and starts their :mod:`fedlora.flower.server_app`."""
-    return [*_module("executor"), "--home", str(home), "--superlink-port", str(superlink_port)]
+def executor(home: Path, *, superlink_port: int, command: Sequence[str] = ()) -> list[str]:
+    """What claims runs from the SuperLink: :mod:`fedlora.flower.executor`, or a ``command`` that takes the same arguments."""
+    return [*(command or _module("executor")), "--home", str(home), "--superlink-port", str(superlink_port)]
 
 
 def gateway(

@@ -9,15 +9,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.errors import Oversized, WireError
+from fedlora.flower._internals import BROKEN, TOO_LARGE
 from fedlora.messages import Reply, Request
 
-__all__ = ["STYPE", "dump_reply", "dump_request", "parse_reply", "parse_request", "safe_code"]
+__all__ = ["STYPE", "dump_reply", "dump_request", "flower_error", "parse_reply", "parse_request", "safe_code"]
 
 STYPE = "fedlora.sealed.v1"
 
+_FLOWER_ERRORS = {
+    1: "site-process",
+    2: "site-process",
+    3: "message-unavailable",
+    4: "reply-unavailable",
+    5: "node-unavailable",
+    7: "bundle-refused",
+    8: "site-process",
+    BROKEN: WireError.code,
+    TOO_LARGE: Oversized.code,
+}
 _CODE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _PHASE = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
@@ -25,6 +37,11 @@ _PHASE = re.compile(r"[a-z][a-z0-9-]{0,31}")
 def safe_code(code: str) -> str:
     """``code`` if it has the form of an error code, else ``error``: no other text may travel."""
     return code if _CODE.fullmatch(code) else "error"
+
+
+def flower_error(message: Message) -> str:
+    """The code of ours for a message that carries one of Flower's errors. Its text is dropped."""
+    return _FLOWER_ERRORS.get(message.error.code, "flower")
 
 
 def _dump(body: bytes, names: Mapping[str, str]) -> RecordDict:

@@ -18,31 +18,14 @@ from pathlib import Path
 from types import FrameType
 
 from fedlora.errors import ConnectionFailed
+from fedlora.rounds import Report
 
-__all__ = ["Event", "OnEvent", "Service", "Supervisor", "die_with_parent", "end_with", "rotating_log", "signals"]
+__all__ = ["Service", "Supervisor", "die_with_parent", "end_with", "rotating_log", "signals"]
 
 _LOG_BYTES = 8 << 20
 _LOG_FILES = 4
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something worth a line to whoever watches.
-
-    Attributes:
-        service: name of the process, or of the part of this one.
-        kind: starting, ready, exited, waiting, stopping, stopped, and what a module adds.
-        detail: a few words, never a secret.
-    """
-
-    service: str
-    kind: str
-    detail: str = ""
-
-
-OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +68,14 @@ class Supervisor:
     Args:
         services: in the order in which they need each other.
         log_directory: gets one rotating ``NAME.log`` each, 0600.
-        on_event: called for each change, in the thread that calls start, watch or stop.
+        report: told ``("process", {"name", "state"})`` at each change, in the thread that calls start, watch or stop.
         stop_s: how long a process may take to end before it is killed, seconds.
     """
 
-    def __init__(self, services: Sequence[Service], *, log_directory: Path, on_event: OnEvent, stop_s: float = 10.0) -> None:
+    def __init__(self, services: Sequence[Service], *, log_directory: Path, report: Report, stop_s: float = 10.0) -> None:
         self._running = [_Running(s) for s in services]
         self._log_directory = log_directory
-        self._on_event = on_event
+        self._report = report
         self._stop_s = stop_s
 
     def start(self) -> None:
@@ -125,10 +108,10 @@ class Supervisor:
                 service = running.service
                 pause = service.after_crash_s if status else service.after_exit_s
                 running.restart_at = now + pause
-                self._on_event(Event(service.name, "exited", f"status {status}; again in {pause:g} s"))
+                self._say(service.name, f"ended with status {status}, starts again in {pause:g} s")
             elif not running.seen_ready and running.service.ready():
                 running.seen_ready = True
-                self._on_event(Event(running.service.name, "ready"))
+                self._say(running.service.name, "ready")
 
     def stop(self) -> None:
         """Ends all in reverse order: asks, waits, kills; whole process groups, so that no grandchild stays."""
@@ -137,22 +120,25 @@ class Supervisor:
             running.restart_at = None
             if process is None:
                 continue
-            self._on_event(Event(running.service.name, "stopping"))
+            self._say(running.service.name, "stopping")
             end_with(process, signal.SIGTERM)
             try:
                 process.wait(self._stop_s)
             except subprocess.TimeoutExpired:
-                self._on_event(Event(running.service.name, "killed", f"did not stop within {self._stop_s:g} s"))
+                self._say(running.service.name, f"killed: did not stop within {self._stop_s:g} s")
             self._bury(running)
-            self._on_event(Event(running.service.name, "stopped"))
+            self._say(running.service.name, "stopped")
 
     def pids(self) -> dict[str, int]:
         """Process ids of what runs now, by name."""
         return {r.service.name: r.process.pid for r in self._running if r.process is not None}
 
+    def _say(self, name: str, state: str) -> None:
+        self._report("process", {"name": name, "state": state})
+
     def _spawn(self, running: _Running) -> None:
         service = running.service
-        self._on_event(Event(service.name, "starting"))
+        self._say(service.name, "starting")
         parent = os.getpid()
         running.process = subprocess.Popen(  # noqa: S603  argv is ours, without a shell
             list(service.argv),
@@ -161,7 +147,7 @@ class Supervisor:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in a terminal reaches us only; we stop the others in order
-            preexec_fn=lambda: die_with_parent(service.death_signal, parent=parent),  # noqa: PLW1509
+            preexec_fn=lambda: die_with_parent(service.death_signal, parent=parent),
         )
         running.pump = threading.Thread(
             target=_pump, args=(running.process, self._log_directory / f"{service.name}.log"), daemon=True
@@ -179,7 +165,7 @@ class Supervisor:
                 raise ConnectionFailed(f"{service.name} ended with status {process.returncode} while starting", hint=f"see {log}")
             if service.ready():
                 running.seen_ready = True
-                self._on_event(Event(service.name, "ready"))
+                self._say(service.name, "ready")
                 return
             if time.monotonic() >= end:
                 raise ConnectionFailed(f"{service.name} was not ready within {service.ready_s:g} s", hint=f"see {log}")
@@ -223,9 +209,9 @@ def rotating_log(path: Path) -> RotatingFileHandler:
 def _pump(process: subprocess.Popen[bytes], path: Path) -> None:
     handler = rotating_log(path)
     try:
-        for line in process.stdout or ():
-            text = line[:4096].decode(errors="replace").rstrip()
-            handler.emit(logging.LogRecord(process.args[0], logging.INFO, "", 0, text, None, None))  # type: ignore[index]
+        while process.stdout is not None and (line := process.stdout.readline(4096)):
+            text = line.decode(errors="replace").rstrip()
+            handler.emit(logging.LogRecord(path.stem, logging.INFO, "", 0, text, None, None))
     finally:
         handler.close()
 

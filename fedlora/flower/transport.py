@@ -9,21 +9,10 @@ from flwr.app import Message
 
 from fedlora.errors import ConnectionFailed, Oversized, WireError
 from fedlora.flower._internals import Channel
-from fedlora.flower.records import dump_request, parse_reply
+from fedlora.flower.records import dump_request, flower_error, parse_reply
 from fedlora.messages import Reply, Request
 
-__all__ = ["FLOWER_ERRORS", "FlowerTransport"]
-
-FLOWER_ERRORS = {
-    1: "site-process",
-    2: "site-process",
-    3: "message-unavailable",
-    4: "reply-unavailable",
-    5: "node-unavailable",
-    7: "bundle-refused",
-    8: "site-process",
-}
-"""Flower's error codes in our words. Their texts are dropped."""
+__all__ = ["FlowerTransport"]
 
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 2.0
@@ -100,19 +89,21 @@ class FlowerTransport:
         yield from failed
         wait = _FIRST_WAIT_S
         while pending:
-            came = False
+            last, came = self._clock() >= end, False
             for message_id, site in list(pending.items()):
                 reply = self._pull(message_id, site)
                 if reply is not None:
                     del pending[message_id]
                     came = True
-                    yield reply
+                    # At the deadline Flower calls every open message unavailable; that site is late, not in error.
+                    if not (last and reply.error):
+                        yield reply
                     del reply
-                if self._clock() >= end:
-                    return
+            if last:
+                return
             if came:
                 wait = _FIRST_WAIT_S
-            elif pending:
+            else:
                 self._sleep(min(wait, max(0.0, end - self._clock())))
                 wait = min(2 * wait, _LONGEST_WAIT_S)
 
@@ -120,7 +111,7 @@ class FlowerTransport:
         try:
             for message in self._grid.pull_messages([message_id]):
                 if message.has_error():
-                    return Reply(site, error=FLOWER_ERRORS.get(message.error.code, "flower"))
+                    return Reply(site, error=flower_error(message))
                 reply = parse_reply(message.content, max_bytes=self._max_reply_bytes)
                 # Who answers is known from the message that is answered, never from what the reply says.
                 return reply if reply.site == site else Reply(site, error="wire")

@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from fedlora.errors import ConfigError, FedLoRAError, ModelError, ResourceError
 from fedlora.learn.digest import base_digest
-from fedlora.learn.gguf import convert_gguf, file_digest
+from fedlora.learn.gguf import convert_gguf
 from fedlora.learn.options import BaseOptions
+from fedlora.learn.shards import file_digest
 
 __all__ = ["Base", "BaseOptions", "DequantisedLinear", "load_base"]
 
@@ -68,7 +69,9 @@ def load_base(options: BaseOptions) -> Base:
     except (torch.OutOfMemoryError, MemoryError):
         raise ResourceError(f"not enough memory for {directory}", hint="load_in_4bit, or a smaller base") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as e:
-        raise ModelError(f"cannot load {directory}: {_first_line(e)}", hint="copy the base model again, all files of one revision") from e
+        raise ModelError(
+            f"cannot load {directory}: {_first_line(e)}", hint="copy the base model again, all files of one revision"
+        ) from e
     missing = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
     if missing:
         raise ModelError(f"{directory}: {len(missing)} weights are missing or of another shape, first {missing[0]}")
@@ -80,7 +83,7 @@ def load_base(options: BaseOptions) -> Base:
 
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch finds none", hint="device = \"auto\" or \"cpu\"")
+        raise ConfigError("device is cuda, but torch finds none", hint='device = "auto" or "cpu"')
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -164,4 +167,8 @@ def _written_out(module: Any) -> DequantisedLinear:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300] if not isinstance(error, FedLoRAError) else str(error)
+    return (
+        (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        if not isinstance(error, FedLoRAError)
+        else str(error)
+    )

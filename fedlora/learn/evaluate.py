@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Scores:
 
 
 def evaluate(
-    model: LoraModel, examples: Sequence[Tokens], *, rows: int, max_length: int, coarse_chars: int = 0, packing: bool = True
+    model: LoraModel, examples: Sequence[Tokens], *, max_length: int, rows: int = 8, coarse_chars: int = 0, packing: bool = True
 ) -> Scores:
     """Scores the adapter as it is, without dropout and without generating.
 
@@ -55,8 +55,8 @@ def evaluate(
     completion: the first wrong token spoils both, and before it both have read the same tokens.
 
     Args:
-        rows: rows of a batch.
         max_length: tokens of a row.
+        rows: rows of a batch.
         coarse_chars: k > 0 also counts completions whose first k characters, once stripped, are right: the tokens up to
             the one that completes them must all be the most likely ones.
 
@@ -72,7 +72,7 @@ def evaluate(
     model.peft_model.eval()
     nats, tokens, exact, coarse, seen = 0.0, 0, 0, 0, 0
     try:
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with torch.no_grad():
             for batch in in_order(examples, rows=rows, max_length=max_length, packing=packing, pad_token_id=pad):
                 scored = model.forward(batch)
                 nats += float(scored.nll.double().sum())
@@ -95,8 +95,3 @@ def _tokens_needed(tokenizer: Any, example: Tokens, characters: int) -> int:
         if characters and len(tokenizer.decode(labels[:count], skip_special_tokens=True).strip()) >= characters:
             return count
     return len(labels)
-
-
-def metrics_of(scores: Scores) -> Mapping[str, float]:
-    """See :meth:`Scores.metrics`."""
-    return scores.metrics()

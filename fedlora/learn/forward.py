@@ -111,7 +111,9 @@ class Forward:
             return _score(head(rows), targets, recording)
 
         # Several slices: forget each one's logits and compute them again on the way back, or slicing would save nothing.
-        result: tuple[torch.Tensor, torch.Tensor] = checkpoint(run, hidden, use_reentrant=False) if recording and many else run(hidden)
+        result: tuple[torch.Tensor, torch.Tensor] = (
+            checkpoint(run, hidden, use_reentrant=False) if recording and many else run(hidden)
+        )
         return result
 
 

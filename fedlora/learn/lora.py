@@ -22,7 +22,7 @@ __all__ = ["LoraModel", "LoraOptions", "attach"]
 _ADAPTER = "default"  # PEFT's own name for the first adapter; it stands in parameter names, not in saved ones
 
 
-class _LoraOnDequantised(LoraLinear):
+class _LoraOnDequantised(LoraLinear):  # type: ignore[misc]  # PEFT ships no usable types
     """PEFT's arithmetic for 4-bit layers on a written-out one: the product is rounded before it is added.
 
     PEFT adds in float32 over a plain layer and in the layer's own type over a 4-bit one; without this class,
@@ -35,7 +35,8 @@ class _LoraOnDequantised(LoraLinear):
             return result
         x = x.to(self.lora_A[_ADAPTER].weight.dtype)
         change = self.lora_B[_ADAPTER](self.lora_A[_ADAPTER](self.lora_dropout[_ADAPTER](x))) * self.scaling[_ADAPTER]
-        return result + change.to(result.dtype)
+        summed: torch.Tensor = result + change.to(result.dtype)
+        return summed
 
 
 class LoraModel:
@@ -64,6 +65,11 @@ class LoraModel:
     def tokenizer(self) -> Any:
         """The base's tokenizer."""
         return self.base.tokenizer
+
+    @property
+    def base_digest(self) -> str:
+        """The base's content digest, hex."""
+        return self.base.digest
 
     def get(self) -> Adapter:
         """A copy of the adapter as it is now; later training does not change it."""

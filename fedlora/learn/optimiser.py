@@ -32,7 +32,7 @@ def make_optimiser(model: LoraModel, options: TrainOptions) -> torch.optim.Optim
         raise ConfigError(
             f"optim {options.optim!r} pages its state between GPU and CPU memory and needs CUDA; this site computes on "
             f"{model.base.device.type}",
-            hint="optim = \"adamw_torch\" in the plan",
+            hint='optim = "adamw_torch" in the plan',
         )
     return _paged(parameters, options)
 

@@ -103,6 +103,11 @@ class LoraOptions:
         if self.r < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1 or not self.target_modules:
             raise ConfigError("r and lora_alpha are at least 1, lora_dropout in [0, 1), target_modules not empty")
 
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) under rsLoRA; no unit."""
+        return float(self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r))
+
     @classmethod
     def of(cls, mapping: Mapping[str, Any]) -> LoraOptions:
         """Options from PEFT's key names, e.g. those of an ``adapter_config.json``.

@@ -1,18 +1,23 @@
-"""safetensors files read and written tensor by tensor: headers, places and bytes, with a few MB of memory. No torch."""
+"""Files of a model: safetensors read and written tensor by tensor, digests, directories that appear whole. No torch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedlora.errors import ModelError
 
-__all__ = ["Entry", "chunks", "load_json", "scan", "weight_files", "write"]
+__all__ = ["Entry", "chunks", "file_digest", "load_json", "new_directory", "scan", "weight_files", "write"]
 
 CHUNK_BYTES = 4 << 20
 MAX_HEADER_BYTES = 100 << 20
@@ -51,7 +56,9 @@ def load_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
-        raise ModelError(f"cannot read {file}: {e.strerror}", hint="a base model directory has config.json beside its weights") from None
+        raise ModelError(
+            f"cannot read {file}: {e.strerror}", hint="a base model directory has config.json beside its weights"
+        ) from None
     except (ValueError, RecursionError):
         raise ModelError(f"{file} is not JSON", hint="copy the base model again") from None
     if not isinstance(value, dict):
@@ -158,3 +165,37 @@ def write(file: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], produce:
             produce(name, f)
             if f.tell() != 8 + len(header) + table[name]["data_offsets"][1]:
                 raise ModelError(f"{name}: its bytes do not match its shape")
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, hex.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    h = hashlib.sha256()
+    try:
+        with file.open("rb") as f:
+            while block := f.read(CHUNK_BYTES):
+                h.update(block)
+    except OSError as e:
+        raise ModelError(f"cannot read {file}: {e.strerror}") from None
+    return h.hexdigest()
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when it is complete.
+
+    Raises:
+        FileExistsError, OSError: the name has been taken meanwhile.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield made
+        made.chmod(0o755)
+        os.rename(made, directory)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise

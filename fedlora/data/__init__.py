@@ -1,0 +1,30 @@
+"""Site data: files -> conversations -> tokens with labels -> packed batches. Needs numpy only."""
+
+from __future__ import annotations
+
+from fedlora.data.batches import Batch, Cursor, Stream, in_order
+from fedlora.data.conversations import Conversation, ReadReport, Turn, read
+from fedlora.data.holdout import split
+from fedlora.data.readers import READERS, Reader
+from fedlora.data.shapes import SHAPES
+from fedlora.data.tokens import IGNORE, Tokenizer, TokenReport, Tokens, tokenise
+
+__all__ = [
+    "IGNORE",
+    "READERS",
+    "SHAPES",
+    "Batch",
+    "Conversation",
+    "Cursor",
+    "ReadReport",
+    "Reader",
+    "Stream",
+    "TokenReport",
+    "Tokenizer",
+    "Tokens",
+    "Turn",
+    "in_order",
+    "read",
+    "split",
+    "tokenise",
+]

@@ -1,0 +1,89 @@
+"""Keys and directories of a federation: what `keygen` and `pin` make."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora import build
+from fedlora.config import Plan, dump_toml, load_plan
+from fedlora.errors import KeyFileError, StoreError
+from fedlora.messages import SERVER, check_site_name
+from fedlora.protect.keys import Identity
+from fedlora.store import save_adapter, write_atomic
+
+__all__ = ["make_server_home", "make_site_keys", "pin_plan"]
+
+
+def make_site_keys(name: str, out: Path) -> tuple[Path, str]:
+    """Makes ``NAME.key``, ``NAME.node.key`` (both 0600) and ``NAME.pub``: our public identity and, on the second line, the
+    public key with which Flower authenticates the connection.
+
+    Returns:
+        The public file and its fingerprint.
+
+    Raises:
+        KeyFileError: keys of that name exist.
+        ConfigError: not a site name.
+    """
+    from fedlora.flower.enrol import make_node_key
+
+    check_site_name(name)
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    identity = Identity.generate(name)
+    identity.save(out / f"{name}.key")
+    node = make_node_key(out / f"{name}.node.key")
+    public = out / f"{name}.pub"
+    write_atomic(public, f"{identity.public.line()}\n{node.strip()}\n".encode(), mode=0o644)
+    return public, identity.public.fingerprint()
+
+
+def make_server_home(home: Path, *, hosts: Sequence[str]) -> str:
+    """Makes a server's directory: ``server.key`` and ``server.pub``, ``tls/``, the secret of its own processes, ``sites/``,
+    ``runs/``.
+
+    Returns:
+        The fingerprint of the server's public key.
+
+    Raises:
+        KeyFileError: the directory has a server in it.
+    """
+    from fedlora.flower.enrol import make_tls
+
+    if (home / "server.key").exists():
+        raise KeyFileError(f"{home} has a server's key already", hint="choose another directory; a key is never overwritten")
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for part in ("sites", "runs", "flower"):
+        (home / part).mkdir(exist_ok=True, mode=0o700)
+    make_tls(home / "tls", hosts)
+    write_atomic(home / "superexec.secret", secrets.token_hex(32).encode())
+    identity = Identity.generate(SERVER)
+    write_atomic(home / "server.pub", f"{identity.public.line()}\n".encode(), mode=0o644)
+    identity.save(home / "server.key")
+    return identity.public.fingerprint()
+
+
+def pin_plan(plan_file: Path, model: Path, out: Path) -> Plan:
+    """Fills the digests of the base and of the first adapter into a plan and writes both into ``out``, complete or not at all.
+
+    Raises:
+        StoreError: ``out`` exists.
+        ModelError: nothing usable at ``model``.
+    """
+    from fedlora.learn.first import first_adapter
+
+    if out.exists():
+        raise StoreError(f"{out} exists", hint="choose another --out; a pinned plan is not changed under its run")
+    plan = load_plan(plan_file).model_copy(update={"simulation": None})
+    lora = build.load_lora(plan, model, device="cpu", threads=0, keep_dequantised=False)
+    first = first_adapter(lora.layout, seed=plan.run.seed)
+    pinned = plan.pinned(base=lora.base_digest, init=first.digest())
+    new = out.with_name(f".{out.name}.{os.getpid()}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    save_adapter(new / "first.safetensors", first, {"round": 0, "plan": pinned.digest()})
+    write_atomic(new / "plan.toml", dump_toml(pinned).encode(), mode=0o644)
+    os.replace(new, out)
+    return pinned

@@ -1,0 +1,129 @@
+"""Claims runs from the SuperLink and starts one :mod:`fedlora.flower.server_app` at a time.
+
+Stands where Flower's own ``flower-superexec`` would. That one imports whatever bundle a run brings, and the Control API
+lets anyone on this host start a run; and it passes the task's token on the command line, where every user sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from fedlora.errors import ConnectionFailed
+from fedlora.flower._internals import Claim, Claimer, TaskClient
+from fedlora.flower.bundle import BUNDLE_SHA256
+from fedlora.flower.jobs import load_outcome
+from fedlora.flower.launch import LOOPBACK
+from fedlora.flower.server_app import Handover
+from fedlora.flower.supervisor import die_with_parent
+
+__all__ = ["execute", "main"]
+
+log = logging.getLogger("fedlora.executor")
+
+_POLL_S = 0.25
+_HEARTBEAT_S = 2.0
+_PATIENCE_S = 900.0
+_STOP_S = 10.0
+_APP = [sys.executable, "-P", "-m", "fedlora.flower.server_app"]
+
+
+def execute(token: str, *, home: Path, superlink_port: int, app: list[str]) -> str:
+    """Does one claimed run to its end.
+
+    Args:
+        app: command line of the server app.
+
+    Returns:
+        The code of the error that ended it, empty if it completed.
+    """
+    client = TaskClient(
+        f"{LOOPBACK}:{superlink_port}", token=token, ca=home / "tls" / "ca.crt", patience_s=_PATIENCE_S, max_bytes=0
+    )
+    error = "internal"
+    try:
+        claim = client.start()
+        if hashlib.sha256(claim.bundle).hexdigest() != BUNDLE_SHA256:
+            error = "bundle-refused"
+        else:
+            error = _run(client, claim, token, home=home, superlink_port=superlink_port, app=app)
+    finally:
+        try:
+            client.finish(error)
+        except ConnectionFailed as e:
+            log.warning("the end of the run could not be reported: %s", e)
+        client.close()
+    return error
+
+
+def _run(client: TaskClient, claim: Claim, token: str, *, home: Path, superlink_port: int, app: list[str]) -> str:
+    job = str(claim.config.get("job", ""))
+    task = Handover(token, str(home), superlink_port, claim.run_id, claim.task_id, claim.node_id, job)
+    parent = os.getpid()
+    process = subprocess.Popen(  # noqa: S603  argv is ours, without a shell
+        app,
+        stdin=subprocess.PIPE,
+        preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=parent),
+    )
+    next_beat = 0.0
+    try:
+        if process.stdin is not None:
+            with suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(task.dump())
+        while process.poll() is None:
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + _HEARTBEAT_S
+                if not client.heartbeat():
+                    return "stopped"
+            time.sleep(_POLL_S)
+    finally:
+        _end(process)
+    outcome = load_outcome(home, job) if process.returncode else None
+    return "" if process.returncode == 0 else (outcome.code if outcome else "server-app-died")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def main(argv: list[str] | None = None, *, app: list[str] | None = None) -> None:
+    """Claims runs until signalled."""
+    parser = argparse.ArgumentParser(prog="fedlora-executor")
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--superlink-port", type=int, required=True)
+    args = parser.parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    secret = (args.home / "superexec.secret").read_bytes()
+    claimer = Claimer(
+        "flwr-serverapp", address=f"{LOOPBACK}:{args.superlink_port}", secret=secret, ca=args.home / "tls" / "ca.crt"
+    )
+    log.info("ready")
+    while True:
+        try:
+            token = claimer.claim()
+            if token:
+                error = execute(token, home=args.home, superlink_port=args.superlink_port, app=app or _APP)
+                log.info("run ended: %s", error or "completed")
+        except ConnectionFailed as e:
+            log.warning("%s", e)
+            time.sleep(1.0)
+        time.sleep(_POLL_S)
+
+
+if __name__ == "__main__":
+    main()

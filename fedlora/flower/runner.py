@@ -1,0 +1,164 @@
+"""A site's one long-lived process: claims messages from the SuperNode and answers them with installed code only.
+
+Flower's way is a new process for each message, which imports what the server shipped. Here the base model stays loaded,
+the bundle is hashed and dropped, and of an exception nothing but a code gets out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+
+from flwr.app import Message
+
+from fedlora.errors import ConnectionFailed, FedLoRAError
+from fedlora.flower._internals import Claimer, TaskClient
+from fedlora.flower.bundle import BUNDLE_SHA256
+from fedlora.flower.launch import LOOPBACK
+from fedlora.flower.records import dump_reply, flower_error, parse_request
+from fedlora.messages import Reply, Request
+
+__all__ = ["Handle", "Runner"]
+
+log = logging.getLogger("fedlora.runner")
+
+Handle = Callable[[Request], Reply]
+"""``Site.handle``: answers a request; its errors come back as the reply's code."""
+
+_LONGEST_WAIT_S = 5.0
+
+
+class Runner:
+    """Answers what comes until stopped. Survives any death of the SuperNode.
+
+    Args:
+        port: the SuperNode's loopback port.
+        site: this site's name.
+        secret: what the SuperNode's secret file holds.
+        handle: answers a request. Called in the thread that calls :meth:`run`, one at a time.
+        max_bytes: larger requests are refused unread.
+        poll_s: pause between two questions for work, seconds.
+        heartbeat_s: between two signs of life while ``handle`` works, seconds; Flower gives up after 60.
+        patience_s: how long to try to deliver an answer, seconds. After that it is lost for Flower; the journal has it.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        *,
+        site: str,
+        secret: bytes,
+        handle: Handle,
+        max_bytes: int,
+        poll_s: float = 0.25,
+        heartbeat_s: float = 10.0,
+        patience_s: float = 30.0,
+    ) -> None:
+        self._address = f"{LOOPBACK}:{port}"
+        self._site = site
+        self._secret = secret
+        self._handle = handle
+        self._max_bytes = max_bytes
+        self._poll_s = poll_s
+        self._heartbeat_s = heartbeat_s
+        self._patience_s = patience_s
+        self._working = False
+
+    @property
+    def working(self) -> bool:
+        """True while ``handle`` runs."""
+        return self._working
+
+    def run(self, stop: threading.Event) -> None:
+        """Claims and answers until ``stop`` is set. A KeyboardInterrupt in ``handle`` answers ``site-stopped`` and goes on up."""
+        claimer = Claimer("flwr-clientapp", address=self._address, secret=self._secret, ca=None)
+        wait, away = self._poll_s, False
+        while not stop.is_set():
+            try:
+                token = claimer.claim()
+                if away:
+                    log.info("the SuperNode is back")
+                wait, away = self._poll_s, False
+                if token:
+                    self._answer(token, stop)
+                    continue
+            except ConnectionFailed as e:
+                if not away:
+                    log.warning("waiting for the SuperNode: %s", e)
+                wait, away = min(2 * wait, _LONGEST_WAIT_S), True
+            stop.wait(wait)
+
+    def _answer(self, token: str, stop: threading.Event) -> None:
+        client = TaskClient(self._address, token=token, ca=None, patience_s=self._patience_s, max_bytes=self._max_bytes)
+        over = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(client, over), daemon=True)
+        try:
+            claim = client.start()
+            beat.start()
+            message = self._receive(client, over, stop)
+            if message is None:
+                # Never ended without a reply: the SuperNode would wait for one for ever. Its task expires in a minute.
+                log.warning("a message did not reach this site")
+                return
+            ours = hashlib.sha256(claim.bundle).hexdigest() == BUNDLE_SHA256
+            reply, interrupted = Reply(self._site, error="bundle-refused"), False
+            if ours:
+                try:
+                    reply = self._reply_to(message)
+                except KeyboardInterrupt:
+                    reply, interrupted = Reply(self._site, error="site-stopped"), True
+            client.push_messages([Message(dump_reply(reply), reply_to=message)])
+            client.finish("")
+            log.info("answered: %s", reply.error or f"{len(reply.body)} bytes")
+            if interrupted:
+                raise KeyboardInterrupt
+        finally:
+            over.set()
+            if beat.ident is not None:
+                beat.join(timeout=1)
+            client.close()
+
+    def _receive(self, client: TaskClient, over: threading.Event, stop: threading.Event) -> Message | None:
+        """The task's message. The task is there first; its chunks come after it, at the speed of the line."""
+        while not over.is_set() and not stop.is_set():
+            for message in client.pull_messages([]):
+                return message
+            over.wait(self._poll_s)
+        return None
+
+    def _reply_to(self, message: Message) -> Reply:
+        if message.has_error():
+            return Reply(self._site, error=flower_error(message))
+        try:
+            request = parse_request(message.content, max_bytes=self._max_bytes)
+        except FedLoRAError as e:
+            return Reply(self._site, error=e.code)
+        if request.site != self._site:
+            return Reply(self._site, error="wrong-recipient")
+        return self._work(request)
+
+    def _work(self, request: Request) -> Reply:
+        self._working = True
+        try:
+            reply = self._handle(request)
+        except FedLoRAError as e:
+            log.error("%s: %s", e.code, e)
+            return Reply(self._site, error=e.code)
+        except Exception:
+            # The text may quote a patient. It stays in this site's log.
+            log.exception("internal error")
+            return Reply(self._site, error="internal")
+        finally:
+            self._working = False
+        return Reply(self._site, reply.body, reply.error)
+
+    def _beat(self, client: TaskClient, over: threading.Event) -> None:
+        while not over.wait(self._heartbeat_s):
+            try:
+                if not client.heartbeat():
+                    log.warning("Flower gave this message up; a finished answer stays in the journal")
+                    over.set()
+            except ConnectionFailed as e:
+                log.warning("no heartbeat: %s", e)

@@ -1,0 +1,228 @@
+"""``fedlora server up`` and ``start``: the processes of the server, the check of its public port, and runs."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from fedlora.config import load_plan
+from fedlora.errors import ConfigError, FedLoRAError, KeyFileError, RunFailed
+from fedlora.flower import launch
+from fedlora.flower.control import Control, register_sites, start_job
+from fedlora.flower.enrol import certificate_hosts, load_node_keys
+from fedlora.flower.environment import join_flower
+from fedlora.flower.exposure import check_loopback, check_public, dialled, free_port, healthy
+from fedlora.flower.jobs import Address, Job, load_address, load_outcome, new_job, pass_on, save_address
+from fedlora.flower.records import safe_code
+from fedlora.flower.supervisor import Service, Supervisor, signals
+from fedlora.rounds import Report
+
+__all__ = ["start", "stop_run", "sync_sites", "up"]
+
+_PATIENCE_S = 10.0
+_LOOK_S = 1.0
+
+
+def up(
+    home: Path,
+    *,
+    listen: str,
+    body_limit_bytes: int,
+    report: Report,
+    hosts: Sequence[str] = (),
+    stop: threading.Event | None = None,
+    timeout_s: float = 120.0,
+    connections: int = 512,
+    executor: Sequence[str] = (),
+) -> None:
+    """Runs the server until SIGTERM or SIGINT, or until ``stop`` is set. Prints nothing.
+
+    ``report`` gets ``("listening", {"address"})`` only after the public port was probed from outside in: the
+    Control and Runtime APIs must answer 404 there.
+
+    Args:
+        home: the server's directory, as `fedlora keygen server` made it.
+        listen: public host:port of the gateway.
+        body_limit_bytes: largest single HTTP body; Flower cuts blobs into chunks of 5 MiB.
+        report: told of ``process``, ``listening``, ``site-online`` and ``site-offline``.
+        hosts: names and addresses that sites dial; the certificate must cover them.
+        stop: set it to stop from another thread.
+        timeout_s: for one HTTP call, seconds.
+        connections: at most so many at a time.
+        executor: command line in place of :mod:`fedlora.flower.executor`, given home and port as that one is.
+
+    Raises:
+        ConfigError: another server runs in this home, a port is taken, or the certificate does not cover a host.
+        KeyFileError: a key file is missing or malformed.
+        ConnectionFailed: a process does not start, or the server would be open (``exposed``).
+    """
+    _check_free(listen)
+    home = home.resolve()
+    tls, flower = home / "tls", home / "flower"
+    load_node_keys(home / "sites")  # a bad file is found before anything starts
+    _check_files(home, hosts)
+    stop = stop or threading.Event()
+    with _only_one(flower / "lock"), signals(stop.set):
+        port = free_port()
+        gateway = partial(launch.gateway, body_limit_bytes=body_limit_bytes, timeout_s=timeout_s, connections=connections)
+        env = join_flower(flower / "home")
+        services = _services(
+            home, port, gateway=gateway(listen, superlink_port=port, tls=tls), public=listen, env=env, executor=executor
+        )
+        supervisor = Supervisor(services, log_directory=flower / "log", report=report)
+        supervisor.start()
+        try:
+            check_loopback(port)
+            check_public(listen, ca=tls / "ca.crt")
+            save_address(home, Address(listen, port))
+            sync_sites(home)
+            report("listening", {"address": listen})
+            _watch(home, supervisor, stop, report)
+        finally:
+            (flower / "server.json").unlink(missing_ok=True)
+            supervisor.stop()
+
+
+def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Report) -> None:
+    """Keeps processes up and the SuperLink's list of nodes equal to ``home/sites``: a new file enrols, a removed one expels."""
+    online: set[str] = set()
+    while not stop.wait(_LOOK_S):
+        supervisor.check(time.monotonic())
+        with suppress(FedLoRAError), _control(home, patience_s=0.0) as control:
+            ids = register_sites(control, load_node_keys(home / "sites"))
+            status = {n.id: n.status for n in control.nodes()}
+            now = {site for site, node_id in ids.items() if status.get(node_id) == "online"}
+            for site in sorted(now - online):
+                report("site-online", {"site": site})
+            for site in sorted(online - now):
+                report("site-offline", {"site": site})
+            online = now
+
+
+def _services(
+    home: Path, port: int, *, gateway: list[str], public: str, env: dict[str, str], executor: Sequence[str]
+) -> list[Service]:
+    tls = home / "tls"
+    relay = launch.superlink(port, tls=tls, database=home / "flower" / "state.db", secret=home / "superexec.secret")
+    claims = launch.executor(home, superlink_port=port, command=executor)
+    return [
+        Service("superlink", relay, env, ready=lambda: healthy((launch.LOOPBACK, port), ca=tls / "ca.crt")),
+        Service("executor", claims, env, ready=lambda: True),
+        Service("gateway", gateway, env, ready=lambda: healthy(dialled(public), ca=tls / "ca.crt")),
+    ]
+
+
+def _check_files(home: Path, hosts: Sequence[str]) -> None:
+    for name in ("superexec.secret", "tls/ca.crt", "tls/server.crt", "tls/server.key"):
+        if not (home / name).is_file():
+            raise KeyFileError(f"{home / name} is missing", hint="`fedlora keygen server` makes it")
+    missing = sorted(set(hosts) - certificate_hosts(home / "tls" / "server.crt"))
+    if missing:
+        raise ConfigError(
+            f"the server's certificate does not cover {', '.join(missing)}",
+            hint="make it again with these hosts; the authority stays, so nothing changes at the sites",
+        )
+
+
+@contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another server runs in {lock.parent.parent}") from None
+        yield
+
+
+def _check_free(listen: str) -> None:
+    host, port = launch.split_address(listen)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            raise ConfigError(f"cannot listen on {listen}: {e.strerror}") from None
+
+
+@contextmanager
+def _control(home: Path, *, patience_s: float = _PATIENCE_S) -> Iterator[Control]:
+    join_flower(home / "flower" / "home")
+    control = Control(load_address(home).superlink_port, ca=home / "tls" / "ca.crt", patience_s=patience_s)
+    try:
+        yield control
+    finally:
+        control.close()
+
+
+def sync_sites(home: Path) -> dict[str, str]:
+    """Tells a running server about sites that were enrolled or removed since it started.
+
+    Returns:
+        Each enrolled site and ``registered`` (never seen), ``online`` or ``offline``; a dead one shows online for a minute.
+
+    Raises:
+        ConnectionFailed: no server runs in this home.
+    """
+    keys = load_node_keys(home / "sites")
+    with _control(home) as control:
+        ids = register_sites(control, keys)
+        status = {n.id: n.status for n in control.nodes()}
+    return {site: status[node_id] for site, node_id in ids.items()}
+
+
+def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float = 0.5) -> Path:
+    """Starts a run on a running server and waits for its end. Interrupting it leaves the run going.
+
+    Args:
+        home: the server's directory.
+        plan: the plan's file.
+        resume: go on from the run's last checkpoint.
+        report: told what the run reports, and ``("process", {"name": "run ID", "state"})`` for Flower's view of it.
+        poll_s: between two looks, seconds.
+
+    Returns:
+        The directory of the completed run.
+
+    Raises:
+        ConfigError: the plan cannot be read.
+        ConnectionFailed: no server runs in this home.
+        FedLoRAError: the run failed; code, text, hint and exit status are those of the error that ended it.
+    """
+    directory = home / "runs" / load_plan(plan).run.name
+    sync_sites(home)
+    job = new_job(home, Job(str(plan.resolve()), resume))
+    with _control(home) as control:
+        run_id = start_job(control, job)
+        said, offset = "", 0
+        while True:
+            state = control.run_state(run_id)
+            offset = pass_on(home, job, report, offset=offset)
+            if state.status != said:
+                said = state.status
+                report("process", {"name": f"run {run_id}", "state": said})
+            if said == "finished":
+                break
+            time.sleep(poll_s)
+    outcome = load_outcome(home, job)
+    if outcome is not None and outcome.code:
+        raise outcome.error()
+    if state.outcome != "completed":
+        raise RunFailed(f"the run ended as {state.outcome}: {safe_code(state.error)}", hint="see flower/log/executor.log")
+    return directory
+
+
+def stop_run(home: Path, run_id: int) -> bool:
+    """Stops a run by Flower's id. Its checkpoints stay, so that it can be resumed.
+
+    Raises:
+        ConnectionFailed: no server runs in this home.
+    """
+    with _control(home) as control:
+        return control.stop_run(run_id)

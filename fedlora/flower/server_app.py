@@ -1,0 +1,130 @@
+"""The process of one run at the server: maps sites to nodes, opens the transport, lets ``build.serve`` run the rounds.
+
+Started by the executor, which hands it the task's token on standard input, where no other user of the host sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from flwr.serverapp import ServerApp
+
+from fedlora.errors import FedLoRAError, PlanRefused
+from fedlora.flower._internals import Channel, Control, TaskClient
+from fedlora.flower.control import nodes_by_site
+from fedlora.flower.enrol import load_node_keys
+from fedlora.flower.jobs import Events, Outcome, load_job, save_outcome
+from fedlora.flower.launch import LOOPBACK
+from fedlora.flower.transport import FlowerTransport
+from fedlora.rounds import Report
+from fedlora.transport import Transport
+
+__all__ = ["Handover", "Serve", "app", "main", "run_server_app"]
+
+log = logging.getLogger("fedlora.server_app")
+
+MAX_REPLY_BYTES = 1 << 30
+_PATIENCE_S = 900.0
+
+
+class Serve(Protocol):
+    """``build.serve``: all rounds of a run."""
+
+    def __call__(self, home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What the executor passes on standard input, as one line of JSON."""
+
+    token: str
+    home: str
+    superlink_port: int
+    run_id: int
+    task_id: int
+    node_id: int
+    job: str
+
+    def dump(self) -> bytes:
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, line: bytes) -> Handover:
+        return cls(**json.loads(line))
+
+
+class _Refuses(ServerApp):  # type: ignore[misc]  # flwr is untyped here
+    def __call__(self, grid: object, context: object) -> None:
+        raise PlanRefused("the server does not run bundles", hint="start runs with `fedlora server start`")
+
+
+app = _Refuses()
+
+
+def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[], Control], serve: Serve) -> Outcome:
+    """Does a job. Every error becomes an outcome with a code; its text goes to this process's log.
+
+    Args:
+        grid: the channel to the nodes.
+        control: opens the Control API, to learn which node is which site.
+        serve: ``build.serve``, or a test's own.
+    """
+    try:
+        todo = load_job(home, job)
+        client = control()
+        try:
+            nodes = nodes_by_site(client, load_node_keys(home / "sites"))
+        finally:
+            client.close()
+        serve(
+            home,
+            Path(todo.plan),
+            FlowerTransport(grid, nodes, max_reply_bytes=MAX_REPLY_BYTES),
+            resume=todo.resume,
+            report=Events(home, job),
+        )
+    except FedLoRAError as e:
+        log.error("%s: %s", e.code, e)
+        return Outcome.of(e)
+    except Exception as e:
+        log.exception("internal error")
+        return Outcome("internal", f"internal error: {type(e).__name__}: {e}", "see flower/log/executor.log", 1)
+    return Outcome("", "", "", 0)
+
+
+def _serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> object:
+    from fedlora import build  # in here, so that even a broken installation becomes an outcome
+
+    return build.serve(home, plan_file, transport, resume=resume, report=report)
+
+
+def main(serve: Serve = _serve) -> int:
+    """Reads the handover, does the job, writes its outcome. Returns the exit status: 0 only for a run that completed."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    task = Handover.parse(sys.stdin.buffer.readline())
+    home, ca = Path(task.home), Path(task.home) / "tls" / "ca.crt"
+    grid = TaskClient(
+        f"{LOOPBACK}:{task.superlink_port}", token=task.token, ca=ca, patience_s=_PATIENCE_S, max_bytes=MAX_REPLY_BYTES
+    )
+    grid.identify(run_id=task.run_id, task_id=task.task_id, node_id=task.node_id)
+    outcome = run_server_app(
+        grid,
+        home=home,
+        job=task.job,
+        control=lambda: Control(task.superlink_port, ca=ca, patience_s=_PATIENCE_S),
+        serve=serve,
+    )
+    save_outcome(home, task.job, outcome)
+    grid.close()
+    return 1 if outcome.code else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""A site's learner: one adapter, this site's rows, and a place in them that lasts over rounds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+
+from fedlora.adapter import Adapter, Layout
+from fedlora.config import canonical
+from fedlora.data import Batch, Cursor, Stream, Tokens
+from fedlora.errors import ConfigError, DataError, StoreError
+from fedlora.learn.evaluate import evaluate
+from fedlora.learn.loop import OnStep, derived_seed, learning_rate, train_steps
+from fedlora.learn.lora import LoraModel
+from fedlora.learn.optimiser import dump_moments, load_moments, make_optimiser
+from fedlora.learn.options import TrainOptions
+from fedlora.site import Trained
+
+__all__ = ["HFLearner", "TrainOptions"]
+
+
+class HFLearner:
+    """Trains and evaluates adapters on one site's rows; implements :class:`fedlora.site.Learner`.
+
+    Several learners may share one ``model``: each call overwrites all of its factors first.
+
+    Args:
+        model: base with adapter.
+        train: this site's training examples.
+        held_out: its examples for evaluation; may be empty.
+        site: this site's name: data order and dropout differ between sites.
+        on_step: told about each step, on this machine only.
+
+    Raises:
+        DataError: nothing to train on.
+        ConfigError: rows are longer than the model can take.
+    """
+
+    def __init__(
+        self,
+        model: LoraModel,
+        train: Sequence[Tokens],
+        held_out: Sequence[Tokens],
+        options: TrainOptions,
+        *,
+        site: str,
+        on_step: OnStep | None = None,
+    ) -> None:
+        if not train:
+            raise DataError("no examples to train on")
+        _check_length(model, options.max_length)
+        tokenizer = model.tokenizer
+        self._model = model
+        self._held_out = list(held_out)
+        self._options = options
+        self._site = site
+        self._on_step = on_step
+        self._stream = Stream(
+            list(train),
+            seed=options.seed,
+            site=site,
+            rows=options.per_device_train_batch_size,
+            max_length=options.max_length,
+            packing=options.packing,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+
+    @property
+    def base(self) -> str:
+        """Content digest of the base model, hex."""
+        return self._model.base.digest
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes of the adapter."""
+        return self._model.layout
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in a round."""
+        o = self._options
+        per_epoch = -(-self._stream.steps_per_epoch() // o.gradient_accumulation_steps)
+        return o.local_steps or o.local_epochs * per_epoch
+
+    def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
+        """Metrics of ``adapter`` on the held-out rows; none if there are no such rows."""
+        self._model.set(adapter)
+        if not self._held_out:
+            return {}
+        o = self._options
+        return evaluate(
+            self._model,
+            self._held_out,
+            rows=o.per_device_train_batch_size,
+            max_length=o.max_length,
+            coarse_chars=o.coarse_chars,
+            packing=o.packing,
+        ).metrics()
+
+    def train(self, adapter: Adapter, *, round: int, state: bytes) -> Trained:
+        """Trains from ``adapter`` for one round.
+
+        The same adapter, round and state give the same bits on a CPU with the same number of threads.
+
+        Raises:
+            NonFiniteUpdate: the loss or a gradient is not finite.
+            StoreError: ``state`` is damaged or another plan's.
+        """
+        o, steps, began = self._options, self.steps, time.perf_counter()
+        if not 1 <= round <= o.num_rounds:
+            raise ValueError(f"round {round} of {o.num_rounds}")
+        self._cursor, moments = _parse_state(state)
+        self._model.set(adapter)
+        self._model.set_checkpointing(o.gradient_checkpointing)
+        optimiser = make_optimiser(self._model, o)
+        if o.optimizer_state == "keep" and moments:
+            load_moments(optimiser, moments)
+        spent = train_steps(
+            self._model,
+            self._groups(),
+            steps=steps,
+            optimiser=optimiser,
+            rate=lambda step: learning_rate(
+                o.lr_scheduler_type,
+                # Mid-step, so that neither the first nor the last step of the run is wasted at a rate of zero.
+                (round - 1 + (step + 0.5) / steps) / o.num_rounds,
+                peak=o.learning_rate,
+                warmup_ratio=o.warmup_ratio,
+            ),
+            seed=lambda step: derived_seed("dropout", o.seed, self._site, round, step),
+            max_grad_norm=o.max_grad_norm,
+            on_step=self._on_step,
+        )
+        blob = dump_moments(optimiser) if o.optimizer_state == "keep" else b""
+        metrics = {"train/loss": spent.loss, "train/seconds": time.perf_counter() - began}
+        return Trained(self._model.get(), spent.tokens, spent.examples, metrics, _dump_state(self._cursor, blob))
+
+    def _groups(self) -> Iterator[Sequence[Batch]]:
+        """Batches of one optimiser step each; ``self._cursor`` follows."""
+        while True:
+            group = []
+            for _ in range(self._options.gradient_accumulation_steps):
+                batch, self._cursor = self._stream.next(self._cursor)
+                group.append(batch)
+            yield group
+
+
+def _check_length(model: LoraModel, max_length: int) -> None:
+    config = model.base.model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ConfigError(f"max_length {max_length} exceeds this base's {longest} positions")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and max_length > window:
+        # Our block masks replace the model's own, which would have kept tokens from looking further back than this.
+        raise ConfigError(
+            f"max_length {max_length} exceeds this base's attention window of {window}", hint="a smaller max_length"
+        )
+
+
+def _dump_state(cursor: Cursor, moments: bytes) -> bytes:
+    """Canonical JSON of the cursor, a line feed, the moments (or nothing)."""
+    return canonical({"cursor": asdict(cursor), "version": 1}) + b"\n" + moments
+
+
+def _parse_state(state: bytes) -> tuple[Cursor, bytes]:
+    """Inverse of :func:`_dump_state`; ``b""`` is the beginning.
+
+    Raises:
+        StoreError: malformed.
+    """
+    if not state:
+        return Cursor(0, 0, 0, 0), b""
+    head, _, moments = state.partition(b"\n")
+    try:
+        table = json.loads(head)
+        cursor = Cursor(**table["cursor"])
+        good = table["version"] == 1 and all(type(v) is int and v >= 0 for v in asdict(cursor).values())
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise StoreError("the training state in the journal is damaged", hint="was it written by another version?")
+    return cursor, moments

@@ -1,0 +1,101 @@
+"""What comes out of a run: an ordinary PEFT adapter or a merged model, and a word about any of our files."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapter import Adapter
+from fedlora.config import Plan, parse_plan
+from fedlora.errors import ConfigError, FedLoRAError, StoreError
+from fedlora.store import RunStore, load_adapter
+
+__all__ = ["describe", "export_run"]
+
+
+def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | None) -> None:
+    """Publishes a run's last adapter.
+
+    Args:
+        run: a server's run directory, or one seed of a simulation.
+        out: directory to make; must not exist.
+        dtype: bfloat16 or float16.
+        merge: write the base with the adapter merged in, which needs ``base`` in full precision.
+
+    Raises:
+        StoreError: no run there, or ``out`` exists.
+        ConfigError: ``merge`` without ``base``.
+        ModelError: the base is quantised, or another one than the adapter fits.
+    """
+    from fedlora.learn import export
+
+    plan, adapter, facts = _finished(run)
+    if merge:
+        if base is None:
+            raise ConfigError("--merge needs --base", hint="the full-precision directory of " + plan.model.model_name_or_path)
+        export.merge(adapter, base, out, scale=plan.lora.scale, dtype=dtype)
+        return
+    from fedlora.build import lora_options
+
+    export.export_adapter(
+        adapter,
+        out,
+        options=lora_options(plan),
+        base_model=plan.model.model_name_or_path,
+        revision=plan.model.revision,
+        dtype=dtype,
+        quantisation="nf4" if plan.model.load_in_4bit else "int8" if plan.model.load_in_8bit else "none",
+        run=facts,
+    )
+
+
+def _finished(run: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
+    """The plan, the last adapter, and the facts for ``fedlora_run.json``: sites by number, not by name."""
+    store = RunStore.open(run / "federated" if (run / "federated").is_dir() else run)
+    at = store.load()
+    facts: dict[str, Any] = {
+        "run": store.run,
+        "plan": store.plan.digest(),
+        "base": store.plan.model.digest,
+        "adapter": at.adapter.digest(),
+        "rounds": at.round,
+        "complete": at.round == store.plan.federation.num_rounds,
+        "protection": store.plan.protect.mode,
+        "aggregate": store.plan.aggregate.name,
+        "sites": len({s for r in store.records() for s in r["sites"]}),
+        "seed": store.plan.run.seed,
+    }
+    return store.plan, at.adapter, facts
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Names and sizes of one of our files; never values.
+
+    Raises:
+        StoreError: not one of ours.
+    """
+    with suppress(FedLoRAError):
+        adapter, facts = load_adapter(path)
+        return {"kind": "adapter", "values": adapter.layout.size, "tensors": len(adapter.layout.entries), **facts}
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+            rest = file.read() if head in (b"FLSE", b"{") or path.suffix == ".json" else b""
+    except OSError as e:
+        raise StoreError(f"cannot read {path}: {e.strerror}") from None
+    if head == b"FLSE":
+        from fedlora.protect.envelope import parse
+
+        header = parse(head + rest, max_bytes=1 << 34).header
+        return {"kind": "envelope", **header.fields()}
+    kinds = {b"FLUP": "update", b"FLTK": "task", b"FLJ1": "journal entry"}
+    if head in kinds:
+        return {"kind": kinds[head], "bytes": path.stat().st_size}
+    with suppress(FedLoRAError, ValueError):
+        plan = parse_plan(head + rest)
+        return {"kind": "plan", "digest": plan.digest(), "name": plan.run.name}
+    with suppress(ValueError):
+        return {"kind": "JSON", "keys": sorted(json.loads(head + rest))}
+    raise StoreError(f"{path} is not a file of FedLoRA")

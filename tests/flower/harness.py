@@ -1,0 +1,147 @@
+"""Real Flower processes on loopback: one server, two sites, over TLS with node keys. All end with the tests, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fedlora
+from fedlora.config import Plan, SiteFile, dump_toml
+from fedlora.flower.enrol import make_node_key, make_secret, make_tls
+from fedlora.flower.exposure import free_port
+from fedlora.flower.supervisor import die_with_parent
+
+HERE = Path(__file__).parent
+ROOT = Path(fedlora.__file__).parents[1]
+
+
+class Child:
+    """A toy process; its events are the JSON lines it prints. Dies with this one."""
+
+    def __init__(self, script: str, *args: str, env: dict[str, str]) -> None:
+        parent = os.getpid()
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / script), *args],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=parent),
+        )
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.errors: list[str] = []
+        self._new: queue.Queue[None] = queue.Queue()
+        for target in (self._read, self._read_errors):
+            threading.Thread(target=target, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            event, facts = json.loads(line)
+            self.events.append((event, facts))
+            self._new.put(None)
+
+    def _read_errors(self) -> None:
+        self.errors.extend(line.decode(errors="replace") for line in self.process.stderr or ())
+
+    def wait_for(self, test: Callable[[str, dict[str, Any]], bool], *, since: int = 0, timeout_s: float = 25) -> int:
+        """Index behind the first event since ``since`` that passes ``test``."""
+        end = time.monotonic() + timeout_s
+        while True:
+            for i, (event, facts) in enumerate(self.events[since:], since):
+                if test(event, facts):
+                    return i + 1
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"not seen; status {self.process.poll()}: {self.events[since:]} {''.join(self.errors)}")
+            with contextlib.suppress(queue.Empty):
+                self._new.get(timeout=0.2)
+
+    def end(self, *, timeout_s: float = 20) -> int:
+        """Asks it to stop and returns its status; kills it if it does not."""
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass
+class Federation:
+    home: Path
+    listen: str
+    audit: Path
+    env: dict[str, str]
+    server: Child
+    sites: dict[str, Child] = field(default_factory=dict)
+
+    def plan(self, name: str) -> Path:
+        """A plan file of this name."""
+        path = self.home.parent / f"{name}.toml"
+        path.write_text(dump_toml(Plan(run={"name": name})))
+        return path
+
+
+def write_site(root: Path, name: str, *, home: Path, listen: str) -> tuple[Path, str]:
+    """A site's directory with keys; returns its file and the line of its node key."""
+    root.mkdir(parents=True)
+    line = make_node_key(root / "node.key")
+    (root / "ca.crt").write_bytes((home / "tls" / "ca.crt").read_bytes())
+    file = SiteFile(name=name, server=listen, ca="ca.crt", node_key="node.key", state="state", local_port=free_port())
+    path = root / "site.toml"
+    path.write_text(dump_toml(file))
+    return path, line
+
+
+def make_home(home: Path) -> None:
+    """What `fedlora keygen server` makes, without our identity."""
+    make_tls(home / "tls", ["localhost"])
+    make_secret(home / "superexec.secret")
+    for part in ("sites", "runs", "flower"):
+        (home / part).mkdir()
+
+
+def environment(audit: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(HERE / "audit"), str(ROOT), str(HERE)])
+    return {**os.environ, "PYTHONPATH": path, "FEDLORA_TEST_AUDIT": str(audit)}
+
+
+def descendants(pid: int) -> dict[int, list[str]]:
+    """Command lines of all processes below ``pid``."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found, todo = {}, [pid]
+    while todo:
+        above = todo.pop()
+        for child in [c for c, p in parents.items() if p == above]:
+            with contextlib.suppress(OSError):
+                found[child] = Path(f"/proc/{child}/cmdline").read_text().split("\0")[:-1]
+                todo.append(child)
+    return found
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(test: Callable[[], bool], *, timeout_s: float = 20) -> None:
+    """Waits for a condition."""
+    end = time.monotonic() + timeout_s
+    while not test():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.1)

@@ -1,0 +1,146 @@
+"""flwr's non-public parts are what ``_internals.py`` takes them for. If one of these fails, that file needs work."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app.error import Error
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common import serde
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.proto import control_pb2, message_pb2, runtime_pb2
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.inflatable import inflatable_object, inflatable_utils
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from fedlora.errors import Oversized
+from fedlora.flower._internals import BROKEN, TOO_LARGE, _check_unfolded
+from fedlora.flower.gateway import FLEET_CALLS
+from fedlora.flower.records import STYPE
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (RuntimeHttpClient.from_server_address, "server_address insecure root_certificates interceptors retry_invoker"),
+        (ControlHttpClient.from_server_address, "server_address insecure root_certificates interceptors retry_invoker"),
+        (RuntimeTokenHttpInterceptor, "token"),
+        (RuntimeVersionHttpInterceptor, "component_name"),
+        (SuperExecAuthHttpInterceptor, "master_secret protected_methods"),
+        (RetryInvoker, "wait_gen_factory recoverable_exceptions max_tries max_time should_giveup"),
+        (exponential, "base_delay max_delay"),
+        (make_pull_object_fn_protobuf, "pull_object_protobuf node run_id"),
+        (make_push_object_fn_protobuf, "push_object_protobuf node run_id session_id"),
+        (inflatable_utils.push_objects, "objects push_object_fn object_ids_to_push"),
+        (inflatable_utils.pull_objects, "object_ids pull_object_fn max_time"),
+        (inflatable_utils.inflate_object_from_contents, "object_id object_contents"),
+        (inflatable_object.get_object_tree, "obj"),
+        (inflatable_object.get_all_nested_objects, "obj"),
+        (inflatable_object.iterate_object_tree, "tree"),
+        (inflatable_object.get_object_head_values_from_object_content, "object_content"),
+        (remove_content_from_message, "message"),
+        (make_message, "metadata error"),
+        (Error, "code reason"),
+        (serde.message_to_proto, "message"),
+        (serde.message_from_proto, "message_proto"),
+        (serde.fab_to_proto, "fab"),
+        (serde.user_config_to_proto, "user_config"),
+        (serde.user_config_from_proto, "proto"),
+    ],
+)
+def test_a_function_still_takes_what_we_give_it(function, parameters):
+    assert set(parameters.split()) <= set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("client", "methods"),
+    [
+        (
+            RuntimeHttpClient,
+            "AcquireTask SendTaskHeartbeat PullTaskInput PushTaskOutput PushObject PullObject ConfirmMessageReceived "
+            "PushMessages PullMessages GetNodes close",
+        ),
+        (ControlHttpClient, "StartRun StopRun ListRuns ListNodes RegisterNode UnregisterNode close"),
+    ],
+)
+def test_a_client_still_has_the_calls_we_make(client, methods):
+    for name in methods.split():
+        assert callable(getattr(client, name))
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        (runtime_pb2.AcquireTaskRequest, "supported_task_types"),
+        (runtime_pb2.AcquireTaskResponse, "token"),
+        (runtime_pb2.PullTaskInputResponse, "context run fab task_id"),
+        (runtime_pb2.PushTaskOutputRequest, "sub_status details"),
+        (runtime_pb2.PushAppMessagesRequest, "messages_list message_object_trees"),
+        (runtime_pb2.PushAppMessagesResponse, "message_ids objects_to_push session_id"),
+        (runtime_pb2.PullAppMessagesRequest, "message_ids"),
+        (runtime_pb2.PullAppMessagesResponse, "messages_list message_object_trees"),
+        (message_pb2.PullObjectRequest, "node run_id object_id"),
+        (message_pb2.PullObjectResponse, "object_found object_available object_content"),
+        (message_pb2.ConfirmMessageReceivedRequest, "node run_id message_object_id"),
+        (control_pb2.StartRunRequest, "fab override_config"),
+        (control_pb2.ListRunsRequest, "run_id"),
+        (control_pb2.ListRunsResponse, "run_dict"),
+        (control_pb2.ListNodesResponse, "nodes_info"),
+        (control_pb2.RegisterNodeRequest, "public_key"),
+    ],
+)
+def test_a_protobuf_message_still_has_our_fields(message, fields):
+    assert set(fields.split()) <= set(message.DESCRIPTOR.fields_by_name)
+
+
+def test_the_task_that_is_claimed_is_authenticated_under_this_name():
+    assert "/flwr.proto.Runtime/AcquireTask" in inspect.getsource(RuntimeHttpClient.AcquireTask)
+
+
+def test_constants_are_what_we_write():
+    assert (SubStatus.FAILED, SubStatus.COMPLETED) == ("failed", "completed")
+    codes = [v for k, v in vars(ErrorCode).items() if k.isupper()]
+    assert max(codes) < BROKEN < TOO_LARGE
+    assert {"task_id", "run_id", "node_id"} <= set(dir(type(TaskIdentity)))
+
+
+def test_the_gateway_passes_just_what_a_supernode_with_a_key_calls():
+    calls = set(re.findall(r'"(/v1/fleet/[^"]+)"', inspect.getsource(FleetHttpClient)))
+    assert calls - FLEET_CALLS == {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}
+    assert calls >= FLEET_CALLS
+
+
+def unfolding(body: bytes, *, times: int) -> dict[str, bytes]:
+    """The parts of a record whose array names its one chunk ``times`` times."""
+    array = Array(dtype="uint8", shape=(len(body),), stype=STYPE, data=body)
+    content = RecordDict({"fedlora": ConfigRecord({"site": "a", "error": ""}), "body": ArrayRecord({"blob": array})})
+    parts = {}
+    for part in (o.deflate() for o in inflatable_object.get_all_nested_objects(content).values()):
+        if part.startswith(b"Array "):
+            head, _, table = part.partition(b"\0")
+            table = json.dumps({**json.loads(table), "arraychunk_ids": [0] * times}).encode()
+            part = b" ".join([*head.split(b" ")[:-1], str(len(table)).encode()]) + b"\0" + table
+        parts[hashlib.sha256(part).hexdigest()] = part
+    return parts
+
+
+def test_a_small_message_that_would_unfold_to_terabytes_is_refused_before_it_does():
+    _check_unfolded(unfolding(bytes(1 << 20), times=1), 1 << 20)
+    bomb = unfolding(bytes(1 << 20), times=4_000_000)
+    assert sum(map(len, bomb.values())) < 20 << 20
+    with pytest.raises(Oversized):
+        _check_unfolded(bomb, 1 << 20)

@@ -1,0 +1,154 @@
+"""The transport's law, over a channel in memory and a clock that only sleeping moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.app.error import Error
+from flwr.app.message import make_message
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora.errors import ConnectionFailed
+from fedlora.flower._internals import BROKEN, TOO_LARGE
+from fedlora.flower.records import dump_reply, parse_request
+from fedlora.flower.transport import FlowerTransport
+from fedlora.messages import Reply, Request
+
+NODES = {"alpha": 11, "beta": 22}
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+@dataclass
+class Channel:
+    """Nodes that answer after some seconds; None: never."""
+
+    answer: Callable[[Request], RecordDict | Error]
+    after_s: dict[int, float] = field(default_factory=lambda: {11: 1.0, 22: 2.0})
+    now: float = 100.0
+    slept: list[float] = field(default_factory=list)
+    sent: dict[str, Message] = field(default_factory=dict)
+    held: int = 0
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [22, 33]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            self.sent[f"m{len(self.sent)}"] = message
+        return [f"m{len(self.sent) - 1}"]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        (message_id,) = message_ids  # one by one
+        message = self.sent[message_id]
+        due = self.after_s.get(message.metadata.dst_node_id)
+        if due is None or self.now < 100.0 + due:
+            return []
+        content = self.answer(parse_request(message.content, max_bytes=1 << 20))
+        if isinstance(content, Error):
+            return [make_message(metadata=message.metadata, error=content)]
+        return [make_message(metadata=message.metadata, content=content)]
+
+
+def over(channel: Channel) -> FlowerTransport:
+    return FlowerTransport(channel, NODES, max_reply_bytes=8, clock=lambda: channel.now, sleep=channel.sleep)
+
+
+BOTH = [Request("alpha", "train", b"a"), Request("beta", "mask", b"b")]
+
+
+def test_replies_come_in_order_of_arrival_and_once():
+    channel = Channel(lambda r: dump_reply(Reply(r.site, r.body)), after_s={11: 3.0, 22: 1.0})
+    assert list(over(channel).exchange(BOTH, deadline_s=60)) == [Reply("beta", b"b"), Reply("alpha", b"a")]
+    assert channel.now < 106
+
+
+def test_a_message_carries_the_phase_as_flower_wants_it_and_dies_at_the_deadline():
+    channel = Channel(lambda r: dump_reply(Reply(r.site)))
+    list(over(channel).exchange(BOTH, deadline_s=60))
+    kinds = [(m.metadata.message_type, m.metadata.ttl, m.metadata.dst_node_id) for m in channel.sent.values()]
+    assert kinds == [("train.fedlora", 60.0, 11), ("query.fedlora", 60.0, 22)]
+
+
+def test_requests_go_out_with_the_call_and_not_with_the_first_reply():
+    channel = Channel(lambda r: dump_reply(Reply(r.site)))
+    over(channel).exchange(BOTH, deadline_s=60)
+    assert len(channel.sent) == 2
+
+
+def test_who_is_late_is_left_out():
+    channel = Channel(lambda r: dump_reply(Reply(r.site)), after_s={11: 1.0})
+    assert list(over(channel).exchange(BOTH, deadline_s=30)) == [Reply("alpha")]
+    assert channel.now == pytest.approx(130.0)
+
+
+def test_what_flower_calls_unavailable_at_the_deadline_is_only_late():
+    channel = Channel(lambda r: Error(3, "expired"), after_s={11: 30.0, 22: 30.0})
+    assert list(over(channel).exchange(BOTH, deadline_s=30)) == []
+
+
+def test_polling_slows_down_from_a_quarter_to_two_seconds():
+    channel = Channel(lambda r: dump_reply(Reply(r.site)), after_s={})
+    list(over(channel).exchange(BOTH, deadline_s=20))
+    assert channel.slept[:6] == [0.25, 0.5, 1.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "ours"),
+    [
+        (0, "flower"),
+        (2, "site-process"),
+        (5, "node-unavailable"),
+        (8, "site-process"),
+        (BROKEN, "wire"),
+        (TOO_LARGE, "oversized"),
+    ],
+)
+def test_flowers_errors_become_codes_without_their_text(code, ours):
+    channel = Channel(lambda r: Error(code, "<class 'ValueError'>: patient 4711"))
+    assert set(over(channel).exchange(BOTH, deadline_s=9)) == {Reply("alpha", error=ours), Reply("beta", error=ours)}
+
+
+def test_a_reply_in_anothers_name_does_not_count_for_him():
+    channel = Channel(lambda r: dump_reply(Reply("alpha", b"a")))
+    assert list(over(channel).exchange(BOTH, deadline_s=9)) == [Reply("alpha", b"a"), Reply("beta", error="wire")]
+
+
+def test_a_reply_of_another_form_or_size_is_an_error_of_that_site_alone():
+    replies = {"alpha": RecordDict({}), "beta": dump_reply(Reply("beta", b"123456789"))}
+    channel = Channel(lambda r: replies[r.site])
+    assert list(over(channel).exchange(BOTH, deadline_s=9)) == [Reply("alpha", error="wire"), Reply("beta", error="oversized")]
+
+
+def test_a_site_without_a_node_and_one_that_cannot_be_sent_to_are_named_at_once():
+    class Refusing(Channel):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            (message,) = messages
+            if message.metadata.dst_node_id == 11:
+                raise ConnectionFailed("gone")
+            return [""]
+
+    channel = Refusing(lambda r: dump_reply(Reply(r.site)))
+    replies = list(over(channel).exchange([*BOTH, Request("gamma", "train", b"")], deadline_s=9))
+    assert {r.site: r.error for r in replies} == {
+        "alpha": "node-unavailable",
+        "beta": "node-unavailable",
+        "gamma": "unknown-site",
+    }
+    assert channel.now == 100.0
+
+
+def test_nothing_is_sent_after_the_deadline():
+    channel = Channel(lambda r: dump_reply(Reply(r.site)))
+    assert list(over(channel).exchange(BOTH, deadline_s=0)) == []
+    assert not channel.sent
+
+
+def test_sites_are_the_enrolled_ones_that_are_online():
+    assert over(Channel(lambda r: dump_reply(Reply(r.site)))).sites() == ["beta"]

@@ -1,0 +1,37 @@
+"""A site's process whose answers are those of a toy: python toy_site.py SITE_FILE."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+from toy_parts import CANARY, blob
+
+from fedlora.errors import PlanRefused
+from fedlora.flower.site import up
+from fedlora.messages import Reply, Request
+
+
+def handle(request: Request) -> Reply:
+    if request.phase == "train":
+        return Reply(request.site, blob(f"{request.site} {hashlib.sha256(request.body).hexdigest()}"))
+    if request.phase == "raise":
+        raise RuntimeError(CANARY)
+    if request.phase == "refuse":
+        raise PlanRefused(CANARY)
+    if request.phase == "chatty":
+        return Reply(request.site, CANARY.encode(), error=CANARY)
+    if request.phase == "slow":
+        time.sleep(30)
+    return Reply(request.site, request.body)
+
+
+def report(event: str, facts: object) -> None:
+    print(json.dumps([event, facts]), flush=True)
+
+
+if __name__ == "__main__":
+    up(Path(sys.argv[1]), report=report, handle=handle)
