@@ -16,7 +16,7 @@ from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
 from fedlora.errors import ConfigError, DataError, KeyFileError, ModelError
 from fedlora.messages import check_site_name
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
-from fedlora.protect.sealed import SealedServer, SealedSite, new_run_key
+from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds import Report
 from fedlora.rounds import run as run_rounds
 from fedlora.site import Learner, Site
@@ -265,7 +265,9 @@ def enrolled(home: Path) -> dict[str, PublicIdentity]:
             raise KeyFileError(f"{path.name} holds the key of {public.name!r}", hint="a file is named after its site")
         found[public.name] = public
     if not found:
-        raise ConfigError(f"no site is enrolled in {home / 'sites'}", hint="each site sends the .pub file that `fedlora keygen` made")
+        raise ConfigError(
+            f"no site is enrolled in {home / 'sites'}", hint="each site sends the .pub file that `fedlora keygen` made"
+        )
     return found
 
 
@@ -277,7 +279,9 @@ def start_run(directory: Path, plan: Plan, first: Adapter) -> RunStore:
         StoreError: the directory holds a run.
     """
     if not plan.model.digest or not plan.lora.init_digest:
-        raise ConfigError("the plan pins neither base nor first adapter", hint="`fedlora pin` makes the pinned plan and the adapter")
+        raise ConfigError(
+            "the plan pins neither base nor first adapter", hint="`fedlora pin` makes the pinned plan and the adapter"
+        )
     if first.digest() != plan.lora.init_digest:
         raise ConfigError("this is not the first adapter that the plan pins", hint="`fedlora pin` writes both together")
     return RunStore.create(directory, plan, first, run=secrets.token_hex(32))
@@ -290,7 +294,7 @@ def serve_run(
     server's keys later can read an update that he recorded."""
     key = store.directory / "run.key"
     if not key.exists():
-        new_run_key(key)
+        Identity.generate("run").save(key)
     protection = SealedServer(
         identity=identity,
         reply_key=load_identity(key),

@@ -70,7 +70,7 @@ def simulate(
     lab: Lab | None = None
     for seed in seeds:
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
-        lab = open_lab(seeded, root=root, report=report) if lab is None else lab.reseeded(seeded)
+        lab = open_lab(seeded, root=root, out=out, report=report) if lab is None else lab.reseeded(seeded)
         results.append(_one_seed(lab, out / f"seed-{seed}", transport=transport, report=report))
     _write_summary(out, results)
     return results
@@ -98,7 +98,9 @@ def _claim(out: Path, plan: Plan, *, resume: bool) -> None:
         if not resume:
             raise StoreError(f"{out} holds a simulation already", hint="--resume goes on with it; or choose another --out")
         if mark.read_bytes() != facts:
-            raise StoreError(f"{out} holds another plan's simulation", hint="choose another --out; a plan cannot change under its run")
+            raise StoreError(
+                f"{out} holds another plan's simulation", hint="choose another --out; a plan cannot change under its run"
+            )
         return
     write_atomic(mark, facts)
     write_atomic(out / "plan.toml", dump_toml(plan).encode(), mode=0o644)
@@ -149,7 +151,7 @@ def _first(plan: Plan, lora: LoraModel) -> dict[str, Any]:
     return {"first": first, "plan": plan.pinned(base=lora.base_digest, init=first.digest())}
 
 
-def open_lab(plan: Plan, *, root: Path, report: Report) -> Lab:
+def open_lab(plan: Plan, *, root: Path, out: Path, report: Report) -> Lab:
     """Loads base and rows.
 
     Raises:
@@ -161,7 +163,7 @@ def open_lab(plan: Plan, *, root: Path, report: Report) -> Lab:
     if "toy" in (simulation.base, simulation.data):
         from fedlora.learn.toy import toy_base, toy_data
 
-        made = root / "toy"
+        made = out.parent / "toy"  # beside the runs, not beside the plan: a checkout may be read-only
         base = toy_base(made / "base") if simulation.base == "toy" else root / simulation.base
         data = toy_data(made / "data", simulation.sites) if simulation.data == "toy" else root / simulation.data
     else:
@@ -173,7 +175,9 @@ def open_lab(plan: Plan, *, root: Path, report: Report) -> Lab:
     def tokens(path: Path, append_eos: bool = True) -> list[Tokens]:
         if not path.exists():
             raise ConfigError(f"{path} does not exist", hint="simulation.data names a directory with SITE.train.jsonl and so on")
-        return build.tokens(lora.tokenizer, build.rows(path, SiteData(), report), max_length=length, append_eos=append_eos, report=report)
+        return build.tokens(
+            lora.tokenizer, build.rows(path, SiteData(), report), max_length=length, append_eos=append_eos, report=report
+        )
 
     rows = {s: {p: tokens(data / f"{s}.{p}.jsonl") for p in ("train", "validation", "test")} for s in simulation.sites}
     general = tokens(data / _GENERAL, append_eos=False) if (data / _GENERAL).exists() else []
@@ -422,5 +426,3 @@ def _dataset(data: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_bytes())
     return found
-
-

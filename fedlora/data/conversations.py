@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,8 +105,10 @@ def read(
             )
     format, rows = _rows(path, format)
     good = [row for _, row in rows if not isinstance(row, str)]
+    if not good:
+        raise _nothing(ReadReport(path.name, format, shape, len(rows), 0, tuple((n, r) for n, r in rows if isinstance(r, str))))
     for setting, theirs in [*((f"columns.{ours}", theirs) for ours, theirs in columns.items()), ("group_key", group_key)]:
-        if theirs and good and not any(row.get(theirs) is not None for row in good):
+        if theirs and not any(row.get(theirs) is not None for row in good):
             raise DataError(f"{path.name}: no row has the column {theirs!r} that {setting} names", hint=f"correct data.{setting}")
     renamed = [(line, row if isinstance(row, str) else _renamed(row, columns)) for line, row in rows]
     if shape == "auto":
@@ -121,11 +122,15 @@ def read(
             bad.append((line, str(why)))
     report = ReadReport(path.name, format, shape, len(rows), len(conversations), tuple(bad))
     if not conversations:
-        raise DataError(
-            f"{path.name}: none of the {len(rows):,} rows can be used as {shape}: " + "; ".join(report.lines()[1:]),
-            hint="name the columns in data.columns, or say data.format and data.shape",
-        )
+        raise _nothing(report)
     return conversations, report
+
+
+def _nothing(report: ReadReport) -> DataError:
+    return DataError(
+        f"{report.path}: none of the {report.rows:,} rows can be used ({report.format}, {report.shape}): {'; '.join(report.lines()[1:])}",
+        hint="files must be UTF-8; set data.format, data.shape and data.columns to what the file holds",
+    )
 
 
 def _check_name(setting: str, value: str, registry: Mapping[str, object]) -> None:
@@ -170,7 +175,7 @@ def _agreed(path: Path, rows: list[dict[str, object]]) -> str:
     if not counts:
         raise DataError(
             f"{path.name}: the columns of none of the {len(rows):,} readable rows make a known shape",
-            hint=f"known: {', '.join(SHAPES)}; name the columns in data.columns, e.g. {{ prompt = 'question', completion = 'answer' }}",
+            hint=f"known: {', '.join(SHAPES)}; or data.columns, e.g. {{ prompt = 'question', completion = 'answer' }}",
         )
     return next(iter(counts))
 
@@ -184,9 +189,9 @@ def _conversation(line: int, row: Row, raw: Row, *, shape: str, group_key: str) 
 
 def _group(value: object) -> str:
     """A group's name as text. Identifiers come as text or numbers."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow("the group is missing")
     name = plain_text(str(value), "the group")
-    if not name.strip():
+    if not name.strip() or name in ("nan", "inf", "-inf"):
         raise BadRow("the group is missing")
     return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from fedlora.data.readers import NOT_TEXT
@@ -87,7 +88,9 @@ _SHAREGPT_ROLES = {
 }
 
 
-def _turns(value: object, name: str, *, role: str = "role", text: str = "content", roles: Mapping[str, str] = _ROLES) -> list[Turn]:
+def _turns(
+    value: object, name: str, *, role: str = "role", text: str = "content", roles: Mapping[str, str] = _ROLES
+) -> list[Turn]:
     """A list of {role, content} objects, in whatever words the shape has for them."""
     if not isinstance(value, list):
         raise BadRow(f"{name} is not a list of turns")
@@ -117,7 +120,7 @@ def _chat(turns: list[Turn]) -> Turns:
         raise BadRow("no assistant answer")
     if spoken[0].role == "assistant":
         raise BadRow("the assistant speaks first")
-    if any(a.role == b.role for a, b in zip(spoken, spoken[1:], strict=False)):
+    if any(a.role == b.role for a, b in pairwise(spoken)):
         raise BadRow("user and assistant do not alternate")
     for turn in spoken:
         _full(turn.text, f"a turn of the {turn.role}")
@@ -191,7 +194,9 @@ SHAPES: dict[str, Shape] = {
 }
 """Shapes by the name that a site file uses, the most telling first: a row with ``messages`` and ``text`` is ``messages``."""
 
-COLUMNS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "history", "text"})
+COLUMNS = frozenset(
+    {"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "history", "text"}
+)
 """Our names for columns: what a site file may map."""
 
 PREFERENCE = "preference"

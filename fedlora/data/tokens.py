@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -144,7 +145,9 @@ def tokenise(
     if not conversations:
         raise DataError("there are no rows to tokenise", hint="check data.path")
     if append_eos and tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no EOS token, so the model would never learn to stop", hint="set eos_token in the base")
+        raise DataError(
+            "the tokenizer has no EOS token, so the model would never learn to stop", hint="set eos_token in the base"
+        )
     start, eos = _start(tokenizer), _eos(tokenizer)
     whole = [_example(c, tokenizer, start=start, eos=eos, append_eos=append_eos) for c in conversations]
     cut = [Tokens(t.input_ids[:max_length], t.labels[:max_length], t.line) for t in whole]
@@ -226,7 +229,7 @@ def _rendered(c: Conversation, tokenizer: Tokenizer, eos: str) -> list[_Segment]
         answered = _render(c, tokenizer, number + 1, ask=False)
         if not asked.startswith(done) or not answered.startswith(asked):
             raise DataError(
-                f"the chat template renders line {c.line} differently once the next turn is there, so the answer has no clear place",
+                f"the chat template renders line {c.line} differently once more turns follow, so no mask would be right",
                 hint="a template that keeps earlier turns as they are, or one row for each answer, the answer last",
             )
         segments.append(_Segment(asked[len(done) :], trained=False))
@@ -240,10 +243,8 @@ def _rendered(c: Conversation, tokenizer: Tokenizer, eos: str) -> list[_Segment]
 def _render(c: Conversation, tokenizer: Tokenizer, count: int, *, ask: bool) -> str:
     """The first ``count`` turns through the template, with the generation prompt if ``ask``."""
     messages = [{"role": turn.role, "content": turn.text} for turn in c.turns[:count]]
-    try:
+    with suppress(Exception):  # templates raise whatever they like, and their errors may quote the row
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except Exception:  # templates raise whatever they like, and their errors may quote the row
-        pass
     raise DataError(
         f"the chat template of the base refuses line {c.line}",
         hint="not every template knows system turns; a base without a template needs prompt and completion",

@@ -134,7 +134,7 @@ class HFLearner:
             on_step=self._on_step,
         )
         blob = dump_moments(optimiser) if o.optimizer_state == "keep" else b""
-        metrics = {"train/loss": spent.loss, "train/seconds": time.perf_counter() - began}
+        metrics = {"train/loss": spent.loss, "train/steps": float(steps), "train/seconds": time.perf_counter() - began}
         return Trained(self._model.get(), spent.tokens, spent.examples, metrics, _dump_state(self._cursor, blob))
 
     def _groups(self) -> Iterator[Sequence[Batch]]:

@@ -71,6 +71,11 @@ class LoraModel:
         """The base's content digest, hex."""
         return self.base.digest
 
+    @property
+    def base_bytes(self) -> int:
+        """What the base's weights take on disk, bytes: what would travel if whole models did."""
+        return sum(f.stat().st_size for f in self.base.directory.glob("*.safetensors"))
+
     def get(self) -> Adapter:
         """A copy of the adapter as it is now; later training does not change it."""
         flat = torch.cat([p.detach().reshape(-1) for p in self.trainable()])

@@ -1,0 +1,44 @@
+"""No protection: for tests of other parts, and to measure what protection costs. No plan can choose it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedlora import wire
+from fedlora.adapter import Update
+from fedlora.errors import FedLoRAError, RemoteError
+from fedlora.messages import Request, Reveals, Task
+from fedlora.protect import Talk, Tally
+
+__all__ = ["PlainServer", "PlainSite"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlainServer:
+    """Server half."""
+
+    dtype: str = "float32"
+
+    @property
+    def reveals(self) -> Reveals:
+        return "each"
+
+    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk:
+        body = wire.dump_task(task, reply_key=self.dtype.encode())
+        for reply in (yield [Request(site, task.kind, body) for site in sites]):
+            try:
+                if reply.error:
+                    raise RemoteError(reply.site, reply.error)
+                tally.accept(reply.site, wire.parse_update(reply.body, task.reply_layout))
+            except FedLoRAError as e:
+                tally.reject(reply.site, e)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainSite:
+    """Site half."""
+
+    def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
+        task, dtype = wire.parse_task(request.body)
+        return wire.dump_update(work(task), task.reply_layout, dtype=dtype.decode())
