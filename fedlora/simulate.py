@@ -204,7 +204,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, report: Report) -> dict[st
         arms[name] = json.loads(path.read_bytes())
         report("arm-done", {"name": name})
     if "federated" in arms:
-        store = RunStore.open(out / "federated", lab.plan)
+        store = RunStore.open(_run_directory(lab, out, transport), lab.plan)
         save_adapter(out / "adapter.safetensors", store.load().adapter, {"run": store.run})
         extra = _federation_facts(lab, store)
     results = {
@@ -325,6 +325,12 @@ def _arms(lab: Lab) -> dict[str, _Alone]:
 
 
 # --- the federation ---------------------------------------------------------------------------------------------
+
+
+def _run_directory(lab: Lab, out: Path, transport: str) -> Path:
+    from fedlora.rehearse import run_directory
+
+    return run_directory(lab.plan, out) if transport == "flower" else out / "federated"
 
 
 def _federated(lab: Lab, out: Path, transport: str, report: Report) -> tuple[Adapter, dict[str, Any]]:

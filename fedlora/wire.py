@@ -15,15 +15,15 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedlora.adapter import F32, Adapter, Layout, Update
+from fedlora.adapter import Adapter, Layout, Update
 from fedlora.errors import NonFiniteUpdate, VersionUnsupported, WireError, WrongLayout
 from fedlora.messages import Kind, Task
+from fedlora.values import Bytes, dump_bfloat16, dump_float32, dump_int8, parse_bfloat16, parse_float32, parse_int8
 
 __all__ = [
     "DTYPES",
@@ -57,14 +57,9 @@ _TASK: Final = struct.Struct("<4sBBHQIIII")  # magic, version, 0, flags, n, byte
 _DIGEST: Final = 16
 _MAX_TASK_HEAD: Final = 1024
 _WIDTH: Final = (4, 2, 1)
-_CHUNK: Final = 1 << 18  # values; 1 MiB of float32 stays in the second-level cache
-_TINY: Final = np.float32(2.0**-126)  # smallest normal float32
-_MAX_SCALE: Final = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 * it is finite
 _METRIC: Final = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
 _HEX64: Final = re.compile(r"[0-9a-f]{64}")
 _BITS: Final = re.compile(r"[0-9a-f]{16}")
-
-Bytes = NDArray[np.uint8]
 
 
 # --- updates ------------------------------------------------------------------------------------------------------
@@ -110,11 +105,11 @@ def dump_update(update: Update, layout: Layout, *, dtype: str) -> bytes:
         at = _put(out, 0, prefix, header)
         if dtype == "int8":
             rows = 4 * layout.rows()
-            _quantise(update.delta, layout, out[at : at + rows], out[at + rows : -_DIGEST].view(np.int8))
+            dump_int8(update.delta, layout, out[at : at + rows], out[at + rows : -_DIGEST].view(np.int8))
         elif dtype == "bfloat16":
-            _dump_bfloat16(update.delta, out[at:-_DIGEST])
+            dump_bfloat16(update.delta, out[at:-_DIGEST])
         else:
-            _dump_float32(update.delta, out[at:-_DIGEST])
+            dump_float32(update.delta, out[at:-_DIGEST])
         _put(out, out.size - _DIGEST, _digest(out[:-_DIGEST]))
 
     return fill(blob_size(layout, dtype, header_bytes=len(header)), write)
@@ -157,11 +152,11 @@ def parse_update(blob: bytes, layout: Layout, *, dtype: str | None = None) -> Up
     vector = np.empty(n, np.float32)
     if code == 2:
         rows = 4 * layout.rows()
-        _dequantise(values[:rows], values[rows:].view(np.int8), layout, vector)
+        parse_int8(values[:rows], values[rows:].view(np.int8), layout, vector)
     elif code == 1:
-        _parse_bfloat16(values, vector)
+        parse_bfloat16(values, vector)
     else:
-        _parse_float32(values, vector, "the update")
+        parse_float32(values, vector, "the update")
     return Update(vector, weight, metrics)
 
 
@@ -217,7 +212,7 @@ def dump_task(task: Task, *, reply_key: bytes) -> bytes:
 
     def write(out: Bytes) -> None:
         at = _put(out, 0, prefix, *parts)
-        _dump_float32(task.adapter.vector, out[at:-_DIGEST])
+        dump_float32(task.adapter.vector, out[at:-_DIGEST])
         _put(out, out.size - _DIGEST, _digest(out[:-_DIGEST]))
 
     return fill(_TASK.size + sum(lengths) + 4 * n + _DIGEST, write)
@@ -260,7 +255,7 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
     if layout.size != n:
         raise WrongLayout(f"the layout has {layout.size} values, the vector {n}")
     vector = np.empty(n, np.float32)
-    _parse_float32(raw[cuts[-1] : -_DIGEST], vector, "the adapter")
+    parse_float32(raw[cuts[-1] : -_DIGEST], vector, "the adapter")
     kind: Kind = "train" if head["kind"] == "train" else "evaluate"
     task = Task(head["run"], plan, head["base"], kind, head["round"], head["attempt"], Adapter(vector, layout))
     return task, reply_key
@@ -350,63 +345,3 @@ def _put(out: Bytes, at: int, *parts: bytes) -> int:
         out[at : at + len(part)] = np.frombuffer(part, np.uint8)
         at += len(part)
     return at
-
-
-def _chunks(n: int) -> Iterator[slice]:
-    return (slice(at, min(at + _CHUNK, n)) for at in range(0, n, _CHUNK))
-
-
-def _scaled(part: slice, width: int) -> slice:
-    return slice(part.start * width, part.stop * width)
-
-
-# --- values ---------------------------------------------------------------------------------------------------------
-
-
-def _refuse_non_finite(piece: F32, what: str) -> None:
-    if not np.isfinite(piece).all():
-        raise NonFiniteUpdate(f"{what} holds NaN or infinity", hint="lower learning_rate, or look at the site's rows")
-
-
-def _dump_float32(vector: F32, out: Bytes) -> None:
-    for part in _chunks(vector.size):
-        _refuse_non_finite(vector[part], "the vector")
-        out[_scaled(part, 4)] = np.ascontiguousarray(vector[part], "<f4").view(np.uint8)
-
-
-def _parse_float32(raw: Bytes, out: F32, what: str) -> None:
-    for part in _chunks(out.size):
-        out.view(np.uint8)[_scaled(part, 4)] = raw[_scaled(part, 4)]
-        if not np.little_endian:
-            out[part].byteswap(inplace=True)
-        _refuse_non_finite(out[part], what)
-
-
-def _dump_bfloat16(vector: F32, out: Bytes) -> None:
-    """Round to nearest, ties to even: add half a unit, less one if the last kept bit is zero, then cut 16 bits."""
-    scratch = np.empty(min(_CHUNK, vector.size), np.uint32)
-    for part in _chunks(vector.size):
-        piece = np.ascontiguousarray(vector[part])
-        _refuse_non_finite(piece, "the vector")
-        bits, rounded = piece.view(np.uint32), scratch[: piece.size]
-        np.right_shift(bits, 16, out=rounded)
-        np.bitwise_and(rounded, 1, out=rounded)
-        np.add(rounded, 0x7FFF, out=rounded)
-        np.add(rounded, bits, out=rounded)
-        np.right_shift(rounded, 16, out=rounded)
-        half = rounded.astype("<u2")
-        if ((half & 0x7F80) == 0x7F80).any():
-            raise NonFiniteUpdate("a value is beyond what bfloat16 can hold", hint="lower learning_rate")
-        out[_scaled(part, 2)] = half.view(np.uint8)
-
-
-def _parse_bfloat16(raw: Bytes, out: F32) -> None:
-    for part in _chunks(out.size):
-        bits = out[part].view(np.uint32)
-        bits[:] = np.ascontiguousarray(raw[_scaled(part, 2)]).view("<u2") if raw.ctypes.data % 2 == 0 else _aligned(raw, part)
-        np.left_shift(bits, 16, out=bits)
-        _refuse_non_finite(out[part], "the update")
-
-
-def _aligned(raw: Bytes, part: slice) -> NDArray[np.uint16]:
-    return raw[_scaled(part, 2)].copy().view("<u2")

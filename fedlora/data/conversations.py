@@ -94,30 +94,15 @@ def read(
         DataError: the file cannot be read, a setting fits no row, the rows have several shapes or hold preference pairs,
             or no row can be used. No error quotes a row, a column name of the file, or chains an error that does.
     """
-    _check_name("format", format, READERS)
-    _check_name("shape", shape, SHAPES)
-    for ours in columns:
-        if ours not in COLUMNS:
-            close = difflib.get_close_matches(ours, COLUMNS, n=1)
-            raise DataError(
-                f"columns maps {ours!r}, which is not a name of ours",
-                hint=f"did you mean {close[0]!r}?" if close else f"one of {', '.join(sorted(COLUMNS))}",
-            )
+    _check_settings(format, shape, columns)
     format, rows = _rows(path, format)
-    good = [row for _, row in rows if not isinstance(row, str)]
-    if not good:
-        raise _nothing(ReadReport(path.name, format, shape, len(rows), 0, tuple((n, r) for n, r in rows if isinstance(r, str))))
-    for setting, theirs in [*((f"columns.{ours}", theirs) for ours, theirs in columns.items()), ("group_key", group_key)]:
-        if theirs and not any(row.get(theirs) is not None for row in good):
-            raise DataError(f"{path.name}: no row has the column {theirs!r} that {setting} names", hint=f"correct data.{setting}")
-    renamed = [(line, row if isinstance(row, str) else _renamed(row, columns)) for line, row in rows]
+    _check_columns(path, rows, {**{f"columns.{ours}": theirs for ours, theirs in columns.items()}, "group_key": group_key})
     if shape == "auto":
-        shape = _agreed(path, [row for _, row in renamed if not isinstance(row, str)])
-
+        shape = _agreed(path, [_renamed(row, columns) for _, row in rows if not isinstance(row, str)])
     conversations, bad = [], []
-    for (line, row), (_, raw) in zip(renamed, rows, strict=True):
+    for line, row in rows:
         try:
-            conversations.append(_conversation(line, row, raw, shape=shape, group_key=group_key))
+            conversations.append(_conversation(line, row, shape=shape, columns=columns, group_key=group_key))
         except BadRow as why:
             bad.append((line, str(why)))
     report = ReadReport(path.name, format, shape, len(rows), len(conversations), tuple(bad))
@@ -127,15 +112,31 @@ def read(
 
 
 def _nothing(report: ReadReport) -> DataError:
+    reasons = "; ".join(report.lines()[1:])
     return DataError(
-        f"{report.path}: none of the {report.rows:,} rows can be used ({report.format}, {report.shape}): {'; '.join(report.lines()[1:])}",
+        f"{report.path}: none of the {report.rows:,} rows can be used ({report.format}, {report.shape}): {reasons}",
         hint="files must be UTF-8; set data.format, data.shape and data.columns to what the file holds",
     )
 
 
-def _check_name(setting: str, value: str, registry: Mapping[str, object]) -> None:
-    if value != "auto" and value not in registry:
-        raise DataError(f"{setting} {value!r} is unknown", hint=f"auto, {', '.join(registry)}")
+def _check_settings(format: str, shape: str, columns: Mapping[str, str]) -> None:
+    for setting, value, registry in (("format", format, READERS), ("shape", shape, SHAPES)):
+        if value != "auto" and value not in registry:
+            raise DataError(f"{setting} {value!r} is unknown", hint=f"auto, {', '.join(registry)}")
+    for ours in columns:
+        if ours not in COLUMNS:
+            close = difflib.get_close_matches(ours, COLUMNS, n=1)
+            raise DataError(
+                f"columns maps {ours!r}, which is not a name of ours",
+                hint=f"did you mean {close[0]!r}?" if close else f"one of {', '.join(sorted(COLUMNS))}",
+            )
+
+
+def _check_columns(path: Path, rows: list[tuple[int, Row]], wanted: Mapping[str, str]) -> None:
+    """Some row has each column that a setting names. The names are the operator's, so they may be shown."""
+    for setting, theirs in wanted.items():
+        if theirs and not any(row.get(theirs) is not None for _, row in rows if not isinstance(row, str)):
+            raise DataError(f"{path.name}: no row has the column {theirs!r} that {setting} names", hint=f"correct data.{setting}")
 
 
 def _rows(path: Path, format: str) -> tuple[str, list[tuple[int, Row]]]:
@@ -150,6 +151,9 @@ def _rows(path: Path, format: str) -> tuple[str, list[tuple[int, Row]]]:
         raise DataError(f"{path}: {why}", hint="check data.path and who may read the file")
     if not rows:
         raise DataError(f"{path.name}: the file holds no rows", hint="check data.path")
+    bad = tuple((line, row) for line, row in rows if isinstance(row, str))
+    if len(bad) == len(rows):
+        raise _nothing(ReadReport(path.name, name, "no shape", len(rows), 0, bad))
     return name, rows
 
 
@@ -180,11 +184,11 @@ def _agreed(path: Path, rows: list[dict[str, object]]) -> str:
     return next(iter(counts))
 
 
-def _conversation(line: int, row: Row, raw: Row, *, shape: str, group_key: str) -> Conversation:
-    if isinstance(row, str) or isinstance(raw, str):
+def _conversation(line: int, row: Row, *, shape: str, columns: Mapping[str, str], group_key: str) -> Conversation:
+    if isinstance(row, str):
         raise BadRow(row)
-    turns, chat = SHAPES[shape].convert(row)
-    return Conversation(turns, chat, line, _group(raw.get(group_key)) if group_key else "")
+    turns, chat = SHAPES[shape].convert(_renamed(row, columns))
+    return Conversation(turns, chat, line, _group(row.get(group_key)) if group_key else "")
 
 
 def _group(value: object) -> str:

@@ -20,7 +20,7 @@ from fedlora.learn.gguf import convert_gguf
 from fedlora.learn.options import BaseOptions
 from fedlora.learn.shards import file_digest
 
-__all__ = ["Base", "BaseOptions", "DequantisedLinear", "load_base"]
+__all__ = ["find_device", "Base", "BaseOptions", "DequantisedLinear", "load_base"]
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def load_base(options: BaseOptions) -> Base:
         ConfigError: CUDA is asked for and there is none.
         ResourceError: not enough memory.
     """
-    device = _device(options.device)
+    device = find_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     directory = _directory(options)
@@ -81,7 +81,7 @@ def load_base(options: BaseOptions) -> Base:
     return Base(model.eval(), tokenizer, digest, options, device, directory)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch finds none", hint='device = "auto" or "cpu"')
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):

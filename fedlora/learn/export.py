@@ -57,7 +57,7 @@ def export_adapter(
     run: Mapping[str, Any],
     quantisation: str = "none",
     scale: float | None = None,
-    card: Card = Card(),  # noqa: B008
+    card: Card = Card(),
     dtype: str = "bfloat16",
 ) -> Path:
     """Writes a PEFT adapter directory that transformers, PEFT and vLLM load, and returns it.

@@ -84,7 +84,7 @@ def train_steps(
             loss = 0.0
             for batch in batches:
                 part = model.forward(batch).nll.sum() / total
-                part.backward()
+                part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -300,7 +300,7 @@ def match(header: Header, **expected: object) -> None:
             raise _CONTEXT.get(name, WrongContext)(f"field {name!r} is not this exchange's")
 
 
-def open_envelope(envelope: Envelope, recipient: Identity) -> bytearray:
+def open_envelope(envelope: Envelope, recipient: Identity) -> bytes:
     """Decrypts a verified envelope.
 
     Raises:
@@ -321,7 +321,7 @@ def open_envelope(envelope: Envelope, recipient: Identity) -> bytearray:
         raise CannotOpen("cannot be opened") from None
     if hashlib.sha256(out).hexdigest() != envelope.header.sha:
         raise PayloadMismatch("the payload does not have the digest that the header states")
-    return out
+    return bytes(out)
 
 
 def _digest(raw: bytes) -> bytes:

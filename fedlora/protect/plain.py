@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedlora import wire
-from fedlora.adapter import Update
+from fedlora.adapter import MAX_PARAMETERS, Update
 from fedlora.errors import FedLoRAError, RemoteError
 from fedlora.messages import Request, Reveals, Task
 from fedlora.protect import Talk, Tally
@@ -40,5 +40,5 @@ class PlainSite:
     """Site half."""
 
     def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
-        task, dtype = wire.parse_task(request.body)
+        task, dtype = wire.parse_task(request.body, max_parameters=MAX_PARAMETERS)
         return wire.dump_update(work(task), task.reply_layout, dtype=dtype.decode())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedlora import wire
-from fedlora.adapter import Update
+from fedlora.adapter import MAX_PARAMETERS, Update
 from fedlora.errors import Equivocation, FedLoRAError, RemoteError, Replayed, UnknownSite, WrongContext
 from fedlora.messages import SERVER, Reply, Request, Reveals, Task
 from fedlora.protect import Memory, Talk, Tally
@@ -257,7 +257,7 @@ class SealedSite:
         )
         counter = _Counter(self.memory, f"{header.run}/down")
         counter.admit(header.seq, envelope.digest, again=True)  # the relay may deliver one message twice
-        task, key = wire.parse_task(open_envelope(envelope, self.identity))
+        task, key = wire.parse_task(open_envelope(envelope, self.identity), max_parameters=MAX_PARAMETERS)
         said = _header(task, self.server, payload=b"", codec="task/1", seq=0, prev=NONE, created=0)
         match(
             said,
