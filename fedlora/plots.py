@@ -1,7 +1,7 @@
 """Words for numbers, and figures as inline SVG. Pure: numbers in, text out.
 
 Every string that comes from a file passes :func:`plain` and, in markup, :func:`escape`: names come from plans that somebody
-else wrote. What is not a finite number is left out of a figure. Colours are classes, for the page's style sheet to set.
+else wrote. What is not a finite number is left out of a figure. Colours are classes of :data:`STYLE`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "HONEST",
+    "STYLE",
     "Bar",
     "Series",
     "bars",
@@ -37,6 +39,44 @@ __all__ = [
 
 _WIDTH = 460  # units of every figure; about one pixel each, so that 12-unit text can be read on a telephone
 
+STYLE = """
+:root{color-scheme:light dark;--paper:#fcfcfa;--card:#fff;--ink:#1c2126;--soft:#5c6670;--rule:#e2e4e3;--warn:#b34700}
+@media(prefers-color-scheme:dark){:root{--paper:#14171a;--card:#1b1f23;--ink:#e6e8ea;--soft:#9aa4ad;--rule:#30363c;--warn:#ff9d5c}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1120px;padding:40px 20px 72px;background:var(--paper);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
+h1{font-size:1.9rem;line-height:1.2;margin:0 0 6px;overflow-wrap:anywhere}
+h2{font-size:1.25rem;margin:56px 0 12px}h3{font-size:1.02rem;margin:36px 0 8px}
+p{max-width:44rem;margin:0 0 14px}.soft,figcaption,caption,dt{color:var(--soft)}
+code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
+pre{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:14px 16px;overflow-x:auto;white-space:pre-wrap}
+.tiles,.pair{display:grid;gap:18px;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr))}.tiles{margin:28px 0}
+.pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));align-items:start}
+.tile,figure{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:18px 20px;margin:0}
+.tile b{display:block;font-size:1.75rem;line-height:1.25;font-weight:600}.tile span{font-size:.88rem;color:var(--soft)}
+figcaption{font-size:.88rem;margin-bottom:12px}figcaption b{color:var(--ink);font-size:.98rem;display:block}
+figure>svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
+svg .tick{fill:var(--soft);font-size:11.5px}svg .name{font-weight:600}svg .mark{fill:var(--warn);font-weight:600}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;margin:12px 0 0;padding:0;font-size:.85rem}
+.legend li{overflow-wrap:anywhere}.legend svg{width:22px;height:10px;margin-right:7px}.legend .line{stroke-width:4}
+.grid{stroke:var(--rule)}.line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}.dot,.bar{fill:var(--c)}
+.whisker{stroke:var(--ink);stroke-width:1.5}.mean{--c:var(--ink)}.line.mean{stroke-width:3}
+.s0{--c:#0072b2}.s1{--c:#d55e00}.s2{--c:#009e73}.s3{--c:#cc79a7}.s4{--c:#e69f00}.s5{--c:#56b4e9}.s6{--c:#8b949c}
+.line.d1{stroke-dasharray:6 3}.line.d2{stroke-dasharray:2 3}.bar.d1{opacity:.65}.bar.d2{opacity:.4}
+.counted{fill:#0072b2}.late{fill:#e69f00}.rejected{fill:#d55e00}.not-asked{fill:none;stroke:var(--rule)}svg .sign{fill:#14171a}
+.scroll{overflow-x:auto;margin:0 0 22px}table{border-collapse:collapse;font-size:.88rem;width:100%}
+caption{text-align:left;padding:0 0 8px}th,td{text-align:right;padding:6px 10px;border-bottom:1px solid var(--rule)}
+th,td{white-space:nowrap}th{font-weight:600}th:first-child,td:first-child{text-align:left;padding-left:0}tr.main{font-weight:600}
+thead th{color:var(--soft);font-weight:500;vertical-align:bottom}
+details{border-top:1px solid var(--rule);margin-top:32px}summary{cursor:pointer;padding:14px 0;font-weight:600}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 20px;font-size:.92rem}dd{margin:0;overflow-wrap:anywhere}
+@media(max-width:480px){body{padding:24px 14px 48px}.tile,figure{padding:14px}h2{margin-top:44px}}
+@media print{body{max-width:none;padding:0;font-size:11pt}.tile,figure,tr{break-inside:avoid}.scroll{overflow:visible}}
+"""
+"""Style sheet for figures and the page around them: Okabe and Ito's colours, light and dark, telephone and paper."""
+
+HONEST = "A test of federated learning, not of clinical skill."
+
 # --- words ------------------------------------------------------------------------------------------------------
 
 
@@ -54,19 +94,20 @@ def plain(value: Any) -> str:
 
 def label(arm: str) -> str:
     """An arm's name for people."""
-    return {"base": "base model", "local": "alone: mean", "better": "the better of them"}.get(arm) or plain(arm).replace("local:", "alone: ", 1)
+    known = {"base": "base model", "local": "alone: mean", "better": "the better of both"}
+    return known.get(arm) or plain(arm).replace("local:", "alone: ", 1)
 
 
-def number(value: Any, *, sign: str = "", missing: str = "-") -> str:
+def number(value: Any, *, sign: str = "") -> str:
     """Three decimals, or three digits if it is large."""
     v = finite(value)
-    return missing if v is None else f"{v:{sign}.3f}" if abs(v) < 1e5 else f"{v:{sign}.3g}"
+    return "-" if v is None else f"{v:{sign}.3f}" if abs(v) < 1e5 else f"{v:{sign}.3g}"
 
 
-def percent(value: Any, *, missing: str = "-") -> str:
+def percent(value: Any, *) -> str:
     """A share as per cent."""
     v = finite(value)
-    return missing if v is None else f"{100 * v:.1f} %"
+    return "-" if v is None else f"{100 * v:.1f} %"
 
 
 def size(n_bytes: Any) -> str:
@@ -81,10 +122,10 @@ def size(n_bytes: Any) -> str:
 
 def with_sd(spread: Mapping[str, Any], *, unit: str = "") -> str:
     """``mean +- sd``; ``unit="%"`` for shares."""
-    times, digits, missing = (100, 1, "-") if unit else (1, 3, "-")
+    times, digits = (100, 1) if unit else (1, 3)
     mean, sd = finite(spread["mean"]), finite(spread["sd"])
     if mean is None:
-        return missing
+        return "-"
     return f"{times * mean:.{digits}f}" + ("" if sd is None else f" +- {times * sd:.{digits}f}") + (f" {unit}" if unit else "")
 
 
@@ -109,10 +150,12 @@ def training_rounds(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The records of rounds that changed the adapter: all but the last evaluation."""
     return [r for r in run.get("rounds") or [] if any(k in r for k in ("adapter", "gap/ratio", "seconds/aggregate"))]
 
+
 # --- figures ----------------------------------------------------------------------------------------------------
 
 
 def escape(value: Any) -> str:
+    """``value`` for markup: between tags and within quotes."""
     return html.escape(plain(value), quote=True)
 
 
@@ -123,7 +166,7 @@ def tag(name: str, body: str = "", **attributes: Any) -> str:
 
 
 def _text(x: float, y: float, text: Any, css: str = "", anchor: str = "start") -> str:
-    return tag("text", escape(text), x=f"{x:.1f}", y=f"{y:.1f}", class_=css, text_anchor=anchor)
+    return tag("text", escape(text), x=f"{x:.1f}", y=f"{y:.1f}", **({"class_": css} if css else {}), text_anchor=anchor)
 
 
 def _rect(x: float, y: float, width: float, height: float, css: str, tip: str = "") -> str:
@@ -197,10 +240,10 @@ def lines(key: str, title: str, note: str, series: Sequence[Series]) -> str:
     height, left, bottom = 230, 46, 204
     ys = _Scale.over([y for _, y in known], bottom, 10)
     xs = _Scale(min(x for x, _ in known) - 0.3, max(x for x, _ in known) + 0.3, left, _WIDTH - 8)
-    body = "".join(
-        tag("path", class_="grid", d=f"M{left} {ys.at(t):.1f}H{_WIDTH - 8}") + _text(left - 6, ys.at(t) + 4, f"{t:.4g}", "tick", "end")
-        for t in ys.ticks()
-    )
+    body = ""
+    for t in ys.ticks():
+        body += tag("path", class_="grid", d=f"M{left} {ys.at(t):.1f}H{_WIDTH - 8}")
+        body += _text(left - 6, ys.at(t) + 4, f"{t:.4g}", "tick", "end")
     body += "".join(_text(xs.at(t), bottom + 17, f"{t:g}", "tick", "middle") for t in xs.ticks() if t == int(t))
     for s in series:
         path, pen = "", "M"
@@ -243,7 +286,8 @@ def bars(key: str, title: str, note: str, groups: Sequence[tuple[str, str, Seque
             end = value
             if b.spread and b.spread[0] < b.spread[1]:
                 end = max(value, b.spread[1])
-                body += tag("path", class_="whisker", d=f"M{xs.at(max(b.spread[0], 0)):.1f} {y + 5.5:.1f}H{xs.at(b.spread[1]):.1f}")
+                path = f"M{xs.at(max(b.spread[0], 0)):.1f} {y + 5.5:.1f}H{xs.at(end):.1f}"
+                body += tag("path", class_="whisker", d=path)
             body += _text(xs.at(end) + 6, y + 10, b.text, "tick")
             y += 14
         y += 10
@@ -269,7 +313,7 @@ def participation(key: str, sites: Sequence[str], rounds: Sequence[Mapping[str, 
     left = 132
     cell = min(30.0, (_WIDTH - left) / len(rounds))
     every, body = math.ceil(22 / cell), ""
-    signs = {"counted": "", "late": "L", "not asked": "", "rejected": "×"}
+    signs = {"counted": "", "late": "L", "not asked": "", "rejected": "R"}
     for row, site in enumerate(sites):
         body += _text(0, row * 24 + 16, plain(site) if len(site) < 19 else plain(site)[:17] + "…", "tick")
         for column, record in enumerate(rounds):
@@ -277,10 +321,12 @@ def participation(key: str, sites: Sequence[str], rounds: Sequence[Mapping[str, 
             kind = found if found in signs else "rejected"
             x, tip = left + column * cell, f"{site}, round {record['round']}: {found}"
             body += _rect(x, row * 24 + 2, cell - 2, 20, f"cell {kind.replace(' ', '-')}", tip)
-            body += _text(x + cell / 2 - 1, row * 24 + 16, signs[kind], "sign", "middle") if signs[kind] and cell > 9 else ""
+            if signs[kind] and cell > 9:
+                body += _text(x + cell / 2 - 1, row * 24 + 16, signs[kind], "sign", "middle")
     y = len(sites) * 24 + 14
-    ticks = [_text(left + i * cell + cell / 2 - 1, y, r["round"], "tick", "middle") for i, r in enumerate(rounds) if i % every == 0]
-    note = "Filled: counted. L: late. ×: rejected. Outline: not asked."
+    middle = left + cell / 2 - 1
+    ticks = [_text(middle + i * cell, y, r["round"], "tick", "middle") for i, r in enumerate(rounds) if i % every == 0]
+    note = "Filled: counted. L: late. R: rejected. Outline: not asked."
     return _figure(key, "Who took part", note, y + 8, body + "".join(ticks))
 
 

@@ -14,13 +14,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fedlora.errors import ConfigError, VersionUnsupported
+from fedlora.page import page
 from fedlora.plots import (
     HONEST,
-    METRIC_NAMES,
     finite,
     label,
     number,
-    page,
     percent,
     plain,
     reference_points,
@@ -142,8 +141,8 @@ def _mean_arm(arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def _own_site(arms: Mapping[str, Any], sites: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    rows: dict[str, dict[str, float | None]] = {}
+def _own_site(arms: Mapping[str, Any], sites: Sequence[str]) -> dict[str, dict[str, Any]]:
+    rows = {}
     for site in sites:
         alone = arms.get(f"local:{site}", {}).get("sites", {}).get(site, {})
         together = arms.get("federated", {}).get("sites", {}).get(site, {})
@@ -214,7 +213,9 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
         "arms": {n: {m: _spread(v) for m, v in row.items()} for n, row in columns.items()},
         "differences": {n: {m: {**_spread(v), **_interval(v)} for m, v in row.items()} for n, row in pairs.items()},
         "beats_alone": {m: _beats(pairs, m) for m in _SIGN},
-        "recovery": {p: {m: _recovered(each, p, m) for m in _SIGN} for p in each[0]["recovery"] if all(p in s["recovery"] for s in each)},
+        "recovery": {
+            p: {m: _recovered(each, p, m) for m in _SIGN} for p in each[0]["recovery"] if all(p in s["recovery"] for s in each)
+        },
     }
 
 
@@ -253,15 +254,8 @@ def _beats(pairs: Mapping[str, Mapping[str, Sequence[float | None]]], metric: st
 
 def _all_firm(spreads: Sequence[Mapping[str, float | None]]) -> bool | None:
     """Whether every mean is positive and above 3 sd; None if that cannot be said."""
-    known = [(s["mean"], s["sd"]) for s in spreads]
-    if not known:
-        return None
-    verdict = True
-    for mean, sd in known:
-        if mean is None or sd is None:
-            return None
-        verdict = verdict and mean > 0 and mean > 3 * sd
-    return verdict
+    known = [(m, sd) for s in spreads if (m := s["mean"]) is not None and (sd := s["sd"]) is not None]
+    return all(m > 0 and m > 3 * sd for m, sd in known) if known and len(known) == len(spreads) else None
 
 
 def _recovered(each: Sequence[Mapping[str, Any]], pooled: str, metric: str) -> dict[str, Any]:
@@ -298,7 +292,9 @@ def table(results: Results) -> str:
     for name, arm in s["arms"].items():
         own, others = arm.get("own", {}), arm.get("others", {})
         nats = [number(v) for v in (arm["union_nll"], arm["nll"], own.get("nll"), others.get("nll"))]
-        shares = [percent(v) for v in (arm["exact_match"], own.get("exact_match"), others.get("exact_match"), arm["coarse_match"])]
+        shares = [
+            percent(v) for v in (arm["exact_match"], own.get("exact_match"), others.get("exact_match"), arm["coarse_match"])
+        ]
         lines.append(_line(label(name), *nats, *shares, number(arm["forgetting"], sign="+"), width=8))
     return "\n".join([*lines, *_recovery_lines(s), *_worse_lines(s), *_fact_lines(results)])
 
@@ -310,7 +306,9 @@ def _recovery_lines(s: Mapping[str, Any]) -> list[str]:
     for pooled, row in s["recovery"].items():
         tax = s["tax"].get(pooled, {})
         cells = (percent(row["union_nll"]), percent(row["exact_match"]))
-        lines.append(_line(label(pooled), *cells, number(tax.get("union_nll"), sign="+"), number(tax.get("perplexity_ratio")), width=16))
+        lines.append(
+            _line(label(pooled), *cells, number(tax.get("union_nll"), sign="+"), number(tax.get("perplexity_ratio")), width=16)
+        )
     return [*lines, "  (recovers: share of the way from a site alone, mean of all, to pooled training)"]
 
 
@@ -322,7 +320,9 @@ def _worse_lines(s: Mapping[str, Any]) -> list[str]:
     lines = ["", "who is worse off federated than alone, on its own test:"]
     for site in s["worse"]:
         row = s["own_site"][site]
-        lines.append(_line(f"  {plain(site)}", f"{number(row['local'])} alone", f"{number(row['federated'])} federated", width=18))
+        lines.append(
+            _line(f"  {plain(site)}", f"{number(row['local'])} alone", f"{number(row['federated'])} federated", width=18)
+        )
     return lines
 
 
@@ -371,11 +371,11 @@ def _difference_lines(over: Mapping[str, Any]) -> list[str]:
 
 def _verdict_lines(over: Mapping[str, Any]) -> list[str]:
     lines = [""]
-    for metric, unit in (("union_nll", ""), ("exact_match", "%")):
+    for metric, name, unit in (("union_nll", "loss", ""), ("exact_match", "exact match", "%")):
         beats = over["beats_alone"][metric]
         if beats["arms"]:
             word = {True: "yes", False: "no", None: "cannot be said"}[beats["verdict"]]
-            lines.append(f"federated beats every site alone by > 3 sd, {METRIC_NAMES[metric]}: {word}")
+            lines.append(f"federated beats every site alone by > 3 sd, {name}: {word}")
             lines += [_line(f"  {label(n)}", f"by {with_sd(s, unit=unit)}", width=24) for n, s in beats["arms"].items()]
     for pooled, row in over["recovery"].items():
         cells = [with_sd(row[m], unit="%") + ("" if row[m]["firm"] else " *") for m in ("union_nll", "exact_match")]

@@ -1,0 +1,73 @@
+"""A tiny random Llama (width 64, 2 layers, one token a byte) and rows for it, shared by the tests of ``learn``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlora.data import IGNORE, Tokens
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the tiny base: bfloat16, untied head."""
+    from fedlora.learn.toy import toy_base
+
+    return toy_base(tmp_path_factory.mktemp("base") / "toy")
+
+
+@pytest.fixture
+def load(toy: Path) -> Callable[..., Any]:
+    """Loads the tiny base; keyword arguments are BaseOptions'. Not quantised unless asked for."""
+    from fedlora.learn.base import BaseOptions, load_base
+
+    def make(path: Path = toy, **options: Any) -> Any:
+        return load_base(BaseOptions(path, **{"load_in_4bit": False, "device": "cpu", **options}))
+
+    return make
+
+
+@pytest.fixture
+def lora(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A LoraModel of rank 4 on the tiny base; ``base`` holds BaseOptions' arguments, the rest are LoraOptions'."""
+    from fedlora.learn.lora import LoraOptions, attach
+
+    def make(base: dict[str, Any] | None = None, **options: Any) -> Any:
+        return attach(load(**(base or {})), LoraOptions(**{"r": 4, "lora_alpha": 6, **options}))
+
+    return make
+
+
+@pytest.fixture
+def row() -> Callable[..., Tokens]:
+    """An example from a prompt and a completion, one token a byte, ended by 257."""
+
+    def make(prompt: str, completion: str) -> Tokens:
+        head, tail = list(prompt.encode()), [*completion.encode(), 257]
+        return Tokens(np.array(head + tail, np.int32), np.array([IGNORE] * len(head) + tail, np.int32), 1)
+
+    return make
+
+
+@pytest.fixture
+def rows(row: Callable[..., Tokens]) -> Sequence[Tokens]:
+    """Twelve examples of different lengths."""
+    words = ("red", "green", "blue")
+    return [row(f"{'apple' * (1 + i % 3)} {i}:", f" {words[i % 3]}") for i in range(12)]
+
+
+def moved(adapter: Any, *, seed: int = 5, size: float = 0.3) -> Any:
+    """An adapter of the same layout with every value random: B is not zero."""
+    from fedlora.adapter import Adapter
+
+    values = np.random.default_rng(seed).normal(0, size, adapter.layout.size).astype(np.float32)
+    return Adapter(values, adapter.layout)
+
+
+@pytest.fixture(name="moved")
+def _moved() -> Callable[..., Any]:
+    return moved

@@ -1,0 +1,141 @@
+"""The shape of the house: layers, homes of heavy libraries, what is shipped, samples that cannot go stale."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fedlora
+from fedlora.config import Plan, SiteFile, sample
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = {
+    0: {"errors", "config", "adapter", "messages"},
+    1: {"aggregate", "privacy", "protect", "wire"},
+    2: {"rounds", "site", "store", "transport"},
+    3: {
+        "cli",
+        "build",
+        "flower",
+        "learn",
+        "data",
+        "testing",
+        "simulate",
+        "rehearse",
+        "enrol",
+        "publish",
+        "report",
+        "plots",
+        "__main__",
+    },
+}
+HOMES = {
+    "torch": {"learn"},
+    "transformers": {"learn"},
+    "peft": {"learn"},
+    "bitsandbytes": {"learn"},
+    "accelerate": {"learn"},
+    "gguf": {"learn"},
+    "tokenizers": {"learn"},
+    "flwr": {"flower"},
+    "httpx": {"flower"},
+    "starlette": {"flower"},
+    "uvicorn": {"flower"},
+    "cryptography": {"protect", "flower"},  # flower: TLS certificates and the node keys that Flower wants
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "pyarrow": {"data"},
+    "pickle": set(),
+    "random": {"learn"},  # the toy data only
+}
+FILES = sorted((ROOT / "fedlora").rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT / "fedlora").parts[0].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    return next(level for level, names in LAYERS.items() if name in names)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if part(p) != "__init__"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down_only_and_heavy_things_have_one_home(path):
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "fedlora":
+            assert layer(rest.partition(".")[0]) <= layer(part(path)), name
+        assert part(path) in HOMES.get(top, {part(path)}), name
+
+
+def test_nothing_prints_but_the_command():
+    for path in FILES:
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        prints = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id in ("print", "eval", "exec")]
+        assert not prints or part(path) == "cli", path
+
+
+@pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.walk_packages(fedlora.__path__, "fedlora.")))
+def test_every_name_in_all_exists(name):
+    heavy = name.startswith(("fedlora.learn", "fedlora.flower")) or name == "fedlora.__main__"
+    if heavy:
+        pytest.importorskip("torch" if "learn" in name else "flwr")
+    if name == "fedlora.__main__":
+        return
+    module = importlib.import_module(name)
+    assert len(set(module.__all__)) == len(module.__all__)
+    for public in module.__all__:
+        assert hasattr(module, public), public
+
+
+def test_the_wheel_holds_only_fedlora(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"fedlora"}
+    assert "fedlora/py.typed" in names
+    assert "fedlora/FORMAT.md" in names
+
+
+def test_help_starts_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys; from fedlora.cli import main; main(['--help']);"
+        "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch','numpy','flwr','transformers','pydantic','cryptography'}))"
+    )
+    began = time.monotonic()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert out.rstrip().endswith("[]")
+    assert time.monotonic() - began < 5  # a hang, not a benchmark
+
+
+@pytest.mark.parametrize(("file", "section"), [("server/plan.toml", Plan), ("client/site.toml", SiteFile)])
+def test_the_sample_files_are_what_the_models_say(file, section):
+    assert (ROOT / file).read_text() == sample(section)
+
+
+@pytest.mark.parametrize("kit", ["server", "client", "simulations"])
+def test_kits_are_not_packages(kit):
+    assert not (ROOT / kit / "__init__.py").exists()
+    out = subprocess.run([sys.executable, str(ROOT / kit / "run.py"), "--help"], capture_output=True, text=True, check=True)
+    assert "Usage" in out.stdout

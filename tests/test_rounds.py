@@ -1,0 +1,312 @@
+"""A federation of toy learners: every round halves the distance to the mean of the targets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fedlora import build
+from fedlora.aggregate import FedAvg
+from fedlora.config import Aggregate, Evaluation, Policy, Wire
+from fedlora.errors import ConfigError, FedLoRAError, QuorumNotReached, StoreError
+from fedlora.messages import Reply
+from fedlora.protect.keys import Identity
+from fedlora.protect.plain import PlainServer, PlainSite
+from fedlora.protect.sealed import SealedServer, SealedSite
+from fedlora.rounds import check_fit, run
+from fedlora.site import Site, safely
+from fedlora.store import Entry, Journal, RunStore
+from fedlora.testing import DictMemory, ToyLearner, toy_adapter, toy_plan
+from fedlora.transport import LocalTransport
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TARGETS = {"a": 1.0, "b": 3.0, "c": 5.0}
+KEYS = {n: Identity.generate(n) for n in (*TARGETS, "server", "run")}
+
+
+class Federation:
+    """Three sites in a directory; ``sealed`` or not."""
+
+    def __init__(self, path, plan, *, sealed=True, learners=None, policy=None):
+        self.path, self.plan, self.sealed, self.events = path, plan, sealed, []
+        self.learners = learners or {n: ToyLearner(t) for n, t in TARGETS.items()}
+        self.policy = policy or Policy(min_sites=1)
+        self.memory = {n: DictMemory() for n in KEYS}
+        self.sites = {n: self.site(n) for n in self.learners}
+        self.answers = {n: s.handle for n, s in self.sites.items()}
+
+    def site(self, name):
+        sealed = SealedSite(KEYS[name], KEYS["server"].public, self.memory[name], 1 << 20, lambda: 0, os.urandom)
+        return Site(
+            name,
+            sealed if self.sealed else PlainSite(),
+            lambda plan: self.learners[name],
+            build.aggregator,
+            self.policy,
+            frozenset({MODEL}),
+            Journal(self.path / name),
+        )
+
+    def store(self):
+        directory = self.path / "run"
+        if (directory / "run.json").exists():
+            return RunStore.open(directory, self.plan)
+        return build.start_run(directory, self.plan, toy_adapter())
+
+    def run(self, **changes):
+        store = self.store()
+        publics = {n: KEYS[n].public for n in self.learners}
+        protection = (
+            SealedServer(KEYS["server"], KEYS["run"], publics, self.memory["server"], self.plan.wire.dtype, lambda: 0, os.urandom)
+            if self.sealed
+            else PlainServer(self.plan.wire.dtype)
+        )
+        parts = {"aggregator": build.aggregator(self.plan), "protection": protection, "transport": LocalTransport(self.answers)}
+        return run(self.plan, store=store, report=lambda e, f: self.events.append((e, dict(f))), **{**parts, **changes})
+
+
+def plan(**more):
+    return toy_plan(wire=Wire(dtype="float32"), **more)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_every_protection_reaches_the_mean_of_the_targets(tmp_path, sealed):
+    last = Federation(tmp_path, plan(rounds=8), sealed=sealed).run()
+    assert last.adapter.vector == pytest.approx(3.0 * (1 - 0.5**8), abs=1e-5)  # each round halves the distance
+
+
+def test_weights_count(tmp_path):
+    learners = {"a": ToyLearner(0.0, tokens=30), "b": ToyLearner(4.0, tokens=10)}
+    assert Federation(tmp_path, plan(rounds=1), learners=learners).run().adapter.vector == pytest.approx(0.5)
+    uniform = plan(rounds=1, name="u", aggregate=Aggregate(weighting="uniform"))
+    assert Federation(tmp_path / "u", uniform, learners=learners).run().adapter.vector == pytest.approx(1.0)
+
+
+def test_one_bad_site_never_ends_the_run(tmp_path):
+    learners = {n: ToyLearner(t) for n, t in TARGETS.items()} | {"b": ToyLearner(float("nan"))}
+    fed = Federation(tmp_path, plan(rounds=2), learners=learners)
+    assert fed.run().adapter.vector == pytest.approx(3.0 * 0.75)
+    records = fed.store().records()
+    assert [r["rejected"] for r in records] == [{"b": "non-finite"}] * 2
+    assert all(r["partial"] and sorted(r["sites"]) == ["a", "c"] for r in records)
+
+
+def test_a_late_site_is_said_to_be_late(tmp_path):
+    class Deaf(LocalTransport):
+        def exchange(self, requests, *, deadline_s):
+            return super().exchange([r for r in requests if r.site != "b"], deadline_s=deadline_s)
+
+    fed = Federation(tmp_path, plan(rounds=1))
+    fed.run(transport=Deaf(fed.answers))
+    assert fed.store().records()[0]["rejected"] == {"b": "late"}
+
+
+def test_below_quorum_the_round_is_void_and_the_run_resumes(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=2, min_sites=3))
+    fed.answers["b"] = lambda r: Reply("b", error="resources")
+    with pytest.raises(QuorumNotReached, match="2 of 3"):
+        fed.run()
+    assert [f["attempt"] for e, f in fed.events if e == "void"] == [0, 1, 2]
+    assert fed.learners["a"].trained == [1]  # later attempts were answered from the journal
+    fed.answers["b"] = fed.sites["b"].handle
+    assert fed.run().adapter.vector == pytest.approx(3.0 * 0.75)
+    assert fed.learners["a"].trained == [1, 2]
+
+
+def test_too_few_sites_online_is_a_quorum_error_too(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=1, min_sites=3, deadline_s=0.05))
+    del fed.answers["b"]
+    with pytest.raises(QuorumNotReached):
+        fed.run()
+
+
+def interrupted(fed, after):
+    """The run, cut off after so many saved rounds."""
+    store = fed.store()
+    save, seen = store.save, []
+
+    def cut(checkpoint):
+        save(checkpoint)
+        seen.append(checkpoint.round)
+        if len(seen) == after:
+            raise KeyboardInterrupt
+
+    store.save = cut
+    fed.store = lambda: store
+    with pytest.raises(KeyboardInterrupt):
+        fed.run()
+    del fed.store
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, dtype, after):
+    todo = toy_plan(rounds=4, wire=Wire(dtype=dtype))
+    whole = Federation(tmp_path / "whole", todo).run()
+    fed = Federation(tmp_path / "cut", todo)
+    interrupted(fed, after)
+    fed.sites = {n: fed.site(n) for n in fed.learners}  # the sites' processes died, too
+    fed.answers = {n: s.handle for n, s in fed.sites.items()}
+    assert fed.run().adapter.vector.tobytes() == whole.adapter.vector.tobytes()
+    assert [r["round"] for r in fed.store().records()] == [1, 2, 3, 4]
+
+
+def test_a_site_killed_after_training_sends_from_its_journal(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=1, min_sites=3))
+    real, lost = fed.answers["b"], []
+
+    def dies_once(request):
+        reply = real(request)
+        if lost:
+            return reply
+        lost.append(reply)
+        return Reply("b", error="site-stopped")
+
+    fed.answers["b"] = dies_once
+    fed.run()
+    assert fed.learners["b"].trained == [1]
+
+
+def test_the_learner_state_goes_on_over_rounds_and_restarts(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=3))
+    fed.run()
+    entry = Journal(tmp_path / "a").find(fed.store().run, 3)
+    assert json.loads(entry.state) == [1, 2, 3]
+
+
+def test_only_shared_metrics_leave(tmp_path):
+    policy = Policy(min_sites=1, share=("eval/nll",))
+    fed = Federation(tmp_path, plan(rounds=1, evaluation=Evaluation(share=("train/loss", "eval/nll"))), policy=policy)
+    fed.run()
+    assert set(fed.store().records()[0]["sites"]["a"]) == {"weight", "eval/nll"}
+
+
+def test_evaluation_comes_before_training_every_nth_round_and_at_the_end(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=3, evaluation=Evaluation(every=2)))
+    fed.run()
+    assert ["eval/nll" in r["sites"]["a"] for r in fed.store().records()] == [True, False, True]
+    assert fed.store().final()["sites"]["a"]["eval/nll"] == pytest.approx(abs(3.0 * 0.875 - 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"base": "f" * 64}, "wrong-base"),
+        ({"layout": toy_adapter().layout.__class__.of({"x.lora_A.weight": (1, 1), "x.lora_B.weight": (1, 1)})}, "wrong-layout"),
+    ],
+)
+def test_a_site_that_differs_is_not_ready(tmp_path, change, code):
+    learners = {n: ToyLearner(t) for n, t in TARGETS.items()}
+    learners["b"] = replace(learners["b"], **change)
+    fed = Federation(tmp_path, plan(rounds=1), learners=learners)
+    fed.run()
+    assert fed.store().records()[0]["rejected"] == {"b": code}
+
+
+@pytest.mark.parametrize("policy", [{"max_rounds": 1}, {"min_sites": 9}, {"allowed_models": ("other",)}])
+def test_the_policy_wins(tmp_path, policy):
+    fed = Federation(tmp_path, plan(rounds=2), policy=Policy(**{"min_sites": 1, **policy}))
+    with pytest.raises(QuorumNotReached):
+        fed.run()
+    assert {c for e, f in fed.events if e == "rejected" for c in [f["code"]]} == {"plan-refused"}
+
+
+def test_the_text_of_an_exception_never_leaves():
+    canary = "patient Ada Lovelace"
+
+    def leaks():
+        raise RuntimeError(canary)
+
+    def named():
+        raise StoreError(canary, hint=canary)
+
+    assert safely("a", leaks) == Reply("a", error="internal")
+    assert safely("a", named) == Reply("a", error="store")
+
+
+def test_a_rule_that_needs_single_updates_is_refused_where_sums_are_shown():
+    with pytest.raises(ConfigError, match="median"):
+        check_fit(FedAvg(needs="each"), SimpleNamespace(reveals="sum"), name="median", mode="secagg")
+
+
+def test_a_run_is_not_started_twice_nor_resumed_with_another_plan(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=1))
+    fed.run()
+    with pytest.raises(StoreError, match="already"):
+        build.start_run(tmp_path / "run", fed.plan, toy_adapter())
+    with pytest.raises(StoreError, match="another plan"):
+        RunStore.open(tmp_path / "run", plan(rounds=2))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=1))
+    fed.run()
+    file = tmp_path / "run" / "round-000001.safetensors"
+    blob = bytearray(file.read_bytes())
+    blob[-1] ^= 1
+    file.write_bytes(blob)
+    with pytest.raises(StoreError, match="damaged"):
+        fed.store().load()
+
+
+def test_a_damaged_journal_is_named_and_nothing_is_sent(tmp_path):
+    journal = Journal(tmp_path)
+    journal.save("0" * 64, 1, Entry("k", b"update", b"state"))
+    (file,) = (tmp_path / ("0" * 64)).iterdir()
+    for blob in (file.read_bytes()[:-1], b"", b"x" * 200):
+        file.write_bytes(blob)
+        with pytest.raises(StoreError):
+            journal.find("0" * 64, 1)
+
+
+def test_the_record_of_a_round_that_was_cut_off_is_mended(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=2))
+    fed.run()
+    lines = (tmp_path / "run" / "rounds.jsonl").read_bytes().splitlines()
+    (tmp_path / "run" / "rounds.jsonl").write_bytes(lines[0] + b"\n" + lines[1][:10])
+    fed.store().load()
+    assert [r["round"] for r in fed.store().records()] == [1, 2]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_rounds import Federation, plan
+import fedlora.testing, time
+slow = fedlora.testing.ToyLearner.train
+def train(self, *a, **k):
+    time.sleep(0.02)
+    return slow(self, *a, **k)
+fedlora.testing.ToyLearner.train = train
+fed = Federation(Path(sys.argv[2]), plan(rounds=12), sealed=False)
+print("ready", flush=True)
+fed.run()
+"""
+
+
+@pytest.mark.parametrize("after_s", [0.1, 0.35, 0.6])
+def test_kill_9_anywhere_loses_nothing(tmp_path, after_s):
+    """Server and sites in one process, killed in the middle, started again: the same bits as without."""
+    whole = Federation(tmp_path / "whole", plan(rounds=12), sealed=False).run()
+    command = [sys.executable, "-c", CHILD, os.path.dirname(__file__), str(tmp_path / "cut")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(after_s)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    fed = Federation(tmp_path / "cut", plan(rounds=12), sealed=False)
+    assert fed.run().adapter.vector.tobytes() == whole.adapter.vector.tobytes()
+    assert [r["round"] for r in fed.store().records()] == list(range(1, 13))
+
+
+def test_the_mean_of_nothing_learned_changes_nothing(tmp_path):
+    learners = {n: ToyLearner(0.0) for n in TARGETS}
+    assert not np.any(Federation(tmp_path, plan(rounds=2), learners=learners).run().adapter.vector)
