@@ -46,8 +46,7 @@ def page(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any
         summaries: ``report.summarise`` of each.
         over: ``report.across`` of all.
     """
-    first, several = runs[0], len(runs) > 1
-    name = plain(first["name"])
+    several = len(runs) > 1
     body = _head(runs) + _tiles(runs, summaries, over)
     body += _section("Arms", _arms_spread(over) + _differences(over) if several else _arms(summaries[0]))
     body += _section("On each site's own test", _site_bars(runs, summaries) + _own_sites(summaries, over["seeds"]))
@@ -63,7 +62,7 @@ def page(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any
     policy = f"default-src 'none'; style-src 'sha256-{_digest(STYLE)}'; base-uri 'none'; form-action 'none'"
     metas = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     metas += '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
-    head = f"<head>{metas}<title>{escape(name)}: federated fine-tuning</title><style>{STYLE}</style></head>"
+    head = f"<head>{metas}<title>{escape(runs[0]['name'])}: federated fine-tuning</title><style>{STYLE}</style></head>"
     return f'<!doctype html>\n<html lang="en">{head}<body>{body}</body></html>\n'
 
 
@@ -84,8 +83,9 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, 
     for row in rows:
         cells = tag("th", escape(row[0]), scope="row") + "".join(tag("td", escape(c)) for c in row[1:])
         lines_.append(tag("tr", cells, class_="main") if row[0] == main else tag("tr", cells))
-    table = tag("table", tag("caption", escape(caption)) + top + tag("tbody", "".join(lines_)))
-    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    table = tag("table", top + tag("tbody", "".join(lines_)), aria_label=caption)
+    scroll = tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    return tag("p", escape(caption), class_="caption") + scroll  # outside, so that it does not scroll away on a telephone
 
 
 # --- above the fold ---------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def _head(runs: Sequence[Mapping[str, Any]]) -> str:
         _count(len(training_rounds(run)), "round"),
         f"{run['split']} split",
         f"seed{'s' * (len(runs) > 1)} {seeds}",
-        f"plan {plain(run['plan'])[:12]}",
+        *([] if len(runs) > 1 else [f"plan {plain(run['plan'])[:12]}"]),  # the seed is part of the plan
     ]
     lead = tag("p", escape(" · ".join(facts)), class_="soft")
     honest = tag("p", escape(HONEST)) if (run.get("dataset") or {}).get("note") else ""
@@ -116,26 +116,26 @@ def _tile(title: str, value: str, note: str) -> str:
 
 def _tiles(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]], over: Mapping[str, Any]) -> str:
     """Four numbers to remember; those that cannot be said are left out."""
-    tiles, arms = [], over["arms"]
+    tiles, arms, one_seed = [], over["arms"], ", one seed" * (len(runs) > 1)
     if "federated" in arms:
         others = [f"{label(n)} {percent(arms[n]['exact_match']['mean'])}" for n in ("base", "local", "pooled-steps") if n in arms]
         tiles.append(_tile("Exact match, federated", percent(arms["federated"]["exact_match"]["mean"]), ", ".join(others)))
     for pooled in ("pooled-steps", "pooled-tokens"):
-        found = over["recovery"].get(pooled, {}).get("union_nll", {})
-        if found.get("mean") is not None:
-            loose = len(runs) > 1 and not found["firm"]
-            note = f"of the way in loss from a site alone to {pooled}{', within the noise' * loose}"
-            tiles.append(_tile("Recovered", with_sd(found, unit="%").replace("+-", "±"), note))
+        row = over["recovery"].get(pooled, {})
+        if row and row["union_nll"]["mean"] is not None:
+            loss, match = (with_sd(row[m], unit="%").replace("+-", "±") for m in ("union_nll", "exact_match"))
+            loose = " Within the noise: do not quote." if row["union_nll"]["firm"] is False else ""
+            tiles.append(_tile("Recovered, loss", loss, f"of the way from a site alone to {pooled}; exact match {match}.{loose}"))
             break
     if summaries[0]["own_site"]:
         worse = [s for s in summaries[0]["own_site"] if any(s in x["worse"] for x in summaries)]
-        note = ", ".join(map(plain, worse)) if worse else "no site does better alone"
-        tiles.append(_tile("Worse off on their own test", f"{len(worse)} of {_count(len(runs[0]['sites']), 'site')}", note))
+        note = ", ".join(map(plain, worse)) if worse else "every site gains on its own test"
+        tiles.append(_tile("Worse off than alone, by loss", f"{len(worse)} of {_count(len(runs[0]['sites']), 'site')}", note))
     sent = runs[0].get("bytes") or {}
     if sent.get("up"):
         base = finite(sent.get("base"))
         share = f"{(sent['up'] + sent['down']) / base:.2g} times the base model ({size(base)})" if base else ""
-        tiles.append(_tile("Sent, both ways, all sites", size(sent["up"] + sent["down"]), share))
+        tiles.append(_tile(f"Sent, both ways, all sites{one_seed}", size(sent["up"] + sent["down"]), share))
     return tag("div", "".join(tiles), class_="tiles") if tiles else ""
 
 
@@ -218,7 +218,7 @@ def _differences(over: Mapping[str, Any]) -> str:
 
 def _quoted(spread: Mapping[str, Any]) -> str:
     text = with_sd(spread, unit="%").replace("+-", "±")
-    return text if spread["firm"] or text == "-" else f"({text})"
+    return f"({text})" if spread["firm"] is False else text
 
 
 # --- sites ------------------------------------------------------------------------------------------------------
@@ -227,11 +227,14 @@ def _quoted(spread: Mapping[str, Any]) -> str:
 def _site_bars(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]]) -> str:
     """Two figures: loss and exact match on each site's own test, of its own arm, the federated and the pooled ones."""
     figures = ""
-    shown: tuple[tuple[str, str, Callable[[Any], str]], ...] = (("nll", "Loss", number), ("exact_match", "Exact match", percent))
-    for metric, name, words in shown:
+    shown: tuple[tuple[str, str, str, str, Callable[[Any], str]], ...] = (
+        ("nll", "Loss", "Nats per token, less is better.", "benefit", number),
+        ("exact_match", "Exact match", "Share of examples, more is better.", "exact_match_benefit", percent),
+    )
+    for metric, name, note, gain, words in shown:
         groups = []
         for site in runs[0]["sites"]:
-            worse = sum(site in s["worse"] for s in summaries)
+            worse = sum((finite(s["own_site"].get(site, {}).get(gain)) or 0.0) < 0 for s in summaries)
             mark = "" if not worse else "better off alone" + f" in {worse} of {len(runs)} seeds" * (len(runs) > 1)
             group = []
             for arm, style in _BAR_STYLE.items():
@@ -239,8 +242,7 @@ def _site_bars(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[st
                 if values := [v for run in runs if (v := _score(run, key, site, metric)) is not None]:
                     mean = math.fsum(values) / len(values)
                     group.append(Bar(arm, style, mean, words(mean), (min(values), max(values))))
-            groups.append((plain(site), mark if metric == "nll" else "", group))
-        note = {"nll": "nats per token, less is better.", "exact_match": "share of examples, more is better."}[metric]
+            groups.append((plain(site), mark, group))
         figures += bars(metric, name, note + " Whiskers: least and greatest over seeds." * (len(runs) > 1), groups)
     return tag("div", figures, class_="pair") if figures else ""
 
@@ -259,9 +261,7 @@ def _own_sites(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[Any]) -> 
             cells = [number(row["local"]), number(row["federated"]), number(gain, sign="+"), points, verdict]
             rows.append([plain(site) + f", seed {seed}" * (len(seeds) > 1), *cells])
     note = "What each site has from federating: its own test, its own arm against the federated one."
-    return _table(
-        note, ["site", "alone, nats", "federated", "gain, nats", "gain in exact match, points", "with federation"], rows
-    )
+    return _table(note, ["site", "alone, nats", "federated", "gain, nats", "gain in exact match, points", "by loss"], rows)
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------
@@ -281,24 +281,21 @@ def _series(rounds: Sequence[Mapping[str, Any]], sites: Sequence[str], metric: s
     names = [n for n in _names(rounds, sites) if any(n in row for _, row in rows)]
     found = [Series(plain(n), colour(names.index(n)), [(x, row.get(n)) for x, row in rows]) for n in names]
     mean = Series("mean of those that reported", "mean", [(x, math.fsum(row.values()) / len(row)) for x, row in rows])
-    return [*found, mean] if len(found) > 1 else found
-
-
-def _facts(rounds: Sequence[Mapping[str, Any]], key: str, name: str, style: str) -> Series:
-    return Series(name, style, [(r["round"], finite(r.get(key))) for r in rounds])
+    return [mean, *found] if len(found) > 1 else found  # the mean lies under the sites, wide and pale
 
 
 def _training(run: Mapping[str, Any], key: str) -> str:
     every, rounds, sites = run.get("rounds") or [], training_rounds(run), run["sites"]
     after = "Nats per token of the shared adapter after so many rounds; 0 is the first adapter."
     gap = "Greatest possible difference to averaging the products B·A, as a share of the round's change."
+    ratio = Series("bound / update", "s0", [(r["round"], finite(r.get("gap/ratio"))) for r in rounds])
     figures = (
         lines(f"{key}-eval", "Held-out loss", after, _series(every, sites, "eval/nll", shift=-1))
         + lines(
             f"{key}-loss", "Training loss", "Nats per token within each round.", _series(rounds, sites, "train/loss", shift=0)
         )
         + participation(f"{key}-part", sites, rounds)
-        + lines(f"{key}-gap", "Exactness gap", gap, [_facts(rounds, "gap/ratio", "bound / update", "s0")])
+        + lines(f"{key}-gap", "Exactness gap", gap, [ratio])
     )
     if not every:
         return _section("Rounds", tag("p", "No rounds were recorded.", class_="soft"))
@@ -308,32 +305,33 @@ def _training(run: Mapping[str, Any], key: str) -> str:
 def _round_table(run: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for r in every:
-        means = [s.points[0][1] if (s := _mean_of(r, run["sites"], m)) else None for m in ("train/loss", "eval/nll")]
+        reported = [_series([r], run["sites"], metric, shift=0) for metric in ("train/loss", "eval/nll")]
         asked = r.get("asked") or []
         missing = [f"{plain(s)}: {state(r, s)}" for s in run["sites"] if state(r, s) != "counted"]
         traffic = [size(sum(r.get(k, {}).values())) for k in ("bytes/down", "bytes/up")]
-        facts = [number(r.get(k)) for k in ("gap/ratio", "drift", "seconds/round")]
+        facts = [number(r.get(k)) for k in ("gap/ratio", "drift")] + [f"{finite(r.get('seconds/round')) or 0:.1f}"]
         took_part = f"{len(run['sites']) - len(missing)} of {len(asked)}"
-        cells = [*(number(v) for v in means), took_part, *facts, *traffic, "; ".join(missing) or "-"]
+        cells = [
+            *(number(found[0].points[0][1]) if found else "-" for found in reported),
+            took_part,
+            *facts,
+            *traffic,
+            "; ".join(missing) or "-",
+        ]
         rows.append([str(r["round"]) if r in training_rounds(run) else f"{r['round']} (evaluation)", *cells])
     head = [
         "round",
         "training loss",
-        "held-out loss before",
+        "held-out before",
         "counted",
         "gap",
         "drift",
         "seconds",
         "to sites",
         "from sites",
-        "not counted",
+        "missing",
     ]
     return _table("Losses are means over the sites that reported.", head, rows)
-
-
-def _mean_of(record: Mapping[str, Any], sites: Sequence[str], metric: str) -> Series | None:
-    found = _series([record], sites, metric, shift=0)
-    return found[-1] if found else None
 
 
 # --- bytes and time ---------------------------------------------------------------------------------------------
@@ -355,12 +353,10 @@ def _traffic(run: Mapping[str, Any], key: str) -> str:
     if base:
         groups.append(("The base model, once", "", [Bar("base model", "s6", base, size(base))]))
     per_round = [
-        Series(name, style, [(r["round"], sum(r.get(k, {}).values()) / 1e6) for r in every])
+        Series(name, style, [(r["round"], sum(r.get(k, {}).values()) / 1e6) for r in training_rounds(run)])
         for k, name, style in (("bytes/down", "to the sites", "s5"), ("bytes/up", "from the sites", "s0"))
     ]
-    note = (
-        f"All sites together, in MB; the last point may be an evaluation. The adapter is {size(sent.get('adapter'))} as float32."
-    )
+    note = f"All sites together, in MB. The adapter is {size(sent.get('adapter'))} as float32."
     figures = bars(f"{key}-bytes", "Whole run, by site", "Bytes as sent, against the size of the base model.", groups)
     figures += lines(f"{key}-traffic", "By round", note, per_round)
     head = ["site", "to the site", "from the site", "a round, both ways", "times the base"]
@@ -377,10 +373,9 @@ def _time(run: Mapping[str, Any], key: str) -> str:
     if not parts:
         return ""
     rows = [[n, f"{s:,.1f}", percent(s / total)] for n, s in parts] + [["together", f"{total:,.1f}", "100 %"]]
+    table = _table("Where the time went.", ["phase", "seconds", "share"], rows)
     figure = stack(f"{key}-time", "Seconds by phase", f"{total:,.0f} s together.", parts)
-    return _section(
-        "Time", tag("div", figure + _table("Where the time went.", ["phase", "seconds", "share"], rows), class_="pair")
-    )
+    return _section("Time", tag("div", figure + tag("div", table), class_="pair"))
 
 
 # --- about ------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ body{margin:0 auto;max-width:1120px;padding:40px 20px 72px;background:var(--pape
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 6px;overflow-wrap:anywhere}
 h2{font-size:1.25rem;margin:56px 0 12px}h3{font-size:1.02rem;margin:36px 0 8px}
-p{max-width:44rem;margin:0 0 14px}.soft,figcaption,caption,dt{color:var(--soft)}
+p{max-width:44rem;margin:0 0 14px}.soft,figcaption,.caption,dt{color:var(--soft)}
 code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 pre{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:14px 16px;overflow-x:auto;white-space:pre-wrap}
 .tiles,.pair{display:grid;gap:18px;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr))}.tiles{margin:28px 0}
@@ -60,16 +60,17 @@ svg .tick{fill:var(--soft);font-size:11.5px}svg .name{font-weight:600}svg .mark{
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;margin:12px 0 0;padding:0;font-size:.85rem}
 .legend li{overflow-wrap:anywhere}.legend svg{width:22px;height:10px;margin-right:7px}.legend .line{stroke-width:4}
 .grid{stroke:var(--rule)}.line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}.dot,.bar{fill:var(--c)}
-.whisker{stroke:var(--ink);stroke-width:1.5}.mean{--c:var(--ink)}.line.mean{stroke-width:3}
+.whisker{stroke:var(--ink);stroke-width:1.5}.mean{--c:var(--ink)}.line.mean{stroke-width:5;opacity:.3}.dot.mean{opacity:0}
 .s0{--c:#0072b2}.s1{--c:#d55e00}.s2{--c:#009e73}.s3{--c:#cc79a7}.s4{--c:#e69f00}.s5{--c:#56b4e9}.s6{--c:#8b949c}
 .line.d1{stroke-dasharray:6 3}.line.d2{stroke-dasharray:2 3}.bar.d1{opacity:.65}.bar.d2{opacity:.4}
-.counted{fill:#0072b2}.late{fill:#e69f00}.rejected{fill:#d55e00}.not-asked{fill:none;stroke:var(--rule)}svg .sign{fill:#14171a}
+.counted{fill:#0072b2}.late{fill:#e69f00}.rejected{fill:#d55e00}.not-asked{fill:none;stroke:var(--soft)}svg .sign{fill:#14171a}
 .scroll{overflow-x:auto;margin:0 0 22px}table{border-collapse:collapse;font-size:.88rem;width:100%}
-caption{text-align:left;padding:0 0 8px}th,td{text-align:right;padding:6px 10px;border-bottom:1px solid var(--rule)}
-th,td{white-space:nowrap}th{font-weight:600}th:first-child,td:first-child{text-align:left;padding-left:0}tr.main{font-weight:600}
+.caption{font-size:.88rem;margin:22px 0 6px;max-width:none}th,td{text-align:right;padding:6px 10px}
+th,td{border-bottom:1px solid var(--rule);white-space:nowrap}
+th{font-weight:400}th:first-child{text-align:left;padding-left:0}tr.main>*{font-weight:650}
 thead th{color:var(--soft);font-weight:500;vertical-align:bottom}
 details{border-top:1px solid var(--rule);margin-top:32px}summary{cursor:pointer;padding:14px 0;font-weight:600}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 20px;font-size:.92rem}dd{margin:0;overflow-wrap:anywhere}
+dl{display:grid;grid-template-columns:fit-content(42%) 1fr;gap:4px 20px;font-size:.92rem}dd{margin:0;overflow-wrap:anywhere}
 @media(max-width:480px){body{padding:24px 14px 48px}.tile,figure{padding:14px}h2{margin-top:44px}}
 @media print{body{max-width:none;padding:0;font-size:11pt}.tile,figure,tr{break-inside:avoid}.scroll{overflow:visible}}
 """
@@ -99,12 +100,12 @@ def label(arm: str) -> str:
 
 
 def number(value: Any, *, sign: str = "") -> str:
-    """Three decimals, or three digits if it is large."""
+    """Three decimals, fewer if it is large: never more than eight characters."""
     v = finite(value)
-    return "-" if v is None else f"{v:{sign}.3f}" if abs(v) < 1e5 else f"{v:{sign}.3g}"
+    return "-" if v is None else f"{v:{sign}.{3 if abs(v) < 99 else 1}f}" if abs(v) < 9999 else f"{v:{sign}.1e}"
 
 
-def percent(value: Any, *) -> str:
+def percent(value: Any) -> str:
     """A share as per cent."""
     v = finite(value)
     return "-" if v is None else f"{100 * v:.1f} %"
@@ -122,21 +123,19 @@ def size(n_bytes: Any) -> str:
 
 def with_sd(spread: Mapping[str, Any], *, unit: str = "") -> str:
     """``mean +- sd``; ``unit="%"`` for shares."""
-    times, digits = (100, 1) if unit else (1, 3)
-    mean, sd = finite(spread["mean"]), finite(spread["sd"])
-    if mean is None:
-        return "-"
-    return f"{times * mean:.{digits}f}" + ("" if sd is None else f" +- {times * sd:.{digits}f}") + (f" {unit}" if unit else "")
+    mean, sd = (_shown(spread[k], unit) for k in ("mean", "sd"))
+    return mean if mean == "-" else mean + f" +- {sd}" * (sd != "-") + f" {unit}" * bool(unit)
 
 
 def with_interval(spread: Mapping[str, Any], *, unit: str = "") -> str:
     """``mean [low, high]``; ``unit="%"`` for shares, in points."""
-    times, digits = (100, 1) if unit else (1, 3)
-    mean, low, high = (finite(spread[k]) for k in ("mean", "low", "high"))
-    if mean is None:
-        return "-"
-    text = f"{times * mean:+.{digits}f}"
-    return text if low is None or high is None else f"{text} [{times * low:+.{digits}f}, {times * high:+.{digits}f}]"
+    mean, low, high = (_shown(spread[k], unit, sign="+") for k in ("mean", "low", "high"))
+    return mean if low == "-" else f"{mean} [{low}, {high}]"
+
+
+def _shown(value: Any, unit: str, *, sign: str = "") -> str:
+    v = finite(value)
+    return number(v, sign=sign) if v is None or not unit else f"{100 * v:{sign}.1f}"
 
 
 def reference_points(dataset: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -213,15 +212,15 @@ class _Scale:
         f = math.log if self.log else float
         return self.start + (f(value) - f(self.low)) / (f(self.high) - f(self.low)) * (self.end - self.start)
 
-    def ticks(self) -> list[float]:
-        """Three to nine round numbers within."""
+    def ticks(self, about: int = 5) -> list[float]:
+        """Round numbers within, a few more or less than ``about``."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             ticks = [t for k in powers for m in (1, 2, 5) if self.low <= (t := m * 10.0**k) <= self.high]
             return ticks[:: len(ticks) // 9 + 1]
-        raw = (self.high - self.low) / 5
+        raw = (self.high - self.low) / about
         unit = 10.0 ** math.floor(math.log10(raw))
-        step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw)
+        step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
         return [k * step for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
@@ -244,7 +243,7 @@ def lines(key: str, title: str, note: str, series: Sequence[Series]) -> str:
     for t in ys.ticks():
         body += tag("path", class_="grid", d=f"M{left} {ys.at(t):.1f}H{_WIDTH - 8}")
         body += _text(left - 6, ys.at(t) + 4, f"{t:.4g}", "tick", "end")
-    body += "".join(_text(xs.at(t), bottom + 17, f"{t:g}", "tick", "middle") for t in xs.ticks() if t == int(t))
+    body += "".join(_text(xs.at(t), bottom + 17, f"{t:g}", "tick", "middle") for t in xs.ticks(8) if t == int(t))
     for s in series:
         path, pen = "", "M"
         for x, y in s.points:
@@ -289,7 +288,7 @@ def bars(key: str, title: str, note: str, groups: Sequence[tuple[str, str, Seque
                 path = f"M{xs.at(max(b.spread[0], 0)):.1f} {y + 5.5:.1f}H{xs.at(end):.1f}"
                 body += tag("path", class_="whisker", d=path)
             body += _text(xs.at(end) + 6, y + 10, b.text, "tick")
-            y += 14
+            y += 15
         y += 10
     return _figure(key, title, note, y, body, list(dict.fromkeys((b.name, b.style) for b in bars if b.name)))
 

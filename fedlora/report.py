@@ -207,15 +207,14 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
     columns = {n: {m: [a[n][m] for a in arms] for m in METRICS} for n in shared}
     compared = [n for n in shared if n not in ("base", "federated")] if "federated" in shared else []
     fed = columns.get("federated", {})
+    reached = [p for p in each[0]["recovery"] if all(p in s["recovery"] for s in each)]
     pairs = {n: {m: [_minus(f, o) for f, o in zip(fed[m], columns[n][m], strict=True)] for m in METRICS} for n in compared}
     return {
         "seeds": [run["seed"] for run in runs],
         "arms": {n: {m: _spread(v) for m, v in row.items()} for n, row in columns.items()},
         "differences": {n: {m: {**_spread(v), **_interval(v)} for m, v in row.items()} for n, row in pairs.items()},
         "beats_alone": {m: _beats(pairs, m) for m in _SIGN},
-        "recovery": {
-            p: {m: _recovered(each, p, m) for m in _SIGN} for p in each[0]["recovery"] if all(p in s["recovery"] for s in each)
-        },
+        "recovery": {p: {m: _recovered(each, p, m) for m in _SIGN} for p in reached},
     }
 
 
@@ -270,21 +269,21 @@ def _recovered(each: Sequence[Mapping[str, Any]], pooled: str, metric: str) -> d
 
 
 def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
-    """A row: the first cell to the left, cut if it is too long, the others to the right."""
-    head = text if len(text) < first else text[: first - 3] + ".."
+    """A row: the first cell to the left, its middle cut out if it is too long, the others to the right."""
+    head = text if len(text) < first else f"{text[: first // 2]}..{text[3 + first // 2 - first :]}"  # names may share a start
     return (f"{head:<{first}}" + "".join(f"{c:>{width}}" for c in cells)).rstrip()
 
 
 def _title(run: Results, seeds: str) -> str:
-    about = f"{run['split']} split, {len(run['sites'])} sites, {len(training_rounds(run))} rounds, plan {plain(run['plan'])[:12]}"
-    return f"{plain(run['name'])[:40]}: {about}, {seeds}"[:100]
+    about = f"{plain(run['split'])} split, {len(run['sites'])} sites, {len(training_rounds(run))} rounds"
+    return f"{plain(run['name'])[:36]}: {about}, {seeds}"[:100]
 
 
 def table(results: Results) -> str:
-    """The arms of one run as plain ASCII-framed text, at most 100 columns wide."""
+    """The arms of one run as plain text, at most 100 columns wide."""
     s = summarise(results)
     lines = [
-        _title(results, f"seed {results['seed']}"),
+        _title(results, f"seed {results['seed']}, plan {plain(results['plan'])[:12]}"),
         "",
         _line("", "nats per token (less is better)", "exact match (more is better)", "", width=32)[:98],
         _line("arm", "all", "mean", "own", "others", "mean", "own", "others", "coarse", "forgets", width=8),
@@ -292,9 +291,8 @@ def table(results: Results) -> str:
     for name, arm in s["arms"].items():
         own, others = arm.get("own", {}), arm.get("others", {})
         nats = [number(v) for v in (arm["union_nll"], arm["nll"], own.get("nll"), others.get("nll"))]
-        shares = [
-            percent(v) for v in (arm["exact_match"], own.get("exact_match"), others.get("exact_match"), arm["coarse_match"])
-        ]
+        exact = (arm["exact_match"], own.get("exact_match"), others.get("exact_match"))
+        shares = [percent(v) for v in (*exact, arm["coarse_match"])]
         lines.append(_line(label(name), *nats, *shares, number(arm["forgetting"], sign="+"), width=8))
     return "\n".join([*lines, *_recovery_lines(s), *_worse_lines(s), *_fact_lines(results)])
 
@@ -378,9 +376,9 @@ def _verdict_lines(over: Mapping[str, Any]) -> list[str]:
             lines.append(f"federated beats every site alone by > 3 sd, {name}: {word}")
             lines += [_line(f"  {label(n)}", f"by {with_sd(s, unit=unit)}", width=24) for n, s in beats["arms"].items()]
     for pooled, row in over["recovery"].items():
-        cells = [with_sd(row[m], unit="%") + ("" if row[m]["firm"] else " *") for m in ("union_nll", "exact_match")]
+        cells = [with_sd(row[m], unit="%") + " *" * (row[m]["firm"] is False) for m in ("union_nll", "exact_match")]
         lines.append(_line(f"recovered, {label(pooled)}", f"loss {cells[0]}", f"exact match {cells[1]}", width=34, first=30))
-    if any(not row[m]["firm"] for row in over["recovery"].values() for m in row):
+    if any(row[m]["firm"] is False for row in over["recovery"].values() for m in row):
         lines.append("  * the way from a site alone to pooled is not longer than 3 sd: do not quote")
     return lines
 

@@ -335,18 +335,24 @@ def _run_directory(lab: Lab, out: Path, transport: str) -> Path:
 
 def _federated(lab: Lab, out: Path, transport: str, report: Report) -> tuple[Adapter, dict[str, Any]]:
     """The federated arm, in this process or over real Flower processes."""
-    began = time.monotonic()
+    began, steps = time.monotonic(), [0.0]
+
+    def listen(event: str, facts: Mapping[str, Any]) -> None:
+        steps[0] += facts["train/seconds"] if event == "trained" else 0.0
+        report(event, facts)
+
     if transport == "flower":
         from fedlora.rehearse import over_flower
 
         store = over_flower(lab.plan, lab.simulation, lab.first, data=lab.data, base=lab.base, out=out, report=report)
     else:
-        store = _in_process(lab, out, report)
+        store = _in_process(lab, out, listen)
     records = store.records()
     facts = {
         "tokens": sum(int(r["weight"]) for r in records) if lab.plan.aggregate.weighting == "tokens" else 0,
         "steps": len(records) * lab.plan.federation.local_steps,
         "seconds": time.monotonic() - began,
+        "seconds/steps": steps[0],  # local training alone; 0 over Flower, where other processes train
         "learning_rate": lab.plan.training.learning_rate,
     }
     return store.load().adapter, facts

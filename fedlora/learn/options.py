@@ -119,7 +119,8 @@ class LoraOptions:
         for key, reason in _ADAPTER_REFUSED.items():
             if key in given:
                 raise ConfigError(f"{key} is refused: {reason}")
-        if given.pop("init_lora_weights", True) is not True:
+        given.pop("init_lora_weights", None)
+        if mapping.get("init_lora_weights", True) is not True:
             raise ConfigError("init_lora_weights is refused: every site must start from the same base and first adapter")
         if given.pop("bias", "none") != "none":
             raise ConfigError("bias is refused: only LoRA factors travel")

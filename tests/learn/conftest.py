@@ -26,7 +26,7 @@ def load(toy: Path) -> Callable[..., Any]:
     from fedlora.learn.base import BaseOptions, load_base
 
     def make(path: Path = toy, **options: Any) -> Any:
-        return load_base(BaseOptions(path, **{"load_in_4bit": False, "device": "cpu", **options}))
+        return load_base(BaseOptions(path, **{"load_in_4bit": False, "device": "cpu", "threads": 1, **options}))
 
     return make
 

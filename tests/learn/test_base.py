@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora.errors import ConfigError, ModelError
 from fedlora.learn.base import BaseOptions, DequantisedLinear, load_base
-from fedlora.learn.loop import derived_seed
 
 pytestmark = pytest.mark.torch
 IDS = torch.tensor([[1, 70, 33, 250, 9, 9, 120, 4]])
@@ -168,9 +167,3 @@ def test_cuda_where_there_is_none_is_a_config_error(toy: Path):
 def test_loading_prints_nothing(load: Callable[..., Any], capfd: pytest.CaptureFixture[str]):
     load(load_in_4bit=True)
     assert capfd.readouterr().out == ""
-
-
-def test_derived_seeds_differ_and_fit():
-    seeds = {derived_seed("dropout", 0, s, r, k) for s in ("a", "b") for r in range(10) for k in range(10)}
-    assert len(seeds) == 200
-    assert all(0 <= s < 2**63 for s in seeds)

@@ -1,0 +1,212 @@
+"""Speed and memory, as JSON lines: `python simulations/bench.py protect wire aggregate rounds sim`.
+
+Each row states what it measured, the median of its repeats and, where there is one, the ratio to a peer in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora import wire
+from fedlora.adapter import Adapter, Layout, Update
+
+ROOT = Path(__file__).resolve().parents[1]
+RANK = 16
+
+
+def row(name: str, **facts: Any) -> None:
+    """One line of output."""
+    print(json.dumps({"bench": name, **{k: round(v, 6) if isinstance(v, float) else v for k, v in facts.items()}}), flush=True)
+
+
+def median_s(work: Callable[[], object], repeats: int = 5) -> float:
+    """Median seconds of a call, after one that does not count."""
+    work()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def layout(values: int) -> Layout:
+    """LoRA pairs of a 4096-wide layer, about so many values."""
+    pairs = max(1, values // (2 * RANK * 4096))
+    return Layout.of({f"l{i:04d}.lora_{f}.weight": s for i in range(pairs) for f, s in (("A", (RANK, 4096)), ("B", (4096, RANK)))})
+
+
+def update(shape: Layout, seed: int = 0) -> Update:
+    delta = np.random.default_rng(seed).standard_normal(shape.size, np.float32)
+    delta *= np.float32(1e-3)
+    return Update(delta, 1000 + seed, {})
+
+
+def bench_protect() -> None:
+    """Seal and open, beside AES-256-GCM alone in one call (no signature, no digest, no key exchange)."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    from fedlora.protect.envelope import parse, seal
+    from fedlora.testing import TOY_BASE, toy_adapter, toy_plan
+
+    sealed = _sealed_parts()
+    header = sealed["header"](toy_plan().canonical(), TOY_BASE, toy_adapter())
+    for megabytes in (1, 10, 100):
+        payload = os.urandom(megabytes * 1_000_000)
+        fit = header(payload)
+        blob = seal(payload, header=fit, signer=sealed["a"], recipients=[sealed["b"].public], entropy=os.urandom)[0]
+
+        def shut(payload: bytes = payload, fit: Any = fit) -> object:
+            return seal(payload, header=fit, signer=sealed["a"], recipients=[sealed["b"].public], entropy=os.urandom)
+
+        def open_(blob: bytes = blob) -> object:
+            return sealed["open"](parse(blob, max_bytes=1 << 30))
+
+        plain = median_s(lambda p=payload: AESGCM(bytes(32)).encrypt(bytes(12), p, b""))
+        s, o = median_s(shut), median_s(open_)
+        row("protect", mb=megabytes, seal_mb_s=megabytes / s, open_mb_s=megabytes / o, aes_only_mb_s=megabytes / plain,
+            overhead_bytes=len(blob) - len(payload), seal_ratio_to_aes=plain / s)  # fmt: skip
+
+
+def _sealed_parts() -> dict[str, Any]:
+    import hashlib
+    from dataclasses import replace
+
+    from fedlora.messages import Task
+    from fedlora.protect import sealed
+    from fedlora.protect.envelope import open_envelope, verify
+    from fedlora.protect.keys import Identity
+
+    a, b = Identity.generate("server"), Identity.generate("b")
+
+    def header(plan: bytes, base: str, adapter: Adapter) -> Callable[[bytes], Any]:
+        task = Task("0" * 64, plan, base, "train", 1, 0, adapter)
+        made = sealed._header(task, a.public, payload=b"", codec="bench", seq=1, prev="0" * 64, created=0)
+        return lambda payload: replace(made, len=len(payload), sha=hashlib.sha256(payload).hexdigest())
+
+    def open_(envelope: Any) -> object:
+        verify(envelope, a.public)
+        return open_envelope(envelope, b)
+
+    return {"a": a, "b": b, "header": header, "open": open_}
+
+
+def bench_wire() -> None:
+    """Dump and parse, beside a plain copy of the float32 values."""
+    shape = layout(10_000_000)
+    one = update(shape)
+    copy = median_s(lambda: one.delta.tobytes())
+    for dtype in wire.DTYPES:
+        blob = wire.dump_update(one, shape, dtype=dtype)
+        d = median_s(lambda t=dtype: wire.dump_update(one, shape, dtype=t))
+        p = median_s(lambda b=blob: wire.parse_update(b, shape))
+        size = 4e-6 * shape.size
+        row("wire", dtype=dtype, values=shape.size, bytes=len(blob), dump_mb_s=size / d, parse_mb_s=size / p, dump_ratio_to_copy=copy / d)
+
+
+def bench_aggregate() -> None:
+    """100 sites of 10M values, streamed; each N in a process of its own, so that the peak is its own."""
+    for sites in (10, 100):
+        out = subprocess.run([sys.executable, __file__, "_aggregate", str(sites)], capture_output=True, text=True, check=True)
+        print(out.stdout, end="", flush=True)
+
+
+def _aggregate(sites: int) -> None:
+    from fedlora.aggregate import FedAvg
+
+    shape = layout(10_000_000)
+    start = Adapter(np.zeros(shape.size, np.float32), shape)
+    delta = update(shape).delta
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    began = time.perf_counter()
+    sums = FedAvg().start(start, cohort=sites)
+    for i in range(sites):
+        sums.add(f"s{i:03d}", Update(delta, 1000 + i, {}))
+    FedAvg().finish(sums, start, scale=2.0)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    total = np.zeros(shape.size, np.float64)
+    naive_began = time.perf_counter()
+    for i in range(min(sites, 10)):
+        total += delta.astype(np.float64) * (1000 + i)
+    naive = (time.perf_counter() - naive_began) / min(sites, 10) * sites
+    # The global adapter and one update (two adapters) exist before; what is added is the sum and the result.
+    row("aggregate", sites=sites, values=shape.size, seconds=seconds, peak_rss_mb=peak / 1e6, rss_above_inputs_in_adapters=(peak - before) / (4 * shape.size),
+        seconds_ratio_to_float64_loop=seconds / naive)  # fmt: skip
+
+
+def bench_rounds() -> None:
+    """Fixed cost of a round: four toy sites with an adapter of SmolLM2-135M's size at r = 8, sealed, journals on disk."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import test_rounds as federation
+
+    from fedlora import testing
+    from fedlora.config import Wire
+
+    shape = Layout.of({f"l{i:03d}.lora_{f}.weight": s for i in range(210) for f, s in (("A", (8, 723)), ("B", (723, 8)))})
+    first = Adapter(np.zeros(shape.size, np.float32), shape)
+    federation.toy_adapter = testing.toy_adapter = lambda *_: first  # type: ignore[assignment]
+    plan = testing.toy_plan(rounds=10, wire=Wire(dtype="int8")).pinned(base=testing.TOY_BASE, init=first.digest())
+    learners = {n: testing.ToyLearner(1.0, layout=shape) for n in ("a", "b", "c")}
+    with tempfile.TemporaryDirectory() as directory:
+        fed = federation.Federation(Path(directory), plan, learners=learners)
+        fed.sites = {n: _roomy(fed, n) for n in learners}
+        fed.answers = {n: s.handle for n, s in fed.sites.items()}
+        fed.run()
+        seconds = [r["seconds/round"] + r["seconds/aggregate"] for r in fed.store().records()]
+    row("rounds", sites=3, values=shape.size, median_s=statistics.median(seconds), s_per_site=statistics.median(seconds) / 3)
+
+
+def _roomy(fed: Any, name: str) -> Any:
+    from dataclasses import replace
+
+    site = fed.site(name)
+    site.protection = replace(site.protection, max_request_bytes=1 << 30)
+    return site
+
+
+def bench_sim() -> None:
+    """The simulated federation against its training steps alone, on the toy plan with more steps."""
+    from fedlora.cli import main
+
+    text = (ROOT / "simulations" / "plans" / "toy.toml").read_text()
+    text = text.replace("local_steps = 3", "local_steps = 40").replace("num_rounds = 4", "num_rounds = 5") + 'arms = ["federated"]\n'
+    with tempfile.TemporaryDirectory() as directory:
+        plan = Path(directory) / "plan.toml"
+        plan.write_text(text)
+        main(["simulate", str(plan), "--out", directory + "/runs", "-q"])
+        found = json.loads((Path(directory) / "runs" / "seed-0" / "results.json").read_text())
+        whole = sum(r["seconds/round"] + r.get("seconds/aggregate", 0) for r in found["rounds"][:-1])
+        steps = found["arms"]["federated"]["seconds/steps"]
+    row("sim", rounds=5, local_steps=40, federated_s=whole, steps_alone_s=steps, ratio=whole / steps)
+
+
+BENCHES = {"protect": bench_protect, "wire": bench_wire, "aggregate": bench_aggregate, "rounds": bench_rounds, "sim": bench_sim}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["_aggregate"]:
+        _aggregate(int(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=sorted(BENCHES))
+    parser.add_argument("--json", action="store_true", help="JSON lines, which is what is printed anyway")
+    for name in parser.parse_args().what:
+        BENCHES[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Whole federations with a tiny real model: simulated, over real Flower processes, interrupted, exported."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedlora.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = ROOT / "simulations" / "plans" / "toy.toml"
+
+
+def results(out):
+    return json.loads((out / "seed-0" / "results.json").read_text())
+
+
+def adapters(out):
+    return [r["adapter"] for r in results(out)["rounds"] if "adapter" in r]
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy") / "runs"
+    assert main(["simulate", str(TOY), "--out", str(out), "-q"]) == 0
+    return out
+
+
+@pytest.mark.torch
+def test_a_simulation_trains_every_arm_at_equal_tokens(simulated):
+    arms = results(simulated)["arms"]
+    assert list(arms) == ["base", "local:site-1", "local:site-2", "local:site-3", "federated", "pooled-steps", "pooled-tokens"]
+    tokens = [arms[k]["tokens"] for k in ("federated", "pooled-steps", "pooled-tokens")]
+    tokens.append(sum(arms[f"local:site-{i}"]["tokens"] for i in (1, 2, 3)))
+    assert max(tokens) <= 1.05 * min(tokens)  # rows are packed to a token budget, so they differ by a few
+
+    def nll(arm):
+        return np.mean([s["nll"] for s in arms[arm]["sites"].values()])
+
+    assert nll("federated") < nll("base")
+    assert nll("pooled-tokens") < nll("base")
+
+
+@pytest.mark.torch
+def test_a_run_directory_describes_itself(simulated):
+    names = {p.name for p in simulated.iterdir()} | {p.name for p in (simulated / "seed-0").iterdir()}
+    assert {"plan.toml", "plan.json", "report.html", "summary.txt", "results.json", "adapter.safetensors"} <= names
+    assert {"torch", "fedlora", "cores", "transport"} <= set(results(simulated)["environment"])
+    assert "http" not in (simulated / "report.html").read_text().replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+@pytest.mark.torch
+def test_the_update_moved_every_factor(simulated):
+    """Pitfall 27: without input gradients under checkpointing, B stays zero silently."""
+    from fedlora.store import load_adapter
+
+    adapter, _ = load_adapter(simulated / "seed-0" / "adapter.safetensors")
+    assert all(np.linalg.norm(t) > 0 for t in adapter.tensors().values())
+
+
+@pytest.mark.torch
+def test_killed_and_resumed_simulations_end_in_the_same_bits(simulated, tmp_path):
+    out = tmp_path / "runs"
+    command = [sys.executable, "-m", "fedlora", "simulate", str(TOY), "--out", str(out), "--resume"]
+    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in child.stderr:
+        if "round 2 done" in line:
+            break
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (out / "seed-0" / "results.json").exists()
+    assert main(["simulate", str(TOY), "--out", str(out), "-q"]) == 1  # it says that something is there already
+    assert main(["simulate", str(TOY), "--out", str(out), "--resume", "-q"]) == 0
+    assert adapters(out) == adapters(simulated)
+    scores = {name: arm["sites"] for name, arm in results(out)["arms"].items()}
+    assert scores == {name: arm["sites"] for name, arm in results(simulated)["arms"].items()}
+
+
+@pytest.mark.torch
+@pytest.mark.flower
+def test_real_flower_processes_give_the_simulated_bits(simulated, tmp_path):
+    """Server, gateway, three SuperNodes and runners over TLS; the same plan, the same adapters bit for bit."""
+    plan = tmp_path / "toy.toml"
+    plan.write_text(TOY.read_text() + 'arms = ["federated"]\n')
+    began = time.monotonic()
+    assert main(["simulate", str(plan), "--out", str(tmp_path / "runs"), "--transport", "flower", "-q"]) == 0
+    assert adapters(tmp_path / "runs") == adapters(simulated)
+    assert time.monotonic() - began < 200
+
+
+@pytest.mark.torch
+def test_the_exported_adapter_is_plain_peft(simulated, tmp_path):
+    assert main(["export", str(simulated / "seed-0"), str(tmp_path / "adapter")]) == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "fedlora/toy"
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert str(tmp_path) not in "".join(p.read_text(errors="replace") for p in (tmp_path / "adapter").iterdir())
+    assert main(["export", str(simulated / "seed-0"), str(tmp_path / "adapter")]) == 3  # never overwritten
+
+
+@pytest.mark.torch
+def test_several_seeds_are_summarised(tmp_path):
+    plan = tmp_path / "toy.toml"
+    plan.write_text(TOY.read_text().replace("num_rounds = 4", "num_rounds = 1") + 'arms = ["base", "federated"]\n')
+    assert main(["simulate", str(plan), "--out", str(tmp_path / "runs"), "--seeds", "0,1", "-q"]) == 0
+    assert (tmp_path / "runs" / "seed-1" / "results.json").exists()
+
+
+@pytest.mark.parametrize("seeds", ["0,0", "a", "-1", ","])
+def test_seeds_are_checked(seeds):
+    assert main(["simulate", str(TOY), "--seeds", seeds, "--out", "/nonexistent/x", "-q"]) == 3
