@@ -85,7 +85,9 @@ def _write_site_file(directory: Path, name: str, plan: Plan, *, data: Path, base
         models={plan.model.model_name_or_path: str(base.resolve())},
         keep_dequantised=plan.simulation.keep_dequantised,
         local_port=local_port,
-        data=SiteData(path=str((data / f"{name}.train.jsonl").resolve()), held_out_path=str((data / f"{name}.validation.jsonl").resolve())),
+        data=SiteData(
+            path=str((data / f"{name}.train.jsonl").resolve()), held_out_path=str((data / f"{name}.validation.jsonl").resolve())
+        ),
         policy=Policy(min_sites=1),
     )
     write_atomic(directory / "site.toml", dump_toml(file).encode())

@@ -46,7 +46,9 @@ def median_s(work: Callable[[], object], repeats: int = 5) -> float:
 def layout(values: int) -> Layout:
     """LoRA pairs of a 4096-wide layer, about so many values."""
     pairs = max(1, values // (2 * RANK * 4096))
-    return Layout.of({f"l{i:04d}.lora_{f}.weight": s for i in range(pairs) for f, s in (("A", (RANK, 4096)), ("B", (4096, RANK)))})
+    return Layout.of(
+        {f"l{i:04d}.lora_{f}.weight": s for i in range(pairs) for f, s in (("A", (RANK, 4096)), ("B", (4096, RANK)))}
+    )
 
 
 def update(shape: Layout, seed: int = 0) -> Update:
@@ -114,7 +116,15 @@ def bench_wire() -> None:
         d = median_s(lambda t=dtype: wire.dump_update(one, shape, dtype=t))
         p = median_s(lambda b=blob: wire.parse_update(b, shape))
         size = 4e-6 * shape.size
-        row("wire", dtype=dtype, values=shape.size, bytes=len(blob), dump_mb_s=size / d, parse_mb_s=size / p, dump_ratio_to_copy=copy / d)
+        row(
+            "wire",
+            dtype=dtype,
+            values=shape.size,
+            bytes=len(blob),
+            dump_mb_s=size / d,
+            parse_mb_s=size / p,
+            dump_ratio_to_copy=copy / d,
+        )
 
 
 def bench_aggregate() -> None:
@@ -183,7 +193,9 @@ def bench_sim() -> None:
     from fedlora.cli import main
 
     text = (ROOT / "simulations" / "plans" / "toy.toml").read_text()
-    text = text.replace("local_steps = 3", "local_steps = 40").replace("num_rounds = 4", "num_rounds = 5") + 'arms = ["federated"]\n'
+    text = (
+        text.replace("local_steps = 3", "local_steps = 40").replace("num_rounds = 4", "num_rounds = 5") + 'arms = ["federated"]\n'
+    )
     with tempfile.TemporaryDirectory() as directory:
         plan = Path(directory) / "plan.toml"
         plan.write_text(text)

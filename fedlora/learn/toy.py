@@ -70,7 +70,7 @@ def toy_data(directory: Path, sites: Sequence[str]) -> Path:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     for number, site in enumerate(sites):
-        things = _THINGS[number::len(sites)] or _THINGS[:1]
+        things = _THINGS[number :: len(sites)] or _THINGS[:1]
         rows = [(t, f"{n} {t}s") for t in things for n in range(2, 14)]
         random.Random(number).shuffle(rows)  # noqa: S311: not for secrets
         cuts = {"train": rows[: len(rows) * 2 // 3], "validation": rows[len(rows) * 2 // 3 : -4], "test": rows[-4:]}

@@ -111,7 +111,13 @@ def write(out: Path, rows: Sequence[Row], *, suffix: str, general: Sequence[Mapp
             save(f"{site}.{split}.jsonl", [_line(r, suffix) for r in mine])
     if general:
         save("general.jsonl", general)
-    about = {**facts, "sites": counts, "labels": len({r.label for r in rows}), "reference": reference_points(rows), "sha256": sums}
+    about = {
+        **facts,
+        "sites": counts,
+        "labels": len({r.label for r in rows}),
+        "reference": reference_points(rows),
+        "sha256": sums,
+    }
     (out / "dataset.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
     for site, count in counts.items():
         print(f"{site:24}" + "".join(f"{split} {count[split]:4}   " for split in SPLITS))

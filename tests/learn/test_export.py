@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fedlora.adapter import Adapter
+from fedlora.errors import ConfigError, ModelError
+from fedlora.learn.export import Card, export_adapter, merge
+
+pytestmark = pytest.mark.torch
+IDS = torch.tensor([[1, 70, 33, 250, 9, 9, 120, 4]])
+
+
+def rounded(adapter: Adapter, dtype: str = "bfloat16") -> Adapter:
+    values = torch.from_numpy(adapter.vector.copy()).to(getattr(torch, dtype)).float().numpy()
+    return Adapter(values, adapter.layout)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.fixture
+def publish(tmp_path: Path) -> Callable[..., Path]:
+    def make(model: Any, adapter: Adapter, out: Path | None = None, **options: Any) -> Path:
+        given = {"options": model.options, "base_model": "org/tiny", "revision": "abc123", "run": {"rounds": 3}, **options}
+        return export_adapter(adapter, out or tmp_path / "final", **given)
+
+    return make
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("targets", ["all-linear", ("v_proj", "q_proj")])
+def test_plain_peft_loads_it_and_computes_our_bits(
+    lora: Any, toy: Path, moved: Any, publish: Any, rslora: bool, dtype: str, targets: Any
+):
+    model = lora(use_rslora=rslora, target_modules=targets)
+    adapter = moved(model.get(), size=0.1)
+    out = publish(model, adapter, dtype=dtype)
+    model.set(rounded(adapter, dtype))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(toy, dtype=torch.bfloat16), out).eval()
+    found = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert {n: tuple(t.shape) for n, t in found.items()} == dict(model.layout.entries)
+    assert torch.equal(logits(loaded), logits(model.peft_model.eval()))
+    with loaded.disable_adapter():
+        assert not torch.equal(logits(loaded), logits(model.peft_model))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_was_trained_over_4_bits_loads_over_4_bits(lora: Any, load: Any, moved: Any, publish: Any, keep: bool):
+    model = lora({"load_in_4bit": True, "keep_dequantised": keep})
+    adapter = moved(model.get(), size=0.1)
+    out = publish(model, adapter)
+    model.set(rounded(adapter))
+    loaded = PeftModel.from_pretrained(load(load_in_4bit=True).model, out).eval()
+    assert torch.equal(logits(loaded), logits(model.peft_model.eval()))
+
+
+def test_the_directory_says_what_peft_and_the_hub_expect(lora: Any, moved: Any, publish: Any):
+    model = lora(use_rslora=True)
+    out = publish(model, moved(model.get()))
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/tiny"
+    assert config["revision"] == "abc123"
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 6, True)
+    assert config["inference_mode"] is True
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["target_modules"] == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    assert PeftConfig.from_pretrained(out).r == 4
+    with safe_open(out / "adapter_model.safetensors", framework="pt") as f:
+        assert f.metadata() == {"format": "pt"}
+        assert sorted(f.keys()) == [n for n, _ in model.layout.entries]
+
+
+def test_no_file_names_a_path_of_this_machine(lora: Any, moved: Any, publish: Any, toy: Path):
+    model = lora()
+    for file in publish(model, moved(model.get())).iterdir():
+        assert str(toy).encode() not in file.read_bytes()
+        assert str(Path.home()).encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["/models/x", "./x", "../x", "~/x"])
+def test_a_base_named_by_its_path_is_refused(lora: Any, publish: Any, name: str):
+    model = lora()
+    with pytest.raises(ConfigError, match="is a path"):
+        publish(model, model.get(), base_model=name)
+
+
+def test_checksums_cover_every_other_file(lora: Any, publish: Any):
+    model = lora()
+    out = publish(model, model.get())
+    lines = dict(reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines())
+    assert set(lines) == {p.name for p in out.iterdir()} - {"SHA256SUMS"}
+    assert set(lines) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "fedlora_run.json"}
+    for name, digest in lines.items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_run_is_named_beside_the_adapter(lora: Any, publish: Any):
+    model = lora()
+    facts = json.loads((publish(model, model.get()) / "fedlora_run.json").read_text())
+    assert facts == {"rounds": 3, "adapter_digest": model.get().digest(), "dtype": "bfloat16", "scale": 1.5}
+
+
+def test_the_same_adapter_gives_the_same_bytes(lora: Any, publish: Any, tmp_path: Path):
+    model = lora()
+    a, b = (publish(model, model.get(), tmp_path / d) for d in ("a", "b"))
+    assert (a / "SHA256SUMS").read_bytes() == (b / "SHA256SUMS").read_bytes()
+
+
+def test_the_card_has_the_hubs_header_and_nothing_breaks_out_of_it(lora: Any, publish: Any):
+    import yaml
+
+    model = lora()
+    card = Card(title="Codes", licence="apache-2.0", tags=("x\n---\nevil: 1",), sections=(("Privacy", "Nothing is promised."),))
+    text = (publish(model, model.get(), card=card, quantisation="nf4") / "README.md").read_text()
+    _, header, body = text.split("---\n", 2)
+    found = yaml.safe_load(header)
+    assert found["library_name"] == "peft"
+    assert found["base_model"] == "org/tiny"
+    assert found["base_model_relation"] == "adapter"
+    assert found["license"] == "apache-2.0"
+    assert set(found["tags"]) >= {"lora", "fedlora", "federated-learning", "x\n---\nevil: 1"}
+    assert "evil" not in found
+    assert "# Codes" in body
+    assert "nf4" in body
+    assert "## Privacy\n\nNothing is promised." in body
+
+
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(lora: Any, publish: Any, tmp_path: Path):
+    model = lora()
+    publish(model, model.get())
+    with pytest.raises(ConfigError, match="not overwritten"):
+        publish(model, model.get())
+    with pytest.raises(ValueError, match="JSON"):
+        publish(model, model.get(), tmp_path / "other", run={"loss": float("nan")})
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_value_that_float16_cannot_hold_is_refused(lora: Any, publish: Any):
+    model = lora()
+    huge = Adapter(np.full(model.layout.size, 1e6, np.float32), model.layout)
+    with pytest.raises(ConfigError, match="does not fit"):
+        publish(model, huge, dtype="float16")
+    with pytest.raises(ConfigError, match="bfloat16 or float16"):
+        publish(model, model.get(), dtype="int8")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pitfall_8_alpha_follows_the_scale_when_the_rank_has_changed(lora: Any, publish: Any, rslora: bool):
+    model, wide = lora(use_rslora=rslora), lora(r=9, use_rslora=rslora)
+    config = json.loads((publish(model, wide.get(), scale=1.5) / "adapter_config.json").read_text())
+    assert config["r"] == 9
+    assert config["lora_alpha"] / (3 if rslora else 9) == pytest.approx(1.5)
+
+
+# --- merging ---------------------------------------------------------------------------------------------------
+
+
+def test_a_merged_model_has_pefts_merged_weights_bit_for_bit(lora: Any, moved: Any, toy: Path, tmp_path: Path):
+    model = lora()
+    adapter = moved(model.get(), size=0.1)
+    model.set(adapter)
+    out = merge(adapter, toy, tmp_path / "merged", scale=model.scale)
+    theirs = model.peft_model.merge_and_unload().state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
+    base = load_file(toy / "model.safetensors")
+    assert all(torch.equal(ours.state_dict()[n], t) for n, t in theirs.items())
+    assert not torch.equal(theirs["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(ours.state_dict()["lm_head.weight"], base["lm_head.weight"])
+
+
+def test_a_merged_directory_is_complete_and_says_its_type(lora: Any, toy: Path, tmp_path: Path):
+    model = lora()
+    out = merge(model.get(), toy, tmp_path / "merged", scale=model.scale, dtype="float16")
+    names = {p.name for p in out.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "SHA256SUMS"}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float16}
+
+
+def test_pitfall_12_a_base_that_is_stored_quantised_is_not_merged_into(lora: Any, toy: Path, tmp_path: Path):
+    model = lora()
+    copy = Path(shutil.copytree(toy, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(ModelError, match="stored quantised"):
+        merge(model.get(), copy, tmp_path / "merged", scale=1.0)
+    (copy / "config.json").write_text(json.dumps(config))
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, copy / "model.safetensors")
+    with pytest.raises(ModelError, match="I8, quantised"):
+        merge(model.get(), copy, tmp_path / "merged", scale=1.0)
+    assert {p.name for p in tmp_path.iterdir()} == {"copy"}
+
+
+def test_another_base_is_not_merged_into(lora: Any, toy: Path, tmp_path: Path):
+    model = lora()
+    copy = Path(shutil.copytree(toy, tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(ModelError, match=r"no model\.layers\.1\.self_attn\.q_proj\.weight"):
+        merge(model.get(), copy, tmp_path / "merged", scale=1.0)
+
+
+def test_merging_overwrites_nothing(lora: Any, toy: Path, tmp_path: Path):
+    model = lora()
+    with pytest.raises(ConfigError, match="not overwritten"):
+        merge(model.get(), toy, tmp_path, scale=1.0)
