@@ -101,7 +101,7 @@ def _processes(root: Path) -> Iterator[Callable[..., None]]:
     def begin(name: str, *words: str) -> None:
         with (root / f"{name}.log").open("wb") as log:
             command = [sys.executable, "-m", "fedlora", *words]
-            running.append(subprocess.Popen(command, stdout=log, stderr=log, env=os.environ))  # noqa: S603: our own command
+            running.append(subprocess.Popen(command, stdout=log, stderr=log, env=os.environ))  # noqa: S603 - our own command
 
     try:
         yield begin

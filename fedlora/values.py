@@ -94,7 +94,7 @@ def _peaks(block: F32, scratch: F32) -> F32:
     """max|row| of (rows, columns), float32; NaN where a row holds one. A long row goes through ``scratch`` in parts."""
     rows, columns = block.shape
     if rows * columns > scratch.size:
-        return np.max([_peaks(block[:, part], scratch) for part in _chunks(columns)], axis=0)
+        return np.asarray(np.max([_peaks(block[:, part], scratch) for part in _chunks(columns)], axis=0))
     size = np.abs(block, out=scratch[: block.size].reshape(rows, columns))
     if columns > 32:
         return np.asarray(size.max(axis=1))

@@ -16,6 +16,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -249,7 +250,7 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
     cuts = [_TASK.size]
     for length in lengths:
         cuts.append(cuts[-1] + length)
-    text, plan, layout_text, reply_key = (blob[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    text, plan, layout_text, reply_key = (blob[a:b] for a, b in pairwise(cuts))
     head = _check_task_head(parse_canonical(text))
     layout = Layout.parse(layout_text)
     if layout.size != n:

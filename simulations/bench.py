@@ -154,8 +154,15 @@ def _aggregate(sites: int) -> None:
         total += delta.astype(np.float64) * (1000 + i)
     naive = (time.perf_counter() - naive_began) / min(sites, 10) * sites
     # The global adapter and one update (two adapters) exist before; what is added is the sum and the result.
-    row("aggregate", sites=sites, values=shape.size, seconds=seconds, peak_rss_mb=peak / 1e6, rss_above_inputs_in_adapters=(peak - before) / (4 * shape.size),
-        seconds_ratio_to_float64_loop=seconds / naive)  # fmt: skip
+    row(
+        "aggregate",
+        sites=sites,
+        values=shape.size,
+        seconds=seconds,
+        peak_rss_mb=peak / 1e6,
+        rss_above_inputs_in_adapters=(peak - before) / (4 * shape.size),
+        seconds_ratio_to_float64_loop=seconds / naive,
+    )
 
 
 def bench_rounds() -> None:

@@ -17,7 +17,7 @@ from fedlora.config import Plan, SiteFile, sample
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: {"errors", "config", "adapter", "messages"},
-    1: {"aggregate", "privacy", "protect", "wire"},
+    1: {"aggregate", "privacy", "protect", "wire", "values"},
     2: {"rounds", "site", "store", "transport"},
     3: {
         "cli",
@@ -32,6 +32,7 @@ LAYERS = {
         "publish",
         "report",
         "plots",
+        "page",
         "__main__",
     },
 }
@@ -120,8 +121,8 @@ def test_the_wheel_holds_only_fedlora(tmp_path):
 
 def test_help_starts_fast_and_imports_nothing_heavy():
     code = (
-        "import sys; from fedlora.cli import main; main(['--help']);"
-        "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch','numpy','flwr','transformers','pydantic','cryptography'}))"
+        "import sys; from fedlora.cli import main; main(['--help']); loaded = {m.partition('.')[0] for m in sys.modules};"
+        "print(sorted(loaded & {'torch', 'numpy', 'flwr', 'transformers', 'pydantic', 'cryptography'}))"
     )
     began = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout

@@ -14,7 +14,7 @@ import pytest
 from fedlora import build
 from fedlora.aggregate import FedAvg
 from fedlora.config import Aggregate, Evaluation, Policy, Wire
-from fedlora.errors import ConfigError, FedLoRAError, QuorumNotReached, StoreError
+from fedlora.errors import ConfigError, QuorumNotReached, StoreError
 from fedlora.messages import Reply
 from fedlora.protect.keys import Identity
 from fedlora.protect.plain import PlainServer, PlainSite

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -132,7 +132,11 @@ def check(plan: PlanFile, json: Json = False) -> None:
 
     found = load_plan(plan)
     f = found.federation
-    facts = {"digest": found.digest(), "rounds": f.num_rounds, "pinned": bool(found.model.digest and found.lora.init_digest)}
+    facts: dict[str, Any] = {
+        "digest": found.digest(),
+        "rounds": f.num_rounds,
+        "pinned": bool(found.model.digest and found.lora.init_digest),
+    }
     emit(
         facts,
         f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
@@ -232,7 +236,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="Any file of FedLoRA.")], 
 @server.command("up")
 def server_up(
     home: Annotated[Path, typer.Argument(help="The server's directory, from `fedlora keygen server`.")],
-    listen: Annotated[str, typer.Option(help="Address and port for the sites.")] = "0.0.0.0:8443",  # noqa: S104: the gateway is meant to be reached
+    listen: Annotated[str, typer.Option(help="Address and port for the sites.")] = "0.0.0.0:8443",
     max_body: Annotated[int, typer.Option(help="Largest request body, bytes.")] = 64 << 20,
     quiet: Quiet = False,
 ) -> None:

@@ -20,7 +20,7 @@ from fedlora.learn.gguf import convert_gguf
 from fedlora.learn.options import BaseOptions
 from fedlora.learn.shards import file_digest
 
-__all__ = ["find_device", "Base", "BaseOptions", "DequantisedLinear", "load_base"]
+__all__ = ["Base", "BaseOptions", "DequantisedLinear", "find_device", "load_base"]
 
 log = logging.getLogger(__name__)
 

@@ -59,7 +59,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")  # noqa: S106: not a secret
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")  # noqa: S106 - not a secret
 
 
 def toy_data(directory: Path, sites: Sequence[str]) -> Path:
@@ -72,7 +72,7 @@ def toy_data(directory: Path, sites: Sequence[str]) -> Path:
     for number, site in enumerate(sites):
         things = _THINGS[number :: len(sites)] or _THINGS[:1]
         rows = [(t, f"{n} {t}s") for t in things for n in range(2, 14)]
-        random.Random(number).shuffle(rows)  # noqa: S311: not for secrets
+        random.Random(number).shuffle(rows)  # noqa: S311 - not for secrets
         cuts = {"train": rows[: len(rows) * 2 // 3], "validation": rows[len(rows) * 2 // 3 : -4], "test": rows[-4:]}
         for split, part in cuts.items():
             lines = [

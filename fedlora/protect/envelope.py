@@ -117,9 +117,9 @@ class Header:
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise MalformedHeader("the header is not JSON with exactly the fields of version 1") from None
         for name, kind in _KINDS.items():
-            found: Any = getattr(header, name)
-            wrong = type(found) is not kind or not (0 <= found < 1 << 63 if isinstance(found, int) else len(found) <= 128)
-            if wrong or (name in _DIGESTS and not _is_digest(found)):
+            found = getattr(header, name)
+            size = len(found) if isinstance(found, str) else found
+            if type(found) is not kind or not 0 <= size <= _LIMITS[kind] or (name in _DIGESTS and not _is_digest(found)):
                 raise MalformedHeader(f"field {name} is malformed")
         if header.dump() != raw:
             raise MalformedHeader("the header is not canonical")
@@ -129,11 +129,12 @@ class Header:
 _WIRE_NAMES = {"sender": "from", "adapter": "global"}  # words that Python keeps for itself
 _FIELD_NAMES = {v: k for k, v in _WIRE_NAMES.items()}
 _KINDS = {f.name: {"int": int, "str": str}[str(f.type)] for f in fields(Header)}
+_LIMITS = {int: (1 << 63) - 1, str: 128}  # largest number, longest text
 _DIGESTS = frozenset({"fed", "run", "plan", "from_key", "to_key", "roster", "base", "adapter", "layout", "prev", "sha"})
 
 
-def _is_digest(text: str) -> bool:
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+def _is_digest(text: object) -> bool:
+    return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

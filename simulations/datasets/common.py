@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
-_STOP = frozenset(
-    "of the and or in with to due unspecified other nos nec specified a an not elsewhere classified by for on except all services".split()
-)
+_STOP_WORDS = """of the and or in with to due unspecified other nos nec specified a an not elsewhere classified by for on except
+all services"""
+_STOP = frozenset(_STOP_WORDS.split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,9 @@ SPECIALTIES = {
     "endocrine-renal": (4, 14),
 }
 _SIDES = re.compile(
-    r"\b(right|left|bilateral|unspecified (eye|ear|side|limb|site|hand|foot|ankle|knee|hip|shoulder|elbow|wrist|finger|arm|leg|thigh"
-    r"|trimester)|(first|second|third) trimester|fetus [1-9]|other fetus)\b",
+    r"\b(right|left|bilateral"
+    r"|unspecified (eye|ear|side|limb|site|hand|foot|ankle|knee|hip|shoulder|elbow|wrist|finger|arm|leg|thigh|trimester)"
+    r"|(first|second|third) trimester|fetus [1-9]|other fetus)\b",
     re.IGNORECASE,
 )
 _VAGUE = re.compile(r"(other|unspecified)\b", re.IGNORECASE)

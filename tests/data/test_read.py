@@ -220,7 +220,7 @@ def test_a_row_without_its_group_is_bad(tmp_path, group):
 
 
 def test_a_report_shows_twenty_line_numbers_and_counts_the_rest():
-    report = ReadReport("a.jsonl", "jsonl", "text", 2_000, 1_974, tuple((n, "not JSON") for n in range(1, 26)) + ((99, "x"),))
+    report = ReadReport("a.jsonl", "jsonl", "text", 2_000, 1_974, (*((n, "not JSON") for n in range(1, 26)), (99, "x")))
     first, json_lines, x = report.lines()
     assert first == "a.jsonl: 1,974 of 2,000 rows used (jsonl, text)"
     assert json_lines.endswith("19, 20 and 5 more")
@@ -297,12 +297,15 @@ def test_a_hopeless_file_is_refused_without_a_word_of_its_contents(tmp_path, nam
 def test_any_bytes_give_conversations_or_a_named_error(tmp_path, junk, format, shape):
     path = tmp_path / "junk"
     path.write_bytes(junk)
+    refused: DataError | None = None
     try:
         conversations, report = read(path, format=format, shape=shape)
     except DataError as error:
-        assert error.__context__ is None
-        return
-    assert len(conversations) == report.used == report.rows - len(report.bad) > 0
+        refused = error
+    if refused is None:
+        assert len(conversations) == report.used == report.rows - len(report.bad) > 0
+    else:
+        assert refused.__context__ is None  # it could quote a row
 
 
 @given(

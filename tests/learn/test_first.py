@@ -35,14 +35,16 @@ def test_a_is_uniform_within_one_over_the_root_of_its_width_and_b_is_zero():
 
 
 def test_another_seed_or_name_gives_other_values():
-    t = first_adapter(LAYOUT, seed=7).tensors()
-    assert not np.array_equal(t["base_model.model.q.lora_A.weight"], first_adapter(LAYOUT, seed=8).tensors()["base_model.model.q.lora_A.weight"])  # fmt: skip
-    assert not np.array_equal(t["base_model.model.q.lora_A.weight"].reshape(-1)[:64] * 8, t["base_model.model.v.lora_A.weight"].reshape(-1) * 4)  # fmt: skip
+    q, v = "base_model.model.q.lora_A.weight", "base_model.model.v.lora_A.weight"
+    t, other = (first_adapter(LAYOUT, seed=seed).tensors() for seed in (7, 8))
+    assert not np.array_equal(t[q], other[q])
+    assert not np.array_equal(t[q].reshape(-1)[:64] * 8, t[v].reshape(-1) * 4)
 
 
 @pytest.mark.parametrize("module", ["fedlora.learn", "fedlora.learn.first", "fedlora.learn.options", "fedlora.learn.digest"])
 def test_what_a_server_needs_loads_no_torch(module: str):
-    code = f"import sys, {module}; bad = {{'torch', 'transformers', 'peft', 'bitsandbytes'}} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    heavy = {"torch", "transformers", "peft", "bitsandbytes"}
+    code = f"import sys, {module}; bad = {heavy!r} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
