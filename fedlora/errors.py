@@ -161,9 +161,10 @@ class RunFailed(FedLoRAError):
 
 
 class StoreError(FedLoRAError):
-    """A checkpoint or journal is damaged or belongs to another run."""
+    """A checkpoint, journal or run directory is missing, damaged, there already or another run's."""
 
     code = "store"
+    exit_status = 3
 
 
 class RemoteError(FedLoRAError):

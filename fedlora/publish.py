@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.adapter import Adapter
-from fedlora.config import Plan, parse_plan
+from fedlora.config import Plan, load_plan, parse_plan
 from fedlora.errors import ConfigError, FedLoRAError, StoreError
 from fedlora.store import RunStore, load_adapter
 
@@ -29,9 +29,9 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
         ConfigError: ``merge`` without ``base``.
         ModelError: the base is quantised, or another one than the adapter fits.
     """
+    plan, adapter, facts = _finished(run)
     from fedlora.learn import export
 
-    plan, adapter, facts = _finished(run)
     if merge:
         if base is None:
             raise ConfigError("--merge needs --base", hint="the full-precision directory of " + plan.model.model_name_or_path)
@@ -94,7 +94,7 @@ def describe(path: Path) -> dict[str, Any]:
     if head in kinds:
         return {"kind": kinds[head], "bytes": path.stat().st_size}
     with suppress(FedLoRAError, ValueError):
-        plan = parse_plan(head + rest)
+        plan = load_plan(path) if path.suffix == ".toml" else parse_plan(head + rest)
         return {"kind": "plan", "digest": plan.digest(), "name": plan.run.name}
     with suppress(ValueError):
         return {"kind": "JSON", "keys": sorted(json.loads(head + rest))}

@@ -174,7 +174,7 @@ class RunStore:
             facts = json.loads((directory / "run.json").read_bytes())
             found = parse_plan((directory / "plan.json").read_bytes())
         except (OSError, ValueError, KeyError):
-            raise StoreError(f"no run in {directory}", hint="start it without --resume") from None
+            raise StoreError(f"no run in {directory}", hint="`fedlora simulate` and `fedlora server start` make one") from None
         if plan is not None and plan.digest() != found.digest():
             raise StoreError(
                 f"{directory} holds a run of another plan ({found.digest()[:12]}, not {plan.digest()[:12]})",

@@ -74,7 +74,7 @@ def test_killed_and_resumed_simulations_end_in_the_same_bits(simulated, tmp_path
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (out / "seed-0" / "results.json").exists()
-    assert main(["simulate", str(TOY), "--out", str(out), "-q"]) == 1  # it says that something is there already
+    assert main(["simulate", str(TOY), "--out", str(out), "-q"]) == 3  # it says that something is there already
     assert main(["simulate", str(TOY), "--out", str(out), "--resume", "-q"]) == 0
     assert adapters(out) == adapters(simulated)
     scores = {name: arm["sites"] for name, arm in results(out)["arms"].items()}

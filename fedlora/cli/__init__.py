@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from fedlora.cli.output import fail
 
@@ -41,4 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         return e.exit_code
     except MemoryError:
         return fail("out of memory", hint="a smaller batch or a shorter max_length", code="resources", status=7)
+    except Exception as e:  # the end of the road: whatever it is, it is ours, and it has its own exit status
+        traceback.print_exc()
+        hint = "this is a bug of FedLoRA; the lines above name no data unless the last one does: read it before you send it"
+        return fail(f"unexpected {type(e).__name__}", hint=hint, code="bug", status=70, as_json="--json" in words)
     return int(status or 0)

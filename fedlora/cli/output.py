@@ -109,9 +109,10 @@ def _short(value: Any) -> Any:
 _LINES = {
     "load": "loading {model}",
     "arm": "arm {name}",
-    "ready": "ready: {lines}",
+    "data": "data {file}: {lines}",
     "listening": "listening on {address}",
     "site-online": "{site} is online",
+    "site-offline": "{site} is offline",
     "waiting": "waiting for sites: {need} needed, now {sites}",
     "start": "run {run:.12} from round {round} of {rounds}",
     "ask": "round {round}: asking {sites}",
