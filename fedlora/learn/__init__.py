@@ -7,9 +7,12 @@ the hub for a compiled kernel while it is imported.)
 
 from __future__ import annotations
 
+import logging
 import os
 
 __all__: list[str] = []
 
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(_name, "1")
+# It warns that this compiled kernel did not come, and computes the same without it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -132,7 +133,9 @@ def attach(base: Base, options: LoraOptions) -> LoraModel:
         raise ValueError("this base has an adapter already; load it again, or share the LoraModel")
     config = _config(base, options)
     try:
-        peft_model = get_peft_model(base.model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers is renaming
+            peft_model = get_peft_model(base.model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=True)
     except ValueError as e:
         raise ConfigError(f"target_modules: {str(e)[:300]}", hint="name linear layers of this base, or say 'all-linear'") from e
     model = LoraModel(base, options, peft_model)

@@ -162,7 +162,8 @@ class SealedServer:
 
     def _open(self, task: Task, reply: Reply) -> Update:
         layout = task.reply_layout
-        limit = wire.max_update_bytes(layout, dtype=self.dtype) + overhead(1)
+        dtype = self.dtype if task.kind == "train" else "float32"
+        limit = wire.max_update_bytes(layout, dtype=dtype) + overhead(1)
         envelope = parse(reply.body, max_bytes=limit)
         verify(envelope, self._known(envelope.header.sender))
         server = self.identity.public
@@ -182,12 +183,12 @@ class SealedServer:
             base=task.base,
             adapter=task.adapter.digest(),
             layout=task.adapter.layout.digest(),
-            codec=f"update/1/{self.dtype if task.kind == 'train' else 'float32'}",
+            codec=f"update/1/{dtype}",
             n_params=layout.size,
         )
         counter = _Counter(self.memory, f"{task.run}/up/{reply.site}")
         counter.admit(envelope.header.seq, envelope.digest, again=False)
-        return wire.parse_update(open_envelope(envelope, self.reply_key), layout)
+        return wire.parse_update(open_envelope(envelope, self.reply_key), layout, dtype=dtype)
 
     def _known(self, name: str) -> PublicIdentity:
         if name not in self.sites:
