@@ -1,5 +1,6 @@
 """Every attack of the table is named, and the round goes on with the others."""
 
+import hashlib
 import struct
 from dataclasses import replace
 
@@ -105,6 +106,15 @@ def _forged(request) -> bytes:
     return blob
 
 
+def mislabelled(request) -> Reply:
+    """Values of another dtype than the header says."""
+    good = parse(honest(request).body, max_bytes=1 << 20)
+    payload = wire.dump_update(work(task()), toy_layout(), dtype="int8")
+    header = replace(good.header, len=len(payload), sha=hashlib.sha256(payload).hexdigest())
+    blob, _ = seal(payload, header=header, signer=SITES["b"], recipients=[RUN.public], entropy=entropy)
+    return Reply("b", blob)
+
+
 def other_task(request, **changes) -> Reply:
     """A genuine answer to another task."""
     elsewhere = next(server().collect(task(**changes), ["b"], Notes()))[0]
@@ -140,6 +150,7 @@ ATTACKS = {
     "wrong-recipient": (lambda r: [resealed(r, to_key="3" * 64)], "wrong-recipient"),
     "wrong-codec": (lambda r: [resealed(r, codec="update/1/float32")], "wrong-context"),
     "wrong-digest": (lambda r: [resealed(r, sha="3" * 64)], "payload-mismatch"),
+    "wrong-dtype": (lambda r: [mislabelled(r)], "wire"),
     "error": (lambda r: [Reply("b", error="data")], "remote"),
 }
 
