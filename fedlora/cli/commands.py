@@ -9,6 +9,8 @@ import typer
 
 from fedlora.cli.output import Screen, emit
 
+__all__ = ["app"]
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
