@@ -78,9 +78,9 @@ class PublicIdentity:
     def kem_key(self) -> MLKEM768X25519PublicKey:
         """The sealing key as the library wants it."""
         try:
-            return MLKEM768X25519PublicKey(
-                MLKEM768PublicKey.from_public_bytes(self.kem[:1184]), X25519PublicKey.from_public_bytes(self.kem[1184:])
-            )
+            x25519 = X25519PublicKey.from_public_bytes(self.kem[1184:])
+            X25519PrivateKey.generate().exchange(x25519)  # refuses points of small order, to which nothing can be sealed
+            return MLKEM768X25519PublicKey(MLKEM768PublicKey.from_public_bytes(self.kem[:1184]), x25519)
         except ValueError:
             raise KeyFileError(f"the sealing key of {self.name} is malformed") from None
 

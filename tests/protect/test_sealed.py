@@ -359,3 +359,11 @@ def test_a_key_for_which_anybody_can_sign_is_refused(point):
 def test_wire_limits_are_those_of_the_server():
     blob = wire.dump_update(work(task()), toy_layout(), dtype="bfloat16")
     assert len(blob) <= wire.max_update_bytes(toy_layout(), dtype="bfloat16")
+
+
+def test_a_sealing_key_to_which_nothing_can_be_sealed_is_refused():
+    """One such key among the recipients would otherwise end every round for all sites."""
+    good = SITES["a"].public
+    for point in (bytes(32), b"\x01" + bytes(31)):
+        with pytest.raises(KeyFileError):
+            PublicIdentity("a", good.signing, good.kem[:1184] + point)
