@@ -14,6 +14,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +233,7 @@ def tasks() -> Iterator[Vector]:
     blob = wire.dump_task(one, reply_key=b"")
     lengths = struct.unpack_from("<4I", blob, 16)
     cuts = [32 + sum(lengths[:i]) for i in range(5)]
-    parts = [blob[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [blob[a:b] for a, b in pairwise(cuts)]
 
     def built(
         *, text: bytes = parts[0], plan: bytes = parts[1], layout: bytes = parts[2], values: bytes = blob[cuts[4] : -16]
