@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin
 
-.PHONY: test demo check bench clean quick
+.PHONY: test demo bank bench clean quick
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -23,6 +23,9 @@ quick: $(VENV)/.ready  ## the tier without torch and without Flower processes
 
 demo: $(VENV)/.ready  ## a real federation: real model, real text, report in runs/
 	$(RUN)/python simulations/run.py demo
+
+bank: $(VENV)/.ready  ## the same for bank branches
+	$(RUN)/python simulations/run.py bank
 
 bench: $(VENV)/.ready
 	$(RUN)/python simulations/bench.py protect wire aggregate rounds sim
