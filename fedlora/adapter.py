@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -62,6 +62,7 @@ class Layout:
     """
 
     entries: tuple[tuple[str, tuple[int, ...]], ...]
+    _digest: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # none or one: computed once
 
     def __post_init__(self) -> None:
         if not 0 < len(self.entries) <= MAX_ENTRIES:
@@ -108,7 +109,9 @@ class Layout:
 
     def digest(self) -> str:
         """SHA-256 of :meth:`dump`, hex."""
-        return hashlib.sha256(self.dump()).hexdigest()
+        if not self._digest:
+            self._digest.append(hashlib.sha256(self.dump()).hexdigest())
+        return self._digest[0]
 
     def slices(self) -> Iterator[tuple[str, slice, tuple[int, ...]]]:
         """(name, where in the vector, shape) of each tensor, in order."""
@@ -154,6 +157,7 @@ class Adapter:
 
     vector: F32
     layout: Layout
+    _digest: list[str] = field(default_factory=list, init=False, repr=False)  # none or one: computed once
 
     def __post_init__(self) -> None:
         if self.vector.dtype != np.float32 or self.vector.shape != (self.layout.size,):
@@ -175,9 +179,11 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 over layout digest and the little-endian float32 values, hex."""
-        h = hashlib.sha256(bytes.fromhex(self.layout.digest()))
-        h.update(np.ascontiguousarray(self.vector, dtype="<f4").data)
-        return h.hexdigest()
+        if not self._digest:
+            h = hashlib.sha256(bytes.fromhex(self.layout.digest()))
+            h.update(np.ascontiguousarray(self.vector, dtype="<f4").data)
+            self._digest.append(h.hexdigest())
+        return self._digest[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
