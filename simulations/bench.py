@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,12 @@ def median_s(work: Callable[[], object], repeats: int = 5) -> float:
         work()
         times.append(time.perf_counter() - began)
     return statistics.median(times)
+
+
+def peak_bytes() -> int:
+    """Most memory that this process had at once (getrusage would count the parent's, inherited over exec)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def layout(values: int) -> Layout:
@@ -135,33 +140,40 @@ def bench_aggregate() -> None:
 
 
 def _aggregate(sites: int) -> None:
+    """As the server does it: each update is parsed from its bytes, added and dropped."""
     from fedlora.aggregate import FedAvg
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_bytes()
     shape = layout(10_000_000)
+    blob = wire.dump_update(update(shape), shape, dtype="int8")
     start = Adapter(np.zeros(shape.size, np.float32), shape)
-    delta = update(shape).delta
+    adding = 0.0
     began = time.perf_counter()
     sums = FedAvg().start(start, cohort=sites)
     for i in range(sites):
-        sums.add(f"s{i:03d}", Update(delta, 1000 + i, {}))
+        one = wire.parse_update(blob, shape)
+        added = time.perf_counter()
+        sums.add(f"s{i:03d}", Update(one.delta, 1000 + i, {}))
+        adding += time.perf_counter() - added
+        del one
     FedAvg().finish(sums, start, scale=2.0)
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    total = np.zeros(shape.size, np.float64)
+    peak = peak_bytes()
+    delta, total = update(shape).delta, np.zeros(shape.size, np.float64)
     naive_began = time.perf_counter()
     for i in range(min(sites, 10)):
         total += delta.astype(np.float64) * (1000 + i)
     naive = (time.perf_counter() - naive_began) / min(sites, 10) * sites
-    # Of an adapter's size are: the global adapter, one update, the sum (8 bytes a value), the result.
+    # Of an adapter's size: the global adapter (before), one update, the sum (two: 8 bytes a value); at the end the result.
     row(
         "aggregate",
         sites=sites,
         values=shape.size,
         seconds=seconds,
+        of_these_adding_s=adding,
+        adding_ratio_to_float64_loop=adding / naive,
         peak_rss_mb=peak / 1e6,
-        peak_above_start_in_adapters=(peak - before) / (4 * shape.size),
-        seconds_ratio_to_float64_loop=seconds / naive,
+        adapters_at_peak=(peak - before) / (4 * shape.size),
     )
 
 
@@ -189,14 +201,23 @@ def bench_rounds() -> None:
 
 
 def _learner_fixed() -> None:
-    """What a round of training costs beyond its steps: a round of one step against the same step inside a longer round."""
+    """What a site's round of training costs beyond its steps: all of ``train`` but the loop."""
     import torch
 
     from fedlora.data import read, tokenise
+    from fedlora.learn import learner as learning
     from fedlora.learn.base import BaseOptions, load_base
-    from fedlora.learn.learner import HFLearner, TrainOptions
     from fedlora.learn.lora import LoraOptions, attach
+    from fedlora.learn.options import TrainOptions
     from fedlora.learn.toy import toy_base, toy_data
+
+    steps, loop = [], learning.train_steps
+
+    def timed(*args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        spent = loop(*args, **options)
+        steps.append(time.perf_counter() - began)
+        return spent
 
     real = ROOT / "models" / "smollm2-135m-instruct"
     with tempfile.TemporaryDirectory() as directory:
@@ -206,16 +227,17 @@ def _learner_fixed() -> None:
         rows, _ = tokenise(
             read(data, format="auto", shape="auto", columns={}, group_key="group")[0], model.tokenizer, max_length=128
         )
-
-        def seconds(steps: int) -> float:
-            options = TrainOptions(local_steps=steps, per_device_train_batch_size=1, max_length=128, num_rounds=9)
-            learner = HFLearner(model, rows, [], options, site="a")
-            first = model.get()
-            return median_s(lambda: learner.train(first, round=1, state=b""), repeats=5)
-
-        one, five = seconds(1), seconds(5)
-    row("round-fixed", base=base.name, values=model.layout.size, threads=torch.get_num_threads(), one_step_s=(five - one) / 4,
-        round_of_one_step_s=one, fixed_ms=1000 * (one - (five - one) / 4))  # fmt: skip
+        options = TrainOptions(local_steps=1, per_device_train_batch_size=1, max_length=128, num_rounds=9)
+        learner, first = learning.HFLearner(model, rows, [], options, site="a"), model.get()
+        learning.train_steps = timed
+        whole = []
+        for _ in range(8):
+            began = time.perf_counter()
+            learner.train(first, round=1, state=b"")
+            whole.append(time.perf_counter() - began)
+    fixed = statistics.median(w - s for w, s in zip(whole[1:], steps[1:], strict=True))
+    row("round-fixed", base=base.name, values=model.layout.size, threads=torch.get_num_threads(),
+        one_step_s=statistics.median(steps[1:]), fixed_ms=1000 * fixed)  # fmt: skip
 
 
 def _roomy(fed: Any, name: str) -> Any:
