@@ -266,13 +266,19 @@ def enrolled(home: Path) -> dict[str, PublicIdentity]:
 
     Raises:
         ConfigError: there is none.
-        KeyFileError: a file is malformed, or named after another site than it holds.
+        KeyFileError: a file is malformed, named after another site than it holds, or holds a key of another site: two equal
+            recipients would make every site refuse every task.
     """
-    found = {}
+    found: dict[str, PublicIdentity] = {}
     for path in sorted((home / "sites").glob("*.pub")):
         public = load_public(path)
         if check_site_name(public.name) != path.stem:
             raise KeyFileError(f"{path.name} holds the key of {public.name!r}", hint="a file is named after its site")
+        for other in found.values():
+            if public.signing == other.signing or public.kem == other.kem:
+                raise KeyFileError(
+                    f"{public.name} and {other.name} share a key", hint="one of them copied it: ask both for their fingerprints"
+                )
         found[public.name] = public
     if not found:
         raise ConfigError(
@@ -304,7 +310,10 @@ def serve_run(
     server's keys later can read an update that he recorded."""
     key = store.directory / "run.key"
     if not key.exists():
-        Identity.generate("run").save(key)
+        new = key.with_suffix(".new")
+        new.unlink(missing_ok=True)  # of a start that was cut off while it wrote
+        Identity.generate("run").save(new)
+        os.replace(new, key)
     protection = SealedServer(
         identity=identity,
         reply_key=load_identity(key),
@@ -315,7 +324,13 @@ def serve_run(
         entropy=os.urandom,
     )
     last = run_rounds(
-        store.plan, store=store, aggregator=aggregator(store.plan), protection=protection, transport=transport, report=report
+        store.plan,
+        store=store,
+        aggregator=aggregator(store.plan),
+        protection=protection,
+        transport=transport,
+        enrolled=sites.keys(),
+        report=report,
     )
     key.unlink()
     return last

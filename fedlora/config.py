@@ -130,9 +130,9 @@ class Training(Section):
     """course of the learning rate over the whole run"""
     warmup_ratio: Share = 0.03
     """share of the whole run in which it rises from zero"""
-    per_device_train_batch_size: Count = 8
+    per_device_train_batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
     """rows in a batch; with packing, a row holds max_length tokens of several examples"""
-    gradient_accumulation_steps: Count = 1
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 1
     """batches in a step"""
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] = 1024
     """tokens in a row; longer examples are cut on the right"""

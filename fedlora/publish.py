@@ -53,7 +53,8 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
 
 def _finished(run: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
     """The plan, the last adapter, and the facts for ``fedlora_run.json``: sites by number, not by name."""
-    store = RunStore.open(run / "federated" if (run / "federated").is_dir() else run)
+    inside = [run / "federated", *sorted((run / "flower" / "server" / "runs").glob("*"))]  # of a simulation; which kind
+    store = RunStore.open(next((d for d in inside if d.is_dir()), run))
     at = store.load()
     facts: dict[str, Any] = {
         "run": store.run,
@@ -97,5 +98,6 @@ def describe(path: Path) -> dict[str, Any]:
         plan = load_plan(path) if path.suffix == ".toml" else parse_plan(head + rest)
         return {"kind": "plan", "digest": plan.digest(), "name": plan.run.name}
     with suppress(ValueError):
-        return {"kind": "JSON", "keys": sorted(json.loads(head + rest))}
+        found = json.loads(head + rest)
+        return {"kind": "JSON", "keys": sorted(found) if isinstance(found, dict) else type(found).__name__}
     raise StoreError(f"{path} is not a file of FedLoRA")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -37,9 +37,19 @@ def check_fit(aggregator: Aggregator, protection: Protection, *, name: str, mode
 
 
 def run(
-    plan: Plan, *, store: RunStore, aggregator: Aggregator, protection: Protection, transport: Transport, report: Report
+    plan: Plan,
+    *,
+    store: RunStore,
+    aggregator: Aggregator,
+    protection: Protection,
+    transport: Transport,
+    enrolled: Collection[str],
+    report: Report,
 ) -> Checkpoint:
     """Runs the rounds that are still to do, then one last evaluation; returns the last checkpoint.
+
+    Args:
+        enrolled: the sites that belong to the federation: a round without one of them is partial, and says so.
 
     Raises:
         QuorumNotReached: a round stayed below ``min_sites`` in every attempt. The run can be resumed.
@@ -49,13 +59,13 @@ def run(
     report("start", {"run": store.run, "round": at.round, "rounds": plan.federation.num_rounds})
     while at.round < plan.federation.num_rounds:
         task = _task(plan, store, at, "train")
-        tally, record = _attempts(task, plan, protection, transport, report, partial(_start, aggregator, at))
+        tally, record = _attempts(task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at))
         at = _next(aggregator, at, tally, record, scale=plan.lora.scale)
         store.save(at)
         report("round", record)
     if store.final() is None:
         task = _task(plan, store, at, "evaluate")
-        _, record = _attempts(task, plan, protection, transport, report, lambda cohort: None)
+        _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None)
         store.finish(record)
         report("final", record)
     return at
@@ -80,26 +90,31 @@ def _task(plan: Plan, store: RunStore, at: Checkpoint, kind: Kind) -> Task:
 
 
 def _attempts(
-    task: Task, plan: Plan, protection: Protection, transport: Transport, report: Report, start: Callable[[int], Sums | None]
+    task: Task,
+    plan: Plan,
+    protection: Protection,
+    transport: Transport,
+    enrolled: Collection[str],
+    report: Report,
+    start: Callable[[int], Sums | None],
 ) -> tuple[_Round, dict[str, Any]]:
     """Asks for a round until enough sites delivered. A site that did answers again from its journal."""
-    need = plan.federation.min_sites
+    need, meter = plan.federation.min_sites, _Meter(transport)
     for attempt in range(plan.federation.round_attempts):
         task = replace(task, attempt=attempt)
-        deadline = time.monotonic() + plan.federation.round_deadline
-        sites = _await_sites(transport, need, deadline, report)
-        tally = _Round(start(max(len(sites), 1)), report)
-        meter = _Meter(transport)
+        sites = _await_sites(transport, need, time.monotonic() + plan.federation.round_deadline, report)
+        tally = _Round(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
         report("ask", {"round": task.round, "attempt": attempt, "kind": task.kind, "sites": sites})
         began = time.monotonic()
+        deadline = began + plan.federation.round_deadline  # waiting for the sites to come does not count
         drive(protection.collect(task, sites, tally), meter, deadline_s=partial(_left, deadline))
         record = {
             "round": task.round,
             "attempt": attempt,
             "asked": sites,
             "sites": tally.accepted,
-            "rejected": tally.rejected | {s: "late" for s in sites if s not in tally.accepted and s not in tally.rejected},
-            "partial": len(tally.accepted) < len(sites),
+            "rejected": tally.missing(sites, enrolled),
+            "partial": len(tally.accepted) < len({*sites, *enrolled}),
             "bytes/down": meter.down,
             "bytes/up": meter.up,
             "seconds/round": time.monotonic() - began,
@@ -134,19 +149,27 @@ class _Round:
 
     sums: Sums | None
     report: Report
+    share: frozenset[str]
     accepted: dict[str, dict[str, float]] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
 
     def accept(self, site: str, update: Update) -> None:
         if self.sums is not None:
             self.sums.add(site, update)
-        self.accepted[site] = {"weight": update.weight, **update.metrics}
+        listed = {k: v for k, v in update.metrics.items() if k in self.share}  # a site may send more than it was asked for
+        self.accepted[site] = {"weight": update.weight, **listed}
         self.report("update", {"site": site, **self.accepted[site]})
 
     def reject(self, site: str, error: FedLoRAError) -> None:
         code = error.remote_code if isinstance(error, RemoteError) else error.code
         self.rejected[site] = code
         self.report("rejected", {"site": site, "code": code})
+
+    def missing(self, asked: Sequence[str], enrolled: Collection[str]) -> dict[str, str]:
+        """Why each site that belongs to the federation does not count: a code, ``late``, or ``offline`` (not asked)."""
+        late = {s: "late" for s in asked}
+        why = {s: "offline" for s in sorted(enrolled)} | late | self.rejected
+        return {s: code for s, code in why.items() if s not in self.accepted}
 
 
 @dataclass(slots=True)

@@ -65,7 +65,7 @@ def simulate(
     """
     if plan.simulation is None:
         raise ConfigError("the plan has no [simulation] table", hint="`fedlora new simulation` prints one")
-    _claim(out, plan, resume=resume)
+    _claim(out, plan, transport=transport, resume=resume)
     results = []
     lab: Lab | None = None
     for seed in seeds:
@@ -91,15 +91,16 @@ def parse_seeds(text: str, *, default: int) -> list[int]:
     return seeds
 
 
-def _claim(out: Path, plan: Plan, *, resume: bool) -> None:
-    facts = canonical(plan.model_dump(mode="json"))
+def _claim(out: Path, plan: Plan, *, transport: str, resume: bool) -> None:
+    facts = canonical({"plan": plan.model_dump(mode="json"), "transport": transport})
     mark = out / "plan.json"
     if mark.exists():
         if not resume:
             raise StoreError(f"{out} holds a simulation already", hint="--resume goes on with it; or choose another --out")
         if mark.read_bytes() != facts:
             raise StoreError(
-                f"{out} holds another plan's simulation", hint="choose another --out; a plan cannot change under its run"
+                f"{out} holds the simulation of another plan or over another transport",
+                hint="choose another --out; neither can change under a run",
             )
         return
     write_atomic(mark, facts)
@@ -320,7 +321,9 @@ def _arms(lab: Lab) -> dict[str, _Alone]:
         elif kind == "pooled-steps":
             arms[kind] = _Alone(kind, s.sites, rounds, len(s.sites), s.pooled_steps)
         else:
-            arms[kind] = _Alone(kind, s.sites, rounds * len(s.sites), 1, s.pooled_tokens)
+            # Passes over the pooled rows are as many tokens as passes at every site; steps are not.
+            times = len(s.sites) if lab.plan.federation.local_steps else 1
+            arms[kind] = _Alone(kind, s.sites, rounds * times, 1, s.pooled_tokens)
     return arms
 
 
@@ -350,7 +353,7 @@ def _federated(lab: Lab, out: Path, transport: str, report: Report) -> tuple[Ada
     records = store.records()
     facts = {
         "tokens": sum(int(r["weight"]) for r in records) if lab.plan.aggregate.weighting == "tokens" else 0,
-        "steps": len(records) * lab.plan.federation.local_steps,
+        "steps": len(records) * lab.plan.federation.local_steps or None,  # passes over the data differ in steps between sites
         "seconds": time.monotonic() - began,
         "seconds/steps": steps[0],  # local training alone; 0 over Flower, where other processes train
         "learning_rate": lab.plan.training.learning_rate,

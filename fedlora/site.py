@@ -54,6 +54,11 @@ class Learner(Protocol):
         """Names and shapes of the adapter that this base and the plan's LoRA settings give."""
         ...
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in a round, passes over the data counted in steps."""
+        ...
+
     def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
         """Metrics of ``adapter`` on the site's own held-out rows, e.g. ``eval/nll`` (nats per supervised token)."""
         ...
@@ -112,7 +117,10 @@ class Site:
 
     def handle(self, request: Request) -> Reply:
         """Answers a request. Raises nothing: an error becomes its code."""
-        return safely(self.name, lambda: self.protection.answer(request, self.work))
+        reply = safely(self.name, lambda: self.protection.answer(request, self.work))
+        if reply.error:
+            self.report("failed", {"code": reply.error})
+        return reply
 
     def work(self, task: Task) -> Update:
         """Does a task that has been found genuine, or finds it done in the journal.
@@ -168,6 +176,8 @@ class Site:
                 f"the plan pins base {plan.model.digest[:12]}, this site's copy is {learner.base[:12]}",
                 hint="compare weights, tokenizer, chat template and quantisation; `fedlora pin` prints each digest",
             )
+        if learner.steps > self.policy.max_local_steps:
+            raise PlanRefused(f"a round takes {learner.steps} steps here, more than {self.policy.max_local_steps}")
         if learner.layout != task.adapter.layout:
             raise WrongLayout("the adapter that the server sent does not fit this base and the plan's LoRA settings")
         if task.round == 1 and task.kind == "train" and task.adapter.digest() != plan.lora.init_digest:

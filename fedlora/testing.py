@@ -44,6 +44,7 @@ class ToyLearner:
     tokens: int = 10
     base: str = TOY_BASE
     layout: Layout = field(default_factory=toy_layout)
+    steps: int = 1
     trained: list[int] = field(default_factory=list)
 
     def evaluate(self, adapter: Adapter) -> Mapping[str, float]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 from fedlora import build
 from fedlora.aggregate import FedAvg
 from fedlora.config import Aggregate, Evaluation, Policy, Wire
-from fedlora.errors import ConfigError, QuorumNotReached, StoreError
+from fedlora.errors import ConfigError, KeyFileError, QuorumNotReached, StoreError
 from fedlora.messages import Reply
 from fedlora.protect.keys import Identity
 from fedlora.protect.plain import PlainServer, PlainSite
@@ -68,6 +69,7 @@ class Federation:
             else PlainServer(self.plan.wire.dtype)
         )
         parts = {"aggregator": build.aggregator(self.plan), "protection": protection, "transport": LocalTransport(self.answers)}
+        parts["enrolled"] = list(self.learners)
         return run(self.plan, store=store, report=lambda e, f: self.events.append((e, dict(f))), **{**parts, **changes})
 
 
@@ -105,6 +107,68 @@ def test_a_late_site_is_said_to_be_late(tmp_path):
     fed = Federation(tmp_path, plan(rounds=1))
     fed.run(transport=Deaf(fed.answers))
     assert fed.store().records()[0]["rejected"] == {"b": "late"}
+
+
+def test_a_round_without_an_enrolled_site_is_partial_and_says_who_was_away(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=1))
+    del fed.answers["b"]
+    fed.run()
+    (record,) = fed.store().records()
+    assert (record["partial"], record["asked"], record["rejected"]) == (True, ["a", "c"], {"b": "offline"})
+
+
+def test_waiting_for_the_sites_does_not_use_up_the_deadline(tmp_path):
+    left = []
+
+    class Slow(LocalTransport):
+        def sites(self):
+            time.sleep(0.3)
+            return super().sites()
+
+        def exchange(self, requests, *, deadline_s):
+            left.append(deadline_s)
+            return super().exchange(requests, deadline_s=deadline_s)
+
+    fed = Federation(tmp_path, plan(rounds=1, deadline_s=0.5))
+    fed.run(transport=Slow(fed.answers))
+    assert min(left) > 0.4
+
+
+def test_numbers_that_the_plan_does_not_list_are_not_recorded(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=1, evaluation=Evaluation(share=("train/loss",))))
+    fed.run()
+    assert all(set(s) == {"weight", "train/loss"} for s in fed.store().records()[0]["sites"].values())
+
+
+def test_bytes_of_void_attempts_count(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=1, min_sites=3))
+    once, size = fed.answers["b"], []
+
+    def second_time(request):
+        size.append(len(request.body))
+        return once(request) if len(size) > 1 else Reply("b", error="resources")
+
+    fed.answers["b"] = second_time
+    fed.run()
+    assert fed.store().records()[0]["bytes/down"]["b"] == sum(size[:2])
+
+
+def test_a_site_does_not_take_more_steps_than_its_policy_allows(tmp_path):
+    learners = {"a": ToyLearner(1.0, steps=11), "b": ToyLearner(1.0)}
+    fed = Federation(tmp_path, plan(rounds=1), learners=learners, policy=Policy(min_sites=1, max_local_steps=10))
+    fed.run()
+    assert fed.store().records()[0]["rejected"] == {"a": "plan-refused"}
+    assert learners["a"].trained == []
+
+
+def test_two_sites_with_one_key_are_not_enrolled(tmp_path):
+    """Two equal recipients in one envelope would make every site refuse every task."""
+    (tmp_path / "sites").mkdir()
+    a, b = Identity.generate("a").public, Identity.generate("b").public
+    for public in (a, replace(b, kem=a.kem)):
+        (tmp_path / "sites" / f"{public.name}.pub").write_text(public.line() + "\n")
+    with pytest.raises(KeyFileError, match="share a key"):
+        build.enrolled(tmp_path)
 
 
 def test_below_quorum_the_round_is_void_and_the_run_resumes(tmp_path):
@@ -276,6 +340,7 @@ def test_the_record_of_a_round_that_was_cut_off_is_mended(tmp_path):
 
 CHILD = """
 import sys
+import time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_rounds import Federation, plan

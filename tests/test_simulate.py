@@ -90,6 +90,8 @@ def test_real_flower_processes_give_the_simulated_bits(simulated, tmp_path):
     began = time.monotonic()
     assert main(["simulate", str(plan), "--out", str(tmp_path / "runs"), "--transport", "flower", "-q"]) == 0
     assert adapters(tmp_path / "runs") == adapters(simulated)
+    assert main(["simulate", str(plan), "--out", str(tmp_path / "runs"), "--resume", "-q"]) == 3  # another transport's results
+    assert main(["export", str(tmp_path / "runs" / "seed-0"), str(tmp_path / "adapter")]) == 0
     assert time.monotonic() - began < 200
 
 

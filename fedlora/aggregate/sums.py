@@ -84,8 +84,8 @@ class Sums:
         update.check(self.layout.size)
         if site in self.weights or len(self.weights) >= self.cohort:
             raise UpdateRejected(f"{site} is in the sum already, or more than {self.cohort} updates came")
-        if not 0 <= update.weight <= self.max_weight:
-            raise UpdateRejected(f"weight {update.weight} is not within 0 .. {self.max_weight}")
+        if not 1 <= update.weight <= self.max_weight:  # zero would count as a site for the quorum and bring nothing
+            raise UpdateRejected(f"weight {update.weight} is not within 1 .. {self.max_weight}")
         if max(-float(update.delta.min()), float(update.delta.max())) > MAX_DELTA:
             raise UpdateRejected(f"a value changed by more than {MAX_DELTA:g}", hint="training diverged at that site")
         # A float32 times an integer below 2^27 is exact in float64, and so is the power of two: one rounding in all.

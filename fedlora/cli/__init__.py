@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -9,6 +10,15 @@ import traceback
 from fedlora.cli.output import fail
 
 __all__ = ["main"]
+
+
+_TRAIN = frozenset(["accelerate", "bitsandbytes", "gguf", "peft", "pyarrow", "tokenizers", "torch", "transformers"])
+_SIGNALLED = 130
+_INTERRUPTED = {
+    "simulate": "the same command with --resume goes on",
+    "server": "a run goes on while the server is up; after it was stopped, `fedlora server start ... --resume` goes on",
+    "site": "the same command goes on: what is finished stands in the journal",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,20 +40,35 @@ def main(argv: list[str] | None = None) -> int:
 
     words = sys.argv[1:] if argv is None else argv
     try:
-        status = app(words, standalone_mode=False, prog_name="fedlora")
+        status = int(app(words, standalone_mode=False, prog_name="fedlora") or 0)
+        return _interrupted(words) if status == _SIGNALLED else status  # typer has swallowed Ctrl-C by then
     except FedLoRAError as e:
         return fail(str(e), hint=e.hint, code=e.code, status=e.exit_status, as_json="--json" in words)
-    except click.exceptions.Abort:
-        return fail("interrupted", hint="the same command with --resume goes on", code="interrupted", status=130)
-    except KeyboardInterrupt:
-        return fail("interrupted", hint="the same command with --resume goes on", code="interrupted", status=130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _interrupted(words)
     except click.ClickException as e:
         e.show()
         return e.exit_code
     except MemoryError:
-        return fail("out of memory", hint="a smaller batch or a shorter max_length", code="resources", status=7)
+        return fail(
+            "out of memory", hint="a smaller batch or a shorter max_length", code="resources", status=7, as_json="--json" in words
+        )
+    except ImportError as e:
+        if (e.name or "").partition(".")[0] not in _TRAIN:
+            raise
+        hint = "pip install 'fedlora[train]', or run this where it is installed: a server needs it for nothing else"
+        return fail(f"{e.name} is not installed", hint=hint, code="not-installed", status=3, as_json="--json" in words)
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = f"{e.filename}: " if e.filename else ""
+        hint = "make room and run the command again" if full else "check the path and its permissions"
+        return fail(f"{where}{e.strerror or e}", hint=hint, code="os", status=7 if full else 3, as_json="--json" in words)
     except Exception as e:  # the end of the road: whatever it is, it is ours, and it has its own exit status
         traceback.print_exc()
         hint = "this is a bug of FedLoRA; the lines above name no data unless the last one does: read it before you send it"
         return fail(f"unexpected {type(e).__name__}", hint=hint, code="bug", status=70, as_json="--json" in words)
-    return int(status or 0)
+
+
+def _interrupted(words: list[str]) -> int:
+    hint = _INTERRUPTED.get(words[0] if words else "", "")
+    return fail("interrupted", hint=hint, code="interrupted", status=_SIGNALLED, as_json="--json" in words)

@@ -265,10 +265,18 @@ def server_start(
     Example: fedlora server start study study/plan/plan.toml
     """
     from fedlora.flower.server import start
+    from fedlora.store import RunStore
 
     with Screen(quiet=quiet) as screen:
         directory = start(home, plan, resume=resume, report=screen)
-    emit({"run": str(directory)}, f"done: {directory}\nnext: fedlora export {directory} adapter/", as_json=json)
+    rounds = RunStore.open(directory).records()
+    partial = [r["round"] for r in rounds if r["partial"]]
+    said = f"{len(partial)} of {len(rounds)} rounds without some site" if partial else f"{len(rounds)} rounds, every site in each"
+    emit(
+        {"run": str(directory), "rounds": len(rounds), "partial_rounds": partial},
+        f"done: {directory} ({said})\nnext, where fedlora[train] is installed: fedlora export {directory} adapter/",
+        as_json=json,
+    )
 
 
 @site.command("up")

@@ -113,6 +113,8 @@ _LINES = {
     "listening": "listening on {address}",
     "site-online": "{site} is online",
     "site-offline": "{site} is offline",
+    "site-refused": "{site} is not let in: {why}; a key that was removed once needs a new one (`fedlora keygen site`)",
+    "failed": "a task was not done: {code}; the reason stands in this site's own log (state/flower/log/runner.log)",
     "waiting": "waiting for sites: {need} needed, now {sites}",
     "start": "run {run:.12} from round {round} of {rounds}",
     "ask": "round {round}: asking {sites}",

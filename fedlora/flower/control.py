@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from fedlora.errors import FedLoRAError
 from fedlora.flower._internals import Control, Node, RunState
 from fedlora.flower.bundle import bundle_bytes
 
@@ -15,23 +16,36 @@ def _live(nodes: list[Node]) -> list[Node]:
     return [n for n in nodes if n.status != "unregistered"]
 
 
-def register_sites(control: Control, keys: Mapping[str, bytes]) -> dict[str, int]:
+def register_sites(
+    control: Control, keys: Mapping[str, bytes], *, refused: Callable[[str, FedLoRAError], None] | None = None
+) -> dict[str, int]:
     """Makes the SuperLink's list of nodes equal to the enrolled sites. Doing it twice changes nothing.
 
     Args:
-        keys: PEM of each site's node key.
+        keys: PEM of each site's node key. None at all changes nothing: a folder that is away must not expel everybody for good.
+        refused: told about a site whose key the SuperLink refuses; without it, the first such site raises.
 
     Returns:
-        Node id of each site.
+        Node id of each site that is registered.
 
     Raises:
         ConnectionFailed: the SuperLink refuses; for a key that was removed once, that is for good.
     """
+    if not keys:
+        return {}
     known = {n.key: n.id for n in _live(control.nodes())}
     for key, node_id in known.items():
         if key not in keys.values():
             control.unregister(node_id)
-    return {site: known[key] if key in known else control.register(key) for site, key in keys.items()}
+    ids = {}
+    for site, key in keys.items():
+        try:
+            ids[site] = known[key] if key in known else control.register(key)
+        except FedLoRAError as e:
+            if refused is None:
+                raise
+            refused(site, e)
+    return ids
 
 
 def nodes_by_site(control: Control, keys: Mapping[str, bytes]) -> dict[str, int]:

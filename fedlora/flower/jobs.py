@@ -151,4 +151,6 @@ def pass_on(home: Path, name: str, report: Report, *, offset: int) -> int:
 
 
 def _path(home: Path, name: str, kind: str) -> Path:
+    if not _JOB.fullmatch(name):
+        raise StoreError("not the name of a job", hint="runs are started with `fedlora server start`")
     return home / "flower" / "jobs" / f"{name}.{kind}.json"

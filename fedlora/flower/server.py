@@ -81,7 +81,7 @@ def up(
             check_loopback(port)
             check_public(listen, ca=tls / "ca.crt")
             save_address(home, Address(listen, port))
-            sync_sites(home)
+            sync_sites(home, report=report)
             report("listening", {"address": listen})
             _watch(home, supervisor, stop, report)
         finally:
@@ -92,10 +92,17 @@ def up(
 def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Report) -> None:
     """Keeps processes up and the SuperLink's list of nodes equal to ``home/sites``: a new file enrols, a removed one expels."""
     online: set[str] = set()
+    refused: set[str] = set()
+
+    def refuse(site: str, error: FedLoRAError) -> None:
+        if site not in refused:
+            report("site-refused", {"site": site, "why": str(error)})
+        refused.add(site)
+
     while not stop.wait(_LOOK_S):
         supervisor.check(time.monotonic())
         with suppress(FedLoRAError), _control(home, patience_s=0.0) as control:
-            ids = register_sites(control, load_node_keys(home / "sites"))
+            ids = register_sites(control, load_node_keys(home / "sites"), refused=refuse)
             status = {n.id: n.status for n in control.nodes()}
             now = {site for site, node_id in ids.items() if status.get(node_id) == "online"}
             for site in sorted(now - online):
@@ -161,8 +168,9 @@ def _control(home: Path, *, patience_s: float = _PATIENCE_S) -> Iterator[Control
         control.close()
 
 
-def sync_sites(home: Path) -> dict[str, str]:
-    """Tells a running server about sites that were enrolled or removed since it started.
+def sync_sites(home: Path, *, report: Report) -> dict[str, str]:
+    """Tells a running server about sites that were enrolled or removed since it started. A site whose key is refused, because it
+    was removed once, is reported and left out.
 
     Returns:
         Each enrolled site and ``registered`` (never seen), ``online`` or ``offline``; a dead one shows online for a minute.
@@ -172,7 +180,7 @@ def sync_sites(home: Path) -> dict[str, str]:
     """
     keys = load_node_keys(home / "sites")
     with _control(home) as control:
-        ids = register_sites(control, keys)
+        ids = register_sites(control, keys, refused=lambda site, error: report("site-refused", {"site": site, "why": str(error)}))
         status = {n.id: n.status for n in control.nodes()}
     return {site: status[node_id] for site, node_id in ids.items()}
 
@@ -196,7 +204,7 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
         FedLoRAError: the run failed; code, text, hint and exit status are those of the error that ended it.
     """
     directory = home / "runs" / load_plan(plan).run.name
-    sync_sites(home)
+    sync_sites(home, report=report)
     job = new_job(home, Job(str(plan.resolve()), resume))
     with _control(home) as control:
         run_id = start_job(control, job)

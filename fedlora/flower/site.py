@@ -53,7 +53,10 @@ def up(
     state, ca, node_key = root / file.state, root / file.ca, root / file.node_key
     for path in (ca, node_key):
         if not path.is_file():
-            raise KeyFileError(f"{path} is missing", hint="enrolment gives it: `fedlora site join`")
+            raise KeyFileError(
+                f"{path} is missing",
+                hint="`fedlora keygen site` makes keys; the coordinator sends ca.crt and server.pub: put both beside them",
+            )
     if handle is None:
         from fedlora.build import open_site
 

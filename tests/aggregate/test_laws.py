@@ -121,11 +121,12 @@ def test_a_site_counts_once():
         sums.add("a", Update(deltas(1, 0)[0], 1, {}))
 
 
-def test_weights_of_zero_are_no_division_by_zero():
+def test_a_weight_of_zero_is_refused_because_it_would_fill_the_quorum_with_nothing():
     sums = Sums.start(LAYOUT, cohort=8, max_weight=8)
-    sums.add("a", Update(deltas(1, 0)[0], 0, {}))
+    with pytest.raises(UpdateRejected, match="weight 0"):
+        sums.add("a", Update(deltas(1, 0)[0], 0, {}))
     with pytest.raises(FedLoRAError):
-        sums.mean()
+        sums.mean()  # of nothing: an error, no division by zero
 
 
 def dense(vector: np.ndarray) -> list[np.ndarray]:

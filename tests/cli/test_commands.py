@@ -90,6 +90,34 @@ def test_a_bug_has_its_own_exit_status_and_says_so(monkeypatch, capsys):
     assert "unexpected ZeroDivisionError" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 3, "fedlora[train]"),
+        (PermissionError(13, "Permission denied", "plan.toml"), 3, "plan.toml: Permission denied"),
+        (OSError(28, "No space left on device"), 7, "make room"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_the_world_does_is_no_bug(raised, status, said, monkeypatch, capsys):
+    import fedlora.config
+
+    def fails(path):
+        raise raised
+
+    monkeypatch.setattr(fedlora.config, "load_plan", fails)
+    assert main(["check", "plan.toml", "--json"]) == status
+    out = capsys.readouterr()
+    assert said in out.err
+    assert json.loads(out.out)["status"] == "error"
+
+
+def test_inspect_shows_no_values_of_a_list(tmp_path, capsys):
+    (tmp_path / "x.json").write_text('["secret", {"a": 1}]')
+    assert main(["inspect", str(tmp_path / "x.json")]) == 0
+    assert "secret" not in capsys.readouterr().out
+
+
 def test_keys_are_private_never_overwritten_and_never_printed(tmp_path, capsys):
     assert main(["keygen", "site", "st-marys", "--out", str(tmp_path), "--json"]) == 0
     found = answer(capsys)["data"]

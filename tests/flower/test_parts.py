@@ -266,6 +266,10 @@ def test_a_job_is_found_under_its_random_name_only(tmp_path):
     for other in ("", "0" * 32, "../jobs/" + name, name.upper() + "x", 7):
         with pytest.raises(StoreError):
             load_job(tmp_path, other)
+    for other in ("../../../elsewhere/x", "", "0" * 31):
+        with pytest.raises(StoreError):  # the name comes with a run: it must not choose where a file is written
+            save_outcome(tmp_path, other, Outcome("", "", "", 0))
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_an_outcome_becomes_the_same_error_again(tmp_path):
