@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlora.adapter import Adapter
 from fedlora.config import Plan, load_plan, parse_plan
-from fedlora.errors import ConfigError, FedLoRAError, StoreError
+from fedlora.errors import ConfigError, FedLoRAError, StoreError, WrongBase
 from fedlora.store import RunStore, load_adapter
 
 __all__ = ["describe", "export_run"]
@@ -27,7 +27,8 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
     Raises:
         StoreError: no run there, or ``out`` exists.
         ConfigError: ``merge`` without ``base``.
-        ModelError: the base is quantised, or another one than the adapter fits.
+        ModelError: the base is quantised.
+        WrongBase: it is another one than the plan pins.
     """
     plan, adapter, facts = _finished(run)
     from fedlora.learn import export
@@ -35,6 +36,7 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
     if merge:
         if base is None:
             raise ConfigError("--merge needs --base", hint="the full-precision directory of " + plan.model.model_name_or_path)
+        _check_base(plan, base)
         export.merge(adapter, base, out, scale=plan.lora.scale, dtype=dtype)
         return
     from fedlora.build import lora_options
@@ -49,6 +51,18 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
         quantisation="nf4" if plan.model.load_in_4bit else "int8" if plan.model.load_in_8bit else "none",
         run=facts,
     )
+
+
+def _check_base(plan: Plan, base: Path) -> None:
+    from fedlora.build import base_options
+    from fedlora.learn.digest import base_digest
+
+    found = base_digest(base, base_options(plan, base, device="cpu", threads=0, keep_dequantised=False))
+    if found != plan.model.digest:
+        raise WrongBase(
+            f"the adapter was trained on base {plan.model.digest[:12]}, {base} holds {found[:12]}",
+            hint=f"--base takes the directory of {plan.model.model_name_or_path}, as it was downloaded",
+        )
 
 
 def _finished(run: Path) -> tuple[Plan, Adapter, dict[str, Any]]:

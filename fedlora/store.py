@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +27,8 @@ from fedlora.config import Plan, canonical, parse_plan
 from fedlora.errors import ResourceError, StoreError
 
 __all__ = ["Checkpoint", "Entry", "FileMemory", "Journal", "RunStore", "load_adapter", "save_adapter", "write_atomic"]
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -194,19 +198,34 @@ class RunStore:
         for old in self._rounds()[: -self._keep]:
             self._path(old).unlink()
 
-    def load(self) -> Checkpoint:
+    def load(self, *, fall_back: bool = False) -> Checkpoint:
         """The last complete round.
+
+        Args:
+            fall_back: go back a round when the disk has damaged the last checkpoint, and do that round again; the sites have
+                it in their journals, so the result is the same.
 
         Raises:
             StoreError: no checkpoint that is whole and of this run.
         """
         for number in reversed(self._rounds()):
-            adapter, facts = load_adapter(self._path(number))
-            if facts.get("run") != self.run or facts.get("round") != number:
-                raise StoreError(f"{self._path(number)} belongs to another run or round")
-            self._mend(facts["record"])
-            return Checkpoint(number, adapter, facts["record"])
+            try:
+                at = self._read(number)
+            except StoreError as e:
+                if not fall_back or self.final() is not None or number == min(self._rounds()):
+                    raise
+                log.warning("%s; going back a round", e)
+                continue
+            self._mend(at)
+            return at
         raise StoreError(f"no checkpoint in {self.directory}")
+
+    def _read(self, number: int) -> Checkpoint:
+        path = self._path(number)
+        adapter, facts = load_adapter(path)
+        if facts.get("run") != self.run or facts.get("round") != number:
+            raise StoreError(f"{path} belongs to another run or round")
+        return Checkpoint(number, adapter, facts["record"])
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all rounds so far; a torn last line is ignored."""
@@ -232,10 +251,10 @@ class RunStore:
             return None
         return found
 
-    def _mend(self, record: Mapping[str, Any]) -> None:
-        known = self.records()
-        if record and (not known or known[-1].get("round") != record["round"]):
-            known.append(dict(record))
+    def _mend(self, at: Checkpoint) -> None:
+        known = [r for r in self.records() if r["round"] <= at.round]
+        if at.record and (not known or known[-1]["round"] != at.round):
+            known.append(dict(at.record))
         write_atomic(self.directory / "rounds.jsonl", *(canonical(r) + b"\n" for r in known))
 
     def _path(self, number: int) -> Path:
@@ -262,9 +281,13 @@ _ENTRY = struct.Struct("<4sQQQ")
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """Finished updates and the learner's state, one file a round, the last two of each run kept. Mode 0600."""
+    """Finished updates and the learner's state, one file a round, mode 0600 in a directory of mode 0700.
+
+    The last two rounds of a run are kept, and the last ``keep_runs`` runs: they are in the clear, and large.
+    """
 
     directory: Path
+    keep_runs: int = 4
 
     def find(self, run: str, round: int) -> Entry | None:
         """The entry of this round, or None.
@@ -296,9 +319,14 @@ class Journal:
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
-        write_atomic(self._path(run, round), *parts, digest.digest())
+        path = self._path(run, round)
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(path, *parts, digest.digest())
         for old in self._rounds(run)[:-2]:
             self._path(run, old).unlink()
+        runs = sorted((d for d in self.directory.iterdir() if d != path.parent), key=lambda d: d.stat().st_mtime)
+        for past in runs[: max(len(runs) + 1 - self.keep_runs, 0)]:
+            shutil.rmtree(past)
 
     def state_before(self, run: str, round: int) -> bytes:
         """The learner's state after the last round before ``round`` that this site finished; ``b""`` if there is none."""

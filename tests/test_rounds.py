@@ -6,23 +6,24 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+import weakref
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fedlora import build
-from fedlora.aggregate import FedAvg
+from fedlora.aggregate import FedAvg, Sums
 from fedlora.config import Aggregate, Evaluation, Policy, Wire
 from fedlora.errors import ConfigError, KeyFileError, QuorumNotReached, StoreError
 from fedlora.messages import Reply
-from fedlora.protect.keys import Identity
+from fedlora.protect.keys import Identity, load_identity
 from fedlora.protect.plain import PlainServer, PlainSite
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds import check_fit, run
 from fedlora.site import Site, safely
-from fedlora.store import Entry, Journal, RunStore
+from fedlora.store import Entry, FileMemory, Journal, RunStore
 from fedlora.testing import DictMemory, ToyLearner, toy_adapter, toy_plan
 from fedlora.transport import LocalTransport
 
@@ -31,19 +32,29 @@ TARGETS = {"a": 1.0, "b": 3.0, "c": 5.0}
 KEYS = {n: Identity.generate(n) for n in (*TARGETS, "server", "run")}
 
 
-class Federation:
-    """Three sites in a directory; ``sealed`` or not."""
+def kept(directory):
+    """The keys of everybody, made once in a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in KEYS:
+        if not (directory / name).exists():
+            KEYS[name].save(directory / name)
+    return {name: load_identity(directory / name) for name in KEYS}
 
-    def __init__(self, path, plan, *, sealed=True, learners=None, policy=None):
+
+class Federation:
+    """Three sites in a directory; ``sealed`` or not; what must last in memory, or with ``durable`` in files."""
+
+    def __init__(self, path, plan, *, sealed=True, learners=None, policy=None, durable=False):
         self.path, self.plan, self.sealed, self.events = path, plan, sealed, []
         self.learners = learners or {n: ToyLearner(t) for n, t in TARGETS.items()}
         self.policy = policy or Policy(min_sites=1)
-        self.memory = {n: DictMemory() for n in KEYS}
+        self.keys = kept(path / "keys") if durable else KEYS
+        self.memory = {n: FileMemory(path / "memory" / n) if durable else DictMemory() for n in KEYS}
         self.sites = {n: self.site(n) for n in self.learners}
         self.answers = {n: s.handle for n, s in self.sites.items()}
 
     def site(self, name):
-        sealed = SealedSite(KEYS[name], KEYS["server"].public, self.memory[name], 1 << 20, lambda: 0, os.urandom)
+        sealed = SealedSite(self.keys[name], self.keys["server"].public, self.memory[name], 1 << 20, lambda: 0, os.urandom)
         return Site(
             name,
             sealed if self.sealed else PlainSite(),
@@ -62,9 +73,10 @@ class Federation:
 
     def run(self, **changes):
         store = self.store()
-        publics = {n: KEYS[n].public for n in self.learners}
+        publics = {n: self.keys[n].public for n in self.learners}
+        server, reply = self.keys["server"], self.keys["run"]
         protection = (
-            SealedServer(KEYS["server"], KEYS["run"], publics, self.memory["server"], self.plan.wire.dtype, lambda: 0, os.urandom)
+            SealedServer(server, reply, publics, self.memory["server"], self.plan.wire.dtype, lambda: 0, os.urandom)
             if self.sealed
             else PlainServer(self.plan.wire.dtype)
         )
@@ -132,6 +144,37 @@ def test_waiting_for_the_sites_does_not_use_up_the_deadline(tmp_path):
     fed = Federation(tmp_path, plan(rounds=1, deadline_s=0.5))
     fed.run(transport=Slow(fed.answers))
     assert min(left) > 0.4
+
+
+def test_every_round_carries_the_gap_certificate(tmp_path):
+    """The toy's sites disagree, so the bound is above zero and below what the round moved."""
+    fed = Federation(tmp_path, plan(rounds=3))
+    fed.run()
+    for record in fed.store().records():
+        assert record["gap/bound"] > 0
+        assert record["gap/update"] > 0
+        assert record["gap/ratio"] == pytest.approx(record["gap/bound"] / record["gap/update"])
+        assert record["drift"] >= 1
+
+
+def test_one_update_is_in_memory_at_a_time(tmp_path):
+    """Every update before the last one is gone when the next one is opened."""
+    alive, most = [], []
+
+    class Watching(FedAvg):
+        def start(self, adapter, *, cohort):
+            empty = super().start(adapter, cohort=cohort)
+            return Seen(**{f.name: getattr(empty, f.name) for f in fields(empty)})
+
+    class Seen(Sums):
+        def add(self, site, update):
+            alive.append(weakref.ref(update.delta))
+            most.append(sum(r() is not None for r in alive))
+            super().add(site, update)
+
+    Federation(tmp_path, plan(rounds=2)).run(aggregator=Watching())
+    assert len(alive) == 6
+    assert max(most) == 1
 
 
 def test_numbers_that_the_plan_does_not_list_are_not_recorded(tmp_path):
@@ -308,15 +351,50 @@ def test_a_run_is_not_started_twice_nor_resumed_with_another_plan(tmp_path):
         RunStore.open(tmp_path / "run", plan(rounds=2))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    fed = Federation(tmp_path, plan(rounds=1))
-    fed.run()
-    file = tmp_path / "run" / "round-000001.safetensors"
+def damage(file):
     blob = bytearray(file.read_bytes())
     blob[-1] ^= 1
     file.write_bytes(blob)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=1))
+    fed.run()
+    damage(tmp_path / "run" / "round-000001.safetensors")
+    for fall_back in (False, True):  # a finished run does not quietly become an unfinished one
+        with pytest.raises(StoreError, match="damaged"):
+            fed.store().load(fall_back=fall_back)
+
+
+def test_a_resumed_run_goes_back_behind_a_damaged_checkpoint(tmp_path):
+    whole = Federation(tmp_path / "whole", plan(rounds=5)).run()
+    fed = Federation(tmp_path / "cut", plan(rounds=5))
+    interrupted(fed, after=3)
+    damage(tmp_path / "cut" / "run" / "round-000003.safetensors")
+    fed.events.clear()
+    assert fed.run().adapter.vector.tobytes() == whole.adapter.vector.tobytes()
+    assert fed.events[0][1]["round"] == 2
+    assert [r["round"] for r in fed.store().records()] == [1, 2, 3, 4, 5]
+    assert fed.learners["a"].trained == [1, 2, 3, 4, 5]  # it came out of the journal the second time
+
+
+def test_with_every_checkpoint_damaged_the_run_does_not_start_from_nothing(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=5))
+    interrupted(fed, after=3)
+    for file in (tmp_path / "run").glob("round-*.safetensors"):
+        damage(file)
     with pytest.raises(StoreError, match="damaged"):
-        fed.store().load()
+        fed.run()
+
+
+def test_a_journal_keeps_the_last_runs_and_belongs_to_its_owner_only(tmp_path):
+    journal = Journal(tmp_path / "journal", keep_runs=2)
+    for at, run_id in enumerate("0123"):
+        journal.save(run_id * 64, 1, Entry("k", b"update", b"state"))
+        os.utime(tmp_path / "journal" / (run_id * 64), (at, at))
+    journal.save("2" * 64, 2, Entry("k", b"update", b"state"))
+    assert sorted(d.name[0] for d in (tmp_path / "journal").iterdir()) == ["2", "3"]
+    assert (tmp_path / "journal").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_damaged_journal_is_named_and_nothing_is_sent(tmp_path):
@@ -350,7 +428,7 @@ def train(self, *a, **k):
     time.sleep(0.02)
     return slow(self, *a, **k)
 fedlora.testing.ToyLearner.train = train
-fed = Federation(Path(sys.argv[2]), plan(rounds=12), sealed=False)
+fed = Federation(Path(sys.argv[2]), plan(rounds=12), durable=True)
 print("ready", flush=True)
 fed.run()
 """
@@ -359,7 +437,7 @@ fed.run()
 @pytest.mark.parametrize("after_s", [0.1, 0.35, 0.6])
 def test_kill_9_anywhere_loses_nothing(tmp_path, after_s):
     """Server and sites in one process, killed in the middle, started again: the same bits as without."""
-    whole = Federation(tmp_path / "whole", plan(rounds=12), sealed=False).run()
+    whole = Federation(tmp_path / "whole", plan(rounds=12), durable=True).run()
     command = [sys.executable, "-c", CHILD, os.path.dirname(__file__), str(tmp_path / "cut")]
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
     child.stdout.readline()
@@ -367,7 +445,7 @@ def test_kill_9_anywhere_loses_nothing(tmp_path, after_s):
         child.wait(after_s)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    fed = Federation(tmp_path / "cut", plan(rounds=12), sealed=False)
+    fed = Federation(tmp_path / "cut", plan(rounds=12), durable=True)
     assert fed.run().adapter.vector.tobytes() == whole.adapter.vector.tobytes()
     assert [r["round"] for r in fed.store().records()] == list(range(1, 13))
 

@@ -1,6 +1,7 @@
 """Whole federations with a tiny real model: simulated, over real Flower processes, interrupted, exported."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,37 @@ def test_the_exported_adapter_is_plain_peft(simulated, tmp_path):
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert str(tmp_path) not in "".join(p.read_text(errors="replace") for p in (tmp_path / "adapter").iterdir())
     assert main(["export", str(simulated / "seed-0"), str(tmp_path / "adapter")]) == 3  # never overwritten
+
+
+@pytest.mark.torch
+def test_a_merged_model_computes_what_the_adapter_does_on_the_base_that_the_plan_pins(simulated, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run, base = str(simulated / "seed-0"), simulated.parent / "toy" / "base"
+    assert main(["export", run, str(tmp_path / "merged"), "--merge", "--base", str(base)]) == 0
+    assert main(["export", run, str(tmp_path / "adapter")]) == 0
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    parts = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        plain = parts(input_ids=ids).logits
+        expected = PeftModel.from_pretrained(parts, tmp_path / "adapter").eval()(input_ids=ids).logits
+        found = whole.eval()(input_ids=ids).logits
+    assert (found - expected).abs().max() < 0.05 * (expected - plain).abs().max() + 0.02  # rounded once to bfloat16
+
+
+@pytest.mark.torch
+def test_an_adapter_is_not_merged_into_another_base(simulated, tmp_path, capsys):
+    shutil.copytree(simulated.parent / "toy" / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    run = str(simulated / "seed-0")
+    assert main(["export", run, str(tmp_path / "merged"), "--merge", "--base", str(tmp_path / "base")]) == 5
+    assert "fedlora/toy" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert main(["export", run, str(tmp_path / "merged"), "--merge"]) == 3
 
 
 @pytest.mark.torch

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedlora.flower.launch import LOOPBACK, split_address
 
@@ -46,6 +47,8 @@ _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade".split()
 )
 _NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"forwarded", b"date", b"server"}
+
+_HEAD_S = 20.0  # from a connection's opening, or a call's first byte, to the end of its head
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -148,6 +151,44 @@ class Gateway:
                 yield chunk
 
 
+class _Impatient(H11Protocol):
+    """Cuts whoever opens a connection, or begins a call, and then says nothing: each would keep a place from a site."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._called():
+            self._rest()
+        else:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._rest()
+        super().connection_lost(exc)
+
+    def _called(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait(self) -> None:
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(_HEAD_S, self._cut)
+
+    def _rest(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _cut(self) -> None:
+        if not self._called():
+            log.warning("cut a silent connection from %s", (self.client or ("?",))[0])
+            self.transport.abort()
+
+
 def end_to_end(headers: Iterable[Header]) -> list[Header]:
     """Headers that may pass: not hop by hop, not named by ``Connection`` (RFC 9110, 7.6.1), none that frames a message."""
     pairs = [(name.lower(), value) for name, value in headers]
@@ -204,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         Gateway(upstream, body_limit_bytes=args.body_limit_bytes, timeout_s=args.timeout_s),
         host=host,
         port=port,
-        http="h11",
+        http=_Impatient,
         ws="none",
         access_log=False,
         log_level="warning",

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
@@ -197,11 +198,18 @@ def die_with_parent(signum: int, *, parent: int) -> None:
             os._exit(1)
 
 
+class _Private(RotatingFileHandler):
+    """Every file that it opens, the ones after a rotation too, is readable by its owner only."""
+
+    def _open(self) -> TextIOWrapper:
+        file = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        return open(file, self.mode, encoding=self.encoding, errors=self.errors)  # type: ignore[return-value]
+
+
 def rotating_log(path: Path) -> RotatingFileHandler:
     """A log file of at most 8 MiB and three old ones, readable by its owner only."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES - 1, encoding="utf-8", errors="replace")
+    handler = _Private(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES - 1, encoding="utf-8", errors="replace")
     handler.setFormatter(logging.Formatter("%(message)s"))
     return handler
 

@@ -16,6 +16,7 @@ __all__ = ["FlowerTransport"]
 
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 2.0
+_EXPIRED = ("message-unavailable", "reply-unavailable")
 
 
 def _action(phase: str) -> str:
@@ -95,8 +96,8 @@ class FlowerTransport:
                 if reply is not None:
                     del pending[message_id]
                     came = True
-                    # At the deadline Flower calls every open message unavailable; that site is late, not in error.
-                    if not (last and reply.error):
+                    # Past the deadline Flower calls every open message unavailable; that site is late, not in error.
+                    if not (reply.error in _EXPIRED and self._clock() >= end):
                         yield reply
                     del reply
             if last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import os
 import signal
@@ -278,6 +279,20 @@ def test_an_answer_is_passed_on_while_it_comes(place):
     place.upstream.first_chunk_read.set()
     assert answer.read(5) == b"later"
     connection.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"POST /v1/fleet/push-obj"])
+def test_who_says_nothing_is_cut_and_keeps_no_place_from_a_site(place, said):
+    context = ssl.create_default_context(cafile=str(place.tls / "ca.crt"))
+    silent = []
+    for _ in range(8):  # as many as the gateway takes
+        silent.append(context.wrap_socket(socket.create_connection(place.address, timeout=40), server_hostname="localhost"))
+        silent[-1].sendall(said)
+    assert public_status("GET", "/health", address=place.address, ca=place.tls / "ca.crt") == 503
+    for one in silent:
+        with one, contextlib.suppress(ConnectionResetError):
+            assert one.recv(1) == b""
+    assert healthy(place.address, ca=place.tls / "ca.crt")
 
 
 def test_the_public_port_speaks_tls_1_3_only(place):

@@ -121,7 +121,9 @@ def test_a_log_does_not_grow_for_ever(supervise, tmp_path):
     chatter = "for i in range(400_000): print(str(i) * 10)\nimport time; time.sleep(300)"
     supervise(service("chatter", chatter)).start()
     until(lambda: (tmp_path / "chatter.log.1").exists(), timeout_s=30)
+    until(lambda: (tmp_path / "chatter.log").exists())
     assert (tmp_path / "chatter.log.1").stat().st_size <= 8 << 20
+    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.glob("chatter.log*")} == {0o600}
 
 
 def test_grandchildren_go_with_their_parent_and_all_with_the_supervisor(tmp_path):

@@ -88,9 +88,23 @@ def test_who_is_late_is_left_out():
     assert channel.now == pytest.approx(130.0)
 
 
-def test_what_flower_calls_unavailable_at_the_deadline_is_only_late():
-    channel = Channel(lambda r: Error(3, "expired"), after_s={11: 30.0, 22: 30.0})
+@pytest.mark.parametrize("code", [3, 4])
+@pytest.mark.parametrize("pull_s", [0.0, 0.1])
+def test_what_flower_calls_unavailable_at_the_deadline_is_only_late(code, pull_s):
+    """Also when the message expires while it is asked for, between one look at the clock and the next."""
+
+    class Slow(Channel):
+        def pull_messages(self, message_ids):
+            self.now += pull_s
+            return super().pull_messages(message_ids)
+
+    channel = Slow(lambda r: Error(code, "expired"), after_s={11: 30.0, 22: 30.0})
     assert list(over(channel).exchange(BOTH, deadline_s=30)) == []
+
+
+def test_a_sites_own_error_counts_even_at_the_deadline():
+    channel = Channel(lambda r: dump_reply(Reply(r.site, error="non-finite")), after_s={11: 30.0})
+    assert list(over(channel).exchange(BOTH, deadline_s=30)) == [Reply("alpha", error="non-finite")]
 
 
 def test_polling_slows_down_from_a_quarter_to_two_seconds():
