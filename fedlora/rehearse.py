@@ -95,13 +95,24 @@ def _write_site_file(directory: Path, name: str, plan: Plan, *, data: Path, base
 
 @contextmanager
 def _processes(root: Path) -> Iterator[Callable[..., None]]:
-    """Gives a function that starts ``fedlora`` commands; stops them all, last first, whatever happens."""
+    """Gives a function that starts ``fedlora`` commands; stops them all, last first, whatever happens; kill -9 of us, too."""
+    from fedlora.flower.supervisor import die_with_parent
+
     running: list[subprocess.Popen[bytes]] = []
+    parent = os.getpid()
 
     def begin(name: str, *words: str) -> None:
         with (root / f"{name}.log").open("wb") as log:
             command = [sys.executable, "-m", "fedlora", *words]
-            running.append(subprocess.Popen(command, stdout=log, stderr=log, env=os.environ))  # noqa: S603 - our own command
+            running.append(
+                subprocess.Popen(  # noqa: S603 - our own command
+                    command,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ,
+                    preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=parent),
+                )
+            )
 
     try:
         yield begin

@@ -97,6 +97,23 @@ def test_real_flower_processes_give_the_simulated_bits(simulated, tmp_path):
 
 
 @pytest.mark.torch
+@pytest.mark.flower
+def test_a_federation_over_flower_that_loses_power_goes_on_to_the_same_bits(simulated, tmp_path):
+    """Server, SuperLink, SuperNodes, runners and the run itself, all gone in the middle of a round."""
+    plan, out = tmp_path / "toy.toml", tmp_path / "runs"
+    plan.write_text(TOY.read_text() + 'arms = ["federated"]\n')
+    command = [sys.executable, "-m", "fedlora", "simulate", str(plan), "--out", str(out), "--transport", "flower"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in child.stderr:
+        if "round 2 done" in line:
+            break
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert main([*command[3:], "--resume", "-q"]) == 0
+    assert adapters(out) == adapters(simulated)
+
+
+@pytest.mark.torch
 def test_the_exported_adapter_is_plain_peft(simulated, tmp_path):
     assert main(["export", str(simulated / "seed-0"), str(tmp_path / "adapter")]) == 0
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
