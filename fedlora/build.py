@@ -174,13 +174,14 @@ def learner(plan: Plan, lora: LoraModel, data: SiteData, *, name: str, root: Pat
     """A site's learner: its rows, split by group unless it has a file for evaluation, on the shared base.
 
     Raises:
-        DataError: nothing to train on, or nothing to evaluate on.
+        DataError: nothing to train on, nothing to evaluate on, or a group on both sides.
     """
-    from fedlora.data import split
+    from fedlora.data import check_apart, split
 
     train = rows(root / data.path, data, report)
     if data.held_out_path:
         held_out = rows(root / data.held_out_path, data, report)
+        check_apart(train, held_out)
     else:
         train, held_out = split(train, fraction=data.held_out_fraction, seed=plan.run.seed)
     if not held_out:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedlora.data.batches import Batch, Cursor, Stream, in_order
 from fedlora.data.conversations import Conversation, ReadReport, Turn, read
-from fedlora.data.holdout import split
+from fedlora.data.holdout import check_apart, split
 from fedlora.data.readers import READERS, Reader
 from fedlora.data.shapes import SHAPES
 from fedlora.data.tokens import IGNORE, Tokenizer, TokenReport, Tokens, tokenise
@@ -23,6 +23,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "Turn",
+    "check_apart",
     "in_order",
     "read",
     "split",

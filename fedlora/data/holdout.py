@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from fedlora.data.conversations import Conversation
+from fedlora.data.conversations import Conversation, numbered
+from fedlora.errors import DataError
 
-__all__ = ["split"]
+__all__ = ["check_apart", "split"]
 
 
 def split(conversations: Sequence[Conversation], *, fraction: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
@@ -39,6 +40,23 @@ def split(conversations: Sequence[Conversation], *, fraction: float, seed: int) 
     held = set(ranked[: wanted if len(ranked) > 1 else 0])
     train = [c for c, owner in zip(conversations, owners, strict=True) if owner not in held]
     return train, [c for c, owner in zip(conversations, owners, strict=True) if owner in held]
+
+
+def check_apart(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> None:
+    """Holds a split that somebody else made to the law of :func:`split`, as far as groups go.
+
+    Raises:
+        DataError: a group has rows on both sides. The text names line numbers of ``held_out``, never the group.
+    """
+    known = {c.group for c in train if c.group}
+    both = [c for c in held_out if c.group in known]
+    if both:
+        raise DataError(
+            f"{len({c.group for c in both})} groups stand among the rows for training and for evaluation: "
+            + numbered([c.line for c in both])
+            + " for evaluation",
+            hint="a patient who is trained on makes the evaluation too good; move his rows to one side",
+        )
 
 
 def _components(conversations: Sequence[Conversation]) -> list[str]:

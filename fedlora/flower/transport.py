@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,8 +15,11 @@ from fedlora.messages import Reply, Request
 
 __all__ = ["FlowerTransport"]
 
+log = logging.getLogger(__name__)
+
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 2.0
+_AWAY = "node-unavailable"
 _EXPIRED = ("message-unavailable", "reply-unavailable")
 
 
@@ -59,13 +63,15 @@ class FlowerTransport:
         """Sends now; the iterator that comes back yields until ``deadline_s`` seconds from this call have passed.
 
         What the site never gets to see expires at the deadline too (the message's time to live). What went wrong on the
-        way is a reply with one of our codes.
+        way is a reply with one of our codes. After a minute without a sign of a node, Flower drops what was under way to it
+        or from it; the very same request is then sent again as soon as the node is back, and the site answers from its
+        journal.
 
         Raises:
             ConnectionFailed: from the iterator, if the SuperLink stays away longer than the channel's patience.
         """
         end = self._clock() + deadline_s
-        pending: dict[str, str] = {}
+        pending: dict[str, Request] = {}
         failed: list[Reply] = []
         for request in requests:
             left = end - self._clock()
@@ -74,9 +80,9 @@ class FlowerTransport:
             elif left > 0:
                 message_id = self._push(request, ttl_s=left)
                 if message_id:
-                    pending[message_id] = request.site
+                    pending[message_id] = request
                 else:
-                    failed.append(Reply(request.site, error="node-unavailable"))
+                    failed.append(Reply(request.site, error=_AWAY))
         return self._replies(failed, pending, end)
 
     def _push(self, request: Request, *, ttl_s: float) -> str:
@@ -86,27 +92,41 @@ class FlowerTransport:
         except ConnectionFailed:
             return ""
 
-    def _replies(self, failed: Sequence[Reply], pending: dict[str, str], end: float) -> Iterator[Reply]:
+    def _replies(self, failed: Sequence[Reply], pending: dict[str, Request], end: float) -> Iterator[Reply]:
         yield from failed
+        away: dict[str, Request] = {}
         wait = _FIRST_WAIT_S
-        while pending:
+        while pending or away:
             last, came = self._clock() >= end, False
-            for message_id, site in list(pending.items()):
-                reply = self._pull(message_id, site)
-                if reply is not None:
-                    del pending[message_id]
+            for message_id, request in list(pending.items()):
+                reply = self._pull(message_id, request.site)
+                if reply is None:
+                    continue
+                del pending[message_id]
+                if reply.error == _AWAY:
+                    away[request.site] = request
+                # Past the deadline Flower calls every open message unavailable; that site is late, not in error.
+                elif not (reply.error in _EXPIRED and self._clock() >= end):
                     came = True
-                    # Past the deadline Flower calls every open message unavailable; that site is late, not in error.
-                    if not (reply.error in _EXPIRED and self._clock() >= end):
-                        yield reply
-                    del reply
+                    yield reply
+                del reply
             if last:
+                yield from (Reply(site, error=_AWAY) for site in away)
                 return
+            self._send_again(away, pending, end)
             if came:
                 wait = _FIRST_WAIT_S
             else:
                 self._sleep(min(wait, max(0.0, end - self._clock())))
                 wait = min(2 * wait, _LONGEST_WAIT_S)
+
+    def _send_again(self, away: dict[str, Request], pending: dict[str, Request], end: float) -> None:
+        for site in set(self.sites()) & away.keys() if away else ():
+            left = end - self._clock()
+            message_id = self._push(away[site], ttl_s=left) if left > 0 else ""
+            if message_id:
+                log.warning("%s was away; asked again", site)
+                pending[message_id] = away.pop(site)
 
     def _pull(self, message_id: str, site: str) -> Reply | None:
         try:

@@ -1,10 +1,16 @@
 """No group and no text stands on both sides of a split."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data import Conversation, Turn, split
+from fedlora import build
+from fedlora.config import SiteData
+from fedlora.data import Conversation, Turn, check_apart, split
+from fedlora.errors import DataError
+from fedlora.testing import toy_plan
 
 
 def row(text: str, group: str = "", line: int = 1) -> Conversation:
@@ -74,3 +80,23 @@ def test_a_group_stays_on_its_side_when_it_gains_a_row():
 def test_a_fraction_out_of_range_is_a_mistake(fraction):
     with pytest.raises(ValueError, match="fraction"):
         split([row("x")], fraction=fraction, seed=0)
+
+
+@given(rows, fractions, st.integers(0, 2**32))
+def test_what_split_gives_is_apart(rows, fraction, seed):
+    check_apart(*split(rows, fraction=fraction, seed=seed))
+
+
+def test_a_group_in_both_files_is_refused_by_line_and_never_by_name():
+    held_out = [row("a", "patient-4711", 1), row("b", "q", 2), row("c", "patient-4711", 3), row("d", "", 4)]
+    with pytest.raises(DataError, match=r"1 groups .*lines 1, 3 for evaluation") as error:
+        check_apart([row("x", "patient-4711"), row("y")], held_out)
+    assert "4711" not in str(error.value) + error.value.hint
+
+
+def test_a_site_whose_two_files_share_a_patient_does_not_train(tmp_path):
+    for name, patient in (("train", "p"), ("held", "p")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "completion": "y", "who": patient}) + "\n")
+    data = SiteData(path="train.jsonl", held_out_path="held.jsonl", group_key="who")
+    with pytest.raises(DataError, match="line 1 for evaluation"):
+        build.learner(toy_plan(), None, data, name="a", root=tmp_path, report=lambda event, facts: None)

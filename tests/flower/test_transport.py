@@ -118,7 +118,6 @@ def test_polling_slows_down_from_a_quarter_to_two_seconds():
     [
         (0, "flower"),
         (2, "site-process"),
-        (5, "node-unavailable"),
         (8, "site-process"),
         (BROKEN, "wire"),
         (TOO_LARGE, "oversized"),
@@ -127,6 +126,49 @@ def test_polling_slows_down_from_a_quarter_to_two_seconds():
 def test_flowers_errors_become_codes_without_their_text(code, ours):
     channel = Channel(lambda r: Error(code, "<class 'ValueError'>: patient 4711"))
     assert set(over(channel).exchange(BOTH, deadline_s=9)) == {Reply("alpha", error=ours), Reply("beta", error=ours)}
+
+
+class Revived(Channel):
+    """alpha's node dies with the request, shows as online again after ``back_s``, and answers what is then sent."""
+
+    back_s = 40.0
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [11, 22] if self.now >= 100.0 + self.back_s else [22]
+
+
+def dies_at_first(channel):
+    def answer(request):
+        first = request.site == "alpha" and len(channel.sent) == 2
+        return Error(5, "no heartbeat") if first else dump_reply(Reply(request.site, request.body))
+
+    return answer
+
+
+def test_a_site_whose_node_comes_back_gets_the_same_request_again():
+    channel = Revived(lambda r: None)
+    channel.answer = dies_at_first(channel)
+    assert list(over(channel).exchange(BOTH, deadline_s=90)) == [Reply("beta", b"b"), Reply("alpha", b"a")]
+    again = channel.sent["m2"]
+    assert parse_request(again.content, max_bytes=9) == BOTH[0]
+    assert again.metadata.ttl == pytest.approx(90 - channel.back_s, abs=2.1)  # it still dies at the deadline
+    assert channel.now < 145
+
+
+def test_a_site_whose_node_stays_away_is_named_at_the_deadline():
+    channel = Revived(lambda r: None)
+    channel.answer = dies_at_first(channel)
+    assert list(over(channel).exchange(BOTH, deadline_s=30)) == [Reply("beta", b"b"), Reply("alpha", error="node-unavailable")]
+    assert channel.now == pytest.approx(130.0)
+    assert len(channel.sent) == 2
+
+
+def test_a_node_that_seems_online_and_never_is_does_not_cost_a_busy_loop():
+    channel = Revived(lambda r: Error(5, "no heartbeat"), after_s={11: 0.0, 22: 0.0})
+    channel.back_s = 0.0
+    replies = set(over(channel).exchange(BOTH, deadline_s=30))
+    assert replies == {Reply("alpha", error="node-unavailable"), Reply("beta", error="node-unavailable")}
+    assert len(channel.sent) < 45
 
 
 def test_a_reply_in_anothers_name_does_not_count_for_him():
