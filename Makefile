@@ -19,7 +19,7 @@ test: $(VENV)/.ready  ## style, types, all tests
 	$(RUN)/python -m pytest
 
 quick: $(VENV)/.ready  ## the tier without torch and without Flower processes
-	$(RUN)/python -m pytest -m 'not torch and not flower and not real'
+	$(RUN)/python -m pytest -m 'not torch and not flower and not real' --ignore=tests/learn
 
 demo: $(VENV)/.ready  ## a real federation: real model, real text, report in runs/
 	$(RUN)/python simulations/run.py demo

@@ -92,13 +92,13 @@ def test_nothing_prints_but_the_command():
         assert not prints or part(path) == "cli", path
 
 
-@pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.walk_packages(fedlora.__path__, "fedlora.")))
+MODULES = sorted({m.name for m in pkgutil.walk_packages(fedlora.__path__, "fedlora.")} - {"fedlora.__main__"})
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=[pytest.mark.torch] if m.startswith("fedlora.learn") else []) for m in MODULES]
+)
 def test_every_name_in_all_exists(name):
-    heavy = name.startswith(("fedlora.learn", "fedlora.flower")) or name == "fedlora.__main__"
-    if heavy:
-        pytest.importorskip("torch" if "learn" in name else "flwr")
-    if name == "fedlora.__main__":
-        return
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__)
     for public in module.__all__:

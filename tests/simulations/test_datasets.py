@@ -13,6 +13,7 @@ import pytest
 
 from fedlora.config import load_plan
 
+pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]
 DATASETS = ROOT / "simulations" / "datasets"
 SIZES = {  # site -> train, validation, test
