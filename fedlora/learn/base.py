@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 
 from fedlora.errors import ConfigError, FedLoRAError, ModelError, ResourceError
 from fedlora.learn.digest import base_digest
-from fedlora.learn.gguf import convert_gguf
 from fedlora.learn.options import BaseOptions
 from fedlora.learn.shards import file_digest
 
@@ -95,6 +94,11 @@ def _directory(options: BaseOptions) -> Path:
         return path
     if path.suffix != ".gguf":
         raise ModelError(f"{path} is neither a directory nor a .gguf file", hint="give the directory that holds config.json")
+    try:
+        from fedlora.learn.gguf import convert_gguf
+    except ImportError as e:  # transformers' own GGUF reader, which moves between its minor versions
+        raise ModelError(f"this transformers cannot read GGUF files as we do: {_first_line(e)}",
+                         hint="transformers 5.23, or the Hugging Face directory of this model") from None  # fmt: skip
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return convert_gguf(path, options.converted or cache / "fedlora" / "gguf" / file_digest(path)[:32])
 

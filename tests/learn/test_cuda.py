@@ -1,0 +1,115 @@
+"""On a GPU: the base as on a CPU, every optimiser, memory. Skipped where torch finds none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.data import Tokens
+from fedlora.learn.evaluate import evaluate
+from fedlora.learn.learner import HFLearner, TrainOptions
+
+pytestmark = [pytest.mark.torch, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
+
+HELD = [{}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantised": True}, {"load_in_8bit": True}]
+OPTIMISERS = ["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"]
+
+
+@pytest.fixture
+def learner(lora: Callable[..., Any], rows: Sequence[Tokens]) -> Callable[..., tuple[Any, HFLearner]]:
+    """A model on the GPU with a rank at which bitsandbytes really keeps its moments in 8 bits, and its learner."""
+
+    def make(base: dict[str, Any] | None = None, **options: Any) -> tuple[Any, HFLearner]:
+        model = lora({"device": "cuda", "load_in_4bit": True, **(base or {})}, r=64, lora_alpha=64)
+        plan = {"local_steps": 4, "num_rounds": 8, "per_device_train_batch_size": 2, "max_length": 48, "learning_rate": 2e-3}
+        return model, HFLearner(model, rows, rows[:3], TrainOptions(**{**plan, **options}), site="a")
+
+    return make
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_digest_and_losses_are_those_of_a_cpu(lora: Callable[..., Any], rows: Sequence[Tokens], moved: Any, held: dict[str, Any]):
+    models = [lora({**held, "device": device}) for device in ("cpu", "cuda")]
+    assert models[0].base_digest == models[1].base_digest
+    adapter = moved(models[0].get(), size=0.05)
+    scores = []
+    for model in models:
+        model.set(adapter)
+        assert model.get().digest() == adapter.digest()
+        scores.append(evaluate(model, rows, max_length=48))
+    assert scores[0].tokens == scores[1].tokens
+    assert scores[0].nll == pytest.approx(scores[1].nll, abs=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("optim", OPTIMISERS)
+@pytest.mark.parametrize("held", HELD)
+def test_every_optimiser_learns_on_every_base_and_leaves_it_alone(
+    learner: Callable[..., Any], optim: str, held: dict[str, Any], checkpointing: bool
+):
+    options = {"optim": optim, "gradient_checkpointing": checkpointing, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    model, one = learner({"load_in_4bit": False, **held}, **options)
+    base = [p.detach().clone() for p in model.peft_model.parameters() if not p.requires_grad]
+    at, state, losses = model.get(), b"", []
+    for number in range(1, 9):
+        done = one.train(at, round=number, state=state)
+        at, state = done.adapter, done.state
+        losses.append(done.metrics["train/loss"])
+    assert losses[-1] < losses[0] - 0.5
+    assert all(np.linalg.norm(t) > 0 for t in at.tensors().values())
+    after = [p for p in model.peft_model.parameters() if not p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(base, after, strict=True))
+
+
+@pytest.mark.parametrize("optim", OPTIMISERS)
+def test_kept_moments_go_on_after_a_restart(learner: Callable[..., Any], optim: str):
+    options = {"optim": optim, "optimizer_state": "keep"}
+    model, straight = learner(**options)
+    first = straight.train(model.get(), round=1, state=b"")
+    second = straight.train(first.adapter, round=2, state=first.state)
+    _, restarted = learner(**options)
+    again = restarted.train(first.adapter, round=2, state=first.state)
+    _, forgetful = learner(optim=optim)
+    without = forgetful.train(first.adapter, round=2, state=first.state.partition(b"\n")[0] + b"\n")
+
+    def distance(other: Any) -> float:
+        return float(np.linalg.norm(other.adapter.vector - second.adapter.vector))
+
+    assert distance(again) <= 0.01 * distance(without)
+    if optim == "paged_adamw_8bit":
+        assert b"uint8" in first.state or b'"U8"' in first.state  # the moments really are 8 bits wide
+
+
+def test_paged_32_bit_is_plain_adamw(learner: Callable[..., Any]):
+    ends = []
+    for optim in ("adamw_torch", "paged_adamw_32bit"):
+        model, one = learner(optim=optim)
+        ends.append(one.train(model.get(), round=1, state=b"").adapter.vector)
+    assert np.abs(ends[0] - ends[1]).max() < 1e-4
+
+
+def test_a_4_bit_base_is_never_held_in_float32(toy: Path, tmp_path: Path):
+    """A random base of 0.2 GB in bfloat16: the most that loading ever holds is less than a float32 copy would be."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    from fedlora.learn.base import BaseOptions, load_base
+
+    small = AutoTokenizer.from_pretrained(toy)
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=len(small), tie_word_embeddings=False, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    values = sum(p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path / "base")
+    small.save_pretrained(tmp_path / "base")
+    del model
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    load_base(BaseOptions(tmp_path / "base", device="cuda"))
+    assert torch.cuda.memory_allocated() - before < 0.75 * values
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * values
