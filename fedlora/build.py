@@ -15,6 +15,7 @@ from fedlora.aggregate import AGGREGATORS, Aggregator
 from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
 from fedlora.errors import ConfigError, DataError, KeyFileError, ModelError
 from fedlora.messages import check_site_name
+from fedlora.protect.envelope import MAX_RECIPIENTS
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds import Report
@@ -266,7 +267,7 @@ def enrolled(home: Path) -> dict[str, PublicIdentity]:
     """The sites whose public files lie in ``home/sites``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or more than a task can be sealed to.
         KeyFileError: a file is malformed, named after another site than it holds, or holds a key of another site: two equal
             recipients would make every site refuse every task.
     """
@@ -281,6 +282,8 @@ def enrolled(home: Path) -> dict[str, PublicIdentity]:
                     f"{public.name} and {other.name} share a key", hint="one of them copied it: ask both for their fingerprints"
                 )
         found[public.name] = public
+    if len(found) > MAX_RECIPIENTS:
+        raise ConfigError(f"{len(found)} sites are enrolled in {home / 'sites'}; a task can be sealed to {MAX_RECIPIENTS}")
     if not found:
         raise ConfigError(
             f"no site is enrolled in {home / 'sites'}", hint="each site sends the .pub file that `fedlora keygen` made"

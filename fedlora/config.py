@@ -159,7 +159,7 @@ class Federation(Section):
     """optimiser steps a site takes in a round; 0: use local_epochs"""
     local_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
     """passes over its data a site makes in a round instead"""
-    min_sites: Annotated[int, Field(ge=1, le=1024)] = 2
+    min_sites: Annotated[int, Field(ge=1, le=256)] = 2
     """a round with fewer valid updates is void"""
     round_deadline: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
     """seconds from the request to the last update that counts"""

@@ -213,6 +213,16 @@ def test_two_sites_with_one_key_are_not_enrolled(tmp_path):
         build.enrolled(tmp_path)
 
 
+def test_more_sites_than_a_task_can_be_sealed_to_are_refused_before_it_is(tmp_path, monkeypatch):
+    (tmp_path / "sites").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "sites" / f"{name}.pub").write_text(KEYS[name].public.line() + "\n")
+    assert set(build.enrolled(tmp_path)) == {"a", "b"}
+    monkeypatch.setattr(build, "MAX_RECIPIENTS", 1)
+    with pytest.raises(ConfigError, match="2 sites"):
+        build.enrolled(tmp_path)
+
+
 def test_below_quorum_the_round_is_void_and_the_run_resumes(tmp_path):
     fed = Federation(tmp_path, plan(rounds=2, min_sites=3))
     fed.answers["b"] = lambda r: Reply("b", error="resources")

@@ -44,7 +44,20 @@ from fedlora.errors import (
 )
 from fedlora.protect.keys import Identity, PublicIdentity
 
-__all__ = ["BROADCAST", "NONE", "SUITE", "Envelope", "Header", "match", "open_envelope", "overhead", "parse", "seal", "verify"]
+__all__ = [
+    "BROADCAST",
+    "MAX_RECIPIENTS",
+    "NONE",
+    "SUITE",
+    "Envelope",
+    "Header",
+    "match",
+    "open_envelope",
+    "overhead",
+    "parse",
+    "seal",
+    "verify",
+]
 
 VERSION = 1
 SUITE = 1
