@@ -8,6 +8,7 @@ import runpy
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from fedlora.cli import main as fedlora
@@ -60,7 +61,10 @@ def answers(base: Path, adapter: Path, data: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers is renaming
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapter).eval()
 
