@@ -61,7 +61,7 @@ def _check_base(plan: Plan, base: Path) -> None:
     if found != plan.model.digest:
         raise WrongBase(
             f"the adapter was trained on base {plan.model.digest[:12]}, {base} holds {found[:12]}",
-            hint=f"--base takes the directory of {plan.model.model_name_or_path}, as it was downloaded",
+            hint=f"--base takes the directory of {plan.model.model_name_or_path} that `fedlora pin` read, or made of a GGUF file",
         )
 
 

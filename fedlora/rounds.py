@@ -55,7 +55,7 @@ def run(
         QuorumNotReached: a round stayed below ``min_sites`` in every attempt. The run can be resumed.
     """
     check_fit(aggregator, protection, name=plan.aggregate.name, mode=plan.protect.mode)
-    at = store.load(fall_back=True)
+    at = store.resume(lambda file: report("damaged", {"file": file.name}))
     report("start", {"run": store.run, "round": at.round, "rounds": plan.federation.num_rounds})
     while at.round < plan.federation.num_rounds:
         task = _task(plan, store, at, "train")

@@ -11,9 +11,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,11 @@ class FileMemory:
 
 # --- adapters in files -----------------------------------------------------------------------------------------
 
+
+class _Damaged(StoreError):
+    """The file could be read; its contents are wrong."""
+
+
 _META = "fedlora"  # one key only: the order of several would not be stable
 
 
@@ -113,10 +119,12 @@ def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
         with safe_open(path, framework="numpy") as file:
             facts: dict[str, Any] = json.loads((file.metadata() or {})[_META])
             adapter = Adapter.of({name: file.get_tensor(name) for name in list(file.keys())})
-    except (OSError, SafetensorError, KeyError, ValueError) as e:
-        raise StoreError(f"{path} is not an adapter file of FedLoRA ({type(e).__name__})") from None
+    except OSError as e:
+        raise StoreError(f"cannot read {path}: {e.strerror}") from None
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise _Damaged(f"{path} is not an adapter file of FedLoRA ({type(e).__name__})") from None
     if adapter.digest() != facts.get("digest"):
-        raise StoreError(f"{path} is damaged: its contents do not have the digest that it states")
+        raise _Damaged(f"{path} is damaged: its contents do not have the digest that it states")
     return adapter, facts
 
 
@@ -198,27 +206,40 @@ class RunStore:
         for old in self._rounds()[: -self._keep]:
             self._path(old).unlink()
 
-    def load(self, *, fall_back: bool = False) -> Checkpoint:
-        """The last complete round.
+    def load(self) -> Checkpoint:
+        """The last complete round. Changes nothing, so that it may be read while the run goes on.
 
-        Args:
-            fall_back: go back a round when the disk has damaged the last checkpoint, and do that round again; the sites have
-                it in their journals, so the result is the same.
+        Raises:
+            StoreError: no checkpoint, or the last one is damaged or of another run.
+        """
+        for number in reversed(self._rounds()):
+            return self._read(number)
+        raise StoreError(f"no checkpoint in {self.directory}")
+
+    def resume(self, on_damage: Callable[[Path], None] = lambda file: None) -> Checkpoint:
+        """The last complete round, for whoever goes on from there; brings ``rounds.jsonl`` up to it.
+
+        If the disk has damaged the last checkpoint of an unfinished run, the run goes back a round: the file is set aside as
+        ``*.damaged``, ``on_damage`` is told, and the round is done again. Sites answer it from their journals.
 
         Raises:
             StoreError: no checkpoint that is whole and of this run.
         """
-        for number in reversed(self._rounds()):
+        numbers = self._rounds()
+        if len(numbers) > 1 and self.final() is None:
+            file = self._path(numbers[-1])
             try:
-                at = self._read(number)
-            except StoreError as e:
-                if not fall_back or self.final() is not None or number == min(self._rounds()):
-                    raise
+                self._read(numbers[-1])
+            except _Damaged as e:
                 log.warning("%s; going back a round", e)
-                continue
-            self._mend(at)
-            return at
-        raise StoreError(f"no checkpoint in {self.directory}")
+                os.replace(file, file.with_suffix(".damaged"))
+                on_damage(file)
+        at = self.load()
+        known = [r for r in self.records() if r["round"] <= at.round]
+        if at.record and (not known or known[-1]["round"] != at.round):
+            known.append(dict(at.record))
+        write_atomic(self.directory / "rounds.jsonl", *(canonical(r) + b"\n" for r in known))
+        return at
 
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)
@@ -251,12 +272,6 @@ class RunStore:
             return None
         return found
 
-    def _mend(self, at: Checkpoint) -> None:
-        known = [r for r in self.records() if r["round"] <= at.round]
-        if at.record and (not known or known[-1]["round"] != at.round):
-            known.append(dict(at.record))
-        write_atomic(self.directory / "rounds.jsonl", *(canonical(r) + b"\n" for r in known))
-
     def _path(self, number: int) -> Path:
         return self.directory / f"round-{number:06d}.safetensors"
 
@@ -269,13 +284,17 @@ class RunStore:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
-    """One finished piece of work: the update as float32 bytes, and the learner's state after it."""
+    """One finished piece of work: the update as float32 bytes, and the learner's state after it.
+
+    ``key`` names the work: its kind (``train`` or ``evaluate``), the plan's and the adapter's digest, with slashes between.
+    """
 
     key: str
     update: bytes
     state: bytes
 
 
+_RUN = re.compile(r"[0-9a-f]{64}")
 _ENTRY = struct.Struct("<4sQQQ")
 
 
@@ -283,11 +302,11 @@ _ENTRY = struct.Struct("<4sQQQ")
 class Journal:
     """Finished updates and the learner's state, one file a round, mode 0600 in a directory of mode 0700.
 
-    The last two rounds of a run are kept, and the last ``keep_runs`` runs: they are in the clear, and large.
+    The last two rounds of a run are kept; runs that ended with their last evaluation go when the next one begins. A run that
+    did not end stays: it may be resumed, and this is where the site's place in it is kept.
     """
 
     directory: Path
-    keep_runs: int = 4
 
     def find(self, run: str, round: int) -> Entry | None:
         """The entry of this round, or None.
@@ -319,14 +338,32 @@ class Journal:
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
-        path = self._path(run, round)
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path, begins = self._path(run, round), not self._rounds(run)
+        with _named_disk_errors(path):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.chmod(0o700)
         write_atomic(path, *parts, digest.digest())
         for old in self._rounds(run)[:-2]:
             self._path(run, old).unlink()
-        runs = sorted((d for d in self.directory.iterdir() if d != path.parent), key=lambda d: d.stat().st_mtime)
-        for past in runs[: max(len(runs) + 1 - self.keep_runs, 0)]:
-            shutil.rmtree(past)
+        if begins:
+            self._forget_ended(run)
+
+    def _forget_ended(self, current: str) -> None:
+        for past in self.directory.iterdir():
+            if past.name == current or not _RUN.fullmatch(past.name):
+                continue
+            rounds = self._rounds(past.name)
+            if rounds and self._key(past.name, rounds[-1]).startswith(b"evaluate/"):
+                shutil.rmtree(past, ignore_errors=True)
+
+    def _key(self, run: str, round: int) -> bytes:
+        """What an entry says it is about; empty if that cannot be read. Its digest is not checked."""
+        try:
+            with self._path(run, round).open("rb") as file:
+                head = file.read(_ENTRY.size)
+                return file.read(min(_ENTRY.unpack(head)[1], 1024)) if len(head) == _ENTRY.size else b""
+        except OSError:
+            return b""
 
     def state_before(self, run: str, round: int) -> bytes:
         """The learner's state after the last round before ``round`` that this site finished; ``b""`` if there is none."""
@@ -335,7 +372,7 @@ class Journal:
         return entry.state if entry else b""
 
     def _path(self, run: str, round: int) -> Path:
-        if len(run) != 64 or not set(run) <= set("0123456789abcdef"):
+        if not _RUN.fullmatch(run):
             raise ValueError("a run is 64 hex digits")
         return self.directory / run / f"round-{round:06d}.journal"
 

@@ -370,9 +370,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     fed = Federation(tmp_path, plan(rounds=1))
     fed.run()
     damage(tmp_path / "run" / "round-000001.safetensors")
-    for fall_back in (False, True):  # a finished run does not quietly become an unfinished one
+    for read in (fed.store().load, fed.store().resume):  # a finished run does not quietly become an unfinished one
         with pytest.raises(StoreError, match="damaged"):
-            fed.store().load(fall_back=fall_back)
+            read()
 
 
 def test_a_resumed_run_goes_back_behind_a_damaged_checkpoint(tmp_path):
@@ -382,9 +382,41 @@ def test_a_resumed_run_goes_back_behind_a_damaged_checkpoint(tmp_path):
     damage(tmp_path / "cut" / "run" / "round-000003.safetensors")
     fed.events.clear()
     assert fed.run().adapter.vector.tobytes() == whole.adapter.vector.tobytes()
-    assert fed.events[0][1]["round"] == 2
+    assert next(f for e, f in fed.events if e in ("damaged", "start")) == {"file": "round-000003.safetensors"}
+    assert (tmp_path / "cut" / "run" / "round-000003.damaged").exists()
     assert [r["round"] for r in fed.store().records()] == [1, 2, 3, 4, 5]
-    assert fed.learners["a"].trained == [1, 2, 3, 4, 5]  # it came out of the journal the second time
+    assert fed.learners["a"].trained == [1, 2, 3, 4, 5]  # round 3 came out of the journal the second time
+
+
+def test_a_checkpoint_that_cannot_be_read_or_is_another_runs_is_not_gone_behind(tmp_path, monkeypatch):
+    fed, other = Federation(tmp_path / "a", plan(rounds=5)), Federation(tmp_path / "b", plan(rounds=5))
+    interrupted(fed, after=3)
+    interrupted(other, after=3)
+    last = tmp_path / "a" / "run" / "round-000003.safetensors"
+    kept = last.read_bytes()
+    last.write_bytes((tmp_path / "b" / "run" / last.name).read_bytes())
+    with pytest.raises(StoreError, match="another run"):
+        fed.store().resume()
+    last.write_bytes(kept)
+
+    def refuse(*args, **more):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedlora.store.safe_open", refuse)
+        with pytest.raises(StoreError, match="cannot read"):
+            fed.store().resume()
+    assert fed.store().load().round == 3
+
+
+def test_looking_at_a_run_that_goes_on_changes_nothing(tmp_path):
+    """An export reads checkpoint 3, the server finishes round 4: its record must stay."""
+    fed = Federation(tmp_path, plan(rounds=4))
+    interrupted(fed, after=3)
+    before = (tmp_path / "run" / "rounds.jsonl").read_bytes()
+    (tmp_path / "run" / "rounds.jsonl").write_bytes(before + b'{"round":4}\n')
+    assert fed.store().load().round == 3
+    assert (tmp_path / "run" / "rounds.jsonl").read_bytes() == before + b'{"round":4}\n'
 
 
 def test_with_every_checkpoint_damaged_the_run_does_not_start_from_nothing(tmp_path):
@@ -396,13 +428,21 @@ def test_with_every_checkpoint_damaged_the_run_does_not_start_from_nothing(tmp_p
         fed.run()
 
 
-def test_a_journal_keeps_the_last_runs_and_belongs_to_its_owner_only(tmp_path):
-    journal = Journal(tmp_path / "journal", keep_runs=2)
-    for at, run_id in enumerate("0123"):
-        journal.save(run_id * 64, 1, Entry("k", b"update", b"state"))
-        os.utime(tmp_path / "journal" / (run_id * 64), (at, at))
-    journal.save("2" * 64, 2, Entry("k", b"update", b"state"))
-    assert sorted(d.name[0] for d in (tmp_path / "journal").iterdir()) == ["2", "3"]
+def test_a_journal_forgets_runs_that_ended_and_no_others(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    ended, cut, new = ("0" * 64, "1" * 64, "2" * 64)
+    for number in (1, 2, 3):
+        for run_id in (ended, cut):
+            journal.save(run_id, number, Entry("train/p/a", b"update", b"state %d" % number))
+    journal.save(ended, 4, Entry("evaluate/p/a", b"scores", b""))
+    (tmp_path / "journal" / "notes of the operator").mkdir()
+    (tmp_path / "journal" / ".DS_Store").touch()
+    (tmp_path / "journal").chmod(0o755)
+    assert journal.state_before(ended, 4) == b"state 3"  # an evaluation that is asked for again
+    journal.save(new, 1, Entry("train/p/a", b"update", b"state"))
+    names = {d.name for d in (tmp_path / "journal").iterdir()}
+    assert names == {cut, new, "notes of the operator", ".DS_Store"}
+    assert journal.state_before(cut, 4) == b"state 3"
     assert (tmp_path / "journal").stat().st_mode & 0o777 == 0o700
 
 
@@ -421,7 +461,7 @@ def test_the_record_of_a_round_that_was_cut_off_is_mended(tmp_path):
     fed.run()
     lines = (tmp_path / "run" / "rounds.jsonl").read_bytes().splitlines()
     (tmp_path / "run" / "rounds.jsonl").write_bytes(lines[0] + b"\n" + lines[1][:10])
-    fed.store().load()
+    fed.store().resume()
     assert [r["round"] for r in fed.store().records()] == [1, 2]
 
 

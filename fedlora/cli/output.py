@@ -122,6 +122,7 @@ _LINES = {
     "rejected": "  {site}: not counted ({code})",
     "round": "round {round} done in {seconds_round} s; partial: {partial}; rejected: {rejected}; gap {gap_ratio}",
     "void": "round {round}, attempt {attempt}: too few sites; asking again",
+    "damaged": "{file} is damaged and was set aside; its round is done again",
     "final": "last evaluation done",
     "from-journal": "  round {round}: answered from the journal",
     "process": "{name}: {state}",

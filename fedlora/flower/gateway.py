@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mutabl
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -152,19 +153,28 @@ class Gateway:
 
 
 class _Impatient(H11Protocol):
-    """Cuts whoever opens a connection, or begins a call, and then says nothing: each would keep a place from a site."""
+    """Cuts whoever opens a connection, or begins a call, and then says nothing: each would keep a place from a site.
+
+    And no address gets more than half of all places. An attacker with many addresses needs a firewall, not us.
+    """
 
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        host = self.client and self.client[0]
+        same = sum(isinstance(c, _Impatient) and c.client is not None and c.client[0] == host for c in self.connections)
+        if self.limit_concurrency is not None and same > max(self.limit_concurrency // 2, 1):
+            log.warning("cut a connection from %s, which has %d", host or "?", same - 1)
+            transport.abort()
+        else:
+            self._wait()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._called():
             self._rest()
-        else:
+        elif self.conn.their_state is h11.IDLE:  # not the rest of a body that was answered early
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:

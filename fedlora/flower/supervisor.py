@@ -203,6 +203,7 @@ class _Private(RotatingFileHandler):
 
     def _open(self) -> TextIOWrapper:
         file = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.fchmod(file, 0o600)  # one that was there before, too
         return open(file, self.mode, encoding=self.encoding, errors=self.errors)  # type: ignore[return-value]
 
 

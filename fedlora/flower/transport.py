@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import Message
 
@@ -19,13 +20,21 @@ log = logging.getLogger(__name__)
 
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 2.0
+_COMES_BACK_S = 600.0  # a host that starts again needs a few minutes, and Flower one to let its node in
+_MOST_SENDS = 3  # of one request to one site
 _AWAY = "node-unavailable"
-_EXPIRED = ("message-unavailable", "reply-unavailable")
+_LOST = (_AWAY, "message-unavailable", "reply-unavailable")
 
 
 def _action(phase: str) -> str:
     # Flower wants one of its own verbs first; the site reads only our phase.
     return "train.fedlora" if phase == "train" else "query.fedlora"
+
+
+@dataclass(frozen=True, slots=True)
+class _Away:
+    request: Request
+    since: float
 
 
 class FlowerTransport:
@@ -64,8 +73,8 @@ class FlowerTransport:
 
         What the site never gets to see expires at the deadline too (the message's time to live). What went wrong on the
         way is a reply with one of our codes. After a minute without a sign of a node, Flower drops what was under way to it
-        or from it; the very same request is then sent again as soon as the node is back, and the site answers from its
-        journal.
+        or from it; if the node comes back within ten minutes, the very same request is sent again, twice at most, and the
+        site answers from its journal.
 
         Raises:
             ConnectionFailed: from the iterator, if the SuperLink stays away longer than the channel's patience.
@@ -78,14 +87,15 @@ class FlowerTransport:
             if request.site not in self._nodes:
                 failed.append(Reply(request.site, error="unknown-site"))
             elif left > 0:
-                message_id = self._push(request, ttl_s=left)
-                if message_id:
+                if message_id := self._push(request, ttl_s=left):
                     pending[message_id] = request
                 else:
                     failed.append(Reply(request.site, error=_AWAY))
         return self._replies(failed, pending, end)
 
     def _push(self, request: Request, *, ttl_s: float) -> str:
+        if ttl_s <= 0:
+            return ""
         message = Message(dump_request(request), self._nodes[request.site], _action(request.phase), ttl=ttl_s)
         try:
             return next(iter(self._grid.push_messages([message]))) or ""
@@ -94,48 +104,55 @@ class FlowerTransport:
 
     def _replies(self, failed: Sequence[Reply], pending: dict[str, Request], end: float) -> Iterator[Reply]:
         yield from failed
-        away: dict[str, Request] = {}
+        away: dict[str, _Away] = {}
+        sent = {request.site: 1 for request in pending.values()}
         wait = _FIRST_WAIT_S
         while pending or away:
             last, came = self._clock() >= end, False
             for message_id, request in list(pending.items()):
-                reply = self._pull(message_id, request.site)
+                reply, lost = self._pull(message_id, request.site)
                 if reply is None:
                     continue
                 del pending[message_id]
-                if reply.error == _AWAY:
-                    away[request.site] = request
                 # Past the deadline Flower calls every open message unavailable; that site is late, not in error.
-                elif not (reply.error in _EXPIRED and self._clock() >= end):
+                if lost and reply.error == _AWAY:
+                    away[request.site] = _Away(request, self._clock())
+                elif not (lost and self._clock() >= end):
                     came = True
                     yield reply
                 del reply
+            online = set() if last else set(self.sites())
+            for message_id, request in list(pending.items()):
+                if not last and request.site not in online:  # Flower says so of what it knows to be lost, not of half a reply
+                    away[request.site] = _Away(pending.pop(message_id), self._clock())
+            for site, gone in list(away.items()):
+                if last or sent[site] >= _MOST_SENDS or self._clock() - gone.since > _COMES_BACK_S:
+                    del away[site]
+                    yield Reply(site, error=_AWAY)
+                elif (
+                    site in online and (left := end - self._clock()) > 1 and (message_id := self._push(gone.request, ttl_s=left))
+                ):
+                    log.warning("%s was away; asked again", site)
+                    sent[site] += 1
+                    pending[message_id] = away.pop(site).request
             if last:
-                yield from (Reply(site, error=_AWAY) for site in away)
                 return
-            self._send_again(away, pending, end)
             if came:
                 wait = _FIRST_WAIT_S
             else:
                 self._sleep(min(wait, max(0.0, end - self._clock())))
                 wait = min(2 * wait, _LONGEST_WAIT_S)
 
-    def _send_again(self, away: dict[str, Request], pending: dict[str, Request], end: float) -> None:
-        for site in set(self.sites()) & away.keys() if away else ():
-            left = end - self._clock()
-            message_id = self._push(away[site], ttl_s=left) if left > 0 else ""
-            if message_id:
-                log.warning("%s was away; asked again", site)
-                pending[message_id] = away.pop(site)
-
-    def _pull(self, message_id: str, site: str) -> Reply | None:
+    def _pull(self, message_id: str, site: str) -> tuple[Reply | None, bool]:
+        """The reply, if it is there, and whether it is Flower that says so: a site may write any code into its own."""
         try:
             for message in self._grid.pull_messages([message_id]):
                 if message.has_error():
-                    return Reply(site, error=flower_error(message))
+                    code = flower_error(message)
+                    return Reply(site, error=code), code in _LOST
                 reply = parse_reply(message.content, max_bytes=self._max_reply_bytes)
                 # Who answers is known from the message that is answered, never from what the reply says.
-                return reply if reply.site == site else Reply(site, error="wire")
+                return (reply if reply.site == site else Reply(site, error="wire")), False
         except (Oversized, WireError) as e:
-            return Reply(site, error=e.code)
-        return None
+            return Reply(site, error=e.code), False
+        return None, False

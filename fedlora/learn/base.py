@@ -97,8 +97,8 @@ def _directory(options: BaseOptions) -> Path:
     try:
         from fedlora.learn.gguf import convert_gguf
     except ImportError as e:  # transformers' own GGUF reader, which moves between its minor versions
-        raise ModelError(f"this transformers cannot read GGUF files as we do: {_first_line(e)}",
-                         hint="transformers 5.23, or the Hugging Face directory of this model") from None  # fmt: skip
+        hint = "install gguf and transformers 5.23, or give the Hugging Face directory of this model"
+        raise ModelError(f"GGUF files cannot be read here: {_first_line(e)}", hint=hint) from None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return convert_gguf(path, options.converted or cache / "fedlora" / "gguf" / file_digest(path)[:32])
 

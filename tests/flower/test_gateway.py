@@ -281,17 +281,25 @@ def test_an_answer_is_passed_on_while_it_comes(place):
     connection.close()
 
 
-@pytest.mark.parametrize("said", [b"", b"POST /v1/fleet/push-obj"])
-def test_who_says_nothing_is_cut_and_keeps_no_place_from_a_site(place, said):
+def test_who_says_nothing_is_cut_and_no_address_takes_all_places(place):
     context = ssl.create_default_context(cafile=str(place.tls / "ca.crt"))
-    silent = []
-    for _ in range(8):  # as many as the gateway takes
-        silent.append(context.wrap_socket(socket.create_connection(place.address, timeout=40), server_hostname="localhost"))
-        silent[-1].sendall(said)
-    assert public_status("GET", "/health", address=place.address, ca=place.tls / "ca.crt") == 503
-    for one in silent:
+
+    def open_and_say(words: bytes) -> ssl.SSLSocket:
+        one = context.wrap_socket(socket.create_connection(place.address, timeout=40), server_hostname="localhost")
+        one.sendall(words)
+        return one
+
+    def ended(one: ssl.SSLSocket) -> bool:
         with one, contextlib.suppress(ConnectionResetError):
-            assert one.recv(1) == b""
+            return one.recv(1) == b""
+        return True
+
+    silent = [open_and_say(words) for words in (b"", b"POST /v1/fleet/push-obj", b"", b"G")]  # half of eight places
+    began = time.monotonic()
+    assert ended(open_and_say(b""))  # one more from here is cut at once
+    assert time.monotonic() - began < 10
+    assert all(ended(one) for one in silent)
+    assert 10 < time.monotonic() - began < 35
     assert healthy(place.address, ca=place.tls / "ca.crt")
 
 

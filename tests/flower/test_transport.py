@@ -30,14 +30,14 @@ class Channel:
     now: float = 100.0
     slept: list[float] = field(default_factory=list)
     sent: dict[str, Message] = field(default_factory=dict)
-    held: int = 0
+    online: tuple[int, ...] = (33, 22, 11)
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
         self.now += seconds
 
     def get_node_ids(self) -> Iterable[int]:
-        return [22, 33]
+        return self.online
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
@@ -129,46 +129,55 @@ def test_flowers_errors_become_codes_without_their_text(code, ours):
 
 
 class Revived(Channel):
-    """alpha's node dies with the request, shows as online again after ``back_s``, and answers what is then sent."""
+    """alpha's node is gone for a while and comes back at 140. What was under way is lost: Flower says so, or says nothing."""
 
-    back_s = 40.0
+    says = True
 
     def get_node_ids(self) -> Iterable[int]:
-        return [11, 22] if self.now >= 100.0 + self.back_s else [22]
+        return [22] if 105.0 <= self.now < 140.0 else [11, 22]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        (message_id,) = message_ids
+        message = self.sent[message_id]
+        if message_id == "m0":
+            lost = self.says and self.now >= 105.0
+            return [make_message(metadata=message.metadata, error=Error(5, "no heartbeat"))] if lost else []
+        return super().pull_messages([message_id])
 
 
-def dies_at_first(channel):
-    def answer(request):
-        first = request.site == "alpha" and len(channel.sent) == 2
-        return Error(5, "no heartbeat") if first else dump_reply(Reply(request.site, request.body))
-
-    return answer
-
-
-def test_a_site_whose_node_comes_back_gets_the_same_request_again():
-    channel = Revived(lambda r: None)
-    channel.answer = dies_at_first(channel)
+@pytest.mark.parametrize("says", [True, False])  # False: half of the reply had come when the power failed
+def test_a_site_whose_node_comes_back_gets_the_same_request_again(says):
+    channel = Revived(lambda r: dump_reply(Reply(r.site, r.body)))
+    channel.says = says
     assert list(over(channel).exchange(BOTH, deadline_s=90)) == [Reply("beta", b"b"), Reply("alpha", b"a")]
     again = channel.sent["m2"]
     assert parse_request(again.content, max_bytes=9) == BOTH[0]
-    assert again.metadata.ttl == pytest.approx(90 - channel.back_s, abs=2.1)  # it still dies at the deadline
+    assert again.metadata.ttl == pytest.approx(190 - 140, abs=2.1)  # it still dies at the deadline
     assert channel.now < 145
 
 
-def test_a_site_whose_node_stays_away_is_named_at_the_deadline():
-    channel = Revived(lambda r: None)
-    channel.answer = dies_at_first(channel)
-    assert list(over(channel).exchange(BOTH, deadline_s=30)) == [Reply("beta", b"b"), Reply("alpha", error="node-unavailable")]
-    assert channel.now == pytest.approx(130.0)
+@pytest.mark.parametrize(("deadline_s", "until"), [(30, 130), (3600, 100 + 600)])
+def test_a_site_whose_node_stays_away_is_waited_for_ten_minutes_at_most(deadline_s, until):
+    channel = Channel(lambda r: dump_reply(Reply(r.site, r.body)), after_s={22: 2.0}, online=(22,))
+    replies = list(over(channel).exchange(BOTH, deadline_s=deadline_s))
+    assert replies == [Reply("beta", b"b"), Reply("alpha", error="node-unavailable")]
+    assert channel.now == pytest.approx(until, abs=2 * 2.1)
     assert len(channel.sent) == 2
 
 
-def test_a_node_that_seems_online_and_never_is_does_not_cost_a_busy_loop():
-    channel = Revived(lambda r: Error(5, "no heartbeat"), after_s={11: 0.0, 22: 0.0})
-    channel.back_s = 0.0
-    replies = set(over(channel).exchange(BOTH, deadline_s=30))
+def test_a_node_that_seems_online_and_never_is_is_sent_to_three_times():
+    channel = Channel(lambda r: Error(5, "no heartbeat"))
+    replies = set(over(channel).exchange(BOTH, deadline_s=3600))
     assert replies == {Reply("alpha", error="node-unavailable"), Reply("beta", error="node-unavailable")}
-    assert len(channel.sent) < 45
+    assert len(channel.sent) == 6
+    assert channel.now < 110
+
+
+def test_a_site_cannot_have_a_request_sent_again_by_claiming_to_be_away():
+    channel = Channel(lambda r: dump_reply(Reply(r.site, error="node-unavailable")))
+    replies = list(over(channel).exchange(BOTH, deadline_s=3600))
+    assert replies == [Reply("alpha", error="node-unavailable"), Reply("beta", error="node-unavailable")]
+    assert len(channel.sent) == 2
 
 
 def test_a_reply_in_anothers_name_does_not_count_for_him():
@@ -207,4 +216,4 @@ def test_nothing_is_sent_after_the_deadline():
 
 
 def test_sites_are_the_enrolled_ones_that_are_online():
-    assert over(Channel(lambda r: dump_reply(Reply(r.site)))).sites() == ["beta"]
+    assert over(Channel(lambda r: dump_reply(Reply(r.site)), online=(33, 22))).sites() == ["beta"]
