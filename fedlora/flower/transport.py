@@ -109,6 +109,8 @@ class FlowerTransport:
         wait = _FIRST_WAIT_S
         while pending or away:
             last, came = self._clock() >= end, False
+            # Asked before the pull: a site that answers and then leaves has its reply here by then.
+            online = set() if last else set(self.sites())
             for message_id, request in list(pending.items()):
                 reply, lost = self._pull(message_id, request.site)
                 if reply is None:
@@ -121,7 +123,6 @@ class FlowerTransport:
                     came = True
                     yield reply
                 del reply
-            online = set() if last else set(self.sites())
             for message_id, request in list(pending.items()):
                 if not last and request.site not in online:  # Flower says so of what it knows to be lost, not of half a reply
                     away[request.site] = _Away(pending.pop(message_id), self._clock())
@@ -129,9 +130,7 @@ class FlowerTransport:
                 if last or sent[site] >= _MOST_SENDS or self._clock() - gone.since > _COMES_BACK_S:
                     del away[site]
                     yield Reply(site, error=_AWAY)
-                elif (
-                    site in online and (left := end - self._clock()) > 1 and (message_id := self._push(gone.request, ttl_s=left))
-                ):
+                elif site in online and (message_id := self._push(gone.request, ttl_s=end - self._clock())):
                     log.warning("%s was away; asked again", site)
                     sent[site] += 1
                     pending[message_id] = away.pop(site).request

@@ -156,6 +156,17 @@ def test_a_site_whose_node_comes_back_gets_the_same_request_again(says):
     assert channel.now < 145
 
 
+def test_a_site_that_answers_and_leaves_at_once_has_answered():
+    class Leaves(Channel):
+        def get_node_ids(self) -> Iterable[int]:
+            self.now += 0.2  # the reply comes and the node goes while we look away
+            return [11, 22] if self.now < 101.0 else [22]
+
+    channel = Leaves(lambda r: dump_reply(Reply(r.site, r.body)), after_s={11: 1.0, 22: 2.0})
+    assert list(over(channel).exchange(BOTH, deadline_s=90)) == [Reply("alpha", b"a"), Reply("beta", b"b")]
+    assert len(channel.sent) == 2
+
+
 @pytest.mark.parametrize(("deadline_s", "until"), [(30, 130), (3600, 100 + 600)])
 def test_a_site_whose_node_stays_away_is_waited_for_ten_minutes_at_most(deadline_s, until):
     channel = Channel(lambda r: dump_reply(Reply(r.site, r.body)), after_s={22: 2.0}, online=(22,))
