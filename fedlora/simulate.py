@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["parse_seeds", "simulate"]
 
+_SAVE_EVERY_S = 10.0  # an arm without federation saves a round of seconds less often than it ends one
 _GENERAL = "general.jsonl"  # hold-out that has nothing to do with the task: what does training make the model forget?
 
 
@@ -286,24 +287,25 @@ def _rounds_alone(
 ) -> tuple[Adapter, dict[str, Any]]:
     journal, key, run = Journal(directory), lab.plan.digest(), "0" * 64
     adapter, state, facts = lab.first, b"", {"tokens": 0, "steps": 0, "seconds": 0.0}
-    for number in range(1, rounds + 1):
-        entry = journal.find(run, number)
-        if entry is not None and entry.key != key:
+    done, entry = journal.last(run) or (0, None)
+    if entry is not None:
+        if entry.key != key:
             raise StoreError(f"{directory} belongs to another plan")
-        if entry is None and journal.find(run, number + 1) is not None:
-            continue  # older than what the journal keeps
-        if entry is None:
-            began = time.monotonic()
-            report("train", {"round": number, "rounds": rounds})
-            trained = learner.train(adapter, round=number, state=state)
-            facts["tokens"] += trained.tokens
-            facts["steps"] += int(trained.metrics["train/steps"])
-            facts["seconds"] += time.monotonic() - began
-            update = Update(trained.adapter.vector, 0, dict(facts))
-            entry = Entry(key, wire.dump_update(update, lab.first.layout, dtype="float32"), trained.state)
-            journal.save(run, number, entry)
         update = wire.parse_update(entry.update, lab.first.layout)
         adapter, state, facts = Adapter(update.delta, lab.first.layout), entry.state, dict(update.metrics)
+    saved = time.monotonic()
+    for number in range(done + 1, rounds + 1):
+        began = time.monotonic()
+        report("train", {"round": number, "rounds": rounds})
+        trained = learner.train(adapter, round=number, state=state)
+        adapter, state = trained.adapter, trained.state
+        facts["tokens"] += trained.tokens
+        facts["steps"] += int(trained.metrics["train/steps"])
+        facts["seconds"] += time.monotonic() - began
+        if number == rounds or time.monotonic() - saved > _SAVE_EVERY_S:
+            update = Update(adapter.vector, 0, dict(facts))
+            journal.save(run, number, Entry(key, wire.dump_update(update, lab.first.layout, dtype="float32"), state))
+            saved = time.monotonic()
     return adapter, {**facts, "learning_rate": rate}
 
 

@@ -371,6 +371,16 @@ class Journal:
         entry = self.find(run, earlier[-1]) if earlier else None
         return entry.state if entry else b""
 
+    def last(self, run: str) -> tuple[int, Entry] | None:
+        """The last round that was finished, and its entry; None if there is none.
+
+        Raises:
+            StoreError: as :meth:`find`.
+        """
+        rounds = self._rounds(run)
+        entry = self.find(run, rounds[-1]) if rounds else None
+        return (rounds[-1], entry) if entry else None
+
     def _path(self, run: str, round: int) -> Path:
         if not _RUN.fullmatch(run):
             raise ValueError("a run is 64 hex digits")

@@ -227,17 +227,22 @@ def _learner_fixed() -> None:
         rows, _ = tokenise(
             read(data, format="auto", shape="auto", columns={}, group_key="group")[0], model.tokenizer, max_length=128
         )
-        options = TrainOptions(local_steps=1, per_device_train_batch_size=1, max_length=128, num_rounds=9)
-        learner, first = learning.HFLearner(model, rows, [], options, site="a"), model.get()
         learning.train_steps = timed
-        whole = []
-        for _ in range(8):
-            began = time.perf_counter()
-            learner.train(first, round=1, state=b"")
-            whole.append(time.perf_counter() - began)
-    fixed = statistics.median(w - s for w, s in zip(whole[1:], steps[1:], strict=True))
-    row("round-fixed", base=base.name, values=model.layout.size, threads=torch.get_num_threads(),
-        one_step_s=statistics.median(steps[1:]), fixed_ms=1000 * fixed)  # fmt: skip
+        for kept in ("reset", "keep"):
+            options = TrainOptions(
+                local_steps=1, per_device_train_batch_size=1, max_length=128, num_rounds=9, optimizer_state=kept
+            )
+            learner, adapter, state = learning.HFLearner(model, rows, [], options, site="a"), model.get(), b""
+            steps.clear()
+            whole = []
+            for number in range(1, 9):
+                began = time.perf_counter()
+                trained = learner.train(adapter, round=number, state=state)
+                whole.append(time.perf_counter() - began)
+                adapter, state = trained.adapter, trained.state
+            fixed = statistics.median(w - s for w, s in zip(whole[1:], steps[1:], strict=True))
+            row("round-fixed", base=base.name, optimizer_state=kept, values=model.layout.size, threads=torch.get_num_threads(),
+                one_step_s=statistics.median(steps[1:]), fixed_ms=1000 * fixed)  # fmt: skip
 
 
 def _roomy(fed: Any, name: str) -> Any:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
+import torch
+
 from fedlora.adapter import Adapter, Layout
 from fedlora.config import canonical
 from fedlora.data import Batch, Cursor, Stream, Tokens
@@ -57,6 +59,7 @@ class HFLearner:
         self._options = options
         self._site = site
         self._on_step = on_step
+        self._live: tuple[bytes, Cursor, torch.optim.Optimizer] | None = None  # the last state, as bytes and as it was
         self._stream = Stream(
             list(train),
             seed=options.seed,
@@ -111,12 +114,9 @@ class HFLearner:
         o, steps, began = self._options, self.steps, time.perf_counter()
         if not 1 <= round <= o.num_rounds:
             raise ValueError(f"round {round} of {o.num_rounds}")
-        self._cursor, moments = _parse_state(state)
         self._model.set(adapter)
         self._model.set_checkpointing(o.gradient_checkpointing)
-        optimiser = make_optimiser(self._model, o)
-        if o.optimizer_state == "keep" and moments:
-            load_moments(optimiser, moments)
+        optimiser = self._restored(state)
         spent = train_steps(
             self._model,
             self._groups(),
@@ -133,9 +133,23 @@ class HFLearner:
             max_grad_norm=o.max_grad_norm,
             on_step=self._on_step,
         )
-        blob = dump_moments(optimiser) if o.optimizer_state == "keep" else b""
+        after = _dump_state(self._cursor, dump_moments(optimiser) if o.optimizer_state == "keep" else b"")
+        if o.optimizer_state == "keep":
+            self._live = (after, self._cursor, optimiser)
         metrics = {"train/loss": spent.loss, "train/steps": float(steps), "train/seconds": time.perf_counter() - began}
-        return Trained(self._model.get(), spent.tokens, spent.examples, metrics, _dump_state(self._cursor, blob))
+        return Trained(self._model.get(), spent.tokens, spent.examples, metrics, after)
+
+    def _restored(self, state: bytes) -> torch.optim.Optimizer:
+        """The optimiser and the place in the data that ``state`` describes."""
+        live, self._live = self._live, None
+        if live is not None and live[0] is state:  # what this learner gave out last: no need to read 8 bytes a value back
+            self._cursor = live[1]
+            return live[2]
+        self._cursor, moments = _parse_state(state)
+        optimiser = make_optimiser(self._model, self._options)
+        if self._options.optimizer_state == "keep" and moments:
+            load_moments(optimiser, moments)
+        return optimiser
 
     def _groups(self) -> Iterator[Sequence[Batch]]:
         """Batches of one optimiser step each; ``self._cursor`` follows."""

@@ -7,6 +7,7 @@ import pytest
 
 from fedlora.data import Stream, Tokens
 from fedlora.errors import ConfigError, DataError, StoreError
+from fedlora.learn import learner as learning
 from fedlora.learn.learner import HFLearner, TrainOptions
 from fedlora.site import Learner
 
@@ -62,6 +63,22 @@ def test_interrupted_after_every_round_gives_the_same_bits(
         assert a.adapter.digest() == b.adapter.digest()
         assert a.state == b.state
     assert len({t.adapter.digest() for t in straight}) == 3
+
+
+def test_an_older_state_counts_and_not_the_optimiser_that_is_still_there(
+    learner: Callable[..., HFLearner], lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    read: list[int] = []
+    original = learning.load_moments
+    monkeypatch.setattr(learning, "load_moments", lambda *a: (read.append(1), original(*a)))
+    model = lora()
+    one = learner(model, optimizer_state="keep")
+    first, second = rounds(lambda: one, model.get(), 2)
+    assert not read  # straight on: nothing is read back
+    again = one.train(first.adapter, round=2, state=first.state)
+    assert read == [1]
+    assert again.adapter.digest() == second.adapter.digest()
+    assert again.state == second.state
 
 
 def test_kept_moments_travel_in_the_state_and_change_the_next_round(learner: Callable[..., HFLearner], lora: Callable[..., Any]):
