@@ -16,7 +16,7 @@ from fedlora.errors import ConfigError, DataError, StoreError
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.loop import OnStep, derived_seed, learning_rate, train_steps
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.optimiser import dump_moments, load_moments, make_optimiser
+from fedlora.learn.optimiser import dump_moments, forget_moments, load_moments, make_optimiser
 from fedlora.learn.options import TrainOptions
 from fedlora.site import Trained
 
@@ -59,7 +59,8 @@ class HFLearner:
         self._options = options
         self._site = site
         self._on_step = on_step
-        self._live: tuple[bytes, Cursor, torch.optim.Optimizer] | None = None  # the last state, as bytes and as it was
+        self._optimiser: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
+        self._given: tuple[bytes, Cursor] | None = None  # the state that this optimiser is in
         self._stream = Stream(
             list(train),
             seed=options.seed,
@@ -134,21 +135,24 @@ class HFLearner:
             on_step=self._on_step,
         )
         after = _dump_state(self._cursor, dump_moments(optimiser) if o.optimizer_state == "keep" else b"")
-        if o.optimizer_state == "keep":
-            self._live = (after, self._cursor, optimiser)
+        self._given = (after, self._cursor) if o.optimizer_state == "keep" else None
         metrics = {"train/loss": spent.loss, "train/steps": float(steps), "train/seconds": time.perf_counter() - began}
         return Trained(self._model.get(), spent.tokens, spent.examples, metrics, after)
 
     def _restored(self, state: bytes) -> torch.optim.Optimizer:
         """The optimiser and the place in the data that ``state`` describes."""
-        live, self._live = self._live, None
-        if live is not None and live[0] is state:  # what this learner gave out last: no need to read 8 bytes a value back
-            self._cursor = live[1]
-            return live[2]
+        o, given, self._given = self._options, self._given, None
+        if self._optimiser is not None and given is not None and given[0] is state:
+            self._cursor = given[1]
+            return self._optimiser  # what this learner gave out last: no need to read 8 bytes a value back
         self._cursor, moments = _parse_state(state)
-        optimiser = make_optimiser(self._model, self._options)
-        if self._options.optimizer_state == "keep" and moments:
+        optimiser = self._optimiser or make_optimiser(self._model, o)
+        if o.optimizer_state == "keep" or o.optim != "adamw_torch":
+            self._optimiser = optimiser
+        if moments and o.optimizer_state == "keep":
             load_moments(optimiser, moments)
+        else:
+            forget_moments(optimiser)
         return optimiser
 
     def _groups(self) -> Iterator[Sequence[Batch]]:
