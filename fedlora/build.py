@@ -17,6 +17,7 @@ from fedlora.errors import ConfigError, DataError, KeyFileError, ModelError
 from fedlora.messages import check_site_name
 from fedlora.protect.envelope import MAX_RECIPIENTS
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
+from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds import Report
 from fedlora.rounds import run as run_rounds
@@ -217,9 +218,10 @@ def site(
     report: Report,
 ) -> Site:
     """A site from its parts. The same for a deployment and for a simulation."""
-    protection = SealedSite(
+    link = SiteLink(
         identity=identity,
         server=server,
+        roster=pinned(server),
         memory=FileMemory(state / "memory"),
         max_request_bytes=file.policy.max_request_bytes,
         clock=lambda: int(time.time()),
@@ -227,7 +229,7 @@ def site(
     )
     return Site(
         name=identity.name,
-        protection=protection,
+        protection=SealedSite(link),
         learner=make_learner,
         encoder=aggregator,
         policy=file.policy,
@@ -318,12 +320,12 @@ def serve_run(
         new.unlink(missing_ok=True)  # of a start that was cut off while it wrote
         Identity.generate("run").save(new)
         os.replace(new, key)
-    protection = SealedServer(
+    link = ServerLink(
         identity=identity,
         reply_key=load_identity(key),
         sites=sites,
+        roster=pinned(identity.public),
         memory=store.memory,
-        dtype=store.plan.wire.dtype,
         clock=lambda: int(time.time()),
         entropy=os.urandom,
     )
@@ -331,7 +333,7 @@ def serve_run(
         store.plan,
         store=store,
         aggregator=aggregator(store.plan),
-        protection=protection,
+        protection=SealedServer(link, store.plan.wire.dtype),
         transport=transport,
         enrolled=sites.keys(),
         report=report,

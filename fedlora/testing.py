@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedlora.adapter import Adapter, Layout
 from fedlora.config import Federation, Plan, Run
+from fedlora.protect import Memory
+from fedlora.protect.keys import Identity, PublicIdentity
+from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.site import Trained
 
-__all__ = ["TOY_BASE", "DictMemory", "ToyLearner", "toy_adapter", "toy_layout", "toy_plan"]
+__all__ = ["TOY_BASE", "DictMemory", "ToyLearner", "server_link", "site_link", "toy_adapter", "toy_layout", "toy_plan"]
 
 TOY_BASE = hashlib.sha256(b"toy base").hexdigest()
 
@@ -69,3 +73,22 @@ class DictMemory:
 
     def put(self, key: str, value: bytes) -> None:
         self.values[key] = value
+
+
+def server_link(
+    identity: Identity,
+    reply_key: Identity,
+    sites: Mapping[str, PublicIdentity],
+    memory: Memory,
+    *,
+    entropy: Callable[[int], bytes] = os.urandom,
+) -> ServerLink:
+    """A server's end of the line at time zero, without a roster."""
+    return ServerLink(identity, reply_key, sites, pinned(identity.public), memory, lambda: 0, entropy)
+
+
+def site_link(
+    identity: Identity, server: PublicIdentity, memory: Memory, *, entropy: Callable[[int], bytes] = os.urandom
+) -> SiteLink:
+    """A site's end of the line at time zero, without a roster; takes 1 MiB."""
+    return SiteLink(identity, server, pinned(server), memory, 1 << 20, lambda: 0, entropy)

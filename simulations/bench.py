@@ -89,20 +89,18 @@ def bench_protect() -> None:
 
 
 def _sealed_parts() -> dict[str, Any]:
-    import hashlib
-    from dataclasses import replace
-
     from fedlora.messages import Task
-    from fedlora.protect import sealed
     from fedlora.protect.envelope import open_envelope, verify
     from fedlora.protect.keys import Identity
+    from fedlora.protect.link import Context
+    from fedlora.testing import DictMemory, server_link
 
     a, b = Identity.generate("server"), Identity.generate("b")
+    link = server_link(a, a, {"b": b.public}, DictMemory())
 
     def header(plan: bytes, base: str, adapter: Adapter) -> Callable[[bytes], Any]:
-        task = Task("0" * 64, plan, base, "train", 1, 0, adapter)
-        made = sealed._header(task, a.public, payload=b"", codec="bench", seq=1, prev="0" * 64, created=0)
-        return lambda payload: replace(made, len=len(payload), sha=hashlib.sha256(payload).hexdigest())
+        context = Context.of(Task("0" * 64, plan, base, "train", 1, 0, adapter))
+        return lambda p: link.header(context, p, phase="train", codec="bench", to=[b.public], seq=1, prev="0" * 64)
 
     def open_(envelope: Any) -> object:
         verify(envelope, a.public)

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import signal
 import time
 import weakref
@@ -23,7 +22,7 @@ from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds import check_fit, run
 from fedlora.site import Site, safely
 from fedlora.store import Entry, FileMemory, Journal, RunStore
-from fedlora.testing import DictMemory, ToyLearner, toy_adapter, toy_plan
+from fedlora.testing import DictMemory, ToyLearner, server_link, site_link, toy_adapter, toy_plan
 from fedlora.transport import LocalTransport
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -53,7 +52,7 @@ class Federation:
         self.answers = {n: s.handle for n, s in self.sites.items()}
 
     def site(self, name):
-        sealed = SealedSite(self.keys[name], self.keys["server"].public, self.memory[name], 1 << 20, lambda: 0, os.urandom)
+        sealed = SealedSite(site_link(self.keys[name], self.keys["server"].public, self.memory[name]))
         return Site(
             name,
             sealed if self.sealed else PlainSite(),
@@ -75,7 +74,7 @@ class Federation:
         publics = {n: self.keys[n].public for n in self.learners}
         server, reply = self.keys["server"], self.keys["run"]
         protection = (
-            SealedServer(server, reply, publics, self.memory["server"], self.plan.wire.dtype, lambda: 0, os.urandom)
+            SealedServer(server_link(server, reply, publics, self.memory["server"]), self.plan.wire.dtype)
             if self.sealed
             else PlainServer(self.plan.wire.dtype)
         )

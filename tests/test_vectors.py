@@ -24,7 +24,7 @@ from fedlora.errors import FedLoRAError
 from fedlora.messages import Reply, Request
 from fedlora.protect.envelope import open_envelope, parse, verify
 from fedlora.protect.sealed import SealedServer, SealedSite
-from fedlora.testing import DictMemory
+from fedlora.testing import DictMemory, server_link, site_link
 
 ROOT = Path(__file__).parent
 VECTORS = {d: sorted((ROOT / "vectors" / d).glob("*.txt")) for d in ("update", "task", "envelope")}
@@ -97,7 +97,7 @@ def at_the_server(head, blob) -> Update:
     keys, name, task, notes = identities(), head.get("site", "a"), the_task(), Notes()
     sites = {n: keys[n].public for n in ("a", "b")}
     memory = remembered(head, f"{task.run}/up/{name}")
-    server = SealedServer(keys["server"], keys["run"], sites, memory, "bfloat16", lambda: 0, lambda n: bytes(n))
+    server = SealedServer(server_link(keys["server"], keys["run"], sites, memory), "bfloat16")
     talk = server.collect(task, ["a", "b"], notes)
     next(talk)
     with pytest.raises(StopIteration):
@@ -112,7 +112,7 @@ def at_a_site(head, blob) -> bytes:
     keys = identities()
     memory = remembered(head, f"{the_task().run}/down")
     limit = int(head.get("max_bytes", 1 << 20))
-    here = SealedSite(keys[head["reader"]], keys["server"].public, memory, limit, lambda: 0, lambda n: bytes(n))
+    here = SealedSite(replace(site_link(keys[head["reader"]], keys["server"].public, memory), max_request_bytes=limit))
     return here.answer(Request(head["reader"], "train", blob), lambda _: pytest.fail("worked"))
 
 

@@ -16,7 +16,7 @@ from fedlora.messages import Reply, Task
 from fedlora.protect.envelope import Header, match, open_envelope, parse, seal, verify
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.protect.sealed import SealedServer, SealedSite
-from fedlora.testing import TOY_BASE, DictMemory, toy_adapter, toy_layout, toy_plan
+from fedlora.testing import TOY_BASE, DictMemory, server_link, site_link, toy_adapter, toy_layout, toy_plan
 
 SERVER, RUN, STRANGER = Identity.generate("server"), Identity.generate("run"), Identity.generate("mallory")
 SITES = {n: Identity.generate(n) for n in ("a", "b", "c")}
@@ -29,13 +29,14 @@ def entropy(n: int) -> bytes:
 
 def server(**changes) -> SealedServer:
     publics = {n: i.public for n, i in SITES.items()}
-    made = SealedServer(SERVER, RUN, publics, DictMemory(), "bfloat16", lambda: 0, entropy)
-    return replace(made, **changes)
+    dtype = changes.pop("dtype", "bfloat16")
+    link = server_link(SERVER, RUN, publics, DictMemory(), entropy=entropy)
+    return SealedServer(replace(link, **changes), dtype)
 
 
 def site(name: str, **changes) -> SealedSite:
-    made = SealedSite(SITES.get(name, STRANGER), SERVER.public, DictMemory(), 1 << 20, lambda: 0, entropy)
-    return replace(made, **changes)
+    link = site_link(SITES.get(name, STRANGER), SERVER.public, DictMemory(), entropy=entropy)
+    return SealedSite(replace(link, **changes))
 
 
 def task(**changes) -> Task:

@@ -28,8 +28,8 @@ from fedlora.errors import FedLoRAError
 from fedlora.messages import EVALUATION, Task
 from fedlora.protect.envelope import Envelope, parse, seal
 from fedlora.protect.keys import Identity
-from fedlora.protect.sealed import SealedServer, SealedSite
-from fedlora.testing import DictMemory
+from fedlora.protect.sealed import SealedServer
+from fedlora.testing import DictMemory, server_link
 
 HERE = Path(__file__).parent
 LAYOUT = Layout.of({"m.lora_A.weight": (2, 3), "m.lora_B.weight": (4, 2)})
@@ -307,15 +307,9 @@ def genuine() -> Iterator[Vector]:
     """Sealed with randomness: made once, never again."""
     keys, task = identities(), the_task()
     publics = {n: keys[n].public for n in ("a", "b")}
-    server = SealedServer(
-        keys["server"],
-        keys["run"],
-        publics,
-        DictMemory(),
-        "bfloat16",
-        lambda: 0,
-        lambda n: hashlib.sha256(b"file key").digest()[:n],
-    )
+    file_key = hashlib.sha256(b"file key").digest()
+    link = server_link(keys["server"], keys["run"], publics, DictMemory(), entropy=lambda n: file_key[:n])
+    server = SealedServer(link, "bfloat16")
     down = next(server.collect(task, ["a", "b"], _Keep()))[0]
     yield (
         "valid_down",
@@ -323,14 +317,13 @@ def genuine() -> Iterator[Vector]:
         down.body,
     )
     payload = wire.dump_update(Update(np.arange(14, dtype=np.float32) / 4, 3, METRICS), LAYOUT, dtype="bfloat16")
-    site = SealedSite(keys["a"], keys["server"].public, DictMemory(), 1 << 20, lambda: 0, server.entropy)
     first = parse(down.body, max_bytes=1 << 20).header
     header = replace(
         first,
         dir="up",
         sender="a",
         to="server",
-        from_key=site.identity.public.signing_id,
+        from_key=keys["a"].public.signing_id,
         to_key=keys["run"].public.kem_id,
         codec="update/1/bfloat16",
         n_params=LAYOUT.size,
@@ -340,7 +333,7 @@ def genuine() -> Iterator[Vector]:
 
     def up(**changes: object) -> bytes:
         return seal(
-            payload, header=replace(header, **changes), signer=keys["a"], recipients=[keys["run"].public], entropy=server.entropy
+            payload, header=replace(header, **changes), signer=keys["a"], recipients=[keys["run"].public], entropy=link.entropy
         )[0]
 
     yield "valid_up", head("success", "valid", "site a's update; keys for tests only", direction="up", reader="server"), up()
@@ -351,7 +344,7 @@ def genuine() -> Iterator[Vector]:
     )
     wrong = rehash(payload[:6] + b"\1\0" + payload[8:-16])
     named = replace(header, sha=hashlib.sha256(wrong).hexdigest())
-    bad = seal(wrong, header=named, signer=keys["a"], recipients=[keys["run"].public], entropy=server.entropy)[0]
+    bad = seal(wrong, header=named, signer=keys["a"], recipients=[keys["run"].public], entropy=link.entropy)[0]
     yield (
         "payload_refused",
         head("wire", "update-flags", "opens well, but the update in it is not one", direction="up", reader="server"),

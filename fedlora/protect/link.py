@@ -1,0 +1,263 @@
+"""Signed and sealed messages between the server and one site or all: what every mode of protection travels in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedlora.errors import Equivocation, FedLoRAError, RemoteError, Replayed, UnknownSite
+from fedlora.messages import SERVER, Reply, Request, Task
+from fedlora.protect import Memory, Tally
+from fedlora.protect.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
+from fedlora.protect.keys import Identity, PublicIdentity, key_id
+
+__all__ = ["Context", "ServerLink", "SiteLink", "federation", "hear", "pinned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a message is about; every field is bound by the signature and by the encryption."""
+
+    run: str
+    plan: str
+    round: int
+    attempt: int
+    base: str
+    adapter: str
+    layout: str
+    n_params: int
+
+    @classmethod
+    def of(cls, task: Task) -> Context:
+        digest, layout = task.adapter.digest(), task.adapter.layout
+        return cls(task.run, task.plan_digest, task.round, task.attempt, task.base, digest, layout.digest(), layout.size)
+
+    @classmethod
+    def named(cls, header: Header) -> Context:
+        """The context that a header states."""
+        return cls(**{name: getattr(header, name) for name in cls.__slots__})
+
+    def fields(self) -> dict[str, Any]:
+        """By header field."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def federation(server: PublicIdentity) -> str:
+    """Names the federation: the digest of the server's signing key, from which all trust comes."""
+    return hashlib.sha256(b"fedlora/v1/genesis\0" + server.signing).hexdigest()
+
+
+def pinned(server: PublicIdentity) -> str:
+    """Both ends pin the server's keys; where there is no signed roster, their digest stands in its place."""
+    return hashlib.sha256(b"fedlora/v1/pinned\0" + server.signing + server.kem).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    """Highest sequence number and last digest on one path, durable before it is used."""
+
+    memory: Memory
+    path: str
+
+    def last(self) -> tuple[int, str]:
+        found = self.memory.get(self.path)
+        if found is None:
+            return 0, NONE
+        seq, digest = json.loads(found)
+        return int(seq), str(digest)
+
+    def put(self, seq: int, digest: str) -> None:
+        self.memory.put(self.path, json.dumps([seq, digest]).encode())
+
+    def admit(self, seq: int, digest: str, *, again: bool) -> None:
+        """Takes a number that is higher than all before; the very same message only if ``again``.
+
+        Raises:
+            Replayed, Equivocation: not higher; other content under the same number.
+        """
+        last, known = self.last()
+        if seq == last and digest != known:
+            raise Equivocation(f"two messages under number {seq}")
+        if seq < last or (seq == last and not again):
+            raise Replayed(f"number {seq} is not above {last}")
+        self.put(seq, digest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServerLink:
+    """The server's end.
+
+    Args:
+        identity: the server's own keys; the signing key is what sites pin.
+        reply_key: keys of this run only; replies are sealed to its KEM key.
+        sites: the enrolled sites.
+        roster: digest of what both ends know of each other.
+        memory: sequence numbers, durable.
+        clock: seconds since 1970, for ``created``.
+        entropy: n random bytes.
+    """
+
+    identity: Identity
+    reply_key: Identity
+    sites: Mapping[str, PublicIdentity]
+    roster: str
+    memory: Memory
+    clock: Callable[[], int]
+    entropy: Callable[[int], bytes]
+
+    def known(self, sites: Sequence[str], tally: Tally) -> list[str]:
+        """Those of ``sites`` that are enrolled; the others are rejected."""
+        for stranger in (s for s in sites if s not in self.sites):
+            tally.reject(stranger, UnknownSite(f"{stranger} is not enrolled"))
+        return [s for s in sites if s in self.sites]
+
+    def seal(self, context: Context, payload: bytes, *, phase: str, codec: str, to: Sequence[str]) -> bytes:
+        """One message for all of ``to``. Its number is durable before it leaves: a restarted server never uses one twice."""
+        counter = _Counter(self.memory, f"{context.run}/down")
+        last, prev = counter.last()
+        to_all = [self.sites[s] for s in to]
+        header = self.header(context, payload, phase=phase, codec=codec, to=to_all, seq=last + 1, prev=prev)
+        blob, digest = seal(payload, header=header, signer=self.identity, recipients=to_all, entropy=self.entropy)
+        counter.put(last + 1, digest)
+        return blob
+
+    def header(
+        self, context: Context, payload: bytes, *, phase: str, codec: str, to: Sequence[PublicIdentity], seq: int, prev: str
+    ) -> Header:
+        """Header of a message down; the site turns it round."""
+        return Header(
+            v=VERSION,
+            suite=SUITE,
+            fed=federation(self.identity.public),
+            phase=phase,
+            dir="down",
+            sender=SERVER,
+            to=BROADCAST,
+            from_key=self.identity.public.signing_id,
+            to_key=key_id("".join(sorted(p.kem_id for p in to)).encode()),
+            roster=self.roster,
+            codec=codec,
+            seq=seq,
+            prev=prev,
+            created=self.clock(),
+            len=len(payload),
+            sha=hashlib.sha256(payload).hexdigest(),
+            **context.fields(),
+        )
+
+    def open(self, context: Context, reply: Reply, *, phase: str, codec: str, max_payload: int) -> bytes:
+        """The payload of a genuine, new reply of this context.
+
+        Raises:
+            RemoteError: the site answered with a code.
+            EnvelopeError: each its own, see :mod:`fedlora.protect.envelope`.
+        """
+        if reply.error:
+            raise RemoteError(reply.site, reply.error[:64])
+        envelope = parse(reply.body, max_bytes=max_payload + overhead(1))
+        name = envelope.header.sender
+        if name not in self.sites:
+            raise UnknownSite("the sender is not enrolled")
+        verify(envelope, self.sites[name])
+        match(
+            envelope.header,
+            fed=federation(self.identity.public),
+            dir="up",
+            phase=phase,
+            sender=reply.site,
+            to=SERVER,
+            to_key=self.reply_key.public.kem_id,
+            roster=self.roster,
+            codec=codec,
+            **context.fields(),
+        )
+        counter = _Counter(self.memory, f"{context.run}/up/{reply.site}")
+        counter.admit(envelope.header.seq, envelope.digest, again=False)
+        return open_envelope(envelope, self.reply_key)
+
+
+def hear(replies: Iterator[Reply], asked: Collection[str], take: Callable[[Reply], None], tally: Tally) -> None:
+    """Gives each site's first reply to ``take``, one at a time; an error that it raises is that site's alone."""
+    waiting = set(asked)
+    for reply in replies:
+        if reply.site not in waiting:
+            continue  # a stranger, or a second word: the first counts
+        waiting.remove(reply.site)
+        try:
+            take(reply)
+        except FedLoRAError as e:
+            tally.reject(reply.site, e)
+        del reply  # one update in memory at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteLink:
+    """A site's end.
+
+    Args:
+        identity: this site's keys.
+        server: the server's public keys, pinned.
+        roster: digest of what both ends know of each other.
+        memory: sequence numbers, durable.
+        max_request_bytes: limit for a message from the server.
+        clock: seconds since 1970, for ``created``.
+        entropy: n random bytes.
+    """
+
+    identity: Identity
+    server: PublicIdentity
+    roster: str
+    memory: Memory
+    max_request_bytes: int
+    clock: Callable[[], int]
+    entropy: Callable[[int], bytes]
+
+    def open(self, request: Request, *, codec: str) -> tuple[Header, bytes]:
+        """Header and payload of a genuine request; the very same one may come twice, an older one may not.
+
+        Raises:
+            EnvelopeError: each its own, see :mod:`fedlora.protect.envelope`.
+        """
+        envelope = parse(request.body, max_bytes=self.max_request_bytes)
+        header = envelope.header
+        verify(envelope, self.server)
+        fed = federation(self.server)
+        match(header, fed=fed, dir="down", phase=request.phase, to=BROADCAST, roster=self.roster, codec=codec)
+        counter = _Counter(self.memory, f"{header.run}/down")
+        counter.admit(header.seq, envelope.digest, again=True)  # the relay may deliver one message twice
+        return header, open_envelope(envelope, self.identity)
+
+    def reply_key(self, kem: bytes) -> PublicIdentity:
+        """The run's key, to which replies are sealed.
+
+        Raises:
+            KeyFileError: not a key.
+        """
+        # The signing half is not used for it; the server's stands in, which is known to be sound.
+        return PublicIdentity(SERVER, self.server.signing, kem)
+
+    def seal(self, down: Header, payload: bytes, *, codec: str, n_params: int, to: PublicIdentity) -> bytes:
+        """The answer to the request with header ``down``. Its number is durable before it leaves."""
+        counter = _Counter(self.memory, f"{down.run}/up")
+        last, prev = counter.last()
+        header = replace(
+            down,
+            dir="up",
+            sender=self.identity.name,
+            to=SERVER,
+            from_key=self.identity.public.signing_id,
+            to_key=to.kem_id,
+            codec=codec,
+            seq=last + 1,
+            prev=prev,
+            created=self.clock(),
+            n_params=n_params,
+            len=len(payload),
+            sha=hashlib.sha256(payload).hexdigest(),
+        )
+        blob, digest = seal(payload, header=header, signer=self.identity, recipients=[to], entropy=self.entropy)
+        counter.put(last + 1, digest)
+        return blob
