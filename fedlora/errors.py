@@ -5,7 +5,7 @@ tensor name or a setting. A programmer's mistake is a ``ValueError``; what is he
 
     FedLoRAError                                   exit status
     +- ConfigError DataError ...                   3   the file, the data or the set-up must be changed
-    +- ConnectionFailed UnknownSite ...            4   connection, enrolment
+    +- ConnectionFailed UnknownSite Roster... ...  4   connection, enrolment
     +- PlanRefused WrongBase VersionUnsupported    5   refused by policy, or incompatible
     +- QuorumNotReached                            6   too few sites before the deadline
     +- ResourceError                               7   memory, disk
@@ -15,11 +15,15 @@ tensor name or a setting. A programmer's mistake is a ``ValueError``; what is he
 from __future__ import annotations
 
 __all__ = [
+    "BadShare",
     "BadSignature",
+    "BothSecretsRequested",
     "CannotOpen",
+    "CohortTooSmall",
     "ConfigError",
     "ConnectionFailed",
     "DataError",
+    "DealerLied",
     "EnvelopeError",
     "Equivocation",
     "FedLoRAError",
@@ -34,7 +38,14 @@ __all__ = [
     "RemoteError",
     "Replayed",
     "ResourceError",
+    "RevokedSite",
+    "RosterExpired",
+    "RosterInvalid",
+    "RosterRollback",
     "RunFailed",
+    "SecretsGone",
+    "SessionError",
+    "SessionSpent",
     "StoreError",
     "SuiteDowngrade",
     "TrailingBytes",
@@ -42,6 +53,7 @@ __all__ = [
     "UnknownSite",
     "UpdateRejected",
     "VersionUnsupported",
+    "VotesMissing",
     "WireError",
     "WrongBase",
     "WrongContext",
@@ -53,6 +65,7 @@ __all__ = [
     "WrongRecipient",
     "WrongRound",
     "WrongRun",
+    "WrongScales",
 ]
 
 
@@ -247,6 +260,34 @@ class UnknownSite(EnvelopeError):
     exit_status = 4
 
 
+class RevokedSite(EnvelopeError):
+    """The site was enrolled once; the roster no longer counts it in."""
+
+    code = "revoked-site"
+    exit_status = 4
+
+
+class RosterInvalid(EnvelopeError):
+    """A roster is malformed, not approved, or not signed by enough of the coordinators who have to."""
+
+    code = "roster-invalid"
+    exit_status = 4
+
+
+class RosterRollback(EnvelopeError):
+    """A roster that is older than the one in force here, or another one of the same epoch."""
+
+    code = "roster-rollback"
+    exit_status = 4
+
+
+class RosterExpired(EnvelopeError):
+    """A roster outside the time for which it was signed, or a clock that is wrong."""
+
+    code = "roster-expired"
+    exit_status = 4
+
+
 class CannotOpen(EnvelopeError):
     """Decryption failed. One text for all causes."""
 
@@ -323,3 +364,68 @@ class WrongLayout(WrongContext):
     """Another set of names and shapes."""
 
     code = "wrong-layout"
+
+
+# --- secure aggregation: a session of it went wrong -----------------------------------------------------------------
+
+
+class SessionError(FedLoRAError):
+    """Secure aggregation: a message does not fit the session."""
+
+    code = "session"
+
+
+class CohortTooSmall(SessionError):
+    """Fewer sites than the rules demand: the sum would say too much about one of them."""
+
+    code = "cohort-too-small"
+
+
+class SessionSpent(SessionError):
+    """This site has given its masked update of the round already; another session of it needs proof that the first ended."""
+
+    code = "session-spent"
+
+
+class SecretsGone(SessionError):
+    """The secrets of this session are not there (any more): this site counts as one that dropped out."""
+
+    code = "secrets-gone"
+
+
+class BothSecretsRequested(SessionError):
+    """Somebody asked for both kinds of share of one site, which would open its update. The session is burnt."""
+
+    code = "both-secrets"
+
+
+class BadShare(SessionError):
+    """A share is not what its dealer has committed to."""
+
+    code = "bad-share"
+
+
+class DealerLied(SessionError):
+    """Shares that agree with their dealer's commitments do not give the secret that it advertised: the round is void.
+
+    Args:
+        site: the dealer.
+    """
+
+    code = "bad-dealer"
+
+    def __init__(self, message: str, *, site: str) -> None:
+        super().__init__(message, hint="ask that site whether its copy of FedLoRA is intact")
+        self.site = site
+
+
+class VotesMissing(SessionError):
+    """Not enough signed votes for what is asked."""
+
+    code = "votes-missing"
+
+
+class WrongScales(SessionError):
+    """The values of a level are not those that follow from the last published adapter."""
+
+    code = "wrong-scales"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedlora.adapter import F32, Adapter, Layout, Update
 from fedlora.errors import UpdateRejected
 
-__all__ = ["MAX_COHORT", "MAX_DELTA", "MAX_WEIGHT", "Aggregated", "Sums", "gap", "product_norm"]
+__all__ = ["MAX_COHORT", "MAX_DELTA", "MAX_WEIGHT", "Aggregated", "Sums", "gap", "product_norm", "squares_of"]
 
 MAX_DELTA = 64.0
 """Largest change of one value that is believed. LoRA factors move by less than 1."""
@@ -74,8 +74,12 @@ class Sums:
         """Sum of the weights."""
         return sum(self.weights.values())
 
-    def add(self, site: str, update: Update) -> None:
+    def add(self, site: str, update: Update, *, squares: NDArray[np.float64] | None = None) -> None:
         """Adds one update, or nothing of it.
+
+        Args:
+            site: its name; ``*`` for the mean of several, with the sum of their weights.
+            squares: weighted mean of what :func:`squares_of` gives for each of them, (pairs, 2); None: of the update itself.
 
         Raises:
             WrongLayout, NonFiniteUpdate: see :meth:`Update.check`.
@@ -96,7 +100,7 @@ class Sums:
             scaled = np.multiply(part, factor, out=buffer[: part.size], dtype=np.float64)
             self.total[at : at + _CHUNK] += np.rint(scaled, out=scaled).astype(np.int64)
         self.weights[site] = update.weight
-        self.squares[site] = _squares(update.delta, self.layout)
+        self.squares[site] = squares_of(update.delta, self.layout) if squares is None else squares
 
     def mean(self) -> F32:
         """``sum_i w_i delta_i / sum_i w_i``, (n,) float32.
@@ -113,7 +117,7 @@ class Sums:
         return out
 
 
-def _squares(delta: F32, layout: Layout) -> NDArray[np.float64]:
+def squares_of(delta: F32, layout: Layout) -> NDArray[np.float64]:
     """Squared Frobenius norms of (A, B) of each LoRA pair, (pairs, 2)."""
 
     def square(part: F32) -> float:
@@ -146,7 +150,7 @@ def gap(sums: Sums, mean: F32, before: Adapter, after: Adapter, *, scale: float)
     squares = np.stack([sums.squares[s] for s in sorted(sums.squares)])  # sorted: the same bits in any order of arrival
     p = weights / weights.sum()
     raw = np.tensordot(p, squares, axes=1)
-    middle = _squares(mean, before.layout)
+    middle = squares_of(mean, before.layout)
     variance = np.maximum(raw - middle, 0.0)
     bound = scale * math.sqrt(float(np.sum(variance[:, 0] * variance[:, 1])))
     changes = []

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fedlora.cli.output import Screen, emit
+from fedlora.cli.roster import roster
 
 __all__ = ["app"]
 
@@ -26,6 +27,7 @@ app.add_typer(new, name="new")
 app.add_typer(keygen, name="keygen")
 app.add_typer(server, name="server")
 app.add_typer(site, name="site")
+app.add_typer(roster, name="roster")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]

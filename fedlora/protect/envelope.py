@@ -46,6 +46,7 @@ from fedlora.protect.keys import Identity, PublicIdentity
 
 __all__ = [
     "BROADCAST",
+    "HPKE",
     "MAX_RECIPIENTS",
     "NONE",
     "SUITE",
@@ -73,7 +74,7 @@ _CHUNK, _TAG = 1 << 20, 16
 _WRAP = 1088 + 32 + 32 + _TAG  # X-Wing ciphertext, sealed file key
 _STANZA = 32 + 2 + _WRAP
 _SIGNATURE = 1 + 1 + 2 + 64
-_HPKE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+HPKE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ def seal(
     at += len(raw)
     info = _info(raw)
     for recipient in recipients:
-        wrap = _HPKE.encrypt(file_key, recipient.kem_key(), info=info)
+        wrap = HPKE.encrypt(file_key, recipient.kem_key(), info=info)
         out[at : at + _STANZA] = bytes.fromhex(recipient.kem_id) + struct.pack(">H", len(wrap)) + wrap
         at += _STANZA
     view = memoryview(out)
@@ -326,7 +327,7 @@ def open_envelope(envelope: Envelope, recipient: Identity) -> bytes:
     if stanza is None:
         raise WrongRecipient("not addressed to this key")
     try:
-        file_key = _HPKE.decrypt(stanza, recipient.kem_key(), info=_info(envelope.raw_header))
+        file_key = HPKE.decrypt(stanza, recipient.kem_key(), info=_info(envelope.raw_header))
         if len(file_key) != 32:
             raise CannotOpen("cannot be opened")
         out = bytearray(envelope.header.len)

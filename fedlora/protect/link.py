@@ -13,8 +13,9 @@ from fedlora.messages import SERVER, Reply, Request, Task
 from fedlora.protect import Memory, Tally
 from fedlora.protect.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
 from fedlora.protect.keys import Identity, PublicIdentity, key_id
+from fedlora.protect.roster import federation
 
-__all__ = ["Context", "ServerLink", "SiteLink", "federation", "hear", "pinned"]
+__all__ = ["Context", "ServerLink", "SiteLink", "hear", "pinned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,6 @@ class Context:
     def fields(self) -> dict[str, Any]:
         """By header field."""
         return {name: getattr(self, name) for name in self.__slots__}
-
-
-def federation(server: PublicIdentity) -> str:
-    """Names the federation: the digest of the server's signing key, from which all trust comes."""
-    return hashlib.sha256(b"fedlora/v1/genesis\0" + server.signing).hexdigest()
 
 
 def pinned(server: PublicIdentity) -> str:

@@ -1,0 +1,244 @@
+"""`fedlora roster`: for the coordinators, who say which sites take part. It works on files and needs no connection."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlora.cli.output import emit
+
+if TYPE_CHECKING:
+    from fedlora.protect.keys import PublicIdentity
+    from fedlora.protect.roster import Roster, SignedRoster
+
+__all__ = ["roster"]
+
+roster = typer.Typer(no_args_is_help=True, help="For the coordinators: say who takes part, and sign it.")
+
+RosterFile = Annotated[Path, typer.Argument(help="Roster file (JSON).", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@roster.command("new")
+def new(
+    file: RosterFile,
+    sites: Annotated[list[Path], typer.Argument(help="The sites' .pub files.", show_default=False)],
+    server: Annotated[Path, typer.Option(help="The server's .pub file.")],
+    coordinator: Annotated[list[Path], typer.Option(help="A coordinator's .pub file; may be repeated.")],
+    needed: Annotated[int, typer.Option(help="How many coordinators have to sign.")] = 1,
+    days: Annotated[int, typer.Option(help="How long the roster holds.")] = 365,
+    max_colluding: Annotated[int, typer.Option(help="So many sites in league learn nothing of the others.")] = 1,
+    min_cohort: Annotated[int, typer.Option(help="Fewest sites whose sum may be shown.")] = 3,
+    min_version: Annotated[str, typer.Option(help="Oldest release that may take part.")] = "0.1.0",
+    json: Json = False,
+) -> None:
+    """Write the first roster, not signed yet. A coordinator's keys come from `fedlora keygen site`.
+
+    Example: fedlora roster new roster.json --server server.pub --coordinator carol.pub a.pub b.pub c.pub
+    """
+    from fedlora.errors import StoreError
+    from fedlora.protect.envelope import NONE, SUITE
+    from fedlora.protect.keys import load_public
+    from fedlora.protect.roster import Member, Roster, SignedRoster, federation
+
+    if file.exists():
+        raise StoreError(f"{file} exists", hint="`fedlora roster add` and `revoke` make its next epoch")
+    key, now = load_public(server), int(time.time())
+    first = Roster(
+        fed=federation(key),
+        epoch=1,
+        previous=NONE,
+        not_before=now,
+        not_after=now + days * 86_400,
+        min_version=min_version,
+        suites=(SUITE,),
+        max_colluding=max_colluding,
+        min_cohort=min_cohort,
+        server=key,
+        coordinators=tuple(sorted((load_public(c) for c in coordinator), key=lambda c: c.name)),
+        needed=needed,
+        sites=tuple(sorted((Member(load_public(s), "active") for s in sites), key=lambda m: m.identity.name)),
+    )
+    _save(file, SignedRoster(first))
+    _to_sign(file, SignedRoster(first), json=json)
+
+
+@roster.command("add")
+def add(
+    file: RosterFile,
+    sites: Annotated[list[Path] | None, typer.Argument(help="The new sites' .pub files.", show_default=False)] = None,
+    days: Annotated[int | None, typer.Option(help="Hold from now for so long; default: the end stays.")] = None,
+    json: Json = False,
+) -> None:
+    """Write the next epoch with more sites, not signed yet. With --days alone it only renews.
+
+    Example: fedlora roster add roster.json north.pub --days 365
+    """
+    from fedlora.errors import ConfigError
+    from fedlora.protect.keys import load_public
+
+    if not sites and days is None:
+        raise ConfigError("nothing to change", hint="name the .pub files of new sites, or --days to renew")
+    _turn(file, add=[load_public(s) for s in sites or ()], revoke=[], days=days, json=json)
+
+
+@roster.command("revoke")
+def revoke(
+    file: RosterFile,
+    names: Annotated[list[str], typer.Argument(help="Names of sites.", show_default=False)],
+    days: Annotated[int | None, typer.Option(help="Hold from now for so long; default: the end stays.")] = None,
+    json: Json = False,
+) -> None:
+    """Write the next epoch without these sites, not signed yet. Neither name nor key can come back.
+
+    Example: fedlora roster revoke roster.json north
+    """
+    _turn(file, add=[], revoke=names, days=days, json=json)
+
+
+@roster.command("sign")
+def sign(
+    file: RosterFile,
+    key: Annotated[Path, typer.Option(help="A coordinator's .key file.")],
+    json: Json = False,
+) -> None:
+    """Add a coordinator's signature. Read `fedlora roster show` before.
+
+    Example: fedlora roster sign roster.json --key carol.key
+    """
+    from fedlora.errors import RosterInvalid
+    from fedlora.protect.keys import load_identity
+    from fedlora.protect.roster import load_roster
+
+    found, identity = load_roster(file), load_identity(key)
+    own, before = found.roster.coordinators, _coordinators_before(file, found.roster)
+    if identity.public not in (*own, *before):
+        raise RosterInvalid(
+            f"{identity.name} is no coordinator of epoch {found.roster.epoch} or of the one before",
+            hint=f"the coordinators are {', '.join(sorted({c.name for c in (*own, *before)}))}; a key is known by its bytes",
+        )
+    signed = found.sign(identity)
+    signed.verify(own, 0, others=before)  # a damaged signature beside ours would make every site refuse the file
+    _save(file, signed)
+    _to_sign(file, signed, json=json)
+
+
+@roster.command("show")
+def show(file: RosterFile, json: Json = False) -> None:
+    """Print who takes part, until when, who has signed, and the digest that a site's operator pins.
+
+    Example: fedlora roster show roster.json
+    """
+    from fedlora.protect.roster import load_roster
+
+    found = load_roster(file)
+    facts = _facts(found)
+    width = max(len(p["name"]) for p in (*facts["sites"], *facts["coordinators"]))
+    lines = [
+        f"epoch {facts['epoch']} of federation {facts['fed'][:16]}",
+        f"digest       {facts['digest']}",
+        f"valid        {facts['valid_from']} to {facts['valid_until']} ({facts['state']})",
+        f"terms        at least {facts['min_cohort']} sites a sum, {facts['max_colluding']} may collude; "
+        f"FedLoRA {facts['min_version']} or later",
+        f"server       {facts['server']}",
+        f"signatures   {facts['signatures']} of {facts['needed']} needed",
+        "coordinators",
+        *(f"  {p['name']:{width}}  {p['signature']:9}  {p['fingerprint']}" for p in facts["coordinators"]),
+        "sites",
+        *(f"  {p['name']:{width}}  {p['status']:9}  {p['fingerprint']}" for p in facts["sites"]),
+    ]
+    emit(facts, "\n".join(lines), as_json=json)
+
+
+# --- what they share --------------------------------------------------------------------------------------------
+
+
+def _turn(file: Path, *, add: list[PublicIdentity], revoke: list[str], days: int | None, json: bool) -> None:
+    """Puts the next epoch in the place of this one, which stays beside it."""
+    from fedlora.errors import StoreError
+    from fedlora.protect.roster import SignedRoster, load_roster, next_epoch
+
+    old = load_roster(file)
+    # No site would ever take an epoch that follows an unsigned one.
+    old.verify(old.roster.coordinators, old.roster.needed, others=_coordinators_before(file, old.roster))
+    new = SignedRoster(next_epoch(old.roster, add=add, revoke=revoke, days=days, now=int(time.time())))
+    kept = _kept(file, old.roster.epoch)
+    if kept.exists() and load_roster(kept).roster != old.roster:
+        raise StoreError(f"{kept} is another roster", hint="move it away: the epoch that is replaced is kept under this name")
+    _save(kept, old)
+    _save(file, new)
+    _to_sign(file, new, json=json)
+
+
+def _kept(file: Path, epoch: int) -> Path:
+    return file.with_name(f"{file.stem}.epoch-{epoch}{file.suffix}")
+
+
+def _coordinators_before(file: Path, now: Roster) -> tuple[PublicIdentity, ...]:
+    """Who may sign the change to this epoch from the one before, as far as that one still lies beside it."""
+    from fedlora.protect.roster import load_roster
+
+    kept = _kept(file, now.epoch - 1)
+    if now.epoch == 1 or not kept.exists():
+        return ()
+    before = load_roster(kept).roster
+    return before.coordinators if before.digest() == now.previous else ()
+
+
+def _save(file: Path, signed: SignedRoster) -> None:
+    from fedlora.store import write_atomic
+
+    write_atomic(file, signed.dump(), mode=0o644)
+
+
+def _to_sign(file: Path, signed: SignedRoster, *, json: bool) -> None:
+    """What every change ends with: the digest, and what is still to be done."""
+    facts = _facts(signed)
+    enough = facts["signatures"] >= facts["needed"]
+    missing = ", ".join(c["name"] for c in facts["coordinators"] if c["signature"] != "signed")
+    then = "give the file to the server and to every site" if enough else f"fedlora roster sign {file} --key KEY, by {missing}"
+    emit(
+        facts,
+        f"{file}: epoch {facts['epoch']}, {facts['signatures']} of {facts['needed']} signatures\n"
+        f"digest {facts['digest']}\nnext: {then}",
+        as_json=json,
+    )
+
+
+def _facts(signed: SignedRoster) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    from fedlora.errors import RosterExpired
+
+    r, valid = signed.roster, signed.signers(signed.roster.coordinators)
+    try:
+        r.check_time(int(time.time()))
+        state = "in force"
+    except RosterExpired:
+        state = "expired" if time.time() > r.not_after else "not in force yet"
+    first, last = (datetime.fromtimestamp(s, UTC).strftime("%Y-%m-%d %H:%M UTC") for s in (r.not_before, r.not_after))
+    signature = {
+        c.name: "signed" if c.name in valid else "NOT VALID" if c.name in signed.signatures else "-" for c in r.coordinators
+    }
+    return {
+        "epoch": r.epoch,
+        "digest": r.digest(),
+        "previous": r.previous,
+        "fed": r.fed,
+        "valid_from": first,
+        "valid_until": last,
+        "state": state,
+        "min_version": r.min_version,
+        "max_colluding": r.max_colluding,
+        "min_cohort": r.min_cohort,
+        "needed": r.needed,
+        "signatures": len(valid),
+        "server": r.server.fingerprint(),
+        "coordinators": [
+            {"name": c.name, "signature": signature[c.name], "fingerprint": c.fingerprint()} for c in r.coordinators
+        ],
+        "sites": [{"name": m.identity.name, "status": m.status, "fingerprint": m.identity.fingerprint()} for m in r.sites],
+    }

@@ -1,0 +1,417 @@
+"""Who takes part: only what the operator approved, and what the coordinators of that signed next. FORMAT.md, section 9."""
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vectors.make import identities, read_vector
+
+from fedlora.errors import FedLoRAError, RosterInvalid
+from fedlora.protect import roster as module
+from fedlora.protect.keys import Identity
+from fedlora.protect.roster import Member, Roster, SignedRoster, accept, federation, load_roster, next_epoch
+
+ROOT = Path(__file__).resolve().parents[1]
+VECTORS = sorted((ROOT / "vectors" / "roster").glob("*.txt"))
+FORMAT = (ROOT.parent / "fedlora" / "FORMAT.md").read_text()
+NOW, DAY = 1_700_000_000, 86_400
+SERVER = Identity.generate("server")
+CAROL, DAVE, ERIN, STRANGER = (Identity.generate(n) for n in ("carol", "dave", "erin", "mallory"))
+SITES = {n: Identity.generate(n) for n in ("a", "b", "c", "d")}
+
+
+def members(*names):
+    return tuple(Member(SITES[n].public, "active") for n in names)
+
+
+FIRST = Roster(
+    fed=federation(SERVER.public),
+    epoch=1,
+    previous="0" * 64,
+    not_before=NOW,
+    not_after=NOW + 365 * DAY,
+    min_version="0.1.0",
+    suites=(1,),
+    max_colluding=1,
+    min_cohort=3,
+    server=SERVER.public,
+    coordinators=(CAROL.public, DAVE.public),
+    needed=2,
+    sites=members("a", "b", "c"),
+)
+PIN = FIRST.digest()
+
+
+def signed(roster, *coordinators):
+    made = SignedRoster(roster)
+    for identity in coordinators:
+        made = made.sign(identity)
+    return made
+
+
+ONE = signed(FIRST, CAROL, DAVE)
+SECOND = next_epoch(FIRST, add=[SITES["d"].public], revoke=["b"], now=NOW + DAY)
+THIRD = next_epoch(SECOND, revoke=["a"], now=NOW + 2 * DAY)
+NEW_PEOPLE = replace(SECOND, coordinators=(CAROL.public, ERIN.public))  # dave hands over to erin
+
+
+def refused(work):
+    with pytest.raises(FedLoRAError) as error:
+        work()
+    return error.value
+
+
+# --- the object ------------------------------------------------------------------------------------------------
+
+
+def test_a_roster_survives_its_bytes():
+    for roster in (FIRST, SECOND, THIRD, NEW_PEOPLE):
+        assert Roster.parse(roster.dump()) == roster
+        both = signed(roster, DAVE, CAROL)
+        assert SignedRoster.parse(both.dump()) == both
+        assert both.dump() == signed(roster, CAROL, DAVE).dump()  # the order of signing leaves no trace
+
+
+def test_a_roster_survives_its_file(tmp_path):
+    (tmp_path / "r.json").write_bytes(ONE.dump())
+    assert load_roster(tmp_path / "r.json") == ONE
+    assert refused(lambda: load_roster(tmp_path / "none.json")).code == "store"
+
+
+def test_a_revoked_site_stays_on_the_roster_and_counts_no_more():
+    assert list(SECOND.active()) == ["a", "c", "d"]
+    assert [SECOND.index(n) for n in "abcd"] == [1, 2, 3, 4]
+    assert SECOND.site("d") == SITES["d"].public
+    assert refused(lambda: SECOND.site("b")).code == "revoked-site"
+    assert refused(lambda: SECOND.site("mallory")).code == "unknown-site"
+    assert refused(lambda: SECOND.index("mallory")).code == "unknown-site"
+
+
+def test_the_next_epoch_follows_and_changes_only_what_is_asked():
+    assert (SECOND.epoch, SECOND.previous, SECOND.not_before) == (2, PIN, NOW + DAY)
+    assert SECOND.not_after == FIRST.not_after
+    assert next_epoch(FIRST, days=10, now=NOW).not_after == NOW + 10 * DAY
+    assert replace(SECOND, epoch=1, previous="0" * 64, not_before=NOW, sites=FIRST.sites) == FIRST
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"add": [SITES["a"].public]}, "roster-invalid"),  # there already
+        ({"add": [SITES["b"].public]}, "roster-invalid"),  # revoked: never again
+        ({"add": [Identity.generate("b").public]}, "roster-invalid"),  # nor another key under its name
+        ({"add": [replace(SITES["b"].public, name="bb")]}, "roster-invalid"),  # nor its key under another name
+        ({"add": [SITES["d"].public, SITES["d"].public]}, "roster-invalid"),
+        ({"revoke": ["zoe"]}, "unknown-site"),
+        ({"revoke": ["b"]}, "revoked-site"),
+        ({"days": -1}, "roster-invalid"),
+        ({"now": FIRST.not_after}, "roster-invalid"),  # without days the end stays, and it has passed
+    ],
+)
+def test_an_impossible_next_epoch_is_refused(change, code):
+    without_b = replace(FIRST, sites=(FIRST.sites[0], replace(FIRST.sites[1], status="revoked"), FIRST.sites[2]))
+    assert refused(lambda: next_epoch(without_b, **{"now": NOW, **change})).code == code
+
+
+# --- the trust rule ----------------------------------------------------------------------------------------------
+
+OTHER_SERVER = Identity.generate("server")
+ELSEWHERE = replace(SECOND, server=OTHER_SERVER.public, fed=federation(OTHER_SERVER.public))
+BAD = replace(ONE, signatures={**ONE.signatures, "dave": ONE.signatures["carol"]})
+TRUST = {
+    "fresh": (ONE, None, PIN, ""),
+    "fresh, a later epoch": (signed(THIRD, CAROL, DAVE), None, THIRD.digest(), ""),
+    "fresh, signed by those of the epoch before too": (signed(NEW_PEOPLE, CAROL, DAVE, ERIN), None, NEW_PEOPLE.digest(), ""),
+    "the same again": (ONE, ONE, PIN, ""),
+    "the next epoch": (signed(SECOND, CAROL, DAVE), ONE, PIN, ""),
+    "the next epoch, other coordinators": (signed(NEW_PEOPLE, CAROL, DAVE, ERIN), ONE, PIN, ""),
+    "a gap, approved by hand": (signed(THIRD, CAROL, DAVE), ONE, THIRD.digest(), ""),
+    "other coordinators, approved by hand": (signed(NEW_PEOPLE, CAROL, ERIN), ONE, NEW_PEOPLE.digest(), ""),
+    "not-approved": (ONE, None, "1" * 64, "roster-invalid"),
+    "not-approved, nothing pinned": (ONE, None, "", "roster-invalid"),
+    "rollback": (ONE, signed(SECOND, CAROL, DAVE), PIN, "roster-rollback"),
+    "rollback, the same epoch": (signed(replace(FIRST, min_cohort=4), CAROL, DAVE), ONE, PIN, "roster-rollback"),
+    "rollback, the same epoch, pinned": (signed(NEW_PEOPLE, CAROL, ERIN), signed(SECOND, CAROL, DAVE),
+                                         NEW_PEOPLE.digest(), "roster-rollback"),
+    "gap": (signed(THIRD, CAROL, DAVE), ONE, PIN, "roster-invalid"),
+    "chain": (signed(replace(SECOND, previous="3" * 64), CAROL, DAVE), ONE, PIN, "roster-invalid"),
+    "other-federation": (signed(ELSEWHERE, CAROL, DAVE), ONE, PIN, "roster-invalid"),
+    "signature, none": (SignedRoster(FIRST), None, PIN, "roster-invalid"),
+    "signature, too few": (signed(FIRST, CAROL), None, PIN, "roster-invalid"),
+    "signature, not valid": (BAD, None, PIN, "roster-invalid"),
+    "signature, a stranger's instead": (signed(FIRST, CAROL, STRANGER), None, PIN, "roster-invalid"),
+    "signature, a stranger's besides": (signed(SECOND, CAROL, DAVE, STRANGER), ONE, PIN, "roster-invalid"),
+    "signature, too few old": (signed(NEW_PEOPLE, CAROL, ERIN), ONE, PIN, "roster-invalid"),
+    "signature, old ones only": (signed(NEW_PEOPLE, CAROL, DAVE), ONE, PIN, "roster-invalid"),
+    "signature, new ones only": (signed(replace(SECOND, coordinators=(ERIN.public,), needed=1), ERIN), ONE,
+                                 PIN, "roster-invalid"),
+    "signature, less needed than before": (signed(replace(SECOND, needed=1), CAROL), ONE, PIN, "roster-invalid"),
+    "signature, of the epoch before": (replace(ONE, roster=SECOND), ONE, PIN, "roster-invalid"),
+    "signature, of a namesake": (signed(replace(SECOND, coordinators=(CAROL.public, replace(ERIN.public, name="dave"))), CAROL,
+                                        replace(ERIN, name="dave")), ONE, PIN, "roster-invalid"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRUST)
+def test_a_roster_is_trusted_by_approval_and_then_by_the_signatures_of_the_one_before(case):
+    new, current, pinned, code = TRUST[case]
+    now = NOW + 3 * DAY
+    if code:
+        error = refused(lambda: accept(new, current=current, pinned=pinned, now=now))
+        assert error.code == code, error
+        assert error.exit_status == 4
+        return
+    accepted = accept(new, current=current, pinned=pinned, now=now)
+    assert accepted.roster == new.roster
+    assert accept(new, current=accepted, pinned=pinned, now=now) is accepted
+
+
+def test_what_is_accepted_holds_no_signature_that_was_not_checked():
+    forged = replace(
+        signed(NEW_PEOPLE, CAROL, ERIN), signatures={**signed(NEW_PEOPLE, CAROL, ERIN).signatures, "dave": bytes(64)}
+    )
+    accepted = accept(forged, current=None, pinned=NEW_PEOPLE.digest(), now=NOW + 3 * DAY)
+    assert sorted(accepted.signatures) == ["carol", "erin"]
+
+
+@pytest.mark.parametrize(
+    ("now", "in_force"),
+    [
+        (NOW - 901, False),
+        (NOW - 900, True),
+        (NOW, True),
+        (FIRST.not_after, True),
+        (FIRST.not_after + 900, True),
+        (FIRST.not_after + 901, False),
+        (NOW - 2 * 365 * DAY, False),
+    ],
+)
+def test_a_roster_holds_for_its_time_give_or_take_a_quarter_of_an_hour(now, in_force):
+    for current in (None, ONE):
+        if in_force:
+            assert accept(ONE, current=current, pinned=PIN, now=now) == ONE
+            continue
+        error = refused(lambda at=current: accept(ONE, current=at, pinned=PIN, now=now))
+        assert error.code == "roster-expired"
+        assert "clock" in error.hint
+        assert ("expired" in str(error)) == (now > NOW)
+
+
+def test_what_is_not_trusted_is_not_called_expired():
+    assert refused(lambda: accept(ONE, current=None, pinned="1" * 64, now=0)).code == "roster-invalid"
+
+
+def test_one_signature_more_than_needed_does_not_mend_a_wrong_one():
+    three = replace(FIRST, coordinators=(CAROL.public, DAVE.public, ERIN.public))
+    good = signed(three, CAROL, DAVE, ERIN)
+    good.verify(three.coordinators, 2)
+    assert good.signers(three.coordinators) == ("carol", "dave", "erin")
+    with pytest.raises(RosterInvalid, match="erin is not valid"):
+        replace(good, signatures={**good.signatures, "erin": bytes(64)}).verify(three.coordinators, 2)
+
+
+# --- bytes: each condition of the format ---------------------------------------------------------------------------
+
+PLAIN = json.loads(ONE.dump())
+WEAK = base64.b64encode(bytes([1]) + bytes(31) + SITES["a"].public.kem).decode()
+NO_KEM = base64.b64encode(SITES["a"].public.signing + b"\xff" * 1216).decode()
+
+
+def rewritten(**fields):
+    """The bytes with other fields in the roster, canonical again; None takes a field away."""
+    inner = {k: v for k, v in {**PLAIN["roster"], **fields}.items() if v is not None}
+    return outer(roster=inner)
+
+
+def outer(**fields):
+    return json.dumps({**PLAIN, **fields}, sort_keys=True, separators=(",", ":")).encode()
+
+
+def site(line, status="active"):
+    return {"public": line, "status": status}
+
+
+LINES = {n: i.public.line() for n, i in SITES.items()} | {"carol": CAROL.public.line(), "dave": DAVE.public.line()}
+SPACES = LINES["a"].replace(" ", "  ")
+TWICE = replace(SITES["a"].public, name="z").line()
+MALFORMED = {
+    "too-long": [b"{" + b" " * (4 << 20)],
+    "json": [b"", b"\0", b"[]", b"[" * 100_000, b"1", ONE.dump() + b"\n", ONE.dump()[:-1], ONE.dump().replace(b":", b": ", 1),
+             ONE.dump().replace(b'"epoch":1', b'"epoch":1,"epoch":1'), ONE.dump().replace(b'"epoch":1', b'"epoch":NaN')],
+    "outer-fields": [outer(more=1), FIRST.dump(), outer(signatures=[])],
+    "version": [rewritten(v=2), outer(roster={"v": 2, "new": 1})],
+    "fields": [rewritten(more=1), rewritten(v=True), rewritten(v=None), outer(roster=[]), outer(roster="x"),
+               *(rewritten(**{f: None}) for f in PLAIN["roster"])],
+    "count": [rewritten(sites=[]), rewritten(sites=[0] * 257), rewritten(sites={}), rewritten(coordinators=[]),
+              rewritten(coordinators=[0] * 17), rewritten(suites=[]), rewritten(suites=list(range(1, 18))), rewritten(suites=1)],
+    "key": [*(rewritten(sites=[site(x)]) for x in ("", 1, "x", LINES["a"][:-8], LINES["a"][:-1], SPACES, LINES["a"] * 2,
+              LINES["a"] + "\n", f"fedlora-public-v1 a {NO_KEM}", LINES["a"].replace(" a ", " A "))),
+            rewritten(server=7), rewritten(sites=["a"]), rewritten(sites=[{"public": LINES["a"]}])],
+    "small-order": [rewritten(sites=[site(f"fedlora-public-v1 a {WEAK}")]),
+                    rewritten(coordinators=[f"fedlora-public-v1 c {WEAK}"]),
+                    rewritten(server=f"fedlora-public-v1 server {WEAK}")],
+    "range": [rewritten(**{f: v}) for f, v in (
+        ("epoch", 0), ("epoch", 1.0), ("epoch", True), ("epoch", "1"), ("epoch", 1 << 53), ("epoch", 2), ("previous", "1" * 64),
+        ("previous", "0" * 63), ("previous", 0), ("not_before", -1), ("not_before", FIRST.not_after), ("not_after", 1 << 60),
+        ("min_version", "1.0"), ("min_version", "01.0.0"), ("min_version", "1.0.0\n"), ("min_version", 1), ("suites", [0]),
+        ("suites", [256]), ("suites", [True]), ("suites", [2, 1]), ("suites", [1, 1]), ("max_colluding", 0), ("max_colluding", 2),
+        ("min_cohort", 2), ("min_cohort", 257), ("needed", 0), ("needed", 3), ("needed", 17),
+        ("sites", [site(LINES["a"], "paused")]), ("sites", [site(LINES["a"], [])]),
+        ("sites", [site(LINES["a"].replace(" a ", " -a "))]),
+        ("sites", [site(LINES["a"].replace(" a ", " server "))]))],
+    "order": [rewritten(sites=[site(LINES["b"]), site(LINES["a"])]), rewritten(coordinators=[LINES["dave"], LINES["carol"]]),
+              rewritten(sites=[site(LINES["a"]), site(LINES["a"])])],
+    "one-key-twice": [rewritten(sites=[site(LINES["a"]), site(TWICE)]), rewritten(sites=[site(LINES["carol"])]),
+                      rewritten(sites=[site(SERVER.public.line().replace("server", "z"))]),
+                      rewritten(sites=[site(LINES["a"]), site(replace(SITES["b"].public, kem=SITES["a"].public.kem).line())])],
+    "federation": [rewritten(fed="1" * 64), rewritten(fed=1), rewritten(server=SITES["d"].public.line()),
+                   rewritten(server=LINES["d"].replace(" d ", " server "))],
+    "signature-form": [outer(signatures={"carol": x}) for x in ("", 1, "x", "AA==", base64.b64encode(bytes(65)).decode(),
+                                                                base64.b64encode(bytes(64)).decode().replace("A==", "B=="))]
+                      + [outer(signatures={f"c{i}": base64.b64encode(bytes(64)).decode() for i in range(33)}),
+                         outer(signatures={"../x": base64.b64encode(bytes(64)).decode()})],
+}  # fmt: skip
+CODES = dict(re.findall(r"^\| `roster-([a-z0-9-]+)`: .* \| `([a-z-]+)` \|$", FORMAT, re.MULTILINE))
+
+
+@pytest.mark.parametrize("condition", MALFORMED)
+def test_a_malformed_roster_is_refused_with_the_code_of_the_format(condition):
+    for raw in MALFORMED[condition]:
+        assert refused(lambda blob=raw: SignedRoster.parse(blob)).code == CODES[condition], raw[:200]
+
+
+def test_every_condition_of_the_format_is_tried_here():
+    trust = {case.partition(",")[0] for case, (*_, code) in TRUST.items() if code}
+    assert set(CODES) == set(MALFORMED) | trust | {"time"}
+    assert all(code == CODES[case.partition(",")[0]] for case, (*_, code) in TRUST.items() if code)
+
+
+def test_too_many_sites_are_refused_before_a_single_key_is_looked_at(monkeypatch):
+    monkeypatch.setattr(module, "_public", lambda line: pytest.fail("looked"))
+    assert refused(lambda: SignedRoster.parse(rewritten(sites=[site(LINES["a"])] * 257))).code == "roster-invalid"
+
+
+def test_256_sites_fit_and_257_do_not():
+    many = [Identity.generate(f"s{i:03}") for i in range(257)]
+    full = replace(FIRST, sites=tuple(Member(i.public, "active") for i in many[:256]))
+    raw = signed(full, CAROL, DAVE).dump()
+    assert len(raw) < 1 << 20
+    assert SignedRoster.parse(raw).roster.index("s255") == 256
+    assert refused(lambda: next_epoch(full, add=[many[256].public], now=NOW)).code == "roster-invalid"
+
+
+# --- bytes: everything else ---------------------------------------------------------------------------------------
+
+RAW = ONE.dump()
+
+
+def believed(raw):
+    """What comes of these bytes where this very roster is approved."""
+    found = SignedRoster.parse(raw)
+    found.verify(FIRST.coordinators, FIRST.needed)
+    return accept(found, current=None, pinned=PIN, now=NOW)
+
+
+@given(st.integers(0, len(RAW) - 1), st.integers(1, 255))
+@settings(max_examples=600, deadline=None)
+def test_every_flipped_byte_is_refused(at, mask):
+    try:
+        found = believed(RAW[:at] + bytes([RAW[at] ^ mask]) + RAW[at + 1 :])
+    except FedLoRAError:
+        return
+    assert found == ONE
+
+
+@given(st.integers(0, len(RAW) - 1))
+@settings(max_examples=100, deadline=None)
+def test_every_truncation_is_refused(end):
+    with pytest.raises(FedLoRAError):
+        believed(RAW[:end])
+
+
+@given(st.binary(max_size=2000))
+@settings(max_examples=200, deadline=None)
+def test_random_bytes_are_refused_by_name(junk):
+    for raw in (junk, b'{"roster":' + junk, RAW + junk if junk else junk):
+        with pytest.raises(FedLoRAError):
+            SignedRoster.parse(raw)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(sorted(PLAIN["roster"])), JSON)
+@settings(max_examples=300, deadline=None)
+def test_any_value_in_any_field_is_refused_by_name_or_parsed_as_it_is(name, value):
+    raw = outer(roster={**PLAIN["roster"], name: value})
+    try:
+        found = SignedRoster.parse(raw)
+    except FedLoRAError:
+        return
+    assert found.dump() == raw
+
+
+# --- vectors -----------------------------------------------------------------------------------------------------
+
+
+def of_the_vectors():
+    """Both rosters of the folder, made again: signing is deterministic (RFC 8032)."""
+    keys = identities()
+    carol, dave = replace(keys["mallory"], name="carol"), replace(keys["run"], name="dave")
+    one = Roster(
+        fed=federation(keys["server"].public),
+        epoch=1,
+        previous="0" * 64,
+        not_before=1_800_000_000,
+        not_after=1_831_536_000,
+        min_version="0.1.0",
+        suites=(1,),
+        max_colluding=1,
+        min_cohort=3,
+        server=keys["server"].public,
+        coordinators=(carol.public, dave.public),
+        needed=2,
+        sites=tuple(Member(keys[n].public, "active") for n in ("a", "b")),
+    )
+    two = next_epoch(one, revoke=["b"], now=1_810_000_000)
+    return {"epoch_1": signed(one, carol, dave), "epoch_2": signed(two, carol, dave)}
+
+
+def test_the_vectors_are_what_is_made_today():
+    made = of_the_vectors()
+    assert sorted(made) == [p.stem for p in VECTORS]
+    for path in VECTORS:
+        head, blob = read_vector(path)
+        assert made[path.stem].dump() == blob
+        assert made[path.stem].roster.digest() == head["digest"]
+        assert SignedRoster.parse(blob) == made[path.stem]
+        assert path.stat().st_size < 40_000
+    one, two = made["epoch_1"], made["epoch_2"]
+    assert accept(two, current=one, pinned=one.roster.digest(), now=1_810_000_000) == two
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)
+def test_a_roster_can_be_verified_with_nothing_but_the_specification(path):
+    head, blob = read_vector(path)
+    value = json.loads(blob)
+    inner = json.dumps(value["roster"], sort_keys=True, separators=(",", ":")).encode()
+    digest = hashlib.sha256(b"fedlora/v1/roster\0" + inner).digest()
+    assert digest.hex() == head["digest"]
+    coordinators = {line.split()[1]: base64.b64decode(line.split()[2]) for line in value["roster"]["coordinators"]}
+    assert len(value["signatures"]) == value["roster"]["needed"] == 2
+    for name, signature in value["signatures"].items():
+        key = Ed25519PublicKey.from_public_bytes(coordinators[name][:32])
+        key.verify(base64.b64decode(signature), b"fedlora/v1/roster-signature\0" + digest)
+    server = base64.b64decode(value["roster"]["server"].split()[2])
+    assert value["roster"]["fed"] == hashlib.sha256(b"fedlora/v1/genesis\0" + server[:32]).hexdigest()
