@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import secrets
@@ -15,10 +16,15 @@ from fedlora.aggregate import AGGREGATORS, Aggregator
 from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
 from fedlora.errors import ConfigError, DataError, KeyFileError, ModelError
 from fedlora.messages import check_site_name
+from fedlora.protect import Protection
 from fedlora.protect.envelope import MAX_RECIPIENTS
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.protect.link import ServerLink, SiteLink, pinned
+from fedlora.protect.modes import SiteModes
+from fedlora.protect.roster import RosterKeeper, load_roster
 from fedlora.protect.sealed import SealedServer, SealedSite
+from fedlora.protect.secagg import SecAggServer, SecAggSite
+from fedlora.protect.secagg.terms import MAX_WEIGHT
 from fedlora.rounds import Report
 from fedlora.rounds import run as run_rounds
 from fedlora.site import Learner, Site
@@ -57,6 +63,8 @@ Device = Literal["auto", "cpu", "cuda"]
 def aggregator(plan: Plan) -> Aggregator:
     """The plan's rule."""
     rule = AGGREGATORS[plan.aggregate.name]
+    if plan.protect.mode == "secagg":
+        return rule(max_weight=MAX_WEIGHT * MAX_RECIPIENTS)  # the sum comes as one update with the weight of all
     return rule(max_weight=1) if plan.aggregate.weighting == "uniform" else rule()
 
 
@@ -218,18 +226,18 @@ def site(
     report: Report,
 ) -> Site:
     """A site from its parts. The same for a deployment and for a simulation."""
+    memory = FileMemory(state / "memory")
     link = SiteLink(
         identity=identity,
         server=server,
-        roster=pinned(server),
-        memory=FileMemory(state / "memory"),
+        memory=memory,
         max_request_bytes=file.policy.max_request_bytes,
         clock=lambda: int(time.time()),
         entropy=os.urandom,
     )
     return Site(
         name=identity.name,
-        protection=SealedSite(link),
+        protection=SiteModes(SealedSite(link), SecAggSite(link, _keeper(memory, server, file.roster), os.urandom)),
         learner=make_learner,
         encoder=aggregator,
         policy=file.policy,
@@ -237,6 +245,10 @@ def site(
         journal=Journal(state / "journal"),
         report=report,
     )
+
+
+def _keeper(memory: FileMemory, server: PublicIdentity, pinned: str) -> RosterKeeper:
+    return RosterKeeper(memory, server, pinned, lambda: int(time.time()), importlib.metadata.version("fedlora"))
 
 
 def open_site(path: Path, *, report: Report) -> Site:
@@ -310,10 +322,20 @@ def start_run(directory: Path, plan: Plan, first: Adapter) -> RunStore:
 
 
 def serve_run(
-    store: RunStore, identity: Identity, sites: Mapping[str, PublicIdentity], transport: Transport, *, report: Report
+    store: RunStore,
+    identity: Identity,
+    sites: Mapping[str, PublicIdentity],
+    transport: Transport,
+    *,
+    roster: Path,
+    report: Report,
 ) -> Checkpoint:
     """Runs what is left of a run. The run's key is made at its start and deleted at its end, so that no one who takes the
-    server's keys later can read an update that he recorded."""
+    server's keys later can read an update that he recorded.
+
+    Args:
+        roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
+    """
     key = store.directory / "run.key"
     if not key.exists():
         new = key.with_suffix(".new")
@@ -329,11 +351,22 @@ def serve_run(
         clock=lambda: int(time.time()),
         entropy=os.urandom,
     )
+    protection: Protection = SealedServer(link, store.plan.wire.dtype)
+    if store.plan.protect.mode == "secagg":
+        keeper = _keeper(store.memory, identity.public, load_roster(roster).roster.digest())
+        protection = SecAggServer(
+            link,
+            lambda: keeper.take(roster.read_bytes()),
+            store.plan,
+            store.memory,
+            before=lambda round: store.adapter(round - 2).vector if round > 1 else None,
+            report=report,
+        )
     last = run_rounds(
         store.plan,
         store=store,
         aggregator=aggregator(store.plan),
-        protection=SealedServer(link, store.plan.wire.dtype),
+        protection=protection,
         transport=transport,
         enrolled=sites.keys(),
         report=report,
@@ -359,4 +392,5 @@ def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, re
     else:
         first, _ = load_adapter(plan_file.parent / "first.safetensors")
         store = start_run(directory, plan, first)
-    return serve_run(store, load_identity(home / "server.key"), enrolled(home), transport, report=report)
+    identity, roster = load_identity(home / "server.key"), home / "roster.json"
+    return serve_run(store, identity, enrolled(home), transport, roster=roster, report=report)

@@ -192,8 +192,20 @@ class Wire(Section):
 class Protect(Section):
     """Who can read an update."""
 
-    mode: Literal["sealed"] = "sealed"
-    """sealed: encrypted to the aggregator and signed by the site"""
+    mode: Literal["sealed", "secagg"] = "sealed"
+    """sealed: encrypted to the aggregator and signed by the site; secagg: the aggregator learns the sum and nothing else"""
+    profile: Literal["int4", "int8", "int12", "int16", "int24"] = "int8"
+    """secagg: levels of a value; in 12, 16, 20, 24 or 32 bits on the wire. int12 or more if weights differ; int24 for audits"""
+    weight_unit: Annotated[int, Field(ge=0, le=1 << 26)] = 0
+    """secagg: tokens or examples that make a weight of 1; weights are whole, at most 16. 0: weighting is uniform"""
+    first_range: Annotated[float, Field(ge=0, le=64)] = 0.0
+    """secagg: largest change of a value that the first round expects; 0: learning_rate x local_steps. Later ones know better"""
+    max_colluding: Annotated[int, Field(ge=1, le=85)] = 1
+    """secagg: so many sites in league with the server learn nothing of the others; a round needs three times as many"""
+    lone_change: Literal["allow", "refuse"] = "allow"
+    """secagg: whether a sum may differ by one single site from the one before; a site notes it in either case"""
+    phase_deadline: Annotated[float, Field(gt=0, le=86400)] = 300.0
+    """secagg: seconds for each step after training; the longest one sends the masked update"""
 
 
 class Evaluation(Section):
@@ -264,6 +276,27 @@ class Plan(Section):
     evaluation: Evaluation = Evaluation()
     simulation: Simulation | None = None
 
+    @model_validator(mode="after")
+    def _secagg_fits(self) -> Self:
+        p, f = self.protect, self.federation
+        if p.mode != "secagg":
+            return self
+        if f.min_sites < max(3, 3 * p.max_colluding):
+            raise PydanticCustomError(
+                "secagg-sites",
+                "protect.mode = 'secagg' needs federation.min_sites >= {least}: 3, and three times protect.max_colluding",
+                {"least": max(3, 3 * p.max_colluding)},
+            )
+        if (self.aggregate.weighting == "uniform") == (p.weight_unit > 0):
+            raise PydanticCustomError(
+                "secagg-weights",
+                "protect.mode = 'secagg': set protect.weight_unit (tokens or examples that make a weight of 1), or "
+                "aggregate.weighting = 'uniform'; not both",
+            )
+        if f.local_epochs and not p.first_range:
+            raise PydanticCustomError("secagg-range", "protect.mode = 'secagg' with local_epochs needs protect.first_range")
+        return self
+
     def canonical(self) -> bytes:
         """The agreed part (all but ``simulation``) as canonical JSON: sorted keys, no spaces, ASCII, no default left out."""
         return canonical(self.model_dump(mode="json", exclude={"simulation"}))
@@ -283,7 +316,7 @@ class Policy(Section):
 
     allowed_models: tuple[str, ...] = ()
     """base models by id; empty: only those under [models]"""
-    protect: tuple[Literal["sealed"], ...] = ("sealed",)
+    protect: tuple[Literal["sealed", "secagg"], ...] = ("sealed", "secagg")
     """accepted protections"""
     min_sites: Count = 2
     """smallest min_sites of a plan"""
@@ -350,6 +383,8 @@ class SiteFile(Section):
     """certificate authority of the server; relative to this file, like every path here"""
     server_key: str = "keys/server.pub"
     """the server's public key, pinned; compare its fingerprint over the telephone"""
+    roster: Hex = ""
+    """digest of the federation's roster that you have approved, compared over the telephone; secagg needs it"""
     key: str = "keys/st-marys.key"
     """this site's private key"""
     node_key: str = "keys/st-marys.node.key"

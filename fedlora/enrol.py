@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from fedlora import build
 from fedlora.config import Plan, dump_toml, load_plan
 from fedlora.errors import KeyFileError, StoreError
 from fedlora.messages import SERVER, check_site_name
-from fedlora.protect.keys import Identity
+from fedlora.protect.keys import Identity, PublicIdentity
+from fedlora.protect.roster import SignedRoster, first_epoch, load_roster
 from fedlora.store import save_adapter, write_atomic
 
-__all__ = ["make_server_home", "make_site_keys", "pin_plan"]
+__all__ = ["make_roster", "make_server_home", "make_site_keys", "pin_plan"]
 
 
 def make_site_keys(name: str, out: Path) -> tuple[Path, str]:
@@ -64,6 +66,18 @@ def make_server_home(home: Path, *, hosts: Sequence[str]) -> str:
     write_atomic(home / "server.pub", f"{identity.public.line()}\n".encode(), mode=0o644)
     identity.save(home / "server.key")
     return identity.public.fingerprint()
+
+
+def make_roster(file: Path, server: PublicIdentity, sites: Sequence[PublicIdentity], coordinator: Identity) -> str:
+    """Writes the first roster of a rehearsal, signed, for a year; one that exists stays.
+
+    Returns:
+        Its digest, for the sites to pin.
+    """
+    if not file.exists():
+        roster = first_epoch(server, sites, [coordinator.public], now=int(time.time()))
+        write_atomic(file, SignedRoster(roster).sign(coordinator).dump(), mode=0o644)
+    return load_roster(file).roster.digest()
 
 
 def pin_plan(plan_file: Path, model: Path, out: Path) -> Plan:

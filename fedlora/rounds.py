@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlora.adapter import Update
 from fedlora.aggregate import Aggregator, Sums
 from fedlora.config import Plan
 from fedlora.errors import ConfigError, FedLoRAError, QuorumNotReached, RemoteError
 from fedlora.messages import Kind, Reply, Request, Task
-from fedlora.protect import Protection
+from fedlora.protect import WORK_PHASES, Protection
 from fedlora.store import Checkpoint, RunStore
 from fedlora.transport import Transport, drive
 
@@ -52,17 +55,23 @@ def run(
         enrolled: the sites that belong to the federation: a round without one of them is partial, and says so.
 
     Raises:
-        QuorumNotReached: a round stayed below ``min_sites`` in every attempt. The run can be resumed.
+        QuorumNotReached: a round stayed below ``min_sites`` in every attempt, or as many rounds on end were void. The run can
+            be resumed.
     """
+    void = 0
     check_fit(aggregator, protection, name=plan.aggregate.name, mode=plan.protect.mode)
     at = store.resume(lambda file: report("damaged", {"file": file.name}))
     report("start", {"run": store.run, "round": at.round, "rounds": plan.federation.num_rounds})
     while at.round < plan.federation.num_rounds:
         task = _task(plan, store, at, "train")
         tally, record = _attempts(task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at))
+        void = 0 if tally.voided is None else void + 1
         at = _next(aggregator, at, tally, record, scale=plan.lora.scale)
         store.save(at)
         report("round", record)
+        if void >= plan.federation.round_attempts and tally.voided is not None:
+            hint = "look at the sites, then resume the run"
+            raise QuorumNotReached(f"{void} rounds on end were void: {tally.voided}", hint=hint)
     if store.final() is None:
         task = _task(plan, store, at, "evaluate")
         _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None)
@@ -77,10 +86,12 @@ def _start(aggregator: Aggregator, at: Checkpoint, cohort: int) -> Sums:
 
 def _next(aggregator: Aggregator, at: Checkpoint, tally: _Round, record: dict[str, Any], *, scale: float) -> Checkpoint:
     began = time.monotonic()
+    if tally.voided is not None:  # the sites have trained and go on; the adapter stays as it was
+        return Checkpoint(at.round + 1, at.adapter, record | {"weight": 0, "adapter": at.adapter.digest()})
     if tally.sums is None:
         raise ValueError("a round of training needs sums")
     result = aggregator.finish(tally.sums, at.adapter, scale=scale)
-    record |= {**result.record, "weight": tally.sums.weight, "adapter": result.adapter.digest()}
+    record |= {**result.record, "weight": tally.weight, "adapter": result.adapter.digest()}
     record["seconds/aggregate"] = time.monotonic() - began
     return Checkpoint(at.round + 1, result.adapter, record)
 
@@ -107,25 +118,33 @@ def _attempts(
         report("ask", {"round": task.round, "attempt": attempt, "kind": task.kind, "sites": sites})
         began = time.monotonic()
         deadline = began + plan.federation.round_deadline  # waiting for the sites to come does not count
-        drive(protection.collect(task, sites, tally), meter, deadline_s=partial(_left, deadline))
+        drive(protection.collect(task, sites, tally), meter, deadline_s=partial(_deadline_s, plan, deadline))
         record = {
             "round": task.round,
             "attempt": attempt,
             "asked": sites,
             "sites": tally.accepted,
             "rejected": tally.missing(sites, enrolled),
+            **({"together": tally.together} if tally.together else {}),
+            **({"void": tally.voided.code} if tally.voided is not None else {}),
             "partial": len(tally.accepted) < len({*sites, *enrolled}),
             "bytes/down": meter.down,
             "bytes/up": meter.up,
             "seconds/round": time.monotonic() - began,
         }
-        if len(tally.accepted) >= need:
+        if len(tally.accepted) >= need or tally.voided is not None:
             return tally, record
         report("void", record)
     raise QuorumNotReached(
         f"round {task.round}: {len(tally.accepted)} of {need} sites delivered in {plan.federation.round_attempts} attempts",
         hint="nothing is lost; bring the sites back and resume the run",
     )
+
+
+def _deadline_s(plan: Plan, deadline: float, requests: Sequence[Request]) -> float:
+    """The round's own for work, seconds for the talk that a protection may need after it."""
+    work = any(r.phase in WORK_PHASES for r in requests)
+    return _left(deadline) if work else plan.protect.phase_deadline
 
 
 def _left(deadline: float) -> float:
@@ -145,13 +164,25 @@ def _await_sites(transport: Transport, need: int, deadline: float, report: Repor
 
 @dataclass(slots=True)
 class _Round:
-    """Tally of one attempt: adds up what is accepted, keeps the names."""
+    """Tally of one attempt: adds up what is accepted, keeps the names.
+
+    Attributes:
+        together: numbers of all sites together, where single ones are not known.
+        voided: why no attempt of this round can succeed any more.
+    """
 
     sums: Sums | None
     report: Report
     share: frozenset[str]
     accepted: dict[str, dict[str, float]] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+    together: dict[str, float] = field(default_factory=dict)
+    voided: FedLoRAError | None = None
+
+    @property
+    def weight(self) -> int:
+        """What the sites' updates were weighed by, all together."""
+        return int(self.together.get("weight", self.sums.weight if self.sums else 0))
 
     def accept(self, site: str, update: Update) -> None:
         if self.sums is not None:
@@ -159,6 +190,17 @@ class _Round:
         listed = {k: v for k, v in update.metrics.items() if k in self.share}  # a site may send more than it was asked for
         self.accepted[site] = {"weight": update.weight, **listed}
         self.report("update", {"site": site, **self.accepted[site]})
+
+    def accept_sum(self, sites: Sequence[str], update: Update, *, squares: NDArray[np.float64], counted: int) -> None:
+        if self.sums is not None:
+            self.sums.add("*", update, squares=squares)
+        listed = {k: v for k, v in update.metrics.items() if k in self.share or k.startswith("secagg/")}
+        self.accepted = {site: {} for site in sites}
+        self.together = {"weight": counted, **listed}
+        self.report("sum", {"sites": list(sites), **self.together})
+
+    def void(self, error: FedLoRAError) -> None:
+        self.voided = error
 
     def reject(self, site: str, error: FedLoRAError) -> None:
         code = error.remote_code if isinstance(error, RemoteError) else error.code

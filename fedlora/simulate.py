@@ -24,6 +24,7 @@ from fedlora import build, wire
 from fedlora import report as pages
 from fedlora.adapter import Adapter, Update
 from fedlora.config import Arm, Plan, Policy, Simulation, SiteData, SiteFile, canonical, dump_toml
+from fedlora.enrol import make_roster
 from fedlora.errors import ConfigError, StoreError
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity
 from fedlora.rounds import Report
@@ -367,21 +368,27 @@ def _in_process(lab: Lab, out: Path, report: Report) -> RunStore:
     directory = out / "federated"
     server = _identity(out / "keys" / "server.key", "server")
     identities = {n: _identity(out / "keys" / f"{n}.key", n) for n in lab.simulation.sites}
-    sites = {n: _virtual_site(lab, i, server.public, out / "sites" / n, report) for n, i in identities.items()}
+    publics = {n: i.public for n, i in identities.items()}
+    roster, digest = out / "keys" / "roster.json", ""
+    if lab.plan.protect.mode == "secagg":
+        coordinator = _identity(out / "keys" / "coordinator.key", "coordinator")
+        digest = make_roster(roster, server.public, list(publics.values()), coordinator)
+    sites = {n: _virtual_site(lab, i, server.public, out / "sites" / n, digest, report) for n, i in identities.items()}
     if (directory / "run.json").exists():
         store = RunStore.open(directory, lab.plan)
     else:
         shutil.rmtree(directory, ignore_errors=True)  # cut off before the run began
         store = build.start_run(directory, lab.plan, lab.first)
     if store.final() is None:
-        publics = {n: i.public for n, i in identities.items()}
-        build.serve_run(store, server, publics, LocalTransport({n: s.handle for n, s in sites.items()}), report=report)
+        transport = LocalTransport({n: s.handle for n, s in sites.items()})
+        build.serve_run(store, server, publics, transport, roster=roster, report=report)
     return store
 
 
-def _virtual_site(lab: Lab, identity: Identity, server: PublicIdentity, state: Path, report: Report) -> Any:
+def _virtual_site(lab: Lab, identity: Identity, server: PublicIdentity, state: Path, roster: str, report: Report) -> Any:
     file = SiteFile(
         name=identity.name,
+        roster=roster,
         models={lab.plan.model.model_name_or_path: str(lab.base)},
         policy=Policy(min_sites=1),
     )

@@ -153,7 +153,7 @@ class RunStore:
         memory/            sequence numbers, the run's key (deleted at the end)
     """
 
-    def __init__(self, directory: Path, plan: Plan, run: str, *, keep: int = 2) -> None:
+    def __init__(self, directory: Path, plan: Plan, run: str, *, keep: int = 3) -> None:
         self.directory = directory
         self.plan = plan
         self.run = run
@@ -161,7 +161,7 @@ class RunStore:
         self._keep = keep
 
     @classmethod
-    def create(cls, directory: Path, plan: Plan, first: Adapter, *, run: str, keep: int = 2) -> RunStore:
+    def create(cls, directory: Path, plan: Plan, first: Adapter, *, run: str, keep: int = 3) -> RunStore:
         """A new run. ``run`` is 64 random hex digits.
 
         Raises:
@@ -176,7 +176,7 @@ class RunStore:
         return store
 
     @classmethod
-    def open(cls, directory: Path, plan: Plan | None = None, *, keep: int = 2) -> RunStore:
+    def open(cls, directory: Path, plan: Plan | None = None, *, keep: int = 3) -> RunStore:
         """An existing run.
 
         Raises:
@@ -240,6 +240,14 @@ class RunStore:
             known.append(dict(at.record))
         write_atomic(self.directory / "rounds.jsonl", *(canonical(r) + b"\n" for r in known))
         return at
+
+    def adapter(self, round: int) -> Adapter:
+        """The global adapter after a round that is still kept (the last three are).
+
+        Raises:
+            StoreError: it is not, or it is damaged.
+        """
+        return self._read(round).adapter
 
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)

@@ -91,4 +91,4 @@ def site_link(
     identity: Identity, server: PublicIdentity, memory: Memory, *, entropy: Callable[[int], bytes] = os.urandom
 ) -> SiteLink:
     """A site's end of the line at time zero, without a roster; takes 1 MiB."""
-    return SiteLink(identity, server, pinned(server), memory, 1 << 20, lambda: 0, entropy)
+    return SiteLink(identity, server, memory, 1 << 20, lambda: 0, entropy)

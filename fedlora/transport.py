@@ -38,11 +38,11 @@ class LocalTransport:
             yield self._sites[request.site](request)
 
 
-def drive(talk: Talk, transport: Transport, *, deadline_s: Callable[[], float]) -> None:
-    """Runs an exchange to its end. ``deadline_s`` gives the seconds that are left whenever requests go out."""
+def drive(talk: Talk, transport: Transport, *, deadline_s: Callable[[Sequence[Request]], float]) -> None:
+    """Runs an exchange to its end. ``deadline_s`` gives the seconds that a batch of requests has."""
     try:
         requests = next(talk)
         while True:
-            requests = talk.send(transport.exchange(requests, deadline_s=deadline_s()))
+            requests = talk.send(transport.exchange(requests, deadline_s=deadline_s(requests)))
     except StopIteration:
         return

@@ -40,27 +40,21 @@ def new(
     Example: fedlora roster new roster.json --server server.pub --coordinator carol.pub a.pub b.pub c.pub
     """
     from fedlora.errors import StoreError
-    from fedlora.protect.envelope import NONE, SUITE
     from fedlora.protect.keys import load_public
-    from fedlora.protect.roster import Member, Roster, SignedRoster, federation
+    from fedlora.protect.roster import SignedRoster, first_epoch
 
     if file.exists():
         raise StoreError(f"{file} exists", hint="`fedlora roster add` and `revoke` make its next epoch")
-    key, now = load_public(server), int(time.time())
-    first = Roster(
-        fed=federation(key),
-        epoch=1,
-        previous=NONE,
-        not_before=now,
-        not_after=now + days * 86_400,
-        min_version=min_version,
-        suites=(SUITE,),
+    first = first_epoch(
+        load_public(server),
+        [load_public(s) for s in sites],
+        [load_public(c) for c in coordinator],
+        needed=needed,
+        days=days,
         max_colluding=max_colluding,
         min_cohort=min_cohort,
-        server=key,
-        coordinators=tuple(sorted((load_public(c) for c in coordinator), key=lambda c: c.name)),
-        needed=needed,
-        sites=tuple(sorted((Member(load_public(s), "active") for s in sites), key=lambda m: m.identity.name)),
+        min_version=min_version,
+        now=int(time.time()),
     )
     _save(file, SignedRoster(first))
     _to_sign(file, SignedRoster(first), json=json)

@@ -9,28 +9,50 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlora.adapter import Update
 from fedlora.errors import FedLoRAError
 from fedlora.messages import Reply, Request, Reveals, Task
 
-__all__ = ["Memory", "Protection", "SiteProtection", "Talk", "Tally"]
+__all__ = ["WORK_PHASES", "Memory", "Protection", "SiteProtection", "Talk", "Tally"]
 
 Talk = Generator[Sequence[Request], Iterator[Reply], None]
 """Yields requests, is sent the replies as they come, returns when the exchange is over."""
 
 
+WORK_PHASES = frozenset({"train", "global", "advertise"})
+"""Requests over whose answer a site may take hours. Every other phase of a protection is talk, of seconds."""
+
+
 class Tally(Protocol):
-    """Where the updates of one round go, one at a time. Law: each asked site is named at most once, by one of the two."""
+    """Where the updates of one round go, one at a time. Law: each asked site is either counted or rejected, once at most."""
 
     def accept(self, site: str, update: Update) -> None:
-        """Takes a verified update (``site`` is ``*`` for the sum of a protection that reveals sums).
+        """Takes a verified update.
 
         Raises:
             UpdateRejected, WrongLayout: it must not be aggregated; the caller passes that on to :meth:`reject`.
         """
 
+    def accept_sum(self, sites: Sequence[str], update: Update, *, squares: NDArray[np.float64], counted: int) -> None:
+        """Takes what a protection that reveals sums knows of these sites.
+
+        Args:
+            update: their mean, with the sum of their weights; the metrics are means too.
+            squares: weighted mean of the squared norms of their A and B, (pairs, 2).
+            counted: sum of what the plan weighs by.
+
+        Raises:
+            UpdateRejected, WrongLayout: it must not be aggregated.
+        """
+
     def reject(self, site: str, error: FedLoRAError) -> None:
         """Notes why a site does not count in this round."""
+
+    def void(self, error: FedLoRAError) -> None:
+        """The round is over without a result, and no further attempt can bring one."""
 
 
 class Memory(Protocol):

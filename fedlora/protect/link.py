@@ -196,7 +196,6 @@ class SiteLink:
     Args:
         identity: this site's keys.
         server: the server's public keys, pinned.
-        roster: digest of what both ends know of each other.
         memory: sequence numbers, durable.
         max_request_bytes: limit for a message from the server.
         clock: seconds since 1970, for ``created``.
@@ -205,14 +204,16 @@ class SiteLink:
 
     identity: Identity
     server: PublicIdentity
-    roster: str
     memory: Memory
     max_request_bytes: int
     clock: Callable[[], int]
     entropy: Callable[[int], bytes]
 
-    def open(self, request: Request, *, codec: str) -> tuple[Header, bytes]:
+    def open(self, request: Request, *, codec: str, roster: str | None) -> tuple[Header, bytes]:
         """Header and payload of a genuine request; the very same one may come twice, an older one may not.
+
+        Args:
+            roster: digest that the header has to state; None where the payload brings the roster, for the caller to compare.
 
         Raises:
             EnvelopeError: each its own, see :mod:`fedlora.protect.envelope`.
@@ -221,7 +222,8 @@ class SiteLink:
         header = envelope.header
         verify(envelope, self.server)
         fed = federation(self.server)
-        match(header, fed=fed, dir="down", phase=request.phase, to=BROADCAST, roster=self.roster, codec=codec)
+        same = {} if roster is None else {"roster": roster}
+        match(header, fed=fed, dir="down", phase=request.phase, to=BROADCAST, codec=codec, **same)
         counter = _Counter(self.memory, f"{header.run}/down")
         counter.admit(header.seq, envelope.digest, again=True)  # the relay may deliver one message twice
         return header, open_envelope(envelope, self.identity)

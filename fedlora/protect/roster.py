@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,15 +28,28 @@ from fedlora.errors import (
     RosterInvalid,
     RosterRollback,
     StoreError,
+    SuiteDowngrade,
     UnknownSite,
     VersionUnsupported,
     WireError,
 )
 from fedlora.messages import SERVER, check_site_name
-from fedlora.protect.envelope import MAX_RECIPIENTS, NONE
+from fedlora.protect import Memory
+from fedlora.protect.envelope import MAX_RECIPIENTS, NONE, SUITE
 from fedlora.protect.keys import Identity, PublicIdentity
 
-__all__ = ["Member", "Roster", "SignedRoster", "Status", "accept", "federation", "load_roster", "next_epoch"]
+__all__ = [
+    "Member",
+    "Roster",
+    "RosterKeeper",
+    "SignedRoster",
+    "Status",
+    "accept",
+    "federation",
+    "first_epoch",
+    "load_roster",
+    "next_epoch",
+]
 
 Status = Literal["active", "revoked"]
 
@@ -346,6 +359,102 @@ def _follows(new: SignedRoster, current: SignedRoster, pinned: str) -> SignedRos
     new.verify(old.coordinators, old.needed, others=at.coordinators)
     new.verify(at.coordinators, at.needed, others=old.coordinators)
     return new
+
+
+@dataclass(slots=True, eq=False)
+class RosterKeeper:
+    """What one end of a federation has accepted, durably. Law: an epoch never falls.
+
+    Args:
+        memory: durable.
+        server: the aggregator's keys, pinned; a roster with others is not this federation's.
+        pinned: digest that the operator approved, hex.
+        clock: seconds since 1970.
+        version: of this release.
+    """
+
+    memory: Memory
+    server: PublicIdentity
+    pinned: str
+    clock: Callable[[], int]
+    version: str
+    _current: SignedRoster | None = field(default=None, init=False)
+
+    @property
+    def current(self) -> Roster:
+        """The roster in force here.
+
+        Raises:
+            RosterInvalid: none has been accepted yet.
+        """
+        if self._current is None:
+            blob = self.memory.get("roster")
+            if not blob:
+                raise RosterInvalid("no roster has been accepted here", hint="it comes with the first task of a run")
+            self._current = SignedRoster.parse(blob)
+        return self._current.roster
+
+    def take(self, blob: bytes) -> SignedRoster:
+        """Accepts what has arrived, or says why not; what is accepted is on the disk before this returns.
+
+        Raises:
+            RosterInvalid, RosterRollback, RosterExpired: see :func:`accept`.
+            VersionUnsupported, SuiteDowngrade: the roster asks for a newer release, or for other suites than this one has.
+        """
+        known = self.memory.get("roster")
+        new, current = SignedRoster.parse(blob), SignedRoster.parse(known) if known else None
+        accepted = accept(new, current=current, pinned=self.pinned, now=self.clock())
+        roster = accepted.roster
+        if (roster.server.signing, roster.server.kem) != (self.server.signing, self.server.kem):
+            raise RosterInvalid("the roster names another server than the one that is pinned here")
+        if _release(self.version) < _release(roster.min_version):
+            raise VersionUnsupported(
+                f"this is FedLoRA {self.version}, the roster asks for {roster.min_version}", hint="update FedLoRA"
+            )
+        if SUITE not in roster.suites:
+            raise SuiteDowngrade(f"the roster allows suites {list(roster.suites)}, this release has {SUITE}")
+        if accepted is not current:
+            self.memory.put("roster", accepted.dump())
+        self._current = accepted
+        return accepted
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", version)[:3])
+
+
+def first_epoch(
+    server: PublicIdentity,
+    sites: Sequence[PublicIdentity],
+    coordinators: Sequence[PublicIdentity],
+    *,
+    needed: int = 1,
+    days: int = 365,
+    max_colluding: int = 1,
+    min_cohort: int = 3,
+    min_version: str = "0.1.0",
+    now: int,
+) -> Roster:
+    """The first roster of a federation, in force from ``now`` (seconds since 1970).
+
+    Raises:
+        RosterInvalid: see :class:`Roster`.
+    """
+    return Roster(
+        fed=federation(server),
+        epoch=1,
+        previous=NONE,
+        not_before=now,
+        not_after=now + days * _DAY_S,
+        min_version=min_version,
+        suites=(SUITE,),
+        max_colluding=max_colluding,
+        min_cohort=min_cohort,
+        server=server,
+        coordinators=tuple(sorted(coordinators, key=lambda c: c.name)),
+        needed=needed,
+        sites=tuple(Member(s, "active") for s in sorted(sites, key=lambda s: s.name)),
+    )
 
 
 def next_epoch(

@@ -16,7 +16,7 @@ from fedlora.messages import Reply, Request, Reveals, Task
 from fedlora.protect import Talk, Tally
 from fedlora.protect.envelope import Header, match
 from fedlora.protect.keys import KEM_BYTES, PublicIdentity
-from fedlora.protect.link import Context, ServerLink, SiteLink, hear
+from fedlora.protect.link import Context, ServerLink, SiteLink, hear, pinned
 
 __all__ = ["PHASES", "SealedServer", "SealedSite", "check_task"]
 
@@ -76,19 +76,22 @@ class SealedSite:
     def _open(self, request: Request) -> tuple[Task, Header, PublicIdentity, str]:
         from fedlora.config import parse_plan
 
-        header, payload = self.link.open(request, codec="task/1")
+        header, payload = self.link.open(request, codec="task/1", roster=pinned(self.link.server))
         task, key = wire.parse_task(payload, max_parameters=MAX_PARAMETERS)
-        check_task(header, task, key)
-        dtype = parse_plan(task.plan).wire.dtype if task.kind == "train" else "float32"
+        check_task(header, task, key, phase=PHASES[task.kind])
+        plan = parse_plan(task.plan)
+        if plan.protect.mode != "sealed":
+            raise WrongContext(f"the plan promises protect.mode = {plan.protect.mode!r}; the server asks for less")
+        dtype = plan.wire.dtype if task.kind == "train" else "float32"
         return task, header, self.link.reply_key(key), dtype
 
 
-def check_task(header: Header, task: Task, key: bytes) -> None:
-    """Compares a task with the header that brought it.
+def check_task(header: Header, task: Task, key: bytes, *, phase: str) -> None:
+    """Compares a task with the header that brought it, and that with the phase in which such a task comes.
 
     Raises:
         WrongContext: they speak of different things; each field has its own subclass.
     """
-    match(header, phase=PHASES[task.kind], **Context.of(task).fields())
+    match(header, phase=phase, **Context.of(task).fields())
     if len(key) != KEM_BYTES:
         raise WrongContext("the reply key has a wrong length")

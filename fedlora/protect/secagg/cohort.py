@@ -1,0 +1,401 @@
+"""Who is in a session and what each has said under its own name: advertisements, the cohort, signed statements.
+
+Everything here is public. A session's name, ``t1``, is the digest of all that its sites must agree on: the task's context and
+every advertisement. All keys are salted with it, so that a server which shows two sites different things gets noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+from cryptography.hazmat.primitives.hpke import MLKEM768X25519PublicKey
+
+from fedlora.errors import BadSignature, CohortTooSmall, UnknownSite, VotesMissing, WireError, WrongContext
+from fedlora.protect.keys import KEM_BYTES, PublicIdentity
+
+__all__ = [
+    "ABORT",
+    "BURNT",
+    "COMMIT",
+    "MAX_SITES",
+    "SIGNATURE",
+    "Advert",
+    "Cohort",
+    "Delivered",
+    "Reader",
+    "Rules",
+    "certificate",
+    "check_certificate",
+    "check_vote",
+    "leads",
+    "read_certificate",
+    "sign_vote",
+    "vote_text",
+]
+
+COMMIT: Final = 1
+ABORT: Final = 2
+BURNT: Final = 3
+"""Never sent: what a site notes after the server tried to get two votes from it. It then gives neither."""
+MAX_SITES: Final = 256
+
+SIGNATURE: Final = 64
+"""Bytes of an Ed25519 signature."""
+_NO_DELIVERIES: Final = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a site insists on, from its own roster and the plan; never from a message.
+
+    Attributes:
+        max_colluding: sites of a session that may work together with the server without learning a third one's update.
+        min_cohort: fewest sites in a session, and fewest whose updates make a sum.
+    """
+
+    max_colluding: int
+    min_cohort: int
+
+    @property
+    def smallest(self) -> int:
+        """Fewest sites with which a session may begin: security needs ``2 t > n + c``, two honest inputs at the least."""
+        return max(3, 3 * self.max_colluding, self.min_cohort)
+
+    def threshold(self, n: int) -> int:
+        """Shares that rebuild a secret, and votes that fix a session: more than two thirds, for any two such sets of sites to
+        have more than ``max_colluding`` in common."""
+        return 2 * n // 3 + 1
+
+    def fewest_inputs(self, n: int) -> int:
+        """Fewest updates in a sum."""
+        return max(self.threshold(n), self.max_colluding + 2, self.min_cohort)
+
+
+class Reader:
+    """Takes a message apart, front to back; lengths are compared before anything is copied."""
+
+    def __init__(self, blob: bytes | memoryview, what: str) -> None:
+        self._view, self._at, self._what = memoryview(blob), 0, what
+
+    def take(self, n: int) -> bytes:
+        """The next n bytes.
+
+        Raises:
+            WireError: there are fewer.
+        """
+        return bytes(self.view(n))
+
+    def view(self, n: int) -> memoryview:
+        """The next n bytes, not copied."""
+        if n > self.left:
+            raise WireError(f"{self._what}: cut short")
+        self._at += n
+        return self._view[self._at - n : self._at]
+
+    def number(self) -> int:
+        """The next two bytes as an unsigned number, big-endian."""
+        return int.from_bytes(self.take(2), "big")
+
+    def session(self, t1: bytes) -> None:
+        """Reads the session's name.
+
+        Raises:
+            WrongContext: of another session.
+        """
+        if self.take(32) != t1:
+            raise WrongContext(f"{self._what}: of another session")
+
+    @property
+    def left(self) -> int:
+        """Bytes not read yet."""
+        return len(self._view) - self._at
+
+    def rest(self) -> bytes:
+        """All that is left."""
+        return self.take(self.left)
+
+    def end(self) -> None:
+        """
+        Raises:
+            WireError: something is left.
+        """
+        if self.left:
+            raise WireError(f"{self._what}: {self.left} bytes too many")
+
+
+def _sign(key: Ed25519PrivateKey, label: str, text: bytes) -> bytes:
+    return key.sign(_signed(label, text))
+
+
+def _verify(identity: PublicIdentity, label: str, text: bytes, signature: bytes) -> None:
+    try:
+        identity.verify_key().verify(signature, _signed(label, text))
+    except InvalidSignature:
+        raise BadSignature(f"{label}: not signed by {identity.name}") from None
+
+
+def _signed(label: str, text: bytes) -> bytes:
+    return b"fedlora/v1/sa/" + label.encode() + b"\0" + hashlib.sha256(text).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Advert:
+    """A site's keys for one session, signed by it.
+
+    Attributes:
+        context: digest of the task as this site has seen it.
+        seal: public key to which its shares are sealed (ML-KEM-768 then X25519, raw).
+        mask: public key from which pair masks come; its private half is what a dropped site's shares rebuild.
+        promise: digest of the seed of its own mask.
+    """
+
+    name: str
+    context: bytes
+    seal: bytes
+    mask: bytes
+    promise: bytes
+    signature: bytes
+
+    @classmethod
+    def make(cls, name: str, context: bytes, seal: bytes, mask: bytes, promise: bytes, *, key: Ed25519PrivateKey) -> Advert:
+        """Signs."""
+        unsigned = cls(name, context, seal, mask, promise, b"")
+        return cls(name, context, seal, mask, promise, _sign(key, "advertise", unsigned.dump()))
+
+    def dump(self) -> bytes:
+        name = self.name.encode()
+        return bytes([len(name)]) + name + self.context + self.seal + self.mask + self.promise + self.signature
+
+    @classmethod
+    def read(cls, reader: Reader) -> Advert:
+        """Raises: WireError."""
+        try:
+            name = reader.take(reader.take(1)[0]).decode("ascii")
+        except UnicodeDecodeError:
+            raise WireError("advertisement: the name is not ASCII") from None
+        sizes = (32, KEM_BYTES, KEM_BYTES, 32, SIGNATURE)
+        return cls(name, *(reader.take(n) for n in sizes))
+
+    def verify(self, identity: PublicIdentity) -> None:
+        """Checks signature and keys against what is known of this site.
+
+        Raises:
+            BadSignature, KeyFileError.
+        """
+        _verify(identity, "advertise", self.dump()[:-SIGNATURE], self.signature)
+        self.seal_key(), self.mask_key()
+
+    def seal_key(self) -> MLKEM768X25519PublicKey:
+        return _kem_key(self.seal)
+
+    def mask_key(self) -> MLKEM768X25519PublicKey:
+        return _kem_key(self.mask)
+
+    def mask_point(self) -> X25519PublicKey:
+        """The classical part of the mask key."""
+        return X25519PublicKey.from_public_bytes(self.mask[-32:])
+
+
+def _kem_key(raw: bytes) -> MLKEM768X25519PublicKey:
+    # The identity's own check of a sealing key: points of small order are refused. Any sound signing key does.
+    return PublicIdentity("session", _BASE_POINT, raw).kem_key()
+
+
+_BASE_POINT: Final = bytes([0x58, *[0x66] * 31])
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """The sites of one session, in order of name, and the session's name.
+
+    Attributes:
+        adverts: verified.
+        threshold: shares that rebuild a secret.
+        t1: 32 bytes that name the session.
+    """
+
+    adverts: tuple[Advert, ...]
+    threshold: int
+    t1: bytes
+
+    @classmethod
+    def of(cls, adverts: Sequence[Advert], rules: Rules) -> Cohort:
+        """A session among verified sites.
+
+        Raises:
+            CohortTooSmall: fewer than the rules demand.
+            WireError: too many, or one twice.
+            WrongContext: they have not all seen the same task.
+        """
+        order = tuple(sorted(adverts, key=lambda a: a.name))
+        n = len(order)
+        if n < rules.smallest:
+            raise CohortTooSmall(f"{n} sites are ready, a session needs {rules.smallest}")
+        if n > MAX_SITES or len({a.name for a in order}) < n:
+            raise WireError(f"{n} advertisements, at most {MAX_SITES} and one a site")
+        if len({a.context for a in order}) > 1:
+            raise WrongContext("the sites of this session have been shown different tasks")
+        t = rules.threshold(n)
+        text = b"".join(a.dump() for a in order)
+        t1 = hashlib.sha256(b"fedlora/v1/sa/session\0" + order[0].context + struct.pack(">HH", n, t) + text).digest()
+        return cls(order, t, t1)
+
+    @property
+    def names(self) -> list[str]:
+        return [a.name for a in self.adverts]
+
+    def dump(self) -> bytes:
+        return struct.pack(">H", len(self.adverts)) + b"".join(a.dump() for a in self.adverts)
+
+    @classmethod
+    def parse(cls, blob: bytes, rules: Rules, known: Callable[[str], PublicIdentity]) -> Cohort:
+        """Inverse of :meth:`dump`; every advertisement is checked against the roster.
+
+        Args:
+            known: the roster's word on a site; raises UnknownSite or RevokedSite.
+
+        Raises:
+            WireError, BadSignature, UnknownSite, CohortTooSmall, WrongContext.
+        """
+        reader = Reader(blob, "cohort")
+        count = reader.number()
+        if count > MAX_SITES:
+            raise WireError(f"cohort: {count} sites, at most {MAX_SITES}")
+        adverts = [Advert.read(reader) for _ in range(count)]
+        reader.end()
+        for advert in adverts:
+            advert.verify(known(advert.name))
+        return cls.of(adverts, rules)
+
+    def number(self, name: str) -> int:
+        """A site's place, from 1: the point at which its shares lie.
+
+        Raises:
+            UnknownSite: not in this session.
+        """
+        for i, advert in enumerate(self.adverts, 1):
+            if advert.name == name:
+                return i
+        raise UnknownSite("not in this session")
+
+    def advert(self, number: int) -> Advert:
+        """The site at a place.
+
+        Raises:
+            WireError: there is none.
+        """
+        if not 1 <= number <= len(self.adverts):
+            raise WireError(f"site {number} of {len(self.adverts)}")
+        return self.adverts[number - 1]
+
+    def commitment(self, kind: str, *, dealer: int, holder: int, share: bytes) -> bytes:
+        """What a dealer publishes of a share: 32 bytes. A share has 256 bits of its own, so that this hides it."""
+        text = self.t1 + kind.encode() + struct.pack(">HH", dealer, holder) + share
+        return hashlib.sha256(b"fedlora/v1/sa/share\0" + text).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """That a site has sent its masked update: the update's digest, signed.
+
+    ``U3`` in Bonawitz et al. is the set of sites that have.
+    """
+
+    number: int
+    digest: bytes
+    signature: bytes
+
+    @classmethod
+    def make(cls, cohort: Cohort, number: int, digest: bytes, *, key: Ed25519PrivateKey) -> Delivered:
+        return cls(number, digest, _sign(key, "masked", cls._text(cohort, number, digest)))
+
+    @staticmethod
+    def _text(cohort: Cohort, number: int, digest: bytes) -> bytes:
+        return cohort.t1 + struct.pack(">H", number) + digest
+
+    def verify(self, cohort: Cohort, known: Callable[[str], PublicIdentity]) -> None:
+        """Raises: BadSignature."""
+        identity = known(cohort.advert(self.number).name)
+        _verify(identity, "masked", self._text(cohort, self.number, self.digest), self.signature)
+
+    @staticmethod
+    def digest_of(delivered: Sequence[Delivered]) -> bytes:
+        """Names the set, in order of number: what a vote is about."""
+        text = b"".join(struct.pack(">H", d.number) + d.digest for d in sorted(delivered, key=lambda d: d.number))
+        return hashlib.sha256(b"fedlora/v1/sa/delivered\0" + text).digest()
+
+    @staticmethod
+    def dump_all(delivered: Sequence[Delivered]) -> bytes:
+        order = sorted(delivered, key=lambda d: d.number)
+        return struct.pack(">H", len(order)) + b"".join(struct.pack(">H", d.number) + d.digest + d.signature for d in order)
+
+    @staticmethod
+    def read_all(reader: Reader) -> list[Delivered]:
+        """Raises: WireError."""
+        found = [Delivered(reader.number(), reader.take(32), reader.take(SIGNATURE)) for _ in range(reader.number())]
+        numbers = [d.number for d in found]
+        if numbers != sorted(set(numbers)):
+            raise WireError("deliveries are not in strictly rising order")
+        return found
+
+
+# --- votes --------------------------------------------------------------------------------------------------------
+
+
+def leads(one: int, other: int) -> bool:
+    """Which of two sites gives the pair's ingredient: each leads half of its pairs, so that all send about as much."""
+    return (one < other) == ((one + other) % 2 == 1)
+
+
+def vote_text(t1: bytes, verdict: int, delivered: bytes = _NO_DELIVERIES) -> bytes:
+    """What a vote signs: the session, COMMIT or ABORT, and for COMMIT the digest of the deliveries."""
+    return t1 + bytes([verdict]) + delivered
+
+
+def sign_vote(text: bytes, *, key: Ed25519PrivateKey) -> bytes:
+    """64 bytes."""
+    return _sign(key, "vote", text)
+
+
+def check_vote(signature: bytes, text: bytes, *, identity: PublicIdentity) -> None:
+    """Raises: BadSignature."""
+    _verify(identity, "vote", text, signature)
+
+
+def certificate(votes: Mapping[int, bytes]) -> bytes:
+    """Signatures under one vote, by the voters' numbers."""
+    return struct.pack(">H", len(votes)) + b"".join(struct.pack(">H", n) + s for n, s in sorted(votes.items()))
+
+
+def read_certificate(reader: Reader) -> dict[int, bytes]:
+    """Inverse of :func:`certificate`.
+
+    Raises:
+        WireError: malformed, or not in strictly rising order.
+    """
+    pairs = [(reader.number(), reader.take(SIGNATURE)) for _ in range(reader.number())]
+    if [n for n, _ in pairs] != sorted({n for n, _ in pairs}):
+        raise WireError("votes are not in strictly rising order")
+    return dict(pairs)
+
+
+def check_certificate(
+    votes: Mapping[int, bytes], text: bytes, *, names: Sequence[str], threshold: int, known: Callable[[str], PublicIdentity]
+) -> None:
+    """At least ``threshold`` sites of ``names`` (in order of number) have signed this vote.
+
+    Raises:
+        VotesMissing: fewer.
+        BadSignature: one is not what it says.
+    """
+    if len(votes) < threshold or any(not 1 <= n <= len(names) for n in votes):
+        raise VotesMissing(f"{len(votes)} votes, {threshold} are needed")
+    for number, signature in votes.items():
+        _verify(known(names[number - 1]), "vote", text, signature)

@@ -1,0 +1,54 @@
+"""Masks: a key becomes as many uniform ring elements as there are values, added or subtracted in place.
+
+AES-256 in counter mode with a zero start, each key used once; words are little-endian, so that the stream does not depend on
+how it is cut (NIST SP 800-38A, 6.5).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+__all__ = ["Stream", "add_mask", "derive"]
+
+_CHUNK: Final = 1 << 18  # bytes at a time: stays in the cache next to what it is added to
+_ZEROS: Final = memoryview(bytes(_CHUNK))
+
+
+def derive(key: bytes, label: str, *, salt: bytes = b"", context: bytes = b"", length: int = 32) -> bytes:
+    """HKDF-SHA256 (RFC 5869) under one of our labels."""
+    info = b"fedlora/v1/sa/" + label.encode() + b"\0" + context
+    return HKDF(hashes.SHA256(), length, salt=salt or None, info=info).derive(key)
+
+
+def add_mask(vector: NDArray[Any], key: bytes, *, sign: Literal[1, -1]) -> None:
+    """Adds or subtracts the mask of ``key``, modulo the width of the words, in place.
+
+    Args:
+        vector: (n,) contiguous little-endian unsigned words.
+        key: 32 bytes, for this mask only.
+    """
+    stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+    step = _CHUNK // vector.itemsize
+    buffer = np.empty(step, vector.dtype)
+    raw = buffer.view(np.uint8).data
+    combine = np.add if sign > 0 else np.subtract
+    for at in range(0, vector.size, step):
+        part = vector[at : at + step]
+        stream.update_into(_ZEROS[: part.nbytes], raw[: part.nbytes])
+        combine(part, buffer[: part.size], out=part)
+
+
+class Stream:
+    """Random bytes from a key, in order: the ``entropy`` of what must come out the same when it is asked again."""
+
+    def __init__(self, key: bytes) -> None:
+        self._stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+
+    def __call__(self, n: int) -> bytes:
+        return self._stream.update(bytes(n))

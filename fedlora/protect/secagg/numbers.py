@@ -1,0 +1,110 @@
+"""The few numbers that ride beside the vector, masked like it: weights, counts, losses. None is ever in clear.
+
+Whole numbers modulo 2^64, one mask of their own. What the server reads is their sum over the sites and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.errors import SessionError
+
+__all__ = ["Numbers", "Totals"]
+
+_FINE: Final = 2.0**16  # of a metric
+_MOST_METRIC: Final = 2.0**12
+_MOST_COUNT: Final = 1 << 26
+_SQUARE: Final = 2.0**30
+_MOST_SQUARE: Final = 2.0**20
+_TOTALS: Final = frozenset({"eval/tokens", "eval/examples"})  # added up; every other metric is a mean
+
+# Widest sum: 12 + 16 + 26 bits of a metric and 8 of 256 sites, or 20 + 30 of a square, 4 of a weight and 8: below 63.
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the sum says.
+
+    Attributes:
+        weight: sum of the weights in the mean.
+        sites: number of sites in it, as they counted themselves.
+        counted: sum of what the plan weighs by (tokens, examples), before it was made a weight.
+        metrics: means over the sites: ``eval/...`` by supervised tokens evaluated, others by what they were trained on.
+        squares: weighted mean of squared norms of (A, B) of each pair, (pairs, 2); for the gap certificate.
+        cut: values beyond the range, per tensor.
+    """
+
+    weight: int
+    sites: int
+    counted: int
+    metrics: Mapping[str, float]
+    squares: NDArray[np.float64]
+    cut: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Order of the numbers: weight, sites, counted | squares | cut | per metric: sum of count x value, sum of counts.
+
+    Args:
+        pairs: LoRA pairs.
+        tensors: tensors.
+        metrics: names, in order.
+    """
+
+    pairs: int
+    tensors: int
+    metrics: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return 3 + 2 * self.pairs + self.tensors + 2 * len(self.metrics)
+
+    def pack(
+        self, *, weight: int, counted: int, squares: NDArray[np.float64], cut: NDArray[np.int64], metrics: Mapping[str, float]
+    ) -> NDArray[np.uint64]:
+        """One site's numbers, (size,) uint64. Values out of range are cut to it: a site can only spoil its own."""
+        counted = min(counted, _MOST_COUNT)
+        tokens = min(int(metrics.get("eval/tokens", 1.0)), _MOST_COUNT)
+        listed: list[int] = []
+        for name in self.metrics:
+            if name not in metrics:
+                listed += [0, 0]
+            elif name in _TOTALS:
+                listed += [min(int(metrics[name]), _MOST_COUNT), 1]
+            else:
+                count = max(tokens if name.startswith("eval/") else counted, 1)
+                value = min(max(metrics[name], -_MOST_METRIC), _MOST_METRIC)
+                listed += [round(value * _FINE) * count, count]
+        squared = np.rint(np.minimum(squares, _MOST_SQUARE).ravel() * _SQUARE).astype(np.int64) * weight
+        whole = np.concatenate([np.array([weight, 1, counted], np.int64), squared, cut, np.array(listed, np.int64)])
+        return whole.view(np.uint64)
+
+    def unpack(self, total: NDArray[np.uint64], *, sites: int) -> Totals:
+        """Reads the sum of ``sites`` sites' numbers.
+
+        Raises:
+            SessionError: it says another number of sites, or no weight: the masks have not come off.
+        """
+        whole = total.view(np.int64)
+        weight, count, counted = (int(x) for x in whole[:3])
+        if count != sites or weight < 0 or counted < 0:
+            raise SessionError("the sum does not open to what the sites sent", hint="a site or the relay has changed something")
+        squares, cut, listed = np.split(whole[3:], np.cumsum([2 * self.pairs, self.tensors]))
+        metrics = {}
+        for i, name in enumerate(self.metrics):
+            value, by = int(listed[2 * i]), int(listed[2 * i + 1])
+            if by > 0:
+                metrics[name] = float(value) if name in _TOTALS else value / _FINE / by
+        mean = squares.reshape(-1, 2) / _SQUARE / max(weight, 1)
+        return Totals(weight, count, counted, metrics, mean, cut)
+
+
+def metric_names(share: Sequence[str]) -> tuple[str, ...]:
+    """The order in which a plan's metrics ride."""
+    return tuple(sorted(share))

@@ -1,0 +1,157 @@
+"""The server's part in a session, as pure functions: pass on what sites deal, add up, take the masks off the sum."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from fedlora.errors import BadShare, CannotOpen, DealerLied, WireError
+from fedlora.protect.secagg.cohort import Cohort, Reader, leads
+from fedlora.protect.secagg.dealing import BUNDLE_BYTES, PAIR_BYTES, MaskKeys, open_ingredient, promise, self_keys
+from fedlora.protect.secagg.masks import add_mask
+from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
+
+__all__ = ["Deal", "deal_bytes", "parse_reveal", "relay", "reveal_bytes", "unmask"]
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """What one site has dealt, as it came; nothing in it can be opened here.
+
+    Attributes:
+        commitments: by holder's number: to the share of the mask seed, to that of the self seed.
+        bundles: by holder's number, without the dealer's own.
+        pairs: by the number of each site with which this one leads the pair: the ingredient, sealed.
+    """
+
+    commitments: Mapping[int, tuple[bytes, bytes]]
+    bundles: Mapping[int, bytes]
+    pairs: Mapping[int, bytes]
+
+    @classmethod
+    def parse(cls, cohort: Cohort, dealer: int, blob: bytes) -> Deal:
+        """Inverse of :func:`fedlora.protect.secagg.dealing.deal`, as far as it is public.
+
+        Raises:
+            WireError, WrongContext: malformed, or of another session.
+        """
+        reader, n = Reader(blob, "shares"), len(cohort.adverts)
+        reader.session(cohort.t1)
+        commitments = {j: (reader.take(32), reader.take(32)) for j in range(1, n + 1)}
+        bundles, pairs = {}, {}
+        for j in range(1, n + 1):
+            if j == dealer:
+                continue
+            bundles[j] = reader.take(BUNDLE_BYTES)
+            if leads(dealer, j):
+                pairs[j] = reader.take(PAIR_BYTES)
+        reader.end()
+        return cls(commitments, bundles, pairs)
+
+
+def deal_bytes(cohort: Cohort, dealer: int) -> int:
+    """Exact length of what this site deals."""
+    n = len(cohort.adverts)
+    return 32 + 64 * n + (n - 1) * BUNDLE_BYTES + sum(leads(dealer, j) for j in range(1, n + 1) if j != dealer) * PAIR_BYTES
+
+
+def relay(cohort: Cohort, deals: Mapping[int, Deal], holder: int) -> bytes:
+    """What one site gets of all that was dealt; see :func:`fedlora.protect.secagg.dealing.receive`."""
+    dealers = [d for d in sorted(deals) if d != holder]
+    out = [struct.pack(">H", len(dealers))]
+    for dealer in dealers:
+        deal = deals[dealer]
+        out += [struct.pack(">H", dealer), *deal.commitments[holder], deal.bundles[holder]]
+        if leads(dealer, holder):
+            out.append(deal.pairs[holder])
+    return b"".join(out)
+
+
+def parse_reveal(cohort: Cohort, deals: Mapping[int, Deal], counted: Iterable[int], holder: int, blob: bytes) -> dict[int, bytes]:
+    """One site's shares, each checked against what its dealer has committed to.
+
+    Returns:
+        Dealer's number -> share.
+
+    Raises:
+        WireError, WrongContext: malformed, or of another session.
+        BadShare: this site does not give the share that it was dealt.
+    """
+    reader, kinds = Reader(blob, "revealed shares"), {n: 1 for n in counted}
+    reader.session(cohort.t1)
+    if reader.number() != len(deals):
+        raise WireError("revealed shares: one for each site that dealt is expected")
+    out = {}
+    for dealer in sorted(deals):
+        if reader.number() != dealer:
+            raise WireError("revealed shares: not in the order of the sites")
+        share, kind = reader.take(SHARE_BYTES), kinds.get(dealer, 0)
+        label = ("mask", "self")[kind]
+        if cohort.commitment(label, dealer=dealer, holder=holder, share=share) != deals[dealer].commitments[holder][kind]:
+            raise BadShare(f"{cohort.advert(holder).name} did not give the share that it was dealt")
+        out[dealer] = share
+    reader.end()
+    return out
+
+
+def reveal_bytes(deals: Mapping[int, Deal]) -> int:
+    """Exact length of what a site reveals."""
+    return 34 + len(deals) * (2 + SHARE_BYTES)
+
+
+def unmask(
+    cohort: Cohort,
+    deals: Mapping[int, Deal],
+    counted: Iterable[int],
+    revealed: Mapping[int, Mapping[int, bytes]],
+    vector: NDArray[Any],
+    numbers: NDArray[Any],
+) -> None:
+    """Takes all masks off the sum, in place: the counted sites' own, and those that they share with sites that dropped out.
+
+    Args:
+        counted: numbers of the sites whose masked updates are in the sum.
+        revealed: holder's number -> what :func:`parse_reveal` gave; at least ``cohort.threshold`` of them.
+
+    Raises:
+        DealerLied: a rebuilt secret is not the one that its owner advertised.
+        ValueError: too few holders.
+    """
+    holders = sorted(revealed)[: cohort.threshold]
+    if len(holders) < cohort.threshold:
+        raise ValueError(f"{len(holders)} holders, {cohort.threshold} are needed")
+    lagrange, present = weights(holders), sorted(counted)
+    for dealer in sorted(deals):
+        seed = join({h: revealed[h][dealer] for h in holders}, lagrange)
+        advert = cohort.advert(dealer)
+        if dealer in present:
+            if promise(seed) != advert.promise:
+                raise DealerLied(_lie(advert.name), site=advert.name)
+            for target, key in zip((vector, numbers), self_keys(seed, cohort), strict=True):
+                add_mask(target, key, sign=-1)
+            continue
+        keys = MaskKeys(seed)
+        if keys.public != advert.mask:
+            raise DealerLied(_lie(advert.name), site=advert.name)
+        for peer in present:
+            pair = keys.pair(cohort, own=dealer, peer=peer, ingredient=_ingredient(cohort, deals, keys, dealer, peer))
+            for target, key in zip((vector, numbers), pair, strict=True):
+                add_mask(target, key, sign=-1 if peer < dealer else 1)
+
+
+def _ingredient(cohort: Cohort, deals: Mapping[int, Deal], keys: MaskKeys, gone: int, peer: int) -> bytes:
+    """The ingredient of the pair's key: derived from the seed of the site that leads, or opened with the other one's key."""
+    if leads(gone, peer):
+        return keys.ingredient(cohort, dealer=gone, holder=peer)
+    try:
+        return open_ingredient(cohort, keys, deals[peer].pairs[gone], dealer=peer, holder=gone)
+    except CannotOpen:
+        raise DealerLied(_lie(cohort.advert(peer).name), site=cohort.advert(peer).name) from None
+
+
+def _lie(name: str) -> str:
+    return f"{name} dealt shares that do not give the secret which it has advertised"

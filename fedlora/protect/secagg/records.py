@@ -1,0 +1,194 @@
+"""What a site keeps of its session over a power cut, and what it deletes at the end of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as dump_tensors
+
+from fedlora.adapter import F32
+from fedlora.config import canonical
+from fedlora.errors import StoreError
+from fedlora.protect import Memory
+from fedlora.protect.keys import Identity
+from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.secagg.masks import derive
+from fedlora.protect.secagg.rings import Words
+
+__all__ = ["Encoded", "Records", "Session", "Used"]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A site's state in a session. Kept encrypted: whoever takes the disk without the site's key learns nothing.
+
+    Attributes:
+        root: what all its secrets come from; empty once they are deleted.
+        reply_key: the run's key, to which replies are sealed.
+        bits: width of the ring.
+        alone: whether the sum may differ by one single site from that of the round before.
+        t1: the session's name, once its sites are fixed.
+        digest: of the masked update, once it has been made.
+        verdict: of the vote, 0 before it.
+        delivered: what the vote was about.
+        final: what was revealed; kept to be repeated, as the secrets are gone by then.
+    """
+
+    round: int
+    attempt: int
+    context: bytes
+    reply_key: bytes
+    root: bytes
+    bits: int
+    max_colluding: int
+    min_cohort: int
+    alone: bool
+    t1: bytes = b""
+    digest: bytes = b""
+    verdict: int = 0
+    delivered: bytes = b""
+    final: bytes = b""
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(self.max_colluding, self.min_cohort)
+
+    def but(self, **changes: Any) -> Session:
+        """The same with these fields changed."""
+        return replace(self, **changes)
+
+    def __repr__(self) -> str:
+        return f"Session(round={self.round}, attempt={self.attempt})"
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """That this site has given its masked update of a round, and to which session. Holds no secret; outlives the session.
+
+    Attributes:
+        counted: the sites of the sum that this site has agreed to, for comparison with the next round's.
+        before: those of the round before.
+    """
+
+    round: int
+    t1: str
+    digest: str
+    names: list[str]
+    threshold: int
+    counted: list[str]
+    before: list[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """An update in whole levels.
+
+    Attributes:
+        key: names the work and the scales.
+        levels: (n,) ring elements.
+        numbers: (m,) uint64, see :class:`fedlora.protect.secagg.numbers.Numbers`.
+        left: what rounding and cutting kept back, for the next round, (n,) float32.
+        start: the global adapter on which the work began, (n,) float32; the next round's scales follow from it.
+    """
+
+    key: str
+    round: int
+    levels: Words
+    numbers: NDArray[np.uint64]
+    left: F32
+    start: F32
+
+
+class Records:
+    """One run's records. Law: what was put is found after a restart; nothing leaves the site before it was put.
+
+    Args:
+        memory: durable.
+        identity: the key under which the session is kept is derived from its signing key.
+        entropy: n random bytes.
+    """
+
+    def __init__(self, memory: Memory, run: str, identity: Identity, entropy: Callable[[int], bytes]) -> None:
+        self._memory, self._run, self._entropy = memory, run, entropy
+        self._cipher = AESGCM(derive(identity.signing.private_bytes_raw(), "site-records", context=run.encode()))
+
+    def session(self) -> Session | None:
+        """The session that was opened last; None if there is none, or its file is damaged: the site then counts as gone."""
+        blob = self._memory.get(self._name("session"))
+        if not blob:
+            return None
+        try:
+            found = json.loads(self._cipher.decrypt(blob[:12], blob[12:], None))
+            known = {f.name: f.type for f in fields(Session)}
+            values: dict[str, Any] = {k: bytes.fromhex(v) if known[k] == "bytes" else v for k, v in found.items()}
+            return Session(**values)
+        except (InvalidTag, ValueError, KeyError, TypeError):
+            return None
+
+    def save_session(self, session: Session) -> None:
+        facts = {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(session).items()}
+        nonce = self._entropy(12)
+        self._memory.put(self._name("session"), nonce + self._cipher.encrypt(nonce, canonical(facts), None))
+
+    def used(self) -> Used | None:
+        """
+        Raises:
+            StoreError: damaged. The site then takes part in nothing: it cannot know what it has given.
+        """
+        blob = self._memory.get(self._name("used"))
+        try:
+            return Used(**json.loads(blob)) if blob else None
+        except (ValueError, TypeError):
+            hint = "this site cannot take part in this run any more; what it has given away is not known here"
+            raise StoreError("the record of what this site has given away is damaged", hint=hint) from None
+
+    def save_used(self, used: Used) -> None:
+        self._memory.put(self._name("used"), canonical(asdict(used)))
+
+    def blob(self, kind: str) -> bytes:
+        """``cohort`` or ``relay`` as they came; empty if there is none."""
+        return self._memory.get(self._name(kind)) or b""
+
+    def save_blob(self, kind: str, blob: bytes) -> None:
+        self._memory.put(self._name(kind), blob)
+
+    def encoded(self) -> Encoded | None:
+        """None if there is none or it is damaged: it is then made again, to the same bits but for what was left over."""
+        blob = self._memory.get(self._name("encoded"))
+        if not blob:
+            return None
+        body, digest = blob[:-32], blob[-32:]
+        if hashlib.sha256(body).digest() != digest:
+            return None
+        try:
+            parts = load_tensors(body)
+        except SafetensorError:
+            return None
+        key, round_ = bytes(parts["key"]).decode(), int(parts["round"][0])
+        return Encoded(key, round_, parts["levels"], parts["numbers"], parts["left"], parts["start"])
+
+    def save_encoded(self, e: Encoded) -> None:
+        body = dump_tensors(
+            {
+                "key": np.frombuffer(e.key.encode(), np.uint8),
+                "round": np.array([e.round]),
+                "levels": e.levels,
+                "numbers": e.numbers,
+                "left": e.left,
+                "start": np.asarray(e.start),
+            }
+        )
+        self._memory.put(self._name("encoded"), body + hashlib.sha256(body).digest())
+
+    def _name(self, kind: str) -> str:
+        return f"{self._run}/secagg/{kind}"

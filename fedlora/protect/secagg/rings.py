@@ -1,0 +1,214 @@
+"""Updates as integers modulo a power of two: profiles, rounding, packing.
+
+A masked value is uniform over its ring, so that it cannot be compressed and its width is what it costs. The ring must hold the
+sum of all sites: ``2 * levels * sites < 2^bits``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from fedlora.adapter import F32, Layout
+
+__all__ = [
+    "PROFILES",
+    "Profile",
+    "Words",
+    "encode",
+    "pack",
+    "packed_bytes",
+    "scales_for",
+    "sum_to_mean",
+    "tensor_slices",
+    "unpack",
+]
+
+Words: TypeAlias = NDArray[Any]
+"""Ring elements in machine words: uint16 for rings of up to 16 bits, uint32 above."""
+
+_CHUNK: Final = 1 << 16
+_SMALLEST: Final = 1e-20  # a change below this is none: its scale would leave the normal range
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """How a change becomes an integer.
+
+    Attributes:
+        levels: a site's value lies within -levels .. levels.
+        bits: width of the ring.
+        reach: ``levels`` stand for this many root mean squares of the last aggregate; what lies beyond is cut and, like the
+            rounding, made up for in the site's next round.
+    """
+
+    levels: int
+    bits: int
+    reach: float
+
+    @property
+    def word(self) -> type[np.uint16 | np.uint32]:
+        return np.uint16 if self.bits <= 16 else np.uint32
+
+    @property
+    def most_sites(self) -> int:
+        """Most sites whose sum the ring holds."""
+        return ((1 << self.bits) - 1) // (2 * self.levels)
+
+
+PROFILES: Final[dict[str, Profile]] = {
+    "int4": Profile(7, 12, 3.0),
+    "int8": Profile(127, 16, 12.0),
+    "int12": Profile((1 << 11) - 1, 20, 16.0),
+    "int16": Profile((1 << 15) - 1, 24, 32.0),
+    "int24": Profile((1 << 23) - 1, 32, 64.0),
+}
+"""Names that a plan may use; each holds 256 sites. int24 is for audits: as exact as float32."""
+
+
+def scales_for(layout: Layout, profile: Profile, *, first_range: float, before: F32 | None, now: F32) -> F32:
+    """Value of one level, per tensor, (tensors,) float32: public, hence the same for all sites and no secret.
+
+    ``levels`` stand for ``reach`` root mean squares of the last published change of the tensor; for ``first_range`` where there
+    is none. Eleven significant bits, so that the order of a float64 sum does not show.
+
+    Args:
+        before: the global adapter of the round before, (n,) float32; None in the first round.
+        now: the global adapter of this round.
+    """
+    out = np.full(len(layout.entries), first_range / profile.levels, np.float64)
+    if before is not None:
+        for i, part in enumerate(tensor_slices(layout)):
+            change = now[part].astype(np.float64) - before[part]
+            rms = float(np.sqrt(np.square(change, out=change).mean()))
+            if rms > _SMALLEST:
+                out[i] = profile.reach * rms / profile.levels
+    mantissa, exponent = np.frexp(out)
+    return np.ldexp(np.rint(mantissa * 2048.0) / 2048.0, exponent).astype(np.float32)
+
+
+def tensor_slices(layout: Layout) -> list[slice]:
+    """Where each tensor lies in the vector, in the layout's order."""
+    return [at for _, at, _ in layout.slices()]
+
+
+def encode(
+    delta: F32, layout: Layout, profile: Profile, scales: F32, *, share: float, seed: bytes
+) -> tuple[Words, NDArray[np.int64]]:
+    """A change as whole levels, rounded up or down at random so that the mean is right.
+
+    Args:
+        delta: the change with what earlier rounds left behind, (n,) float32, finite; becomes what this round leaves behind.
+        scales: value of one level, per tensor, (tensors,) float32.
+        share: this site's weight over the largest weight, in (0, 1].
+        seed: names the rounding's random bits (AES-256-CTR): the same seed, the same levels.
+
+    Returns:
+        Levels as ring elements, (n,) words; values cut, per tensor.
+    """
+    levels, cut = np.empty(delta.size, profile.word), np.zeros(len(layout.entries), np.int64)
+    signed = levels.view(np.int16 if profile.word is np.uint16 else np.int32)
+    wide = np.float32 if profile.levels < 1 << 12 else np.float64
+    noise, most = _Noise(seed), wide(profile.levels)
+    scratch: NDArray[Any] = np.empty(_CHUNK, wide)
+    kept: NDArray[Any] = np.empty(_CHUNK, wide)
+    for i, tensor in enumerate(tensor_slices(layout)):
+        unit = wide(np.float64(scales[i]) / share)
+        for part in _chunks(tensor):
+            values = delta[part]
+            scaled, inside = scratch[: values.size], kept[: values.size]
+            np.divide(values, unit, out=scaled)
+            scaled += noise.take(values.size)
+            np.floor(scaled, out=scaled)
+            np.minimum(np.maximum(scaled, -most, out=inside), most, out=inside)
+            cut[i] += np.count_nonzero(scaled != inside)
+            signed[part] = inside
+            inside *= unit
+            np.subtract(values, inside, out=values, casting="same_kind")
+    return levels, cut
+
+
+def _chunks(tensor: slice) -> Iterator[slice]:
+    for at in range(tensor.start, tensor.stop, _CHUNK):
+        yield slice(at, min(at + _CHUNK, tensor.stop))
+
+
+class _Noise:
+    """Multiples of 2^-16 in [0, 1), from AES-256-CTR."""
+
+    def __init__(self, seed: bytes) -> None:
+        key = hashlib.sha256(b"fedlora/v1/sa/rounding\0" + seed).digest()
+        self._stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+        self._zeros = bytes(2 * _CHUNK)
+
+    def take(self, n: int) -> F32:
+        words = np.frombuffer(self._stream.update(self._zeros[: 2 * n]), "<u2")
+        out: F32 = np.multiply(words, np.float32(2.0**-16), dtype=np.float32)
+        return out
+
+
+def sum_to_mean(total: Words, layout: Layout, profile: Profile, scales: F32, *, weight: float) -> F32:
+    """The mean change from the unmasked sum, (n,) float32.
+
+    Args:
+        total: sum of all sites' levels, modulo ``2^bits``.
+        weight: sum of the sites' weights over the largest weight.
+    """
+    out = np.empty(total.size, np.float32)
+    shift = np.int64(64 - profile.bits)
+    for i, tensor in enumerate(tensor_slices(layout)):
+        unit = np.float64(scales[i]) / weight
+        for part in _chunks(tensor):
+            signed = total[part].astype(np.uint64) << np.uint64(shift)  # the ring's sign bit to the word's
+            out[part] = (signed.view(np.int64) >> shift) * unit
+    return out
+
+
+# --- packing ------------------------------------------------------------------------------------------------------
+
+
+def packed_bytes(n: int, bits: int) -> int:
+    """Bytes of n ring elements on the wire."""
+    return -(-n * bits // 8)
+
+
+def pack(words: Words, bits: int) -> bytes:
+    """Little-endian, the first value in the lowest bits; what is above ``bits`` in a word is dropped, padding is zero."""
+    if bits in (16, 32):
+        return words.astype(f"<u{bits // 8}", copy=False).tobytes()
+    pairs, mask = -(-words.size // 2), np.uint64((1 << bits) - 1)
+    out = np.empty((pairs, bits // 4), np.uint8)
+    for at in range(0, words.size, _CHUNK):
+        part = words[at : at + _CHUNK]
+        both = part[0::2] & mask
+        both[: part.size // 2] |= (part[1::2] & mask) << np.uint64(bits)
+        out[at // 2 : at // 2 + both.size] = both.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, : bits // 4]
+    return out.tobytes()[: packed_bytes(words.size, bits)]
+
+
+def unpack(blob: bytes | memoryview, n: int, bits: int) -> Words | None:
+    """Inverse of :func:`pack` into words of the ring's width; None if the length or the padding bits are not right."""
+    raw = np.frombuffer(blob, np.uint8)
+    if raw.size != packed_bytes(n, bits):
+        return None
+    if bits in (16, 32):
+        return raw.view(f"<u{bits // 8}").astype(np.uint16 if bits == 16 else np.uint32)
+    each, mask = bits // 4, np.uint64((1 << bits) - 1)
+    out = np.empty(n + n % 2, np.uint16 if bits <= 16 else np.uint32)
+    for at in range(0, n, _CHUNK):
+        part = raw[at * bits // 8 : (at + _CHUNK) * bits // 8]
+        both = np.zeros((-(-part.size // each), 8), np.uint8)
+        whole = part.size // each
+        both[:whole, :each] = part[: whole * each].reshape(-1, each)
+        both[whole:, : part.size - whole * each] = part[whole * each :]
+        pairs = both.view("<u8")[:, 0]
+        out[at : at + 2 * pairs.size : 2] = pairs & mask
+        out[at + 1 : at + 2 * pairs.size : 2] = pairs >> np.uint64(bits)
+    padding = raw[-1] >> 4 if n * bits % 8 else 0
+    return None if padding else out[:n]

@@ -1,0 +1,524 @@
+"""Server half: opens a session among the sites that have trained, and gets the sum of their updates or nothing.
+
+"The aggregator, even malicious, learns only the sum over >= t sites of the round, if fewer than 2t-n of the n session sites
+collude with it." What holds that up is at the sites; this half is the honest server that they hope for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora import wire
+from fedlora.adapter import F32, Update
+from fedlora.config import Plan, canonical
+from fedlora.errors import (
+    BothSecretsRequested,
+    CohortTooSmall,
+    DealerLied,
+    FedLoRAError,
+    RemoteError,
+    SecretsGone,
+    SessionError,
+    SessionSpent,
+    WireError,
+    WrongContext,
+)
+from fedlora.messages import Reply, Request, Reveals, Task
+from fedlora.protect import Memory, Talk, Tally
+from fedlora.protect.link import Context, ServerLink, hear
+from fedlora.protect.roster import SignedRoster
+from fedlora.protect.secagg.cohort import (
+    ABORT,
+    COMMIT,
+    SIGNATURE,
+    Advert,
+    Cohort,
+    Delivered,
+    Reader,
+    certificate,
+    check_vote,
+    read_certificate,
+    vote_text,
+)
+from fedlora.protect.secagg.opening import Deal, deal_bytes, parse_reveal, relay, reveal_bytes, unmask
+from fedlora.protect.secagg.rings import Words, packed_bytes, sum_to_mean, unpack
+from fedlora.protect.secagg.terms import Offer, Terms, codec
+
+__all__ = ["SecAggServer"]
+
+log = logging.getLogger(__name__)
+
+_FINAL = frozenset({SecretsGone.code, SessionSpent.code, BothSecretsRequested.code})
+"""What a site says when it can never answer in this session."""
+
+Exchange = Generator[Sequence[Request], Iterator[Reply], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """A session from its first masked update on; all of it is on the disk before the next question is asked.
+
+    Attributes:
+        votes, aborts: voter's number -> signature.
+        revealed: holder's number -> the shares as they came.
+        ended: sessions of this round that ended without a sum: name and certificate.
+        gone: numbers of the sites that can not answer in it any more.
+        tries: how often it was tried in vain to bring it to its end.
+    """
+
+    cohort: Cohort
+    raw_deals: Mapping[int, bytes]
+    attempt: int
+    stage: str = "mask"
+    delivered: list[Delivered] = field(default_factory=list)
+    votes: dict[int, bytes] = field(default_factory=dict)
+    aborts: dict[int, bytes] = field(default_factory=dict)
+    revealed: dict[int, bytes] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
+    tries: int = 0
+    vector: Words = field(default_factory=lambda: np.zeros(0, np.uint16))
+    numbers: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    @property
+    def deals(self) -> dict[int, Deal]:
+        return {n: Deal.parse(self.cohort, n, raw) for n, raw in self.raw_deals.items()}
+
+    @property
+    def counted(self) -> list[int]:
+        return [d.number for d in self.delivered]
+
+    def names(self, numbers: Sequence[int]) -> list[str]:
+        return [self.cohort.advert(n).name for n in numbers]
+
+
+@dataclass(slots=True)
+class _Heard:
+    """A tally for the steps of a session: keeps each site's first error until it is known who counts."""
+
+    errors: dict[str, FedLoRAError] = field(default_factory=dict)
+
+    def accept(self, site: str, update: Update) -> None:
+        raise ValueError("no single update is ever accepted")
+
+    def accept_sum(self, sites: Sequence[str], update: Update, *, squares: NDArray[np.float64], counted: int) -> None:
+        raise ValueError("only a whole session gives a sum")
+
+    def reject(self, site: str, error: FedLoRAError) -> None:
+        self.errors.setdefault(site, error)
+
+    def void(self, error: FedLoRAError) -> None:
+        raise ValueError("only a whole session is void")
+
+
+@dataclass(slots=True, eq=False)
+class SecAggServer:
+    """One session a round: offer, share, mask, vote, unmask; see FORMAT.md, section 10.
+
+    A server that was killed goes on with the session that it has on the disk. Before the first masked update it may begin anew
+    as it likes; afterwards a second session needs a certificate that the first has ended, or the round is void.
+
+    Args:
+        link: keys, sequence numbers; sites and roster in it give way to those of the signed roster.
+        roster: the signed roster of now, checked; asked for once a round, so that a new epoch holds from the next round on.
+        plan: of the run.
+        memory: durable.
+        before: the global adapter of the round before the one that is named, (n,) float32, for the scales; None in the first.
+        report: told ``(event, facts)`` about the steps.
+    """
+
+    link: ServerLink
+    roster: Callable[[], SignedRoster]
+    plan: Plan
+    memory: Memory
+    before: Callable[[int], F32 | None]
+    report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None
+    terms: Terms = field(init=False)
+    _signed: SignedRoster = field(init=False)
+
+    @property
+    def reveals(self) -> Reveals:
+        return "sum"
+
+    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk:
+        """A round's session, as far as it gets in this attempt.
+
+        Gives the tally the sum of the sites whose updates are in it, or nothing. What a site did wrong is told in either case.
+        """
+        heard, session, ended = _Heard(), None, self._ended(task)
+        stored = self._stored(task)
+        self._use(SignedRoster.parse(self.memory.get("secagg/roster") or b"") if stored else self.roster())
+        scales = self.terms.scales(task, self.before(task.round))
+        asked: list[str] = []
+        try:
+            if stored:
+                session = self._load(task, stored)
+            elif asked := self._admitted(task, sites, heard):
+                session = yield from self._open(task, asked, scales, heard)
+            if session is not None:
+                yield from self._go_on(task, session, ended, scales, tally, heard)
+        except CohortTooSmall as e:
+            for site in session.cohort.names if session is not None else asked:
+                heard.reject(site, e)
+        for site, error in heard.errors.items():
+            if session is None or session.stage != "done" or site not in session.names(session.counted):
+                tally.reject(site, error)
+            else:
+                self.report("unheard", {"site": site, "code": _code(error)})  # its update counts
+
+    # --- a new session ------------------------------------------------------------------------------------------
+
+    def _open(self, task: Task, asked: Sequence[str], scales: F32, heard: _Heard) -> Generator[Any, Any, _Session]:
+        cohort = yield from self._advertised(task, asked, scales, heard)
+        self.report("session", {"round": task.round, "sites": cohort.names, "threshold": cohort.threshold})
+        deals = yield from self._dealt(task, cohort, heard)
+        fewest = self.terms.rules.fewest_inputs(len(cohort.adverts))
+        if len(deals) < fewest:
+            raise CohortTooSmall(f"{len(deals)} of {len(cohort.adverts)} sites have dealt their shares, {fewest} are needed")
+        session = _Session(cohort, deals, task.attempt)
+        self._put("roster", self._signed.dump())
+        self._put("cohort", cohort.dump())
+        self._put("deals", b"".join(n.to_bytes(2, "big") + deals[n] for n in sorted(deals)))
+        self._save(task, session)
+        return session
+
+    def _advertised(self, task: Task, asked: Sequence[str], scales: F32, heard: _Heard) -> Generator[Any, Any, Cohort]:
+        phase = "advertise"
+        context = self.terms.context(task, scales, self.link.roster)
+        adverts: list[Advert] = []
+
+        def take(reply: Reply) -> None:
+            payload = self._answer(task, task.attempt, reply, phase, max_payload=4096)
+            reader = Reader(payload, "advertisement")
+            advert = Advert.read(reader)
+            reader.end()
+            if advert.name != reply.site:
+                raise WrongContext("the advertisement of another site")
+            if advert.context != context:
+                raise WrongContext("this site has been shown another task, or its roster says other terms")
+            advert.verify(self.link.sites[reply.site])
+            adverts.append(advert)
+
+        inner = wire.dump_task(task, reply_key=self.link.reply_key.public.kem)
+        offer = Offer(self._signed.dump(), scales, inner).dump()
+        body = self.link.seal(Context.of(task), offer, phase=phase, codec=codec(phase), to=asked)
+        del offer, inner
+        replies = yield [Request(site, phase, body) for site in asked]
+        del body
+        hear(replies, asked, take, heard)
+        return Cohort.of(adverts, self.terms.rules)
+
+    def _dealt(self, task: Task, cohort: Cohort, heard: _Heard) -> Generator[Any, Any, dict[int, bytes]]:
+        deals: dict[int, bytes] = {}
+
+        def take(reply: Reply) -> None:
+            number = cohort.number(reply.site)
+            payload = self._answer(task, task.attempt, reply, "share", max_payload=deal_bytes(cohort, number))
+            Deal.parse(cohort, number, payload)
+            deals[number] = payload
+
+        yield from self._ask_all(task, task.attempt, cohort.names, "share", cohort.dump(), take, heard)
+        return deals
+
+    # --- a session that has begun ---------------------------------------------------------------------------------
+
+    def _go_on(
+        self, task: Task, session: _Session, ended: list[tuple[bytes, bytes]], scales: F32, tally: Tally, heard: _Heard
+    ) -> Talk:
+        if session.stage == "void":  # and killed before that was noted
+            return tally.void(CohortTooSmall("too few sites of the session were left to end it"))
+        if session.stage == "mask":
+            yield from self._masked(task, session, ended, heard)
+            self.report("masked", {"round": task.round, "sites": session.names(session.counted)})
+        if session.stage == "vote":
+            yield from self._voted(task, session, heard)
+            if session.stage == "vote" and self._too_few_left(session, session.votes):
+                session.stage = "abort"  # it cannot end with a sum; whoever has not voted may say so
+        if session.stage == "abort":
+            yield from self._aborted(task, session, ended, heard)
+        if session.stage == "unmask":
+            yield from self._revealed(task, session, heard)
+        if session.stage == "done":
+            self._tell(task, session, scales, tally, heard)
+        elif session.stage != "aborted":
+            self._in_vain(task, session, tally)
+            raise CohortTooSmall("too few sites have answered to the end of the session")
+        else:
+            raise CohortTooSmall("the session has ended without a sum; it will be tried anew")
+
+    def _masked(self, task: Task, session: _Session, ended: Sequence[tuple[bytes, bytes]], heard: _Heard) -> Talk:
+        """Adds up what comes, one update in memory at a time. After a restart all are asked again, and say the same."""
+        cohort, deals = session.cohort, session.deals
+        layout, profile = task.reply_layout, self.terms.profile
+        vector, numbers = np.zeros(layout.size, profile.word), np.zeros(self.terms.numbers(layout).size, np.uint64)
+        packed, delivered = packed_bytes(layout.size, profile.bits), []
+
+        def take(reply: Reply) -> None:
+            limit = 32 + SIGNATURE + numbers.nbytes + packed
+            reader = Reader(self._answer(task, session.attempt, reply, "mask", max_payload=limit), "masked update")
+            reader.session(cohort.t1)
+            signature, body = reader.take(SIGNATURE), reader.view(numbers.nbytes + packed)
+            reader.end()
+            one = Delivered(cohort.number(reply.site), hashlib.sha256(body).digest(), signature)
+            one.verify(cohort, self.link.sites.__getitem__)
+            words = unpack(body[numbers.nbytes :], layout.size, profile.bits)
+            if words is None:
+                raise WireError("masked update: the padding is not zero")
+            np.add(vector, words, out=vector)
+            np.add(numbers, np.frombuffer(body[: numbers.nbytes], "<u8"), out=numbers)
+            delivered.append(one)
+
+        head = bytes([len(ended)]) + b"".join(t1 + proof for t1, proof in ended)
+        requests = []
+        for number in sorted(deals):
+            (name,) = session.names([number])
+            payload = head + relay(cohort, deals, number)
+            requests.append(Request(name, "mask", self._seal(task, session.attempt, [name], "mask", payload)))
+        replies = yield requests
+        del requests, deals
+        self._hear(session, replies, session.names(sorted(session.raw_deals)), take, heard)
+        session.delivered = sorted(delivered, key=lambda d: d.number)
+        if len(delivered) < self.terms.rules.fewest_inputs(len(cohort.adverts)):
+            session.stage = "abort"
+        else:
+            session.stage, session.vector, session.numbers = "vote", vector, numbers
+            self._put("sum", numbers.astype("<u8").tobytes() + vector.astype(vector.dtype.newbyteorder("<")).tobytes())
+        self._save(task, session)
+
+    def _voted(self, task: Task, session: _Session, heard: _Heard) -> Talk:
+        text = vote_text(session.cohort.t1, COMMIT, Delivered.digest_of(session.delivered))
+        payload = session.cohort.t1 + bytes([COMMIT]) + Delivered.dump_all(session.delivered)
+        waiting = [n for n in session.counted if n not in session.votes]
+        yield from self._poll(task, session, waiting, payload, text, session.votes, heard)
+        if len(session.votes) >= session.cohort.threshold:
+            session.stage = "unmask"
+        self._save(task, session)
+
+    def _aborted(self, task: Task, session: _Session, ended: list[tuple[bytes, bytes]], heard: _Heard) -> Talk:
+        """Asks for ABORT whoever has not said COMMIT: with enough of both, a second session proves that the first is over."""
+        cohort = session.cohort
+        text, payload = vote_text(cohort.t1, ABORT), cohort.t1 + bytes([ABORT])
+        waiting = [n for n in range(1, len(cohort.adverts) + 1) if n not in session.aborts and n not in session.votes]
+        yield from self._poll(task, session, waiting, payload, text, session.aborts, heard)
+        if len(session.aborts) >= cohort.threshold:
+            session.stage = "aborted"
+            ended.append((cohort.t1, certificate(session.aborts)))
+            facts = {"round": task.round, "kind": task.kind, "ended": [[t.hex(), c.hex()] for t, c in ended]}
+            self._put("ended", canonical(facts))
+        self._save(task, session)
+
+    def _poll(
+        self,
+        task: Task,
+        session: _Session,
+        waiting: Sequence[int],
+        payload: bytes,
+        text: bytes,
+        votes: dict[int, bytes],
+        heard: _Heard,
+    ) -> Talk:
+        def take(reply: Reply) -> None:
+            reader = Reader(self._answer(task, session.attempt, reply, "vote", max_payload=33 + SIGNATURE), "vote")
+            reader.session(session.cohort.t1)
+            verdict, signature, number = reader.take(1), reader.take(SIGNATURE), session.cohort.number(reply.site)
+            reader.end()
+            if verdict != payload[32:33]:
+                raise WrongContext("a vote on something else")
+            check_vote(signature, text, identity=self.link.sites[reply.site])
+            votes[number] = signature
+
+        if waiting:
+            names = session.names(waiting)
+            yield from self._ask_all(task, session.attempt, names, "vote", payload, take, heard, session)
+
+    def _revealed(self, task: Task, session: _Session, heard: _Heard) -> Talk:
+        cohort, deals, counted = session.cohort, session.deals, session.counted
+
+        def take(reply: Reply) -> None:
+            number = cohort.number(reply.site)
+            payload = self._answer(task, session.attempt, reply, "unmask", max_payload=reveal_bytes(deals))
+            parse_reveal(cohort, deals, counted, number, payload)
+            session.revealed[number] = payload
+
+        waiting = [n for n in sorted(session.votes) if n not in session.revealed]
+        if len(session.revealed) < cohort.threshold:
+            payload = cohort.t1 + certificate(session.votes)
+            yield from self._ask_all(task, session.attempt, session.names(waiting), "unmask", payload, take, heard, session)
+        if len(session.revealed) >= cohort.threshold:
+            session.stage = "done"
+        self._save(task, session)
+
+    def _tell(self, task: Task, session: _Session, scales: F32, tally: Tally, heard: _Heard) -> None:
+        deals, counted = session.deals, session.counted
+        shares = {n: parse_reveal(session.cohort, deals, counted, n, raw) for n, raw in session.revealed.items()}
+        vector, numbers = session.vector.copy(), session.numbers.copy()
+        try:
+            unmask(session.cohort, deals, counted, shares, vector, numbers)
+            totals = self.terms.numbers(task.reply_layout).unpack(numbers, sites=len(counted))
+            weight = self._weight(task, totals.weight, len(counted))
+        except DealerLied as e:
+            self._put("excluded", canonical({"site": e.site, "round": task.round + 1}))
+            session.stage = "void"
+            heard.reject(e.site, e)
+            return tally.void(e)
+        except SessionError as e:
+            session.stage = "void"
+            return tally.void(e)
+        mean = sum_to_mean(vector, task.reply_layout, self.terms.profile, scales, weight=weight)
+        cut = int(totals.cut.sum())
+        metrics = {**totals.metrics, "secagg/cut": cut / (len(counted) * mean.size)} if task.kind == "train" else totals.metrics
+        tally.accept_sum(
+            session.names(counted), Update(mean, totals.weight, metrics), squares=totals.squares, counted=totals.counted
+        )
+
+    def _weight(self, task: Task, weight: int, sites: int) -> float:
+        """Sum of the weights over the largest weight of one.
+
+        Raises:
+            SessionError: no sum of so many weights.
+        """
+        if task.kind == "evaluate":
+            return 1.0
+        if not sites <= weight <= sites * self.terms.max_weight:
+            raise SessionError("the sum of the weights is none of this many sites", hint="a site has sent numbers out of range")
+        return weight / self.terms.max_weight
+
+    def _too_few_left(self, session: _Session, votes: Mapping[int, bytes]) -> bool:
+        return len(votes) + len([n for n in session.counted if n not in session.gone and n not in votes]) < (
+            session.cohort.threshold
+        )
+
+    def _in_vain(self, task: Task, session: _Session, tally: Tally) -> None:
+        """After as many attempts as the plan gives a round, or if it can never be done: the round is void."""
+        session.tries += 1
+        left = [n for n in session.votes if n not in session.gone and n not in session.revealed]
+        hopeless = session.stage == "unmask" and len(session.revealed) + len(left) < session.cohort.threshold
+        if hopeless or session.tries >= self.plan.federation.round_attempts:
+            session.stage = "void"
+            tally.void(CohortTooSmall("too few sites of the session are left to end it"))
+        self._save(task, session)
+
+    # --- asking ---------------------------------------------------------------------------------------------------
+
+    def _ask_all(
+        self,
+        task: Task,
+        attempt: int,
+        names: Sequence[str],
+        phase: str,
+        payload: bytes,
+        take: Callable[[Reply], None],
+        heard: _Heard,
+        session: _Session | None = None,
+    ) -> Exchange:
+        body = self._seal(task, attempt, names, phase, payload)
+        replies = yield [Request(name, phase, body) for name in names]
+        del body
+        self._hear(session, replies, names, take, heard)
+
+    def _hear(
+        self,
+        session: _Session | None,
+        replies: Iterator[Reply],
+        names: Sequence[str],
+        take: Callable[[Reply], None],
+        heard: _Heard,
+    ) -> None:
+        now = _Heard()
+        hear(replies, names, take, now)
+        for site, error in now.errors.items():
+            heard.reject(site, error)
+            if session is not None and isinstance(error, RemoteError) and error.remote_code in _FINAL:
+                session.gone.add(session.cohort.number(site))
+
+    def _seal(self, task: Task, attempt: int, names: Sequence[str], phase: str, payload: bytes) -> bytes:
+        context = Context.of(replace(task, attempt=attempt))
+        return self.link.seal(context, payload, phase=phase, codec=codec(phase), to=names)
+
+    def _answer(self, task: Task, attempt: int, reply: Reply, phase: str, *, max_payload: int) -> bytes:
+        context = Context.of(replace(task, attempt=attempt))
+        return self.link.open(context, reply, phase=phase, codec=codec(phase), max_payload=max_payload)
+
+    def _use(self, signed: SignedRoster) -> None:
+        roster = signed.roster
+        self._signed, self.terms = signed, Terms.of(self.plan, roster)
+        self.link = replace(self.link, sites=roster.active(), roster=roster.digest())
+
+    def _admitted(self, task: Task, sites: Sequence[str], heard: _Heard) -> list[str]:
+        found = json.loads(self.memory.get("secagg/excluded") or b"{}")
+        admitted = []
+        for site in sites:
+            try:
+                self._signed.roster.site(site)
+                if found == {"site": site, "round": task.round}:
+                    raise DealerLied("left out of this round: in the one before it dealt false shares", site=site)
+                admitted.append(site)
+            except FedLoRAError as e:
+                heard.reject(site, e)
+        return admitted
+
+    # --- on the disk ------------------------------------------------------------------------------------------------
+
+    def _put(self, kind: str, blob: bytes) -> None:
+        self.memory.put(f"secagg/{kind}", blob)
+
+    def _save(self, task: Task, session: _Session) -> None:
+        facts = {
+            "round": task.round,
+            "kind": task.kind,
+            "attempt": session.attempt,
+            "t1": session.cohort.t1.hex(),
+            "stage": session.stage,
+            "delivered": Delivered.dump_all(session.delivered).hex(),
+            "votes": certificate(session.votes).hex(),
+            "aborts": certificate(session.aborts).hex(),
+            "revealed": {str(n): raw.hex() for n, raw in session.revealed.items()},
+            "gone": sorted(session.gone),
+            "tries": session.tries,
+        }
+        self._put("session", canonical(facts))
+
+    def _stored(self, task: Task) -> dict[str, Any]:
+        """The session of this round that has begun and not ended; empty if there is none."""
+        facts: dict[str, Any] = json.loads(self.memory.get("secagg/session") or b"{}")
+        this = (facts.get("round"), facts.get("kind")) == (task.round, task.kind)
+        return facts if this and facts["stage"] != "aborted" else {}
+
+    def _load(self, task: Task, facts: Mapping[str, Any]) -> _Session:
+        """The files are this server's own; what is damaged makes the run stop and not a sum wrong, as every share and signature
+        in them is checked."""
+        cohort = Cohort.parse(self.memory.get("secagg/cohort") or b"", self.terms.rules, self.link.sites.__getitem__)
+        if cohort.t1.hex() != facts["t1"]:
+            raise SessionError("the files of the session do not belong together", hint="start the run anew under another name")
+        reader, deals = Reader(self.memory.get("secagg/deals") or b"", "deals"), {}
+        while reader.left:
+            number = reader.number()
+            deals[number] = reader.take(deal_bytes(cohort, number))
+        session = _Session(cohort, deals, facts["attempt"], facts["stage"], gone=set(facts["gone"]), tries=facts["tries"])
+        session.delivered = Delivered.read_all(Reader(bytes.fromhex(facts["delivered"]), "deliveries"))
+        session.votes = read_certificate(Reader(bytes.fromhex(facts["votes"]), "votes"))
+        session.aborts = read_certificate(Reader(bytes.fromhex(facts["aborts"]), "votes"))
+        session.revealed = {int(n): bytes.fromhex(raw) for n, raw in facts["revealed"].items()}
+        if session.stage in ("vote", "unmask", "done"):
+            size = 8 * self.terms.numbers(task.reply_layout).size
+            blob = self.memory.get("secagg/sum") or b""
+            session.numbers = np.frombuffer(blob[:size], "<u8").astype(np.uint64)
+            session.vector = np.frombuffer(blob[size:], self.terms.profile.word).copy()
+        return session
+
+    def _ended(self, task: Task) -> list[tuple[bytes, bytes]]:
+        facts = json.loads(self.memory.get("secagg/ended") or b"{}")
+        if (facts.get("round"), facts.get("kind")) != (task.round, task.kind):
+            return []
+        return [(bytes.fromhex(t1), bytes.fromhex(proof)) for t1, proof in facts["ended"]]
+
+
+def _code(error: FedLoRAError) -> str:
+    return error.remote_code if isinstance(error, RemoteError) else error.code

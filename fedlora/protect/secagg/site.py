@@ -1,0 +1,355 @@
+"""Site half: trains first, then takes part in the session, and refuses whatever would say more than the sum."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedlora.adapter import F32, Update
+from fedlora.aggregate.sums import squares_of
+from fedlora.config import Plan, parse_plan
+from fedlora.errors import (
+    BothSecretsRequested,
+    CohortTooSmall,
+    SecretsGone,
+    SessionSpent,
+    UpdateRejected,
+    VotesMissing,
+    WireError,
+    WrongContext,
+    WrongDirection,
+    WrongRound,
+    WrongScales,
+)
+from fedlora.messages import Request, Task
+from fedlora.protect.envelope import Header, match
+from fedlora.protect.keys import PublicIdentity
+from fedlora.protect.link import SiteLink
+from fedlora.protect.roster import RosterKeeper
+from fedlora.protect.sealed import check_task
+from fedlora.protect.secagg.cohort import (
+    ABORT,
+    BURNT,
+    COMMIT,
+    Cohort,
+    Delivered,
+    Reader,
+    check_certificate,
+    read_certificate,
+    sign_vote,
+    vote_text,
+)
+from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, check_deliveries, deal, mask, receive, reveal
+from fedlora.protect.secagg.records import Encoded, Records, Session, Used
+from fedlora.protect.secagg.rings import encode, pack
+from fedlora.protect.secagg.terms import Offer, Terms, codec
+
+__all__ = ["SecAggSite"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class SecAggSite:
+    """Takes part in one session a round.
+
+    What it refuses, whatever the server says: a cohort below the rules or with a site that its roster does not know; two masked
+    updates in one round, unless a certificate shows that the first session ended without a sum; a set of updates that lacks its
+    own, is too small, or is not signed; a second vote; both kinds of share of one site. All of it survives a restart.
+
+    Args:
+        link: keys, the pinned server, sequence numbers.
+        roster: from which it knows its peers, and what a session must at least be.
+        entropy: n random bytes.
+    """
+
+    link: SiteLink
+    roster: RosterKeeper
+    entropy: Callable[[int], bytes]
+    _run: str = field(default="", init=False)  # of what is remembered below, all of which is on the disk, too
+    _encoded: Encoded | None = field(default=None, init=False)
+    _cohort: Cohort | None = field(default=None, init=False)
+    _inbox: tuple[bytes, Inbox] | None = field(default=None, init=False)  # t1; saves opening the shares again
+
+    def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
+        """As :class:`fedlora.protect.SiteProtection`; the phase says which step of the session.
+
+        Raises:
+            SessionError: each its own, where the session does not allow what is asked.
+        """
+        steps = {"share": self._share, "mask": self._mask, "vote": self._vote, "unmask": self._unmask}
+        offered = request.phase == "advertise"  # an offer brings the roster itself
+        if not offered and request.phase not in steps:
+            raise WrongDirection("no phase of this protection")
+        digest = None if offered else self.roster.current.digest()
+        header, payload = self.link.open(request, codec=codec(request.phase), roster=digest)
+        if header.run != self._run:
+            self._run, self._encoded, self._cohort, self._inbox = header.run, None, None, None
+        records = Records(self.link.memory, header.run, self.link.identity, self.entropy)
+        if offered:
+            return self._advertise(header, payload, records, work)
+        session = records.session()
+        if session is None or (session.round, session.attempt) != (header.round, header.attempt):
+            raise SecretsGone("no session of this round and attempt is open here")
+        return self._reply(header, session.reply_key, steps[request.phase](payload, records, session))
+
+    def _reply(self, header: Header, reply_key: bytes, payload: bytes) -> bytes:
+        key = self.link.reply_key(reply_key)
+        return self.link.seal(header, payload, codec=codec(header.phase), n_params=header.n_params, to=key)
+
+    @property
+    def _name(self) -> str:
+        return self.link.identity.name
+
+    def _known(self, name: str) -> PublicIdentity:
+        return self.roster.current.site(name)
+
+    # --- train, then advertise --------------------------------------------------------------------------------
+
+    def _advertise(self, header: Header, payload: bytes, records: Records, work: Callable[[Task], Update]) -> bytes:
+        offer = Offer.parse(payload)
+        roster = self.roster.take(offer.roster).roster
+        match(header, roster=roster.digest())
+        roster.site(self._name)  # revoked: nothing is trained any more
+        (task, key), scales = offer.open_task(), offer.scales
+        check_task(header, task, key, phase="advertise")
+        self.link.reply_key(key)  # a key that is none is refused before hours of training
+        plan = parse_plan(task.plan)
+        if plan.protect.mode != "secagg":
+            raise WrongContext(f"the plan says protect.mode = {plan.protect.mode!r}, the server speaks secagg")
+        used = records.used()
+        if used is not None and task.round < used.round:
+            raise WrongRound(f"round {task.round} is over; this site has sent its update of round {used.round}")
+        terms = Terms.of(plan, roster)
+        self._encoded = self._encode(task, plan, terms, scales, records, work)
+        context = terms.context(task, scales, roster.digest())
+        session = records.session()
+        if session is None or session.context != context or session.t1 or not session.root:
+            # Never the same keys in two sessions: the server has forgotten the first, or wants to see them used twice.
+            session = Session(
+                round=task.round,
+                attempt=task.attempt,
+                context=context,
+                reply_key=key,
+                root=self.entropy(32),
+                bits=terms.profile.bits,
+                max_colluding=terms.rules.max_colluding,
+                min_cohort=terms.rules.min_cohort,
+                alone=plan.protect.lone_change == "allow",
+            )
+            records.save_session(session)
+        own = advertise(self._name, context, Secrets(session.root), key=self.link.identity.signing)
+        return self._reply(header, key, own.dump())
+
+    def _encode(
+        self, task: Task, plan: Plan, terms: Terms, scales: F32, records: Records, work: Callable[[Task], Update]
+    ) -> Encoded:
+        known = self._encoded or records.encoded()
+        if task.kind == "train":
+            _check_scales(task, terms, scales, known)
+        update = work(task)  # from the journal if it has been done
+        key = hashlib.sha256(f"{task.kind}/{task.round}/{task.adapter.digest()}/".encode() + scales.tobytes()).hexdigest()
+        if known is not None and known.key == key:
+            return known
+        if task.kind == "evaluate":
+            numbers = terms.numbers(task.reply_layout).pack(
+                weight=0, counted=0, squares=np.zeros((0, 2)), cut=np.zeros(0, np.int64), metrics=update.metrics
+            )
+            none = np.zeros(0, np.float32)
+            made = Encoded(key, task.round, np.zeros(1, terms.profile.word), numbers, none, none)
+        else:
+            made = self._levels(task, plan, terms, scales, update, known, key)
+        records.save_encoded(made)
+        return made
+
+    def _levels(
+        self, task: Task, plan: Plan, terms: Terms, scales: F32, update: Update, known: Encoded | None, key: str
+    ) -> Encoded:
+        layout = task.adapter.layout
+        update.check(layout.size)
+        if update.weight < 1:
+            raise UpdateRejected("this site used no tokens; it does not take part in the round")
+        weight = terms.weight(update.weight)
+        left = update.delta.copy()
+        if known is not None and known.round < task.round and known.left.size == left.size:
+            left += known.left  # what rounding and cutting kept back before
+        seed = f"{plan.run.seed}/{self._name}/{task.round}".encode()
+        levels, cut = encode(left, layout, terms.profile, scales, share=weight / terms.max_weight, seed=seed)
+        numbers = terms.numbers(layout).pack(
+            weight=weight, counted=update.weight, squares=squares_of(update.delta, layout), cut=cut, metrics=update.metrics
+        )
+        return Encoded(key, task.round, levels, numbers, left, task.adapter.vector)
+
+    # --- the session ----------------------------------------------------------------------------------------------
+
+    def _share(self, payload: bytes, records: Records, session: Session) -> bytes:
+        if not session.root:
+            raise SecretsGone("the secrets of this session are deleted")
+        cohort = Cohort.parse(payload, session.rules, self._known)
+        own = cohort.number(self._name)
+        if cohort.advert(own) != advertise(self._name, session.context, Secrets(session.root), key=self.link.identity.signing):
+            raise WrongContext("this site's own advertisement is not the one that it made")
+        if session.t1 and session.t1 != cohort.t1:
+            raise SessionSpent("these keys are bound to a session with other sites")
+        if not session.t1:
+            records.save_blob("cohort", payload)
+            records.save_session(session.but(t1=cohort.t1))
+        self._cohort = cohort
+        return deal(cohort, own, Secrets(session.root))
+
+    def _mask(self, payload: bytes, records: Records, session: Session) -> bytes:
+        """Number of certificates (u8) | per certificate: the session's name (32), votes | what is relayed."""
+        cohort = self._open_cohort(records, session)
+        own, reader = cohort.number(self._name), Reader(payload, "mask")
+        ended = {reader.take(32): read_certificate(reader) for _ in range(reader.take(1)[0])}
+        used = records.used()
+        if used is not None and used.round == session.round and used.t1 != cohort.t1.hex():
+            t1 = bytes.fromhex(used.t1)
+            if t1 not in ended:
+                raise SessionSpent("this site has given its update of this round to another session, and nothing proves its end")
+            text = vote_text(t1, ABORT)
+            check_certificate(ended[t1], text, names=used.names, threshold=used.threshold, known=self._known)
+        if session.verdict:
+            raise SessionSpent("this site has voted in this session; it masks nothing more")
+        relayed = reader.rest()
+        if session.digest and relayed != records.blob("relay"):
+            raise SessionSpent("this site has masked its update for another set of sites; it does so once")
+        body, digest = self._masked(cohort, own, relayed, session, records)
+        if session.digest and digest != session.digest:
+            raise SessionSpent("what this site has sent can not be made again")
+        if not session.digest:
+            before = [] if used is None else (used.counted if used.round < session.round else used.before)
+            # On the disk before it is sent, and this first: the one masked update of the round.
+            mark = Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold, [], before)
+            records.save_used(mark)
+            records.save_blob("relay", relayed)
+            records.save_session(session.but(digest=digest))
+        signed = Delivered.make(cohort, own, digest, key=self.link.identity.signing)
+        return cohort.t1 + signed.signature + body
+
+    def _masked(self, cohort: Cohort, own: int, relayed: bytes, session: Session, records: Records) -> tuple[bytes, bytes]:
+        inbox = self._open_inbox(cohort, own, relayed, session)
+        encoded = self._encoded or records.encoded()
+        if encoded is None or encoded.round != session.round:
+            raise SecretsGone("the update of this round is not here any more")
+        vector, numbers = encoded.levels.copy(), encoded.numbers.copy()
+        mask(cohort, own, Secrets(session.root), inbox, vector, numbers)
+        body = numbers.astype("<u8").tobytes() + pack(vector, session.bits)
+        return body, hashlib.sha256(body).digest()
+
+    def _vote(self, payload: bytes, records: Records, session: Session) -> bytes:
+        """Session (32) | verdict (u8) | for COMMIT: who has delivered."""
+        cohort = self._open_cohort(records, session)
+        reader = Reader(payload, "vote")
+        reader.session(cohort.t1)
+        verdict = reader.take(1)[0]
+        listed = reader.rest()
+        if verdict not in (COMMIT, ABORT) or (verdict == ABORT and listed):
+            raise WireError("vote: neither COMMIT with deliveries nor ABORT without")
+        if session.verdict == COMMIT and verdict == COMMIT and listed != session.delivered:
+            # Votes on two sets would have both kinds of share of the sites between them revealed.
+            records.save_session(session.but(root=b"", final=b"", verdict=BURNT))
+            log.error("INCIDENT: the server asked for a vote on two sets of updates in one session; the session is burnt")
+            raise BothSecretsRequested("a second, different vote in one session is refused; the session is burnt")
+        if session.verdict and session.verdict != verdict:
+            raise SessionSpent("this site has voted in this session, and votes once")
+        if verdict == ABORT:
+            return self._abort(cohort, records, session)
+        text = self._agree(cohort, listed, records, session)
+        if not session.verdict:
+            records.save_session(session.but(verdict=COMMIT, delivered=listed))  # on the disk before it is sent
+        return cohort.t1 + bytes([COMMIT]) + sign_vote(text, key=self.link.identity.signing)
+
+    def _abort(self, cohort: Cohort, records: Records, session: Session) -> bytes:
+        if not session.verdict:
+            records.save_session(session.but(verdict=ABORT, root=b""))
+            self._inbox = None
+        return cohort.t1 + bytes([ABORT]) + sign_vote(vote_text(cohort.t1, ABORT), key=self.link.identity.signing)
+
+    def _agree(self, cohort: Cohort, listed: bytes, records: Records, session: Session) -> bytes:
+        """The text of a COMMIT, if this site agrees to this set of updates."""
+        reader, own = Reader(listed, "deliveries"), cohort.number(self._name)
+        delivered = Delivered.read_all(reader)
+        reader.end()
+        if session.verdict == COMMIT:
+            return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))  # agreed before
+        if not session.digest:
+            raise SecretsGone("this site has sent no update in this session")
+        dealers = self._open_inbox(cohort, own, records.blob("relay"), session).shares.keys()
+        check_deliveries(cohort, own, session.digest, delivered, dealers=list(dealers), rules=session.rules, known=self._known)
+        self._compare(cohort, delivered, records, alone=session.alone)
+        return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
+
+    def _compare(self, cohort: Cohort, delivered: list[Delivered], records: Records, *, alone: bool) -> None:
+        """A sum that differs by one site from the last one says something about that site."""
+        used = records.used()
+        if used is None or used.t1 != cohort.t1.hex():
+            raise SecretsGone("the record of this session is not here")
+        counted = [cohort.advert(d.number).name for d in delivered]
+        changed = sorted(set(counted) ^ set(used.before))
+        if used.before and len(changed) == 1:
+            if not alone:
+                raise CohortTooSmall(f"the sum would differ by {changed[0]} alone from that of the round before")
+            log.warning("the sum of round %d differs by %s alone from the one before", used.round, changed[0])
+        records.save_used(Used(used.round, used.t1, used.digest, used.names, used.threshold, counted, used.before))
+
+    def _unmask(self, payload: bytes, records: Records, session: Session) -> bytes:
+        """Session (32) | the COMMIT votes."""
+        cohort = self._open_cohort(records, session)
+        reader = Reader(payload, "unmask")
+        reader.session(cohort.t1)
+        votes = read_certificate(reader)
+        reader.end()
+        if session.verdict != COMMIT:
+            raise VotesMissing("this site has not agreed to any set of updates in this session")
+        listed = Reader(session.delivered, "deliveries")
+        delivered = Delivered.read_all(listed)
+        text = vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
+        check_certificate(votes, text, names=cohort.names, threshold=cohort.threshold, known=self._known)
+        if session.final:
+            return session.final  # the secrets are deleted; the server may have lost the answer
+        own = cohort.number(self._name)
+        out = reveal(cohort, self._open_inbox(cohort, own, records.blob("relay"), session), delivered)
+        records.save_session(session.but(final=out, root=b""))
+        self._inbox = None
+        return out
+
+    def _open_cohort(self, records: Records, session: Session) -> Cohort:
+        if self._cohort is None or self._cohort.t1 != session.t1:
+            blob = records.blob("cohort")
+            cohort = Cohort.parse(blob, session.rules, self._known) if session.t1 and blob else None
+            if cohort is None or cohort.t1 != session.t1:
+                raise SecretsGone("the sites of this session are not known here")
+            self._cohort = cohort
+        return self._cohort
+
+    def _open_inbox(self, cohort: Cohort, own: int, relayed: bytes, session: Session) -> Inbox:
+        name = hashlib.sha256(cohort.t1 + relayed).digest()
+        if self._inbox is None or self._inbox[0] != name:
+            if not session.root:
+                raise SecretsGone("the secrets of this session are deleted")
+            reader = Reader(relayed, "shares")
+            inbox = receive(cohort, own, Secrets(session.root), reader, rules=session.rules)
+            reader.end()
+            self._inbox = name, inbox
+        return self._inbox[1]
+
+
+def _check_scales(task: Task, terms: Terms, scales: F32, known: Encoded | None) -> None:
+    """Where this site has taken part in the round before, the scales are not the server's to choose.
+
+    Raises:
+        WrongScales.
+    """
+    if task.round == 1:
+        due = terms.scales(task, None)
+    elif known is not None and known.round == task.round - 1 and known.start.size == task.adapter.vector.size:
+        due = terms.scales(task, known.start)
+    else:
+        return  # all sites of the session see the same ones, or their masks do not match
+    if not np.allclose(due, scales, rtol=1e-3, atol=0.0):  # one unit in the last of the eleven bits
+        raise WrongScales("the scales are not those that follow from the last published adapter")
