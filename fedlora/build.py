@@ -24,6 +24,7 @@ from fedlora.protect.modes import SiteModes
 from fedlora.protect.roster import RosterKeeper, load_roster
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggServer, SecAggSite
+from fedlora.protect.secagg.book import Book
 from fedlora.protect.secagg.terms import MAX_WEIGHT
 from fedlora.rounds import Report
 from fedlora.rounds import run as run_rounds
@@ -358,7 +359,7 @@ def serve_run(
             link,
             lambda: keeper.take(roster.read_bytes()),
             store.plan,
-            store.memory,
+            Book(store.memory),
             before=lambda round: store.adapter(round - 2).vector if round > 1 else None,
             report=report,
         )

@@ -7,7 +7,6 @@ collude with it." What holds that up is at the sites; this half is the honest se
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedlora import wire
 from fedlora.adapter import F32, Update
-from fedlora.config import Plan, canonical
+from fedlora.config import Plan
 from fedlora.errors import (
     BothSecretsRequested,
     CohortTooSmall,
@@ -32,9 +31,11 @@ from fedlora.errors import (
     WrongContext,
 )
 from fedlora.messages import Reply, Request, Reveals, Task
-from fedlora.protect import Memory, Talk, Tally
+from fedlora.protect import Talk, Tally
+from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.link import Context, ServerLink, hear
 from fedlora.protect.roster import SignedRoster
+from fedlora.protect.secagg.book import Book, Ended, ServerSession
 from fedlora.protect.secagg.cohort import (
     ABORT,
     COMMIT,
@@ -45,11 +46,10 @@ from fedlora.protect.secagg.cohort import (
     Reader,
     certificate,
     check_vote,
-    read_certificate,
     vote_text,
 )
 from fedlora.protect.secagg.opening import Deal, deal_bytes, parse_reveal, relay, reveal_bytes, unmask
-from fedlora.protect.secagg.rings import Words, packed_bytes, sum_to_mean, unpack
+from fedlora.protect.secagg.rings import packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 
 __all__ = ["SecAggServer"]
@@ -60,43 +60,6 @@ _FINAL = frozenset({SecretsGone.code, SessionSpent.code, BothSecretsRequested.co
 """What a site says when it can never answer in this session."""
 
 Exchange = Generator[Sequence[Request], Iterator[Reply], None]
-
-
-@dataclass(slots=True, eq=False)
-class _Session:
-    """A session from its first masked update on; all of it is on the disk before the next question is asked.
-
-    Attributes:
-        votes, aborts: voter's number -> signature.
-        revealed: holder's number -> the shares as they came.
-        ended: sessions of this round that ended without a sum: name and certificate.
-        gone: numbers of the sites that can not answer in it any more.
-        tries: how often it was tried in vain to bring it to its end.
-    """
-
-    cohort: Cohort
-    raw_deals: Mapping[int, bytes]
-    attempt: int
-    stage: str = "mask"
-    delivered: list[Delivered] = field(default_factory=list)
-    votes: dict[int, bytes] = field(default_factory=dict)
-    aborts: dict[int, bytes] = field(default_factory=dict)
-    revealed: dict[int, bytes] = field(default_factory=dict)
-    gone: set[int] = field(default_factory=set)
-    tries: int = 0
-    vector: Words = field(default_factory=lambda: np.zeros(0, np.uint16))
-    numbers: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-
-    @property
-    def deals(self) -> dict[int, Deal]:
-        return {n: Deal.parse(self.cohort, n, raw) for n, raw in self.raw_deals.items()}
-
-    @property
-    def counted(self) -> list[int]:
-        return [d.number for d in self.delivered]
-
-    def names(self, numbers: Sequence[int]) -> list[str]:
-        return [self.cohort.advert(n).name for n in numbers]
 
 
 @dataclass(slots=True)
@@ -129,7 +92,7 @@ class SecAggServer:
         link: keys, sequence numbers; sites and roster in it give way to those of the signed roster.
         roster: the signed roster of now, checked; asked for once a round, so that a new epoch holds from the next round on.
         plan: of the run.
-        memory: durable.
+        book: durable.
         before: the global adapter of the round before the one that is named, (n,) float32, for the scales; None in the first.
         report: told ``(event, facts)`` about the steps.
     """
@@ -137,7 +100,7 @@ class SecAggServer:
     link: ServerLink
     roster: Callable[[], SignedRoster]
     plan: Plan
-    memory: Memory
+    book: Book
     before: Callable[[int], F32 | None]
     report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None
     terms: Terms = field(init=False)
@@ -152,14 +115,15 @@ class SecAggServer:
 
         Gives the tally the sum of the sites whose updates are in it, or nothing. What a site did wrong is told in either case.
         """
-        heard, session, ended = _Heard(), None, self._ended(task)
-        stored = self._stored(task)
-        self._use(SignedRoster.parse(self.memory.get("secagg/roster") or b"") if stored else self.roster())
+        heard, session, ended = _Heard(), None, self.book.ended(task)
+        stored = self.book.roster(task)
+        self._use(stored or self.roster())
         scales = self.terms.scales(task, self.before(task.round))
         asked: list[str] = []
         try:
             if stored:
-                session = self._load(task, stored)
+                numbers = self.terms.numbers(task.reply_layout).size
+                session = self.book.load(task, self.terms.rules, self._known, self.terms.profile, numbers=numbers)
             elif asked := self._admitted(task, sites, heard):
                 session = yield from self._open(task, asked, scales, heard)
             if session is not None:
@@ -175,18 +139,15 @@ class SecAggServer:
 
     # --- a new session ------------------------------------------------------------------------------------------
 
-    def _open(self, task: Task, asked: Sequence[str], scales: F32, heard: _Heard) -> Generator[Any, Any, _Session]:
+    def _open(self, task: Task, asked: Sequence[str], scales: F32, heard: _Heard) -> Generator[Any, Any, ServerSession]:
         cohort = yield from self._advertised(task, asked, scales, heard)
         self.report("session", {"round": task.round, "sites": cohort.names, "threshold": cohort.threshold})
         deals = yield from self._dealt(task, cohort, heard)
         fewest = self.terms.rules.fewest_inputs(len(cohort.adverts))
         if len(deals) < fewest:
             raise CohortTooSmall(f"{len(deals)} of {len(cohort.adverts)} sites have dealt their shares, {fewest} are needed")
-        session = _Session(cohort, deals, task.attempt)
-        self._put("roster", self._signed.dump())
-        self._put("cohort", cohort.dump())
-        self._put("deals", b"".join(n.to_bytes(2, "big") + deals[n] for n in sorted(deals)))
-        self._save(task, session)
+        session = ServerSession(task.round, task.kind, cohort, deals, task.attempt)
+        self.book.open(session, self._signed)
         return session
 
     def _advertised(self, task: Task, asked: Sequence[str], scales: F32, heard: _Heard) -> Generator[Any, Any, Cohort]:
@@ -229,9 +190,7 @@ class SecAggServer:
 
     # --- a session that has begun ---------------------------------------------------------------------------------
 
-    def _go_on(
-        self, task: Task, session: _Session, ended: list[tuple[bytes, bytes]], scales: F32, tally: Tally, heard: _Heard
-    ) -> Talk:
+    def _go_on(self, task: Task, session: ServerSession, ended: Ended, scales: F32, tally: Tally, heard: _Heard) -> Talk:
         if session.stage == "void":  # and killed before that was noted
             return tally.void(CohortTooSmall("too few sites of the session were left to end it"))
         if session.stage == "mask":
@@ -253,7 +212,7 @@ class SecAggServer:
         else:
             raise CohortTooSmall("the session has ended without a sum; it will be tried anew")
 
-    def _masked(self, task: Task, session: _Session, ended: Sequence[tuple[bytes, bytes]], heard: _Heard) -> Talk:
+    def _masked(self, task: Task, session: ServerSession, ended: Ended, heard: _Heard) -> Talk:
         """Adds up what comes, one update in memory at a time. After a restart all are asked again, and say the same."""
         cohort, deals = session.cohort, session.deals
         layout, profile = task.reply_layout, self.terms.profile
@@ -267,7 +226,7 @@ class SecAggServer:
             signature, body = reader.take(SIGNATURE), reader.view(numbers.nbytes + packed)
             reader.end()
             one = Delivered(cohort.number(reply.site), hashlib.sha256(body).digest(), signature)
-            one.verify(cohort, self.link.sites.__getitem__)
+            one.verify(cohort, self._known)
             words = unpack(body[numbers.nbytes :], layout.size, profile.bits)
             if words is None:
                 raise WireError("masked update: the padding is not zero")
@@ -289,19 +248,19 @@ class SecAggServer:
             session.stage = "abort"
         else:
             session.stage, session.vector, session.numbers = "vote", vector, numbers
-            self._put("sum", numbers.astype("<u8").tobytes() + vector.astype(vector.dtype.newbyteorder("<")).tobytes())
-        self._save(task, session)
+            self.book.save_sum(session)
+        self.book.save(session)
 
-    def _voted(self, task: Task, session: _Session, heard: _Heard) -> Talk:
+    def _voted(self, task: Task, session: ServerSession, heard: _Heard) -> Talk:
         text = vote_text(session.cohort.t1, COMMIT, Delivered.digest_of(session.delivered))
         payload = session.cohort.t1 + bytes([COMMIT]) + Delivered.dump_all(session.delivered)
         waiting = [n for n in session.counted if n not in session.votes]
         yield from self._poll(task, session, waiting, payload, text, session.votes, heard)
         if len(session.votes) >= session.cohort.threshold:
             session.stage = "unmask"
-        self._save(task, session)
+        self.book.save(session)
 
-    def _aborted(self, task: Task, session: _Session, ended: list[tuple[bytes, bytes]], heard: _Heard) -> Talk:
+    def _aborted(self, task: Task, session: ServerSession, ended: Ended, heard: _Heard) -> Talk:
         """Asks for ABORT whoever has not said COMMIT: with enough of both, a second session proves that the first is over."""
         cohort = session.cohort
         text, payload = vote_text(cohort.t1, ABORT), cohort.t1 + bytes([ABORT])
@@ -310,14 +269,13 @@ class SecAggServer:
         if len(session.aborts) >= cohort.threshold:
             session.stage = "aborted"
             ended.append((cohort.t1, certificate(session.aborts)))
-            facts = {"round": task.round, "kind": task.kind, "ended": [[t.hex(), c.hex()] for t, c in ended]}
-            self._put("ended", canonical(facts))
-        self._save(task, session)
+            self.book.save_ended(task, ended)
+        self.book.save(session)
 
     def _poll(
         self,
         task: Task,
-        session: _Session,
+        session: ServerSession,
         waiting: Sequence[int],
         payload: bytes,
         text: bytes,
@@ -338,7 +296,7 @@ class SecAggServer:
             names = session.names(waiting)
             yield from self._ask_all(task, session.attempt, names, "vote", payload, take, heard, session)
 
-    def _revealed(self, task: Task, session: _Session, heard: _Heard) -> Talk:
+    def _revealed(self, task: Task, session: ServerSession, heard: _Heard) -> Talk:
         cohort, deals, counted = session.cohort, session.deals, session.counted
 
         def take(reply: Reply) -> None:
@@ -353,9 +311,9 @@ class SecAggServer:
             yield from self._ask_all(task, session.attempt, session.names(waiting), "unmask", payload, take, heard, session)
         if len(session.revealed) >= cohort.threshold:
             session.stage = "done"
-        self._save(task, session)
+        self.book.save(session)
 
-    def _tell(self, task: Task, session: _Session, scales: F32, tally: Tally, heard: _Heard) -> None:
+    def _tell(self, task: Task, session: ServerSession, scales: F32, tally: Tally, heard: _Heard) -> None:
         deals, counted = session.deals, session.counted
         shares = {n: parse_reveal(session.cohort, deals, counted, n, raw) for n, raw in session.revealed.items()}
         vector, numbers = session.vector.copy(), session.numbers.copy()
@@ -364,7 +322,7 @@ class SecAggServer:
             totals = self.terms.numbers(task.reply_layout).unpack(numbers, sites=len(counted))
             weight = self._weight(task, totals.weight, len(counted))
         except DealerLied as e:
-            self._put("excluded", canonical({"site": e.site, "round": task.round + 1}))
+            self.book.exclude(e.site, round=task.round + 1)
             session.stage = "void"
             heard.reject(e.site, e)
             return tally.void(e)
@@ -390,12 +348,12 @@ class SecAggServer:
             raise SessionError("the sum of the weights is none of this many sites", hint="a site has sent numbers out of range")
         return weight / self.terms.max_weight
 
-    def _too_few_left(self, session: _Session, votes: Mapping[int, bytes]) -> bool:
+    def _too_few_left(self, session: ServerSession, votes: Mapping[int, bytes]) -> bool:
         return len(votes) + len([n for n in session.counted if n not in session.gone and n not in votes]) < (
             session.cohort.threshold
         )
 
-    def _in_vain(self, task: Task, session: _Session, tally: Tally) -> None:
+    def _in_vain(self, task: Task, session: ServerSession, tally: Tally) -> None:
         """After as many attempts as the plan gives a round, or if it can never be done: the round is void."""
         session.tries += 1
         left = [n for n in session.votes if n not in session.gone and n not in session.revealed]
@@ -403,7 +361,7 @@ class SecAggServer:
         if hopeless or session.tries >= self.plan.federation.round_attempts:
             session.stage = "void"
             tally.void(CohortTooSmall("too few sites of the session are left to end it"))
-        self._save(task, session)
+        self.book.save(session)
 
     # --- asking ---------------------------------------------------------------------------------------------------
 
@@ -416,7 +374,7 @@ class SecAggServer:
         payload: bytes,
         take: Callable[[Reply], None],
         heard: _Heard,
-        session: _Session | None = None,
+        session: ServerSession | None = None,
     ) -> Exchange:
         body = self._seal(task, attempt, names, phase, payload)
         replies = yield [Request(name, phase, body) for name in names]
@@ -425,7 +383,7 @@ class SecAggServer:
 
     def _hear(
         self,
-        session: _Session | None,
+        session: ServerSession | None,
         replies: Iterator[Reply],
         names: Sequence[str],
         take: Callable[[Reply], None],
@@ -446,78 +404,25 @@ class SecAggServer:
         context = Context.of(replace(task, attempt=attempt))
         return self.link.open(context, reply, phase=phase, codec=codec(phase), max_payload=max_payload)
 
+    def _known(self, name: str) -> PublicIdentity:
+        return self._signed.roster.site(name)
+
     def _use(self, signed: SignedRoster) -> None:
         roster = signed.roster
         self._signed, self.terms = signed, Terms.of(self.plan, roster)
         self.link = replace(self.link, sites=roster.active(), roster=roster.digest())
 
     def _admitted(self, task: Task, sites: Sequence[str], heard: _Heard) -> list[str]:
-        found = json.loads(self.memory.get("secagg/excluded") or b"{}")
         admitted = []
         for site in sites:
             try:
                 self._signed.roster.site(site)
-                if found == {"site": site, "round": task.round}:
+                if self.book.excluded(site, round=task.round):
                     raise DealerLied("left out of this round: in the one before it dealt false shares", site=site)
                 admitted.append(site)
             except FedLoRAError as e:
                 heard.reject(site, e)
         return admitted
-
-    # --- on the disk ------------------------------------------------------------------------------------------------
-
-    def _put(self, kind: str, blob: bytes) -> None:
-        self.memory.put(f"secagg/{kind}", blob)
-
-    def _save(self, task: Task, session: _Session) -> None:
-        facts = {
-            "round": task.round,
-            "kind": task.kind,
-            "attempt": session.attempt,
-            "t1": session.cohort.t1.hex(),
-            "stage": session.stage,
-            "delivered": Delivered.dump_all(session.delivered).hex(),
-            "votes": certificate(session.votes).hex(),
-            "aborts": certificate(session.aborts).hex(),
-            "revealed": {str(n): raw.hex() for n, raw in session.revealed.items()},
-            "gone": sorted(session.gone),
-            "tries": session.tries,
-        }
-        self._put("session", canonical(facts))
-
-    def _stored(self, task: Task) -> dict[str, Any]:
-        """The session of this round that has begun and not ended; empty if there is none."""
-        facts: dict[str, Any] = json.loads(self.memory.get("secagg/session") or b"{}")
-        this = (facts.get("round"), facts.get("kind")) == (task.round, task.kind)
-        return facts if this and facts["stage"] != "aborted" else {}
-
-    def _load(self, task: Task, facts: Mapping[str, Any]) -> _Session:
-        """The files are this server's own; what is damaged makes the run stop and not a sum wrong, as every share and signature
-        in them is checked."""
-        cohort = Cohort.parse(self.memory.get("secagg/cohort") or b"", self.terms.rules, self.link.sites.__getitem__)
-        if cohort.t1.hex() != facts["t1"]:
-            raise SessionError("the files of the session do not belong together", hint="start the run anew under another name")
-        reader, deals = Reader(self.memory.get("secagg/deals") or b"", "deals"), {}
-        while reader.left:
-            number = reader.number()
-            deals[number] = reader.take(deal_bytes(cohort, number))
-        session = _Session(cohort, deals, facts["attempt"], facts["stage"], gone=set(facts["gone"]), tries=facts["tries"])
-        session.delivered = Delivered.read_all(Reader(bytes.fromhex(facts["delivered"]), "deliveries"))
-        session.votes = read_certificate(Reader(bytes.fromhex(facts["votes"]), "votes"))
-        session.aborts = read_certificate(Reader(bytes.fromhex(facts["aborts"]), "votes"))
-        session.revealed = {int(n): bytes.fromhex(raw) for n, raw in facts["revealed"].items()}
-        if session.stage in ("vote", "unmask", "done"):
-            size = 8 * self.terms.numbers(task.reply_layout).size
-            blob = self.memory.get("secagg/sum") or b""
-            session.numbers = np.frombuffer(blob[:size], "<u8").astype(np.uint64)
-            session.vector = np.frombuffer(blob[size:], self.terms.profile.word).copy()
-        return session
-
-    def _ended(self, task: Task) -> list[tuple[bytes, bytes]]:
-        facts = json.loads(self.memory.get("secagg/ended") or b"{}")
-        if (facts.get("round"), facts.get("kind")) != (task.round, task.kind):
-            return []
-        return [(bytes.fromhex(t1), bytes.fromhex(proof)) for t1, proof in facts["ended"]]
 
 
 def _code(error: FedLoRAError) -> str:

@@ -1,0 +1,172 @@
+"""What the server keeps of a session on its disk, so that a kill costs nothing: from the first masked update on, all of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.config import canonical
+from fedlora.errors import SessionError
+from fedlora.messages import Kind, Task
+from fedlora.protect import Memory
+from fedlora.protect.keys import PublicIdentity
+from fedlora.protect.roster import SignedRoster
+from fedlora.protect.secagg.cohort import Cohort, Delivered, Reader, Rules, certificate, read_certificate
+from fedlora.protect.secagg.opening import Deal, deal_bytes
+from fedlora.protect.secagg.rings import Profile, Words
+
+__all__ = ["Book", "Ended", "ServerSession", "Stage"]
+
+Stage = Literal["mask", "vote", "unmask", "done", "abort", "aborted", "void"]
+"""What comes next. ``done``: the masks can be taken off. ``aborted``: it is proved that they never will be."""
+
+Ended: TypeAlias = list[tuple[bytes, bytes]]
+"""Sessions of this round that have ended without a sum: name, certificate."""
+
+
+@dataclass(slots=True, eq=False)
+class ServerSession:
+    """A session from the moment on in which masked updates are asked for.
+
+    Attributes:
+        raw_deals: dealer's number -> what it dealt, as it came.
+        attempt: under which its messages go, whatever the task's own is by now.
+        delivered: who is in the sum.
+        votes, aborts: voter's number -> signature.
+        revealed: holder's number -> the shares as they came.
+        gone: numbers of the sites that can not answer in it any more.
+        tries: how often it was tried in vain to bring it to its end.
+        vector, numbers: the masked sum.
+    """
+
+    round: int
+    kind: Kind
+    cohort: Cohort
+    raw_deals: Mapping[int, bytes]
+    attempt: int
+    stage: Stage = "mask"
+    delivered: list[Delivered] = field(default_factory=list)
+    votes: dict[int, bytes] = field(default_factory=dict)
+    aborts: dict[int, bytes] = field(default_factory=dict)
+    revealed: dict[int, bytes] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
+    tries: int = 0
+    vector: Words = field(default_factory=lambda: np.zeros(0, np.uint16))
+    numbers: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    @property
+    def deals(self) -> dict[int, Deal]:
+        return {n: Deal.parse(self.cohort, n, raw) for n, raw in self.raw_deals.items()}
+
+    @property
+    def counted(self) -> list[int]:
+        return [d.number for d in self.delivered]
+
+    def names(self, numbers: Sequence[int]) -> list[str]:
+        return [self.cohort.advert(n).name for n in numbers]
+
+
+@dataclass(frozen=True, slots=True)
+class Book:
+    """The files of the session of now, and who is left out. They are this server's own; what is damaged makes the run stop and
+    not a sum wrong, as every share and signature in them is checked again.
+
+    Args:
+        memory: durable.
+    """
+
+    memory: Memory
+
+    def open(self, session: ServerSession, signed: SignedRoster) -> None:
+        """Notes a session before the first masked update is asked for."""
+        self._put("roster", signed.dump())
+        self._put("cohort", session.cohort.dump())
+        self._put("deals", b"".join(n.to_bytes(2, "big") + raw for n, raw in sorted(session.raw_deals.items())))
+        self.save(session)
+
+    def save_sum(self, session: ServerSession) -> None:
+        little = session.vector.astype(session.vector.dtype.newbyteorder("<"))
+        self._put("sum", session.numbers.astype("<u8").tobytes() + little.tobytes())
+
+    def save(self, session: ServerSession) -> None:
+        facts = {
+            "round": session.round,
+            "kind": session.kind,
+            "attempt": session.attempt,
+            "t1": session.cohort.t1.hex(),
+            "stage": session.stage,
+            "delivered": Delivered.dump_all(session.delivered).hex(),
+            "votes": certificate(session.votes).hex(),
+            "aborts": certificate(session.aborts).hex(),
+            "revealed": {str(n): raw.hex() for n, raw in session.revealed.items()},
+            "gone": sorted(session.gone),
+            "tries": session.tries,
+        }
+        self._put("session", canonical(facts))
+
+    def roster(self, task: Task) -> SignedRoster | None:
+        """The roster under which a session of this round has begun that has not ended; None if there is none."""
+        return SignedRoster.parse(self.memory.get("secagg/roster") or b"") if self._facts(task) else None
+
+    def load(
+        self, task: Task, rules: Rules, known: Callable[[str], PublicIdentity], profile: Profile, *, numbers: int
+    ) -> ServerSession:
+        """That session.
+
+        Args:
+            numbers: how many ride beside the vector.
+
+        Raises:
+            SessionError: the files do not belong together.
+        """
+        facts = self._facts(task)
+        cohort = Cohort.parse(self.memory.get("secagg/cohort") or b"", rules, known)
+        if cohort.t1.hex() != facts["t1"]:
+            raise SessionError("the files of the session do not belong together", hint="start the run anew under another name")
+        reader, deals = Reader(self.memory.get("secagg/deals") or b"", "deals"), {}
+        while reader.left:
+            number = reader.number()
+            deals[number] = reader.take(deal_bytes(cohort, number))
+        session = ServerSession(
+            task.round, task.kind, cohort, deals, facts["attempt"], facts["stage"], gone=set(facts["gone"]), tries=facts["tries"]
+        )
+        session.delivered = Delivered.read_all(Reader(bytes.fromhex(facts["delivered"]), "deliveries"))
+        session.votes = read_certificate(Reader(bytes.fromhex(facts["votes"]), "votes"))
+        session.aborts = read_certificate(Reader(bytes.fromhex(facts["aborts"]), "votes"))
+        session.revealed = {int(n): bytes.fromhex(raw) for n, raw in facts["revealed"].items()}
+        if session.stage in ("vote", "unmask", "done"):
+            blob = self.memory.get("secagg/sum") or b""
+            session.numbers = np.frombuffer(blob[: 8 * numbers], "<u8").astype(np.uint64)
+            session.vector = np.frombuffer(blob[8 * numbers :], np.dtype(profile.word).newbyteorder("<")).astype(profile.word)
+        return session
+
+    def _facts(self, task: Task) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self.memory.get("secagg/session") or b"{}")
+        this = (facts.get("round"), facts.get("kind")) == (task.round, task.kind)
+        return facts if this and facts["stage"] != "aborted" else {}
+
+    def ended(self, task: Task) -> Ended:
+        """Sessions of this round that have ended without a sum."""
+        facts = json.loads(self.memory.get("secagg/ended") or b"{}")
+        if (facts.get("round"), facts.get("kind")) != (task.round, task.kind):
+            return []
+        return [(bytes.fromhex(t1), bytes.fromhex(proof)) for t1, proof in facts["ended"]]
+
+    def save_ended(self, task: Task, ended: Ended) -> None:
+        facts = {"round": task.round, "kind": task.kind, "ended": [[t1.hex(), proof.hex()] for t1, proof in ended]}
+        self._put("ended", canonical(facts))
+
+    def exclude(self, site: str, *, round: int) -> None:
+        """Leaves a site out of one round."""
+        self._put("excluded", canonical({"site": site, "round": round}))
+
+    def excluded(self, site: str, *, round: int) -> bool:
+        return bool(json.loads(self.memory.get("secagg/excluded") or b"{}") == {"site": site, "round": round})
+
+    def _put(self, kind: str, blob: bytes) -> None:
+        self.memory.put(f"secagg/{kind}", blob)
