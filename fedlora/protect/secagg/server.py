@@ -124,9 +124,12 @@ class SecAggServer:
             if stored:
                 numbers = self.terms.numbers(task.reply_layout).size
                 session = self.book.load(task, self.terms.rules, self._known, self.terms.profile, numbers=numbers)
-            elif asked := self._admitted(task, sites, heard):
+                yield from self._go_on(task, session, ended, scales, tally, heard)
+                if session.stage == "aborted":
+                    self._use(self.roster())
+                    session = None
+            if session is None and (asked := self._admitted(task, sites, heard)):
                 session = yield from self._open(task, asked, scales, heard)
-            if session is not None:
                 yield from self._go_on(task, session, ended, scales, tally, heard)
         except CohortTooSmall as e:
             for site in session.cohort.names if session is not None else asked:
@@ -207,9 +210,9 @@ class SecAggServer:
         if session.stage == "done":
             self._tell(task, session, scales, tally, heard)
         elif session.stage != "aborted":
-            self._in_vain(task, session, tally)
+            self._in_vain(session, tally)
             raise CohortTooSmall("too few sites have answered to the end of the session")
-        else:
+        elif session.attempt == task.attempt:
             raise CohortTooSmall("the session has ended without a sum; it will be tried anew")
 
     def _masked(self, task: Task, session: ServerSession, ended: Ended, heard: _Heard) -> Talk:
@@ -353,7 +356,7 @@ class SecAggServer:
             session.cohort.threshold
         )
 
-    def _in_vain(self, task: Task, session: ServerSession, tally: Tally) -> None:
+    def _in_vain(self, session: ServerSession, tally: Tally) -> None:
         """After as many attempts as the plan gives a round, or if it can never be done: the round is void."""
         session.tries += 1
         left = [n for n in session.votes if n not in session.gone and n not in session.revealed]
