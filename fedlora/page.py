@@ -24,6 +24,7 @@ from fedlora.plots import (
     percent,
     plain,
     reference_points,
+    reported,
     size,
     stack,
     state,
@@ -268,15 +269,15 @@ def _own_sites(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[Any]) -> 
 
 
 def _names(rounds: Sequence[Mapping[str, Any]], sites: Sequence[str]) -> list[str]:
-    """The run's sites, then whatever else reported: ``*`` is a sum over sites."""
-    return [*sites, *sorted({s for r in rounds for s in r.get("sites") or {}} - set(sites))]
+    """The run's sites, then whatever else reported."""
+    return [*sites, *sorted({s for r in rounds for s in reported(r)} - set(sites))]
 
 
 def _series(rounds: Sequence[Mapping[str, Any]], sites: Sequence[str], metric: str, *, shift: int) -> list[Series]:
     """A line for each site that reported ``metric``, and their mean, at round + shift."""
     rows: list[tuple[int, dict[str, float]]] = []
     for r in rounds:
-        known = {s: v for s, m in (r.get("sites") or {}).items() if (v := finite(m.get(metric))) is not None}
+        known = {s: v for s, m in reported(r).items() if (v := finite(m.get(metric))) is not None}
         rows += [(r["round"] + shift, known)] if known else []
     names = [n for n in _names(rounds, sites) if any(n in row for _, row in rows)]
     found = [Series(plain(n), colour(names.index(n)), [(x, row.get(n)) for x, row in rows]) for n in names]
@@ -305,14 +306,14 @@ def _training(run: Mapping[str, Any], key: str) -> str:
 def _round_table(run: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for r in every:
-        reported = [_series([r], run["sites"], metric, shift=0) for metric in ("train/loss", "eval/nll")]
+        series = [_series([r], run["sites"], metric, shift=0) for metric in ("train/loss", "eval/nll")]
         asked = r.get("asked") or []
         missing = [f"{plain(s)}: {state(r, s)}" for s in run["sites"] if state(r, s) != "counted"]
         traffic = [size(sum(r.get(k, {}).values())) for k in ("bytes/down", "bytes/up")]
         facts = [number(r.get(k)) for k in ("gap/ratio", "drift")] + [f"{finite(r.get('seconds/round')) or 0:.1f}"]
         took_part = f"{len(run['sites']) - len(missing)} of {len(asked)}"
         cells = [
-            *(number(found[0].points[0][1]) if found else "-" for found in reported),
+            *(number(found[0].points[0][1]) if found else "-" for found in series),
             took_part,
             *facts,
             *traffic,

@@ -15,6 +15,7 @@ from typing import Any
 __all__ = [
     "HONEST",
     "STYLE",
+    "TOGETHER",
     "Bar",
     "Series",
     "bars",
@@ -28,6 +29,7 @@ __all__ = [
     "percent",
     "plain",
     "reference_points",
+    "reported",
     "size",
     "stack",
     "state",
@@ -76,6 +78,8 @@ dl{display:grid;grid-template-columns:fit-content(42%) 1fr;gap:4px 20px;font-siz
 """
 """Style sheet for figures and the page around them: Okabe and Ito's colours, light and dark, telephone and paper."""
 
+TOGETHER = "all together"
+"""Under this name stand numbers that are known of all sites together, and of none alone."""
 HONEST = "A test of federated learning, not of clinical skill."
 
 # --- words ------------------------------------------------------------------------------------------------------
@@ -329,6 +333,12 @@ def participation(key: str, sites: Sequence[str], rounds: Sequence[Mapping[str, 
     return _figure(key, "Who took part", note, y + 8, body + "".join(ticks))
 
 
+def reported(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What is known of each site, and of all together where single ones are not known."""
+    together = record.get("together")
+    return {**(record.get("sites") or {}), **({TOGETHER: together} if together else {})}
+
+
 def state(record: Mapping[str, Any], site: str) -> str:
     """counted, late, not asked, or the code of the rejection."""
     accepted, rejected = record.get("sites") or {}, record.get("rejected") or {}
@@ -336,4 +346,4 @@ def state(record: Mapping[str, Any], site: str) -> str:
         return "counted"
     if site in rejected:
         return plain(rejected[site])
-    return "counted" if "*" in accepted and site in (record.get("asked") or []) else "not asked"  # * is a sum over the rest
+    return "not asked"

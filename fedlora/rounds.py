@@ -68,7 +68,7 @@ def run(
         void = 0 if tally.voided is None else void + 1
         at = _next(aggregator, at, tally, record, scale=plan.lora.scale)
         store.save(at)
-        report("round", record)
+        report("round" if tally.voided is None else "round-void", record)
         if void >= plan.federation.round_attempts and tally.voided is not None:
             hint = "look at the sites, then resume the run"
             raise QuorumNotReached(f"{void} rounds on end were void: {tally.voided}", hint=hint)

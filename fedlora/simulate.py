@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedlora import build, wire
 from fedlora import report as pages
@@ -30,7 +30,7 @@ from fedlora.protect.keys import Identity, PublicIdentity, load_identity
 from fedlora.rounds import Report
 from fedlora.site import Learner
 from fedlora.store import Entry, Journal, RunStore, save_adapter, write_atomic
-from fedlora.transport import LocalTransport
+from fedlora.transport import Dropouts, LocalTransport, parse_dropouts
 
 if TYPE_CHECKING:
     from fedlora.data import Tokens
@@ -38,12 +38,22 @@ if TYPE_CHECKING:
 
 __all__ = ["parse_seeds", "simulate"]
 
+Lost: TypeAlias = frozenset[tuple[str, str, int]]
+
 _SAVE_EVERY_S = 10.0  # an arm without federation saves a round of seconds less often than it ends one
 _GENERAL = "general.jsonl"  # hold-out that has nothing to do with the task: what does training make the model forget?
 
 
 def simulate(
-    plan: Plan, *, root: Path, out: Path, seeds: Sequence[int], resume: bool, transport: str, report: Report
+    plan: Plan,
+    *,
+    root: Path,
+    out: Path,
+    seeds: Sequence[int],
+    resume: bool,
+    transport: str,
+    report: Report,
+    drop: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Runs the plan once for each seed and writes a directory that describes itself.
 
@@ -57,6 +67,7 @@ def simulate(
         seeds: each replaces ``run.seed``; the arms of one seed share it, so that they can be compared in pairs.
         resume: go on in ``out`` rather than refuse it.
         transport: ``local`` (this process) or ``flower`` (real processes on loopback).
+        drop: sites that the federation loses, see :func:`fedlora.transport.parse_dropouts`; with ``local`` only.
 
     Returns:
         The contents of each ``results.json``.
@@ -67,13 +78,16 @@ def simulate(
     """
     if plan.simulation is None:
         raise ConfigError("the plan has no [simulation] table", hint="`fedlora new simulation` prints one")
-    _claim(out, plan, transport=transport, resume=resume)
+    lost = parse_dropouts(drop, sites=plan.simulation.sites)
+    if lost and transport != "local":
+        raise ConfigError("--drop goes with --transport local", hint="over Flower, kill a site's process instead")
+    _claim(out, plan, transport=transport, drop=drop, resume=resume)
     results = []
     lab: Lab | None = None
     for seed in seeds:
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
         lab = open_lab(seeded, root=root, out=out, report=report) if lab is None else lab.reseeded(seeded)
-        results.append(_one_seed(lab, out / f"seed-{seed}", transport=transport, report=report))
+        results.append(_one_seed(lab, out / f"seed-{seed}", transport=transport, lost=lost, report=report))
     _write_summary(out, results)
     return results
 
@@ -93,16 +107,16 @@ def parse_seeds(text: str, *, default: int) -> list[int]:
     return seeds
 
 
-def _claim(out: Path, plan: Plan, *, transport: str, resume: bool) -> None:
-    facts = canonical({"plan": plan.model_dump(mode="json"), "transport": transport})
+def _claim(out: Path, plan: Plan, *, transport: str, drop: Sequence[str], resume: bool) -> None:
+    facts = canonical({"plan": plan.model_dump(mode="json"), "transport": transport, **({"drop": sorted(drop)} if drop else {})})
     mark = out / "plan.json"
     if mark.exists():
         if not resume:
             raise StoreError(f"{out} holds a simulation already", hint="--resume goes on with it; or choose another --out")
         if mark.read_bytes() != facts:
             raise StoreError(
-                f"{out} holds the simulation of another plan or over another transport",
-                hint="choose another --out; neither can change under a run",
+                f"{out} holds the simulation of another plan, over another transport or with other dropouts",
+                hint="choose another --out; none of them can change under a run",
             )
         return
     write_atomic(mark, facts)
@@ -190,7 +204,7 @@ def open_lab(plan: Plan, *, root: Path, out: Path, report: Report) -> Lab:
 # --- one seed ---------------------------------------------------------------------------------------------------
 
 
-def _one_seed(lab: Lab, out: Path, *, transport: str, report: Report) -> dict[str, Any]:
+def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report) -> dict[str, Any]:
     done = out / "results.json"
     if done.exists():
         found: dict[str, Any] = json.loads(done.read_bytes())
@@ -201,7 +215,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, report: Report) -> dict[st
         report("arm", {"name": name})
         path = out / "arms" / f"{name.replace(':', '-')}.json"
         if not path.exists():
-            trained, facts = _federated(lab, out, transport, report) if name == "federated" else arm.train(lab, out, report)
+            trained, facts = _federated(lab, out, transport, lost, report) if name == "federated" else arm.train(lab, out, report)
             facts |= _scores(lab, trained)
             write_atomic(path, canonical(facts))
         arms[name] = json.loads(path.read_bytes())
@@ -339,7 +353,7 @@ def _run_directory(lab: Lab, out: Path, transport: str) -> Path:
     return run_directory(lab.plan, out) if transport == "flower" else out / "federated"
 
 
-def _federated(lab: Lab, out: Path, transport: str, report: Report) -> tuple[Adapter, dict[str, Any]]:
+def _federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -> tuple[Adapter, dict[str, Any]]:
     """The federated arm, in this process or over real Flower processes."""
     began, steps = time.monotonic(), [0.0]
 
@@ -352,7 +366,7 @@ def _federated(lab: Lab, out: Path, transport: str, report: Report) -> tuple[Ada
 
         store = over_flower(lab.plan, lab.simulation, lab.first, data=lab.data, base=lab.base, out=out, report=report)
     else:
-        store = _in_process(lab, out, listen)
+        store = _in_process(lab, out, lost, listen)
     records = store.records()
     facts = {
         "tokens": sum(int(r["weight"]) for r in records) if lab.plan.aggregate.weighting == "tokens" else 0,
@@ -364,7 +378,7 @@ def _federated(lab: Lab, out: Path, transport: str, report: Report) -> tuple[Ada
     return store.load().adapter, facts
 
 
-def _in_process(lab: Lab, out: Path, report: Report) -> RunStore:
+def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
     directory = out / "federated"
     server = _identity(out / "keys" / "server.key", "server")
     identities = {n: _identity(out / "keys" / f"{n}.key", n) for n in lab.simulation.sites}
@@ -380,8 +394,13 @@ def _in_process(lab: Lab, out: Path, report: Report) -> RunStore:
         shutil.rmtree(directory, ignore_errors=True)  # cut off before the run began
         store = build.start_run(directory, lab.plan, lab.first)
     if store.final() is None:
-        transport = LocalTransport({n: s.handle for n, s in sites.items()})
-        build.serve_run(store, server, publics, transport, roster=roster, report=report)
+        transport = Dropouts(LocalTransport({n: s.handle for n, s in sites.items()}), lost)
+
+        def listen(event: str, facts: Mapping[str, Any]) -> None:
+            transport.listen(event, facts)
+            report(event, facts)
+
+        build.serve_run(store, server, publics, transport, roster=roster, report=listen)
     return store
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
+from fedlora.errors import ConfigError
 from fedlora.messages import Reply, Request
-from fedlora.protect import Talk
+from fedlora.protect import WORK_PHASES, Talk
 
-__all__ = ["LocalTransport", "Transport", "drive"]
+__all__ = ["Dropouts", "LocalTransport", "Transport", "drive", "parse_dropouts"]
+
+STEPS: Final = ("train", "share", "mask", "vote", "unmask")
+"""At which a site may be lost. A sealed round has the first one only."""
 
 
 class Transport(Protocol):
@@ -36,6 +42,55 @@ class LocalTransport:
         """Ignores the deadline: a site in this process cannot be late, only slow."""
         for request in requests:
             yield self._sites[request.site](request)
+
+
+@dataclass(slots=True)
+class Dropouts:
+    """A transport that loses some sites, to rehearse it: who misses one request hears nothing more of this attempt.
+
+    Args:
+        lost: (site, step, round), round 0 for every one. The step is the protection's word for it, or ``train`` for the request
+            that brings the work.
+    """
+
+    inner: Transport
+    lost: frozenset[tuple[str, str, int]]
+    _round: int = 0
+    _gone: set[str] = field(default_factory=set)
+
+    def listen(self, event: str, facts: Mapping[str, Any]) -> None:
+        """To be told what the rounds report: which one it is."""
+        if event == "ask":
+            self._round = facts["round"]
+            self._gone.clear()
+
+    def sites(self) -> Sequence[str]:
+        return self.inner.sites()
+
+    def exchange(self, requests: Sequence[Request], *, deadline_s: float) -> Iterator[Reply]:
+        for request in requests:
+            step = "train" if request.phase in WORK_PHASES else request.phase
+            if {(request.site, step, 0), (request.site, step, self._round)} & self.lost:
+                self._gone.add(request.site)
+        yield from self.inner.exchange([r for r in requests if r.site not in self._gone], deadline_s=deadline_s)
+
+
+def parse_dropouts(words: Sequence[str], *, sites: Collection[str]) -> frozenset[tuple[str, str, int]]:
+    """``site@step`` or ``site@step:round`` to what :class:`Dropouts` takes.
+
+    Raises:
+        ConfigError: not of that form, or no such site or step.
+    """
+    found = set()
+    for word in words:
+        match = re.fullmatch(r"([a-z0-9-]+)@([a-z]+)(?::([0-9]+))?", word)
+        if match is None or match[1] not in sites or match[2] not in STEPS:
+            raise ConfigError(
+                f"not a dropout: {word!r}",
+                hint=f"SITE@STEP or SITE@STEP:ROUND; sites: {', '.join(sorted(sites))}; steps: {', '.join(STEPS)}",
+            )
+        found.add((match[1], match[2], int(match[3] or 0)))
+    return frozenset(found)
 
 
 def drive(talk: Talk, transport: Transport, *, deadline_s: Callable[[Sequence[Request]], float]) -> None:

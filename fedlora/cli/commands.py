@@ -175,6 +175,10 @@ def simulate(
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; default: the plan's.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
     transport: Annotated[Literal["local", "flower"], typer.Option(help="This process, or real Flower processes.")] = "local",
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Lose a site: SITE@STEP[:ROUND], STEP is train, share, mask, vote or unmask.", show_default=False),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -196,6 +200,7 @@ def simulate(
             seeds=parse_seeds(seeds, default=found.run.seed),
             resume=resume,
             transport=transport,
+            drop=drop or [],
             report=screen,
         )
     text = (where / "summary.txt").read_text() + f"\nreport: {where / 'report.html'}"

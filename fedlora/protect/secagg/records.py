@@ -77,7 +77,7 @@ class Used:
 
     Attributes:
         counted: the sites of the sum that this site has agreed to, for comparison with the next round's.
-        before: those of the round before.
+        before: those of the last sum before this round's.
     """
 
     round: int

@@ -34,6 +34,7 @@ Words: TypeAlias = NDArray[Any]
 """Ring elements in machine words: uint16 for rings of up to 16 bits, uint32 above."""
 
 _CHUNK: Final = 1 << 16
+_MOST_LEFT: Final = 4
 _SMALLEST: Final = 1e-20  # a change below this is none: its scale would leave the normal range
 
 
@@ -104,7 +105,8 @@ def encode(
     """A change as whole levels, rounded up or down at random so that the mean is right.
 
     Args:
-        delta: the change with what earlier rounds left behind, (n,) float32, finite; becomes what this round leaves behind.
+        delta: the change with what earlier rounds left behind, (n,) float32, finite; becomes what this round leaves behind, at
+            most what four rounds can carry: training goes on from the adapter that lacks it, and learns much of it again.
         scales: value of one level, per tensor, (tensors,) float32.
         share: this site's weight over the largest weight, in (0, 1].
         seed: names the rounding's random bits (AES-256-CTR): the same seed, the same levels.
@@ -115,7 +117,7 @@ def encode(
     levels, cut = np.empty(delta.size, profile.word), np.zeros(len(layout.entries), np.int64)
     signed = levels.view(np.int16 if profile.word is np.uint16 else np.int32)
     wide = np.float32 if profile.levels < 1 << 12 else np.float64
-    noise, most = _Noise(seed), wide(profile.levels)
+    noise, most, bound = _Noise(seed), wide(profile.levels), wide(_MOST_LEFT * profile.levels)
     scratch: NDArray[Any] = np.empty(_CHUNK, wide)
     kept: NDArray[Any] = np.empty(_CHUNK, wide)
     for i, tensor in enumerate(tensor_slices(layout)):
@@ -131,6 +133,7 @@ def encode(
             signed[part] = inside
             inside *= unit
             np.subtract(values, inside, out=values, casting="same_kind")
+            np.clip(values, -bound * unit, bound * unit, out=values)
     return levels, cut
 
 

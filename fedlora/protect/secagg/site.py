@@ -222,7 +222,7 @@ class SecAggSite:
         if session.digest and digest != session.digest:
             raise SessionSpent("what this site has sent can not be made again")
         if not session.digest:
-            before = [] if used is None else (used.counted if used.round < session.round else used.before)
+            before = [] if used is None else used.before if used.round == session.round else used.counted or used.before
             # On the disk before it is sent, and this first: the one masked update of the round.
             mark = Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold, [], before)
             records.save_used(mark)

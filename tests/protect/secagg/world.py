@@ -50,12 +50,14 @@ def signed_roster(n: int, max_colluding: int = 1, min_cohort: int = 3) -> Signed
     return SignedRoster(roster).sign(identity("coordinator"))
 
 
-def secagg_plan(*, profile: str = "int8", weight_unit: int = 0, min_sites: int = 3, rounds: int = 3, **protect: Any) -> Plan:
+def secagg_plan(
+    *, profile: str = "int8", weight_unit: int = 0, min_sites: int = 3, rounds: int = 3, first_range: float = 1.0, **protect: Any
+) -> Plan:
     weighting = "tokens" if weight_unit else "uniform"
     return toy_plan(
         rounds=rounds,
         min_sites=min_sites,
-        protect=Protect(mode="secagg", profile=profile, weight_unit=weight_unit, first_range=1.0, **protect),
+        protect=Protect(mode="secagg", profile=profile, weight_unit=weight_unit, first_range=first_range, **protect),
         aggregate=Aggregate(weighting=weighting),
     )
 

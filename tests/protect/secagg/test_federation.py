@@ -1,0 +1,282 @@
+"""Whole runs under secure aggregation: real sites, real rounds, files on the disk, toy learners."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from protect.secagg import world
+from protect.secagg.world import identity
+
+from fedlora import build
+from fedlora.aggregate import FedAvg
+from fedlora.config import Evaluation, Policy, SiteFile
+from fedlora.errors import ConfigError, QuorumNotReached, StoreError
+from fedlora.messages import Reply
+from fedlora.protect.keys import load_identity
+from fedlora.protect.roster import SignedRoster, first_epoch, next_epoch
+from fedlora.rounds import check_fit
+from fedlora.store import RunStore, write_atomic
+from fedlora.testing import ToyLearner, toy_adapter
+from fedlora.transport import Dropouts, LocalTransport, parse_dropouts
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TARGETS = {"a": 1.0, "b": 3.0, "c": 5.0, "d": 7.0}
+
+
+def secagg_plan(**options):
+    """Toy learners move far in their first round."""
+    return world.secagg_plan(first_range=8.0, **options)
+
+
+def key(path, name):
+    """Kept in a file, so that another process has the same."""
+    if not (path / name).exists():
+        path.mkdir(parents=True, exist_ok=True)
+        identity(name).save(path / name)
+    return load_identity(path / name)
+
+
+class Federation:
+    """Sites in a directory, which lasts over restarts."""
+
+    def __init__(self, path, plan, *, targets=TARGETS, policy=None, pinned=None, learners=None):
+        self.path, self.plan, self.events = path, plan, []
+        self.keys = {n: key(path / "keys", n) for n in (*targets, "server", "coordinator")}
+        self.roster = path / "roster.json"
+        if not self.roster.exists():
+            publics = [self.keys[n].public for n in targets]
+            first = first_epoch(self.keys["server"].public, publics, [self.keys["coordinator"].public], now=int(time.time()))
+            self.save(SignedRoster(first))
+        self.pinned = pinned if pinned is not None else SignedRoster.parse(self.roster.read_bytes()).roster.digest()
+        self.learners = learners or {n: ToyLearner(t) for n, t in targets.items()}
+        self.policy = policy or Policy(min_sites=1)
+        self.sites = {n: self.site(n) for n in targets}
+
+    def save(self, signed):
+        write_atomic(self.roster, signed.sign(self.keys["coordinator"]).dump())
+
+    def turn(self, **changes):
+        """The next epoch of the roster, in the server's place for it."""
+        now = SignedRoster.parse(self.roster.read_bytes()).roster
+        self.save(SignedRoster(next_epoch(now, now=int(time.time()), **changes)))
+
+    def site(self, name):
+        file = SiteFile(name=name, models={MODEL: "x"}, policy=self.policy, roster=self.pinned)
+        return build.site(
+            self.keys[name],
+            self.keys["server"].public,
+            file,
+            make_learner=lambda plan: self.learners[name],
+            state=self.path / "sites" / name,
+            report=lambda event, facts: None,
+        )
+
+    def store(self):
+        directory = self.path / "run"
+        if (directory / "run.json").exists():
+            return RunStore.open(directory, self.plan)
+        return build.start_run(directory, self.plan, toy_adapter())
+
+    def handle(self, request):
+        return self.sites[request.site].handle(request)
+
+    def run(self, transport=None, **lost):
+        transport = transport or LocalTransport(dict.fromkeys(self.sites, self.handle))
+        drop = Dropouts(transport, parse_dropouts([f"{s}@{step}" for s, step in lost.items()], sites=self.sites))
+
+        def report(event, facts):
+            drop.listen(event, facts)
+            self.events.append((event, dict(facts)))
+
+        publics = {n: self.keys[n].public for n in self.sites}
+        store = self.store()
+        at = build.serve_run(store, self.keys["server"], publics, drop, roster=self.roster, report=report)
+        return at, store
+
+
+@pytest.mark.parametrize("profile", ["int4", "int8", "int12", "int16", "int24"])
+def test_every_round_halves_the_distance_to_the_mean_of_the_targets(tmp_path, profile):
+    at, store = Federation(tmp_path, secagg_plan(profile=profile, rounds=6)).run()
+    assert at.adapter.vector == pytest.approx(4.0 * (1 - 0.5**6), abs=0.5 if profile == "int4" else 0.05)
+    assert [list(r["sites"]) for r in store.records()] == [list(TARGETS)] * 6
+    assert all(r["sites"] == {n: {} for n in TARGETS} for r in store.records())  # no number of a single site
+    assert store.records()[0]["together"]["eval/nll"] == pytest.approx(4.0, abs=1e-3)
+    assert store.final()["together"]["eval/nll"] < 2.5
+
+
+def test_the_sum_is_what_sealed_updates_give_within_a_level(tmp_path):
+    """The same federation in both modes; the finest ring against float32."""
+    secret, _ = Federation(tmp_path / "a", secagg_plan(profile="int24", rounds=3, min_sites=3)).run()
+    plan = secagg_plan(rounds=3)
+    open_plan = plan.model_copy(update={"protect": type(plan.protect)()})
+    sealed, _ = Federation(tmp_path / "b", open_plan).run()
+    assert secret.adapter.vector == pytest.approx(sealed.adapter.vector, abs=1e-5)
+
+
+def test_what_the_server_stores_and_hears_names_no_number_of_a_single_site(tmp_path):
+    federation = Federation(tmp_path, secagg_plan(rounds=1))
+    federation.learners["a"].target = 0.123456789
+    federation.run()
+    events = [e for e, _ in federation.events]
+    assert "update" not in events
+    assert "sum" in events
+
+
+def test_dropouts_in_every_step_leave_the_right_rounds(tmp_path):
+    federation = Federation(tmp_path, secagg_plan(rounds=1))
+    for step, counted in (("mask", "acd"), ("vote", "abcd"), ("unmask", "abcd"), ("share", "acd"), ("train", "acd")):
+        one = Federation(tmp_path / step, secagg_plan(rounds=1))
+        _, store = one.run(b=step)
+        (record,) = store.records()
+        assert list(record["sites"]) == list(counted), step
+        assert record["partial"] == (len(counted) < 4)
+    assert federation.events == []
+
+
+def test_void_rounds_are_said_and_end_the_run_in_the_end_but_lose_nothing(tmp_path):
+    federation = Federation(tmp_path, secagg_plan(rounds=6))
+    with pytest.raises(QuorumNotReached, match="void"):
+        federation.run(a="vote", b="vote")
+    records = federation.store().records()
+    assert [r["void"] for r in records] == ["cohort-too-small"] * 3
+    assert federation.store().load().adapter.digest() == toy_adapter().digest()
+    at, store = federation.run()
+    assert at.round == 6
+    assert [bool(r["sites"]) for r in store.records()] == [False] * 3 + [True] * 3
+    assert at.adapter.vector == pytest.approx(4.0 * (1 - 0.5**3), abs=0.1)
+
+
+def test_a_rule_that_needs_single_updates_is_refused_before_anything_is_sent():
+    from types import SimpleNamespace
+
+    with pytest.raises(ConfigError, match="every single update"):
+        check_fit(SimpleNamespace(needs="each"), SimpleNamespace(reveals="sum"), name="median", mode="secagg")
+    check_fit(FedAvg(), SimpleNamespace(reveals="sum"), name="fedavg", mode="secagg")
+
+
+def test_without_a_roster_there_is_no_run(tmp_path):
+    federation = Federation(tmp_path, secagg_plan(rounds=1))
+    federation.roster.unlink()
+    with pytest.raises(StoreError, match="cannot read"):
+        federation.run()
+
+
+def test_sites_that_have_approved_another_roster_or_none_take_part_in_nothing(tmp_path):
+    for i, pinned in enumerate(("", "12" * 32)):
+        federation = Federation(tmp_path / str(i), secagg_plan(rounds=1), pinned=pinned)
+        with pytest.raises(QuorumNotReached):
+            federation.run()
+        rejected = [f["code"] for e, f in federation.events if e == "rejected"]
+        assert set(rejected) == {"roster-invalid"}
+        assert not any(learner.trained for learner in federation.learners.values())
+
+
+def test_a_site_whose_policy_wants_secure_aggregation_refuses_less_and_never_trains(tmp_path):
+    plan = secagg_plan(rounds=1)
+    sealed = plan.model_copy(update={"protect": type(plan.protect)()})
+    federation = Federation(tmp_path, sealed, policy=Policy(min_sites=1, protect=("secagg",)))
+    with pytest.raises(QuorumNotReached):
+        federation.run()
+    assert {f["code"] for e, f in federation.events if e == "rejected"} == {"plan-refused"}
+
+
+def test_a_revoked_site_is_out_from_the_next_round_on_and_a_new_epoch_travels_by_itself(tmp_path):
+    federation = Federation(tmp_path, secagg_plan(rounds=3))
+    real, sessions = federation.handle, []
+
+    def handle(request):
+        if request.phase == "mask" and not sessions:
+            sessions.append(1)
+            federation.turn(revoke=["b"])  # in the middle of the first round's session, which goes on as it began
+        return real(request)
+
+    federation.handle = handle
+    _, store = federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
+    assert [list(r["sites"]) for r in store.records()] == [list("abcd"), list("acd"), list("acd")]
+    assert store.records()[1]["rejected"] == {"b": "revoked-site"}
+    assert federation.learners["b"].trained == [1]
+
+
+def test_a_site_that_was_revoked_does_not_work_for_a_server_that_asks_it_all_the_same(tmp_path):
+    federation = Federation(tmp_path, secagg_plan(rounds=1))
+    captured = []
+
+    def handle(request):
+        captured.append(request)
+        return Reply(request.site, error="late")
+
+    federation.turn(revoke=["b"])
+    with pytest.raises(QuorumNotReached):
+        federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
+    assert {r.site for r in captured} == {"a", "c", "d"}
+
+
+def killed_when(path, event, count):
+    """Runs the federation in this process and kills it with -9 at the count-th event of a kind, at the sites or the server."""
+    federation = Federation(path, secagg_plan(rounds=3))
+    seen = []
+
+    def strike(what):
+        seen.append(what)
+        if seen.count(event) == count and what == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def handle(request):
+        strike(f"before {request.phase}")
+        reply = federation.handle(request)
+        strike(f"after {request.phase}")
+        return reply
+
+    federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
+
+
+@pytest.mark.parametrize(
+    ("event", "count"),
+    [
+        *itertools.product(["before mask", "after mask", "after vote", "before unmask", "after unmask"], [1, 7]),
+        ("after share", 5),
+    ],
+)
+def test_everything_killed_with_9_at_once_goes_on_to_the_same_bits(tmp_path, event, count):
+    undisturbed, _ = Federation(tmp_path / "calm", secagg_plan(rounds=3)).run()
+    process = multiprocessing.get_context("spawn").Process(target=killed_when, args=(tmp_path / "storm", event, count))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    federation = Federation(tmp_path / "storm", secagg_plan(rounds=3))
+    at, store = federation.run()
+    assert at.adapter.digest() == undisturbed.adapter.digest()
+    assert [list(r["sites"]) for r in store.records()] == [list(TARGETS)] * 3
+    trained = [r for learner in federation.learners.values() for r in learner.trained]
+    assert trained.count(1) == 0  # the updates of the first round came from the journals
+
+
+def test_metrics_that_the_plan_does_not_share_do_not_ride(tmp_path):
+    plan = secagg_plan(rounds=1).model_copy(update={"evaluation": Evaluation(share=("train/loss",))})
+    _, store = Federation(tmp_path, plan).run()
+    together = store.records()[0]["together"]
+    assert set(together) == {"weight", "train/loss", "secagg/cut"}
+
+
+def test_one_lone_change_can_be_refused(tmp_path):
+    federation = Federation(tmp_path, secagg_plan(rounds=6, lone_change="refuse"))
+    real = federation.handle
+    rounds = []
+
+    def handle(request):
+        if request.phase == "advertise" and request.site == "a":
+            rounds.append(1)
+        if len(rounds) > 1 and request.site == "d":
+            return Reply("d", error="late")
+        return real(request)
+
+    with pytest.raises(QuorumNotReached, match="void"):
+        federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
+    records = federation.store().records()
+    assert [list(r["sites"]) for r in records] == [list("abcd"), [], [], []]  # not one round later, either
+    rounds.clear()
+    at, _ = federation.run()  # all four are back
+    assert at.round == 6
