@@ -78,7 +78,7 @@ def gateway(
 def supernode(server: str, *, port: int, ca: Path, node_key: Path, secret: Path) -> list[str]:
     """A site's connection to the server. ``port`` is its loopback port towards our runner."""
     return [
-        executable("flower-supernode"),
+        *_module("supernode"),
         *("--superlink", server, "--root-certificates", str(ca), "--auth-supernode-private-key", str(node_key)),
         *("--host", LOOPBACK, "--port", str(port)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),

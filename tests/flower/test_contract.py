@@ -25,6 +25,7 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedlora.errors import Oversized
@@ -144,3 +145,10 @@ def test_a_small_message_that_would_unfold_to_terabytes_is_refused_before_it_doe
     assert sum(map(len, bomb.values())) < 20 << 20
     with pytest.raises(Oversized):
         _check_unfolded(bomb, 1 << 20)
+
+
+def test_the_supernodes_loop_waits_by_the_names_that_are_replaced():
+    source = inspect.getsource(loop)
+    assert set(re.findall(r"\btime\.(\w+)", source)) == {"sleep"}
+    assert "time.sleep(3)" in inspect.getsource(loop.start_client_internal)
+    assert "_push_messages(" in inspect.getsource(loop.start_client_internal)

@@ -302,11 +302,11 @@ def test_no_process_shows_a_secret_or_is_insecure(federation):
 
 def test_the_runner_outlives_its_supernode(federation):
     site, seen = federation.sites["alpha"], len(federation.sites["alpha"].events)
-    old = pid_of(site.process.pid, "flower-supernode")
+    old = pid_of(site.process.pid, "fedlora.flower.supernode")
     os.kill(old, signal.SIGTERM)
     site.wait_for(lambda e, f: f["state"].startswith("ended"), since=seen)
     site.wait_for(lambda e, f: f["state"] == "ready", since=seen)
-    assert pid_of(site.process.pid, "flower-supernode") != old
+    assert pid_of(site.process.pid, "fedlora.flower.supernode") != old
     with own_run(federation, bundle=bundle_bytes()) as client:
         transport = transport_of(federation, client)
         until(lambda: "alpha" in transport.sites())

@@ -39,6 +39,7 @@ from fedlora.flower.environment import flower_environment
 from fedlora.flower.exposure import ServerExposed, check_loopback
 from fedlora.flower.jobs import Events, Job, Outcome, load_address, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.records import STYPE, dump_reply, dump_request, parse_reply, parse_request
+from fedlora.flower.supernode import Pace
 from fedlora.messages import Reply, Request
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -115,7 +116,7 @@ def test_flower_itself_reads_these_command_lines_as_closed():
     assert link.superexec_auth_secret_file == str(HOME / "superexec.secret")
     assert link.runtime_dependency_install is False
     assert link.database == str(HOME / "state.db")
-    supernode = _parse_args_run_supernode().parse_args(node[1:])
+    supernode = _parse_args_run_supernode().parse_args(node[4:])
     assert (supernode.host, supernode.insecure, supernode.isolation) == ("127.0.0.1", False, "process")
     assert supernode.superexec_auth_secret_file
     assert supernode.auth_supernode_private_key
@@ -359,3 +360,16 @@ def test_records_of_another_form_are_no_reply(content):
 def test_too_many_bytes_are_refused():
     with pytest.raises(Oversized):
         parse_reply(record(), max_bytes=0)
+
+
+def test_a_supernode_asks_often_for_a_minute_after_a_message_and_rarely_otherwise():
+    now, slept = [0.0], []
+    pace = Pace(clock=lambda: now[0], sleep=slept.append)
+    pace.sleep(3)
+    pace.note()
+    pace.sleep(3)
+    now[0] = 59.0
+    pace.sleep(0.5)
+    now[0] = 61.0
+    pace.sleep(3)
+    assert slept == [3, 0.25, 0.25, 3]

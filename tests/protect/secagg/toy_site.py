@@ -1,0 +1,55 @@
+"""A site's process with a toy learner, which kills itself once with -9: python toy_site.py SITE_FILE TARGET [PHASE ROUND]."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from flower.harness import descendants, running, until
+
+from fedlora import build
+from fedlora.config import load_site_file
+from fedlora.flower.site import up
+from fedlora.messages import Reply, Request
+from fedlora.protect.envelope import parse
+from fedlora.protect.keys import load_identity, load_public
+from fedlora.testing import ToyLearner
+
+
+def say_goodbye() -> None:
+    """Ends the SuperNode first, as gently as Flower wants it: otherwise Flower lets no other one in for a minute."""
+    time.sleep(1)  # it has just handed the message over
+    for pid in descendants(os.getpid()):
+        os.kill(pid, signal.SIGTERM)
+        until(lambda pid=pid: not running(pid))
+
+
+def main(path: Path, target: float, phase: str = "", round: int = 0) -> None:
+    file, root = load_site_file(path), path.parent
+    site = build.site(
+        load_identity(root / file.key),
+        load_public(root / file.server_key),
+        file,
+        make_learner=lambda plan: ToyLearner(target),
+        state=root / file.state,
+        report=lambda event, facts: None,
+    )
+    mark = root / "killed"
+
+    def handle(request: Request) -> Reply:
+        at = parse(request.body, max_bytes=1 << 24).header.round
+        print(f"{time.time():.2f} {request.phase} {at}", flush=True)
+        if (request.phase, at) == (phase, round) and not mark.exists():
+            mark.touch()
+            say_goodbye()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return site.handle(request)
+
+    up(path, report=lambda event, facts: None, handle=handle)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:4], *map(int, sys.argv[4:5]))
