@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin
 
-.PHONY: test demo bank bench clean quick
+.PHONY: test demo demo-secagg bank bench clean quick
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -24,11 +24,14 @@ quick: $(VENV)/.ready  ## the tier without torch and without Flower processes
 demo: $(VENV)/.ready  ## a real federation: real model, real text, report in runs/
 	$(RUN)/python simulations/run.py demo
 
+demo-secagg: $(VENV)/.ready  ## the same under secure aggregation: the server learns the sum of the updates and nothing else
+	$(RUN)/python simulations/run.py demo-secagg
+
 bank: $(VENV)/.ready  ## the same for bank branches
 	$(RUN)/python simulations/run.py bank
 
 bench: $(VENV)/.ready
-	$(RUN)/python simulations/bench.py protect wire aggregate rounds sim
+	$(RUN)/python simulations/bench.py protect wire aggregate rounds sim secagg
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -10,6 +10,7 @@ from typing import Any
 from fedlora.adapter import Adapter
 from fedlora.config import Plan, load_plan, parse_plan
 from fedlora.errors import ConfigError, FedLoRAError, StoreError, WrongBase
+from fedlora.protect.roster import load_roster
 from fedlora.store import RunStore, load_adapter
 
 __all__ = ["describe", "export_run"]
@@ -111,6 +112,10 @@ def describe(path: Path) -> dict[str, Any]:
     with suppress(FedLoRAError, ValueError):
         plan = load_plan(path) if path.suffix == ".toml" else parse_plan(head + rest)
         return {"kind": "plan", "digest": plan.digest(), "name": plan.run.name}
+    with suppress(FedLoRAError):
+        signed = load_roster(path)
+        active = list(signed.roster.active())
+        return {"kind": "roster", "digest": signed.roster.digest(), "epoch": signed.roster.epoch, "sites": active}
     with suppress(ValueError):
         found = json.loads(head + rest)
         return {"kind": "JSON", "keys": sorted(found) if isinstance(found, dict) else type(found).__name__}

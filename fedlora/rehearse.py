@@ -17,8 +17,10 @@ from pathlib import Path
 
 from fedlora.adapter import Adapter
 from fedlora.config import Plan, Policy, Simulation, SiteData, SiteFile, dump_toml
-from fedlora.enrol import make_server_home, make_site_keys
+from fedlora.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.errors import ConnectionFailed
+from fedlora.protect.keys import Identity, load_identity, load_public
+from fedlora.protect.roster import load_roster
 from fedlora.rounds import Report
 from fedlora.store import RunStore, save_adapter, write_atomic
 
@@ -50,8 +52,10 @@ def over_flower(
         shutil.rmtree(root, ignore_errors=True)  # cut off before the run began
         _enrol(plan, simulation, first, data=data, base=base, root=root)
     port = free_port()
+    roster = load_roster(root / "server" / "roster.json").roster.digest()
     for name in simulation.sites:
-        _write_site_file(root / name, name, plan, data=data, base=base, server=f"127.0.0.1:{port}", local_port=free_port())
+        address = f"127.0.0.1:{port}"
+        _write_site_file(root / name, name, plan, data=data, base=base, server=address, local_port=free_port(), roster=roster)
     with _processes(root) as begin:
         begin("server", "server", "up", str(root / "server"), "--listen", f"127.0.0.1:{port}")
         _await(root / "server.log", "listening on")
@@ -65,21 +69,28 @@ def over_flower(
 
 def _enrol(plan: Plan, simulation: Simulation, first: Adapter, *, data: Path, base: Path, root: Path) -> None:
     make_server_home(root / "server", hosts=["127.0.0.1"])
+    publics = []
     for name in simulation.sites:
         public, _ = make_site_keys(name, root / name / "keys")
+        publics.append(load_public(public))
         shutil.copyfile(public, root / "server" / "sites" / public.name)
         for file in ("server.pub", "tls/ca.crt"):
             shutil.copyfile(root / "server" / file, root / name / "keys" / Path(file).name)
+    server = load_identity(root / "server" / "server.key").public
+    make_roster(root / "server" / "roster.json", server, publics, Identity.generate("coordinator"))
     save_adapter(root / "plan" / "first.safetensors", first, {"round": 0, "plan": plan.digest()})
     write_atomic(root / "plan" / "plan.toml", dump_toml(plan.model_copy(update={"simulation": None})).encode(), mode=0o644)
 
 
-def _write_site_file(directory: Path, name: str, plan: Plan, *, data: Path, base: Path, server: str, local_port: int) -> None:
+def _write_site_file(
+    directory: Path, name: str, plan: Plan, *, data: Path, base: Path, server: str, local_port: int, roster: str
+) -> None:
     if plan.simulation is None:
         raise ValueError("a plan with a simulation table is expected")
     file = SiteFile(
         name=name,
         server=server,
+        roster=roster,
         key=f"keys/{name}.key",
         node_key=f"keys/{name}.node.key",
         models={plan.model.model_name_or_path: str(base.resolve())},

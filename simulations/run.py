@@ -1,4 +1,4 @@
-"""Same as `fedlora simulate`; `python simulations/run.py demo` (or `bank`) prepares that task first and shows what it brought."""
+"""Same as `fedlora simulate`; `run.py demo` (or `demo-secagg`, `bank`) prepares that task first and shows what it brought."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DEMOS = {"demo": ("icd10cm", "clinical"), "bank": ("naics", "bank")}  # word -> data set, plan
+DEMOS = {
+    "demo": ("icd10cm", "clinical"),
+    "demo-secagg": ("icd10cm", "clinical-secagg"),
+    "bank": ("naics", "bank"),
+}  # word -> data set, plan
 
 
 def main() -> int:
