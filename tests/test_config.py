@@ -50,6 +50,43 @@ def test_a_wrong_plan_is_refused(tmp_path, text):
         plan_of(tmp_path, text)
 
 
+SECAGG = (
+    '[federation]\nmin_sites = {sites}\n{more}\n[aggregate]\nweighting = "{weighting}"\n[protect]\nmode = "secagg"\n{protect}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("sites", "weighting", "protect", "more", "named"),
+    [
+        (2, "uniform", "", "", "min_sites"),
+        (5, "uniform", "max_colluding = 2", "", "min_sites"),
+        (3, "tokens", "", "", "weight_unit"),
+        (3, "uniform", "weight_unit = 100", "", "weight_unit"),
+        (3, "uniform", "", "local_steps = 0\nlocal_epochs = 1", "first_range"),
+        (3, "uniform", 'profile = "int9"', "", "profile"),
+        (3, "uniform", "max_colluding = 0", "", "max_colluding"),
+        (257, "uniform", "", "", "min_sites"),
+    ],
+)
+def test_a_plan_that_secure_aggregation_cannot_keep_is_refused(tmp_path, sites, weighting, protect, more, named):
+    with pytest.raises(ConfigError, match=named):
+        plan_of(tmp_path, SECAGG.format(sites=sites, weighting=weighting, protect=protect, more=more))
+
+
+@pytest.mark.parametrize(
+    ("sites", "weighting", "protect", "more"),
+    [
+        (3, "uniform", "", ""),
+        (6, "uniform", "max_colluding = 2", ""),
+        (3, "tokens", "weight_unit = 500", ""),
+        (3, "examples", "weight_unit = 1\nfirst_range = 0.5", "local_steps = 0\nlocal_epochs = 1"),
+    ],
+)
+def test_a_plan_for_secure_aggregation(tmp_path, sites, weighting, protect, more):
+    plan = plan_of(tmp_path, SECAGG.format(sites=sites, weighting=weighting, protect=protect, more=more))
+    assert parse_plan(plan.canonical()) == plan
+
+
 def test_the_digest_names_what_is_agreed_and_nothing_else():
     plan = Plan()
     assert plan.digest() == plan.model_copy(update={"simulation": Simulation()}).digest()

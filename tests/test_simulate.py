@@ -81,6 +81,35 @@ def test_killed_and_resumed_simulations_end_in_the_same_bits(simulated, tmp_path
     assert scores == {name: arm["sites"] for name, arm in results(simulated)["arms"].items()}
 
 
+SECAGG = """arms = ["federated"]
+
+[aggregate]
+weighting = "uniform"
+
+[protect]
+mode = "secagg"
+"""
+
+
+@pytest.mark.torch
+def test_under_secure_aggregation_with_dropouts_the_report_knows_only_all_together(tmp_path):
+    plan = tmp_path / "toy.toml"
+    five = 'sites = ["a", "b", "c", "d", "e"]\n'
+    plan.write_text(TOY.read_text().replace("num_rounds = 4", "num_rounds = 3") + five + SECAGG)
+    words = ["simulate", str(plan), "--drop", "b@mask:1", "--drop", "c@unmask:2", "--drop", "d@train:3", "-q"]
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        assert main([*words, "--out", str(out)]) == 0
+    assert adapters(outs[0]) == adapters(outs[1])  # other keys, other masks, the same sums
+    rounds = results(outs[0])["rounds"]
+    assert [list(r["sites"]) for r in rounds] == [list("acde"), list("abcde"), list("abce"), list("abcde")]
+    assert all(metrics == {} for r in rounds for metrics in r["sites"].values())
+    assert "all together" in (outs[0] / "report.html").read_text()
+    assert main(["simulate", str(plan), "--out", str(outs[0]), "--resume", "-q"]) == 3  # with other dropouts it is another run
+    assert main(["simulate", str(plan), "--drop", "b@lunch", "--out", str(tmp_path / "no"), "-q"]) == 3
+    assert main([*words, "--transport", "flower", "--out", str(tmp_path / "no")]) == 3
+
+
 @pytest.mark.torch
 @pytest.mark.flower
 def test_real_flower_processes_give_the_simulated_bits_although_the_power_fails(simulated, tmp_path):
