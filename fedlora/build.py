@@ -357,7 +357,7 @@ def serve_run(
         keeper = _keeper(store.memory, identity.public, load_roster(roster).roster.digest())
         protection = SecAggServer(
             link,
-            lambda: keeper.take(roster.read_bytes()),
+            lambda: keeper.take(load_roster(roster).dump()),
             store.plan,
             Book(store.memory),
             before=lambda round: store.adapter(round - 2).vector if round > 1 else None,

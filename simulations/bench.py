@@ -1,4 +1,4 @@
-"""Speed and memory, as JSON lines: `python simulations/bench.py protect wire aggregate rounds sim`.
+"""Speed and memory, as JSON lines: `python simulations/bench.py protect wire aggregate rounds sim secagg`.
 
 Each row states what it measured, the median of its repeats and, where there is one, the ratio to a peer in the same run.
 """
@@ -269,7 +269,21 @@ def bench_sim() -> None:
     row("sim", rounds=5, local_steps=40, federated_s=whole, steps_alone_s=steps, ratio=whole / steps)
 
 
-BENCHES = {"protect": bench_protect, "wire": bench_wire, "aggregate": bench_aggregate, "rounds": bench_rounds, "sim": bench_sim}
+def bench_secagg() -> None:
+    """A site's and the server's part in secure aggregation, beside flwr's; see the file of that name."""
+    import bench_secagg
+
+    bench_secagg.main()
+
+
+BENCHES = {
+    "protect": bench_protect,
+    "wire": bench_wire,
+    "aggregate": bench_aggregate,
+    "rounds": bench_rounds,
+    "sim": bench_sim,
+    "secagg": bench_secagg,
+}
 
 
 def main() -> None:
@@ -277,9 +291,10 @@ def main() -> None:
         _aggregate(int(sys.argv[2]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=sorted(BENCHES))
+    parser.add_argument("what", nargs="*", default="all", choices=[*BENCHES, "all"], help="all, if nothing is named")
     parser.add_argument("--json", action="store_true", help="JSON lines, which is what is printed anyway")
-    for name in parser.parse_args().what:
+    what = parser.parse_args().what
+    for name in BENCHES if "all" in what else what:
         BENCHES[name]()
 
 

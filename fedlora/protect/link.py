@@ -175,7 +175,12 @@ class ServerLink:
         return open_envelope(envelope, self.reply_key)
 
 
-def hear(replies: Iterator[Reply], asked: Collection[str], take: Callable[[Reply], None], tally: Tally) -> None:
+def hear(
+    replies: Iterator[Reply],
+    asked: Collection[str],
+    take: Callable[[Reply], None],
+    reject: Callable[[str, FedLoRAError], object],
+) -> None:
     """Gives each site's first reply to ``take``, one at a time; an error that it raises is that site's alone."""
     waiting = set(asked)
     for reply in replies:
@@ -185,7 +190,7 @@ def hear(replies: Iterator[Reply], asked: Collection[str], take: Callable[[Reply
         try:
             take(reply)
         except FedLoRAError as e:
-            tally.reject(reply.site, e)
+            reject(reply.site, e)
         del reply  # one update in memory at a time
 
 

@@ -50,7 +50,7 @@ class SealedServer:
         del payload
         replies = yield [Request(site, PHASES[task.kind], body) for site in asked]
         del body
-        hear(replies, asked, lambda reply: tally.accept(reply.site, self._open(task, reply)), tally)
+        hear(replies, asked, lambda reply: tally.accept(reply.site, self._open(task, reply)), tally.reject)
 
     def _open(self, task: Task, reply: Reply) -> Update:
         layout = task.reply_layout

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PublicKey
 
-from fedlora.errors import BadSignature, CohortTooSmall, UnknownSite, VotesMissing, WireError, WrongContext
+from fedlora.errors import BadSignature, CohortTooSmall, RevokedSite, UnknownSite, VotesMissing, WireError, WrongContext
 from fedlora.protect.keys import KEM_BYTES, PublicIdentity
 
 __all__ = [
@@ -389,13 +390,19 @@ def read_certificate(reader: Reader) -> dict[int, bytes]:
 def check_certificate(
     votes: Mapping[int, bytes], text: bytes, *, names: Sequence[str], threshold: int, known: Callable[[str], PublicIdentity]
 ) -> None:
-    """At least ``threshold`` sites of ``names`` (in order of number) have signed this vote.
+    """At least ``threshold`` sites of ``names`` (in order of number) have signed this vote. One that has been revoked since does
+    not count.
 
     Raises:
         VotesMissing: fewer.
         BadSignature: one is not what it says.
     """
-    if len(votes) < threshold or any(not 1 <= n <= len(names) for n in votes):
-        raise VotesMissing(f"{len(votes)} votes, {threshold} are needed")
+    if any(not 1 <= n <= len(names) for n in votes):
+        raise VotesMissing(f"a vote of a site that is none of {len(names)}")
+    count = 0
     for number, signature in votes.items():
-        _verify(known(names[number - 1]), "vote", text, signature)
+        with suppress(RevokedSite):
+            _verify(known(names[number - 1]), "vote", text, signature)
+            count += 1
+    if count < threshold:
+        raise VotesMissing(f"{count} votes, {threshold} are needed")

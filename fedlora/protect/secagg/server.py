@@ -10,10 +10,9 @@ import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedlora import wire
 from fedlora.adapter import F32, Update
@@ -62,23 +61,8 @@ _FINAL = frozenset({SecretsGone.code, SessionSpent.code, BothSecretsRequested.co
 Exchange = Generator[Sequence[Request], Iterator[Reply], None]
 
 
-@dataclass(slots=True)
-class _Heard:
-    """A tally for the steps of a session: keeps each site's first error until it is known who counts."""
-
-    errors: dict[str, FedLoRAError] = field(default_factory=dict)
-
-    def accept(self, site: str, update: Update) -> None:
-        raise ValueError("no single update is ever accepted")
-
-    def accept_sum(self, sites: Sequence[str], update: Update, *, squares: NDArray[np.float64], counted: int) -> None:
-        raise ValueError("only a whole session gives a sum")
-
-    def reject(self, site: str, error: FedLoRAError) -> None:
-        self.errors.setdefault(site, error)
-
-    def void(self, error: FedLoRAError) -> None:
-        raise ValueError("only a whole session is void")
+Errors: TypeAlias = dict[str, FedLoRAError]
+"""Each site's first error, until it is known who counts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +99,8 @@ class SecAggServer:
 
         Gives the tally the sum of the sites whose updates are in it, or nothing. What a site did wrong is told in either case.
         """
-        heard, session, ended = _Heard(), None, self.book.ended(task)
+        session, ended = None, self.book.ended(task)
+        errors: Errors = {}
         stored = self.book.roster(task)
         self._use(stored or self.roster())
         scales = self.terms.scales(task, self.before(task.round))
@@ -124,17 +109,20 @@ class SecAggServer:
             if stored:
                 numbers = self.terms.numbers(task.reply_layout).size
                 session = self.book.load(task, self.terms.rules, self._known, self.terms.profile, numbers=numbers)
-                yield from self._go_on(task, session, ended, scales, tally, heard)
+                yield from self._go_on(task, session, ended, scales, tally, errors)
                 if session.stage == "aborted":
                     self._use(self.roster())
                     session = None
-            if session is None and (asked := self._admitted(task, sites, heard)):
-                session = yield from self._open(task, asked, scales, heard)
-                yield from self._go_on(task, session, ended, scales, tally, heard)
+            if session is None and (asked := self._admitted(task, sites, errors)):
+                session = yield from self._open(task, asked, scales, errors)
+                yield from self._go_on(task, session, ended, scales, tally, errors)
         except CohortTooSmall as e:
             for site in session.cohort.names if session is not None else asked:
-                heard.reject(site, e)
-        for site, error in heard.errors.items():
+                errors.setdefault(site, e)
+        if session is not None and session.stage == "void":
+            for site in session.cohort.names:
+                errors.setdefault(site, SessionError("its session has ended without a sum"))
+        for site, error in errors.items():
             if session is None or session.stage != "done" or site not in session.names(session.counted):
                 tally.reject(site, error)
             else:
@@ -142,10 +130,10 @@ class SecAggServer:
 
     # --- a new session ------------------------------------------------------------------------------------------
 
-    def _open(self, task: Task, asked: Sequence[str], scales: F32, heard: _Heard) -> Generator[Any, Any, ServerSession]:
-        cohort = yield from self._advertised(task, asked, scales, heard)
+    def _open(self, task: Task, asked: Sequence[str], scales: F32, errors: Errors) -> Generator[Any, Any, ServerSession]:
+        cohort = yield from self._advertised(task, asked, scales, errors)
         self.report("session", {"round": task.round, "sites": cohort.names, "threshold": cohort.threshold})
-        deals = yield from self._dealt(task, cohort, heard)
+        deals = yield from self._dealt(task, cohort, errors)
         fewest = self.terms.rules.fewest_inputs(len(cohort.adverts))
         if len(deals) < fewest:
             raise CohortTooSmall(f"{len(deals)} of {len(cohort.adverts)} sites have dealt their shares, {fewest} are needed")
@@ -153,7 +141,7 @@ class SecAggServer:
         self.book.open(session, self._signed)
         return session
 
-    def _advertised(self, task: Task, asked: Sequence[str], scales: F32, heard: _Heard) -> Generator[Any, Any, Cohort]:
+    def _advertised(self, task: Task, asked: Sequence[str], scales: F32, errors: Errors) -> Generator[Any, Any, Cohort]:
         phase = "advertise"
         context = self.terms.context(task, scales, self.link.roster)
         adverts: list[Advert] = []
@@ -176,10 +164,10 @@ class SecAggServer:
         del offer, inner
         replies = yield [Request(site, phase, body) for site in asked]
         del body
-        hear(replies, asked, take, heard)
+        hear(replies, asked, take, errors.setdefault)
         return Cohort.of(adverts, self.terms.rules)
 
-    def _dealt(self, task: Task, cohort: Cohort, heard: _Heard) -> Generator[Any, Any, dict[int, bytes]]:
+    def _dealt(self, task: Task, cohort: Cohort, errors: Errors) -> Generator[Any, Any, dict[int, bytes]]:
         deals: dict[int, bytes] = {}
 
         def take(reply: Reply) -> None:
@@ -188,34 +176,34 @@ class SecAggServer:
             Deal.parse(cohort, number, payload)
             deals[number] = payload
 
-        yield from self._ask_all(task, task.attempt, cohort.names, "share", cohort.dump(), take, heard)
+        yield from self._ask_all(task, task.attempt, cohort.names, "share", cohort.dump(), take, errors)
         return deals
 
     # --- a session that has begun ---------------------------------------------------------------------------------
 
-    def _go_on(self, task: Task, session: ServerSession, ended: Ended, scales: F32, tally: Tally, heard: _Heard) -> Talk:
+    def _go_on(self, task: Task, session: ServerSession, ended: Ended, scales: F32, tally: Tally, errors: Errors) -> Talk:
         if session.stage == "void":  # and killed before that was noted
             return tally.void(CohortTooSmall("too few sites of the session were left to end it"))
         if session.stage == "mask":
-            yield from self._masked(task, session, ended, heard)
+            yield from self._masked(task, session, ended, errors)
             self.report("masked", {"round": task.round, "sites": session.names(session.counted)})
         if session.stage == "vote":
-            yield from self._voted(task, session, heard)
+            yield from self._voted(task, session, errors)
             if session.stage == "vote" and self._too_few_left(session, session.votes):
                 session.stage = "abort"  # it cannot end with a sum; whoever has not voted may say so
         if session.stage == "abort":
-            yield from self._aborted(task, session, ended, heard)
+            yield from self._aborted(task, session, ended, errors)
         if session.stage == "unmask":
-            yield from self._revealed(task, session, heard)
+            yield from self._revealed(task, session, errors)
         if session.stage == "done":
-            self._tell(task, session, scales, tally, heard)
+            self._tell(task, session, scales, tally, errors)
         elif session.stage != "aborted":
             self._in_vain(session, tally)
             raise CohortTooSmall("too few sites have answered to the end of the session")
         elif session.attempt == task.attempt:
             raise CohortTooSmall("the session has ended without a sum; it will be tried anew")
 
-    def _masked(self, task: Task, session: ServerSession, ended: Ended, heard: _Heard) -> Talk:
+    def _masked(self, task: Task, session: ServerSession, ended: Ended, errors: Errors) -> Talk:
         """Adds up what comes, one update in memory at a time. After a restart all are asked again, and say the same."""
         cohort, deals = session.cohort, session.deals
         layout, profile = task.reply_layout, self.terms.profile
@@ -245,7 +233,7 @@ class SecAggServer:
             requests.append(Request(name, "mask", self._seal(task, session.attempt, [name], "mask", payload)))
         replies = yield requests
         del requests, deals
-        self._hear(session, replies, session.names(sorted(session.raw_deals)), take, heard)
+        self._hear(session, replies, session.names(sorted(session.raw_deals)), take, errors)
         session.delivered = sorted(delivered, key=lambda d: d.number)
         if len(delivered) < self.terms.rules.fewest_inputs(len(cohort.adverts)):
             session.stage = "abort"
@@ -254,21 +242,21 @@ class SecAggServer:
             self.book.save_sum(session)
         self.book.save(session)
 
-    def _voted(self, task: Task, session: ServerSession, heard: _Heard) -> Talk:
+    def _voted(self, task: Task, session: ServerSession, errors: Errors) -> Talk:
         text = vote_text(session.cohort.t1, COMMIT, Delivered.digest_of(session.delivered))
         payload = session.cohort.t1 + bytes([COMMIT]) + Delivered.dump_all(session.delivered)
         waiting = [n for n in session.counted if n not in session.votes]
-        yield from self._poll(task, session, waiting, payload, text, session.votes, heard)
+        yield from self._poll(task, session, waiting, payload, text, session.votes, errors)
         if len(session.votes) >= session.cohort.threshold:
             session.stage = "unmask"
         self.book.save(session)
 
-    def _aborted(self, task: Task, session: ServerSession, ended: Ended, heard: _Heard) -> Talk:
+    def _aborted(self, task: Task, session: ServerSession, ended: Ended, errors: Errors) -> Talk:
         """Asks for ABORT whoever has not said COMMIT: with enough of both, a second session proves that the first is over."""
         cohort = session.cohort
         text, payload = vote_text(cohort.t1, ABORT), cohort.t1 + bytes([ABORT])
         waiting = [n for n in range(1, len(cohort.adverts) + 1) if n not in session.aborts and n not in session.votes]
-        yield from self._poll(task, session, waiting, payload, text, session.aborts, heard)
+        yield from self._poll(task, session, waiting, payload, text, session.aborts, errors)
         if len(session.aborts) >= cohort.threshold:
             session.stage = "aborted"
             ended.append((cohort.t1, certificate(session.aborts)))
@@ -283,7 +271,7 @@ class SecAggServer:
         payload: bytes,
         text: bytes,
         votes: dict[int, bytes],
-        heard: _Heard,
+        errors: Errors,
     ) -> Talk:
         def take(reply: Reply) -> None:
             reader = Reader(self._answer(task, session.attempt, reply, "vote", max_payload=33 + SIGNATURE), "vote")
@@ -297,9 +285,9 @@ class SecAggServer:
 
         if waiting:
             names = session.names(waiting)
-            yield from self._ask_all(task, session.attempt, names, "vote", payload, take, heard, session)
+            yield from self._ask_all(task, session.attempt, names, "vote", payload, take, errors, session)
 
-    def _revealed(self, task: Task, session: ServerSession, heard: _Heard) -> Talk:
+    def _revealed(self, task: Task, session: ServerSession, errors: Errors) -> Talk:
         cohort, deals, counted = session.cohort, session.deals, session.counted
 
         def take(reply: Reply) -> None:
@@ -311,12 +299,12 @@ class SecAggServer:
         waiting = [n for n in sorted(session.votes) if n not in session.revealed]
         if len(session.revealed) < cohort.threshold:
             payload = cohort.t1 + certificate(session.votes)
-            yield from self._ask_all(task, session.attempt, session.names(waiting), "unmask", payload, take, heard, session)
+            yield from self._ask_all(task, session.attempt, session.names(waiting), "unmask", payload, take, errors, session)
         if len(session.revealed) >= cohort.threshold:
             session.stage = "done"
         self.book.save(session)
 
-    def _tell(self, task: Task, session: ServerSession, scales: F32, tally: Tally, heard: _Heard) -> None:
+    def _tell(self, task: Task, session: ServerSession, scales: F32, tally: Tally, errors: Errors) -> None:
         deals, counted = session.deals, session.counted
         shares = {n: parse_reveal(session.cohort, deals, counted, n, raw) for n, raw in session.revealed.items()}
         vector, numbers = session.vector.copy(), session.numbers.copy()
@@ -327,7 +315,7 @@ class SecAggServer:
         except DealerLied as e:
             self.book.exclude(e.site, round=task.round + 1)
             session.stage = "void"
-            heard.reject(e.site, e)
+            errors.setdefault(e.site, e)
             return tally.void(e)
         except SessionError as e:
             session.stage = "void"
@@ -376,13 +364,13 @@ class SecAggServer:
         phase: str,
         payload: bytes,
         take: Callable[[Reply], None],
-        heard: _Heard,
+        errors: Errors,
         session: ServerSession | None = None,
     ) -> Exchange:
         body = self._seal(task, attempt, names, phase, payload)
         replies = yield [Request(name, phase, body) for name in names]
         del body
-        self._hear(session, replies, names, take, heard)
+        self._hear(session, replies, names, take, errors)
 
     def _hear(
         self,
@@ -390,12 +378,12 @@ class SecAggServer:
         replies: Iterator[Reply],
         names: Sequence[str],
         take: Callable[[Reply], None],
-        heard: _Heard,
+        errors: Errors,
     ) -> None:
-        now = _Heard()
-        hear(replies, names, take, now)
-        for site, error in now.errors.items():
-            heard.reject(site, error)
+        now: Errors = {}
+        hear(replies, names, take, now.setdefault)
+        for site, error in now.items():
+            errors.setdefault(site, error)
             if session is not None and isinstance(error, RemoteError) and error.remote_code in _FINAL:
                 session.gone.add(session.cohort.number(site))
 
@@ -415,7 +403,7 @@ class SecAggServer:
         self._signed, self.terms = signed, Terms.of(self.plan, roster)
         self.link = replace(self.link, sites=roster.active(), roster=roster.digest())
 
-    def _admitted(self, task: Task, sites: Sequence[str], heard: _Heard) -> list[str]:
+    def _admitted(self, task: Task, sites: Sequence[str], errors: Errors) -> list[str]:
         admitted = []
         for site in sites:
             try:
@@ -424,7 +412,7 @@ class SecAggServer:
                     raise DealerLied("left out of this round: in the one before it dealt false shares", site=site)
                 admitted.append(site)
             except FedLoRAError as e:
-                heard.reject(site, e)
+                errors.setdefault(site, e)
         return admitted
 
 
