@@ -64,7 +64,7 @@ class Profile:
 
 
 PROFILES: Final[dict[str, Profile]] = {
-    "int4": Profile(7, 12, 3.0),
+    "int4": Profile(7, 12, 4.5),
     "int8": Profile(127, 16, 12.0),
     "int12": Profile((1 << 11) - 1, 20, 16.0),
     "int16": Profile((1 << 15) - 1, 24, 32.0),
