@@ -336,7 +336,17 @@ def serve_run(
 
     Args:
         roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
+
+    Raises:
+        ConfigError: fewer sites are enrolled than a round needs.
+        StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
+        QuorumNotReached: see :func:`fedlora.rounds.run`.
     """
+    if len(sites) < store.plan.federation.min_sites:
+        raise ConfigError(
+            f"{len(sites)} sites are enrolled, the plan's federation.min_sites is {store.plan.federation.min_sites}",
+            hint="enrol more sites, or make a plan that needs fewer",
+        )
     key = store.directory / "run.key"
     if not key.exists():
         new = key.with_suffix(".new")

@@ -315,7 +315,7 @@ class SecAggServer:
         except DealerLied as e:
             self.book.exclude(e.site, round=task.round + 1)
             session.stage = "void"
-            errors.setdefault(e.site, e)
+            errors[e.site] = e  # worse than whatever else it did
             return tally.void(e)
         except SessionError as e:
             session.stage = "void"
