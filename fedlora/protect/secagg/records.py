@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -114,7 +114,7 @@ class Records:
 
     Args:
         memory: durable.
-        identity: the key under which the session is kept is derived from its signing key.
+        identity: the key under which the session and what was used are kept is derived from its signing key.
         entropy: n random bytes.
     """
 
@@ -124,36 +124,40 @@ class Records:
 
     def session(self) -> Session | None:
         """The session that was opened last; None if there is none, or its file is damaged: the site then counts as gone."""
-        blob = self._memory.get(self._name("session"))
-        if not blob:
-            return None
         try:
-            found = json.loads(self._cipher.decrypt(blob[:12], blob[12:], None))
+            found = self._facts("session")
             known = {f.name: f.type for f in fields(Session)}
             values: dict[str, Any] = {k: bytes.fromhex(v) if known[k] == "bytes" else v for k, v in found.items()}
-            return Session(**values)
+            return Session(**values) if values else None
         except (InvalidTag, ValueError, KeyError, TypeError):
             return None
 
     def save_session(self, session: Session) -> None:
-        facts = {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(session).items()}
-        nonce = self._entropy(12)
-        self._memory.put(self._name("session"), nonce + self._cipher.encrypt(nonce, canonical(facts), None))
+        self._save_facts("session", {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(session).items()})
 
     def used(self) -> Used | None:
         """
         Raises:
             StoreError: damaged. The site then takes part in nothing: it cannot know what it has given.
         """
-        blob = self._memory.get(self._name("used"))
         try:
-            return Used(**json.loads(blob)) if blob else None
-        except (ValueError, TypeError):
+            found = self._facts("used")
+            return Used(**found) if found else None
+        except (InvalidTag, ValueError, TypeError):
             hint = "this site cannot take part in this run any more; what it has given away is not known here"
             raise StoreError("the record of what this site has given away is damaged", hint=hint) from None
 
     def save_used(self, used: Used) -> None:
-        self._memory.put(self._name("used"), canonical(asdict(used)))
+        self._save_facts("used", asdict(used))
+
+    def _facts(self, kind: str) -> dict[str, Any]:
+        blob = self._memory.get(self._name(kind))
+        found: dict[str, Any] = json.loads(self._cipher.decrypt(blob[:12], blob[12:], kind.encode())) if blob else {}
+        return found
+
+    def _save_facts(self, kind: str, facts: Mapping[str, Any]) -> None:
+        nonce = self._entropy(12)
+        self._memory.put(self._name(kind), nonce + self._cipher.encrypt(nonce, canonical(facts), kind.encode()))
 
     def blob(self, kind: str) -> bytes:
         """``cohort`` or ``relay`` as they came; empty if there is none."""

@@ -26,6 +26,7 @@ from fedlora.errors import (
     SecretsGone,
     SessionError,
     SessionSpent,
+    UpdateRejected,
     WireError,
     WrongContext,
 )
@@ -312,20 +313,20 @@ class SecAggServer:
             unmask(session.cohort, deals, counted, shares, vector, numbers)
             totals = self.terms.numbers(task.reply_layout).unpack(numbers, sites=len(counted))
             weight = self._weight(task, totals.weight, len(counted))
+            mean = sum_to_mean(vector, task.reply_layout, self.terms.profile, scales, weight=weight)
+            metrics = dict(totals.metrics)
+            if task.kind == "train":
+                metrics["secagg/cut"] = int(totals.cut.sum()) / (len(counted) * mean.size)
+            update = Update(mean, totals.weight, metrics)
+            tally.accept_sum(session.names(counted), update, squares=totals.squares, counted=totals.counted)
         except DealerLied as e:
             self.book.exclude(e.site, round=task.round + 1)
-            session.stage = "void"
             errors[e.site] = e  # worse than whatever else it did
-            return tally.void(e)
-        except SessionError as e:
             session.stage = "void"
-            return tally.void(e)
-        mean = sum_to_mean(vector, task.reply_layout, self.terms.profile, scales, weight=weight)
-        cut = int(totals.cut.sum())
-        metrics = {**totals.metrics, "secagg/cut": cut / (len(counted) * mean.size)} if task.kind == "train" else totals.metrics
-        tally.accept_sum(
-            session.names(counted), Update(mean, totals.weight, metrics), squares=totals.squares, counted=totals.counted
-        )
+            tally.void(e)
+        except (SessionError, UpdateRejected) as e:  # whose fault it is nobody can tell
+            session.stage = "void"
+            tally.void(e)
 
     def _weight(self, task: Task, weight: int, sites: int) -> float:
         """Sum of the weights over the largest weight of one.

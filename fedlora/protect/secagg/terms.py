@@ -24,6 +24,8 @@ __all__ = ["MAX_WEIGHT", "Offer", "Terms", "codec"]
 MAX_WEIGHT = 16
 """Largest weight of a site: a larger one would cost the others' updates too many bits."""
 
+_SCALE_BITS = 90  # times 2^23 levels, 4 rounds and 16 for the weight it is still a float32
+
 
 def codec(phase: str) -> str:
     """The envelope's word for the payload of a phase."""
@@ -129,10 +131,10 @@ class Offer:
         """The task, and the run's key.
 
         Raises:
-            WireError: malformed, or a scale that is not a positive finite number.
+            WireError: malformed, or a scale with which a value might leave the range of float32.
         """
         task, key = parse_task(self.task, max_parameters=MAX_PARAMETERS)
         s = self.scales
-        if s.size != len(task.reply_layout.entries) or not np.all(np.isfinite(s)) or not np.all(s > 0):
-            raise WireError("scales: one positive number for each tensor is expected")
+        if s.size != len(task.reply_layout.entries) or not np.all((s >= 2.0**-_SCALE_BITS) & (s <= 2.0**_SCALE_BITS)):
+            raise WireError(f"scales: one number of 2^-{_SCALE_BITS} to 2^{_SCALE_BITS} for each tensor is expected")
         return task, key

@@ -280,3 +280,10 @@ def test_one_lone_change_can_be_refused(tmp_path):
     rounds.clear()
     at, _ = federation.run()  # all four are back
     assert at.round == 6
+
+
+def test_fewer_sites_than_a_round_needs_are_said_at_once(tmp_path):
+    federation = Federation(tmp_path, secagg_plan(rounds=1, min_sites=5))
+    with pytest.raises(ConfigError, match="4 sites are enrolled"):
+        federation.run()
+    assert federation.events == []

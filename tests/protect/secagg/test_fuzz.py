@@ -21,7 +21,7 @@ from protect.secagg.world import Heard, World, at_phase, identity, names, secagg
 from fedlora import wire
 from fedlora.adapter import Adapter, Layout, Update
 from fedlora.aggregate import FedAvg
-from fedlora.errors import FedLoRAError, UpdateRejected, WireError
+from fedlora.errors import FedLoRAError, WireError
 from fedlora.messages import Reply, Request, Task
 from fedlora.protect.envelope import Header, open_envelope, parse, seal, verify
 from fedlora.protect.link import Context
@@ -545,7 +545,6 @@ def test_numbers_that_no_site_can_have_void_the_round_and_never_stop_the_server(
     assert len(heard.sums) == (at >= 2)
 
 
-@pytest.mark.xfail(strict=True, raises=UpdateRejected, reason="_tell lets what the tally says of the sum out of collect")
 def test_a_sum_that_must_not_be_aggregated_does_not_stop_the_server(monkeypatch):
     def farthest(body):
         for at in range(len(body) - 28, len(body), 2):
@@ -559,8 +558,6 @@ def test_a_sum_that_must_not_be_aggregated_does_not_stop_the_server(monkeypatch)
     assert heard.voids or heard.rejected
 
 
-@pytest.mark.xfail(strict=True, reason="a site that missed the round before takes any scale: in float32 3e38 / share is infinite")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_no_scale_that_a_server_says_leaves_a_site_with_what_is_not_a_number():
     world = World(4, plan=secagg_plan(weight_unit=1000))
     world.globals[2] = world.globals[1]
@@ -569,11 +566,10 @@ def test_no_scale_that_a_server_says_leaves_a_site_with_what_is_not_a_number():
     offer = Offer(world.signed.dump(), np.full(2, 3e38, np.float32), inner)
     body = world.link().seal(Context.of(task), offer.dump(), phase="advertise", codec=codec("advertise"), to=["site-1"])
     site = world.__dict__["sites"]["site-1"]
-    if not world.answer(Request("site-1", "advertise", body)).error:
-        assert np.isfinite(site._encoded.left).all()
+    assert world.answer(Request("site-1", "advertise", body)).error == "wire"
+    assert site._encoded is None
 
 
-@pytest.mark.xfail(strict=True, reason="the one record whose loss costs a second masked update has no checksum")
 def test_a_flipped_bit_in_the_record_of_what_was_given_away_is_noticed():
     parser = fuzz.parsers()["records-used"]
     (blob,) = parser.samples
