@@ -1,0 +1,232 @@
+"""Writes the vectors of secure aggregation that are not there yet: `python tests/vectors/make_secagg.py`. It changes none.
+
+``three.json`` and ``four.json`` are whole sessions with fixed secrets: FORMAT.md, section 10, gives each of their bytes from the
+secrets, but for the randomness of HPKE in the deals, which is why they are made once and kept. ``refused.json`` holds one message
+or more for each condition of section 10.9, as a change of one of ``four.json``. All keys are FOR TESTS ONLY: they are public.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedlora.protect.secagg.cohort import (
+    ABORT,
+    COMMIT,
+    Advert,
+    Cohort,
+    Delivered,
+    Reader,
+    Rules,
+    certificate,
+    read_certificate,
+    sign_vote,
+    vote_text,
+)
+from fedlora.protect.secagg.dealing import Secrets, advertise, deal, mask, receive, reveal
+from fedlora.protect.secagg.masks import derive
+from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
+from fedlora.protect.secagg.rings import PROFILES, pack
+
+HERE = Path(__file__).parent / "secagg"
+SESSIONS = {
+    "three": ("three sites, all stay: 8-bit values in a ring of 16 bits", "abc", "", "int8"),
+    "four": ("four sites, of which c deals and then is lost: 12-bit values in a ring of 20 bits", "abcd", "c", "int12"),
+}
+RULES = Rules(max_colluding=1, min_cohort=3)
+SIZE, NUMBERS = 11, 5
+
+
+def secret(label: str, size: int) -> bytes:
+    return hashlib.shake_256(f"fedlora test vector, public: {label}".encode()).digest(size)
+
+
+def session(name: str) -> dict[str, Any]:
+    """All that is said, in hex, and the secrets behind it."""
+    why, sites, lost, ring = SESSIONS[name]
+    profile, context = PROFILES[ring], secret(f"{name} context", 32)
+    keys = {s: Ed25519PrivateKey.from_private_bytes(secret(f"{name} {s} signing", 32)) for s in sites}
+    secrets = {i: Secrets(secret(f"{name} {s} root", 32)) for i, s in enumerate(sites, 1)}
+    cohort = Cohort.of([advertise(s, context, secrets[i], key=keys[s]) for i, s in enumerate(sites, 1)], RULES)
+    raw = {i: deal(cohort, i, x) for i, x in secrets.items()}
+    deals = {i: Deal.parse(cohort, i, r) for i, r in raw.items()}
+    inboxes = {i: receive(cohort, i, secrets[i], Reader(relay(cohort, deals, i), "relay"), rules=RULES) for i in secrets}
+    rng = np.random.default_rng(len(sites))
+    levels = {i: rng.integers(-profile.levels, profile.levels + 1, SIZE) for i in secrets}
+    numbers = {i: rng.integers(0, 1 << 48, NUMBERS).astype(np.uint64) for i in secrets}
+    counted = [i for i, s in enumerate(sites, 1) if s not in lost]
+    bodies, listed = {}, []
+    total, whole = np.zeros(SIZE, profile.word), np.zeros(NUMBERS, np.uint64)
+    for i in counted:
+        vector, count = (levels[i] % (1 << profile.bits)).astype(profile.word), numbers[i].copy()
+        mask(cohort, i, secrets[i], inboxes[i], vector, count)
+        total, whole = total + vector, whole + count
+        bodies[i] = count.astype("<u8").tobytes() + pack(vector, profile.bits)
+        listed.append(Delivered.make(cohort, i, hashlib.sha256(bodies[i]).digest(), key=keys[sites[i - 1]]))
+    text = vote_text(cohort.t1, COMMIT, Delivered.digest_of(listed))
+    votes = {i: sign_vote(text, key=keys[sites[i - 1]]) for i in counted}
+    reveals = {i: reveal(cohort, inboxes[i], listed) for i in counted}
+    shares = {i: parse_reveal(cohort, deals, counted, i, r) for i, r in reveals.items()}
+    unmask(cohort, deals, counted, shares, total, whole)
+    return {
+        "why": why,
+        "rules": {"max_colluding": RULES.max_colluding, "min_cohort": RULES.min_cohort},
+        "levels": profile.levels,
+        "bits": profile.bits,
+        "context": context.hex(),
+        "sites": {
+            s: {
+                "number": i,
+                "ed25519 private": secret(f"{name} {s} signing", 32).hex(),
+                "mask seed": secrets[i].mask_keys.seed.hex(),
+                "self seed": secrets[i].self_seed.hex(),
+                "seal key: ML-KEM-768 seed, X25519 private": derive(secrets[i].root, "seal-keys", length=96).hex(),
+                "values": levels[i].tolist(),
+                "numbers": [int(x) for x in numbers[i]],
+                "advertisement": cohort.advert(i).dump().hex(),
+                "deal": raw[i].hex(),
+                "body": bodies[i].hex() if i in bodies else None,
+                "vote": votes[i].hex() if i in votes else None,
+                "reveal": reveals[i].hex() if i in reveals else None,
+            }
+            for i, s in enumerate(sites, 1)
+        },
+        "threshold": cohort.threshold,
+        "t1": cohort.t1.hex(),
+        "relay": {s: relay(cohort, deals, i).hex() for i, s in enumerate(sites, 1)},
+        "deliveries": Delivered.dump_all(listed).hex(),
+        "votes": certificate(votes).hex(),
+        "sum": [int(x) for x in total.astype(np.int64) % (1 << profile.bits)],
+        "sum of numbers": [int(x) for x in whole],
+    }
+
+
+def alike(one: bytes, other: bytes) -> int:
+    """How many bytes they begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def refused() -> Iterator[dict[str, Any]]:
+    """``message``: cohort, deal (of a), relay (to a), deliveries (to a), votes, reveal (of a); all of the session ``four``, with
+    ``delete`` bytes from ``at`` on replaced by ``insert``."""
+    four = json.loads((HERE / "four.json").read_text("ascii"))
+    sites = four["sites"]
+    keys = {s: Ed25519PrivateKey.from_private_bytes(bytes.fromhex(x["ed25519 private"])) for s, x in sites.items()}
+    adverts = [Advert.read(Reader(bytes.fromhex(x["advertisement"]), "advert")) for x in sites.values()]
+    cohort = Cohort.of(adverts, RULES)
+    deals = {i: Deal.parse(cohort, i, bytes.fromhex(x["deal"])) for i, x in enumerate(sites.values(), 1)}
+    dealt, relayed, revealed = (bytes.fromhex(sites["a"]["deal"]), bytes.fromhex(four["relay"]["a"]),
+                                bytes.fromhex(sites["a"]["reveal"]))  # fmt: skip
+    listed = Delivered.read_all(Reader(bytes.fromhex(four["deliveries"]), "deliveries"))
+    votes = read_certificate(Reader(bytes.fromhex(four["votes"]), "votes"))
+
+    def bad(message: str, condition: str, code: str, why: str, blob: bytes) -> dict[str, Any]:
+        """As a change of the genuine message: what is before and after it is the same."""
+        old = genuine[message]
+        at = alike(old, blob)
+        same = alike(old[at:][::-1], blob[at:][::-1])
+        change = {"at": at, "delete": len(old) - at - same, "insert": blob[at : len(blob) - same].hex()}
+        return {"message": message, "condition": f"secagg-{condition}", "expect": code, "why": why, **change}
+
+    def made(*some: Advert) -> bytes:
+        return len(some).to_bytes(2, "big") + b"".join(a.dump() for a in some)
+
+    def other(advert: Advert, key: str, **changes: Any) -> Advert:
+        """Changed, and signed again."""
+        a = replace(advert, **changes)
+        return Advert.make(a.name, a.context, a.seal, a.mask, a.promise, key=keys[key])
+
+    genuine = {
+        "cohort": cohort.dump(),
+        "deal": dealt,
+        "relay": relayed,
+        "deliveries": Delivered.dump_all(listed),
+        "votes": certificate(votes),
+        "reveal": revealed,
+    }
+    for message, blob in genuine.items():
+        yield bad(message, "cut", "wire", "the last byte is missing", blob[:-1])
+        yield bad(message, "cut", "wire", "nothing at all", b"")
+        yield bad(message, "trailing", "wire", "one byte too many", blob + b"\0")
+    for message in ("deal", "reveal"):
+        yield bad(message, "session", "wrong-context", "another session's name", b"?" * 32 + genuine[message][32:])
+    a, b, c, d = adverts
+    yield bad("cohort", "cohort-count", "wire", "65 535 sites", b"\xff\xff" + cohort.dump()[2:])
+    yield bad("cohort", "cohort-count", "wire", "257 sites", b"\x01\x01" + cohort.dump()[2:])
+    yield bad("cohort", "name", "wire", "a name of one byte above 127", cohort.dump()[:3] + b"\xe9" + cohort.dump()[4:])
+    yield bad("cohort", "stranger", "unknown-site", "e, whom nobody knows", made(a, b, c, other(d, "d", name="e")))
+    yield bad("cohort", "revoked", "revoked-site", "r, whose keys were revoked", made(a, b, c, other(d, "d", name="r")))
+    yield bad("cohort", "advert-signature", "bad-signature", "signed by c in the name of d", made(a, b, c, other(d, "c")))
+    flipped = replace(d, mask=bytes([d.mask[0] ^ 1]) + d.mask[1:])
+    yield bad("cohort", "advert-signature", "bad-signature", "one bit of a mask key", made(a, b, c, flipped))
+    zeros = other(d, "d", mask=d.mask[:-32] + bytes(32))
+    yield bad("cohort", "key", "key-file", "a mask key of small order, signed by its site", made(a, b, c, zeros))
+    wrong = other(d, "d", seal=b"\xff" * 1184 + d.seal[1184:])
+    yield bad("cohort", "key", "key-file", "an ML-KEM key with coefficients out of range", made(a, b, c, wrong))
+    yield bad("cohort", "too-few", "cohort-too-small", "two sites", made(a, b))
+    yield bad("cohort", "twice", "wire", "d twice", made(a, b, c, d, d))
+    elsewhere = other(d, "d", context=b"?" * 32)
+    yield bad("cohort", "contexts", "wrong-context", "d has seen another task", made(a, b, c, elsewhere))
+    only_b = {1: deals[1], 2: deals[2]}
+    yield bad("relay", "dealers", "cohort-too-small", "b's alone", relay(cohort, only_b, 1))
+    one = (len(relayed) - 2 - 1168) // 3  # c leads its pair with a, b and d do not
+    parts = [relayed[2 : 2 + one], relayed[2 + one : 2 + 2 * one + 1168], relayed[2 + 2 * one + 1168 :]]
+    yield bad("relay", "dealer-order", "wire", "d before c", b"\0\3" + parts[0] + parts[2] + parts[1])
+    yield bad("relay", "dealer-order", "wire", "a's own shares", b"\0\3\0\1" + relayed[4:])
+    swapped = {**deals, 2: replace(deals[2], bundles={**deals[2].bundles, 1: deals[2].bundles[3]})}
+    yield bad("relay", "sealed", "cannot-open", "shares for another site", relay(cohort, swapped, 1))
+    swapped = {**deals, 2: replace(deals[2], bundles={**deals[2].bundles, 1: deals[4].bundles[1]})}
+    yield bad("relay", "sealed", "cannot-open", "shares of another dealer", relay(cohort, swapped, 1))
+    swapped = {**deals, 3: replace(deals[3], pairs={**deals[3].pairs, 1: bytes(1168)})}
+    yield bad("relay", "sealed", "cannot-open", "an ingredient that is none", relay(cohort, swapped, 1))
+    swapped = {**deals, 2: replace(deals[2], commitments={**deals[2].commitments, 1: deals[2].commitments[3]})}
+    yield bad("relay", "share", "bad-share", "committed to other shares", relay(cohort, swapped, 1))
+    yield bad("reveal", "share", "bad-share", "one bit of a share", revealed[:-1] + bytes([revealed[-1] ^ 1]))
+    few = Delivered.dump_all(listed[:2])
+    yield bad("deliveries", "deliveries-few", "cohort-too-small", "two", few)
+    twice = b"\0\4" + Delivered.dump_all(listed)[2:] + Delivered.dump_all(listed[-1:])[2:]
+    yield bad("deliveries", "deliveries-order", "wire", "d twice", twice)
+    body = certificate(votes)
+    yield bad("votes", "deliveries-order", "wire", "the last two change places", body[:-132] + body[-66:] + body[-132:-66])
+    gone = Delivered.make(cohort, 3, b"?" * 32, key=keys["c"])
+    yield bad("deliveries", "deliveries-own", "wire", "b, c and d", Delivered.dump_all([listed[1], gone, listed[2]]))
+    mine = Delivered.make(cohort, 1, b"?" * 32, key=keys["a"])
+    yield bad("deliveries", "deliveries-own", "wire", "another body of a", Delivered.dump_all([mine, *listed[1:]]))
+    stranger = replace(listed[-1], number=9)
+    yield bad("deliveries", "deliveries-dealer", "wire", "site 9 of 4", Delivered.dump_all([*listed, stranger]))
+    forged = Delivered.make(cohort, 4, listed[2].digest, key=keys["b"])
+    yield bad("deliveries", "delivery-signature", "bad-signature", "d's, signed by b", Delivered.dump_all([*listed[:2], forged]))
+    yield bad("votes", "votes-few", "votes-missing", "two of three", certificate({i: votes[i] for i in (1, 2)}))
+    yield bad("votes", "votes-few", "votes-missing", "of site 5 of 4", certificate({**votes, 5: votes[1]}))
+    yield bad("votes", "votes-few", "votes-missing", "of site 0", certificate({**votes, 0: votes[1]}))
+    yield bad("votes", "vote-signature", "bad-signature", "b's in d's place", certificate({**votes, 4: votes[2]}))
+    aborts = {i: sign_vote(vote_text(cohort.t1, ABORT), key=keys[s]) for i, s in ((1, "a"), (2, "b"), (4, "d"))}
+    yield bad("votes", "vote-signature", "bad-signature", "ABORT in place of COMMIT", certificate(aborts))
+
+
+def main() -> None:
+    added = 0
+    HERE.mkdir(exist_ok=True)
+    for name in SESSIONS:
+        if not (HERE / f"{name}.json").exists():
+            (HERE / f"{name}.json").write_text(json.dumps(session(name), indent=1) + "\n", "ascii")
+            added += 1
+    if not (HERE / "refused.json").exists():
+        (HERE / "refused.json").write_text(json.dumps(list(refused()), indent=1) + "\n", "ascii")
+        added += 1
+    print(f"{added} added")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
