@@ -33,11 +33,11 @@ from fedlora.aggregate.sums import squares_of
 from fedlora.protect.envelope import overhead, parse, seal
 from fedlora.protect.keys import Identity, PublicIdentity
 from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Delivered, Reader, Rules
-from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, mask, receive, reveal
+from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, masked, receive, reveal
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.records import Encoded, Records
-from fedlora.protect.secagg.rings import PROFILES, encode, pack, packed_bytes, scales_for, sum_to_mean, unpack
+from fedlora.protect.secagg.rings import PROFILES, encode, packed_bytes, scales_for, sum_to_mean, unpack
 
 VALUES = 10_000_000
 RULES = Rules(max_colluding=1, min_cohort=3)
@@ -141,14 +141,10 @@ def site(name: str, peers: int) -> dict[str, Any]:
         lap("encode")
         numbers = ride.pack(weight=1, counted=one.weight, squares=squares_of(one.delta, shape), cut=cut, metrics=said)
         lap("numbers")
-        vector = levels.copy()  # what is not masked stays, for another session of the round
-        mask(session.cohort, own, session.secrets[own], inbox, vector, numbers)
-        lap("mask")
-        body = numbers.astype("<u8").tobytes() + pack(vector, profile.bits)
-        lap("pack")
-        payload = session.cohort.t1 + session.sign(own, hashlib.sha256(body).digest()).signature + body
-        lap("digest")
-        return lap.seconds, len(payload)
+        key = session.identities[session.cohort.advert(own).name].signing
+        out, _ = masked(session.cohort, own, session.secrets[own], inbox, levels, numbers, bits=profile.bits, key=key)
+        lap("mask")  # and packed, hashed, signed
+        return lap.seconds, len(out)
 
     step()
     runs = [step() for _ in range(7)]
@@ -277,9 +273,8 @@ def _write_update(path: Path, session: Handshake, inbox: Inbox, own: int, parts:
 
     profile = PROFILES["int8"]
     vector, counts = np.full(layout(VALUES).size, own, profile.word), np.full(numbers, own, np.uint64)
-    mask(session.cohort, own, session.secrets[own], inbox, vector, counts)
-    body = counts.astype("<u8").tobytes() + pack(vector, profile.bits)
-    payload = session.cohort.t1 + session.sign(own, hashlib.sha256(body).digest()).signature + body
+    key = session.identities[session.cohort.advert(own).name].signing
+    payload, _ = masked(session.cohort, own, session.secrets[own], inbox, vector, counts, bits=profile.bits, key=key)
     header = parts["header"](toy_plan().canonical(), TOY_BASE, toy_adapter())(payload)
     blob, _ = seal(payload, header=header, signer=parts["a"], recipients=[parts["b"].public], entropy=os.urandom)
     path.write_bytes(blob)

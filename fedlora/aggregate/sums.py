@@ -121,8 +121,11 @@ def squares_of(delta: F32, layout: Layout) -> NDArray[np.float64]:
     """Squared Frobenius norms of (A, B) of each LoRA pair, (pairs, 2)."""
 
     def square(part: F32) -> float:
-        wide = part.astype(np.float64)
-        return float(wide @ wide)
+        total = 0.0
+        for at in range(0, part.size, _CHUNK):
+            wide = part[at : at + _CHUNK].astype(np.float64)
+            total += float(wide @ wide)
+        return total
 
     return np.array([[square(delta[p.a]), square(delta[p.b])] for p in layout.pairs()])
 

@@ -242,7 +242,7 @@ class SiteLink:
         # The signing half is not used for it; the server's stands in, which is known to be sound.
         return PublicIdentity(SERVER, self.server.signing, kem)
 
-    def seal(self, down: Header, payload: bytes, *, codec: str, n_params: int, to: PublicIdentity) -> bytes:
+    def seal(self, down: Header, payload: bytes | memoryview, *, codec: str, n_params: int, to: PublicIdentity) -> bytes:
         """The answer to the request with header ``down``. Its number is durable before it leaves."""
         counter = _Counter(self.memory, f"{down.run}/up")
         last, prev = counter.last()

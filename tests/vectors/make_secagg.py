@@ -31,10 +31,10 @@ from fedlora.protect.secagg.cohort import (
     sign_vote,
     vote_text,
 )
-from fedlora.protect.secagg.dealing import Secrets, advertise, deal, mask, receive, reveal
+from fedlora.protect.secagg.dealing import HEAD_BYTES, Secrets, advertise, deal, masked, receive, reveal
 from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
-from fedlora.protect.secagg.rings import PROFILES, pack
+from fedlora.protect.secagg.rings import PROFILES, unpack
 
 HERE = Path(__file__).parent / "secagg"
 SESSIONS = {
@@ -67,10 +67,11 @@ def session(name: str) -> dict[str, Any]:
     total, whole = np.zeros(SIZE, profile.word), np.zeros(NUMBERS, np.uint64)
     for i in counted:
         vector, count = (levels[i] % (1 << profile.bits)).astype(profile.word), numbers[i].copy()
-        mask(cohort, i, secrets[i], inboxes[i], vector, count)
-        total, whole = total + vector, whole + count
-        bodies[i] = count.astype("<u8").tobytes() + pack(vector, profile.bits)
-        listed.append(Delivered.make(cohort, i, hashlib.sha256(bodies[i]).digest(), key=keys[sites[i - 1]]))
+        out, digest = masked(cohort, i, secrets[i], inboxes[i], vector, count, bits=profile.bits, key=keys[sites[i - 1]])
+        bodies[i] = bytes(out[HEAD_BYTES:])
+        total = total + unpack(bodies[i][8 * NUMBERS :], SIZE, profile.bits)
+        whole = whole + np.frombuffer(bodies[i][: 8 * NUMBERS], "<u8")
+        listed.append(Delivered(i, digest, bytes(out[32:HEAD_BYTES])))
     text = vote_text(cohort.t1, COMMIT, Delivered.digest_of(listed))
     votes = {i: sign_vote(text, key=keys[sites[i - 1]]) for i in counted}
     reveals = {i: reveal(cohort, inboxes[i], listed) for i in counted}

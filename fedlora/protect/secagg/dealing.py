@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
@@ -24,12 +25,14 @@ from numpy.typing import NDArray
 from fedlora.errors import BadShare, CannotOpen, CohortTooSmall, WireError
 from fedlora.protect.envelope import HPKE
 from fedlora.protect.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import Advert, Cohort, Delivered, Reader, Rules, leads
+from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Delivered, Reader, Rules, leads
 from fedlora.protect.secagg.masks import Stream, add_mask, derive
+from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room
 from fedlora.protect.secagg.shamir import SHARE_BYTES, split
 
 __all__ = [
     "BUNDLE_BYTES",
+    "HEAD_BYTES",
     "PAIR_BYTES",
     "Inbox",
     "MaskKeys",
@@ -38,6 +41,7 @@ __all__ = [
     "check_deliveries",
     "deal",
     "mask",
+    "masked",
     "promise",
     "receive",
     "reveal",
@@ -46,6 +50,8 @@ __all__ = [
 
 BUNDLE_BYTES: Final = 2 * SHARE_BYTES + 1136
 """The two shares for one peer, sealed to it."""
+HEAD_BYTES: Final = 32 + SIGNATURE
+"""What stands before the body of a masked update."""
 PAIR_BYTES: Final = 32 + 1136
 """A pair's ingredient, sealed by the site that leads the pair to the other one's mask key."""
 
@@ -245,6 +251,38 @@ def mask(cohort: Cohort, own: int, secrets: Secrets, inbox: Inbox, vector: NDArr
         pair = keys.pair(cohort, own=own, peer=peer, ingredient=ingredient)
         for target, key in zip((vector, numbers), pair, strict=True):
             add_mask(target, key, sign=1 if own < peer else -1)
+
+
+def masked(
+    cohort: Cohort,
+    own: int,
+    secrets: Secrets,
+    inbox: Inbox,
+    levels: Words,
+    numbers: NDArray[np.uint64],
+    *,
+    bits: int,
+    key: Ed25519PrivateKey,
+) -> tuple[memoryview, bytes]:
+    """Third word: the update under its masks. Session (32) | signature (64) | body: numbers, then the vector, packed.
+
+    Args:
+        levels: (n,) words of the ring, which stay as they are.
+        numbers: (m,) uint64, likewise.
+        bits: width of the ring.
+
+    Returns:
+        The message, and the digest of its body.
+    """
+    at, more = HEAD_BYTES + numbers.nbytes, packed_bytes(levels.size, bits)
+    out = memoryview(bytearray(at + more))
+    counts, vector = np.frombuffer(out[HEAD_BYTES:at], "<u8"), room(out[at:], levels.size, bits)
+    counts[:], vector[:] = numbers, levels
+    mask(cohort, own, secrets, inbox, vector, counts)
+    pack_into(out[at:], vector, bits)
+    digest = hashlib.sha256(out[HEAD_BYTES:]).digest()
+    out[:HEAD_BYTES] = cohort.t1 + Delivered.make(cohort, own, digest, key=key).signature
+    return out, digest
 
 
 def check_deliveries(

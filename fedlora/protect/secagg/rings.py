@@ -23,7 +23,9 @@ __all__ = [
     "Words",
     "encode",
     "pack",
+    "pack_into",
     "packed_bytes",
+    "room",
     "scales_for",
     "sum_to_mean",
     "tensor_slices",
@@ -128,12 +130,18 @@ def encode(
             np.divide(values, unit, out=scaled)
             scaled += noise.take(values.size)
             np.floor(scaled, out=scaled)
-            np.minimum(np.maximum(scaled, -most, out=inside), most, out=inside)
-            cut[i] += np.count_nonzero(scaled != inside)
+            over = 0
+            if scaled.max() > most or scaled.min() < -most:
+                np.clip(scaled, -most, most, out=inside)
+                over = int(np.count_nonzero(scaled != inside))
+            else:
+                inside = scaled
             signed[part] = inside
             inside *= unit
             np.subtract(values, inside, out=values, casting="same_kind")
-            np.clip(values, -bound * unit, bound * unit, out=values)
+            if over:
+                cut[i] += over
+                np.clip(values, -bound * unit, bound * unit, out=values)
     return levels, cut
 
 
@@ -181,18 +189,39 @@ def packed_bytes(n: int, bits: int) -> int:
     return -(-n * bits // 8)
 
 
-def pack(words: Words, bits: int) -> bytes:
-    """Little-endian, the first value in the lowest bits; what is above ``bits`` in a word is dropped, padding is zero."""
+def room(out: memoryview, n: int, bits: int) -> Words:
+    """Words for n ring elements that :func:`pack_into` will pack to ``out``: those bytes themselves where they are as wide."""
     if bits in (16, 32):
-        return words.astype(f"<u{bits // 8}", copy=False).tobytes()
-    pairs, mask = -(-words.size // 2), np.uint64((1 << bits) - 1)
-    out = np.empty((pairs, bits // 4), np.uint8)
+        return np.frombuffer(out, f"<u{bits // 8}")
+    return np.empty(n, np.uint16 if bits <= 16 else np.uint32)
+
+
+def pack_into(out: memoryview, words: Words, bits: int) -> None:
+    """Little-endian, the first value in the lowest bits; what is above ``bits`` in a word is dropped, padding is zero.
+
+    Args:
+        out: :func:`packed_bytes`, writable.
+        words: from :func:`room`, or anywhere.
+    """
+    target = np.frombuffer(out, np.uint8)
+    if bits in (16, 32):
+        target.view(f"<u{bits // 8}")[:] = words
+        return
+    mask = np.uint64((1 << bits) - 1)
     for at in range(0, words.size, _CHUNK):
         part = words[at : at + _CHUNK]
         both = part[0::2] & mask
         both[: part.size // 2] |= (part[1::2] & mask) << np.uint64(bits)
-        out[at // 2 : at // 2 + both.size] = both.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, : bits // 4]
-    return out.tobytes()[: packed_bytes(words.size, bits)]
+        raw = both.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, : bits // 4].ravel()
+        here = target[at * bits // 8 :][: raw.size]  # less of the last one, if their number is odd
+        here[:] = raw[: here.size]
+
+
+def pack(words: Words, bits: int) -> bytes:
+    """As :func:`pack_into`, to new bytes."""
+    out = bytearray(packed_bytes(words.size, bits))
+    pack_into(memoryview(out), words, bits)
+    return bytes(out)
 
 
 def unpack(blob: bytes | memoryview, n: int, bits: int) -> Words | None:

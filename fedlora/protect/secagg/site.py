@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -43,14 +44,16 @@ from fedlora.protect.secagg.cohort import (
     sign_vote,
     vote_text,
 )
-from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, check_deliveries, deal, mask, receive, reveal
+from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, check_deliveries, deal, masked, receive, reveal
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
-from fedlora.protect.secagg.rings import encode, pack
+from fedlora.protect.secagg.rings import encode
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 
 __all__ = ["SecAggSite"]
 
 log = logging.getLogger(__name__)
+
+_Step: TypeAlias = Callable[[bytes, Records, Session], bytes | memoryview]
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +84,7 @@ class SecAggSite:
         Raises:
             SessionError: each its own, where the session does not allow what is asked.
         """
-        steps = {"share": self._share, "mask": self._mask, "vote": self._vote, "unmask": self._unmask}
+        steps: dict[str, _Step] = {"share": self._share, "mask": self._mask, "vote": self._vote, "unmask": self._unmask}
         offered = request.phase == "advertise"  # an offer brings the roster itself
         if not offered and request.phase not in steps:
             raise WrongDirection("no phase of this protection")
@@ -97,7 +100,7 @@ class SecAggSite:
             raise SecretsGone("no session of this round and attempt is open here")
         return self._reply(header, session.reply_key, steps[request.phase](payload, records, session))
 
-    def _reply(self, header: Header, reply_key: bytes, payload: bytes) -> bytes:
+    def _reply(self, header: Header, reply_key: bytes, payload: bytes | memoryview) -> bytes:
         key = self.link.reply_key(reply_key)
         return self.link.seal(header, payload, codec=codec(header.phase), n_params=header.n_params, to=key)
 
@@ -201,7 +204,7 @@ class SecAggSite:
         self._cohort = cohort
         return deal(cohort, own, Secrets(session.root))
 
-    def _mask(self, payload: bytes, records: Records, session: Session) -> bytes:
+    def _mask(self, payload: bytes, records: Records, session: Session) -> memoryview:
         """Number of certificates (u8) | per certificate: the session's name (32), votes | what is relayed."""
         cohort = self._open_cohort(records, session)
         own, reader = cohort.number(self._name), Reader(payload, "mask")
@@ -218,7 +221,7 @@ class SecAggSite:
         relayed = reader.rest()
         if session.digest and relayed != records.blob("relay"):
             raise SessionSpent("this site has masked its update for another set of sites; it does so once")
-        body, digest = self._masked(cohort, own, relayed, session, records)
+        out, digest = self._masked(cohort, own, relayed, session, records)
         if session.digest and digest != session.digest:
             raise SessionSpent("what this site has sent can not be made again")
         if not session.digest:
@@ -228,18 +231,15 @@ class SecAggSite:
             records.save_used(mark)
             records.save_blob("relay", relayed)
             records.save_session(session.but(digest=digest))
-        signed = Delivered.make(cohort, own, digest, key=self.link.identity.signing)
-        return cohort.t1 + signed.signature + body
+        return out
 
-    def _masked(self, cohort: Cohort, own: int, relayed: bytes, session: Session, records: Records) -> tuple[bytes, bytes]:
+    def _masked(self, cohort: Cohort, own: int, relayed: bytes, session: Session, records: Records) -> tuple[memoryview, bytes]:
         inbox = self._open_inbox(cohort, own, relayed, session)
         encoded = self._encoded or records.encoded()
         if encoded is None or encoded.round != session.round:
             raise SecretsGone("the update of this round is not here any more")
-        vector, numbers = encoded.levels.copy(), encoded.numbers.copy()
-        mask(cohort, own, Secrets(session.root), inbox, vector, numbers)
-        body = numbers.astype("<u8").tobytes() + pack(vector, session.bits)
-        return body, hashlib.sha256(body).digest()
+        secrets, key = Secrets(session.root), self.link.identity.signing
+        return masked(cohort, own, secrets, inbox, encoded.levels, encoded.numbers, bits=session.bits, key=key)
 
     def _vote(self, payload: bytes, records: Records, session: Session) -> bytes:
         """Session (32) | verdict (u8) | for COMMIT: who has delivered."""

@@ -760,7 +760,7 @@ class ShortUpdate(SecAggSite):
 
 class LongUpdate(SecAggSite):
     def _mask(self, payload, records, session):
-        return super()._mask(payload, records, session) + b"\0"
+        return bytes(super()._mask(payload, records, session)) + b"\0"
 
 
 class OtherUpdate(SecAggSite):
