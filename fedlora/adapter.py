@@ -209,10 +209,8 @@ class Update:
         """
         if self.delta.shape != (size,):
             raise WrongLayout(f"expected {size} values, got {self.delta.shape}")
-        # A float64 sum of finite float32 cannot overflow, so it is finite exactly when all values are: no n-sized mask.
-        with np.errstate(invalid="ignore"):
-            total = float(np.sum(self.delta, dtype=np.float64))
-        if not math.isfinite(total):
+        # NaN is the largest and the smallest of anything: no n-sized mask.
+        if not (math.isfinite(self.delta.max()) and math.isfinite(self.delta.min())):
             raise NonFiniteUpdate("the delta holds NaN or infinity", hint="lower learning_rate, or look at the site's rows")
         bad = [k for k, v in self.metrics.items() if not math.isfinite(v)]
         if bad:

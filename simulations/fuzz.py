@@ -5,7 +5,7 @@ allocates no more than the length of its input warrants. Inputs are valid messag
 lengths; half of them get a right checksum or signature again afterwards, to come past the first gate.
 
 JSON lines: parser, inputs, seconds, refused, accepted, codes of the refusals, peak_bytes. The first broken law ends it with
-status 1, the seed and the input in hex.
+status 1, the seed and the input in hex. `--guided --only PARSER`: atheris (`pip install atheris`) looks for inputs by coverage.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import json
 import random
 import sys
+import tempfile
 import time
 import traceback
 import tracemalloc
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -458,12 +460,33 @@ def fuzz(parser: Parser, inputs: int, seed: int) -> Mapping[str, object]:
             "codes": dict(codes.most_common()), "peak_bytes": peak}  # fmt: skip
 
 
+def guided(parser: Parser, inputs: int) -> None:
+    """So many inputs that libFuzzer makes from the samples, by what of the code they reach. Ends the process."""
+    import atheris
+
+    def one(blob: bytes) -> None:
+        check(parser, blob)
+
+    with tempfile.TemporaryDirectory() as corpus:
+        for i, sample in enumerate(parser.samples):
+            (Path(corpus) / str(i)).write_bytes(sample)
+        atheris.instrument_all()
+        longest = 2 * max(map(len, parser.samples))
+        atheris.Setup([sys.argv[0], f"-runs={inputs}", f"-max_len={longest}", corpus], one)
+        atheris.Fuzz()
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--inputs", type=int, default=100_000, help="over all parsers")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--only", choices=sorted(parsers()), action="append", help="this parser; may be given several times")
+    arguments.add_argument("--guided", action="store_true", help="by coverage, with atheris; needs --only with one parser")
     given = arguments.parse_args()
+    if given.guided:
+        if len(given.only or []) != 1:
+            arguments.error("--guided takes one parser: --only NAME")
+        return guided(parsers()[given.only[0]], given.inputs)
     chosen = [p for p in parsers().values() if not given.only or p.name in given.only]
     np.seterr(all="raise")
     for i, parser in enumerate(chosen):

@@ -12,7 +12,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -26,7 +26,7 @@ from fedlora.errors import BadShare, CannotOpen, CohortTooSmall, WireError
 from fedlora.protect.envelope import HPKE
 from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Delivered, Reader, Rules, leads
-from fedlora.protect.secagg.masks import Stream, add_mask, derive
+from fedlora.protect.secagg.masks import Stream, add_masks, derive
 from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room
 from fedlora.protect.secagg.shamir import SHARE_BYTES, split
 
@@ -242,15 +242,13 @@ def open_ingredient(cohort: Cohort, keys: MaskKeys, sealed: bytes, *, dealer: in
 def mask(cohort: Cohort, own: int, secrets: Secrets, inbox: Inbox, vector: NDArray[Any], numbers: NDArray[Any]) -> None:
     """Hides the update, in place: its own mask, plus the pair's with each later peer, minus the pair's with each earlier one."""
     keys = secrets.mask_keys
-    for target, key in zip((vector, numbers), self_keys(secrets.self_seed, cohort), strict=True):
-        add_mask(target, key, sign=1)
+    masks: list[tuple[tuple[bytes, bytes], Literal[1, -1]]] = [(self_keys(secrets.self_seed, cohort), 1)]
     for peer in inbox.shares:
-        if peer == own:
-            continue
-        ingredient = inbox.ingredients[peer] if leads(peer, own) else keys.ingredient(cohort, dealer=own, holder=peer)
-        pair = keys.pair(cohort, own=own, peer=peer, ingredient=ingredient)
-        for target, key in zip((vector, numbers), pair, strict=True):
-            add_mask(target, key, sign=1 if own < peer else -1)
+        if peer != own:
+            ingredient = inbox.ingredients[peer] if leads(peer, own) else keys.ingredient(cohort, dealer=own, holder=peer)
+            masks.append((keys.pair(cohort, own=own, peer=peer, ingredient=ingredient), 1 if own < peer else -1))
+    for i, target in enumerate((vector, numbers)):
+        add_masks(target, [(pair[i], sign) for pair, sign in masks])
 
 
 def masked(

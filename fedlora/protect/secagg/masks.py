@@ -6,6 +6,7 @@ how it is cut (NIST SP 800-38A, 6.5).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -14,9 +15,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-__all__ = ["Stream", "add_mask", "derive"]
+__all__ = ["Stream", "add_masks", "derive"]
 
-_CHUNK: Final = 1 << 18  # bytes at a time: stays in the cache next to what it is added to
+_CHUNK: Final = 1 << 18  # bytes at a time
 _ZEROS: Final = memoryview(bytes(_CHUNK))
 
 
@@ -26,22 +27,25 @@ def derive(key: bytes, label: str, *, salt: bytes = b"", context: bytes = b"", l
     return HKDF(hashes.SHA256(), length, salt=salt or None, info=info).derive(key)
 
 
-def add_mask(vector: NDArray[Any], key: bytes, *, sign: Literal[1, -1]) -> None:
-    """Adds or subtracts the mask of ``key``, modulo the width of the words, in place.
+def add_masks(vector: NDArray[Any], masks: Iterable[tuple[bytes, Literal[1, -1]]]) -> None:
+    """Adds or subtracts the masks of some keys, modulo the width of the words, in place.
 
     Args:
         vector: (n,) contiguous little-endian unsigned words.
-        key: 32 bytes, for this mask only.
+        masks: key of 32 bytes, for this mask only, and sign.
     """
-    stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+    streams = [
+        (Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor(), np.add if sign > 0 else np.subtract)
+        for key, sign in masks
+    ]
     step = _CHUNK // vector.itemsize
     buffer = np.empty(step, vector.dtype)
     raw = buffer.view(np.uint8).data
-    combine = np.add if sign > 0 else np.subtract
     for at in range(0, vector.size, step):
-        part = vector[at : at + step]
-        stream.update_into(_ZEROS[: part.nbytes], raw[: part.nbytes])
-        combine(part, buffer[: part.size], out=part)
+        part = vector[at : at + step]  # stays in the cache while all masks pass over it
+        for stream, combine in streams:
+            stream.update_into(_ZEROS[: part.nbytes], raw[: part.nbytes])
+            combine(part, buffer[: part.size], out=part)
 
 
 class Stream:

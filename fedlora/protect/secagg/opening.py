@@ -5,14 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
 from fedlora.errors import BadShare, CannotOpen, DealerLied, WireError
 from fedlora.protect.secagg.cohort import Cohort, Reader, leads
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, PAIR_BYTES, MaskKeys, open_ingredient, promise, self_keys
-from fedlora.protect.secagg.masks import add_mask
+from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
 
 __all__ = ["Deal", "deal_bytes", "parse_reveal", "relay", "reveal_bytes", "unmask"]
@@ -125,22 +125,23 @@ def unmask(
     if len(holders) < cohort.threshold:
         raise ValueError(f"{len(holders)} holders, {cohort.threshold} are needed")
     lagrange, present = weights(holders), sorted(counted)
+    masks: list[tuple[tuple[bytes, bytes], Literal[1, -1]]] = []
     for dealer in sorted(deals):
         seed = join({h: revealed[h][dealer] for h in holders}, lagrange)
         advert = cohort.advert(dealer)
         if dealer in present:
             if promise(seed) != advert.promise:
                 raise DealerLied(_lie(advert.name), site=advert.name)
-            for target, key in zip((vector, numbers), self_keys(seed, cohort), strict=True):
-                add_mask(target, key, sign=-1)
+            masks.append((self_keys(seed, cohort), -1))
             continue
         keys = MaskKeys(seed)
         if keys.public != advert.mask:
             raise DealerLied(_lie(advert.name), site=advert.name)
         for peer in present:
             pair = keys.pair(cohort, own=dealer, peer=peer, ingredient=_ingredient(cohort, deals, keys, dealer, peer))
-            for target, key in zip((vector, numbers), pair, strict=True):
-                add_mask(target, key, sign=-1 if peer < dealer else 1)
+            masks.append((pair, -1 if peer < dealer else 1))
+    for i, target in enumerate((vector, numbers)):
+        add_masks(target, [(both[i], sign) for both, sign in masks])
 
 
 def _ingredient(cohort: Cohort, deals: Mapping[int, Deal], keys: MaskKeys, gone: int, peer: int) -> bytes:

@@ -29,7 +29,7 @@ from fedlora.protect.secagg.cohort import (
     vote_text,
 )
 from fedlora.protect.secagg.dealing import MaskKeys, Secrets, open_ingredient, promise, receive, self_keys
-from fedlora.protect.secagg.masks import add_mask
+from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.records import Records, Session
 from fedlora.protect.secagg.rings import PROFILES, packed_bytes, unpack
@@ -206,13 +206,13 @@ class Adversary:
         own, vector, left = self.cohort.number(site), self.masked[site][1].copy(), 0
         seed = self.seed("self", own)
         if seed is not None:
-            add_mask(vector, self_keys(seed, self.cohort)[0], sign=-1)
+            add_masks(vector, [(self_keys(seed, self.cohort)[0], -1)])
         left += seed is None
         for peer in self.deals:
             if peer != own:
                 key = self.pair(own, peer)
                 if key is not None:
-                    add_mask(vector, key, sign=-1 if own < peer else 1)
+                    add_masks(vector, [(key, -1 if own < peer else 1)])
                 left += key is None
         return vector, left
 
@@ -256,13 +256,13 @@ class Adversary:
             seed = self.seed("self", own)
             if seed is None:
                 return False
-            add_mask(vector, self_keys(seed, self.cohort)[0], sign=-1)
+            add_masks(vector, [(self_keys(seed, self.cohort)[0], -1)])
             for peer in self.deals:
                 if peer not in numbers:
                     key = self.pair(own, peer)
                     if key is None:
                         return False
-                    add_mask(vector, key, sign=-1 if own < peer else 1)
+                    add_masks(vector, [(key, -1 if own < peer else 1)])
             total += vector
         bits = (1 << self.profile.bits) - 1
         truth = sum(self.truth(s).astype(np.int64) for s in sites) & bits
