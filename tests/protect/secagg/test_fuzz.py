@@ -241,7 +241,8 @@ def test_the_mean_is_off_by_a_level_at_most_and_nothing_is_lost(ring, sites, exp
     mean = sum_to_mean(total, LAYOUT, profile, scales, weight=shares).astype(float)
     size = float(np.abs([d for d, _ in sites]).max())
     assert np.all(np.abs(mean - truth / shares)[inside] <= (unit * len(sites) / shares)[inside] + 2.0**-20 * size)
-    assert np.all(np.abs(mean - (truth - left_over) / shares)[kept] <= 2.0**-20 * size + 1e-30)
+    tiny = 2.0**-20 * size + 2.0**-22 * unit * len(sites) / shares  # float32 beside a change, and beside a level
+    assert np.all((np.abs(mean - (truth - left_over) / shares) <= tiny)[kept])
 
 
 @given(RINGS, st.floats(-0.9, 0.9), SEEDS)
