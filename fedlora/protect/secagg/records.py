@@ -152,7 +152,9 @@ class Records:
 
     def _facts(self, kind: str) -> dict[str, Any]:
         blob = self._memory.get(self._name(kind))
-        found: dict[str, Any] = json.loads(self._cipher.decrypt(blob[:12], blob[12:], kind.encode())) if blob else {}
+        if blob is None:
+            return {}
+        found: dict[str, Any] = json.loads(self._cipher.decrypt(blob[:12], blob[12:], kind.encode()))
         return found
 
     def _save_facts(self, kind: str, facts: Mapping[str, Any]) -> None:
