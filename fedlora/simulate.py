@@ -78,7 +78,7 @@ def simulate(
     """
     if plan.simulation is None:
         raise ConfigError("the plan has no [simulation] table", hint="`fedlora new simulation` prints one")
-    lost = parse_dropouts(drop, sites=plan.simulation.sites)
+    lost = parse_dropouts(drop, sites=plan.simulation.sites, plan=plan)
     if lost and transport != "local":
         raise ConfigError("--drop goes with --transport local", hint="over Flower, kill a site's process instead")
     _claim(out, plan, transport=transport, drop=drop, resume=resume)

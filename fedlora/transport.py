@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from fedlora.config import Plan
 from fedlora.errors import ConfigError
 from fedlora.messages import Reply, Request
 from fedlora.protect import WORK_PHASES, Talk
@@ -14,7 +15,7 @@ from fedlora.protect import WORK_PHASES, Talk
 __all__ = ["Dropouts", "LocalTransport", "Transport", "drive", "parse_dropouts"]
 
 STEPS: Final = ("train", "share", "mask", "vote", "unmask")
-"""At which a site may be lost. A sealed round has the first one only."""
+"""At which a site may be lost; a sealed round has the first one only."""
 
 
 class Transport(Protocol):
@@ -75,19 +76,21 @@ class Dropouts:
         yield from self.inner.exchange([r for r in requests if r.site not in self._gone], deadline_s=deadline_s)
 
 
-def parse_dropouts(words: Sequence[str], *, sites: Collection[str]) -> frozenset[tuple[str, str, int]]:
+def parse_dropouts(words: Sequence[str], *, sites: Collection[str], plan: Plan) -> frozenset[tuple[str, str, int]]:
     """``site@step`` or ``site@step:round`` to what :class:`Dropouts` takes.
 
     Raises:
-        ConfigError: not of that form, or no such site or step.
+        ConfigError: not of that form, or no such site, step or round in this plan.
     """
+    steps, last = STEPS if plan.protect.mode == "secagg" else STEPS[:1], plan.federation.num_rounds + 1
     found = set()
     for word in words:
-        match = re.fullmatch(r"([a-z0-9-]+)@([a-z]+)(?::([0-9]+))?", word)
-        if match is None or match[1] not in sites or match[2] not in STEPS:
+        match = re.fullmatch(r"([a-z0-9-]+)@([a-z]+)(?::([1-9][0-9]{0,8}))?", word)
+        if match is None or match[1] not in sites or match[2] not in steps or int(match[3] or 0) > last:
             raise ConfigError(
-                f"not a dropout: {word!r}",
-                hint=f"SITE@STEP or SITE@STEP:ROUND; sites: {', '.join(sorted(sites))}; steps: {', '.join(STEPS)}",
+                f"not a dropout of this plan: {word!r}",
+                hint=f"SITE@STEP or SITE@STEP:ROUND; sites: {', '.join(sorted(sites))}; steps under protect.mode = "
+                f"{plan.protect.mode!r}: {', '.join(steps)}; rounds: 1 to {last}, the last for the evaluation",
             )
         found.add((match[1], match[2], int(match[3] or 0)))
     return frozenset(found)

@@ -177,7 +177,10 @@ def simulate(
     transport: Annotated[Literal["local", "flower"], typer.Option(help="This process, or real Flower processes.")] = "local",
     drop: Annotated[
         list[str] | None,
-        typer.Option(help="Lose a site: SITE@STEP[:ROUND], STEP is train, share, mask, vote or unmask.", show_default=False),
+        typer.Option(
+            help="Lose a site: SITE@STEP[:ROUND], STEP is train, and under secure aggregation share, mask, vote or unmask.",
+            show_default=False,
+        ),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,

@@ -85,7 +85,7 @@ class Federation:
 
     def run(self, transport=None, **lost):
         transport = transport or LocalTransport(dict.fromkeys(self.sites, self.handle))
-        drop = Dropouts(transport, parse_dropouts([f"{s}@{step}" for s, step in lost.items()], sites=self.sites))
+        drop = Dropouts(transport, parse_dropouts([f"{s}@{step}" for s, step in lost.items()], sites=self.sites, plan=self.plan))
 
         def report(event, facts):
             drop.listen(event, facts)

@@ -1,0 +1,110 @@
+"""What the whole numbers of secure aggregation cost in loss, by themselves: `python simulations/coding.py PLAN --seeds 0,1,2`.
+
+Two runs that differ in a millionth drift apart by more than coding changes, so that a pair of runs cannot show it. Here a plan's
+federated arm runs once in float32 with uniform weights, and each round's updates are coded, summed and decoded beside it for each
+profile, with what is left over carried on; nothing is trained on the result. JSON lines: seed, profile, loss in nats per token
+and exact match on the plan's test rows, the difference in loss from float32, and the share of values that were cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora import simulate
+from fedlora.adapter import F32, Adapter, Layout, Update
+from fedlora.aggregate import AGGREGATORS, FedAvg, Sums
+from fedlora.config import Aggregate, Protect, Wire, load_plan
+from fedlora.protect.secagg.rings import PROFILES, Profile, encode, scales_for, sum_to_mean
+
+Rounds = list[dict[str, F32]]
+heard: Rounds = []
+"""Site -> update, of each round of the run that is under way."""
+
+
+class _Kept(Sums):
+    """A sum that remembers what was added."""
+
+    def add(self, site: str, update: Update, **more: Any) -> None:
+        super().add(site, update, **more)
+        heard[-1][site] = update.delta.copy()
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording(FedAvg):
+    def start(self, adapter: Adapter, *, cohort: int) -> Sums:
+        heard.append({})
+        return _Kept.start(adapter.layout, cohort=cohort, max_weight=self.max_weight)
+
+
+def coded(first: Adapter, rounds: Rounds, profile: Profile, *, first_range: float, seed: int) -> tuple[Adapter, float]:
+    """What the coded updates of all rounds would have made of the first adapter; share of values that were cut."""
+    layout: Layout = first.layout
+    before, now, cut = None, first.vector.copy(), 0
+    left = {site: np.zeros(layout.size, np.float32) for updates in rounds for site in updates}
+    for number, updates in enumerate(rounds, 1):
+        scales = scales_for(layout, profile, first_range=first_range, before=before, now=now)
+        total = np.zeros(layout.size, profile.word)
+        for site, delta in updates.items():
+            left[site] += delta
+            levels, over = encode(left[site], layout, profile, scales, share=1.0, seed=f"{seed}/{site}/{number}".encode())
+            total, cut = total + levels, cut + int(over.sum())
+        before, now = now, now + sum_to_mean(total, layout, profile, scales, weight=len(updates))
+    return Adapter(now, layout), cut / (sum(map(len, rounds)) * layout.size)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--seeds", default="")
+    parser.add_argument("--out", type=Path, required=True, help="a new directory for the runs")
+    given = parser.parse_args(arguments)
+    plan = load_plan(given.plan)
+    if plan.simulation is None:
+        parser.error("the plan has no [simulation] table")
+    alone = plan.simulation.model_copy(update={"arms": ("federated",)})
+    parts = {"protect": Protect(), "wire": Wire(), "aggregate": Aggregate(weighting="uniform"), "simulation": alone}
+    plan = plan.model_copy(update=parts)
+    AGGREGATORS["fedavg"] = _Recording
+    lab = None
+    for seed in simulate.parse_seeds(given.seeds, default=plan.run.seed):
+        seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
+        if lab is None:
+            lab = simulate.open_lab(seeded, root=given.plan.parent, out=given.out, report=_tell)
+        else:
+            lab = lab.reseeded(seeded)
+        heard.clear()
+        exact, _ = simulate._federated(lab, given.out / f"seed-{seed}", "local", frozenset(), _tell)
+        rounds = [updates for updates in heard if updates]
+        base, hits = _test(lab, exact)
+        print(json.dumps({"seed": seed, "profile": "float32", "nll": base, "exact_match": hits}), flush=True)
+        reach = plan.training.learning_rate * plan.federation.local_steps
+        for name, profile in PROFILES.items():
+            adapter, cut = coded(lab.first, rounds, profile, first_range=reach, seed=seed)
+            nll, hits = _test(lab, adapter)
+            facts = {"nll": nll, "exact_match": hits, "minus_float32": nll - base, "cut": cut}
+            print(json.dumps({"seed": seed, "profile": name, **facts}), flush=True)
+
+
+def _test(lab: simulate.Lab, adapter: Adapter) -> tuple[float, float]:
+    """Loss per token and exact match, over all sites' test rows."""
+    sites = simulate._scores(lab, adapter)["sites"].values()
+    tokens, examples = sum(s["tokens"] for s in sites), sum(s["examples"] for s in sites)
+    nll, hits = sum(s["nll"] * s["tokens"] for s in sites), sum(s["exact_match"] * s["examples"] for s in sites)
+    return nll / tokens, hits / examples
+
+
+def _tell(event: str, facts: Mapping[str, Any]) -> None:
+    if event == "round":
+        print(f"round {facts['round']}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
