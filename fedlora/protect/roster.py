@@ -569,7 +569,7 @@ def _matches(pattern: re.Pattern[str], text: object) -> bool:
 
 def _parse_object(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
-        raise Oversized(f"a roster has at most {MAX_BYTES} bytes")
+        raise Oversized(f"longer than a roster may be: {MAX_BYTES} bytes", hint="this is another file; see `fedlora inspect`")
     try:
         return wire.parse_canonical(raw)
     except WireError:
