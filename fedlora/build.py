@@ -362,28 +362,32 @@ def serve_run(
         clock=lambda: int(time.time()),
         entropy=os.urandom,
     )
-    protection: Protection = SealedServer(link, store.plan.wire.dtype)
-    if store.plan.protect.mode == "secagg":
-        keeper = _keeper(store.memory, identity.public, load_roster(roster).roster.digest())
-        protection = SecAggServer(
-            link,
-            lambda: keeper.take(load_roster(roster).dump()),
-            store.plan,
-            Book(store.memory),
-            before=lambda round: store.adapter(round - 2).vector if round > 1 else None,
-            report=report,
-        )
     last = run_rounds(
         store.plan,
         store=store,
         aggregator=aggregator(store.plan),
-        protection=protection,
+        protection=_protection(store, link, roster, report),
         transport=transport,
         enrolled=sites.keys(),
         report=report,
     )
     key.unlink()
     return last
+
+
+def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report) -> Protection:
+    """The server's half of what the plan asks for."""
+    if store.plan.protect.mode == "sealed":
+        return SealedServer(link, store.plan.wire.dtype)
+    keeper = _keeper(store.memory, link.identity.public, load_roster(roster).roster.digest())
+    return SecAggServer(
+        link,
+        lambda: keeper.take(load_roster(roster).dump()),
+        store.plan,
+        Book(store.memory),
+        before=lambda round: store.adapter(round - 2).vector if round > 1 else None,
+        report=report,
+    )
 
 
 def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> Checkpoint:

@@ -70,7 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if plan.simulation is None:
         parser.error("the plan has no [simulation] table")
     alone = plan.simulation.model_copy(update={"arms": ("federated",)})
-    parts = {"protect": Protect(), "wire": Wire(dtype="float32"), "aggregate": Aggregate(weighting="uniform"), "simulation": alone}
+    parts = {
+        "protect": Protect(),
+        "wire": Wire(dtype="float32"),
+        "aggregate": Aggregate(weighting="uniform"),
+        "simulation": alone,
+    }
     plan = plan.model_copy(update=parts)
     AGGREGATORS["fedavg"] = _Recording
     lab = None
