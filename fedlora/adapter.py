@@ -12,16 +12,18 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.errors import NonFiniteUpdate, WrongLayout
 
-__all__ = ["F32", "MAX_ENTRIES", "MAX_PARAMETERS", "Adapter", "Layout", "Pair", "Update"]
+__all__ = ["F32", "MAX_ENTRIES", "MAX_PARAMETERS", "Adapter", "Factors", "Layout", "Pair", "Update"]
 
 F32: TypeAlias = NDArray[np.float32]
+Factors: TypeAlias = Literal["A", "B", "AB"]
+"""Which factors of the LoRA pairs."""
 
 MAX_ENTRIES = 65_536
 """Most tensors that a layout may name."""
@@ -143,6 +145,35 @@ class Layout:
             pairs.append(Pair(module, at, b[0], rank=shape[0], d_in=shape[1], d_out=b[1][0]))
         return pairs
 
+    def only(self, factors: Factors) -> Layout:
+        """The tensors of these factors.
+
+        Raises:
+            WrongLayout: there is none.
+        """
+        suffixes = tuple(f".lora_{f}.weight" for f in factors)
+        return self if factors == "AB" else Layout(tuple((n, s) for n, s in self.entries if n.endswith(suffixes)))
+
+    @property
+    def rank(self) -> int:
+        """The one rank of all pairs.
+
+        Raises:
+            WrongLayout: pairs of different ranks, or tensors that are no pair.
+        """
+        ranks = {p.rank for p in self.pairs()}
+        if len(ranks) != 1:
+            raise WrongLayout(f"pairs have different ranks: {sorted(ranks)}")
+        return ranks.pop()
+
+    def at_rank(self, rank: int) -> Layout:
+        """The same modules with pairs of this rank."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for p in self.pairs():
+            shapes[f"{p.module}.lora_A.weight"] = (rank, p.d_in)
+            shapes[f"{p.module}.lora_B.weight"] = (p.d_out, rank)
+        return Layout.of(shapes)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
@@ -176,6 +207,47 @@ class Adapter:
     def tensors(self) -> dict[str, F32]:
         """Read-only views by name."""
         return {name: self.vector[at].reshape(shape) for name, at, shape in self.layout.slices()}
+
+    def part(self, layout: Layout) -> Adapter:
+        """The tensors that ``layout`` names, copied.
+
+        Raises:
+            WrongLayout: one is missing here or has another shape.
+        """
+        if layout == self.layout:
+            return self
+        mine, out = {n: (at, s) for n, at, s in self.layout.slices()}, np.empty(layout.size, np.float32)
+        for name, at, shape in layout.slices():
+            if name not in mine or mine[name][1] != shape:
+                raise WrongLayout(f"{name} is not here, or has another shape")
+            out[at] = self.vector[mine[name][0]]
+        return Adapter(out, layout)
+
+    def replaced(self, part: Adapter) -> Adapter:
+        """This adapter with the tensors of ``part`` in the place of its own.
+
+        Raises:
+            WrongLayout: one is not here or has another shape.
+        """
+        if part.layout == self.layout:
+            return part
+        mine, out = {n: (at, s) for n, at, s in self.layout.slices()}, self.vector.copy()
+        for name, at, shape in part.layout.slices():
+            if name not in mine or mine[name][1] != shape:
+                raise WrongLayout(f"{name} is not here, or has another shape")
+            out[mine[name][0]] = part.vector[at]
+        return Adapter(out, self.layout)
+
+    def at_rank(self, rank: int) -> Adapter:
+        """The first ``rank`` slots (rows of A, columns of B); slots beyond its own rank are zero."""
+        target, own = self.layout.at_rank(rank), self.tensors()
+        if target == self.layout:
+            return self
+        out = np.zeros(target.size, np.float32)
+        for name, at, shape in target.slices():
+            kept = tuple(slice(0, min(a, b)) for a, b in zip(shape, own[name].shape, strict=True))
+            out[at].reshape(shape)[kept] = own[name][kept]
+        return Adapter(out, target)
 
     def digest(self) -> str:
         """SHA-256 over layout digest and the little-endian float32 values, hex."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fedlora.adapter import Adapter
-from fedlora.aggregate import AGGREGATORS, Aggregator
+from fedlora.aggregate import rule_of
 from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
 from fedlora.errors import ConfigError, DataError, KeyFileError, ModelError
 from fedlora.messages import check_site_name
@@ -25,7 +25,6 @@ from fedlora.protect.roster import RosterKeeper, load_roster
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
-from fedlora.protect.secagg.terms import MAX_WEIGHT
 from fedlora.rounds import Report
 from fedlora.rounds import run as run_rounds
 from fedlora.site import Learner, Site
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from fedlora.learn.lora import LoraModel, LoraOptions
 
 __all__ = [
-    "aggregator",
     "base_options",
     "enrolled",
     "learner",
@@ -59,14 +57,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda"]
-
-
-def aggregator(plan: Plan) -> Aggregator:
-    """The plan's rule."""
-    rule = AGGREGATORS[plan.aggregate.name]
-    if plan.protect.mode == "secagg":
-        return rule(max_weight=MAX_WEIGHT * MAX_RECIPIENTS)  # the sum comes as one update with the weight of all
-    return rule(max_weight=1) if plan.aggregate.weighting == "uniform" else rule()
 
 
 # --- learning ---------------------------------------------------------------------------------------------------
@@ -132,6 +122,7 @@ def train_options(plan: Plan) -> TrainOptions:
         optim=t.optim,
         optimizer_state=t.optimizer_state,
         gradient_checkpointing=t.gradient_checkpointing,
+        proximal_mu=t.proximal_mu,
         local_steps=f.local_steps,
         local_epochs=f.local_epochs,
         num_rounds=f.num_rounds,
@@ -240,7 +231,6 @@ def site(
         name=identity.name,
         protection=SiteModes(SealedSite(link), SecAggSite(link, _keeper(memory, server, file.roster), os.urandom)),
         learner=make_learner,
-        encoder=aggregator,
         policy=file.policy,
         models=frozenset(file.models),
         journal=Journal(state / "journal"),
@@ -365,7 +355,7 @@ def serve_run(
     last = run_rounds(
         store.plan,
         store=store,
-        aggregator=aggregator(store.plan),
+        aggregator=rule_of(store.plan),
         protection=_protection(store, link, roster, report),
         transport=transport,
         enrolled=sites.keys(),
@@ -385,7 +375,7 @@ def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report)
         lambda: keeper.take(load_roster(roster).dump()),
         store.plan,
         Book(store.memory),
-        before=lambda round: store.adapter(round - 2).vector if round > 1 else None,
+        before=lambda back: store.adapter(back) if back >= 0 else None,
         report=report,
     )
 

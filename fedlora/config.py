@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -100,6 +101,8 @@ class Lora(Section):
     """refused for now"""
     alpha_pattern: dict[str, int] = {}
     """refused for now"""
+    ranks: dict[str, Annotated[int, Field(ge=1, le=512)]] = {}
+    """site = rank, for sites that train only the first slots; aggregate.name masked or product"""
     init_digest: Hex = ""
     """digest of the first adapter; `fedlora pin` fills it in"""
 
@@ -111,6 +114,8 @@ class Lora(Section):
                 "rank_pattern and alpha_pattern are refused: factors of different alpha / r cannot be averaged, and no rule "
                 "that may is built yet. Use one r and one lora_alpha",
             )
+        if self.ranks and max(self.ranks.values()) > self.r:
+            raise PydanticCustomError("ranks", "lora.ranks: lora.r is the largest rank, those of single sites are at most that")
         if self.target_modules == ():
             raise PydanticCustomError("targets", "target_modules is empty; name modules or say 'all-linear'")
         return self
@@ -148,6 +153,8 @@ class Training(Section):
     """recompute activations: less memory, more time"""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Adam's moments at the start of a round: fresh, or this site's own of its last round"""
+    proximal_mu: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """FedProx: mu / 2 times the squared distance from the round's first factors is added to the loss"""
 
 
 class Federation(Section):
@@ -161,6 +168,8 @@ class Federation(Section):
     """passes over its data a site makes in a round instead"""
     min_sites: Annotated[int, Field(ge=1, le=256)] = 2
     """a round with fewer valid updates is void"""
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """share of the sites at hand that train in a round, min_sites at least, drawn anew from run.seed each round"""
     round_deadline: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
     """seconds from the request to the last update that counts"""
     round_attempts: Annotated[int, Field(ge=1, le=100)] = 3
@@ -174,12 +183,49 @@ class Federation(Section):
 
 
 class Aggregate(Section):
-    """How updates become the next adapter."""
+    """How updates become the next adapter; which rule when: the documentation."""
 
-    name: Literal["fedavg"] = "fedavg"
+    name: Literal["fedavg", "ffa", "rolora", "fedsvd", "product", "masked", "robust"] = "fedavg"
     """rule; fedavg: weighted mean of the changes of A and of B"""
     weighting: Literal["tokens", "examples", "uniform"] = "tokens"
     """a site's weight: supervised tokens used in the round, examples used, or 1"""
+    share: Literal["AB", "A"] = "AB"
+    """fedavg: factors that travel; A: each site keeps a B of its own, and there is no global adapter"""
+    fedrot: Share = 0.0
+    """fedavg: how far sites turn their factors towards the global ones before they send them; 0: off"""
+    svd_every: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """fedsvd: rounds from one decomposition to the next"""
+    rank: Literal["r", "r_max", "energy", "full"] = "r"
+    """product: rank of the next adapter: lora.r, up to max_rank, what keeps the share energy, or all of it"""
+    max_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    """product: for rank r_max and energy; 0: twice lora.r"""
+    energy: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """product: share of squared singular values that rank = energy keeps in every module"""
+    gauge: Literal["balanced", "procrustes"] = "balanced"
+    """product: how it is split; procrustes: turned towards the mean factors"""
+    statistic: Literal["median", "trimmed", "multi-krum", "clip"] = "clip"
+    """robust: what takes the place of the mean"""
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """robust, trimmed: share of the sites left out at either end of each value"""
+    byzantine: Annotated[int, Field(ge=1, le=126)] = 1
+    """robust, multi-krum: how many sites may lie"""
+
+
+class ServerOptimizer(Section):
+    """A step of the server along what the sites moved."""
+
+    name: Literal["none", "sgd", "fedavgm", "nesterov", "fedadam"] = "none"
+    """none: the sites' mean as it is. The others do not go with rules that split the product anew: fedsvd, product"""
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """of the server; fedadam: about the size of a typical change, 1e-3 to 1e-2"""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """fedavgm and nesterov"""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """fedadam"""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """fedadam"""
+    tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """fedadam: keeps the division finite"""
 
 
 class Wire(Section):
@@ -271,6 +317,7 @@ class Plan(Section):
     training: Training = Training()
     federation: Federation = Federation()
     aggregate: Aggregate = Aggregate()
+    server_optimizer: ServerOptimizer = ServerOptimizer()
     wire: Wire = Wire()
     protect: Protect = Protect()
     evaluation: Evaluation = Evaluation()
@@ -297,6 +344,13 @@ class Plan(Section):
             raise PydanticCustomError("secagg-range", "protect.mode = 'secagg' with local_epochs needs protect.first_range")
         return self
 
+    @model_validator(mode="after")
+    def _rule_fits(self) -> Self:
+        wrong = list(_misfits(self))
+        if wrong:
+            raise PydanticCustomError("rule", "{all}", {"all": "; ".join(wrong)})
+        return self
+
     def canonical(self) -> bytes:
         """The agreed part (all but ``simulation``) as canonical JSON: sorted keys, no spaces, ASCII, no default left out."""
         return canonical(self.model_dump(mode="json", exclude={"simulation"}))
@@ -309,6 +363,63 @@ class Plan(Section):
         """This plan with the digests of the base and of the first adapter filled in."""
         model = self.model.model_copy(update={"digest": base})
         return self.model_copy(update={"model": model, "lora": self.lora.model_copy(update={"init_digest": init})})
+
+
+_OWN = {
+    "share": "fedavg",
+    "fedrot": "fedavg",
+    "svd_every": "fedsvd",
+    "rank": "product",
+    "max_rank": "product",
+    "energy": "product",
+    "gauge": "product",
+    "statistic": "robust",
+    "trim": "robust",
+    "byzantine": "robust",
+}
+
+
+def _misfits(plan: Plan) -> Iterator[str]:
+    """What in a plan does not go together with its rule, each in a sentence that says what to do."""
+    a, o, secagg = plan.aggregate, plan.server_optimizer, plan.protect.mode == "secagg"
+    for key, rule in _OWN.items():
+        if rule != a.name and getattr(a, key) != getattr(Aggregate(), key):
+            yield f"aggregate.{key} belongs to aggregate.name = {rule!r}, this plan says {a.name!r}: leave it out"
+    if a.name == "robust" and secagg:
+        yield (
+            "aggregate.name = 'robust' needs every single update, protect.mode = 'secagg' shows only their sum: choose "
+            "aggregate.name = 'fedavg', or protect.mode = 'sealed'"
+        )
+    if a.name == "product" and secagg and a.rank != "r":
+        yield (
+            f"aggregate.rank = {a.rank!r} needs every single update, protect.mode = 'secagg' shows only their sum: choose "
+            "aggregate.rank = 'r', which two sums can give, or protect.mode = 'sealed'"
+        )
+    if a.gauge == "procrustes" and (a.rank != "r" or plan.lora.ranks):
+        yield "aggregate.gauge = 'procrustes' mixes the slots: it goes with aggregate.rank = 'r' and no lora.ranks"
+    if a.share == "A" and a.fedrot:
+        yield "aggregate.fedrot turns A and B together; with share = 'A' the B that stays would no longer fit"
+    if a.name == "robust" and a.statistic == "multi-krum" and plan.federation.min_sites < 2 * a.byzantine + 3:
+        yield (
+            f"aggregate.statistic = 'multi-krum' against {a.byzantine} liars needs federation.min_sites >= "
+            f"{2 * a.byzantine + 3}: twice aggregate.byzantine and three"
+        )
+    if plan.lora.ranks and a.name not in ("masked", "product"):
+        yield f"lora.ranks: aggregate.name = {a.name!r} cannot average different ranks: choose 'masked' or 'product'"
+    if o.name == "none" and o != ServerOptimizer():
+        yield "server_optimizer has settings, but its name is 'none'"
+    if a.name in ("fedsvd", "product") and o.name != "none":
+        yield (
+            f"server_optimizer.name = {o.name!r}: aggregate.name = {a.name!r} splits the product into other factors each round, "
+            "in which a change of the old ones means nothing: choose server_optimizer.name = 'none'"
+        )
+    if a.name in ("fedsvd", "product", "rolora") and plan.training.optimizer_state == "keep":
+        yield (
+            f"training.optimizer_state = 'keep': under aggregate.name = {a.name!r} the moments of the last round belong to other "
+            "factors: choose 'reset'"
+        )
+    if a.name == "masked" and secagg and plan.protect.weight_unit and plan.protect.profile == "int4":
+        yield "aggregate.name = 'masked' with weights needs 16 levels: choose protect.profile = 'int8' or wider"
 
 
 class Policy(Section):

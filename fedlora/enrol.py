@@ -87,7 +87,7 @@ def pin_plan(plan_file: Path, model: Path, out: Path) -> Plan:
         StoreError: ``out`` exists.
         ModelError: nothing usable at ``model``.
     """
-    from fedlora.learn.first import first_adapter
+    from fedlora.first import first_adapter
 
     if out.exists():
         raise StoreError(f"{out} exists", hint="choose another --out; a pinned plan is not changed under its run")

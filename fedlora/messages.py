@@ -46,9 +46,11 @@ class Task:
         plan: canonical bytes of the plan, at most 64 KiB.
         base: content digest of the base model, hex.
         kind: ``train`` (evaluate the global adapter, then train it) or ``evaluate`` only.
-        round: 1 .. num_rounds; num_rounds + 1 for the last evaluation.
+        round: counts exchanges, 1 .. num_rounds times the rule's passes; one more for the last evaluation.
         attempt: 0 for the first request of this round, then rising.
-        adapter: the global adapter of this round.
+        adapter: the global adapter of this round, or the factors of it that the rule sends.
+        sends: layout of the delta that is wanted; None: the adapter's own.
+        public: what the rule has published besides.
     """
 
     run: str
@@ -58,6 +60,8 @@ class Task:
     round: int
     attempt: int
     adapter: Adapter
+    sends: Layout | None = None
+    public: Adapter | None = None
 
     @property
     def plan_digest(self) -> str:
@@ -67,7 +71,7 @@ class Task:
     @property
     def reply_layout(self) -> Layout:
         """Layout of the delta that answers this task."""
-        return self.adapter.layout if self.kind == "train" else EVALUATION
+        return EVALUATION if self.kind == "evaluate" else self.sends or self.adapter.layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.adapter import Update
-from fedlora.aggregate import Aggregator, Sums
+from fedlora.aggregate import PUBLIC, Accumulator, Aggregator, ServerOptimiser, State, add, optimiser_of
 from fedlora.config import Plan
-from fedlora.errors import ConfigError, FedLoRAError, QuorumNotReached, RemoteError
+from fedlora.errors import ConfigError, FedLoRAError, QuorumNotReached, RemoteError, RunFailed
 from fedlora.messages import Kind, Reply, Request, Task
 from fedlora.protect import WORK_PHASES, Protection
 from fedlora.store import Checkpoint, RunStore
@@ -58,46 +60,76 @@ def run(
         QuorumNotReached: a round stayed below ``min_sites`` in every attempt, or as many rounds on end were void. The run can
             be resumed.
     """
-    void = 0
+    void, exchanges = 0, plan.federation.num_rounds * aggregator.passes
     check_fit(aggregator, protection, name=plan.aggregate.name, mode=plan.protect.mode)
     at = store.resume(lambda file: report("damaged", {"file": file.name}))
-    report("start", {"run": store.run, "round": at.round, "rounds": plan.federation.num_rounds})
-    while at.round < plan.federation.num_rounds:
-        task = _task(plan, store, at, "train")
-        tally, record = _attempts(task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at))
+    report("start", {"run": store.run, "round": at.round, "rounds": exchanges})
+    while at.round < exchanges:
+        task = _task(plan, store, at, "train", aggregator)
+        tally, record = _attempts(
+            task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at), aggregator.passes
+        )
         void = 0 if tally.voided is None else void + 1
-        at = _next(aggregator, at, tally, record, scale=plan.lora.scale)
+        at = _next(aggregator, optimiser_of(plan), at, tally, record, scale=plan.lora.scale)
         store.save(at)
         report("round" if tally.voided is None else "round-void", record)
         if void >= plan.federation.round_attempts and tally.voided is not None:
             hint = "look at the sites, then resume the run"
             raise QuorumNotReached(f"{void} rounds on end were void: {tally.voided}", hint=hint)
     if store.final() is None:
-        task = _task(plan, store, at, "evaluate")
-        _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None)
+        task = _task(plan, store, at, "evaluate", aggregator)
+        _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None, 1)
         store.finish(record)
         report("final", record)
     return at
 
 
-def _start(aggregator: Aggregator, at: Checkpoint, cohort: int) -> Sums:
-    return aggregator.start(at.adapter, cohort=cohort)
+def _start(aggregator: Aggregator, at: Checkpoint, cohort: int) -> Accumulator:
+    return aggregator.start(at.adapter, cohort=cohort, exchange=at.round + 1)
 
 
-def _next(aggregator: Aggregator, at: Checkpoint, tally: _Round, record: dict[str, Any], *, scale: float) -> Checkpoint:
-    began = time.monotonic()
+def _next(
+    aggregator: Aggregator,
+    optimiser: ServerOptimiser,
+    at: Checkpoint,
+    tally: _Round,
+    record: dict[str, Any],
+    *,
+    scale: float,
+) -> Checkpoint:
+    began, exchange = time.monotonic(), at.round + 1
+    if aggregator.passes > 1:
+        record |= {"pass": 1 + at.round % aggregator.passes}
+    remembered = {k: v for k, v in at.state.items() if k != PUBLIC}
     if tally.voided is not None:  # the sites have trained and go on; the adapter stays as it was
-        return Checkpoint(at.round + 1, at.adapter, record | {"weight": 0, "adapter": at.adapter.digest()})
+        over = -(-exchange // aggregator.passes) * aggregator.passes  # a further pass would have nothing to go on from
+        return Checkpoint(over, at.adapter, record | {"round": over, "weight": 0, "adapter": at.adapter.digest()}, remembered)
     if tally.sums is None:
         raise ValueError("a round of training needs sums")
-    result = aggregator.finish(tally.sums, at.adapter, scale=scale)
-    record |= {**result.record, "weight": tally.weight, "adapter": result.adapter.digest()}
+    result = aggregator.finish(tally.sums, at.adapter, scale=scale, exchange=exchange, state=at.state)
+    state: State = {**remembered, **result.state}
+    if result.move is not None:
+        moved, state = optimiser.step(result.move, state)
+        after = add(at.adapter, moved)
+    elif result.adapter is not None:
+        after = result.adapter
+    else:
+        raise ValueError("a rule gives a move or an adapter")
+    if not np.isfinite(after.vector).all():
+        raise RunFailed("the next adapter is not finite", hint="a smaller server_optimizer.learning_rate, or look at the sites")
+    record |= {**result.record, "weight": tally.weight, "adapter": after.digest()}
     record["seconds/aggregate"] = time.monotonic() - began
-    return Checkpoint(at.round + 1, result.adapter, record)
+    return Checkpoint(exchange, after, record, state)
 
 
-def _task(plan: Plan, store: RunStore, at: Checkpoint, kind: Kind) -> Task:
-    return Task(store.run, plan.canonical(), plan.model.digest, kind, at.round + 1, 0, at.adapter)
+def _task(plan: Plan, store: RunStore, at: Checkpoint, kind: Kind, aggregator: Aggregator) -> Task:
+    """What is sent of the adapter, and what is asked for."""
+    sent = at.adapter.part(at.adapter.layout.only(aggregator.down()))
+    task = Task(store.run, plan.canonical(), plan.model.digest, kind, at.round + 1, 0, sent)
+    if kind == "evaluate":
+        return task
+    reply = aggregator.reply(at.adapter.layout, at.round + 1)
+    return replace(task, sends=None if reply == sent.layout else reply, public=at.state.get(PUBLIC))
 
 
 def _attempts(
@@ -107,13 +139,15 @@ def _attempts(
     transport: Transport,
     enrolled: Collection[str],
     report: Report,
-    start: Callable[[int], Sums | None],
+    start: Callable[[int], Accumulator | None],
+    passes: int,
 ) -> tuple[_Round, dict[str, Any]]:
     """Asks for a round until enough sites delivered. A site that did answers again from its journal."""
     need, meter = plan.federation.min_sites, _Meter(transport)
     for attempt in range(plan.federation.round_attempts):
         task = replace(task, attempt=attempt)
-        sites = _await_sites(transport, need, time.monotonic() + plan.federation.round_deadline, report)
+        at_hand = _await_sites(transport, need, time.monotonic() + plan.federation.round_deadline, report)
+        sites = _drawn(at_hand, plan, task, passes) if task.kind == "train" else at_hand
         tally = _Round(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
         report("ask", {"round": task.round, "attempt": attempt, "kind": task.kind, "sites": sites})
         began = time.monotonic()
@@ -124,10 +158,10 @@ def _attempts(
             "attempt": attempt,
             "asked": sites,
             "sites": tally.accepted,
-            "rejected": tally.missing(sites, enrolled),
+            "rejected": tally.missing(sites, at_hand, enrolled),
             **({"together": tally.together} if tally.together else {}),
             **({"void": tally.voided.code} if tally.voided is not None else {}),
-            "partial": len(tally.accepted) < len({*sites, *enrolled}),
+            "partial": len(tally.accepted) < len({*sites, *enrolled} - ({*at_hand} - {*sites})),
             "bytes/down": meter.down,
             "bytes/up": meter.up,
             "seconds/round": time.monotonic() - began,
@@ -139,6 +173,22 @@ def _attempts(
         f"round {task.round}: {len(tally.accepted)} of {need} sites delivered in {plan.federation.round_attempts} attempts",
         hint="nothing is lost; bring the sites back and resume the run",
     )
+
+
+def _drawn(at_hand: list[str], plan: Plan, task: Task, passes: int) -> list[str]:
+    """The sites that train: a share of those at hand, ``min_sites`` at least, the same draw wherever the run is done.
+
+    All passes of a round draw alike, and so do its attempts: who has trained is asked again.
+    """
+    f, round = plan.federation, (task.round - 1) // passes
+    count = max(math.ceil(f.fraction_train * len(at_hand)), min(f.min_sites, len(at_hand)))
+    if count == len(at_hand):
+        return at_hand
+
+    def lot(site: str) -> bytes:
+        return hashlib.sha256(f"fedlora sampling\0{plan.run.seed}\0{round}\0{site}".encode()).digest()
+
+    return sorted(sorted(at_hand, key=lot)[:count])
 
 
 def _deadline_s(plan: Plan, deadline: float, requests: Sequence[Request]) -> float:
@@ -171,7 +221,7 @@ class _Round:
         voided: why no attempt of this round can succeed any more.
     """
 
-    sums: Sums | None
+    sums: Accumulator | None
     report: Report
     share: frozenset[str]
     accepted: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -207,10 +257,10 @@ class _Round:
         self.rejected[site] = code
         self.report("rejected", {"site": site, "code": code})
 
-    def missing(self, asked: Sequence[str], enrolled: Collection[str]) -> dict[str, str]:
-        """Why each site that belongs to the federation does not count: a code, ``late``, or ``offline`` (not asked)."""
+    def missing(self, asked: Sequence[str], at_hand: Sequence[str], enrolled: Collection[str]) -> dict[str, str]:
+        """Why each site that belongs to the federation does not count: a code, ``late``, ``not-drawn`` or ``offline``."""
         late = {s: "late" for s in asked}
-        why = {s: "offline" for s in sorted(enrolled)} | late | self.rejected
+        why = {s: "offline" for s in sorted(enrolled)} | {s: "not-drawn" for s in at_hand} | late | self.rejected
         return {s: code for s, code in why.items() if s not in self.accepted}
 
 

@@ -162,7 +162,7 @@ class Lab:
 
 
 def _first(plan: Plan, lora: LoraModel) -> dict[str, Any]:
-    from fedlora.learn.first import first_adapter
+    from fedlora.first import first_adapter
 
     first = first_adapter(lora.layout, seed=plan.run.seed)
     return {"first": first, "plan": plan.pinned(base=lora.base_digest, init=first.digest())}
@@ -367,10 +367,10 @@ def _federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) 
         store = over_flower(lab.plan, lab.simulation, lab.first, data=lab.data, base=lab.base, out=out, report=report)
     else:
         store = _in_process(lab, out, lost, listen)
-    records = store.records()
+    records, f, weighed = store.records(), lab.plan.federation, lab.plan.aggregate.weighting
     facts = {
-        "tokens": sum(int(r["weight"]) for r in records) if lab.plan.aggregate.weighting == "tokens" else 0,
-        "steps": len(records) * lab.plan.federation.local_steps or None,  # passes over the data differ in steps between sites
+        "tokens": sum(int(r["weight"]) for r in records if r.get("pass", 1) == 1) if weighed == "tokens" else 0,
+        "steps": f.num_rounds * f.local_steps or None,  # passes over the data differ in steps between sites
         "seconds": time.monotonic() - began,
         "seconds/steps": steps[0],  # local training alone; 0 over Flower, where other processes train
         "learning_rate": lab.plan.training.learning_rate,

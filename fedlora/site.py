@@ -10,14 +10,17 @@ from typing import Protocol
 import numpy as np
 
 from fedlora import wire
-from fedlora.adapter import Adapter, Layout, Update
+from fedlora.adapter import Adapter, Factors, Layout, Update
+from fedlora.aggregate import Aggregator, rule_of
+from fedlora.aggregate.product import MAX_RANK
 from fedlora.config import Plan, Policy, parse_plan
-from fedlora.errors import FedLoRAError, PlanRefused, ResourceError, WrongBase, WrongLayout, WrongRound
+from fedlora.errors import FedLoRAError, PassMissed, PlanRefused, ResourceError, WrongBase, WrongLayout, WrongRound
+from fedlora.first import first_adapter
 from fedlora.messages import EVALUATION, Reply, Request, Task
 from fedlora.protect import SiteProtection
 from fedlora.store import Entry, Journal
 
-__all__ = ["Encoder", "Learner", "Site", "Trained", "safely"]
+__all__ = ["Learner", "Site", "Trained", "safely"]
 
 log = logging.getLogger(__name__)
 
@@ -63,19 +66,17 @@ class Learner(Protocol):
         """Metrics of ``adapter`` on the site's own held-out rows, e.g. ``eval/nll`` (nats per supervised token)."""
         ...
 
-    def train(self, adapter: Adapter, *, round: int, state: bytes) -> Trained:
+    def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         """Trains from ``adapter`` for one round, going on in the data where ``state`` (``b""`` at first) says.
+
+        Args:
+            adapter: of :attr:`layout`, or of another rank.
+            factors: what is trained; the others stay as they are.
 
         Raises:
             NonFiniteUpdate: the loss or a gradient is not finite.
         """
         ...
-
-
-class Encoder(Protocol):
-    """The site's part of an aggregator."""
-
-    def encode(self, delta: np.ndarray, layout: Layout) -> np.ndarray: ...
 
 
 def safely(site: str, answer: Callable[[], bytes]) -> Reply:
@@ -99,7 +100,6 @@ class Site:
 
     Args:
         learner: makes the learner of a plan; called once a run, because it loads the base.
-        encoder: the plan's aggregator, of which a site uses ``encode``.
         models: ids of the base models that lie here.
         report: told ``(event, facts)`` about progress, for the site's own eyes.
     """
@@ -107,13 +107,12 @@ class Site:
     name: str
     protection: SiteProtection
     learner: Callable[[Plan], Learner]
-    encoder: Callable[[Plan], Encoder]
     policy: Policy
     models: frozenset[str]
     journal: Journal
     report: Callable[[str, Mapping[str, object]], None] = lambda event, facts: None
-    _ready: tuple[str, Plan, Learner] | None = field(default=None, init=False)
-    _last: tuple[str, int, bytes] | None = field(default=None, init=False)  # run, round, state: saves reading the journal
+    _ready: tuple[str, Plan, Aggregator, Learner] | None = field(default=None, init=False)
+    _last: tuple[str, int, Entry] | None = field(default=None, init=False)  # run, round: saves reading the journal
 
     def handle(self, request: Request) -> Reply:
         """Answers a request. Raises nothing: an error becomes its code."""
@@ -129,48 +128,92 @@ class Site:
             PlanRefused, WrongBase, WrongLayout: this site does not take part in that.
             NonFiniteUpdate: training diverged.
         """
-        plan, learner = self._prepare(task)
-        key = f"{task.kind}/{task.plan_digest}/{task.adapter.digest()}"
+        plan, rule, learner, adapter = self._prepare(task)
+        key = f"{task.kind}/{task.plan_digest}/{task.adapter.digest()}" + (f"/{task.public.digest()}" if task.public else "")
         done = self.journal.find(task.run, task.round)
         if done is not None and done.key == key:
             self.report("from-journal", {"round": task.round})
             return wire.parse_update(done.update, task.reply_layout)
-        update, state = self._learn(task, plan, learner)
+        update, state, kept = self._learn(task, plan, rule, learner, adapter)
         update.check(task.reply_layout.size)
         blob = wire.dump_update(update, task.reply_layout, dtype="float32")
-        self.journal.save(task.run, task.round, Entry(key, blob, state))
-        self._last = (task.run, task.round, state)
+        entry = Entry(key, blob, state, kept.vector.astype("<f4").tobytes() if rule.keeps else b"")
+        self.journal.save(task.run, task.round, entry)
+        self._last = (task.run, task.round, entry)
         return update
 
-    def _learn(self, task: Task, plan: Plan, learner: Learner) -> tuple[Update, bytes]:
-        known = self._last is not None and self._last[:2] == (task.run, task.round - 1)
-        state = self._last[2] if self._last and known else self.journal.state_before(task.run, task.round)
+    def _before(self, task: Task) -> tuple[int, Entry] | None:
+        """The last finished exchange before this one."""
+        if self._last is not None and self._last[:2] == (task.run, task.round - 1):
+            return self._last[1:]
+        return self.journal.before(task.run, task.round)
+
+    def _learn(
+        self, task: Task, plan: Plan, rule: Aggregator, learner: Learner, adapter: Adapter
+    ) -> tuple[Update, bytes, Adapter]:
+        """The update, the learner's state, and the local adapter."""
+        before = self._before(task)
+        state = before[1].state if before else b""
         metrics: dict[str, float] = {}
-        every = plan.evaluation.every
-        if task.kind == "evaluate" or (every and (task.round - 1) % every == 0):
-            self.report("evaluate", {"round": task.round})
-            metrics |= learner.evaluate(task.adapter)
         if task.kind == "evaluate":
-            return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, metrics)), state
-        self.report("train", {"round": task.round, "rounds": plan.federation.num_rounds})
-        trained = learner.train(task.adapter, round=task.round, state=state)
+            self.report("evaluate", {"round": task.round})
+            metrics |= learner.evaluate(adapter)
+            return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, metrics)), state, adapter
+        rounds_before, turn = divmod(task.round - 1, rule.passes)
+        if turn:
+            return self._again(task, rule, adapter, before)
+        every = plan.evaluation.every
+        if every and rounds_before % every == 0:
+            self.report("evaluate", {"round": task.round})
+            metrics |= learner.evaluate(adapter)
+        self.report("train", {"round": task.round, "rounds": plan.federation.num_rounds * rule.passes})
+        own = adapter.at_rank(min(self._rank(plan), adapter.layout.rank))
+        trained = learner.train(own, round=rounds_before + 1, state=state, factors=rule.trains(task.round))
         metrics |= trained.metrics
         self.report("trained", {"round": task.round, **metrics})
-        delta = self.encoder(plan).encode(trained.adapter.vector - task.adapter.vector, task.adapter.layout)
+        delta = rule.encode(adapter, trained.adapter, exchange=task.round, public=task.public)
         weight = {"tokens": trained.tokens, "examples": trained.examples, "uniform": 1}[plan.aggregate.weighting]
-        return Update(delta, weight, self._shared(plan, metrics)), trained.state
+        return Update(delta, weight, self._shared(plan, metrics)), trained.state, trained.adapter
+
+    def _again(
+        self, task: Task, rule: Aggregator, adapter: Adapter, before: tuple[int, Entry] | None
+    ) -> tuple[Update, bytes, Adapter]:
+        """What a further pass wants of the local adapter that the first one trained."""
+        if before is None or before[0] != task.round - 1 or not before[1].kept:
+            raise PassMissed("this site did not take part in the first pass of the round; it comes back in the next round")
+        vector = np.frombuffer(before[1].kept, "<f4").astype(np.float32)
+        rank = adapter.layout.rank * vector.size // adapter.layout.size
+        local = Adapter(vector, adapter.layout.at_rank(rank))
+        first = wire.parse_update(before[1].update, rule.reply(adapter.layout, task.round - 1))
+        delta = rule.encode(adapter, local, exchange=task.round, public=task.public)
+        return Update(delta, first.weight, {}), before[1].state, local
+
+    def _rank(self, plan: Plan) -> int:
+        """Slots that this site trains, at most."""
+        return plan.lora.ranks.get(self.name, 1 << 30)
+
+    def personal(self, run: str, layout: Layout) -> Adapter | None:
+        """The adapter that this site keeps for itself after the last exchange of a run, if the rule has it keep one.
+
+        Raises:
+            StoreError: the journal is damaged.
+        """
+        last = self.journal.last(run)
+        if last is None or len(last[1].kept) != 4 * layout.size:
+            return None
+        return Adapter(np.frombuffer(last[1].kept, "<f4").astype(np.float32), layout)
 
     def _shared(self, plan: Plan, metrics: Mapping[str, float]) -> dict[str, float]:
         wanted = frozenset(plan.evaluation.share) & frozenset(self.policy.share)
         return {k: float(v) for k, v in metrics.items() if k in wanted}
 
-    def _prepare(self, task: Task) -> tuple[Plan, Learner]:
+    def _prepare(self, task: Task) -> tuple[Plan, Aggregator, Learner, Adapter]:
         if self._ready is None or self._ready[0] != task.plan_digest:
             plan = parse_plan(task.plan)
             self.policy.check(plan, models=self.models)
             self._ready = None  # the old base may go before the new one comes
-            self._ready = (task.plan_digest, plan, self.learner(plan))
-        _, plan, learner = self._ready
+            self._ready = (task.plan_digest, plan, rule_of(plan), self.learner(plan))
+        _, plan, rule, learner = self._ready
         if not learner.base == task.base == plan.model.digest:
             raise WrongBase(
                 f"the plan pins base {plan.model.digest[:12]}, this site's copy is {learner.base[:12]}",
@@ -178,10 +221,27 @@ class Site:
             )
         if learner.steps > self.policy.max_local_steps:
             raise PlanRefused(f"a round takes {learner.steps} steps here, more than {self.policy.max_local_steps}")
-        if learner.layout != task.adapter.layout:
-            raise WrongLayout("the adapter that the server sent does not fit this base and the plan's LoRA settings")
-        if task.round == 1 and task.kind == "train" and task.adapter.digest() != plan.lora.init_digest:
+        if not 1 <= task.round <= plan.federation.num_rounds * rule.passes + (task.kind == "evaluate"):
+            raise WrongRound(f"round {task.round} of {plan.federation.num_rounds * rule.passes}")
+        adapter = self._whole(task, plan, rule, learner)
+        if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
             raise PlanRefused("the first adapter is not the one that the plan pins")
-        if not 1 <= task.round <= plan.federation.num_rounds + (task.kind == "evaluate"):
-            raise WrongRound(f"round {task.round} of {plan.federation.num_rounds}")
-        return plan, learner
+        if task.kind == "train" and task.reply_layout != rule.reply(adapter.layout, task.round):
+            raise WrongLayout("the server asks for other tensors than the plan's rule sends")
+        if task.kind == "train":
+            rule.check_public(adapter.layout, task.round, task.public)
+        return plan, rule, learner, adapter
+
+    def _whole(self, task: Task, plan: Plan, rule: Aggregator, learner: Learner) -> Adapter:
+        """The whole adapter: what the server does not send follows from the seed, or is this site's own."""
+        layout = learner.layout.at_rank(task.adapter.layout.rank) if rule.varies_rank else learner.layout
+        if task.adapter.layout != layout.only(rule.down()) or layout.rank > MAX_RANK:
+            raise WrongLayout("the adapter that the server sent does not fit this base and the plan's LoRA settings")
+        if rule.down() == "AB":
+            return task.adapter
+        before = self._before(task) if rule.keeps else None
+        if before is not None and len(before[1].kept) == 4 * layout.size:
+            own = Adapter(np.frombuffer(before[1].kept, "<f4").astype(np.float32), layout)
+        else:
+            own = first_adapter(layout, seed=plan.run.seed)
+        return own.replaced(task.adapter)

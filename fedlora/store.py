@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as dump_tensors
 
@@ -103,29 +104,49 @@ class _Damaged(StoreError):
 _META = "fedlora"  # one key only: the order of several would not be stable
 
 
-def save_adapter(path: Path, adapter: Adapter, facts: Mapping[str, Any]) -> None:
-    """Writes a safetensors file with the adapter under PEFT's names, float32, and ``facts`` as its one metadata key."""
-    head = canonical({**facts, "digest": adapter.digest(), "layout": adapter.layout.digest()}).decode()
-    write_atomic(path, dump_tensors(dict(adapter.tensors()), metadata={_META: head}))
+def save_adapter(path: Path, adapter: Adapter, facts: Mapping[str, Any], state: Mapping[str, Adapter] | None = None) -> None:
+    """Writes a safetensors file with the adapter under PEFT's names, float32, and ``facts`` as its one metadata key.
+
+    Args:
+        state: named vectors that belong to it; tensor t of vector v is saved as ``v/t``, which is no tensor's name.
+    """
+    digests = {"digest": adapter.digest(), "layout": adapter.layout.digest()}
+    if state:
+        digests["state"] = canonical({k: v.digest() for k, v in state.items()}).decode()
+    tensors = dict(adapter.tensors())
+    for name, vector in (state or {}).items():
+        tensors |= {f"{name}/{t}": value for t, value in vector.tensors().items()}
+    write_atomic(path, dump_tensors(tensors, metadata={_META: canonical({**facts, **digests}).decode()}))
 
 
 def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
-    """Inverse of :func:`save_adapter`.
+    """Inverse of :func:`save_adapter`, without the state.
 
     Raises:
         StoreError: unreadable, not ours, or other contents than its digest says.
     """
+    adapter, facts, _ = _load(path)
+    return adapter, facts
+
+
+def _load(path: Path) -> tuple[Adapter, dict[str, Any], dict[str, Adapter]]:
+    tensors: dict[str, dict[str, NDArray[Any]]] = {}
     try:
         with safe_open(path, framework="numpy") as file:
             facts: dict[str, Any] = json.loads((file.metadata() or {})[_META])
-            adapter = Adapter.of({name: file.get_tensor(name) for name in list(file.keys())})
+            for name in list(file.keys()):
+                vector, _, tensor = name.rpartition("/")
+                tensors.setdefault(vector, {})[tensor] = file.get_tensor(name)
+        adapter = Adapter.of(tensors.pop("", {}))
+        state = {name: Adapter.of(parts) for name, parts in tensors.items()}
     except OSError as e:
         raise StoreError(f"cannot read {path}: {e.strerror}") from None
     except (SafetensorError, KeyError, ValueError) as e:
         raise _Damaged(f"{path} is not an adapter file of FedLoRA ({type(e).__name__})") from None
-    if adapter.digest() != facts.get("digest"):
+    stated = facts.pop("state", "") or canonical({}).decode()
+    if adapter.digest() != facts.get("digest") or canonical({k: v.digest() for k, v in state.items()}).decode() != stated:
         raise _Damaged(f"{path} is damaged: its contents do not have the digest that it states")
-    return adapter, facts
+    return adapter, facts, state
 
 
 # --- the server's run ------------------------------------------------------------------------------------------
@@ -133,11 +154,15 @@ def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """The state after a round: the global adapter and the round's record. Round 0 is the first adapter."""
+    """The state after an exchange: the global adapter, its record, and what rule and server optimiser remember.
+
+    Round 0 is the first adapter; ``round`` counts exchanges, of which a rule may take two to a round of training.
+    """
 
     round: int
     adapter: Adapter
     record: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Adapter] = field(default_factory=dict)
 
 
 class RunStore:
@@ -197,7 +222,7 @@ class RunStore:
     def save(self, checkpoint: Checkpoint) -> None:
         """Makes a round permanent. After this returns, a power cut loses nothing of it."""
         facts = {"run": self.run, "round": checkpoint.round, "record": dict(checkpoint.record)}
-        save_adapter(self._path(checkpoint.round), checkpoint.adapter, facts)
+        save_adapter(self._path(checkpoint.round), checkpoint.adapter, facts, checkpoint.state)
         if checkpoint.record:
             with _named_disk_errors(self.directory / "rounds.jsonl"), (self.directory / "rounds.jsonl").open("ab") as file:
                 file.write(canonical(dict(checkpoint.record)) + b"\n")
@@ -242,19 +267,22 @@ class RunStore:
         return at
 
     def adapter(self, round: int) -> Adapter:
-        """The global adapter after a round that is still kept (the last three are).
+        """The global adapter after a round that is still kept (the last three are); a round that was void left the one before.
 
         Raises:
             StoreError: it is not, or it is damaged.
         """
-        return self._read(round).adapter
+        kept = [n for n in self._rounds() if n <= round]
+        if not kept:
+            raise StoreError(f"the adapter after round {round} is not kept any more")
+        return self._read(kept[-1]).adapter
 
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)
-        adapter, facts = load_adapter(path)
+        adapter, facts, state = _load(path)
         if facts.get("run") != self.run or facts.get("round") != number:
             raise StoreError(f"{path} belongs to another run or round")
-        return Checkpoint(number, adapter, facts["record"])
+        return Checkpoint(number, adapter, facts["record"], state)
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all rounds so far; a torn last line is ignored."""
@@ -294,16 +322,19 @@ class RunStore:
 class Entry:
     """One finished piece of work: the update as float32 bytes, and the learner's state after it.
 
-    ``key`` names the work: its kind (``train`` or ``evaluate``), the plan's and the adapter's digest, with slashes between.
+    Attributes:
+        key: names the work: its kind (``train`` or ``evaluate``), the plan's and the adapter's digest, with slashes between.
+        kept: the local adapter, float32 little-endian in its layout's order, where the rule needs it again; it never leaves.
     """
 
     key: str
     update: bytes
     state: bytes
+    kept: bytes = b""
 
 
 _RUN = re.compile(r"[0-9a-f]{64}")
-_ENTRY = struct.Struct("<4sQQQ")
+_ENTRY = struct.Struct("<4sQQQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,18 +362,19 @@ class Journal:
         if len(blob) < _ENTRY.size + 32 or hashlib.sha256(body).digest() != digest:
             raise StoreError(f"{path} is damaged", hint="delete it; the round is then trained again")
         magic, *sizes = _ENTRY.unpack_from(body)
-        if magic != b"FLJ1" or _ENTRY.size + sum(sizes) != len(body):
+        if magic != b"FLJ2" or _ENTRY.size + sum(sizes) != len(body):
             raise StoreError(f"{path} is not a journal entry", hint="delete it; the round is then trained again")
         at, parts = _ENTRY.size, []
         for size in sizes:
             parts.append(body[at : at + size])
             at += size
-        return Entry(parts[0].decode(), parts[1], parts[2])
+        return Entry(parts[0].decode(), parts[1], parts[2], parts[3])
 
     def save(self, run: str, round: int, entry: Entry) -> None:
         """Makes a finished update permanent, before anything of it is sent."""
         key = entry.key.encode()
-        parts = (_ENTRY.pack(b"FLJ1", len(key), len(entry.update), len(entry.state)), key, entry.update, entry.state)
+        blobs = (key, entry.update, entry.state, entry.kept)
+        parts = (_ENTRY.pack(b"FLJ2", *(len(b) for b in blobs)), *blobs)
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)
@@ -373,11 +405,15 @@ class Journal:
         except OSError:
             return b""
 
-    def state_before(self, run: str, round: int) -> bytes:
-        """The learner's state after the last round before ``round`` that this site finished; ``b""`` if there is none."""
+    def before(self, run: str, round: int) -> tuple[int, Entry] | None:
+        """The last entry before ``round``, with its round; None if there is none.
+
+        Raises:
+            StoreError: as :meth:`find`.
+        """
         earlier = [r for r in self._rounds(run) if r < round]
         entry = self.find(run, earlier[-1]) if earlier else None
-        return entry.state if entry else b""
+        return (earlier[-1], entry) if entry else None
 
     def last(self, run: str) -> tuple[int, Entry] | None:
         """The last round that was finished, and its entry; None if there is none.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Layout
+from fedlora.adapter import Adapter, Factors, Layout
 from fedlora.config import Federation, Plan, Run
 from fedlora.protect import Memory
 from fedlora.protect.keys import Identity, PublicIdentity
@@ -54,10 +54,11 @@ class ToyLearner:
     def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
         return {"eval/nll": float(np.mean(np.abs(adapter.vector - self.target))), "eval/tokens": 1.0}
 
-    def train(self, adapter: Adapter, *, round: int, state: bytes) -> Trained:
+    def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         seen: list[int] = json.loads(state or b"[]")
         self.trained.append(round)
-        local = Adapter((adapter.vector + np.float32(self.target)) / np.float32(2), adapter.layout)
+        old = adapter.part(adapter.layout.only(factors))
+        local = adapter.replaced(Adapter((old.vector + np.float32(self.target)) / np.float32(2), old.layout))
         after = json.dumps([*seen, round]).encode()
         return Trained(local, self.tokens, 1, {"train/loss": float(np.abs(adapter.vector[0] - self.target))}, after)
 

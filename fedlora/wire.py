@@ -4,7 +4,8 @@ No meaning is guessed from bytes: the receiver brings the layout, so that the si
 anything is allocated, and a digest at the end refuses every flipped bit even where nothing is signed.
 
     update  "FLUP" version dtype flags n | canonical JSON: metrics, weight | int8: scales | values | SHA-256[:16]
-    task    "FLTK" version 0     flags n | canonical JSON: run, round, ... | plan | layout | reply key | values | SHA-256[:16]
+    task    "FLTK" version 0     flags n | canonical JSON: run, round, ... | plan | layout | reply key | values
+            flag 1: length | layout of the answer; flag 2: length, n | layout, values of what else is public | SHA-256[:16]
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ MAX_INTEGER: Final = (1 << 53) - 1
 
 _UPDATE: Final = struct.Struct("<4sBBHQI")  # magic, version, dtype, flags, n, header bytes
 _TASK: Final = struct.Struct("<4sBBHQIIII")  # magic, version, 0, flags, n, bytes of head, plan, layout, key
+_PUBLIC: Final = struct.Struct("<IQ")  # layout bytes, n
+_SENDS, _HAS_PUBLIC = 1, 2
 _DIGEST: Final = 16
 _MAX_TASK_HEAD: Final = 1024
 _WIDTH: Final = (4, 2, 1)
@@ -208,15 +211,22 @@ def dump_task(task: Task, *, reply_key: bytes) -> bytes:
     _check_task_head(fields)
     parts = (canonical(fields), task.plan, task.adapter.layout.dump(), reply_key)
     lengths = _check_lengths(tuple(len(p) for p in parts))
-    n = task.adapter.layout.size
-    prefix = _TASK.pack(b"FLTK", VERSION, 0, 0, n, *lengths)
+    n, public = task.adapter.layout.size, task.public
+    flags = (_SENDS if task.sends is not None else 0) | (_HAS_PUBLIC if public is not None else 0)
+    prefix = _TASK.pack(b"FLTK", VERSION, 0, flags, n, *lengths)
+    sends = _dump_layout(task.sends)
+    head = b"" if public is None else _PUBLIC.pack(len(public.layout.dump()), public.layout.size) + public.layout.dump()
+    more = 0 if public is None else 4 * public.layout.size
 
     def write(out: Bytes) -> None:
         at = _put(out, 0, prefix, *parts)
-        dump_float32(task.adapter.vector, out[at:-_DIGEST])
+        dump_float32(task.adapter.vector, out[at : at + 4 * n])
+        at = _put(out, at + 4 * n, sends, head)
+        if public is not None:
+            dump_float32(public.vector, out[at:-_DIGEST])
         _put(out, out.size - _DIGEST, _digest(out[:-_DIGEST]))
 
-    return fill(_TASK.size + sum(lengths) + 4 * n + _DIGEST, write)
+    return fill(_TASK.size + sum(lengths) + 4 * n + len(sends) + len(head) + more + _DIGEST, write)
 
 
 def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
@@ -242,11 +252,13 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
     _check_lengths(tuple(lengths))
     if n > max_parameters:
         raise WireError(f"{n} values, this site takes at most {max_parameters}")
-    if len(blob) != (size := _TASK.size + sum(lengths) + 4 * n + _DIGEST):
-        raise WireError(f"{len(blob)} bytes, expected {size}")
-    raw = _checked(blob)
-    if reserved or flags:
+    if reserved or flags & ~(_SENDS | _HAS_PUBLIC):
         raise WireError("unknown flags")
+    end = _TASK.size + sum(lengths) + 4 * n
+    more = _Rest(blob, end, flags, max_parameters - n)
+    if len(blob) != more.end + _DIGEST:
+        raise WireError(f"{len(blob)} bytes, expected {more.end + _DIGEST}")
+    raw = _checked(blob)
     cuts = [_TASK.size]
     for length in lengths:
         cuts.append(cuts[-1] + length)
@@ -256,10 +268,63 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
     if layout.size != n:
         raise WrongLayout(f"the layout has {layout.size} values, the vector {n}")
     vector = np.empty(n, np.float32)
-    parse_float32(raw[cuts[-1] : -_DIGEST], vector, "the adapter")
+    parse_float32(raw[cuts[-1] : end], vector, "the adapter")
+    sends, public = more.read(raw)
     kind: Kind = "train" if head["kind"] == "train" else "evaluate"
-    task = Task(head["run"], plan, head["base"], kind, head["round"], head["attempt"], Adapter(vector, layout))
+    task = Task(head["run"], plan, head["base"], kind, head["round"], head["attempt"], Adapter(vector, layout), sends, public)
     return task, reply_key
+
+
+def _dump_layout(layout: Layout | None) -> bytes:
+    if layout is None:
+        return b""
+    text = layout.dump()
+    if len(text) > MAX_LAYOUT_BYTES:
+        raise WireError(f"layout of {len(text)} bytes, at most {MAX_LAYOUT_BYTES}")
+    return struct.pack("<I", len(text)) + text
+
+
+class _Rest:
+    """Where the parts lie that the flags announce; nothing is copied before ``end`` has been compared."""
+
+    def __init__(self, blob: bytes, at: int, flags: int, max_parameters: int) -> None:
+        self._blob = blob
+        self._sends = self._public = slice(0, 0)
+        self._values, self.end = slice(0, 0), at
+        if flags & _SENDS:
+            (length,) = self._unpack(struct.Struct("<I"))
+            self._sends = self._take(length)
+        if flags & _HAS_PUBLIC:
+            length, n = self._unpack(_PUBLIC)
+            if n > max_parameters:
+                raise WireError(f"{n} values more than this site takes")
+            self._public = self._take(length)
+            self._values = slice(self.end, self.end + 4 * n)
+            self.end += 4 * n
+
+    def _unpack(self, form: struct.Struct) -> tuple[int, ...]:
+        at, self.end = self.end, self.end + form.size
+        if self.end > len(self._blob):
+            raise WireError("the task ends early")
+        return form.unpack_from(self._blob, at)
+
+    def _take(self, length: int) -> slice:
+        if not 0 < length <= MAX_LAYOUT_BYTES:
+            raise WireError(f"layout of {length} bytes, at most {MAX_LAYOUT_BYTES}")
+        at, self.end = self.end, self.end + length
+        return slice(at, self.end)
+
+    def read(self, raw: Bytes) -> tuple[Layout | None, Adapter | None]:
+        """Layout of the answer and the public tensors, after the digest has been checked."""
+        sends = Layout.parse(self._blob[self._sends]) if self._sends.stop else None
+        if not self._public.stop:
+            return sends, None
+        layout = Layout.parse(self._blob[self._public])
+        if 4 * layout.size != self._values.stop - self._values.start:
+            raise WrongLayout(f"the layout has {layout.size} values, the vector {(self._values.stop - self._values.start) // 4}")
+        vector = np.empty(layout.size, np.float32)
+        parse_float32(raw[self._values], vector, "the public tensors")
+        return sends, Adapter(vector, layout)
 
 
 def _check_task_head(head: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -147,14 +147,14 @@ def _aggregate(sites: int) -> None:
     start = Adapter(np.zeros(shape.size, np.float32), shape)
     adding = 0.0
     began = time.perf_counter()
-    sums = FedAvg().start(start, cohort=sites)
+    sums = FedAvg().start(start, cohort=sites, exchange=1)
     for i in range(sites):
         one = wire.parse_update(blob, shape)
         added = time.perf_counter()
         sums.add(f"s{i:03d}", Update(one.delta, 1000 + i, {}))
         adding += time.perf_counter() - added
         del one
-    FedAvg().finish(sums, start, scale=2.0)
+    FedAvg().finish(sums, start, scale=2.0, exchange=1, state={})
     seconds = time.perf_counter() - began
     peak = peak_bytes()
     delta, total = update(shape).delta, np.zeros(shape.size, np.float64)

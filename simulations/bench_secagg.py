@@ -122,8 +122,8 @@ def site(name: str, peers: int) -> dict[str, Any]:
     session, profile, shape = Handshake.of(peers + 1), PROFILES[name], layout(VALUES)
     own, one = (peers + 1) // 2, update(shape)
     relayed = relay(session.cohort, session.deals, own)
-    scales = scales_for(shape, profile, first_range=5e-3, before=None, now=one.delta)
-    ride = Numbers(len(shape.pairs()), len(shape.entries), METRICS)
+    scales = scales_for(shape, profile, first_range=5e-3, change=None)
+    ride = Numbers(len(shape.entries), METRICS)
     said = dict.fromkeys(METRICS, 1.0)
     left, levels = np.full(shape.size, 1e-6, np.float32), np.empty(0, profile.word)  # of the round before
 
@@ -212,7 +212,7 @@ def server(n: int) -> dict[str, Any]:
     inboxes = {i: session.receive(i, relay(session.cohort, session.deals, i)) for i in session.deals}
     handshake = time.perf_counter() - began
     counted = [i for i in session.deals if i % 10]
-    numbers = np.zeros(Numbers(len(shape.pairs()), len(shape.entries), METRICS).size, np.uint64)
+    numbers = np.zeros(Numbers(len(shape.entries), METRICS).size, np.uint64)
     parts, adding, delivered = _sealed_parts(), 0.0, []
     before = peak_bytes()
     vector = np.zeros(shape.size, profile.word)
@@ -232,7 +232,7 @@ def server(n: int) -> dict[str, Any]:
         adding += time.perf_counter() - began
     holders = counted[: session.cohort.threshold]
     revealed = {h: reveal(session.cohort, inboxes[h], delivered) for h in holders}
-    scales = scales_for(shape, profile, first_range=5e-3, before=None, now=np.zeros(shape.size, np.float32))
+    scales = scales_for(shape, profile, first_range=5e-3, change=None)
     times = []
     for _ in range(3):
         began = time.perf_counter()

@@ -39,7 +39,7 @@ class _Kept(Sums):
 
 @dataclass(frozen=True, slots=True)
 class _Recording(FedAvg):
-    def start(self, adapter: Adapter, *, cohort: int) -> Sums:
+    def start(self, adapter: Adapter, *, cohort: int, exchange: int) -> Sums:
         heard.append({})
         return _Kept.start(adapter.layout, cohort=cohort, max_weight=self.max_weight)
 
@@ -50,7 +50,7 @@ def coded(first: Adapter, rounds: Rounds, profile: Profile, *, first_range: floa
     before, now, cut = None, first.vector.copy(), 0
     left = {site: np.zeros(layout.size, np.float32) for updates in rounds for site in updates}
     for number, updates in enumerate(rounds, 1):
-        scales = scales_for(layout, profile, first_range=first_range, before=before, now=now)
+        scales = scales_for(layout, profile, first_range=first_range, change=None if before is None else now - before)
         total = np.zeros(layout.size, profile.word)
         for site, delta in updates.items():
             left[site] += delta
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "simulation": alone,
     }
     plan = plan.model_copy(update=parts)
-    AGGREGATORS["fedavg"] = _Recording
+    AGGREGATORS["fedavg"] = lambda plan, weight: _Recording(weight)
     lab = None
     for seed in simulate.parse_seeds(given.seeds, default=plan.run.seed):
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})

@@ -387,18 +387,18 @@ def _packed(name: str) -> Parser:
 
 def _numbers() -> Parser:
     """Their length is right when they come here: what the masks leave is any numbers at all."""
-    ride = Numbers(2, 4, ("eval/nll", "eval/tokens", "train/loss"))
+    ride = Numbers(4, ("eval/nll", "eval/tokens", "train/loss"))
 
     def again(blob: bytes) -> bytes:
         whole = np.frombuffer(blob[: 8 * ride.size].ljust(8 * ride.size, b"\0"), "<u8").astype(np.uint64)
         totals = ride.unpack(whole, sites=4)
-        if not np.isfinite([*totals.metrics.values(), *totals.squares.ravel()]).all():
+        if not np.isfinite([*totals.metrics.values(), *totals.squares]).all():
             raise LawBroken(f"not finite: {totals}")
         return blob
 
     said = {"eval/nll": 2.5, "eval/tokens": 10.0, "train/loss": 0.25}
-    one = ride.pack(weight=3, counted=100, squares=np.ones((2, 2)), cut=np.ones(4, np.int64), metrics=said)
-    return Parser("numbers", [(4 * one).tobytes(), (4 * ride.pack(weight=1, counted=0, squares=np.zeros((2, 2)),
+    one = ride.pack(weight=3, counted=100, squares=np.ones(4), cut=np.ones(4, np.int64), metrics=said)
+    return Parser("numbers", [(4 * one).tobytes(), (4 * ride.pack(weight=1, counted=0, squares=np.zeros(4),
                   cut=np.zeros(4, np.int64), metrics={})).tobytes()], again, [(8 * i, 8) for i in range(ride.size)])  # fmt: skip
 
 

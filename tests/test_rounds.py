@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedlora import build
-from fedlora.aggregate import FedAvg, Sums
+from fedlora.aggregate import FedAvg, Sums, rule_of
 from fedlora.config import Aggregate, Evaluation, Policy, Wire
 from fedlora.errors import ConfigError, KeyFileError, QuorumNotReached, StoreError
 from fedlora.messages import Reply
@@ -78,7 +78,7 @@ class Federation:
             if self.sealed
             else PlainServer(self.plan.wire.dtype)
         )
-        parts = {"aggregator": build.aggregator(self.plan), "protection": protection, "transport": LocalTransport(self.answers)}
+        parts = {"aggregator": rule_of(self.plan), "protection": protection, "transport": LocalTransport(self.answers)}
         parts["enrolled"] = list(self.learners)
         return run(self.plan, store=store, report=lambda e, f: self.events.append((e, dict(f))), **{**parts, **changes})
 
@@ -160,8 +160,8 @@ def test_one_update_is_in_memory_at_a_time(tmp_path):
     alive, most = [], []
 
     class Watching(FedAvg):
-        def start(self, adapter, *, cohort):
-            empty = super().start(adapter, cohort=cohort)
+        def start(self, adapter, *, cohort, exchange):
+            empty = super().start(adapter, cohort=cohort, exchange=exchange)
             return Seen(**{f.name: getattr(empty, f.name) for f in fields(empty)})
 
     class Seen(Sums):
@@ -437,11 +437,11 @@ def test_a_journal_forgets_runs_that_ended_and_no_others(tmp_path):
     (tmp_path / "journal" / "notes of the operator").mkdir()
     (tmp_path / "journal" / ".DS_Store").touch()
     (tmp_path / "journal").chmod(0o755)
-    assert journal.state_before(ended, 4) == b"state 3"  # an evaluation that is asked for again
+    assert journal.before(ended, 4)[1].state == b"state 3"  # an evaluation that is asked for again
     journal.save(new, 1, Entry("train/p/a", b"update", b"state"))
     names = {d.name for d in (tmp_path / "journal").iterdir()}
     assert names == {cut, new, "notes of the operator", ".DS_Store"}
-    assert journal.state_before(cut, 4) == b"state 3"
+    assert journal.before(cut, 4)[1].state == b"state 3"
     assert (tmp_path / "journal").stat().st_mode & 0o777 == 0o700
 
 

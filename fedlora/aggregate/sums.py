@@ -7,16 +7,17 @@ and added as int64. The grid is as fine as the cohort allows without overflow.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.adapter import F32, Adapter, Layout, Update
+from fedlora.aggregate.factored import product_norm
 from fedlora.errors import UpdateRejected
 
-__all__ = ["MAX_COHORT", "MAX_DELTA", "MAX_WEIGHT", "Aggregated", "Sums", "gap", "product_norm", "squares_of"]
+__all__ = ["MAX_COHORT", "MAX_DELTA", "MAX_WEIGHT", "Accumulator", "Each", "Sums", "check", "gap", "squares_of"]
 
 MAX_DELTA = 64.0
 """Largest change of one value that is believed. LoRA factors move by less than 1."""
@@ -27,12 +28,47 @@ MAX_COHORT = 1024
 _CHUNK = 1 << 16  # values at a time: the temporaries stay in the cache
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Aggregated:
-    """The next adapter and numbers about the step, for the round's record."""
+class Accumulator(Protocol):
+    """Where the updates of one exchange go.
 
-    adapter: Adapter
-    record: Mapping[str, float]
+    Attributes:
+        layout: of an update's delta.
+        weights: of the updates so far, by site.
+    """
+
+    layout: Layout
+    weights: dict[str, int]
+
+    @property
+    def weight(self) -> int:
+        """Sum of the weights."""
+        ...
+
+    def add(self, site: str, update: Update, *, squares: NDArray[np.float64] | None = None) -> None:
+        """Adds one update, or nothing of it.
+
+        Args:
+            site: its name; ``*`` for the mean of several, with the sum of their weights.
+            squares: weighted mean of what :func:`squares_of` gives for each of them; None: of the update itself.
+
+        Raises:
+            WrongLayout, NonFiniteUpdate: see :meth:`Update.check`.
+            UpdateRejected: weight or a value out of range, or the site has been added already.
+        """
+        ...
+
+
+def check(update: Update, layout: Layout, *, max_weight: int) -> None:
+    """Refuses an update that no rule may see.
+
+    Raises:
+        WrongLayout, NonFiniteUpdate, UpdateRejected: see :meth:`Accumulator.add`.
+    """
+    update.check(layout.size)
+    if not 1 <= update.weight <= max_weight:  # zero would count as a site for the quorum and bring nothing
+        raise UpdateRejected(f"weight {update.weight} is not within 1 .. {max_weight}")
+    if max(-float(update.delta.min()), float(update.delta.max())) > MAX_DELTA:
+        raise UpdateRejected(f"a value changed by more than {MAX_DELTA:g}", hint="training diverged at that site")
 
 
 @dataclass(slots=True, eq=False)
@@ -75,23 +111,10 @@ class Sums:
         return sum(self.weights.values())
 
     def add(self, site: str, update: Update, *, squares: NDArray[np.float64] | None = None) -> None:
-        """Adds one update, or nothing of it.
-
-        Args:
-            site: its name; ``*`` for the mean of several, with the sum of their weights.
-            squares: weighted mean of what :func:`squares_of` gives for each of them, (pairs, 2); None: of the update itself.
-
-        Raises:
-            WrongLayout, NonFiniteUpdate: see :meth:`Update.check`.
-            UpdateRejected: weight or a value out of range, or the site is in the sum already.
-        """
-        update.check(self.layout.size)
+        """As :meth:`Accumulator.add`."""
         if site in self.weights or len(self.weights) >= self.cohort:
             raise UpdateRejected(f"{site} is in the sum already, or more than {self.cohort} updates came")
-        if not 1 <= update.weight <= self.max_weight:  # zero would count as a site for the quorum and bring nothing
-            raise UpdateRejected(f"weight {update.weight} is not within 1 .. {self.max_weight}")
-        if max(-float(update.delta.min()), float(update.delta.max())) > MAX_DELTA:
-            raise UpdateRejected(f"a value changed by more than {MAX_DELTA:g}", hint="training diverged at that site")
+        check(update, self.layout, max_weight=self.max_weight)
         # A float32 times an integer below 2^27 is exact in float64, and so is the power of two: one rounding in all.
         factor = math.ldexp(float(update.weight), self.exponent)
         buffer = np.empty(_CHUNK, np.float64)
@@ -117,8 +140,35 @@ class Sums:
         return out
 
 
+@dataclass(slots=True, eq=False)
+class Each:
+    """Keeps every update, for rules that must see single ones: 4 bytes a value and site."""
+
+    layout: Layout
+    cohort: int
+    max_weight: int
+    weights: dict[str, int] = field(default_factory=dict)
+    deltas: dict[str, F32] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> int:
+        """Sum of the weights."""
+        return sum(self.weights.values())
+
+    def add(self, site: str, update: Update, *, squares: NDArray[np.float64] | None = None) -> None:
+        """As :meth:`Accumulator.add`; the mean of several sites is refused."""
+        if site in self.weights or site == "*" or len(self.weights) >= self.cohort:
+            raise UpdateRejected(f"{site} is here already, is the mean of several, or more than {self.cohort} updates came")
+        check(update, self.layout, max_weight=self.max_weight)
+        self.weights[site], self.deltas[site] = update.weight, update.delta
+
+    def sites(self) -> list[str]:
+        """Sorted, so that no result depends on the order of arrival."""
+        return sorted(self.deltas)
+
+
 def squares_of(delta: F32, layout: Layout) -> NDArray[np.float64]:
-    """Squared Frobenius norms of (A, B) of each LoRA pair, (pairs, 2)."""
+    """Squared Euclidean norm of each tensor, (tensors,), in the layout's order."""
 
     def square(part: F32) -> float:
         total = 0.0
@@ -127,45 +177,45 @@ def squares_of(delta: F32, layout: Layout) -> NDArray[np.float64]:
             total += float(wide @ wide)
         return total
 
-    return np.array([[square(delta[p.a]), square(delta[p.b])] for p in layout.pairs()])
+    return np.array([square(delta[at]) for _, at, _ in layout.slices()])
 
 
-def product_norm(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Frobenius norm of ``x @ y``, x (d, R), y (R, k), without forming the (d, k) product: O((d + k) R^2)."""
-    return math.sqrt(max(float(np.sum((x.T @ x) * (y @ y.T).T)), 0.0))
-
-
-def gap(sums: Sums, mean: F32, before: Adapter, after: Adapter, *, scale: float) -> dict[str, float]:
+def gap(sums: Sums, mean: F32, before: Adapter, *, scale: float) -> dict[str, float]:
     """How far averaging A and B apart can be from averaging their products.
 
     The error of the factor-wise mean is a covariance, ``G = s * sum_i p_i (B_i - Bbar)(A_i - Abar)``, so
-    ``|G| <= s * sqrt(V_A V_B)`` with the variances of the displacements; they need two scalars per pair and site, which a
-    secure sum can carry too. ``ratio`` relates the bound to the change of the product itself.
+    ``|G| <= s * sqrt(V_A V_B)`` with the variances of the displacements; they need one scalar per tensor and site, which a
+    secure sum can carry too. It is zero where all sites hold one of the factors alike. ``ratio`` relates the bound to the
+    change of the product itself.
 
     Args:
-        mean: the mean displacement, ``sums.mean()``; not ``after - before``, which the adapter's own size has rounded.
+        mean: the mean displacement, ``sums.mean()``; not a difference of adapters, which their own size has rounded.
+        before: the adapter, with both factors of every pair.
 
     Returns:
-        ``gap/bound``: Frobenius norm over all pairs. ``gap/update``: norm of the change of ``s * B @ A``. ``gap/ratio``.
+        ``gap/bound``: Frobenius norm over all pairs. ``gap/update``: norm of the mean change of ``s * B @ A``. ``gap/ratio``.
         ``drift``: weighted mean of squared displacements over the squared mean displacement; 1 if all sites agree.
     """
     weights = np.array([sums.weights[s] for s in sorted(sums.weights)], np.float64)
     squares = np.stack([sums.squares[s] for s in sorted(sums.squares)])  # sorted: the same bits in any order of arrival
-    p = weights / weights.sum()
-    raw = np.tensordot(p, squares, axes=1)
-    middle = squares_of(mean, before.layout)
-    variance = np.maximum(raw - middle, 0.0)
-    bound = scale * math.sqrt(float(np.sum(variance[:, 0] * variance[:, 1])))
-    changes = []
+    raw = np.tensordot(weights / weights.sum(), squares, axes=1)
+    middle = squares_of(mean, sums.layout)
+    names = [name for name, _ in sums.layout.entries]
+    variance = dict(zip(names, np.maximum(raw - middle, 0.0), strict=True))
+    changes = {name: mean[at].astype(np.float64).reshape(shape) for name, at, shape in sums.layout.slices()}
+    bounds, moved = [], []
     for pair in before.layout.pairs():
-        a0, a1 = (v.vector[pair.a].reshape(pair.rank, pair.d_in).astype(np.float64) for v in (before, after))
-        b0, b1 = (v.vector[pair.b].reshape(pair.d_out, pair.rank).astype(np.float64) for v in (before, after))
-        changes.append(product_norm(np.concatenate([b1 - b0, b0], axis=1), np.concatenate([a1, a1 - a0], axis=0)))
-    update = scale * math.sqrt(math.fsum(c * c for c in changes))
-    moved = float(middle.sum())
+        a, b = (f"{pair.module}.lora_{f}.weight" for f in "AB")
+        bounds.append(float(variance.get(a, 0.0) * variance.get(b, 0.0)))
+        a0, b0 = (before.vector[p].astype(np.float64) for p in (pair.a, pair.b))
+        a0, b0 = a0.reshape(pair.rank, pair.d_in), b0.reshape(pair.d_out, pair.rank)
+        da, db = changes.get(a, np.zeros_like(a0)), changes.get(b, np.zeros_like(b0))
+        moved.append(product_norm(np.concatenate([db, b0], axis=1), np.concatenate([a0 + da, da], axis=0)))
+    bound, update = scale * math.sqrt(math.fsum(bounds)), scale * math.sqrt(math.fsum(m * m for m in moved))
+    length = float(middle.sum())
     return {
         "gap/bound": bound,
         "gap/update": update,
         "gap/ratio": bound / update if update > 0 else 0.0,
-        "drift": float(raw.sum()) / moved if moved > 0 else 1.0,
+        "drift": float(raw.sum()) / length if length > 0 else 1.0,
     }

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import torch
 
-from fedlora.adapter import Adapter, Layout
+from fedlora.adapter import Adapter, Factors, Layout
 from fedlora.config import canonical
 from fedlora.data import Batch, Cursor, Stream, Tokens
 from fedlora.errors import ConfigError, DataError, StoreError
@@ -60,6 +60,7 @@ class HFLearner:
         self._site = site
         self._on_step = on_step
         self._optimiser: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
+        self._over: tuple[Factors, Layout] = ("AB", model.layout)  # what it is an optimiser of
         self._given: tuple[bytes, Cursor] | None = None  # the state that this optimiser is in
         self._stream = Stream(
             list(train),
@@ -103,8 +104,8 @@ class HFLearner:
             packing=o.packing,
         ).metrics()
 
-    def train(self, adapter: Adapter, *, round: int, state: bytes) -> Trained:
-        """Trains from ``adapter`` for one round.
+    def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
+        """Trains from ``adapter``, which may have another rank than the plan's, for one round.
 
         The same adapter, round and state give the same bits on a CPU with the same number of threads.
 
@@ -116,8 +117,9 @@ class HFLearner:
         if not 1 <= round <= o.num_rounds:
             raise ValueError(f"round {round} of {o.num_rounds}")
         self._model.set(adapter)
+        self._model.set_trained(factors)
         self._model.set_checkpointing(o.gradient_checkpointing)
-        optimiser = self._restored(state)
+        optimiser = self._restored(state, factors)
         spent = train_steps(
             self._model,
             self._groups(),
@@ -133,20 +135,25 @@ class HFLearner:
             seed=lambda step: derived_seed("dropout", o.seed, self._site, round, step),
             max_grad_norm=o.max_grad_norm,
             on_step=self._on_step,
+            factors=factors,
+            proximal_mu=o.proximal_mu,
         )
         after = _dump_state(self._cursor, dump_moments(optimiser) if o.optimizer_state == "keep" else b"")
         self._given = (after, self._cursor) if o.optimizer_state == "keep" else None
         metrics = {"train/loss": spent.loss, "train/steps": float(steps), "train/seconds": time.perf_counter() - began}
         return Trained(self._model.get(), spent.tokens, spent.examples, metrics, after)
 
-    def _restored(self, state: bytes) -> torch.optim.Optimizer:
+    def _restored(self, state: bytes, factors: Factors) -> torch.optim.Optimizer:
         """The optimiser and the place in the data that ``state`` describes."""
         o, given, self._given = self._options, self._given, None
+        over = (factors, self._model.current)
+        if over != self._over:
+            self._optimiser, self._over = None, over  # other parameters, or of another shape
         if self._optimiser is not None and given is not None and given[0] is state:
             self._cursor = given[1]
             return self._optimiser  # what this learner gave out last: no need to read 8 bytes a value back
         self._cursor, moments = _parse_state(state)
-        optimiser = self._optimiser or make_optimiser(self._model, o)
+        optimiser = self._optimiser or make_optimiser(self._model, o, factors=factors)
         if o.optimizer_state == "keep" or o.optim != "adamw_torch":
             self._optimiser = optimiser
         if moments and o.optimizer_state == "keep":

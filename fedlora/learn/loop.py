@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedlora.adapter import Factors
 from fedlora.data import Batch
 from fedlora.errors import DataError, NonFiniteUpdate
 from fedlora.learn.lora import LoraModel
@@ -56,6 +57,8 @@ def train_steps(
     seed: Callable[[int], int],
     max_grad_norm: float,
     on_step: OnStep | None = None,
+    factors: Factors = "AB",
+    proximal_mu: float = 0.0,
 ) -> Spent:
     """Trains the adapter in place, one optimiser step a group of batches.
 
@@ -66,12 +69,16 @@ def train_steps(
         groups: batches of each step, (rows, length) each.
         rate: learning rate of a step, counted from 0 in this call.
         max_grad_norm: gradients are scaled down to this Euclidean norm.
+        factors: what is trained.
+        proximal_mu: adds mu times the distance from where this call began to the gradient, before it is scaled (Li et al.,
+            Federated Optimization in Heterogeneous Networks (FedProx), 2020). The loss that is told is without it.
 
     Raises:
         NonFiniteUpdate: the loss or the gradient's norm is NaN or infinite. The adapter keeps its last finite values.
         DataError: a step without a supervised token.
     """
-    parameters = model.trainable()
+    parameters = model.trainable(factors)
+    anchors = [p.detach().clone() for p in parameters] if proximal_mu else []
     nats, tokens, examples = 0.0, 0, 0
     model.peft_model.train()
     with torch.random.fork_rng(devices=_cuda(model.base.device)):
@@ -86,6 +93,9 @@ def train_steps(
                 part = model.forward(batch).nll.sum() / total
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
+            for parameter, anchor in zip(parameters, anchors, strict=False):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 optimiser.zero_grad(set_to_none=True)

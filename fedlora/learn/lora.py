@@ -11,10 +11,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, Layout
+from fedlora.adapter import Adapter, Factors, Layout
 from fedlora.errors import ConfigError, RunFailed, WrongLayout
+from fedlora.first import first_adapter
 from fedlora.learn.base import Base, DequantisedLinear
-from fedlora.learn.first import first_adapter
 from fedlora.learn.forward import Forward
 from fedlora.learn.options import LoraOptions
 
@@ -44,7 +44,8 @@ class LoraModel:
     """A base with one adapter on it, which :meth:`set` overwrites as a whole. Several learners may share it.
 
     Attributes:
-        layout: PEFT's saved names (``base_model.model....lora_A.weight``), sorted, with shapes.
+        layout: PEFT's saved names (``base_model.model....lora_A.weight``), sorted, with the shapes of the plan's rank.
+        current: the same with the shapes of the adapter that is set.
         scale: alpha / r, or alpha / sqrt(r), read from PEFT's layers; no unit.
         forward: batches to losses.
     """
@@ -58,6 +59,7 @@ class LoraModel:
         }
         self.layout = Layout.of({n: tuple(p.shape) for n, p in self._parameters.items()})
         self.layout.pairs()  # every tensor belongs to a pair of one rank
+        self.current = self.layout
         self.scale = _one_scale(peft_model)
         self.forward = Forward(peft_model.get_base_model(), base.device)
         self._checkpointing = False
@@ -80,33 +82,45 @@ class LoraModel:
     def get(self) -> Adapter:
         """A copy of the adapter as it is now; later training does not change it."""
         flat = torch.cat([p.detach().reshape(-1) for p in self.trainable()])
-        return Adapter(flat.cpu().numpy(), self.layout)  # cat has copied
+        return Adapter(flat.cpu().numpy(), self.current)  # cat has copied
 
     def set(self, adapter: Adapter) -> None:
-        """Overwrites every factor.
+        """Overwrites every factor. Another rank than the last one is as good: the product is scaled by the same number.
 
         Raises:
-            WrongLayout: the adapter's names or shapes are not exactly this model's. Nothing is changed then.
+            WrongLayout: the adapter's modules or their widths are not exactly this model's. Nothing is changed then.
         """
-        if adapter.layout != self.layout:
+        if adapter.layout != self.current and adapter.layout != self.layout.at_rank(adapter.layout.rank):
             raise WrongLayout("the adapter does not fit this base and these LoRA settings", hint="compare base and [lora]")
         flat = torch.from_numpy(adapter.vector.copy()).to(self.base.device)
         with torch.no_grad():
-            for name, at, shape in self.layout.slices():
-                self._parameters[name].copy_(flat[at].view(shape))
+            for name, at, shape in adapter.layout.slices():
+                parameter = self._parameters[name]
+                if parameter.shape != shape:
+                    parameter.grad = None
+                    parameter.data = parameter.data.new_empty(shape)
+                parameter.copy_(flat[at].view(shape))
+        self.current = adapter.layout
 
-    def trainable(self) -> list[torch.nn.Parameter]:
-        """The factors in the layout's order, float32."""
-        return [self._parameters[name] for name, _ in self.layout.entries]
+    def trainable(self, factors: Factors = "AB") -> list[torch.nn.Parameter]:
+        """These factors in the layout's order, float32."""
+        return [self._parameters[name] for name, _ in self.current.only(factors).entries]
 
-    def check_trainable(self) -> None:
-        """Confirms that the factors, all of them and nothing else, will be trained.
+    def set_trained(self, factors: Factors) -> None:
+        """Lets these factors be trained, and no other parameter that this class knows of."""
+        chosen = {name for name, _ in self.current.only(factors).entries}
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name in chosen)
+
+    def check_trainable(self, factors: Factors = "AB") -> None:
+        """Confirms that these factors, all of them and nothing else, will be trained.
 
         Raises:
             RunFailed: something switched a factor off or another parameter on, as several calls of PEFT's do.
         """
         on = {id(p) for p in self.peft_model.parameters() if p.requires_grad}
-        if on != {id(p) for p in self.trainable()} or any(p.dtype != torch.float32 for p in self.trainable()):
+        chosen = self.trainable(factors)
+        if on != {id(p) for p in chosen} or any(p.dtype != torch.float32 for p in chosen):
             raise RunFailed("the trainable parameters are not exactly the adapter's factors in float32")
 
     def set_checkpointing(self, on: bool, /) -> None:

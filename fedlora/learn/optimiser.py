@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save  # twice as fast as the torch one on a thousand small tensors; the same bytes
 from safetensors.torch import load
 
+from fedlora.adapter import Factors
 from fedlora.errors import ConfigError, StoreError
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.options import TrainOptions
@@ -17,15 +18,15 @@ from fedlora.learn.options import TrainOptions
 __all__ = ["dump_moments", "forget_moments", "load_moments", "make_optimiser"]
 
 
-def make_optimiser(model: LoraModel, options: TrainOptions) -> torch.optim.Optimizer:
-    """A fresh optimiser over the adapter's factors and nothing else.
+def make_optimiser(model: LoraModel, options: TrainOptions, *, factors: Factors = "AB") -> torch.optim.Optimizer:
+    """A fresh optimiser over the adapter's factors, or these of them, and nothing else.
 
     Raises:
         ConfigError: a paged optimiser without CUDA.
         RunFailed: the trainable parameters are not exactly the adapter's.
     """
-    model.check_trainable()
-    parameters = model.trainable()
+    model.check_trainable(factors)
+    parameters = model.trainable(factors)
     if options.optim == "adamw_torch":
         # fused: one pass over the parameters instead of a dozen; the same formula.
         return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)

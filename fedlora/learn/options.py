@@ -138,6 +138,7 @@ class TrainOptions:
     Attributes:
         learning_rate: peak of the schedule.
         warmup_ratio: share of the run in which it rises.
+        proximal_mu: FedProx's mu: half of it times the squared distance from the round's first factors is added to the loss.
         optimizer_state: at the start of a round, Adam's moments are fresh (``reset``) or this site's of its last round.
         local_steps: optimiser steps in a round; 0: use ``local_epochs``, passes over the data in a round.
         num_rounds: rounds in the run, for the schedule.
@@ -160,6 +161,7 @@ class TrainOptions:
     optim: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
     optimizer_state: Literal["reset", "keep"] = "reset"
     gradient_checkpointing: bool = False
+    proximal_mu: float = 0.0
     local_steps: int = 10
     local_epochs: int = 0
     num_rounds: int = 10

@@ -41,7 +41,7 @@ class Tally(Protocol):
 
         Args:
             update: their mean, with the sum of their weights; the metrics are means too.
-            squares: weighted mean of the squared norms of their A and B, (pairs, 2).
+            squares: weighted mean of the squared norms of their tensors, (tensors,).
             counted: sum of what the plan weighs by.
 
         Raises:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fedlora.adapter import Adapter, Layout, Update
 from fedlora.aggregate import AGGREGATORS
-from fedlora.aggregate.sums import MAX_DELTA, Sums, gap, product_norm
+from fedlora.aggregate.factored import product_norm
+from fedlora.aggregate.sums import MAX_DELTA, Sums, gap
 from fedlora.errors import FedLoRAError, NonFiniteUpdate, UpdateRejected, WrongLayout
 
 LAYOUT = Layout.of({"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "v.lora_A.weight": (2, 3), "v.lora_B.weight": (3, 2)})

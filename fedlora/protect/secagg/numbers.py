@@ -35,7 +35,7 @@ class Totals:
         sites: number of sites in it, as they counted themselves.
         counted: sum of what the plan weighs by (tokens, examples), before it was made a weight.
         metrics: means over the sites: ``eval/...`` by supervised tokens evaluated, others by what they were trained on.
-        squares: weighted mean of squared norms of (A, B) of each pair, (pairs, 2); for the gap certificate.
+        squares: weighted mean of the squared norm of each tensor, (tensors,); for the gap certificate.
         cut: values beyond the range, per tensor.
     """
 
@@ -52,18 +52,16 @@ class Numbers:
     """Order of the numbers: weight, sites, counted | squares | cut | per metric: sum of count x value, sum of counts.
 
     Args:
-        pairs: LoRA pairs.
-        tensors: tensors.
+        tensors: tensors of the vector.
         metrics: names, in order.
     """
 
-    pairs: int
     tensors: int
     metrics: tuple[str, ...]
 
     @property
     def size(self) -> int:
-        return 3 + 2 * self.pairs + self.tensors + 2 * len(self.metrics)
+        return 3 + 2 * self.tensors + 2 * len(self.metrics)
 
     def pack(
         self, *, weight: int, counted: int, squares: NDArray[np.float64], cut: NDArray[np.int64], metrics: Mapping[str, float]
@@ -81,7 +79,7 @@ class Numbers:
                 count = max(tokens if name.startswith("eval/") else counted, 1)
                 value = min(max(metrics[name], -_MOST_METRIC), _MOST_METRIC)
                 listed += [round(value * _FINE) * count, count]
-        squared = np.rint(np.minimum(squares, _MOST_SQUARE).ravel() * _SQUARE).astype(np.int64) * weight
+        squared = np.rint(np.minimum(squares, _MOST_SQUARE) * _SQUARE).astype(np.int64) * weight
         whole = np.concatenate([np.array([weight, 1, counted], np.int64), squared, cut, np.array(listed, np.int64)])
         return whole.view(np.uint64)
 
@@ -95,13 +93,13 @@ class Numbers:
         weight, count, counted = (int(x) for x in whole[:3])
         if count != sites or weight < 0 or counted < 0:
             raise SessionError("the sum does not open to what the sites sent", hint="a site or the relay has changed something")
-        squares, cut, listed = np.split(whole[3:], np.cumsum([2 * self.pairs, self.tensors]))
+        squares, cut, listed = np.split(whole[3:], np.cumsum([self.tensors, self.tensors]))
         metrics = {}
         for i, name in enumerate(self.metrics):
             value, by = int(listed[2 * i]), int(listed[2 * i + 1])
             if by > 0:
                 metrics[name] = float(value) if name in _TOTALS else value / _FINE / by
-        mean = squares.reshape(-1, 2) / _SQUARE / max(weight, 1)
+        mean = squares / _SQUARE / max(weight, 1)
         return Totals(weight, count, counted, metrics, mean, cut)
 
 

@@ -7,7 +7,8 @@ sum of all sites: ``2 * levels * sites < 2^bits``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -75,25 +76,39 @@ PROFILES: Final[dict[str, Profile]] = {
 """Names that a plan may use; each holds 256 sites. int24 is for audits: as exact as float32."""
 
 
-def scales_for(layout: Layout, profile: Profile, *, first_range: float, before: F32 | None, now: F32) -> F32:
+def scales_for(
+    layout: Layout,
+    profile: Profile,
+    *,
+    first_range: float,
+    change: F32 | None,
+    ranges: Mapping[str, float] = {},
+    fixed: Mapping[str, float] = {},
+) -> F32:
     """Value of one level, per tensor, (tensors,) float32: public, hence the same for all sites and no secret.
 
-    ``levels`` stand for ``reach`` root mean squares of the last published change of the tensor; for ``first_range`` where there
-    is none. Eleven significant bits, so that the order of a float64 sum does not show.
+    ``levels`` stand for ``reach`` root mean squares of what the last published change would have been as an answer; for its
+    first range where there is none. Eleven significant bits, so that the order of a float64 sum does not show.
 
     Args:
-        before: the global adapter of the round before, (n,) float32; None in the first round.
-        now: the global adapter of this round.
+        first_range: largest value in the first round.
+        ranges: the same for tensors that have another.
+        change: (n,) float32; None in the first round.
+        fixed: tensors whose values lie between zero and this number, with the weight shared in sixteenths: a power of two below
+            it, so that sixteenths of the number are whole levels where there are sixteen.
     """
-    out = np.full(len(layout.entries), first_range / profile.levels, np.float64)
-    if before is not None:
-        for i, part in enumerate(tensor_slices(layout)):
-            change = now[part].astype(np.float64) - before[part]
-            rms = float(np.sqrt(np.square(change, out=change).mean()))
+    out = np.array([ranges.get(name, first_range) / profile.levels for name, _ in layout.entries])
+    for i, (name, part, _) in enumerate(layout.slices()):
+        if name in fixed:
+            out[i] = fixed[name] / 2 ** math.floor(math.log2(profile.levels))
+        elif change is not None:
+            wide = change[part].astype(np.float64)
+            rms = float(np.sqrt(np.square(wide, out=wide).mean()))
             if rms > _SMALLEST:
                 out[i] = profile.reach * rms / profile.levels
     mantissa, exponent = np.frexp(out)
-    return np.ldexp(np.rint(mantissa * 2048.0) / 2048.0, exponent).astype(np.float32)
+    scales: F32 = np.ldexp(np.rint(mantissa * 2048.0) / 2048.0, exponent).astype(np.float32)
+    return scales
 
 
 def tensor_slices(layout: Layout) -> list[slice]:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fedlora import wire
-from fedlora.adapter import F32, Update
+from fedlora.adapter import F32, Adapter, Update
 from fedlora.config import Plan
 from fedlora.errors import (
     BothSecretsRequested,
@@ -78,7 +78,7 @@ class SecAggServer:
         roster: the signed roster of now, checked; asked for once a round, so that a new epoch holds from the next round on.
         plan: of the run.
         book: durable.
-        before: the global adapter of the round before the one that is named, (n,) float32, for the scales; None in the first.
+        before: the global adapter after an exchange, of the last three, for the scales; None below zero.
         report: told ``(event, facts)`` about the steps.
     """
 
@@ -86,7 +86,7 @@ class SecAggServer:
     roster: Callable[[], SignedRoster]
     plan: Plan
     book: Book
-    before: Callable[[int], F32 | None]
+    before: Callable[[int], Adapter | None]
     report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None
     terms: Terms = field(init=False)
     _signed: SignedRoster = field(init=False)
@@ -104,7 +104,7 @@ class SecAggServer:
         errors: Errors = {}
         stored = self.book.roster(task)
         self._use(stored or self.roster())
-        scales = self.terms.scales(task, self.before(task.round))
+        scales = self.terms.scales(task, self._before(task))
         asked: list[str] = []
         try:
             if stored:
@@ -128,6 +128,11 @@ class SecAggServer:
                 tally.reject(site, error)
             else:
                 self.report("unheard", {"site": site, "code": _code(error)})  # its update counts
+
+    def _before(self, task: Task) -> Adapter | None:
+        """The adapter with which the round before this one began, as the sites were sent it."""
+        found = self.before(task.round - 1 - self.terms.rule.passes)
+        return None if found is None else found.part(task.adapter.layout)
 
     # --- a new session ------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fedlora.adapter import F32, Update
+from fedlora.adapter import F32, Adapter, Update
 from fedlora.aggregate.sums import squares_of
 from fedlora.config import Plan, parse_plan
 from fedlora.errors import (
@@ -160,7 +160,7 @@ class SecAggSite:
             return known
         if task.kind == "evaluate":
             numbers = terms.numbers(task.reply_layout).pack(
-                weight=0, counted=0, squares=np.zeros((0, 2)), cut=np.zeros(0, np.int64), metrics=update.metrics
+                weight=0, counted=0, squares=np.zeros(0), cut=np.zeros(0, np.int64), metrics=update.metrics
             )
             none = np.zeros(0, np.float32)
             made = Encoded(key, task.round, np.zeros(1, terms.profile.word), numbers, none, none)
@@ -172,20 +172,20 @@ class SecAggSite:
     def _levels(
         self, task: Task, plan: Plan, terms: Terms, scales: F32, update: Update, known: Encoded | None, key: str
     ) -> Encoded:
-        layout = task.adapter.layout
+        layout = task.reply_layout
         update.check(layout.size)
         if update.weight < 1:
             raise UpdateRejected("this site used no tokens; it does not take part in the round")
         weight = terms.weight(update.weight)
         left = update.delta.copy()
-        if known is not None and known.round < task.round and known.left.size == left.size:
+        if terms.rule.carries and known is not None and known.round < task.round and known.left.size == left.size:
             left += known.left  # what rounding and cutting kept back before
         seed = f"{plan.run.seed}/{self._name}/{task.round}".encode()
         levels, cut = encode(left, layout, terms.profile, scales, share=weight / terms.max_weight, seed=seed)
         numbers = terms.numbers(layout).pack(
             weight=weight, counted=update.weight, squares=squares_of(update.delta, layout), cut=cut, metrics=update.metrics
         )
-        return Encoded(key, task.round, levels, numbers, left, task.adapter.vector)
+        return Encoded(key, task.round, levels, numbers, left, _start(task, terms, known))
 
     # --- the session ----------------------------------------------------------------------------------------------
 
@@ -344,12 +344,21 @@ def _check_scales(task: Task, terms: Terms, scales: F32, known: Encoded | None) 
 
     Raises:
         WrongScales.
+        WrongLayout: see :meth:`Terms.scales`.
     """
-    if task.round == 1:
-        due = terms.scales(task, None)
-    elif known is not None and known.round == task.round - 1 and known.start.size == task.adapter.vector.size:
-        due = terms.scales(task, known.start)
-    else:
-        return  # all sites of the session see the same ones, or their masks do not match
+    due = terms.scales(task, None)
+    if task.round > terms.rule.passes:
+        if known is None or known.round != task.round - 1 or known.start.size != task.adapter.vector.size:
+            return  # all sites of the session see the same ones, or their masks do not match
+        due = terms.scales(task, Adapter(known.start, task.adapter.layout))
     if not np.allclose(due, scales, rtol=1e-3, atol=0.0):  # one unit in the last of the eleven bits
         raise WrongScales("the scales are not those that follow from the last published adapter")
+
+
+def _start(task: Task, terms: Terms, known: Encoded | None) -> F32:
+    """The adapter from which the next exchange's scales follow: that of the round before, until a round's last pass."""
+    if task.round % terms.rule.passes == 0:
+        return task.adapter.vector
+    if known is not None and known.round == task.round - 1:
+        return known.start
+    return np.zeros(0, np.float32)

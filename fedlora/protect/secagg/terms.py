@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora.adapter import F32, MAX_PARAMETERS, Layout
+from fedlora.adapter import F32, MAX_PARAMETERS, Adapter, Layout
+from fedlora.aggregate import Aggregator, rule_of
 from fedlora.config import Plan, canonical
-from fedlora.errors import WireError
+from fedlora.errors import WireError, WrongLayout
 from fedlora.messages import EVALUATION, Task
 from fedlora.protect.link import Context
 from fedlora.protect.roster import Roster
@@ -41,6 +42,7 @@ class Terms:
         first_range: change of a value for which the levels stand in the first round.
         weight_unit: tokens or examples that make a weight of one; 0: all weights are one.
         metrics: names that ride along, in order.
+        rule: what the numbers mean to the aggregator.
         rules: least that a session needs.
         digest: names all of this; part of every session's context.
     """
@@ -49,6 +51,7 @@ class Terms:
     first_range: float
     weight_unit: int
     metrics: tuple[str, ...]
+    rule: Aggregator
     rules: Rules
 
     @classmethod
@@ -58,7 +61,7 @@ class Terms:
         rules = Rules(max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort))
         first = p.first_range or plan.training.learning_rate * f.local_steps
         unit = 0 if plan.aggregate.weighting == "uniform" else p.weight_unit
-        return cls(PROFILES[p.profile], first, unit, tuple(sorted(plan.evaluation.share)), rules)
+        return cls(PROFILES[p.profile], first, unit, tuple(sorted(plan.evaluation.share)), rule_of(plan), rules)
 
     @property
     def max_weight(self) -> int:
@@ -70,15 +73,32 @@ class Terms:
 
     def numbers(self, layout: Layout) -> Numbers:
         """Order of the numbers for replies of this layout."""
-        if layout == EVALUATION:
-            return Numbers(0, 0, self.metrics)
-        return Numbers(len(layout.pairs()), len(layout.entries), self.metrics)
+        return Numbers(0 if layout == EVALUATION else len(layout.entries), self.metrics)
 
-    def scales(self, task: Task, before: F32 | None) -> F32:
-        """Scales of the reply to this task; one for an evaluation, whose vector is a zero."""
+    def scales(self, task: Task, before: Adapter | None) -> F32:
+        """Scales of the reply to this task; one for an evaluation, whose vector is a zero.
+
+        Args:
+            before: the global adapter of the last round but one, as it was sent; None if there is none.
+
+        Raises:
+            WrongLayout: the task asks for other tensors than the rule sends, or brings others than it publishes.
+        """
         if task.kind == "evaluate":
             return np.ones(1, np.float32)
-        return scales_for(task.adapter.layout, self.profile, first_range=self.first_range, before=before, now=task.adapter.vector)
+        rule, now, layout = self.rule, task.adapter, task.reply_layout
+        if layout != rule.reply(now.layout, task.round):
+            raise WrongLayout("the server asks for other tensors than the plan's rule sends")
+        rule.check_public(now.layout, task.round, task.public)
+        change = None if before is None else rule.expected(before, now, exchange=task.round, public=task.public)
+        return scales_for(
+            layout,
+            self.profile,
+            first_range=self.first_range,
+            change=change,
+            ranges=rule.first_ranges(now.layout, self.first_range),
+            fixed=rule.fixed_ranges(layout),
+        )
 
     def context(self, task: Task, scales: F32, roster: str) -> bytes:
         """Digest of all that the sites of a session must see alike, but for who they are."""
@@ -86,6 +106,8 @@ class Terms:
         facts = {
             **Context.of(task).fields(),
             "kind": task.kind,
+            "sends": task.reply_layout.digest(),
+            "public": task.public.digest() if task.public is not None else "",
             "roster": roster,
             "profile": [p.levels, p.bits],
             "scales": hashlib.sha256(scales.astype("<f4").tobytes()).hexdigest(),

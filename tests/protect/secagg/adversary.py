@@ -77,7 +77,7 @@ class Adversary:
     def offer(self, *, task: Task | None = None, roster: bytes | None = None, scales: np.ndarray | None = None) -> bytes:
         task = task or self.task
         if scales is None:
-            before = None if task.round == 1 else self.world.globals[task.round - 1].vector
+            before = None if task.round == 1 else self.world.globals[task.round - 1]
             scales = self.terms.scales(task, before)
         inner = wire.dump_task(task, reply_key=self.link.reply_key.public.kem)
         return Offer(roster or self.world.signed.dump(), scales, inner).dump()

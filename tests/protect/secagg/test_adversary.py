@@ -306,7 +306,7 @@ def test_later_scales_follow_from_the_published_adapters():
     a = Adversary().until_masked()
     a.world.next_round(a.world.expected(ALL))
     a.begin(a.world.task(round=2))
-    right = a.terms.scales(a.task, a.world.globals[1].vector)
+    right = a.terms.scales(a.task, a.world.globals[1])
     a.world.work = never
     for factor in (0.5, 1.01, 100.0):
         answer = a.say("site-1", "advertise", a.offer(scales=right * np.float32(factor)))

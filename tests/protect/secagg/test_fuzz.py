@@ -273,10 +273,10 @@ METRICS = ("eval/nll", "eval/tokens", "train/loss")
 )
 @settings(max_examples=60, deadline=None)
 def test_the_numbers_of_all_sites_add_up_to_their_means(sites):
-    ride = Numbers(1, 2, METRICS)
+    ride = Numbers(2, METRICS)
     total, cut = np.zeros(ride.size, np.uint64), np.array([3, 4])
     for w, counted, square, metrics in sites:
-        total += ride.pack(weight=w, counted=counted, squares=np.full((1, 2), square), cut=cut, metrics=metrics)
+        total += ride.pack(weight=w, counted=counted, squares=np.full(2, square), cut=cut, metrics=metrics)
     found = ride.unpack(total, sites=len(sites))
     assert found.weight == sum(w for w, *_ in sites)
     assert found.counted == sum(min(c, 1 << 26) for _, c, *_ in sites)
@@ -291,13 +291,13 @@ def test_the_numbers_of_all_sites_add_up_to_their_means(sites):
 
 
 def test_the_numbers_of_256_sites_never_wrap():
-    ride = Numbers(1, 1, METRICS)
+    ride = Numbers(2, METRICS)
     for sign in (1, -1):
         most = {"eval/nll": sign * 1e9, "eval/tokens": 1e18, "train/loss": sign * 1e9}
-        one = ride.pack(weight=MAX_WEIGHT, counted=1 << 40, squares=np.full((1, 2), 1e30), cut=np.array([1 << 31]), metrics=most)
+        one = ride.pack(weight=MAX_WEIGHT, counted=1 << 40, squares=np.full(2, 1e30), cut=np.array([1 << 31] * 2), metrics=most)
         found = ride.unpack(one * np.uint64(256), sites=256)
         assert found.weight == 256 * MAX_WEIGHT
-        assert found.squares.tolist() == [[2.0**20, 2.0**20]]
+        assert found.squares.tolist() == [2.0**20, 2.0**20]
         assert found.metrics == {"eval/nll": sign * 4096.0, "train/loss": sign * 4096.0, "eval/tokens": 256.0 * (1 << 26)}
 
 
@@ -552,7 +552,7 @@ def test_a_sum_that_must_not_be_aggregated_does_not_stop_the_server(monkeypatch)
             add(body, at, 32_760, size=2)  # in the mean 32760 / 127 / 4, more than any change that is believed
 
     def accept_sum(self, sites, update, *, squares, counted):
-        FedAvg().start(toy_adapter(), cohort=4).add("*", update, squares=squares)  # as the tally of a round does
+        FedAvg().start(toy_adapter(), cohort=4, exchange=1).add("*", update, squares=squares)  # as the tally of a round does
 
     monkeypatch.setattr(Heard, "accept_sum", accept_sum)
     heard = spoil(World(4), farthest).collect(World(4).task())

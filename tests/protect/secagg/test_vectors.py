@@ -415,17 +415,18 @@ def test_the_context_and_the_scales_are_those_of_the_format(kind, round_):
     elif round_ == 1:
         scales = [eleven_bits(0.5 / 2047)] * 2
     else:
-        change = (world.globals[2].vector.astype(float) - world.globals[1].vector).tolist()
+        change = (world.globals[2].vector - world.globals[1].vector).astype(float).tolist()
         parts = change[:6], change[6:]
         scales = [eleven_bits(16 * math.sqrt(sum(x * x for x in p) / len(p)) / 2047) for p in parts]
     raw = struct.pack(f"<{len(scales)}f", *scales)
-    before = world.globals[1].vector if round_ == 2 else None
+    before = world.globals[1] if round_ == 2 else None
     assert terms.scales(task, before).tobytes() == raw
     fields = {
         "run": task.run, "plan": hashlib.sha256(task.plan).hexdigest(), "round": round_, "attempt": 0, "base": task.base,
         "adapter": task.adapter.digest(), "layout": hashlib.sha256(layout.dump()).hexdigest(), "n_params": 14, "kind": kind,
         "roster": world.signed.roster.digest(), "profile": [2047, 20], "scales": hashlib.sha256(raw).hexdigest(),
-        "max_weight": 16, "metrics": sorted(world.plan.evaluation.share), "rules": [1, 3],
+        "max_weight": 16, "metrics": sorted(world.plan.evaluation.share), "rules": [1, 3], "public": "",
+        "sends": hashlib.sha256(task.reply_layout.dump()).hexdigest(),
     }  # fmt: skip
     text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     assert terms.context(task, np.array(scales, np.float32), fields["roster"]) == sha(b"fedlora/v1/sa/context\0", text)

@@ -138,8 +138,8 @@ class World:
         def report(event: str, facts: Mapping[str, Any]) -> None:
             self.events.append((event, facts))
 
-        def before(round: int) -> np.ndarray | None:
-            return self.globals[round - 1].vector if round > 1 else None
+        def before(round: int) -> Adapter | None:
+            return self.globals[round + 1] if round >= 0 else None
 
         return SecAggServer(self.link(), lambda: self.signed, self.plan, Book(self.memory["server"]), before, report)
 
@@ -178,7 +178,7 @@ class World:
         """The mean over these sites from their whole numbers, added in the open; in the first round nothing is left over."""
         terms = Terms.of(self.plan, self.signed.roster)
         task = self.task(round=round)
-        before = None if round == 1 else self.globals[round - 1].vector
+        before = None if round == 1 else self.globals[round - 1]
         layout, profile, scales = task.adapter.layout, terms.profile, terms.scales(task, before)
         total, weight = np.zeros(layout.size, np.int64), 0
         for name in sites:

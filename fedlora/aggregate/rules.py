@@ -1,0 +1,56 @@
+"""From a plan's ``[aggregate]`` table to the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from fedlora.aggregate.masked import Masked
+from fedlora.aggregate.means import FFA, FedAvg, FedSVD, RoLoRA
+from fedlora.aggregate.product import MAX_RANK, Product, SketchedProduct
+from fedlora.aggregate.protocol import Aggregator
+from fedlora.aggregate.robust import Robust
+from fedlora.aggregate.server_optimiser import ServerOptimiser
+from fedlora.aggregate.sums import MAX_WEIGHT
+from fedlora.config import Plan
+
+__all__ = ["AGGREGATORS", "optimiser_of", "rule_of"]
+
+
+def _product(plan: Plan, max_weight: int) -> Aggregator:
+    a = plan.aggregate
+    if plan.protect.mode == "secagg":
+        return SketchedProduct(max_weight, seed=plan.run.seed, gauge=a.gauge)
+    return Product(max_weight, rank=a.rank, max_rank=a.max_rank or min(2 * plan.lora.r, MAX_RANK), energy=a.energy, gauge=a.gauge)
+
+
+def _robust(plan: Plan, max_weight: int) -> Aggregator:
+    a = plan.aggregate
+    return Robust(max_weight, statistic=a.statistic, trim=a.trim, byzantine=a.byzantine)
+
+
+AGGREGATORS: dict[str, Callable[[Plan, int], Aggregator]] = {
+    "fedavg": lambda plan, w: FedAvg(w, share=plan.aggregate.share, fedrot=plan.aggregate.fedrot),
+    "ffa": lambda plan, w: FFA(w),
+    "rolora": lambda plan, w: RoLoRA(w),
+    "fedsvd": lambda plan, w: FedSVD(w, every=plan.aggregate.svd_every),
+    "product": _product,
+    "masked": lambda plan, w: Masked(w),
+    "robust": _robust,
+}
+"""Names that a plan may use."""
+
+_SECAGG_WEIGHT: Final = 16 * 256  # the sum comes as one update with the weight of all: 16 each, of at most 256 sites
+
+
+def rule_of(plan: Plan) -> Aggregator:
+    """The plan's rule."""
+    if plan.protect.mode == "secagg":
+        return AGGREGATORS[plan.aggregate.name](plan, _SECAGG_WEIGHT)
+    return AGGREGATORS[plan.aggregate.name](plan, 1 if plan.aggregate.weighting == "uniform" else MAX_WEIGHT)
+
+
+def optimiser_of(plan: Plan) -> ServerOptimiser:
+    """The plan's server optimiser."""
+    o = plan.server_optimizer
+    return ServerOptimiser(o.name, o.learning_rate, o.momentum, o.beta1, o.beta2, o.tau)
