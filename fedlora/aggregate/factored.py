@@ -36,10 +36,14 @@ def svd_factored(x: F64, y: F64) -> tuple[F64, F64, F64]:
     qx, rx = np.linalg.qr(x)
     qy, ry = np.linalg.qr(y.T)
     u, values, vt = np.linalg.svd(rx @ ry.T, full_matrices=False)
-    u, vt = qx @ u, vt @ qy.T
-    signs = np.sign(u[np.argmax(np.abs(u), axis=0), np.arange(u.shape[1])])
-    signs[signs == 0] = 1.0
-    return u * signs, values, vt * signs[:, None]
+    u = qx @ u
+    del qx
+    vt = vt @ qy.T
+    for j in range(values.size):
+        if u[np.argmax(np.abs(u[:, j])), j] < 0:
+            u[:, j] *= -1
+            vt[j] *= -1
+    return u, values, vt
 
 
 def rank_for(values: F64, *, energy: float) -> int:
