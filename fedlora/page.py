@@ -34,7 +34,7 @@ from fedlora.plots import (
     with_sd,
 )
 
-__all__ = ["page"]
+__all__ = ["document", "page"]
 
 _BAR_STYLE = {"alone": "s4", "federated": "s0", "pooled-steps": "s2", "pooled-tokens": "s5"}
 
@@ -59,11 +59,15 @@ def page(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any
             body += f"<details{' open' * (i == 0)}>{seed}{arms}{inner}</details>"
         else:
             body += inner
-    body += _about(runs)
+    return document(f"{runs[0]['name']}: federated fine-tuning", body + _about(runs))
+
+
+def document(title: str, body: str) -> str:
+    """A page of this style that loads nothing and runs nothing; ``body`` is markup."""
     policy = f"default-src 'none'; style-src 'sha256-{_digest(STYLE)}'; base-uri 'none'; form-action 'none'"
     metas = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     metas += '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
-    head = f"<head>{metas}<title>{escape(runs[0]['name'])}: federated fine-tuning</title><style>{STYLE}</style></head>"
+    head = f"<head>{metas}<title>{escape(title)}</title><style>{STYLE}</style></head>"
     return f'<!doctype html>\n<html lang="en">{head}<body>{body}</body></html>\n'
 
 

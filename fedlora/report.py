@@ -30,7 +30,7 @@ from fedlora.plots import (
 )
 from fedlora.store import write_atomic
 
-__all__ = ["METRICS", "Results", "across", "summarise", "table", "table_across", "write_html"]
+__all__ = ["METRICS", "Results", "across", "interval", "spread", "summarise", "table", "table_across", "write_html"]
 
 Results: TypeAlias = Mapping[str, Any]
 """``results.json`` of one seed, format 1."""
@@ -211,8 +211,8 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
     pairs = {n: {m: [_minus(f, o) for f, o in zip(fed[m], columns[n][m], strict=True)] for m in METRICS} for n in compared}
     return {
         "seeds": [run["seed"] for run in runs],
-        "arms": {n: {m: _spread(v) for m, v in row.items()} for n, row in columns.items()},
-        "differences": {n: {m: {**_spread(v), **_interval(v)} for m, v in row.items()} for n, row in pairs.items()},
+        "arms": {n: {m: spread(v) for m, v in row.items()} for n, row in columns.items()},
+        "differences": {n: {m: {**spread(v), **interval(v)} for m, v in row.items()} for n, row in pairs.items()},
         "beats_alone": {m: _beats(pairs, m) for m in _SIGN},
         "recovery": {p: {m: _recovered(each, p, m) for m in _SIGN} for p in reached},
     }
@@ -229,16 +229,16 @@ def _check_comparable(runs: Sequence[Results]) -> None:
         raise ConfigError("a seed occurs twice", hint="the same seed again is not another sample")
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
     mean = _mean(values)
     if mean is None or len(values) < 2:
         return {"mean": mean, "sd": None}
     return {"mean": mean, "sd": float(np.std(np.array(values, np.float64), ddof=1))}
 
 
-def _interval(values: Sequence[float | None]) -> dict[str, float | None]:
+def interval(values: Sequence[float | None]) -> dict[str, float | None]:
     """95 % t-interval of the mean. Beyond ten seeds the factor for ten is kept, which makes it a little too wide."""
-    s = _spread(values)
+    s = spread(values)
     if s["mean"] is None or s["sd"] is None:
         return {"low": None, "high": None}
     half = _T95[min(len(values) - 2, len(_T95) - 1)] * s["sd"] / math.sqrt(len(values))
@@ -247,7 +247,7 @@ def _interval(values: Sequence[float | None]) -> dict[str, float | None]:
 
 def _beats(pairs: Mapping[str, Mapping[str, Sequence[float | None]]], metric: str) -> dict[str, Any]:
     alone = {n: row[metric] for n, row in pairs.items() if n.startswith("local:")}
-    arms = {n: _spread([None if v is None else -v * _SIGN[metric] for v in values]) for n, values in alone.items()}
+    arms = {n: spread([None if v is None else -v * _SIGN[metric] for v in values]) for n, values in alone.items()}
     return {"arms": arms, "verdict": _all_firm(list(arms.values()))}
 
 
@@ -261,8 +261,8 @@ def _recovered(each: Sequence[Mapping[str, Any]], pooled: str, metric: str) -> d
     arms = [s["arms"] for s in each]
     names = [_better(a, metric) if pooled == "better" else pooled for a in arms]
     ways = [_minus(a.get("local", {}).get(metric), a.get(n, {}).get(metric)) for a, n in zip(arms, names, strict=True)]
-    firm = _all_firm([_spread([None if w is None else w * _SIGN[metric] for w in ways])])
-    return {**_spread([s["recovery"][pooled][metric] for s in each]), "firm": firm}
+    firm = _all_firm([spread([None if w is None else w * _SIGN[metric] for w in ways])])
+    return {**spread([s["recovery"][pooled][metric] for s in each]), "firm": firm}
 
 
 # --- tables for a terminal --------------------------------------------------------------------------------------

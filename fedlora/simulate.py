@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from fedlora import build, wire
 from fedlora import report as pages
 from fedlora.adapter import Adapter, Update
+from fedlora.aggregate import rule_of
 from fedlora.config import Arm, Plan, Policy, Simulation, SiteData, SiteFile, canonical, dump_toml
 from fedlora.enrol import make_roster
 from fedlora.errors import ConfigError, StoreError
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity
 from fedlora.rounds import Report
-from fedlora.site import Learner
+from fedlora.site import Learner, personal
 from fedlora.store import Entry, Journal, RunStore, save_adapter, write_atomic
 from fedlora.transport import Dropouts, LocalTransport, parse_dropouts
 
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
     from fedlora.data import Tokens
     from fedlora.learn.lora import LoraModel
 
-__all__ = ["parse_seeds", "simulate"]
+__all__ = ["Lab", "arms_of", "federated", "load_rows", "open_lab", "parse_seeds", "scores", "simulate"]
 
 Lost: TypeAlias = frozenset[tuple[str, str, int]]
+Trained: TypeAlias = Adapter | Mapping[str, Adapter]
+"""What an arm gave: one adapter, or one for each site where sites keep a part of it."""
 
 _SAVE_EVERY_S = 10.0  # an arm without federation saves a round of seconds less often than it ends one
 _GENERAL = "general.jsonl"  # hold-out that has nothing to do with the task: what does training make the model forget?
@@ -187,18 +190,27 @@ def open_lab(plan: Plan, *, root: Path, out: Path, report: Report) -> Lab:
         base, data = root / simulation.base, root / simulation.data
     report("load", {"model": plan.model.model_name_or_path})
     lora = build.load_lora(plan, base, device="auto", threads=0, keep_dequantised=simulation.keep_dequantised)
-    length = plan.training.max_length
+    rows, general = load_rows(plan, lora, data, simulation.sites, report)
+    return Lab(simulation=simulation, data=data, base=base, lora=lora, rows=rows, general=general, **_first(plan, lora))
+
+
+def load_rows(
+    plan: Plan, lora: LoraModel, data: Path, sites: Sequence[str], report: Report
+) -> tuple[dict[str, dict[str, list[Tokens]]], list[Tokens]]:
+    """Site -> split -> tokens, and the general hold-out; from ``SITE.train.jsonl`` and so on in a directory.
+
+    Raises:
+        ConfigError, DataError: a file is missing or unusable.
+    """
 
     def tokens(path: Path, append_eos: bool = True) -> list[Tokens]:
         if not path.exists():
             raise ConfigError(f"{path} does not exist", hint="simulation.data names a directory with SITE.train.jsonl and so on")
-        return build.tokens(
-            lora.tokenizer, build.rows(path, SiteData(), report), max_length=length, append_eos=append_eos, report=report
-        )
+        found = build.rows(path, SiteData(), report)
+        return build.tokens(lora.tokenizer, found, max_length=plan.training.max_length, append_eos=append_eos, report=report)
 
-    rows = {s: {p: tokens(data / f"{s}.{p}.jsonl") for p in ("train", "validation", "test")} for s in simulation.sites}
-    general = tokens(data / _GENERAL, append_eos=False) if (data / _GENERAL).exists() else []
-    return Lab(simulation=simulation, data=data, base=base, lora=lora, rows=rows, general=general, **_first(plan, lora))
+    rows = {s: {p: tokens(data / f"{s}.{p}.jsonl") for p in ("train", "validation", "test")} for s in sites}
+    return rows, tokens(data / _GENERAL, append_eos=False) if (data / _GENERAL).exists() else []
 
 
 # --- one seed ---------------------------------------------------------------------------------------------------
@@ -211,12 +223,12 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         return found
     arms: dict[str, dict[str, Any]] = {}
     extra: dict[str, Any] = {"rounds": [], "bytes": {}}
-    for name, arm in _arms(lab).items():
+    for name, arm in arms_of(lab).items():
         report("arm", {"name": name})
         path = out / "arms" / f"{name.replace(':', '-')}.json"
         if not path.exists():
-            trained, facts = _federated(lab, out, transport, lost, report) if name == "federated" else arm.train(lab, out, report)
-            facts |= _scores(lab, trained)
+            trained, facts = federated(lab, out, transport, lost, report) if name == "federated" else arm.train(lab, out, report)
+            facts |= scores(lab, trained)
             write_atomic(path, canonical(facts))
         arms[name] = json.loads(path.read_bytes())
         report("arm-done", {"name": name})
@@ -241,16 +253,16 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
     return results
 
 
-def _scores(lab: Lab, adapter: Adapter) -> dict[str, Any]:
-    """How an adapter does on every site's rows and on the general hold-out."""
+def scores(lab: Lab, trained: Trained) -> dict[str, Any]:
+    """How an adapter, or each site's own, does on every site's rows and on the general hold-out."""
     from fedlora.learn.evaluate import evaluate
 
     began = time.monotonic()
-    lab.lora.set(adapter)
     chars = lab.plan.evaluation.coarse_chars
     length = lab.plan.training.max_length
     sites = {}
     for site in lab.simulation.sites:
+        lab.lora.set(trained if isinstance(trained, Adapter) else trained[site])
         s = evaluate(lab.lora, lab.tested(site), max_length=length, coarse_chars=chars)
         sites[site] = {
             "nll": s.nll,
@@ -324,7 +336,7 @@ def _rounds_alone(
     return adapter, {**facts, "learning_rate": rate}
 
 
-def _arms(lab: Lab) -> dict[str, _Alone]:
+def arms_of(lab: Lab) -> dict[str, _Alone]:
     """The plan's arms at equal tokens: R rounds of K steps at each of N sites, or N R K steps, or R K steps of N batches."""
     s, rounds = lab.simulation, lab.plan.federation.num_rounds
     arms: dict[str, _Alone] = {}
@@ -353,7 +365,7 @@ def _run_directory(lab: Lab, out: Path, transport: str) -> Path:
     return run_directory(lab.plan, out) if transport == "flower" else out / "federated"
 
 
-def _federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -> tuple[Adapter, dict[str, Any]]:
+def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -> tuple[Trained, dict[str, Any]]:
     """The federated arm, in this process or over real Flower processes."""
     began, steps = time.monotonic(), [0.0]
 
@@ -375,7 +387,13 @@ def _federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) 
         "seconds/steps": steps[0],  # local training alone; 0 over Flower, where other processes train
         "learning_rate": lab.plan.training.learning_rate,
     }
-    return store.load().adapter, facts
+    adapter = store.load().adapter
+    if rule_of(lab.plan).down() == "AB":
+        return adapter, facts
+    home = out / "flower" if transport == "flower" else out / "sites"
+    state = "state/journal" if transport == "flower" else "journal"
+    own = {n: personal(Journal(home / n / state), store.run, adapter.layout) for n in lab.simulation.sites}
+    return {n: a if a is not None else adapter for n, a in own.items()}, facts
 
 
 def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:

@@ -20,7 +20,7 @@ from fedlora.messages import EVALUATION, Reply, Request, Task
 from fedlora.protect import SiteProtection
 from fedlora.store import Entry, Journal
 
-__all__ = ["Learner", "Site", "Trained", "safely"]
+__all__ = ["Learner", "Site", "Trained", "personal", "safely"]
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,22 @@ def safely(site: str, answer: Callable[[], bytes]) -> Reply:
     except Exception:
         log.exception("a bug, or a library that failed")  # the traceback stays in the site's own log
         return Reply(site, error="internal")
+
+
+def personal(journal: Journal, run: str, layout: Layout) -> Adapter | None:
+    """The adapter that a site keeps for itself after its last exchange of a run; None if the rule has it keep none.
+
+    Raises:
+        StoreError: the journal is damaged.
+    """
+    last = journal.last(run)
+    return _kept(last[1], layout) if last is not None else None
+
+
+def _kept(entry: Entry, layout: Layout) -> Adapter | None:
+    if len(entry.kept) != 4 * layout.size:
+        return None
+    return Adapter(np.frombuffer(entry.kept, "<f4").astype(np.float32), layout)
 
 
 @dataclass(slots=True)
@@ -192,17 +208,6 @@ class Site:
         """Slots that this site trains, at most."""
         return plan.lora.ranks.get(self.name, 1 << 30)
 
-    def personal(self, run: str, layout: Layout) -> Adapter | None:
-        """The adapter that this site keeps for itself after the last exchange of a run, if the rule has it keep one.
-
-        Raises:
-            StoreError: the journal is damaged.
-        """
-        last = self.journal.last(run)
-        if last is None or len(last[1].kept) != 4 * layout.size:
-            return None
-        return Adapter(np.frombuffer(last[1].kept, "<f4").astype(np.float32), layout)
-
     def _shared(self, plan: Plan, metrics: Mapping[str, float]) -> dict[str, float]:
         wanted = frozenset(plan.evaluation.share) & frozenset(self.policy.share)
         return {k: float(v) for k, v in metrics.items() if k in wanted}
@@ -240,8 +245,5 @@ class Site:
         if rule.down() == "AB":
             return task.adapter
         before = self._before(task) if rule.keeps else None
-        if before is not None and len(before[1].kept) == 4 * layout.size:
-            own = Adapter(np.frombuffer(before[1].kept, "<f4").astype(np.float32), layout)
-        else:
-            own = first_adapter(layout, seed=plan.run.seed)
-        return own.replaced(task.adapter)
+        own = _kept(before[1], layout) if before is not None else None
+        return (own or first_adapter(layout, seed=plan.run.seed)).replaced(task.adapter)

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             lab = lab.reseeded(seeded)
         heard.clear()
-        exact, _ = simulate._federated(lab, given.out / f"seed-{seed}", "local", frozenset(), _tell)
+        exact, _ = simulate.federated(lab, given.out / f"seed-{seed}", "local", frozenset(), _tell)
         rounds = [updates for updates in heard if updates]
         base, hits = _test(lab, exact)
         print(json.dumps({"seed": seed, "profile": "float32", "nll": base, "exact_match": hits}), flush=True)
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _test(lab: simulate.Lab, adapter: Adapter) -> tuple[float, float]:
     """Loss per token and exact match, over all sites' test rows."""
-    sites = simulate._scores(lab, adapter)["sites"].values()
+    sites = simulate.scores(lab, adapter)["sites"].values()
     tokens, examples = sum(s["tokens"] for s in sites), sum(s["examples"] for s in sites)
     nll, hits = sum(s["nll"] * s["tokens"] for s in sites), sum(s["exact_match"] * s["examples"] for s in sites)
     return nll / tokens, hits / examples

@@ -82,7 +82,7 @@ class Result:
 
 
 def apply(rule, sites, start=None, *, exchange=1):
-    """One whole round: every pass of it, from the sites' local adapters to the next global one. Sites: (name, adapter, weight)."""
+    """One whole round, every pass of it: from (name, local adapter, weight) to the next global adapter."""
     start, state = start or adapter(), {}
     for turn in range(rule.passes):
         at = (exchange - 1) * rule.passes + 1 + turn
@@ -236,7 +236,9 @@ def test_what_a_site_sends_is_what_the_server_waits_for(rule):
             rule.check_public(LAYOUT, exchange, start)
         for site in "abcde":
             sums.add(site, Update(sent, 1, {}))
-        public = rule.finish(sums, start, scale=1.0, exchange=exchange, state={PUBLIC: public} if public else {}).state.get(PUBLIC)
+        public = rule.finish(sums, start, scale=1.0, exchange=exchange, state={PUBLIC: public} if public else {}).state.get(
+            PUBLIC
+        )
 
 
 # --- exact rules against dense float64 ----------------------------------------------------------------------------------

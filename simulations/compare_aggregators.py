@@ -1,0 +1,483 @@
+"""Rules and server optimisers side by side: the same data, base, tokens and seeds, each at its own best learning rate.
+
+For every split of the plan's rows over its sites, every variant's peak learning rate is chosen from one grid by the loss on
+validation, with seeds of their own; then each is run once per test seed and the last round's adapter is scored on test, once.
+Outer optimisers also run with a single site that has all rows: what they gain there is no merit of federation.
+
+    python simulations/compare_aggregators.py simulations/plans/clinical.toml --out runs/compare --seeds 0,1,2
+
+Every finished run is one file in OUT/results: stop it when you like, start it again and it goes on; ``--minutes`` stops it.
+OUT gets table.md, report.html and the splits with their digests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from fedlora import page, plots, simulate
+from fedlora.aggregate import AGGREGATORS, SketchedProduct
+from fedlora.config import Arm, Plan, canonical, load_plan
+from fedlora.report import interval, spread
+
+SPLITS: Final = ("domain", "iid", "dirichlet")
+_ONE: Final = "all-rows"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A plan's settings under a name.
+
+    Attributes:
+        sections: section -> key -> value; what is left out stays as in the plan.
+        sketched: the two sums of secure aggregation take the place of single products, without its masks.
+        one_site: one site with all rows, batches of all sites' size.
+    """
+
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sketched: bool = False
+    one_site: bool = False
+
+
+def _rule(name: str, **keys: Any) -> Variant:
+    return Variant({"aggregate": {"name": name, **keys}})
+
+
+def _outer(name: str, **keys: Any) -> Variant:
+    return Variant({"server_optimizer": {"name": name, **keys}})
+
+
+OUTER: Final = {
+    "sgd-1.5": _outer("sgd", learning_rate=1.5),
+    "fedavgm-0.5": _outer("fedavgm", learning_rate=1.0, momentum=0.5),
+    "nesterov-0.7-0.5": _outer("nesterov", learning_rate=0.7, momentum=0.5),
+    "nesterov-0.7-0.9": _outer("nesterov", learning_rate=0.7, momentum=0.9),
+    "fedadam-3e-3": _outer("fedadam", learning_rate=3e-3),
+}
+VARIANTS: Final = {
+    "fedavg": Variant(),
+    "ffa": _rule("ffa"),
+    "rolora": _rule("rolora"),
+    "fedsvd": _rule("fedsvd"),
+    "product": _rule("product"),
+    "product-procrustes": _rule("product", gauge="procrustes"),
+    "product-sketched": replace(_rule("product"), sketched=True),
+    "masked": Variant({"aggregate": {"name": "masked"}, "lora": {"ranks": "halves"}}),
+    "robust-clip": _rule("robust", statistic="clip"),
+    "robust-median": _rule("robust", statistic="median"),
+    "share-A": _rule("fedavg", share="A"),
+    "fedrot-0.5": _rule("fedavg", fedrot=0.5),
+    "fedprox-0.01": Variant({"training": {"proximal_mu": 0.01}}),
+    "keep-moments": Variant({"training": {"optimizer_state": "keep"}}),
+    **OUTER,
+    "one-site": Variant(one_site=True),
+    **{f"one-site-{name}": replace(v, one_site=True) for name, v in OUTER.items()},
+}
+BASELINES: Final = ("local", "pooled-steps", "pooled-tokens")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. ``steps`` are local steps a round; rounds follow, so that tokens stay equal."""
+
+    split: str
+    steps: int
+    name: str
+    rate: float
+    seed: int
+    part: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.split}_{self.steps}_{self.name}_{self.rate:g}_{self.part}_{self.seed}"
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def make_split(kind: str, source: Path, sites: Sequence[str], out: Path, *, seed: int = 0) -> Path:
+    """The same rows dealt to the same number of sites in another way, by group: no group stands at two sites or on two sides.
+
+    ``iid``: groups at random. ``dirichlet``: each label's groups in shares from Dirichlet(0.5). ``all-rows``: one site.
+    """
+    if kind == "domain":
+        return source
+    if (out / "partition.json").exists():
+        return out
+    new = out.with_name(f".{out.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    rng, digests = random.Random(f"{kind} {seed}"), {}
+    names = [_ONE] if kind == _ONE else list(sites)
+    for part in ("train", "validation", "test"):
+        lines = [line for s in sites for line in (source / f"{s}.{part}.jsonl").read_text().splitlines()]
+        dealt = _deal(kind, lines, len(names), rng)
+        for name, own in zip(names, dealt, strict=True):
+            if not own:
+                raise SystemExit(f"{kind}: a site has no {part} rows; take another seed")
+            text = "\n".join(own) + "\n"
+            (new / f"{name}.{part}.jsonl").write_text(text)
+            digests[f"{name}.{part}.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
+    if (source / "general.jsonl").exists():
+        shutil.copyfile(source / "general.jsonl", new / "general.jsonl")
+    (new / "partition.json").write_text(json.dumps({"kind": kind, "seed": seed, "sha256": digests}, indent=1))
+    new.rename(out)
+    return out
+
+
+def _deal(kind: str, lines: list[str], sites: int, rng: random.Random) -> list[list[str]]:
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for line in lines:
+        row = json.loads(line)
+        groups[row["completion"], row["group"]].append(line)
+    dealt: list[list[str]] = [[] for _ in range(sites)]
+    keys = sorted(groups)
+    rng.shuffle(keys)
+    shares: dict[str, list[float]] = {}
+    for n, (label, group) in enumerate(keys):
+        site = n % sites
+        if kind == "dirichlet":
+            drawn = shares.setdefault(label, [rng.gammavariate(0.5, 1.0) for _ in range(sites)])
+            site = rng.choices(range(sites), drawn)[0]
+        dealt[site] += groups[label, group]
+    return dealt
+
+
+# --- one run ------------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process with one base in memory; the rows of each split are read once."""
+
+    def __init__(self, plan_file: Path, out: Path, threads: int, until: float) -> None:
+        import torch
+
+        if threads:
+            torch.set_num_threads(threads)
+        self.plan, self.root, self.out, self.until = load_plan(plan_file), plan_file.resolve().parent, out, until
+        self._labs: dict[str, simulate.Lab] = {}
+
+    def lab(self, split: str) -> simulate.Lab:
+        if split not in self._labs:
+            first = next(iter(self._labs.values()), None)
+            if first is None:
+                first = simulate.open_lab(self.plan, root=self.root, out=self.out, report=quiet)
+            sites = (
+                [_ONE] if split == _ONE else list(first.simulation.sites if split == "domain" else simulation(self.plan).sites)
+            )
+            data = make_split(
+                split, self.root / simulation(self.plan).data, simulation(self.plan).sites, self.out / "data" / split
+            )
+            rows, general = simulate.load_rows(self.plan, first.lora, data, sites, quiet)
+            inner = simulation(self.plan).model_copy(update={"sites": tuple(sites)})
+            self._labs[split] = replace(first, rows=rows, general=general, data=data, simulation=inner)
+        return self._labs[split]
+
+    def run(self, job: Job) -> dict[str, Any] | None:
+        """The result of a job, from its file if it is there; None if time is up."""
+        path = self.out / "results" / f"{job.key}.json"
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_bytes())
+            return found
+        if time.time() > self.until:
+            return None
+        lab = self.lab(_ONE if job.name.startswith("one-site") else job.split)
+        plan = planned(self.plan, job)
+        seeded = lab.reseeded(plan)
+        seeded = replace(seeded, simulation=simulation(plan).model_copy(update={"sites": lab.simulation.sites}))
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=self.out) as scratch:
+            result = baseline(seeded, job, Path(scratch)) if job.name in BASELINES else federation(seeded, job, Path(scratch))
+        result |= {"job": asdict(job), "seconds": time.monotonic() - began}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".new").write_bytes(canonical(result))
+        path.with_suffix(".new").rename(path)
+        return result
+
+
+def simulation(plan: Plan) -> Any:
+    if plan.simulation is None:
+        raise SystemExit("the plan has no [simulation] table")
+    return plan.simulation
+
+
+def planned(plan: Plan, job: Job) -> Plan:
+    """The plan of a job: tokens as in the original one."""
+    table = plan.model_dump()
+    rounds, rest = divmod(plan.federation.num_rounds * plan.federation.local_steps, job.steps)
+    if rest:
+        raise SystemExit(f"{job.steps} local steps do not divide the plan's tokens")
+    sites = simulation(plan).sites
+    table["run"]["seed"] = job.seed
+    table["training"]["learning_rate"] = job.rate
+    table["federation"] |= {"num_rounds": rounds, "local_steps": job.steps, "min_sites": len(sites)}
+    table["evaluation"]["every"] = 0
+    table["simulation"]["evaluate_on"] = "test" if job.part == "test" else "validation"
+    for arm in ("local", "pooled_steps", "pooled_tokens"):
+        table["simulation"][arm] = Arm(learning_rate=job.rate).model_dump()
+    if job.name not in BASELINES:
+        variant = VARIANTS[job.name]
+        for section, keys in variant.sections.items():
+            table[section] |= keys
+        if table["lora"].get("ranks") == "halves":  # the last half of the sites: half the rank, the very last a quarter
+            r = table["lora"]["r"]
+            table["lora"]["ranks"] = {s: max(r // 2, 1) for s in sites[len(sites) // 2 :]} | {sites[-1]: max(r // 4, 1)}
+        if variant.one_site:
+            table["federation"]["min_sites"] = 1
+            table["training"]["gradient_accumulation_steps"] *= len(sites)
+            table["simulation"]["sites"] = (_ONE,)
+    return Plan.model_validate(table)
+
+
+def federation(lab: simulate.Lab, job: Job, scratch: Path) -> dict[str, Any]:
+    saved = AGGREGATORS["product"]
+    if VARIANTS[job.name].sketched:
+        AGGREGATORS["product"] = lambda plan, weight: SketchedProduct(weight, seed=plan.run.seed)
+    try:
+        trained, facts = simulate.federated(lab, scratch, "local", frozenset(), quiet)
+    finally:
+        AGGREGATORS["product"] = saved
+    records = [json.loads(line) for line in (scratch / "federated" / "rounds.jsonl").read_bytes().splitlines()]
+    out = measured(lab, trained) | {"tokens": facts["tokens"]}
+    for way in ("up", "down"):
+        total = sum(sum(r[f"bytes/{way}"].values()) for r in records)
+        out[way] = total / len(lab.simulation.sites) / lab.plan.federation.num_rounds
+    for name in ("gap/ratio", "drift", "product/kept"):
+        values = [r[name] for r in records if name in r]
+        if values:
+            out[name] = math.fsum(values) / len(values)
+    return out
+
+
+def baseline(lab: simulate.Lab, job: Job, scratch: Path) -> dict[str, Any]:
+    """Pooled: one model. Local: the mean over the sites, each alone, of what it scores on all sites' rows."""
+    found = []
+    for name, arm in simulate.arms_of(lab).items():
+        if name.partition(":")[0] == job.name:
+            trained, facts = arm.train(lab, scratch, quiet)
+            found.append(measured(lab, trained) | {"tokens": facts["tokens"]})
+    keys = [k for k in found[0] if found[0][k] is not None]
+    return {k: math.fsum(f[k] for f in found) / len(found) for k in keys}
+
+
+def measured(lab: simulate.Lab, trained: Any) -> dict[str, Any]:
+    """Loss per token and exact match over all rows together, and the loss on the general hold-out."""
+    facts = simulate.scores(lab, trained)
+    sites = facts["sites"].values()
+    tokens, examples = sum(s["tokens"] for s in sites), sum(s["examples"] for s in sites)
+    return {
+        "nll": sum(s["nll"] * s["tokens"] for s in sites) / tokens,
+        "exact": sum(s["exact_match"] * s["examples"] for s in sites) / examples,
+        "worst": max(s["nll"] for s in sites),
+        "general": facts["general"]["nll"] if facts["general"] and not isinstance(trained, Mapping) else None,
+    }
+
+
+def quiet(event: str, facts: Mapping[str, Any]) -> None:
+    """Every run is told in one line when it is done."""
+
+
+# --- all runs -------------------------------------------------------------------------------------------------------------
+
+_worker: list[Worker] = []
+
+
+def _begin(plan_file: Path, out: Path, threads: int, until: float) -> None:
+    _worker.append(Worker(plan_file, out, threads, until))
+
+
+def _work(job: Job) -> tuple[Job, dict[str, Any] | None]:
+    return job, _worker[0].run(job)
+
+
+Results = dict[Job, dict[str, Any]]
+
+
+def run_all(jobs: Sequence[Job], pool: Any, done: Results) -> bool:
+    """Whether all of them are done."""
+    began, whole = time.monotonic(), True
+    for n, (job, result) in enumerate(pool.imap_unordered(_work, jobs), 1):
+        if result is None:
+            whole = False
+            continue
+        done[job] = result
+        said = f"nll {result['nll']:.4f}  exact {100 * result['exact']:.1f} %"
+        print(f"[{n}/{len(jobs)} {time.monotonic() - began:.0f} s] {job.key}: {said}", file=sys.stderr, flush=True)
+    return whole
+
+
+def best_rates(jobs: Sequence[Job], done: Results) -> dict[tuple[str, int, str], float]:
+    """(split, steps, name) -> the rate of the least mean loss on validation; a run that diverged counts as infinite."""
+    found: dict[tuple[str, int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for job in jobs:
+        if job in done:
+            nll = done[job]["nll"]
+            found[job.split, job.steps, job.name][job.rate].append(nll if math.isfinite(nll) else math.inf)
+    return {at: min(rates, key=lambda r: math.fsum(rates[r]) / len(rates[r])) for at, rates in found.items()}
+
+
+# --- what came of it ------------------------------------------------------------------------------------------------------
+
+
+def tables(done: Results, rates: Mapping[tuple[str, int, str], float]) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    """For each split and number of local steps: a row for each arm, at its own rate, over the seeds that all have."""
+    for split, steps in sorted({(s, k) for s, k, _ in rates}, key=lambda at: (at[1], SPLITS.index(at[0]))):
+        runs: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        for job, result in done.items():
+            if (
+                (job.split, job.steps) == (split, steps)
+                and job.part == "test"
+                and rates.get((split, steps, job.name)) == job.rate
+            ):
+                runs[job.name][job.seed] = result
+        rows = [_row(name, runs, rates[split, steps, name]) for name in (*BASELINES, *VARIANTS) if name in runs]
+        if rows:
+            yield split, steps, rows
+
+
+def _row(name: str, runs: Mapping[str, Mapping[int, Mapping[str, Any]]], rate: float) -> dict[str, Any]:
+    own, seeds = runs[name], sorted(runs[name])
+    against = "one-site" if name.startswith("one-site") else "fedavg"
+    row: dict[str, Any] = {"name": name, "rate": rate, "seeds": len(seeds), "against": against}
+    for key in ("nll", "exact", "worst", "general", "up", "down", "gap/ratio", "drift", "product/kept"):
+        values = [own[s].get(key) for s in seeds]
+        row[key] = spread([v for v in values if v is not None])
+    paired = [s for s in seeds if s in runs.get(against, {})]
+    for key in ("nll", "exact"):
+        off = [own[s][key] - runs[against][s][key] for s in paired] if name != against else []
+        row[f"{key}/difference"] = {**spread(off), **interval(off)} if off else None
+        row[f"{key}/recovery"] = _recovery(key, name, runs)
+    return row
+
+
+def _recovery(key: str, name: str, runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> float | None:
+    """The share of the way from a site alone to the better pooled arm, mean over seeds; None where that way is too short."""
+    sign, least, found = (-1, 0.02) if key == "exact" else (1, 0.02), 0.02, []
+    sign = -1 if key == "exact" else 1
+    for seed, result in runs[name].items():
+        pooled = [runs[p][seed][key] for p in BASELINES[1:] if seed in runs.get(p, {})]
+        if not pooled or seed not in runs.get("local", {}):
+            return None
+        alone, best = runs["local"][seed][key], (max if key == "exact" else min)(pooled)
+        if sign * (alone - best) < least:
+            return None
+        found.append((alone - result[key]) / (alone - best))
+    return math.fsum(found) / len(found)
+
+
+HEAD: Final = (
+    "arm", "rate", "loss", "difference", "exact match %", "difference", "recovery loss / exact %", "general loss",
+    "kB up / down", "gap ratio", "drift",
+)  # fmt: skip
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    nll, exact = row["nll/difference"], row["exact/difference"]
+    parts = [
+        row["name"],
+        f"{row['rate']:g}",
+        plots.with_sd(row["nll"]),
+        plots.with_interval(nll) if nll else "-",
+        plots.with_sd(row["exact"], unit="%").removesuffix(" %"),
+        plots.with_interval(exact, unit="%") if exact else "-",
+        f"{_percent(row['nll/recovery'])} / {_percent(row['exact/recovery'])}",
+        plots.number(row["general"]["mean"]),
+        f"{_kilo(row['up']['mean'])} / {_kilo(row['down']['mean'])}",
+        plots.number(row["gap/ratio"]["mean"]),
+        plots.number(row["drift"]["mean"]),
+    ]
+    return [p.replace("|", "/") for p in parts]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _kilo(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1000:.0f}"
+
+
+def write(out: Path, done: Results, rates: Mapping[tuple[str, int, str], float]) -> str:
+    """table.md and report.html."""
+    text, body = "", ""
+    for split, steps, rows in tables(done, rates):
+        title = f"{split}, {steps} local step{'s' * (steps > 1)} a round, {max(r['seeds'] for r in rows)} seeds"
+        lines = ["| " + " | ".join(c) + " |" for c in (HEAD, ["---"] * len(HEAD), *map(cells, rows))]
+        text += f"### {title}\n\n" + "\n".join(lines) + "\n\n"
+        body += plots.tag("h2", plots.escape(title)) + _figures(f"{split}-{steps}", rows)
+        head = plots.tag("tr", "".join(plots.tag("th", plots.escape(h)) for h in HEAD))
+        inner = "".join(plots.tag("tr", "".join(plots.tag("td", plots.escape(c)) for c in cells(r))) for r in rows)
+        body += plots.tag("div", plots.tag("table", head + inner), class_="wide")
+    (out / "table.md").write_text(text)
+    (out / "report.html").write_text(page.document("Rules side by side", plots.tag("h1", "Rules side by side") + body))
+    return text
+
+
+def _figures(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    def bar(row: Mapping[str, Any], metric: str, unit: str) -> Any:
+        mean, sd = row[metric]["mean"], row[metric]["sd"] or 0.0
+        style = "s4" if row["name"] in BASELINES else "s5" if row["name"].startswith("one-site") else "s0"
+        kind = "baseline" if style == "s4" else "one site" if style == "s5" else "federated"
+        return plots.Bar(kind, style, mean, plots.with_sd(row[metric], unit=unit), (mean - sd, mean + sd))
+
+    out = ""
+    for metric, title, unit in (("nll", "Test loss, nats per token (less is better)", ""), ("exact", "Exact match", "%")):
+        shown = [(r["name"], f"rate {r['rate']:g}", [bar(r, metric, unit)]) for r in rows]
+        out += plots.bars(f"{key}-{metric}", title, "mean over seeds, whiskers one standard deviation", shown)
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--splits", default="domain,dirichlet,iid", help="any of domain, iid, dirichlet")
+    parser.add_argument("--steps", default="1", help="local steps a round, e.g. 1,4")
+    parser.add_argument("--variants", default="", help=f"of {', '.join(VARIANTS)}; default: all")
+    parser.add_argument("--rates", default="1.4e-3,2.8e-3,5.6e-3,1.1e-2,2.2e-2", help="the one grid of peak learning rates")
+    parser.add_argument("--tune-seeds", default="1000", help="for the choice of the rate, on validation")
+    parser.add_argument("--seeds", default="0,1,2", help="for the comparison, on test; empty: tune only")
+    parser.add_argument("--minutes", type=float, default=120.0, help="start nothing new after so long")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0, help="torch threads of a worker; 0: torch's choice")
+    given = parser.parse_args(arguments)
+    names = [*BASELINES, *(given.variants.split(",") if given.variants else VARIANTS)]
+    if unknown := sorted(set(names) - {*BASELINES, *VARIANTS}):
+        parser.error(f"no such variant: {', '.join(unknown)}")
+    splits, steps = given.splits.split(","), [int(k) for k in given.steps.split(",")]
+    rates, tuning = [float(r) for r in given.rates.split(",")], [int(s) for s in given.tune_seeds.split(",")]
+    seeds = [int(s) for s in given.seeds.split(",") if s]
+    if set(seeds) & set(tuning):
+        parser.error("a seed is for the choice of the rate or for the comparison, not for both")
+    arms = [(s, k, n) for k in steps for s in splits for n in names if s == "domain" or not n.startswith("one-site")]
+    plan = load_plan(given.plan)
+    for s in (*splits, _ONE):
+        make_split(s, given.plan.resolve().parent / simulation(plan).data, simulation(plan).sites, given.out / "data" / s)
+    until, done = time.time() + 60 * given.minutes, Results()
+    with multiprocessing.get_context("spawn").Pool(given.workers, _begin, (given.plan, given.out, given.threads, until)) as pool:
+        tune = [Job(s, k, n, r, seed, "tune") for s, k, n in arms for r in rates for seed in tuning]
+        whole = run_all(tune, pool, done)
+        chosen = best_rates(tune, done)
+        test = [Job(*at, chosen[at], seed, "test") for at in arms if at in chosen for seed in seeds]
+        whole = run_all(test, pool, done) and whole
+    print(write(given.out, done, chosen))
+    if not whole:
+        print("time is up; the same command goes on from here", file=sys.stderr)
+    return 0 if whole else 75
+
+
+if __name__ == "__main__":
+    sys.exit(main())
