@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedlora import build
-from fedlora.aggregate import FedAvg, Sums, rule_of
+from fedlora.aggregate import FedAvg, Robust, Sums, rule_of
 from fedlora.config import Aggregate, Evaluation, Policy, Wire
 from fedlora.errors import ConfigError, KeyFileError, QuorumNotReached, StoreError
 from fedlora.messages import Reply
@@ -57,7 +57,6 @@ class Federation:
             name,
             sealed if self.sealed else PlainSite(),
             lambda plan: self.learners[name],
-            build.aggregator,
             self.policy,
             frozenset({MODEL}),
             Journal(self.path / name),
@@ -346,8 +345,8 @@ def test_the_text_of_an_exception_never_leaves():
 
 
 def test_a_rule_that_needs_single_updates_is_refused_where_sums_are_shown():
-    with pytest.raises(ConfigError, match="median"):
-        check_fit(FedAvg(needs="each"), SimpleNamespace(reveals="sum"), name="median", mode="secagg")
+    with pytest.raises(ConfigError, match="robust"):
+        check_fit(Robust(), SimpleNamespace(reveals="sum"), name="robust", mode="secagg")
 
 
 def test_a_run_is_not_started_twice_nor_resumed_with_another_plan(tmp_path):
