@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import random
 import shutil
 import sys
@@ -31,6 +32,7 @@ from typing import Any, Final
 from fedlora import page, plots, simulate
 from fedlora.aggregate import AGGREGATORS, SketchedProduct
 from fedlora.config import Arm, Plan, canonical, load_plan
+from fedlora.errors import FedLoRAError
 from fedlora.report import interval, spread
 
 SPLITS: Final = ("domain", "iid", "dirichlet")
@@ -200,7 +202,10 @@ class Worker:
         seeded = replace(seeded, simulation=simulation(plan).model_copy(update={"sites": lab.simulation.sites}))
         began = time.monotonic()
         with tempfile.TemporaryDirectory(dir=self.out) as scratch:
-            result = baseline(seeded, job, Path(scratch)) if job.name in BASELINES else federation(seeded, job, Path(scratch))
+            try:
+                result = (baseline if job.name in BASELINES else federation)(seeded, job, Path(scratch))
+            except FedLoRAError as e:  # a rate too high for this rule is a result too
+                result = {"failed": e.code}
         result |= {"job": asdict(job), "seconds": time.monotonic() - began}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".new").write_bytes(canonical(result))
@@ -314,7 +319,11 @@ def run_all(jobs: Sequence[Job], pool: Any, done: Results) -> bool:
             whole = False
             continue
         done[job] = result
-        said = f"nll {result['nll']:.4f}  exact {100 * result['exact']:.1f} %"
+        said = (
+            f"failed: {result['failed']}"
+            if "failed" in result
+            else f"nll {result['nll']:.4f}  exact {100 * result['exact']:.1f} %"
+        )
         print(f"[{n}/{len(jobs)} {time.monotonic() - began:.0f} s] {job.key}: {said}", file=sys.stderr, flush=True)
     return whole
 
@@ -324,8 +333,7 @@ def best_rates(jobs: Sequence[Job], done: Results) -> dict[tuple[str, int, str],
     found: dict[tuple[str, int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for job in jobs:
         if job in done:
-            nll = done[job]["nll"]
-            found[job.split, job.steps, job.name][job.rate].append(nll if math.isfinite(nll) else math.inf)
+            found[job.split, job.steps, job.name][job.rate].append(done[job].get("nll", math.inf))
     return {at: min(rates, key=lambda r: math.fsum(rates[r]) / len(rates[r])) for at, rates in found.items()}
 
 
@@ -341,6 +349,7 @@ def tables(done: Results, rates: Mapping[tuple[str, int, str], float]) -> Iterat
                 (job.split, job.steps) == (split, steps)
                 and job.part == "test"
                 and rates.get((split, steps, job.name)) == job.rate
+                and "failed" not in result
             ):
                 runs[job.name][job.seed] = result
         rows = [_row(name, runs, rates[split, steps, name]) for name in (*BASELINES, *VARIANTS) if name in runs]
@@ -467,6 +476,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for s in (*splits, _ONE):
         make_split(s, given.plan.resolve().parent / simulation(plan).data, simulation(plan).sites, given.out / "data" / s)
     until, done = time.time() + 60 * given.minutes, Results()
+    if given.workers > 1:  # as many threads of BLAS in every worker as there are cores would wait for each other
+        given.threads = given.threads or max((os.cpu_count() or 1) // given.workers, 1)
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(given.threads))
     with multiprocessing.get_context("spawn").Pool(given.workers, _begin, (given.plan, given.out, given.threads, until)) as pool:
         tune = [Job(s, k, n, r, seed, "tune") for s, k, n in arms for r in rates for seed in tuning]
         whole = run_all(tune, pool, done)
