@@ -5,21 +5,24 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from protect.secagg import world
 from protect.secagg.world import identity
 
 from fedlora import build
 from fedlora.aggregate import FedAvg
-from fedlora.config import Evaluation, Policy, SiteFile
+from fedlora.config import Evaluation, Plan, Policy, SiteFile
 from fedlora.errors import ConfigError, QuorumNotReached, StoreError
+from fedlora.first import first_adapter
 from fedlora.messages import Reply
 from fedlora.protect.keys import load_identity
 from fedlora.protect.roster import SignedRoster, first_epoch, next_epoch
 from fedlora.rounds import check_fit
 from fedlora.store import RunStore, write_atomic
-from fedlora.testing import ToyLearner, toy_adapter
+from fedlora.testing import TOY_BASE, ToyLearner, toy_adapter, toy_layout
 from fedlora.transport import Dropouts, LocalTransport, parse_dropouts
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -214,9 +217,9 @@ def test_a_site_that_was_revoked_does_not_work_for_a_server_that_asks_it_all_the
     assert {r.site for r in captured} == {"a", "c", "d"}
 
 
-def killed_when(path, event, count):
+def killed_when(path, event, count, plan):
     """Runs the federation in this process and kills it with -9 at the count-th event of a kind, at the sites or the server."""
-    federation = Federation(path, secagg_plan(rounds=3))
+    federation = (Ruled if plan.aggregate.name != "fedavg" else Federation)(path, plan)
     seen = []
 
     def strike(what):
@@ -242,7 +245,9 @@ def killed_when(path, event, count):
 )
 def test_everything_killed_with_9_at_once_goes_on_to_the_same_bits(tmp_path, event, count):
     undisturbed, _ = Federation(tmp_path / "calm", secagg_plan(rounds=3)).run()
-    process = multiprocessing.get_context("spawn").Process(target=killed_when, args=(tmp_path / "storm", event, count))
+    process = multiprocessing.get_context("spawn").Process(
+        target=killed_when, args=(tmp_path / "storm", event, count, secagg_plan(rounds=3))
+    )
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -287,3 +292,150 @@ def test_fewer_sites_than_a_round_needs_are_said_at_once(tmp_path):
     with pytest.raises(ConfigError, match="4 sites are enrolled"):
         federation.run()
     assert federation.events == []
+
+
+# --- rules -----------------------------------------------------------------------------------------------------
+
+
+START = first_adapter(toy_layout(), seed=0)
+
+
+def ruled(name, *, rounds=2, min_sites=3, ranks=None, profile="int24", weight_unit=0, **options):
+    """A plan with another rule than FedAvg, from a first adapter that is not zero."""
+    made = world.secagg_plan(profile=profile, rounds=rounds, min_sites=min_sites, weight_unit=weight_unit)
+    table = made.pinned(base=TOY_BASE, init=START.digest()).model_dump()
+    table["aggregate"] |= {"name": name, **options}
+    table["lora"]["ranks"] = ranks or {}
+    return Plan.model_validate(table)
+
+
+NEAR = {"a": 0.1, "b": 0.3, "c": 0.5, "d": 0.7}
+"""Targets that are no further away than training moves an adapter: A and B together move less than the ranges expect."""
+
+
+class Ruled(Federation):
+    def __init__(self, path, plan):
+        super().__init__(path, plan, targets=NEAR)
+
+    def store(self):
+        directory = self.path / "run"
+        return super().store() if (directory / "run.json").exists() else build.start_run(directory, self.plan, START)
+
+
+def products(adapter):
+    v = adapter.vector.astype(np.float64)
+    return [v[p.b].reshape(p.d_out, p.rank) @ v[p.a].reshape(p.rank, p.d_in) for p in adapter.layout.pairs()]
+
+
+SUMS = {
+    "ffa": {},
+    "rolora": {},
+    "fedsvd": {"rounds": 1},  # B has equal columns here: what A's second row becomes is up to the last bit
+    "masked": {"ranks": {"b": 1}},
+    "fedavg": {"share": "A"},
+    "product": {"ranks": {"b": 1}},
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_every_rule_that_adds_up_gives_in_secret_what_it_gives_in_the_open(tmp_path, name):
+    """The finest ring against float32. A site shows nothing of its own."""
+    plan = ruled(name, **SUMS[name])
+    secret, store = Ruled(tmp_path / "a", plan).run()
+    table = plan.model_dump()
+    table["protect"], table["wire"] = {}, {"dtype": "float32"}
+    sealed, _ = Ruled(tmp_path / "b", Plan.model_validate(table)).run()
+    for found, wanted in zip(products(secret.adapter), products(sealed.adapter), strict=True):
+        assert found == pytest.approx(wanted, abs=2e-5)
+    if name != "product":  # whose factors may turn
+        assert secret.adapter.vector == pytest.approx(sealed.adapter.vector, abs=2e-5)
+    records = store.records()
+    assert len(records) == plan.federation.num_rounds * (2 if name == "product" else 1)
+    assert all(r["sites"] == {n: {} for n in NEAR} for r in records)
+    assert all(r["together"]["secagg/cut"] == 0 for r in records)
+
+
+@pytest.mark.parametrize(
+    ("event", "count"),
+    [
+        ("after mask", 4),  # the first pass is masked, not yet added up
+        ("after unmask", 4),  # the basis is not yet published
+        ("before mask", 5),  # it is, and nobody has answered
+        ("after mask", 6),  # half of the second pass
+        ("after unmask", 8),
+        ("before mask", 10),  # the next round
+    ],
+)
+def test_killed_with_9_between_and_in_the_passes_a_product_goes_on_to_the_same_bits(tmp_path, event, count):
+    plan = ruled("product", ranks={"b": 1})
+    undisturbed, calm = Ruled(tmp_path / "calm", plan).run()
+    process = multiprocessing.get_context("spawn").Process(target=killed_when, args=(tmp_path / "storm", event, count, plan))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    federation = Ruled(tmp_path / "storm", plan)
+    at, store = federation.run()
+    assert at.adapter.digest() == undisturbed.adapter.digest()
+    assert [(r["round"], r["pass"]) for r in store.records()] == [(1, 1), (2, 2), (3, 1), (4, 2)]
+    assert [r["adapter"] for r in store.records()] == [r["adapter"] for r in calm.records()]
+    if count >= 5:
+        assert all(1 not in learner.trained for learner in federation.learners.values())  # local adapters lay in the journals
+
+
+def absent(federation, site, exchanges):
+    """Answers nothing to the tasks of these exchanges, counted by the requests for a first message."""
+    seen = []
+
+    def handle(request):
+        if request.phase == "advertise" and request.site == site:
+            seen.append(1)
+        if request.site == site and len(seen) in exchanges:
+            return Reply(site, error="late")
+        return federation.handle(request)
+
+    return LocalTransport(dict.fromkeys(federation.sites, handle))
+
+
+def test_a_site_that_missed_the_first_pass_says_so_in_the_second_and_comes_back_in_the_next_round(tmp_path):
+    federation = Ruled(tmp_path, ruled("product"))
+    at, store = federation.run(absent(federation, "d", {1}))
+    records = store.records()
+    assert [sorted(r["sites"]) for r in records] == [list("abc"), list("abc"), list("abcd"), list("abcd")]
+    assert records[1]["rejected"] == {"d": "pass-missed"}
+    assert federation.learners["d"].trained == [2]
+    assert np.isfinite(at.adapter.vector).all()
+
+
+def test_a_site_that_missed_the_second_pass_does_not_spoil_the_product(tmp_path):
+    federation = Ruled(tmp_path, ruled("product", rounds=1))
+    _, store = federation.run(absent(federation, "d", {2}))
+    assert [sorted(r["sites"]) for r in store.records()] == [list("abcd"), list("abc")]
+    three = {n: t for n, t in NEAR.items() if n != "d"}
+    parts = [products(replace(START, vector=(START.vector + np.float32(t)) / np.float32(2))) for t in three.values()]
+    mean = [sum(p) / 3 for p in zip(*parts, strict=True)]
+    for found, wanted in zip(products(store.load().adapter), mean, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-4)  # rank 2 holds it all: B is constant, so the mean's rank is 1
+
+
+def test_a_first_pass_without_enough_sites_voids_the_whole_round(tmp_path):
+    federation = Ruled(tmp_path, ruled("product", rounds=3))
+    with pytest.raises(QuorumNotReached):
+        federation.run(a="vote", b="vote")
+    records = federation.store().records()
+    assert [(r["round"], r["pass"]) for r in records] == [(2, 1), (4, 1), (6, 1)]
+    assert all(r["void"] == "cohort-too-small" for r in records)
+    assert federation.store().load().adapter.digest() == START.digest()
+
+
+def test_weights_of_16_levels_and_slots_go_together(tmp_path):
+    plan = ruled("masked", ranks={"b": 1}, weight_unit=5, profile="int16", rounds=1, weighting="tokens")
+    federation = Ruled(tmp_path, plan)
+    federation.learners["b"].tokens = 20  # weight 4, the others 2
+    at, store = federation.run()
+    (record,) = store.records()
+    assert record["slots/0"] == pytest.approx(1.0)
+    assert record["slots/1"] == pytest.approx(0.6, abs=1e-3)
+    first = at.adapter.tensors()["toy.lora_A.weight"]
+    begin = START.tensors()["toy.lora_A.weight"]
+    assert first[0] == pytest.approx((begin[0] + (2 * 0.1 + 4 * 0.3 + 2 * 0.5 + 2 * 0.7) / 10) / 2, abs=2e-3)
+    assert first[1] == pytest.approx((begin[1] + (0.1 + 0.5 + 0.7) / 3) / 2, abs=2e-3)

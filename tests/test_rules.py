@@ -1,0 +1,349 @@
+"""Every rule in whole runs: the same bits after every interruption, who takes part, what travels, what stays at a site."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from test_rounds import KEYS, TARGETS, Federation, interrupted
+
+from fedlora import build, wire
+from fedlora.aggregate import PUBLIC
+from fedlora.config import Aggregate, Lora, Plan, Policy, Protect, ServerOptimizer, Training, Wire
+from fedlora.config import Federation as Sites
+from fedlora.errors import StoreError
+from fedlora.first import first_adapter
+from fedlora.messages import Reply
+from fedlora.protect.keys import Identity
+from fedlora.site import personal
+from fedlora.store import Journal
+from fedlora.testing import TOY_BASE, ToyLearner, toy_layout, toy_plan
+
+START = first_adapter(toy_layout(), seed=0)
+RANKS = Lora(ranks={"b": 1})
+
+
+def plan(*, rounds=4, min_sites=3, fraction=1.0, wire=None, **sections):
+    """Like the toy plan, from a first adapter that is not zero."""
+    made = toy_plan(rounds=rounds, min_sites=min_sites, wire=wire or Wire(dtype="float32"), **sections)
+    made = made.model_copy(update={"federation": made.federation.model_copy(update={"fraction_train": fraction})})
+    return Plan.model_validate(made.pinned(base=TOY_BASE, init=START.digest()).model_dump())
+
+
+class Run(Federation):
+    """A federation that begins with ``START``."""
+
+    def store(self):
+        directory = self.path / "run"
+        if (directory / "run.json").exists():
+            return super().store()
+        return build.start_run(directory, self.plan, START)
+
+    def restart(self):
+        """The sites' processes die; what they have on the disk stays."""
+        self.sites = {n: self.site(n) for n in self.learners}
+        self.answers = {n: s.handle for n, s in self.sites.items()}
+
+
+RULES = {
+    "fedavg": {},
+    "fedavg-fedrot": {"aggregate": Aggregate(fedrot=0.5)},
+    "fedavg-share-A": {"aggregate": Aggregate(share="A")},
+    "ffa": {"aggregate": Aggregate(name="ffa")},
+    "rolora": {"aggregate": Aggregate(name="rolora")},
+    "fedsvd": {"aggregate": Aggregate(name="fedsvd", svd_every=2)},
+    "product": {"aggregate": Aggregate(name="product")},
+    "product-full": {"aggregate": Aggregate(name="product", rank="full")},
+    "product-ranks": {"aggregate": Aggregate(name="product"), "lora": RANKS},
+    "masked": {"aggregate": Aggregate(name="masked"), "lora": RANKS},
+    "robust-clip": {"aggregate": Aggregate(name="robust", statistic="clip")},
+    "robust-median": {"aggregate": Aggregate(name="robust", statistic="median")},
+    "sgd": {"server_optimizer": ServerOptimizer(name="sgd", learning_rate=0.5)},
+    "fedavgm": {"server_optimizer": ServerOptimizer(name="fedavgm")},
+    "nesterov": {"server_optimizer": ServerOptimizer(name="nesterov", learning_rate=0.7)},
+    "fedadam": {"server_optimizer": ServerOptimizer(name="fedadam", learning_rate=1e-2)},
+    "rolora-nesterov": {"aggregate": Aggregate(name="rolora"), "server_optimizer": ServerOptimizer(name="nesterov")},
+    "fedavg-drawn": {"fraction": 0.5, "min_sites": 1},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_run_cut_off_after_any_round_ends_in_the_same_bits(tmp_path, name, after):
+    todo = plan(**RULES[name])
+    whole = Run(tmp_path / "whole", todo)
+    last = whole.run()
+    cut = Run(tmp_path / "cut", todo)
+    interrupted(cut, after)
+    cut.restart()
+    assert cut.run().adapter.digest() == last.adapter.digest()
+    assert last.adapter.digest() != START.digest()
+    assert {k: v.digest() for k, v in cut.store().load().state.items()} == {
+        k: v.digest() for k, v in whole.store().load().state.items()
+    }
+    layout = last.adapter.layout
+    for site in TARGETS:
+        own = [personal(Journal(f.path / site), f.store().run, layout) for f in (whole, cut)]
+        assert {None if a is None else a.digest() for a in own} == {own[0] and own[0].digest()}
+
+
+def test_nesterov_with_rate_1_and_momentum_0_is_fedavg_bit_for_bit(tmp_path):
+    plain = Run(tmp_path / "a", plan()).run()
+    same = ServerOptimizer(name="nesterov", learning_rate=1.0, momentum=0.0)
+    assert Run(tmp_path / "b", plan(server_optimizer=same)).run().adapter.digest() == plain.adapter.digest()
+
+
+def test_the_state_of_the_server_survives_in_the_checkpoint_and_is_none_of_the_sites_business(tmp_path):
+    fed = Run(tmp_path, plan(rounds=2, server_optimizer=ServerOptimizer(name="fedadam", learning_rate=1e-2)))
+    asked = []
+    for name, answer in dict(fed.answers).items():
+        fed.answers[name] = lambda request, answer=answer: (asked.append(len(request.body)), answer(request))[1]
+    fed.run()
+    state = fed.store().load().state
+    assert sorted(state) == ["mean.AB", "square.AB"]
+    assert all(a.layout == START.layout for a in state.values())
+    plain = Run(tmp_path / "plain", plan(rounds=2))
+    sizes = []
+    for name, answer in dict(plain.answers).items():
+        plain.answers[name] = lambda request, answer=answer: (sizes.append(len(request.body)), answer(request))[1]
+    plain.run()
+    assert max(asked) - max(sizes) < 64  # the plan's own text differs by a few letters; no vector travels
+
+
+# --- who takes part ----------------------------------------------------------------------------------------------
+
+
+def eight(path, **options):
+    learners = {f"s{i}": ToyLearner(float(i), tokens=i + 1) for i in range(8)}
+    fed = Run.__new__(Run)
+    KEYS.update({n: Identity.generate(n) for n in learners if n not in KEYS})
+    Run.__init__(fed, path, plan(**options), learners=learners)
+    return fed
+
+
+def test_a_seeded_share_of_the_sites_trains_and_weights_are_of_those_alone(tmp_path):
+    fed = eight(tmp_path / "a", rounds=6, fraction=0.4, min_sites=2)
+    fed.run()
+    records = fed.store().records()
+    drawn = [tuple(r["asked"]) for r in records]
+    assert {len(d) for d in drawn} == {4}  # 0.4 x 8, rounded up
+    assert len(set(drawn)) > 1
+    assert len({s for d in drawn for s in d}) > 4
+    for record in records:
+        assert sorted(record["sites"]) == record["asked"]
+        assert set(record["rejected"].values()) == {"not-drawn"}
+        assert not record["partial"]  # everybody who was to take part did
+        assert record["weight"] == sum(int(s[1:]) + 1 for s in record["asked"])
+    trained = {n: learner.trained for n, learner in fed.learners.items()}
+    assert all(trained[s] == [r["round"] for r in records if s in r["asked"]] for s in trained)
+    mean = START.vector.astype(np.float64)
+    for d in drawn:
+        total = sum(int(s[1:]) + 1 for s in d)
+        mean = mean + sum((int(s[1:]) + 1) / total * (int(s[1:]) - mean) / 2 for s in d)
+    assert fed.store().load().adapter.vector == pytest.approx(mean, abs=1e-5)
+    again = eight(tmp_path / "b", rounds=6, fraction=0.4, min_sites=2)
+    again.run()
+    assert [tuple(r["asked"]) for r in again.store().records()] == drawn
+    assert set(fed.store().final()["sites"]) == set(fed.learners)  # the last evaluation asks everybody
+
+
+def test_never_fewer_are_drawn_than_a_round_needs(tmp_path):
+    fed = eight(tmp_path, rounds=2, fraction=0.1, min_sites=3)
+    fed.run()
+    assert [len(r["asked"]) for r in fed.store().records()] == [3, 3]
+
+
+def test_a_drawn_site_that_fails_is_asked_again_with_the_same_others(tmp_path):
+    fed = eight(tmp_path, rounds=1, fraction=0.5, min_sites=4)
+    failed = []
+
+    def fails_once(request, answer):
+        if request.phase == "train" and not failed:
+            failed.append(request.site)
+            return Reply(request.site, error="site-stopped")
+        return answer(request)
+
+    for name, answer in dict(fed.answers).items():
+        fed.answers[name] = lambda request, answer=answer: fails_once(request, answer)
+    fed.run()
+    (record,) = fed.store().records()
+    assert record["attempt"] == 1
+    assert failed[0] in record["sites"]
+    assert all(learner.trained in ([], [1]) for learner in fed.learners.values())
+
+
+# --- what travels, what stays --------------------------------------------------------------------------------------
+
+
+def layouts_of(fed, tmp_path):
+    """Every tensor name that a site was told of in a task or sent in a reply, by way; in plain sight."""
+    fed.sealed = False
+    seen = {"down": set(), "up": set()}
+    fed.restart()
+
+    def note(request, answer):
+        reply = answer(request)
+        task, _ = wire.parse_task(request.body, max_parameters=1 << 20)
+        seen["down"] |= {n for n, _ in task.adapter.layout.entries}
+        if task.kind == "train":
+            seen["up"] |= {n for n, _ in task.reply_layout.entries}
+            wire.parse_update(reply.body, task.reply_layout)
+        return reply
+
+    for name, answer in dict(fed.answers).items():
+        fed.answers[name] = lambda request, answer=answer: note(request, answer)
+    fed.run()
+    return {way: {n.rpartition(".lora_")[2][:1] or n for n in names} for way, names in seen.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "down", "up"),
+    [
+        ("fedavg", "AB", "AB"),
+        ("fedavg-share-A", "A", "A"),
+        ("ffa", "B", "B"),
+        ("fedsvd", "AB", "B"),
+        ("rolora", "AB", "AB"),
+        ("product", "AB", "AB"),
+    ],
+)
+def test_what_a_rule_sends_in_either_direction(tmp_path, name, down, up):
+    assert layouts_of(Run(tmp_path, plan(**RULES[name])), tmp_path) == {"down": set(down), "up": set(up)}
+
+
+def test_one_round_of_rolora_sends_one_factor(tmp_path):
+    assert layouts_of(Run(tmp_path, plan(rounds=1, **RULES["rolora"])), tmp_path)["up"] == {"B"}
+
+
+def test_a_site_that_shares_only_a_keeps_its_own_b_over_restarts_and_sees_others_only_through_a(tmp_path):
+    todo = plan(**RULES["fedavg-share-A"])
+    fed = Run(tmp_path, todo)
+    interrupted(fed, 2)
+    fed.restart()
+    last = fed.run().adapter
+    only_b = START.layout.only("B")
+    for site, target in TARGETS.items():
+        own = personal(Journal(fed.path / site), fed.store().run, START.layout)
+        b0 = START.part(only_b).vector
+        assert own.part(only_b).vector == pytest.approx(target + (b0 - target) * 0.5**4)  # four rounds, nobody else's
+    assert last.part(only_b).vector.tobytes() == START.part(only_b).vector.tobytes()  # the server never saw a B
+    a = START.part(START.layout.only("A")).vector
+    assert last.part(START.layout.only("A")).vector == pytest.approx(3.0 + (a - 3.0) * 0.5**4, abs=1e-5)
+
+
+def test_rules_that_keep_nothing_leave_no_adapter_in_the_journal(tmp_path):
+    fed = Run(tmp_path, plan(rounds=1))
+    fed.run()
+    assert personal(Journal(fed.path / "a"), fed.store().run, START.layout) is None
+    assert personal(Journal(fed.path / "nobody"), fed.store().run, START.layout) is None
+
+
+def test_sites_of_lower_rank_train_the_first_slots_and_each_slot_has_its_own_denominator(tmp_path):
+    fed = Run(tmp_path, plan(rounds=1, **RULES["masked"]))
+    after = fed.run().adapter
+    tensors, start = after.tensors(), START.tensors()
+    for name, values in tensors.items():
+        at = (slice(0, 1), slice(1, 2)) if name.endswith("lora_A.weight") else (np.s_[:, 0:1], np.s_[:, 1:2])
+        for slot, mean in zip(at, (3.0, 3.0), strict=True):  # of all three sites; of a and c
+            assert values[slot] == pytest.approx((start[name][slot] + mean) / 2, abs=1e-5)
+    (record,) = fed.store().records()
+    assert record["slots/0"] == pytest.approx(1.0)
+    assert record["slots/1"] == pytest.approx(2 / 3)
+
+
+def test_a_product_of_sites_of_different_ranks_is_the_mean_of_their_products(tmp_path):
+    fed = Run(tmp_path, plan(rounds=1, aggregate=Aggregate(name="product", rank="full"), lora=RANKS))
+    after = fed.run().adapter
+
+    def product(adapter):
+        (pair,) = adapter.layout.pairs()
+        v = adapter.vector.astype(np.float64)
+        return v[pair.b].reshape(pair.d_out, pair.rank) @ v[pair.a].reshape(pair.rank, pair.d_in)
+
+    parts = []
+    for site, target in TARGETS.items():
+        begin = START.at_rank(1 if site == "b" else 2)
+        half = replace(begin, vector=(begin.vector + np.float32(target)) / np.float32(2))
+        parts.append(product(half))
+    assert product(after) == pytest.approx(sum(parts) / 3, rel=1e-5)
+    assert after.layout.rank == 1  # every B has equal columns here, and "full" drops what is zero
+
+
+def test_a_server_that_sends_more_or_other_than_the_rule_is_refused(tmp_path):
+    todo = plan(rounds=1, **RULES["fedavg-share-A"])
+    fed = Run(tmp_path, todo, sealed=False)
+
+    def twisted(request, answer, **changes):
+        task, dtype = wire.parse_task(request.body, max_parameters=1 << 20)
+        twisted_task = replace(task, **{k: v(task) for k, v in changes.items()})
+        return answer(replace(request, body=wire.dump_task(twisted_task, reply_key=dtype)))
+
+    real = dict(fed.answers)
+    changes = {
+        "a": {"sends": lambda task: START.layout},  # asks for B, too
+        "b": {"adapter": lambda task: START},  # sends a B
+        "c": {"public": lambda task: START},  # sends what this rule does not publish
+    }
+    replies = {}
+    for name, change in changes.items():
+        fed.answers[name] = lambda request, n=name, c=change: replies.setdefault(n, twisted(request, real[n], **c))
+    with pytest.raises(Exception, match="0 of 3"):
+        fed.run()
+    assert {n: r.error for n, r in replies.items()} == dict.fromkeys("abc", "wrong-layout")
+    assert all(learner.trained == [] for learner in fed.learners.values())
+
+
+def test_a_state_that_was_damaged_is_named_and_the_run_goes_back_one_checkpoint(tmp_path):
+    todo = plan(rounds=3, **RULES["nesterov"])
+    whole = Run(tmp_path / "whole", todo).run()
+    fed = Run(tmp_path / "cut", todo)
+    interrupted(fed, 2)
+    newest = fed.path / "run" / "round-000002.safetensors"
+    blob = bytearray(newest.read_bytes())
+    blob[-1] ^= 1
+    newest.write_bytes(blob)
+    with pytest.raises(StoreError, match="round-000002"):
+        fed.store().load()
+    fed.restart()
+    assert fed.run().adapter.digest() == whole.adapter.digest()
+
+
+# --- plans that make no sense ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"aggregate": {"name": "robust"}, "protect": {"mode": "secagg"}}, ["robust", "secagg", "fedavg", "sealed"]),
+        ({"aggregate": {"name": "product", "rank": "full"}, "protect": {"mode": "secagg"}}, ["full", "secagg", "'r'", "sealed"]),
+        ({"aggregate": {"name": "product"}, "server_optimizer": {"name": "nesterov"}}, ["nesterov", "product", "none"]),
+        ({"aggregate": {"name": "fedsvd"}, "server_optimizer": {"name": "fedadam"}}, ["fedadam", "fedsvd", "none"]),
+        ({"aggregate": {"name": "product"}, "training": {"optimizer_state": "keep"}}, ["keep", "product", "reset"]),
+        ({"aggregate": {"name": "fedavg"}, "lora": {"ranks": {"a": 2}}}, ["ranks", "fedavg", "masked", "product"]),
+        ({"aggregate": {"name": "ffa", "share": "A"}}, ["share", "fedavg", "ffa"]),
+        ({"aggregate": {"name": "fedavg", "rank": "full"}}, ["rank", "product", "fedavg"]),
+        ({"aggregate": {"share": "A", "fedrot": 0.5}}, ["fedrot", "share"]),
+        ({"aggregate": {"name": "product", "gauge": "procrustes", "rank": "full"}}, ["procrustes", "'r'"]),
+        ({"aggregate": {"name": "robust", "statistic": "multi-krum", "byzantine": 2}}, ["multi-krum", "7"]),
+        ({"server_optimizer": {"name": "none", "momentum": 0.5}}, ["server_optimizer", "none"]),
+        ({"lora": {"r": 4, "ranks": {"a": 8}}, "aggregate": {"name": "masked"}}, ["ranks", "largest"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name_with_a_way_out(sections, said):
+    base = Plan(federation=Sites(min_sites=3), protect=Protect(), training=Training()).model_dump()
+    if sections.get("protect", {}).get("mode") == "secagg":
+        sections = {**sections, "aggregate": {**sections["aggregate"], "weighting": "uniform"}}
+    table = {k: {**base[k], **sections.get(k, {})} if isinstance(base[k], dict) else base[k] for k in base}
+    with pytest.raises(ValidationError) as caught:
+        Plan.model_validate(table)
+    text = str(caught.value)
+    assert all(word in text for word in said), text
+
+
+def test_steps_of_a_site_count_the_rounds_and_not_the_exchanges(tmp_path):
+    fed = Run(tmp_path, plan(rounds=2), policy=Policy(min_sites=1, max_rounds=2))
+    fed.run()
+    assert all(learner.trained == [1, 2] for learner in fed.learners.values())
+    assert json.loads(Journal(fed.path / "a").last(fed.store().run)[1].state) == [1, 2]
+    assert PUBLIC not in fed.store().load().state
