@@ -20,14 +20,14 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
     """Publishes a run's last adapter.
 
     Args:
-        run: a server's run directory, or one seed of a simulation.
+        run: a server's run directory, one seed of a simulation, or the file with a site's own adapter.
         out: directory to make; must not exist.
         dtype: bfloat16 or float16.
         merge: write the base with the adapter merged in, which needs ``base`` in full precision.
 
     Raises:
         StoreError: no run there, or ``out`` exists.
-        ConfigError: ``merge`` without ``base``.
+        ConfigError: ``merge`` without ``base``, or the run has no adapter for everybody.
         ModelError: the base is quantised.
         WrongBase: it is another one than the plan pins.
     """
@@ -68,8 +68,15 @@ def _check_base(plan: Plan, base: Path) -> None:
 
 def _finished(run: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
     """The plan, the last adapter, and the facts for ``fedlora_run.json``: sites by number, not by name."""
+    if run.is_file():
+        return _own(run)
     inside = [run / "federated", *sorted((run / "flower" / "server" / "runs").glob("*"))]  # of a simulation; which kind
     store = RunStore.open(next((d for d in inside if d.is_dir()), run))
+    if store.plan.aggregate.share != "AB":
+        raise ConfigError(
+            "aggregate.share = 'A': every site has a B of its own, and there is no adapter for everybody",
+            hint="at a site: `fedlora export STATE/journal/RUN.safetensors OUT` makes a PEFT adapter of its own",
+        )
     at = store.load()
     facts: dict[str, Any] = {
         "run": store.run,
@@ -84,6 +91,16 @@ def _finished(run: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
         "seed": store.plan.run.seed,
     }
     return store.plan, at.adapter, facts
+
+
+def _own(file: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
+    """The same from what a site keeps for itself."""
+    adapter, stored = load_adapter(file)
+    if not isinstance(stored.get("plan"), str) or "run" not in stored:
+        raise StoreError(f"{file} holds an adapter but not its plan", hint="give the run's directory instead")
+    plan = parse_plan(stored["plan"].encode())
+    facts = {"run": stored["run"], "plan": plan.digest(), "base": plan.model.digest, "aggregate": plan.aggregate.name}
+    return plan, adapter, facts | {"share": plan.aggregate.share, "seed": plan.run.seed, "adapter": adapter.digest()}
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from fedlora.enrol import make_roster
 from fedlora.errors import ConfigError, StoreError
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity
 from fedlora.rounds import Report
-from fedlora.site import Learner, personal
-from fedlora.store import Entry, Journal, RunStore, save_adapter, write_atomic
+from fedlora.site import Learner
+from fedlora.store import Entry, Journal, RunStore, load_adapter, save_adapter, write_atomic
 from fedlora.transport import Dropouts, LocalTransport, parse_dropouts
 
 if TYPE_CHECKING:
@@ -234,7 +234,8 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         report("arm-done", {"name": name})
     if "federated" in arms:
         store = RunStore.open(_run_directory(lab, out, transport), lab.plan)
-        save_adapter(out / "adapter.safetensors", store.load().adapter, {"run": store.run})
+        if lab.plan.aggregate.share == "AB":
+            save_adapter(out / "adapter.safetensors", store.load().adapter, {"run": store.run})
         extra = _federation_facts(lab, store)
     results = {
         "format": 1,
@@ -387,13 +388,13 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
         "seconds/steps": steps[0],  # local training alone; 0 over Flower, where other processes train
         "learning_rate": lab.plan.training.learning_rate,
     }
-    adapter = store.load().adapter
-    if rule_of(lab.plan).down() == "AB":
-        return adapter, facts
+    rule = rule_of(lab.plan)
+    if rule.down() == "AB" or not rule.keeps:
+        return store.load().adapter, facts
     home = out / "flower" if transport == "flower" else out / "sites"
     state = "state/journal" if transport == "flower" else "journal"
-    own = {n: personal(Journal(home / n / state), store.run, adapter.layout) for n in lab.simulation.sites}
-    return {n: a if a is not None else adapter for n, a in own.items()}, facts
+    own = {n: Journal(home / n / state).own(store.run) for n in lab.simulation.sites}
+    return {n: load_adapter(path)[0] for n, path in own.items()}, facts
 
 
 def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:

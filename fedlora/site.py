@@ -20,7 +20,7 @@ from fedlora.messages import EVALUATION, Reply, Request, Task
 from fedlora.protect import SiteProtection
 from fedlora.store import Entry, Journal
 
-__all__ = ["Learner", "Site", "Trained", "personal", "safely"]
+__all__ = ["Learner", "Site", "Trained", "safely"]
 
 log = logging.getLogger(__name__)
 
@@ -94,16 +94,6 @@ def safely(site: str, answer: Callable[[], bytes]) -> Reply:
         return Reply(site, error="internal")
 
 
-def personal(journal: Journal, run: str, layout: Layout) -> Adapter | None:
-    """The adapter that a site keeps for itself after its last exchange of a run; None if the rule has it keep none.
-
-    Raises:
-        StoreError: the journal is damaged.
-    """
-    last = journal.last(run)
-    return _kept(last[1], layout) if last is not None else None
-
-
 def _kept(entry: Entry, layout: Layout) -> Adapter | None:
     if len(entry.kept) != 4 * layout.size:
         return None
@@ -154,6 +144,10 @@ class Site:
         update.check(task.reply_layout.size)
         blob = wire.dump_update(update, task.reply_layout, dtype="float32")
         entry = Entry(key, blob, state, kept.vector.astype("<f4").tobytes() if rule.keeps else b"")
+        if rule.keeps and rule.down() != "AB":
+            self.journal.save_own(task.run, kept, plan)
+            if task.kind == "evaluate":
+                self.report("own", {"file": str(self.journal.own(task.run))})
         self.journal.save(task.run, task.round, entry)
         self._last = (task.run, task.round, entry)
         return update

@@ -342,10 +342,22 @@ class Journal:
     """Finished updates and the learner's state, one file a round, mode 0600 in a directory of mode 0700.
 
     The last two rounds of a run are kept; runs that ended with their last evaluation go when the next one begins. A run that
-    did not end stays: it may be resumed, and this is where the site's place in it is kept.
+    did not end stays: it may be resumed, and this is where the site's place in it is kept. What a site learned for itself
+    alone (``RUN.safetensors``, where the plan's rule has sites keep a factor) never goes by itself.
     """
 
     directory: Path
+
+    def own(self, run: str) -> Path:
+        """Where the site's own adapter of a run lies, after its last exchange; it need not exist."""
+        return self._path(run, 0).parent.with_suffix(".safetensors")
+
+    def save_own(self, run: str, adapter: Adapter, plan: Plan) -> None:
+        """Keeps the site's own adapter, with all that is needed to export it."""
+        with _named_disk_errors(self.own(run)):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.chmod(0o700)
+        save_adapter(self.own(run), adapter, {"run": run, "plan": plan.canonical().decode()})
 
     def find(self, run: str, round: int) -> Entry | None:
         """The entry of this round, or None.

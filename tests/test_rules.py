@@ -16,8 +16,7 @@ from fedlora.errors import StoreError
 from fedlora.first import first_adapter
 from fedlora.messages import Reply
 from fedlora.protect.keys import Identity
-from fedlora.site import personal
-from fedlora.store import Journal
+from fedlora.store import Journal, load_adapter
 from fedlora.testing import TOY_BASE, ToyLearner, toy_layout, toy_plan
 
 START = first_adapter(toy_layout(), seed=0)
@@ -82,10 +81,10 @@ def test_a_run_cut_off_after_any_round_ends_in_the_same_bits(tmp_path, name, aft
     assert {k: v.digest() for k, v in cut.store().load().state.items()} == {
         k: v.digest() for k, v in whole.store().load().state.items()
     }
-    layout = last.adapter.layout
     for site in TARGETS:
-        own = [personal(Journal(f.path / site), f.store().run, layout) for f in (whole, cut)]
-        assert {None if a is None else a.digest() for a in own} == {own[0] and own[0].digest()}
+        own = [Journal(f.path / site).own(f.store().run) for f in (whole, cut)]
+        assert [file.exists() for file in own] == [name == "fedavg-share-A"] * 2
+        assert not own[0].exists() or load_adapter(own[0])[0].digest() == load_adapter(own[1])[0].digest()
 
 
 def test_nesterov_with_rate_1_and_momentum_0_is_fedavg_bit_for_bit(tmp_path):
@@ -224,7 +223,8 @@ def test_a_site_that_shares_only_a_keeps_its_own_b_over_restarts_and_sees_others
     last = fed.run().adapter
     only_b = START.layout.only("B")
     for site, target in TARGETS.items():
-        own = personal(Journal(fed.path / site), fed.store().run, START.layout)
+        own, facts = load_adapter(Journal(fed.path / site).own(fed.store().run))
+        assert facts["plan"] == todo.canonical().decode()
         b0 = START.part(only_b).vector
         assert own.part(only_b).vector == pytest.approx(target + (b0 - target) * 0.5**4)  # four rounds, nobody else's
     assert last.part(only_b).vector.tobytes() == START.part(only_b).vector.tobytes()  # the server never saw a B
@@ -232,11 +232,18 @@ def test_a_site_that_shares_only_a_keeps_its_own_b_over_restarts_and_sees_others
     assert last.part(START.layout.only("A")).vector == pytest.approx(3.0 + (a - 3.0) * 0.5**4, abs=1e-5)
 
 
-def test_rules_that_keep_nothing_leave_no_adapter_in_the_journal(tmp_path):
-    fed = Run(tmp_path, plan(rounds=1))
-    fed.run()
-    assert personal(Journal(fed.path / "a"), fed.store().run, START.layout) is None
-    assert personal(Journal(fed.path / "nobody"), fed.store().run, START.layout) is None
+def test_a_sites_own_adapter_outlives_the_next_run(tmp_path):
+    first = Run(tmp_path, plan(rounds=1, **RULES["fedavg-share-A"]))
+    first.run()
+    own = Journal(first.path / "a").own(first.store().run)
+    assert own.stat().st_mode & 0o777 == 0o600
+    second = Run(tmp_path / "second", plan(rounds=2, **RULES["fedavg-share-A"]))
+    second.sites = {n: replace(second.site(n), journal=Journal(first.path / n)) for n in TARGETS}
+    second.answers = {n: s.handle for n, s in second.sites.items()}
+    second.run()
+    assert own.exists()
+    assert not own.with_suffix("").exists()  # the journal of the run that ended is gone
+    assert Journal(first.path / "a").own(second.store().run).exists()
 
 
 def test_sites_of_lower_rank_train_the_first_slots_and_each_slot_has_its_own_denominator(tmp_path):

@@ -132,6 +132,41 @@ def test_real_flower_processes_give_the_simulated_bits_although_the_power_fails(
 
 
 @pytest.mark.torch
+@pytest.mark.flower
+def test_the_two_passes_of_a_product_under_secure_aggregation_give_the_simulated_bits(tmp_path):
+    plan = tmp_path / "toy.toml"
+    rule = SECAGG.replace('weighting = "uniform"', 'name = "product"\nweighting = "uniform"')
+    plan.write_text(TOY.read_text().replace("num_rounds = 4", "num_rounds = 2") + rule)
+    for transport in ("local", "flower"):
+        assert main(["simulate", str(plan), "--transport", transport, "--out", str(tmp_path / transport), "-q"]) == 0
+    assert adapters(tmp_path / "local") == adapters(tmp_path / "flower")
+    assert [(r["round"], r.get("pass")) for r in results(tmp_path / "flower")["rounds"]] == [
+        *zip(range(1, 5), [1, 2, 1, 2], strict=True),
+        (5, None),
+    ]
+
+
+@pytest.mark.torch
+def test_where_each_site_keeps_its_own_b_each_exports_its_own_adapter(tmp_path, capsys):
+    plan, out = tmp_path / "toy.toml", tmp_path / "runs"
+    plan.write_text(TOY.read_text() + 'arms = ["federated"]\n\n[aggregate]\nshare = "A"\n')
+    assert main(["simulate", str(plan), "--out", str(out), "-q"]) == 0
+    assert main(["export", str(out / "seed-0"), str(tmp_path / "none")]) == 3
+    assert "a B of its own" in capsys.readouterr().err
+    assert not (out / "seed-0" / "adapter.safetensors").exists()
+    files = sorted((out / "seed-0" / "sites").glob("*/journal/*.safetensors"))
+    assert [f.parents[1].name for f in files] == ["site-1", "site-2", "site-3"]
+    digests = set()
+    for number, file in enumerate(files):
+        assert main(["export", str(file), str(tmp_path / f"own-{number}")]) == 0
+        facts = json.loads((tmp_path / f"own-{number}" / "fedlora_run.json").read_text())
+        assert facts["share"] == "A"
+        digests.add(facts["adapter"])
+    assert len(digests) == 3
+    assert (out / "seed-0" / "results.json").exists()
+
+
+@pytest.mark.torch
 def test_the_exported_adapter_is_plain_peft(simulated, tmp_path):
     assert main(["export", str(simulated / "seed-0"), str(tmp_path / "adapter")]) == 0
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -212,7 +212,9 @@ def simulate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A seed's directory of a simulation, or a server's run directory.")],
+    run: Annotated[
+        Path, typer.Argument(help="A simulation's seed directory, a server's run directory, or a site's own adapter file.")
+    ],
     out: Annotated[Path, typer.Argument(help="Directory to make.")],
     dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Type of the published weights.")] = "bfloat16",
     merge: Annotated[bool, typer.Option("--merge", help="Write the base with the adapter merged in instead.")] = False,

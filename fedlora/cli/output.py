@@ -129,6 +129,7 @@ _LINES = {
     "void": "round {round}, attempt {attempt}: too few sites; asking again",
     "damaged": "{file} is damaged and was set aside; its round is done again",
     "final": "last evaluation done",
+    "own": "this site's own adapter: {file}; `fedlora export {file} adapter/` makes a PEFT adapter of it",
     "from-journal": "  round {round}: answered from the journal",
     "process": "{name}: {state}",
 }

@@ -347,7 +347,7 @@ def test_every_rule_that_adds_up_gives_in_secret_what_it_gives_in_the_open(tmp_p
     sealed, _ = Ruled(tmp_path / "b", Plan.model_validate(table)).run()
     for found, wanted in zip(products(secret.adapter), products(sealed.adapter), strict=True):
         assert found == pytest.approx(wanted, abs=2e-5)
-    if name != "product":  # whose factors may turn
+    if name not in ("product", "fedsvd"):  # whose factors may turn
         assert secret.adapter.vector == pytest.approx(sealed.adapter.vector, abs=2e-5)
     records = store.records()
     assert len(records) == plan.federation.num_rounds * (2 if name == "product" else 1)
