@@ -31,7 +31,7 @@ bank: $(VENV)/.ready  ## the same for bank branches
 	$(RUN)/python simulations/run.py bank
 
 bench: $(VENV)/.ready
-	$(RUN)/python simulations/bench.py protect wire aggregate rounds sim secagg
+	$(RUN)/python simulations/bench.py protect wire aggregate product rounds sim secagg
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

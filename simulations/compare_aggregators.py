@@ -224,7 +224,7 @@ def planned(plan: Plan, job: Job) -> Plan:
     table = plan.model_dump()
     rounds, rest = divmod(plan.federation.num_rounds * plan.federation.local_steps, job.steps)
     if rest:
-        raise SystemExit(f"{job.steps} local steps do not divide the plan's tokens")
+        raise ValueError(f"{job.steps} local steps do not divide the plan's tokens")
     sites = simulation(plan).sites
     table["run"]["seed"] = job.seed
     table["training"]["learning_rate"] = job.rate
@@ -473,6 +473,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("a seed is for the choice of the rate or for the comparison, not for both")
     arms = [(s, k, n) for k in steps for s in splits for n in names if s == "domain" or not n.startswith("one-site")]
     plan = load_plan(given.plan)
+    whole_run = plan.federation.num_rounds * plan.federation.local_steps
+    if uneven := [k for k in steps if whole_run % k]:
+        parser.error(f"--steps {uneven[0]}: tokens stay equal only if it divides the plan's {whole_run} steps")
     for s in (*splits, _ONE):
         make_split(s, given.plan.resolve().parent / simulation(plan).data, simulation(plan).sites, given.out / "data" / s)
     until, done = time.time() + 60 * given.minutes, Results()
