@@ -77,6 +77,7 @@ VARIANTS: Final = {
     "product": _rule("product"),
     "product-procrustes": _rule("product", gauge="procrustes"),
     "product-sketched": replace(_rule("product"), sketched=True),
+    "product-ranks": Variant({"aggregate": {"name": "product"}, "lora": {"ranks": "halves"}}),
     "masked": Variant({"aggregate": {"name": "masked"}, "lora": {"ranks": "halves"}}),
     "robust-clip": _rule("robust", statistic="clip"),
     "robust-median": _rule("robust", statistic="median"),
