@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from fedlora.adapter import Adapter
 from fedlora.aggregate import rule_of
 from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
-from fedlora.errors import ConfigError, DataError, KeyFileError, ModelError
+from fedlora.errors import CohortTooSmall, ConfigError, DataError, KeyFileError, ModelError
 from fedlora.messages import check_site_name
 from fedlora.protect import Protection
 from fedlora.protect.envelope import MAX_RECIPIENTS
@@ -25,6 +25,7 @@ from fedlora.protect.roster import RosterKeeper, load_roster
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
+from fedlora.protect.secagg.cohort import Rules
 from fedlora.rounds import Report
 from fedlora.rounds import run as run_rounds
 from fedlora.site import Learner, Site
@@ -312,6 +313,13 @@ def start_run(directory: Path, plan: Plan, first: Adapter) -> RunStore:
     return RunStore.create(directory, plan, first, run=secrets.token_hex(32))
 
 
+def _check_slots(plan: Plan, sites: Mapping[str, PublicIdentity]) -> None:
+    try:
+        Rules(plan.protect.max_colluding, plan.federation.min_sites, plan.lora.ranks).check_slots(sites)
+    except CohortTooSmall as e:
+        raise ConfigError(f"lora.ranks under protect.mode = 'secagg': {e}", hint=e.hint) from None
+
+
 def serve_run(
     store: RunStore,
     identity: Identity,
@@ -328,7 +336,7 @@ def serve_run(
         roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
 
     Raises:
-        ConfigError: fewer sites are enrolled than a round needs.
+        ConfigError: fewer sites are enrolled than a round needs, or under secure aggregation fewer that have some slot.
         StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
         QuorumNotReached: see :func:`fedlora.rounds.run`.
     """
@@ -337,6 +345,8 @@ def serve_run(
             f"{len(sites)} sites are enrolled, the plan's federation.min_sites is {store.plan.federation.min_sites}",
             hint="enrol more sites, or make a plan that needs fewer",
         )
+    if store.plan.protect.mode == "secagg":
+        _check_slots(store.plan, sites)
     key = store.directory / "run.key"
     if not key.exists():
         new = key.with_suffix(".new")

@@ -404,7 +404,7 @@ def _numbers() -> Parser:
 
 def _records() -> list[Parser]:
     """A site's own files, damaged."""
-    session = Session(1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, alone=False, t1=bytes(32))
+    session = Session(1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, alone=False, ranks={}, t1=bytes(32))
     encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), *np.ones((2, 14), np.float32))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3, list(SITES), [])
 

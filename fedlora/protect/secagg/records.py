@@ -37,6 +37,7 @@ class Session:
         reply_key: the run's key, to which replies are sealed.
         bits: width of the ring.
         alone: whether the sum may differ by one single site from that of the round before.
+        ranks: see :class:`Rules`; empty in an evaluation.
         t1: the session's name, once its sites are fixed.
         digest: of the masked update, once it has been made.
         verdict: of the vote, 0 before it.
@@ -53,6 +54,7 @@ class Session:
     max_colluding: int
     min_cohort: int
     alone: bool
+    ranks: Mapping[str, int]
     t1: bytes = b""
     digest: bytes = b""
     verdict: int = 0
@@ -61,7 +63,7 @@ class Session:
 
     @property
     def rules(self) -> Rules:
-        return Rules(self.max_colluding, self.min_cohort)
+        return Rules(self.max_colluding, self.min_cohort, self.ranks)
 
     def but(self, **changes: Any) -> Session:
         """The same with these fields changed."""

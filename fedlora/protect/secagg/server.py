@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -109,7 +110,7 @@ class SecAggServer:
         try:
             if stored:
                 numbers = self.terms.numbers(task.reply_layout).size
-                session = self.book.load(task, self.terms.rules, self._known, self.terms.profile, numbers=numbers)
+                session = self.book.load(task, self.terms.rules_for(task.kind), self._known, self.terms.profile, numbers=numbers)
                 yield from self._go_on(task, session, ended, scales, tally, errors)
                 if session.stage == "aborted":
                     self._use(self.roster())
@@ -171,7 +172,7 @@ class SecAggServer:
         replies = yield [Request(site, phase, body) for site in asked]
         del body
         hear(replies, asked, take, errors.setdefault)
-        return Cohort.of(adverts, self.terms.rules)
+        return Cohort.of(adverts, self.terms.rules_for(task.kind))
 
     def _dealt(self, task: Task, cohort: Cohort, errors: Errors) -> Generator[Any, Any, dict[int, bytes]]:
         deals: dict[int, bytes] = {}
@@ -241,12 +242,20 @@ class SecAggServer:
         del requests, deals
         self._hear(session, replies, session.names(sorted(session.raw_deals)), take, errors)
         session.delivered = sorted(delivered, key=lambda d: d.number)
-        if len(delivered) < self.terms.rules.fewest_inputs(len(cohort.adverts)):
+        if not self._enough(task, session):
             session.stage = "abort"
         else:
             session.stage, session.vector, session.numbers = "vote", vector, numbers
             self.book.save_sum(session)
         self.book.save(session)
+
+    def _enough(self, task: Task, session: ServerSession) -> bool:
+        """Whether the sites may agree to the sum of what was delivered."""
+        rules = self.terms.rules_for(task.kind)
+        with suppress(CohortTooSmall):
+            rules.check_slots(session.names(session.counted))
+            return len(session.delivered) >= rules.fewest_inputs(len(session.cohort.adverts))
+        return False
 
     def _voted(self, task: Task, session: ServerSession, errors: Errors) -> Talk:
         text = vote_text(session.cohort.t1, COMMIT, Delivered.digest_of(session.delivered))

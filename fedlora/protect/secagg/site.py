@@ -143,6 +143,7 @@ class SecAggSite:
                 max_colluding=terms.rules.max_colluding,
                 min_cohort=terms.rules.min_cohort,
                 alone=plan.protect.lone_change == "allow",
+                ranks=dict(terms.rules_for(task.kind).ranks),
             )
             records.save_session(session)
         own = advertise(self._name, context, Secrets(session.root), key=self.link.identity.signing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from fedlora.adapter import F32, MAX_PARAMETERS, Adapter, Layout
 from fedlora.aggregate import Aggregator, rule_of
 from fedlora.config import Plan, canonical
 from fedlora.errors import WireError, WrongLayout
-from fedlora.messages import EVALUATION, Task
+from fedlora.messages import EVALUATION, Kind, Task
 from fedlora.protect.link import Context
 from fedlora.protect.roster import Roster
 from fedlora.protect.secagg.cohort import Reader, Rules
@@ -43,7 +43,7 @@ class Terms:
         weight_unit: tokens or examples that make a weight of one; 0: all weights are one.
         metrics: names that ride along, in order.
         rule: what the numbers mean to the aggregator.
-        rules: least that a session needs.
+        rules: least that a session of training needs.
         digest: names all of this; part of every session's context.
     """
 
@@ -58,10 +58,14 @@ class Terms:
     def of(cls, plan: Plan, roster: Roster) -> Terms:
         """The plan's terms, and what this end's own roster demands at the least."""
         p, f = plan.protect, plan.federation
-        rules = Rules(max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort))
+        rules = Rules(max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort), plan.lora.ranks)
         first = p.first_range or plan.training.learning_rate * f.local_steps
         unit = 0 if plan.aggregate.weighting == "uniform" else p.weight_unit
         return cls(PROFILES[p.profile], first, unit, tuple(sorted(plan.evaluation.share)), rule_of(plan), rules)
+
+    def rules_for(self, kind: Kind) -> Rules:
+        """The same for this kind of task: in an evaluation there are no slots."""
+        return self.rules if kind == "train" else replace(self.rules, ranks={})
 
     @property
     def max_weight(self) -> int:

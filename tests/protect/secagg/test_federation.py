@@ -9,17 +9,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from protect.secagg import world
 from protect.secagg.world import identity
 
 from fedlora import build
 from fedlora.aggregate import FedAvg
 from fedlora.config import Evaluation, Plan, Policy, SiteFile
-from fedlora.errors import ConfigError, QuorumNotReached, StoreError
+from fedlora.errors import CohortTooSmall, ConfigError, QuorumNotReached, StoreError
 from fedlora.first import first_adapter
 from fedlora.messages import Reply
 from fedlora.protect.keys import load_identity
 from fedlora.protect.roster import SignedRoster, first_epoch, next_epoch
+from fedlora.protect.secagg import SecAggServer
+from fedlora.protect.secagg.cohort import Rules
 from fedlora.rounds import check_fit
 from fedlora.store import RunStore, write_atomic
 from fedlora.testing import TOY_BASE, ToyLearner, toy_adapter, toy_layout
@@ -439,3 +443,82 @@ def test_weights_of_16_levels_and_slots_go_together(tmp_path):
     begin = START.tensors()["toy.lora_A.weight"]
     assert first[0] == pytest.approx((begin[0] + (2 * 0.1 + 4 * 0.3 + 2 * 0.5 + 2 * 0.7) / 10) / 2, abs=2e-3)
     assert first[1] == pytest.approx((begin[1] + (0.1 + 0.5 + 0.7) / 3) / 2, abs=2e-3)
+
+
+# --- slots that few sites have ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["masked", "product"])
+def test_slots_of_too_few_sites_are_refused_before_anything_is_sent(tmp_path, name):
+    """Where all others are known to add zero, the sum would be the update of the two that are left."""
+    federation = Ruled(tmp_path, ruled(name, ranks={"b": 1, "c": 1}))
+    with pytest.raises(ConfigError, match="slots above 1 would be of 2 sites alone"):
+        federation.run()
+    assert federation.events == []
+
+
+def test_a_dropout_that_leaves_slots_to_too_few_sites_ends_the_session_without_a_sum(tmp_path):
+    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1))
+    late = []
+
+    def handle(request):
+        if (request.phase, request.site) == ("mask", "d") and not late:
+            late.append(request)  # a and c alone would have the second slot; the next attempt has everybody
+            return Reply("d", error="late")
+        return federation.handle(request)
+
+    at, store = federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
+    (record,) = store.records()
+    assert (record["attempt"], sorted(record["sites"])) == (1, list("abcd"))
+    assert at.adapter.digest() != START.digest()
+
+
+def test_sites_do_not_agree_to_such_a_sum_whatever_the_server_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(SecAggServer, "_enough", lambda self, task, session: True)
+    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1))
+    answers = []
+
+    def handle(request):
+        if request.phase == "mask" and request.site == "d":
+            return Reply("d", error="late")
+        reply = federation.handle(request)
+        if request.phase == "vote":
+            answers.append(reply.error)
+        return reply
+
+    _, store = federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
+    assert set(answers[:3]) == {"cohort-too-small"}
+    assert store.records()[0]["void"] == "cohort-too-small"
+    assert federation.store().load().adapter.digest() == START.digest()
+
+
+def test_an_evaluation_needs_no_slots(tmp_path):
+    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1))
+    seen = []
+
+    def handle(request):
+        if request.phase == "advertise":
+            seen.append(request.site)
+        if request.site == "d" and seen.count("d") > 1:
+            return Reply("d", error="late")
+        return federation.handle(request)
+
+    _, store = federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
+    assert sorted(store.final()["sites"]) == list("abc")
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 4)),
+    st.sets(st.sampled_from("abcdefgh"), min_size=1),
+    st.integers(1, 3),
+    st.integers(3, 6),
+)
+def test_every_slot_has_as_many_sites_as_a_sum_or_the_set_is_refused(ranks, names, colluding, cohort):
+    rules = Rules(colluding, cohort, ranks)
+    owners = [sum(ranks.get(n, 5) > slot for n in names) for slot in range(5)] if ranks else []
+    least = max(colluding + 2, cohort)
+    if any(0 < n < least for n in owners):
+        with pytest.raises(CohortTooSmall):
+            rules.check_slots(names)
+    else:
+        rules.check_slots(names)
