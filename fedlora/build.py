@@ -336,7 +336,8 @@ def serve_run(
         roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
 
     Raises:
-        ConfigError: fewer sites are enrolled than a round needs, or under secure aggregation fewer that have some slot.
+        ConfigError: fewer sites are enrolled than a round needs, lora.ranks names another one, or under secure aggregation too few
+            have some slot.
         StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
         QuorumNotReached: see :func:`fedlora.rounds.run`.
     """
@@ -344,6 +345,10 @@ def serve_run(
         raise ConfigError(
             f"{len(sites)} sites are enrolled, the plan's federation.min_sites is {store.plan.federation.min_sites}",
             hint="enrol more sites, or make a plan that needs fewer",
+        )
+    if strangers := sorted(store.plan.lora.ranks.keys() - sites.keys()):
+        raise ConfigError(
+            f"lora.ranks names {', '.join(strangers)}, not enrolled here", hint="correct the name, or enrol the site"
         )
     if store.plan.protect.mode == "secagg":
         _check_slots(store.plan, sites)

@@ -25,6 +25,7 @@ from fedlora.plots import (
     plain,
     reference_points,
     reported,
+    round_count,
     size,
     stack,
     state,
@@ -105,7 +106,7 @@ def _head(runs: Sequence[Mapping[str, Any]]) -> str:
     seeds = ", ".join(plain(r["seed"]) for r in runs)
     facts = [
         _count(len(run["sites"]), "site"),
-        _count(len(training_rounds(run)), "round"),
+        _count(round_count(run), "round"),
         f"{run['split']} split",
         f"seed{'s' * (len(runs) > 1)} {seeds}",
         *([] if len(runs) > 1 else [f"plan {plain(run['plan'])[:12]}"]),  # the seed is part of the plan

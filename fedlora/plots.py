@@ -30,6 +30,7 @@ __all__ = [
     "plain",
     "reference_points",
     "reported",
+    "round_count",
     "size",
     "stack",
     "state",
@@ -152,6 +153,11 @@ def reference_points(dataset: Mapping[str, Any]) -> list[tuple[str, float]]:
 def training_rounds(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The records of rounds that changed the adapter: all but the last evaluation."""
     return [r for r in run.get("rounds") or [] if any(k in r for k in ("adapter", "gap/ratio", "seconds/aggregate"))]
+
+
+def round_count(run: Mapping[str, Any]) -> int:
+    """Rounds of training; a rule may take two exchanges, hence two records, to one."""
+    return sum(r.get("pass", 1) == 1 for r in training_rounds(run))
 
 
 # --- figures ----------------------------------------------------------------------------------------------------

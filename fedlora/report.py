@@ -23,8 +23,8 @@ from fedlora.plots import (
     percent,
     plain,
     reference_points,
+    round_count,
     size,
-    training_rounds,
     with_interval,
     with_sd,
 )
@@ -275,7 +275,7 @@ def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
 
 
 def _title(run: Results, seeds: str) -> str:
-    about = f"{plain(run['split'])} split, {len(run['sites'])} sites, {len(training_rounds(run))} rounds"
+    about = f"{plain(run['split'])} split, {len(run['sites'])} sites, {round_count(run)} rounds"
     return f"{plain(run['name'])[:36]}: {about}, {seeds}"[:100]
 
 

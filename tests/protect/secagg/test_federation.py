@@ -522,3 +522,9 @@ def test_every_slot_has_as_many_sites_as_a_sum_or_the_set_is_refused(ranks, name
             rules.check_slots(names)
     else:
         rules.check_slots(names)
+
+
+def test_a_rank_for_a_site_that_is_not_enrolled_is_a_typing_error_and_is_said(tmp_path):
+    federation = Ruled(tmp_path, ruled("masked", ranks={"bb": 1}))
+    with pytest.raises(ConfigError, match="bb, not enrolled"):
+        federation.run()
