@@ -336,8 +336,8 @@ def serve_run(
         roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
 
     Raises:
-        ConfigError: fewer sites are enrolled than a round needs, lora.ranks names another one, or under secure aggregation too few
-            have some slot.
+        ConfigError: fewer sites are enrolled than a round needs, lora.ranks names another one, or under secure aggregation too
+            few have some slot.
         StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
         QuorumNotReached: see :func:`fedlora.rounds.run`.
     """
