@@ -7,7 +7,7 @@ Outer optimisers also run with a single site that has all rows: what they gain t
     python simulations/compare_aggregators.py simulations/plans/clinical.toml --out runs/compare --seeds 0,1,2
 
 Every finished run is one file in OUT/results: stop it when you like, start it again and it goes on; ``--minutes`` stops it.
-OUT gets table.md, report.html and the splits with their digests.
+OUT gets table.md, report.html and the splits with their digests. A rate marked ``(edge)`` was the best at an end of the grid.
 """
 
 from __future__ import annotations
@@ -353,15 +353,20 @@ def tables(done: Results, rates: Mapping[tuple[str, int, str], float]) -> Iterat
                 and "failed" not in result
             ):
                 runs[job.name][job.seed] = result
-        rows = [_row(name, runs, rates[split, steps, name]) for name in (*BASELINES, *VARIANTS) if name in runs]
+        tried: dict[str, set[float]] = defaultdict(set)
+        for job in done:
+            if (job.split, job.steps, job.part) == (split, steps, "tune"):
+                tried[job.name].add(job.rate)
+        rows = [_row(n, runs, rates[split, steps, n], tried[n]) for n in (*BASELINES, *VARIANTS) if n in runs]
         if rows:
             yield split, steps, rows
 
 
-def _row(name: str, runs: Mapping[str, Mapping[int, Mapping[str, Any]]], rate: float) -> dict[str, Any]:
+def _row(name: str, runs: Mapping[str, Mapping[int, Mapping[str, Any]]], rate: float, tried: set[float]) -> dict[str, Any]:
     own, seeds = runs[name], sorted(runs[name])
     against = "one-site" if name.startswith("one-site") else "fedavg"
-    row: dict[str, Any] = {"name": name, "rate": rate, "seeds": len(seeds), "against": against}
+    edge = len(tried) > 1 and rate in (min(tried), max(tried))
+    row: dict[str, Any] = {"name": name, "rate": rate, "edge": edge, "seeds": len(seeds), "against": against}
     for key in ("nll", "exact", "worst", "general", "up", "down", "gap/ratio", "drift", "product/kept"):
         values = [own[s].get(key) for s in seeds]
         row[key] = spread([v for v in values if v is not None])
@@ -388,6 +393,7 @@ def _recovery(key: str, name: str, runs: Mapping[str, Mapping[int, Mapping[str, 
     return math.fsum(found) / len(found)
 
 
+_EDGE: Final = " (edge)"
 HEAD: Final = (
     "arm", "rate", "loss", "difference", "exact match %", "difference", "recovery loss / exact %", "general loss",
     "kB up / down", "gap ratio", "drift",
@@ -398,7 +404,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     nll, exact = row["nll/difference"], row["exact/difference"]
     parts = [
         row["name"],
-        f"{row['rate']:g}",
+        f"{row['rate']:g}{_EDGE * row['edge']}",
         plots.with_sd(row["nll"]),
         plots.with_interval(nll) if nll else "-",
         plots.with_sd(row["exact"], unit="%").removesuffix(" %"),
