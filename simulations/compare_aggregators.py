@@ -380,19 +380,20 @@ def _row(name: str, runs: Mapping[str, Mapping[int, Mapping[str, Any]]], rate: f
 
 def _recovery(key: str, name: str, runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> float | None:
     """The share of the way from a site alone to the better pooled arm, mean over seeds; None where that way is too short."""
-    sign, least, found = (-1, 0.02) if key == "exact" else (1, 0.02), 0.02, []
-    sign = -1 if key == "exact" else 1
+    better, found = max if key == "exact" else min, []
     for seed, result in runs[name].items():
         pooled = [runs[p][seed][key] for p in BASELINES[1:] if seed in runs.get(p, {})]
         if not pooled or seed not in runs.get("local", {}):
             return None
-        alone, best = runs["local"][seed][key], (max if key == "exact" else min)(pooled)
-        if sign * (alone - best) < least:
+        alone, best = runs["local"][seed][key], better(pooled)
+        if better(alone, best) == alone or abs(alone - best) < _SHORT:
             return None
         found.append((alone - result[key]) / (alone - best))
     return math.fsum(found) / len(found)
 
 
+_SHORT: Final = 0.02
+"""Of a share, or in nats: what pooling wins over a site alone must be more than this for a recovery to mean anything."""
 _EDGE: Final = " (edge)"
 HEAD: Final = (
     "arm", "rate", "loss", "difference", "exact match %", "difference", "recovery loss / exact %", "general loss",
