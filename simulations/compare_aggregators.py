@@ -1,13 +1,14 @@
 """Rules and server optimisers side by side: the same data, base, tokens and seeds, each at its own best learning rate.
 
 For every split of the plan's rows over its sites, every variant's peak learning rate is chosen from one grid by the loss on
-validation, with seeds of their own; then each is run once per test seed and the last round's adapter is scored on test, once.
-Outer optimisers also run with a single site that has all rows: what they gain there is no merit of federation.
+validation, with seeds of their own: the first on the whole grid, the others on the two best rates of each variant. Then each
+variant is run once per test seed and the last round's adapter is scored on test, once. Outer optimisers also run with a
+single site that has all rows: what they gain there is no merit of federation.
 
     python simulations/compare_aggregators.py simulations/plans/clinical.toml --out runs/compare --seeds 0,1,2
 
-Every finished run is one file in OUT/results: stop it when you like, start it again and it goes on; ``--minutes`` stops it.
-OUT gets table.md, report.html and the splits with their digests. A rate marked ``(edge)`` was the best at an end of the grid.
+Every finished run is a line in OUT/results.jsonl: stop it when you like, start it again and it goes on; ``--minutes`` stops
+it. OUT gets table.md, report.html and the splits with their digests. A rate marked ``(edge)`` was best at an end of the grid.
 """
 
 from __future__ import annotations
@@ -162,6 +163,45 @@ def _deal(kind: str, lines: list[str], sites: int, rng: random.Random) -> list[l
 # --- one run ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Book:
+    """Every run that was made, in one file that outlives being cut off anywhere.
+
+    The first line says of which plan and rows; then one run a line. A last line without an end is dropped.
+    """
+
+    path: Path
+    runs: dict[Job, dict[str, Any]]
+
+    @classmethod
+    def open(cls, path: Path, about: Mapping[str, Any]) -> Book:
+        found = path.read_bytes() if path.exists() else b""
+        lines = found[: found.rfind(b"\n") + 1].splitlines(keepends=True) or [canonical(about) + b"\n"]
+        if json.loads(lines[0]) != about:
+            raise SystemExit(f"{path} has the runs of another plan or of other rows; take another --out")
+        if found != b"".join(lines):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".new").write_bytes(b"".join(lines))
+            path.with_suffix(".new").replace(path)
+        entries = [json.loads(line) for line in lines[1:]]
+        return cls(path, {Job(**e.pop("job")): e for e in entries})
+
+    def add(self, job: Job, result: Mapping[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            file.write(canonical({**result, "job": asdict(job)}) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.runs[job] = dict(result)
+
+
+def about(plan: Plan, data: Path) -> dict[str, Any]:
+    """What makes runs comparable: the plan without its paths, and the rows."""
+    settings = plan.model_dump(mode="json", exclude={"simulation": {"data", "base"}})
+    names = [f"{s}.{part}.jsonl" for s in simulation(plan).sites for part in ("train", "validation", "test")]
+    rows = {n: hashlib.sha256((data / n).read_bytes()).hexdigest() for n in names}
+    return {key: hashlib.sha256(canonical(value)).hexdigest() for key, value in (("plan", settings), ("rows", rows))}
+
+
 class Worker:
     """A process with one base in memory; the rows of each split are read once."""
 
@@ -171,6 +211,7 @@ class Worker:
         if threads:
             torch.set_num_threads(threads)
         self.plan, self.root, self.out, self.until = load_plan(plan_file), plan_file.resolve().parent, out, until
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self._labs: dict[str, simulate.Lab] = {}
 
     def lab(self, split: str) -> simulate.Lab:
@@ -190,11 +231,7 @@ class Worker:
         return self._labs[split]
 
     def run(self, job: Job) -> dict[str, Any] | None:
-        """The result of a job, from its file if it is there; None if time is up."""
-        path = self.out / "results" / f"{job.key}.json"
-        if path.exists():
-            found: dict[str, Any] = json.loads(path.read_bytes())
-            return found
+        """The result of a job; None if time is up."""
         if time.time() > self.until:
             return None
         lab = self.lab(_ONE if job.name.startswith("one-site") else job.split)
@@ -207,11 +244,7 @@ class Worker:
                 result = (baseline if job.name in BASELINES else federation)(seeded, job, Path(scratch))
             except FedLoRAError as e:  # a rate too high for this rule is a result too
                 result = {"failed": e.code}
-        result |= {"job": asdict(job), "seconds": time.monotonic() - began}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".new").write_bytes(canonical(result))
-        path.with_suffix(".new").rename(path)
-        return result
+        return result | {"seconds": time.monotonic() - began, "device": self.device}
 
 
 def simulation(plan: Plan) -> Any:
@@ -309,17 +342,15 @@ def _work(job: Job) -> tuple[Job, dict[str, Any] | None]:
     return job, _worker[0].run(job)
 
 
-Results = dict[Job, dict[str, Any]]
-
-
-def run_all(jobs: Sequence[Job], pool: Any, done: Results) -> bool:
+def run_all(wanted: Sequence[Job], pool: Any, book: Book) -> bool:
     """Whether all of them are done."""
+    jobs = [job for job in wanted if job not in book.runs]
     began, whole = time.monotonic(), True
     for n, (job, result) in enumerate(pool.imap_unordered(_work, jobs), 1):
         if result is None:
             whole = False
             continue
-        done[job] = result
+        book.add(job, result)
         said = (
             f"failed: {result['failed']}"
             if "failed" in result
@@ -329,19 +360,42 @@ def run_all(jobs: Sequence[Job], pool: Any, done: Results) -> bool:
     return whole
 
 
-def best_rates(jobs: Sequence[Job], done: Results) -> dict[tuple[str, int, str], float]:
-    """(split, steps, name) -> the rate of the least mean loss on validation; a run that diverged counts as infinite."""
-    found: dict[tuple[str, int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for job in jobs:
-        if job in done:
-            found[job.split, job.steps, job.name][job.rate].append(done[job].get("nll", math.inf))
-    return {at: min(rates, key=lambda r: math.fsum(rates[r]) / len(rates[r])) for at, rates in found.items()}
+Arms = Sequence[tuple[str, int, str]]
+"""Split, local steps a round, name of a variant or baseline."""
+_FINALISTS: Final = 2
+
+
+def best_rates(
+    arms: Arms, rates: Sequence[float], seeds: Sequence[int], runs: Mapping[Job, Mapping[str, Any]]
+) -> dict[tuple[str, int, str], list[float]]:
+    """For each arm the rates that all of these seeds have run on validation, least mean loss first; a failure is infinite."""
+    found = {}
+    for at in arms:
+        losses = {r: [runs.get(Job(*at, r, s, "tune")) for s in seeds] for r in rates}
+        sums = {r: math.fsum(run.get("nll", math.inf) for run in of if run) for r, of in losses.items() if all(of)}
+        if sums:
+            found[at] = sorted(sums, key=lambda r: (sums[r], r))
+    return found
+
+
+def tuned(arms: Arms, rates: Sequence[float], seeds: Sequence[int], pool: Any, book: Book) -> tuple[dict[Any, float], bool]:
+    """The rate of each arm, and whether every run that was to choose it is done: the first seed on the whole grid, the others
+    on its best two."""
+    first, further = seeds[:1], seeds[1:]
+    whole = run_all([Job(*at, r, s, "tune") for at in arms for r in rates for s in first], pool, book)
+    best = best_rates(arms, rates, first, book.runs)
+    finals = [Job(*at, r, s, "tune") for at in arms for r in best.get(at, [])[:_FINALISTS] for s in further]
+    whole = run_all(finals, pool, book) and whole
+    best |= best_rates(arms, rates, seeds, book.runs)
+    return {at: found[0] for at, found in best.items()}, whole
 
 
 # --- what came of it ------------------------------------------------------------------------------------------------------
 
 
-def tables(done: Results, rates: Mapping[tuple[str, int, str], float]) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+def tables(
+    done: Mapping[Job, dict[str, Any]], rates: Mapping[tuple[str, int, str], float]
+) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
     """For each split and number of local steps: a row for each arm, at its own rate, over the seeds that all have."""
     for split, steps in sorted({(s, k) for s, k, _ in rates}, key=lambda at: (at[1], SPLITS.index(at[0]))):
         runs: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
@@ -427,7 +481,7 @@ def _kilo(value: float | None) -> str:
     return "-" if value is None else f"{value / 1000:.0f}"
 
 
-def write(out: Path, done: Results, rates: Mapping[tuple[str, int, str], float]) -> str:
+def write(out: Path, done: Mapping[Job, dict[str, Any]], rates: Mapping[tuple[str, int, str], float]) -> str:
     """table.md and report.html."""
     text, body = "", ""
     for split, steps, rows in tables(done, rates):
@@ -464,8 +518,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--splits", default="domain,dirichlet,iid", help="any of domain, iid, dirichlet")
     parser.add_argument("--steps", default="1", help="local steps a round, e.g. 1,4")
     parser.add_argument("--variants", default="", help=f"of {', '.join(VARIANTS)}; default: all")
-    parser.add_argument("--rates", default="1.4e-3,2.8e-3,5.6e-3,1.1e-2,2.2e-2", help="the one grid of peak learning rates")
-    parser.add_argument("--tune-seeds", default="1000", help="for the choice of the rate, on validation")
+    parser.add_argument(
+        "--rates", default="1.4e-3,2.8e-3,5.6e-3,1.1e-2,2.2e-2,4.4e-2", help="the one grid of peak learning rates"
+    )
+    parser.add_argument("--tune-seeds", default="1000,1001,1002", help="for the choice of the rate, on validation")
+    parser.add_argument("--results", type=Path, help="the file of runs to go on from, instead of OUT/results.jsonl")
     parser.add_argument("--seeds", default="0,1,2", help="for the comparison, on test; empty: tune only")
     parser.add_argument("--minutes", type=float, default=120.0, help="start nothing new after so long")
     parser.add_argument("--workers", type=int, default=1)
@@ -481,22 +538,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("a seed is for the choice of the rate or for the comparison, not for both")
     arms = [(s, k, n) for k in steps for s in splits for n in names if s == "domain" or not n.startswith("one-site")]
     plan = load_plan(given.plan)
+    data = given.plan.resolve().parent / simulation(plan).data
+    book = Book.open(given.results or given.out / "results.jsonl", about(plan, data))
     whole_run = plan.federation.num_rounds * plan.federation.local_steps
     if uneven := [k for k in steps if whole_run % k]:
         parser.error(f"--steps {uneven[0]}: tokens stay equal only if it divides the plan's {whole_run} steps")
     for s in (*splits, _ONE):
-        make_split(s, given.plan.resolve().parent / simulation(plan).data, simulation(plan).sites, given.out / "data" / s)
-    until, done = time.time() + 60 * given.minutes, Results()
+        make_split(s, data, simulation(plan).sites, given.out / "data" / s)
+    until = time.time() + 60 * given.minutes
     if given.workers > 1:  # as many threads of BLAS in every worker as there are cores would wait for each other
         given.threads = given.threads or max((os.cpu_count() or 1) // given.workers, 1)
         os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(given.threads))
     with multiprocessing.get_context("spawn").Pool(given.workers, _begin, (given.plan, given.out, given.threads, until)) as pool:
-        tune = [Job(s, k, n, r, seed, "tune") for s, k, n in arms for r in rates for seed in tuning]
-        whole = run_all(tune, pool, done)
-        chosen = best_rates(tune, done)
+        chosen, whole = tuned(arms, rates, tuning, pool, book)
         test = [Job(*at, chosen[at], seed, "test") for at in arms if at in chosen for seed in seeds]
-        whole = run_all(test, pool, done) and whole
-    print(write(given.out, done, chosen))
+        whole = run_all(test, pool, book) and whole
+    print(write(given.out, book.runs, chosen))
     if not whole:
         print("time is up; the same command goes on from here", file=sys.stderr)
     return 0 if whole else 75

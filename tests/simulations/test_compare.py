@@ -65,31 +65,64 @@ def test_the_domain_split_is_the_plans_own(compare, plan, tmp_path):
 
 def run(plan, out, *words):
     command = [sys.executable, str(SCRIPT), str(plan), "--out", str(out), "--rates", "1e-2", "--variants", "fedavg,ffa,one-site"]
-    return subprocess.run([*command, *words], capture_output=True, text=True, timeout=240)
+    return subprocess.run([*command, "--tune-seeds", "1000", *words], capture_output=True, text=True, timeout=240)
 
 
-def test_runs_are_kept_one_file_each_and_gone_on_with(plan, tmp_path):
+def test_every_run_is_a_line_and_gone_on_with(plan, tmp_path):
     out, words = tmp_path / "out", ["--splits", "domain", "--seeds", "0,1"]
     first = run(plan, out, *words, "--minutes", "0")
     assert first.returncode == 75, first.stderr
-    assert not list((out / "results").glob("*")) if (out / "results").exists() else True
+    file = out / "results.jsonl"
+    assert len(file.read_bytes().splitlines()) == 1
     whole = run(plan, out, *words)
     assert whole.returncode == 0, whole.stderr
-    files = {f.name: f.stat().st_mtime_ns for f in (out / "results").glob("*.json")}
-    assert len(files) == 6 * 3  # three baselines, three variants; one seed to tune, two to compare
+    kept = file.read_bytes()
+    runs = [json.loads(line) for line in kept.splitlines()[1:]]
+    assert len(runs) == 6 * 3  # three baselines, three variants; one seed to tune, two to compare
     table = (out / "table.md").read_text()
     assert "domain, 3 local steps" not in table  # the script's own number of steps, not the plan's
     assert "### domain, 1 local step a round, 2 seeds" in table
     assert all(f"| {name} |" in table for name in ("local", "pooled-tokens", "fedavg", "ffa", "one-site"))
     assert "http" not in (out / "report.html").read_text().replace("http-equiv", "").replace("http://www.w3.org", "")
+    of = {r["job"]["name"]: r for r in runs if r["job"]["part"] == "test"}
+    assert abs(of["fedavg"]["tokens"] - of["pooled-tokens"]["tokens"]) < 0.1 * of["pooled-tokens"]["tokens"]  # packed rows
+    assert of["fedavg"]["up"] > of["ffa"]["up"] > 0
+    assert {r["job"]["seed"] for r in runs} == {0, 1, 1000}
+    lines = kept.splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:-2]) + lines[-2][:40])  # a power cut
     again = run(plan, out, *words)
-    assert again.returncode == 0
-    assert files == {f.name: f.stat().st_mtime_ns for f in (out / "results").glob("*.json")}
-    one = json.loads((out / "results" / "domain_1_fedavg_0.01_test_0.json").read_text())
-    pooled = json.loads((out / "results" / "domain_1_pooled-tokens_0.01_test_0.json").read_text())
-    assert abs(one["tokens"] - pooled["tokens"]) < 0.1 * pooled["tokens"]  # rows are packed to a budget
-    assert one["up"] > 0
-    assert one["job"]["seed"] == 0
+    assert again.returncode == 0, again.stderr
+    assert sorted(map(without_time, file.read_bytes().splitlines())) == sorted(map(without_time, kept.splitlines()))
+    other = plan.with_name("other.toml")
+    other.write_text(plan.read_text().replace("num_rounds = 2", "num_rounds = 3"))
+    refused = run(other, out, *words)
+    assert refused.returncode == 1
+    assert "another plan" in refused.stderr
+
+
+def without_time(line):
+    return json.dumps({k: v for k, v in json.loads(line).items() if k != "seconds"}, sort_keys=True)
+
+
+def test_the_first_seed_runs_the_whole_grid_and_the_others_its_two_best(compare, tmp_path, monkeypatch):
+    losses = {1e-3: (0.5, 0.9, 0.9), 1e-2: (0.6, 0.3, 0.3), 1e-1: (0.7, 0.0, 0.0), 1.0: ()}
+    seeds, ran = (7, 8, 9), []
+
+    def run_all(wanted, pool, book):
+        for job in [j for j in wanted if j not in book.runs]:
+            ran.append((job.rate, job.seed))
+            of = losses[job.rate]
+            book.add(job, {"nll": of[seeds.index(job.seed)]} if of else {"failed": "not-finite"})
+        return True
+
+    monkeypatch.setattr(compare, "run_all", run_all)
+    book, arm = compare.Book.open(tmp_path / "results.jsonl", {}), ("iid", 1, "fedavg")
+    chosen, whole = compare.tuned([arm], list(losses), seeds, None, book)
+    assert whole
+    assert chosen == {arm: 1e-2}
+    assert ran == [(1e-3, 7), (1e-2, 7), (1e-1, 7), (1.0, 7), (1e-3, 8), (1e-3, 9), (1e-2, 8), (1e-2, 9)]
+    assert compare.Book.open(tmp_path / "results.jsonl", {}).runs == book.runs
+    assert compare.tuned([arm], [1e-3, 1.0], seeds, None, book)[0] == {arm: 1e-3}  # what was run on another grid is not looked at
 
 
 @pytest.mark.parametrize(
