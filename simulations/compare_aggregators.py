@@ -360,13 +360,18 @@ def run_all(wanted: Sequence[Job], pool: Any, book: Book) -> bool:
     return whole
 
 
-Arms = Sequence[tuple[str, int, str]]
+ArmKey = tuple[str, int, str]
 """Split, local steps a round, name of a variant or baseline."""
 _FINALISTS: Final = 2
 
 
+def arm_of(split: str, steps: int, name: str) -> ArmKey:
+    """Baselines know no rounds: however many steps one has, they are the same runs."""
+    return split, 1 if name in BASELINES else steps, name
+
+
 def best_rates(
-    arms: Arms, rates: Sequence[float], seeds: Sequence[int], runs: Mapping[Job, Mapping[str, Any]]
+    arms: Sequence[ArmKey], rates: Sequence[float], seeds: Sequence[int], runs: Mapping[Job, Mapping[str, Any]]
 ) -> dict[tuple[str, int, str], list[float]]:
     """For each arm the rates that all of these seeds have run on validation, least mean loss first; a failure is infinite."""
     found = {}
@@ -378,7 +383,9 @@ def best_rates(
     return found
 
 
-def tuned(arms: Arms, rates: Sequence[float], seeds: Sequence[int], pool: Any, book: Book) -> tuple[dict[Any, float], bool]:
+def tuned(
+    arms: Sequence[ArmKey], rates: Sequence[float], seeds: Sequence[int], pool: Any, book: Book
+) -> tuple[dict[Any, float], bool]:
     """The rate of each arm, and whether every run that was to choose it is done: the first seed on the whole grid, the others
     on its best two."""
     first, further = seeds[:1], seeds[1:]
@@ -397,21 +404,19 @@ def tables(
     done: Mapping[Job, dict[str, Any]], rates: Mapping[tuple[str, int, str], float]
 ) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
     """For each split and number of local steps: a row for each arm, at its own rate, over the seeds that all have."""
-    for split, steps in sorted({(s, k) for s, k, _ in rates}, key=lambda at: (at[1], SPLITS.index(at[0]))):
+    tables = {(s, k) for s, k, n in rates if n not in BASELINES}
+    for split, steps in sorted(tables, key=lambda at: (at[1], SPLITS.index(at[0]))):
         runs: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-        for job, result in done.items():
-            if (
-                (job.split, job.steps) == (split, steps)
-                and job.part == "test"
-                and rates.get((split, steps, job.name)) == job.rate
-                and "failed" not in result
-            ):
-                runs[job.name][job.seed] = result
         tried: dict[str, set[float]] = defaultdict(set)
-        for job in done:
-            if (job.split, job.steps, job.part) == (split, steps, "tune"):
+        for job, result in done.items():
+            at = arm_of(split, steps, job.name)
+            if (job.split, job.steps, job.name) != at:
+                continue
+            if job.part == "tune":
                 tried[job.name].add(job.rate)
-        rows = [_row(n, runs, rates[split, steps, n], tried[n]) for n in (*BASELINES, *VARIANTS) if n in runs]
+            elif rates.get(at) == job.rate and "failed" not in result:
+                runs[job.name][job.seed] = result
+        rows = [_row(n, runs, rates[arm_of(split, steps, n)], tried[n]) for n in (*BASELINES, *VARIANTS) if n in runs]
         if rows:
             yield split, steps, rows
 
@@ -536,7 +541,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds = [int(s) for s in given.seeds.split(",") if s]
     if set(seeds) & set(tuning):
         parser.error("a seed is for the choice of the rate or for the comparison, not for both")
-    arms = [(s, k, n) for k in steps for s in splits for n in names if s == "domain" or not n.startswith("one-site")]
+    wanted = [arm_of(s, k, n) for k in steps for s in splits for n in names if s == "domain" or not n.startswith("one-site")]
+    arms = list(dict.fromkeys(wanted))
     plan = load_plan(given.plan)
     data = given.plan.resolve().parent / simulation(plan).data
     book = Book.open(given.results or given.out / "results.jsonl", about(plan, data))

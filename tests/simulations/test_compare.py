@@ -125,6 +125,18 @@ def test_the_first_seed_runs_the_whole_grid_and_the_others_its_two_best(compare,
     assert compare.tuned([arm], [1e-3, 1.0], seeds, None, book)[0] == {arm: 1e-3}  # what was run on another grid is not looked at
 
 
+def test_baselines_run_once_however_many_steps_a_round_has(compare):
+    arms = [compare.arm_of("iid", steps, name) for steps in (1, 4) for name in ("local", "ffa")]
+    assert arms == [("iid", 1, "local"), ("iid", 1, "ffa"), ("iid", 1, "local"), ("iid", 4, "ffa")]
+    of = {
+        compare.Job(*at, 0.1, seed, part): {"nll": 1.0 + at[1], "exact": 0.5}
+        for at in arms
+        for seed, part in ((0, "test"), (9, "tune"))
+    }
+    found = {(split, steps): [r["name"] for r in rows] for split, steps, rows in compare.tables(of, dict.fromkeys(arms, 0.1))}
+    assert found == {("iid", 1): ["local", "ffa"], ("iid", 4): ["local", "ffa"]}
+
+
 @pytest.mark.parametrize(
     "words", [["--variants", "fedbest"], ["--seeds", "1000"], ["--steps", "4", "--splits", "domain"]], ids=" ".join
 )
