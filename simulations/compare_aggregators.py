@@ -219,14 +219,11 @@ class Worker:
             first = next(iter(self._labs.values()), None)
             if first is None:
                 first = simulate.open_lab(self.plan, root=self.root, out=self.out, report=quiet)
-            sites = (
-                [_ONE] if split == _ONE else list(first.simulation.sites if split == "domain" else simulation(self.plan).sites)
-            )
-            data = make_split(
-                split, self.root / simulation(self.plan).data, simulation(self.plan).sites, self.out / "data" / split
-            )
+            plan = simulation(self.plan)
+            sites = (_ONE,) if split == _ONE else plan.sites
+            data = make_split(split, self.root / plan.data, plan.sites, self.out / "data" / split)
             rows, general = simulate.load_rows(self.plan, first.lora, data, sites, quiet)
-            inner = simulation(self.plan).model_copy(update={"sites": tuple(sites)})
+            inner = plan.model_copy(update={"sites": sites})
             self._labs[split] = replace(first, rows=rows, general=general, data=data, simulation=inner)
         return self._labs[split]
 

@@ -63,6 +63,11 @@ def test_the_domain_split_is_the_plans_own(compare, plan, tmp_path):
     assert compare.make_split("domain", plan.parent / "data", SITES, tmp_path / "x") == plan.parent / "data"
 
 
+def test_a_process_may_meet_the_splits_in_any_order(compare, plan, tmp_path):
+    worker = compare.Worker(plan, tmp_path / "out", 1, 0.0)
+    assert [set(worker.lab(split).rows) for split in ("all-rows", "iid", "domain")] == [{"all-rows"}, set(SITES), set(SITES)]
+
+
 def run(plan, out, *words):
     command = [sys.executable, str(SCRIPT), str(plan), "--out", str(out), "--rates", "1e-2", "--variants", "fedavg,ffa,one-site"]
     return subprocess.run([*command, "--tune-seeds", "1000", *words], capture_output=True, text=True, timeout=240)
