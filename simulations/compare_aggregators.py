@@ -400,20 +400,26 @@ def tuned(
 def tables(
     done: Mapping[Job, dict[str, Any]], rates: Mapping[tuple[str, int, str], float]
 ) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-    """For each split and number of local steps: a row for each arm, at its own rate, over the seeds that all have."""
+    """For each split and number of local steps: a row for each arm at its own rate, pairs where both have the seed."""
     tables = {(s, k) for s, k, n in rates if n not in BASELINES}
     for split, steps in sorted(tables, key=lambda at: (at[1], SPLITS.index(at[0]))):
         runs: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         tried: dict[str, set[float]] = defaultdict(set)
+        lost: dict[str, int] = defaultdict(int)
         for job, result in done.items():
             at = arm_of(split, steps, job.name)
             if (job.split, job.steps, job.name) != at:
                 continue
             if job.part == "tune":
                 tried[job.name].add(job.rate)
-            elif rates.get(at) == job.rate and "failed" not in result:
+            elif rates.get(at) != job.rate:
+                continue
+            elif "failed" in result:
+                lost[job.name] += 1
+            else:
                 runs[job.name][job.seed] = result
         rows = [_row(n, runs, rates[arm_of(split, steps, n)], tried[n]) for n in (*BASELINES, *VARIANTS) if n in runs]
+        rows = [row | {"failed": lost[row["name"]]} for row in rows]
         if rows:
             yield split, steps, rows
 
@@ -452,7 +458,7 @@ _SHORT: Final = 0.02
 """Of a share, or in nats: what pooling wins over a site alone must be more than this for a recovery to mean anything."""
 _EDGE: Final = " (edge)"
 HEAD: Final = (
-    "arm", "rate", "loss", "difference", "exact match %", "difference", "recovery loss / exact %", "general loss",
+    "arm", "rate", "seeds", "loss", "difference", "exact match %", "difference", "recovery loss / exact %", "general loss",
     "kB up / down", "gap ratio", "drift",
 )  # fmt: skip
 
@@ -462,6 +468,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     parts = [
         row["name"],
         f"{row['rate']:g}{_EDGE * row['edge']}",
+        f"{row['seeds']} of {row['seeds'] + row['failed']}" if row["failed"] else f"{row['seeds']}",
         plots.with_sd(row["nll"]),
         plots.with_interval(nll) if nll else "-",
         plots.with_sd(row["exact"], unit="%").removesuffix(" %"),
@@ -487,7 +494,7 @@ def write(out: Path, done: Mapping[Job, dict[str, Any]], rates: Mapping[tuple[st
     """table.md and report.html."""
     text, body = "", ""
     for split, steps, rows in tables(done, rates):
-        title = f"{split}, {steps} local step{'s' * (steps > 1)} a round, {max(r['seeds'] for r in rows)} seeds"
+        title = f"{split}, {steps} local step{'s' * (steps > 1)} a round"
         lines = ["| " + " | ".join(c) + " |" for c in (HEAD, ["---"] * len(HEAD), *map(cells, rows))]
         text += f"### {title}\n\n" + "\n".join(lines) + "\n\n"
         body += plots.tag("h2", plots.escape(title)) + _figures(f"{split}-{steps}", rows)
@@ -556,7 +563,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen, whole = tuned(arms, rates, tuning, pool, book)
         test = [Job(*at, chosen[at], seed, "test") for at in arms if at in chosen for seed in seeds]
         whole = run_all(test, pool, book) and whole
-    print(write(given.out, book.runs, chosen))
+    shown = {job: result for job, result in book.runs.items() if job.part == "tune" or job.seed in seeds}
+    print(write(given.out, shown, chosen))
     if not whole:
         print("time is up; the same command goes on from here", file=sys.stderr)
     return 0 if whole else 75

@@ -86,13 +86,17 @@ def test_every_run_is_a_line_and_gone_on_with(plan, tmp_path):
     assert len(runs) == 6 * 3  # three baselines, three variants; one seed to tune, two to compare
     table = (out / "table.md").read_text()
     assert "domain, 3 local steps" not in table  # the script's own number of steps, not the plan's
-    assert "### domain, 1 local step a round, 2 seeds" in table
-    assert all(f"| {name} |" in table for name in ("local", "pooled-tokens", "fedavg", "ffa", "one-site"))
+    assert "### domain, 1 local step a round\n" in table
+    assert all(f"| {name} | 0.01 | 2 |" in table for name in ("local", "pooled-tokens", "fedavg", "ffa", "one-site"))
     assert "http" not in (out / "report.html").read_text().replace("http-equiv", "").replace("http://www.w3.org", "")
     of = {r["job"]["name"]: r for r in runs if r["job"]["part"] == "test"}
     assert abs(of["fedavg"]["tokens"] - of["pooled-tokens"]["tokens"]) < 0.1 * of["pooled-tokens"]["tokens"]  # packed rows
     assert of["fedavg"]["up"] > of["ffa"]["up"] > 0
     assert {r["job"]["seed"] for r in runs} == {0, 1, 1000}
+    one = run(plan, out, "--splits", "domain", "--seeds", "1")
+    assert one.returncode == 0, one.stderr
+    assert "| fedavg | 0.01 | 1 |" in one.stdout
+    assert file.read_bytes() == kept
     lines = kept.splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-2]) + lines[-2][:40])  # a power cut
     again = run(plan, out, *words)
@@ -140,6 +144,14 @@ def test_baselines_run_once_however_many_steps_a_round_has(compare):
     }
     found = {(split, steps): [r["name"] for r in rows] for split, steps, rows in compare.tables(of, dict.fromkeys(arms, 0.1))}
     assert found == {("iid", 1): ["local", "ffa"], ("iid", 4): ["local", "ffa"]}
+
+
+def test_a_run_that_failed_is_counted(compare):
+    at = ("iid", 1, "ffa")
+    runs = {compare.Job(*at, 0.1, seed, "test"): {"nll": 1.0, "exact": 0.5} for seed in range(3)}
+    runs[compare.Job(*at, 0.1, 3, "test")] = {"failed": "not-finite"}
+    ((_, _, (row,)),) = compare.tables(runs, {at: 0.1})
+    assert compare.cells(row)[:3] == ["ffa", "0.1", "3 of 4"]
 
 
 @pytest.mark.parametrize(
