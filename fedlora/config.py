@@ -12,7 +12,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -324,27 +324,6 @@ class Plan(Section):
     simulation: Simulation | None = None
 
     @model_validator(mode="after")
-    def _secagg_fits(self) -> Self:
-        p, f = self.protect, self.federation
-        if p.mode != "secagg":
-            return self
-        if f.min_sites < max(3, 3 * p.max_colluding):
-            raise PydanticCustomError(
-                "secagg-sites",
-                "protect.mode = 'secagg' needs federation.min_sites >= {least}: 3, and three times protect.max_colluding",
-                {"least": max(3, 3 * p.max_colluding)},
-            )
-        if (self.aggregate.weighting == "uniform") == (p.weight_unit > 0):
-            raise PydanticCustomError(
-                "secagg-weights",
-                "protect.mode = 'secagg': set protect.weight_unit (tokens or examples that make a weight of 1), or "
-                "aggregate.weighting = 'uniform'; not both",
-            )
-        if f.local_epochs and not p.first_range:
-            raise PydanticCustomError("secagg-range", "protect.mode = 'secagg' with local_epochs needs protect.first_range")
-        return self
-
-    @model_validator(mode="after")
     def _rule_fits(self) -> Self:
         wrong = list(_misfits(self))
         if wrong:
@@ -365,26 +344,67 @@ class Plan(Section):
         return self.model_copy(update={"model": model, "lora": self.lora.model_copy(update={"init_digest": init})})
 
 
-_OWN = {
-    "share": "fedavg",
-    "fedrot": "fedavg",
-    "svd_every": "fedsvd",
-    "rank": "product",
-    "max_rank": "product",
-    "energy": "product",
-    "gauge": "product",
-    "statistic": "robust",
-    "trim": "robust",
-    "byzantine": "robust",
-}
+_OWN: Final = (
+    (
+        "aggregate",
+        "name",
+        {
+            "fedavg": ("share", "fedrot"),
+            "fedsvd": ("svd_every",),
+            "product": ("rank", "max_rank", "energy", "gauge"),
+            "robust": ("statistic", "trim", "byzantine"),
+        },
+    ),
+    ("aggregate", "rank", {"r_max": ("max_rank",), "energy": ("max_rank", "energy")}),
+    ("aggregate", "statistic", {"trimmed": ("trim",), "multi-krum": ("byzantine",)}),
+    (
+        "server_optimizer",
+        "name",
+        {
+            "sgd": ("learning_rate",),
+            "fedavgm": ("learning_rate", "momentum"),
+            "nesterov": ("learning_rate", "momentum"),
+            "fedadam": ("learning_rate", "beta1", "beta2", "tau"),
+        },
+    ),
+    (
+        "protect",
+        "mode",
+        {"secagg": ("profile", "weight_unit", "max_colluding", "lone_change", "first_range", "phase_deadline")},
+    ),
+)
+"""Of a table: the key that decides, and which other keys mean anything under which of its values."""
+
+
+def _idle(plan: Plan) -> Iterator[str]:
+    """What a plan sets although nothing would read it."""
+    said = set()
+    for table, by, owners in _OWN:
+        section = getattr(plan, table)
+        chosen, default = getattr(section, by), type(section)()
+        for key in sorted({k for keys in owners.values() for k in keys}):
+            of = [value for value, keys in owners.items() if key in keys]
+            if chosen in of or (table, key) in said or getattr(section, key) == getattr(default, key):
+                continue
+            said.add((table, key))
+            needed = " or ".join(map(repr, of))
+            yield f"{table}.{key} belongs to {table}.{by} = {needed}, this plan says {chosen!r}: leave it out"
 
 
 def _misfits(plan: Plan) -> Iterator[str]:
-    """What in a plan does not go together with its rule, each in a sentence that says what to do."""
-    a, o, secagg = plan.aggregate, plan.server_optimizer, plan.protect.mode == "secagg"
-    for key, rule in _OWN.items():
-        if rule != a.name and getattr(a, key) != getattr(Aggregate(), key):
-            yield f"aggregate.{key} belongs to aggregate.name = {rule!r}, this plan says {a.name!r}: leave it out"
+    """What in a plan does not go together, each in a sentence that says what to do."""
+    a, o, p, f = plan.aggregate, plan.server_optimizer, plan.protect, plan.federation
+    secagg = p.mode == "secagg"
+    yield from _idle(plan)
+    if secagg and f.min_sites < (least := max(3, 3 * p.max_colluding)):
+        yield f"protect.mode = 'secagg' needs federation.min_sites >= {least}: 3, and three times protect.max_colluding"
+    if secagg and (a.weighting == "uniform") == (p.weight_unit > 0):
+        yield (
+            "protect.mode = 'secagg': set protect.weight_unit (tokens or examples that make a weight of 1), or "
+            "aggregate.weighting = 'uniform'; not both"
+        )
+    if secagg and f.local_epochs and not p.first_range:
+        yield "protect.mode = 'secagg' with local_epochs needs protect.first_range"
     if a.name == "robust" and secagg:
         yield (
             "aggregate.name = 'robust' needs every single update, protect.mode = 'secagg' shows only their sum: choose "
@@ -399,15 +419,13 @@ def _misfits(plan: Plan) -> Iterator[str]:
         yield "aggregate.gauge = 'procrustes' mixes the slots: it goes with aggregate.rank = 'r' and no lora.ranks"
     if a.share == "A" and a.fedrot:
         yield "aggregate.fedrot turns A and B together; with share = 'A' the B that stays would no longer fit"
-    if a.name == "robust" and a.statistic == "multi-krum" and plan.federation.min_sites < 2 * a.byzantine + 3:
+    if a.name == "robust" and a.statistic == "multi-krum" and f.min_sites < 2 * a.byzantine + 3:
         yield (
             f"aggregate.statistic = 'multi-krum' against {a.byzantine} liars needs federation.min_sites >= "
             f"{2 * a.byzantine + 3}: twice aggregate.byzantine and three"
         )
     if plan.lora.ranks and a.name not in ("masked", "product"):
         yield f"lora.ranks: aggregate.name = {a.name!r} cannot average different ranks: choose 'masked' or 'product'"
-    if o.name == "none" and o != ServerOptimizer():
-        yield "server_optimizer has settings, but its name is 'none'"
     if a.name in ("fedsvd", "product") and o.name != "none":
         yield (
             f"server_optimizer.name = {o.name!r}: aggregate.name = {a.name!r} splits the product into other factors each round, "
@@ -418,7 +436,7 @@ def _misfits(plan: Plan) -> Iterator[str]:
             f"training.optimizer_state = 'keep': under aggregate.name = {a.name!r} the moments of the last round belong to other "
             "factors: choose 'reset'"
         )
-    if a.name == "masked" and secagg and plan.protect.weight_unit and plan.protect.profile == "int4":
+    if a.name == "masked" and secagg and p.weight_unit and p.profile == "int4":
         yield "aggregate.name = 'masked' with weights needs 16 levels: choose protect.profile = 'int8' or wider"
 
 

@@ -335,6 +335,10 @@ def test_a_state_that_was_damaged_is_named_and_the_run_goes_back_one_checkpoint(
         ({"aggregate": {"name": "robust", "statistic": "multi-krum", "byzantine": 2}}, ["multi-krum", "7"]),
         ({"server_optimizer": {"name": "none", "momentum": 0.5}}, ["server_optimizer", "none"]),
         ({"lora": {"r": 4, "ranks": {"a": 8}}, "aggregate": {"name": "masked"}}, ["ranks", "largest"]),
+        ({"aggregate": {"name": "product", "max_rank": 3}}, ["max_rank", "'r_max' or 'energy'", "'r'"]),
+        ({"aggregate": {"name": "robust", "trim": 0.2}}, ["trim", "'trimmed'", "'clip'"]),
+        ({"server_optimizer": {"name": "fedadam", "momentum": 0.5}}, ["momentum", "'fedavgm' or 'nesterov'", "'fedadam'"]),
+        ({"protect": {"profile": "int4"}}, ["profile", "'secagg'", "'sealed'"]),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name_with_a_way_out(sections, said):
@@ -346,6 +350,18 @@ def test_what_does_not_go_together_is_refused_by_name_with_a_way_out(sections, s
         Plan.model_validate(table)
     text = str(caught.value)
     assert all(word in text for word in said), text
+
+
+def test_all_that_does_not_go_together_is_said_at_once():
+    base = Plan().model_dump() | {
+        "aggregate": {"name": "robust", "svd_every": 2},
+        "protect": {"mode": "secagg", "max_colluding": 5},
+    }
+    with pytest.raises(ValidationError) as caught:
+        Plan.model_validate(base)
+    text = str(caught.value)
+    assert all(word in text for word in ("svd_every", "min_sites >= 15", "weight_unit", "needs every single update")), text
+    assert text.count("svd_every") == 1
 
 
 def test_steps_of_a_site_count_the_rounds_and_not_the_exchanges(tmp_path):
