@@ -9,12 +9,13 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.adapter import Adapter
 from fedlora.aggregate import rule_of
 from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
 from fedlora.errors import CohortTooSmall, ConfigError, DataError, KeyFileError, ModelError
+from fedlora.follow import Team
 from fedlora.messages import check_site_name
 from fedlora.protect import Protection
 from fedlora.protect.envelope import MAX_RECIPIENTS
@@ -35,21 +36,26 @@ from fedlora.transport import Transport
 if TYPE_CHECKING:
     from fedlora.data import Conversation, Tokenizer, Tokens
     from fedlora.learn.base import BaseOptions
-    from fedlora.learn.learner import TrainOptions
+    from fedlora.learn.learner import HFLearner, TrainOptions
     from fedlora.learn.lora import LoraModel, LoraOptions
+    from fedlora.learn.pace import Pace
 
 __all__ = [
     "base_options",
+    "devices_of",
     "enrolled",
+    "forecast",
     "learner",
     "learner_of",
     "load_lora",
     "lora_options",
     "open_site",
+    "pace",
     "rows",
     "serve",
     "serve_run",
     "site",
+    "site_learner",
     "start_run",
     "tokens",
     "train_options",
@@ -79,15 +85,27 @@ def base_options(plan: Plan, path: Path, *, device: Device, threads: int, keep_d
         device=device,
         threads=threads,
         keep_dequantised=keep_dequantised,
+        fused=_fused(plan, device),
         attn_implementation=_attention(device, plan.training.max_length),
     )
 
 
-def _attention(device: str, max_length: int) -> Literal["sdpa", "eager"]:
+def _fused(plan: Plan, device: str) -> bool:
+    """On CUDA, unless the base is held in a way that the fused layers do not know."""
+    from fedlora.learn.base import find_device
+
+    m = plan.model
+    own_type = not m.load_in_4bit or m.bnb_4bit_compute_dtype == m.dtype
+    return find_device(device).type == "cuda" and own_type and not m.load_in_8bit
+
+
+def _attention(device: str, max_length: int) -> Literal["auto", "sdpa", "eager"]:
     """Masked SDPA is slow on a CPU: for short rows the plain matrix products take two thirds of the time."""
     from fedlora.learn.base import find_device
 
-    return "eager" if find_device(device).type == "cpu" and max_length <= 512 else "sdpa"
+    if find_device(device).type == "cuda":
+        return "auto"
+    return "eager" if max_length <= 512 else "sdpa"
 
 
 def lora_options(plan: Plan) -> LoraOptions:
@@ -145,6 +163,24 @@ def load_lora(plan: Plan, path: Path, *, device: Device, threads: int, keep_dequ
     return attach(load_base(options), lora_options(plan))
 
 
+def devices_of(file: SiteFile) -> list[str]:
+    """Where this site trains: one device, or several GPUs of its machine.
+
+    Raises:
+        ConfigError: fewer GPUs than the site file asks for.
+    """
+    from fedlora.learn.base import cuda_devices, find_device
+
+    if find_device(file.device).type != "cuda":
+        return ["cpu"]
+    here = cuda_devices()
+    if file.gpus > len(here):
+        raise ConfigError(
+            f"gpus = {file.gpus} in the site file, but {len(here)} are visible here", hint="gpus = 0: all there are"
+        )
+    return here[: file.gpus or None]
+
+
 def rows(path: Path, data: SiteData, report: Report) -> list[Conversation]:
     """Reads one file as the site's ``[data]`` table says.
 
@@ -173,7 +209,9 @@ def tokens(
     return found
 
 
-def learner(plan: Plan, lora: LoraModel, data: SiteData, *, name: str, root: Path, report: Report) -> Learner:
+def learner(
+    plan: Plan, lora: LoraModel, data: SiteData, *, name: str, root: Path, report: Report, pace: Pace | None = None
+) -> HFLearner:
     """A site's learner: its rows, split by group unless it has a file for evaluation, on the shared base.
 
     Raises:
@@ -191,19 +229,69 @@ def learner(plan: Plan, lora: LoraModel, data: SiteData, *, name: str, root: Pat
         raise DataError("no rows are held out for evaluation", hint="set data.held_out_fraction or data.held_out_path")
     length = plan.training.max_length
     both = [tokens(lora.tokenizer, part, max_length=length, report=report) for part in (train, held_out)]
-    return learner_of(plan, lora, both[0], both[1], name=name, report=report)
+    return learner_of(plan, lora, both[0], both[1], name=name, report=report, pace=pace)
 
 
 def learner_of(
-    plan: Plan, lora: LoraModel, train: Sequence[Tokens], held_out: Sequence[Tokens], *, name: str, report: Report
-) -> Learner:
+    plan: Plan,
+    lora: LoraModel,
+    train: Sequence[Tokens],
+    held_out: Sequence[Tokens],
+    *,
+    name: str,
+    report: Report,
+    pace: Pace | None = None,
+) -> HFLearner:
     """A learner from tokens; reports each step."""
     from fedlora.learn.learner import HFLearner
 
     def on_step(step: int, steps: int, loss: float) -> None:
         report("step", {"site": name, "step": step, "steps": steps, "loss": loss})
 
-    return HFLearner(lora, train, held_out, train_options(plan), site=name, on_step=on_step)
+    return HFLearner(lora, train, held_out, train_options(plan), site=name, pace=pace, on_step=on_step)
+
+
+def pace(plan: Plan, lora: LoraModel, file: SiteFile | None = None, *, report: Report) -> Pace:
+    """How much of a step is computed at once: as the site file says, else measured."""
+    from fedlora.learn.pace import Pace
+
+    file = file or SiteFile()
+    return Pace(
+        lora,
+        dial=file.activation_checkpointing,
+        floor="full" if plan.training.gradient_checkpointing else "none",
+        tokens=file.micro_batch_tokens,
+        limit_bytes=int(file.gpu_memory_gib * 2**30),
+        report=report,
+    )
+
+
+def forecast(site_file: Path, plan: Plan, *, report: Report) -> dict[str, Any]:
+    """What a round of the plan would take at this site, by the names of :class:`fedlora.learn.forecast.Forecast`.
+
+    Raises:
+        ModelError, DataError: see the parts.
+    """
+    from dataclasses import asdict
+
+    found = site_learner(site_file, plan, report=report)
+    return asdict(found.forecast(processes=len(devices_of(load_site_file(site_file)))))
+
+
+def site_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
+    """What trains at a site, in its own process or in those of its further GPUs: base, adapter and rows.
+
+    Raises:
+        ModelError, DataError: see the parts.
+    """
+    file, root = load_site_file(site_file), site_file.resolve().parent
+    where = file.models.get(plan.model.model_name_or_path)
+    if where is None:
+        raise ModelError(f"no copy of {plan.model.model_name_or_path} here", hint="name its directory under [models]")
+    report("load", {"model": plan.model.model_name_or_path})
+    lora = load_lora(plan, root / where, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
+    paced = pace(plan, lora, file, report=report)
+    return learner(plan, lora, file.data, name=file.name, root=root, report=report, pace=paced)
 
 
 # --- a site -----------------------------------------------------------------------------------------------------
@@ -254,13 +342,17 @@ def open_site(path: Path, *, report: Report) -> Site:
     if identity.name != check_site_name(file.name):
         raise KeyFileError(f"{file.key} is the key of {identity.name!r}, the site file says {file.name!r}")
 
+    team: list[Team] = []
+
     def make_learner(plan: Plan) -> Learner:
-        where = file.models.get(plan.model.model_name_or_path)
-        if where is None:
-            raise ModelError(f"no copy of {plan.model.model_name_or_path} here", hint="name its directory under [models]")
-        report("load", {"model": plan.model.model_name_or_path})
-        lora = load_lora(plan, root / where, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
-        return learner(plan, lora, file.data, name=file.name, root=root, report=report)
+        while team:
+            team.pop().close()  # of the plan before
+        found = site_learner(path, plan, report=report)
+        devices = devices_of(file)
+        if len(devices) > 1:
+            team.append(Team(path, plan, devices=devices, state=root / file.state / "team", report=report))
+            found.join(team[0].ranks)
+        return found
 
     server = load_public(root / file.server_key)
     return site(identity, server, file, make_learner=make_learner, state=root / file.state, report=report)

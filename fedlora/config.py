@@ -524,6 +524,14 @@ class SiteFile(Section):
     """where the base models lie: public id = directory or GGUF file"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
+    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    """GPUs of this machine that train together; 0: all that are visible"""
+    gpu_memory_gib: Annotated[float, Field(ge=0, le=1024)] = 0.0
+    """most memory to take on each of them, GiB; 0: what is free"""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """computed again instead of kept: nothing, all but products, all; auto: measured"""
+    micro_batch_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    """most tokens at once; a step stays what it is; 0: measured"""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0: all"""
     keep_dequantised: bool = False

@@ -36,6 +36,7 @@ from fedlora.transport import Dropouts, LocalTransport, parse_dropouts
 if TYPE_CHECKING:
     from fedlora.data import Tokens
     from fedlora.learn.lora import LoraModel
+    from fedlora.learn.pace import Pace
 
 __all__ = ["Lab", "arms_of", "federated", "load_rows", "open_lab", "parse_seeds", "scores", "simulate"]
 
@@ -143,6 +144,7 @@ class Lab:
         plan: pinned to base and first adapter.
         rows: site -> split -> tokens.
         general: tokens of the general hold-out; may be empty.
+        pace: how much is computed at once, the same for all learners of the base.
     """
 
     plan: Plan
@@ -153,6 +155,7 @@ class Lab:
     first: Adapter
     rows: Mapping[str, Mapping[str, list[Tokens]]]
     general: list[Tokens]
+    pace: Pace
 
     def reseeded(self, plan: Plan) -> Lab:
         """The same base and rows under another seed."""
@@ -191,7 +194,10 @@ def open_lab(plan: Plan, *, root: Path, out: Path, report: Report) -> Lab:
     report("load", {"model": plan.model.model_name_or_path})
     lora = build.load_lora(plan, base, device="auto", threads=0, keep_dequantised=simulation.keep_dequantised)
     rows, general = load_rows(plan, lora, data, simulation.sites, report)
-    return Lab(simulation=simulation, data=data, base=base, lora=lora, rows=rows, general=general, **_first(plan, lora))
+    paced = build.pace(plan, lora, report=report)
+    return Lab(
+        simulation=simulation, data=data, base=base, lora=lora, rows=rows, general=general, pace=paced, **_first(plan, lora)
+    )
 
 
 def load_rows(
@@ -306,7 +312,7 @@ class _Alone:
         def on_step(step: int, steps: int, loss: float) -> None:
             report("step", {"site": self.name, "step": step, "steps": steps, "loss": loss})
 
-        learner = HFLearner(lab.lora, rows, [], options, site=self.name, on_step=on_step)
+        learner = HFLearner(lab.lora, rows, [], options, site=self.name, pace=lab.pace, on_step=on_step)
         return _rounds_alone(lab, learner, self.rounds, out / "alone" / self.name.replace(":", "-"), report, rate)
 
 
@@ -433,7 +439,9 @@ def _virtual_site(lab: Lab, identity: Identity, server: PublicIdentity, state: P
 
     def make_learner(plan: Plan) -> Learner:
         rows = lab.rows[identity.name]
-        return build.learner_of(plan, lab.lora, rows["train"], rows["validation"], name=identity.name, report=report)
+        return build.learner_of(
+            plan, lab.lora, rows["train"], rows["validation"], name=identity.name, report=report, pace=lab.pace
+        )
 
     quiet = partial(_named, identity.name, report)
     return build.site(identity, server, file, make_learner=make_learner, state=state, report=quiet)

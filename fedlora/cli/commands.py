@@ -127,10 +127,17 @@ def keygen_server(
 
 
 @app.command()
-def check(plan: PlanFile, json: Json = False) -> None:
-    """Check a plan without training: every wrong key at once, and what it means.
+def check(
+    plan: PlanFile,
+    site: Annotated[
+        Path | None, typer.Option(help="A site file: also say what a round would take here, from one measured step.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a plan without training: every wrong key at once, and what it means; with --site, its memory and time here.
 
-    Example: fedlora check plan.toml
+    Example: fedlora check plan.toml --site site.toml
     """
     from fedlora.config import load_plan
 
@@ -141,13 +148,29 @@ def check(plan: PlanFile, json: Json = False) -> None:
         "rounds": f.num_rounds,
         "pinned": bool(found.model.digest and found.lora.init_digest),
     }
-    emit(
-        facts,
+    text = (
         f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
         f"{found.wire.dtype} updates, {found.protect.mode}\n"
-        + ("pinned to base and first adapter" if facts["pinned"] else "not pinned yet: `fedlora pin` fills in the digests"),
-        as_json=json,
+        + ("pinned to base and first adapter" if facts["pinned"] else "not pinned yet: `fedlora pin` fills in the digests")
     )
+    if site is not None:
+        from fedlora.build import forecast
+
+        with Screen(quiet=quiet or json) as screen:
+            facts["round"] = here = forecast(site, found, report=screen)
+        text += (
+            f"\na round here ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
+            f"{here['train_s']:.0f} s at {1 / here['token_s']:.0f} tokens/s, and {here['evaluate_s']:.0f} s for an evaluation; "
+            f"{here['peak_bytes'] / 2**30:.1f} GiB\n"
+            f"  activation checkpointing {here['dial']}, "
+            + (f"{here['micro_batch_tokens']} tokens at once" if here["micro_batch_tokens"] else "the plan's batches as they are")
+        )
+        late = here["train_s"] + here["evaluate_s"] - f.round_deadline
+        if late > 0:
+            text += (
+                f"\n  longer than the plan's round_deadline of {f.round_deadline:.0f} s: this site's updates would come too late"
+            )
+    emit(facts, text, as_json=json)
 
 
 @app.command()

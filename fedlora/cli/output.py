@@ -109,6 +109,8 @@ def _short(value: Any) -> Any:
 _LINES = {
     "load": "loading {model}",
     "arm": "arm {name}",
+    "pace": "{tokens} tokens at once, activation checkpointing {dial}: {gib} GiB, {tokens_s} tokens/s (measured in {seconds} s)",
+    "out-of-memory": "out of memory: going on with {tokens} tokens at once, activation checkpointing {dial}",
     "data": "data {file}: {lines}",
     "listening": "listening on {address}",
     "site-online": "{site} is online",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora.data.batches import Batch, Cursor, Stream, in_order
+from fedlora.data.batches import Batch, Cursor, Stream, in_order, regroup, share
 from fedlora.data.conversations import Conversation, ReadReport, Turn, read
 from fedlora.data.holdout import check_apart, split
 from fedlora.data.readers import READERS, Reader
@@ -26,6 +26,8 @@ __all__ = [
     "check_apart",
     "in_order",
     "read",
+    "regroup",
+    "share",
     "split",
     "tokenise",
 ]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedlora.data.tokens import IGNORE, Tokens
 from fedlora.errors import DataError
 
-__all__ = ["Batch", "Cursor", "Stream", "in_order"]
+__all__ = ["Batch", "Cursor", "Stream", "in_order", "regroup", "share"]
 
 I64: TypeAlias = NDArray[np.int64]
 
@@ -173,6 +173,69 @@ def in_order(
         filled = _fill(range(done, len(examples)), examples, rows=rows, max_length=max_length, packing=packing)
         done += sum(map(len, filled))
         yield _batch(examples, filled, pad_token_id=pad_token_id)
+
+
+def regroup(batches: Sequence[Batch], *, tokens: int, pad_token_id: int, multiple: int = 1) -> list[Batch]:
+    """The same examples in the same order, in batches of one row each that hold about equally much and no padding between.
+
+    What a step consists of stays; only how much of it is computed at once changes. A row is at most ``tokens`` long, unless a
+    single example is longer.
+
+    Args:
+        tokens: most tokens of a row, before it is rounded up.
+        multiple: rows are padded behind the last example to a multiple of this: equal shapes are fast shapes.
+    """
+    flat, sizes, sources = _flat(batches)
+    ends = np.cumsum(sizes)
+    found, first, at = [], 0, 0
+    while first < len(sizes):
+        left = int(ends[-1]) - at
+        goal = at + -(-left // -(-left // tokens))  # an equal share of what is left
+        last = int(np.searchsorted(ends, goal))  # the example that reaches it
+        if last > first and ends[last] - at > tokens:
+            last -= 1
+        last = min(last, len(sizes) - 1)
+        end = int(ends[last])
+        found.append(_one_row([part[at:end] for part in flat], sizes[first : last + 1], sources[first : last + 1],
+                              pad_token_id=pad_token_id, length=-(-(end - at) // multiple) * multiple))  # fmt: skip
+        first, at = last + 1, end
+    return found
+
+
+def share(batches: Sequence[Batch], *, part: int, parts: int, pad_token_id: int) -> list[Batch]:
+    """The examples of one of several shares that hold about equally many tokens, as one row; none if there are too few.
+
+    Law: the shares 0 to parts - 1 one behind another are all examples in their order.
+    """
+    flat, sizes, sources = _flat(batches)
+    ends = np.cumsum(sizes)
+    owner = (2 * ends - sizes) * parts // (2 * int(ends[-1]))  # by the middle of each example
+    chosen = np.flatnonzero(owner == part)
+    if not len(chosen):
+        return []
+    first, last = int(chosen[0]), int(chosen[-1])
+    at, end = int(ends[first] - sizes[first]), int(ends[last])
+    return [_one_row([p[at:end] for p in flat], sizes[first : last + 1], sources[first : last + 1],
+                     pad_token_id=pad_token_id, length=end - at)]  # fmt: skip
+
+
+def _flat(batches: Sequence[Batch]) -> tuple[list[I64], I64, list[int]]:
+    """Ids, labels and positions of all examples one behind another; the tokens of each; where each comes from."""
+    kept = [(b, b.documents >= 0) for b in batches]
+    flat = [np.concatenate([getattr(b, name)[mask] for b, mask in kept]) for name in ("input_ids", "labels", "position_ids")]
+    sizes = np.concatenate([np.bincount(b.documents[mask], minlength=b.examples) for b, mask in kept])
+    return flat, sizes, [source for b in batches for source in b.sources]
+
+
+def _one_row(flat: list[I64], sizes: I64, sources: list[int], *, pad_token_id: int, length: int) -> Batch:
+    def row(part: I64, filler: int) -> I64:
+        whole = np.full((1, length), filler, np.int64)
+        whole[0, : len(part)] = part
+        return whole
+
+    ids, labels, positions = flat
+    documents = row(np.repeat(np.arange(len(sizes)), sizes), -1)
+    return Batch(row(ids, pad_token_id), row(labels, IGNORE), row(positions, 0), documents, tuple(sources))
 
 
 def _check(examples: Sequence[Tokens], *, rows: int, max_length: int) -> None:

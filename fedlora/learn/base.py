@@ -11,15 +11,16 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from fedlora.errors import ConfigError, FedLoRAError, ModelError, ResourceError
+from fedlora.learn.attention import VARLEN, can_vary
 from fedlora.learn.digest import base_digest
 from fedlora.learn.options import BaseOptions
 from fedlora.learn.shards import file_digest
 
-__all__ = ["Base", "BaseOptions", "DequantisedLinear", "find_device", "load_base"]
+__all__ = ["Base", "BaseOptions", "DequantisedLinear", "cuda_devices", "find_device", "load_base"]
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,11 @@ def find_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
+def cuda_devices() -> list[str]:
+    """The GPUs that torch sees, ``cuda:0`` and so on."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
 def _directory(options: BaseOptions) -> Path:
     path = options.path
     if not path.is_file():
@@ -113,7 +119,7 @@ def _quietly(directory: Path, options: BaseOptions, device: torch.device) -> tup
             dtype=getattr(torch, options.dtype),
             quantization_config=_quantisation(options),
             device_map={"": device},
-            attn_implementation=options.attn_implementation,
+            attn_implementation=_attention(directory, options),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -123,6 +129,14 @@ def _quietly(directory: Path, options: BaseOptions, device: torch.device) -> tup
         if bars:
             transformers_logging.enable_progress_bar()
     return model, info
+
+
+def _attention(directory: Path, options: BaseOptions) -> str:
+    asked = options.attn_implementation
+    if asked == "auto":
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        asked = "varlen" if can_vary(config) and options.dtype != "float32" else "sdpa"
+    return VARLEN if asked == "varlen" else asked
 
 
 def _quantisation(options: BaseOptions) -> Any:

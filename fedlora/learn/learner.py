@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -12,12 +12,15 @@ import torch
 from fedlora.adapter import Adapter, Factors, Layout
 from fedlora.config import canonical
 from fedlora.data import Batch, Cursor, Stream, Tokens
-from fedlora.errors import ConfigError, DataError, StoreError
+from fedlora.errors import ConfigError, DataError, NonFiniteUpdate, StoreError
 from fedlora.learn.evaluate import evaluate
+from fedlora.learn.forecast import Forecast, forecast
 from fedlora.learn.loop import OnStep, derived_seed, learning_rate, train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.optimiser import dump_moments, forget_moments, load_moments, make_optimiser
 from fedlora.learn.options import TrainOptions
+from fedlora.learn.pace import Pace
+from fedlora.learn.ranks import Ranks
 from fedlora.site import Trained
 
 __all__ = ["HFLearner", "TrainOptions"]
@@ -33,6 +36,7 @@ class HFLearner:
         train: this site's training examples.
         held_out: its examples for evaluation; may be empty.
         site: this site's name: data order and dropout differ between sites.
+        pace: how much is computed at once; shared by the learners of one model. None: one of its own.
         on_step: told about each step, on this machine only.
 
     Raises:
@@ -48,6 +52,7 @@ class HFLearner:
         options: TrainOptions,
         *,
         site: str,
+        pace: Pace | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         if not train:
@@ -58,7 +63,9 @@ class HFLearner:
         self._held_out = list(held_out)
         self._options = options
         self._site = site
+        self._pace = pace or Pace(model, floor="full" if options.gradient_checkpointing else "none")
         self._on_step = on_step
+        self._team: Callable[[], Ranks] | None = None  # the processes of this site's other GPUs
         self._optimiser: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
         self._over: tuple[Factors, Layout] = ("AB", model.layout)  # what it is an optimiser of
         self._given: tuple[bytes, Cursor] | None = None  # the state that this optimiser is in
@@ -89,6 +96,15 @@ class HFLearner:
         per_epoch = -(-self._stream.steps_per_epoch() // o.gradient_accumulation_steps)
         return o.local_steps or o.local_epochs * per_epoch
 
+    def forecast(self, *, processes: int = 1) -> Forecast:
+        """What a round will take here, from one measured step; nothing is changed."""
+        return forecast(self._model, self._stream, self._held_out, self._options, steps=self.steps, pace=self._pace,
+                        processes=processes)  # fmt: skip
+
+    def join(self, team: Callable[[], Ranks]) -> None:
+        """Computes each step together with other processes, asked for anew at each round: they may have been replaced."""
+        self._team = team
+
     def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
         """Metrics of ``adapter`` on the held-out rows; none if there are no such rows."""
         self._model.set(adapter)
@@ -112,32 +128,44 @@ class HFLearner:
         Raises:
             NonFiniteUpdate: the loss or a gradient is not finite.
             StoreError: ``state`` is damaged or another plan's.
+            ResourceError: out of memory whatever is done about it, or the process of another GPU ended.
         """
         o, steps, began = self._options, self.steps, time.perf_counter()
         if not 1 <= round <= o.num_rounds:
             raise ValueError(f"round {round} of {o.num_rounds}")
         self._model.set(adapter)
         self._model.set_trained(factors)
-        self._model.set_checkpointing(o.gradient_checkpointing)
         optimiser = self._restored(state, factors)
-        spent = train_steps(
-            self._model,
-            self._groups(),
-            steps=steps,
-            optimiser=optimiser,
-            rate=lambda step: learning_rate(
-                o.lr_scheduler_type,
-                # Mid-step, so that neither the first nor the last step of the run is wasted at a rate of zero.
-                (round - 1 + (step + 0.5) / steps) / o.num_rounds,
-                peak=o.learning_rate,
-                warmup_ratio=o.warmup_ratio,
-            ),
-            seed=lambda step: derived_seed("dropout", o.seed, self._site, round, step),
-            max_grad_norm=o.max_grad_norm,
-            on_step=self._on_step,
-            factors=factors,
-            proximal_mu=o.proximal_mu,
-        )
+        ranks = self._team() if self._team is not None else None
+        if ranks is not None and ranks.rank == 0:
+            ranks.tell((adapter, round, state, factors))
+        try:
+            spent = train_steps(
+                self._model,
+                self._groups(),
+                steps=steps,
+                optimiser=optimiser,
+                rate=lambda step: learning_rate(
+                    o.lr_scheduler_type,
+                    # Mid-step, so that neither the first nor the last step of the run is wasted at a rate of zero.
+                    (round - 1 + (step + 0.5) / steps) / o.num_rounds,
+                    peak=o.learning_rate,
+                    warmup_ratio=o.warmup_ratio,
+                ),
+                seed=lambda step: derived_seed("dropout", o.seed, self._site, round, step),
+                max_grad_norm=o.max_grad_norm,
+                on_step=self._on_step,
+                factors=factors,
+                proximal_mu=o.proximal_mu,
+                pace=self._pace,
+                ranks=ranks,
+            )
+        except (NonFiniteUpdate, DataError):
+            raise  # at every rank in the same step: they are told what comes next as ever
+        except BaseException:
+            if ranks is not None:
+                ranks.abandon()  # the others wait for a sum that will not come
+            raise
         after = _dump_state(self._cursor, dump_moments(optimiser) if o.optimizer_state == "keep" else b"")
         self._given = (after, self._cursor) if o.optimizer_state == "keep" else None
         metrics = {"train/loss": spent.loss, "train/steps": float(steps), "train/seconds": time.perf_counter() - began}

@@ -13,8 +13,10 @@ from fedlora.adapter import Factors
 from fedlora.data import Batch
 from fedlora.errors import DataError, NonFiniteUpdate
 from fedlora.learn.lora import LoraModel
+from fedlora.learn.pace import Pace, is_out_of_memory
+from fedlora.learn.ranks import Ranks
 
-__all__ = ["OnStep", "Spent", "derived_seed", "learning_rate", "train_steps"]
+__all__ = ["OnStep", "Spent", "derived_seed", "gradients", "learning_rate", "train_steps"]
 
 OnStep = Callable[[int, int, float], None]
 """Told (step from 1, steps, loss in nats per supervised token) after each step."""
@@ -59,6 +61,8 @@ def train_steps(
     on_step: OnStep | None = None,
     factors: Factors = "AB",
     proximal_mu: float = 0.0,
+    pace: Pace | None = None,
+    ranks: Ranks | None = None,
 ) -> Spent:
     """Trains the adapter in place, one optimiser step a group of batches.
 
@@ -72,11 +76,15 @@ def train_steps(
         factors: what is trained.
         proximal_mu: adds mu times the distance from where this call began to the gradient, before it is scaled (Li et al.,
             Federated Optimization in Heterogeneous Networks (FedProx), 2020). The loss that is told is without it.
+        pace: cuts a step into micro-batches; None: its batches are computed as they come.
+        ranks: other processes that compute shares of each step; all of them make the same steps.
 
     Raises:
         NonFiniteUpdate: the loss or the gradient's norm is NaN or infinite. The adapter keeps its last finite values.
         DataError: a step without a supervised token.
+        ResourceError: out of memory on the smallest micro-batch, or another rank ended.
     """
+    rank = ranks.rank if ranks is not None else 0
     parameters = model.trainable(factors)
     anchors = [p.detach().clone() for p in parameters] if proximal_mu else []
     nats, tokens, examples = 0.0, 0, 0
@@ -87,12 +95,11 @@ def train_steps(
             total = sum(b.supervised for b in batches)
             if total == 0:
                 raise DataError("no token with a loss in a whole step", hint="max_length may cut the completions off")
-            torch.manual_seed(seed(step))
-            loss = 0.0
-            for batch in batches:
-                part = model.forward(batch).nll.sum() / total
-                part.backward()  # type: ignore[no-untyped-call]
-                loss += float(part.detach())
+            share = batches if ranks is None else ranks.share(batches)
+            if pace is not None:
+                pace.prepare(share)
+            part = gradients(model, share, total, seed=seed(step) + rank, pace=pace)
+            loss = float(part if ranks is None else ranks.add_up(parameters, part, total))
             for parameter, anchor in zip(parameters, anchors, strict=False):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
@@ -108,6 +115,31 @@ def train_steps(
             if on_step is not None:
                 on_step(step + 1, steps, loss)
     return Spent(nats / max(tokens, 1), tokens, examples)
+
+
+def gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: int, pace: Pace | None) -> torch.Tensor:
+    """Leaves the gradient of these batches' part of a step's loss in the parameters; returns that part, float64.
+
+    What does not fit is done again from its beginning in smaller pieces.
+    """
+    while True:
+        torch.manual_seed(seed)
+        loss = torch.zeros((), dtype=torch.float64, device=model.base.device)
+        try:
+            for batch in pace.cut(batches) if pace is not None and batches else batches:
+                part = model.forward(batch).nll.sum() / total
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += part.detach()
+            return loss
+        except (RuntimeError, MemoryError) as e:
+            if pace is None or not is_out_of_memory(e):
+                raise
+        # Outside the handler: the error held the frames, and they the tensors.
+        for parameter in model.trainable():
+            parameter.grad = None
+        if model.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        pace.shrink(batches)
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

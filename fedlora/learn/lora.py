@@ -16,7 +16,9 @@ from fedlora.errors import ConfigError, RunFailed, WrongLayout
 from fedlora.first import first_adapter
 from fedlora.learn.base import Base, DequantisedLinear
 from fedlora.learn.forward import Forward
-from fedlora.learn.options import LoraOptions
+from fedlora.learn.fused import FusedLora
+from fedlora.learn.kernels import install_kernels
+from fedlora.learn.options import Dial, LoraOptions
 
 __all__ = ["LoraModel", "LoraOptions", "attach"]
 
@@ -62,7 +64,7 @@ class LoraModel:
         self.current = self.layout
         self.scale = _one_scale(peft_model)
         self.forward = Forward(peft_model.get_base_model(), base.device)
-        self._checkpointing = False
+        self._dial: Dial = "none"
 
     @property
     def tokenizer(self) -> Any:
@@ -123,18 +125,26 @@ class LoraModel:
         if on != {id(p) for p in chosen} or any(p.dtype != torch.float32 for p in chosen):
             raise RunFailed("the trainable parameters are not exactly the adapter's factors in float32")
 
-    def set_checkpointing(self, on: bool, /) -> None:
-        """Recomputes activations on the way back, or does not."""
-        if on == self._checkpointing:
+    @property
+    def dials(self) -> tuple[Dial, ...]:
+        """What :meth:`set_checkpointing` can be set to here, from the fastest to the smallest."""
+        return ("none", "selective", "full") if self.base.options.fused else ("none", "full")
+
+    def set_checkpointing(self, dial: Dial) -> None:
+        """What is computed again on the way back instead of being kept; ``selective`` is ``none`` where layers are not fused."""
+        if dial == self._dial:
             return
         model = self.peft_model.get_base_model()
-        if on:
+        if dial == "full":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()  # else nothing below asks for a gradient and the factors silently stand still
-        else:
+        elif self._dial == "full":
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
-        self._checkpointing = on
+        for module in model.modules():
+            if isinstance(module, FusedLora):
+                module.keep_inputs = dial != "selective"
+        self._dial = dial
 
 
 def attach(base: Base, options: LoraOptions) -> LoraModel:
@@ -146,6 +156,8 @@ def attach(base: Base, options: LoraOptions) -> LoraModel:
     if any(isinstance(m, LoraLayer) for m in base.model.modules()):
         raise ValueError("this base has an adapter already; load it again, or share the LoraModel")
     config = _config(base, options)
+    if base.options.fused:
+        install_kernels(base.model, base.device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers is renaming
@@ -179,7 +191,9 @@ def _config(base: Base, options: LoraOptions) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({DequantisedLinear: _LoraOnDequantised})
+    config._register_custom_module(
+        {torch.nn.Linear: FusedLora} if base.options.fused else {DequantisedLinear: _LoraOnDequantised}
+    )
     return config
 
 

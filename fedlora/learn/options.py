@@ -9,9 +9,12 @@ from typing import Any, Literal, TypeAlias
 
 from fedlora.errors import ConfigError
 
-__all__ = ["BaseOptions", "DType", "LoraOptions", "TrainOptions"]
+__all__ = ["BaseOptions", "DType", "Dial", "LoraOptions", "TrainOptions"]
 
 DType: TypeAlias = Literal["bfloat16", "float16", "float32"]
+Dial: TypeAlias = Literal["none", "selective", "full"]
+"""What is computed again on the way back instead of being kept: nothing; what costs no matrix product (norms, gated products);
+each layer as a whole, so that only the layers' inputs are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,10 @@ class BaseOptions:
         keep_dequantised: hold the 4-bit weights dequantised once instead of at each use. The values are those of the 4-bit
             code, so logits and gradients are the same bits on a CPU. It takes 2 bytes a weight (bfloat16) instead of about
             0.52 (4 bits, plus scales): 0.27 against 0.12 GB for 135 M parameters, 14 against 4 GB for 7 B.
-        attn_implementation: both take the block masks that packing needs.
+        attn_implementation: ``sdpa`` and ``eager`` take the block masks that packing needs; ``varlen`` takes documents one behind
+            another without padding or mask (torch's kernel on CUDA, document by document elsewhere).
+        fused: adapter products in the base's type and kernels of Liger's where they are installed; otherwise PEFT's
+            arithmetic, adapters in float32. Both train float32 factors; they differ by rounding.
         threads: CPU threads; 0 leaves torch's choice. Another number may change the last bits of a sum.
         converted: where the directory made from a GGUF file is kept; None: the user's cache directory.
 
@@ -43,13 +49,16 @@ class BaseOptions:
     bnb_4bit_compute_dtype: DType = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     keep_dequantised: bool = False
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    attn_implementation: Literal["auto", "sdpa", "eager", "varlen"] = "sdpa"
+    fused: bool = False
     threads: int = 0
     converted: Path | None = None
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError("load_in_4bit and load_in_8bit exclude each other")
+        if self.fused and (self.load_in_8bit or (self.load_in_4bit and self.bnb_4bit_compute_dtype != self.dtype)):
+            raise ConfigError("fused needs a base that is plain or in 4 bits, computed in its own dtype", hint="fused = False")
         if self.keep_dequantised and self.load_in_4bit and self.bnb_4bit_compute_dtype != self.dtype:
             # bitsandbytes rounds to `dtype` on the way back but not on the way there: one stored copy cannot be both.
             raise ConfigError(

@@ -107,7 +107,7 @@ def test_pitfall_27_recomputing_activations_keeps_the_gradient(
     for on in (False, True):
         model = lora(base)
         model.set(moved(model.get(), size=0.1))
-        model.set_checkpointing(on)
+        model.set_checkpointing("full" if on else "none")
         assert model.base.model.is_gradient_checkpointing is on
         found.append(gradient(model, batches(rows, size=4)))
     for plain, recomputed in zip(*found, strict=True):
@@ -118,7 +118,7 @@ def test_pitfall_27_recomputing_activations_keeps_the_gradient(
 def test_checkpointing_can_be_switched_off_again(lora: Callable[..., Any]):
     model = lora()
     for on in (True, True, False, False):
-        model.set_checkpointing(on)
+        model.set_checkpointing("full" if on else "none")
         assert model.base.model.is_gradient_checkpointing is on
 
 

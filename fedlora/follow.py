@@ -1,0 +1,186 @@
+"""Processes for the further GPUs of a site: ``python -m fedlora.follow`` is one, a :class:`Team` starts them.
+
+What a follower is to do comes on its standard input: the site file, the plan, its number. It reads the same rows as the site
+itself, answers nobody but rank 0, and ends when that does, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlora.config import Plan, canonical, parse_plan
+from fedlora.errors import DataError, NonFiniteUpdate, StoreError
+
+if TYPE_CHECKING:
+    from fedlora.learn.ranks import Ranks
+
+__all__ = ["Team", "follow"]
+
+log = logging.getLogger(__name__)
+_POLL_S = 0.5
+_END_S = 10.0
+_SAME_EVERYWHERE = (NonFiniteUpdate, DataError, StoreError)
+"""What goes wrong at all ranks in the same step, because all of them have the same numbers: nobody is left waiting."""
+
+
+class Team:
+    """The processes of a site's GPUs. They are started when a round needs them and again when one of them ended.
+
+    Args:
+        devices: ``cuda:0`` and so on, or ``cpu`` as often as there are to be processes; this process computes on the first.
+        state: a directory of the site's own.
+        report: told ``("process", {"name", "state"})``.
+    """
+
+    def __init__(
+        self, site_file: Path, plan: Plan, *, devices: Sequence[str], state: Path, report: Callable[[str, dict[str, Any]], None]
+    ) -> None:
+        self._site_file, self._plan, self._devices = site_file.resolve(), plan, list(devices)
+        self._state, self._report = state, report
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._ranks: Ranks | None = None
+        self._broken = threading.Event()
+        self._watched = threading.Event()  # set: the watcher has no more to do
+        self._watcher: threading.Thread | None = None
+
+    def ranks(self) -> Ranks:
+        """The group, all of it alive as far as is known. Loads the base on each GPU the first time.
+
+        Raises:
+            ResourceError: they did not start.
+        """
+        if self._ranks is None or self._broken.is_set():
+            self.close()
+            self._start()
+        assert self._ranks is not None  # noqa: S101  _start sets it
+        return self._ranks
+
+    def close(self) -> None:
+        """Ends the others."""
+        self._watched.set()
+        if self._watcher is not None:
+            self._watcher.join()
+        if self._ranks is not None and not self._broken.is_set():
+            self._ranks.tell(None)
+            for process in self._processes:
+                try:
+                    process.wait(_END_S)
+                except subprocess.TimeoutExpired:
+                    log.warning("process %d does not end by itself", process.pid)
+        self._kill()
+        if self._ranks is not None:
+            self._ranks.close()
+        self._ranks = None
+
+    def pids(self) -> list[int]:
+        """Process ids of the others, by rank from 1."""
+        return [p.pid for p in self._processes]
+
+    def _start(self) -> None:
+        import torch
+
+        from fedlora.learn.ranks import Ranks
+
+        self._broken.clear()
+        self._watched = threading.Event()
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        meeting = self._state.resolve() / f"meeting-{secrets.token_hex(8)}"
+        self._report("process", {"name": "training", "state": f"starting on {', '.join(self._devices)}"})
+        try:
+            self._processes = [self._spawn(rank, meeting) for rank in range(1, len(self._devices))]
+            self._watch()
+            self._ranks = Ranks(
+                rank=0, count=len(self._devices), meeting=meeting, device=torch.device(self._devices[0]), gone=self._broken
+            )
+        except BaseException:
+            self._watched.set()
+            self._kill()
+            raise
+        finally:
+            meeting.unlink(missing_ok=True)
+        self._report("process", {"name": "training", "state": f"{len(self._devices)} processes are ready"})
+
+    def _spawn(self, rank: int, meeting: Path) -> subprocess.Popen[bytes]:
+        from fedlora.flower.supervisor import die_with_parent
+
+        parent, device = os.getpid(), self._devices[rank]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedlora.follow"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=parent),
+        )
+        word = {"site_file": str(self._site_file), "plan": self._plan.canonical().decode(), "rank": rank,
+                "count": len(self._devices), "device": device, "meeting": str(meeting)}  # fmt: skip
+        if process.stdin is not None:
+            process.stdin.write(canonical(word))
+            process.stdin.close()
+        threading.Thread(target=_note, args=(process, device), daemon=True).start()
+        return process
+
+    def _watch(self) -> None:
+        processes, over = list(self._processes), self._watched
+
+        def run() -> None:
+            while not over.wait(_POLL_S):
+                ended = [p for p in processes if p.poll() is not None]
+                if ended:
+                    log.error("the process of a GPU ended with status %s", ended[0].returncode)
+                    self._broken.set()
+                    if self._ranks is not None:
+                        self._ranks.abandon()
+                    return
+
+        self._watcher = threading.Thread(target=run, daemon=True)
+        self._watcher.start()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._processes = []
+
+
+def _note(process: subprocess.Popen[bytes], device: str) -> None:
+    """What it says on standard error goes into this site's own log."""
+    for line in process.stderr or ():
+        log.info("%s: %s", device, line.decode(errors="replace").rstrip()[:2000])
+
+
+def follow(word: dict[str, Any]) -> None:
+    """One follower, from its start to its end."""
+    import torch
+
+    from fedlora import build
+    from fedlora.learn.ranks import Ranks
+
+    device = torch.device(word["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    learner = build.site_learner(Path(word["site_file"]), parse_plan(word["plan"].encode()), report=lambda event, facts: None)
+    ranks = Ranks(rank=word["rank"], count=word["count"], meeting=Path(word["meeting"]), device=device)
+    learner.join(lambda: ranks)
+    while (told := ranks.hear(learner.layout)) is not None:
+        adapter, round, state, factors = told
+        try:
+            learner.train(adapter, round=round, state=state, factors=factors)
+        except _SAME_EVERYWHERE as e:
+            log.warning("%s", e.code)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    follow(json.loads(sys.stdin.buffer.read()))

@@ -1,0 +1,224 @@
+"""How much of a step a device computes at once, and what it computes twice to have room: measured, not guessed.
+
+What a step consists of is the plan's business and never changes here: its examples are cut into micro-batches, whose gradients
+add up to the step's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fedlora.data import Batch, regroup
+from fedlora.errors import ResourceError
+from fedlora.learn.forward import LENGTH_MULTIPLE
+from fedlora.learn.lora import LoraModel
+from fedlora.learn.options import Dial
+
+__all__ = ["Measured", "Pace", "is_out_of_memory"]
+
+log = logging.getLogger(__name__)
+_ROOM = 0.94
+"""Share of the memory at hand that is planned for; the rest is for what the allocator cannot join."""
+_UNMEASURED = 2048
+"""A step of so few tokens is tried as it is: measuring would take longer than it wins."""
+_PROBES = (1024, 3072)
+_MOST = 32_768
+"""Tokens of a micro-batch, at most: larger ones are not faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One setting, tried on this device with this site's own rows.
+
+    Attributes:
+        dial: see :data:`fedlora.learn.options.Dial`.
+        tokens: most tokens of a micro-batch.
+        peak_bytes: most memory that a step needs, the base, gradients and the optimiser's moments included.
+        token_s: seconds a token, forward and backward.
+    """
+
+    dial: Dial
+    tokens: int
+    peak_bytes: int
+    token_s: float
+
+
+class Pace:
+    """Cuts steps into micro-batches; all learners that share a model share its pace.
+
+    Args:
+        dial: what to compute again; ``auto``: what is fastest of what fits.
+        floor: the least that ``auto`` computes again.
+        tokens: most tokens of a micro-batch; 0: as many as fit, or as the plan says where nothing is to be measured.
+        limit_bytes: most GPU memory to use; 0: what is free.
+        report: told ``("pace", facts)`` when something is chosen, ``("out-of-memory", facts)`` when it did not fit.
+
+    Attributes:
+        chosen: the last setting that was measured; None before, and where nothing is measured (on a CPU).
+    """
+
+    def __init__(
+        self,
+        model: LoraModel,
+        *,
+        dial: Dial | Literal["auto"] = "auto",
+        floor: Dial = "none",
+        tokens: int = 0,
+        limit_bytes: int = 0,
+        report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+    ) -> None:
+        self._model = model
+        self._wanted_dial = dial
+        self._floor = floor
+        self._wanted_tokens = tokens
+        self._limit = limit_bytes
+        self._report = report
+        self._dial: Dial | None = None
+        self._tokens = tokens
+        self.chosen: Measured | None = None
+        device = model.base.device
+        if limit_bytes and device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+
+    @property
+    def dial(self) -> Dial:
+        """What is computed again now."""
+        return self._dial or "none"
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of a micro-batch now; 0: the batches of the plan."""
+        return self._tokens
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Makes ready for steps like this one; measures on the first of them that is large, on CUDA."""
+        size = sum(b.tokens for b in batches)
+        if self._model.base.device.type == "cuda" and self.chosen is None and (size > _UNMEASURED or self._wanted_tokens):
+            self.measure(batches)
+        elif self._dial is None and size:
+            self._dial = self._dials()[0]
+        self._model.set_checkpointing(self.dial)
+
+    def cut(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The micro-batches of a step."""
+        on_gpu = self._model.base.device.type == "cuda"
+        if not self._tokens and not on_gpu:
+            return batches
+        tokenizer = self._model.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        most = self._tokens or sum(b.tokens for b in batches)
+        return regroup(batches, tokens=most, pad_token_id=pad, multiple=LENGTH_MULTIPLE if on_gpu else 1)
+
+    def shrink(self, batches: Sequence[Batch]) -> None:
+        """After a step that did not fit: halves the micro-batch; once that is a single example, computes more again instead.
+
+        Raises:
+            ResourceError: nothing smaller is left.
+        """
+        longest = max(_lengths(batches))
+        now = min(self._tokens or sum(b.tokens for b in batches), sum(b.tokens for b in batches))
+        later = [d for d in self._model.dials if self._model.dials.index(d) > self._model.dials.index(self.dial)]
+        if now > longest:
+            self._tokens = max(longest, now // 2)
+        elif later:
+            self._dial = later[0]
+            self._model.set_checkpointing(later[0])
+        else:
+            raise ResourceError(
+                f"out of memory on one example of {longest} tokens with everything computed again",
+                hint="a smaller max_length in the plan, a smaller base, or a larger GPU",
+            )
+        self._report("out-of-memory", {"tokens": self._tokens, "dial": self._dial})
+        log.warning("out of memory: micro-batches of %d tokens, activation checkpointing %s", self._tokens, self._dial)
+
+    def _dials(self) -> tuple[Dial, ...]:
+        offered, floor = self._model.dials, self._floor
+        if self._wanted_dial != "auto":
+            return tuple(d for d in offered if d == self._wanted_dial) or offered[:1]
+        return offered[offered.index(floor) :] if floor in offered else offered[:1]
+
+    def measure(self, batches: Sequence[Batch]) -> None:
+        """Tries each setting of the dial on these rows, on CUDA, and takes the fastest that fits."""
+        began, dials = time.perf_counter(), self._dials()
+        step = sum(b.tokens for b in batches)
+        found = [m for dial in dials if (m := self._try(batches, dial, step)) is not None]
+        if not found:
+            self._dial, self._tokens = dials[-1], max(_lengths(batches))  # the step itself will say what is wrong
+            self.chosen = Measured(self._dial, self._tokens, 0, 0.0)
+            return
+        best = min(found, key=lambda m: m.token_s)
+        self.chosen, self._dial, self._tokens = best, best.dial, best.tokens
+        facts = {"dial": best.dial, "tokens": best.tokens, "gib": best.peak_bytes / 2**30, "tokens/s": 1 / best.token_s}
+        self._report("pace", {**facts, "seconds": time.perf_counter() - began})
+        for m in found:
+            log.info(
+                "pace: %s, %d tokens at once: %.1f GiB, %.0f tokens/s", m.dial, m.tokens, m.peak_bytes / 2**30, 1 / m.token_s
+            )
+
+    def _try(self, batches: Sequence[Batch], dial: Dial, step: int) -> Measured | None:
+        """The largest micro-batch that fits under one setting of the dial, and its speed; None if nothing fits."""
+        device, longest = self._model.base.device, max(_lengths(batches))
+        self._model.set_checkpointing(dial)
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        room = _ROOM * (min(free, self._limit) if self._limit else free)
+        moments = 8 * sum(p.numel() for p in self._model.trainable())
+        sizes = [max(p, longest) for p in _PROBES]
+        try:
+            small, large = (self._probe(batches, size) for size in sizes)
+            slope = (large[0] - small[0]) / max(1, large[2] - small[2])
+            fixed = small[0] - slope * small[2]
+            most = int((room - held - moments - fixed) / max(slope, 1.0))
+            if self._wanted_tokens:
+                most = min(most, self._wanted_tokens)
+            if most < longest:
+                return None
+            parts = -(-step // min(most, _MOST))
+            tokens = min(most, -(-step // parts) + longest // 2)  # cuts fall between examples
+            peak, seconds, counted = self._probe(batches, tokens)
+        except torch.OutOfMemoryError:
+            self._clear()
+            return None
+        return Measured(dial, tokens, int(held + moments + max(peak, fixed + slope * tokens)), seconds / counted)
+
+    def _probe(self, batches: Sequence[Batch], tokens: int) -> tuple[int, float, int]:
+        """Forward and backward of one micro-batch of about so many tokens: bytes above what is held, seconds, its tokens."""
+        device = self._model.base.device
+        pool = list(batches) * (1 + tokens // max(1, sum(b.tokens for b in batches)))
+        one = regroup(pool, tokens=tokens, pad_token_id=0, multiple=LENGTH_MULTIPLE)[0]
+        held = torch.cuda.memory_allocated(device)
+        self._model.peft_model.train()
+        with torch.random.fork_rng([device]):
+            for _ in range(2):  # the first compiles kernels
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+                began = time.perf_counter()
+                (self._model.forward(one).nll.sum() / one.supervised).backward()  # type: ignore[no-untyped-call]
+                torch.cuda.synchronize(device)
+                seconds = time.perf_counter() - began
+                peak = torch.cuda.max_memory_allocated(device) - held
+                self._clear()
+        return peak, seconds, one.tokens
+
+    def _clear(self) -> None:
+        for parameter in self._model.trainable():
+            parameter.grad = None
+
+
+def _lengths(batches: Sequence[Batch]) -> list[int]:
+    return [int(n) for b in batches for n in torch.bincount(torch.from_numpy(b.documents[b.documents >= 0])).tolist()]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's, or that of torch's allocator on a CPU, which has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )

@@ -1,0 +1,146 @@
+"""One site, several GPUs: a process for each, which computes its share of every step; only gradients meet.
+
+Rank 0 is the site's own process. The others follow it: they load the same base and rows, wait for its word, make the same
+steps from the same adapter and hold the same factors after each. Words go over gloo, gradients over NCCL (gloo on a CPU), all
+of it on the loopback interface; they find each other by a file in the site's own directory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fedlora.adapter import Adapter, Factors, Layout
+from fedlora.data import Batch, share
+from fedlora.errors import ResourceError
+
+__all__ = ["Ranks", "Word"]
+
+_FACTORS: tuple[Factors, ...] = ("AB", "A", "B")
+_MEETING = timedelta(minutes=30)  # all ranks have loaded the base by then
+_STEP = timedelta(minutes=30)
+_IDLE = timedelta(days=400)  # between two rounds
+_TRAIN, _END = 1, 0
+
+Word = tuple[Adapter, int, bytes, Factors]
+"""What rank 0 tells the others: adapter, round, state, factors; the arguments of ``Learner.train``."""
+
+
+class Ranks:
+    """This process among those of its site.
+
+    Args:
+        rank: 0 leads.
+        count: processes.
+        meeting: file by which they find each other; new for each group, in a directory of the site's own.
+        device: where this one computes.
+        gone: set by whoever sees that another rank ended.
+
+    Raises:
+        ResourceError: the others did not come.
+    """
+
+    def __init__(
+        self, *, rank: int, count: int, meeting: Path, device: torch.device, gone: threading.Event | None = None
+    ) -> None:
+        self.rank, self.count, self._device = rank, count, device
+        self._gone = gone or threading.Event()
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+        on_gpu = device.type == "cuda"
+        try:
+            store = dist.FileStore(str(meeting), count)  # type: ignore[attr-defined]  # torch does not list it
+            dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count, timeout=_STEP)
+            self._words = dist.new_group(backend="gloo", timeout=_IDLE)
+            dist.monitored_barrier(self._words, timeout=_MEETING)
+        except (RuntimeError, ValueError) as e:
+            raise ResourceError(
+                f"the processes of this site's GPUs did not meet: {e}", hint="gpus = 1 in the site file"
+            ) from None
+
+    # --- words -------------------------------------------------------------------------------------------------
+
+    def tell(self, word: Word | None) -> None:
+        """Rank 0: what to train next; None: it is over."""
+        if word is None:
+            self._send(torch.tensor([_END] * 6))
+            return
+        adapter, round, state, factors = word
+        numbers = [_TRAIN, round, _FACTORS.index(factors), adapter.layout.rank, adapter.vector.size, len(state)]
+        self._send(torch.tensor(numbers))
+        self._send(torch.from_numpy(adapter.vector.copy()))
+        if state:
+            self._send(torch.from_numpy(np.frombuffer(state, np.uint8).copy()))
+
+    def hear(self, layout: Layout) -> Word | None:
+        """The others: waits for the next word, however long. ``layout`` is the plan's."""
+        kind, round, factors, rank, size, length = self._receive(torch.empty(6, dtype=torch.int64)).tolist()
+        if kind == _END:
+            return None
+        vector = self._receive(torch.empty(size)).numpy()
+        state = self._receive(torch.empty(length, dtype=torch.uint8)).numpy().tobytes() if length else b""
+        return Adapter(vector, layout.at_rank(rank)), round, state, _FACTORS[factors]
+
+    def _send(self, tensor: torch.Tensor) -> None:
+        self._guarded(lambda: dist.broadcast(tensor, 0, group=self._words))
+
+    def _receive(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._guarded(lambda: dist.broadcast(tensor, 0, group=self._words))
+        return tensor
+
+    # --- steps -------------------------------------------------------------------------------------------------
+
+    def share(self, batches: Sequence[Batch]) -> list[Batch]:
+        """This rank's examples of a step."""
+        return share(batches, part=self.rank, parts=self.count, pad_token_id=0)
+
+    def add_up(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor, total: int) -> torch.Tensor:
+        """Puts the sum of all ranks' gradients in the place of this one's; returns the sum of their losses.
+
+        All ranks get the same bits, whoever came first: sums are made in order of rank.
+
+        Raises:
+            ResourceError: another rank ended, or is not at the same step.
+        """
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+        numbers = torch.stack([loss.double(), torch.tensor(float(total), dtype=torch.float64, device=loss.device)])
+        self._guarded(lambda: dist.all_reduce(flat))
+        self._guarded(lambda: dist.all_reduce(numbers))
+        if float(numbers[1]) != self.count * total:
+            raise ResourceError("the processes of this site's GPUs do not train on the same rows", hint="restart the site")
+        at = 0
+        for p in parameters:
+            p.grad = flat[at : at + p.numel()].view_as(p)
+            at += p.numel()
+        return numbers[0]
+
+    def abandon(self) -> None:
+        """This group is over: one of it ended, so that what the others wait for will not come. From any thread."""
+        self._gone.set()
+        if self._device.type == "cuda":
+            abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+            if abort is not None:
+                abort()
+
+    def close(self) -> None:
+        """Ends the group; another one may be made then."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _guarded(self, work: Any) -> None:
+        try:
+            work()
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        except RuntimeError as e:
+            self.abandon()
+            raise ResourceError(f"a process of another GPU of this site ended: {e}", hint="see the site's log") from None
+        if self._gone.is_set():
+            raise ResourceError("a process of another GPU of this site ended", hint="see the site's log")

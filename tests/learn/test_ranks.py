@@ -1,0 +1,101 @@
+"""Several processes of one site: the steps of one, the same bits whoever comes first, and no hanging when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlora import build
+from fedlora.config import Plan
+from fedlora.errors import ResourceError
+from fedlora.follow import Team
+
+pytestmark = pytest.mark.torch
+PLAN = {
+    "model": {"dtype": "float32", "load_in_4bit": False},
+    "lora": {"r": 4, "lora_alpha": 8},
+    "training": {"per_device_train_batch_size": 4, "max_length": 64, "learning_rate": 1e-2},
+    "federation": {"local_steps": 3, "num_rounds": 3},
+}
+
+
+def silent(event: str, facts: Any) -> None:
+    pass
+
+
+@pytest.fixture
+def site(tmp_path: Path, toy: Path) -> Path:
+    """A site file with rows and a base beside it."""
+    rows = [{"prompt": f"{'apple ' * (1 + i % 5)}{i} is", "completion": f" {'red' if i % 2 else 'green'}"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "site.toml"
+    file.write_text(
+        f'name = "a"\ndevice = "cpu"\nthreads = 1\nmodels = {{ "HuggingFaceTB/SmolLM2-135M-Instruct" = "{toy}" }}\n'
+        '[data]\npath = "rows.jsonl"\n'
+    )
+    return file
+
+
+@pytest.fixture
+def learner(site: Path) -> Any:
+    return build.site_learner(site, plan(), report=silent)
+
+
+@pytest.fixture
+def team(site: Path, tmp_path: Path) -> Iterator[Callable[[int], Team]]:
+    made: list[Team] = []
+
+    def make(count: int) -> Team:
+        made.append(Team(site, plan(), devices=["cpu"] * count, state=tmp_path / "team", report=silent))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def plan() -> Plan:
+    return Plan.model_validate_json(json.dumps(PLAN))
+
+
+def rounds(learner: Any, first: Any, count: int) -> list[Any]:
+    done: list[Any] = []
+    for number in range(1, count + 1):
+        last = done[-1] if done else None
+        done.append(learner.train(last.adapter if last else first, round=number, state=last.state if last else b""))
+    return done
+
+
+def test_two_processes_make_the_steps_of_one(learner: Any, team: Callable[[int], Team]):
+    first = learner._model.get()
+    alone = rounds(learner, first, 2)
+    learner.join(team(2).ranks)
+    together = rounds(learner, first, 2)
+    for one, two in zip(alone, together, strict=True):
+        assert (one.tokens, one.examples, one.state) == (two.tokens, two.examples, two.state)
+        assert one.metrics["train/loss"] == pytest.approx(two.metrics["train/loss"], rel=1e-5)
+        moved = np.linalg.norm(one.adapter.vector - first.vector)
+        assert np.linalg.norm(one.adapter.vector - two.adapter.vector) < 1e-3 * moved
+
+
+def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_round_only(
+    learner: Any, team: Callable[[int], Team], tmp_path: Path
+):
+    first = learner._model.get()
+    one = team(3)
+    learner.join(one.ranks)
+    (straight,) = rounds(learner, first, 1)
+    assert not list((tmp_path / "team").iterdir())  # the file by which they met is gone
+    os.kill(one.pids()[1], signal.SIGKILL)
+    with pytest.raises(ResourceError, match="ended"):
+        learner.train(first, round=1, state=b"")
+    (again,) = rounds(learner, first, 1)  # others were started
+    assert again.adapter.digest() == straight.adapter.digest()
+    assert again.state == straight.state
