@@ -69,8 +69,14 @@ Device = Literal["auto", "cpu", "cuda"]
 # --- learning ---------------------------------------------------------------------------------------------------
 
 
-def base_options(plan: Plan, path: Path, *, device: Device, threads: int, keep_dequantised: bool) -> BaseOptions:
-    """How to load the plan's base from ``path`` on this machine."""
+def base_options(
+    plan: Plan, path: Path, *, device: Device, threads: int, keep_dequantised: bool, fused: bool | None = None
+) -> BaseOptions:
+    """How to load the plan's base from ``path`` on this machine.
+
+    Args:
+        fused: adapters computed in the base's type; None: where that is faster, on CUDA.
+    """
     from fedlora.learn.base import BaseOptions
 
     m = plan.model
@@ -85,8 +91,8 @@ def base_options(plan: Plan, path: Path, *, device: Device, threads: int, keep_d
         device=device,
         threads=threads,
         keep_dequantised=keep_dequantised,
-        fused=_fused(plan, device),
-        attn_implementation=_attention(device, plan.training.max_length),
+        fused=_fused(plan, device) if fused is None else fused,
+        attn_implementation="varlen" if fused else _attention(device, plan.training.max_length),
     )
 
 
@@ -150,7 +156,9 @@ def train_options(plan: Plan) -> TrainOptions:
     )
 
 
-def load_lora(plan: Plan, path: Path, *, device: Device, threads: int, keep_dequantised: bool) -> LoraModel:
+def load_lora(
+    plan: Plan, path: Path, *, device: Device, threads: int, keep_dequantised: bool, fused: bool | None = None
+) -> LoraModel:
     """Loads the base and puts the plan's adapter on it: seconds to minutes.
 
     Raises:
@@ -159,7 +167,7 @@ def load_lora(plan: Plan, path: Path, *, device: Device, threads: int, keep_dequ
     from fedlora.learn.base import load_base
     from fedlora.learn.lora import attach
 
-    options = base_options(plan, path, device=device, threads=threads, keep_dequantised=keep_dequantised)
+    options = base_options(plan, path, device=device, threads=threads, keep_dequantised=keep_dequantised, fused=fused)
     return attach(load_base(options), lora_options(plan))
 
 

@@ -58,6 +58,7 @@ def simulate(
     transport: str,
     report: Report,
     drop: Sequence[str] = (),
+    batch_sites: bool = False,
 ) -> list[dict[str, Any]]:
     """Runs the plan once for each seed and writes a directory that describes itself.
 
@@ -72,6 +73,7 @@ def simulate(
         resume: go on in ``out`` rather than refuse it.
         transport: ``local`` (this process) or ``flower`` (real processes on loopback).
         drop: sites that the federation loses, see :func:`fedlora.transport.parse_dropouts`; with ``local`` only.
+        batch_sites: sites train in one pass over the base, see :mod:`fedlora.learn.together`; with ``local`` only.
 
     Returns:
         The contents of each ``results.json``.
@@ -85,12 +87,20 @@ def simulate(
     lost = parse_dropouts(drop, sites=plan.simulation.sites, plan=plan)
     if lost and transport != "local":
         raise ConfigError("--drop goes with --transport local", hint="over Flower, kill a site's process instead")
-    _claim(out, plan, transport=transport, drop=drop, resume=resume)
+    if batch_sites and (transport != "local" or plan.federation.fraction_train < 1 or plan.lora.ranks):
+        raise ConfigError(
+            "--batch-sites goes with --transport local, federation.fraction_train = 1 and one rank",
+            hint="leave --batch-sites out",
+        )
+    _claim(out, plan, transport=transport, drop=drop, resume=resume, batch_sites=batch_sites)
     results = []
     lab: Lab | None = None
     for seed in seeds:
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
-        lab = open_lab(seeded, root=root, out=out, report=report) if lab is None else lab.reseeded(seeded)
+        if lab is None:
+            lab = open_lab(seeded, root=root, out=out, report=report, batch_sites=batch_sites)
+        else:
+            lab = lab.reseeded(seeded)
         results.append(_one_seed(lab, out / f"seed-{seed}", transport=transport, lost=lost, report=report))
     _write_summary(out, results)
     return results
@@ -111,15 +121,16 @@ def parse_seeds(text: str, *, default: int) -> list[int]:
     return seeds
 
 
-def _claim(out: Path, plan: Plan, *, transport: str, drop: Sequence[str], resume: bool) -> None:
-    facts = canonical({"plan": plan.model_dump(mode="json"), "transport": transport, **({"drop": sorted(drop)} if drop else {})})
+def _claim(out: Path, plan: Plan, *, transport: str, drop: Sequence[str], resume: bool, batch_sites: bool) -> None:
+    more = ({"drop": sorted(drop)} if drop else {}) | ({"batch_sites": True} if batch_sites else {})
+    facts = canonical({"plan": plan.model_dump(mode="json"), "transport": transport, **more})
     mark = out / "plan.json"
     if mark.exists():
         if not resume:
             raise StoreError(f"{out} holds a simulation already", hint="--resume goes on with it; or choose another --out")
         if mark.read_bytes() != facts:
             raise StoreError(
-                f"{out} holds the simulation of another plan, over another transport or with other dropouts",
+                f"{out} holds the simulation of another plan, over another transport, with other dropouts or --batch-sites",
                 hint="choose another --out; none of them can change under a run",
             )
         return
@@ -145,6 +156,7 @@ class Lab:
         rows: site -> split -> tokens.
         general: tokens of the general hold-out; may be empty.
         pace: how much is computed at once, the same for all learners of the base.
+        batch_sites: the federation's sites train in one pass.
     """
 
     plan: Plan
@@ -156,6 +168,7 @@ class Lab:
     rows: Mapping[str, Mapping[str, list[Tokens]]]
     general: list[Tokens]
     pace: Pace
+    batch_sites: bool = False
 
     def reseeded(self, plan: Plan) -> Lab:
         """The same base and rows under another seed."""
@@ -174,7 +187,7 @@ def _first(plan: Plan, lora: LoraModel) -> dict[str, Any]:
     return {"first": first, "plan": plan.pinned(base=lora.base_digest, init=first.digest())}
 
 
-def open_lab(plan: Plan, *, root: Path, out: Path, report: Report) -> Lab:
+def open_lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool = False) -> Lab:
     """Loads base and rows.
 
     Raises:
@@ -192,11 +205,21 @@ def open_lab(plan: Plan, *, root: Path, out: Path, report: Report) -> Lab:
     else:
         base, data = root / simulation.base, root / simulation.data
     report("load", {"model": plan.model.model_name_or_path})
-    lora = build.load_lora(plan, base, device="auto", threads=0, keep_dequantised=simulation.keep_dequantised)
+    lora = build.load_lora(
+        plan, base, device="auto", threads=0, keep_dequantised=simulation.keep_dequantised, fused=batch_sites or None
+    )
     rows, general = load_rows(plan, lora, data, simulation.sites, report)
     paced = build.pace(plan, lora, report=report)
     return Lab(
-        simulation=simulation, data=data, base=base, lora=lora, rows=rows, general=general, pace=paced, **_first(plan, lora)
+        simulation=simulation,
+        data=data,
+        base=base,
+        lora=lora,
+        rows=rows,
+        general=general,
+        pace=paced,
+        batch_sites=batch_sites,
+        **_first(plan, lora),
     )
 
 
@@ -412,7 +435,10 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
     if lab.plan.protect.mode == "secagg":
         coordinator = _identity(out / "keys" / "coordinator.key", "coordinator")
         digest = make_roster(roster, server.public, list(publics.values()), coordinator)
-    sites = {n: _virtual_site(lab, i, server.public, out / "sites" / n, digest, report) for n, i in identities.items()}
+    learners = _learners(lab, report)
+    sites = {
+        n: _virtual_site(lab, i, server.public, out / "sites" / n, digest, report, learners[n]) for n, i in identities.items()
+    }
     if (directory / "run.json").exists():
         store = RunStore.open(directory, lab.plan)
     else:
@@ -429,22 +455,31 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
     return store
 
 
-def _virtual_site(lab: Lab, identity: Identity, server: PublicIdentity, state: Path, roster: str, report: Report) -> Any:
+def _learners(lab: Lab, report: Report) -> Mapping[str, Learner]:
+    """A learner for each site, on the base that all of them share."""
+    alone = {
+        name: build.learner_of(lab.plan, lab.lora, rows["train"], rows["validation"], name=name, report=report, pace=lab.pace)
+        for name, rows in lab.rows.items()
+    }
+    if not lab.batch_sites:
+        return alone
+    from fedlora.learn.together import Together
+
+    together = Together(alone)
+    return {name: together.one(name) for name in alone}
+
+
+def _virtual_site(
+    lab: Lab, identity: Identity, server: PublicIdentity, state: Path, roster: str, report: Report, learner: Learner
+) -> Any:
     file = SiteFile(
         name=identity.name,
         roster=roster,
         models={lab.plan.model.model_name_or_path: str(lab.base)},
         policy=Policy(min_sites=1),
     )
-
-    def make_learner(plan: Plan) -> Learner:
-        rows = lab.rows[identity.name]
-        return build.learner_of(
-            plan, lab.lora, rows["train"], rows["validation"], name=identity.name, report=report, pace=lab.pace
-        )
-
     quiet = partial(_named, identity.name, report)
-    return build.site(identity, server, file, make_learner=make_learner, state=state, report=quiet)
+    return build.site(identity, server, file, make_learner=lambda plan: learner, state=state, report=quiet)
 
 
 def _named(site: str, report: Report, event: str, facts: Mapping[str, object]) -> None:

@@ -205,6 +205,13 @@ def simulate(
             show_default=False,
         ),
     ] = None,
+    batch_sites: Annotated[
+        bool,
+        typer.Option(
+            "--batch-sites",
+            help="Train all sites in one pass over the base: for many small sites on a GPU; same results but for rounding.",
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -227,6 +234,7 @@ def simulate(
             resume=resume,
             transport=transport,
             drop=drop or [],
+            batch_sites=batch_sites,
             report=screen,
         )
     text = (where / "summary.txt").read_text() + f"\nreport: {where / 'report.html'}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fedlora.data import Batch, Cursor, Stream, Tokens, in_order, share
+from fedlora.data import Batch, Cursor, Tokens, in_order, share
 from fedlora.learn.loop import gradients
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.options import TrainOptions
@@ -49,7 +49,7 @@ class Forecast:
 
 def forecast(
     model: LoraModel,
-    stream: Stream,
+    group: Callable[[Cursor], tuple[list[Batch], Cursor]],
     held_out: Sequence[Tokens],
     options: TrainOptions,
     *,
@@ -57,18 +57,16 @@ def forecast(
     pace: Pace,
     processes: int = 1,
 ) -> Forecast:
-    """Measures a step on the stream's first rows, without an optimiser: the adapter stays as it is.
+    """Measures a step on the first rows, without an optimiser: the adapter stays as it is.
 
     Args:
+        group: the batches of the step at a place in the data, and the place behind them.
         processes: GPUs that share each step. What adding up their gradients takes is not in the forecast.
     """
     groups, cursor = [], Cursor()
     for _ in range(min(steps, _LOOKED_AT)):
-        group: list[Batch] = []
-        for _ in range(options.gradient_accumulation_steps):
-            batch, cursor = stream.next(cursor)
-            group.append(batch)
-        groups.append(group)
+        batches, cursor = group(cursor)
+        groups.append(batches)
     first = groups[0] if processes == 1 else share(groups[0], part=0, parts=processes, pad_token_id=0)
     step_tokens = sum(b.tokens for g in groups for b in g) / len(groups)
     on_gpu = model.base.device.type == "cuda"

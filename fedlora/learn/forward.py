@@ -72,6 +72,11 @@ class Forward:
         if not self.split and "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise ValueError(f"{type(model).__name__} offers no way to compute logits at chosen positions only")
 
+    @property
+    def padded(self) -> bool:
+        """Whether attention takes rows with padding and a mask, rather than documents one behind another."""
+        return not self._varies
+
     def __call__(self, batch: Batch) -> Scored:
         """Losses at the batch's supervised tokens.
 

@@ -79,6 +79,9 @@ class FusedLora(LoraLinear):  # type: ignore[misc]  # PEFT ships no usable types
 class _Product(torch.autograd.Function):
     """x (..., d_in) -> x W^T + bias + scale (x A^T) B^T, (..., d_out); W is frozen. Without A and B: x W^T + bias.
 
+    A is (rank, d_in) and B (d_out, rank); or several adapters' (k, rank, d_in) and (k, d_out, rank), each for its k-th of the
+    tokens.
+
     Gradients, with g (tokens, d_out) coming in and B' = scale B: dx = g W + (g B') A; dA = (g B')^T x; dB = scale g^T (x A^T)
     (Hu et al., LoRA, 2021). x, g and the products are of the base's type, dA and dB are float32.
     """
@@ -99,8 +102,8 @@ class _Product(torch.autograd.Function):
         y = rows @ weight.t() if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), rows, weight.t())
         low = None
         if a is not None and b is not None:
-            low = rows @ a.to(x.dtype).t()
-            y.addmm_(low, (b * scale).to(x.dtype).t())
+            low = _split(rows, a) @ a.to(x.dtype).mT
+            _add_product(_split(y, a), low, (b * scale).to(x.dtype).mT)
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
             kept = sources if made is not None else (x,)
@@ -118,15 +121,28 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = g @ _written_out(ctx.layer, g.dtype)
         if a is not None:
-            gb = g @ (b * ctx.scale).to(g.dtype)
+            parts = _split(g, a)
+            gb = parts @ (b * ctx.scale).to(g.dtype)
             if dx is not None:
-                dx.addmm_(gb, a.to(g.dtype))
+                _add_product(_split(dx, a), gb, a.to(g.dtype))
             if ctx.needs_input_grad[1]:
                 x: Tensor = ctx.made.read(*kept) if ctx.made is not None else kept[0]
-                da = _in_float32(gb.t(), x.reshape(-1, x.shape[-1]))
+                da = _in_float32(gb.mT, _split(x.reshape(-1, x.shape[-1]), a))
             if ctx.needs_input_grad[2]:
-                db = _in_float32(g.t(), low).mul_(ctx.scale)
+                db = _in_float32(parts.mT, low).mul_(ctx.scale)
         return dx.view(ctx.shape) if dx is not None else None, da, db, None, None, None, *[None] * ctx.sources
+
+
+def _split(rows: Tensor, a: Tensor) -> Tensor:
+    """Rows as the factors are stacked: (adapters, tokens of each, width) for several adapters, else as they are."""
+    return rows if a.ndim == 2 else rows.view(a.shape[0], -1, rows.shape[-1])
+
+
+def _add_product(to: Tensor, p: Tensor, q: Tensor) -> None:
+    if to.ndim == 2:
+        to.addmm_(p, q)
+    else:
+        to.baddbmm_(p, q)
 
 
 def _written_out(layer: torch.nn.Linear, dtype: torch.dtype) -> Tensor:
@@ -140,5 +156,5 @@ def _written_out(layer: torch.nn.Linear, dtype: torch.dtype) -> Tensor:
 def _in_float32(p: Tensor, q: Tensor) -> Tensor:
     """p @ q, summed and given in float32 whatever the type of the two."""
     if p.is_cuda and p.dtype != torch.float32:
-        return torch.mm(p, q, out_dtype=torch.float32)
+        return (torch.mm if p.ndim == 2 else torch.bmm)(p, q, out_dtype=torch.float32)
     return p.float() @ q.float()

@@ -23,7 +23,7 @@ from fedlora.learn.pace import Pace
 from fedlora.learn.ranks import Ranks
 from fedlora.site import Trained
 
-__all__ = ["HFLearner", "TrainOptions"]
+__all__ = ["HFLearner", "TrainOptions", "dump_state", "parse_state"]
 
 
 class HFLearner:
@@ -80,6 +80,16 @@ class HFLearner:
         )
 
     @property
+    def model(self) -> LoraModel:
+        """Base and adapter, perhaps shared with other learners."""
+        return self._model
+
+    @property
+    def options(self) -> TrainOptions:
+        """How it trains."""
+        return self._options
+
+    @property
     def base(self) -> str:
         """Content digest of the base model, hex."""
         return self._model.base.digest
@@ -98,8 +108,9 @@ class HFLearner:
 
     def forecast(self, *, processes: int = 1) -> Forecast:
         """What a round will take here, from one measured step; nothing is changed."""
-        return forecast(self._model, self._stream, self._held_out, self._options, steps=self.steps, pace=self._pace,
-                        processes=processes)  # fmt: skip
+        return forecast(
+            self._model, self.group, self._held_out, self._options, steps=self.steps, pace=self._pace, processes=processes
+        )
 
     def join(self, team: Callable[[], Ranks]) -> None:
         """Computes each step together with other processes, asked for anew at each round: they may have been replaced."""
@@ -166,7 +177,7 @@ class HFLearner:
             if ranks is not None:
                 ranks.abandon()  # the others wait for a sum that will not come
             raise
-        after = _dump_state(self._cursor, dump_moments(optimiser) if o.optimizer_state == "keep" else b"")
+        after = dump_state(self._cursor, dump_moments(optimiser) if o.optimizer_state == "keep" else b"")
         self._given = (after, self._cursor) if o.optimizer_state == "keep" else None
         metrics = {"train/loss": spent.loss, "train/steps": float(steps), "train/seconds": time.perf_counter() - began}
         return Trained(self._model.get(), spent.tokens, spent.examples, metrics, after)
@@ -180,7 +191,7 @@ class HFLearner:
         if self._optimiser is not None and given is not None and given[0] is state:
             self._cursor = given[1]
             return self._optimiser  # what this learner gave out last: no need to read 8 bytes a value back
-        self._cursor, moments = _parse_state(state)
+        self._cursor, moments = parse_state(state)
         optimiser = self._optimiser or make_optimiser(self._model, o, factors=factors)
         if o.optimizer_state == "keep" or o.optim != "adamw_torch":
             self._optimiser = optimiser
@@ -193,11 +204,21 @@ class HFLearner:
     def _groups(self) -> Iterator[Sequence[Batch]]:
         """Batches of one optimiser step each; ``self._cursor`` follows."""
         while True:
-            group = []
-            for _ in range(self._options.gradient_accumulation_steps):
-                batch, self._cursor = self._stream.next(self._cursor)
-                group.append(batch)
+            group, self._cursor = self.group(self._cursor)
             yield group
+
+    def group(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
+        """The batches of the optimiser step at ``cursor``, and the place behind them."""
+        batches = []
+        for _ in range(self._options.gradient_accumulation_steps):
+            batch, cursor = self._stream.next(cursor)
+            batches.append(batch)
+        return batches, cursor
+
+    def tell(self, step: int, loss: float) -> None:
+        """Passes on that a step (from 1) of this round is done."""
+        if self._on_step is not None:
+            self._on_step(step, self.steps, loss)
 
 
 def _check_length(model: LoraModel, max_length: int) -> None:
@@ -213,13 +234,13 @@ def _check_length(model: LoraModel, max_length: int) -> None:
         )
 
 
-def _dump_state(cursor: Cursor, moments: bytes) -> bytes:
+def dump_state(cursor: Cursor, moments: bytes) -> bytes:
     """Canonical JSON of the cursor, a line feed, the moments (or nothing)."""
     return canonical({"cursor": asdict(cursor), "version": 1}) + b"\n" + moments
 
 
-def _parse_state(state: bytes) -> tuple[Cursor, bytes]:
-    """Inverse of :func:`_dump_state`; ``b""`` is the beginning.
+def parse_state(state: bytes) -> tuple[Cursor, bytes]:
+    """Inverse of :func:`dump_state`; ``b""`` is the beginning.
 
     Raises:
         StoreError: malformed.

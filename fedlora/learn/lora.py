@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
@@ -103,6 +105,24 @@ class LoraModel:
                     parameter.data = parameter.data.new_empty(shape)
                 parameter.copy_(flat[at].view(shape))
         self.current = adapter.layout
+
+    def set_stacked(self, adapters: Sequence[Adapter]) -> None:
+        """Holds several adapters of this model's rank at once: each factor becomes (adapters, ...), until :meth:`set`.
+
+        Only fused layers can compute with them: the tokens of a batch then belong to the adapters in equal parts.
+        """
+        flat = torch.from_numpy(np.stack([a.vector for a in adapters])).to(self.base.device)
+        with torch.no_grad():
+            for name, at, shape in self.layout.slices():
+                parameter = self._parameters[name]
+                parameter.grad = None
+                parameter.data = flat[:, at].reshape(len(adapters), *shape).contiguous()
+        self.current = self.layout
+
+    def get_stacked(self) -> list[Adapter]:
+        """Copies of the adapters that :meth:`set_stacked` set, as they are now."""
+        flat = torch.cat([p.detach().flatten(1) for p in self.trainable()], dim=1).cpu().numpy()
+        return [Adapter(vector.copy(), self.layout) for vector in flat]
 
     def trainable(self, factors: Factors = "AB") -> list[torch.nn.Parameter]:
         """These factors in the layout's order, float32."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.data import IGNORE, Cursor, Stream, Tokens, in_order
+from fedlora.data import IGNORE, Cursor, Stream, Tokens, in_order, regroup, share
 from fedlora.errors import DataError
 
 
@@ -141,3 +141,52 @@ def test_nothing_to_train_on_and_impossible_rows_are_refused():
         stream([11])
     with pytest.raises(ValueError, match="rows"):
         stream([5], rows=0)
+
+
+# --- the same step in other pieces ----------------------------------------------------------------------------------
+
+
+def documents(batches):
+    """(source, ids, labels, positions) of each example in order."""
+    found = []
+    for b in batches:
+        for number, source in enumerate(b.sources):
+            at = b.documents == number
+            found.append((source, *(tuple(part[at].tolist()) for part in (b.input_ids, b.labels, b.position_ids))))
+    return found
+
+
+def test_regrouping_by_hand():
+    batches = list(in_order([example(4, 1), example(3, 2), example(5, 3)], rows=2, max_length=8, packing=True, pad_token_id=9))
+    one, two = regroup(batches, tokens=7, pad_token_id=8, multiple=4)
+    assert one.input_ids.tolist() == [[100, 101, 102, 103, 200, 201, 202, 8]]
+    assert one.documents.tolist() == [[0, 0, 0, 0, 1, 1, 1, -1]]
+    assert one.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+    assert one.sources == (0, 1)
+    assert two.input_ids.tolist() == [[300, 301, 302, 303, 304, 8, 8, 8]]
+    assert two.labels.tolist() == [[IGNORE] * 4 + [304] + [IGNORE] * 3]
+    assert two.sources == (2,)
+
+
+@given(lengths, st.integers(1, 3), st.booleans(), st.integers(1, 60), st.sampled_from([1, 4, 64]), st.integers(1, 4))
+def test_regrouping_and_sharing_keep_every_example_in_order(sizes, rows, packing, tokens, multiple, count):
+    made = stream(sizes, rows=rows, packing=packing)
+    batches, _ = walk(made, count)
+    right = documents(batches)
+    found = regroup(batches, tokens=tokens, pad_token_id=9, multiple=multiple)
+    assert documents(found) == right
+    assert sum(b.supervised for b in found) == sum(b.supervised for b in batches)
+    for b in found:
+        assert b.labels.shape == (1, -(-b.tokens // multiple) * multiple)
+        assert b.tokens <= tokens or b.examples == 1
+    for parts in (1, 2, 3, 7):
+        shares = [share(batches, part=k, parts=parts, pad_token_id=9) for k in range(parts)]
+        assert documents([b for s in shares for b in s]) == right
+        held = [sum(b.tokens for b in s) for s in shares]
+        assert max(held) - min(held) <= 2 * max(sizes)
+
+
+def test_a_step_is_cut_into_equal_parts_and_not_into_full_ones_and_a_rest():
+    batches = list(in_order([example(10, i) for i in range(12)], rows=12, max_length=10, packing=False, pad_token_id=9))
+    assert [b.tokens for b in regroup(batches, tokens=100, pad_token_id=9)] == [60, 60]
+    assert [b.tokens for b in regroup(batches, tokens=50, pad_token_id=9)] == [40, 40, 40]

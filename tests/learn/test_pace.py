@@ -1,0 +1,163 @@
+"""Steps cut into micro-batches, going on when memory runs out, and the forecast of a round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.cli import main
+from fedlora.data import Tokens, in_order
+from fedlora.errors import ResourceError
+from fedlora.first import first_adapter
+from fedlora.learn.learner import HFLearner, TrainOptions
+from fedlora.learn.pace import Pace, is_out_of_memory
+
+pytestmark = pytest.mark.torch
+FUSED: dict[str, Any] = {"fused": True, "attn_implementation": "varlen", "dtype": "float32"}
+PADDED: dict[str, Any] = {"dtype": "float32"}
+OPTIONS: dict[str, Any] = {"local_steps": 2, "num_rounds": 2, "per_device_train_batch_size": 4, "max_length": 48}
+
+
+class Full:
+    """A model's forward that runs out of memory beyond so many tokens, on the way there or in the middle of the way back."""
+
+    def __init__(self, inner: Any, most: int, *, backward: bool) -> None:
+        self._inner, self._most, self._backward = inner, most, backward
+        self.seen: list[int] = []
+
+    def __call__(self, batch: Any) -> Any:
+        self.seen.append(batch.tokens)
+        if batch.tokens > self._most and not self._backward:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        scored = self._inner(batch)
+        if batch.tokens > self._most:
+            scored.nll.register_hook(self._fail)
+        return scored
+
+    def _fail(self, gradient: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def trained(model: Any, rows: Sequence[Tokens], pace: Pace | None = None, **options: Any) -> Any:
+    learner = HFLearner(model, rows, rows[:2], TrainOptions(**{**OPTIONS, "learning_rate": 1e-2, **options}), site="a", pace=pace)
+    first = first_adapter(model.layout, seed=0)
+    return learner.train(first, round=1, state=b""), first
+
+
+def distance(a: Any, b: Any, first: Any) -> float:
+    return float(np.linalg.norm(a.adapter.vector - b.adapter.vector) / np.linalg.norm(b.adapter.vector - first.vector))
+
+
+@pytest.mark.parametrize("base", [FUSED, PADDED])
+@pytest.mark.parametrize("tokens", [20, 60, 1000])
+def test_a_step_cut_into_micro_batches_is_the_same_step(
+    lora: Callable[..., Any], rows: Sequence[Tokens], base: dict[str, Any], tokens: int
+):
+    model = lora(base)
+    whole, first = trained(model, rows)
+    cut, _ = trained(model, rows, Pace(model, tokens=tokens))
+    assert (whole.tokens, whole.examples, whole.state) == (cut.tokens, cut.examples, cut.state)
+    assert whole.metrics["train/loss"] == pytest.approx(cut.metrics["train/loss"], rel=1e-5)
+    assert distance(cut, whole, first) < 2e-3
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("base", [FUSED, PADDED])
+def test_out_of_memory_halves_the_micro_batch_says_so_and_goes_on(
+    lora: Callable[..., Any], rows: Sequence[Tokens], base: dict[str, Any], backward: bool
+):
+    model = lora(base)
+    whole, first = trained(model, rows)
+    said: list[tuple[str, Any]] = []
+    full = model.forward = Full(model.forward, 60, backward=backward)
+    found, _ = trained(model, rows, Pace(model, report=lambda event, facts: said.append((event, facts))))
+    assert [e for e, _ in said] == ["out-of-memory"] * len(said)
+    assert 1 <= len(said) <= 3
+    assert full.seen[-1] <= 60
+    assert found.state == whole.state
+    assert distance(found, whole, first) < 2e-3
+    assert said[-1][1]["tokens"] <= 60
+
+
+def test_at_a_single_example_more_is_computed_again_and_then_it_is_over(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    model = lora(FUSED)
+    dials: list[str] = []
+    model.forward = Full(model.forward, 0, backward=False)
+    with pytest.raises(ResourceError, match="one example"):
+        trained(model, rows, Pace(model, report=lambda event, facts: dials.append(facts["dial"])))
+    assert dials[-2:] == ["selective", "full"]
+    assert all(p.grad is None for p in model.trainable())
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    model = lora(PADDED)
+
+    def broken(batch: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    model.forward = broken
+    with pytest.raises(RuntimeError, match="a bug"):
+        trained(model, rows, Pace(model))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"))
+    assert is_out_of_memory(MemoryError())
+
+
+def test_the_sites_own_word_and_the_plans(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    (batch, *_) = in_order(rows, rows=4, max_length=48, packing=True, pad_token_id=256)
+    for base, asked, expected in (
+        (FUSED, {}, "none"),
+        (FUSED, {"dial": "selective"}, "selective"),
+        (FUSED, {"floor": "full"}, "full"),
+        (FUSED, {"floor": "full", "dial": "none"}, "none"),
+        (PADDED, {"dial": "full"}, "full"),
+        (PADDED, {"dial": "selective"}, "none"),  # PEFT's own layers keep what they keep
+    ):
+        model = lora(base)
+        pace = Pace(model, **asked)
+        pace.prepare([batch])
+        assert pace.dial == expected
+        assert model.base.model.is_gradient_checkpointing is (expected == "full")
+
+
+def test_a_forecast_changes_nothing(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    model = lora(PADDED)
+    whole, first = trained(model, rows)
+    model.set(first)
+    learner = HFLearner(model, rows, rows[:2], TrainOptions(**OPTIONS, learning_rate=1e-2), site="a")
+    found = learner.forecast()
+    assert model.get().digest() == first.digest()
+    again = learner.train(first, round=1, state=b"")
+    assert again.adapter.digest() == whole.adapter.digest()
+    assert found.steps == 2
+    assert found.train_s == pytest.approx(found.steps * found.step_tokens * found.token_s)
+    tokens = json.loads(again.state.partition(b"\n")[0])["cursor"]["tokens"]
+    assert found.step_tokens * found.steps == tokens
+    assert found.peak_bytes > 0
+    assert found.evaluate_s > 0
+
+
+def test_check_says_what_a_round_takes_here(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"prompt": f"{i} is", "completion": " red"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    site, plan = tmp_path / "site.toml", tmp_path / "plan.toml"
+    site.write_text(
+        f'models = {{ "HuggingFaceTB/SmolLM2-135M-Instruct" = "{toy}" }}\ndevice = "cpu"\n[data]\npath = "rows.jsonl"\n'
+    )
+    plan.write_text("[training]\nmax_length = 64\n[federation]\nlocal_steps = 3\nround_deadline = 1e-6\n")
+    assert main(["check", str(plan), "--site", str(site), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["data"]["round"]
+    assert found["steps"] == 3
+    assert found["device"].startswith("CPU")
+    assert found["train_s"] > 0
+    assert main(["check", str(plan), "--site", str(site), "-q"]) == 0
+    text = capsys.readouterr().out
+    assert "3 steps of" in text
+    assert "would come too late" in text
+    assert main(["check", str(plan), "--json"]) == 0
+    assert "round" not in json.loads(capsys.readouterr().out)["data"]
