@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _materialise(model: Any, config: Any, device: torch.device, g: torch.Generat
 def options_for(shape: str, device: str, **more: Any) -> BaseOptions:
     """How a site holds this base on this device."""
     fast = {"fused": True, "attn_implementation": "varlen"} if device == "cuda" else {"attn_implementation": "eager"}
-    return BaseOptions(real_base() if shape == "smollm2" else Path("."), device=device, **{**fast, **more})
+    return BaseOptions(real_base() if (shape, device) == ("smollm2", "cpu") else Path("."), device=device, **{**fast, **more})
 
 
 def real_base() -> Path:
@@ -217,6 +218,56 @@ def transformers_peft(shape: str, device: str) -> dict[str, Any]:
             "steps_s": [round(float(t), 4) for t in took[skip:]]}  # fmt: skip
 
 
+def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
+    """Virtual sites that share a base: what swapping their adapters costs, and all of them in one pass. Prints rows."""
+    from fedlora.first import first_adapter
+    from fedlora.learn.together import Together
+
+    if device == "cpu":
+        count, steps = 4, 3
+    options = options_for(shape, device, **{"fused": True, "attn_implementation": "varlen"})
+    model = attach(base_of(shape, options), LoraOptions(r=8))
+    train = TrainOptions(local_steps=steps, num_rounds=4, per_device_train_batch_size=1, max_length=184, learning_rate=1e-3)
+    ends: list[float] = []
+
+    def clock(*_: Any) -> None:
+        ends.append(time.perf_counter())
+
+    pace, vocabulary = Pace(model), SHAPES[shape]["vocab_size"]
+    rows = {f"s{i}": random_rows(64, median=20, longest=64, vocabulary=vocabulary, labelled=0.5, seed=i) for i in range(count)}
+    learners = {s: HFLearner(model, r, [], train, site=s, pace=pace, on_step=clock) for s, r in rows.items()}
+    first, together, moved = first_adapter(model.layout, seed=0), Together(learners), []
+    nudged = replace(train, learning_rate=train.learning_rate * 1.000001)  # how far rounding alone takes a run
+    again = {s: HFLearner(model, r, [], nudged, site=s, pace=pace, on_step=clock) for s, r in rows.items()}
+    ways = {"one after the other": learners.get, "one pass (--batch-sites)": together.one, "rate x 1.000001": again.get}
+    for name, ask in ways.items():
+        states = dict.fromkeys(learners, b"")
+        for number in (1, 2):  # the first compiles and fills caches
+            ends.clear()
+            began, done = time.perf_counter(), {}
+            for s in learners:
+                done[s] = ask(s).train(first, round=number, state=states[s])
+            took = time.perf_counter() - began
+            tokens = sum(cursor_tokens(done[s].state) - (cursor_tokens(states[s]) if states[s] else 0) for s in learners)
+            states = {s: d.state for s, d in done.items()}
+        moved.append(np.concatenate([d.adapter.vector - first.vector for d in done.values()]))
+        facts = {"sites": count, "steps": steps, "values": model.layout.size, "tokens_s": tokens / took, "round_s": took}
+        if name != "one pass (--batch-sites)":
+            gaps = took - swapped_steps_s(ends, steps)
+            facts |= {"steps_s": swapped_steps_s(ends, steps), "swapping_share": gaps / took}
+        print(json.dumps({"bench": "sites", "shape": shape, "device": device, "way": name, **facts}), flush=True)
+    apart = float(np.linalg.norm(moved[0] - moved[1]) / np.linalg.norm(moved[0]))
+    print(
+        json.dumps({"bench": "sites", "shape": shape, "device": device, "relative_distance_of_the_two_ways": apart}), flush=True
+    )
+
+
+def swapped_steps_s(ends: list[float], steps: int) -> float:
+    """Seconds of all steps, from the ends of each site's: the first of each is taken to last as long as the median."""
+    rounds = np.array(ends).reshape(-1, steps)
+    return float(np.diff(rounds, axis=1).sum() + len(rounds) * np.median(np.diff(rounds, axis=1)))
+
+
 def cursor_tokens(state: bytes) -> int:
     """Tokens consumed since the start, without padding."""
     return int(json.loads(state.partition(b"\n")[0])["cursor"]["tokens"])
@@ -274,8 +325,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=[*SHAPES], default=None, help="8b on CUDA and smollm2 on a CPU by default")
     parser.add_argument("--row", action="append", choices=[*ROWS], help="one of the rows; may be repeated; all by default")
+    parser.add_argument("--sites", action="store_true", help="virtual sites on one base instead: swapping, and --batch-sites")
     parser.add_argument("--json", action="store_true", help="JSON lines, which is what is printed anyway")
     asked = parser.parse_args(argv)
+    if asked.sites:
+        sites(asked.shape or "smollm2", asked.device)
+        return
     train(asked.shape or ("8b" if asked.device == "cuda" else "smollm2"), asked.device, asked.row)
 
 

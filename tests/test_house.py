@@ -29,6 +29,7 @@ LAYERS = {
         "simulate",
         "rehearse",
         "enrol",
+        "follow",
         "publish",
         "report",
         "plots",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fedlora.data import Batch, Cursor, Tokens, in_order, share
-from fedlora.learn.loop import gradients
+from fedlora.learn.loop import train_steps
 from fedlora.learn.lora import LoraModel
+from fedlora.learn.optimiser import make_optimiser
 from fedlora.learn.options import TrainOptions
-from fedlora.learn.pace import Measured, Pace
+from fedlora.learn.pace import Pace
 
 __all__ = ["Forecast", "forecast"]
 
@@ -31,7 +32,7 @@ class Forecast:
         micro_batch_tokens: tokens computed at once; 0: the plan's own batches.
         peak_bytes: most GPU memory that tensors take, or most memory of the process on a CPU.
         step_tokens: tokens of an optimiser step, without padding, with or without a loss; the mean of some.
-        token_s: seconds a token, forward and backward.
+        token_s: seconds of a step for each of its tokens.
         train_s: seconds of the round's steps.
         evaluate_s: seconds of one evaluation on the held-out rows.
     """
@@ -57,49 +58,58 @@ def forecast(
     pace: Pace,
     processes: int = 1,
 ) -> Forecast:
-    """Measures a step on the first rows, without an optimiser: the adapter stays as it is.
+    """Makes two steps on the first rows at a learning rate of zero, which change nothing, and times the second.
 
     Args:
         group: the batches of the step at a place in the data, and the place behind them.
         processes: GPUs that share each step. What adding up their gradients takes is not in the forecast.
     """
     groups, cursor = [], Cursor()
-    for _ in range(min(steps, _LOOKED_AT)):
+    for _ in range(max(2, min(steps, _LOOKED_AT))):
         batches, cursor = group(cursor)
         groups.append(batches)
-    first = groups[0] if processes == 1 else share(groups[0], part=0, parts=processes, pad_token_id=0)
     step_tokens = sum(b.tokens for g in groups for b in g) / len(groups)
+    own = groups[:2] if processes == 1 else [share(g, part=0, parts=processes, pad_token_id=0) for g in groups[:2]]
     on_gpu = model.base.device.type == "cuda"
-    if on_gpu:
-        pace.measure(first)
-    measured = pace.chosen or _on_cpu(model, first, pace)
-    evaluate_s = _evaluate_s(model, held_out, options) if held_out else 0.0
+    model.set_trained("AB")
+    token_s = _token_s(model, own, options, pace)
     return Forecast(
         device=torch.cuda.get_device_name(model.base.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        dial=measured.dial,
-        micro_batch_tokens=measured.tokens,
-        peak_bytes=measured.peak_bytes,
+        dial=pace.dial,
+        micro_batch_tokens=pace.tokens,
+        peak_bytes=torch.cuda.max_memory_allocated(model.base.device) if on_gpu else _most_memory(),
         step_tokens=step_tokens,
         steps=steps,
-        token_s=measured.token_s,
-        train_s=steps * step_tokens / processes * measured.token_s,
-        evaluate_s=evaluate_s,
+        token_s=token_s / processes,
+        train_s=steps * step_tokens * token_s / processes,
+        evaluate_s=_evaluate_s(model, held_out, options) if held_out else 0.0,
     )
 
 
-def _on_cpu(model: LoraModel, batches: Sequence[Batch], pace: Pace) -> Measured:
-    pace.prepare(batches)
-    total = sum(b.supervised for b in batches)
-    model.peft_model.train()
-    with torch.random.fork_rng([]):
-        gradients(model, batches, total, seed=0, pace=pace)  # the first touches memory that the next ones only use
-        began = time.perf_counter()
-        gradients(model, batches, total, seed=0, pace=pace)
-        seconds = time.perf_counter() - began
-    moments = 8 * sum(p.numel() for p in model.trainable())
-    for parameter in model.trainable():
-        parameter.grad = None
-    return Measured(pace.dial, pace.tokens, _most_memory() + moments, seconds / sum(b.tokens for b in batches))
+def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], options: TrainOptions, pace: Pace) -> float:
+    """Seconds a token of the second of two whole steps. Their learning rate is zero, so that they change nothing."""
+    ends: list[float] = []
+    train_steps(
+        model,
+        iter(groups),
+        steps=len(groups),
+        optimiser=make_optimiser(model, replace(options, optim="adamw_torch")),
+        rate=lambda step: 0.0,
+        seed=lambda step: 0,
+        max_grad_norm=options.max_grad_norm,
+        proximal_mu=options.proximal_mu,
+        pace=pace,
+        on_step=lambda *_: _mark(model, ends),
+    )
+    return (ends[-1] - ends[-2]) / sum(b.tokens for b in groups[-1])
+
+
+def _mark(model: LoraModel, ends: list[float]) -> None:
+    if model.base.device.type == "cuda":
+        torch.cuda.synchronize(model.base.device)
+        if not ends:  # measuring the pace and compiling kernels are over
+            torch.cuda.reset_peak_memory_stats(model.base.device)
+    ends.append(time.perf_counter())
 
 
 def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], options: TrainOptions) -> float:

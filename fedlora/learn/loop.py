@@ -16,7 +16,7 @@ from fedlora.learn.lora import LoraModel
 from fedlora.learn.pace import Pace, is_out_of_memory
 from fedlora.learn.ranks import Ranks
 
-__all__ = ["OnStep", "Spent", "derived_seed", "gradients", "learning_rate", "train_steps"]
+__all__ = ["OnStep", "Spent", "derived_seed", "learning_rate", "train_steps"]
 
 OnStep = Callable[[int, int, float], None]
 """Told (step from 1, steps, loss in nats per supervised token) after each step."""
@@ -98,7 +98,7 @@ def train_steps(
             share = batches if ranks is None else ranks.share(batches)
             if pace is not None:
                 pace.prepare(share)
-            part = gradients(model, share, total, seed=seed(step) + rank, pace=pace)
+            part = _gradients(model, share, total, seed=seed(step) + rank, pace=pace)
             loss = float(part if ranks is None else ranks.add_up(parameters, part, total))
             for parameter, anchor in zip(parameters, anchors, strict=False):
                 if parameter.grad is not None:
@@ -117,7 +117,7 @@ def train_steps(
     return Spent(nats / max(tokens, 1), tokens, examples)
 
 
-def gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: int, pace: Pace | None) -> torch.Tensor:
+def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: int, pace: Pace | None) -> torch.Tensor:
     """Leaves the gradient of these batches' part of a step's loss in the parameters; returns that part, float64.
 
     What does not fit is done again from its beginning in smaller pieces.

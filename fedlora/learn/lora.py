@@ -98,12 +98,13 @@ class LoraModel:
             raise WrongLayout("the adapter does not fit this base and these LoRA settings", hint="compare base and [lora]")
         flat = torch.from_numpy(adapter.vector.copy()).to(self.base.device)
         with torch.no_grad():
-            for name, at, shape in adapter.layout.slices():
+            for name, _, shape in adapter.layout.slices():
                 parameter = self._parameters[name]
                 if parameter.shape != shape:
                     parameter.grad = None
                     parameter.data = parameter.data.new_empty(shape)
-                parameter.copy_(flat[at].view(shape))
+            slices = list(adapter.layout.slices())
+            torch._foreach_copy_([self._parameters[n] for n, _, _ in slices], [flat[at].view(shape) for _, at, shape in slices])
         self.current = adapter.layout
 
     def set_stacked(self, adapters: Sequence[Adapter]) -> None:

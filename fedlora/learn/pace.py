@@ -27,7 +27,8 @@ _ROOM = 0.94
 """Share of the memory at hand that is planned for; the rest is for what the allocator cannot join."""
 _UNMEASURED = 2048
 """A step of so few tokens is tried as it is: measuring would take longer than it wins."""
-_PROBES = (1024, 3072)
+_FIRST = 1024
+"""Tokens of the first micro-batch that is tried; each further one has at most three times as many."""
 _MOST = 32_768
 """Tokens of a micro-batch, at most: larger ones are not faster."""
 
@@ -47,6 +48,15 @@ class Measured:
     tokens: int
     peak_bytes: int
     token_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """One micro-batch: its tokens, the bytes it took above what was held, the seconds."""
+
+    tokens: int
+    peak: int
+    seconds: float
 
 
 class Pace:
@@ -169,28 +179,31 @@ class Pace:
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        room = _ROOM * (min(free, self._limit) if self._limit else free)
         moments = 8 * sum(p.numel() for p in self._model.trainable())
-        sizes = [max(p, longest) for p in _PROBES]
+        room = _ROOM * (min(free, self._limit) if self._limit else free) - held - moments
+        most = min(_MOST, self._wanted_tokens or _MOST)
         try:
-            small, large = (self._probe(batches, size) for size in sizes)
-            slope = (large[0] - small[0]) / max(1, large[2] - small[2])
-            fixed = small[0] - slope * small[2]
-            most = int((room - held - moments - fixed) / max(slope, 1.0))
-            if self._wanted_tokens:
-                most = min(most, self._wanted_tokens)
-            if most < longest:
-                return None
-            parts = -(-step // min(most, _MOST))
-            tokens = min(most, -(-step // parts) + longest // 2)  # cuts fall between examples
-            peak, seconds, counted = self._probe(batches, tokens)
+            probe = self._probe(batches, max(_FIRST, longest))
+            before = _Probe(0, 0, 0.0)
+            while True:
+                # A line through the last two: what a token takes grows less than in proportion while matrices are small.
+                slope = max(1.0, (probe.peak - before.peak) / max(1, probe.tokens - before.tokens))
+                fits = min(most, int(probe.tokens + (room - probe.peak) / slope))
+                if fits < longest:
+                    return None
+                parts = -(-step // fits)
+                tokens = min(fits, -(-step // parts) + longest // 2)  # cuts fall between examples
+                if probe.tokens >= 0.8 * tokens:
+                    break
+                before, probe = probe, self._probe(batches, min(tokens, 3 * probe.tokens))
         except torch.OutOfMemoryError:
             self._clear()
             return None
-        return Measured(dial, tokens, int(held + moments + max(peak, fixed + slope * tokens)), seconds / counted)
+        peak = probe.peak * max(1.0, tokens / probe.tokens)
+        return Measured(dial, tokens, int(held + moments + peak), probe.seconds / probe.tokens)
 
-    def _probe(self, batches: Sequence[Batch], tokens: int) -> tuple[int, float, int]:
-        """Forward and backward of one micro-batch of about so many tokens: bytes above what is held, seconds, its tokens."""
+    def _probe(self, batches: Sequence[Batch], tokens: int) -> _Probe:
+        """Forward and backward of one micro-batch of about so many tokens."""
         device = self._model.base.device
         pool = list(batches) * (1 + tokens // max(1, sum(b.tokens for b in batches)))
         one = regroup(pool, tokens=tokens, pad_token_id=0, multiple=LENGTH_MULTIPLE)[0]
@@ -206,7 +219,7 @@ class Pace:
                 seconds = time.perf_counter() - began
                 peak = torch.cuda.max_memory_allocated(device) - held
                 self._clear()
-        return peak, seconds, one.tokens
+        return _Probe(one.tokens, peak, seconds)
 
     def _clear(self) -> None:
         for parameter in self._model.trainable():

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.data import Tokens
+from fedlora.data import Tokens, in_order, regroup
+from fedlora.first import first_adapter
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.learner import HFLearner, TrainOptions
+from fedlora.learn.pace import Pace
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
 
@@ -143,3 +145,139 @@ def test_a_4_bit_base_is_never_held_in_float32(wide: Path):
     load_base(BaseOptions(wide, device="cuda"))
     assert torch.cuda.memory_allocated() - before < 0.75 * values
     assert torch.cuda.max_memory_allocated() - before < 1.2 * values
+
+
+# --- fused layers and kernels ---------------------------------------------------------------------------------------
+
+FUSED: dict[str, Any] = {"device": "cuda", "fused": True, "attn_implementation": "varlen"}
+
+
+def gradient(model: Any, batches: Sequence[Any], dial: str = "none") -> tuple[float, np.ndarray, int]:
+    """Loss, gradient and the most memory above what was held, bytes."""
+    model.set_checkpointing(dial)
+    model.peft_model.train()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held, nats = torch.cuda.memory_allocated(), 0.0
+    total = sum(b.supervised for b in batches)
+    for batch in batches:
+        loss = model.forward(batch).nll.sum() / total
+        loss.backward()
+        nats += float(loss.detach())
+        del loss
+    peak = torch.cuda.max_memory_allocated() - held
+    found = np.concatenate([p.grad.reshape(-1).cpu().numpy().astype(np.float64) for p in model.trainable()])
+    for p in model.trainable():
+        p.grad = None
+    return nats, found, peak
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("held", HELD[:3])
+@pytest.mark.parametrize("dial", ["none", "selective", "full"])
+def test_fused_gradients_are_pefts_as_far_as_bfloat16_goes(
+    lora: Callable[..., Any], rows: Sequence[Tokens], moved: Any, held: dict[str, Any], dial: str
+):
+    batches = list(in_order(rows, rows=4, max_length=96, packing=True, pad_token_id=256))
+    exact = lora({**held, "dtype": "float32", "bnb_4bit_compute_dtype": "float32", "device": "cuda"})
+    padded, fused = lora({**held, "device": "cuda"}), lora({**held, **FUSED})
+    for model in (exact, padded, fused):
+        model.set(moved(model.get(), size=0.1))
+    right, theirs = gradient(exact, batches), gradient(padded, batches)
+    ours = gradient(fused, regroup(batches, tokens=150, pad_token_id=256, multiple=64), dial)
+    assert ours[0] == pytest.approx(right[0], rel=2e-3)
+    assert distance(ours[1], right[1]) < 1.5 * distance(theirs[1], right[1]) + 1e-3
+
+
+def test_ligers_kernels_are_in_use_where_it_is_installed(lora: Callable[..., Any]):
+    pytest.importorskip("liger_kernel")
+    from fedlora.learn.kernels import install_kernels
+
+    model = lora(FUSED).base.model
+    assert install_kernels(model, torch.device("cuda", 0)) == {"norm": 5, "gate": 2, "rope": 2}
+
+
+def test_a_norm_with_another_formula_keeps_its_own(load: Callable[..., Any]):
+    pytest.importorskip("liger_kernel")
+    from fedlora.learn.kernels import install_kernels
+
+    base = load(device="cuda")
+    norm = type(base.model.model.norm)
+
+    class GemmaLikeRMSNorm(norm):  # type: ignore[misc,valid-type]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x  # its weight counts from one
+
+    base.model.model.norm.__class__ = GemmaLikeRMSNorm
+    x = torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
+    before = base.model.model.norm(x)
+    assert install_kernels(base.model, base.device)["norm"] == 4
+    assert torch.equal(base.model.model.norm(x), before)
+
+
+@pytest.fixture
+def full_rows() -> Sequence[Tokens]:
+    """256 examples of 32 tokens."""
+    from fedlora.data import IGNORE
+
+    ids = [(np.arange(32) * (i + 1) % 250).astype(np.int32) for i in range(256)]
+    return [Tokens(i, np.where(np.arange(32) > 0, i, IGNORE).astype(np.int32), 1) for i in ids]
+
+
+def test_each_step_of_the_dial_needs_less_memory(wide: Path, lora: Callable[..., Any], full_rows: Sequence[Tokens]):
+    model = lora({**FUSED, "path": wide, "load_in_4bit": True}, r=8)
+    batches = regroup(list(in_order(full_rows, rows=64, max_length=128, packing=True, pad_token_id=0)), tokens=9000,
+                      pad_token_id=0, multiple=64)  # fmt: skip
+    found = {dial: gradient(model, batches, dial) for dial in ("none", "selective", "full")}
+    assert found["full"][2] < 0.6 * found["selective"][2] < 0.9 * 0.6 * found["none"][2] / 0.6
+    for dial in ("selective", "full"):
+        assert distance(found[dial][1], found["none"][1]) < 0.02
+
+
+def test_out_of_memory_on_the_card_halves_the_micro_batch_and_goes_on(
+    wide: Path, lora: Callable[..., Any], full_rows: Sequence[Tokens]
+):
+    options = TrainOptions(local_steps=2, num_rounds=2, per_device_train_batch_size=64, max_length=128, learning_rate=1e-3)
+    model = lora({**FUSED, "path": wide, "load_in_4bit": True}, r=8)
+    first = first_adapter(model.layout, seed=0)
+
+    def train(pace: Pace) -> np.ndarray:
+        learner = HFLearner(model, full_rows, [], options, site="a", pace=pace)
+        return learner.train(first, round=1, state=b"").adapter.vector - first.vector
+
+    free = train(Pace(model, tokens=8192, dial="none"))
+    said: list[Any] = []
+    pace = Pace(model, report=lambda event, facts: said.append((event, facts)))
+    pace._dial, pace.chosen = "none", pace.chosen or object()  # as if measured when the card was empty
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(
+        (torch.cuda.memory_reserved() + (700 << 20)) / torch.cuda.get_device_properties(0).total_memory
+    )
+    try:
+        tight = train(pace)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [e for e, _ in said].count("out-of-memory") >= 1
+    assert distance(tight, free) < 0.05
+
+
+def test_a_measured_pace_fits_and_says_what_it_takes(wide: Path, lora: Callable[..., Any], full_rows: Sequence[Tokens]):
+    options = TrainOptions(local_steps=2, num_rounds=2, per_device_train_batch_size=64, max_length=128, learning_rate=1e-3)
+    model = lora({**FUSED, "path": wide, "load_in_4bit": True}, r=8)
+    limit = torch.cuda.memory_allocated() + (1500 << 20)
+    pace = Pace(model, limit_bytes=limit)
+    try:
+        learner = HFLearner(model, full_rows, full_rows[:8], options, site="a", pace=pace)
+        forecast = learner.forecast()
+        torch.cuda.reset_peak_memory_stats()
+        learner.train(model.get(), round=1, state=b"")
+        peak = torch.cuda.max_memory_allocated()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert pace.chosen is not None
+    assert pace.tokens < 8192
+    assert peak <= limit
+    assert forecast.peak_bytes == pytest.approx(peak, rel=0.15)
