@@ -87,8 +87,6 @@ class Team:
         return [p.pid for p in self._processes]
 
     def _start(self) -> None:
-        import torch
-
         from fedlora.learn.ranks import Ranks
 
         self._broken.clear()
@@ -99,9 +97,7 @@ class Team:
         try:
             self._processes = [self._spawn(rank, meeting) for rank in range(1, len(self._devices))]
             self._watch()
-            self._ranks = Ranks(
-                rank=0, count=len(self._devices), meeting=meeting, device=torch.device(self._devices[0]), gone=self._broken
-            )
+            self._ranks = Ranks(rank=0, count=len(self._devices), meeting=meeting, device=self._devices[0], gone=self._broken)
         except BaseException:
             self._watched.set()
             self._kill()
@@ -161,16 +157,13 @@ def _note(process: subprocess.Popen[bytes], device: str) -> None:
 
 def follow(word: dict[str, Any]) -> None:
     """One follower, from its start to its end."""
-    import torch
-
     from fedlora import build
+    from fedlora.learn.base import use_device
     from fedlora.learn.ranks import Ranks
 
-    device = torch.device(word["device"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    use_device(word["device"])
     learner = build.site_learner(Path(word["site_file"]), parse_plan(word["plan"].encode()), report=lambda event, facts: None)
-    ranks = Ranks(rank=word["rank"], count=word["count"], meeting=Path(word["meeting"]), device=device)
+    ranks = Ranks(rank=word["rank"], count=word["count"], meeting=Path(word["meeting"]), device=word["device"])
     learner.join(lambda: ranks)
     while (told := ranks.hear(learner.layout)) is not None:
         adapter, round, state, factors = told

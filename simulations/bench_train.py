@@ -218,6 +218,83 @@ def transformers_peft(shape: str, device: str) -> dict[str, Any]:
             "steps_s": [round(float(t), 4) for t in took[skip:]]}  # fmt: skip
 
 
+def gpus(shape: str, count: int) -> None:
+    """One GPU against several, by the path that `fedlora site up` takes: files on disk, a team of processes."""
+    from fedlora import build
+    from fedlora.config import load_plan
+    from fedlora.follow import Team
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        home, began = Path(directory), time.perf_counter()
+        write_site(home, shape)
+        say("site written", seconds=time.perf_counter() - began)
+        plan, events = load_plan(home / "plan.toml"), []
+        learner = build.site_learner(home / "site.toml", plan, report=lambda event, facts: events.append((event, facts)))
+        say("base loaded and hashed", seconds=time.perf_counter() - began)
+        first, rates = learner.model.get(), {}
+        for number in (1, count):
+            team = None
+            if number > 1:
+                devices = [f"cuda:{i}" for i in range(number)]
+                team = Team(home / "site.toml", plan, devices=devices, state=home / "team", report=lambda *_: None)
+                learner.join(team.ranks)
+            warm = learner.train(first, round=1, state=b"")
+            started = time.perf_counter()
+            done = learner.train(first, round=2, state=warm.state)
+            seconds = time.perf_counter() - started
+            rates[number] = (cursor_tokens(done.state) - cursor_tokens(warm.state)) / seconds
+            paces = [facts for event, facts in events if event == "pace"]
+            say("rate", gpus=number, tokens_s=rates[number], round_s=seconds, ratio=rates[number] / rates[1], pace=paces[-1:],
+                loss=done.metrics["train/loss"])  # fmt: skip
+            if team is not None:
+                team.close()
+
+
+def say(what: str, **facts: Any) -> None:
+    """A line of the benchmark of several GPUs."""
+    print(json.dumps({"bench": "gpus", "what": what, **facts}), flush=True)
+
+
+def write_site(home: Path, shape: str) -> None:
+    """Everything of a site: a random base of this shape with a tokenizer of bytes, rows of text, site file, plan."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fedlora.learn.toy import _byte_tokenizer
+
+    base = home / "base"
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, dtype="bfloat16", eos_token_id=257, pad_token_id=256)
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
+    config.save_pretrained(base)
+    _byte_tokenizer().save_pretrained(base)
+    names, where, g = list(shapes), {}, torch.Generator("cuda").manual_seed(0)
+    for number in range(0, len(names), 40):
+        part = {
+            n: (torch.ones(shapes[n], dtype=torch.bfloat16) if len(shapes[n]) == 1 else
+                (torch.randn(shapes[n], device="cuda", generator=g, dtype=torch.bfloat16) * 0.02).cpu())
+            for n in names[number : number + 40]
+        }  # fmt: skip
+        file = f"model-{number:05d}.safetensors"
+        save_file(part, base / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    torch.cuda.empty_cache()
+    rng = np.random.default_rng(0)
+    lengths = np.clip(np.exp(rng.normal(np.log(180), 0.6, 4000)).astype(int), 8, 510)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz "))
+    lines = [json.dumps({"text": "".join(rng.choice(letters, n))}) for n in lengths]
+    (home / "rows.jsonl").write_text("\n".join(lines))
+    (home / "site.toml").write_text(
+        f'models = {{ "bench/{shape}" = "base" }}\n[data]\npath = "rows.jsonl"\nheld_out_fraction = 0.01\n'
+    )
+    (home / "plan.toml").write_text(
+        f'[model]\nmodel_name_or_path = "bench/{shape}"\n[lora]\nr = 32\nlora_alpha = 64\n[training]\nmax_length = 512\n'
+        "per_device_train_batch_size = 128\n[federation]\nlocal_steps = 4\nnum_rounds = 3\n"
+    )
+
+
 def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
     """Virtual sites that share a base: what swapping their adapters costs, and all of them in one pass. Prints rows."""
     from fedlora.first import first_adapter
@@ -325,9 +402,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=[*SHAPES], default=None, help="8b on CUDA and smollm2 on a CPU by default")
     parser.add_argument("--row", action="append", choices=[*ROWS], help="one of the rows; may be repeated; all by default")
+    parser.add_argument("--gpus", type=int, default=0, help="one GPU against so many of one site instead")
     parser.add_argument("--sites", action="store_true", help="virtual sites on one base instead: swapping, and --batch-sites")
     parser.add_argument("--json", action="store_true", help="JSON lines, which is what is printed anyway")
     asked = parser.parse_args(argv)
+    if asked.gpus:
+        gpus(asked.shape or "8b", asked.gpus)
+        return
     if asked.sites:
         sites(asked.shape or "smollm2", asked.device)
         return

@@ -20,7 +20,7 @@ from fedlora.learn.digest import base_digest
 from fedlora.learn.options import BaseOptions
 from fedlora.learn.shards import file_digest
 
-__all__ = ["Base", "BaseOptions", "DequantisedLinear", "cuda_devices", "find_device", "load_base"]
+__all__ = ["Base", "BaseOptions", "DequantisedLinear", "cuda_devices", "find_device", "load_base", "use_device"]
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,12 @@ def find_device(name: str) -> torch.device:
 def cuda_devices() -> list[str]:
     """The GPUs that torch sees, ``cuda:0`` and so on."""
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def use_device(name: str) -> None:
+    """Makes a GPU the one that ``auto`` and ``cuda`` mean in this process; nothing for a CPU."""
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
 
 
 def _directory(options: BaseOptions) -> Path:

@@ -41,20 +41,18 @@ class Ranks:
         rank: 0 leads.
         count: processes.
         meeting: file by which they find each other; new for each group, in a directory of the site's own.
-        device: where this one computes.
+        device: where this one computes, by torch's name.
         gone: set by whoever sees that another rank ended.
 
     Raises:
         ResourceError: the others did not come.
     """
 
-    def __init__(
-        self, *, rank: int, count: int, meeting: Path, device: torch.device, gone: threading.Event | None = None
-    ) -> None:
-        self.rank, self.count, self._device = rank, count, device
+    def __init__(self, *, rank: int, count: int, meeting: Path, device: str, gone: threading.Event | None = None) -> None:
+        self.rank, self.count, self._device = rank, count, torch.device(device)
         self._gone = gone or threading.Event()
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-        on_gpu = device.type == "cuda"
+        on_gpu = self._device.type == "cuda"
         try:
             store = dist.FileStore(str(meeting), count)  # type: ignore[attr-defined]  # torch does not list it
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count, timeout=_STEP)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +77,7 @@ def rounds(learner: Any, first: Any, count: int) -> list[Any]:
 
 
 def test_two_processes_make_the_steps_of_one(learner: Any, team: Callable[[int], Team]):
-    first = learner._model.get()
+    first = learner.model.get()
     alone = rounds(learner, first, 2)
     learner.join(team(2).ranks)
     together = rounds(learner, first, 2)
@@ -88,7 +91,7 @@ def test_two_processes_make_the_steps_of_one(learner: Any, team: Callable[[int],
 def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_round_only(
     learner: Any, team: Callable[[int], Team], tmp_path: Path
 ):
-    first = learner._model.get()
+    first = learner.model.get()
     one = team(3)
     learner.join(one.ranks)
     (straight,) = rounds(learner, first, 1)
@@ -99,3 +102,49 @@ def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_roun
     (again,) = rounds(learner, first, 1)  # others were started
     assert again.adapter.digest() == straight.adapter.digest()
     assert again.state == straight.state
+
+
+def test_kill_9_of_the_site_leaves_no_process_behind(site: Path, tmp_path: Path):
+    code = (
+        "import sys, time; from pathlib import Path; from fedlora.follow import Team; from fedlora.config import parse_plan\n"
+        "team = Team(Path(sys.argv[1]), parse_plan(sys.argv[2].encode()), devices=['cpu'] * 2, state=Path(sys.argv[3]),"
+        " report=lambda *_: None)\n"
+        "team.ranks(); print(*team.pids(), flush=True); time.sleep(60)"
+    )
+    argv = [sys.executable, "-c", code, str(site), plan().canonical().decode(), str(tmp_path / "team")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as leader:
+        pids = [int(word) for word in (leader.stdout.readline() if leader.stdout else "").split()]
+        assert len(pids) == 1
+        leader.kill()
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in _state(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in _state(pid)]
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+def test_a_site_with_several_gpus_starts_its_team_by_itself(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What `site up` calls: nothing else is to be done by hand."""
+    from fedlora.protect.keys import Identity
+
+    (tmp_path / "keys").mkdir()
+    Identity.generate("a").save(tmp_path / "keys" / "st-marys.key")
+    Identity.generate("server").public.save(tmp_path / "keys" / "server.pub")
+    monkeypatch.setattr(build, "devices_of", lambda file: ["cpu", "cpu"])
+    opened = build.open_site(site, report=silent)
+    found: Any = opened.learner(plan())
+    first = found.model.get()
+    done = found.train(first, round=1, state=b"")
+    (process,) = found._team.__self__.pids()
+    assert Path(f"/proc/{process}").exists()
+    assert done.tokens > 0
+    again: Any = opened.learner(plan())  # another run: the old team goes first
+    assert not Path(f"/proc/{process}").exists()
+    again.train(first, round=1, state=b"")
+    again._team.__self__.close()
