@@ -135,7 +135,7 @@ def test_a_site_with_several_gpus_starts_its_team_by_itself(site: Path, tmp_path
 
     (tmp_path / "keys").mkdir()
     Identity.generate("a").save(tmp_path / "keys" / "st-marys.key")
-    Identity.generate("server").public.save(tmp_path / "keys" / "server.pub")
+    (tmp_path / "keys" / "server.pub").write_text(Identity.generate("server").public.line())
     monkeypatch.setattr(build, "devices_of", lambda file: ["cpu", "cpu"])
     opened = build.open_site(site, report=silent)
     found: Any = opened.learner(plan())
