@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.config import Plan, canonical, parse_plan
 from fedlora.errors import DataError, NonFiniteUpdate, StoreError
+from fedlora.processes import die_with_parent
 
 if TYPE_CHECKING:
     from fedlora.learn.ranks import Ranks
@@ -107,8 +108,6 @@ class Team:
         self._report("process", {"name": "training", "state": f"{len(self._devices)} processes are ready"})
 
     def _spawn(self, rank: int, meeting: Path) -> subprocess.Popen[bytes]:
-        from fedlora.flower.supervisor import die_with_parent
-
         parent, device = os.getpid(), self._devices[rank]
         process = subprocess.Popen(
             [sys.executable, "-m", "fedlora.follow"],

@@ -107,7 +107,7 @@ def _write_site_file(
 @contextmanager
 def _processes(root: Path) -> Iterator[Callable[..., None]]:
     """Gives a function that starts ``fedlora`` commands; stops them all, last first, whatever happens; kill -9 of us, too."""
-    from fedlora.flower.supervisor import die_with_parent
+    from fedlora.processes import die_with_parent
 
     running: list[subprocess.Popen[bytes]] = []
     parent = os.getpid()

@@ -30,6 +30,7 @@ LAYERS = {
         "rehearse",
         "enrol",
         "follow",
+        "processes",
         "publish",
         "report",
         "plots",

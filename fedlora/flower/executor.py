@@ -23,7 +23,7 @@ from fedlora.flower.bundle import BUNDLE_SHA256
 from fedlora.flower.jobs import load_outcome
 from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.server_app import Handover
-from fedlora.flower.supervisor import die_with_parent
+from fedlora.processes import die_with_parent
 
 __all__ = ["execute", "main"]
 

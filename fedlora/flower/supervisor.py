@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +17,13 @@ from pathlib import Path
 from types import FrameType
 
 from fedlora.errors import ConnectionFailed
+from fedlora.processes import die_with_parent
 from fedlora.rounds import Report
 
-__all__ = ["Service", "Supervisor", "die_with_parent", "end_with", "rotating_log", "signals"]
+__all__ = ["Service", "Supervisor", "end_with", "rotating_log", "signals"]
 
 _LOG_BYTES = 8 << 20
 _LOG_FILES = 4
-_PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
 
 
@@ -185,17 +183,6 @@ def end_with(process: subprocess.Popen[bytes], signum: int) -> None:
     """Signals a process's whole group, whatever is left of it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signum)
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def die_with_parent(signum: int, *, parent: int) -> None:
-    """In a fresh child: has the kernel send ``signum`` when the parent dies. Does nothing outside Linux."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signum)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
 
 
 class _Private(RotatingFileHandler):

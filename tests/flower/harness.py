@@ -20,7 +20,7 @@ import fedlora
 from fedlora.config import Plan, SiteFile, dump_toml
 from fedlora.flower.enrol import make_node_key, make_secret, make_tls
 from fedlora.flower.exposure import free_port
-from fedlora.flower.supervisor import die_with_parent
+from fedlora.processes import die_with_parent
 
 HERE = Path(__file__).parent
 ROOT = Path(fedlora.__file__).parents[1]

@@ -26,7 +26,7 @@ from fedlora.flower import launch
 from fedlora.flower.enrol import make_tls
 from fedlora.flower.exposure import FORBIDDEN, ServerExposed, check_public, free_port, healthy, public_status
 from fedlora.flower.gateway import end_to_end, upstream_client
-from fedlora.flower.supervisor import die_with_parent
+from fedlora.processes import die_with_parent
 
 pytestmark = pytest.mark.flower
 LIMIT = 300_000

@@ -16,8 +16,8 @@ from fedlora.config import Policy, SiteFile, dump_toml
 from fedlora.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.flower.exposure import free_port
 from fedlora.flower.server import start
-from fedlora.flower.supervisor import die_with_parent
 from fedlora.messages import Reply
+from fedlora.processes import die_with_parent
 from fedlora.protect.keys import Identity, load_identity, load_public
 from fedlora.store import RunStore, save_adapter
 from fedlora.testing import toy_adapter
