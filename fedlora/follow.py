@@ -14,12 +14,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import Plan, canonical, parse_plan
-from fedlora.errors import DataError, NonFiniteUpdate, StoreError
+from fedlora.errors import DataError, NonFiniteUpdate, ResourceError, StoreError
 from fedlora.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = ["Team", "follow"]
 log = logging.getLogger(__name__)
 _POLL_S = 0.5
 _END_S = 10.0
+_LOAD_S = 3600.0
 _SAME_EVERYWHERE = (NonFiniteUpdate, DataError, StoreError)
 """What goes wrong at all ranks in the same step, because all of them have the same numbers: nobody is left waiting."""
 
@@ -97,6 +99,7 @@ class Team:
         self._report("process", {"name": "training", "state": f"starting on {', '.join(self._devices)}"})
         try:
             self._processes = [self._spawn(rank, meeting) for rank in range(1, len(self._devices))]
+            self._await(meeting)
             self._watch()
             self._ranks = Ranks(rank=0, count=len(self._devices), meeting=meeting, device=self._devices[0], gone=self._broken)
         except BaseException:
@@ -104,21 +107,32 @@ class Team:
             self._kill()
             raise
         finally:
-            meeting.unlink(missing_ok=True)
+            for file in self._state.glob(f"{meeting.name}*"):
+                file.unlink(missing_ok=True)
         self._report("process", {"name": "training", "state": f"{len(self._devices)} processes are ready"})
 
+    def _await(self, meeting: Path) -> None:
+        """Until every follower has loaded its base: only then does anybody wait for anybody in a way that cannot be given up."""
+        waiting = [_ready(meeting, rank) for rank in range(1, len(self._devices))]
+        end = time.monotonic() + _LOAD_S
+        while waiting := [file for file in waiting if not file.exists()]:
+            ended = [p.returncode for p in self._processes if p.poll() is not None]
+            if ended or time.monotonic() > end:
+                why = f"ended with status {ended[0]}" if ended else f"was not ready within {_LOAD_S:.0f} s"
+                raise ResourceError(f"the process of a further GPU {why}", hint="see the site's log; gpus = 1 does without it")
+            time.sleep(_POLL_S / 5)
+
     def _spawn(self, rank: int, meeting: Path) -> subprocess.Popen[bytes]:
-        parent, device = os.getpid(), self._devices[rank]
+        device = self._devices[rank]
         process = subprocess.Popen(
             [sys.executable, "-m", "fedlora.follow"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=parent),
         )
         word = {"site_file": str(self._site_file), "plan": self._plan.canonical().decode(), "rank": rank,
-                "count": len(self._devices), "device": device, "meeting": str(meeting)}  # fmt: skip
+                "count": len(self._devices), "device": device, "meeting": str(meeting), "parent": os.getpid()}  # fmt: skip
         if process.stdin is not None:
             process.stdin.write(canonical(word))
             process.stdin.close()
@@ -148,6 +162,10 @@ class Team:
         self._processes = []
 
 
+def _ready(meeting: Path, rank: int) -> Path:
+    return meeting.with_name(f"{meeting.name}.{rank}")
+
+
 def _note(process: subprocess.Popen[bytes], device: str) -> None:
     """What it says on standard error goes into this site's own log."""
     for line in process.stderr or ():
@@ -160,8 +178,11 @@ def follow(word: dict[str, Any]) -> None:
     from fedlora.learn.base import use_device
     from fedlora.learn.ranks import Ranks
 
+    # By itself, not in a function between fork and exec: this process has threads, and the driver's memory.
+    die_with_parent(signal.SIGKILL, parent=word["parent"])
     use_device(word["device"])
     learner = build.site_learner(Path(word["site_file"]), parse_plan(word["plan"].encode()), report=lambda event, facts: None)
+    _ready(Path(word["meeting"]), word["rank"]).touch(mode=0o600)
     ranks = Ranks(rank=word["rank"], count=word["count"], meeting=Path(word["meeting"]), device=word["device"])
     learner.join(lambda: ranks)
     while (told := ranks.hear(learner.layout)) is not None:

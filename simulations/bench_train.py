@@ -220,10 +220,14 @@ def transformers_peft(shape: str, device: str) -> dict[str, Any]:
 
 def gpus(shape: str, count: int) -> None:
     """One GPU against several, by the path that `fedlora site up` takes: files on disk, a team of processes."""
+    import logging
+
     from fedlora import build
     from fedlora.config import load_plan
     from fedlora.follow import Team
 
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")  # the followers' words too
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         home, began = Path(directory), time.perf_counter()
         write_site(home, shape)

@@ -25,7 +25,7 @@ from fedlora.errors import ResourceError
 __all__ = ["Ranks", "Word"]
 
 _FACTORS: tuple[Factors, ...] = ("AB", "A", "B")
-_MEETING = timedelta(minutes=30)  # all ranks have loaded the base by then
+_MEETING = timedelta(minutes=5)  # they meet once all have loaded the base
 _STEP = timedelta(minutes=30)
 _IDLE = timedelta(days=400)  # between two rounds
 _TRAIN, _END = 1, 0
@@ -55,6 +55,7 @@ class Ranks:
         on_gpu = self._device.type == "cuda"
         try:
             store = dist.FileStore(str(meeting), count)  # type: ignore[attr-defined]  # torch does not list it
+            store.set_timeout(_MEETING)
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count, timeout=_STEP)
             self._words = dist.new_group(backend="gloo", timeout=_IDLE)
             dist.monitored_barrier(self._words, timeout=_MEETING)

@@ -148,3 +148,13 @@ def test_a_site_with_several_gpus_starts_its_team_by_itself(site: Path, tmp_path
     assert not Path(f"/proc/{process}").exists()
     again.train(first, round=1, state=b"")
     again._team.__self__.close()
+
+
+def test_a_follower_that_cannot_start_is_noticed_at_once(site: Path, learner: Any, team: Callable[[int], Team]):
+    first = learner.model.get()
+    learner.join(team(2).ranks)
+    (site.parent / "rows.jsonl").unlink()  # the leader has read them
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match="ended with status 1"):
+        learner.train(first, round=1, state=b"")
+    assert time.monotonic() - began < 60
