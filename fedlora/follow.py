@@ -84,6 +84,7 @@ class Team:
         if self._ranks is not None:
             self._ranks.close()
         self._ranks = None
+        self._sweep()
 
     def pids(self) -> list[int]:
         """Process ids of the others, by rank from 1."""
@@ -95,6 +96,7 @@ class Team:
         self._broken.clear()
         self._watched = threading.Event()
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._sweep()  # what a killed process left
         meeting = self._state.resolve() / f"meeting-{secrets.token_hex(8)}"
         self._report("process", {"name": "training", "state": f"starting on {', '.join(self._devices)}"})
         try:
@@ -106,9 +108,6 @@ class Team:
             self._watched.set()
             self._kill()
             raise
-        finally:
-            for file in self._state.glob(f"{meeting.name}*"):
-                file.unlink(missing_ok=True)
         self._report("process", {"name": "training", "state": f"{len(self._devices)} processes are ready"})
 
     def _await(self, meeting: Path) -> None:
@@ -154,6 +153,10 @@ class Team:
 
         self._watcher = threading.Thread(target=run, daemon=True)
         self._watcher.start()
+
+    def _sweep(self) -> None:
+        for file in self._state.glob("meeting-*"):
+            file.unlink(missing_ok=True)
 
     def _kill(self) -> None:
         for process in self._processes:

@@ -291,11 +291,11 @@ def write_site(home: Path, shape: str) -> None:
     lines = [json.dumps({"text": "".join(rng.choice(letters, n))}) for n in lengths]
     (home / "rows.jsonl").write_text("\n".join(lines))
     (home / "site.toml").write_text(
-        f'models = {{ "bench/{shape}" = "base" }}\n[data]\npath = "rows.jsonl"\nheld_out_fraction = 0.01\n'
+        f'models = {{ "bench/{shape}" = "base" }}\nactivation_checkpointing = "selective"\nmicro_batch_tokens = 16384\n[data]\npath = "rows.jsonl"\nheld_out_fraction = 0.01\n'
     )
     (home / "plan.toml").write_text(
         f'[model]\nmodel_name_or_path = "bench/{shape}"\n[lora]\nr = 32\nlora_alpha = 64\n[training]\nmax_length = 512\n'
-        "per_device_train_batch_size = 128\n[federation]\nlocal_steps = 4\nnum_rounds = 3\n"
+        "per_device_train_batch_size = 128\n[federation]\nlocal_steps = 3\nnum_rounds = 3\n"
     )
 
 

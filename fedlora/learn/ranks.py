@@ -40,7 +40,7 @@ class Ranks:
     Args:
         rank: 0 leads.
         count: processes.
-        meeting: file by which they find each other; new for each group, in a directory of the site's own.
+        meeting: file by which they find each other; new for each group, in a directory of the site's own, kept as long as it.
         device: where this one computes, by torch's name.
         gone: set by whoever sees that another rank ended.
 
@@ -59,6 +59,7 @@ class Ranks:
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count, timeout=_STEP)
             self._words = dist.new_group(backend="gloo", timeout=_IDLE)
             dist.monitored_barrier(self._words, timeout=_MEETING)
+            self._guarded(lambda: dist.all_reduce(torch.zeros(1, device=self._device)))  # NCCL connects at its first sum
         except (RuntimeError, ValueError) as e:
             raise ResourceError(
                 f"the processes of this site's GPUs did not meet: {e}", hint="gpus = 1 in the site file"
