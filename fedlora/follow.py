@@ -73,16 +73,17 @@ class Team:
         self._watched.set()
         if self._watcher is not None:
             self._watcher.join()
-        if self._ranks is not None and not self._broken.is_set():
-            self._ranks.tell(None)
+        if self._ranks is not None:
+            if not self._broken.is_set():
+                self._ranks.tell(None)
+            self._ranks.close()
+        if not self._broken.is_set():
             for process in self._processes:
                 try:
                     process.wait(_END_S)
                 except subprocess.TimeoutExpired:
                     log.warning("process %d does not end by itself", process.pid)
         self._kill()
-        if self._ranks is not None:
-            self._ranks.close()
         self._ranks = None
         self._sweep()
 

@@ -232,10 +232,14 @@ def gpus(shape: str, count: int) -> None:
         home, began = Path(directory), time.perf_counter()
         write_site(home, shape)
         say("site written", seconds=time.perf_counter() - began)
-        plan, events = load_plan(home / "plan.toml"), []
-        learner = build.site_learner(home / "site.toml", plan, report=lambda event, facts: events.append((event, facts)))
+        plan, events, ends = load_plan(home / "plan.toml"), [], []
+
+        def report(event: str, facts: Any) -> None:
+            ends.append(time.perf_counter()) if event == "step" else events.append((event, facts))
+
+        learner = build.site_learner(home / "site.toml", plan, report=report)
         say("base loaded and hashed", seconds=time.perf_counter() - began)
-        first, rates = learner.model.get(), {}
+        first, rates, step_s = learner.model.get(), {}, {}
         for number in (1, count):
             team = None
             if number > 1:
@@ -246,9 +250,12 @@ def gpus(shape: str, count: int) -> None:
             started = time.perf_counter()
             done = learner.train(first, round=2, state=warm.state)
             seconds = time.perf_counter() - started
-            rates[number] = (cursor_tokens(done.state) - cursor_tokens(warm.state)) / seconds
+            tokens = cursor_tokens(done.state) - cursor_tokens(warm.state)
+            rates[number] = tokens / seconds
+            step_s[number] = float(np.diff(ends[-plan.federation.local_steps :]).mean())
             paces = [facts for event, facts in events if event == "pace"]
-            say("rate", gpus=number, tokens_s=rates[number], round_s=seconds, ratio=rates[number] / rates[1], pace=paces[-1:],
+            say("rate", gpus=number, tokens_s=rates[number], round_s=seconds, ratio=rates[number] / rates[1], step_s=step_s[number],
+                ratio_of_steps=step_s[1] / step_s[number], pace=paces[-1:],
                 loss=done.metrics["train/loss"])  # fmt: skip
             if team is not None:
                 team.close()
@@ -290,12 +297,14 @@ def write_site(home: Path, shape: str) -> None:
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz "))
     lines = [json.dumps({"text": "".join(rng.choice(letters, n))}) for n in lengths]
     (home / "rows.jsonl").write_text("\n".join(lines))
-    (home / "site.toml").write_text(
-        f'models = {{ "bench/{shape}" = "base" }}\nactivation_checkpointing = "selective"\nmicro_batch_tokens = 16384\n[data]\npath = "rows.jsonl"\nheld_out_fraction = 0.01\n'
-    )
+    site = [
+        f'models = {{ "bench/{shape}" = "base" }}', 'activation_checkpointing = "selective"', "micro_batch_tokens = 16384",
+        "[data]", 'path = "rows.jsonl"', "held_out_fraction = 0.01",
+    ]  # fmt: skip
+    (home / "site.toml").write_text("\n".join(site))
     (home / "plan.toml").write_text(
         f'[model]\nmodel_name_or_path = "bench/{shape}"\n[lora]\nr = 32\nlora_alpha = 64\n[training]\nmax_length = 512\n'
-        "per_device_train_batch_size = 128\n[federation]\nlocal_steps = 3\nnum_rounds = 3\n"
+        "per_device_train_batch_size = 128\n[federation]\nlocal_steps = 4\nnum_rounds = 3\n"
     )
 
 

@@ -7,6 +7,7 @@ of it on the loopback interface; they find each other by a file in the site's ow
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ _MEETING = timedelta(minutes=5)  # they meet once all have loaded the base
 _STEP = timedelta(minutes=30)
 _IDLE = timedelta(days=400)  # between two rounds
 _TRAIN, _END = 1, 0
+_WORDS = object()
+_PARTING_S = 20.0
 
 Word = tuple[Adapter, int, bytes, Factors]
 """What rank 0 tells the others: adapter, round, state, factors; the arguments of ``Learner.train``."""
@@ -70,29 +73,28 @@ class Ranks:
     def tell(self, word: Word | None) -> None:
         """Rank 0: what to train next; None: it is over."""
         if word is None:
-            self._send(torch.tensor([_END] * 6))
+            self._pass_on(torch.tensor([_END] * 6))
             return
         adapter, round, state, factors = word
         numbers = [_TRAIN, round, _FACTORS.index(factors), adapter.layout.rank, adapter.vector.size, len(state)]
-        self._send(torch.tensor(numbers))
-        self._send(torch.from_numpy(adapter.vector.copy()))
+        self._pass_on(torch.tensor(numbers))
+        self._pass_on(torch.from_numpy(adapter.vector.copy()).to(self._device), by=None)
         if state:
-            self._send(torch.from_numpy(np.frombuffer(state, np.uint8).copy()))
+            self._pass_on(torch.from_numpy(np.frombuffer(state, np.uint8).copy()))
 
     def hear(self, layout: Layout) -> Word | None:
         """The others: waits for the next word, however long. ``layout`` is the plan's."""
-        kind, round, factors, rank, size, length = self._receive(torch.empty(6, dtype=torch.int64)).tolist()
+        kind, round, factors, rank, size, length = self._pass_on(torch.empty(6, dtype=torch.int64)).tolist()
         if kind == _END:
             return None
-        vector = self._receive(torch.empty(size)).numpy()
-        state = self._receive(torch.empty(length, dtype=torch.uint8)).numpy().tobytes() if length else b""
+        vector = self._pass_on(torch.empty(size, device=self._device), by=None).cpu().numpy()
+        state = self._pass_on(torch.empty(length, dtype=torch.uint8)).numpy().tobytes() if length else b""
         return Adapter(vector, layout.at_rank(rank)), round, state, _FACTORS[factors]
 
-    def _send(self, tensor: torch.Tensor) -> None:
-        self._guarded(lambda: dist.broadcast(tensor, 0, group=self._words))
-
-    def _receive(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._guarded(lambda: dist.broadcast(tensor, 0, group=self._words))
+    def _pass_on(self, tensor: torch.Tensor, *, by: Any = _WORDS) -> torch.Tensor:
+        """Rank 0's tensor to all; words on the CPU over gloo, an adapter from card to card."""
+        group = self._words if by is _WORDS else by
+        self._guarded(lambda: dist.broadcast(tensor, 0, group=group))
         return tensor
 
     # --- steps -------------------------------------------------------------------------------------------------
@@ -124,15 +126,17 @@ class Ranks:
     def abandon(self) -> None:
         """This group is over: one of it ended, so that what the others wait for will not come. From any thread."""
         self._gone.set()
-        if self._device.type == "cuda":
-            abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
-            if abort is not None:
-                abort()
+        if self._device.type == "cuda" and dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.group.WORLD._get_backend(self._device).abort()  # else a sum that waits on the card waits for ever
 
     def close(self) -> None:
-        """Ends the group; another one may be made then."""
+        """Ends the group; another one may be made then. All of a healthy group do this together."""
         if dist.is_initialized():
-            dist.destroy_process_group()
+            # Parting waits for the others: in a thread, so that one that is gone cannot keep us here.
+            parting = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            parting.start()
+            parting.join(_PARTING_S)
 
     def _guarded(self, work: Any) -> None:
         try:

@@ -279,6 +279,6 @@ def test_a_measured_pace_fits_and_says_what_it_takes(wide: Path, lora: Callable[
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert pace.chosen is not None
-    assert pace.tokens < 8192
+    assert pace.tokens < 8192 or pace.dial != "none"  # all of a step with everything kept takes 2.6 GB
     assert peak <= limit
     assert forecast.peak_bytes == pytest.approx(peak, rel=0.15)
