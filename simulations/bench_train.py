@@ -254,9 +254,9 @@ def gpus(shape: str, count: int) -> None:
             rates[number] = tokens / seconds
             step_s[number] = float(np.diff(ends[-plan.federation.local_steps :]).mean())
             paces = [facts for event, facts in events if event == "pace"]
-            say("rate", gpus=number, tokens_s=rates[number], round_s=seconds, ratio=rates[number] / rates[1], step_s=step_s[number],
-                ratio_of_steps=step_s[1] / step_s[number], pace=paces[-1:],
-                loss=done.metrics["train/loss"])  # fmt: skip
+            facts = {"tokens_s": rates[number], "round_s": seconds, "ratio": rates[number] / rates[1], "step_s": step_s[number]}
+            facts |= {"ratio_of_steps": step_s[1] / step_s[number], "loss": done.metrics["train/loss"], "pace": paces[-1:]}
+            say("rate", gpus=number, **facts)
             if team is not None:
                 team.close()
 

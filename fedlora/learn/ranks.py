@@ -126,9 +126,10 @@ class Ranks:
     def abandon(self) -> None:
         """This group is over: one of it ended, so that what the others wait for will not come. From any thread."""
         self._gone.set()
-        if self._device.type == "cuda" and dist.is_initialized():
+        world = dist.group.WORLD
+        if self._device.type == "cuda" and world is not None:
             with contextlib.suppress(RuntimeError):
-                dist.group.WORLD._get_backend(self._device).abort()  # else a sum that waits on the card waits for ever
+                world._get_backend(self._device).abort()  # else a sum that waits on the card waits for ever
 
     def close(self) -> None:
         """Ends the group; another one may be made then. All of a healthy group do this together."""
