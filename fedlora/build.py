@@ -79,7 +79,7 @@ def base_options(
     """
     from fedlora.learn.base import BaseOptions
 
-    m = plan.model
+    m, found = plan.model, _fused(plan, device) if fused is None else fused
     return BaseOptions(
         path=path,
         dtype=m.dtype,
@@ -91,27 +91,25 @@ def base_options(
         device=device,
         threads=threads,
         keep_dequantised=keep_dequantised,
-        fused=_fused(plan, device) if fused is None else fused,
-        attn_implementation="varlen" if fused else _attention(device, plan.training.max_length),
+        fused=found,
+        attn_implementation="auto" if found else _attention(device, plan.training.max_length),
     )
 
 
 def _fused(plan: Plan, device: str) -> bool:
-    """On CUDA, unless the base is held in a way that the fused layers do not know."""
-    from fedlora.learn.base import find_device
+    """On a GPU that can, unless the base is held in a way that the fused layers do not know."""
+    from fedlora.learn.base import can_fuse, find_device
 
     m = plan.model
     own_type = not m.load_in_4bit or m.bnb_4bit_compute_dtype == m.dtype
-    return find_device(device).type == "cuda" and own_type and not m.load_in_8bit
+    return can_fuse(find_device(device)) and own_type and not m.load_in_8bit
 
 
-def _attention(device: str, max_length: int) -> Literal["auto", "sdpa", "eager"]:
+def _attention(device: str, max_length: int) -> Literal["sdpa", "eager"]:
     """Masked SDPA is slow on a CPU: for short rows the plain matrix products take two thirds of the time."""
     from fedlora.learn.base import find_device
 
-    if find_device(device).type == "cuda":
-        return "auto"
-    return "eager" if max_length <= 512 else "sdpa"
+    return "eager" if find_device(device).type == "cpu" and max_length <= 512 else "sdpa"
 
 
 def lora_options(plan: Plan) -> LoraOptions:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
 __all__ = ["VARLEN", "can_vary", "document_ends"]
@@ -24,7 +25,7 @@ def can_vary(config: Any) -> bool:
     text = config.get_text_config()
     asks = ("attn_logit_softcapping", "attn_logit_softcap", "alibi", "attn_config", "attention_chunk_size")
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return not any(getattr(text, name, None) for name in asks) and width <= 256 and _kernel() is not None
+    return not any(getattr(text, name, None) for name in asks) and width <= 256
 
 
 def document_ends(documents: Tensor) -> tuple[Tensor, int]:
@@ -41,19 +42,11 @@ def document_ends(documents: Tensor) -> tuple[Tensor, int]:
     return ends, int(counts.max())
 
 
-def _kernel() -> Any:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
-        return None
-    return varlen_attn
-
-
-def _options() -> dict[str, Any]:
-    """Causal, and with fewer heads for keys than for queries, by this torch's names of it."""
-    known = inspect.signature(_kernel()).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+_KERNEL: Any = varlen.varlen_attn  # its arguments differ between torch's versions
+_PARAMETERS = frozenset(inspect.signature(_KERNEL).parameters)
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _PARAMETERS else {"is_causal": True}
+_OPTIONS = _CAUSAL | ({"enable_gqa": True} if "enable_gqa" in _PARAMETERS else {})
+"""Causal, and with fewer heads for keys than for queries, by this torch's names of it."""
 
 
 def _attend(
@@ -82,10 +75,9 @@ def _attend(
         return _one_by_one(q, k, v, ends.tolist(), scaling).unsqueeze(0), None
     if scaling is not None and "scale" not in _PARAMETERS and scaling != q.shape[-1] ** -0.5:
         q = q * (scaling * q.shape[-1] ** 0.5)
-    given = {"scale": scaling} if "scale" in _PARAMETERS else {}
-    return _kernel()(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest, **_OPTIONS, **given).unsqueeze(
-        0
-    ), None
+    options = _OPTIONS | ({"scale": scaling} if "scale" in _PARAMETERS else {})
+    attended: Tensor = _KERNEL(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest, **options)
+    return attended.unsqueeze(0), None
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, ends: list[int], scaling: float | None) -> Tensor:
@@ -100,6 +92,4 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, ends: list[int], scaling: float
     return torch.cat(parts, dim=1).transpose(0, 1)
 
 
-_PARAMETERS = frozenset(inspect.signature(_kernel()).parameters) if _kernel() is not None else frozenset()
-_OPTIONS = _options() if _kernel() is not None else {}
 AttentionInterface.register(VARLEN, _attend)

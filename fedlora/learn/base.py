@@ -20,7 +20,7 @@ from fedlora.learn.digest import base_digest
 from fedlora.learn.options import BaseOptions
 from fedlora.learn.shards import file_digest
 
-__all__ = ["Base", "BaseOptions", "DequantisedLinear", "cuda_devices", "find_device", "load_base", "use_device"]
+__all__ = ["Base", "BaseOptions", "DequantisedLinear", "can_fuse", "cuda_devices", "find_device", "load_base", "use_device"]
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,11 @@ def find_device(name: str) -> torch.device:
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether fused layers and the attention kernel run on a device: CUDA GPUs from 2020 on (Ampere), with bfloat16."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cuda_devices() -> list[str]:

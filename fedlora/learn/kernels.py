@@ -13,6 +13,7 @@ import logging
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -46,7 +47,7 @@ def _install(model: Any, device: torch.device, liger: _Liger | None) -> dict[str
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight"):
             key: Any = type(module), tuple(module.weight.shape)
             if key not in tried:
-                tried[key] = liger is not None and _same_norm(module, liger.norm, device)
+                tried[key] = liger is not None and _works(partial(_same_norm, module, liger.norm, device))
             counts["norm"] += bool(tried[key])
             _set_norm(module, liger.norm if liger is not None and tried[key] else None)
         elif all(hasattr(module, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn")):
@@ -60,7 +61,7 @@ def _install(model: Any, device: torch.device, liger: _Liger | None) -> dict[str
         elif type(module).__name__.endswith("Attention") and liger is not None:
             key = type(module).__module__
             if key not in tried:
-                tried[key] = _patch_rope(sys.modules[key], module, liger.rope, device, dtype)
+                tried[key] = _works(partial(_patch_rope, sys.modules[key], module, liger.rope, device, dtype))
             counts["rope"] += bool(tried[key])
     log.info("kernels of Liger in use: %s", counts)
     return counts
@@ -139,14 +140,24 @@ def _gate_of(
         as_assumed = module.down_proj(own(module.gate_proj(x), module.up_proj(x)))
     if not _close(as_assumed, as_written):
         return None, False
-    fast = liger is not None and _close(liger.gate(g, u), own(g, u))
+    fast = liger is not None and _works(lambda: _close(liger.gate(g, u), own(g, u)))
     return (liger.gate if liger is not None and fast else own), fast
+
+
+def _works(proof: Callable[[], bool]) -> bool:
+    """Whether a kernel runs here at all and gives what it should. Triton compiles it now: without a C compiler it cannot."""
+    try:
+        return proof()
+    except Exception as e:
+        log.warning("a kernel of Liger's does not run here, the model keeps its own code: %s", str(e).splitlines()[:1])
+        return False
 
 
 @torch.no_grad()
 def _same_norm(module: Any, kernel: Callable[..., Tensor], device: torch.device) -> bool:
-    x = 3 * torch.randn(4, module.weight.shape[0], device=device, dtype=module.weight.dtype)
-    return _close(kernel(x, module.weight, _eps(module)), module(x))
+    """On numbers of usual size, and on ones so small that epsilon counts."""
+    x = torch.randn(4, module.weight.shape[0], device=device, dtype=module.weight.dtype)
+    return all(_close(kernel(y, module.weight, _eps(module)), module(y)) for y in (3 * x, 1e-3 * x))
 
 
 def _patch_rope(home: Any, attention: Any, kernel: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> bool:
@@ -176,4 +187,5 @@ def _patch_rope(home: Any, attention: Any, kernel: Callable[..., Any], device: t
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are the same but for rounding."""
     return a.shape == b.shape and bool((a.float() - b.float()).norm() <= _CLOSE * b.float().norm())

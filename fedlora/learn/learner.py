@@ -192,9 +192,12 @@ class HFLearner:
             self._cursor = given[1]
             return self._optimiser  # what this learner gave out last: no need to read 8 bytes a value back
         self._cursor, moments = parse_state(state)
-        optimiser = self._optimiser or make_optimiser(self._model, o, factors=factors)
+        self._model.check_trainable(factors)
         if o.optimizer_state == "keep" or o.optim != "adamw_torch":
-            self._optimiser = optimiser
+            optimiser = self._optimiser = self._optimiser or make_optimiser(self._model, o, factors=factors)
+        else:  # moments that no one keeps: one optimiser serves all learners of the model
+            key = (o.weight_decay, *over)
+            optimiser = self._model.spare_optimiser(key, lambda: make_optimiser(self._model, o, factors=factors))
         if moments and o.optimizer_state == "keep":
             load_moments(optimiser, moments)
         else:

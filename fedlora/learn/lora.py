@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,7 @@ class LoraModel:
         self.scale = _one_scale(peft_model)
         self.forward = Forward(peft_model.get_base_model(), base.device)
         self._dial: Dial = "none"
+        self._spare: tuple[Hashable, torch.optim.Optimizer] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -134,6 +135,15 @@ class LoraModel:
         chosen = {name for name, _ in self.current.only(factors).entries}
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in chosen)
+
+    def spare_optimiser(self, key: Hashable, make: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        """The optimiser that was made for this key last, or a new one. Whoever takes it makes it forget its moments first.
+
+        A new one each round would take as long as half a small step, and its memory each time from another place.
+        """
+        if self._spare is None or self._spare[0] != key:
+            self._spare = (key, make())
+        return self._spare[1]
 
     def check_trainable(self, factors: Factors = "AB") -> None:
         """Confirms that these factors, all of them and nothing else, will be trained.

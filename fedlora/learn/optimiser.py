@@ -99,12 +99,15 @@ def forget_moments(optimiser: torch.optim.Optimizer) -> None:
 
     bitsandbytes (0.50) never frees the pages of a paged optimiser, so that a new one each round would fill a machine.
     """
+    tensors: list[torch.Tensor] = []
     for state in optimiser.state.values():
         for name, value in _moments(state).items():
             if isinstance(value, torch.Tensor):
-                value.zero_()
+                tensors.append(value)
             else:
                 state[name] = 0
+    if tensors:
+        torch._foreach_zero_(tensors)  # a few launches instead of a thousand
 
 
 def _moments(state: Mapping[str, Any]) -> dict[str, Any]:
