@@ -215,3 +215,29 @@ def test_several_seeds_are_summarised(tmp_path):
 @pytest.mark.parametrize("seeds", ["0,0", "a", "-1", ","])
 def test_seeds_are_checked(seeds):
     assert main(["simulate", str(TOY), "--seeds", seeds, "--out", "/nonexistent/x", "-q"]) == 3
+
+
+@pytest.mark.torch
+def test_sites_in_one_pass_give_the_same_federation_but_for_rounding(tmp_path, simulated):
+    """The same rounds, weights and places in the data; every protection and journal is still each site's own."""
+    plan = tmp_path / "plan.toml"
+    plan.write_text(TOY.read_text() + 'arms = ["federated"]\n')
+    assert main(["simulate", str(plan), "--out", str(tmp_path / "one"), "--batch-sites", "-q"]) == 0
+    one, other = results(tmp_path / "one"), results(simulated)
+    for a, b in zip(one["rounds"][:-1], other["rounds"][:-1], strict=True):
+        assert a["sites"].keys() == b["sites"].keys()
+        for site, facts in a["sites"].items():
+            assert facts["weight"] == b["sites"][site]["weight"]
+            assert facts["train/loss"] == pytest.approx(b["sites"][site]["train/loss"], rel=0.05)
+    assert one["arms"]["federated"]["tokens"] == other["arms"]["federated"]["tokens"]
+    assert (
+        main(["simulate", str(plan), "--out", str(tmp_path / "one"), "--resume", "-q"]) != 0
+    )  # another way to train: not the same run
+    assert main(["simulate", str(plan), "--out", str(tmp_path / "one"), "--resume", "--batch-sites", "-q"]) == 0
+
+
+@pytest.mark.torch
+def test_sites_in_one_pass_are_for_one_process(tmp_path, capsys):
+    asked = ["simulate", str(TOY), "--out", str(tmp_path / "runs"), "--batch-sites", "--transport", "flower", "-q"]
+    assert main(asked) == 3
+    assert "--batch-sites" in capsys.readouterr().err

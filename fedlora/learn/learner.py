@@ -26,6 +26,10 @@ from fedlora.site import Trained
 __all__ = ["HFLearner", "TrainOptions", "dump_state", "parse_state"]
 
 
+_EVALUATED_AT_ONCE = 16_384
+"""Tokens of a batch in evaluation, at most: a plan's batch may be larger than what is computed at once."""
+
+
 class HFLearner:
     """Trains and evaluates adapters on one site's rows; implements :class:`fedlora.site.Learner`.
 
@@ -125,7 +129,7 @@ class HFLearner:
         return evaluate(
             self._model,
             self._held_out,
-            rows=o.per_device_train_batch_size,
+            rows=max(1, min(o.per_device_train_batch_size, _EVALUATED_AT_ONCE // o.max_length)),
             max_length=o.max_length,
             coarse_chars=o.coarse_chars,
             packing=o.packing,
