@@ -92,7 +92,7 @@ def base_options(
         threads=threads,
         keep_dequantised=keep_dequantised,
         fused=found,
-        attn_implementation="auto" if found else _attention(device, plan.training.max_length),
+        attn_implementation="varlen" if found else _attention(device, plan.training.max_length),
     )
 
 
@@ -177,9 +177,9 @@ def devices_of(file: SiteFile) -> list[str]:
     """
     from fedlora.learn.base import cuda_devices, find_device
 
-    if find_device(file.device).type != "cuda":
+    here = cuda_devices() if find_device(file.device).type == "cuda" else []
+    if not here and file.gpus <= 1:
         return ["cpu"]
-    here = cuda_devices()
     if file.gpus > len(here):
         raise ConfigError(
             f"gpus = {file.gpus} in the site file, but {len(here)} are visible here", hint="gpus = 0: all there are"
@@ -353,10 +353,10 @@ def open_site(path: Path, *, report: Report) -> Site:
     def make_learner(plan: Plan) -> Learner:
         while team:
             team.pop().close()  # of the plan before
-        found = site_learner(path, plan, report=report)
         devices = devices_of(file)
+        found = site_learner(path, plan, report=report)
         if len(devices) > 1:
-            team.append(Team(path, plan, devices=devices, state=root / file.state / "team", report=report))
+            team.append(Team(path, plan, devices=devices, state=root / file.state / "team", facts=found.facts(), report=report))
             found.join(team[0].ranks)
         return found
 

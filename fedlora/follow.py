@@ -6,6 +6,7 @@ itself, answers nobody but rank 0, and ends when that does, however that ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -39,17 +40,27 @@ _SAME_EVERYWHERE = (NonFiniteUpdate, DataError, StoreError)
 class Team:
     """The processes of a site's GPUs. They are started when a round needs them and again when one of them ended.
 
+    They die with the thread that started them, which must therefore live as long as they.
+
     Args:
         devices: ``cuda:0`` and so on, or ``cpu`` as often as there are to be processes; this process computes on the first.
         state: a directory of the site's own.
+        facts: what all processes must agree on, see :meth:`fedlora.learn.learner.HFLearner.facts`.
         report: told ``("process", {"name", "state"})``.
     """
 
     def __init__(
-        self, site_file: Path, plan: Plan, *, devices: Sequence[str], state: Path, report: Callable[[str, dict[str, Any]], None]
+        self,
+        site_file: Path,
+        plan: Plan,
+        *,
+        devices: Sequence[str],
+        state: Path,
+        facts: bytes,
+        report: Callable[[str, dict[str, Any]], None],
     ) -> None:
         self._site_file, self._plan, self._devices = site_file.resolve(), plan, list(devices)
-        self._state, self._report = state, report
+        self._state, self._report, self._facts = state, report, facts
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ranks: Ranks | None = None
         self._broken = threading.Event()
@@ -73,19 +84,21 @@ class Team:
         self._watched.set()
         if self._watcher is not None:
             self._watcher.join()
-        if self._ranks is not None:
-            if not self._broken.is_set():
-                self._ranks.tell(None)
-            self._ranks.close()
-        if not self._broken.is_set():
-            for process in self._processes:
+        ranks, self._ranks = self._ranks, None
+        try:
+            if ranks is not None and not self._broken.is_set():
+                with contextlib.suppress(ResourceError):  # one ended just now
+                    ranks.tell(None)
+            if ranks is not None:
+                ranks.close()
+            for process in self._processes if not self._broken.is_set() else ():
                 try:
                     process.wait(_END_S)
                 except subprocess.TimeoutExpired:
                     log.warning("process %d does not end by itself", process.pid)
-        self._kill()
-        self._ranks = None
-        self._sweep()
+        finally:
+            self._kill()
+            self._sweep()
 
     def pids(self) -> list[int]:
         """Process ids of the others, by rank from 1."""
@@ -101,10 +114,13 @@ class Team:
         meeting = self._state.resolve() / f"meeting-{secrets.token_hex(8)}"
         self._report("process", {"name": "training", "state": f"starting on {', '.join(self._devices)}"})
         try:
-            self._processes = [self._spawn(rank, meeting) for rank in range(1, len(self._devices))]
+            for rank in range(1, len(self._devices)):
+                self._processes.append(self._spawn(rank, meeting))
             self._await(meeting)
             self._watch()
-            self._ranks = Ranks(rank=0, count=len(self._devices), meeting=meeting, device=self._devices[0], gone=self._broken)
+            self._ranks = Ranks(
+                rank=0, count=len(self._devices), meeting=meeting, device=self._devices[0], facts=self._facts, gone=self._broken
+            )
         except BaseException:
             self._watched.set()
             self._kill()
@@ -125,7 +141,7 @@ class Team:
     def _spawn(self, rank: int, meeting: Path) -> subprocess.Popen[bytes]:
         device = self._devices[rank]
         process = subprocess.Popen(
-            [sys.executable, "-m", "fedlora.follow"],
+            [sys.executable, "-P", "-m", "fedlora.follow"],  # -P: nothing of the working directory is code
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -187,7 +203,9 @@ def follow(word: dict[str, Any]) -> None:
     use_device(word["device"])
     learner = build.site_learner(Path(word["site_file"]), parse_plan(word["plan"].encode()), report=lambda event, facts: None)
     _ready(Path(word["meeting"]), word["rank"]).touch(mode=0o600)
-    ranks = Ranks(rank=word["rank"], count=word["count"], meeting=Path(word["meeting"]), device=word["device"])
+    ranks = Ranks(
+        rank=word["rank"], count=word["count"], meeting=Path(word["meeting"]), device=word["device"], facts=learner.facts()
+    )
     learner.join(lambda: ranks)
     while (told := ranks.hear(learner.layout)) is not None:
         adapter, round, state, factors = told

@@ -87,9 +87,11 @@ def simulate(
     lost = parse_dropouts(drop, sites=plan.simulation.sites, plan=plan)
     if lost and transport != "local":
         raise ConfigError("--drop goes with --transport local", hint="over Flower, kill a site's process instead")
-    if batch_sites and (transport != "local" or plan.federation.fraction_train < 1 or plan.lora.ranks):
+    apart = plan.federation.fraction_train < 1 or plan.lora.ranks or plan.aggregate.share == "A"
+    if batch_sites and (transport != "local" or apart):
         raise ConfigError(
-            "--batch-sites goes with --transport local, federation.fraction_train = 1 and one rank",
+            "--batch-sites goes with --transport local, and with sites that all train one adapter: "
+            "federation.fraction_train = 1, no lora.ranks, aggregate.share = 'AB'",
             hint="leave --batch-sites out",
         )
     _claim(out, plan, transport=transport, drop=drop, resume=resume, batch_sites=batch_sites)

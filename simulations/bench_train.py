@@ -60,11 +60,12 @@ def random_base(shape: str, options: BaseOptions, tokenizer: Any) -> Base:
     import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fedlora.learn.base import VARLEN, _settle
+    from fedlora.learn.attention import use_varlen
+    from fedlora.learn.base import _settle
 
     device = find_device(options.device)
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
-    attention = VARLEN if options.attn_implementation == "varlen" else options.attn_implementation
+    attention = "sdpa" if options.attn_implementation == "varlen" else options.attn_implementation
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     head = model.get_output_embeddings()
@@ -83,6 +84,8 @@ def random_base(shape: str, options: BaseOptions, tokenizer: Any) -> Base:
     model.is_loaded_in_4bit = True
     _settle(model, options)
     model.requires_grad_(False)
+    if options.attn_implementation == "varlen" and not use_varlen(model):
+        raise SystemExit("the shape does not take the attention kernel")
     return Base(model.eval(), tokenizer, "0" * 64, options, device, Path("."))
 
 
@@ -244,7 +247,9 @@ def gpus(shape: str, count: int) -> None:
             team = None
             if number > 1:
                 devices = [f"cuda:{i}" for i in range(number)]
-                team = Team(home / "site.toml", plan, devices=devices, state=home / "team", report=lambda *_: None)
+                team = Team(
+                    home / "site.toml", plan, devices=devices, state=home / "team", facts=learner.facts(), report=lambda *_: None
+                )
                 learner.join(team.ranks)
             warm = learner.train(first, round=1, state=b"")
             started = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora.data.batches import Batch, Cursor, Stream, in_order, regroup, share
+from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, regroup, share
 from fedlora.data.conversations import Conversation, ReadReport, Turn, read
 from fedlora.data.holdout import check_apart, split
 from fedlora.data.readers import READERS, Reader
@@ -23,6 +23,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "Turn",
+    "by_rows",
     "check_apart",
     "in_order",
     "read",

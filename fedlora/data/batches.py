@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedlora.data.tokens import IGNORE, Tokens
 from fedlora.errors import DataError
 
-__all__ = ["Batch", "Cursor", "Stream", "in_order", "regroup", "share"]
+__all__ = ["Batch", "Cursor", "Stream", "by_rows", "in_order", "regroup", "share"]
 
 I64: TypeAlias = NDArray[np.int64]
 
@@ -199,6 +199,21 @@ def regroup(batches: Sequence[Batch], *, tokens: int, pad_token_id: int, multipl
         found.append(_one_row([part[at:end] for part in flat], sizes[first : last + 1], sources[first : last + 1],
                               pad_token_id=pad_token_id, length=-(-(end - at) // multiple) * multiple))  # fmt: skip
         first, at = last + 1, end
+    return found
+
+
+def by_rows(batches: Sequence[Batch], *, tokens: int) -> list[Batch]:
+    """The same rows in batches of fewer of them, padding included at most ``tokens`` long in all, a row at least."""
+    found = []
+    for batch in batches:
+        rows, length = batch.labels.shape
+        at_once = max(1, tokens // length)
+        for row in range(0, rows, at_once):
+            parts = [part[row : row + at_once] for part in (batch.input_ids, batch.labels, batch.position_ids)]
+            documents = batch.documents[row : row + at_once]
+            first, last = int(documents[documents >= 0].min()), int(documents.max())
+            documents = np.where(documents >= 0, documents - first, -1)
+            found.append(Batch(parts[0], parts[1], parts[2], documents, batch.sources[first : last + 1]))
     return found
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from itertools import pairwise
+import logging
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -11,21 +12,92 @@ from torch.nn import functional
 from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
-__all__ = ["VARLEN", "can_vary", "document_ends"]
+__all__ = ["VARLEN", "arguments", "document_ends", "use_varlen"]
 
+log = logging.getLogger(__name__)
 Tensor: TypeAlias = torch.Tensor
 VARLEN = "fedlora_varlen"
 """Under this name transformers' models find :func:`_attend`."""
 _FOREIGN = ("softcap", "s_aux", "position_bias", "head_mask")
 """What some models ask of their attention beyond its scale, and this kernel does not compute."""
+_FIRST, _SECOND = 7, 9
+"""Tokens of the two documents with which it is tried."""
+_SAME = 1e-6
+"""Relative distance of states that must not depend on what was changed: the same kernels on the same shapes, so the same bits."""
+_ROUNDED = 0.05
+"""The same of states that another kernel computed, in bfloat16, through all layers."""
 
 
-def can_vary(config: Any) -> bool:
-    """Whether a model of this configuration computes attention that the kernel knows."""
-    text = config.get_text_config()
-    asks = ("attn_logit_softcapping", "attn_logit_softcap", "alibi", "attn_config", "attention_chunk_size")
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return not any(getattr(text, name, None) for name in asks) and width <= 256
+def use_varlen(model: Any) -> bool:
+    """Switches a model to the kernel if it computes the same with it; otherwise the model stays as it is.
+
+    Names of configurations tell too little: some models never ask for attention by name, some carry a state from token to
+    token, and all of those would look into other documents or into the future without a mask. So it is tried: what stands in
+    one document must not change anything in another one or before it, and one document must come out as with the model's own
+    attention. Whatever goes wrong on the way means no.
+    """
+    own, was_training = model.config._attn_implementation, model.training
+    device = model.get_input_embeddings().weight.device
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if _asks_more(model.config.get_text_config()):
+                return False
+            model.eval()
+            alone = model.base_model(input_ids=_ids(model, [_SECOND], skip=_FIRST), use_cache=False).last_hidden_state
+            model.set_attn_implementation(VARLEN)
+            right = _is_right(model, alone[0])
+            model.train()
+            _states(model, [_FIRST, _SECOND])  # a model with dropout in its attention says so now
+    except Exception as e:
+        log.info("no variable-length attention for %s: %s", type(model).__name__, str(e).splitlines()[:1])
+        right = False
+    finally:
+        model.train(was_training)
+    if not right and model.config._attn_implementation != own:
+        model.set_attn_implementation(own)
+    return right
+
+
+def _asks_more(config: Any) -> bool:
+    """What the trial's small numbers would not show."""
+    asks = ("attn_logit_softcapping", "attn_logit_softcap", "alibi", "attention_chunk_size", "attention_dropout", "attn_pdrop")
+    return any(getattr(config, name, None) for name in asks)
+
+
+def _is_right(model: Any, alone: Tensor) -> bool:
+    both = [_FIRST, _SECOND]
+    states = _states(model, both)
+    other_first = _states(model, both, change=range(_FIRST))
+    other_last = _states(model, both, change=range(sum(both) - 1, sum(both)))
+    apart = _far(other_first[_FIRST:], states[_FIRST:]) < _SAME and _far(other_last[:-1], states[:-1]) < _SAME
+    return apart and _far(_states(model, [_SECOND], skip=_FIRST), alone) < _ROUNDED
+
+
+def _ids(model: Any, lengths: list[int], *, skip: int = 0, change: range = range(0)) -> Tensor:
+    known = model.config.get_text_config().vocab_size
+    ids = [(3 + 7 * (n + skip) + (11 if n in change else 0)) % known for n in range(sum(lengths))]
+    return torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+
+
+def _states(model: Any, lengths: list[int], *, skip: int = 0, change: range = range(0)) -> Tensor:
+    """Last hidden states (tokens, width) of documents of these lengths one behind another."""
+    ids = _ids(model, lengths, skip=skip, change=change)
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device)
+    positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])[None]
+    given = arguments(ends, max(lengths))
+    states: Tensor = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **given).last_hidden_state[0]
+    return states
+
+
+def _far(a: Tensor, b: Tensor) -> float:
+    """Relative distance; NaN is far."""
+    found = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30))
+    return found if found == found else float("inf")
+
+
+def arguments(ends: Tensor, longest: int) -> dict[str, Any]:
+    """What a model hands on to its attention, by transformers' names."""
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def document_ends(documents: Tensor) -> tuple[Tensor, int]:

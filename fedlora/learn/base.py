@@ -11,11 +11,11 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from fedlora.errors import ConfigError, FedLoRAError, ModelError, ResourceError
-from fedlora.learn.attention import VARLEN, can_vary
+from fedlora.learn.attention import use_varlen
 from fedlora.learn.digest import base_digest
 from fedlora.learn.options import BaseOptions
 from fedlora.learn.shards import file_digest
@@ -78,6 +78,8 @@ def load_base(options: BaseOptions) -> Base:
     _check_untouched(model)
     _settle(model, options)
     model.requires_grad_(False)
+    if options.attn_implementation == "varlen":
+        use_varlen(model)
     return Base(model.eval(), tokenizer, digest, options, device, directory)
 
 
@@ -130,7 +132,7 @@ def _quietly(directory: Path, options: BaseOptions, device: torch.device) -> tup
             dtype=getattr(torch, options.dtype),
             quantization_config=_quantisation(options),
             device_map={"": device},
-            attn_implementation=_attention(directory, options),
+            attn_implementation="sdpa" if options.attn_implementation == "varlen" else options.attn_implementation,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -140,14 +142,6 @@ def _quietly(directory: Path, options: BaseOptions, device: torch.device) -> tup
         if bars:
             transformers_logging.enable_progress_bar()
     return model, info
-
-
-def _attention(directory: Path, options: BaseOptions) -> str:
-    asked = options.attn_implementation
-    if asked == "auto":
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        asked = "varlen" if can_vary(config) and options.dtype != "float32" else "sdpa"
-    return VARLEN if asked == "varlen" else asked
 
 
 def _quantisation(options: BaseOptions) -> Any:

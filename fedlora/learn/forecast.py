@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +16,17 @@ from fedlora.learn.optimiser import make_optimiser
 from fedlora.learn.options import TrainOptions
 from fedlora.learn.pace import Pace
 
-__all__ = ["Forecast", "forecast"]
+__all__ = ["Forecast", "evaluated_at_once", "forecast"]
 
 _LOOKED_AT = 32
 """Steps whose tokens are counted to know what a step holds on the average."""
 
 _GROWS = 1.4
 """By how much more memory steps take on a CPU after ten of them than after two: holes that the C library does not give back."""
+
+
+_EVALUATED_AT_ONCE = 16_384
+"""Tokens, at most, where nothing was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ def forecast(
     step_tokens = sum(b.tokens for g in groups for b in g) / len(groups)
     own = [groups[0], max(groups, key=lambda g: sum(b.tokens for b in g))]
     if processes > 1:
-        own = [share(g, part=0, parts=processes, pad_token_id=0) for g in own]
+        own = [max(_shares(g, processes), key=lambda s: sum(b.tokens for b in s)) for g in own]
     on_gpu = model.base.device.type == "cuda"
     held = _memory("VmRSS")
     model.set_trained("AB")
@@ -90,8 +94,17 @@ def forecast(
         steps=steps,
         token_s=token_s / processes,
         train_s=steps * step_tokens * token_s / processes,
-        evaluate_s=_evaluate_s(model, held_out, options) if held_out else 0.0,
+        evaluate_s=_evaluate_s(model, held_out, options, pace) if held_out else 0.0,
     )
+
+
+def _shares(group: Sequence[Batch], processes: int) -> list[list[Batch]]:
+    return [share(group, part=k, parts=processes, pad_token_id=0) for k in range(processes)]
+
+
+def evaluated_at_once(options: TrainOptions, pace: Pace) -> int:
+    """Rows of a batch in evaluation: a plan's batch may be larger than what a device computes at once."""
+    return max(1, min(options.per_device_train_batch_size, (pace.tokens or _EVALUATED_AT_ONCE) // options.max_length))
 
 
 def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], options: TrainOptions, pace: Pace) -> float:
@@ -101,7 +114,7 @@ def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], options: Train
         model,
         iter(groups),
         steps=len(groups),
-        optimiser=make_optimiser(model, replace(options, optim="adamw_torch")),
+        optimiser=make_optimiser(model, options),
         rate=lambda step: 0.0,
         seed=lambda step: 0,
         max_grad_norm=options.max_grad_norm,
@@ -120,8 +133,8 @@ def _mark(model: LoraModel, ends: list[float]) -> None:
     ends.append(time.perf_counter())
 
 
-def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], options: TrainOptions) -> float:
-    rows, length = options.per_device_train_batch_size, options.max_length
+def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], options: TrainOptions, pace: Pace) -> float:
+    rows, length = evaluated_at_once(options, pace), options.max_length
     first = next(in_order(held_out, rows=rows, max_length=length, packing=options.packing, pad_token_id=0))
     model.peft_model.eval()
     with torch.no_grad():

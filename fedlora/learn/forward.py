@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedlora.data import IGNORE, Batch, regroup
-from fedlora.learn.attention import VARLEN, document_ends
+from fedlora.learn.attention import VARLEN, arguments, document_ends
 
 __all__ = ["HEAD_ROWS", "LENGTH_MULTIPLE", "Forward", "Scored", "block_mask"]
 
@@ -118,7 +118,7 @@ class Forward:
             return {
                 "input_ids": torch.from_numpy(batch.input_ids).to(self._device),
                 "position_ids": torch.from_numpy(batch.position_ids).to(self._device),
-                **_documents(ends.to(self._device), longest),
+                **arguments(ends.to(self._device), longest),
                 "use_cache": False,
             }
         mask = block_mask(torch.from_numpy(batch.documents).to(self._device))
@@ -191,10 +191,6 @@ class _Nats(torch.autograd.Function):
         return (gradient * nats[:, None]).to(gradient.dtype), None, None, None, None, None  # multiplied in float32
 
 
-def _documents(ends: torch.Tensor, longest: int) -> dict[str, Any]:
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-
-
 def _score(logits: torch.Tensor, targets: torch.Tensor, recording: bool) -> tuple[torch.Tensor, torch.Tensor]:
     logits = logits.float()
     nll = functional.cross_entropy(logits, targets, reduction="none")
@@ -206,7 +202,7 @@ def _split_is_exact(model: Any, device: torch.device) -> bool:
     ids = torch.arange(1, 9, device=device)[None] % model.config.get_text_config().vocab_size
     given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if model.config._attn_implementation == VARLEN:
-        given |= _documents(torch.tensor([0, 8], dtype=torch.int32, device=device), 8)
+        given |= arguments(torch.tensor([0, 8], dtype=torch.int32, device=device), 8)
     hidden = model.base_model(**given).last_hidden_state
     ours, its = model.get_output_embeddings()(hidden), model(**given).logits
     return ours.dtype == its.dtype and torch.equal(ours, its)

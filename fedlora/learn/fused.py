@@ -111,7 +111,9 @@ class _Product(torch.autograd.Function):
             made.readers += 1
         ctx.save_for_backward(a, b, low, *kept)
         ctx.layer, ctx.scale, ctx.made, ctx.shape, ctx.sources = layer, scale, made, x.shape, len(sources)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not a view: some models go on in place.
+        shaped: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -41,28 +41,23 @@ def install_kernels(model: Any, device: torch.device) -> dict[str, int]:
 
 def _install(model: Any, device: torch.device, liger: _Liger | None) -> dict[str, int]:
     dtype = model.get_input_embeddings().weight.dtype
-    tried: dict[Any, Any] = {}
+    homes: dict[str, bool] = {}
     counts = {"norm": 0, "gate": 0, "rope": 0}
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight"):
-            key: Any = type(module), tuple(module.weight.shape)
-            if key not in tried:
-                tried[key] = liger is not None and _works(partial(_same_norm, module, liger.norm, device))
-            counts["norm"] += bool(tried[key])
-            _set_norm(module, liger.norm if liger is not None and tried[key] else None)
+            same = liger is not None and _works(partial(_same_norm, module, liger.norm, device))
+            counts["norm"] += same
+            _set_norm(module, liger.norm if liger is not None and same else None)
         elif all(hasattr(module, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-            key = type(module), type(module.act_fn)
-            if key not in tried:
-                tried[key] = _gate_of(module, liger, device, dtype)
-            gate, fast = tried[key]
+            gate, fast = _gate_of(module, liger, device, dtype)
             counts["gate"] += fast
             if gate is not None:
                 module.forward = types.MethodType(_gated(gate), module)
         elif type(module).__name__.endswith("Attention") and liger is not None:
-            key = type(module).__module__
-            if key not in tried:
-                tried[key] = _works(partial(_patch_rope, sys.modules[key], module, liger.rope, device, dtype))
-            counts["rope"] += bool(tried[key])
+            home = type(module).__module__
+            if home not in homes:
+                homes[home] = _works(partial(_patch_rope, sys.modules[home], module, liger.rope, device, dtype))
+            counts["rope"] += homes[home]
     log.info("kernels of Liger in use: %s", counts)
     return counts
 
@@ -161,13 +156,13 @@ def _same_norm(module: Any, kernel: Callable[..., Tensor], device: torch.device)
 
 
 def _patch_rope(home: Any, attention: Any, kernel: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> bool:
-    """Puts a kernel in the place of a modelling file's rotation, for tensors on CUDA."""
-    own = getattr(home, "apply_rotary_pos_emb", None)
-    if own is None or getattr(own, "_fedlora", False):
-        return own is not None
+    """Puts a kernel in the place of a modelling file's rotation, for tensors on CUDA of the widths and types that were tried."""
+    known = getattr(home, "apply_rotary_pos_emb", None)
     width = int(getattr(attention, "head_dim", 0))
-    if not width:
+    if known is None or not width:
         return False
+    nothing: set[tuple[int, torch.dtype]] = set()
+    own, proved = getattr(known, "_fedlora", (known, nothing))
     q, k = (torch.randn(1, 6, h, width, device=device, dtype=dtype).transpose(1, 2) for h in (4, 2))
     angles = torch.rand(1, 6, width // 2, device=device).repeat(1, 1, 2)
     cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
@@ -176,12 +171,13 @@ def _patch_rope(home: Any, attention: Any, kernel: Callable[..., Any], device: t
         ours = kernel(q.clone(), k.clone(), cos, sin)
     if not all(_close(a, b) for a, b in zip(ours, right, strict=True)):
         return False
+    proved.add((width, dtype))
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        fits = q.is_cuda and not args and not kwargs and cos.shape[-1] == q.shape[-1]
+        fits = q.is_cuda and not args and not kwargs and cos.shape[-1] == q.shape[-1] and (q.shape[-1], q.dtype) in proved
         return kernel(q, k, cos, sin) if fits else own(q, k, cos, sin, *args, **kwargs)
 
-    rotate._fedlora = True  # type: ignore[attr-defined]
+    rotate._fedlora = (own, proved)  # type: ignore[attr-defined]
     home.apply_rotary_pos_emb = rotate
     return True
 

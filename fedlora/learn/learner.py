@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,22 +13,18 @@ import torch
 from fedlora.adapter import Adapter, Factors, Layout
 from fedlora.config import canonical
 from fedlora.data import Batch, Cursor, Stream, Tokens
-from fedlora.errors import ConfigError, DataError, NonFiniteUpdate, StoreError
+from fedlora.errors import ConfigError, DataError, NonFiniteUpdate, ResourceError, StoreError
 from fedlora.learn.evaluate import evaluate
-from fedlora.learn.forecast import Forecast, forecast
+from fedlora.learn.forecast import Forecast, evaluated_at_once, forecast
 from fedlora.learn.loop import OnStep, derived_seed, learning_rate, train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.optimiser import dump_moments, forget_moments, load_moments, make_optimiser
 from fedlora.learn.options import TrainOptions
-from fedlora.learn.pace import Pace
+from fedlora.learn.pace import Pace, is_out_of_memory
 from fedlora.learn.ranks import Ranks
 from fedlora.site import Trained
 
 __all__ = ["HFLearner", "TrainOptions", "dump_state", "parse_state"]
-
-
-_EVALUATED_AT_ONCE = 16_384
-"""Tokens of a batch in evaluation, at most: a plan's batch may be larger than what is computed at once."""
 
 
 class HFLearner:
@@ -107,8 +104,9 @@ class HFLearner:
     def steps(self) -> int:
         """Optimiser steps in a round."""
         o = self._options
-        per_epoch = -(-self._stream.steps_per_epoch() // o.gradient_accumulation_steps)
-        return o.local_steps or o.local_epochs * per_epoch
+        if o.local_steps:
+            return o.local_steps
+        return o.local_epochs * -(-self._stream.steps_per_epoch() // o.gradient_accumulation_steps)
 
     def forecast(self, *, processes: int = 1) -> Forecast:
         """What a round will take here, from one measured step; nothing is changed."""
@@ -121,19 +119,32 @@ class HFLearner:
         self._team = team
 
     def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
-        """Metrics of ``adapter`` on the held-out rows; none if there are no such rows."""
+        """Metrics of ``adapter`` on the held-out rows; none if there are no such rows.
+
+        Raises:
+            ResourceError: out of memory on a single row.
+        """
         self._model.set(adapter)
         if not self._held_out:
             return {}
-        o = self._options
-        return evaluate(
-            self._model,
-            self._held_out,
-            rows=max(1, min(o.per_device_train_batch_size, _EVALUATED_AT_ONCE // o.max_length)),
-            max_length=o.max_length,
-            coarse_chars=o.coarse_chars,
-            packing=o.packing,
-        ).metrics()
+        o, rows = self._options, evaluated_at_once(self._options, self._pace)
+        while True:
+            try:
+                found = evaluate(
+                    self._model,
+                    self._held_out,
+                    rows=rows,
+                    max_length=o.max_length,
+                    coarse_chars=o.coarse_chars,
+                    packing=o.packing,
+                )
+                return found.metrics()
+            except (RuntimeError, MemoryError) as e:
+                if not is_out_of_memory(e):
+                    raise
+            if rows == 1:
+                raise ResourceError("out of memory on one row of evaluation", hint="a smaller max_length in the plan")
+            rows //= 2
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         """Trains from ``adapter``, which may have another rank than the plan's, for one round.
@@ -152,9 +163,9 @@ class HFLearner:
         self._model.set_trained(factors)
         optimiser = self._restored(state, factors)
         ranks = self._team() if self._team is not None else None
-        if ranks is not None and ranks.rank == 0:
-            ranks.tell((adapter, round, state, factors))
         try:
+            if ranks is not None and ranks.rank == 0:
+                ranks.tell((adapter, round, state, factors))
             spent = train_steps(
                 self._model,
                 self._groups(),
@@ -177,9 +188,11 @@ class HFLearner:
             )
         except (NonFiniteUpdate, DataError):
             raise  # at every rank in the same step: they are told what comes next as ever
-        except BaseException:
+        except BaseException as e:
             if ranks is not None:
                 ranks.abandon()  # the others wait for a sum that will not come
+            if is_out_of_memory(e):
+                raise ResourceError("out of memory", hint="gpu_memory_gib or micro_batch_tokens in the site file") from None
             raise
         after = dump_state(self._cursor, dump_moments(optimiser) if o.optimizer_state == "keep" else b"")
         self._given = (after, self._cursor) if o.optimizer_state == "keep" else None
@@ -222,10 +235,20 @@ class HFLearner:
             batches.append(batch)
         return batches, cursor
 
-    def tell(self, step: int, loss: float) -> None:
+    def tell(self, step: int, steps: int, loss: float) -> None:
         """Passes on that a step (from 1) of this round is done."""
         if self._on_step is not None:
-            self._on_step(step, self.steps, loss)
+            self._on_step(step, steps, loss)
+
+    def facts(self) -> bytes:
+        """SHA-256 of all that a step follows from besides adapter and place: base, rows, options; 32 bytes.
+
+        Processes that work together compare it: the same steps must mean the same to all of them.
+        """
+        h = hashlib.sha256(canonical([self.base, self._site, asdict(self._options), asdict(self._model.options)]))
+        for example in self._stream.examples:
+            h.update(len(example).to_bytes(4, "little") + example.input_ids.tobytes() + example.labels.tobytes())
+        return h.digest()
 
 
 def _check_length(model: LoraModel, max_length: int) -> None:

@@ -127,9 +127,7 @@ def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: 
         loss = torch.zeros((), dtype=torch.float64, device=model.base.device)
         try:
             for batch in pace.cut(batches) if pace is not None and batches else batches:
-                part = model.forward(batch).nll.sum() / total
-                part.backward()  # type: ignore[no-untyped-call]
-                loss += part.detach()
+                loss += _backward(model, batch, total)
             return loss
         except (RuntimeError, MemoryError) as e:
             if pace is None or not is_out_of_memory(e):
@@ -140,6 +138,13 @@ def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: 
         if model.base.device.type == "cuda":
             torch.cuda.empty_cache()
         pace.shrink(batches)
+
+
+def _backward(model: LoraModel, batch: Batch, total: int) -> torch.Tensor:
+    """A function of its own, so that nothing of a failed way back stays alive while a smaller one is tried."""
+    part = model.forward(batch).nll.sum() / total
+    part.backward()  # type: ignore[no-untyped-call]
+    return part.detach()
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import bitsandbytes as bnb
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
@@ -52,6 +53,7 @@ class LoraModel:
         current: the same with the shapes of the adapter that is set.
         scale: alpha / r, or alpha / sqrt(r), read from PEFT's layers; no unit.
         forward: batches to losses.
+        fused: whether its layers are :class:`fedlora.learn.fused.FusedLora`.
     """
 
     def __init__(self, base: Base, options: LoraOptions, peft_model: Any) -> None:
@@ -66,6 +68,7 @@ class LoraModel:
         self.current = self.layout
         self.scale = _one_scale(peft_model)
         self.forward = Forward(peft_model.get_base_model(), base.device)
+        self.fused = all(isinstance(m, FusedLora) for m in peft_model.modules() if isinstance(m, LoraLayer))
         self._dial: Dial = "none"
         self._spare: tuple[Hashable, torch.optim.Optimizer] | None = None
 
@@ -159,7 +162,7 @@ class LoraModel:
     @property
     def dials(self) -> tuple[Dial, ...]:
         """What :meth:`set_checkpointing` can be set to here, from the fastest to the smallest."""
-        return ("none", "selective", "full") if self.base.options.fused else ("none", "full")
+        return ("none", "selective", "full") if self.fused else ("none", "full")
 
     def set_checkpointing(self, dial: Dial) -> None:
         """What is computed again on the way back instead of being kept; ``selective`` is ``none`` where layers are not fused."""
@@ -186,8 +189,9 @@ def attach(base: Base, options: LoraOptions) -> LoraModel:
     """
     if any(isinstance(m, LoraLayer) for m in base.model.modules()):
         raise ValueError("this base has an adapter already; load it again, or share the LoraModel")
-    config = _config(base, options)
-    if base.options.fused:
+    fused = base.options.fused and _linear_types(base) <= {torch.nn.Linear, bnb.nn.Linear4bit, DequantisedLinear}
+    config = _config(base, options, fused=fused)
+    if fused:
         install_kernels(base.model, base.device)
     try:
         with warnings.catch_warnings():
@@ -203,7 +207,7 @@ def attach(base: Base, options: LoraOptions) -> LoraModel:
     return model
 
 
-def _config(base: Base, options: LoraOptions) -> LoraConfig:
+def _config(base: Base, options: LoraOptions, *, fused: bool) -> LoraConfig:
     linear = _linear_names(base)
     if options.target_modules != "all-linear":
         for target in options.target_modules:
@@ -222,10 +226,14 @@ def _config(base: Base, options: LoraOptions) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module(
-        {torch.nn.Linear: FusedLora} if base.options.fused else {DequantisedLinear: _LoraOnDequantised}
-    )
+    config._register_custom_module({torch.nn.Linear: FusedLora} if fused else {DequantisedLinear: _LoraOnDequantised})
     return config
+
+
+def _linear_types(base: Base) -> set[type]:
+    """A class of a base's own may compute something else than its weight says: fused layers would leave that out."""
+    head = base.model.get_output_embeddings()
+    return {type(m) for m in base.model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
 
 
 def _linear_names(base: Base) -> set[str]:

@@ -30,7 +30,8 @@ class BaseOptions:
             code, so logits and gradients are the same bits on a CPU. It takes 2 bytes a weight (bfloat16) instead of about
             0.52 (4 bits, plus scales): 0.27 against 0.12 GB for 135 M parameters, 14 against 4 GB for 7 B.
         attn_implementation: ``sdpa`` and ``eager`` take the block masks that packing needs; ``varlen`` takes documents one behind
-            another without padding or mask (torch's kernel on CUDA, document by document elsewhere).
+            another without padding or mask (torch's kernel on CUDA, document by document elsewhere),
+            or is ``sdpa`` for a model that does not compute the same with it.
         fused: adapter products in the base's type and kernels of Liger's where they are installed; otherwise PEFT's
             arithmetic, adapters in float32. Both train float32 factors; they differ by rounding.
         threads: CPU threads; 0 leaves torch's choice. Another number may change the last bits of a sum.
@@ -49,7 +50,7 @@ class BaseOptions:
     bnb_4bit_compute_dtype: DType = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     keep_dequantised: bool = False
-    attn_implementation: Literal["auto", "sdpa", "eager", "varlen"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "varlen"] = "sdpa"
     fused: bool = False
     threads: int = 0
     converted: Path | None = None
@@ -58,7 +59,10 @@ class BaseOptions:
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError("load_in_4bit and load_in_8bit exclude each other")
         if self.fused and (self.load_in_8bit or (self.load_in_4bit and self.bnb_4bit_compute_dtype != self.dtype)):
-            raise ConfigError("fused needs a base that is plain or in 4 bits, computed in its own dtype", hint="fused = False")
+            raise ConfigError(
+                "fused needs a base that is plain or in 4 bits, computed in its own dtype",
+                hint="bnb_4bit_compute_dtype equal to dtype",
+            )
         if self.keep_dequantised and self.load_in_4bit and self.bnb_4bit_compute_dtype != self.dtype:
             # bitsandbytes rounds to `dtype` on the way back but not on the way there: one stored copy cannot be both.
             raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedlora.data import Batch, regroup
+from fedlora.data import Batch, by_rows, regroup
 from fedlora.errors import ResourceError
 from fedlora.learn.forward import LENGTH_MULTIPLE
 from fedlora.learn.lora import LoraModel
@@ -63,7 +63,7 @@ class Pace:
     """Cuts steps into micro-batches; all learners that share a model share its pace.
 
     Args:
-        dial: what to compute again; ``auto``: what is fastest of what fits.
+        dial: what to compute again; ``auto``, or what these layers do not know: what is fastest of what fits.
         floor: the least that ``auto`` computes again.
         tokens: most tokens of a micro-batch; 0: as many as fit, or as the plan says where nothing is to be measured.
         limit_bytes: most GPU memory to use; 0: what is free.
@@ -109,22 +109,40 @@ class Pace:
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Makes ready for steps like this one; measures on the first of them that is large, on CUDA."""
-        size = sum(b.tokens for b in batches)
-        if self._model.base.device.type == "cuda" and self.chosen is None and (size > _UNMEASURED or self._wanted_tokens):
+        size = self._size(batches)
+        if (
+            self._model.base.device.type == "cuda"
+            and self.chosen is None
+            and size
+            and (size > _UNMEASURED or self._wanted_tokens)
+        ):
             self.measure(batches)
         elif self._dial is None and size:
             self._dial = self._dials()[0]
         self._model.set_checkpointing(self.dial)
 
     def cut(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """The micro-batches of a step."""
+        """The micro-batches of a step: of documents one behind another, or of rows where attention takes a mask."""
+        if self._model.forward.padded:
+            return by_rows(batches, tokens=self._tokens) if self._tokens else batches
         on_gpu = self._model.base.device.type == "cuda"
         if not self._tokens and not on_gpu:
             return batches
+        return self._regrouped(batches, self._tokens or sum(b.tokens for b in batches))
+
+    def _regrouped(self, batches: Sequence[Batch], tokens: int) -> list[Batch]:
         tokenizer = self._model.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        most = self._tokens or sum(b.tokens for b in batches)
-        return regroup(batches, tokens=most, pad_token_id=pad, multiple=LENGTH_MULTIPLE if on_gpu else 1)
+        multiple = LENGTH_MULTIPLE if self._model.base.device.type == "cuda" else 1
+        return regroup(batches, tokens=tokens, pad_token_id=pad, multiple=multiple)
+
+    def _least(self, batches: Sequence[Batch]) -> int:
+        """Tokens of the smallest micro-batch that can be cut: the longest example, or the longest row."""
+        return max(b.labels.shape[1] for b in batches) if self._model.forward.padded else max(_lengths(batches))
+
+    def _size(self, batches: Sequence[Batch]) -> int:
+        """Tokens of a step, with padding where it is computed."""
+        return sum(b.labels.size if self._model.forward.padded else b.tokens for b in batches)
 
     def shrink(self, batches: Sequence[Batch]) -> None:
         """After a step that did not fit: halves the micro-batch; once that is a single example, computes more again instead.
@@ -132,8 +150,8 @@ class Pace:
         Raises:
             ResourceError: nothing smaller is left.
         """
-        longest = max(_lengths(batches))
-        now = min(self._tokens or sum(b.tokens for b in batches), sum(b.tokens for b in batches))
+        longest, size = self._least(batches), self._size(batches)
+        now = min(self._tokens or size, size)
         later = [d for d in self._model.dials if self._model.dials.index(d) > self._model.dials.index(self.dial)]
         if now > longest:
             self._tokens = max(longest, now // 2)
@@ -150,17 +168,17 @@ class Pace:
 
     def _dials(self) -> tuple[Dial, ...]:
         offered, floor = self._model.dials, self._floor
-        if self._wanted_dial != "auto":
-            return tuple(d for d in offered if d == self._wanted_dial) or offered[:1]
+        if self._wanted_dial in offered:
+            return tuple(d for d in offered if d == self._wanted_dial)
         return offered[offered.index(floor) :] if floor in offered else offered[:1]
 
     def measure(self, batches: Sequence[Batch]) -> None:
         """Tries each setting of the dial on these rows, on CUDA, and takes the fastest that fits."""
         began, dials = time.perf_counter(), self._dials()
-        step = sum(b.tokens for b in batches)
+        step = self._size(batches)
         found = [m for dial in dials if (m := self._try(batches, dial, step)) is not None]
         if not found:
-            self._dial, self._tokens = dials[-1], max(_lengths(batches))  # the step itself will say what is wrong
+            self._dial, self._tokens = dials[-1], self._least(batches)  # the step itself will say what is wrong
             self.chosen = Measured(self._dial, self._tokens, 0, 0.0)
             return
         best = min(found, key=lambda m: m.token_s)
@@ -174,16 +192,16 @@ class Pace:
 
     def _try(self, batches: Sequence[Batch], dial: Dial, step: int) -> Measured | None:
         """The largest micro-batch that fits under one setting of the dial, and its speed; None if nothing fits."""
-        device, longest = self._model.base.device, max(_lengths(batches))
+        device, longest = self._model.base.device, self._least(batches)
         self._model.set_checkpointing(dial)
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         moments = 8 * sum(p.numel() for p in self._model.trainable())
         room = _ROOM * (min(free, self._limit) if self._limit else free) - held - moments
-        most = min(_MOST, self._wanted_tokens or _MOST)
+        most = max(longest, min(_MOST, self._wanted_tokens or _MOST))
         try:
-            probe = self._probe(batches, max(_FIRST, longest))
+            probe = self._probe(batches, min(most, max(_FIRST, longest)))
             before = _Probe(0, 0, 0.0)
             while True:
                 # A line through the last two: what a token takes grows less than in proportion while matrices are small.
@@ -195,7 +213,10 @@ class Pace:
                 tokens = min(fits, -(-step // parts) + longest // 2)  # cuts fall between examples
                 if probe.tokens >= 0.8 * tokens:
                     break
-                before, probe = probe, self._probe(batches, min(tokens, 3 * probe.tokens))
+                larger = self._probe(batches, min(tokens, 3 * probe.tokens))
+                if larger.tokens <= probe.tokens:
+                    break  # long examples cannot be cut finer: this is as large as it gets
+                before, probe = probe, larger
         except torch.OutOfMemoryError:
             self._clear()
             return None
@@ -206,7 +227,8 @@ class Pace:
         """Forward and backward of one micro-batch of about so many tokens."""
         device = self._model.base.device
         pool = list(batches) * (1 + tokens // max(1, sum(b.tokens for b in batches)))
-        one = regroup(pool, tokens=tokens, pad_token_id=0, multiple=LENGTH_MULTIPLE)[0]
+        padded = self._model.forward.padded
+        one = max(by_rows(pool, tokens=tokens) if padded else self._regrouped(pool, tokens), key=lambda b: b.tokens)
         held = torch.cuda.memory_allocated(device)
         self._model.peft_model.train()
         with torch.random.fork_rng([device]):
@@ -219,7 +241,7 @@ class Pace:
                 seconds = time.perf_counter() - began
                 peak = torch.cuda.max_memory_allocated(device) - held
                 self._clear()
-        return _Probe(one.tokens, peak, seconds)
+        return _Probe(self._size([one]), peak, seconds)
 
     def _clear(self) -> None:
         for parameter in self._model.trainable():

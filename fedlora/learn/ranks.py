@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _IDLE = timedelta(days=400)  # between two rounds
 _TRAIN, _END = 1, 0
 _WORDS = object()
 _PARTING_S = 20.0
+_SHORTEST_S, _LONGEST_S = 1e-4, 0.05
 
 Word = tuple[Adapter, int, bytes, Factors]
 """What rank 0 tells the others: adapter, round, state, factors; the arguments of ``Learner.train``."""
@@ -45,13 +47,16 @@ class Ranks:
         count: processes.
         meeting: file by which they find each other; new for each group, in a directory of the site's own, kept as long as it.
         device: where this one computes, by torch's name.
+        facts: what all ranks must agree on, 32 bytes; see :meth:`fedlora.learn.learner.HFLearner.facts`.
         gone: set by whoever sees that another rank ended.
 
     Raises:
-        ResourceError: the others did not come.
+        ResourceError: the others did not come, or have other rows.
     """
 
-    def __init__(self, *, rank: int, count: int, meeting: Path, device: str, gone: threading.Event | None = None) -> None:
+    def __init__(
+        self, *, rank: int, count: int, meeting: Path, device: str, facts: bytes, gone: threading.Event | None = None
+    ) -> None:
         self.rank, self.count, self._device = rank, count, torch.device(device)
         self._gone = gone or threading.Event()
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
@@ -62,11 +67,27 @@ class Ranks:
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count, timeout=_STEP)
             self._words = dist.new_group(backend="gloo", timeout=_IDLE)
             dist.monitored_barrier(self._words, timeout=_MEETING)
-            self._guarded(lambda: dist.all_reduce(torch.zeros(1, device=self._device)))  # NCCL connects at its first sum
-        except (RuntimeError, ValueError) as e:
+            self._agree(facts)
+            first = torch.zeros(1, device=self._device)
+            self._guarded(lambda: dist.all_reduce(first, async_op=True))  # NCCL connects at its first sum
+        except BaseException as e:
+            self.close()  # else no other group could ever be made in this process
+            if not isinstance(e, RuntimeError | ValueError):
+                raise
             raise ResourceError(
                 f"the processes of this site's GPUs did not meet: {e}", hint="gpus = 1 in the site file"
             ) from None
+
+    def _agree(self, facts: bytes) -> None:
+        """Rank 0's facts are all ranks' facts, or nobody goes on."""
+        here = torch.from_numpy(np.frombuffer(facts, np.uint8).copy())
+        same = torch.tensor([int(torch.equal(self._pass_on(here.clone()), here))])
+        self._guarded(lambda: dist.all_reduce(same, dist.ReduceOp.MIN, group=self._words, async_op=True))
+        if not int(same):
+            raise ResourceError(
+                "the processes of this site's GPUs do not have the same rows, base or settings",
+                hint="a file was changed while the site ran: restart the site",
+            )
 
     # --- words -------------------------------------------------------------------------------------------------
 
@@ -94,7 +115,7 @@ class Ranks:
     def _pass_on(self, tensor: torch.Tensor, *, by: Any = _WORDS) -> torch.Tensor:
         """Rank 0's tensor to all; words on the CPU over gloo, an adapter from card to card."""
         group = self._words if by is _WORDS else by
-        self._guarded(lambda: dist.broadcast(tensor, 0, group=group))
+        self._guarded(lambda: dist.broadcast(tensor, 0, group=group, async_op=True))
         return tensor
 
     # --- steps -------------------------------------------------------------------------------------------------
@@ -106,15 +127,15 @@ class Ranks:
     def add_up(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor, total: int) -> torch.Tensor:
         """Puts the sum of all ranks' gradients in the place of this one's; returns the sum of their losses.
 
-        All ranks get the same bits, whoever came first: sums are made in order of rank.
+        All ranks get the same bits, whoever came first: a rank is a card, and its place in the sum is fixed.
 
         Raises:
             ResourceError: another rank ended, or is not at the same step.
         """
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
         numbers = torch.stack([loss.double(), torch.tensor(float(total), dtype=torch.float64, device=loss.device)])
-        self._guarded(lambda: dist.all_reduce(flat))
-        self._guarded(lambda: dist.all_reduce(numbers))
+        self._guarded(lambda: dist.all_reduce(flat, async_op=True))
+        self._guarded(lambda: dist.all_reduce(numbers, async_op=True))
         if float(numbers[1]) != self.count * total:
             raise ResourceError("the processes of this site's GPUs do not train on the same rows", hint="restart the site")
         at = 0
@@ -139,13 +160,20 @@ class Ranks:
             parting.start()
             parting.join(_PARTING_S)
 
-    def _guarded(self, work: Any) -> None:
+    def _guarded(self, start: Callable[[], Any]) -> None:
+        """Waits for what ``start`` began, in pieces: a signal is heard, and so is the end of another rank."""
         try:
-            work()
+            work, pause = start(), _SHORTEST_S
+            while not work.is_completed():
+                if self._gone.is_set():
+                    raise RuntimeError("it is gone")
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_S)
+            work.wait()
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
+            if self._gone.is_set():
+                raise RuntimeError("it is gone")
         except RuntimeError as e:
             self.abandon()
             raise ResourceError(f"a process of another GPU of this site ended: {e}", hint="see the site's log") from None
-        if self._gone.is_set():
-            raise ResourceError("a process of another GPU of this site ended", hint="see the site's log")

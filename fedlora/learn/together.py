@@ -57,7 +57,7 @@ class Together:
             wrong.append("lora_dropout = 0")
         if o.local_epochs:
             wrong.append("local_steps")
-        if not self._model.base.options.fused or self._model.forward.padded:
+        if not self._model.fused or self._model.forward.padded:
             wrong.append("fused layers and attention over documents")
         if wrong:
             raise ConfigError(f"sites can only be trained in one pass with {', '.join(wrong)}", hint="leave --batch-sites out")
@@ -88,15 +88,17 @@ class Together:
         if self._too_large:
             return {}
         try:
-            return self._train_all(adapter, round=round, factors=factors)
-        except NonFiniteUpdate:
+            try:
+                return self._train_all(adapter, round=round, factors=factors)
+            finally:
+                self._model.set(adapter)  # one adapter again, for whoever comes next, whatever happened
+        except (NonFiniteUpdate, DataError):
             return {}
         except (RuntimeError, MemoryError) as e:
             if not is_out_of_memory(e):
                 raise
         log.warning("out of memory with %d sites at once: they train one after the other", len(self._learners))
         self._too_large = True
-        self._model.set(adapter)
         return {}
 
     def _train_all(self, adapter: Adapter, *, round: int, factors: Factors) -> dict[str, Trained]:
@@ -123,13 +125,12 @@ class Together:
             optimiser.zero_grad(set_to_none=True)
             for one, group, loss, learner in zip(spent, groups, losses, learners, strict=True):
                 one.add(group, loss)
-                learner.tell(step + 1, loss)
+                learner.tell(step + 1, o.local_steps, loss)
         seconds = (time.perf_counter() - began) / len(sites)
         found = {}
         for site, local, one, place in zip(sites, model.get_stacked(), spent, places, strict=True):
             metrics = {"train/loss": one.nats / max(one.tokens, 1), "train/steps": float(o.local_steps), "train/seconds": seconds}
             found[site] = Trained(local, one.tokens, one.examples, metrics, dump_state(place, b""))
-        model.set(adapter)  # one adapter again, for whoever comes next
         return found
 
 

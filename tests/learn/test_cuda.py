@@ -232,7 +232,8 @@ def test_each_step_of_the_dial_needs_less_memory(wide: Path, lora: Callable[...,
     batches = regroup(list(in_order(full_rows, rows=64, max_length=128, packing=True, pad_token_id=0)), tokens=9000,
                       pad_token_id=0, multiple=64)  # fmt: skip
     found = {dial: gradient(model, batches, dial) for dial in ("none", "selective", "full")}
-    assert found["full"][2] < 0.6 * found["selective"][2] < 0.9 * 0.6 * found["none"][2] / 0.6
+    assert found["full"][2] < 0.6 * found["selective"][2]
+    assert found["selective"][2] < 0.9 * found["none"][2]
     for dial in ("selective", "full"):
         assert distance(found[dial][1], found["none"][1]) < 0.02
 

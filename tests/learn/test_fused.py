@@ -12,7 +12,7 @@ import torch
 
 from fedlora.data import IGNORE, Tokens, in_order, regroup
 from fedlora.errors import ConfigError
-from fedlora.learn.attention import VARLEN, can_vary, document_ends
+from fedlora.learn.attention import VARLEN, document_ends, use_varlen
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.fused import FusedLora, note_made
 from fedlora.learn.learner import HFLearner, TrainOptions
@@ -76,8 +76,6 @@ def test_dropout_drops_the_adapters_input_and_not_the_bases(gradient: Callable[.
     plain, dropped, again = (gradient(FUSED, flat=True, lora_dropout=p)[1] for p in (0.0, 0.5, 0.5))
     np.testing.assert_array_equal(dropped, again)
     assert distance(dropped, plain) > 0.05
-    base, peft = (gradient(b, lora_dropout=0.9)[0] for b in (FUSED, {}))
-    assert base == pytest.approx(peft, rel=0.05)  # the base's own product is whole, whatever is dropped
 
 
 @pytest.mark.parametrize("factors", ["A", "B"])
@@ -199,12 +197,43 @@ def test_ends_of_documents():
     assert longest == 3
 
 
-@pytest.mark.parametrize("setting", [{"attn_logit_softcapping": 50.0}, {"head_dim": 512}])
-def test_a_model_that_asks_more_of_its_attention_gets_another_kernel(setting: dict[str, Any]):
-    from transformers import Gemma2Config, LlamaConfig
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
-    assert can_vary(LlamaConfig())
-    assert not can_vary(Gemma2Config(**{"attn_logit_softcapping": None, "head_dim": 128, **setting}))
+
+def built(name: str, **settings: Any) -> Any:
+    """A tiny random model of another architecture, with its own attention."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("Llama", {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}, True),
+        ("Qwen2", {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}, True),
+        ("Granite", {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "attention_dropout": 0.1}, False),
+        ("Falcon", SMALL, False),  # never asks for its attention by name
+        ("CodeGen", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}, False),
+        ("Lfm2", {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, False),
+    ],
+)
+def test_a_model_gets_the_kernel_only_if_it_computes_the_same_with_it(name: str, settings: dict[str, Any], expected: bool):
+    """Some look into the future without a mask, some carry a state over the border of documents: names do not tell."""
+    try:
+        model = built(name, **settings)
+    except (ValueError, TypeError, NotImplementedError):
+        model = None
+    if model is None:
+        pytest.skip(f"this transformers builds no such {name}")
+    own = model.config._attn_implementation
+    assert use_varlen(model) is expected
+    assert model.config._attn_implementation == (VARLEN if expected else own)
+    ids = torch.arange(9)[None] % 64
+    if not expected:
+        assert torch.isfinite(model(input_ids=ids).logits).all()  # its own attention still works
 
 
 def test_what_a_model_asks_and_the_kernel_lacks_is_refused_and_not_left_out(lora: Callable[..., Any]):
@@ -244,3 +273,32 @@ def test_padding_has_no_loss(rows: Sequence[Tokens]):
     behind = batch.documents[0] < 0
     assert (batch.labels[0, behind] == IGNORE).all()
     assert (batch.input_ids[0, behind] == 7).all()
+
+
+def test_dropout_leaves_the_bases_product_whole(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    """With B = 0 the adapter adds nothing, whatever of its input is dropped."""
+    losses = []
+    for dropout in (0.0, 0.9):
+        model = lora({"dtype": "float32", **FUSED}, lora_dropout=dropout)
+        model.peft_model.train()
+        (batch, *_) = in_order(rows, rows=4, max_length=96, packing=True, pad_token_id=256)
+        losses.append(model.forward(batch).nll.detach())
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-6)
+
+
+def test_a_linear_layer_of_a_models_own_is_not_taken_for_a_plain_one(load: Callable[..., Any]):
+    from fedlora.learn.lora import LoraOptions, attach
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    base = load(dtype="float32", fused=True, attn_implementation="varlen")
+    base.model.model.layers[0].mlp.up_proj.__class__ = Doubled
+    ids = torch.arange(5)[None]
+    given = {"cu_seq_lens_q": torch.tensor([0, 5], dtype=torch.int32), "max_length_q": 5}
+    with torch.no_grad():
+        before = base.model(input_ids=ids, **given).logits
+        model = attach(base, LoraOptions(r=4, lora_alpha=8))
+        assert not model.fused
+        torch.testing.assert_close(base.model(input_ids=ids, **given).logits, before)

@@ -30,6 +30,7 @@ class Full:
     def __init__(self, inner: Any, most: int, *, backward: bool) -> None:
         self._inner, self._most, self._backward = inner, most, backward
         self.seen: list[int] = []
+        self.padded = inner.padded
 
     def __call__(self, batch: Any) -> Any:
         self.seen.append(batch.tokens)
@@ -98,10 +99,11 @@ def test_at_a_single_example_more_is_computed_again_and_then_it_is_over(lora: Ca
 def test_another_error_is_not_taken_for_a_lack_of_memory(lora: Callable[..., Any], rows: Sequence[Tokens]):
     model = lora(PADDED)
 
-    def broken(batch: Any) -> Any:
-        raise RuntimeError("a bug")
+    class Broken(Full):
+        def __call__(self, batch: Any) -> Any:
+            raise RuntimeError("a bug")
 
-    model.forward = broken
+    model.forward = Broken(model.forward, 0, backward=False)
     with pytest.raises(RuntimeError, match="a bug"):
         trained(model, rows, Pace(model))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"))

@@ -52,11 +52,11 @@ def learner(site: Path) -> Any:
 
 
 @pytest.fixture
-def team(site: Path, tmp_path: Path) -> Iterator[Callable[[int], Team]]:
+def team(site: Path, tmp_path: Path, learner: Any) -> Iterator[Callable[[int], Team]]:
     made: list[Team] = []
 
     def make(count: int) -> Team:
-        made.append(Team(site, plan(), devices=["cpu"] * count, state=tmp_path / "team", report=silent))
+        made.append(Team(site, plan(), devices=["cpu"] * count, state=tmp_path / "team", facts=learner.facts(), report=silent))
         return made[-1]
 
     yield make
@@ -95,9 +95,12 @@ def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_roun
     one = team(3)
     learner.join(one.ranks)
     (straight,) = rounds(learner, first, 1)
+    ranks = one.ranks()
     os.kill(one.pids()[1], signal.SIGKILL)
+    learner.join(lambda: ranks)  # the group as it was known a moment before
     with pytest.raises(ResourceError, match="ended"):
         learner.train(first, round=1, state=b"")
+    learner.join(one.ranks)
     (again,) = rounds(learner, first, 1)  # others were started
     assert again.adapter.digest() == straight.adapter.digest()
     assert again.state == straight.state
@@ -107,9 +110,11 @@ def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_roun
 
 def test_kill_9_of_the_site_leaves_no_process_behind(site: Path, tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from fedlora.follow import Team; from fedlora.config import parse_plan\n"
-        "team = Team(Path(sys.argv[1]), parse_plan(sys.argv[2].encode()), devices=['cpu'] * 2, state=Path(sys.argv[3]),"
-        " report=lambda *_: None)\n"
+        "import sys, time; from pathlib import Path; from fedlora import build; from fedlora.follow import Team\n"
+        "from fedlora.config import parse_plan\n"
+        "site, plan, quiet = Path(sys.argv[1]), parse_plan(sys.argv[2].encode()), lambda *_: None\n"
+        "facts = build.site_learner(site, plan, report=quiet).facts()\n"
+        "team = Team(site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), facts=facts, report=quiet)\n"
         "team.ranks(); print(*team.pids(), flush=True); time.sleep(60)"
     )
     argv = [sys.executable, "-c", code, str(site), plan().canonical().decode(), str(tmp_path / "team")]
@@ -159,3 +164,37 @@ def test_a_follower_that_cannot_start_is_noticed_at_once(site: Path, learner: An
     with pytest.raises(ResourceError, match="ended with status 1"):
         learner.train(first, round=1, state=b"")
     assert time.monotonic() - began < 60
+
+
+def test_rows_changed_while_the_site_ran_are_noticed_before_a_step(site: Path, learner: Any, team: Callable[[int], Team]):
+    first = learner.model.get()
+    one = team(2)
+    learner.join(one.ranks)
+    file = site.parent / "rows.jsonl"
+    original = file.read_text()
+    file.write_text(original.replace("apple", "lemon"))  # as many tokens as before
+    with pytest.raises(ResourceError, match="same rows"):
+        learner.train(first, round=1, state=b"")
+    file.write_text(original)
+    assert learner.train(first, round=1, state=b"").tokens > 0  # a failed meeting does not stand in the way of the next
+
+
+def test_a_team_that_broke_a_moment_ago_is_closed_all_the_same(
+    site: Path, learner: Any, team: Callable[[int], Team], tmp_path: Path
+):
+    one = team(2)
+    one.ranks()
+    (process,) = one.pids()
+    os.kill(process, signal.SIGKILL)
+    one.close()
+    assert one.pids() == []
+    assert not list((tmp_path / "team").iterdir())
+
+
+def test_nothing_of_the_working_directory_is_run(
+    site: Path, learner: Any, team: Callable[[int], Team], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('code of the working directory ran')")
+    monkeypatch.chdir(tmp_path)
+    learner.join(team(2).ranks)
+    assert learner.train(learner.model.get(), round=1, state=b"").tokens > 0
