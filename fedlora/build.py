@@ -276,12 +276,16 @@ def forecast(site_file: Path, plan: Plan, *, report: Report) -> dict[str, Any]:
     """What a round of the plan would take at this site, by the names of :class:`fedlora.learn.forecast.Forecast`.
 
     Raises:
+        PlanRefused: this site would not take part.
         ModelError, DataError: see the parts.
     """
     from dataclasses import asdict
 
-    found = site_learner(site_file, plan, report=report)
-    return asdict(found.forecast(processes=len(devices_of(load_site_file(site_file)))))
+    file = load_site_file(site_file)
+    if plan.model.digest and plan.lora.init_digest:  # a plan that pins nothing yet is refused for that alone
+        file.policy.check(plan, models=frozenset(file.models))
+    processes = len(devices_of(file))
+    return asdict(site_learner(site_file, plan, report=report).forecast(processes=processes))
 
 
 def site_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:

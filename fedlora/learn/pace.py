@@ -30,7 +30,7 @@ _UNMEASURED = 2048
 _FIRST = 1024
 """Tokens of the first micro-batch that is tried; each further one has at most three times as many."""
 _MOST = 32_768
-"""Tokens of a micro-batch, at most: larger ones are not faster."""
+"""Tokens of a micro-batch, at most, unless a site says more: larger ones are not faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ class Pace:
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         moments = 8 * sum(p.numel() for p in self._model.trainable())
         room = _ROOM * (min(free, self._limit) if self._limit else free) - held - moments
-        most = max(longest, min(_MOST, self._wanted_tokens or _MOST))
+        most = max(longest, self._wanted_tokens or _MOST)
         try:
             probe = self._probe(batches, min(most, max(_FIRST, longest)))
             before = _Probe(0, 0, 0.0)

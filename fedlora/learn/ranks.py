@@ -33,7 +33,7 @@ _IDLE = timedelta(days=400)  # between two rounds
 _TRAIN, _END = 1, 0
 _WORDS = object()
 _PARTING_S = 20.0
-_SHORTEST_S, _LONGEST_S = 1e-4, 0.05
+_SHORTEST_S, _LONGEST_S, _IDLE_S = 1e-4, 2e-3, 0.25  # pauses between two looks: within a step, between two rounds
 
 Word = tuple[Adapter, int, bytes, Factors]
 """What rank 0 tells the others: adapter, round, state, factors; the arguments of ``Learner.train``."""
@@ -105,17 +105,17 @@ class Ranks:
 
     def hear(self, layout: Layout) -> Word | None:
         """The others: waits for the next word, however long. ``layout`` is the plan's."""
-        kind, round, factors, rank, size, length = self._pass_on(torch.empty(6, dtype=torch.int64)).tolist()
+        kind, round, factors, rank, size, length = self._pass_on(torch.empty(6, dtype=torch.int64), pause_s=_IDLE_S).tolist()
         if kind == _END:
             return None
         vector = self._pass_on(torch.empty(size, device=self._device), by=None).cpu().numpy()
         state = self._pass_on(torch.empty(length, dtype=torch.uint8)).numpy().tobytes() if length else b""
         return Adapter(vector, layout.at_rank(rank)), round, state, _FACTORS[factors]
 
-    def _pass_on(self, tensor: torch.Tensor, *, by: Any = _WORDS) -> torch.Tensor:
+    def _pass_on(self, tensor: torch.Tensor, *, by: Any = _WORDS, pause_s: float = _LONGEST_S) -> torch.Tensor:
         """Rank 0's tensor to all; words on the CPU over gloo, an adapter from card to card."""
         group = self._words if by is _WORDS else by
-        self._guarded(lambda: dist.broadcast(tensor, 0, group=group, async_op=True))
+        self._guarded(lambda: dist.broadcast(tensor, 0, group=group, async_op=True), pause_s=pause_s)
         return tensor
 
     # --- steps -------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class Ranks:
             parting.start()
             parting.join(_PARTING_S)
 
-    def _guarded(self, start: Callable[[], Any]) -> None:
+    def _guarded(self, start: Callable[[], Any], *, pause_s: float = _LONGEST_S) -> None:
         """Waits for what ``start`` began, in pieces: a signal is heard, and so is the end of another rank."""
         try:
             work, pause = start(), _SHORTEST_S
@@ -168,7 +168,7 @@ class Ranks:
                 if self._gone.is_set():
                     raise RuntimeError("it is gone")
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_S)
+                pause = min(2 * pause, pause_s)
             work.wait()
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedlora.cli import main
-from fedlora.data import Tokens, in_order
+from fedlora.data import IGNORE, Tokens, in_order, regroup
 from fedlora.errors import ResourceError
 from fedlora.first import first_adapter
 from fedlora.learn.learner import HFLearner, TrainOptions
-from fedlora.learn.pace import Pace, is_out_of_memory
+from fedlora.learn.pace import _ROOM, Pace, _Probe, is_out_of_memory
 
 pytestmark = pytest.mark.torch
 FUSED: dict[str, Any] = {"fused": True, "attn_implementation": "varlen", "dtype": "float32"}
@@ -163,3 +168,79 @@ def test_check_says_what_a_round_takes_here(tmp_path: Path, toy: Path, capsys: p
     assert "would come too late" in text
     assert main(["check", str(plan), "--json"]) == 0
     assert "round" not in json.loads(capsys.readouterr().out)["data"]
+
+
+@given(
+    st.lists(st.integers(2, 900), min_size=1, max_size=60),
+    st.integers(1, 40_000),
+    st.integers(0, 5_000),
+    st.sampled_from([0, 64, 2000, 100_000]),
+)
+@settings(max_examples=200, deadline=None)
+def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fixed: int, wanted: int):
+    """Whatever the lengths: a card on which a token takes one byte and a micro-batch ``fixed`` more."""
+    examples = [Tokens(np.arange(n, dtype=np.int32), np.r_[IGNORE, np.arange(1, n)].astype(np.int32), 1) for n in sizes]
+    step = list(in_order(examples, rows=64, max_length=900, packing=True, pad_token_id=0))
+    model = SimpleNamespace(
+        forward=SimpleNamespace(padded=False),
+        base=SimpleNamespace(device=torch.device("cuda")),
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        dials=("none",),
+        trainable=list,
+        set_checkpointing=lambda dial: None,
+    )
+    pace = Pace(model, tokens=wanted)
+    asked: list[int] = []
+
+    def probe(batches: Any, tokens: int) -> Any:
+        asked.append(tokens)
+        assert len(asked) < 20
+        pool = list(batches) * (1 + tokens // sum(b.tokens for b in batches))
+        one = max(regroup(pool, tokens=tokens, pad_token_id=0), key=lambda b: b.tokens)
+        if fixed + one.tokens > room / _ROOM:
+            raise torch.OutOfMemoryError
+        return _Probe(one.tokens, fixed + one.tokens, 1e-3 * one.tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "_probe", probe)
+        for name, value in (("memory_allocated", 0), ("mem_get_info", (int(room / _ROOM), 0)), ("memory_reserved", 0)):
+            patch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        patch.setattr(torch.cuda, "empty_cache", lambda: None)
+        pace.measure(step)
+    assert pace.tokens >= max(sizes)
+    assert max(asked, default=0) <= max(wanted, max(sizes)) or not wanted
+    if pace.chosen is not None and pace.chosen.peak_bytes:
+        assert fixed + pace.tokens <= room + max(sizes)
+        assert pace.chosen.peak_bytes >= pace.tokens
+
+
+def test_out_of_memory_in_evaluation_takes_fewer_rows(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    model = lora(PADDED)
+    learner = HFLearner(model, rows, rows, TrainOptions(**OPTIONS, learning_rate=1e-2), site="a")
+    right = learner.evaluate(model.get())
+    full = model.forward = Full(model.forward, 50, backward=False)
+    assert learner.evaluate(model.get())["eval/nll"] == pytest.approx(right["eval/nll"], rel=1e-6)
+    assert full.seen[0] > 50
+    model.forward = Full(full._inner, 0, backward=False)
+    with pytest.raises(ResourceError, match="one row of evaluation"):
+        learner.evaluate(model.get())
+
+
+def test_nothing_of_a_failed_step_is_alive_while_a_smaller_one_is_tried(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    """Else the second attempt finds a card that is still full."""
+    model = lora(FUSED)
+    alive: list[Any] = []
+    held_at_start: list[int] = []
+
+    class Watched(Full):
+        def __call__(self, batch: Any) -> Any:
+            gc.collect()
+            held_at_start.append(sum(ref() is not None for ref in alive))
+            scored = super().__call__(batch)
+            alive.append(weakref.ref(scored.nll.grad_fn))
+            return scored
+
+    model.forward = Watched(model.forward, 60, backward=True)
+    trained(model, rows, Pace(model), local_steps=1)
+    assert len(held_at_start) >= 2
+    assert held_at_start[1] == 0
