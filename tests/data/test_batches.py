@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.data import IGNORE, Cursor, Stream, Tokens, in_order, regroup, share
+from fedlora.data import IGNORE, Cursor, Stream, Tokens, by_rows, in_order, regroup, share
 from fedlora.errors import DataError
 
 
@@ -184,6 +184,16 @@ def test_regrouping_and_sharing_keep_every_example_in_order(sizes, rows, packing
         assert documents([b for s in shares for b in s]) == right
         held = [sum(b.tokens for b in s) for s in shares]
         assert max(held) - min(held) <= 2 * max(sizes)
+
+
+@given(lengths, st.integers(1, 4), st.booleans(), st.integers(1, 60), st.integers(1, 3))
+def test_fewer_rows_at_once_are_the_same_rows(sizes, rows, packing, tokens, count):
+    batches, _ = walk(stream(sizes, rows=rows, packing=packing), count)
+    found = by_rows(batches, tokens=tokens)
+    assert documents(found) == documents(batches)
+    for b in found:
+        assert b.labels.size <= tokens or len(b.labels) == 1
+        assert sorted(set(b.documents[b.documents >= 0].tolist())) == list(range(b.examples))
 
 
 def test_a_step_is_cut_into_equal_parts_and_not_into_full_ones_and_a_rest():

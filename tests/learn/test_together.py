@@ -131,3 +131,31 @@ def test_what_is_not_built_is_refused(
 ):
     with pytest.raises(ConfigError, match="only be trained in one pass"):
         Together(sites(base, lora_options, **options))
+
+
+def test_a_site_without_a_label_fails_alone(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    from fedlora.errors import DataError
+
+    model = lora(FUSED)
+    silent = [Tokens(r.input_ids, np.full_like(r.labels, IGNORE), 1) for r in rows[:4]]
+    train = TrainOptions(local_steps=2, num_rounds=2, per_device_train_batch_size=2, max_length=48)
+    together = Together({n: HFLearner(model, data, [], train, site=n) for n, data in {"a": rows[:4], "b": silent}.items()})
+    first = model.get()
+    with pytest.raises(DataError):
+        together.one("b").train(first, round=1, state=b"")
+    assert together.one("a").train(first, round=1, state=b"").tokens > 0
+
+
+def test_an_interrupt_leaves_one_adapter_in_the_model(sites: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    from fedlora.learn import together as module
+
+    learners = sites()
+    together, first = Together(learners), learners["a"].model.get()
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        together.one("a").train(first, round=1, state=b"")
+    assert learners["a"].model.get().digest() == first.digest()
