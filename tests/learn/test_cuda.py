@@ -283,3 +283,55 @@ def test_a_measured_pace_fits_and_says_what_it_takes(wide: Path, lora: Callable[
     assert pace.tokens < 8192 or pace.dial != "none"  # all of a step with everything kept takes 2.6 GB
     assert peak <= limit
     assert forecast.peak_bytes == pytest.approx(peak, rel=0.15)
+
+
+# --- several cards --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.timeout(240)
+def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_replaced(toy: Path, tmp_path: Path):
+    """Over NCCL: a sum that waits on the card for a dead process must not wait for ever."""
+    import json
+    import os
+    import signal
+    import threading
+    import time
+
+    from fedlora import build
+    from fedlora.config import Plan
+    from fedlora.errors import ResourceError
+    from fedlora.follow import Team
+
+    rows = [{"prompt": f"{'apple ' * (1 + i % 5)}{i} is", "completion": " red"} for i in range(64)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    site = tmp_path / "site.toml"
+    site.write_text(f'models = {{ "HuggingFaceTB/SmolLM2-135M-Instruct" = "{toy}" }}\n[data]\npath = "rows.jsonl"\n')
+
+    def start(steps: int) -> tuple[Any, Team]:
+        tables = {"training": {"max_length": 64, "per_device_train_batch_size": 4}, "federation": {"local_steps": steps}}
+        plan = Plan.model_validate_json(json.dumps(tables))
+        learner = build.site_learner(site, plan, report=lambda *_: None)
+        team = Team(
+            site, plan, devices=["cuda:0", "cuda:1"], state=tmp_path / "team", facts=learner.facts(), report=lambda *_: None
+        )
+        learner.join(team.ranks)
+        return learner, team
+
+    learner, team = start(3)
+    first = learner.model.get()
+    once, twice = (learner.train(first, round=1, state=b"").adapter.digest() for _ in range(2))
+    assert once == twice
+    began = time.monotonic()
+    team.close()
+    assert time.monotonic() - began < 15
+    learner, team = start(100_000)
+    team.ranks()
+    (process,) = team.pids()
+    threading.Timer(3.0, lambda: os.kill(process, signal.SIGKILL)).start()
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match="ended"):
+        learner.train(first, round=1, state=b"")
+    assert time.monotonic() - began < 30
+    assert team.ranks().count == 2  # another process took its place
+    team.close()
