@@ -529,9 +529,9 @@ class SiteFile(Section):
     gpu_memory_gib: Annotated[float, Field(ge=0, le=1024)] = 0.0
     """most memory to take on each of them, GiB; 0: what is free"""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """computed again instead of kept: nothing, all but products, all; auto: measured"""
+    """computed again instead of kept: nothing, all but products, all; auto: measured. More if memory runs out"""
     micro_batch_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    """most tokens at once; a step stays what it is; 0: measured"""
+    """most tokens at once, an example at least; a step stays what it is; 0: measured on a GPU"""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0: all"""
     keep_dequantised: bool = False

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import Plan, canonical, parse_plan
-from fedlora.errors import DataError, NonFiniteUpdate, ResourceError, StoreError
+from fedlora.errors import DataError, NonFiniteUpdate, ResourceError
 from fedlora.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.5
 _END_S = 10.0
 _LOAD_S = 3600.0
-_SAME_EVERYWHERE = (NonFiniteUpdate, DataError, StoreError)
+_SAME_EVERYWHERE = (NonFiniteUpdate, DataError)
 """What goes wrong at all ranks in the same step, because all of them have the same numbers: nobody is left waiting."""
 
 
@@ -83,7 +83,7 @@ class Team:
         """Ends the others."""
         self._watched.set()
         if self._watcher is not None:
-            self._watcher.join()
+            self._watcher.join(_END_S)
         ranks, self._ranks = self._ranks, None
         try:
             if ranks is not None and not self._broken.is_set():
@@ -149,9 +149,10 @@ class Team:
         )
         word = {"site_file": str(self._site_file), "plan": self._plan.canonical().decode(), "rank": rank,
                 "count": len(self._devices), "device": device, "meeting": str(meeting), "parent": os.getpid()}  # fmt: skip
-        if process.stdin is not None:
-            process.stdin.write(canonical(word))
-            process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended already: whoever waits for it sees that
+            if process.stdin is not None:
+                process.stdin.write(canonical(word))
+                process.stdin.close()
         threading.Thread(target=_note, args=(process, device), daemon=True).start()
         return process
 

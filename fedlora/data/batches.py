@@ -218,7 +218,8 @@ def by_rows(batches: Sequence[Batch], *, tokens: int) -> list[Batch]:
 
 
 def share(batches: Sequence[Batch], *, part: int, parts: int, pad_token_id: int) -> list[Batch]:
-    """The examples of one of several shares that hold about equally many tokens, as one row; none if there are too few.
+    """The examples of one of several shares that hold about equally many tokens, in rows no longer than theirs; none if
+    there are too few.
 
     Law: the shares 0 to parts - 1 one behind another are all examples in their order.
     """
@@ -230,8 +231,9 @@ def share(batches: Sequence[Batch], *, part: int, parts: int, pad_token_id: int)
         return []
     first, last = int(chosen[0]), int(chosen[-1])
     at, end = int(ends[first] - sizes[first]), int(ends[last])
-    return [_one_row([p[at:end] for p in flat], sizes[first : last + 1], sources[first : last + 1],
-                     pad_token_id=pad_token_id, length=end - at)]  # fmt: skip
+    row = _one_row([p[at:end] for p in flat], sizes[first : last + 1], sources[first : last + 1],
+                   pad_token_id=pad_token_id, length=end - at)  # fmt: skip
+    return regroup([row], tokens=max(b.labels.shape[1] for b in batches), pad_token_id=pad_token_id)
 
 
 def _flat(batches: Sequence[Batch]) -> tuple[list[I64], I64, list[int]]:

@@ -41,7 +41,7 @@ def use_varlen(model: Any) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             if _asks_more(model.config.get_text_config()):
-                return False
+                raise ValueError("its configuration asks for more than the kernel computes")
             model.eval()
             alone = model.base_model(input_ids=_ids(model, [_SECOND], skip=_FIRST), use_cache=False).last_hidden_state
             model.set_attn_implementation(VARLEN)
@@ -53,7 +53,8 @@ def use_varlen(model: Any) -> bool:
         right = False
     finally:
         model.train(was_training)
-    if not right and model.config._attn_implementation != own:
+    if not right:
+        log.warning("%s keeps its own attention, with masks: slower than documents one behind another", type(model).__name__)
         model.set_attn_implementation(own)
     return right
 
@@ -61,7 +62,9 @@ def use_varlen(model: Any) -> bool:
 def _asks_more(config: Any) -> bool:
     """What the trial's small numbers would not show."""
     asks = ("attn_logit_softcapping", "attn_logit_softcap", "alibi", "attention_chunk_size", "attention_dropout", "attn_pdrop")
-    return any(getattr(config, name, None) for name in asks)
+    scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+    by_length = "longrope" in str(scaling) or "dynamic" in str(scaling)  # the angles follow from the longest row
+    return by_length or any(getattr(config, name, None) for name in asks)
 
 
 def _is_right(model: Any, alone: Tensor) -> bool:
@@ -70,7 +73,8 @@ def _is_right(model: Any, alone: Tensor) -> bool:
     other_first = _states(model, both, change=range(_FIRST))
     other_last = _states(model, both, change=range(sum(both) - 1, sum(both)))
     apart = _far(other_first[_FIRST:], states[_FIRST:]) < _SAME and _far(other_last[:-1], states[:-1]) < _SAME
-    return apart and _far(_states(model, [_SECOND], skip=_FIRST), alone) < _ROUNDED
+    same = max(_far(_states(model, [_SECOND], skip=_FIRST), alone), _far(states[_FIRST:], alone)) < _ROUNDED
+    return apart and same and bool(model.config._attn_implementation == VARLEN)
 
 
 def _ids(model: Any, lengths: list[int], *, skip: int = 0, change: range = range(0)) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora.data import IGNORE, Tokens, in_order
+from fedlora.errors import ResourceError
 from fedlora.learn.lora import LoraModel
+from fedlora.learn.pace import is_out_of_memory
 
 __all__ = ["Scores", "evaluate"]
 
@@ -54,17 +56,34 @@ def evaluate(
     before them. For one completion at the end of an example this is the same as greedy decoding that gives exactly this
     completion: the first wrong token spoils both, and before it both have read the same tokens.
 
+    Out of memory: half as many rows at once.
+
     Args:
         max_length: tokens of a row.
-        rows: rows of a batch.
+        rows: rows of a batch, at most.
         coarse_chars: k > 0 also counts completions whose first k characters, once stripped, are right: the tokens up to
             the one that completes them must all be the most likely ones.
 
     Raises:
         ValueError: there are no examples.
+        ResourceError: out of memory on a single row.
     """
     if not examples:
         raise ValueError("nothing to evaluate on")
+    while True:
+        try:
+            return _evaluate(model, examples, max_length=max_length, rows=rows, coarse_chars=coarse_chars, packing=packing)
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+        if rows == 1:
+            raise ResourceError("out of memory on one row of evaluation", hint="a smaller max_length in the plan")
+        rows //= 2
+
+
+def _evaluate(
+    model: LoraModel, examples: Sequence[Tokens], *, max_length: int, rows: int, coarse_chars: int, packing: bool
+) -> Scores:
     tokenizer = model.tokenizer
     depth = [_tokens_needed(tokenizer, e, coarse_chars) for e in examples]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

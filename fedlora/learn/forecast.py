@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fedlora.data import Batch, Cursor, Tokens, in_order, share
+from fedlora.data import Batch, Cursor, Tokens, share
+from fedlora.learn.evaluate import evaluate
 from fedlora.learn.loop import train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.optimiser import make_optimiser
@@ -134,15 +135,12 @@ def _mark(model: LoraModel, ends: list[float]) -> None:
 
 
 def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], options: TrainOptions, pace: Pace) -> float:
-    rows, length = evaluated_at_once(options, pace), options.max_length
-    first = next(in_order(held_out, rows=rows, max_length=length, packing=options.packing, pad_token_id=0))
-    model.peft_model.eval()
-    with torch.no_grad():
-        for _ in range(2):
-            began = time.perf_counter()
-            float(model.forward(first).nll.sum())
-            seconds = time.perf_counter() - began
-    return seconds * sum(map(len, held_out)) / first.tokens
+    some = held_out[: evaluated_at_once(options, pace) * (1 + options.max_length // max(map(len, held_out)))]
+    for _ in range(2):
+        began = time.perf_counter()
+        evaluate(model, some, rows=evaluated_at_once(options, pace), max_length=options.max_length, packing=options.packing)
+        seconds = time.perf_counter() - began
+    return seconds * sum(map(len, held_out)) / sum(map(len, some))
 
 
 def _memory(name: str) -> int:

@@ -127,24 +127,15 @@ class HFLearner:
         self._model.set(adapter)
         if not self._held_out:
             return {}
-        o, rows = self._options, evaluated_at_once(self._options, self._pace)
-        while True:
-            try:
-                found = evaluate(
-                    self._model,
-                    self._held_out,
-                    rows=rows,
-                    max_length=o.max_length,
-                    coarse_chars=o.coarse_chars,
-                    packing=o.packing,
-                )
-                return found.metrics()
-            except (RuntimeError, MemoryError) as e:
-                if not is_out_of_memory(e):
-                    raise
-            if rows == 1:
-                raise ResourceError("out of memory on one row of evaluation", hint="a smaller max_length in the plan")
-            rows //= 2
+        o = self._options
+        return evaluate(
+            self._model,
+            self._held_out,
+            rows=evaluated_at_once(o, self._pace),
+            max_length=o.max_length,
+            coarse_chars=o.coarse_chars,
+            packing=o.packing,
+        ).metrics()
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         """Trains from ``adapter``, which may have another rank than the plan's, for one round.

@@ -88,6 +88,7 @@ def train_steps(
     parameters = model.trainable(factors)
     anchors = [p.detach().clone() for p in parameters] if proximal_mu else []
     nats, tokens, examples = 0.0, 0, 0
+    model.clear_gradients()  # a round that was given up left some
     model.peft_model.train()
     with torch.random.fork_rng(devices=_cuda(model.base.device)):
         for step in range(steps):
@@ -133,8 +134,7 @@ def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: 
             if pace is None or not is_out_of_memory(e):
                 raise
         # Outside the handler: the error held the frames, and they the tensors.
-        for parameter in model.trainable():
-            parameter.grad = None
+        model.clear_gradients()
         if model.base.device.type == "cuda":
             torch.cuda.empty_cache()
         pace.shrink(batches)

@@ -53,6 +53,7 @@ class LoraModel:
         current: the same with the shapes of the adapter that is set.
         scale: alpha / r, or alpha / sqrt(r), read from PEFT's layers; no unit.
         forward: batches to losses.
+        trained: the factors that ask for a gradient.
         fused: whether its layers are :class:`fedlora.learn.fused.FusedLora`.
     """
 
@@ -69,6 +70,7 @@ class LoraModel:
         self.scale = _one_scale(peft_model)
         self.forward = Forward(peft_model.get_base_model(), base.device)
         self.fused = all(isinstance(m, FusedLora) for m in peft_model.modules() if isinstance(m, LoraLayer))
+        self.trained: Factors = "AB"
         self._dial: Dial = "none"
         self._spare: tuple[Hashable, torch.optim.Optimizer] | None = None
 
@@ -133,8 +135,14 @@ class LoraModel:
         """These factors in the layout's order, float32."""
         return [self._parameters[name] for name, _ in self.current.only(factors).entries]
 
+    def clear_gradients(self) -> None:
+        """Drops what was added up, in every factor."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
     def set_trained(self, factors: Factors) -> None:
         """Lets these factors be trained, and no other parameter that this class knows of."""
+        self.trained = factors
         chosen = {name for name, _ in self.current.only(factors).entries}
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in chosen)

@@ -173,13 +173,19 @@ class Pace:
         return offered[offered.index(floor) :] if floor in offered else offered[:1]
 
     def measure(self, batches: Sequence[Batch]) -> None:
-        """Tries each setting of the dial on these rows, on CUDA, and takes the fastest that fits."""
+        """Tries each setting of the dial on these rows, on CUDA, and takes the fastest that fits.
+
+        Both factors are trained meanwhile: that takes most, and a rule may train them in turn.
+        """
         began, dials = time.perf_counter(), self._dials()
-        step = self._size(batches)
+        step, trained = self._size(batches), self._model.trained
+        self._model.set_trained("AB")
         found = [m for dial in dials if (m := self._try(batches, dial, step)) is not None]
+        self._model.set_trained(trained)
         if not found:
             self._dial, self._tokens = dials[-1], self._least(batches)  # the step itself will say what is wrong
             self.chosen = Measured(self._dial, self._tokens, 0, 0.0)
+            self._report("out-of-memory", {"tokens": self._tokens, "dial": self._dial})
             return
         best = min(found, key=lambda m: m.token_s)
         self.chosen, self._dial, self._tokens = best, best.dial, best.tokens
@@ -213,15 +219,31 @@ class Pace:
                 tokens = min(fits, -(-step // parts) + longest // 2)  # cuts fall between examples
                 if probe.tokens >= 0.8 * tokens:
                     break
-                larger = self._probe(batches, min(tokens, 3 * probe.tokens))
+                larger = self._larger(batches, min(tokens, 3 * probe.tokens))
+                if larger is None:
+                    tokens = probe.tokens  # what did fit
+                    break
                 if larger.tokens <= probe.tokens:
                     break  # long examples cannot be cut finer: this is as large as it gets
                 before, probe = probe, larger
-        except torch.OutOfMemoryError:
-            self._clear()
+        except (RuntimeError, MemoryError) as e:
+            self._model.clear_gradients()
+            if not is_out_of_memory(e):
+                raise
             return None
         peak = probe.peak * max(1.0, tokens / probe.tokens)
         return Measured(dial, tokens, int(held + moments + peak), probe.seconds / probe.tokens)
+
+    def _larger(self, batches: Sequence[Batch], tokens: int) -> _Probe | None:
+        """A further micro-batch; None if it does not fit, whatever the line through the smaller ones says."""
+        try:
+            return self._probe(batches, tokens)
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+        self._model.clear_gradients()
+        torch.cuda.empty_cache()
+        return None
 
     def _probe(self, batches: Sequence[Batch], tokens: int) -> _Probe:
         """Forward and backward of one micro-batch of about so many tokens."""
@@ -240,12 +262,8 @@ class Pace:
                 torch.cuda.synchronize(device)
                 seconds = time.perf_counter() - began
                 peak = torch.cuda.max_memory_allocated(device) - held
-                self._clear()
+                self._model.clear_gradients()
         return _Probe(self._size([one]), peak, seconds)
-
-    def _clear(self) -> None:
-        for parameter in self._model.trainable():
-            parameter.grad = None
 
 
 def _lengths(batches: Sequence[Batch]) -> list[int]:
@@ -253,7 +271,8 @@ def _lengths(batches: Sequence[Batch]) -> list[int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's, or that of torch's allocator on a CPU, which has no class of its own."""
+    """Torch's own error, or one of the many that the driver, Triton, cuBLAS and the allocator on a CPU have for it."""
+    said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+        isinstance(error, RuntimeError) and any(word in said for word in ("out of memory", "not enough memory", "alloc_failed"))
     )

@@ -32,7 +32,7 @@ _STEP = timedelta(minutes=30)
 _IDLE = timedelta(days=400)  # between two rounds
 _TRAIN, _END = 1, 0
 _WORDS = object()
-_PARTING_S = 20.0
+_PARTING, _PARTING_S = "fedlora parting", 20.0
 _SHORTEST_S, _LONGEST_S, _IDLE_S = 1e-4, 2e-3, 0.25  # pauses between two looks: within a step, between two rounds
 
 Word = tuple[Adapter, int, bytes, Factors]
@@ -61,6 +61,8 @@ class Ranks:
         self._gone = gone or threading.Event()
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         on_gpu = self._device.type == "cuda"
+        if any(t.name == _PARTING and t.is_alive() for t in threading.enumerate()):
+            raise ResourceError("the processes of another GPU were not let go of yet", hint="restart the site")
         try:
             store = dist.FileStore(str(meeting), count)  # type: ignore[attr-defined]  # torch does not list it
             store.set_timeout(_MEETING)
@@ -68,8 +70,7 @@ class Ranks:
             self._words = dist.new_group(backend="gloo", timeout=_IDLE)
             dist.monitored_barrier(self._words, timeout=_MEETING)
             self._agree(facts)
-            first = torch.zeros(1, device=self._device)
-            self._guarded(lambda: dist.all_reduce(first, async_op=True))  # NCCL connects at its first sum
+            self._connect()
         except BaseException as e:
             self.close()  # else no other group could ever be made in this process
             if not isinstance(e, RuntimeError | ValueError):
@@ -77,6 +78,26 @@ class Ranks:
             raise ResourceError(
                 f"the processes of this site's GPUs did not meet: {e}", hint="gpus = 1 in the site file"
             ) from None
+
+    def _connect(self) -> None:
+        """NCCL connects at its first sum, and cannot be spoken to until it has: in a thread, so that this one stays free."""
+        first, failed = torch.zeros(1, device=self._device), []
+
+        def run() -> None:
+            try:
+                dist.all_reduce(first)
+            except RuntimeError as e:
+                failed.append(e)
+
+        connecting = threading.Thread(target=run, daemon=True)
+        connecting.start()
+        end = time.monotonic() + _MEETING.total_seconds()
+        while connecting.is_alive():
+            if self._gone.is_set() or time.monotonic() > end:
+                raise ResourceError("a process of another GPU of this site ended while they met", hint="see the site's log")
+            connecting.join(_LONGEST_S)
+        if failed:
+            raise failed[0]
 
     def _agree(self, facts: bytes) -> None:
         """Rank 0's facts are all ranks' facts, or nobody goes on."""
@@ -156,7 +177,7 @@ class Ranks:
         """Ends the group; another one may be made then. All of a healthy group do this together."""
         if dist.is_initialized():
             # Parting waits for the others: in a thread, so that one that is gone cannot keep us here.
-            parting = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            parting = threading.Thread(target=dist.destroy_process_group, name=_PARTING, daemon=True)
             parting.start()
             parting.join(_PARTING_S)
 

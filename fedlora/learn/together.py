@@ -72,7 +72,8 @@ class Together:
     def train(self, site: str, adapter: Adapter, *, round: int, state: bytes, factors: Factors) -> Trained:
         """See :meth:`fedlora.site.Learner.train`."""
         key = (adapter.digest(), round, factors)
-        if state == self._expected[site] and adapter.layout == self._model.layout:
+        known = bool(state) or round == 1
+        if known and state == self._expected[site] and adapter.layout == self._model.layout:
             if key not in self._ready:
                 self._ready = {key: self._tried(adapter, round=round, factors=factors)}
             found = self._ready[key].pop(site, None)

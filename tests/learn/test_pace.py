@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.cli import main
-from fedlora.data import IGNORE, Tokens, in_order, regroup
+from fedlora.data import IGNORE, Tokens, in_order, regroup, share
 from fedlora.errors import ResourceError
 from fedlora.first import first_adapter
 from fedlora.learn.learner import HFLearner, TrainOptions
@@ -187,7 +187,10 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
         tokenizer=SimpleNamespace(pad_token_id=0),
         dials=("none",),
         trainable=list,
+        trained="AB",
+        set_trained=lambda factors: None,
         set_checkpointing=lambda dial: None,
+        clear_gradients=lambda: None,
     )
     pace = Pace(model, tokens=wanted)
     asked: list[int] = []
@@ -244,3 +247,39 @@ def test_nothing_of_a_failed_step_is_alive_while_a_smaller_one_is_tried(lora: Ca
     trained(model, rows, Pace(model), local_steps=1)
     assert len(held_at_start) >= 2
     assert held_at_start[1] == 0
+
+
+def test_a_round_that_was_given_up_leaves_nothing_for_the_next(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    """Its gradients were added up already when the other processes fell silent."""
+
+    class Silent:
+        rank, count = 0, 2
+
+        def tell(self, word: Any) -> None: ...
+
+        def share(self, batches: Sequence[Any]) -> Sequence[Any]:
+            return batches
+
+        def add_up(self, *_: Any) -> Any:
+            raise ResourceError("a process of another GPU of this site ended")
+
+        def abandon(self) -> None: ...
+
+    model = lora(FUSED)
+    learner = HFLearner(model, rows, [], TrainOptions(**OPTIONS, learning_rate=1e-2), site="a")
+    first = first_adapter(model.layout, seed=0)
+    right = learner.train(first, round=1, state=b"").adapter.digest()
+    learner.join(Silent)  # type: ignore[arg-type]
+    with pytest.raises(ResourceError):
+        learner.train(first, round=1, state=b"")
+    learner._team = None
+    assert learner.train(first, round=1, state=b"").adapter.digest() == right
+
+
+def test_a_share_is_in_rows_no_longer_than_the_plans(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    """Else a model that needs a mask would get one as wide as the whole share."""
+    (batch,) = in_order(rows, rows=12, max_length=48, packing=True, pad_token_id=256)
+    for part in (0, 1):
+        found = share([batch], part=part, parts=2, pad_token_id=0)
+        assert max(b.labels.shape[1] for b in found) <= batch.labels.shape[1]
+        assert len(found) > 1
