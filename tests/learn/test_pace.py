@@ -214,7 +214,7 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
     assert max(asked, default=0) <= max(wanted, max(sizes)) or not wanted
     if pace.chosen is not None and pace.chosen.peak_bytes:
         assert fixed + pace.tokens <= room + max(sizes)
-        assert pace.chosen.peak_bytes >= pace.tokens
+        assert pace.chosen.peak_bytes >= pace.tokens - 1  # cut to a whole byte
 
 
 def test_out_of_memory_in_evaluation_takes_fewer_rows(lora: Callable[..., Any], rows: Sequence[Tokens]):
