@@ -76,7 +76,11 @@ def rounds(learner: Any, first: Any, count: int) -> list[Any]:
     return done
 
 
-def test_two_processes_make_the_steps_of_one(learner: Any, team: Callable[[int], Team]):
+def test_two_processes_make_the_steps_of_one(
+    learner: Any, team: Callable[[int], Team], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('code of the working directory ran')")
+    monkeypatch.chdir(tmp_path)  # nothing there is run
     first = learner.model.get()
     alone = rounds(learner, first, 2)
     learner.join(team(2).ranks)
@@ -104,7 +108,9 @@ def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_roun
     (again,) = rounds(learner, first, 1)  # others were started
     assert again.adapter.digest() == straight.adapter.digest()
     assert again.state == straight.state
-    one.close()
+    os.kill(one.pids()[0], signal.SIGKILL)
+    one.close()  # it broke a moment ago, and is closed all the same
+    assert one.pids() == []
     assert not list((tmp_path / "team").iterdir())
 
 
@@ -177,24 +183,3 @@ def test_rows_changed_while_the_site_ran_are_noticed_before_a_step(site: Path, l
         learner.train(first, round=1, state=b"")
     file.write_text(original)
     assert learner.train(first, round=1, state=b"").tokens > 0  # a failed meeting does not stand in the way of the next
-
-
-def test_a_team_that_broke_a_moment_ago_is_closed_all_the_same(
-    site: Path, learner: Any, team: Callable[[int], Team], tmp_path: Path
-):
-    one = team(2)
-    one.ranks()
-    (process,) = one.pids()
-    os.kill(process, signal.SIGKILL)
-    one.close()
-    assert one.pids() == []
-    assert not list((tmp_path / "team").iterdir())
-
-
-def test_nothing_of_the_working_directory_is_run(
-    site: Path, learner: Any, team: Callable[[int], Team], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    (tmp_path / "numpy.py").write_text("raise SystemExit('code of the working directory ran')")
-    monkeypatch.chdir(tmp_path)
-    learner.join(team(2).ranks)
-    assert learner.train(learner.model.get(), round=1, state=b"").tokens > 0
