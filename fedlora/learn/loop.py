@@ -16,7 +16,7 @@ from fedlora.learn.lora import LoraModel
 from fedlora.learn.pace import Pace, is_out_of_memory
 from fedlora.learn.ranks import Ranks
 
-__all__ = ["OnStep", "Spent", "derived_seed", "learning_rate", "train_steps"]
+__all__ = ["OnStep", "Spent", "derived_seed", "learning_rate", "pull_back", "train_steps"]
 
 OnStep = Callable[[int, int, float], None]
 """Told (step from 1, steps, loss in nats per supervised token) after each step."""
@@ -101,9 +101,7 @@ def train_steps(
                 pace.prepare(share)
             part = _gradients(model, share, total, seed=seed(step) + rank, pace=pace)
             loss = float(part if ranks is None else ranks.add_up(parameters, part, total))
-            for parameter, anchor in zip(parameters, anchors, strict=False):
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
+            pull_back(parameters, anchors, proximal_mu)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 optimiser.zero_grad(set_to_none=True)
@@ -116,6 +114,13 @@ def train_steps(
             if on_step is not None:
                 on_step(step + 1, steps, loss)
     return Spent(nats / max(tokens, 1), tokens, examples)
+
+
+def pull_back(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor], mu: float) -> None:
+    """Adds mu times the distance from the anchors to the gradients; nothing without anchors."""
+    for parameter, anchor in zip(parameters, anchors, strict=False):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
 
 
 def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: int, pace: Pace | None) -> torch.Tensor:

@@ -22,7 +22,7 @@ from fedlora.data import IGNORE, Batch, Cursor, regroup
 from fedlora.errors import ConfigError, DataError, NonFiniteUpdate
 from fedlora.learn.forward import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state, parse_state
-from fedlora.learn.loop import learning_rate
+from fedlora.learn.loop import learning_rate, pull_back
 from fedlora.learn.optimiser import make_optimiser
 from fedlora.learn.pace import is_out_of_memory
 from fedlora.site import Trained
@@ -163,9 +163,7 @@ def _step(
     of_site = torch.from_numpy(owner).to(nll.device)
     losses = torch.zeros(len(groups), dtype=torch.float32, device=nll.device).index_add(0, of_site, nll) / totals
     losses.sum().backward()  # type: ignore[no-untyped-call]
-    for parameter, anchor in zip(parameters, anchors, strict=False):
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - anchor, alpha=o.proximal_mu)
+    pull_back(parameters, anchors, o.proximal_mu)
     squares = torch.stack([p.grad.flatten(1).square().sum(1) for p in parameters if p.grad is not None]).sum(0)
     norms = squares.sqrt()
     found = torch.stack([losses.detach(), norms]).tolist()
