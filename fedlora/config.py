@@ -150,7 +150,7 @@ class Training(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """gradients are clipped to this norm"""
     gradient_checkpointing: bool = False
-    """recompute activations: less memory, more time"""
+    """recompute all activations wherever a site does not say otherwise: less memory, more time"""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Adam's moments at the start of a round: fresh, or this site's own of its last round"""
     proximal_mu: Annotated[float, Field(ge=0, le=1e6)] = 0.0
