@@ -351,10 +351,10 @@ def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
             gaps = took - swapped_steps_s(ends, steps)
             facts |= {"steps_s": swapped_steps_s(ends, steps), "swapping_share": gaps / took}
         print(json.dumps({"bench": "sites", "shape": shape, "device": device, "way": name, **facts}), flush=True)
-    apart = float(np.linalg.norm(moved[0] - moved[1]) / np.linalg.norm(moved[0]))
-    print(
-        json.dumps({"bench": "sites", "shape": shape, "device": device, "relative_distance_of_the_two_ways": apart}), flush=True
-    )
+    for name, change in zip(ways, moved, strict=True):
+        apart = float(np.linalg.norm(moved[0] - change) / np.linalg.norm(moved[0]))
+        facts = {"way": name, "relative_distance_to_one_after_the_other": apart}
+        print(json.dumps({"bench": "sites", "shape": shape, "device": device, **facts}), flush=True)
 
 
 def swapped_steps_s(ends: list[float], steps: int) -> float:

@@ -66,7 +66,7 @@ def forecast(
     pace: Pace,
     processes: int = 1,
 ) -> Forecast:
-    """Makes two steps at a learning rate of zero, which change nothing, and times the second, the largest of some.
+    """Makes a few steps at a learning rate of zero, which change nothing, and times the last, the largest of some.
 
     Args:
         group: the batches of the step at a place in the data, and the place behind them.
@@ -81,6 +81,8 @@ def forecast(
     if processes > 1:
         own = [max(_shares(g, processes), key=lambda s: sum(b.tokens for b in s)) for g in own]
     on_gpu = model.base.device.type == "cuda"
+    if on_gpu:  # once more: a step of new sizes compiles and takes memory from the driver, which later ones do not
+        own.append(own[-1])
     held = _memory("VmRSS")
     model.set_trained("AB")
     token_s = _token_s(model, own, options, pace)
@@ -109,7 +111,7 @@ def evaluated_at_once(options: TrainOptions, pace: Pace) -> int:
 
 
 def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], options: TrainOptions, pace: Pace) -> float:
-    """Seconds a token of the second of two whole steps. Their learning rate is zero, so that they change nothing."""
+    """Seconds a token of the last of some whole steps. Their learning rate is zero, so that they change nothing."""
     ends: list[float] = []
     train_steps(
         model,

@@ -192,6 +192,31 @@ def test_fused_gradients_are_pefts_as_far_as_bfloat16_goes(
     assert distance(ours[1], right[1]) < 1.5 * distance(theirs[1], right[1]) + 1e-3
 
 
+@pytest.mark.parametrize("held", HELD[:2])
+def test_sites_in_one_pass_are_rounded_no_worse_than_one_alone(
+    lora: Callable[..., Any], rows: Sequence[Tokens], moved: Any, held: dict[str, Any]
+):
+    from fedlora.learn.together import side_by_side
+
+    groups = [list(in_order(rows[at], rows=4, max_length=96, packing=True, pad_token_id=256))
+              for at in (slice(0, 4), slice(4, 12), slice(2, 9))]  # fmt: skip
+    exact = lora({**held, "dtype": "float32", "bnb_4bit_compute_dtype": "float32", "device": "cuda"})
+    alone, stacked = lora({**held, **FUSED}), lora({**held, **FUSED})
+    adapter = moved(exact.get(), size=0.1)
+    for model in (exact, alone):
+        model.set(adapter)
+    stacked.set_stacked([adapter] * len(groups))
+    stacked.peft_model.train()
+    batch, owner = side_by_side(groups, pad_token_id=256)
+    nll = stacked.forward(batch).nll
+    totals = torch.tensor([sum(b.supervised for b in g) for g in groups], device="cuda")
+    (nll / totals[torch.from_numpy(owner).cuda()]).sum().backward()
+    for number, group in enumerate(groups):
+        right, theirs = gradient(exact, group)[1], gradient(alone, regroup(group, tokens=999, pad_token_id=256, multiple=64))[1]
+        ours = np.concatenate([p.grad[number].reshape(-1).double().cpu().numpy() for p in stacked.trainable()])
+        assert distance(ours, right) < 1.5 * distance(theirs, right) + 1e-3
+
+
 def test_ligers_kernels_are_in_use_where_it_is_installed(lora: Callable[..., Any]):
     pytest.importorskip("liger_kernel")
     from fedlora.learn.kernels import install_kernels

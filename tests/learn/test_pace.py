@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedlora.cli import main
@@ -176,6 +176,7 @@ def test_check_says_what_a_round_takes_here(tmp_path: Path, toy: Path, capsys: p
     st.integers(0, 5_000),
     st.sampled_from([0, 64, 2000, 100_000]),
 )
+@example([2], 533, 533, 64)  # what ran is more than the room, and fits all the same
 @settings(max_examples=200, deadline=None)
 def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fixed: int, wanted: int):
     """Whatever the lengths: a card on which a token takes one byte and a micro-batch ``fixed`` more."""
@@ -194,6 +195,7 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
     )
     pace = Pace(model, tokens=wanted)
     asked: list[int] = []
+    ran = [0]
 
     def probe(batches: Any, tokens: int) -> Any:
         asked.append(tokens)
@@ -202,6 +204,7 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
         one = max(regroup(pool, tokens=tokens, pad_token_id=0), key=lambda b: b.tokens)
         if fixed + one.tokens > room / _ROOM:
             raise torch.OutOfMemoryError
+        ran.append(one.tokens)
         return _Probe(one.tokens, fixed + one.tokens, 1e-3 * one.tokens)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -213,7 +216,7 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
     assert pace.tokens >= max(sizes)
     assert max(asked, default=0) <= max(wanted, max(sizes)) or not wanted
     if pace.chosen is not None and pace.chosen.peak_bytes:
-        assert fixed + pace.tokens <= room + max(sizes)
+        assert fixed + pace.tokens <= room + max(sizes) or pace.tokens <= max(ran)
         assert pace.chosen.peak_bytes >= pace.tokens - 1  # cut to a whole byte
 
 
