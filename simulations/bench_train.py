@@ -82,7 +82,7 @@ def random_base(shape: str, options: BaseOptions, tokenizer: Any) -> Base:
         model.set_submodule(name, quantised)
     _materialise(model, config, device, g)
     model.is_loaded_in_4bit = True
-    _settle(model, options)
+    _settle(model, options, device)
     model.requires_grad_(False)
     if options.attn_implementation == "varlen" and not use_varlen(model):
         raise SystemExit("the shape does not take the attention kernel")

@@ -17,10 +17,20 @@ from transformers.utils import logging as transformers_logging
 from fedlora.errors import ConfigError, FedLoRAError, ModelError, ResourceError
 from fedlora.learn.attention import use_varlen
 from fedlora.learn.digest import base_digest
-from fedlora.learn.options import BaseOptions
+from fedlora.learn.options import BaseOptions, DType
 from fedlora.learn.shards import file_digest
 
-__all__ = ["Base", "BaseOptions", "DequantisedLinear", "can_fuse", "cuda_devices", "find_device", "load_base", "use_device"]
+__all__ = [
+    "Base",
+    "BaseOptions",
+    "DequantisedLinear",
+    "can_fuse",
+    "cuda_devices",
+    "find_device",
+    "has_products",
+    "load_base",
+    "use_device",
+]
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +86,7 @@ def load_base(options: BaseOptions) -> Base:
     if missing:
         raise ModelError(f"{directory}: {len(missing)} weights are missing or of another shape, first {missing[0]}")
     _check_untouched(model)
-    _settle(model, options)
+    _settle(model, options, device)
     model.requires_grad_(False)
     if options.attn_implementation == "varlen":
         use_varlen(model)
@@ -94,6 +104,21 @@ def find_device(name: str) -> torch.device:
 def can_fuse(device: torch.device) -> bool:
     """Whether fused layers and the attention kernel run on a device: CUDA GPUs from 2020 on (Ampere), with bfloat16."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_products(device: torch.device, dtype: DType) -> bool:
+    """Whether matrix products of this type are worth asking for. Bits of a type decide it, not a measurement: the same each time.
+
+    A CPU without AVX-512 (most laptops) multiplies bfloat16 in plain loops. On the way back, where the weight is not transposed,
+    these take 300 times as long as float32's products.
+    """
+    if device.type != "cpu" or dtype == "float32":
+        return True
+    asked = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
+    try:
+        return bool(getattr(torch.ops.mkldnn, asked)())
+    except (AttributeError, RuntimeError):  # torch was built without it
+        return False
 
 
 def cuda_devices() -> list[str]:
@@ -164,8 +189,11 @@ def _check_untouched(model: Any) -> None:
             raise ModelError("the embeddings or the output head would be quantised, or the model has none")
 
 
-def _settle(model: Any, options: BaseOptions) -> None:
-    """Makes 4-bit layers compute the same in training and in evaluation, and writes them out if asked to."""
+def _settle(model: Any, options: BaseOptions, device: torch.device) -> None:
+    """Makes layers compute in a type that the device multiplies, and 4-bit ones the same in training and evaluation."""
+    if not has_products(device, options.dtype):
+        log.info("no %s products on this processor: computing in float32", options.dtype)
+        _compute_in_float32(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
@@ -177,6 +205,16 @@ def _settle(model: Any, options: BaseOptions) -> None:
             model.set_submodule(name, _written_out(module))
     if options.keep_dequantised and options.load_in_4bit:
         model.is_loaded_in_4bit = False  # for PEFT: these are plain layers now
+
+
+def _compute_in_float32(model: Any) -> None:
+    """Codes, scales and values stay what they are; products, sums and what is between the layers are float32's."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
 
 
 def _written_out(module: Any) -> DequantisedLinear:

@@ -87,7 +87,7 @@ def forecast(
     model.set_trained("AB")
     token_s = _token_s(model, own, options, pace)
     return Forecast(
-        device=torch.cuda.get_device_name(model.base.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name(model.base.device) if on_gpu else _cpu(model),
         dial=pace.dial,
         micro_batch_tokens=pace.tokens,
         peak_bytes=torch.cuda.max_memory_allocated(model.base.device)
@@ -99,6 +99,12 @@ def forecast(
         train_s=steps * step_tokens * token_s / processes,
         evaluate_s=_evaluate_s(model, held_out, options, pace) if held_out else 0.0,
     )
+
+
+def _cpu(model: LoraModel) -> str:
+    words = f"CPU, {torch.get_num_threads()} threads"
+    asked, computed = model.base.options.dtype, str(model.base.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return words if asked == computed else f"{words}, in {computed} because it has no {asked} products"
 
 
 def _shares(group: Sequence[Batch], processes: int) -> list[list[Batch]]:

@@ -21,9 +21,15 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def load(toy: Path) -> Callable[..., Any]:
-    """Loads the tiny base; keyword arguments are BaseOptions'. Not quantised unless asked for."""
+def load(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Loads the tiny base; keyword arguments are BaseOptions'. Not quantised unless asked for.
+
+    It computes in the type that it is asked for on every machine, also where that is slow: see test_arithmetic.py.
+    """
+    from fedlora.learn import base
     from fedlora.learn.base import BaseOptions, load_base
+
+    monkeypatch.setattr(base, "has_products", lambda device, dtype: True)
 
     def make(path: Path = toy, **options: Any) -> Any:
         return load_base(BaseOptions(path, **{"load_in_4bit": False, "device": "cpu", "threads": 1, **options}))
