@@ -107,7 +107,7 @@ def can_fuse(device: torch.device) -> bool:
 
 
 def has_products(device: torch.device, dtype: DType) -> bool:
-    """Whether matrix products of this type are worth asking for. Bits of a type decide it, not a measurement: the same each time.
+    """Whether matrix products of this type are worth asking for, by the processor's instructions: the same answer each time.
 
     A CPU without AVX-512 (most laptops) multiplies bfloat16 in plain loops. On the way back, where the weight is not transposed,
     these take 300 times as long as float32's products.
@@ -191,8 +191,9 @@ def _check_untouched(model: Any) -> None:
 
 def _settle(model: Any, options: BaseOptions, device: torch.device) -> None:
     """Makes layers compute in a type that the device multiplies, and 4-bit ones the same in training and evaluation."""
-    if not has_products(device, options.dtype):
-        log.info("no %s products on this processor: computing in float32", options.dtype)
+    asked: set[DType] = {options.dtype, options.bnb_4bit_compute_dtype if options.load_in_4bit else options.dtype}
+    if not all(has_products(device, dtype) for dtype in asked):
+        log.info("no %s products on this processor: computing in float32", " or ".join(sorted(asked - {"float32"})))
         _compute_in_float32(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, bnb.nn.Linear4bit):
@@ -210,11 +211,13 @@ def _settle(model: Any, options: BaseOptions, device: torch.device) -> None:
 def _compute_in_float32(model: Any) -> None:
     """Codes, scales and values stay what they are; products, sums and what is between the layers are float32's."""
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
+        if isinstance(tensor, bnb.nn.Params4bit):
+            tensor.quant_state.dtype = torch.float32
+        elif tensor.is_floating_point():
             tensor.data = tensor.data.float()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+            module.compute_dtype = torch.float32
 
 
 def _written_out(module: Any) -> DequantisedLinear:

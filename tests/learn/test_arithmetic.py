@@ -20,6 +20,7 @@ HELD: list[dict[str, Any]] = [
     {"dtype": "float16"},
     {"load_in_4bit": True},
     {"load_in_4bit": True, "keep_dequantised": True},
+    {"load_in_4bit": True, "dtype": "float32"},
     {"load_in_8bit": True},
 ]
 FUSED = {"load_in_4bit": True, "fused": True, "attn_implementation": "varlen"}
@@ -56,12 +57,12 @@ def test_values_stay_and_everything_is_float32(load: Callable[..., Any], without
     assert computed.model(input_ids=ids).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("held", [*HELD[:4], FUSED])
+@pytest.mark.parametrize("held", [*HELD[:5], FUSED])
 def test_its_gradient_is_float32s_and_that_of_the_asked_type_is_further_away(
     lora: Callable[..., Any], rows: Sequence[Tokens], moved: Callable[..., Any], without: Callable[[], None], held: dict[str, Any]
 ):
     exact = lora({**held, "dtype": "float32", "bnb_4bit_compute_dtype": "float32"})
-    rough = lora({**held, "bnb_4bit_compute_dtype": held.get("dtype", "bfloat16")})
+    rough = lora(held)
     without()
     computed = lora(held)
     for model in (exact, rough, computed):
