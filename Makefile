@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 test: $(VENV)/.ready  ## style, types, all tests
 	$(RUN)/ruff format --check . && $(RUN)/ruff check .
 	$(RUN)/mypy
-	OMP_WAIT_POLICY=passive $(RUN)/python -m pytest -n 2 --dist loadgroup  # two processes' threads would spin in each other's way
+	$(RUN)/python -m pytest
 
 quick: $(VENV)/.ready  ## the tier without torch and without Flower processes
 	$(RUN)/python -m pytest -m 'not torch and not flower and not real' --ignore=tests/learn

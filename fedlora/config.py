@@ -73,7 +73,7 @@ class Model(Section):
     bnb_4bit_use_double_quant: bool = True
     """quantise the block scales too"""
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """type in which products are computed"""
+    """type in which products are computed; float32 on a CPU that has no others"""
 
     @model_validator(mode="after")
     def _one_width(self) -> Self:
