@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fedlora.learn.toy import toy_base
 
     return toy_base(tmp_path_factory.mktemp("base") / "toy")
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """A base may set the number of threads of the whole process: sums of float32 depend on it, in later tests too."""
-    import torch
-
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
