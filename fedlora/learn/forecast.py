@@ -22,9 +22,8 @@ __all__ = ["Forecast", "evaluated_at_once", "forecast"]
 _LOOKED_AT = 32
 """Steps whose tokens are counted to know what a step holds on the average."""
 
-_GROWS = 1.4
-"""By how much more memory steps take on a CPU after ten of them than after two: holes that the C library does not give back."""
-
+_GROWS = 1.2
+"""How much more memory steps take on a CPU after sixteen of them than after two, at most: holes that the C library keeps."""
 
 _EVALUATED_AT_ONCE = 16_384
 """Tokens, at most, where nothing was measured."""
