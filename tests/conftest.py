@@ -10,14 +10,19 @@ import pytest
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, Any, Any]:
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """A test, its fixtures of any scope included, leaves torch's number of threads as it was.
 
-    A base or a worker sets it for the whole process, and sums of float32 depend on it, in later tests too.
+    A base or a worker sets it for the whole process, and sums of float32 depend on it, in later tests too. Where torch is not
+    needed it is not imported: the quick tier runs without it.
     """
-    torch = sys.modules.get("torch")
-    before = torch.get_num_threads() if torch else 0
+    if item.get_closest_marker("torch"):
+        import torch
+    elif "torch" in sys.modules:
+        torch = sys.modules["torch"]
+    else:
+        return (yield)
+    before = torch.get_num_threads()
     done = yield
-    if torch:
-        torch.set_num_threads(before)
+    torch.set_num_threads(before)
     return done

@@ -209,6 +209,8 @@ class Pace:
         try:
             probe = self._probe(batches, min(most, max(_FIRST, longest)))
             before = _Probe(0, 0, 0.0)
+            if probe.peak > room and probe.tokens > longest:  # a line through nothing would hide what does not shrink with it
+                before = self._probe(batches, max(longest, probe.tokens // 2))
             while True:
                 # A line through the last two: what a token takes grows less than in proportion while matrices are small.
                 slope = max(1.0, (probe.peak - before.peak) / max(1, probe.tokens - before.tokens))

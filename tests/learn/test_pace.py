@@ -176,7 +176,7 @@ def test_check_says_what_a_round_takes_here(tmp_path: Path, toy: Path, capsys: p
     st.integers(0, 5_000),
     st.sampled_from([0, 64, 2000, 100_000]),
 )
-@example([2], 533, 533, 64)  # what ran is more than the room, and fits all the same
+@example([2], 533, 533, 64)  # the first probe runs, and is more than the room
 @settings(max_examples=200, deadline=None)
 def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fixed: int, wanted: int):
     """Whatever the lengths: a card on which a token takes one byte and a micro-batch ``fixed`` more."""
@@ -195,7 +195,6 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
     )
     pace = Pace(model, tokens=wanted)
     asked: list[int] = []
-    ran = [0]
 
     def probe(batches: Any, tokens: int) -> Any:
         asked.append(tokens)
@@ -204,7 +203,6 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
         one = max(regroup(pool, tokens=tokens, pad_token_id=0), key=lambda b: b.tokens)
         if fixed + one.tokens > room / _ROOM:
             raise torch.OutOfMemoryError
-        ran.append(one.tokens)
         return _Probe(one.tokens, fixed + one.tokens, 1e-3 * one.tokens)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -216,7 +214,7 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
     assert pace.tokens >= max(sizes)
     assert max(asked, default=0) <= max(wanted, max(sizes)) or not wanted
     if pace.chosen is not None and pace.chosen.peak_bytes:
-        assert fixed + pace.tokens <= room + max(sizes) or pace.tokens <= max(ran)
+        assert fixed + pace.tokens <= room + max(sizes)
         assert pace.chosen.peak_bytes >= pace.tokens - 1  # cut to a whole byte
 
 
