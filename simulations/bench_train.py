@@ -19,6 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and sys.argv[1:2] == ["unsloth"]:
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # its `datasets` is another
+    import unsloth  # noqa: F401  it patches transformers and PEFT, and asks to be imported before them
+
 import numpy as np
 import torch
 
@@ -179,6 +183,16 @@ def transformers_peft(shape: str, device: str) -> dict[str, Any]:
     rows = rows_for(shape, device)
     model = attach(base_of(shape, options_for(shape, device, fused=False, attn_implementation="sdpa")),
                    LoraOptions(r=32, lora_alpha=64) if device == "cuda" else LoraOptions(r=16))  # fmt: skip
+    more: dict[str, Any] = (
+        {"use_cpu": True}
+        if device == "cpu"
+        else {"bf16": True, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    )
+    return by_trainer(model.peft_model, rows, device, **more)
+
+
+def by_trainer(model: Any, rows: list[Tokens], device: str, **more: Any) -> dict[str, Any]:
+    """The second half of some steps of transformers' Trainer, rows padded to the longest of a batch."""
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT / "simulations"]  # its `datasets` is not the library
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -206,19 +220,31 @@ def transformers_peft(shape: str, device: str) -> dict[str, Any]:
         return padded
 
     with tempfile.TemporaryDirectory() as out:
-        settings: dict[str, Any] = {"use_cpu": True} if device == "cpu" else {
-            "bf16": True, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
-        }  # fmt: skip
         arguments = TrainingArguments(
             out, per_device_train_batch_size=batch, max_steps=steps, report_to=[], save_strategy="no", logging_steps=1000,
-            disable_tqdm=True, learning_rate=2e-4, optim="adamw_torch_fused" if device == "cuda" else "adamw_torch", **settings,
+            disable_tqdm=True, learning_rate=2e-4, optim="adamw_torch_fused" if device == "cuda" else "adamw_torch", **more,
         )  # fmt: skip
         data = [{"input_ids": r.input_ids, "labels": r.labels, "attention_mask": np.ones(len(r), int)} for r in rows]
-        Trainer(model.peft_model, arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()]).train()
+        Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()]).train()
     took = np.diff(ends)
     skip = steps // 2
     return {"tokens_s": sum(seen[skip:steps]) / float(took[skip:].sum()), "peak_gib": peak_gib(device),
             "steps_s": [round(float(t), 4) for t in took[skip:]]}  # fmt: skip
+
+
+def unsloth_default(shape: str, device: str) -> dict[str, Any]:
+    """Unsloth's own loading, LoRA and checkpointing on the same padded rows, batch 16; in a process of its own."""
+    from unsloth import FastLanguageModel
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
+        write_base(Path(home), shape)
+        model, _ = FastLanguageModel.from_pretrained(
+            home, max_seq_length=512, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+        )
+    factors = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=64, lora_dropout=0, target_modules=factors)
+    torch.cuda.reset_peak_memory_stats()
+    return by_trainer(model, rows_for(shape, device), device, bf16=True)
 
 
 def gpus(shape: str, count: int) -> None:
@@ -271,14 +297,13 @@ def say(what: str, **facts: Any) -> None:
     print(json.dumps({"bench": "gpus", "what": what, **facts}), flush=True)
 
 
-def write_site(home: Path, shape: str) -> None:
-    """Everything of a site: a random base of this shape with a tokenizer of bytes, rows of text, site file, plan."""
+def write_base(base: Path, shape: str) -> None:
+    """A base of this shape on disk, random numbers in bfloat16, with a tokenizer of bytes."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fedlora.learn.toy import _byte_tokenizer
 
-    base = home / "base"
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, dtype="bfloat16", eos_token_id=257, pad_token_id=256)
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
@@ -297,6 +322,11 @@ def write_site(home: Path, shape: str) -> None:
         where |= dict.fromkeys(part, file)
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     torch.cuda.empty_cache()
+
+
+def write_site(home: Path, shape: str) -> None:
+    """Everything of a site: a base, rows of text, site file, plan."""
+    write_base(home / "base", shape)
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(180), 0.6, 4000)).astype(int), 8, 510)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz "))
@@ -380,6 +410,7 @@ ROWS: dict[str, Any] = {
     "fedlora, 24 GiB": lambda shape, device: ours(shape, device, gib=24.0),
     "fedlora, dequantised once": lambda shape, device: ours(shape, device, keep_dequantised=True),
     "transformers+peft": transformers_peft,
+    "unsloth": unsloth_default,
 }
 
 
@@ -396,6 +427,9 @@ def train(shape: str, device: str, rows: list[str] | None = None) -> list[dict[s
     names = rows or [n for n in ROWS if device == "cuda" or n != "fedlora, 24 GiB"]
     found = []
     for name in names:
+        if name == "unsloth" and (why := why_no_unsloth(device)):
+            print(json.dumps({"bench": "train", "row": name, "skipped": why}), flush=True)
+            continue
         command = [sys.executable, __file__, name, shape, device]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
@@ -409,9 +443,12 @@ def train(shape: str, device: str, rows: list[str] | None = None) -> list[dict[s
     for f in found:
         if peer and f["row"] != "transformers+peft" and "tokens_s" in f:
             print(json.dumps({"bench": "train", "row": f["row"], "ratio_to_transformers_peft": round(f["tokens_s"] / peer, 3)}))
-    if importlib.util.find_spec("unsloth") is None:
-        print(json.dumps({"bench": "train", "row": "unsloth", "skipped": "not installed here"}), flush=True)
     return found
+
+
+def why_no_unsloth(device: str) -> str:
+    """Why there is no row of it; empty if there is one."""
+    return "it needs a GPU" if device == "cpu" else "" if importlib.util.find_spec("unsloth") else "not installed here"
 
 
 def main(argv: list[str]) -> None:
