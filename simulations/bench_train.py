@@ -192,7 +192,8 @@ def transformers_peft(shape: str, device: str) -> dict[str, Any]:
 
 
 def by_trainer(model: Any, rows: list[Tokens], device: str, **more: Any) -> dict[str, Any]:
-    """The second half of some steps of transformers' Trainer, rows padded to the longest of a batch."""
+    """The second half of some steps of transformers' Trainer, rows padded to the longest of a batch: all of them, and the median
+    step, since one that takes memory from the driver can last three times as long."""
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT / "simulations"]  # its `datasets` is not the library
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -228,8 +229,9 @@ def by_trainer(model: Any, rows: list[Tokens], device: str, **more: Any) -> dict
         Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()]).train()
     took = np.diff(ends)
     skip = steps // 2
-    return {"tokens_s": sum(seen[skip:steps]) / float(took[skip:].sum()), "peak_gib": peak_gib(device),
-            "steps_s": [round(float(t), 4) for t in took[skip:]]}  # fmt: skip
+    tokens = np.array(seen[skip:steps])
+    return {"tokens_s": float(tokens.sum() / took[skip:].sum()), "median_tokens_s": float(np.median(tokens / took[skip:])),
+            "peak_gib": peak_gib(device), "steps_s": [round(float(t), 4) for t in took[skip:]]}  # fmt: skip
 
 
 def unsloth_default(shape: str, device: str) -> dict[str, Any]:
@@ -439,10 +441,16 @@ def train(shape: str, device: str, rows: list[str] | None = None) -> list[dict[s
             if device == "cuda":
                 found[-1]["share_of_limit"] = found[-1]["tokens_s"] * 4 * parameters_of(shape) / LIMIT_FLOPS
         print(json.dumps({"bench": "train", **found[-1]}), flush=True)
-    peer = next((f["tokens_s"] for f in found if f["row"] == "transformers+peft" and "tokens_s" in f), None)
+    peer = next((f for f in found if f["row"] == "transformers+peft" and "tokens_s" in f), None)
     for f in found:
-        if peer and f["row"] != "transformers+peft" and "tokens_s" in f:
-            print(json.dumps({"bench": "train", "row": f["row"], "ratio_to_transformers_peft": round(f["tokens_s"] / peer, 3)}))
+        if peer and f is not peer and "tokens_s" in f:
+            # Ours is whole rounds. The peer is given the better of its two figures in the second ratio.
+            best = max(peer["tokens_s"], peer["median_tokens_s"])
+            facts = {
+                "ratio_to_transformers_peft": f["tokens_s"] / peer["tokens_s"],
+                "ratio_to_its_better_figure": f["tokens_s"] / best,
+            }
+            print(json.dumps({"bench": "train", "row": f["row"], **{k: round(v, 3) for k, v in facts.items()}}))
     return found
 
 

@@ -22,8 +22,10 @@ __all__ = ["Forecast", "evaluated_at_once", "forecast"]
 _LOOKED_AT = 32
 """Steps whose tokens are counted to know what a step holds on the average."""
 
-_GROWS = 1.2
-"""How much more memory steps take on a CPU after sixteen of them than after two, at most: holes that the C library keeps."""
+_GROWS = {"float32": 1.05}
+_GROWS_OTHERWISE = 1.2
+"""How much more memory steps take on a CPU after sixteen of them than after two, by the type that is computed in: holes that the
+C library keeps. Measured: 1.00 to 1.11 in float32, 1.07 to 1.38 in bfloat16 (simulations/LOG.md, 2026-11-26)."""
 
 _EVALUATED_AT_ONCE = 16_384
 """Tokens, at most, where nothing was measured."""
@@ -91,7 +93,7 @@ def forecast(
         micro_batch_tokens=pace.tokens,
         peak_bytes=torch.cuda.max_memory_allocated(model.base.device)
         if on_gpu
-        else int(held + _GROWS * (_memory("VmHWM") - held)),
+        else int(held + _GROWS.get(_computed_in(model), _GROWS_OTHERWISE) * (_memory("VmHWM") - held)),
         step_tokens=step_tokens,
         steps=steps,
         token_s=token_s / processes,
@@ -102,8 +104,12 @@ def forecast(
 
 def _cpu(model: LoraModel) -> str:
     words = f"CPU, {torch.get_num_threads()} threads"
-    asked, computed = model.base.options.dtype, str(model.base.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    asked, computed = model.base.options.dtype, _computed_in(model)
     return words if asked == computed else f"{words}, in {computed} because it has no {asked} products"
+
+
+def _computed_in(model: LoraModel) -> str:
+    return str(model.base.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
 
 def _shares(group: Sequence[Batch], processes: int) -> list[list[Batch]]:
