@@ -7,6 +7,25 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+import tables
+
+_PASSED: dict[str, bool] = {}  # test -> whether all its cases passed
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tables", action="store_true", help="write the tables of attacks and faults from this run's results")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    test = report.nodeid.removeprefix("tests/").split("[")[0]
+    if report.when == "call" or report.outcome != "passed":
+        _PASSED[test] = _PASSED.get(test, True) and report.outcome == "passed"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--tables"):
+        for kind in tables.PAGES:
+            tables.write(kind, _PASSED)
 
 
 @pytest.hookimpl(wrapper=True)

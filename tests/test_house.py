@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tables
 
 import fedlora
 from fedlora.config import Plan, SiteFile, sample
@@ -142,3 +143,10 @@ def test_kits_are_not_packages(kit):
     assert not (ROOT / kit / "__init__.py").exists()
     out = subprocess.run([sys.executable, str(ROOT / kit / "run.py"), "--help"], capture_output=True, text=True, check=True)
     assert "Usage" in out.stdout
+
+
+@pytest.mark.parametrize("kind", tables.PAGES)
+def test_the_tables_of_attacks_and_faults_are_what_the_tests_say(kind):
+    assert tables.in_page(kind) == tables.table(kind), (
+        f"run: pytest --tables {' '.join(sorted({r.test for r in tables.rows(kind)}))}"
+    )
