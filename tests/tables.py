@@ -2,8 +2,8 @@
 
 A test says what it shows by a mark, in one of its decorators (also inside a ``pytest.param``)::
 
-    @pytest.mark.attack("C4", "the server swaps a pair's ingredient for its own", stops="the dealer's signature over what it sealed")
-    @pytest.mark.fault("E16", "a second `site up` with the same site file", says="another `site up` (process N) uses this directory")
+    @pytest.mark.attack("C4", "the server swaps ingredients", stops="the dealer's signature over what it sealed")
+    @pytest.mark.fault("E16", "a second `site up`", says="another `site up` (process N) uses this directory")
 
 The numbers are those of the review that found it; new ones go on from there. ``pytest --tables`` runs the tests it is given and
 writes the tables, with what did not pass as such; ``tests/test_house.py`` holds the pages to the marks.
