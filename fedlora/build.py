@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -54,6 +55,7 @@ __all__ = [
     "rows",
     "serve",
     "serve_run",
+    "simulated_run",
     "site",
     "site_learner",
     "start_run",
@@ -399,8 +401,16 @@ def enrolled(home: Path) -> dict[str, PublicIdentity]:
     return found
 
 
-def start_run(directory: Path, plan: Plan, first: Adapter) -> RunStore:
+def simulated_run(plan: Plan) -> str:
+    """The run of a simulation or rehearsal: it follows from the plan, as what sites draw under it has to repeat bit for bit."""
+    return hashlib.sha256(b"fedlora simulated run\0" + plan.digest().encode()).hexdigest()
+
+
+def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> RunStore:
     """A new run in ``directory``.
+
+    Args:
+        run: 64 hex digits; empty: drawn.
 
     Raises:
         ConfigError: the plan is not pinned, or ``first`` is not the adapter that it pins.
@@ -412,7 +422,7 @@ def start_run(directory: Path, plan: Plan, first: Adapter) -> RunStore:
         )
     if first.digest() != plan.lora.init_digest:
         raise ConfigError("this is not the first adapter that the plan pins", hint="`fedlora pin` writes both together")
-    return RunStore.create(directory, plan, first, run=secrets.token_hex(32))
+    return RunStore.create(directory, plan, first, run=run or secrets.token_hex(32))
 
 
 def _check_slots(plan: Plan, sites: Mapping[str, PublicIdentity]) -> None:
@@ -492,7 +502,6 @@ def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report)
         lambda: keeper.take(load_roster(roster).dump()),
         store.plan,
         Book(store.memory),
-        before=lambda back: store.adapter(back) if back >= 0 else None,
         report=report,
     )
 

@@ -410,10 +410,15 @@ def _misfits(plan: Plan) -> Iterator[str]:
             "aggregate.name = 'robust' needs every single update, protect.mode = 'secagg' shows only their sum: choose "
             "aggregate.name = 'fedavg', or protect.mode = 'sealed'"
         )
-    if a.name == "product" and secagg and a.rank != "r":
+    if a.name == "product" and secagg:
         yield (
-            f"aggregate.rank = {a.rank!r} needs every single update, protect.mode = 'secagg' shows only their sum: choose "
-            "aggregate.rank = 'r', which two sums can give, or protect.mode = 'sealed'"
+            "aggregate.name = 'product' needs every single update, protect.mode = 'secagg' shows only their sum: choose 'ffa', "
+            "'rolora' or 'fedsvd', which are exact from sums, or protect.mode = 'sealed'"
+        )
+    if secagg and "eval/coarse_match" in plan.evaluation.share and not plan.evaluation.coarse_chars:
+        yield (
+            "evaluation.share lists eval/coarse_match, which nobody measures without evaluation.coarse_chars: under "
+            "protect.mode = 'secagg' every site has to send all that is listed"
         )
     if a.gauge == "procrustes" and (a.rank != "r" or plan.lora.ranks):
         yield "aggregate.gauge = 'procrustes' mixes the slots: it goes with aggregate.rank = 'r' and no lora.ranks"

@@ -20,9 +20,12 @@ from fedlora.store import save_adapter, write_atomic
 __all__ = ["make_roster", "make_server_home", "make_site_keys", "pin_plan"]
 
 
-def make_site_keys(name: str, out: Path) -> tuple[Path, str]:
+def make_site_keys(name: str, out: Path, *, identity: Identity | None = None) -> tuple[Path, str]:
     """Makes ``NAME.key``, ``NAME.node.key`` (both 0600) and ``NAME.pub``: our public identity and, on the second line, the
     public key with which Flower authenticates the connection.
+
+    Args:
+        identity: its keys; None: fresh ones.
 
     Returns:
         The public file and its fingerprint.
@@ -35,7 +38,7 @@ def make_site_keys(name: str, out: Path) -> tuple[Path, str]:
 
     check_site_name(name)
     out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    identity = Identity.generate(name)
+    identity = identity or Identity.generate(name)
     identity.save(out / f"{name}.key")
     node = make_node_key(out / f"{name}.node.key")
     public = out / f"{name}.pub"

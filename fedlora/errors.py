@@ -20,6 +20,7 @@ __all__ = [
     "BothSecretsRequested",
     "CannotOpen",
     "CohortTooSmall",
+    "ComplaintUnanswered",
     "ConfigError",
     "ConnectionFailed",
     "DataError",
@@ -27,8 +28,10 @@ __all__ = [
     "EnvelopeError",
     "Equivocation",
     "FedLoRAError",
+    "ImpossibleAdapter",
     "KeyFileError",
     "MalformedHeader",
+    "MetricMissing",
     "ModelError",
     "NonFiniteUpdate",
     "Oversized",
@@ -65,7 +68,6 @@ __all__ = [
     "WrongRecipient",
     "WrongRound",
     "WrongRun",
-    "WrongScales",
 ]
 
 
@@ -133,6 +135,13 @@ class PlanRefused(FedLoRAError):
     """This site's policy does not allow what the plan asks."""
 
     code = "plan-refused"
+    exit_status = 5
+
+
+class ImpossibleAdapter(FedLoRAError):
+    """The published adapter has moved further than the sums of this plan's rounds can have moved it."""
+
+    code = "impossible-adapter"
     exit_status = 5
 
 
@@ -412,7 +421,7 @@ class BadShare(SessionError):
 
 
 class DealerLied(SessionError):
-    """Shares that agree with their dealer's commitments do not give the secret that it advertised: the round is void.
+    """What a site has dealt is not what it has signed for, and its own signature shows it.
 
     Args:
         site: the dealer.
@@ -431,7 +440,13 @@ class VotesMissing(SessionError):
     code = "votes-missing"
 
 
-class WrongScales(SessionError):
-    """The values of a level are not those that follow from the last published adapter."""
+class MetricMissing(SessionError):
+    """A metric that every site of the round has to send, or one site's would be known, is not here."""
 
-    code = "wrong-scales"
+    code = "metric-missing"
+
+
+class ComplaintUnanswered(SessionError):
+    """A site says that it was dealt what does not open, and the dealer did not show it."""
+
+    code = "complaint-unanswered"

@@ -24,9 +24,14 @@ from fedlora.protect.roster import load_roster
 from fedlora.rounds import Report
 from fedlora.store import RunStore, save_adapter, write_atomic
 
-__all__ = ["over_flower", "run_directory"]
+__all__ = ["over_flower", "rehearsed", "run_directory"]
 
 _READY_S = 120.0
+
+
+def rehearsed(name: str, plan: Plan) -> Identity:
+    """Keys that protect nothing and repeat: under secure aggregation the bits of a run follow from them."""
+    return Identity.derived(name, f"fedlora rehearsal\0{plan.run.seed}".encode())
 
 
 def run_directory(plan: Plan, out: Path) -> Path:
@@ -43,14 +48,15 @@ def over_flower(
         ConnectionFailed: a process does not come up.
         FedLoRAError: the run failed; see :func:`fedlora.flower.server.start`.
     """
+    from fedlora.build import simulated_run, start_run
     from fedlora.flower.exposure import free_port
     from fedlora.flower.server import start
 
     root, directory = out / "flower", run_directory(plan, out)
-    resume = (directory / "run.json").exists()
-    if not resume:
+    if not (directory / "run.json").exists():
         shutil.rmtree(root, ignore_errors=True)  # cut off before the run began
         _enrol(plan, simulation, first, data=data, base=base, root=root)
+        start_run(directory, plan, first, run=simulated_run(plan))
     port = free_port()
     roster = load_roster(root / "server" / "roster.json").roster.digest()
     for name in simulation.sites:
@@ -63,7 +69,7 @@ def over_flower(
             begin(name, "site", "up", str(root / name / "site.toml"))
         for name in simulation.sites:
             _await(root / "server.log", f"{name} is online")
-        start(root / "server", root / "plan" / "plan.toml", resume=resume, report=report)
+        start(root / "server", root / "plan" / "plan.toml", resume=True, report=report)
     return RunStore.open(directory, plan)
 
 
@@ -71,7 +77,7 @@ def _enrol(plan: Plan, simulation: Simulation, first: Adapter, *, data: Path, ba
     make_server_home(root / "server", hosts=["127.0.0.1"])
     publics = []
     for name in simulation.sites:
-        public, _ = make_site_keys(name, root / name / "keys")
+        public, _ = make_site_keys(name, root / name / "keys", identity=rehearsed(name, plan))
         publics.append(load_public(public))
         shutil.copyfile(public, root / "server" / "sites" / public.name)
         for file in ("server.pub", "tls/ca.crt"):

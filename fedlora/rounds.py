@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedlora.adapter import Update
 from fedlora.aggregate import PUBLIC, Accumulator, Aggregator, ServerOptimiser, State, add, optimiser_of
 from fedlora.config import Plan
-from fedlora.errors import ConfigError, FedLoRAError, QuorumNotReached, RemoteError, RunFailed
+from fedlora.errors import ConfigError, DealerLied, FedLoRAError, QuorumNotReached, RemoteError, RunFailed
 from fedlora.messages import Kind, Reply, Request, Task
 from fedlora.protect import WORK_PHASES, Protection
 from fedlora.store import Checkpoint, RunStore
@@ -144,7 +144,9 @@ def _attempts(
 ) -> tuple[_Round, dict[str, Any]]:
     """Asks for a round until enough sites delivered. A site that did answers again from its journal."""
     need, meter = plan.federation.min_sites, _Meter(transport)
-    for attempt in range(plan.federation.round_attempts):
+    attempt, left, liars = -1, plan.federation.round_attempts, set[str]()
+    while left:
+        attempt, left = attempt + 1, left - 1
         task = replace(task, attempt=attempt)
         at_hand = _await_sites(transport, need, time.monotonic() + plan.federation.round_deadline, report)
         sites = _drawn(at_hand, plan, task, passes) if task.kind == "train" else at_hand
@@ -169,6 +171,9 @@ def _attempts(
         if len(tally.accepted) >= need or tally.voided is not None:
             return tally, record
         report("void", record)
+        named = {site for site, code in tally.rejected.items() if code == DealerLied.code}
+        left += bool(named - liars)  # proven to lie and left out from now on: there are only so many
+        liars |= named
     raise QuorumNotReached(
         f"round {task.round}: {len(tally.accepted)} of {need} sites delivered in {plan.federation.round_attempts} attempts",
         hint="nothing is lost; bring the sites back and resume the run",

@@ -430,12 +430,12 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
 
 def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
     directory = out / "federated"
-    server = _identity(out / "keys" / "server.key", "server")
-    identities = {n: _identity(out / "keys" / f"{n}.key", n) for n in lab.simulation.sites}
+    server = _identity(out / "keys" / "server.key", "server", lab.plan)
+    identities = {n: _identity(out / "keys" / f"{n}.key", n, lab.plan) for n in lab.simulation.sites}
     publics = {n: i.public for n, i in identities.items()}
     roster, digest = out / "keys" / "roster.json", ""
     if lab.plan.protect.mode == "secagg":
-        coordinator = _identity(out / "keys" / "coordinator.key", "coordinator")
+        coordinator = _identity(out / "keys" / "coordinator.key", "coordinator", lab.plan)
         digest = make_roster(roster, server.public, list(publics.values()), coordinator)
     learners = _learners(lab, report)
     sites = {
@@ -445,7 +445,7 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
         store = RunStore.open(directory, lab.plan)
     else:
         shutil.rmtree(directory, ignore_errors=True)  # cut off before the run began
-        store = build.start_run(directory, lab.plan, lab.first)
+        store = build.start_run(directory, lab.plan, lab.first, run=build.simulated_run(lab.plan))
     if store.final() is None:
         transport = Dropouts(LocalTransport({n: s.handle for n, s in sites.items()}), lost)
 
@@ -488,10 +488,12 @@ def _named(site: str, report: Report, event: str, facts: Mapping[str, object]) -
     report(event, {"site": site, **facts})
 
 
-def _identity(path: Path, name: str) -> Identity:
+def _identity(path: Path, name: str, plan: Plan) -> Identity:
     if not path.exists():
+        from fedlora.rehearse import rehearsed
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        Identity.generate(name).save(path)
+        rehearsed(name, plan).save(path)
     return load_identity(path)
 
 

@@ -270,6 +270,8 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
     vector = np.empty(n, np.float32)
     parse_float32(raw[cuts[-1] : end], vector, "the adapter")
     sends, public = more.read(raw)
+    if sends == layout:
+        raise WrongLayout("the layout of the answer is the task's own, which goes without saying")
     kind: Kind = "train" if head["kind"] == "train" else "evaluate"
     task = Task(head["run"], plan, head["base"], kind, head["round"], head["attempt"], Adapter(vector, layout), sends, public)
     return task, reply_key

@@ -122,7 +122,7 @@ def site(name: str, peers: int) -> dict[str, Any]:
     session, profile, shape = Handshake.of(peers + 1), PROFILES[name], layout(VALUES)
     own, one = (peers + 1) // 2, update(shape)
     relayed = relay(session.cohort, session.deals, own)
-    scales = scales_for(shape, profile, first_range=5e-3, change=None)
+    scales = scales_for(shape, profile, reach=5e-3)
     ride = Numbers(len(shape.entries), METRICS)
     said = dict.fromkeys(METRICS, 1.0)
     left, levels = np.full(shape.size, 1e-6, np.float32), np.empty(0, profile.word)  # of the round before
@@ -136,7 +136,7 @@ def site(name: str, peers: int) -> dict[str, Any]:
         lap("check")
         delta = one.delta.copy()
         delta += left
-        levels, cut = encode(delta, shape, profile, scales, share=1.0, seed=b"bench")
+        levels, cut = encode(delta, shape, profile, scales, share=1.0, key=bytes(32))
         left = delta
         lap("encode")
         numbers = ride.pack(weight=1, counted=one.weight, squares=squares_of(one.delta, shape), cut=cut, metrics=said)
@@ -155,7 +155,7 @@ def site(name: str, peers: int) -> dict[str, Any]:
     memory = _Nowhere()
     records = Records(memory, "run", next(iter(session.identities.values())), os.urandom)
     save = median_s(lambda: records.save_encoded(Encoded("key", 1, levels, np.zeros(ride.size, np.uint64), left, one.delta)))
-    return {"values": shape.size, "seconds": whole, **parts, "upload_bytes": runs[0][1] + overhead(1),
+    return {"values": shape.size, "seconds": whole, **parts, "upload_bytes": runs[0][1] + overhead(1, runs[0][1]),
             "peak_rss_mb": peak / 1e6, "besides_save_s": save, "besides_save_bytes": memory.written}  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def server(n: int) -> dict[str, Any]:
         adding += time.perf_counter() - began
     holders = counted[: session.cohort.threshold]
     revealed = {h: reveal(session.cohort, inboxes[h], delivered) for h in holders}
-    scales = scales_for(shape, profile, first_range=5e-3, change=None)
+    scales = scales_for(shape, profile, reach=5e-3)
     times = []
     for _ in range(3):
         began = time.perf_counter()
@@ -240,7 +240,7 @@ def server(n: int) -> dict[str, Any]:
         total, counts = vector.copy(), numbers.copy()
         unmask(session.cohort, session.deals, counted, shares, total, counts)
         unmasked = time.perf_counter()
-        mean = sum_to_mean(total, shape, profile, scales, weight=len(counted))
+        mean = sum_to_mean(total, shape, profile, scales, weight=len(counted), most=len(counted) * profile.levels)
         times.append((unmasked - began, time.perf_counter() - unmasked))
         right = bool(np.all(total == sum(counted)) and np.all(counts == sum(counted)) and np.isfinite(mean[0]))
         del total, mean

@@ -9,6 +9,7 @@ and exact match on the plan's test rows, the difference in loss from float32, an
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,9 @@ import numpy as np
 from fedlora import simulate
 from fedlora.adapter import F32, Adapter, Layout, Update
 from fedlora.aggregate import AGGREGATORS, FedAvg, Sums
-from fedlora.config import Aggregate, Protect, Wire, load_plan
+from fedlora.config import Aggregate, Plan, Protect, Wire, load_plan
 from fedlora.protect.secagg.rings import PROFILES, Profile, encode, scales_for, sum_to_mean
+from fedlora.protect.secagg.terms import reach
 
 Rounds = list[dict[str, F32]]
 heard: Rounds = []
@@ -44,19 +46,21 @@ class _Recording(FedAvg):
         return _Kept.start(adapter.layout, cohort=cohort, max_weight=self.max_weight)
 
 
-def coded(first: Adapter, rounds: Rounds, profile: Profile, *, first_range: float, seed: int) -> tuple[Adapter, float]:
+def coded(first: Adapter, rounds: Rounds, profile: Profile, plan: Plan) -> tuple[Adapter, float]:
     """What the coded updates of all rounds would have made of the first adapter; share of values that were cut."""
     layout: Layout = first.layout
-    before, now, cut = None, first.vector.copy(), 0
+    now, cut = first.vector.copy(), 0
     left = {site: np.zeros(layout.size, np.float32) for updates in rounds for site in updates}
     for number, updates in enumerate(rounds, 1):
-        scales = scales_for(layout, profile, first_range=first_range, change=None if before is None else now - before)
+        scales = scales_for(layout, profile, reach=reach(plan, number))
         total = np.zeros(layout.size, profile.word)
         for site, delta in updates.items():
             left[site] += delta
-            levels, over = encode(left[site], layout, profile, scales, share=1.0, seed=f"{seed}/{site}/{number}".encode())
+            key = hashlib.sha256(f"{site}/{number}".encode()).digest()
+            levels, over = encode(left[site], layout, profile, scales, share=1.0, key=key)
             total, cut = total + levels, cut + int(over.sum())
-        before, now = now, now + sum_to_mean(total, layout, profile, scales, weight=len(updates))
+        n = len(updates)
+        now = now + sum_to_mean(total, layout, profile, scales, weight=n, most=n * profile.levels)
     return Adapter(now, layout), cut / (sum(map(len, rounds)) * layout.size)
 
 
@@ -90,9 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rounds = [updates for updates in heard if updates]
         base, hits = _test(lab, exact)
         print(json.dumps({"seed": seed, "profile": "float32", "nll": base, "exact_match": hits}), flush=True)
-        reach = plan.training.learning_rate * plan.federation.local_steps
         for name, profile in PROFILES.items():
-            adapter, cut = coded(lab.first, rounds, profile, first_range=reach, seed=seed)
+            adapter, cut = coded(lab.first, rounds, profile, plan)
             nll, hits = _test(lab, adapter)
             facts = {"nll": nll, "exact_match": hits, "minus_float32": nll - base, "cut": cut}
             print(json.dumps({"seed": seed, "profile": name, **facts}), flush=True)

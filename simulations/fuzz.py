@@ -22,7 +22,7 @@ import traceback
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedlora import wire
 from fedlora.config import Protect
-from fedlora.errors import FedLoRAError
+from fedlora.errors import BadShare, FedLoRAError
 from fedlora.messages import Task
 from fedlora.protect.keys import Identity, PublicIdentity
 from fedlora.protect.roster import SignedRoster, first_epoch
@@ -48,10 +48,19 @@ from fedlora.protect.secagg.cohort import (
     Rules,
     certificate,
     read_certificate,
+    sign,
     sign_vote,
     vote_text,
 )
-from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, receive, reveal
+from fedlora.protect.secagg.complaints import (
+    Complaint,
+    dump_complaints,
+    dump_opened,
+    read_complaints,
+    read_opened,
+    read_settled,
+)
+from fedlora.protect.secagg.dealing import Inbox, Opened, Secrets, advertise, deal, opened, receive, reveal
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
@@ -198,7 +207,7 @@ def _session(label: str) -> tuple[Cohort, dict[int, Secrets], dict[int, bytes], 
     secrets = {i: Secrets(_secret(f"{label} {s}", 32)) for i, s in enumerate(SITES, 1)}
     adverts = [advertise(s, bytes(32), secrets[i], key=identity(s).signing) for i, s in enumerate(SITES, 1)]
     cohort = Cohort.of(adverts, RULES)
-    raw = {i: deal(cohort, i, s) for i, s in secrets.items()}
+    raw = {i: deal(cohort, i, s, key=identity(SITES[i - 1]).signing) for i, s in secrets.items()}
     deals = {i: Deal.parse(cohort, i, r) for i, r in raw.items()}
     inboxes = {i: _receive(cohort, i, s, relay(cohort, deals, i)) for i, s in secrets.items()}
     return cohort, secrets, raw, deals, inboxes
@@ -206,9 +215,11 @@ def _session(label: str) -> tuple[Cohort, dict[int, Secrets], dict[int, bytes], 
 
 def _receive(cohort: Cohort, own: int, secrets: Secrets, blob: bytes) -> Inbox:
     reader = Reader(blob, "relay")
-    inbox = receive(cohort, own, secrets, reader, rules=RULES)
+    received = receive(cohort, own, secrets, reader, rules=RULES, known=known)
     reader.end()
-    return inbox
+    if received.lies:
+        raise BadShare("what was dealt does not open")
+    return received.inbox
 
 
 # --- the parsers ----------------------------------------------------------------------------------------------------
@@ -217,7 +228,7 @@ def _receive(cohort: Cohort, own: int, secrets: Secrets, blob: bytes) -> Inbox:
 @cache
 def parsers() -> dict[str, Parser]:
     """All of them, by name."""
-    made = [_advert(), _cohort(), *_lists(), _deal(), _relay(), _reveal(), _offer(), _task(), _signed_roster()]
+    made = [_advert(), _cohort(), *_lists(), _deal(), *_complaints(), _relay(), _reveal(), _offer(), _task(), _signed_roster()]
     made += [_packed(name) for name in PROFILES] + [_numbers(), *_records()]
     return {p.name: p for p in made}
 
@@ -281,7 +292,7 @@ def _deal() -> Parser:
     def again(blob: bytes) -> bytes:
         found = Deal.parse(cohort, 1, blob)
         out = [cohort.t1, *(part for pair in found.commitments.values() for part in pair)]
-        return b"".join(out + [bundle + found.pairs.get(j, b"") for j, bundle in found.bundles.items()])
+        return b"".join(out + [one.dump()[64:] for one in found.dealt.values()])
 
     return Parser("deal", [raw[1], _session("b")[2][1]], again, repair=lambda blob, rng: cohort.t1 + blob[32:])
 
@@ -324,23 +335,60 @@ def _tasks() -> list[bytes]:
 
 
 def _offer() -> Parser:
-    samples = [Offer(_roster().dump(), np.ones(n, np.float32), task).dump() for n, task in zip((2, 1), _tasks(), strict=True)]
-    return Parser("offer", samples, lambda b: Offer.parse(b).dump(), [(0, 4), (4 + len(_roster().dump()), 4)])
+    samples = [Offer(_roster().dump(), task).dump() for task in _tasks()]
+    return Parser("offer", samples, lambda b: Offer.parse(b).dump(), [(0, 4)])
 
 
 def _task() -> Parser:
-    """What an offer brings, with the scales in front."""
+    """What an offer brings."""
 
     def again(blob: bytes) -> bytes:
-        task, key = Offer(b"", np.frombuffer(blob[:8], "<f4")[: 2 - blob[8] % 2], blob[9:]).open_task()
-        return blob[:9] + wire.dump_task(task, reply_key=key)
+        task, key = Offer(b"", blob).open_task()
+        return wire.dump_task(task, reply_key=key)
 
-    samples = [np.ones(2, "<f4").tobytes() + bytes([i]) + task for i, task in enumerate(_tasks())]
-    lengths = [(9 + 8, 8), *((9 + at, 4) for at in (16, 20, 24, 28)), (0, 4), (len(samples[0]) - 20, 4)]
-    return Parser(
-        "task", samples, lambda b: again(b.ljust(9, b"\0")) if len(b) > 9 else None, lengths,
-        lambda b, rng: b[:-16] + hashlib.sha256(b[9:-16]).digest()[:16],
-    )  # fmt: skip
+    lengths = [(8, 8), *((at, 4) for at in (16, 20, 24, 28)), (len(_tasks()[0]) - 20, 4)]
+    return Parser("task", _tasks(), again, lengths, lambda b, rng: b[:-16] + hashlib.sha256(b[:-16]).digest()[:16])
+
+
+@cache
+def _complained() -> tuple[Cohort, Complaint, dict[int, Opened]]:
+    """The second of four sites has sealed to the first what does not open."""
+    cohort, secrets, _, deals, _ = _session("a")
+    dealt = deals[2].dealt[1]
+    text = cohort.t1 + b"\0\2\0\1" + b"".join(dealt.commitments) + hashlib.sha256(bytes(1202)).digest()
+    false = replace(dealt, sealed=bytes(1202), signature=sign(identity(SITES[1]).signing, "deal", text))
+    return (
+        cohort,
+        Complaint.make(cohort, 1, {2: false.statement}, key=identity(SITES[0]).signing),
+        opened(cohort, 2, secrets[2], [1]),
+    )
+
+
+def _complaints() -> list[Parser]:
+    cohort, complaint, shown = _complained()
+    due = {1: _session("a")[3][2].dealt[1].commitments}
+
+    def verified(blob: bytes) -> bytes:
+        found: Complaint = _whole(lambda reader: Complaint.read(reader, cohort), blob)
+        found.verify(cohort, known)
+        return found.dump()
+
+    def asked(blob: bytes) -> bytes:
+        holders = read_complaints(cohort, 2, blob, known)
+        return dump_complaints(cohort, [complaint][: len(holders)])
+
+    return [
+        Parser("complaint", [complaint.dump()], verified, [(0, 2), (2, 2), (4, 2)]),
+        Parser("complaints", [dump_complaints(cohort, [complaint])], asked, [(32, 2), (34, 2)]),
+        Parser("opened", [dump_opened(cohort, shown)], lambda b: dump_opened(cohort, read_opened(cohort, 2, b, due)), [(32, 2)]),
+        Parser(
+            "settled",
+            [dump_opened(cohort, {2: shown[1]}), dump_opened(cohort, {})],
+            lambda b: dump_opened(cohort, _whole(lambda reader: read_settled(cohort, 1, reader), b)),
+            [(32, 2), (34, 2)],
+            lambda blob, rng: cohort.t1 + blob[32:],
+        ),
+    ]
 
 
 def _signed_roster() -> Parser:
@@ -405,7 +453,7 @@ def _numbers() -> Parser:
 def _records() -> list[Parser]:
     """A site's own files, damaged."""
     session = Session(1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, alone=False, ranks={}, t1=bytes(32))
-    encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), *np.ones((2, 14), np.float32))
+    encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), np.ones(14, np.float32))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3, list(SITES), [])
 
     def records(memory: DictMemory) -> Records:

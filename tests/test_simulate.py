@@ -133,14 +133,14 @@ def test_real_flower_processes_give_the_simulated_bits_although_the_power_fails(
 
 @pytest.mark.torch
 @pytest.mark.flower
-def test_the_two_passes_of_a_product_under_secure_aggregation_give_the_simulated_bits(tmp_path):
+def test_under_secure_aggregation_real_processes_give_the_simulated_bits(tmp_path):
+    """The rounding's noise is a secret of each site; a rehearsal has the simulation's keys and run."""
     plan = tmp_path / "toy.toml"
-    rule = SECAGG.replace('weighting = "uniform"', 'name = "product"\nweighting = "uniform"')
+    rule = SECAGG.replace('weighting = "uniform"', 'name = "rolora"\nweighting = "uniform"')
     plan.write_text(TOY.read_text().replace("num_rounds = 4", "num_rounds = 1") + rule)
     for transport in ("local", "flower"):
         assert main(["simulate", str(plan), "--transport", transport, "--out", str(tmp_path / transport), "-q"]) == 0
     assert adapters(tmp_path / "local") == adapters(tmp_path / "flower")
-    assert [(r["round"], r.get("pass")) for r in results(tmp_path / "flower")["rounds"]] == [(1, 1), (2, 2), (3, None)]
 
 
 @pytest.mark.torch

@@ -37,10 +37,6 @@ class Masked(Rule):
         slots[:own] = 1
         return self._joined(Adapter(change, before.layout), slots, exchange)
 
-    def expected(self, before: Adapter, now: Adapter, *, exchange: int, public: Adapter | None) -> F32:
-        change = Adapter(now.vector - before.vector, now.layout)
-        return self._joined(change, np.ones(now.layout.rank, np.float32), exchange)
-
     def _joined(self, change: Adapter, slots: F32, exchange: int) -> F32:
         layout = self.reply(change.layout, exchange)
         return Adapter.of({**change.tensors(), SLOTS: slots}).part(layout).vector

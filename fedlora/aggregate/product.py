@@ -116,7 +116,8 @@ def _mean_factors(sums: Each, adapter: Adapter, pair: Pair) -> tuple[F64, F64]:
 
 @dataclass(frozen=True, slots=True)
 class SketchedProduct(Rule):
-    """The same from two sums, so that secure aggregation can carry it: which directions, then what lies along them.
+    """The same from two sums: which directions, then what lies along them. For comparisons; no plan can ask for it, because how
+    large its values are follows from what a server publishes, and secure aggregation takes ranges from the plan alone.
 
     ``Omega`` (k, w) is public: the rows of the global A, completed by random directions, orthonormal; w = 2 r.
     Pass 1: ``Y = sum_i p_i B_i (A_i Omega)``, (d, w); Q = an orthonormal basis of its columns, published.
@@ -151,29 +152,18 @@ class SketchedProduct(Rule):
         if (None if public is None else public.layout) != (None if exchange % 2 else Layout.of(due)):
             raise WrongLayout("the server sent another basis than this plan's rule publishes")
 
-    def first_ranges(self, layout: Layout, step: float) -> Mapping[str, float]:
-        """B moves by at most ``step``; A has entries of size 1 / sqrt(3 k), ``Omega`` and Q columns of length one."""
-        ranges = {}
-        for p in layout.pairs():
-            ranges[f"{p.module}.sketch_Y"] = step * p.rank**0.5
-            ranges[f"{p.module}.sketch_Z"] = step * (p.rank * p.d_out / p.d_in) ** 0.5
-        return ranges
-
     def encode(self, before: Adapter, after: Adapter, *, exchange: int, public: Adapter | None) -> F32:
-        return self._change(before, after.at_rank(before.layout.rank), before, exchange, public)
+        return self._change(before, after.at_rank(before.layout.rank), exchange, public)
 
-    def expected(self, before: Adapter, now: Adapter, *, exchange: int, public: Adapter | None) -> F32:
-        return self._change(before, now, now, exchange, public)
-
-    def _change(self, before: Adapter, after: Adapter, start: Adapter, exchange: int, public: Adapter | None) -> F32:
-        """The change of each product, seen through ``Omega`` of the adapter ``start`` or through Q."""
-        sent = self.reply(start.layout, exchange)
+    def _change(self, before: Adapter, after: Adapter, exchange: int, public: Adapter | None) -> F32:
+        """The change of each product, seen through ``Omega`` or through Q."""
+        sent = self.reply(before.layout, exchange)
         where, out = {name: at for name, at, _ in sent.slices()}, np.empty(sent.size, np.float32)
         basis = _named(public) if exchange % 2 == 0 else {}
-        for pair in start.layout.pairs():
+        for pair in before.layout.pairs():
             (b0, a0), (b, a) = factors(before.vector, pair), factors(after.vector, pair)
             if exchange % 2:
-                omega = self._omega(start, pair, exchange)
+                omega = self._omega(before, pair, exchange)
                 out[where[f"{pair.module}.sketch_Y"]] = (b @ (a @ omega) - b0 @ (a0 @ omega)).reshape(-1)
             else:
                 q = basis[pair.module]

@@ -93,24 +93,12 @@ class Aggregator(Protocol):
         """
         ...
 
-    def expected(self, before: Adapter, now: Adapter, *, exchange: int, public: Adapter | None) -> F32:
-        """What :meth:`encode` would give for the last published change: public, for the range of coded values.
-
-        Args:
-            before, now: the adapter of the round before, and of this one.
-        """
-        ...
-
     def check_public(self, layout: Layout, exchange: int, public: Adapter | None) -> None:
         """At the site: refuses what else the server sent if it is not what this rule publishes.
 
         Raises:
             WrongLayout: it is not.
         """
-        ...
-
-    def first_ranges(self, layout: Layout, step: float) -> Mapping[str, float]:
-        """Largest value of tensors of the reply in the first round, for those that are no changes of factors by ``step``."""
         ...
 
     def fixed_ranges(self, layout: Layout) -> Mapping[str, float]:
@@ -161,16 +149,9 @@ class Rule:
         sent = self.reply(before.layout, exchange)
         return after.part(sent).vector - before.part(sent).vector
 
-    def expected(self, before: Adapter, now: Adapter, *, exchange: int, public: Adapter | None) -> F32:
-        sent = self.reply(now.layout, exchange)
-        return now.part(sent).vector - before.part(sent).vector
-
     def check_public(self, layout: Layout, exchange: int, public: Adapter | None) -> None:
         if public is not None:
             raise WrongLayout("the server sent more than this plan's rule publishes")
-
-    def first_ranges(self, layout: Layout, step: float) -> Mapping[str, float]:
-        return {}
 
     def fixed_ranges(self, layout: Layout) -> Mapping[str, float]:
         return {}

@@ -7,7 +7,7 @@ from typing import Final
 
 from fedlora.aggregate.masked import Masked
 from fedlora.aggregate.means import FFA, FedAvg, FedSVD, RoLoRA
-from fedlora.aggregate.product import MAX_RANK, Product, SketchedProduct
+from fedlora.aggregate.product import MAX_RANK, Product
 from fedlora.aggregate.protocol import Aggregator
 from fedlora.aggregate.robust import Robust
 from fedlora.aggregate.server_optimiser import ServerOptimiser
@@ -19,8 +19,6 @@ __all__ = ["AGGREGATORS", "optimiser_of", "rule_of"]
 
 def _product(plan: Plan, max_weight: int) -> Aggregator:
     a = plan.aggregate
-    if plan.protect.mode == "secagg":
-        return SketchedProduct(max_weight, seed=plan.run.seed, gauge=a.gauge)
     return Product(max_weight, rank=a.rank, max_rank=a.max_rank or min(2 * plan.lora.r, MAX_RANK), energy=a.energy, gauge=a.gauge)
 
 

@@ -16,12 +16,13 @@ from fedlora.data import Batch, Cursor, Stream, Tokens
 from fedlora.errors import ConfigError, DataError, NonFiniteUpdate, ResourceError, StoreError
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.forecast import Forecast, evaluated_at_once, forecast
-from fedlora.learn.loop import OnStep, derived_seed, learning_rate, train_steps
+from fedlora.learn.loop import OnStep, derived_seed, train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.optimiser import dump_moments, forget_moments, load_moments, make_optimiser
 from fedlora.learn.options import TrainOptions
 from fedlora.learn.pace import Pace, is_out_of_memory
 from fedlora.learn.ranks import Ranks
+from fedlora.schedule import learning_rate
 from fedlora.site import Trained
 
 __all__ = ["HFLearner", "TrainOptions", "dump_state", "parse_state"]

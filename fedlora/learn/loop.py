@@ -16,7 +16,7 @@ from fedlora.learn.lora import LoraModel
 from fedlora.learn.pace import Pace, is_out_of_memory
 from fedlora.learn.ranks import Ranks
 
-__all__ = ["OnStep", "Spent", "derived_seed", "learning_rate", "pull_back", "train_steps"]
+__all__ = ["OnStep", "Spent", "derived_seed", "pull_back", "train_steps"]
 
 OnStep = Callable[[int, int, float], None]
 """Told (step from 1, steps, loss in nats per supervised token) after each step."""
@@ -29,18 +29,6 @@ class Spent:
     loss: float
     tokens: int
     examples: int
-
-
-def learning_rate(name: str, progress: float, *, peak: float, warmup_ratio: float) -> float:
-    """The learning rate at ``progress`` in [0, 1] through the whole run: linear rise, then the named course to zero.
-
-    Args:
-        name: transformers' name: ``cosine``, ``linear`` or ``constant``.
-    """
-    if progress < warmup_ratio:
-        return peak * progress / warmup_ratio
-    left = (1 - progress) / (1 - warmup_ratio) if warmup_ratio < 1 else 1.0
-    return peak * {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[name]
 
 
 def derived_seed(*key: object) -> int:

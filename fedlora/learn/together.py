@@ -22,9 +22,10 @@ from fedlora.data import IGNORE, Batch, Cursor, regroup
 from fedlora.errors import ConfigError, DataError, NonFiniteUpdate
 from fedlora.learn.forward import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state, parse_state
-from fedlora.learn.loop import learning_rate, pull_back
+from fedlora.learn.loop import pull_back
 from fedlora.learn.optimiser import make_optimiser
 from fedlora.learn.pace import is_out_of_memory
+from fedlora.schedule import learning_rate
 from fedlora.site import Trained
 
 __all__ = ["Together", "side_by_side"]

@@ -173,9 +173,9 @@ class Envelope:
         return self.signed.hex()
 
 
-def overhead(recipients: int) -> int:
-    """Most bytes that an envelope adds to a payload below 1 GiB."""
-    return _PREFIX.size + MAX_HEADER + recipients * _STANZA + 1024 * _TAG + _TAG + _SIGNATURE
+def overhead(recipients: int, payload: int) -> int:
+    """Most bytes that an envelope adds to a payload of so many bytes."""
+    return _PREFIX.size + MAX_HEADER + recipients * _STANZA + max(1, -(-payload // _CHUNK)) * _TAG + _SIGNATURE
 
 
 def seal(

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey, MLKEM768X25519PublicKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from fedlora.errors import BadSignature, KeyFileError
@@ -138,6 +140,21 @@ class Identity:
     def generate(cls, name: str) -> Identity:
         """Fresh keys from the operating system."""
         return cls(name, Ed25519PrivateKey.generate(), MLKEM768PrivateKey.generate(), X25519PrivateKey.generate())
+
+    @classmethod
+    def derived(cls, name: str, secret: bytes) -> Identity:
+        """Keys that follow from a secret, the same each time: for rehearsals, whose bits must repeat."""
+
+        def seed(part: str, size: int) -> bytes:
+            info = f"fedlora/v1/derived/{part}\0{name}".encode()
+            return HKDF(hashes.SHA256(), size, salt=None, info=info).derive(secret)
+
+        return cls(
+            name,
+            Ed25519PrivateKey.from_private_bytes(seed("ed25519", 32)),
+            MLKEM768PrivateKey.from_seed_bytes(seed("ml-kem-768", 64)),
+            X25519PrivateKey.from_private_bytes(seed("x25519", 32)),
+        )
 
     @property
     def public(self) -> PublicIdentity:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,11 @@ class Context:
     def fields(self) -> dict[str, Any]:
         """By header field."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+def _all_of(kem_ids: Iterable[str]) -> str:
+    """What the header of a message down says of its recipients."""
+    return key_id("".join(sorted(kem_ids)).encode())
 
 
 def pinned(server: PublicIdentity) -> str:
@@ -133,7 +138,7 @@ class ServerLink:
             sender=SERVER,
             to=BROADCAST,
             from_key=self.identity.public.signing_id,
-            to_key=key_id("".join(sorted(p.kem_id for p in to)).encode()),
+            to_key=_all_of(p.kem_id for p in to),
             roster=self.roster,
             codec=codec,
             seq=seq,
@@ -153,7 +158,7 @@ class ServerLink:
         """
         if reply.error:
             raise RemoteError(reply.site, reply.error[:64])
-        envelope = parse(reply.body, max_bytes=max_payload + overhead(1))
+        envelope = parse(reply.body, max_bytes=max_payload + overhead(1, max_payload))
         name = envelope.header.sender
         if name not in self.sites:
             raise UnknownSite("the sender is not enrolled")
@@ -228,7 +233,8 @@ class SiteLink:
         verify(envelope, self.server)
         fed = federation(self.server)
         same = {} if roster is None else {"roster": roster}
-        match(header, fed=fed, dir="down", phase=request.phase, to=BROADCAST, codec=codec, **same)
+        sealed_to = _all_of(envelope.stanzas)
+        match(header, fed=fed, dir="down", phase=request.phase, to=BROADCAST, to_key=sealed_to, codec=codec, **same)
         counter = _Counter(self.memory, f"{header.run}/down")
         counter.admit(header.seq, envelope.digest, again=True)  # the relay may deliver one message twice
         return header, open_envelope(envelope, self.identity)

@@ -340,6 +340,8 @@ def tasks() -> Iterator[Vector]:
     yield bad("flag_4", "wire", "flags", "the next flag", with_more(4, b""))
     spaced = with_more(1, asked(sends.replace(b",", b", ", 1)))
     yield bad("sends_with_space", "wrong-layout", "layout", "a space in the layout of the answer", spaced)
+    own = with_more(1, asked(LAYOUT.dump()))
+    yield bad("sends_own", "wrong-layout", "sends-own", "asks for the task's own layout in so many words", own)
     crooked = with_more(2, published(b"[" * 8000, 3, values))
     yield bad("public_deep", "wrong-layout", "layout", "nesting that exhausts a stack", crooked)
     lying = with_more(2, published(shown, 4, values + b"\0" * 4))

@@ -1,14 +1,16 @@
 """Writes the vectors of secure aggregation that are not there yet: `python tests/vectors/make_secagg.py`. It changes none.
 
 ``three.json`` and ``four.json`` are whole sessions with fixed secrets: FORMAT.md, section 10, gives each of their bytes from the
-secrets, but for the randomness of HPKE in the deals, which is why they are made once and kept. ``refused.json`` holds one message
-or more for each condition of section 10.9, as a change of one of ``four.json``. All keys are FOR TESTS ONLY: they are public.
+secrets, but for the randomness of HPKE in the deals, which is why they are made once and kept. ``complaint.json`` is what is said
+where a site of ``four.json`` lies. ``refused.json`` holds one message or more for each condition of section 10.9, as a change of
+one of these. All keys are FOR TESTS ONLY: they are public.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import (
     ABORT,
     COMMIT,
@@ -28,10 +31,23 @@ from fedlora.protect.secagg.cohort import (
     Rules,
     certificate,
     read_certificate,
+    sign,
     sign_vote,
     vote_text,
 )
-from fedlora.protect.secagg.dealing import HEAD_BYTES, Secrets, advertise, deal, masked, receive, reveal
+from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened
+from fedlora.protect.secagg.dealing import (
+    HEAD_BYTES,
+    Dealt,
+    Inbox,
+    Secrets,
+    advertise,
+    deal,
+    masked,
+    opened,
+    receive,
+    reveal,
+)
 from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.rings import PROFILES, unpack
@@ -56,9 +72,15 @@ def session(name: str) -> dict[str, Any]:
     keys = {s: Ed25519PrivateKey.from_private_bytes(secret(f"{name} {s} signing", 32)) for s in sites}
     secrets = {i: Secrets(secret(f"{name} {s} root", 32)) for i, s in enumerate(sites, 1)}
     cohort = Cohort.of([advertise(s, context, secrets[i], key=keys[s]) for i, s in enumerate(sites, 1)], RULES)
-    raw = {i: deal(cohort, i, x) for i, x in secrets.items()}
+    raw = {i: deal(cohort, i, x, key=keys[sites[i - 1]]) for i, x in secrets.items()}
     deals = {i: Deal.parse(cohort, i, r) for i, r in raw.items()}
-    inboxes = {i: receive(cohort, i, secrets[i], Reader(relay(cohort, deals, i), "relay"), rules=RULES) for i in secrets}
+    known = identities(keys, cohort).__getitem__
+
+    def inbox(i: int) -> Inbox:
+        reader = Reader(relay(cohort, deals, i), "relay")
+        return receive(cohort, i, secrets[i], reader, rules=RULES, known=known).inbox
+
+    inboxes = {i: inbox(i) for i in secrets}
     rng = np.random.default_rng(len(sites))
     levels = {i: rng.integers(-profile.levels, profile.levels + 1, SIZE) for i in secrets}
     numbers = {i: rng.integers(0, 1 << 48, NUMBERS).astype(np.uint64) for i in secrets}
@@ -110,17 +132,60 @@ def session(name: str) -> dict[str, Any]:
     }
 
 
+def identities(keys: dict[str, Ed25519PrivateKey], cohort: Cohort) -> dict[str, PublicIdentity]:
+    """By name; any sound sealing key does, none is used."""
+    return {s: PublicIdentity(s, k.public_key().public_bytes_raw(), cohort.adverts[0].seal) for s, k in keys.items()}
+
+
+def swap(blob: bytes, at: int, size: int) -> bytes:
+    """Two neighbouring parts change places."""
+    return blob[:at] + blob[at + size : at + 2 * size] + blob[at : at + size] + blob[at + 2 * size :]
+
+
 def alike(one: bytes, other: bytes) -> int:
     """How many bytes they begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
+
+
+# --- a complaint ---------------------------------------------------------------------------------------------------------
+
+
+def false_deal(cohort: Cohort, dealt: Dealt, dealer: int, holder: int, *, key: Ed25519PrivateKey, **changes: Any) -> Dealt:
+    """Changed, and signed again by its dealer: FORMAT.md, section 10.4."""
+    new = replace(dealt, **changes)
+    text = cohort.t1 + struct.pack(">HH", dealer, holder) + b"".join(new.commitments) + hashlib.sha256(new.sealed).digest()
+    return replace(new, signature=sign(key, "deal", text))
+
+
+def complained(four: dict[str, Any]) -> dict[str, str]:
+    """In the session ``four``, b seals to a what does not open: what is relayed to a, its complaint, what b is asked and
+    shows, and what a is given then."""
+    sites = four["sites"]
+    keys = {s: Ed25519PrivateKey.from_private_bytes(bytes.fromhex(x["ed25519 private"])) for s, x in sites.items()}
+    cohort = Cohort.of([Advert.read(Reader(bytes.fromhex(x["advertisement"]), "advert")) for x in sites.values()], RULES)
+    deals = {i: Deal.parse(cohort, i, bytes.fromhex(x["deal"])) for i, x in enumerate(sites.values(), 1)}
+    known = identities(keys, cohort).__getitem__
+    false = false_deal(cohort, deals[2].dealt[1], 2, 1, key=keys["b"], sealed=secret("four b to a", 1202))
+    relayed = relay(cohort, {**deals, 2: replace(deals[2], dealt={**deals[2].dealt, 1: false})}, 1)
+    received = receive(cohort, 1, Secrets(secret("four a root", 32)), Reader(relayed, "relay"), rules=RULES, known=known)
+    complaint = Complaint.make(cohort, 1, received.lies, key=keys["a"])
+    shown = opened(cohort, 2, Secrets(secret("four b root", 32)), [1])
+    return {
+        "relay": relayed.hex(),
+        "complaint": complaint.dump().hex(),
+        "complaints": dump_complaints(cohort, [complaint]).hex(),
+        "opened": dump_opened(cohort, shown).hex(),
+        "settled": dump_opened(cohort, {2: shown[1]}).hex(),
+    }
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
 def refused() -> Iterator[dict[str, Any]]:
-    """``message``: cohort, deal (of a), relay (to a), deliveries (to a), votes, reveal (of a); all of the session ``four``, with
-    ``delete`` bytes from ``at`` on replaced by ``insert``."""
+    """``message``: cohort, deal (of a), relay (to a), deliveries (to a), votes, reveal (of a), and of ``complaint.json``
+    complaint (of a), complaints (to b), opened (of b); all of the session ``four``, with ``delete`` bytes from ``at`` on replaced
+    by ``insert``."""
     four = json.loads((HERE / "four.json").read_text("ascii"))
     sites = four["sites"]
     keys = {s: Ed25519PrivateKey.from_private_bytes(bytes.fromhex(x["ed25519 private"])) for s, x in sites.items()}
@@ -181,23 +246,70 @@ def refused() -> Iterator[dict[str, Any]]:
     yield bad("cohort", "contexts", "wrong-context", "d has seen another task", made(a, b, c, elsewhere))
     only_b = {1: deals[1], 2: deals[2]}
     yield bad("relay", "dealers", "cohort-too-small", "b's alone", relay(cohort, only_b, 1))
-    one = (len(relayed) - 2 - 1168) // 3  # c leads its pair with a, b and d do not
-    parts = [relayed[2 : 2 + one], relayed[2 + one : 2 + 2 * one + 1168], relayed[2 + 2 * one + 1168 :]]
+    one = (len(relayed) - 2 - 1200) // 3  # c leads its pair with a, b and d do not
+    parts = [relayed[2 : 2 + one], relayed[2 + one : 2 + 2 * one + 1200], relayed[2 + 2 * one + 1200 :]]
     yield bad("relay", "dealer-order", "wire", "d before c", b"\0\3" + parts[0] + parts[2] + parts[1])
     yield bad("relay", "dealer-order", "wire", "a's own shares", b"\0\3\0\1" + relayed[4:])
-    swapped = {**deals, 2: replace(deals[2], bundles={**deals[2].bundles, 1: deals[2].bundles[3]})}
-    yield bad("relay", "sealed", "cannot-open", "shares for another site", relay(cohort, swapped, 1))
-    swapped = {**deals, 2: replace(deals[2], bundles={**deals[2].bundles, 1: deals[4].bundles[1]})}
-    yield bad("relay", "sealed", "cannot-open", "shares of another dealer", relay(cohort, swapped, 1))
-    swapped = {**deals, 3: replace(deals[3], pairs={**deals[3].pairs, 1: bytes(1168)})}
-    yield bad("relay", "sealed", "cannot-open", "an ingredient that is none", relay(cohort, swapped, 1))
-    swapped = {**deals, 2: replace(deals[2], commitments={**deals[2].commitments, 1: deals[2].commitments[3]})}
-    yield bad("relay", "share", "bad-share", "committed to other shares", relay(cohort, swapped, 1))
+
+    def instead(dealer: int, dealt: Dealt) -> bytes:
+        """What is relayed to a, with this in place of what a dealer has dealt to it."""
+        return relay(cohort, {**deals, dealer: replace(deals[dealer], dealt={**deals[dealer].dealt, 1: dealt})}, 1)
+
+    def lie(dealer: int, **changes: Any) -> bytes:
+        return instead(dealer, false_deal(cohort, deals[dealer].dealt[1], dealer, 1, key=keys["abcd"[dealer - 1]], **changes))
+
+    mine = deals[2].dealt[1]
+    for why, dealt in (
+        ("what b dealt to d", deals[2].dealt[4]),
+        ("what d dealt, as b's", deals[4].dealt[1]),
+        ("one bit of what is sealed", replace(mine, sealed=bytes([mine.sealed[0] ^ 1]) + mine.sealed[1:])),
+        ("another commitment to a share", replace(mine, commitments=(bytes(32), *mine.commitments[1:]))),
+    ):
+        yield bad("relay", "deal-signature", "bad-signature", why, instead(2, dealt))
+    three = deals[3].dealt[1]
+    swapped = replace(three, commitments=(*three.commitments[:2], bytes(32)))
+    yield bad("relay", "deal-signature", "bad-signature", "another commitment to an ingredient", instead(3, swapped))
+    yield bad("relay", "lie", "bad-share", "b has signed shares for another site", lie(2, sealed=deals[2].dealt[4].sealed))
+    yield bad(
+        "relay", "lie", "bad-share", "c has signed an ingredient that is none", lie(3, sealed=three.sealed[:1202] + bytes(1168))
+    )
+    yield bad(
+        "relay", "lie", "bad-share", "b has committed to another share", lie(2, commitments=(bytes(32), *mine.commitments[1:]))
+    )
+    yield bad("relay", "lie", "bad-share", "c has committed to another ingredient", lie(3, commitments=swapped.commitments))
+    said = complained(four)
+    about, asked, shown = (bytes.fromhex(said[k]) for k in ("complaint", "complaints", "opened"))
+    genuine |= {"complaint": about, "complaints": asked, "opened": shown}
+    for message in ("complaint", "complaints", "opened"):
+        yield bad(message, "cut", "wire", "the last byte is missing", genuine[message][:-1])
+        yield bad(message, "trailing", "wire", "one byte too many", genuine[message] + b"\0")
+    for message in ("complaints", "opened"):
+        yield bad(message, "session", "wrong-context", "another session's name", b"?" * 32 + genuine[message][32:])
+    yield bad("complaint", "complaint", "wire", "about nobody", b"\0\1\0\0" + about[-64:])
+    yield bad("complaint", "complaint", "wire", "of site 5 of 4", b"\0\5" + about[2:])
+    yield bad("complaint", "complaint", "wire", "about itself", about[:4] + b"\0\1" + about[6:])
+    twice = b"\0\1\0\2" + about[4:-64] + about[4:-64] + about[-64:]
+    yield bad("complaint", "complaint", "wire", "about b twice", twice)
+    yield bad(
+        "complaint", "complaint-signature", "bad-signature", "one bit of its signature", about[:-1] + bytes([about[-1] ^ 1])
+    )
+    forged = about[:-65] + bytes([about[-65] ^ 1])
+    again = sign(keys["a"], "complaint", cohort.t1 + forged)
+    yield bad("complaint", "complaint-signature", "bad-signature", "of what b has not signed", forged + again)
+    yield bad("complaints", "complaint", "wire", "the same twice", asked[:32] + b"\0\2" + 2 * asked[34:])
+    yield bad("opened", "opened", "wire", "to c, who has not complained", shown[:34] + b"\0\3" + shown[36:])
+    yield bad("opened", "opened", "wire", "to a twice", shown[:32] + b"\0\2" + 2 * shown[34:])
+    yield bad("opened", "not-shown", "bad-share", "nothing", shown[:32] + b"\0\0")
+    yield bad("opened", "not-shown", "bad-share", "one bit of a share", shown[:-1] + bytes([shown[-1] ^ 1]))
+    yield bad("reveal", "reveal-order", "wire", "of three dealers", revealed[:32] + b"\0\3" + revealed[34:-35])
+    yield bad("reveal", "reveal-order", "wire", "the first two change places", swap(revealed, 34, 35))
     yield bad("reveal", "share", "bad-share", "one bit of a share", revealed[:-1] + bytes([revealed[-1] ^ 1]))
     few = Delivered.dump_all(listed[:2])
     yield bad("deliveries", "deliveries-few", "cohort-too-small", "two", few)
     twice = b"\0\4" + Delivered.dump_all(listed)[2:] + Delivered.dump_all(listed[-1:])[2:]
     yield bad("deliveries", "deliveries-order", "wire", "d twice", twice)
+    falling = b"\0\2" + Delivered.dump_all(listed[1:2])[2:] + Delivered.dump_all(listed[:1])[2:]
+    yield bad("deliveries", "deliveries-order", "wire", "too few, and they do not rise", falling)
     body = certificate(votes)
     yield bad("votes", "deliveries-order", "wire", "the last two change places", body[:-132] + body[-66:] + body[-132:-66])
     gone = Delivered.make(cohort, 3, b"?" * 32, key=keys["c"])
@@ -209,8 +321,10 @@ def refused() -> Iterator[dict[str, Any]]:
     forged = Delivered.make(cohort, 4, listed[2].digest, key=keys["b"])
     yield bad("deliveries", "delivery-signature", "bad-signature", "d's, signed by b", Delivered.dump_all([*listed[:2], forged]))
     yield bad("votes", "votes-few", "votes-missing", "two of three", certificate({i: votes[i] for i in (1, 2)}))
-    yield bad("votes", "votes-few", "votes-missing", "of site 5 of 4", certificate({**votes, 5: votes[1]}))
-    yield bad("votes", "votes-few", "votes-missing", "of site 0", certificate({**votes, 0: votes[1]}))
+    yield bad("votes", "vote-number", "votes-missing", "of site 5 of 4", certificate({**votes, 5: votes[1]}))
+    yield bad("votes", "vote-number", "votes-missing", "of site 0", certificate({**votes, 0: votes[1]}))
+    both = certificate({1: votes[1], 2: votes[4]})
+    yield bad("votes", "vote-signature", "bad-signature", "two of three, and one of them another's", both)
     yield bad("votes", "vote-signature", "bad-signature", "b's in d's place", certificate({**votes, 4: votes[2]}))
     aborts = {i: sign_vote(vote_text(cohort.t1, ABORT), key=keys[s]) for i, s in ((1, "a"), (2, "b"), (4, "d"))}
     yield bad("votes", "vote-signature", "bad-signature", "ABORT in place of COMMIT", certificate(aborts))
@@ -223,9 +337,11 @@ def main() -> None:
         if not (HERE / f"{name}.json").exists():
             (HERE / f"{name}.json").write_text(json.dumps(session(name), indent=1) + "\n", "ascii")
             added += 1
-    if not (HERE / "refused.json").exists():
-        (HERE / "refused.json").write_text(json.dumps(list(refused()), indent=1) + "\n", "ascii")
-        added += 1
+    four = json.loads((HERE / "four.json").read_text("ascii"))
+    for name, made in (("complaint", lambda: complained(four)), ("refused", lambda: list(refused()))):
+        if not (HERE / f"{name}.json").exists():
+            (HERE / f"{name}.json").write_text(json.dumps(made(), indent=1) + "\n", "ascii")
+            added += 1
     print(f"{added} added")
 
 

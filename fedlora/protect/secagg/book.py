@@ -161,12 +161,19 @@ class Book:
         facts = {"round": task.round, "kind": task.kind, "ended": [[t1.hex(), proof.hex()] for t1, proof in ended]}
         self._put("ended", canonical(facts))
 
-    def exclude(self, site: str, *, round: int) -> None:
-        """Leaves a site out of one round."""
-        self._put("excluded", canonical({"site": site, "round": round}))
+    def exclude(self, site: str, *, round: int, code: str) -> None:
+        """Leaves a site out of the sessions of one round that are still to begin. What is known of earlier rounds goes."""
+        known = {r: sites for r, sites in self._excluded().items() if int(r) >= round - 1}
+        known[str(round)] = known.get(str(round), {}) | {site: code}
+        self._put("excluded", canonical(known))
 
-    def excluded(self, site: str, *, round: int) -> bool:
-        return bool(json.loads(self.memory.get("secagg/excluded") or b"{}") == {"site": site, "round": round})
+    def excluded(self, site: str, *, round: int) -> str:
+        """The code of why this site is left out of this round; empty if it is not."""
+        return self._excluded().get(str(round), {}).get(site, "")
+
+    def _excluded(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = json.loads(self.memory.get("secagg/excluded") or b"{}")
+        return found
 
     def _put(self, kind: str, blob: bytes) -> None:
         self.memory.put(f"secagg/{kind}", blob)

@@ -34,9 +34,11 @@ __all__ = [
     "Rules",
     "certificate",
     "check_certificate",
+    "check_signature",
     "check_vote",
     "leads",
     "read_certificate",
+    "sign",
     "sign_vote",
     "vote_text",
 ]
@@ -152,11 +154,17 @@ class Reader:
             raise WireError(f"{self._what}: {self.left} bytes too many")
 
 
-def _sign(key: Ed25519PrivateKey, label: str, text: bytes) -> bytes:
+def sign(key: Ed25519PrivateKey, label: str, text: bytes) -> bytes:
+    """64 bytes under one of our labels."""
     return key.sign(_signed(label, text))
 
 
-def _verify(identity: PublicIdentity, label: str, text: bytes, signature: bytes) -> None:
+def check_signature(identity: PublicIdentity, label: str, text: bytes, signature: bytes) -> None:
+    """Inverse of :func:`sign`.
+
+    Raises:
+        BadSignature.
+    """
     try:
         identity.verify_key().verify(signature, _signed(label, text))
     except InvalidSignature:
@@ -189,7 +197,7 @@ class Advert:
     def make(cls, name: str, context: bytes, seal: bytes, mask: bytes, promise: bytes, *, key: Ed25519PrivateKey) -> Advert:
         """Signs."""
         unsigned = cls(name, context, seal, mask, promise, b"")
-        return cls(name, context, seal, mask, promise, _sign(key, "advertise", unsigned.dump()))
+        return cls(name, context, seal, mask, promise, sign(key, "advertise", unsigned.dump()))
 
     def dump(self) -> bytes:
         name = self.name.encode()
@@ -211,7 +219,7 @@ class Advert:
         Raises:
             BadSignature, KeyFileError.
         """
-        _verify(identity, "advertise", self.dump()[:-SIGNATURE], self.signature)
+        check_signature(identity, "advertise", self.dump()[:-SIGNATURE], self.signature)
         self.seal_key(), self.mask_key()
 
     def seal_key(self) -> MLKEM768X25519PublicKey:
@@ -337,7 +345,7 @@ class Delivered:
 
     @classmethod
     def make(cls, cohort: Cohort, number: int, digest: bytes, *, key: Ed25519PrivateKey) -> Delivered:
-        return cls(number, digest, _sign(key, "masked", cls._text(cohort, number, digest)))
+        return cls(number, digest, sign(key, "masked", cls._text(cohort, number, digest)))
 
     @staticmethod
     def _text(cohort: Cohort, number: int, digest: bytes) -> bytes:
@@ -346,7 +354,7 @@ class Delivered:
     def verify(self, cohort: Cohort, known: Callable[[str], PublicIdentity]) -> None:
         """Raises: BadSignature."""
         identity = known(cohort.advert(self.number).name)
-        _verify(identity, "masked", self._text(cohort, self.number, self.digest), self.signature)
+        check_signature(identity, "masked", self._text(cohort, self.number, self.digest), self.signature)
 
     @staticmethod
     def digest_of(delivered: Sequence[Delivered]) -> bytes:
@@ -384,12 +392,12 @@ def vote_text(t1: bytes, verdict: int, delivered: bytes = _NO_DELIVERIES) -> byt
 
 def sign_vote(text: bytes, *, key: Ed25519PrivateKey) -> bytes:
     """64 bytes."""
-    return _sign(key, "vote", text)
+    return sign(key, "vote", text)
 
 
 def check_vote(signature: bytes, text: bytes, *, identity: PublicIdentity) -> None:
     """Raises: BadSignature."""
-    _verify(identity, "vote", text, signature)
+    check_signature(identity, "vote", text, signature)
 
 
 def certificate(votes: Mapping[int, bytes]) -> bytes:
@@ -424,7 +432,7 @@ def check_certificate(
     count = 0
     for number, signature in votes.items():
         with suppress(RevokedSite):
-            _verify(known(names[number - 1]), "vote", text, signature)
+            check_signature(known(names[number - 1]), "vote", text, signature)
             count += 1
     if count < threshold:
         raise VotesMissing(f"{count} votes, {threshold} are needed")

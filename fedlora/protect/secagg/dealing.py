@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -22,10 +22,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 from numpy.typing import NDArray
 
-from fedlora.errors import BadShare, CannotOpen, CohortTooSmall, WireError
+from fedlora.errors import CannotOpen, CohortTooSmall, WireError
 from fedlora.protect.envelope import HPKE
 from fedlora.protect.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Delivered, Reader, Rules, leads
+from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Delivered, Reader, Rules, check_signature, leads, sign
 from fedlora.protect.secagg.masks import Stream, add_masks, derive
 from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room
 from fedlora.protect.secagg.shamir import SHARE_BYTES, split
@@ -34,14 +34,20 @@ __all__ = [
     "BUNDLE_BYTES",
     "HEAD_BYTES",
     "PAIR_BYTES",
+    "Dealt",
     "Inbox",
     "MaskKeys",
+    "Opened",
+    "Received",
     "Secrets",
+    "Statement",
     "advertise",
     "check_deliveries",
     "deal",
+    "dealt_bytes",
     "mask",
     "masked",
+    "opened",
     "promise",
     "receive",
     "reveal",
@@ -145,25 +151,141 @@ def _info(label: str, cohort: Cohort, dealer: int, holder: int) -> bytes:
     return b"fedlora/v1/sa/" + label.encode() + b"\0" + cohort.t1 + struct.pack(">HH", dealer, holder)
 
 
-def deal(cohort: Cohort, own: int, secrets: Secrets) -> bytes:
-    """Second word: a commitment to each share, and for each peer its shares, sealed.
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """What one dealer has sent to one holder, and signed: nobody between them can change it, and it cannot be taken back.
 
-    Session (32) | per site, itself included: commitments to its share of the mask seed and of the self seed (32 each) | per
-    peer: BUNDLE_BYTES, and PAIR_BYTES if this site leads the pair.
+    Attributes:
+        commitments: to the holder's share of the mask seed, of the self seed, and to the ingredient (empty if the holder leads).
+        sealed: the shares, sealed to the holder, and the ingredient, if the dealer leads.
+        signature: the dealer's, over :meth:`statement`.
     """
-    n, shares = len(cohort.adverts), _shares(cohort, secrets)
-    out = [cohort.t1]
-    for j in range(1, n + 1):
-        out += [cohort.commitment(kind, dealer=own, holder=j, share=shares[kind][j - 1]) for kind in ("mask", "self")]
-    keys = secrets.mask_keys
-    for j, peer in enumerate(cohort.adverts, 1):
-        if j == own:
-            continue
-        both = shares["mask"][j - 1] + shares["self"][j - 1]
-        out.append(HPKE.encrypt(both, peer.seal_key(), info=_info("shares", cohort, own, j)))
-        if leads(own, j):
-            ingredient = keys.ingredient(cohort, dealer=own, holder=j)
-            out.append(HPKE.encrypt(ingredient, peer.mask_key(), info=_info("ingredient", cohort, own, j)))
+
+    commitments: tuple[bytes, bytes, bytes]
+    sealed: bytes
+    signature: bytes
+
+    @property
+    def statement(self) -> Statement:
+        return Statement(self.commitments, hashlib.sha256(self.sealed).digest(), self.signature)
+
+    def dump(self) -> bytes:
+        """As it is relayed: commitments to the shares (64) | part of the deal."""
+        return b"".join(self.commitments[:2]) + self.sealed + self.commitments[2] + self.signature
+
+    @classmethod
+    def read(cls, reader: Reader, shares: tuple[bytes, bytes], *, leads: bool) -> Dealt:
+        """Reads the holder's part of a deal: sealed | commitment to the ingredient | signature.
+
+        Args:
+            shares: the commitments to the two shares, which stand elsewhere in a deal.
+
+        Raises:
+            WireError: cut short.
+        """
+        sealed, pair = reader.take(BUNDLE_BYTES + (PAIR_BYTES if leads else 0)), reader.take(32 if leads else 0)
+        return cls((*shares, pair), sealed, reader.take(SIGNATURE))
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a dealer has signed for one holder, without the sealed bytes: enough to hold it to its word."""
+
+    commitments: tuple[bytes, bytes, bytes]
+    sealed_digest: bytes
+    signature: bytes
+
+    def verify(self, cohort: Cohort, identity: PublicIdentity, *, dealer: int, holder: int) -> None:
+        """Raises: BadSignature."""
+        check_signature(
+            identity, "deal", _deal_text(cohort, dealer, holder, self.commitments, self.sealed_digest), self.signature
+        )
+
+    def dump(self) -> bytes:
+        return b"".join(self.commitments) + self.sealed_digest + self.signature
+
+    @classmethod
+    def read(cls, reader: Reader, *, leads: bool) -> Statement:
+        """Inverse of :meth:`dump`.
+
+        Raises:
+            WireError: cut short.
+        """
+        commitments = reader.take(32), reader.take(32), reader.take(32 if leads else 0)
+        return cls(commitments, reader.take(32), reader.take(SIGNATURE))
+
+
+def _deal_text(cohort: Cohort, dealer: int, holder: int, commitments: tuple[bytes, bytes, bytes], sealed: bytes) -> bytes:
+    return cohort.t1 + struct.pack(">HH", dealer, holder) + b"".join(commitments) + sealed
+
+
+def dealt_bytes(*, leads: bool) -> int:
+    """Exact length of what one dealer sends to one holder."""
+    return 64 + BUNDLE_BYTES + SIGNATURE + (32 + PAIR_BYTES if leads else 0)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Opened:
+    """What one dealer has for one holder, in clear: sealed in a deal, or shown to settle a complaint.
+
+    Attributes:
+        mask, own: shares of its two seeds.
+        ingredient: of the pair's key, 32 bytes; empty if the holder leads.
+    """
+
+    mask: bytes
+    own: bytes
+    ingredient: bytes
+
+    def commitments(self, cohort: Cohort, *, dealer: int, holder: int) -> tuple[bytes, bytes, bytes]:
+        def to(kind: str, secret: bytes) -> bytes:
+            return cohort.commitment(kind, dealer=dealer, holder=holder, share=secret)
+
+        return to("mask", self.mask), to("self", self.own), to("ingredient", self.ingredient) if self.ingredient else b""
+
+    def dump(self) -> bytes:
+        return self.mask + self.own + self.ingredient
+
+    @classmethod
+    def read(cls, reader: Reader, *, leads: bool) -> Opened:
+        """Inverse of :meth:`dump`.
+
+        Raises:
+            WireError: cut short.
+        """
+        return cls(reader.take(SHARE_BYTES), reader.take(SHARE_BYTES), reader.take(32 if leads else 0))
+
+
+def opened(cohort: Cohort, own: int, secrets: Secrets, holders: Iterable[int]) -> dict[int, Opened]:
+    """What this site has dealt to each of these, in clear."""
+    shares, keys = _shares(cohort, secrets), secrets.mask_keys
+    return {
+        j: Opened(
+            shares["mask"][j - 1],
+            shares["self"][j - 1],
+            keys.ingredient(cohort, dealer=own, holder=j) if j != own and leads(own, j) else b"",
+        )
+        for j in holders
+    }
+
+
+def deal(cohort: Cohort, own: int, secrets: Secrets, *, key: Ed25519PrivateKey) -> bytes:
+    """Second word: a commitment to each share, and for each peer its shares, sealed and signed.
+
+    Session (32) | per site, itself included: commitments to its share of the mask seed and of the self seed (32 each) | per peer:
+    BUNDLE_BYTES; if this site leads the pair PAIR_BYTES and a commitment to the ingredient (32); signature.
+    """
+    peers = [j for j in range(1, len(cohort.adverts) + 1) if j != own]
+    clear = opened(cohort, own, secrets, [own, *peers])
+    commitments = {j: one.commitments(cohort, dealer=own, holder=j) for j, one in clear.items()}
+    out = [cohort.t1, *(b"".join(commitments[j][:2]) for j in sorted(commitments))]
+    for j in peers:
+        peer, secret = cohort.advert(j), clear[j]
+        sealed = HPKE.encrypt(secret.mask + secret.own, peer.seal_key(), info=_info("shares", cohort, own, j))
+        if secret.ingredient:
+            sealed += HPKE.encrypt(secret.ingredient, peer.mask_key(), info=_info("ingredient", cohort, own, j))
+        text = _deal_text(cohort, own, j, commitments[j], hashlib.sha256(sealed).digest())
+        out += [sealed, commitments[j][2], sign(key, "deal", text)]
     return b"".join(out)
 
 
@@ -189,38 +311,86 @@ class Inbox:
     ingredients: Mapping[int, bytes]
 
 
-def receive(cohort: Cohort, own: int, secrets: Secrets, reader: Reader, *, rules: Rules) -> Inbox:
-    """Reads what the server relays: count, then per peer that dealt: its number, two commitments, the bundle, the pair's part.
+@dataclass(frozen=True, slots=True, repr=False)
+class Received:
+    """The same, or why there is none.
+
+    Attributes:
+        inbox: complete if nobody is to blame.
+        lies: dealers whose signed word does not open to what they have committed to, with that word.
+    """
+
+    inbox: Inbox
+    lies: Mapping[int, Statement]
+
+
+def receive(
+    cohort: Cohort,
+    own: int,
+    secrets: Secrets,
+    reader: Reader,
+    *,
+    rules: Rules,
+    known: Callable[[str], PublicIdentity],
+    settled: Mapping[int, Opened] = {},
+) -> Received:
+    """Reads what the server relays: count, then per peer that dealt: its number and what it dealt to this site.
+
+    Args:
+        known: the roster's word on a site.
+        settled: what dealers have shown after a complaint of this site; believed where it is what they had committed to.
 
     Raises:
         CohortTooSmall: too few have dealt.
-        CannotOpen: not sealed to this site in this session.
-        BadShare: a share is not what its dealer has committed to.
+        BadSignature: changed on the way: not what the dealer has signed for this site in this session.
         WireError: malformed.
     """
     mine = _shares(cohort, secrets)
     shares = {own: (mine["mask"][own - 1], mine["self"][own - 1])}
     ingredients: dict[int, bytes] = {}
+    lies: dict[int, Statement] = {}
     count, last = reader.number(), 0
     if count + 1 < rules.fewest_inputs(len(cohort.adverts)):
         raise CohortTooSmall(f"only {count + 1} of {len(cohort.adverts)} sites have dealt their shares")
     sealing, masking = secrets.sealing, secrets.mask_keys.private
     for _ in range(count):
         dealer = reader.number()
-        cohort.advert(dealer)
+        advert = cohort.advert(dealer)
         if dealer <= last or dealer == own:
             raise WireError("dealers are not in strictly rising order")
         last = dealer
-        promised = reader.take(32), reader.take(32)
-        both = _open(reader.take(BUNDLE_BYTES), sealing, _info("shares", cohort, dealer, own))
-        pair = both[:SHARE_BYTES], both[SHARE_BYTES:]
-        for kind, share, commitment in zip(("mask", "self"), pair, promised, strict=True):
-            if cohort.commitment(kind, dealer=dealer, holder=own, share=share) != commitment:
-                raise BadShare(f"{cohort.advert(dealer).name} dealt a share that is not the one it committed to")
-        shares[dealer] = pair
-        if leads(dealer, own):
-            ingredients[dealer] = _open(reader.take(PAIR_BYTES), masking, _info("ingredient", cohort, dealer, own))
-    return Inbox(shares, ingredients)
+        dealt = Dealt.read(reader, (reader.take(32), reader.take(32)), leads=leads(dealer, own))
+        dealt.statement.verify(cohort, known(advert.name), dealer=dealer, holder=own)
+        one = _opened(cohort, dealt, sealing, masking, dealer=dealer, holder=own)
+        if one is None and (shown := settled.get(dealer)) is not None:
+            one = shown if shown.commitments(cohort, dealer=dealer, holder=own) == dealt.commitments else None
+        if one is None:
+            lies[dealer] = dealt.statement
+            continue
+        shares[dealer] = one.mask, one.own
+        if one.ingredient:
+            ingredients[dealer] = one.ingredient
+    return Received(Inbox(shares, ingredients), lies)
+
+
+def _opened(
+    cohort: Cohort,
+    dealt: Dealt,
+    sealing: MLKEM768X25519PrivateKey,
+    masking: MLKEM768X25519PrivateKey,
+    *,
+    dealer: int,
+    holder: int,
+) -> Opened | None:
+    """What was dealt, if it opens to what the dealer has committed to."""
+    bundle, pair = dealt.sealed[:BUNDLE_BYTES], dealt.sealed[BUNDLE_BYTES:]
+    try:
+        both = _open(bundle, sealing, _info("shares", cohort, dealer, holder))
+        ingredient = _open(pair, masking, _info("ingredient", cohort, dealer, holder)) if pair else b""
+    except CannotOpen:
+        return None
+    one = Opened(both[:SHARE_BYTES], both[SHARE_BYTES:], ingredient)
+    return one if one.commitments(cohort, dealer=dealer, holder=holder) == dealt.commitments else None
 
 
 def _open(sealed: bytes, key: MLKEM768X25519PrivateKey, info: bytes) -> bytes:

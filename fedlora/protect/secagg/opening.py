@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from numpy.typing import NDArray
 
 from fedlora.errors import BadShare, CannotOpen, DealerLied, WireError
+from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import Cohort, Reader, leads
-from fedlora.protect.secagg.dealing import BUNDLE_BYTES, PAIR_BYTES, MaskKeys, open_ingredient, promise, self_keys
+from fedlora.protect.secagg.dealing import (
+    BUNDLE_BYTES,
+    Dealt,
+    MaskKeys,
+    dealt_bytes,
+    open_ingredient,
+    promise,
+    self_keys,
+)
 from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
 
@@ -24,13 +34,11 @@ class Deal:
 
     Attributes:
         commitments: by holder's number: to the share of the mask seed, to that of the self seed.
-        bundles: by holder's number, without the dealer's own.
-        pairs: by the number of each site with which this one leads the pair: the ingredient, sealed.
+        dealt: by holder's number, without the dealer's own.
     """
 
     commitments: Mapping[int, tuple[bytes, bytes]]
-    bundles: Mapping[int, bytes]
-    pairs: Mapping[int, bytes]
+    dealt: Mapping[int, Dealt]
 
     @classmethod
     def parse(cls, cohort: Cohort, dealer: int, blob: bytes) -> Deal:
@@ -42,21 +50,27 @@ class Deal:
         reader, n = Reader(blob, "shares"), len(cohort.adverts)
         reader.session(cohort.t1)
         commitments = {j: (reader.take(32), reader.take(32)) for j in range(1, n + 1)}
-        bundles, pairs = {}, {}
+        dealt = {}
         for j in range(1, n + 1):
-            if j == dealer:
-                continue
-            bundles[j] = reader.take(BUNDLE_BYTES)
-            if leads(dealer, j):
-                pairs[j] = reader.take(PAIR_BYTES)
+            if j != dealer:
+                dealt[j] = Dealt.read(reader, commitments[j], leads=leads(dealer, j))
         reader.end()
-        return cls(commitments, bundles, pairs)
+        return cls(commitments, dealt)
+
+    def verify(self, cohort: Cohort, dealer: int, identity: PublicIdentity) -> None:
+        """Whether the dealer has signed all of it, each part for the holder for whom it is.
+
+        Raises:
+            BadSignature.
+        """
+        for holder, one in self.dealt.items():
+            one.statement.verify(cohort, identity, dealer=dealer, holder=holder)
 
 
 def deal_bytes(cohort: Cohort, dealer: int) -> int:
     """Exact length of what this site deals."""
     n = len(cohort.adverts)
-    return 32 + 64 * n + (n - 1) * BUNDLE_BYTES + sum(leads(dealer, j) for j in range(1, n + 1) if j != dealer) * PAIR_BYTES
+    return 32 + 64 + sum(dealt_bytes(leads=leads(dealer, j)) for j in range(1, n + 1) if j != dealer)
 
 
 def relay(cohort: Cohort, deals: Mapping[int, Deal], holder: int) -> bytes:
@@ -64,10 +78,7 @@ def relay(cohort: Cohort, deals: Mapping[int, Deal], holder: int) -> bytes:
     dealers = [d for d in sorted(deals) if d != holder]
     out = [struct.pack(">H", len(dealers))]
     for dealer in dealers:
-        deal = deals[dealer]
-        out += [struct.pack(">H", dealer), *deal.commitments[holder], deal.bundles[holder]]
-        if leads(dealer, holder):
-            out.append(deal.pairs[holder])
+        out += [struct.pack(">H", dealer), deals[dealer].dealt[holder].dump()]
     return b"".join(out)
 
 
@@ -146,12 +157,17 @@ def unmask(
 
 def _ingredient(cohort: Cohort, deals: Mapping[int, Deal], keys: MaskKeys, gone: int, peer: int) -> bytes:
     """The ingredient of the pair's key: derived from the seed of the site that leads, or opened with the other one's key."""
-    if leads(gone, peer):
-        return keys.ingredient(cohort, dealer=gone, holder=peer)
-    try:
-        return open_ingredient(cohort, keys, deals[peer].pairs[gone], dealer=peer, holder=gone)
-    except CannotOpen:
-        raise DealerLied(_lie(cohort.advert(peer).name), site=cohort.advert(peer).name) from None
+    dealer, holder = (gone, peer) if leads(gone, peer) else (peer, gone)
+    dealt, found = deals[dealer].dealt[holder], b""
+    with suppress(CannotOpen):
+        found = (
+            keys.ingredient(cohort, dealer=gone, holder=peer)
+            if dealer == gone
+            else open_ingredient(cohort, keys, dealt.sealed[BUNDLE_BYTES:], dealer=peer, holder=gone)
+        )
+    if cohort.commitment("ingredient", dealer=dealer, holder=holder, share=found) != dealt.commitments[2]:
+        raise DealerLied(_lie(cohort.advert(dealer).name), site=cohort.advert(dealer).name)
+    return found
 
 
 def _lie(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -27,6 +27,9 @@ from fedlora.protect.secagg.rings import Words
 
 __all__ = ["Encoded", "Records", "Session", "Used"]
 
+_OPEN = "secagg/open"
+"""Runs in which a session may still have its secrets."""
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -43,6 +46,7 @@ class Session:
         verdict: of the vote, 0 before it.
         delivered: what the vote was about.
         final: what was revealed; kept to be repeated, as the secrets are gone by then.
+        opened: numbers of the sites to which it was asked to show what it had dealt to them.
     """
 
     round: int
@@ -60,6 +64,7 @@ class Session:
     verdict: int = 0
     delivered: bytes = b""
     final: bytes = b""
+    opened: Sequence[int] = ()
 
     @property
     def rules(self) -> Rules:
@@ -100,7 +105,6 @@ class Encoded:
         levels: (n,) ring elements.
         numbers: (m,) uint64, see :class:`fedlora.protect.secagg.numbers.Numbers`.
         left: what rounding and cutting kept back, for the next round, (n,) float32.
-        start: the global adapter on which the work began, (n,) float32; the next round's scales follow from it.
     """
 
     key: str
@@ -108,7 +112,6 @@ class Encoded:
     levels: Words
     numbers: NDArray[np.uint64]
     left: F32
-    start: F32
 
 
 class Records:
@@ -121,7 +124,7 @@ class Records:
     """
 
     def __init__(self, memory: Memory, run: str, identity: Identity, entropy: Callable[[int], bytes]) -> None:
-        self._memory, self._run, self._entropy = memory, run, entropy
+        self._memory, self._run, self._identity, self._entropy = memory, run, identity, entropy
         self._cipher = AESGCM(derive(identity.signing.private_bytes_raw(), "site-records", context=run.encode()))
 
     def session(self) -> Session | None:
@@ -135,7 +138,31 @@ class Records:
             return None
 
     def save_session(self, session: Session) -> None:
+        if session.root:
+            self._note(self._run)  # before the secrets are there to be forgotten
         self._save_facts("session", {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(session).items()})
+
+    def end_other_runs(self) -> None:
+        """Deletes the secrets of sessions that were never ended, of all runs but this one: nobody shall open them later."""
+        for run in self._noted() - {self._run}:
+            other = Records(self._memory, run, self._identity, self._entropy)
+            session = other.session()
+            if session is not None and session.root:
+                other.save_session(session.but(root=b""))
+        if self._noted() - {self._run}:
+            self._memory.put(_OPEN, canonical([self._run]))
+
+    def _noted(self) -> set[str]:
+        try:
+            return set(json.loads(self._memory.get(_OPEN) or b"[]"))
+        except ValueError:
+            hint = "delete it; secrets of sessions that were not ended then stay on this disk, encrypted, as long as their files"
+            raise StoreError(f"the list {_OPEN} of runs with open sessions is damaged", hint=hint) from None
+
+    def _note(self, run: str) -> None:
+        noted = self._noted()
+        if run not in noted:
+            self._memory.put(_OPEN, canonical(sorted({*noted, run})))
 
     def used(self) -> Used | None:
         """
@@ -183,7 +210,7 @@ class Records:
         except SafetensorError:
             return None
         key, round_ = bytes(parts["key"]).decode(), int(parts["round"][0])
-        return Encoded(key, round_, parts["levels"], parts["numbers"], parts["left"], parts["start"])
+        return Encoded(key, round_, parts["levels"], parts["numbers"], parts["left"])
 
     def save_encoded(self, e: Encoded) -> None:
         body = dump_tensors(
@@ -193,7 +220,6 @@ class Records:
                 "levels": e.levels,
                 "numbers": e.numbers,
                 "left": e.left,
-                "start": np.asarray(e.start),
             }
         )
         self._memory.put(self._name("encoded"), body + hashlib.sha256(body).digest())

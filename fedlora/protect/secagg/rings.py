@@ -6,7 +6,6 @@ sum of all sites: ``2 * levels * sites < 2^bits``.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from fedlora.adapter import F32, Layout
+from fedlora.errors import UpdateRejected
 
 __all__ = [
     "PROFILES",
     "Profile",
     "Words",
     "encode",
+    "most_levels",
     "pack",
     "pack_into",
     "packed_bytes",
@@ -38,7 +39,6 @@ Words: TypeAlias = NDArray[Any]
 
 _CHUNK: Final = 1 << 16
 _MOST_LEFT: Final = 4
-_SMALLEST: Final = 1e-20  # a change below this is none: its scale would leave the normal range
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,10 @@ class Profile:
     Attributes:
         levels: a site's value lies within -levels .. levels.
         bits: width of the ring.
-        reach: ``levels`` stand for this many root mean squares of the last aggregate; what lies beyond is cut and, like the
-            rounding, made up for in the site's next round.
     """
 
     levels: int
     bits: int
-    reach: float
 
     @property
     def word(self) -> type[np.uint16 | np.uint32]:
@@ -67,48 +64,35 @@ class Profile:
 
 
 PROFILES: Final[dict[str, Profile]] = {
-    "int4": Profile(7, 12, 4.5),
-    "int8": Profile(127, 16, 12.0),
-    "int12": Profile((1 << 11) - 1, 20, 16.0),
-    "int16": Profile((1 << 15) - 1, 24, 32.0),
-    "int24": Profile((1 << 23) - 1, 32, 64.0),
+    "int4": Profile(7, 12),
+    "int8": Profile(127, 16),
+    "int12": Profile((1 << 11) - 1, 20),
+    "int16": Profile((1 << 15) - 1, 24),
+    "int24": Profile((1 << 23) - 1, 32),
 }
 """Names that a plan may use; each holds 256 sites. int24 is for audits: as exact as float32."""
 
 
-def scales_for(
-    layout: Layout,
-    profile: Profile,
-    *,
-    first_range: float,
-    change: F32 | None,
-    ranges: Mapping[str, float] = {},
-    fixed: Mapping[str, float] = {},
-) -> F32:
-    """Value of one level, per tensor, (tensors,) float32: public, hence the same for all sites and no secret.
+def scales_for(layout: Layout, profile: Profile, *, reach: float, fixed: Mapping[str, float] = {}) -> F32:
+    """Value of one level, per tensor, (tensors,) float32: from what everybody knows before the round, and nothing that was sent.
 
-    ``levels`` stand for ``reach`` root mean squares of what the last published change would have been as an answer; for its
-    first range where there is none. Eleven significant bits, so that the order of a float64 sum does not show.
+    Eleven significant bits, half to even, so that the order of a sum of binary64 numbers does not show.
 
     Args:
-        first_range: largest value in the first round.
-        ranges: the same for tensors that have another.
-        change: (n,) float32; None in the first round.
+        reach: change of a value for which the levels stand.
         fixed: tensors whose values lie between zero and this number, with the weight shared in sixteenths: a power of two below
             it, so that sixteenths of the number are whole levels where there are sixteen.
     """
-    out = np.array([ranges.get(name, first_range) / profile.levels for name, _ in layout.entries])
-    for i, (name, part, _) in enumerate(layout.slices()):
-        if name in fixed:
-            out[i] = fixed[name] / 2 ** math.floor(math.log2(profile.levels))
-        elif change is not None:
-            wide = change[part].astype(np.float64)
-            rms = float(np.sqrt(np.square(wide, out=wide).mean()))
-            if rms > _SMALLEST:
-                out[i] = profile.reach * rms / profile.levels
+    slot = 2 ** math.floor(math.log2(profile.levels))
+    out = np.array([fixed[name] / slot if name in fixed else reach / profile.levels for name, _ in layout.entries])
     mantissa, exponent = np.frexp(out)
     scales: F32 = np.ldexp(np.rint(mantissa * 2048.0) / 2048.0, exponent).astype(np.float32)
     return scales
+
+
+def most_levels(profile: Profile, *, share: float) -> int:
+    """Largest value of a site with this share of the largest weight: its part of the levels, one at least."""
+    return math.ceil(profile.levels * share)
 
 
 def tensor_slices(layout: Layout) -> list[slice]:
@@ -117,7 +101,7 @@ def tensor_slices(layout: Layout) -> list[slice]:
 
 
 def encode(
-    delta: F32, layout: Layout, profile: Profile, scales: F32, *, share: float, seed: bytes
+    delta: F32, layout: Layout, profile: Profile, scales: F32, *, share: float, key: bytes
 ) -> tuple[Words, NDArray[np.int64]]:
     """A change as whole levels, rounded up or down at random so that the mean is right.
 
@@ -125,8 +109,10 @@ def encode(
         delta: the change with what earlier rounds left behind, (n,) float32, finite; becomes what this round leaves behind, at
             most what four rounds can carry: training goes on from the adapter that lacks it, and learns much of it again.
         scales: value of one level, per tensor, (tensors,) float32.
-        share: this site's weight over the largest weight, in (0, 1].
-        seed: names the rounding's random bits (AES-256-CTR): the same seed, the same levels.
+        share: this site's weight over the largest weight, in (0, 1]. Values beyond that share of the levels are cut, and like the
+            rounding made up for in the next round.
+        key: 32 bytes, secret: who knows which way a value was rounded learns whose value tipped a sum. The same key, the same
+            levels.
 
     Returns:
         Levels as ring elements, (n,) words; values cut, per tensor.
@@ -134,7 +120,8 @@ def encode(
     levels, cut = np.empty(delta.size, profile.word), np.zeros(len(layout.entries), np.int64)
     signed = levels.view(np.int16 if profile.word is np.uint16 else np.int32)
     wide = np.float32 if profile.levels < 1 << 12 else np.float64
-    noise, most, bound = _Noise(seed), wide(profile.levels), wide(_MOST_LEFT * profile.levels)
+    noise, most = _Noise(key), wide(most_levels(profile, share=share))
+    bound = wide(_MOST_LEFT * most)
     scratch: NDArray[Any] = np.empty(_CHUNK, wide)
     kept: NDArray[Any] = np.empty(_CHUNK, wide)
     for i, tensor in enumerate(tensor_slices(layout)):
@@ -168,8 +155,7 @@ def _chunks(tensor: slice) -> Iterator[slice]:
 class _Noise:
     """Multiples of 2^-16 in [0, 1), from AES-256-CTR."""
 
-    def __init__(self, seed: bytes) -> None:
-        key = hashlib.sha256(b"fedlora/v1/sa/rounding\0" + seed).digest()
+    def __init__(self, key: bytes) -> None:
         self._stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
         self._zeros = bytes(2 * _CHUNK)
 
@@ -179,20 +165,29 @@ class _Noise:
         return out
 
 
-def sum_to_mean(total: Words, layout: Layout, profile: Profile, scales: F32, *, weight: float) -> F32:
+def sum_to_mean(total: Words, layout: Layout, profile: Profile, scales: F32, *, weight: float, most: int) -> F32:
     """The mean change from the unmasked sum, (n,) float32.
 
     Args:
         total: sum of all sites' levels, modulo ``2^bits``.
         weight: sum of the sites' weights over the largest weight.
+        most: largest sum of one value that sites which keep to their ranges can give; see :meth:`Terms.most`.
+
+    Raises:
+        UpdateRejected: a value is beyond it. One site can move a sum by what the others leave of their ranges, and no further.
     """
     out = np.empty(total.size, np.float32)
     shift = np.int64(64 - profile.bits)
     for i, tensor in enumerate(tensor_slices(layout)):
         unit = np.float64(scales[i]) / weight
         for part in _chunks(tensor):
-            signed = total[part].astype(np.uint64) << np.uint64(shift)  # the ring's sign bit to the word's
-            out[part] = (signed.view(np.int64) >> shift) * unit
+            words = total[part].astype(np.uint64) << np.uint64(shift)  # the ring's sign bit to the word's
+            signed = words.view(np.int64) >> shift
+            if max(int(signed.max()), -int(signed.min())) > most:
+                raise UpdateRejected(
+                    "the sum has a value beyond the range of its sites", hint="a site has sent more than its range"
+                )
+            out[part] = signed * unit
     return out
 
 

@@ -16,11 +16,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fedlora import wire
-from fedlora.adapter import F32, Adapter, Update
+from fedlora.adapter import F32, Update
 from fedlora.config import Plan
 from fedlora.errors import (
+    BadShare,
+    BadSignature,
     BothSecretsRequested,
     CohortTooSmall,
+    ComplaintUnanswered,
     DealerLied,
     FedLoRAError,
     RemoteError,
@@ -49,6 +52,15 @@ from fedlora.protect.secagg.cohort import (
     check_vote,
     vote_text,
 )
+from fedlora.protect.secagg.complaints import (
+    Complaint,
+    dump_complaints,
+    dump_opened,
+    most_complaint_bytes,
+    opened_bytes,
+    read_opened,
+)
+from fedlora.protect.secagg.dealing import Opened
 from fedlora.protect.secagg.opening import Deal, deal_bytes, parse_reveal, relay, reveal_bytes, unmask
 from fedlora.protect.secagg.rings import packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.terms import Offer, Terms, codec
@@ -56,6 +68,9 @@ from fedlora.protect.secagg.terms import Offer, Terms, codec
 __all__ = ["SecAggServer"]
 
 log = logging.getLogger(__name__)
+
+_LIED_TO = frozenset({BadShare.code})
+"""What a site says when what a dealer has signed for it does not open to what that dealer has committed to."""
 
 _FINAL = frozenset({SecretsGone.code, SessionSpent.code, BothSecretsRequested.code})
 """What a site says when it can never answer in this session."""
@@ -79,7 +94,6 @@ class SecAggServer:
         roster: the signed roster of now, checked; asked for once a round, so that a new epoch holds from the next round on.
         plan: of the run.
         book: durable.
-        before: the global adapter after an exchange, of the last three, for the scales; None below zero.
         report: told ``(event, facts)`` about the steps.
     """
 
@@ -87,7 +101,6 @@ class SecAggServer:
     roster: Callable[[], SignedRoster]
     plan: Plan
     book: Book
-    before: Callable[[int], Adapter | None]
     report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None
     terms: Terms = field(init=False)
     _signed: SignedRoster = field(init=False)
@@ -105,7 +118,7 @@ class SecAggServer:
         errors: Errors = {}
         stored = self.book.roster(task)
         self._use(stored or self.roster())
-        scales = self.terms.scales(task, self._before(task))
+        scales = self.terms.scales(task)
         asked: list[str] = []
         try:
             if stored:
@@ -130,11 +143,6 @@ class SecAggServer:
             else:
                 self.report("unheard", {"site": site, "code": _code(error)})  # its update counts
 
-    def _before(self, task: Task) -> Adapter | None:
-        """The adapter with which the round before this one began, as the sites were sent it."""
-        found = self.before(task.round - 1 - self.terms.rule.passes)
-        return None if found is None else found.part(task.adapter.layout)
-
     # --- a new session ------------------------------------------------------------------------------------------
 
     def _open(self, task: Task, asked: Sequence[str], scales: F32, errors: Errors) -> Generator[Any, Any, ServerSession]:
@@ -150,7 +158,8 @@ class SecAggServer:
 
     def _advertised(self, task: Task, asked: Sequence[str], scales: F32, errors: Errors) -> Generator[Any, Any, Cohort]:
         phase = "advertise"
-        context = self.terms.context(task, scales, self.link.roster)
+        kem = self.link.reply_key.public.kem
+        context = self.terms.context(task, scales, self.link.roster, kem)
         adverts: list[Advert] = []
 
         def take(reply: Reply) -> None:
@@ -165,8 +174,8 @@ class SecAggServer:
             advert.verify(self.link.sites[reply.site])
             adverts.append(advert)
 
-        inner = wire.dump_task(task, reply_key=self.link.reply_key.public.kem)
-        offer = Offer(self._signed.dump(), scales, inner).dump()
+        inner = wire.dump_task(task, reply_key=kem)
+        offer = Offer(self._signed.dump(), inner).dump()
         body = self.link.seal(Context.of(task), offer, phase=phase, codec=codec(phase), to=asked)
         del offer, inner
         replies = yield [Request(site, phase, body) for site in asked]
@@ -180,7 +189,12 @@ class SecAggServer:
         def take(reply: Reply) -> None:
             number = cohort.number(reply.site)
             payload = self._answer(task, task.attempt, reply, "share", max_payload=deal_bytes(cohort, number))
-            Deal.parse(cohort, number, payload)
+            deal = Deal.parse(cohort, number, payload)
+            try:
+                deal.verify(cohort, number, self._known(reply.site))
+            except BadSignature:  # in an envelope that it has signed
+                self._caught(task, reply.site)
+                raise DealerLied(f"{reply.site} has not signed what it deals", site=reply.site) from None
             deals[number] = payload
 
         yield from self._ask_all(task, task.attempt, cohort.names, "share", cohort.dump(), take, errors)
@@ -193,7 +207,8 @@ class SecAggServer:
             return tally.void(CohortTooSmall("too few sites of the session were left to end it"))
         if session.stage == "mask":
             yield from self._masked(task, session, ended, errors)
-            self.report("masked", {"round": task.round, "sites": session.names(session.counted)})
+            if session.delivered:
+                self.report("masked", {"round": task.round, "sites": session.names(session.counted)})
         if session.stage == "vote":
             yield from self._voted(task, session, errors)
             if session.stage == "vote" and self._too_few_left(session, session.votes):
@@ -232,22 +247,121 @@ class SecAggServer:
             np.add(numbers, np.frombuffer(body[: numbers.nbytes], "<u8"), out=numbers)
             delivered.append(one)
 
-        head = bytes([len(ended)]) + b"".join(t1 + proof for t1, proof in ended)
-        requests = []
-        for number in sorted(deals):
-            (name,) = session.names([number])
-            payload = head + relay(cohort, deals, number)
-            requests.append(Request(name, "mask", self._seal(task, session.attempt, [name], "mask", payload)))
-        replies = yield requests
-        del requests, deals
-        self._hear(session, replies, session.names(sorted(session.raw_deals)), take, errors)
+        first: Errors = {}
+        yield from self._ask_masked(task, session, ended, {n: {} for n in deals}, deals, take, first)
+        complaining = [s for s, e in first.items() if isinstance(e, RemoteError) and e.remote_code in _LIED_TO]
+        for site in first.keys() - set(complaining):
+            errors.setdefault(site, first[site])
+        lied = False
+        if complaining:
+            settled = yield from self._settle(task, session, complaining, deals, errors)
+            lied = settled is None
+            if settled:
+                yield from self._ask_masked(task, session, ended, settled, deals, take, errors)
+        del deals
         session.delivered = sorted(delivered, key=lambda d: d.number)
-        if not self._enough(task, session):
+        if lied or not self._enough(task, session):
             session.stage = "abort"
         else:
             session.stage, session.vector, session.numbers = "vote", vector, numbers
             self.book.save_sum(session)
         self.book.save(session)
+
+    def _ask_masked(
+        self,
+        task: Task,
+        session: ServerSession,
+        ended: Ended,
+        settled: Mapping[int, Mapping[int, Opened]],
+        deals: Mapping[int, Deal],
+        take: Callable[[Reply], None],
+        errors: Errors,
+    ) -> Exchange:
+        """Asks these holders for their masked updates, with what was shown to them after a complaint."""
+        head = bytes([len(ended)]) + b"".join(t1 + proof for t1, proof in ended)
+        requests = []
+        for number in sorted(settled):
+            (name,) = session.names([number])
+            payload = head + dump_opened(session.cohort, settled[number]) + relay(session.cohort, deals, number)
+            requests.append(Request(name, "mask", self._seal(task, session.attempt, [name], "mask", payload)))
+        replies = yield requests
+        names = [r.site for r in requests]
+        del requests
+        self._hear(session, replies, names, take, errors)
+
+    def _settle(
+        self, task: Task, session: ServerSession, complaining: Sequence[str], deals: Mapping[int, Deal], errors: Errors
+    ) -> Generator[Any, Any, dict[int, dict[int, Opened]] | None]:
+        """Has dealers show what they dealt to the sites that say it does not open.
+
+        Returns:
+            By holder and dealer what was shown; without the holders for whom some dealer has not answered. None: a dealer cannot
+            show what it has signed for; the session has to be ended, and tried anew without that dealer.
+        """
+        cohort, complaints = session.cohort, dict[int, Complaint]()
+
+        def hear_complaint(reply: Reply) -> None:
+            payload = self._answer(task, session.attempt, reply, "complain", max_payload=most_complaint_bytes(cohort))
+            reader = Reader(payload, "complaint")
+            one = Complaint.read(reader, cohort)
+            reader.end()
+            if cohort.advert(one.holder).name != reply.site:
+                raise WrongContext("the complaint of another site")
+            one.verify(cohort, self._known)
+            if any(d not in deals or deals[d].dealt[one.holder].statement != said for d, said in one.lies.items()):
+                raise WrongContext("a complaint about something else than what was relayed")
+            complaints[one.holder] = one
+
+        requests = []
+        for name in complaining:
+            body = relay(cohort, deals, cohort.number(name))
+            requests.append(Request(name, "complain", self._seal(task, session.attempt, [name], "complain", body)))
+        replies = yield requests
+        self._hear(session, replies, complaining, hear_complaint, errors)
+        settled: dict[int, dict[int, Opened]] = {holder: {} for holder in complaints}
+        by_dealer = {d: [c for _, c in sorted(complaints.items()) if d in c.lies] for d in deals}
+        by_dealer = {d: found for d, found in by_dealer.items() if found}
+        for dealer, found in by_dealer.items():
+            self.report("complaint", {"about": cohort.advert(dealer).name, "sites": session.names([c.holder for c in found])})
+        liars: Errors = {}
+
+        def hear_opened(reply: Reply) -> None:
+            dealer = cohort.number(reply.site)
+            due = {c.holder: deals[dealer].dealt[c.holder].commitments for c in by_dealer[dealer]}
+            payload = self._answer(task, session.attempt, reply, "open", max_payload=opened_bytes(len(due)))
+            try:
+                shown = read_opened(cohort, dealer, payload, due)
+            except (BadShare, WireError) as e:
+                liars[reply.site] = DealerLied(str(e), site=reply.site)
+                raise liars[reply.site] from None
+            for holder, one in shown.items():
+                settled[holder][dealer] = one
+
+        requests = []
+        for dealer, found in by_dealer.items():
+            (name,) = session.names([dealer])
+            body = dump_complaints(cohort, found)
+            requests.append(Request(name, "open", self._seal(task, session.attempt, [name], "open", body)))
+        replies = yield requests
+        self._hear(session, replies, [r.site for r in requests], hear_opened, errors)
+        for name in liars:
+            self._caught(task, name)
+        for dealer in by_dealer:
+            name = cohort.advert(dealer).name
+            if name not in liars and any(dealer not in settled[c.holder] for c in by_dealer[dealer]):
+                self.book.exclude(name, round=task.round, code=ComplaintUnanswered.code)
+        whole = {h: shown for h, shown in settled.items() if shown.keys() == complaints[h].lies.keys()}
+        for holder in complaints.keys() - whole.keys():
+            (name,) = session.names([holder])
+            errors.setdefault(
+                name, ComplaintUnanswered("what this site was dealt does not open, and the dealer has not shown it")
+            )
+        return None if liars else whole
+
+    def _caught(self, task: Task, site: str) -> None:
+        """Leaves a proven liar out of the rest of this round and of the next one."""
+        for round in (task.round, task.round + 1):
+            self.book.exclude(site, round=round, code=DealerLied.code)
 
     def _enough(self, task: Task, session: ServerSession) -> bool:
         """Whether the sites may agree to the sum of what was delivered."""
@@ -327,14 +441,15 @@ class SecAggServer:
             unmask(session.cohort, deals, counted, shares, vector, numbers)
             totals = self.terms.numbers(task.reply_layout).unpack(numbers, sites=len(counted))
             weight = self._weight(task, totals.weight, len(counted))
-            mean = sum_to_mean(vector, task.reply_layout, self.terms.profile, scales, weight=weight)
+            most = self.terms.most(weight=totals.weight, sites=len(counted)) if task.kind == "train" else 0
+            mean = sum_to_mean(vector, task.reply_layout, self.terms.profile, scales, weight=weight, most=most)
             metrics = dict(totals.metrics)
             if task.kind == "train":
                 metrics["secagg/cut"] = int(totals.cut.sum()) / (len(counted) * mean.size)
             update = Update(mean, totals.weight, metrics)
             tally.accept_sum(session.names(counted), update, squares=totals.squares, counted=totals.counted)
         except DealerLied as e:
-            self.book.exclude(e.site, round=task.round + 1)
+            self._caught(task, e.site)
             errors[e.site] = e  # worse than whatever else it did
             session.stage = "void"
             tally.void(e)
@@ -423,8 +538,13 @@ class SecAggServer:
         for site in sites:
             try:
                 self._signed.roster.site(site)
-                if self.book.excluded(site, round=task.round):
-                    raise DealerLied("left out of this round: in the one before it dealt false shares", site=site)
+                code = self.book.excluded(site, round=task.round)
+                if code == DealerLied.code:
+                    raise DealerLied("left out: what it dealt is not what it had signed for", site=site)
+                if code:
+                    raise ComplaintUnanswered(
+                        "left out of this round: it did not show what it had dealt to a site that complained"
+                    )
                 admitted.append(site)
             except FedLoRAError as e:
                 errors.setdefault(site, e)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 
-from fedlora.adapter import F32, Adapter, Update
+from fedlora.adapter import F32, Update
 from fedlora.aggregate.sums import squares_of
 from fedlora.config import Plan, parse_plan
 from fedlora.errors import (
+    BadShare,
     BothSecretsRequested,
     CohortTooSmall,
+    MetricMissing,
     SecretsGone,
     SessionSpent,
     UpdateRejected,
@@ -24,7 +26,6 @@ from fedlora.errors import (
     WrongContext,
     WrongDirection,
     WrongRound,
-    WrongScales,
 )
 from fedlora.messages import Request, Task
 from fedlora.protect.envelope import Header, match
@@ -44,7 +45,21 @@ from fedlora.protect.secagg.cohort import (
     sign_vote,
     vote_text,
 )
-from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, check_deliveries, deal, masked, receive, reveal
+from fedlora.protect.secagg.complaints import Complaint, dump_opened, read_complaints, read_settled
+from fedlora.protect.secagg.dealing import (
+    Inbox,
+    Opened,
+    Received,
+    Secrets,
+    advertise,
+    check_deliveries,
+    deal,
+    masked,
+    opened,
+    receive,
+    reveal,
+)
+from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import encode
 from fedlora.protect.secagg.terms import Offer, Terms, codec
@@ -84,7 +99,14 @@ class SecAggSite:
         Raises:
             SessionError: each its own, where the session does not allow what is asked.
         """
-        steps: dict[str, _Step] = {"share": self._share, "mask": self._mask, "vote": self._vote, "unmask": self._unmask}
+        steps: dict[str, _Step] = {
+            "share": self._share,
+            "mask": self._mask,
+            "complain": self._complain,
+            "open": self._open,
+            "vote": self._vote,
+            "unmask": self._unmask,
+        }
         offered = request.phase == "advertise"  # an offer brings the roster itself
         if not offered and request.phase not in steps:
             raise WrongDirection("no phase of this protection")
@@ -118,7 +140,7 @@ class SecAggSite:
         roster = self.roster.take(offer.roster).roster
         match(header, roster=roster.digest())
         roster.site(self._name)  # revoked: nothing is trained any more
-        (task, key), scales = offer.open_task(), offer.scales
+        task, key = offer.open_task()
         check_task(header, task, key, phase="advertise")
         self.link.reply_key(key)  # a key that is none is refused before hours of training
         plan = parse_plan(task.plan)
@@ -128,8 +150,13 @@ class SecAggSite:
         if used is not None and task.round < used.round:
             raise WrongRound(f"round {task.round} is over; this site has sent its update of round {used.round}")
         terms = Terms.of(plan, roster)
+        records.end_other_runs()
+        session = records.session()
+        if session is not None and session.root and session.round < task.round:
+            records.save_session(session.but(root=b""))  # it will not be ended any more: nobody shall open it later
+        scales = terms.scales(task)
         self._encoded = self._encode(task, plan, terms, scales, records, work)
-        context = terms.context(task, scales, roster.digest())
+        context = terms.context(task, scales, roster.digest(), key)
         session = records.session()
         if session is None or session.context != context or session.t1 or not session.root:
             # Never the same keys in two sessions: the server has forgotten the first, or wants to see them used twice.
@@ -153,9 +180,7 @@ class SecAggSite:
         self, task: Task, plan: Plan, terms: Terms, scales: F32, records: Records, work: Callable[[Task], Update]
     ) -> Encoded:
         known = self._encoded or records.encoded()
-        if task.kind == "train":
-            _check_scales(task, terms, scales, known)
-        update = work(task)  # from the journal if it has been done
+        update = _with_metrics(work(task), terms.metrics_due(task, plan.evaluation.every))  # from the journal if it has been done
         key = hashlib.sha256(f"{task.kind}/{task.round}/{task.adapter.digest()}/".encode() + scales.tobytes()).hexdigest()
         if known is not None and known.key == key:
             return known
@@ -163,16 +188,13 @@ class SecAggSite:
             numbers = terms.numbers(task.reply_layout).pack(
                 weight=0, counted=0, squares=np.zeros(0), cut=np.zeros(0, np.int64), metrics=update.metrics
             )
-            none = np.zeros(0, np.float32)
-            made = Encoded(key, task.round, np.zeros(1, terms.profile.word), numbers, none, none)
+            made = Encoded(key, task.round, np.zeros(1, terms.profile.word), numbers, np.zeros(0, np.float32))
         else:
-            made = self._levels(task, plan, terms, scales, update, known, key)
+            made = self._levels(task, terms, scales, update, known, key)
         records.save_encoded(made)
         return made
 
-    def _levels(
-        self, task: Task, plan: Plan, terms: Terms, scales: F32, update: Update, known: Encoded | None, key: str
-    ) -> Encoded:
+    def _levels(self, task: Task, terms: Terms, scales: F32, update: Update, known: Encoded | None, key: str) -> Encoded:
         layout = task.reply_layout
         update.check(layout.size)
         if update.weight < 1:
@@ -181,12 +203,14 @@ class SecAggSite:
         left = update.delta.copy()
         if terms.rule.carries and known is not None and known.round < task.round and known.left.size == left.size:
             left += known.left  # what rounding and cutting kept back before
-        seed = f"{plan.run.seed}/{self._name}/{task.round}".encode()
-        levels, cut = encode(left, layout, terms.profile, scales, share=weight / terms.max_weight, seed=seed)
+        # Secret, or whoever knows which way a value was rounded knows whose it was that tipped the sum.
+        secret = self.link.identity.signing.private_bytes_raw()
+        noise = derive(secret, "rounding", context=f"{task.run}/{task.round}/{key}".encode())
+        levels, cut = encode(left, layout, terms.profile, scales, share=terms.share(weight), key=noise)
         numbers = terms.numbers(layout).pack(
             weight=weight, counted=update.weight, squares=squares_of(update.delta, layout), cut=cut, metrics=update.metrics
         )
-        return Encoded(key, task.round, levels, numbers, left, _start(task, terms, known))
+        return Encoded(key, task.round, levels, numbers, left)
 
     # --- the session ----------------------------------------------------------------------------------------------
 
@@ -203,13 +227,15 @@ class SecAggSite:
             records.save_blob("cohort", payload)
             records.save_session(session.but(t1=cohort.t1))
         self._cohort = cohort
-        return deal(cohort, own, Secrets(session.root))
+        return deal(cohort, own, Secrets(session.root), key=self.link.identity.signing)
 
     def _mask(self, payload: bytes, records: Records, session: Session) -> memoryview:
-        """Number of certificates (u8) | per certificate: the session's name (32), votes | what is relayed."""
+        """Number of certificates (u8) | per certificate: the session's name (32), votes | what was shown to this site after a
+        complaint, see :func:`dump_opened` | what is relayed."""
         cohort = self._open_cohort(records, session)
         own, reader = cohort.number(self._name), Reader(payload, "mask")
         ended = {reader.take(32): read_certificate(reader) for _ in range(reader.take(1)[0])}
+        settled = read_settled(cohort, own, reader)
         used = records.used()
         if used is not None and used.round == session.round and used.t1 != cohort.t1.hex():
             t1 = bytes.fromhex(used.t1)
@@ -222,7 +248,7 @@ class SecAggSite:
         relayed = reader.rest()
         if session.digest and relayed != records.blob("relay"):
             raise SessionSpent("this site has masked its update for another set of sites; it does so once")
-        out, digest = self._masked(cohort, own, relayed, session, records)
+        out, digest = self._masked(cohort, own, relayed, settled, session, records)
         if session.digest and digest != session.digest:
             raise SessionSpent("what this site has sent can not be made again")
         if not session.digest:
@@ -231,16 +257,47 @@ class SecAggSite:
             mark = Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold, [], before)
             records.save_used(mark)
             records.save_blob("relay", relayed)
+            records.save_blob("settled", dump_opened(cohort, settled))
             records.save_session(session.but(digest=digest))
         return out
 
-    def _masked(self, cohort: Cohort, own: int, relayed: bytes, session: Session, records: Records) -> tuple[memoryview, bytes]:
-        inbox = self._open_inbox(cohort, own, relayed, session)
+    def _masked(
+        self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session, records: Records
+    ) -> tuple[memoryview, bytes]:
+        inbox = self._open_inbox(cohort, own, relayed, settled, session)
         encoded = self._encoded or records.encoded()
         if encoded is None or encoded.round != session.round:
             raise SecretsGone("the update of this round is not here any more")
         secrets, key = Secrets(session.root), self.link.identity.signing
         return masked(cohort, own, secrets, inbox, encoded.levels, encoded.numbers, bits=session.bits, key=key)
+
+    def _complain(self, payload: bytes, records: Records, session: Session) -> bytes:
+        """What is relayed. The answer names, under this site's signature, whose word for it does not open."""
+        cohort = self._open_cohort(records, session)
+        own = cohort.number(self._name)
+        received = self._receive(cohort, own, payload, {}, session)
+        if not received.lies:
+            raise WireError("there is nothing to complain of")
+        return Complaint.make(cohort, own, received.lies, key=self.link.identity.signing).dump()
+
+    def _open(self, payload: bytes, records: Records, session: Session) -> bytes:
+        """Complaints about this site, see :func:`dump_complaints`. The answer shows what it has dealt to those that complain.
+
+        It was theirs to know: what this site deals does open, so that only a site that lies says otherwise. No more of them are
+        answered than may be in league with the server.
+        """
+        cohort = self._open_cohort(records, session)
+        own = cohort.number(self._name)
+        if not session.root or session.verdict:
+            raise SecretsGone("the secrets of this session are deleted, or this site has voted in it")
+        holders = read_complaints(cohort, own, payload, self._known)
+        shown = sorted({*session.opened, *holders})
+        if len(shown) > session.max_colluding:
+            raise SessionSpent("more sites complain of this one than may be in league with the server; it shows nothing more")
+        if shown != list(session.opened):
+            records.save_session(session.but(opened=shown))  # on the disk before it is sent
+        log.warning("%s complain of what this site has dealt", ", ".join(cohort.advert(j).name for j in holders))
+        return dump_opened(cohort, opened(cohort, own, Secrets(session.root), holders))
 
     def _vote(self, payload: bytes, records: Records, session: Session) -> bytes:
         """Session (32) | verdict (u8) | for COMMIT: who has delivered."""
@@ -280,7 +337,7 @@ class SecAggSite:
             return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))  # agreed before
         if not session.digest:
             raise SecretsGone("this site has sent no update in this session")
-        dealers = self._open_inbox(cohort, own, records.blob("relay"), session).shares.keys()
+        dealers = self._kept_inbox(cohort, own, records, session).shares.keys()
         check_deliveries(cohort, own, session.digest, delivered, dealers=list(dealers), rules=session.rules, known=self._known)
         self._compare(cohort, delivered, records, alone=session.alone)
         return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
@@ -314,7 +371,7 @@ class SecAggSite:
         if session.final:
             return session.final  # the secrets are deleted; the server may have lost the answer
         own = cohort.number(self._name)
-        out = reveal(cohort, self._open_inbox(cohort, own, records.blob("relay"), session), delivered)
+        out = reveal(cohort, self._kept_inbox(cohort, own, records, session), delivered)
         records.save_session(session.but(final=out, root=b""))
         self._inbox = None
         return out
@@ -328,38 +385,41 @@ class SecAggSite:
             self._cohort = cohort
         return self._cohort
 
-    def _open_inbox(self, cohort: Cohort, own: int, relayed: bytes, session: Session) -> Inbox:
-        name = hashlib.sha256(cohort.t1 + relayed).digest()
+    def _kept_inbox(self, cohort: Cohort, own: int, records: Records, session: Session) -> Inbox:
+        """What this site masked its update by."""
+        settled = Reader(records.blob("settled"), "opened shares")
+        return self._open_inbox(cohort, own, records.blob("relay"), read_settled(cohort, own, settled), session)
+
+    def _open_inbox(self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session) -> Inbox:
+        name = hashlib.sha256(dump_opened(cohort, settled) + relayed).digest()
         if self._inbox is None or self._inbox[0] != name:
-            if not session.root:
-                raise SecretsGone("the secrets of this session are deleted")
-            reader = Reader(relayed, "shares")
-            inbox = receive(cohort, own, Secrets(session.root), reader, rules=session.rules)
-            reader.end()
-            self._inbox = name, inbox
+            received = self._receive(cohort, own, relayed, settled, session)
+            if received.lies:
+                names = ", ".join(cohort.advert(dealer).name for dealer in received.lies)
+                raise BadShare(f"what {names} dealt to this site, and signed, is not what was committed to")
+            self._inbox = name, received.inbox
         return self._inbox[1]
 
+    def _receive(self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session) -> Received:
+        if not session.root:
+            raise SecretsGone("the secrets of this session are deleted")
+        reader = Reader(relayed, "shares")
+        secrets = Secrets(session.root)
+        received = receive(cohort, own, secrets, reader, rules=session.rules, known=self._known, settled=settled)
+        reader.end()
+        return received
 
-def _check_scales(task: Task, terms: Terms, scales: F32, known: Encoded | None) -> None:
-    """Where this site has taken part in the round before, the scales are not the server's to choose.
+
+def _with_metrics(update: Update, due: Collection[str]) -> Update:
+    """The update with the metrics that every site of the round sends, and no other: one that is sent alone is that site's number.
 
     Raises:
-        WrongScales.
-        WrongLayout: see :meth:`Terms.scales`.
+        MetricMissing: one is not here.
     """
-    due = terms.scales(task, None)
-    if task.round > terms.rule.passes:
-        if known is None or known.round != task.round - 1 or known.start.size != task.adapter.vector.size:
-            return  # all sites of the session see the same ones, or their masks do not match
-        due = terms.scales(task, Adapter(known.start, task.adapter.layout))
-    if not np.allclose(due, scales, rtol=1e-3, atol=0.0):  # one unit in the last of the eleven bits
-        raise WrongScales("the scales are not those that follow from the last published adapter")
-
-
-def _start(task: Task, terms: Terms, known: Encoded | None) -> F32:
-    """The adapter from which the next exchange's scales follow: that of the round before, until a round's last pass."""
-    if task.round % terms.rule.passes == 0:
-        return task.adapter.vector
-    if known is not None and known.round == task.round - 1:
-        return known.start
-    return np.zeros(0, np.float32)
+    missing = sorted(name for name in due if name not in update.metrics)
+    if missing:
+        raise MetricMissing(
+            f"this site has no {', '.join(missing)}, and under secure aggregation every site sends all that the plan lists",
+            hint="policy.share in the site file strikes it out, or there are no held-out rows; or the plan lists less",
+        )
+    return replace(update, metrics={name: update.metrics[name] for name in due})

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from fedlora.adapter import F32, MAX_PARAMETERS, Adapter, Layout
+from fedlora.adapter import F32, MAX_PARAMETERS, Layout
 from fedlora.aggregate import Aggregator, rule_of
 from fedlora.config import Plan, canonical
-from fedlora.errors import WireError, WrongLayout
+from fedlora.errors import WrongLayout, WrongRound
 from fedlora.messages import EVALUATION, Kind, Task
+from fedlora.protect.keys import key_id
 from fedlora.protect.link import Context
 from fedlora.protect.roster import Roster
 from fedlora.protect.secagg.cohort import Reader, Rules
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
+from fedlora.schedule import height
 from fedlora.wire import parse_task
 
 __all__ = ["MAX_WEIGHT", "Offer", "Terms", "codec"]
@@ -25,12 +29,25 @@ __all__ = ["MAX_WEIGHT", "Offer", "Terms", "codec"]
 MAX_WEIGHT = 16
 """Largest weight of a site: a larger one would cost the others' updates too many bits."""
 
-_SCALE_BITS = 90  # times 2^23 levels, 4 rounds and 16 for the weight it is still a float32
+_HEADROOM = 1.25  # a fresh Adam's step is the learning rate in size; what was left over and the rounding come on top
+_LEAST_REACH = 2.0**-60  # where the course of the learning rate ends in nothing
 
 
 def codec(phase: str) -> str:
     """The envelope's word for the payload of a phase."""
     return f"secagg-{phase}/1"
+
+
+def reach(plan: Plan, round: int) -> float:
+    """The change of a value for which all levels stand in a round of training, from 1.
+
+    A function of the plan and of nothing else: no server chooses it, and a site that was away knows it too. A step of Adam is
+    about the learning rate in size, so that it follows the course of the learning rate over the run.
+    """
+    t, f = plan.training, plan.federation
+    peak = plan.protect.first_range or t.learning_rate * f.local_steps
+    course = height(t.lr_scheduler_type, round, rounds=f.num_rounds, warmup_ratio=t.warmup_ratio)
+    return max(_HEADROOM * peak * course, _LEAST_REACH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +56,8 @@ class Terms:
 
     Attributes:
         profile: of the vector.
-        first_range: change of a value for which the levels stand in the first round.
+        reach: of a round, see :func:`reach`.
+        num_rounds: of training.
         weight_unit: tokens or examples that make a weight of one; 0: all weights are one.
         metrics: names that ride along, in order.
         rule: what the numbers mean to the aggregator.
@@ -48,7 +66,8 @@ class Terms:
     """
 
     profile: Profile
-    first_range: float
+    reach: Callable[[int], float]
+    num_rounds: int
     weight_unit: int
     metrics: tuple[str, ...]
     rule: Aggregator
@@ -59,9 +78,20 @@ class Terms:
         """The plan's terms, and what this end's own roster demands at the least."""
         p, f = plan.protect, plan.federation
         rules = Rules(max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort), plan.lora.ranks)
-        first = p.first_range or plan.training.learning_rate * f.local_steps
-        unit = 0 if plan.aggregate.weighting == "uniform" else p.weight_unit
-        return cls(PROFILES[p.profile], first, unit, tuple(sorted(plan.evaluation.share)), rule_of(plan), rules)
+        return cls(
+            profile=PROFILES[p.profile],
+            reach=partial(reach, plan),
+            num_rounds=f.num_rounds,
+            weight_unit=0 if plan.aggregate.weighting == "uniform" else p.weight_unit,
+            metrics=tuple(sorted(plan.evaluation.share)),
+            rule=rule_of(plan),
+            rules=rules,
+        )
+
+    def mean_reach(self, round: int) -> float:
+        """Largest mean change of a value that a round can give; a part of a level is rounded up at sites of small weight."""
+        more = 0 if self.max_weight == 1 else self.max_weight / self.profile.levels
+        return self.reach(round) * (1 + more)
 
     def rules_for(self, kind: Kind) -> Rules:
         """The same for this kind of task: in an evaluation there are no slots."""
@@ -79,33 +109,44 @@ class Terms:
         """Order of the numbers for replies of this layout."""
         return Numbers(0 if layout == EVALUATION else len(layout.entries), self.metrics)
 
-    def scales(self, task: Task, before: Adapter | None) -> F32:
+    def scales(self, task: Task) -> F32:
         """Scales of the reply to this task; one for an evaluation, whose vector is a zero.
-
-        Args:
-            before: the global adapter of the last round but one, as it was sent; None if there is none.
 
         Raises:
             WrongLayout: the task asks for other tensors than the rule sends, or brings others than it publishes.
+            WrongRound: the plan has no such round.
         """
         if task.kind == "evaluate":
             return np.ones(1, np.float32)
-        rule, now, layout = self.rule, task.adapter, task.reply_layout
-        if layout != rule.reply(now.layout, task.round):
+        rule, layout = self.rule, task.reply_layout
+        if layout != rule.reply(task.adapter.layout, task.round):
             raise WrongLayout("the server asks for other tensors than the plan's rule sends")
-        rule.check_public(now.layout, task.round, task.public)
-        change = None if before is None else rule.expected(before, now, exchange=task.round, public=task.public)
-        return scales_for(
-            layout,
-            self.profile,
-            first_range=self.first_range,
-            change=change,
-            ranges=rule.first_ranges(now.layout, self.first_range),
-            fixed=rule.fixed_ranges(layout),
-        )
+        rule.check_public(task.adapter.layout, task.round, task.public)
+        if not 1 <= task.round <= self.num_rounds:
+            raise WrongRound(f"round {task.round} of {self.num_rounds}")
+        return scales_for(layout, self.profile, reach=self.reach(task.round), fixed=rule.fixed_ranges(layout))
 
-    def context(self, task: Task, scales: F32, roster: str) -> bytes:
-        """Digest of all that the sites of a session must see alike, but for who they are."""
+    def share(self, weight: int) -> float:
+        """A site's part of the largest weight, in (0, 1]."""
+        return weight / self.max_weight
+
+    def most(self, *, weight: int, sites: int) -> int:
+        """Largest sum of one value in levels: of sites of this weight together, each within :func:`rings.most_levels`."""
+        whole = self.profile.levels * weight // self.max_weight
+        return whole if self.max_weight == 1 else whole + sites  # a part of a level is rounded up at each site
+
+    def metrics_due(self, task: Task, every: int) -> tuple[str, ...]:
+        """The metrics that each site of the round has to send, so that none is ever one site's alone."""
+        evaluates = task.kind == "evaluate" or (every > 0 and (task.round - 1) % every == 0)
+        return tuple(m for m in self.metrics if (task.kind == "train" if m.startswith("train/") else evaluates))
+
+    def context(self, task: Task, scales: F32, roster: str, reply_key: bytes) -> bytes:
+        """Digest of all that the sites of a session must see alike, but for who they are.
+
+        Args:
+            roster: its digest.
+            reply_key: the run's sealing key, 1216 bytes.
+        """
         p, r = self.profile, self.rules
         facts = {
             **Context.of(task).fields(),
@@ -113,6 +154,7 @@ class Terms:
             "sends": task.reply_layout.digest(),
             "public": task.public.digest() if task.public is not None else "",
             "roster": roster,
+            "reply_key": key_id(reply_key),
             "profile": [p.levels, p.bits],
             "scales": hashlib.sha256(scales.astype("<f4").tobytes()).hexdigest(),
             "max_weight": self.max_weight,
@@ -128,18 +170,15 @@ class Offer:
 
     Attributes:
         roster: signed, as bytes: nothing in it is believed yet.
-        scales: value of one level, per tensor, (tensors,) float32.
         task: canonical bytes.
     """
 
     roster: bytes
-    scales: F32
     task: bytes
 
     def dump(self) -> bytes:
-        """Length of the roster (u32, big-endian) | roster | number of scales (u32) | scales (float32, little-endian) | task."""
-        head = struct.pack(">I", len(self.roster)) + self.roster + struct.pack(">I", self.scales.size)
-        return head + self.scales.astype("<f4").tobytes() + self.task
+        """Length of the roster (u32, big-endian) | roster | task."""
+        return struct.pack(">I", len(self.roster)) + self.roster + self.task
 
     @classmethod
     def parse(cls, blob: bytes) -> Offer:
@@ -149,18 +188,12 @@ class Offer:
             WireError: malformed.
         """
         reader = Reader(blob, "offer")
-        roster = reader.take(int.from_bytes(reader.take(4), "big"))
-        scales = np.frombuffer(reader.take(4 * int.from_bytes(reader.take(4), "big")), "<f4").astype(np.float32)
-        return cls(roster, scales, reader.rest())
+        return cls(reader.take(int.from_bytes(reader.take(4), "big")), reader.rest())
 
     def open_task(self) -> tuple[Task, bytes]:
         """The task, and the run's key.
 
         Raises:
-            WireError: malformed, or a scale with which a value might leave the range of float32.
+            WireError: malformed.
         """
-        task, key = parse_task(self.task, max_parameters=MAX_PARAMETERS)
-        s = self.scales
-        if s.size != len(task.reply_layout.entries) or not np.all((s >= 2.0**-_SCALE_BITS) & (s <= 2.0**_SCALE_BITS)):
-            raise WireError(f"scales: one number of 2^-{_SCALE_BITS} to 2^{_SCALE_BITS} for each tensor is expected")
-        return task, key
+        return parse_task(self.task, max_parameters=MAX_PARAMETERS)

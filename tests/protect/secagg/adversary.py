@@ -15,6 +15,7 @@ from protect.secagg.world import World, identity, names
 from fedlora import wire
 from fedlora.errors import CannotOpen, RemoteError
 from fedlora.messages import Request, Task
+from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.link import Context
 from fedlora.protect.secagg.cohort import (
     ABORT,
@@ -28,13 +29,18 @@ from fedlora.protect.secagg.cohort import (
     sign_vote,
     vote_text,
 )
-from fedlora.protect.secagg.dealing import MaskKeys, Secrets, open_ingredient, promise, receive, self_keys
+from fedlora.protect.secagg.complaints import dump_opened
+from fedlora.protect.secagg.dealing import BUNDLE_BYTES, MaskKeys, Secrets, open_ingredient, promise, receive, self_keys
 from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.records import Records, Session
 from fedlora.protect.secagg.rings import PROFILES, packed_bytes, unpack
 from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
 from fedlora.protect.secagg.terms import Offer, Terms, codec
+
+
+def known(name: str) -> PublicIdentity:
+    return identity(name).public
 
 
 class Adversary:
@@ -74,13 +80,9 @@ class Adversary:
         except RemoteError as e:
             return e.remote_code
 
-    def offer(self, *, task: Task | None = None, roster: bytes | None = None, scales: np.ndarray | None = None) -> bytes:
-        task = task or self.task
-        if scales is None:
-            before = None if task.round == 1 else self.world.globals[task.round - 1]
-            scales = self.terms.scales(task, before)
-        inner = wire.dump_task(task, reply_key=self.link.reply_key.public.kem)
-        return Offer(roster or self.world.signed.dump(), scales, inner).dump()
+    def offer(self, *, task: Task | None = None, roster: bytes | None = None) -> bytes:
+        inner = wire.dump_task(task or self.task, reply_key=self.link.reply_key.public.kem)
+        return Offer(roster or self.world.signed.dump(), inner).dump()
 
     # --- the honest steps, one by one -----------------------------------------------------------------------------
 
@@ -103,7 +105,7 @@ class Adversary:
 
     def relayed(self, site: str, *, ended: Sequence[tuple[bytes, bytes]] = (), deals: dict[int, Deal] | None = None) -> bytes:
         head = bytes([len(ended)]) + b"".join(t1 + proof for t1, proof in ended)
-        return head + relay(self.cohort, deals or self.deals, self.cohort.number(site))
+        return head + dump_opened(self.cohort, {}) + relay(self.cohort, deals or self.deals, self.cohort.number(site))
 
     def mask(self, sites: Iterable[str] = (), *, ended: Sequence[tuple[bytes, bytes]] = ()) -> dict[str, bytes | str]:
         answers = {}
@@ -174,7 +176,7 @@ class Adversary:
         for site in self.colluders:
             number, secrets = self.cohort.number(site), self.secrets(site)
             reader = Reader(relay(self.cohort, self.deals, number), "relay")
-            inbox = receive(self.cohort, number, secrets, reader, rules=self.terms.rules)
+            inbox = receive(self.cohort, number, secrets, reader, rules=self.terms.rules, known=known).inbox
             for dealer, (mask_share, self_share) in inbox.shares.items():
                 self.shares.setdefault(("mask", dealer), {})[number] = mask_share
                 self.shares.setdefault(("self", dealer), {})[number] = self_share
@@ -225,7 +227,9 @@ class Adversary:
                     ingredient = (
                         keys.ingredient(self.cohort, dealer=one, holder=other)
                         if leads(one, other)
-                        else open_ingredient(self.cohort, keys, self.deals[other].pairs[one], dealer=other, holder=one)
+                        else open_ingredient(
+                            self.cohort, keys, self.deals[other].dealt[one].sealed[BUNDLE_BYTES:], dealer=other, holder=one
+                        )
                     )
                 except CannotOpen:
                     continue

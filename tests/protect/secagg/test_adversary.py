@@ -12,8 +12,10 @@ import pytest
 from protect.secagg.adversary import Adversary
 from protect.secagg.world import NOW, Heard, World, at_phase, identity, names, secagg_plan, signed_roster
 
+from fedlora.adapter import Adapter
 from fedlora.errors import WrongContext
 from fedlora.messages import Request
+from fedlora.protect.envelope import HPKE
 from fedlora.protect.keys import Identity
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.modes import SiteModes
@@ -21,9 +23,10 @@ from fedlora.protect.roster import SignedRoster, next_epoch
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggSite
 from fedlora.protect.secagg.cohort import ABORT, COMMIT, Advert, Cohort, Delivered, Rules, certificate, sign_vote, vote_text
-from fedlora.protect.secagg.dealing import Inbox, MaskKeys, Secrets, advertise, deal, promise
+from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Inbox, MaskKeys, Secrets, advertise, deal, promise
 from fedlora.protect.secagg.opening import Deal
 from fedlora.protect.secagg.shamir import join, weights
+from fedlora.protect.secagg.terms import Terms
 from fedlora.testing import DictMemory
 
 ALL = names(5)
@@ -291,26 +294,31 @@ def test_a_plan_that_says_sealed_is_not_worked_on_here():
     assert {a.say(s, "advertise", a.offer(task=task), task=task) for s in ALL} == {"wrong-context"}
 
 
-def test_the_first_rounds_scales_are_the_plans():
+@pytest.mark.attack(
+    "C6", "the server has one site code its update at another scale", stops="scales follow from plan and round alone"
+)
+@pytest.mark.parametrize("round_", [1, 2, 3])
+def test_no_server_chooses_a_scale_in_any_round_and_after_none_that_was_missed(round_):
+    """Neither what is published nor which rounds a site has seen has a say."""
+    for missed in (False, True):
+        a = Adversary()
+        if not missed:
+            a.until_masked()
+        for vector in (np.zeros(14), np.full(14, 1e4), np.linspace(-1, 1, 14)):
+            a.world.globals[round_] = Adapter(vector.astype(np.float32), a.task.adapter.layout)
+            scales = Terms.of(a.world.plan, a.world.signed.roster).scales(a.world.task(round=round_))
+            assert np.allclose(scales, 1.25 / 127, rtol=2.0**-11, atol=0)
+
+
+@pytest.mark.parametrize("plan", [secagg_plan(first_range=2.0), secagg_plan(profile="int12")])
+def test_a_server_that_says_one_thing_of_scales_to_one_site_has_no_session(plan):
+    """Another range or profile is another plan, hence another context."""
     a = Adversary()
-    right = a.terms.scales(a.task, None)
-    a.world.work = never
-    for wrong in (right * np.float32(1000), right / np.float32(1000), right * np.float32(1.01)):
-        assert a.say("site-1", "advertise", a.offer(scales=wrong)) == "wrong-scales"
-    for wrong in (right * np.float32(0), -right, right * np.float32("nan"), right[:1]):
-        assert a.say("site-1", "advertise", a.offer(scales=wrong)) == "wire"
-
-
-def test_later_scales_follow_from_the_published_adapters():
-    """Coarse scales for one site alone would let its update show in the sum; fine ones make it wrap."""
-    a = Adversary().until_masked()
-    a.world.next_round(a.world.expected(ALL))
-    a.begin(a.world.task(round=2))
-    right = a.terms.scales(a.task, a.world.globals[1])
-    a.world.work = never
-    for factor in (0.5, 1.01, 100.0):
-        answer = a.say("site-1", "advertise", a.offer(scales=right * np.float32(factor)))
-        assert answer == "wrong-scales"
+    a.advertise(ALL[:4])
+    task = replace(a.task, plan=plan.canonical())
+    other = a.advert(a.say("site-5", "advertise", a.offer(task=task), task=task))
+    forged = Cohort((*(a.adverts[s] for s in ALL[:4]), other), 4, b"?" * 32)
+    assert {a.say(s, "share", forged.dump()) for s in ALL[:4]} == {"wrong-context"}
 
 
 # --- what is relayed ------------------------------------------------------------------------------------------------------
@@ -319,36 +327,63 @@ def test_later_scales_follow_from_the_published_adapters():
 def tampered(a, how):
     """What site-1 would be relayed."""
     deals = dict(a.deals)
+
+    def put(dealer, dealt):
+        deals[dealer] = replace(deals[dealer], dealt={**deals[dealer].dealt, 1: dealt})
+
+    mine = deals[2].dealt[1]
     if how == "shares of another dealer":
-        bundles = {**deals[2].bundles, 1: deals[3].bundles[1]}
-        deals[2] = Deal(deals[2].commitments, bundles, deals[2].pairs)
+        put(2, replace(mine, sealed=deals[4].dealt[1].sealed))
     elif how == "shares for another site":
-        bundles = {**deals[2].bundles, 1: deals[2].bundles[3]}
-        deals[2] = Deal(deals[2].commitments, bundles, deals[2].pairs)
-    elif how == "an ingredient for another site":
-        deals[3] = Deal(deals[3].commitments, deals[3].bundles, {**deals[3].pairs, 1: deals[3].pairs[4]})
+        put(2, replace(mine, sealed=deals[2].dealt[4].sealed))
+    elif how == "all that was dealt to another site":
+        put(2, deals[2].dealt[4])
+    elif how == "the server's own ingredient":  # C4: with X25519 broken later, the pair's mask would be known
+        three = deals[3].dealt[1]
+        info = b"fedlora/v1/sa/ingredient\0" + a.cohort.t1 + bytes([0, 3, 0, 1])
+        pair = HPKE.encrypt(b"known" + bytes(27), a.cohort.advert(1).mask_key(), info=info)
+        put(3, replace(three, sealed=three.sealed[:BUNDLE_BYTES] + pair))
+    elif how == "dealt by the server in a site's name":  # C4
+        false = deal(a.cohort, 2, Secrets(bytes(32)), key=identity("server").signing)
+        deals[2] = Deal.parse(a.cohort, 2, false)
     elif how == "one flipped bit":
-        body = bytearray(deals[2].bundles[1])
-        body[700] ^= 1
-        deals[2] = Deal(deals[2].commitments, {**deals[2].bundles, 1: bytes(body)}, deals[2].pairs)
-    elif how == "a commitment of the liar":
-        commitments = {**deals[2].commitments, 1: (bytes(32), deals[2].commitments[1][1])}
-        deals[2] = Deal(commitments, deals[2].bundles, deals[2].pairs)
+        put(2, replace(mine, sealed=mine.sealed[:700] + bytes([mine.sealed[700] ^ 1]) + mine.sealed[701:]))
+    elif how == "another commitment":
+        put(2, replace(mine, commitments=(bytes(32), *mine.commitments[1:])))
+    elif how == "another commitment to an ingredient":
+        put(3, replace(deals[3].dealt[1], commitments=(*deals[3].dealt[1].commitments[:2], bytes(32))))
+    elif how == "of another session":
+        first, a.deals = a.cohort, {}
+        a.begin(a.world.task(attempt=1))
+        a.advertise()
+        a.share()
+        assert a.cohort.t1 != first.t1
+        put(2, mine)
+        deals = {**a.deals, 2: replace(a.deals[2], dealt={**a.deals[2].dealt, 1: mine})}
     elif how == "too few":
         deals = {n: deals[n] for n in (1, 2, 3)}
     return a.relayed("site-1", deals=deals)
 
 
 RELAYS = {
-    "shares of another dealer": "cannot-open",
-    "shares for another site": "cannot-open",
-    "an ingredient for another site": "cannot-open",
-    "one flipped bit": "cannot-open",
-    "a commitment of the liar": "bad-share",
+    "shares of another dealer": "bad-signature",
+    "shares for another site": "bad-signature",
+    "all that was dealt to another site": "bad-signature",
+    "the server's own ingredient": "bad-signature",
+    "dealt by the server in a site's name": "bad-signature",
+    "one flipped bit": "bad-signature",
+    "another commitment": "bad-signature",
+    "another commitment to an ingredient": "bad-signature",
+    "of another session": "bad-signature",
     "too few": "cohort-too-small",
 }
 
 
+@pytest.mark.attack(
+    "C4",
+    "the server changes or makes up what a site deals, or gives its own ingredient",
+    stops="each deal is signed for its holder",
+)
 @pytest.mark.parametrize("how", RELAYS)
 def test_a_relay_that_was_tampered_with_gets_no_masked_update_and_costs_nothing(how):
     a = Adversary()
@@ -679,7 +714,7 @@ class FalseDealer(SecAggSite):
     def _share(self, payload, records, session):
         super()._share(payload, records, session)
         other = Lying(session.root)
-        return deal(self._cohort, self._cohort.number(self._name), other)
+        return deal(self._cohort, self._cohort.number(self._name), other, key=self.link.identity.signing)
 
 
 class Lying(Secrets):
@@ -691,7 +726,7 @@ class Lying(Secrets):
 class FalseDealerOfMaskKeys(FalseDealer):
     def _share(self, payload, records, session):
         SecAggSite._share(self, payload, records, session)
-        return deal(self._cohort, self._cohort.number(self._name), LyingAboutKeys(session.root))
+        return deal(self._cohort, self._cohort.number(self._name), LyingAboutKeys(session.root), key=self.link.identity.signing)
 
 
 class LyingAboutKeys(Secrets):

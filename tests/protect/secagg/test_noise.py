@@ -25,11 +25,11 @@ def cohort_in(context, secrets):
 
 SECRETS = {i: Secrets(bytes([i]) * 32) for i in range(1, N + 1)}
 COHORT = cohort_in(b"c" * 32, SECRETS)
-DEALS = {i: Deal.parse(COHORT, i, deal(COHORT, i, s)) for i, s in SECRETS.items()}
+DEALS = {i: Deal.parse(COHORT, i, deal(COHORT, i, s, key=identity(names(N)[i - 1]).signing)) for i, s in SECRETS.items()}
 
 
 def inbox_of(number, cohort=COHORT, deals=DEALS):
-    return receive(cohort, number, SECRETS[number], Reader(relay(cohort, deals, number), "relay"), rules=RULES)
+    return receive(cohort, number, SECRETS[number], Reader(relay(cohort, deals, number), "relay"), rules=RULES, known=known).inbox
 
 
 INBOXES = {i: inbox_of(i) for i in SECRETS}

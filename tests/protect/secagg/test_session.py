@@ -36,7 +36,7 @@ class Dealt:
         self.inbox, self.masked, self.numbers, self.delivered = {}, {}, {}, {}
         for i in dealers:
             reader = Reader(relay(self.cohort, self.deals, i), "relay")
-            self.inbox[i] = receive(self.cohort, i, self.secrets[i], reader, rules=RULES)
+            self.inbox[i] = receive(self.cohort, i, self.secrets[i], reader, rules=RULES, known=known).inbox
             reader.end()
             vector, numbers = (self.plain[i] % (1 << profile.bits)).astype(profile.word), self.counts[i].copy()
             mask(self.cohort, i, self.secrets[i], self.inbox[i], vector, numbers)
@@ -72,7 +72,8 @@ def cohort_of(n):
     context = hashlib.sha256(b"context").digest()
     adverts = [advertise(name, context, secrets[i], key=identity(name).signing) for i, name in enumerate(names(n), 1)]
     cohort = Cohort.parse(Cohort.of(adverts, RULES).dump(), RULES, known)
-    return cohort, secrets, {i: Deal.parse(cohort, i, deal(cohort, i, s)) for i, s in secrets.items()}
+    keys = {i: identity(name).signing for i, name in enumerate(cohort.names, 1)}
+    return cohort, secrets, {i: Deal.parse(cohort, i, deal(cohort, i, s, key=keys[i])) for i, s in secrets.items()}
 
 
 @pytest.mark.parametrize("ring", PROFILES)
@@ -87,7 +88,7 @@ def test_every_pattern_of_dropouts_gives_the_plain_sum_or_none(n, ring):
             for i in dealers:
                 reader = Reader(relay(cohort, {d: all_deals[d] for d in dealers}, i), "relay")
                 with pytest.raises(CohortTooSmall):
-                    receive(cohort, i, secrets[i], reader, rules=RULES)
+                    receive(cohort, i, secrets[i], reader, rules=RULES, known=known)
             refused += 3 ** len(dealers)
             continue
         dealt = Dealt(n, PROFILES[ring], dealers)

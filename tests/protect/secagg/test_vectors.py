@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from protect.secagg.world import World, secagg_plan
 from test_vectors import hpke
 
-from fedlora.errors import FedLoRAError, RevokedSite, UnknownSite
+from fedlora.errors import BadShare, FedLoRAError, RevokedSite, UnknownSite
 from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import (
     COMMIT,
@@ -35,6 +35,7 @@ from fedlora.protect.secagg.cohort import (
     read_certificate,
     vote_text,
 )
+from fedlora.protect.secagg.complaints import Complaint, read_complaints, read_opened
 from fedlora.protect.secagg.dealing import check_deliveries, receive
 from fedlora.protect.secagg.opening import Deal, parse_reveal
 from fedlora.protect.secagg.terms import Terms
@@ -144,16 +145,17 @@ class Session:
         return both[:32], both[32:]
 
     def dealt(self, s):
-        """Commitments, and what is sealed, by number of the holder."""
+        """Commitments to shares; and by number of the holder: shares sealed, ingredient sealed, commitment to it, signature."""
         blob = s.said["deal"]
         assert blob[:32] == self.t1
         commitments = {h: (blob[64 * h - 32 : 64 * h], blob[64 * h : 64 * h + 32]) for h in range(1, self.n + 1)}
         at, sealed = 32 + 64 * self.n, {}
         for h in range(1, self.n + 1):
             if h != s.number:
-                pair = 1168 if leads(s.number, h) else 0
-                sealed[h] = blob[at : at + 1202], blob[at + 1202 : at + 1202 + pair]
-                at += 1202 + pair
+                pair, more = (1168, 32) if leads(s.number, h) else (0, 0)
+                cuts = [at, at + 1202, at + 1202 + pair, at + 1202 + pair + more, at + 1266 + pair + more]
+                sealed[h] = tuple(blob[x:y] for x, y in itertools.pairwise(cuts))
+                at = cuts[-1]
         assert at == len(blob)
         return commitments, sealed
 
@@ -196,12 +198,16 @@ def test_every_share_opens_lies_on_its_polynomial_and_is_the_one_committed_to(se
         shares = {}
         for holder in session.sites:
             if holder is not dealer:
-                bundle, pair = sealed[holder.number]
+                bundle, pair, promised, signature = sealed[holder.number]
+                text = session.t1 + u16(dealer.number, holder.number) + b"".join(commitments[holder.number]) + promised
+                assert signature == dealer.sign(b"deal", text + sha(bundle + pair))
                 both = hpke(holder.seal, bundle, session.info(b"shares", dealer.number, holder.number))
                 shares[holder.number] = both[:33], both[33:]
                 if pair:
                     info = session.info(b"ingredient", dealer.number, holder.number)
                     assert hpke(holder.mask, pair, info) == session.ingredient(dealer, holder)
+                    text = session.t1 + b"ingredient" + u16(dealer.number, holder.number) + session.ingredient(dealer, holder)
+                    assert promised == sha(b"fedlora/v1/sa/share\0", text)
         for kind, (label, secret) in enumerate([(b"mask", dealer.mask_seed), (b"self", dealer.self_seed)]):
             points = {h: int.from_bytes(x[kind], "big") for h, x in shares.items()}
             own = dict(itertools.islice(points.items(), session.t - 1))
@@ -330,15 +336,31 @@ def take_votes(blob):
     check_certificate(whole(read_certificate, blob), text, names=COHORT.names, threshold=COHORT.threshold, known=known)
 
 
+def take_relay(blob):
+    """As a site takes it, which then complains of what is in ``lies``."""
+    found = whole(lambda reader: receive(COHORT, 1, secrets_of_a(), reader, rules=RULES, known=known), blob)
+    if found.lies:
+        raise BadShare("lied to")
+
+
+def take_complaint(blob):
+    whole(lambda reader: Complaint.read(reader, COHORT), blob).verify(COHORT, known)
+
+
 TAKE = {
+    "complaint": take_complaint,
+    "complaints": lambda blob: read_complaints(COHORT, 2, blob, known),
+    "opened": lambda blob: read_opened(COHORT, 2, blob, {1: DEALS[2].dealt[1].commitments}),
     "cohort": lambda blob: Cohort.parse(blob, RULES, known),
     "deal": lambda blob: Deal.parse(COHORT, 1, blob),
-    "relay": lambda blob: whole(lambda reader: receive(COHORT, 1, secrets_of_a(), reader, rules=RULES), blob),
+    "relay": take_relay,
     "deliveries": take_deliveries,
     "votes": take_votes,
     "reveal": lambda blob: parse_reveal(COHORT, DEALS, [1, 2, 4], 1, blob),
 }
+COMPLAINT = load("complaint")
 GENUINE = {
+    **{k: bytes.fromhex(COMPLAINT[k]) for k in ("complaint", "complaints", "opened")},
     "cohort": COHORT.dump(),
     "deal": bytes.fromhex(FOUR["sites"]["a"]["deal"]),
     "relay": bytes.fromhex(FOUR["relay"]["a"]),
@@ -371,11 +393,9 @@ def test_every_condition_of_the_format_has_a_vector_with_its_code():
 def test_the_profiles_of_the_format_are_those_of_the_code():
     from fedlora.protect.secagg.rings import PROFILES
 
-    line = FORMAT.split("| levels `L`, ring bits `b`, reach `K` |")[1].split("\n")[0].replace("\u202f", "")
-    said = re.findall(r"(int\d+) ([\d ]+), (\d+), ([\d.]+)", line)
-    assert {(n, int(a.replace(" ", "")), int(b), float(k)) for n, a, b, k in said} == {
-        (n, p.levels, p.bits, p.reach) for n, p in PROFILES.items()
-    }
+    line = FORMAT.split("| levels `L`, ring bits `b` |")[1].split("\n")[0].replace("\u202f", "")
+    said = re.findall(r"(int\d+) ([\d ]+), (\d+)", line)
+    assert {(n, int(a.replace(" ", "")), int(b)) for n, a, b in said} == {(n, p.levels, p.bits) for n, p in PROFILES.items()}
 
 
 def test_making_the_vectors_again_changes_none():
@@ -398,38 +418,62 @@ def test_todays_code_says_the_same_as_the_vectors():
                 assert now["sites"][s][part] == kept["sites"][s][part]
         for part in ("t1", "deliveries", "votes", "sum", "sum of numbers"):
             assert now[part] == kept[part]
+    assert make_secagg.complained(load("four")) == COMPLAINT
     assert list(make_secagg.refused()) == REFUSED
 
 
 # --- context, scales, numbers, the mean --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "round_"), [("train", 1), ("train", 2), ("evaluate", 2)])
-def test_the_context_and_the_scales_are_those_of_the_format(kind, round_):
-    world = World(4, plan=secagg_plan(profile="int12", weight_unit=50, first_range=0.5))
-    world.next_round(np.linspace(-1, 1, 14, dtype=np.float32))
+def course(name, x, warmup):
+    """The learning rate over its peak, of section 10.1."""
+    if x < warmup:
+        return x / warmup
+    left = (1 - x) / (1 - warmup)
+    return {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[name]
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("kind", "round_"), [("train", 1), ("train", 2), ("train", 3), ("evaluate", 2)])
+def test_the_context_and_the_scales_are_those_of_the_format(kind, round_, name):
+    plan = secagg_plan(profile="int12", weight_unit=50, first_range=0.5)
+    plan = plan.model_copy(update={"training": plan.training.model_copy(update={"lr_scheduler_type": name, "warmup_ratio": 0.4})})
+    world = World(4, plan=plan)
+    for r in (1, 2):
+        world.next_round(np.linspace(-1, 1, 14, dtype=np.float32), round=r)
     task, terms = world.task(round=round_, kind=kind), Terms.of(world.plan, world.signed.roster)
-    layout = task.adapter.layout
-    if kind == "evaluate":
-        scales = [1.0]
-    elif round_ == 1:
-        scales = [eleven_bits(0.5 / 2047)] * 2
-    else:
-        change = (world.globals[2].vector - world.globals[1].vector).astype(float).tolist()
-        parts = change[:6], change[6:]
-        scales = [eleven_bits(16 * math.sqrt(sum(x * x for x in p) / len(p)) / 2047) for p in parts]
+    layout, key = task.adapter.layout, bytes(1216)
+    height = sum(course(name, (round_ - 1 + (i + 0.5) / 16) / 3, 0.4) for i in range(16)) / 16
+    scales = [1.0] if kind == "evaluate" else [eleven_bits(1.25 * 0.5 * height / 2047)] * 2
     raw = struct.pack(f"<{len(scales)}f", *scales)
-    before = world.globals[1] if round_ == 2 else None
-    assert terms.scales(task, before).tobytes() == raw
+    assert terms.scales(task).tobytes() == raw
     fields = {
         "run": task.run, "plan": hashlib.sha256(task.plan).hexdigest(), "round": round_, "attempt": 0, "base": task.base,
         "adapter": task.adapter.digest(), "layout": hashlib.sha256(layout.dump()).hexdigest(), "n_params": 14, "kind": kind,
         "roster": world.signed.roster.digest(), "profile": [2047, 20], "scales": hashlib.sha256(raw).hexdigest(),
         "max_weight": 16, "metrics": sorted(world.plan.evaluation.share), "rules": [1, 3], "public": "",
-        "sends": hashlib.sha256(task.reply_layout.dump()).hexdigest(),
+        "sends": hashlib.sha256(task.reply_layout.dump()).hexdigest(), "reply_key": hashlib.sha256(key).hexdigest(),
     }  # fmt: skip
     text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-    assert terms.context(task, np.array(scales, np.float32), fields["roster"]) == sha(b"fedlora/v1/sa/context\0", text)
+    context = terms.context(task, np.array(scales, np.float32), fields["roster"], key)
+    assert context == sha(b"fedlora/v1/sa/context\0", text)
+
+
+def test_a_complaint_and_its_answer_are_those_of_the_format():
+    """Section 10.4: b has signed for a what does not open, a says so, b shows what it had committed to."""
+    session = Session("four")
+    a, b = session.sites[:2]
+    commitments, sealed = session.dealt(b)
+    relayed = {k: bytes.fromhex(v) for k, v in COMPLAINT.items()}
+    false = relayed["relay"][4 + 64 :][:1202]
+    text = session.t1 + u16(2, 1) + b"".join(commitments[1]) + sha(false)  # a leads: no ingredient of b's
+    lie = b"".join(commitments[1]) + sha(false) + b.sign(b"deal", text)
+    said = u16(1, 1, 2) + lie
+    assert relayed["complaint"] == said + a.sign(b"complaint", session.t1 + said)
+    assert relayed["complaints"] == session.t1 + u16(1) + relayed["complaint"]
+    both = hpke(a.seal, sealed[1][0], session.info(b"shares", 2, 1))
+    assert relayed["opened"] == session.t1 + u16(1, 1) + both
+    assert relayed["settled"] == session.t1 + u16(1, 2) + both
 
 
 def eleven_bits(x):
@@ -459,11 +503,11 @@ def test_the_body_holds_what_the_format_says():
     assert encoded.numbers.astype(np.int64).tolist() == pytest.approx(listed, rel=1e-6)  # squares are summed in another order
     assert [int(x) for x in encoded.numbers[:3]] == listed[:3]
     assert [int(x) for x in encoded.numbers[5:]] == listed[5:]
-    step = float(terms.scales(task, None)[0]) / share
+    step = float(terms.scales(task)[0]) / share
     levels = encoded.levels.view(np.int16).astype(float)
     assert np.all(np.abs(levels * step - update.delta) <= step)
     assert np.allclose(encoded.left, update.delta - levels * step, atol=1e-6)
     ((_, mean, *_),) = heard.sums
     total = sum(world.__dict__["sites"][s]._encoded.levels.view(np.int16).astype(int) for s in ("site-1", "site-2", "site-3"))
     assert mean.weight == 2 * 3
-    assert np.allclose(mean.delta, total * float(terms.scales(task, None)[0]) * 16 / 6, rtol=1e-6, atol=0)
+    assert np.allclose(mean.delta, total * float(terms.scales(task)[0]) * 16 / 6, rtol=1e-6, atol=0)

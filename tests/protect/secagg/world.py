@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -11,7 +12,7 @@ import numpy as np
 
 from fedlora.adapter import Adapter, Update
 from fedlora.aggregate.sums import squares_of
-from fedlora.config import Aggregate, Plan, Protect
+from fedlora.config import Aggregate, Evaluation, Plan, Protect, Training
 from fedlora.errors import FedLoRAError
 from fedlora.messages import Kind, Reply, Request, Task
 from fedlora.protect.keys import Identity
@@ -19,6 +20,7 @@ from fedlora.protect.link import ServerLink, SiteLink
 from fedlora.protect.roster import RosterKeeper, SignedRoster, first_epoch
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
+from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.rings import PROFILES, encode, sum_to_mean
 from fedlora.protect.secagg.terms import Terms
 from fedlora.site import safely
@@ -29,7 +31,7 @@ NOW = 1_800_000_000
 
 @cache
 def identity(name: str) -> Identity:
-    return Identity.generate(name)
+    return Identity.derived(name, b"tests")  # the same in every process
 
 
 def names(n: int) -> list[str]:
@@ -57,6 +59,8 @@ def secagg_plan(
     return toy_plan(
         rounds=rounds,
         min_sites=min_sites,
+        training=Training(lr_scheduler_type="constant", warmup_ratio=0.0),
+        evaluation=Evaluation(share=("train/loss", "eval/nll", "eval/tokens")),
         protect=Protect(mode="secagg", profile=profile, weight_unit=weight_unit, first_range=first_range, **protect),
         aggregate=Aggregate(weighting=weighting),
     )
@@ -138,10 +142,7 @@ class World:
         def report(event: str, facts: Mapping[str, Any]) -> None:
             self.events.append((event, facts))
 
-        def before(round: int) -> Adapter | None:
-            return self.globals[round + 1] if round >= 0 else None
-
-        return SecAggServer(self.link(), lambda: self.signed, self.plan, Book(self.memory["server"]), before, report)
+        return SecAggServer(self.link(), lambda: self.signed, self.plan, Book(self.memory["server"]), report)
 
     def task(self, *, round: int = 1, attempt: int = 0, kind: Kind = "train") -> Task:
         return Task("ab" * 32, self.plan.canonical(), self.plan.model.digest, kind, round, attempt, self.globals[round])
@@ -178,18 +179,17 @@ class World:
         """The mean over these sites from their whole numbers, added in the open; in the first round nothing is left over."""
         terms = Terms.of(self.plan, self.signed.roster)
         task = self.task(round=round)
-        before = None if round == 1 else self.globals[round - 1]
-        layout, profile, scales = task.adapter.layout, terms.profile, terms.scales(task, before)
+        layout, profile, scales = task.adapter.layout, terms.profile, terms.scales(task)
         total, weight = np.zeros(layout.size, np.int64), 0
         for name in sites:
             w = terms.weight(self.updates[name].weight)
-            seed = f"{self.plan.run.seed}/{name}/{round}".encode()
             delta = self.updates[name].delta.copy()
-            levels, _ = encode(delta, layout, profile, scales, share=w / terms.max_weight, seed=seed)
+            levels, _ = encode(delta, layout, profile, scales, share=terms.share(w), key=rounding_key(name, task, scales))
             signed = levels.view(np.int16 if levels.dtype == np.uint16 else np.int32)
             total, weight = total + signed, weight + w
         words = (total % (1 << profile.bits)).astype(profile.word)
-        return sum_to_mean(words, layout, profile, scales, weight=weight / terms.max_weight)
+        most = terms.most(weight=weight, sites=len(sites))
+        return sum_to_mean(words, layout, profile, scales, weight=weight / terms.max_weight, most=most)
 
     def squares(self, sites: Sequence[str]) -> np.ndarray:
         return np.mean([squares_of(self.updates[s].delta, toy_layout()) for s in sites], axis=0)
@@ -197,6 +197,13 @@ class World:
     def next_round(self, mean: np.ndarray, *, round: int = 1) -> None:
         at = self.globals[round]
         self.globals[round + 1] = Adapter(at.vector + mean, at.layout)
+
+
+def rounding_key(site: str, task: Task, scales: np.ndarray) -> bytes:
+    """As the site itself makes it from its signing key; nobody else can."""
+    work = hashlib.sha256(f"{task.kind}/{task.round}/{task.adapter.digest()}/".encode() + scales.tobytes()).hexdigest()
+    secret = identity(site).signing.private_bytes_raw()
+    return derive(secret, "rounding", context=f"{task.run}/{task.round}/{work}".encode())
 
 
 def signed_digest(signed: SignedRoster) -> str:

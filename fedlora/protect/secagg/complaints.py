@@ -1,0 +1,174 @@
+"""A holder that was dealt what does not open, and a dealer that is asked to show it.
+
+An honest dealer is complained about only by sites that lie, and what it shows was theirs to know already. A dealer that cannot
+show what it has committed to has lied, and its own signature says so. Source: the complaints of verifiable secret sharing
+(Feldman, A Practical Scheme for Non-interactive Verifiable Secret Sharing, 1987; Gennaro et al., Secure Distributed Key
+Generation for Discrete-Log Based Cryptosystems, 1999).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedlora.errors import BadShare, WireError
+from fedlora.protect.keys import PublicIdentity
+from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Reader, check_signature, leads, sign
+from fedlora.protect.secagg.dealing import Opened, Statement
+
+__all__ = [
+    "Complaint",
+    "dump_complaints",
+    "dump_opened",
+    "most_complaint_bytes",
+    "opened_bytes",
+    "read_complaints",
+    "read_opened",
+    "read_settled",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """That what some dealers have signed for one holder does not open to what they have committed to, signed by the holder.
+
+    Attributes:
+        lies: dealer's number -> what it has signed.
+    """
+
+    holder: int
+    lies: Mapping[int, Statement]
+    signature: bytes
+
+    @classmethod
+    def make(cls, cohort: Cohort, holder: int, lies: Mapping[int, Statement], *, key: Ed25519PrivateKey) -> Complaint:
+        return cls(holder, lies, sign(key, "complaint", cls._text(cohort, holder, lies)))
+
+    @staticmethod
+    def _text(cohort: Cohort, holder: int, lies: Mapping[int, Statement]) -> bytes:
+        return cohort.t1 + struct.pack(">H", holder) + _dump_lies(lies)
+
+    def dump(self) -> bytes:
+        """Holder | count | per dealer: number, statement | signature."""
+        return struct.pack(">H", self.holder) + _dump_lies(self.lies) + self.signature
+
+    @classmethod
+    def read(cls, reader: Reader, cohort: Cohort) -> Complaint:
+        """Inverse of :meth:`dump`.
+
+        Raises:
+            WireError: malformed, without a dealer, or the dealers do not rise strictly.
+        """
+        holder = reader.number()
+        cohort.advert(holder)
+        lies: dict[int, Statement] = {}
+        for _ in range(reader.number()):
+            dealer = reader.number()
+            cohort.advert(dealer)
+            if dealer <= max(lies, default=0) or dealer == holder:
+                raise WireError("complaint: dealers are not in strictly rising order")
+            lies[dealer] = Statement.read(reader, leads=leads(dealer, holder))
+        if not lies:
+            raise WireError("complaint: about nobody")
+        return cls(holder, lies, reader.take(SIGNATURE))
+
+    def verify(self, cohort: Cohort, known: Callable[[str], PublicIdentity]) -> None:
+        """Whether the holder has signed it, and each dealer what it is said to have signed.
+
+        Raises:
+            BadSignature.
+        """
+        text = self._text(cohort, self.holder, self.lies)
+        check_signature(known(cohort.advert(self.holder).name), "complaint", text, self.signature)
+        for dealer, statement in self.lies.items():
+            statement.verify(cohort, known(cohort.advert(dealer).name), dealer=dealer, holder=self.holder)
+
+
+def _dump_lies(lies: Mapping[int, Statement]) -> bytes:
+    return struct.pack(">H", len(lies)) + b"".join(struct.pack(">H", d) + s.dump() for d, s in sorted(lies.items()))
+
+
+def most_complaint_bytes(cohort: Cohort) -> int:
+    """Longest complaint of one holder: about everybody else."""
+    return 4 + SIGNATURE + len(cohort.adverts) * (2 + 4 * 32 + SIGNATURE)
+
+
+def dump_complaints(cohort: Cohort, complaints: Iterable[Complaint]) -> bytes:
+    """What a dealer is asked to answer. Session (32) | count | complaints."""
+    found = list(complaints)
+    return cohort.t1 + struct.pack(">H", len(found)) + b"".join(c.dump() for c in found)
+
+
+def read_complaints(cohort: Cohort, dealer: int, blob: bytes, known: Callable[[str], PublicIdentity]) -> list[int]:
+    """The holders whose signed complaints about ``dealer`` these are, in strictly rising order.
+
+    Raises:
+        WireError, WrongContext: malformed, of another session, or about somebody else.
+        BadSignature: a holder has not signed its complaint, or the dealer not what it is said to have dealt.
+    """
+    reader, holders = Reader(blob, "complaints"), list[int]()
+    reader.session(cohort.t1)
+    for _ in range(reader.number()):
+        one = Complaint.read(reader, cohort)
+        if dealer not in one.lies or one.holder <= max(holders, default=0):
+            raise WireError("complaints: about another site, or not in strictly rising order")
+        one.verify(cohort, known)
+        holders.append(one.holder)
+    reader.end()
+    return holders
+
+
+def dump_opened(cohort: Cohort, shown: Mapping[int, Opened]) -> bytes:
+    """A dealer's answer, by holder; or what is passed on to a holder, by dealer. Session (32) | count | per site: number, what
+    was dealt, in clear."""
+    return cohort.t1 + struct.pack(">H", len(shown)) + b"".join(struct.pack(">H", j) + o.dump() for j, o in sorted(shown.items()))
+
+
+def opened_bytes(count: int) -> int:
+    """Longest message of :func:`dump_opened`."""
+    return 34 + count * (2 + 2 * 33 + 32)
+
+
+def read_opened(cohort: Cohort, dealer: int, blob: bytes, due: Mapping[int, tuple[bytes, ...]]) -> dict[int, Opened]:
+    """What a dealer shows to settle complaints, checked against what it had committed to.
+
+    Args:
+        due: holder's number -> the dealer's commitments to what it has dealt to that site.
+
+    Raises:
+        WireError, WrongContext: malformed, or of another session.
+        BadShare: it does not show what it has committed to.
+    """
+    reader = Reader(blob, "opened shares")
+    reader.session(cohort.t1)
+    shown: dict[int, Opened] = {}
+    for _ in range(reader.number()):
+        holder = reader.number()
+        if holder not in due or holder in shown:
+            raise WireError("opened shares: of a site that has not complained")
+        shown[holder] = Opened.read(reader, leads=leads(dealer, holder))
+    reader.end()
+    for holder, commitments in due.items():
+        if holder not in shown or shown[holder].commitments(cohort, dealer=dealer, holder=holder) != commitments:
+            raise BadShare(f"{cohort.advert(dealer).name} cannot show what it has committed to")
+    return shown
+
+
+def read_settled(cohort: Cohort, own: int, reader: Reader) -> dict[int, Opened]:
+    """At a holder: what dealers have shown of what they dealt to it, by dealer. It is checked where it is used.
+
+    Raises:
+        WireError, WrongContext: malformed, or of another session.
+    """
+    reader.session(cohort.t1)
+    shown: dict[int, Opened] = {}
+    for _ in range(reader.number()):
+        dealer = reader.number()
+        cohort.advert(dealer)
+        if dealer == own or dealer <= max(shown, default=0):
+            raise WireError("opened shares: dealers are not in strictly rising order")
+        shown[dealer] = Opened.read(reader, leads=leads(dealer, own))
+    return shown
