@@ -8,8 +8,9 @@ import math
 import numpy as np
 
 from fedlora.adapter import F32, Adapter, Layout
+from fedlora.errors import WrongLayout
 
-__all__ = ["first_adapter"]
+__all__ = ["first_adapter", "first_of"]
 
 
 def first_adapter(layout: Layout, *, seed: int) -> Adapter:
@@ -22,9 +23,22 @@ def first_adapter(layout: Layout, *, seed: int) -> Adapter:
     Raises:
         WrongLayout: a tensor is not part of a LoRA pair.
     """
+    layout.pairs()
+    return first_of(layout, seed=seed)
+
+
+def first_of(layout: Layout, *, seed: int) -> Adapter:
+    """The same for some of an adapter's tensors.
+
+    Raises:
+        WrongLayout: a tensor is no factor of a LoRA pair.
+    """
     vector = np.zeros(layout.size, np.float32)
-    for pair in layout.pairs():
-        vector[pair.a] = _uniform(f"{pair.module}.lora_A.weight", pair.rank * pair.d_in, seed=seed) / math.sqrt(pair.d_in)
+    for name, at, shape in layout.slices():
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")) or len(shape) != 2:
+            raise WrongLayout(f"{name} is no factor of a LoRA pair")
+        if name.endswith(".lora_A.weight"):
+            vector[at] = _uniform(name, shape[0] * shape[1], seed=seed) / math.sqrt(shape[1])
     return Adapter(vector, layout)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedlora.adapter import Update
 from fedlora.aggregate import PUBLIC, Accumulator, Aggregator, ServerOptimiser, State, add, optimiser_of
 from fedlora.config import Plan
-from fedlora.errors import ConfigError, DealerLied, FedLoRAError, QuorumNotReached, RemoteError, RunFailed
+from fedlora.errors import ComplaintUnanswered, ConfigError, DealerLied, FedLoRAError, QuorumNotReached, RemoteError, RunFailed
 from fedlora.messages import Kind, Reply, Request, Task
 from fedlora.protect import WORK_PHASES, Protection
 from fedlora.store import Checkpoint, RunStore
@@ -171,8 +171,8 @@ def _attempts(
         if len(tally.accepted) >= need or tally.voided is not None:
             return tally, record
         report("void", record)
-        named = {site for site, code in tally.rejected.items() if code == DealerLied.code}
-        left += bool(named - liars)  # proven to lie and left out from now on: there are only so many
+        named = {site for site, code in tally.rejected.items() if code in (DealerLied.code, ComplaintUnanswered.code)}
+        left += bool(named - liars)  # left out from now on: there are only so many
         liars |= named
     raise QuorumNotReached(
         f"round {task.round}: {len(tally.accepted)} of {need} sites delivered in {plan.federation.round_attempts} attempts",

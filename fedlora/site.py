@@ -18,6 +18,7 @@ from fedlora.errors import FedLoRAError, PassMissed, PlanRefused, ResourceError,
 from fedlora.first import first_adapter
 from fedlora.messages import EVALUATION, Reply, Request, Task
 from fedlora.protect import SiteProtection
+from fedlora.protect.secagg.terms import check_published
 from fedlora.store import Entry, Journal
 
 __all__ = ["Learner", "Site", "Trained", "safely"]
@@ -225,6 +226,10 @@ class Site:
         adapter = self._whole(task, plan, rule, learner)
         if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
             raise PlanRefused("the first adapter is not the one that the plan pins")
+        if plan.protect.mode == "secagg":
+            if first_adapter(learner.layout, seed=plan.run.seed).digest() != plan.lora.init_digest:
+                raise PlanRefused("the plan pins another first adapter than the one that follows from run.seed")
+            check_published(plan, task.adapter, round=task.round)
         if task.kind == "train" and task.reply_layout != rule.reply(adapter.layout, task.round):
             raise WrongLayout("the server asks for other tensors than the plan's rule sends")
         if task.kind == "train":

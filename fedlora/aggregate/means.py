@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from fedlora.adapter import F32, Adapter, Factors, Layout, Pair
 from fedlora.aggregate.factored import F64, orthonormal_rows, svd_factored
-from fedlora.aggregate.protocol import Aggregated, Rule, State
+from fedlora.aggregate.protocol import Aggregated, Rule, State, check_reach
 from fedlora.aggregate.sums import Accumulator, Sums, gap
 
 __all__ = ["FFA", "FedAvg", "FedSVD", "RoLoRA", "add", "factors"]
@@ -105,6 +106,14 @@ class FedSVD(Rule):
 
     def trains(self, exchange: int) -> Factors:
         return "B"
+
+    def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
+        """A's rows are the first ones or orthonormal; B is no longer than what was added to it, seen through the longest A."""
+        for old, new in zip(first.layout.pairs(), now.layout.pairs(), strict=True):
+            (_, a0), (b, a) = factors(first.vector, old), factors(now.vector, new)
+            longest = max(1.0, float(np.linalg.norm(a0, 2)))
+            check_reach(f"{new.module}.lora_A.weight", float(np.linalg.norm(a, 2)), longest)
+            check_reach(f"{new.module}.lora_B.weight", float(np.linalg.norm(b)), moved * math.sqrt(b.size) * longest)
 
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, exchange: int, state: State) -> Aggregated:
         mean = _mean(sums, adapter, scale=scale)

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, TypeAlias
 
+import numpy as np
+
 from fedlora.adapter import F32, Adapter, Factors, Layout
 from fedlora.aggregate.sums import MAX_WEIGHT, Accumulator, Each, Sums
-from fedlora.errors import WrongLayout
+from fedlora.errors import ImpossibleAdapter, WrongLayout
 from fedlora.messages import Reveals
 
-__all__ = ["PUBLIC", "Aggregated", "Aggregator", "Rule", "State"]
+__all__ = ["PUBLIC", "Aggregated", "Aggregator", "Rule", "State", "check_reach"]
 
 State: TypeAlias = Mapping[str, Adapter]
 """What the server remembers from one exchange to the next besides the adapter: named vectors, in the checkpoint."""
@@ -101,6 +103,19 @@ class Aggregator(Protocol):
         """
         ...
 
+    def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
+        """At a site: refuses an adapter that no rounds can have made of the first one.
+
+        Args:
+            first: the tensors with which the run began.
+            now: the same tensors, as the server has published them.
+            moved: most that all rounds so far together can have changed a value of a factor.
+
+        Raises:
+            ImpossibleAdapter: it has gone further.
+        """
+        ...
+
     def fixed_ranges(self, layout: Layout) -> Mapping[str, float]:
         """Tensors of the reply whose values are known to lie in a range, which coding then represents exactly."""
         ...
@@ -118,6 +133,15 @@ class Aggregator(Protocol):
             state: what the last exchange left.
         """
         ...
+
+
+def check_reach(tensor: str, found: float, most: float) -> None:
+    """Raises: ImpossibleAdapter: more than ``most``, but for the rounding of float32."""
+    if not found <= most * (1 + 1e-3) + 1e-6:
+        raise ImpossibleAdapter(
+            f"{tensor} has moved by {found:.3g} since the first adapter; all rounds so far can have moved it by {most:.3g}",
+            hint="the server has published what this plan's sums cannot give: treat it as an incident and ask the coordinator",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +176,11 @@ class Rule:
     def check_public(self, layout: Layout, exchange: int, public: Adapter | None) -> None:
         if public is not None:
             raise WrongLayout("the server sent more than this plan's rule publishes")
+
+    def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
+        for name, at, _ in now.layout.slices():
+            farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
+            check_reach(name, farthest, moved)
 
     def fixed_ranges(self, layout: Layout) -> Mapping[str, float]:
         return {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -38,6 +39,22 @@ class ServerOptimiser:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+
+    def reach(self, moves: Sequence[float]) -> float:
+        """Most that all its steps together can have changed a value, from the most that each round's mean can have.
+
+        Args:
+            moves: one for each round, not negative.
+        """
+        total = math.fsum(moves)
+        if self.name == "none":
+            return total
+        if self.name == "fedadam":  # by Cauchy and Schwarz: |m| / sqrt(v) over the last rounds' moves, however large they were
+            ratio = self.beta1**2 / self.beta2 if self.beta2 else math.inf
+            terms = math.fsum(ratio**k for k in range(min(len(moves), 10_000))) if ratio < 1 else math.inf
+            step = (1 - self.beta1) * math.sqrt(terms / (1 - self.beta2)) if self.beta2 < 1 else math.inf
+            return self.learning_rate * len(moves) * step
+        return self.learning_rate * total / (1 - self.momentum if self.name in ("fedavgm", "nesterov") else 1.0)
 
     def step(self, move: Adapter, state: State) -> tuple[Adapter, State]:
         """The server's move and the new state, which holds what ``state`` had of other factors.

@@ -256,6 +256,9 @@ class SecAggServer:
         if complaining:
             settled = yield from self._settle(task, session, complaining, deals, errors)
             lied = settled is None
+            for site in complaining:
+                if settled is not None and session.cohort.number(site) not in settled:
+                    errors.setdefault(site, first[site])
             if settled:
                 yield from self._ask_masked(task, session, ended, settled, deals, take, errors)
         del deals
@@ -295,8 +298,8 @@ class SecAggServer:
         """Has dealers show what they dealt to the sites that say it does not open.
 
         Returns:
-            By holder and dealer what was shown; without the holders for whom some dealer has not answered. None: a dealer cannot
-            show what it has signed for; the session has to be ended, and tried anew without that dealer.
+            By holder and dealer what was shown. None: a dealer has not shown what it has signed for; the session has to be ended,
+            and tried anew without that dealer.
         """
         cohort, complaints = session.cohort, dict[int, Complaint]()
 
@@ -324,10 +327,11 @@ class SecAggServer:
         for dealer, found in by_dealer.items():
             self.report("complaint", {"about": cohort.advert(dealer).name, "sites": session.names([c.holder for c in found])})
         liars: Errors = {}
+        most = self.terms.rules.max_colluding  # so many may lie about a dealer, and it shows nothing to more
 
         def hear_opened(reply: Reply) -> None:
             dealer = cohort.number(reply.site)
-            due = {c.holder: deals[dealer].dealt[c.holder].commitments for c in by_dealer[dealer]}
+            due = {c.holder: deals[dealer].dealt[c.holder].commitments for c in by_dealer[dealer][:most]}
             payload = self._answer(task, session.attempt, reply, "open", max_payload=opened_bytes(len(due)))
             try:
                 shown = read_opened(cohort, dealer, payload, due)
@@ -340,23 +344,19 @@ class SecAggServer:
         requests = []
         for dealer, found in by_dealer.items():
             (name,) = session.names([dealer])
-            body = dump_complaints(cohort, found)
+            body = dump_complaints(cohort, found[:most])
             requests.append(Request(name, "open", self._seal(task, session.attempt, [name], "open", body)))
         replies = yield requests
         self._hear(session, replies, [r.site for r in requests], hear_opened, errors)
         for name in liars:
             self._caught(task, name)
-        for dealer in by_dealer:
+        silent = {d for d, found in by_dealer.items() if any(d not in settled[c.holder] for c in found)}
+        for dealer in silent:
             name = cohort.advert(dealer).name
-            if name not in liars and any(dealer not in settled[c.holder] for c in by_dealer[dealer]):
+            if name not in liars:
                 self.book.exclude(name, round=task.round, code=ComplaintUnanswered.code)
-        whole = {h: shown for h, shown in settled.items() if shown.keys() == complaints[h].lies.keys()}
-        for holder in complaints.keys() - whole.keys():
-            (name,) = session.names([holder])
-            errors.setdefault(
-                name, ComplaintUnanswered("what this site was dealt does not open, and the dealer has not shown it")
-            )
-        return None if liars else whole
+                errors[name] = ComplaintUnanswered("it did not show what it had dealt to a site that says it does not open")
+        return None if silent else settled
 
     def _caught(self, task: Task, site: str) -> None:
         """Leaves a proven liar out of the rest of this round and of the next one."""

@@ -10,10 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from fedlora.adapter import F32, MAX_PARAMETERS, Layout
-from fedlora.aggregate import Aggregator, rule_of
+from fedlora.adapter import F32, MAX_PARAMETERS, Adapter, Layout
+from fedlora.aggregate import Aggregator, optimiser_of, rule_of
 from fedlora.config import Plan, canonical
 from fedlora.errors import WrongLayout, WrongRound
+from fedlora.first import first_of
 from fedlora.messages import EVALUATION, Kind, Task
 from fedlora.protect.keys import key_id
 from fedlora.protect.link import Context
@@ -24,7 +25,7 @@ from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
 from fedlora.schedule import height
 from fedlora.wire import parse_task
 
-__all__ = ["MAX_WEIGHT", "Offer", "Terms", "codec"]
+__all__ = ["MAX_WEIGHT", "Offer", "Terms", "check_published", "codec", "reach"]
 
 MAX_WEIGHT = 16
 """Largest weight of a site: a larger one would cost the others' updates too many bits."""
@@ -48,6 +49,26 @@ def reach(plan: Plan, round: int) -> float:
     peak = plan.protect.first_range or t.learning_rate * f.local_steps
     course = height(t.lr_scheduler_type, round, rounds=f.num_rounds, warmup_ratio=t.warmup_ratio)
     return max(_HEADROOM * peak * course, _LEAST_REACH)
+
+
+def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
+    """At a site: refuses an adapter to which no sums of this plan's rounds lead from its first one.
+
+    It catches what is plainly made up, such as a factor scaled up against the other one; a server that stays within what the sums
+    can give is not caught.
+
+    Args:
+        adapter: what the server has sent of it.
+        round: of the task.
+
+    Raises:
+        ImpossibleAdapter.
+    """
+    weighted = plan.aggregate.weighting != "uniform"
+    more = MAX_WEIGHT / PROFILES[plan.protect.profile].levels if weighted else 0.0  # parts of a level are rounded up
+    before = range(1, min(round, plan.federation.num_rounds + 1))
+    moved = optimiser_of(plan).reach([reach(plan, r) * (1 + more) for r in before])
+    rule_of(plan).check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +108,6 @@ class Terms:
             rule=rule_of(plan),
             rules=rules,
         )
-
-    def mean_reach(self, round: int) -> float:
-        """Largest mean change of a value that a round can give; a part of a level is rounded up at sites of small weight."""
-        more = 0 if self.max_weight == 1 else self.max_weight / self.profile.levels
-        return self.reach(round) * (1 + more)
 
     def rules_for(self, kind: Kind) -> Rules:
         """The same for this kind of task: in an evaluation there are no slots."""
