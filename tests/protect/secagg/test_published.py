@@ -1,0 +1,122 @@
+"""What a site takes for a published adapter: whatever honest rounds can give, and nothing that is plainly made up."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from protect.secagg.world import secagg_plan
+
+from fedlora.adapter import Adapter, Layout, Update
+from fedlora.aggregate import add, optimiser_of, rule_of
+from fedlora.config import Plan
+from fedlora.errors import ImpossibleAdapter
+from fedlora.first import first_adapter
+from fedlora.protect.secagg.terms import MAX_WEIGHT, check_published, reach
+
+LAYOUT = Layout.of({"m.lora_A.weight": (3, 6), "m.lora_B.weight": (5, 3), "n.lora_A.weight": (3, 4), "n.lora_B.weight": (4, 3)})
+RULES = {
+    "fedavg": {},
+    "fedavg-A": {"share": "A"},
+    "ffa": {"name": "ffa"},
+    "rolora": {"name": "rolora"},
+    "fedsvd": {"name": "fedsvd"},
+    "fedsvd-every-2": {"name": "fedsvd", "svd_every": 2},
+}
+SERVERS = {
+    "none": {},
+    "sgd": {"name": "sgd", "learning_rate": 3.0},
+    "fedavgm": {"name": "fedavgm", "learning_rate": 0.7},
+    "nesterov": {"name": "nesterov", "momentum": 0.6},
+    "fedadam": {"name": "fedadam", "learning_rate": 0.01},
+    "fedadam-slow": {"name": "fedadam", "learning_rate": 0.01, "beta1": 0.99, "beta2": 0.999},
+}
+
+
+def plan_of(rule, server, *, schedule="cosine", rounds=6, unit=0):
+    made = secagg_plan(rounds=rounds, first_range=0.1, weight_unit=unit).model_dump()
+    made["aggregate"] |= RULES[rule]
+    made["server_optimizer"] = SERVERS[server]
+    made["training"] |= {"lr_scheduler_type": schedule}
+    return Plan.model_validate(made)
+
+
+def publish(plan, moves):
+    """The adapter after each round in which all sites sent ``move(round, n)`` values, each within the round's reach."""
+    rule, optimiser, now, state = rule_of(plan), optimiser_of(plan), first_adapter(LAYOUT, seed=plan.run.seed), {}
+    yield now
+    for round, move in enumerate(moves, 1):
+        sums = rule.start(now, cohort=4, exchange=round)
+        sent = rule.reply(now.layout, round)
+        sums.add("*", Update(np.float32(reach(plan, round)) * move(sent.size), 1, {}), squares=np.zeros(len(sent.entries)))
+        found = rule.finish(sums, now, scale=1.0, exchange=round, state=state)
+        state = {**state, **found.state}
+        if found.move is not None:
+            moved, state = optimiser.step(found.move, state)
+            now = add(now, moved)
+        else:
+            now = found.adapter
+        yield now
+
+
+PAIRS = [(r, s) for r in RULES for s in SERVERS if not (r.startswith("fedsvd") and s != "none")]
+
+
+@given(st.sampled_from(PAIRS), st.sampled_from(["cosine", "linear", "constant"]), st.integers(0, 2**32), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_whatever_honest_rounds_give_is_taken(pair, schedule, seed, full):
+    """Also where every site sends the most it may in one direction."""
+    plan, rng = plan_of(*pair, schedule=schedule), np.random.default_rng(seed)
+
+    def move(n):
+        return (np.sign(rng.normal(size=n)) if full else rng.uniform(-1, 1, n)).astype(np.float32)
+
+    def ahead(n):
+        return np.ones(n, np.float32)
+
+    for steps in ([move] * 6, [ahead] * 6):
+        for round, adapter in enumerate(publish(plan, steps), 1):
+            check_published(plan, adapter.part(adapter.layout.only(rule_of(plan).down())), round=round)
+
+
+@pytest.mark.attack(
+    "C11",
+    "the server publishes B times c with A through c, or another made-up adapter",
+    stops="an adapter further from the first one than all rounds can have moved it is refused before anything is trained",
+)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("c", [30.0, 1000.0, float("inf")])
+def test_a_factor_that_was_scaled_up_is_refused(pair, c):
+    plan = plan_of(*pair)
+    if SERVERS[pair[1]].get("name") == "fedadam":
+        c *= 1000  # whose steps are as large for small moves: the bound is wide
+    rng = np.random.default_rng(0)
+    *_, last = publish(plan, [lambda n: rng.normal(0, 0.3, n).astype(np.float32)] * 5)
+    tensors = last.tensors()
+    for factor in rule_of(plan).down():
+        made = {n: t * np.float32(min(c, 1e30)) if n.endswith(f"lora_{factor}.weight") else t / np.float32(min(c, 1e30))
+                for n, t in tensors.items()}  # fmt: skip
+        sent = Adapter.of(made).part(LAYOUT.only(rule_of(plan).down()))
+        with pytest.raises(ImpossibleAdapter):
+            check_published(plan, sent, round=6)
+
+
+def test_in_the_first_round_only_the_first_adapter_is_taken():
+    plan = plan_of("fedavg", "none")
+    first = first_adapter(LAYOUT, seed=plan.run.seed)
+    check_published(plan, first, round=1)
+    other = Adapter(first.vector + np.float32(1e-3), LAYOUT)
+    with pytest.raises(ImpossibleAdapter):
+        check_published(plan, other, round=1)
+    check_published(plan, other, round=2)
+
+
+def test_the_bound_grows_with_the_rounds_by_their_reach_and_where_weights_differ_by_a_part_of_a_level():
+    for unit in (0, 50):
+        plan = plan_of("fedavg", "none", unit=unit)
+        first = first_adapter(LAYOUT, seed=plan.run.seed).vector
+        more = 1 + (MAX_WEIGHT / 127 if unit else 0)
+        for round in (2, 5, 7, 100):
+            far = more * sum(reach(plan, r) for r in range(1, min(round, 7)))
+            check_published(plan, Adapter(first + np.float32(far), LAYOUT), round=round)
+            with pytest.raises(ImpossibleAdapter):
+                check_published(plan, Adapter(first + np.float32(1.01 * far), LAYOUT), round=round)
