@@ -29,7 +29,9 @@ def new(
     server: Annotated[Path, typer.Option(help="The server's .pub file.")],
     coordinator: Annotated[list[Path], typer.Option(help="A coordinator's .pub file; may be repeated.")],
     needed: Annotated[int, typer.Option(help="How many coordinators have to sign.")] = 1,
-    days: Annotated[int, typer.Option(help="How long the roster holds.")] = 365,
+    days: Annotated[
+        int, typer.Option(help="How long the roster holds: so long a server can keep a revocation from sites. Renew in time.")
+    ] = 30,
     max_colluding: Annotated[int, typer.Option(help="So many sites in league learn nothing of the others.")] = 1,
     min_cohort: Annotated[int, typer.Option(help="Fewest sites whose sum may be shown.")] = 3,
     min_version: Annotated[str, typer.Option(help="Oldest release that may take part.")] = "0.1.0",
@@ -69,7 +71,7 @@ def add(
 ) -> None:
     """Write the next epoch with more sites, not signed yet. With --days alone it only renews.
 
-    Example: fedlora roster add roster.json north.pub --days 365
+    Example: fedlora roster add roster.json north.pub --days 30
     """
     from fedlora.errors import ConfigError
     from fedlora.protect.keys import load_public

@@ -65,6 +65,9 @@ _LAST_S = 253_402_300_799  # the end of the year 9999: later times cannot be sho
 _LINE = 2048  # a public key is 1 line of at most 1747 characters
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RELEASE = re.compile(r"(0|[1-9][0-9]{0,4})(\.(0|[1-9][0-9]{0,4})){2}")
+VALID_DAYS = 30
+"""How long a roster holds unless somebody says otherwise: a server can keep a revocation from sites for no longer."""
+
 _SCALARS = ("fed", "epoch", "previous", "not_before", "not_after", "min_version", "max_colluding", "min_cohort", "needed")
 
 
@@ -429,7 +432,7 @@ def first_epoch(
     coordinators: Sequence[PublicIdentity],
     *,
     needed: int = 1,
-    days: int = 365,
+    days: int = VALID_DAYS,
     max_colluding: int = 1,
     min_cohort: int = 3,
     min_version: str = "0.1.0",
