@@ -28,11 +28,13 @@ __all__ = [
     "Equivocation",
     "FedLoRAError",
     "KeyFileError",
+    "LoneChange",
     "MalformedHeader",
     "ModelError",
     "NonFiniteUpdate",
     "Oversized",
     "PayloadMismatch",
+    "PlanNotApproved",
     "PlanRefused",
     "QuorumNotReached",
     "RemoteError",
@@ -43,6 +45,7 @@ __all__ = [
     "RosterInvalid",
     "RosterRollback",
     "RunFailed",
+    "RunNotApproved",
     "SecretsGone",
     "SessionError",
     "SessionSpent",
@@ -134,6 +137,19 @@ class PlanRefused(FedLoRAError):
 
     code = "plan-refused"
     exit_status = 5
+
+
+class PlanNotApproved(FedLoRAError):
+    """No person at this site has approved this plan."""
+
+    code = "plan-not-approved"
+    exit_status = 5
+
+
+class RunNotApproved(PlanNotApproved):
+    """The plan was approved, but for fewer runs than this one makes."""
+
+    code = "run-not-approved"
 
 
 class WrongBase(FedLoRAError):
@@ -379,6 +395,12 @@ class CohortTooSmall(SessionError):
     """Fewer sites than the rules demand: the sum would say too much about one of them."""
 
     code = "cohort-too-small"
+
+
+class LoneChange(CohortTooSmall):
+    """A sum that, beside earlier ones, would show the update of one site or of so few that colluders see the last of them."""
+
+    code = "lone-change"
 
 
 class SessionSpent(SessionError):
