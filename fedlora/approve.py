@@ -206,7 +206,7 @@ def _uncovered(plan: Plan, file: SiteFile, root: Path) -> list[str] | None:
     if not Given.begun(memory):
         return []
     ledger = Given(memory, load_identity(root / file.key), lambda n: bytes(n)).load()  # only read here
-    groups = ledger.groups(plan.model.digest, plan=plan.digest(), other=True)
+    groups = ledger.groups(plan.model.digest, other_than=plan.digest(), pending=True)
     if not groups:
         return []
     if (blob := memory.get("roster")) is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Final, TypeAlias
 
 from cryptography.exceptions import InvalidTag
@@ -106,25 +107,27 @@ class Ledger:
     agreed: Mapping[tuple[str, str], Groups] = field(default_factory=dict)
     pending: Mapping[str, Sum] = field(default_factory=dict)
 
-    def groups(self, base: str, *, plan: str | None = None, but: Sum | None = None, other: bool = False) -> Groups:
-        """Groups of all sums on a base; with ``plan`` of that plan's alone, or with ``other`` of all plans' but that one.
+    def groups(self, base: str, *, plan: str = "", other_than: str = "", pending: bool = False, but: str = "") -> Groups:
+        """Groups after all sums on a base; with ``plan`` of that plan alone, or of all but ``other_than``.
 
         Args:
-            but: a session that is left out.
+            pending: whether those count whose sites are not known.
+            but: a session among these that does not.
         """
+        of = {found for on, found in self.agreed if on == base} | {s.plan for s in self.pending.values() if s.base == base}
+        wanted = {plan} if plan else of - {other_than}
+        sums = [group for found in sorted(wanted) for group in self.agreed.get((base, found), ())]
+        if pending:
+            sums += [s.sites for t1, s in self.pending.items() if s.base == base and s.plan in wanted and t1 != but]
+        return reduce(refine, sums, ())
 
-        def wanted(found: str) -> bool:
-            return plan is None or (found == plan) != other
+    def shown(self, sum: Sum, *, colluding: int, plan: str = "", other_than: str = "") -> frozenset[str]:
+        """The sites that a sum could uncover beside earlier ones, those of ``plan`` or those of all but ``other_than``.
 
-        out: Groups = ()
-        for (on, of), groups in self.agreed.items():
-            if on == base and wanted(of):
-                for group in groups:
-                    out = refine(out, group)
-        for one in self.pending.values():
-            if one.base == base and wanted(one.plan) and (but is None or one.t1 != but.t1):
-                out = refine(out, one.sites)
-        return out
+        Looked at without the pending sums and with them: these can make a group smaller, and excuse none for being small.
+        """
+        views = (self.groups(sum.base, plan=plan, other_than=other_than, pending=p, but=sum.t1) for p in (False, True))
+        return frozenset().union(*(small_parts(groups, sum.sites, colluding=colluding) for groups in views))
 
     def check(self, sum: Sum, *, colluding: int, alone: bool, uncovers: Collection[str]) -> None:
         """Agrees to a sum, or says whose update it could show.
@@ -137,18 +140,16 @@ class Ledger:
         Raises:
             LoneChange.
         """
-        own = self.groups(sum.base, plan=sum.plan, but=sum)
-        if not alone and (lone := small_parts(own, sum.sites, colluding=colluding)):
+        over = ", ".join(sorted(sum.sites))
+        if not alone and (lone := self.shown(sum, colluding=colluding, plan=sum.plan)):
             raise LoneChange(
-                f"beside earlier sums of this plan, one over {', '.join(sorted(sum.sites))} could show the update of "
-                f"{_names(lone)}",
+                f"beside earlier sums of this plan, one over {over} could show the update of {_names(lone)}",
                 hint="bring back the sites of the earlier sums, or agree on a plan and policies with lone_change = 'allow'",
             )
-        joint = self.groups(sum.base, plan=sum.plan, but=sum, other=True) if alone else self.groups(sum.base, but=sum)
-        if lone := small_parts(joint, sum.sites, colluding=colluding) - frozenset(uncovers):
+        shown = self.shown(sum, colluding=colluding, other_than=sum.plan if alone else "")
+        if lone := shown - frozenset(uncovers):
             raise LoneChange(
-                f"beside earlier plans' sums on this base, one over {', '.join(sorted(sum.sites))} could show the update of "
-                f"{_names(lone)}",
+                f"beside earlier plans' sums on this base, one over {over} could show the update of {_names(lone)}",
                 hint="if that may be: `fedlora site approve PLAN.toml` with " + " ".join(f"--uncovers {n}" for n in sorted(lone)),
             )
 
@@ -163,13 +164,13 @@ class Ledger:
         Raises:
             LoneChange.
         """
-        for groups in (
-            () if alone else self.groups(sum.base, plan=sum.plan, but=sum),
-            () if uncovers else self.groups(sum.base, plan=sum.plan, but=sum, other=True),
-        ):
-            most = choose(sum.sites, groups, colluding=colluding, keep=own)
-            if own not in most or len(most) < fewest:
-                self.check(sum, colluding=colluding, alone=alone, uncovers=uncovers)
+        for pending in (False, True):
+            of = self.groups(sum.base, plan=sum.plan, pending=pending, but=sum.t1)
+            others = self.groups(sum.base, other_than=sum.plan, pending=pending, but=sum.t1)
+            for groups in (*([] if alone else [of]), *([] if uncovers else [others])):
+                most = choose(sum.sites, groups, colluding=colluding, keep=own)
+                if own not in most or len(most) < fewest:
+                    self.check(sum, colluding=colluding, alone=alone, uncovers=uncovers)
 
     def masked(self, sum: Sum) -> Ledger:
         """After this site's masked update of a session may have left it."""

@@ -44,7 +44,7 @@ from fedlora.protect.secagg.cohort import (
     vote_text,
 )
 from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, check_deliveries, deal, masked, receive, reveal
-from fedlora.protect.secagg.given import Given, Sum, small_parts
+from fedlora.protect.secagg.given import Given, Sum
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import encode
 from fedlora.protect.secagg.terms import Offer, Terms, codec
@@ -305,7 +305,7 @@ class SecAggSite:
         """Beside earlier sums this one may say something about single sites; on the disk before the vote for it is sent."""
         ledger, colluding = self._given.load(), session.max_colluding
         ledger.check(wanted, colluding=colluding, alone=session.alone, uncovers=self.uncovers(session.plan))
-        if shown := small_parts(ledger.groups(wanted.base, but=wanted), wanted.sites, colluding=colluding):
+        if shown := ledger.shown(wanted, colluding=colluding):
             log.warning("beside earlier sums, that of round %d may show updates of %s", session.round, ", ".join(sorted(shown)))
         self._given.save(ledger.voted(wanted))
 
