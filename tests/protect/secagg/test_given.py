@@ -439,6 +439,14 @@ def test_a_plan_that_allows_it_goes_on_without_a_site():
         world.next_round(np.zeros(14, np.float32), round=round)
 
 
+def test_a_session_that_is_proved_to_have_ended_without_a_sum_binds_nobody():
+    world = World(4)
+    heard = world.collect(world.task(), lost=at_phase(**{"site-1": "mask", "site-2": "mask"}))
+    assert not heard.sums
+    ((sites, *_),) = world.collect(world.task(attempt=1), lost=at_phase(**{"site-1": "advertise"})).sums
+    assert list(sites) == names(4)[1:]
+
+
 # --- planning -------------------------------------------------------------------------------------------------------------
 
 
