@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.adapter import Adapter
+from fedlora.admission import Approvals
 from fedlora.aggregate import rule_of
 from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
 from fedlora.errors import CohortTooSmall, ConfigError, DataError, KeyFileError, ModelError
@@ -285,7 +286,7 @@ def forecast(site_file: Path, plan: Plan, *, report: Report) -> dict[str, Any]:
 
     file = load_site_file(site_file)
     if plan.model.digest and plan.lora.init_digest:  # a plan that pins nothing yet is refused for that alone
-        file.policy.check(plan, models=frozenset(file.models))
+        file.agreed.check(plan, models=frozenset(file.models))
     processes = len(devices_of(file))
     return asdict(site_learner(site_file, plan, report=report).forecast(processes=processes))
 
@@ -317,8 +318,14 @@ def site(
     make_learner: Callable[[Plan], Learner],
     state: Path,
     report: Report,
+    approvals: Callable[[], Approvals] | None = None,
 ) -> Site:
-    """A site from its parts. The same for a deployment and for a simulation."""
+    """A site from its parts. The same for a deployment and for a simulation.
+
+    Args:
+        approvals: what is approved by now; None: what ``file`` says.
+    """
+    approved = approvals or (lambda: Approvals.of(file))
     memory = FileMemory(state / "memory")
     link = SiteLink(
         identity=identity,
@@ -330,12 +337,16 @@ def site(
     )
     return Site(
         name=identity.name,
-        protection=SiteModes(SealedSite(link), SecAggSite(link, _keeper(memory, server, file.roster), os.urandom)),
+        protection=SiteModes(
+            SealedSite(link),
+            SecAggSite(link, _keeper(memory, server, file.roster), os.urandom, lambda plan: approved().uncovers.get(plan, ())),
+        ),
         learner=make_learner,
-        policy=file.policy,
+        policy=file.agreed,
         models=frozenset(file.models),
         journal=Journal(state / "journal"),
         report=report,
+        approvals=approved,
     )
 
 
@@ -367,7 +378,15 @@ def open_site(path: Path, *, report: Report) -> Site:
         return found
 
     server = load_public(root / file.server_key)
-    return site(identity, server, file, make_learner=make_learner, state=root / file.state, report=report)
+    return site(
+        identity,
+        server,
+        file,
+        make_learner=make_learner,
+        state=root / file.state,
+        report=report,
+        approvals=lambda: Approvals.of(load_site_file(path)),  # a person may have approved more since
+    )
 
 
 # --- the server -------------------------------------------------------------------------------------------------
@@ -501,7 +520,7 @@ def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report)
         link,
         lambda: keeper.take(load_roster(roster).dump()),
         store.plan,
-        Book(store.memory),
+        Book(store.memory, FileMemory(roster.parent / "sums")),
         report=report,
     )
 

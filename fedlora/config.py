@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SiteName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["train/loss", "eval/nll", "eval/exact_match", "eval/coarse_match", "eval/tokens", "eval/examples"]
@@ -248,8 +250,8 @@ class Protect(Section):
     """secagg: largest change of a value that the first round expects; 0: learning_rate x local_steps. Later ones know better"""
     max_colluding: Annotated[int, Field(ge=1, le=85)] = 1
     """secagg: so many sites in league with the server learn nothing of the others; a round needs three times as many"""
-    lone_change: Literal["allow", "refuse"] = "allow"
-    """secagg: whether a sum may differ by one single site from the one before; a site notes it in either case"""
+    lone_change: Literal["refuse", "allow"] = "refuse"
+    """secagg: refuse: no two sums of this plan from which, with max_colluding sites, one site's update follows; allow: any"""
     phase_deadline: Annotated[float, Field(gt=0, le=86400)] = 300.0
     """secagg: seconds for each step after training; the longest one sends the masked update"""
 
@@ -282,7 +284,7 @@ class Simulation(Section):
 
     data: str = "toy"
     """directory with SITE.train.jsonl, SITE.test.jsonl ..., relative to the plan file; or toy: made on the spot"""
-    sites: tuple[Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")], ...] = ("site-1", "site-2", "site-3")
+    sites: tuple[SiteName, ...] = ("site-1", "site-2", "site-3")
     """virtual sites; a name is the stem of its files"""
     base: str = "toy"
     """directory or GGUF file with the base model, relative to the plan file; or toy: a tiny random model, made on the spot"""
@@ -337,6 +339,11 @@ class Plan(Section):
     def digest(self) -> str:
         """SHA-256 of :meth:`canonical`, hex."""
         return hashlib.sha256(self.canonical()).hexdigest()
+
+    @property
+    def first_range(self) -> float:
+        """Secure aggregation: change of a value for which the levels stand in the first round."""
+        return self.protect.first_range or self.training.learning_rate * self.federation.local_steps
 
     def pinned(self, *, base: str, init: str) -> Plan:
         """This plan with the digests of the base and of the first adapter filled in."""
@@ -405,6 +412,11 @@ def _misfits(plan: Plan) -> Iterator[str]:
         )
     if secagg and f.local_epochs and not p.first_range:
         yield "protect.mode = 'secagg' with local_epochs needs protect.first_range"
+    if secagg and f.fraction_train < 1 and p.lone_change == "refuse":
+        yield (
+            "federation.fraction_train below 1 draws other sites for each round, protect.lone_change = 'refuse' wants the same "
+            "ones: choose federation.fraction_train = 1, or lone_change = 'allow' in the plan and in every site's policy"
+        )
     if a.name == "robust" and secagg:
         yield (
             "aggregate.name = 'robust' needs every single update, protect.mode = 'secagg' shows only their sum: choose "
@@ -448,10 +460,12 @@ def _misfits(plan: Plan) -> Iterator[str]:
 class Policy(Section):
     """What this site agrees to. It wins over every plan."""
 
+    approve: Literal["by-digest", "any-within-policy"] = "by-digest"
+    """by-digest: only runs of `plans` above; any-within-policy: all within this table, in which then every key has to stand"""
     allowed_models: tuple[str, ...] = ()
     """base models by id; empty: only those under [models]"""
-    protect: tuple[Literal["sealed", "secagg"], ...] = ("sealed", "secagg")
-    """accepted protections"""
+    protect: tuple[Literal["sealed", "secagg"], ...] = ()
+    """accepted protections; empty: secagg alone where `roster` is set, else sealed"""
     min_sites: Count = 2
     """smallest min_sites of a plan"""
     max_rounds: Count = 1000
@@ -460,8 +474,62 @@ class Policy(Section):
     """most steps in a round"""
     max_request_bytes: Annotated[int, Field(ge=1 << 16, le=1 << 34)] = 1 << 30
     """largest message from the server"""
+    max_first_range: Annotated[float, Field(gt=0, le=64)] = 1.0
+    """secagg: largest change of a value for which a plan's first round may set its levels; the larger, the coarser they are"""
+    lone_change: Literal["refuse", "allow"] = "refuse"
+    """secagg: refuse: only plans that say so too; allow: also those whose sums may differ by one site"""
     share: tuple[Metric, ...] = get_args(Metric)
-    """numbers that may leave; others are dropped without a word to the server"""
+    """numbers that may leave; sealed: others are dropped without a word to the server; secagg: a plan with others is refused"""
+
+    @model_validator(mode="after")
+    def _all_said(self) -> Self:
+        if self.approve == "any-within-policy" and (missing := self._unsaid()):
+            raise PydanticCustomError(
+                "unsaid",
+                "approve = 'any-within-policy' takes every plan within these limits, so each of them has to stand here; missing: "
+                "{keys}",
+                {"keys": ", ".join(missing)},
+            )
+        return self
+
+    def _unsaid(self) -> list[str]:
+        return [
+            key for key in type(self).model_fields if key not in self.model_fields_set or (key == "protect" and not self.protect)
+        ]
+
+    def refusals(self, plan: Plan, *, models: frozenset[str]) -> list[str]:
+        """Why this site would not take part in a plan, each in a sentence; none if it would.
+
+        Args:
+            models: ids of the base models that lie here.
+        """
+        f, p, accepted = plan.federation, plan.protect, self.protect or ("secagg",)
+        allowed = frozenset(self.allowed_models) or models
+        no = []
+        if plan.model.model_name_or_path not in allowed:
+            no.append(f"base model {plan.model.model_name_or_path!r} is not among {sorted(allowed)}")
+        if p.mode not in accepted:
+            no.append(f"protection {p.mode!r} is not among {list(accepted)}")
+        if f.min_sites < self.min_sites:
+            no.append(f"min_sites {f.min_sites} is below {self.min_sites}")
+        if f.num_rounds > self.max_rounds:
+            no.append(f"{f.num_rounds} rounds are more than {self.max_rounds}")
+        if f.local_steps > self.max_local_steps:
+            no.append(f"{f.local_steps} steps a round are more than {self.max_local_steps}")
+        if not plan.model.digest or not plan.lora.init_digest:
+            no.append("the plan pins neither base nor first adapter by content")
+        return [*no, *(self._secagg_refusals(plan) if p.mode == "secagg" else ())]
+
+    def _secagg_refusals(self, plan: Plan) -> Iterator[str]:
+        if plan.first_range > self.max_first_range:
+            yield f"the first range {plan.first_range:g} is above max_first_range {self.max_first_range:g}"
+        if plan.protect.lone_change == "allow" and self.lone_change == "refuse":
+            yield "protect.lone_change = 'allow': two sums may show one site's update, and policy.lone_change says 'refuse'"
+        if kept := sorted(set(plan.evaluation.share) - set(self.share)):
+            yield (
+                f"evaluation.share lists {', '.join(kept)}, which policy.share does not: under secagg a number leaves from all "
+                "sites or from none, for what one site alone sends no sum hides"
+            )
 
     def check(self, plan: Plan, *, models: frozenset[str]) -> None:
         """Agrees to a plan or says why not.
@@ -469,21 +537,7 @@ class Policy(Section):
         Raises:
             PlanRefused: with every reason.
         """
-        allowed = frozenset(self.allowed_models) or models
-        no = []
-        if plan.model.model_name_or_path not in allowed:
-            no.append(f"base model {plan.model.model_name_or_path!r} is not among {sorted(allowed)}")
-        if plan.protect.mode not in self.protect:
-            no.append(f"protection {plan.protect.mode!r} is not among {list(self.protect)}")
-        if plan.federation.min_sites < self.min_sites:
-            no.append(f"min_sites {plan.federation.min_sites} is below {self.min_sites}")
-        if plan.federation.num_rounds > self.max_rounds:
-            no.append(f"{plan.federation.num_rounds} rounds are more than {self.max_rounds}")
-        if plan.federation.local_steps > self.max_local_steps:
-            no.append(f"{plan.federation.local_steps} steps a round are more than {self.max_local_steps}")
-        if not plan.model.digest or not plan.lora.init_digest:
-            no.append("the plan pins neither base nor first adapter by content")
-        if no:
+        if no := self.refusals(plan, models=models):
             raise PlanRefused("; ".join(no), hint="change [policy] in the site file, or talk to the coordinator")
 
 
@@ -519,6 +573,10 @@ class SiteFile(Section):
     """the server's public key, pinned; compare its fingerprint over the telephone"""
     roster: Hex = ""
     """digest of the federation's roster that you have approved, compared over the telephone; secagg needs it"""
+    plans: tuple[Digest, ...] = ()
+    """plans that you have approved, by digest; each entry is for one run. `fedlora site approve` shows a plan and adds it"""
+    uncovers: dict[Digest, tuple[SiteName, ...]] = {}
+    """plan = sites whose update its sums may show beside sums of earlier plans; `fedlora site approve --uncovers` adds them"""
     key: str = "keys/st-marys.key"
     """this site's private key"""
     node_key: str = "keys/st-marys.node.key"
@@ -545,6 +603,13 @@ class SiteFile(Section):
     """loopback port between the connection process and the training process"""
     data: SiteData = SiteData()
     policy: Policy = Policy()
+
+    @property
+    def agreed(self) -> Policy:
+        """The policy with the protections that it accepts written out."""
+        if self.policy.protect:
+            return self.policy
+        return self.policy.model_copy(update={"protect": ("secagg",) if self.roster else ("sealed",)})
 
 
 # --- files ----------------------------------------------------------------------------------------------------

@@ -30,12 +30,14 @@ __all__ = [
     "FedLoRAError",
     "ImpossibleAdapter",
     "KeyFileError",
+    "LoneChange",
     "MalformedHeader",
     "MetricMissing",
     "ModelError",
     "NonFiniteUpdate",
     "Oversized",
     "PayloadMismatch",
+    "PlanNotApproved",
     "PlanRefused",
     "QuorumNotReached",
     "RemoteError",
@@ -46,6 +48,7 @@ __all__ = [
     "RosterInvalid",
     "RosterRollback",
     "RunFailed",
+    "RunNotApproved",
     "SecretsGone",
     "SessionError",
     "SessionSpent",
@@ -143,6 +146,19 @@ class ImpossibleAdapter(FedLoRAError):
 
     code = "impossible-adapter"
     exit_status = 5
+
+
+class PlanNotApproved(FedLoRAError):
+    """No person at this site has approved this plan."""
+
+    code = "plan-not-approved"
+    exit_status = 5
+
+
+class RunNotApproved(PlanNotApproved):
+    """The plan was approved, but for fewer runs than this one makes."""
+
+    code = "run-not-approved"
 
 
 class WrongBase(FedLoRAError):
@@ -388,6 +404,12 @@ class CohortTooSmall(SessionError):
     """Fewer sites than the rules demand: the sum would say too much about one of them."""
 
     code = "cohort-too-small"
+
+
+class LoneChange(CohortTooSmall):
+    """A sum that, beside earlier ones, would show the update of one site or of so few that colluders see the last of them."""
+
+    code = "lone-change"
 
 
 class SessionSpent(SessionError):

@@ -105,7 +105,8 @@ def _write_site_file(
         data=SiteData(
             path=str((data / f"{name}.train.jsonl").resolve()), held_out_path=str((data / f"{name}.validation.jsonl").resolve())
         ),
-        policy=Policy(min_sites=1),
+        plans=(plan.digest(),),
+        policy=Policy(protect=(plan.protect.mode,), min_sites=1, max_first_range=64.0, lone_change=plan.protect.lone_change),
     )
     write_atomic(directory / "site.toml", dump_toml(file).encode())
 

@@ -148,7 +148,8 @@ def _attempts(
     while left:
         attempt, left = attempt + 1, left - 1
         task = replace(task, attempt=attempt)
-        at_hand = _await_sites(transport, need, time.monotonic() + plan.federation.round_deadline, report)
+        missing = partial(protection.missing, task)
+        at_hand = _await_sites(transport, need, missing, time.monotonic() + plan.federation.round_deadline, report)
         sites = _drawn(at_hand, plan, task, passes) if task.kind == "train" else at_hand
         tally = _Round(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
         report("ask", {"round": task.round, "attempt": attempt, "kind": task.kind, "sites": sites})
@@ -206,12 +207,15 @@ def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.0)
 
 
-def _await_sites(transport: Transport, need: int, deadline: float, report: Report) -> list[str]:
-    """The sites that can be asked now, once there are enough of them or time is up."""
+def _await_sites(
+    transport: Transport, need: int, missing: Callable[[Sequence[str]], list[str]], deadline: float, report: Report
+) -> list[str]:
+    """The sites that can be asked now, once there are enough of them and none is missing, or time is up."""
     waiting = False
-    while len(sites := list(transport.sites())) < need and time.monotonic() < deadline:
+    while (len(sites := list(transport.sites())) < need or missing(sites)) and time.monotonic() < deadline:
         if not waiting:
-            report("waiting", {"sites": sites, "need": need})
+            facts = {"sites": sites, "need": need, "missing": missing(sites)}
+            report("waiting" if len(sites) < need else "waiting-for", facts)
             waiting = True
         time.sleep(min(1.0, _left(deadline)))
     return sites

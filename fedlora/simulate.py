@@ -478,10 +478,22 @@ def _virtual_site(
         name=identity.name,
         roster=roster,
         models={lab.plan.model.model_name_or_path: str(lab.base)},
-        policy=Policy(min_sites=1),
+        policy=_policy(lab.plan),
     )
     quiet = partial(_named, identity.name, report)
     return build.site(identity, server, file, make_learner=lambda plan: learner, state=state, report=quiet)
+
+
+def _policy(plan: Plan) -> Policy:
+    """Whoever simulates has written the plan: all that it asks for."""
+    limits = {
+        "approve": "any-within-policy",
+        "protect": (plan.protect.mode,),
+        "min_sites": 1,
+        "max_first_range": 64.0,
+        "lone_change": plan.protect.lone_change,
+    }
+    return Policy(**{**Policy().model_dump(), **limits})
 
 
 def _named(site: str, report: Report, event: str, facts: Mapping[str, object]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedlora import wire
 from fedlora.adapter import Adapter, Factors, Layout, Update
+from fedlora.admission import Approvals, Begun, Runs, admit
 from fedlora.aggregate import Aggregator, rule_of
 from fedlora.aggregate.product import MAX_RANK
 from fedlora.config import Plan, Policy, parse_plan
@@ -109,6 +110,7 @@ class Site:
         learner: makes the learner of a plan; called once a run, because it loads the base.
         models: ids of the base models that lie here.
         report: told ``(event, facts)`` about progress, for the site's own eyes.
+        approvals: what people here have approved by now; asked for at every task. None of it by default.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Site:
     models: frozenset[str]
     journal: Journal
     report: Callable[[str, Mapping[str, object]], None] = lambda event, facts: None
+    approvals: Callable[[], Approvals] = Approvals
     _ready: tuple[str, Plan, Aggregator, Learner] | None = field(default=None, init=False)
     _last: tuple[str, int, Entry] | None = field(default=None, init=False)  # run, round: saves reading the journal
 
@@ -132,9 +135,11 @@ class Site:
         """Does a task that has been found genuine, or finds it done in the journal.
 
         Raises:
+            PlanNotApproved, RunNotApproved, WrongPlan: no person here has agreed to this run. Nothing has been loaded.
             PlanRefused, WrongBase, WrongLayout: this site does not take part in that.
             NonFiniteUpdate: training diverged.
         """
+        self._admit(task)
         plan, rule, learner, adapter = self._prepare(task)
         key = f"{task.kind}/{task.plan_digest}/{task.adapter.digest()}" + (f"/{task.public.digest()}" if task.public else "")
         done = self.journal.find(task.run, task.round)
@@ -152,6 +157,15 @@ class Site:
         self.journal.save(task.run, task.round, entry)
         self._last = (task.run, task.round, entry)
         return update
+
+    def _admit(self, task: Task) -> None:
+        """Whether this run may go on here; a new one is on the disk before anything is done for it."""
+        plans = None if self.policy.approve == "any-within-policy" else self.approvals().plans
+        runs = Runs(self.journal.directory / "runs.json")
+        after = admit(begun := runs.load(), Begun(task.run, task.plan_digest), plans=plans)
+        self.policy.check(parse_plan(task.plan), models=self.models)  # what is refused uses up no approval
+        if len(after) > len(begun):
+            runs.save(after)
 
     def _before(self, task: Task) -> tuple[int, Entry] | None:
         """The last finished exchange before this one."""
@@ -210,7 +224,6 @@ class Site:
     def _prepare(self, task: Task) -> tuple[Plan, Aggregator, Learner, Adapter]:
         if self._ready is None or self._ready[0] != task.plan_digest:
             plan = parse_plan(task.plan)
-            self.policy.check(plan, models=self.models)
             self._ready = None  # the old base may go before the new one comes
             self._ready = (task.plan_digest, plan, rule_of(plan), self.learner(plan))
         _, plan, rule, learner = self._ready

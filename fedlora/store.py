@@ -90,6 +90,9 @@ class FileMemory:
     def put(self, key: str, value: bytes) -> None:
         write_atomic(self._path(key), value)
 
+    def where(self, key: str) -> str:
+        return str(self._path(key))
+
     def _path(self, key: str) -> Path:
         return self.directory / hashlib.sha256(key.encode()).hexdigest()
 

@@ -11,13 +11,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedlora.adapter import Adapter, Factors, Layout
-from fedlora.config import Federation, Plan, Run
+from fedlora.config import Federation, Plan, Policy, Run
 from fedlora.protect import Memory
 from fedlora.protect.keys import Identity, PublicIdentity
 from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.site import Trained
 
-__all__ = ["TOY_BASE", "DictMemory", "ToyLearner", "server_link", "site_link", "toy_adapter", "toy_layout", "toy_plan"]
+__all__ = [
+    "TOY_BASE",
+    "DictMemory",
+    "ToyLearner",
+    "open_policy",
+    "server_link",
+    "site_link",
+    "toy_adapter",
+    "toy_layout",
+    "toy_plan",
+]
 
 TOY_BASE = hashlib.sha256(b"toy base").hexdigest()
 
@@ -38,6 +48,18 @@ def toy_plan(*, rounds: int = 3, min_sites: int = 1, deadline_s: float = 5.0, na
     federation = Federation(num_rounds=rounds, min_sites=min_sites, round_deadline=deadline_s, local_steps=1)
     plan = Plan(run=Run(name=name), federation=federation, **sections)  # type: ignore[arg-type]
     return plan.pinned(base=TOY_BASE, init=toy_adapter().digest())
+
+
+def open_policy(**limits: object) -> Policy:
+    """A policy that takes every run of every plan of one site or more; ``limits`` narrow it."""
+    wide = {
+        "approve": "any-within-policy",
+        "protect": ("sealed", "secagg"),
+        "min_sites": 1,
+        "max_first_range": 64.0,
+        "lone_change": "allow",
+    }
+    return Policy(**{**Policy().model_dump(), **wide, **limits})
 
 
 @dataclass(slots=True)
@@ -74,6 +96,9 @@ class DictMemory:
 
     def put(self, key: str, value: bytes) -> None:
         self.values[key] = value
+
+    def where(self, key: str) -> str:
+        return key
 
 
 def server_link(

@@ -170,6 +170,9 @@ class _Nowhere:
     def put(self, key: str, value: bytes) -> None:
         self.written = len(value)
 
+    def where(self, key: str) -> str:
+        return key
+
 
 def flower(peers: int) -> dict[str, Any]:
     """The same step of flwr's SecAgg+, over the same tensors, as its client does it: decrypt, quantise, mask, to bytes."""

@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: {"errors", "config", "adapter", "messages", "schedule"},
     1: {"aggregate", "first", "privacy", "protect", "wire", "values"},
-    2: {"rounds", "site", "store", "transport"},
+    2: {"admission", "rounds", "site", "store", "transport"},
     3: {
         "cli",
+        "approve",
         "build",
         "flower",
         "learn",

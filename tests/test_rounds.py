@@ -13,7 +13,7 @@ import pytest
 
 from fedlora import build
 from fedlora.aggregate import FedAvg, Robust, Sums, rule_of
-from fedlora.config import Aggregate, Evaluation, Policy, Wire
+from fedlora.config import Aggregate, Evaluation, Wire
 from fedlora.errors import ConfigError, KeyFileError, QuorumNotReached, StoreError
 from fedlora.messages import Reply
 from fedlora.protect.keys import Identity, load_identity
@@ -22,7 +22,7 @@ from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds import check_fit, run
 from fedlora.site import Site, safely
 from fedlora.store import Entry, FileMemory, Journal, RunStore
-from fedlora.testing import DictMemory, ToyLearner, server_link, site_link, toy_adapter, toy_plan
+from fedlora.testing import DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
 from fedlora.transport import LocalTransport
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -45,7 +45,7 @@ class Federation:
     def __init__(self, path, plan, *, sealed=True, learners=None, policy=None, durable=False):
         self.path, self.plan, self.sealed, self.events = path, plan, sealed, []
         self.learners = learners or {n: ToyLearner(t) for n, t in TARGETS.items()}
-        self.policy = policy or Policy(min_sites=1)
+        self.policy = policy or open_policy()
         self.keys = kept(path / "keys") if durable else KEYS
         self.memory = {n: FileMemory(path / "memory" / n) if durable else DictMemory() for n in KEYS}
         self.sites = {n: self.site(n) for n in self.learners}
@@ -195,7 +195,7 @@ def test_bytes_of_void_attempts_count(tmp_path):
 
 def test_a_site_does_not_take_more_steps_than_its_policy_allows(tmp_path):
     learners = {"a": ToyLearner(1.0, steps=11), "b": ToyLearner(1.0)}
-    fed = Federation(tmp_path, plan(rounds=1), learners=learners, policy=Policy(min_sites=1, max_local_steps=10))
+    fed = Federation(tmp_path, plan(rounds=1), learners=learners, policy=open_policy(max_local_steps=10))
     fed.run()
     assert fed.store().records()[0]["rejected"] == {"a": "plan-refused"}
     assert learners["a"].trained == []
@@ -295,7 +295,7 @@ def test_the_learner_state_goes_on_over_rounds_and_restarts(tmp_path):
 
 
 def test_only_shared_metrics_leave(tmp_path):
-    policy = Policy(min_sites=1, share=("eval/nll",))
+    policy = open_policy(share=("eval/nll",))
     fed = Federation(tmp_path, plan(rounds=1, evaluation=Evaluation(share=("train/loss", "eval/nll"))), policy=policy)
     fed.run()
     assert set(fed.store().records()[0]["sites"]["a"]) == {"weight", "eval/nll"}
@@ -325,7 +325,7 @@ def test_a_site_that_differs_is_not_ready(tmp_path, change, code):
 
 @pytest.mark.parametrize("policy", [{"max_rounds": 1}, {"min_sites": 9}, {"allowed_models": ("other",)}])
 def test_the_policy_wins(tmp_path, policy):
-    fed = Federation(tmp_path, plan(rounds=2), policy=Policy(**{"min_sites": 1, **policy}))
+    fed = Federation(tmp_path, plan(rounds=2), policy=open_policy(**policy))
     with pytest.raises(QuorumNotReached):
         fed.run()
     assert {c for e, f in fed.events if e == "rejected" for c in [f["code"]]} == {"plan-refused"}

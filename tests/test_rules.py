@@ -10,14 +10,14 @@ from test_rounds import KEYS, TARGETS, Federation, interrupted
 
 from fedlora import build, wire
 from fedlora.aggregate import PUBLIC
-from fedlora.config import Aggregate, Lora, Plan, Policy, Protect, ServerOptimizer, Training, Wire
+from fedlora.config import Aggregate, Lora, Plan, Protect, ServerOptimizer, Training, Wire
 from fedlora.config import Federation as Sites
 from fedlora.errors import StoreError
 from fedlora.first import first_adapter
 from fedlora.messages import Reply
 from fedlora.protect.keys import Identity
 from fedlora.store import Journal, load_adapter
-from fedlora.testing import TOY_BASE, ToyLearner, toy_layout, toy_plan
+from fedlora.testing import TOY_BASE, ToyLearner, open_policy, toy_layout, toy_plan
 
 START = first_adapter(toy_layout(), seed=0)
 RANKS = Lora(ranks={"b": 1})
@@ -365,7 +365,7 @@ def test_all_that_does_not_go_together_is_said_at_once():
 
 
 def test_steps_of_a_site_count_the_rounds_and_not_the_exchanges(tmp_path):
-    fed = Run(tmp_path, plan(rounds=2), policy=Policy(min_sites=1, max_rounds=2))
+    fed = Run(tmp_path, plan(rounds=2), policy=open_policy(max_rounds=2))
     fed.run()
     assert all(learner.trained == [1, 2] for learner in fed.learners.values())
     assert json.loads(Journal(fed.path / "a").last(fed.store().run)[1].state) == [1, 2]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fedlora.cli.approval import approve
 from fedlora.cli.output import Screen, emit
 from fedlora.cli.roster import roster
+
+if TYPE_CHECKING:
+    from fedlora.config import Plan
 
 __all__ = ["app"]
 
@@ -28,6 +32,7 @@ app.add_typer(keygen, name="keygen")
 app.add_typer(server, name="server")
 app.add_typer(site, name="site")
 app.add_typer(roster, name="roster")
+site.command("approve")(approve)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -153,6 +158,9 @@ def check(
         f"{found.wire.dtype} updates, {found.protect.mode}\n"
         + ("pinned to base and first adapter" if facts["pinned"] else "not pinned yet: `fedlora pin` fills in the digests")
     )
+    if found.protect.mode == "secagg":
+        facts["survives"], said = _survival(found)
+        text += said
     if site is not None:
         from fedlora.build import forecast
 
@@ -171,6 +179,32 @@ def check(
                 f"\n  longer than the plan's round_deadline of {f.round_deadline:.0f} s: this site's updates would come too late"
             )
     emit(facts, text, as_json=json)
+
+
+def _survival(plan: Plan) -> tuple[list[dict[str, int]], str]:
+    """What so many sites survive under this plan, for programs and in words."""
+    from dataclasses import asdict
+
+    from fedlora.protect.secagg.cohort import Rules
+    from fedlora.protect.secagg.planning import survival
+
+    rules, mode = Rules(plan.protect.max_colluding, plan.federation.min_sites), plan.protect.lone_change
+    first = rules.smallest
+    found = [survival(n, rules, lone_change=mode) for n in sorted({*range(first, first + 5), first + 7, 20, 100}) if n >= first]
+    text = (
+        f"\nsecure aggregation: up to {rules.max_colluding} sites may work together with the server; a roster may ask for more\n"
+        "  sites   to its end   may be away from a later round   may drop out during one"
+    )
+    text += "".join(f"\n  {s.sites:5}   {s.stay:10}   {s.away or 'none':>30}   {s.lost or 'none':>23}" for s in found)
+    if mode == "refuse":
+        apart = rules.max_colluding + 2
+        text += (
+            "\n  lone_change = 'refuse': the sites of the first round's sum are those of all later ones, or a sum differs by "
+            f"{apart} sites or more;\n  for one that is away, healthy ones are left out up to {apart}; where that leaves too "
+            "few, the round waits for the site to come back,\n  and a site that missed the first sum has no way in: "
+            "set federation.min_sites to the number of sites that shall take part"
+        )
+    return [asdict(s) for s in found], text
 
 
 @app.command()

@@ -60,6 +60,9 @@ class Memory(Protocol):
 
     def get(self, key: str) -> bytes | None: ...
     def put(self, key: str, value: bytes) -> None: ...
+    def where(self, key: str) -> str:
+        """Where a value lies, for a message to this end's operator."""
+        ...
 
 
 class Protection(Protocol):
@@ -72,6 +75,9 @@ class Protection(Protocol):
     @property
     def reveals(self) -> Reveals: ...
     def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk: ...
+    def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
+        """Sites that this task should wait for, when only ``sites`` are at hand; none if it may begin."""
+        ...
 
 
 class SiteProtection(Protocol):

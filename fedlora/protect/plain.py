@@ -24,6 +24,9 @@ class PlainServer:
     def reveals(self) -> Reveals:
         return "each"
 
+    def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
+        return []
+
     def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk:
         body = wire.dump_task(task, reply_key=self.dtype.encode())
         for reply in (yield [Request(site, task.kind, body) for site in sites]):

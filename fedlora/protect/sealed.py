@@ -40,6 +40,9 @@ class SealedServer:
     def reveals(self) -> Reveals:
         return "each"
 
+    def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
+        return []
+
     def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk:
         """One exchange: the task, sealed once for all; the replies, opened one at a time."""
         asked = self.link.known(sites, tally)

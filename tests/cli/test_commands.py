@@ -26,6 +26,7 @@ COMMANDS = [
     ["server", "up"],
     ["server", "start"],
     ["site", "up"],
+    ["site", "approve"],
 ]
 
 

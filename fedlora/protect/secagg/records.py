@@ -39,7 +39,8 @@ class Session:
         root: what all its secrets come from; empty once they are deleted.
         reply_key: the run's key, to which replies are sealed.
         bits: width of the ring.
-        alone: whether the sum may differ by one single site from that of the round before.
+        plan, base: digests of the plan and of the base model.
+        alone: whether the plan allows sums that differ by single sites.
         ranks: see :class:`Rules`; empty in an evaluation.
         t1: the session's name, once its sites are fixed.
         digest: of the masked update, once it has been made.
@@ -57,6 +58,8 @@ class Session:
     bits: int
     max_colluding: int
     min_cohort: int
+    plan: str
+    base: str
     alone: bool
     ranks: Mapping[str, int]
     t1: bytes = b""
@@ -80,20 +83,13 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """That this site has given its masked update of a round, and to which session. Holds no secret; outlives the session.
-
-    Attributes:
-        counted: the sites of the sum that this site has agreed to, for comparison with the next round's.
-        before: those of the last sum before this round's.
-    """
+    """That this site has given its masked update of a round, and to which session. Holds no secret; outlives the session."""
 
     round: int
     t1: str
     digest: str
     names: list[str]
     threshold: int
-    counted: list[str]
-    before: list[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,6 +26,7 @@ from fedlora.errors import (
     ComplaintUnanswered,
     DealerLied,
     FedLoRAError,
+    LoneChange,
     RemoteError,
     SecretsGone,
     SessionError,
@@ -61,6 +62,7 @@ from fedlora.protect.secagg.complaints import (
     read_opened,
 )
 from fedlora.protect.secagg.dealing import Opened
+from fedlora.protect.secagg.given import Groups, choose, small_parts
 from fedlora.protect.secagg.opening import Deal, deal_bytes, parse_reveal, relay, reveal_bytes, unmask
 from fedlora.protect.secagg.rings import packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.terms import Offer, Terms, codec
@@ -72,7 +74,7 @@ log = logging.getLogger(__name__)
 _LIED_TO = frozenset({BadShare.code})
 """What a site says when what a dealer has signed for it does not open to what that dealer has committed to."""
 
-_FINAL = frozenset({SecretsGone.code, SessionSpent.code, BothSecretsRequested.code})
+_FINAL = frozenset({SecretsGone.code, SessionSpent.code, BothSecretsRequested.code, LoneChange.code})
 """What a site says when it can never answer in this session."""
 
 Exchange = Generator[Sequence[Request], Iterator[Reply], None]
@@ -129,7 +131,8 @@ class SecAggServer:
                     self._use(self.roster())
                     session = None
             if session is None and (asked := self._admitted(task, sites, errors)):
-                session = yield from self._open(task, asked, scales, errors)
+                together = self._agreeable(asked, errors, least=self.terms.rules.smallest)
+                session = yield from self._open(task, together, scales, errors)
                 yield from self._go_on(task, session, ended, scales, tally, errors)
         except CohortTooSmall as e:
             for site in session.cohort.names if session is not None else asked:
@@ -143,6 +146,38 @@ class SecAggServer:
             else:
                 self.report("unheard", {"site": site, "code": _code(error)})  # its update counts
 
+    def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
+        """Sites of earlier sums, where one without them would be refused. A session that has begun waits for none."""
+        if not (groups := self._groups()) or self.book.roster(task):
+            return []
+        rules = Terms.of(self.plan, self.roster().roster).rules
+        return self._away(sites) if len(choose(sites, groups, colluding=rules.max_colluding)) < rules.smallest else []
+
+    def _away(self, names: Sequence[str]) -> list[str]:
+        return sorted(frozenset().union(*self._groups()).difference(names))
+
+    def _groups(self) -> Groups:
+        return () if self.plan.protect.lone_change == "allow" else self.book.groups(self.plan.model.digest, self.plan.digest())
+
+    def _agreeable(self, names: Sequence[str], errors: Errors, *, least: int) -> list[str]:
+        """The most of these sites whose sum they can agree to, beside the plan's earlier ones.
+
+        Raises:
+            LoneChange: fewer than ``least``.
+        """
+        groups, away = self._groups(), self._away(names)
+        most = choose(names, groups, colluding=self.terms.rules.max_colluding) if groups else frozenset(names)
+        if groups and len(most) < least <= len(names):
+            self.report("lone-change", {"sites": sorted(names), "missing": away})
+            raise LoneChange(
+                f"a sum over {', '.join(sorted(names))} would show single updates beside earlier ones; missing: "
+                f"{', '.join(away)}",
+                hint="bring them back, or agree on a plan and policies with lone_change = 'allow'",
+            )
+        for name in set(names) - most:
+            errors.setdefault(name, LoneChange(f"left out: without {', '.join(away) or 'others'} its update would stand alone"))
+        return sorted(most)
+
     # --- a new session ------------------------------------------------------------------------------------------
 
     def _open(self, task: Task, asked: Sequence[str], scales: F32, errors: Errors) -> Generator[Any, Any, ServerSession]:
@@ -152,6 +187,7 @@ class SecAggServer:
         fewest = self.terms.rules.fewest_inputs(len(cohort.adverts))
         if len(deals) < fewest:
             raise CohortTooSmall(f"{len(deals)} of {len(cohort.adverts)} sites have dealt their shares, {fewest} are needed")
+        self._agreeable([cohort.advert(n).name for n in deals], {}, least=fewest)  # nothing has been given yet
         session = ServerSession(task.round, task.kind, cohort, deals, task.attempt)
         self.book.open(session, self._signed)
         return session
@@ -181,7 +217,8 @@ class SecAggServer:
         replies = yield [Request(site, phase, body) for site in asked]
         del body
         hear(replies, asked, take, errors.setdefault)
-        return Cohort.of(adverts, self.terms.rules_for(task.kind))
+        together = self._agreeable([a.name for a in adverts], errors, least=self.terms.rules.smallest)
+        return Cohort.of([a for a in adverts if a.name in together], self.terms.rules_for(task.kind))
 
     def _dealt(self, task: Task, cohort: Cohort, errors: Errors) -> Generator[Any, Any, dict[int, bytes]]:
         deals: dict[int, bytes] = {}
@@ -230,9 +267,11 @@ class SecAggServer:
         cohort, deals = session.cohort, session.deals
         layout, profile = task.reply_layout, self.terms.profile
         vector, numbers = np.zeros(layout.size, profile.word), np.zeros(self.terms.numbers(layout).size, np.uint64)
-        packed, delivered = packed_bytes(layout.size, profile.bits), []
+        packed = packed_bytes(layout.size, profile.bits)
+        delivered: dict[int, Delivered] = {}
 
         def take(reply: Reply) -> None:
+            """Adds it; when it comes a second time, takes it out again."""
             limit = 32 + SIGNATURE + numbers.nbytes + packed
             reader = Reader(self._answer(task, session.attempt, reply, "mask", max_payload=limit), "masked update")
             reader.session(cohort.t1)
@@ -243,12 +282,19 @@ class SecAggServer:
             words = unpack(body[numbers.nbytes :], layout.size, profile.bits)
             if words is None:
                 raise WireError("masked update: the padding is not zero")
-            np.add(vector, words, out=vector)
-            np.add(numbers, np.frombuffer(body[: numbers.nbytes], "<u8"), out=numbers)
-            delivered.append(one)
+            before = delivered.pop(one.number, None)
+            if before is None:
+                delivered[one.number] = one
+            elif before.digest != one.digest:
+                delivered[one.number] = before
+                raise WireError("masked update: not the one that it sent before")
+            combine = np.add if before is None else np.subtract
+            combine(vector, words, out=vector)
+            combine(numbers, np.frombuffer(body[: numbers.nbytes], "<u8"), out=numbers)
 
         first: Errors = {}
-        yield from self._ask_masked(task, session, ended, {n: {} for n in deals}, deals, take, first)
+        shown: dict[int, Mapping[int, Opened]] = {number: {} for number in deals}
+        yield from self._ask_masked(task, session, ended, shown, deals, take, first)
         complaining = [s for s, e in first.items() if isinstance(e, RemoteError) and e.remote_code in _LIED_TO]
         for site in first.keys() - set(complaining):
             errors.setdefault(site, first[site])
@@ -257,12 +303,17 @@ class SecAggServer:
             settled = yield from self._settle(task, session, complaining, deals, errors)
             lied = settled is None
             for site in complaining:
-                if settled is not None and session.cohort.number(site) not in settled:
+                if settled is not None and cohort.number(site) not in settled:
                     errors.setdefault(site, first[site])
             if settled:
                 yield from self._ask_masked(task, session, ended, settled, deals, take, errors)
+                shown |= settled
+        together = self._agreeable(session.names(sorted(delivered)), errors, least=0)
+        alone = [n for n in sorted(delivered) if cohort.advert(n).name not in together]
+        if alone and not lied and len(together) >= self.terms.rules.fewest_inputs(len(cohort.adverts)):
+            yield from self._ask_masked(task, session, ended, {n: shown[n] for n in alone}, deals, take, errors)
         del deals
-        session.delivered = sorted(delivered, key=lambda d: d.number)
+        session.delivered = sorted(delivered.values(), key=lambda d: d.number)
         if lied or not self._enough(task, session):
             session.stage = "abort"
         else:
@@ -365,9 +416,12 @@ class SecAggServer:
 
     def _enough(self, task: Task, session: ServerSession) -> bool:
         """Whether the sites may agree to the sum of what was delivered."""
-        rules = self.terms.rules_for(task.kind)
+        rules, names = self.terms.rules_for(task.kind), session.names(session.counted)
         with suppress(CohortTooSmall):
-            rules.check_slots(session.names(session.counted))
+            rules.check_slots(names)
+            if small_parts(self._groups(), names, colluding=rules.max_colluding):
+                self.report("lone-change", {"sites": names, "missing": self._away(names)})
+                return False
             return len(session.delivered) >= rules.fewest_inputs(len(session.cohort.adverts))
         return False
 
@@ -376,6 +430,11 @@ class SecAggServer:
         payload = session.cohort.t1 + bytes([COMMIT]) + Delivered.dump_all(session.delivered)
         waiting = [n for n in session.counted if n not in session.votes]
         yield from self._poll(task, session, waiting, payload, text, session.votes, errors)
+        names = session.names(session.counted)
+        if session.votes or not all(
+            isinstance(errors.get(name), RemoteError) for name in names
+        ):  # whoever is silent may have voted
+            self.book.save_sum_of(self.plan.model.digest, self.plan.digest(), names)
         if len(session.votes) >= session.cohort.threshold:
             session.stage = "unmask"
         self.book.save(session)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -16,7 +16,6 @@ from fedlora.config import Plan, parse_plan
 from fedlora.errors import (
     BadShare,
     BothSecretsRequested,
-    CohortTooSmall,
     MetricMissing,
     SecretsGone,
     SessionSpent,
@@ -59,6 +58,7 @@ from fedlora.protect.secagg.dealing import (
     receive,
     reveal,
 )
+from fedlora.protect.secagg.given import Given, Sum
 from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import encode
@@ -77,17 +77,20 @@ class SecAggSite:
 
     What it refuses, whatever the server says: a cohort below the rules or with a site that its roster does not know; two masked
     updates in one round, unless a certificate shows that the first session ended without a sum; a set of updates that lacks its
-    own, is too small, or is not signed; a second vote; both kinds of share of one site. All of it survives a restart.
+    own, is too small, is not signed, or beside earlier sums of any run would show one site's update; a second vote; both kinds of
+    share of one site. All of it survives a restart.
 
     Args:
         link: keys, the pinned server, sequence numbers.
         roster: from which it knows its peers, and what a session must at least be.
         entropy: n random bytes.
+        uncovers: a plan's digest -> sites that a person here has named: beside earlier plans' sums it may show them.
     """
 
     link: SiteLink
     roster: RosterKeeper
     entropy: Callable[[int], bytes]
+    uncovers: Callable[[str], Collection[str]] = lambda plan: ()
     _run: str = field(default="", init=False)  # of what is remembered below, all of which is on the disk, too
     _encoded: Encoded | None = field(default=None, init=False)
     _cohort: Cohort | None = field(default=None, init=False)
@@ -169,6 +172,8 @@ class SecAggSite:
                 bits=terms.profile.bits,
                 max_colluding=terms.rules.max_colluding,
                 min_cohort=terms.rules.min_cohort,
+                plan=task.plan_digest,
+                base=task.base,
                 alone=plan.protect.lone_change == "allow",
                 ranks=dict(terms.rules_for(task.kind).ranks),
             )
@@ -236,26 +241,37 @@ class SecAggSite:
         own, reader = cohort.number(self._name), Reader(payload, "mask")
         ended = {reader.take(32): read_certificate(reader) for _ in range(reader.take(1)[0])}
         settled = read_settled(cohort, own, reader)
-        used = records.used()
+        used, ledger = records.used(), self._given.load()
         if used is not None and used.round == session.round and used.t1 != cohort.t1.hex():
             t1 = bytes.fromhex(used.t1)
             if t1 not in ended:
                 raise SessionSpent("this site has given its update of this round to another session, and nothing proves its end")
             text = vote_text(t1, ABORT)
             check_certificate(ended[t1], text, names=used.names, threshold=used.threshold, known=self._known)
+            ledger = ledger.ended(used.t1)
         if session.verdict:
             raise SessionSpent("this site has voted in this session; it masks nothing more")
         relayed = reader.rest()
         if session.digest and relayed != records.blob("relay"):
             raise SessionSpent("this site has masked its update for another set of sites; it does so once")
+        dealers = self._open_inbox(cohort, own, relayed, settled, session).shares.keys()
+        most = _sum(cohort, session, dealers)
+        if not session.digest:
+            ledger.check_hope(
+                most,
+                self._name,
+                colluding=session.max_colluding,
+                fewest=session.rules.fewest_inputs(len(cohort.adverts)),
+                alone=session.alone,
+                uncovers=self.uncovers(session.plan),
+            )
         out, digest = self._masked(cohort, own, relayed, settled, session, records)
         if session.digest and digest != session.digest:
             raise SessionSpent("what this site has sent can not be made again")
         if not session.digest:
-            before = [] if used is None else used.before if used.round == session.round else used.counted or used.before
             # On the disk before it is sent, and this first: the one masked update of the round.
-            mark = Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold, [], before)
-            records.save_used(mark)
+            records.save_used(Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold))
+            self._given.save(ledger.masked(most))
             records.save_blob("relay", relayed)
             records.save_blob("settled", dump_opened(cohort, settled))
             records.save_session(session.but(digest=digest))
@@ -339,21 +355,20 @@ class SecAggSite:
             raise SecretsGone("this site has sent no update in this session")
         dealers = self._kept_inbox(cohort, own, records, session).shares.keys()
         check_deliveries(cohort, own, session.digest, delivered, dealers=list(dealers), rules=session.rules, known=self._known)
-        self._compare(cohort, delivered, records, alone=session.alone)
+        self._compare(_sum(cohort, session, (d.number for d in delivered)), session)
         return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
 
-    def _compare(self, cohort: Cohort, delivered: list[Delivered], records: Records, *, alone: bool) -> None:
-        """A sum that differs by one site from the last one says something about that site."""
-        used = records.used()
-        if used is None or used.t1 != cohort.t1.hex():
-            raise SecretsGone("the record of this session is not here")
-        counted = [cohort.advert(d.number).name for d in delivered]
-        changed = sorted(set(counted) ^ set(used.before))
-        if used.before and len(changed) == 1:
-            if not alone:
-                raise CohortTooSmall(f"the sum would differ by {changed[0]} alone from that of the round before")
-            log.warning("the sum of round %d differs by %s alone from the one before", used.round, changed[0])
-        records.save_used(Used(used.round, used.t1, used.digest, used.names, used.threshold, counted, used.before))
+    def _compare(self, wanted: Sum, session: Session) -> None:
+        """Beside earlier sums this one may say something about single sites; on the disk before the vote for it is sent."""
+        ledger, colluding = self._given.load(), session.max_colluding
+        ledger.check(wanted, colluding=colluding, alone=session.alone, uncovers=self.uncovers(session.plan))
+        if shown := ledger.shown(wanted, colluding=colluding):
+            log.warning("beside earlier sums, that of round %d may show updates of %s", session.round, ", ".join(sorted(shown)))
+        self._given.save(ledger.voted(wanted))
+
+    @property
+    def _given(self) -> Given:
+        return Given(self.link.memory, self.link.identity, self.entropy)
 
     def _unmask(self, payload: bytes, records: Records, session: Session) -> bytes:
         """Session (32) | the COMMIT votes."""
@@ -408,6 +423,10 @@ class SecAggSite:
         received = receive(cohort, own, secrets, reader, rules=session.rules, known=self._known, settled=settled)
         reader.end()
         return received
+
+
+def _sum(cohort: Cohort, session: Session, numbers: Iterable[int]) -> Sum:
+    return Sum(session.base, session.plan, cohort.t1.hex(), frozenset(cohort.advert(n).name for n in numbers))
 
 
 def _with_metrics(update: Update, due: Collection[str]) -> Update:

@@ -46,9 +46,8 @@ def reach(plan: Plan, round: int) -> float:
     about the learning rate in size, so that it follows the course of the learning rate over the run.
     """
     t, f = plan.training, plan.federation
-    peak = plan.protect.first_range or t.learning_rate * f.local_steps
     course = height(t.lr_scheduler_type, round, rounds=f.num_rounds, warmup_ratio=t.warmup_ratio)
-    return max(_HEADROOM * peak * course, _LEAST_REACH)
+    return max(_HEADROOM * plan.first_range * course, _LEAST_REACH)
 
 
 def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:

@@ -736,7 +736,7 @@ class LyingAboutKeys(Secrets):
 
 
 def with_liar(kind, n=5):
-    world = World(n)
+    world = World(n, plan=secagg_plan(lone_change="allow"))  # without it, no round goes on without one of five
     honest = world.site("site-2")
     world.__dict__["sites"]["site-2"] = kind(honest.link, honest.roster, honest.entropy)
     return world

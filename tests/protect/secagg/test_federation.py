@@ -15,7 +15,7 @@ from protect.secagg.world import identity
 
 from fedlora import build
 from fedlora.aggregate import FedAvg
-from fedlora.config import Evaluation, Plan, Policy, SiteFile
+from fedlora.config import Evaluation, Plan, SiteFile
 from fedlora.errors import CohortTooSmall, ConfigError, QuorumNotReached, StoreError
 from fedlora.first import first_adapter
 from fedlora.messages import Reply
@@ -25,7 +25,7 @@ from fedlora.protect.secagg import SecAggServer
 from fedlora.protect.secagg.cohort import Rules
 from fedlora.rounds import check_fit
 from fedlora.store import RunStore, write_atomic
-from fedlora.testing import TOY_BASE, ToyLearner, toy_adapter, toy_layout
+from fedlora.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout
 from fedlora.transport import Dropouts, LocalTransport, parse_dropouts
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -59,7 +59,7 @@ class Federation:
             self.save(SignedRoster(first))
         self.pinned = pinned if pinned is not None else SignedRoster.parse(self.roster.read_bytes()).roster.digest()
         self.learners = learners or {n: ToyLearner(t) for n, t in targets.items()}
-        self.policy = policy or Policy(min_sites=1)
+        self.policy = policy or open_policy()
         self.sites = {n: self.site(n) for n in targets}
 
     def save(self, signed):
@@ -186,14 +186,14 @@ def test_sites_that_have_approved_another_roster_or_none_take_part_in_nothing(tm
 def test_a_site_whose_policy_wants_secure_aggregation_refuses_less_and_never_trains(tmp_path):
     plan = secagg_plan(rounds=1)
     sealed = plan.model_copy(update={"protect": type(plan.protect)()})
-    federation = Federation(tmp_path, sealed, policy=Policy(min_sites=1, protect=("secagg",)))
+    federation = Federation(tmp_path, sealed, policy=open_policy(protect=("secagg",)))
     with pytest.raises(QuorumNotReached):
         federation.run()
     assert {f["code"] for e, f in federation.events if e == "rejected"} == {"plan-refused"}
 
 
 def test_a_revoked_site_is_out_from_the_next_round_on_and_a_new_epoch_travels_by_itself(tmp_path):
-    federation = Federation(tmp_path, secagg_plan(rounds=3))
+    federation = Federation(tmp_path, secagg_plan(rounds=3, lone_change="allow"))
     real, sessions = federation.handle, []
 
     def handle(request):
@@ -272,8 +272,8 @@ def test_metrics_that_the_plan_does_not_share_do_not_ride(tmp_path):
     assert set(together) == {"weight", "train/loss", "secagg/cut"}
 
 
-def test_one_lone_change_can_be_refused(tmp_path):
-    federation = Federation(tmp_path, secagg_plan(rounds=6, lone_change="refuse"))
+def test_a_round_without_a_site_of_the_first_sum_is_not_done_and_goes_on_when_it_is_back(tmp_path):
+    federation = Federation(tmp_path, secagg_plan(rounds=6))
     real = federation.handle
     rounds = []
 
@@ -284,10 +284,14 @@ def test_one_lone_change_can_be_refused(tmp_path):
             return Reply("d", error="late")
         return real(request)
 
-    with pytest.raises(QuorumNotReached, match="void"):
+    with pytest.raises(QuorumNotReached, match="round 2"):
         federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
     records = federation.store().records()
-    assert [list(r["sites"]) for r in records] == [list("abcd"), [], [], []]  # not one round later, either
+    assert [list(r["sites"]) for r in records] == [list("abcd")]
+    said = [f for e, f in federation.events if e == "lone-change"]
+    assert said == [{"sites": list("abc"), "missing": ["d"]}] * 3
+    rejected = {(f["site"], f["code"]) for e, f in federation.events if e == "rejected"}
+    assert rejected == {*((s, "lone-change") for s in "abc"), ("d", "late")}
     rounds.clear()
     at, _ = federation.run()  # all four are back
     assert at.round == 6
@@ -303,9 +307,11 @@ def test_fewer_sites_than_a_round_needs_are_said_at_once(tmp_path):
 # --- rules -----------------------------------------------------------------------------------------------------
 
 
-def ruled(name, *, rounds=2, min_sites=3, ranks=None, profile="int24", weight_unit=0, **options):
+def ruled(name, *, rounds=2, min_sites=3, ranks=None, profile="int24", weight_unit=0, lone_change="refuse", **options):
     """A plan with another rule than FedAvg, from a first adapter that is not zero."""
-    made = world.secagg_plan(profile=profile, rounds=rounds, min_sites=min_sites, weight_unit=weight_unit)
+    made = world.secagg_plan(
+        profile=profile, rounds=rounds, min_sites=min_sites, weight_unit=weight_unit, lone_change=lone_change
+    )
     table = made.pinned(base=TOY_BASE, init=START.digest()).model_dump()
     table["aggregate"] |= {"name": name, **options}
     table["lora"]["ranks"] = ranks or {}
@@ -402,7 +408,7 @@ def test_a_dropout_that_leaves_slots_to_too_few_sites_ends_the_session_without_a
 
 def test_sites_do_not_agree_to_such_a_sum_whatever_the_server_says(tmp_path, monkeypatch):
     monkeypatch.setattr(SecAggServer, "_enough", lambda self, task, session: True)
-    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1))
+    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1, lone_change="allow"))
     answers = []
 
     def handle(request):
@@ -420,7 +426,7 @@ def test_sites_do_not_agree_to_such_a_sum_whatever_the_server_says(tmp_path, mon
 
 
 def test_an_evaluation_needs_no_slots(tmp_path):
-    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1))
+    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1, lone_change="allow"))
     seen = []
 
     def handle(request):

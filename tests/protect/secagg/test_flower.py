@@ -57,7 +57,8 @@ class Deployment:
                 node_key=f"keys/{name}.node.key",
                 models={MODEL: "x"},
                 local_port=free_port(),
-                policy=Policy(min_sites=1),
+                plans=(plan.digest(),),
+                policy=Policy(min_sites=1, max_first_range=64.0, lone_change="allow"),
             )
             (root / name / "site.toml").write_text(dump_toml(file))
         save_adapter(root / "plan" / "first.safetensors", toy_adapter(), {"round": 0, "plan": plan.digest()})
@@ -112,7 +113,7 @@ class Deployment:
 
 
 def test_five_sites_one_killed_in_each_step_of_five_rounds(tmp_path):
-    plan = secagg_plan(rounds=5, phase_deadline=PHASE_S)
+    plan = secagg_plan(rounds=5, phase_deadline=PHASE_S, lone_change="allow")
     plan = plan.model_copy(update={"federation": plan.federation.model_copy(update={"round_deadline": 30.0})})
     deployment, began = Deployment(tmp_path / "real", plan), time.monotonic()
 

@@ -1,0 +1,114 @@
+"""Which runs a site takes part in: what people here have approved, and which runs have used that up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedlora.config import SiteFile, canonical
+from fedlora.errors import PlanNotApproved, RunNotApproved, StoreError, WrongPlan
+from fedlora.store import write_atomic
+
+__all__ = ["Approvals", "Begun", "Runs", "admit"]
+
+_SHOWS = (
+    "in two runs of one plan every site trains from the same adapters by the same seeds: the difference of their sums is what "
+    "those sites have sent that are in one and not in the other"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Approvals:
+    """What people at this site have approved.
+
+    Attributes:
+        plans: digests, hex; one that stands twice allows two runs.
+        uncovers: plan -> sites whose update its sums may show beside sums of earlier plans on the same base.
+    """
+
+    plans: Sequence[str] = ()
+    uncovers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, file: SiteFile) -> Approvals:
+        return cls(file.plans, file.uncovers)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run that this site has taken part in, and its plan's digest."""
+
+    run: str
+    plan: str
+
+
+def admit(begun: Sequence[Begun], one: Begun, *, plans: Sequence[str] | None) -> Sequence[Begun]:
+    """Lets a run begin or go on, or says why not.
+
+    Law: a run keeps the plan that it began with, and so its mode; of each plan no more runs go on than entries stand in
+    ``plans``, the first ones.
+
+    Args:
+        begun: so far, in order.
+        plans: what is approved; None: everything.
+
+    Returns:
+        ``begun``, with the new run if it is one.
+
+    Raises:
+        WrongPlan: the run began with another plan.
+        PlanNotApproved, RunNotApproved.
+    """
+    for known in begun:
+        if known.run == one.run and known.plan != one.plan:
+            raise WrongPlan(
+                f"run {one.run[:12]} began here with plan {known.plan[:12]}; plan {one.plan[:12]} has no place in it",
+                hint="a run keeps its plan and its protection to its end; another plan needs another run",
+            )
+    after = begun if one in begun else (*begun, one)
+    if plans is None:
+        return after
+    allowed, number = plans.count(one.plan), [b for b in after if b.plan == one.plan].index(one) + 1
+    if not allowed:
+        raise PlanNotApproved(
+            f"nobody at this site has approved plan {one.plan}",
+            hint="`fedlora site approve PLAN.toml --site site.toml` shows what it asks for, and approves one run of it",
+        )
+    if number > allowed:
+        raise RunNotApproved(
+            f"plan {one.plan} is approved for {allowed} of its runs, and this is number {number}",
+            hint=f"{_SHOWS}. If that may be: `fedlora site approve PLAN.toml --site site.toml --again` allows one more run",
+        )
+    return after
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The runs of a site in a file, over restarts."""
+
+    path: Path
+
+    def load(self) -> list[Begun]:
+        """In the order in which they began.
+
+        Raises:
+            StoreError: damaged.
+        """
+        try:
+            return [Begun(run, plan) for run, plan in json.loads(self.path.read_bytes())]
+        except FileNotFoundError:
+            return []
+        except OSError as e:
+            raise StoreError(f"cannot read {self.path}: {e.strerror}") from None
+        except (ValueError, TypeError):
+            raise StoreError(
+                f"{self.path}, the record of the runs that this site has taken part in, is damaged",
+                hint="empty `plans` in the site file, delete that file, and approve anew (`fedlora site approve`) what shall go "
+                "on: an entry for each run, also for the one that is under way",
+            ) from None
+
+    def save(self, begun: Sequence[Begun]) -> None:
+        """On the disk when this returns."""
+        write_atomic(self.path, canonical([[b.run, b.plan] for b in begun]))

@@ -1,0 +1,62 @@
+"""``fedlora site approve``: what a plan asks for, in words, and a person's yes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedlora.cli.output import emit
+
+__all__ = ["approve"]
+
+
+def approve(
+    plan: Annotated[Path, typer.Argument(help="The pinned plan (TOML), as the coordinator sent it.", show_default=False)],
+    site: Annotated[Path, typer.Option(help="This site's file.")] = Path("site.toml"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: somebody has read it before.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Allow one more run of a plan that is approved already.")] = False,
+    uncovers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A site whose update this plan's sums may show beside earlier plans' sums; may be repeated.", show_default=False
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text; needs --yes.")] = False,
+) -> None:
+    """Show what a plan asks of this site, beside the last one approved, and approve one run of it.
+
+    A `site up` that is running needs no restart.
+
+    Example: fedlora site approve plan.toml --site site.toml
+    """
+    import click
+
+    from fedlora import approve as library
+    from fedlora.config import load_plan
+    from fedlora.errors import PlanRefused
+
+    found, named = load_plan(plan), uncovers or []
+    asked = library.question(found, site, uncovers=named)
+    if not json:
+        print("\n".join(asked.lines(again=again)))
+    if asked.refusals:
+        raise PlanRefused(
+            "; ".join(asked.refusals), hint="nothing was approved: change [policy] first, or talk to the coordinator"
+        )
+    adds = again or not asked.approved
+    if not adds and set(named) <= set(asked.agreed):
+        _said(asked, asked.approved, json=json, text="approved already: nothing was changed. --again allows one more run")
+        return
+    if not yes and (json or not sys.stdin.isatty()):
+        raise click.UsageError("nobody can be asked here: read what the plan asks for, and say --yes")
+    if not yes and not typer.confirm("\napprove?"):
+        raise click.Abort
+    count = library.approve(found, site, again=again, uncovers=named)
+    _said(asked, count, json=json, text=f"{site}: plan {asked.digest[:12]} is approved for {count} run{'s' if count > 1 else ''}")
+
+
+def _said(asked: Any, count: int, *, json: bool, text: str) -> None:
+    emit(asked.facts() | {"approved": count}, text, as_json=json)

@@ -1,0 +1,230 @@
+"""`fedlora site approve`: what a person reads before a yes, and what a yes writes."""
+
+import io
+import json
+import sys
+import tomllib
+
+import pytest
+import typer
+
+from fedlora.admission import Begun, Runs
+from fedlora.approve import in_words, question, with_approval
+from fedlora.cli import main
+from fedlora.config import Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
+from fedlora.enrol import make_roster, make_site_keys
+from fedlora.protect.keys import Identity, load_identity
+from fedlora.protect.secagg.given import Given, Ledger, Sum
+from fedlora.store import FileMemory
+from fedlora.testing import TOY_BASE, toy_plan
+
+MODEL = Plan().model.model_name_or_path
+SEALED = toy_plan(min_sites=3)
+SECAGG = toy_plan(min_sites=3, name="secret", aggregate={"weighting": "uniform"}, protect=Protect(mode="secagg"))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A site's directory with keys, its file and two plans, from which the command is called."""
+    make_site_keys("guys", tmp_path / "keys")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sealed.toml").write_text(dump_toml(SEALED))
+    (tmp_path / "secret.toml").write_text(dump_toml(SECAGG))
+    write_site(tmp_path)
+    return tmp_path
+
+
+def write_site(home, **more):
+    file = SiteFile(name="guys", key="keys/guys.key", models={MODEL: "x"}, **more)
+    (home / "site.toml").write_text(dump_toml(file).replace("[data]", "# a comment of our own\n[data]"))
+
+
+def plans(home):
+    return load_site_file(home / "site.toml").plans
+
+
+def test_a_yes_adds_the_digest_and_leaves_everything_else_as_it_was(home, capsys):
+    before = (home / "site.toml").read_text()
+    (home / "site.toml").chmod(0o640)
+    assert main(["site", "approve", "sealed.toml", "--yes"]) == 0
+    assert plans(home) == (SEALED.digest(),)
+    after = (home / "site.toml").read_text()
+    assert after.replace(f'plans = ["{SEALED.digest()}"]', "plans = []") == before
+    assert (home / "site.toml").stat().st_mode & 0o777 == 0o640
+    out = capsys.readouterr().out
+    assert SEALED.digest() in out
+    for words in ("3 rounds of 1 steps", "at least 3", "supervised tokens", "eval/exact_match", "the aggregator"):
+        assert words in out
+    assert (home / "state" / "approved" / f"{SEALED.digest()}.json").read_bytes() == SEALED.canonical()
+
+
+def test_without_a_terminal_or_yes_nothing_is_approved(home, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    before = (home / "site.toml").read_text()
+    assert main(["site", "approve", "sealed.toml"]) == 2
+    assert main(["site", "approve", "sealed.toml", "--json"]) == 2
+    assert (home / "site.toml").read_text() == before
+    assert "--yes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("answer", "status"), [(True, 0), (False, 130)])
+def test_on_a_terminal_a_person_is_asked(home, monkeypatch, answer, status):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(typer, "confirm", lambda text: answer)
+    assert main(["site", "approve", "sealed.toml"]) == status
+    assert plans(home) == ((SEALED.digest(),) if answer else ())
+
+
+def test_a_plan_that_is_approved_already_is_not_added_twice_unless_again(home, capsys):
+    main(["site", "approve", "sealed.toml", "--yes"])
+    assert main(["site", "approve", "sealed.toml", "--yes"]) == 0
+    assert "approved already" in capsys.readouterr().out
+    assert len(plans(home)) == 1
+    Runs(home / "state" / "journal" / "runs.json").save([Begun("ab" * 32, SEALED.digest())])
+    assert main(["site", "approve", "sealed.toml", "--yes", "--again"]) == 0
+    out = capsys.readouterr().out
+    assert "A FURTHER RUN OF ONE PLAN" in out
+    assert "approved before: 1, begun: 1" in out
+    assert plans(home) == (SEALED.digest(),) * 2
+
+
+def test_a_plan_stands_beside_the_last_one_and_every_key_that_differs_is_named(home, capsys):
+    main(["site", "approve", "sealed.toml", "--yes"])
+    assert "no earlier plan" in capsys.readouterr().out
+    other = SEALED.model_copy(update={"training": SEALED.training.model_copy(update={"max_grad_norm": 7.0, "max_length": 64})})
+    (home / "other.toml").write_text(dump_toml(other))
+    main(["site", "approve", "other.toml", "--yes"])
+    out = capsys.readouterr().out
+    assert "rows of 64 tokens" in out
+    assert "was: 3 rounds of 1 steps, learning rate 0.0002, rows of 1024 tokens" in out
+    assert "training.max_grad_norm: 1.0 -> 7.0" in out  # said although no sentence speaks of it
+    assert out.count("was: ") == 1
+
+
+def test_what_the_policy_refuses_is_said_and_not_approved(home, capsys):
+    write_site(home, policy=Policy(max_rounds=1))
+    assert main(["site", "approve", "sealed.toml", "--yes"]) == 5
+    out = capsys.readouterr()
+    assert "3 rounds are more than 1" in out.out
+    assert "3 rounds are more than 1" in out.err
+    assert plans(home) == ()
+
+
+def test_a_plan_that_is_not_pinned_is_not_the_one_that_will_run(home, capsys):
+    (home / "plan.toml").write_text(dump_toml(Plan()))
+    assert main(["site", "approve", "plan.toml", "--yes"]) == 3
+    assert "not pinned" in capsys.readouterr().err
+
+
+def test_programs_get_one_object(home, capsys):
+    assert main(["site", "approve", "sealed.toml", "--yes", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["data"]
+    assert (found["plan"], found["approved"], found["refusals"]) == (SEALED.digest(), 1, [])
+    assert found["asks"]["sites"] == "at least 3 in a round"
+
+
+@pytest.mark.attack(
+    "C1c",
+    "a plan whose names hold control characters, to hide from the person who approves it what it asks for",
+    stops="what a plan says is shown with such characters spelled out",
+)
+def test_a_plan_cannot_write_over_what_a_person_reads():
+    model = SEALED.model.model_copy(update={"revision": "main\x1b[2K\r\nwho reads this site's update  nobody"})
+    words = in_words(SEALED.model_copy(update={"model": model}))
+    assert all(sentence.isprintable() for sentence in words.values())
+    assert "\\x1b[2K\\r\\n" in words["base model"]
+
+
+# --- secure aggregation --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grown(home):
+    """The site has agreed to sums of an earlier plan over three sites; a fourth has come onto the roster since."""
+    publics = [
+        load_identity(home / "keys" / "guys.key").public,
+        *(Identity.generate(n).public for n in ("marys", "north", "south")),
+    ]
+    coordinator, server = Identity.generate("coordinator"), Identity.generate("server")
+    pinned = make_roster(home / "roster.json", server.public, publics, coordinator)
+    memory = FileMemory(home / "state" / "memory")
+    memory.put("roster", (home / "roster.json").read_bytes())
+    three = frozenset(["guys", "marys", "north"])
+    Given(memory, load_identity(home / "keys" / "guys.key"), lambda n: bytes(n)).save(
+        Ledger().voted(Sum(TOY_BASE, "aa" * 32, "00", three))
+    )
+    write_site(home, roster=pinned)
+    return home
+
+
+def test_whose_update_could_be_uncovered_is_said_and_has_to_be_named(grown, capsys):
+    assert main(["site", "approve", "secret.toml", "--yes"]) == 0
+    out = capsys.readouterr().out
+    assert "nobody. The aggregator learns the sum" in out
+    assert "could show the update of south" in out
+    assert "--uncovers south" in out
+    assert load_site_file(grown / "site.toml").uncovers == {}
+    assert main(["site", "approve", "secret.toml", "--yes", "--uncovers", "south"]) == 0
+    assert "YOU AGREE that beside earlier plans' sums it may show the update of south" in capsys.readouterr().out
+    assert load_site_file(grown / "site.toml").uncovers == {SECAGG.digest(): ("south",)}
+    assert plans(grown) == (SECAGG.digest(),)  # one entry still
+    assert main(["site", "approve", "secret.toml", "--yes", "--uncovers", "Not A Site"]) == 3
+    assert load_site_file(grown / "site.toml").uncovers == {SECAGG.digest(): ("south",)}
+
+
+def test_a_plan_that_lets_sums_differ_by_one_site_says_so_loudly(grown, capsys):
+    loose = SECAGG.model_copy(update={"protect": Protect(mode="secagg", lone_change="allow")})
+    (grown / "loose.toml").write_text(dump_toml(loose))
+    assert main(["site", "approve", "loose.toml", "--yes"]) == 5  # the policy says refuse
+    assert "ALLOWED by single sites" in capsys.readouterr().out
+
+
+def test_without_a_roster_it_is_said_that_nothing_can_be_said(grown):
+    for file in (grown / "state" / "memory").iterdir():
+        if FileMemory(grown / "state" / "memory").where("roster") == str(file):
+            file.unlink()
+    found = question(SECAGG, grown / "site.toml")
+    assert found.uncovered is None
+    assert any("no roster" in line for line in found.lines(again=False))
+
+
+# --- the file -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'name = "a"\n[data]\npath = "x"  # ours\n',
+        "",
+        '# head\nplans = [\n  "' + "ab" * 32 + '",  # the first\n]\n\n[uncovers]\n"' + "ab" * 32 + '" = ["b"]\n\n[data]\n',
+        'plans=[]\nuncovers = {}\n[policy]\nprotect = ["secagg"]\n',
+    ],
+)
+def test_an_approval_finds_its_place_in_any_site_file(text):
+    before = tomllib.loads(text)
+    after = with_approval(text, "cd" * 32, add=True, named=["x", "y"])
+    table = tomllib.loads(after)
+    assert table["plans"] == [*before.get("plans", []), "cd" * 32]
+    assert table["uncovers"] == {**before.get("uncovers", {}), "cd" * 32: ["x", "y"]}
+    assert {k: v for k, v in table.items() if k not in ("plans", "uncovers")} == {
+        k: v for k, v in before.items() if k not in ("plans", "uncovers")
+    }
+    assert all(comment in after for comment in ("# ours", "# head", "# the first") if comment in text)
+
+
+# --- planning ---------------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_a_federation_survives(home, capsys):
+    assert main(["check", "secret.toml"]) == 0
+    out = capsys.readouterr().out
+    assert "may be away" in out
+    assert "set federation.min_sites" in out
+    assert main(["check", "secret.toml", "--json"]) == 0
+    found = {s["sites"]: s for s in json.loads(capsys.readouterr().out)["data"]["survives"]}
+    assert (found[3]["away"], found[5]["away"], found[6]["away"]) == (0, 0, 3)
+    assert (found[5]["lost"], found[10]["lost"]) == (0, 3)
+    main(["check", "sealed.toml", "--json"])
+    assert "survives" not in json.loads(capsys.readouterr().out)["data"]

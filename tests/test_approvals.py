@@ -1,0 +1,325 @@
+"""A site takes part in what a person there has approved: by digest, so many runs of a plan, one plan a run, no weaker mode."""
+
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora import build, wire
+from fedlora.admission import Approvals, Begun, Runs, admit
+from fedlora.config import Evaluation, Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
+from fedlora.enrol import make_site_keys
+from fedlora.errors import ConfigError, PlanNotApproved, RunNotApproved, StoreError, WrongPlan
+from fedlora.messages import Request, Task
+from fedlora.protect.keys import Identity, load_identity
+from fedlora.protect.link import Context, pinned
+from fedlora.protect.roster import SignedRoster, first_epoch
+from fedlora.protect.secagg.terms import Offer, Terms, codec
+from fedlora.store import FileMemory
+from fedlora.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_plan
+
+MODEL = Plan().model.model_name_or_path
+KEYS = {n: Identity.generate(n) for n in ("a", "b", "c", "server", "run", "coordinator")}
+RUN, SECOND = "ab" * 32, "cd" * 32
+SEALED = toy_plan(min_sites=3)
+SECAGG = toy_plan(min_sites=3, aggregate={"weighting": "uniform"}, protect=Protect(mode="secagg"))
+DOWNGRADED = SECAGG.model_copy(update={"protect": Protect()})
+ROSTER = SignedRoster(
+    first_epoch(
+        KEYS["server"].public, [KEYS[n].public for n in "abc"], [KEYS["coordinator"].public], now=1_700_000_000, days=9999
+    )
+).sign(KEYS["coordinator"])
+
+
+class One:
+    """One real site in a directory, and a server that asks it. ``loaded`` is told of every plan whose base is loaded."""
+
+    def __init__(self, path, **keys):
+        self.path, self.loaded, self.learner = path, [], ToyLearner(1.0)
+        self.keys = {"name": "a", "models": {MODEL: "x"}, "policy": Policy(), **keys}
+        self.link = server_link(KEYS["server"], KEYS["run"], {"a": KEYS["a"].public}, FileMemory(path / "server"))
+        self.restart()
+
+    def restart(self):
+        self.site = build.site(
+            KEYS["a"],
+            KEYS["server"].public,
+            SiteFile(**self.keys),
+            make_learner=self.load,
+            state=self.path / "state",
+            report=lambda event, facts: None,
+            approvals=lambda: Approvals.of(SiteFile(**self.keys)),
+        )
+
+    def load(self, plan):
+        self.loaded.append(plan.digest())
+        return self.learner
+
+    def task(self, plan, *, run=RUN, round=1, attempt=0, kind="train"):
+        return Task(run, plan.canonical(), TOY_BASE, kind, round, attempt, toy_adapter())
+
+    def sealed(self, plan, **options):
+        """What it answers to a sealed task: a code, or nothing."""
+        task = self.task(plan, **options)
+        phase = "train" if task.kind == "train" else "global"
+        blob = wire.dump_task(task, reply_key=KEYS["run"].public.kem)
+        return self.say(replace(self.link, roster=pinned(KEYS["server"].public)), task, phase, "task/1", blob)
+
+    def secagg(self, plan, **options):
+        """The same for the first message of a session, after which it has trained."""
+        task, terms = self.task(plan, **options), Terms.of(plan, ROSTER.roster)
+        offer = Offer(ROSTER.dump(), terms.scales(task, None), wire.dump_task(task, reply_key=KEYS["run"].public.kem)).dump()
+        return self.say(replace(self.link, roster=ROSTER.roster.digest()), task, "advertise", codec("advertise"), offer)
+
+    def say(self, link, task, phase, word, payload):
+        body = link.seal(Context.of(task), payload, phase=phase, codec=word, to=["a"])
+        return self.site.handle(Request("a", phase, body)).error
+
+    @property
+    def idle(self):
+        return not self.loaded and not self.learner.trained
+
+
+def pinning(*plans, roster=True, **more):
+    return {"plans": tuple(p.digest() for p in plans), "roster": ROSTER.roster.digest() if roster else "", **more}
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_trained_and_no_base_loaded_for_a_plan_that_nobody_approved(tmp_path):
+    one = One(tmp_path)
+    assert one.sealed(SEALED) == "plan-not-approved"
+    assert one.sealed(SEALED, kind="evaluate", round=4) == "plan-not-approved"
+    assert one.idle
+    one.keys |= pinning(SEALED, roster=False)  # somebody approves it; nobody restarts the site
+    assert one.sealed(SEALED, attempt=1) == ""
+    assert one.learner.trained == [1]
+
+
+def test_an_approval_that_is_taken_back_ends_the_run_here(tmp_path):
+    one = One(tmp_path, **pinning(SEALED, roster=False))
+    assert one.sealed(SEALED) == ""
+    one.keys |= {"plans": ()}
+    assert one.sealed(SEALED, round=2) == "plan-not-approved"
+    assert one.learner.trained == [1]
+
+
+def test_a_plan_that_the_policy_refuses_uses_up_no_approval(tmp_path):
+    one = One(tmp_path, **pinning(SEALED, roster=False, policy=Policy(max_rounds=1)))
+    assert one.sealed(SEALED) == "plan-refused"
+    one.keys["policy"] = Policy()
+    one.restart()
+    assert one.sealed(SEALED, run=SECOND) == ""
+
+
+@pytest.mark.attack(
+    "C1a",
+    "after a round of secure aggregation the server asks for a sealed update in the same run",
+    stops="a run keeps the plan that it began with, whatever else is approved",
+)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_run_of_secure_aggregation_gives_no_sealed_update(tmp_path, restarted):
+    one = One(tmp_path, **pinning(SECAGG, DOWNGRADED, policy=Policy(protect=("sealed", "secagg"), max_first_range=64.0)))
+    assert one.secagg(SECAGG) == ""
+    assert one.learner.trained == [1]
+    if restarted:
+        one.restart()
+    loaded = list(one.loaded)
+    assert one.sealed(DOWNGRADED, attempt=1) == "wrong-plan"
+    assert one.sealed(DOWNGRADED, kind="evaluate", round=4) == "wrong-plan"
+    assert one.sealed(SECAGG, attempt=1) == "wrong-context"  # the very plan, in an envelope that shows more
+    assert one.learner.trained == [1]
+    assert one.loaded == loaded
+    assert one.secagg(SECAGG, attempt=2) == ""
+
+
+@pytest.mark.attack(
+    "C1a",
+    "the server asks for a sealed update in another run, under a plan that differs in protect.mode alone",
+    stops="it has another digest, which nobody has approved; where a roster is set, policy takes secagg only",
+)
+def test_a_plan_that_was_approved_under_secure_aggregation_has_no_sealed_twin(tmp_path):
+    one = One(tmp_path, **pinning(SECAGG))
+    assert one.secagg(SECAGG) == ""
+    assert one.sealed(DOWNGRADED, run=SECOND) == "plan-not-approved"
+    one.keys |= pinning(SECAGG, DOWNGRADED)  # by mistake
+    one.restart()
+    assert one.sealed(DOWNGRADED, run=SECOND) == "plan-refused"
+    assert one.learner.trained == [1]
+
+
+def test_any_within_policy_keeps_a_run_to_its_plan_too(tmp_path):
+    one = One(tmp_path, **pinning(policy=open_policy()))
+    assert one.secagg(SECAGG) == ""
+    assert one.sealed(DOWNGRADED) == "wrong-plan"
+    assert one.sealed(DOWNGRADED, run=SECOND) == ""  # this policy takes sealed plans of anybody
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.attack(
+    "C1b",
+    "the server starts a second run of an approved plan",
+    stops="an approval is for one run; a second one is trained for only when a person adds another",
+)
+@pytest.mark.parametrize("mode", ["sealed", "secagg"])
+def test_a_second_run_of_a_plan_needs_a_second_approval(tmp_path, mode):
+    plan = SEALED if mode == "sealed" else SECAGG
+    one = One(tmp_path, **pinning(plan, roster=mode == "secagg"))
+    ask = getattr(one, mode)
+    assert ask(plan) == ""
+    one.restart()
+    assert ask(plan, run=SECOND) == "run-not-approved"
+    assert one.learner.trained == [1]
+    assert ask(plan, attempt=1) == ""  # the first goes on
+    one.keys["plans"] *= 2
+    assert ask(plan, run=SECOND) == ""
+    assert ask(plan, run="ef" * 32) == "run-not-approved"
+
+
+def test_what_a_second_run_could_show_is_said_to_the_operator():
+    begun = [Begun(RUN, "aa" * 32)]
+    with pytest.raises(RunNotApproved, match="number 2") as refused:
+        admit(begun, Begun(SECOND, "aa" * 32), plans=["aa" * 32])
+    assert "difference of their sums" in refused.value.hint
+    assert "fedlora site approve" in refused.value.hint
+    with pytest.raises(PlanNotApproved, match="bb" * 32) as unknown:
+        admit(begun, Begun(SECOND, "bb" * 32), plans=["aa" * 32])
+    assert "fedlora site approve" in unknown.value.hint
+
+
+@given(st.lists(st.tuples(st.sampled_from("rstu"), st.sampled_from("pq"))), st.lists(st.sampled_from("pq"), max_size=4))
+def test_a_run_has_one_plan_and_a_plan_no_more_runs_than_approvals(asked, plans):
+    begun = []
+    for run, plan in asked:
+        wrong = any(b.run == run and b.plan != plan for b in begun)
+        try:
+            begun = admit(begun, Begun(run, plan), plans=plans)
+        except PlanNotApproved:
+            assert not wrong
+        except WrongPlan:
+            assert wrong
+    assert len({b.run for b in begun}) == len(begun)
+    assert all(sum(b.plan == p for b in begun) <= plans.count(p) for p in "pq")
+
+
+def begin_and_die(path):
+    """Kills itself with -9 when the base would be loaded: after the run was noted, before anything is trained."""
+    one = One(path, **pinning(SEALED, roster=False))
+    one.site.learner = lambda plan: os.kill(os.getpid(), signal.SIGKILL)
+    one.sealed(SEALED)
+
+
+def test_a_run_is_on_the_disk_before_anything_is_done_for_it(tmp_path):
+    one = One(tmp_path, **pinning(SEALED, roster=False))
+    one.site.learner = lambda plan: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        one.sealed(SEALED)
+    one.restart()
+    assert one.sealed(SEALED, run=SECOND) == "run-not-approved"
+    assert one.sealed(SEALED) == ""
+
+
+def test_kill_9_forgets_no_run(tmp_path):
+    make_site_keys("a", tmp_path / "keys")
+    process = multiprocessing.get_context("fork").Process(target=begin_and_die, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    one = One(tmp_path, **pinning(SEALED, roster=False))
+    assert one.sealed(SEALED, run=SECOND) == "run-not-approved"
+    assert one.sealed(SEALED, attempt=1) == ""
+
+
+def test_a_damaged_record_of_runs_names_itself_and_stops_the_site(tmp_path):
+    one = One(tmp_path, **pinning(SEALED, roster=False))
+    assert one.sealed(SEALED) == ""
+    file = tmp_path / "state" / "journal" / "runs.json"
+    for damage in (b"", b"[[1", b'{"a": 1}', b'[["ab"]]'):
+        file.write_bytes(damage)
+        with pytest.raises(StoreError, match=str(file)) as damaged:
+            Runs(file).load()
+        assert "approve anew" in damaged.value.hint
+        assert one.sealed(SEALED, round=2) == "store"
+    assert one.learner.trained == [1]
+    file.unlink()  # as the hint says: the run that was under way takes the new entry
+    assert one.sealed(SEALED, round=2) == ""
+
+
+# --- the policy ---------------------------------------------------------------------------------------------------------
+
+
+def test_any_within_policy_wants_every_limit_said_and_lists_what_is_missing(tmp_path):
+    file = tmp_path / "site.toml"
+    file.write_text('[policy]\napprove = "any-within-policy"\nmin_sites = 3\n')
+    with pytest.raises(ConfigError) as missing:
+        load_site_file(file)
+    left = set(Policy.model_fields) - {"approve", "min_sites"}
+    assert all(key in str(missing.value).rpartition("missing: ")[2] for key in left)
+    file.write_text(dump_toml(SiteFile(policy=open_policy())))
+    assert load_site_file(file).policy == open_policy()
+    file.write_text(file.read_text().replace('protect = ["sealed", "secagg"]', "protect = []"))
+    with pytest.raises(ConfigError, match="missing: protect"):
+        load_site_file(file)
+
+
+def test_where_a_roster_is_set_secure_aggregation_alone_is_taken_by_default(tmp_path):
+    assert SiteFile().agreed.protect == ("sealed",)
+    assert SiteFile(roster="ab" * 32).agreed.protect == ("secagg",)
+    assert SiteFile(roster="ab" * 32, policy=Policy(protect=("sealed",))).agreed.protect == ("sealed",)
+    assert "protection 'sealed'" in Policy().refusals(SEALED, models=frozenset({MODEL}))[0]  # where nobody resolved it
+
+
+@pytest.mark.parametrize(
+    ("change", "policy", "says"),
+    [
+        ({"protect": Protect(mode="secagg", lone_change="allow")}, {}, "lone_change"),
+        ({"protect": Protect(mode="secagg", first_range=1.5)}, {}, "first range 1.5 is above max_first_range 1"),
+        ({"training": {"learning_rate": 0.02}}, {"max_first_range": 0.01}, "first range 0.02"),
+        ({"evaluation": Evaluation(share=("eval/nll", "eval/tokens"))}, {"share": ("eval/tokens",)}, "lists eval/nll, which"),
+    ],
+)
+def test_under_secure_aggregation_the_policy_bounds_what_a_plan_may_weaken(tmp_path, change, policy, says):
+    plan = Plan.model_validate(SECAGG.model_dump() | {k: v if isinstance(v, dict) else v.model_dump() for k, v in change.items()})
+    (reason,) = Policy(protect=("secagg",), **policy).refusals(plan, models=frozenset({MODEL}))
+    assert says in reason
+    assert open_policy().refusals(plan, models=frozenset({MODEL})) == []
+    one = One(tmp_path, **pinning(plan, policy=Policy(**policy)))
+    assert one.secagg(plan) == "plan-refused"
+    assert one.idle
+
+
+def test_the_strict_choices_are_the_defaults():
+    policy, plan = Policy(), Plan()
+    assert (policy.approve, policy.protect, policy.lone_change, policy.max_first_range) == ("by-digest", (), "refuse", 1.0)
+    assert plan.protect.lone_change == "refuse"
+    assert (SiteFile().plans, SiteFile().uncovers) == ((), {})
+
+
+def test_a_draw_of_sites_does_not_go_with_refused_lone_changes():
+    table = SECAGG.model_dump() | {"federation": SECAGG.federation.model_dump() | {"fraction_train": 0.5}}
+    with pytest.raises(ValueError, match="fraction_train"):
+        Plan.model_validate(table)
+    Plan.model_validate(table | {"protect": {**table["protect"], "lone_change": "allow"}})
+
+
+def test_an_open_sites_approvals_are_those_in_its_file_now(tmp_path):
+    """Real files: `open_site` reads the site file anew for every task."""
+    make_site_keys("a", tmp_path / "keys")
+    (tmp_path / "keys" / "server.pub").write_text(KEYS["server"].public.line())
+    file = tmp_path / "site.toml"
+    file.write_text(dump_toml(SiteFile(name="a", key="keys/a.key", models={MODEL: "x"})))
+    site = build.open_site(file, report=lambda event, facts: None)
+    assert site.name == load_identity(tmp_path / "keys" / "a.key").name
+    assert site.approvals() == Approvals()
+    file.write_text(
+        dump_toml(SiteFile(name="a", key="keys/a.key", models={MODEL: "x"}, **pinning(SEALED, uncovers={"aa" * 32: ("b",)})))
+    )
+    assert site.approvals() == Approvals((SEALED.digest(),), {"aa" * 32: ("b",)})
+    assert site.protection.secagg.uncovers("aa" * 32) == ("b",)
