@@ -45,9 +45,7 @@ def execute(token: str, *, home: Path, superlink_port: int, app: list[str]) -> s
     Returns:
         The code of the error that ended it, empty if it completed.
     """
-    client = TaskClient(
-        f"{LOOPBACK}:{superlink_port}", token=token, ca=home / "tls" / "ca.crt", patience_s=_PATIENCE_S, max_bytes=0
-    )
+    client = TaskClient(f"{LOOPBACK}:{superlink_port}", token=token, ca=home / "tls" / "ca.crt", patience_s=_PATIENCE_S)
     error = "internal"
     try:
         claim = client.start()

@@ -73,7 +73,7 @@ def up(
         gateway = partial(launch.gateway, body_limit_bytes=body_limit_bytes, timeout_s=timeout_s, connections=connections)
         env = join_flower(flower / "home")
         services = _services(
-            home, port, gateway=gateway(listen, superlink_port=port, tls=tls), public=listen, env=env, executor=executor
+            home, port, gateway=gateway(listen, superlink_port=port, home=home), public=listen, env=env, executor=executor
         )
         supervisor = Supervisor(services, log_directory=flower / "log", report=report)
         supervisor.start()

@@ -34,7 +34,7 @@ from fedlora.errors import (
 from fedlora.messages import Reply, Request, Reveals, Task
 from fedlora.protect import Talk, Tally
 from fedlora.protect.keys import PublicIdentity
-from fedlora.protect.link import Context, ServerLink, hear
+from fedlora.protect.link import Context, ServerLink, hear, reply_bytes
 from fedlora.protect.roster import SignedRoster
 from fedlora.protect.secagg.book import Book, Ended, ServerSession
 from fedlora.protect.secagg.cohort import (
@@ -56,6 +56,9 @@ from fedlora.protect.secagg.terms import Offer, Terms, codec
 __all__ = ["SecAggServer"]
 
 log = logging.getLogger(__name__)
+
+_ADVERT_BYTES = 4096
+_VOTE_BYTES = 33 + SIGNATURE
 
 _FINAL = frozenset({SecretsGone.code, SessionSpent.code, BothSecretsRequested.code})
 """What a site says when it can never answer in this session."""
@@ -154,7 +157,7 @@ class SecAggServer:
         adverts: list[Advert] = []
 
         def take(reply: Reply) -> None:
-            payload = self._answer(task, task.attempt, reply, phase, max_payload=4096)
+            payload = self._answer(task, task.attempt, reply, phase, max_payload=_ADVERT_BYTES)
             reader = Reader(payload, "advertisement")
             advert = Advert.read(reader)
             reader.end()
@@ -169,7 +172,7 @@ class SecAggServer:
         offer = Offer(self._signed.dump(), scales, inner).dump()
         body = self.link.seal(Context.of(task), offer, phase=phase, codec=codec(phase), to=asked)
         del offer, inner
-        replies = yield [Request(site, phase, body) for site in asked]
+        replies = yield [Request(site, phase, body, reply_bytes(_ADVERT_BYTES)) for site in asked]
         del body
         hear(replies, asked, take, errors.setdefault)
         return Cohort.of(adverts, self.terms.rules_for(task.kind))
@@ -183,7 +186,8 @@ class SecAggServer:
             Deal.parse(cohort, number, payload)
             deals[number] = payload
 
-        yield from self._ask_all(task, task.attempt, cohort.names, "share", cohort.dump(), take, errors)
+        most = max(deal_bytes(cohort, cohort.number(name)) for name in cohort.names)
+        yield from self._ask_all(task, task.attempt, cohort.names, "share", cohort.dump(), take, errors, max_payload=most)
         return deals
 
     # --- a session that has begun ---------------------------------------------------------------------------------
@@ -216,9 +220,9 @@ class SecAggServer:
         layout, profile = task.reply_layout, self.terms.profile
         vector, numbers = np.zeros(layout.size, profile.word), np.zeros(self.terms.numbers(layout).size, np.uint64)
         packed, delivered = packed_bytes(layout.size, profile.bits), []
+        limit = 32 + SIGNATURE + numbers.nbytes + packed
 
         def take(reply: Reply) -> None:
-            limit = 32 + SIGNATURE + numbers.nbytes + packed
             reader = Reader(self._answer(task, session.attempt, reply, "mask", max_payload=limit), "masked update")
             reader.session(cohort.t1)
             signature, body = reader.take(SIGNATURE), reader.view(numbers.nbytes + packed)
@@ -237,7 +241,8 @@ class SecAggServer:
         for number in sorted(deals):
             (name,) = session.names([number])
             payload = head + relay(cohort, deals, number)
-            requests.append(Request(name, "mask", self._seal(task, session.attempt, [name], "mask", payload)))
+            body = self._seal(task, session.attempt, [name], "mask", payload)
+            requests.append(Request(name, "mask", body, reply_bytes(limit)))
         replies = yield requests
         del requests, deals
         self._hear(session, replies, session.names(sorted(session.raw_deals)), take, errors)
@@ -289,7 +294,7 @@ class SecAggServer:
         errors: Errors,
     ) -> Talk:
         def take(reply: Reply) -> None:
-            reader = Reader(self._answer(task, session.attempt, reply, "vote", max_payload=33 + SIGNATURE), "vote")
+            reader = Reader(self._answer(task, session.attempt, reply, "vote", max_payload=_VOTE_BYTES), "vote")
             reader.session(session.cohort.t1)
             verdict, signature, number = reader.take(1), reader.take(SIGNATURE), session.cohort.number(reply.site)
             reader.end()
@@ -300,7 +305,9 @@ class SecAggServer:
 
         if waiting:
             names = session.names(waiting)
-            yield from self._ask_all(task, session.attempt, names, "vote", payload, take, errors, session)
+            yield from self._ask_all(
+                task, session.attempt, names, "vote", payload, take, errors, session, max_payload=_VOTE_BYTES
+            )
 
     def _revealed(self, task: Task, session: ServerSession, errors: Errors) -> Talk:
         cohort, deals, counted = session.cohort, session.deals, session.counted
@@ -314,7 +321,8 @@ class SecAggServer:
         waiting = [n for n in sorted(session.votes) if n not in session.revealed]
         if len(session.revealed) < cohort.threshold:
             payload = cohort.t1 + certificate(session.votes)
-            yield from self._ask_all(task, session.attempt, session.names(waiting), "unmask", payload, take, errors, session)
+            names, most = session.names(waiting), reveal_bytes(deals)
+            yield from self._ask_all(task, session.attempt, names, "unmask", payload, take, errors, session, max_payload=most)
         if len(session.revealed) >= cohort.threshold:
             session.stage = "done"
         self.book.save(session)
@@ -381,9 +389,11 @@ class SecAggServer:
         take: Callable[[Reply], None],
         errors: Errors,
         session: ServerSession | None = None,
+        *,
+        max_payload: int,
     ) -> Exchange:
         body = self._seal(task, attempt, names, phase, payload)
-        replies = yield [Request(name, phase, body) for name in names]
+        replies = yield [Request(name, phase, body, reply_bytes(max_payload)) for name in names]
         del body
         self._hear(session, replies, names, take, errors)
 
