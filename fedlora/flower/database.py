@@ -1,7 +1,7 @@
-"""The relay's database keeps what it once needed: rows that nobody asks for any more, and the file as large as it ever was.
+"""The relay's database keeps what it once needed: rows that nobody asks for any more, in a file as large as it ever was.
 
-Flower's relay deletes an object when its receiver confirms it; what was cut off stays, and SQLite gives no page back by itself. No
-run goes on before the SuperLink starts, nor between two runs of the executor, which does one at a time: all objects are left over.
+Flower's relay deletes an object when its receiver confirms it; what was cut off stays, and SQLite gives no page back by itself.
+No run goes on before the SuperLink starts, nor between two runs of the executor, which does one at a time: objects are left over.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _BUSY_S = 5.0
 def shrink(path: Path, *, now: Callable[[], float]) -> int:
     """Empties the store of objects and gives its pages back. For the time between runs; the SuperLink may be running.
 
-    SQLite's own locks and log keep the file whole, also if this is killed or the disk is full. What cannot be done now is left for
-    the next time.
+    SQLite's own locks and log keep the file whole, also if this is killed or the disk is full. What cannot be done now is left
+    for the next time.
 
     Args:
         path: ``state.db``; nothing is done where there is none.

@@ -142,9 +142,9 @@ def serve(upstream: Upstream, tls: Path) -> ThreadingHTTPServer:
     return server
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    home = tmp_path_factory.mktemp("gateway")
+@contextlib.contextmanager
+def opened(home: Path, *, connections: int, limit: int = LIMIT, timeout_s: float = TIMEOUT_S) -> Iterator[Place]:
+    """A gateway whose one site, alpha, may push as much as it likes."""
     root = home / "tls"
     make_tls(root, [])
     for part in ("sites", "flower"):
@@ -155,7 +155,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     server = serve(upstream, root)
     port, parent = free_port(), os.getpid()
     argv = launch.gateway(
-        f"127.0.0.1:{port}", superlink_port=upstream.port, home=home, body_limit_bytes=LIMIT, timeout_s=TIMEOUT_S, connections=8
+        f"127.0.0.1:{port}",
+        superlink_port=upstream.port,
+        home=home,
+        body_limit_bytes=limit,
+        timeout_s=timeout_s,
+        connections=connections,
     )
     with (root / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -172,6 +177,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         process.wait()
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with opened(tmp_path_factory.mktemp("gateway"), connections=8) as found:
+        yield found
 
 
 @pytest.mark.parametrize(
