@@ -80,8 +80,8 @@ def flood(address: tuple[str, int], ca: Path, *, connections: int, one: Callable
     "1000 junk calls a second from 64 connections of a site's own address",
     stops="unsigned calls are answered from their head, the later the more there are; the SuperLink hears of none",
 )
-@pytest.mark.parametrize("one", [send_junk, send_and_leave])
-def test_junk_costs_the_superlink_nothing_and_a_sites_call_no_wait(wide, one):
+@pytest.mark.parametrize(("one", "most"), [(send_junk, 30), (send_and_leave, 150)])  # 20 answers, 100 handshakes a second
+def test_junk_costs_the_superlink_nothing_and_a_sites_call_no_wait(wide, one, most):
     with flood(wide.address, wide.tls / "ca.crt", connections=64, one=one) as counts:
         time.sleep(3)
         before, seen, began, took = sum(counts), len(wide.upstream.seen), time.monotonic(), []
@@ -92,7 +92,7 @@ def test_junk_costs_the_superlink_nothing_and_a_sites_call_no_wait(wide, one):
             time.sleep(0.1)
         rate = (sum(counts) - before) / (time.monotonic() - began)
     assert len(wide.upstream.seen) == seen + 20
-    assert rate < 250
+    assert rate < most
     assert statistics.median(took) < 1.5
 
 
