@@ -191,6 +191,8 @@ class Aggregate(Section):
     """rule; fedavg: weighted mean of the changes of A and of B"""
     weighting: Literal["tokens", "examples", "uniform"] = "tokens"
     """a site's weight: supervised tokens used in the round, examples used, or 1"""
+    max_weight: Annotated[int, Field(ge=0, le=1 << 26)] = 0
+    """most tokens or examples that one site may weigh in a round; 0: all that the steps can use; lower: none decides alone"""
     share: Literal["AB", "A"] = "AB"
     """fedavg: factors that travel; A: each site keeps a B of its own, and there is no global adapter"""
     fedrot: Share = 0.0
@@ -362,6 +364,7 @@ _OWN: Final = (
             "robust": ("statistic", "trim", "byzantine"),
         },
     ),
+    ("aggregate", "weighting", {"tokens": ("max_weight",), "examples": ("max_weight",)}),
     ("aggregate", "rank", {"r_max": ("max_rank",), "energy": ("max_rank", "energy")}),
     ("aggregate", "statistic", {"trimmed": ("trim",), "multi-krum": ("byzantine",)}),
     (
@@ -409,6 +412,11 @@ def _misfits(plan: Plan) -> Iterator[str]:
         yield (
             "protect.mode = 'secagg': set protect.weight_unit (tokens or examples that make a weight of 1), or "
             "aggregate.weighting = 'uniform'; not both"
+        )
+    if f.local_epochs and a.weighting != "uniform" and not a.max_weight:
+        yield (
+            f"aggregate.weighting = {a.weighting!r} with local_epochs needs aggregate.max_weight: how many steps a site takes "
+            "depends on its rows, so that nothing else bounds what it may claim"
         )
     if secagg and f.local_epochs and not p.first_range:
         yield "protect.mode = 'secagg' with local_epochs needs protect.first_range"

@@ -60,6 +60,7 @@ __all__ = [
     "UpdateRejected",
     "VersionUnsupported",
     "VotesMissing",
+    "WeightTooLarge",
     "WireError",
     "WrongBase",
     "WrongContext",
@@ -225,6 +226,18 @@ class NonFiniteUpdate(UpdateRejected):
     """An update holds NaN or infinity."""
 
     code = "non-finite"
+
+
+class WeightTooLarge(UpdateRejected):
+    """A claimed weight is more than the plan allows: it would outweigh the others."""
+
+    code = "weight-too-large"
+
+    def __init__(self, who: str, claim: int, bound: int) -> None:
+        super().__init__(
+            f"{who}: a weight of {claim} is claimed, the plan allows {bound}",
+            hint="aggregate.max_weight in the plan; 0 stands for what its steps and lengths can use",
+        )
 
 
 # --- bytes: the payload (wire) and the envelope around it (protect) ------------------------------------------------

@@ -76,11 +76,18 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Bytes for one site. ``phase`` is the protection's own word for the step of its exchange."""
+    """Bytes for one site.
+
+    Attributes:
+        phase: the protection's own word for the step of its exchange.
+        max_reply_bytes: a longer reply is refused by its length, before it is stored. It stays at the server; whoever asks for an
+            answer with a body says it.
+    """
 
     site: str
     phase: str
     body: bytes
+    max_reply_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from fedlora.plots import (
     finite,
     label,
     lines,
+    majority_line,
     number,
     participation,
     percent,
@@ -337,7 +338,10 @@ def _round_table(run: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> 
         "from sites",
         "missing",
     ]
-    return _table("Losses are means over the sites that reported.", head, rows)
+    said = majority_line(training_rounds(run))
+    return _table(
+        "Losses are means over the sites that reported." + (f" {said[0].upper()}{said[1:]}." if said else ""), head, rows
+    )
 
 
 # --- bytes and time ---------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ __all__ = [
     "finite",
     "label",
     "lines",
+    "majority_line",
     "number",
     "participation",
     "percent",
@@ -158,6 +159,20 @@ def training_rounds(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def round_count(run: Mapping[str, Any]) -> int:
     """Rounds of training; a rule may take two exchanges, hence two records, to one."""
     return sum(r.get("pass", 1) == 1 for r in training_rounds(run))
+
+
+def majority_line(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Whether one site decided more than all others together, and in how many rounds; empty without rounds of training."""
+    known = [r for r in rounds if any("weight" in numbers for numbers in (r.get("sites") or {}).values())]
+    counts: dict[str, int] = {}
+    for site in (s for r in known for s in r.get("majority") or {}):
+        counts[site] = counts.get(site, 0) + 1
+    if any(r.get("together") for r in rounds):
+        return "weights of single sites: not known under secure aggregation, so nobody can say whether one had more than half"
+    if not known:
+        return ""
+    said = ", ".join(f"{plain(s)} in {n} of {len(known)} rounds" for s, n in sorted(counts.items()))
+    return f"more than half of a round's weight: {said or 'no site'}"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------

@@ -19,12 +19,14 @@ from fedlora.plots import (
     HONEST,
     finite,
     label,
+    majority_line,
     number,
     percent,
     plain,
     reference_points,
     round_count,
     size,
+    training_rounds,
     with_interval,
     with_sd,
 )
@@ -331,6 +333,8 @@ def _fact_lines(run: Results) -> list[str]:
         total, base = sent["up"] + sent["down"], sent.get("base") or 0
         share = f"; together {total / base:.3g} x the base ({size(base)})" if base else ""
         lines.append(f"bytes: {size(sent['up'])} from the sites, {size(sent['down'])} to them{share}")
+    if said := majority_line(training_rounds(run)):
+        lines.append(said)
     data = run.get("dataset") or {}
     if reference := reference_points(data):
         lines.append("reference points, exact match: " + ", ".join(f"{name} {percent(v)}" for name, v in reference))

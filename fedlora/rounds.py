@@ -14,9 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.adapter import Update
-from fedlora.aggregate import PUBLIC, Accumulator, Aggregator, ServerOptimiser, State, add, optimiser_of
+from fedlora.aggregate import PUBLIC, Accumulator, Aggregator, ServerOptimiser, State, add, largest_weight, optimiser_of
 from fedlora.config import Plan
-from fedlora.errors import ComplaintUnanswered, ConfigError, DealerLied, FedLoRAError, QuorumNotReached, RemoteError, RunFailed
+from fedlora.errors import (
+    ComplaintUnanswered,
+    ConfigError,
+    DealerLied,
+    FedLoRAError,
+    QuorumNotReached,
+    RemoteError,
+    RunFailed,
+    WeightTooLarge,
+)
 from fedlora.messages import Kind, Reply, Request, Task
 from fedlora.protect import WORK_PHASES, Protection
 from fedlora.store import Checkpoint, RunStore
@@ -73,6 +82,8 @@ def run(
         at = _next(aggregator, optimiser_of(plan), at, tally, record, scale=plan.lora.scale)
         store.save(at)
         report("round" if tally.voided is None else "round-void", record)
+        for site, share in tally.majority().items():
+            report("majority", {"site": site, "percent": 100 * share})
         if void >= plan.federation.round_attempts and tally.voided is not None:
             hint = "look at the sites, then resume the run"
             raise QuorumNotReached(f"{void} rounds on end were void: {tally.voided}", hint=hint)
@@ -152,6 +163,7 @@ def _attempts(
         at_hand = _await_sites(transport, need, missing, time.monotonic() + plan.federation.round_deadline, report)
         sites = _drawn(at_hand, plan, task, passes) if task.kind == "train" else at_hand
         tally = _Round(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
+        tally.max_weight = largest_weight(plan) if task.kind == "train" else 0
         report("ask", {"round": task.round, "attempt": attempt, "kind": task.kind, "sites": sites})
         began = time.monotonic()
         deadline = began + plan.federation.round_deadline  # waiting for the sites to come does not count
@@ -164,6 +176,7 @@ def _attempts(
             "rejected": tally.missing(sites, at_hand, enrolled),
             **({"together": tally.together} if tally.together else {}),
             **({"void": tally.voided.code} if tally.voided is not None else {}),
+            **({"majority": majority} if (majority := tally.majority()) else {}),
             "partial": len(tally.accepted) < len({*sites, *enrolled} - ({*at_hand} - {*sites})),
             "bytes/down": meter.down,
             "bytes/up": meter.up,
@@ -226,6 +239,7 @@ class _Round:
     """Tally of one attempt: adds up what is accepted, keeps the names.
 
     Attributes:
+        max_weight: largest weight of one site; 0 in an evaluation.
         together: numbers of all sites together, where single ones are not known.
         voided: why no attempt of this round can succeed any more.
     """
@@ -233,6 +247,7 @@ class _Round:
     sums: Accumulator | None
     report: Report
     share: frozenset[str]
+    max_weight: int = 0
     accepted: dict[str, dict[str, float]] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     together: dict[str, float] = field(default_factory=dict)
@@ -244,13 +259,22 @@ class _Round:
         return int(self.together.get("weight", self.sums.weight if self.sums else 0))
 
     def accept(self, site: str, update: Update) -> None:
+        if update.weight > self.max_weight:
+            raise WeightTooLarge(site, update.weight, self.max_weight)
         if self.sums is not None:
             self.sums.add(site, update)
         listed = {k: v for k, v in update.metrics.items() if k in self.share}  # a site may send more than it was asked for
         self.accepted[site] = {"weight": update.weight, **listed}
         self.report("update", {"site": site, **self.accepted[site]})
 
+    def majority(self) -> dict[str, float]:
+        """The site that has more than half of the weight, and its share; empty if none has or single weights are not known."""
+        whole = sum(numbers.get("weight", 0) for numbers in self.accepted.values())
+        return {s: m["weight"] / whole for s, m in self.accepted.items() if 2 * m.get("weight", 0) > whole}
+
     def accept_sum(self, sites: Sequence[str], update: Update, *, squares: NDArray[np.float64], counted: int) -> None:
+        if counted > len(sites) * self.max_weight:
+            raise WeightTooLarge(f"{len(sites)} sites together", counted, len(sites) * self.max_weight)
         if self.sums is not None:
             self.sums.add("*", update, squares=squares)
         listed = {k: v for k, v in update.metrics.items() if k in self.share or k.startswith("secagg/")}

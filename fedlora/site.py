@@ -12,10 +12,19 @@ import numpy as np
 from fedlora import wire
 from fedlora.adapter import Adapter, Factors, Layout, Update
 from fedlora.admission import Approvals, Begun, Runs, admit
-from fedlora.aggregate import Aggregator, rule_of
+from fedlora.aggregate import Aggregator, largest_weight, rule_of
 from fedlora.aggregate.product import MAX_RANK
 from fedlora.config import Plan, Policy, parse_plan
-from fedlora.errors import FedLoRAError, PassMissed, PlanRefused, ResourceError, WrongBase, WrongLayout, WrongRound
+from fedlora.errors import (
+    FedLoRAError,
+    PassMissed,
+    PlanRefused,
+    ResourceError,
+    WeightTooLarge,
+    WrongBase,
+    WrongLayout,
+    WrongRound,
+)
 from fedlora.first import first_adapter
 from fedlora.messages import EVALUATION, Reply, Request, Task
 from fedlora.protect import SiteProtection
@@ -138,6 +147,7 @@ class Site:
             PlanNotApproved, RunNotApproved, WrongPlan: no person here has agreed to this run. Nothing has been loaded.
             PlanRefused, WrongBase, WrongLayout: this site does not take part in that.
             NonFiniteUpdate: training diverged.
+            WeightTooLarge: this site used more than the plan lets one site weigh; the server would refuse it.
         """
         self._admit(task)
         plan, rule, learner, adapter = self._prepare(task)
@@ -198,6 +208,8 @@ class Site:
         self.report("trained", {"round": task.round, **metrics})
         delta = rule.encode(adapter, trained.adapter, exchange=task.round, public=task.public)
         weight = {"tokens": trained.tokens, "examples": trained.examples, "uniform": 1}[plan.aggregate.weighting]
+        if weight > (most := largest_weight(plan)):
+            raise WeightTooLarge(self.name, weight, most)
         return Update(delta, weight, self._shared(plan, metrics)), trained.state, trained.adapter
 
     def _again(

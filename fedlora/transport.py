@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from fedlora.config import Plan
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, Oversized
 from fedlora.messages import Reply, Request
 from fedlora.protect import WORK_PHASES, Talk
 
@@ -19,7 +19,10 @@ STEPS: Final = ("train", "share", "mask", "vote", "unmask")
 
 
 class Transport(Protocol):
-    """Law: ``exchange`` yields at most one reply for each request, as it comes, and ends once all came or the deadline passed."""
+    """Law: ``exchange`` yields at most one reply for each request, as it comes, and ends once all came or the deadline passed.
+
+    A reply of more than the request's ``max_reply_bytes`` comes as the error ``oversized``.
+    """
 
     def sites(self) -> Sequence[str]:
         """Names of the sites that can be asked now, sorted."""
@@ -42,7 +45,8 @@ class LocalTransport:
     def exchange(self, requests: Sequence[Request], *, deadline_s: float) -> Iterator[Reply]:
         """Ignores the deadline: a site in this process cannot be late, only slow."""
         for request in requests:
-            yield self._sites[request.site](request)
+            reply = self._sites[request.site](request)
+            yield reply if len(reply.body) <= request.max_reply_bytes else Reply(request.site, error=Oversized.code)
 
 
 @dataclass(slots=True)

@@ -79,7 +79,7 @@ def test_a_plan_that_secure_aggregation_cannot_keep_is_refused(tmp_path, sites, 
         (3, "uniform", "", ""),
         (6, "uniform", "max_colluding = 2", ""),
         (3, "tokens", "weight_unit = 500", ""),
-        (3, "examples", "weight_unit = 1\nfirst_range = 0.5", "local_steps = 0\nlocal_epochs = 1"),
+        (3, 'examples"\nmax_weight = 9 #', "weight_unit = 1\nfirst_range = 0.5", "local_steps = 0\nlocal_epochs = 1"),
     ],
 )
 def test_a_plan_for_secure_aggregation(tmp_path, sites, weighting, protect, more):

@@ -7,7 +7,7 @@ from fedlora.aggregate.means import FFA, FedAvg, FedSVD, RoLoRA, add
 from fedlora.aggregate.product import Product, SketchedProduct
 from fedlora.aggregate.protocol import PUBLIC, Aggregated, Aggregator, State
 from fedlora.aggregate.robust import Robust
-from fedlora.aggregate.rules import AGGREGATORS, optimiser_of, rule_of
+from fedlora.aggregate.rules import AGGREGATORS, largest_weight, optimiser_of, rule_of
 from fedlora.aggregate.server_optimiser import ServerOptimiser
 from fedlora.aggregate.sums import Accumulator, Each, Sums
 
@@ -30,6 +30,7 @@ __all__ = [
     "State",
     "Sums",
     "add",
+    "largest_weight",
     "optimiser_of",
     "rule_of",
 ]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedlora.adapter import F32, Adapter, Layout, Update
 from fedlora.aggregate.factored import product_norm
-from fedlora.errors import UpdateRejected
+from fedlora.errors import UpdateRejected, WeightTooLarge
 
 __all__ = ["MAX_COHORT", "MAX_DELTA", "MAX_WEIGHT", "Accumulator", "Each", "Sums", "check", "gap", "squares_of"]
 
@@ -53,20 +53,23 @@ class Accumulator(Protocol):
 
         Raises:
             WrongLayout, NonFiniteUpdate: see :meth:`Update.check`.
-            UpdateRejected: weight or a value out of range, or the site has been added already.
+            WeightTooLarge: more than one site may weigh.
+            UpdateRejected: no weight, a value out of range, or the site has been added already.
         """
         ...
 
 
-def check(update: Update, layout: Layout, *, max_weight: int) -> None:
+def check(site: str, update: Update, *, layout: Layout, max_weight: int) -> None:
     """Refuses an update that no rule may see.
 
     Raises:
-        WrongLayout, NonFiniteUpdate, UpdateRejected: see :meth:`Accumulator.add`.
+        WrongLayout, NonFiniteUpdate, WeightTooLarge, UpdateRejected: see :meth:`Accumulator.add`.
     """
     update.check(layout.size)
-    if not 1 <= update.weight <= max_weight:  # zero would count as a site for the quorum and bring nothing
-        raise UpdateRejected(f"weight {update.weight} is not within 1 .. {max_weight}")
+    if update.weight < 1:  # zero would count as a site for the quorum and bring nothing
+        raise UpdateRejected(f"weight {update.weight} is below 1")
+    if update.weight > max_weight:
+        raise WeightTooLarge(site, update.weight, max_weight)
     if max(-float(update.delta.min()), float(update.delta.max())) > MAX_DELTA:
         raise UpdateRejected(f"a value changed by more than {MAX_DELTA:g}", hint="training diverged at that site")
 
@@ -114,7 +117,7 @@ class Sums:
         """As :meth:`Accumulator.add`."""
         if site in self.weights or len(self.weights) >= self.cohort:
             raise UpdateRejected(f"{site} is in the sum already, or more than {self.cohort} updates came")
-        check(update, self.layout, max_weight=self.max_weight)
+        check(site, update, layout=self.layout, max_weight=self.max_weight)
         # A float32 times an integer below 2^27 is exact in float64, and so is the power of two: one rounding in all.
         factor = math.ldexp(float(update.weight), self.exponent)
         buffer = np.empty(_CHUNK, np.float64)
@@ -159,7 +162,7 @@ class Each:
         """As :meth:`Accumulator.add`; the mean of several sites is refused."""
         if site in self.weights or site == "*" or len(self.weights) >= self.cohort:
             raise UpdateRejected(f"{site} is here already, is the mean of several, or more than {self.cohort} updates came")
-        check(update, self.layout, max_weight=self.max_weight)
+        check(site, update, layout=self.layout, max_weight=self.max_weight)
         self.weights[site], self.deltas[site] = update.weight, update.delta
 
     def sites(self) -> list[str]:

@@ -342,6 +342,7 @@ def server_start(
     Example: fedlora server start study study/plan/plan.toml
     """
     from fedlora.flower.server import start
+    from fedlora.plots import majority_line
     from fedlora.store import RunStore
 
     with Screen(quiet=quiet) as screen:
@@ -351,7 +352,8 @@ def server_start(
     said = f"{len(partial)} of {len(rounds)} rounds without some site" if partial else f"{len(rounds)} rounds, every site in each"
     emit(
         {"run": str(directory), "rounds": len(rounds), "partial_rounds": partial},
-        f"done: {directory} ({said})\nnext, where fedlora[train] is installed: fedlora export {directory} adapter/",
+        f"done: {directory} ({said})\n{majority_line(rounds)}\n"
+        f"next, where fedlora[train] is installed: fedlora export {directory} adapter/",
         as_json=json,
     )
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +43,18 @@ BROKEN, TOO_LARGE = 1000, 1001
 """Error codes of ours beside Flower's 0 to 8: a message that does not unfold, or unfolds to too much."""
 
 _RETRIED = (502, 503, 504)
-_MAX_OBJECTS = 4096
-_OVERHEAD_BYTES = 1 << 20
+_CHUNK_BYTES = 5 << 20  # Flower cuts an array into chunks of this size
+_OTHER_OBJECTS = 8  # message, records, names, array: five, and what Flower may add
+_OVERHEAD_BYTES = 1 << 16  # of all of these
 _STRAGGLING_PART_S = 10.0
 
 
 class Channel(Protocol):
-    """The part of Flower's Grid that a server's transport needs. Flower's own Grid has it; :class:`TaskClient` has it too."""
+    """What a server's transport needs: Flower's Grid, but for how much it takes of a message. :class:`TaskClient` has it."""
 
     def get_node_ids(self) -> Iterable[int]: ...
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]: ...
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]: ...
+    def pull_messages(self, message_ids: Iterable[str], *, max_bytes: int) -> Iterable[Message]: ...
 
 
 def _patient(patience_s: float) -> RetryInvoker:
@@ -143,9 +145,8 @@ class TaskClient:
     Every method raises ConnectionFailed if Flower does not answer within ``patience_s`` or knows the token no more.
     """
 
-    def __init__(self, address: str, *, token: str, ca: Path | None, patience_s: float, max_bytes: int) -> None:
+    def __init__(self, address: str, *, token: str, ca: Path | None, patience_s: float) -> None:
         self._client = _runtime(address, ca, patience_s, RuntimeTokenHttpInterceptor(token))
-        self.max_bytes = max_bytes
         self._run_id = 0
         self._node = node_pb2.Node(node_id=0)
         self._arriving: dict[str, tuple[Any, Any]] = {}
@@ -214,11 +215,12 @@ class TaskClient:
                 raise ConnectionFailed(f"a message could not be delivered: {type(e).__name__}") from None
         return str(answer.message_ids[0]) if answer.message_ids else str(message.metadata.message_id)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+    def pull_messages(self, message_ids: Iterable[str], *, max_bytes: int) -> list[Message]:
         """Takes what has arrived whole: replies to these ids, or for no ids the instruction of a site's task. At most once each.
 
-        Does not wait for a reply that is still being uploaded: one slow site would hold up all others. A message that
-        would unfold to more than ``max_bytes``, or not at all, comes as one with the error TOO_LARGE or BROKEN.
+        Does not wait for a reply that is still being uploaded: one slow site would hold up all others. A message whose parts
+        are more than ``max_bytes`` need comes at once with the error TOO_LARGE, none of it pulled; so does one that states
+        a longer array, before the array is pulled. One that does not unfold has the error BROKEN.
         """
         asked = list(message_ids)
         for message_id in [i for i in asked or [""] if i not in self._arriving]:
@@ -228,8 +230,11 @@ class TaskClient:
                 self._arriving[message_id] = (message_from_proto(head).metadata, tree)
         arrived = []
         for message_id in asked or [""]:
-            if message_id in self._arriving and self._is_whole(self._arriving[message_id][1]):
-                arrived.append(self._unfold(*self._arriving.pop(message_id)))
+            if message_id not in self._arriving:
+                continue
+            tree = self._arriving[message_id][1]
+            if _parts(tree) > _OTHER_OBJECTS + max(-(-max_bytes // _CHUNK_BYTES), 1) or self._is_whole(tree):
+                arrived.append(self._unfold(*self._arriving.pop(message_id), max_bytes=max_bytes))
         return arrived
 
     def _is_whole(self, tree: Any) -> bool:
@@ -238,10 +243,10 @@ class TaskClient:
         answer = _call(self._client.PullObject, request)
         return bool(answer.object_available) or not answer.object_found
 
-    def _unfold(self, head: Any, tree: Any) -> Message:
+    def _unfold(self, head: Any, tree: Any, *, max_bytes: int) -> Message:
         try:
-            parts = self._pull_objects(tree)
-            _check_unfolded(parts, self.max_bytes)
+            parts = self._pull_objects(tree, max_bytes)
+            _check_unfolded(parts, max_bytes)
             message = inflatable_utils.inflate_object_from_contents(tree.object_id, parts)
             if not isinstance(message, Message):
                 raise WireError("not a message")
@@ -256,24 +261,46 @@ class TaskClient:
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
-    def _pull_objects(self, tree: Any) -> dict[str, bytes]:
-        ids = list(dict.fromkeys(node.object_id for node in inflatable_object.iterate_object_tree(tree)))
-        if len(ids) > _MAX_OBJECTS:
-            raise Oversized(f"a message of {len(ids)} parts")
+    def _pull_objects(self, tree: Any, max_bytes: int) -> dict[str, bytes]:
+        if (count := _parts(tree)) > _OTHER_OBJECTS + max(-(-max_bytes // _CHUNK_BYTES), 1):
+            raise Oversized(f"a message of {count} parts, for at most {max_bytes} bytes")
+        nodes = list(inflatable_object.iterate_object_tree(tree))
+        inner = dict.fromkeys(node.object_id for node in nodes if node.children)
+        leaves = dict.fromkeys(node.object_id for node in nodes if node.object_id not in inner)
         pull = make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id=self._run_id)
         sizes: list[int] = []
 
         def bounded(object_id: str) -> bytes:
             part: bytes = pull(object_id)
             sizes.append(len(part))
-            if sum(sizes) > self.max_bytes + _OVERHEAD_BYTES:
-                raise Oversized(f"a message of more than {self.max_bytes} bytes")
+            if sum(sizes) > max_bytes + _OVERHEAD_BYTES:
+                raise Oversized(f"a message of more than {max_bytes} bytes")
             return part
 
         try:
-            return dict(inflatable_utils.pull_objects(ids, bounded, max_time=_STRAGGLING_PART_S))
+            parts = dict(inflatable_utils.pull_objects(list(inner), bounded, max_time=_STRAGGLING_PART_S))
+            _check_stated(parts, max_bytes)
+            parts.update(inflatable_utils.pull_objects(list(leaves), bounded, max_time=_STRAGGLING_PART_S))
+            return parts
         except (httpx.HTTPError, inflatable_utils.ObjectPullError) as e:
             raise WireError(f"a message is incomplete: {type(e).__name__}") from None
+
+
+def _parts(tree: Any) -> int:
+    """Number of objects of a message, equal ones counted once."""
+    return len({node.object_id for node in inflatable_object.iterate_object_tree(tree)})
+
+
+def _check_stated(parts: Mapping[str, bytes], max_bytes: int) -> None:
+    """Adds up the lengths that arrays state, before their chunks are pulled.
+
+    Raises:
+        Oversized: more than ``max_bytes`` together.
+    """
+    heads = (p for p in parts.values() if inflatable_object.get_object_head_values_from_object_content(p)[0] == "Array")
+    total = sum(math.prod(json.loads(p[p.index(b"\x00") + 1 :])["shape"]) for p in heads)
+    if total > max_bytes:
+        raise Oversized(f"a message that states {total} bytes, at most {max_bytes} are due")
 
 
 def _check_unfolded(parts: Mapping[str, bytes], max_bytes: int) -> None:

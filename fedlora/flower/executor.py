@@ -20,6 +20,7 @@ from pathlib import Path
 from fedlora.errors import ConnectionFailed
 from fedlora.flower._internals import Claim, Claimer, TaskClient
 from fedlora.flower.bundle import BUNDLE_SHA256
+from fedlora.flower.database import shrink
 from fedlora.flower.jobs import load_outcome
 from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.server_app import Handover
@@ -45,9 +46,7 @@ def execute(token: str, *, home: Path, superlink_port: int, app: list[str]) -> s
     Returns:
         The code of the error that ended it, empty if it completed.
     """
-    client = TaskClient(
-        f"{LOOPBACK}:{superlink_port}", token=token, ca=home / "tls" / "ca.crt", patience_s=_PATIENCE_S, max_bytes=0
-    )
+    client = TaskClient(f"{LOOPBACK}:{superlink_port}", token=token, ca=home / "tls" / "ca.crt", patience_s=_PATIENCE_S)
     error = "internal"
     try:
         claim = client.start()
@@ -119,6 +118,7 @@ def main(argv: list[str] | None = None, *, app: list[str] | None = None) -> None
             if token:
                 error = execute(token, home=args.home, superlink_port=args.superlink_port, app=app or _APP)
                 log.info("run ended: %s", error or "completed")
+                shrink(args.home / "flower" / "state.db", now=time.time)
         except ConnectionFailed as e:
             log.warning("%s", e)
             time.sleep(1.0)

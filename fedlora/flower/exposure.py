@@ -76,10 +76,10 @@ def healthy(address: tuple[str, int], *, ca: Path) -> bool:
 
 
 def check_public(listen: str, *, ca: Path) -> None:
-    """Probes every path of :data:`FORBIDDEN` through the public port, and that a SuperNode's call gets through.
+    """Probes every path of :data:`FORBIDDEN` through the public port, an unsigned call, and that the SuperLink is behind it.
 
     Raises:
-        ServerExposed: one answers something else than 404.
+        ServerExposed: a path answers something else than 404, or the call something else than 401.
         ConnectionFailed: the port does not answer, or passes nothing on.
     """
     address = dialled(listen)
@@ -91,7 +91,13 @@ def check_public(listen: str, *, ca: Path) -> None:
                     f"{path} answers {status} on the public port {listen}",
                     hint="nothing but the gateway may listen there; look for another process or proxy",
                 )
-        if public_status("POST", "/v1/fleet/pull-messages", address=address, ca=ca) in (404, 413, 502, 503, 504):
+        status = public_status("POST", "/v1/fleet/pull-messages", address=address, ca=ca)
+        if status != 401:
+            raise ServerExposed(
+                f"a call that nobody has signed is answered {status} on the public port {listen}",
+                hint="nothing but the gateway may listen there; look for another process or proxy",
+            )
+        if not healthy(address, ca=ca):
             raise ConnectionFailed(f"the gateway on {listen} does not reach the SuperLink", hint="see flower/log/gateway.log")
     except (OSError, http.client.HTTPException) as e:
         raise ConnectionFailed(f"the public port {listen} does not answer: {type(e).__name__}") from None

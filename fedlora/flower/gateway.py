@@ -2,6 +2,10 @@
 
 The SuperLink's one port also carries the Control API, which asks nobody for a password, and the Runtime API. Here a
 request gets through only if its raw path is, byte for byte, one of a SuperNode's calls; there is nothing to normalise.
+
+And only if its head is signed by an enrolled site for this very call (:mod:`fedlora.flower.calls`): whoever else calls is
+answered from the head alone, the later the more often it calls, and costs the SuperLink nothing. A site's bodies are counted by
+their stated length against what its reply may have (:mod:`fedlora.flower.allowance`), and have to keep coming.
 """
 
 from __future__ import annotations
@@ -11,18 +15,23 @@ import asyncio
 import logging
 import ssl
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import h11
 import httpx
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fedlora.flower.allowance import Quota
+from fedlora.flower.calls import CALL, Caller, Callers, Refused
+from fedlora.flower.connections import Client, Guests, Server, protocol
 from fedlora.flower.launch import LOOPBACK, split_address
+from fedlora.flower.limits import Buckets
 
-__all__ = ["FLEET_CALLS", "Gateway", "end_to_end", "main", "upstream_client"]
+__all__ = ["FLEET_CALLS", "NOT_ENROLLED", "Gateway", "end_to_end", "main", "upstream_client"]
 
 log = logging.getLogger("fedlora.gateway")
 
@@ -47,9 +56,21 @@ _ROUTES = frozenset({("GET", b"/health"), *(("POST", path.encode()) for path in 
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade".split()
 )
-_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"forwarded", b"date", b"server"}
+_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"forwarded", b"date", b"server", CALL.encode()}
 
-_HEAD_S = 20.0  # from a connection's opening, or a call's first byte, to the end of its head
+_PUSHES = frozenset({"/v1/fleet/push-object", "/v1/fleet/push-messages"})  # what the relay stores
+_SMALL_BYTES = 1 << 19  # bodies of all calls but push-object
+_WHOLE_BYTES = 1 << 16  # up to this a body is read and compared before the SuperLink hears of it
+
+_PATIENCE_S = 10.0  # a body may pause so long at its beginning,
+_SLOWEST = 4096  # and then has to bring so many bytes a second
+
+_STRANGER_RATE, _STRANGER_BURST, _LONGEST_S = 20.0, 60.0, 15.0  # answers a second to an address's unsigned calls; longest wait
+_SITE_RATE, _SITE_BURST, _SITE_WAIT_S = 50.0, 500.0, 10.0  # a site makes four calls a second, and one for each chunk
+_SITE_CALLS = 32  # of one site at a time
+
+NOT_ENROLLED = b'{"code": 2004, "public_message": "Failed to activate SuperNode.", "public_details": null}'
+"""Flower's own answer to a key that it does not know."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -57,8 +78,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 
-class _TooLarge(Exception):
-    pass
+class _Stop(Exception):
+    """The call ends with this status."""
+
+    def __init__(self, status: int, why: str = "") -> None:
+        super().__init__(why)
+        self.status = status
 
 
 class _Gone(Exception):
@@ -70,14 +95,32 @@ class Gateway:
 
     Args:
         upstream: client whose base URL is the SuperLink.
-        body_limit_bytes: a request with more gets 413 before any more of it is read.
-        timeout_s: for one whole call, seconds; then 504.
+        callers: knows the sites.
+        quota: what each may push.
+        guests: told which connections are a site's.
+        body_limit_bytes: a request with more gets 413 before any of it is read.
+        timeout_s: from the end of a call's body to that of its answer, seconds; then 504.
     """
 
-    def __init__(self, upstream: httpx.AsyncClient, *, body_limit_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        upstream: httpx.AsyncClient,
+        *,
+        callers: Callers,
+        quota: Quota,
+        guests: Guests,
+        body_limit_bytes: int,
+        timeout_s: float,
+    ) -> None:
         self._upstream = upstream
+        self._callers = callers
+        self._quota = quota
+        self._guests = guests
         self._body_limit_bytes = body_limit_bytes
         self._timeout_s = timeout_s
+        self._strangers = Buckets(_STRANGER_RATE, _STRANGER_BURST, _LONGEST_S, time.monotonic)
+        self._sites = Buckets(_SITE_RATE, _SITE_BURST, 2 * _SITE_WAIT_S, time.monotonic)
+        self._calls: dict[str, int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -89,114 +132,179 @@ class Gateway:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw: bytes = scope.get("raw_path") or b""
-        if (scope["method"], raw) not in _ROUTES or scope.get("query_string"):
-            log.warning("refused %s %r from %s", scope["method"][:16], raw[:120], (scope.get("client") or ("?",))[0])
-            await _answer(send, 404)
-            return
+        client: Client = scope.get("client") or ("?", 0)
         headers: list[Header] = list(scope["headers"])
-        stated = dict(headers).get(b"content-length", b"0")
-        if not stated.isdigit() or int(stated) > self._body_limit_bytes:
-            log.warning("refused a body of %s bytes for %s", stated[:20].decode("latin-1"), raw.decode())
-            await _answer(send, 413)
+        if (scope["method"], raw) not in _ROUTES or scope.get("query_string"):
+            await self._refuse(client, send, 404, f"{scope['method'][:16]} {raw[:120]!r}")
             return
-        started = [False]
+        if scope["method"] == "GET":
+            await self._hold(client)
+            await self._pass(_Call("GET", raw.decode(), headers, 0, None), receive, send)
+            return
+        try:
+            caller = self._callers.check("POST", raw.decode(), headers)
+        except Refused as e:
+            await self._refuse(client, send, e.status, f"{raw.decode()}: {e}")
+            return
+        self._guests.known(client, caller.site)
+        try:
+            call = _Call("POST", raw.decode(), headers, self._stated(raw.decode(), headers), caller)
+            await self._admit(caller.site)
+        except _Stop as e:
+            log.warning("refused %s of %s: %s", raw.decode(), caller.site, e)
+            await _answer(send, e.status)
+            return
+        try:
+            await self._count(call, receive, send)
+        finally:
+            self._leave(caller.site)
+
+    def _stated(self, path: str, headers: Iterable[Header]) -> int:
+        """A body's length, as stated; none without."""
+        stated = dict(headers).get(b"content-length", b"")
+        if not stated.isdigit() or len(stated) > 12:
+            raise _Stop(411, "a body without a length")
+        limit = self._body_limit_bytes if path == "/v1/fleet/push-object" else min(_SMALL_BYTES, self._body_limit_bytes)
+        if int(stated) > limit:
+            raise _Stop(413, f"a body of {int(stated)} bytes, at most {limit} are taken")
+        return int(stated)
+
+    async def _admit(self, site: str) -> None:
+        """Keeps a site to its rate and to so many calls at a time."""
+        if self._calls.get(site, 0) >= _SITE_CALLS:
+            raise _Stop(503, f"{_SITE_CALLS} calls at a time")
+        self._calls[site] = self._calls.get(site, 0) + 1
+        wait_s = self._sites.of(site).wait_s()
+        if wait_s > _SITE_WAIT_S:
+            self._sites.of(site).put_back()
+            self._leave(site)
+            raise _Stop(503, f"more than {_SITE_RATE:g} calls a second")
+        try:
+            await asyncio.sleep(wait_s)
+        except asyncio.CancelledError:
+            self._leave(site)
+            raise
+
+    def _leave(self, site: str) -> None:
+        self._calls[site] -= 1
+        if not self._calls[site]:
+            del self._calls[site]
+
+    async def _count(self, call: _Call, receive: Receive, send: Send) -> None:
+        """Passes a site's call on, if the relay may store its body."""
+        if call.caller is None or call.path not in _PUSHES:
+            await self._pass(call, receive, send)
+            return
+        site = call.caller.site
+        if not self._quota.take(site, call.size):
+            await _answer(send, 413)
+        elif not 200 <= await self._pass(call, receive, send) < 300:
+            self._quota.give_back(site, call.size)
+
+    async def _refuse(self, client: Client, send: Send, status: int, why: str) -> None:
+        log.warning("refused %s from %s", why, client[0])
+        await self._hold(client)
+        await _answer(send, status, NOT_ENROLLED if status == 412 else b"")
+
+    async def _hold(self, client: Client) -> None:
+        """The more often an address calls unsigned, the later it is answered: its connections wait instead of asking again."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._strangers.of(client[0]).wait_s()
+        while (left_s := until - clock()) > 0 and self._guests.here(client):
+            await asyncio.sleep(min(left_s, 1.0))
+
+    async def _pass(self, call: _Call, receive: Receive, send: Send) -> int:
+        """Passes a call on; returns the answer's status, 0 for a client that has gone."""
+        started = [0]
 
         async def send_noting(message: MutableMapping[str, Any]) -> None:
-            started[0] = True
+            started[0] = started[0] or message["status"]
             await send(message)
 
         status = 0
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._forward(scope["method"], raw.decode(), headers, receive, send_noting)
-        except _TooLarge:
-            log.warning("refused a body of more than %d bytes for %s", self._body_limit_bytes, raw.decode())
-            status = 413
+            await self._forward(call, receive, send_noting)
+            return started[0]
+        except _Stop as e:
+            log.warning("refused %s of %s: %s", call.path, call.caller.site if call.caller else "?", e)
+            status = e.status
         except TimeoutError:
             status = 504
         except httpx.HTTPError as e:
             log.warning("SuperLink: %s", type(e).__name__)
             status = 503  # a SuperNode tries again
         except _Gone:
-            return
+            return 0
         # Once the answer's head is out, only cutting the connection can say that it is incomplete.
-        if status and not started[0]:
-            await _answer(send, status)
-        elif status:
+        if started[0]:
             raise ConnectionAbortedError
+        await _answer(send, status)
+        return status
 
-    async def _forward(self, method: str, path: str, headers: Iterable[Header], receive: Receive, send: Send) -> None:
-        content = self._body(receive) if method == "POST" else None
-        async with self._upstream.stream(method, path, headers=end_to_end(headers), content=content) as answer:
-            head = end_to_end(answer.headers.raw)
-            if "content-length" in answer.headers:
-                head.append((b"content-length", answer.headers["content-length"].encode()))
-            await send({"type": "http.response.start", "status": answer.status_code, "headers": head})
-            async for chunk in answer.aiter_raw():
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-    async def _body(self, receive: Receive) -> AsyncIterator[bytes]:
-        size = 0
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _Gone
-            chunk: bytes = message.get("body", b"")
-            size += len(chunk)
-            if size > self._body_limit_bytes:
-                raise _TooLarge
-            more = message.get("more_body", False)
-            if chunk:
-                yield chunk
+    async def _forward(self, call: _Call, receive: Receive, send: Send) -> None:
+        headers = end_to_end(call.headers)
+        content: bytes | AsyncIterator[bytes] | None = None
+        async with asyncio.timeout(None) as limit:
+            if call.caller is not None:
+                body = _verified(receive, call.caller.body)
+                content = (
+                    b"".join([part async for part in body]) if call.size <= _WHOLE_BYTES else _timed(body, limit, self._timeout_s)
+                )
+                headers.append((b"content-length", str(call.size).encode()))
+            limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+            async with self._upstream.stream(call.method, call.path, headers=headers, content=content) as answer:
+                head = end_to_end(answer.headers.raw)
+                if "content-length" in answer.headers:
+                    head.append((b"content-length", answer.headers["content-length"].encode()))
+                await send({"type": "http.response.start", "status": answer.status_code, "headers": head})
+                async for chunk in answer.aiter_raw():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
 
 
-class _Impatient(H11Protocol):
-    """Cuts whoever opens a connection, or begins a call, and then says nothing: each would keep a place from a site.
+@dataclass(frozen=True, slots=True)
+class _Call:
+    method: str
+    path: str
+    headers: list[Header]
+    size: int
+    caller: Caller | None
 
-    And no address gets more than half of all places. An attacker with many addresses needs a firewall, not us.
+
+async def _verified(receive: Receive, digest: str) -> AsyncIterator[bytes]:
+    """A body as it comes, but for its last piece, which is passed on only if the whole is what was signed.
+
+    So the SuperLink never has a body whole that is not. Only the time that the client takes is counted.
     """
+    seen, held, waited = sha256(), b"", 0.0
+    got, more, clock = 0, True, asyncio.get_running_loop().time
+    while more:
+        left_s, began = _PATIENCE_S + got / _SLOWEST - waited, clock()
+        try:
+            async with asyncio.timeout(left_s):
+                message = await receive()
+        except TimeoutError:
+            raise _Stop(408, f"a body that stopped after {got} bytes") from None
+        waited += clock() - began
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        got += len(chunk)
+        seen.update(chunk)
+        if chunk:
+            if held:
+                yield held
+            held = chunk
+    if seen.hexdigest() != digest:
+        raise _Stop(401, "another body than the one that was signed")
+    yield held
 
-    _waiting: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        host = self.client and self.client[0]
-        same = sum(isinstance(c, _Impatient) and c.client is not None and c.client[0] == host for c in self.connections)
-        if self.limit_concurrency is not None and same > max(self.limit_concurrency // 2, 1):
-            log.warning("cut a connection from %s, which has %d", host or "?", same - 1)
-            transport.abort()
-        else:
-            self._wait()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._called():
-            self._rest()
-        elif self.conn.their_state is h11.IDLE:  # not the rest of a body that was answered early
-            self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._rest()
-        super().connection_lost(exc)
-
-    def _called(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _wait(self) -> None:
-        if self._waiting is None:
-            self._waiting = self.loop.call_later(_HEAD_S, self._cut)
-
-    def _rest(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-
-    def _cut(self) -> None:
-        if not self._called():
-            log.warning("cut a silent connection from %s", (self.client or ("?",))[0])
-            self.transport.abort()
+async def _timed(body: AsyncIterator[bytes], limit: asyncio.Timeout, timeout_s: float) -> AsyncIterator[bytes]:
+    """The same; the call's time begins anew with each piece, because a body has its own limit."""
+    async for part in body:
+        limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+        yield part
 
 
 def end_to_end(headers: Iterable[Header]) -> list[Header]:
@@ -210,10 +318,10 @@ def end_to_end(headers: Iterable[Header]) -> list[Header]:
     ]
 
 
-async def _answer(send: Send, status: int) -> None:
-    headers = [(b"content-length", b"0"), (b"connection", b"close")]
+async def _answer(send: Send, status: int, body: bytes = b"") -> None:
+    headers = [(b"content-length", str(len(body)).encode()), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
@@ -241,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fedlora-gateway")
     parser.add_argument("--listen", required=True)
     parser.add_argument("--superlink-port", type=int, required=True)
-    parser.add_argument("--tls", type=Path, required=True)
+    parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--body-limit-bytes", type=int, required=True)
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--connections", type=int, required=True)
@@ -249,13 +357,22 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     host, port = split_address(args.listen)
     upstream = upstream_client(
-        args.superlink_port, ca=args.tls / "ca.crt", timeout_s=args.timeout_s, connections=args.connections
+        args.superlink_port, ca=args.home / "tls" / "ca.crt", timeout_s=args.timeout_s, connections=args.connections
+    )
+    guests = Guests(max(args.connections // 2, 1))
+    app = Gateway(
+        upstream,
+        callers=Callers(args.home / "sites", time.time, time.time()),
+        quota=Quota(args.home / "flower", time.monotonic),
+        guests=guests,
+        body_limit_bytes=args.body_limit_bytes,
+        timeout_s=args.timeout_s,
     )
     config = uvicorn.Config(
-        Gateway(upstream, body_limit_bytes=args.body_limit_bytes, timeout_s=args.timeout_s),
+        app,
         host=host,
         port=port,
-        http=_Impatient,
+        http=protocol(guests),
         ws="none",
         access_log=False,
         log_level="warning",
@@ -264,13 +381,14 @@ def main(argv: list[str] | None = None) -> None:
         proxy_headers=False,
         limit_concurrency=args.connections,
         timeout_keep_alive=75,
-        ssl_certfile=str(args.tls / "server.crt"),
-        ssl_keyfile=str(args.tls / "server.key"),
+        timeout_graceful_shutdown=3,
+        ssl_certfile=str(args.home / "tls" / "server.crt"),
+        ssl_keyfile=str(args.home / "tls" / "server.key"),
     )
     config.load()
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-    uvicorn.Server(config).run()
+    Server(config, guests).run()
 
 
 if __name__ == "__main__":

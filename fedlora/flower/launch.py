@@ -65,12 +65,12 @@ def executor(home: Path, *, superlink_port: int, command: Sequence[str] = ()) ->
 
 
 def gateway(
-    listen: str, *, superlink_port: int, tls: Path, body_limit_bytes: int, timeout_s: float, connections: int
+    listen: str, *, superlink_port: int, home: Path, body_limit_bytes: int, timeout_s: float, connections: int
 ) -> list[str]:
-    """The public side."""
+    """The public side. Of ``home`` it reads ``tls``, ``sites`` and ``flower/due.json``, and writes ``flower/refused.json``."""
     return [
         *_module("gateway"),
-        *("--listen", listen, "--superlink-port", str(superlink_port), "--tls", str(tls)),
+        *("--listen", listen, "--superlink-port", str(superlink_port), "--home", str(home)),
         *("--body-limit-bytes", str(body_limit_bytes), "--timeout-s", str(timeout_s), "--connections", str(connections)),
     ]
 

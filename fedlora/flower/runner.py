@@ -91,7 +91,7 @@ class Runner:
             stop.wait(wait)
 
     def _answer(self, token: str, stop: threading.Event) -> None:
-        client = TaskClient(self._address, token=token, ca=None, patience_s=self._patience_s, max_bytes=self._max_bytes)
+        client = TaskClient(self._address, token=token, ca=None, patience_s=self._patience_s)
         over = threading.Event()
         beat = threading.Thread(target=self._beat, args=(client, over), daemon=True)
         try:
@@ -123,7 +123,7 @@ class Runner:
     def _receive(self, client: TaskClient, over: threading.Event, stop: threading.Event) -> Message | None:
         """The task's message. The task is there first; its chunks come after it, at the speed of the line."""
         while not over.is_set() and not stop.is_set():
-            for message in client.pull_messages([]):
+            for message in client.pull_messages([], max_bytes=self._max_bytes):
                 return message
             over.wait(self._poll_s)
         return None

@@ -15,6 +15,7 @@ from fedlora.config import load_plan
 from fedlora.errors import ConfigError, FedLoRAError, KeyFileError, RunFailed
 from fedlora.flower import launch
 from fedlora.flower.control import Control, register_sites, start_job
+from fedlora.flower.database import shrink
 from fedlora.flower.enrol import certificate_hosts, load_node_keys
 from fedlora.flower.environment import join_flower
 from fedlora.flower.exposure import check_loopback, check_public, dialled, free_port, healthy
@@ -73,8 +74,9 @@ def up(
         gateway = partial(launch.gateway, body_limit_bytes=body_limit_bytes, timeout_s=timeout_s, connections=connections)
         env = join_flower(flower / "home")
         services = _services(
-            home, port, gateway=gateway(listen, superlink_port=port, tls=tls), public=listen, env=env, executor=executor
+            home, port, gateway=gateway(listen, superlink_port=port, home=home), public=listen, env=env, executor=executor
         )
+        shrink(flower / "state.db", now=time.time)  # whatever ran before has ended with its server
         supervisor = Supervisor(services, log_directory=flower / "log", report=report)
         supervisor.start()
         try:

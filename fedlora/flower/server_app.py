@@ -17,6 +17,7 @@ from flwr.serverapp import ServerApp
 
 from fedlora.errors import FedLoRAError, PlanRefused
 from fedlora.flower._internals import Channel, Control, TaskClient
+from fedlora.flower.allowance import Allowance
 from fedlora.flower.control import nodes_by_site
 from fedlora.flower.enrol import load_node_keys
 from fedlora.flower.jobs import Events, Outcome, load_job, save_outcome
@@ -29,7 +30,6 @@ __all__ = ["Handover", "Serve", "app", "main", "run_server_app"]
 
 log = logging.getLogger("fedlora.server_app")
 
-MAX_REPLY_BYTES = 1 << 30
 _PATIENCE_S = 900.0
 
 
@@ -85,7 +85,7 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
         serve(
             home,
             Path(todo.plan),
-            FlowerTransport(grid, nodes, max_reply_bytes=MAX_REPLY_BYTES),
+            FlowerTransport(grid, nodes, allowance=Allowance(home / "flower")),
             resume=todo.resume,
             report=Events(home, job),
         )
@@ -110,9 +110,7 @@ def main(serve: Serve = _serve) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     task = Handover.parse(sys.stdin.buffer.readline())
     home, ca = Path(task.home), Path(task.home) / "tls" / "ca.crt"
-    grid = TaskClient(
-        f"{LOOPBACK}:{task.superlink_port}", token=task.token, ca=ca, patience_s=_PATIENCE_S, max_bytes=MAX_REPLY_BYTES
-    )
+    grid = TaskClient(f"{LOOPBACK}:{task.superlink_port}", token=task.token, ca=ca, patience_s=_PATIENCE_S)
     grid.identify(run_id=task.run_id, task_id=task.task_id, node_id=task.node_id)
     outcome = run_server_app(
         grid,

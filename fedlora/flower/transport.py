@@ -11,6 +11,7 @@ from flwr.app import Message
 
 from fedlora.errors import ConnectionFailed, Oversized, WireError
 from fedlora.flower._internals import Channel
+from fedlora.flower.allowance import Allowance
 from fedlora.flower.records import dump_request, flower_error, parse_reply
 from fedlora.messages import Reply, Request
 
@@ -43,7 +44,7 @@ class FlowerTransport:
     Args:
         grid: Flower's Grid, or a TaskClient.
         nodes: node id of each enrolled site.
-        max_reply_bytes: a larger reply counts as the error ``oversized``.
+        allowance: told what each site may push, so that the gateway lets no more in; None where there is no gateway.
         clock: seconds, rising.
         sleep: waits that many seconds.
     """
@@ -53,13 +54,13 @@ class FlowerTransport:
         grid: Channel,
         nodes: Mapping[str, int],
         *,
-        max_reply_bytes: int,
+        allowance: Allowance | None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._grid = grid
         self._nodes = dict(nodes)
-        self._max_reply_bytes = max_reply_bytes
+        self._allowance = allowance
         self._clock = clock
         self._sleep = sleep
 
@@ -82,6 +83,7 @@ class FlowerTransport:
         end = self._clock() + deadline_s
         pending: dict[str, Request] = {}
         failed: list[Reply] = []
+        self._grant(requests)
         for request in requests:
             left = end - self._clock()
             if request.site not in self._nodes:
@@ -92,6 +94,10 @@ class FlowerTransport:
                 else:
                     failed.append(Reply(request.site, error=_AWAY))
         return self._replies(failed, pending, end)
+
+    def _grant(self, requests: Sequence[Request]) -> None:
+        if self._allowance is not None:
+            self._allowance.grant({r.site: r.max_reply_bytes for r in requests if r.site in self._nodes})
 
     def _push(self, request: Request, *, ttl_s: float) -> str:
         if ttl_s <= 0:
@@ -112,7 +118,7 @@ class FlowerTransport:
             # Asked before the pull: a site that answers and then leaves has its reply here by then.
             online = set() if last else set(self.sites())
             for message_id, request in list(pending.items()):
-                reply, lost = self._pull(message_id, request.site)
+                reply, lost = self._pull(message_id, request)
                 if reply is None:
                     continue
                 del pending[message_id]
@@ -130,7 +136,7 @@ class FlowerTransport:
                 if last or sent[site] >= _MOST_SENDS or self._clock() - gone.since > _COMES_BACK_S:
                     del away[site]
                     yield Reply(site, error=_AWAY)
-                elif site in online and (message_id := self._push(gone.request, ttl_s=end - self._clock())):
+                elif site in online and (message_id := self._again(gone.request, ttl_s=end - self._clock())):
                     log.warning("%s was away; asked again", site)
                     sent[site] += 1
                     pending[message_id] = away.pop(site).request
@@ -142,14 +148,21 @@ class FlowerTransport:
                 self._sleep(min(wait, max(0.0, end - self._clock())))
                 wait = min(2 * wait, _LONGEST_WAIT_S)
 
-    def _pull(self, message_id: str, site: str) -> tuple[Reply | None, bool]:
+    def _again(self, request: Request, *, ttl_s: float) -> str:
+        self._grant([request])
+        return self._push(request, ttl_s=ttl_s)
+
+    def _pull(self, message_id: str, request: Request) -> tuple[Reply | None, bool]:
         """The reply, if it is there, and whether it is Flower that says so: a site may write any code into its own."""
+        site, limit = request.site, request.max_reply_bytes
+        if self._allowance is not None and self._allowance.refused(site):
+            return Reply(site, error=Oversized.code), False  # the gateway stopped it half way: the rest will not come
         try:
-            for message in self._grid.pull_messages([message_id]):
+            for message in self._grid.pull_messages([message_id], max_bytes=limit):
                 if message.has_error():
                     code = flower_error(message)
                     return Reply(site, error=code), code in _LOST
-                reply = parse_reply(message.content, max_bytes=self._max_reply_bytes)
+                reply = parse_reply(message.content, max_bytes=limit)
                 # Who answers is known from the message that is answered, never from what the reply says.
                 return (reply if reply.site == site else Reply(site, error="wire")), False
         except (Oversized, WireError) as e:

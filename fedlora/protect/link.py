@@ -15,7 +15,7 @@ from fedlora.protect.envelope import BROADCAST, NONE, SUITE, VERSION, Header, ma
 from fedlora.protect.keys import Identity, PublicIdentity, key_id
 from fedlora.protect.roster import federation
 
-__all__ = ["Context", "ServerLink", "SiteLink", "hear", "pinned"]
+__all__ = ["Context", "ServerLink", "SiteLink", "hear", "pinned", "reply_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,11 @@ def _all_of(kem_ids: Iterable[str]) -> str:
 def pinned(server: PublicIdentity) -> str:
     """Both ends pin the server's keys; where there is no signed roster, their digest stands in its place."""
     return hashlib.sha256(b"fedlora/v1/pinned\0" + server.signing + server.kem).hexdigest()
+
+
+def reply_bytes(max_payload: int) -> int:
+    """Most bytes of a reply whose payload has at most so many."""
+    return max_payload + overhead(1, max_payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +163,7 @@ class ServerLink:
         """
         if reply.error:
             raise RemoteError(reply.site, reply.error[:64])
-        envelope = parse(reply.body, max_bytes=max_payload + overhead(1, max_payload))
+        envelope = parse(reply.body, max_bytes=reply_bytes(max_payload))
         name = envelope.header.sender
         if name not in self.sites:
             raise UnknownSite("the sender is not enrolled")

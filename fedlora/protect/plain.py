@@ -29,7 +29,8 @@ class PlainServer:
 
     def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk:
         body = wire.dump_task(task, reply_key=self.dtype.encode())
-        for reply in (yield [Request(site, task.kind, body) for site in sites]):
+        most = wire.max_update_bytes(task.reply_layout, dtype="float32")
+        for reply in (yield [Request(site, task.kind, body, most) for site in sites]):
             try:
                 if reply.error:
                     raise RemoteError(reply.site, reply.error)

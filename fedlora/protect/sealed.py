@@ -16,7 +16,7 @@ from fedlora.messages import Reply, Request, Reveals, Task
 from fedlora.protect import Talk, Tally
 from fedlora.protect.envelope import Header, match
 from fedlora.protect.keys import KEM_BYTES, PublicIdentity
-from fedlora.protect.link import Context, ServerLink, SiteLink, hear, pinned
+from fedlora.protect.link import Context, ServerLink, SiteLink, hear, pinned, reply_bytes
 
 __all__ = ["PHASES", "SealedServer", "SealedSite", "check_task"]
 
@@ -51,15 +51,22 @@ class SealedServer:
         payload = wire.dump_task(task, reply_key=self.link.reply_key.public.kem)
         body = self.link.seal(Context.of(task), payload, phase=PHASES[task.kind], codec="task/1", to=asked)
         del payload
-        replies = yield [Request(site, PHASES[task.kind], body) for site in asked]
+        most = reply_bytes(self._limit(task))
+        replies = yield [Request(site, PHASES[task.kind], body, most) for site in asked]
         del body
         hear(replies, asked, lambda reply: tally.accept(reply.site, self._open(task, reply)), tally.reject)
 
+    def _dtype(self, task: Task) -> str:
+        return self.dtype if task.kind == "train" else "float32"
+
+    def _limit(self, task: Task) -> int:
+        """Most bytes of an update that answers this task, known from the plan's layout and dtype."""
+        return wire.max_update_bytes(task.reply_layout, dtype=self._dtype(task))
+
     def _open(self, task: Task, reply: Reply) -> Update:
-        layout = task.reply_layout
-        dtype = self.dtype if task.kind == "train" else "float32"
+        layout, dtype = task.reply_layout, self._dtype(task)
         context = replace(Context.of(task), n_params=layout.size)
-        limit, codec = wire.max_update_bytes(layout, dtype=dtype), f"update/1/{dtype}"
+        codec, limit = f"update/1/{dtype}", self._limit(task)
         payload = self.link.open(context, reply, phase=PHASES[task.kind], codec=codec, max_payload=limit)
         return wire.parse_update(payload, layout, dtype=dtype)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,29 @@ def descendants(pid: int) -> dict[int, list[str]]:
                 found[child] = Path(f"/proc/{child}/cmdline").read_text().split("\0")[:-1]
                 todo.append(child)
     return found
+
+
+@contextlib.contextmanager
+def opened(root: Path, *names: str) -> Iterator[Federation]:
+    """A server and its sites (alpha and beta, if none is named), all online."""
+    home, audit, listen = root / "home", root / "audit.txt", f"127.0.0.1:{free_port()}"
+    make_home(home)
+    env = environment(audit)
+    files = {}
+    for name in names or ("alpha", "beta"):
+        files[name], line = write_site(root / name, name, home=home, listen=listen)
+        (home / "sites" / f"{name}.pub").write_text(f"identity of {name}\n{line}\n")
+    with contextlib.ExitStack() as stack:
+        server = Child("toy_server.py", str(home), listen, env=env)
+        stack.callback(server.end)
+        found = Federation(home, listen, audit, env, server)
+        server.wait_for(lambda e, f: e == "listening")
+        for name, file in files.items():
+            found.sites[name] = Child("toy_site.py", str(file), env=env)
+            stack.callback(found.sites[name].end)
+        for name in files:
+            server.wait_for(lambda e, f, name=name: e == "site-online" and f["site"] == name)
+        yield found
 
 
 def running(pid: int) -> bool:

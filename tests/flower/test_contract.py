@@ -7,14 +7,24 @@ import inspect
 import json
 import re
 
+import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common import serde
-from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.constant import (
+    FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+    ErrorCode,
+    SubStatus,
+)
 from flwr.proto import control_pb2, message_pb2, runtime_pb2
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
 from flwr.supercore.interceptors import (
@@ -22,16 +32,21 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
+from flwr.supercore.primitives.asymmetric import generate_key_pairs
+from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedlora.errors import Oversized
-from fedlora.flower._internals import BROKEN, TOO_LARGE, _check_unfolded
-from fedlora.flower.gateway import FLEET_CALLS
+from fedlora.flower._internals import _CHUNK_BYTES, BROKEN, TOO_LARGE, _check_stated, _check_unfolded
+from fedlora.flower.calls import AHEAD_S, BEHIND_S, CALL, KEY, TIME
+from fedlora.flower.gateway import FLEET_CALLS, NOT_ENROLLED
 from fedlora.flower.records import STYPE
+from fedlora.flower.supernode import signing
 
 
 @pytest.mark.parametrize(
@@ -145,6 +160,36 @@ def test_a_small_message_that_would_unfold_to_terabytes_is_refused_before_it_doe
     assert sum(map(len, bomb.values())) < 20 << 20
     with pytest.raises(Oversized):
         _check_unfolded(bomb, 1 << 20)
+
+
+def test_a_call_is_signed_where_flower_signs_its_time_stamp():
+    assert "NodeAuthHttpInterceptor(private_key, public_key)," in inspect.getsource(connection.http_request_response)
+    assert list(inspect.signature(connection.NodeAuthHttpInterceptor.intercept).parameters) == ["self", "context", "call_next"]
+    key, public = generate_key_pairs()
+    request = httpx.Request("POST", "https://h:1/v1/fleet/get-run", content=b"body")
+    seen = []
+    signing(connection.NodeAuthHttpInterceptor)(key, public).intercept(
+        ProtobufRequestContext("/flwr.proto.Fleet/GetRun", message_pb2.PullObjectRequest(), request),
+        lambda c: seen.append(c.request),
+    )
+    assert {TIME, KEY, "flwr-signature", CALL} <= set(seen[0].headers)
+    assert (TIME, KEY) == (TIMESTAMP_HEADER, FLEET_HTTP_PUBLIC_KEY_HEADER)
+    assert (AHEAD_S, BEHIND_S) == (SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
+    assert FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == _CHUNK_BYTES
+
+
+def test_who_is_not_enrolled_hears_what_flower_says():
+    error = FlowerError.from_json(NOT_ENROLLED.decode())
+    assert (error.code, error.message) == (ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "Failed to activate SuperNode.")
+
+
+def test_a_length_that_is_stated_is_refused_before_the_chunks_are_there():
+    parts = unfolding(bytes(1001), times=1)
+    inner = {k: p for k, p in parts.items() if not p.startswith(b"ArrayChunk ")}
+    assert len(inner) < len(parts)
+    _check_stated(inner, 1001)
+    with pytest.raises(Oversized, match="states 1001 bytes, at most 1000"):
+        _check_stated(inner, 1000)
 
 
 def test_the_supernodes_loop_waits_by_the_names_that_are_replaced():

@@ -17,12 +17,13 @@ from functools import partial
 import httpx
 import pytest
 from flower.harness import Federation, descendants, running, until
-from flower.toy_parts import CANARY, blob
+from flower.toy_parts import BLOB_BYTES, CANARY, blob
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.errors import ConfigError, ConnectionFailed, FedLoRAError, QuorumNotReached, RunFailed
 from fedlora.flower import launch
 from fedlora.flower._internals import Claimer, Control, TaskClient
+from fedlora.flower.allowance import Allowance
 from fedlora.flower.bundle import bundle_bytes
 from fedlora.flower.control import nodes_by_site, register_sites
 from fedlora.flower.enrol import load_node_keys, make_node_key, node_key_pem
@@ -91,7 +92,7 @@ def own_run(federation: Federation, *, bundle: bytes) -> Iterator[TaskClient]:
         claimer.close()
     finally:
         os.kill(executor, signal.SIGCONT)
-    client = TaskClient(f"127.0.0.1:{port}", token=token, ca=ca, patience_s=30, max_bytes=1 << 26)
+    client = TaskClient(f"127.0.0.1:{port}", token=token, ca=ca, patience_s=30)
     client.start()
     try:
         yield client
@@ -103,7 +104,7 @@ def own_run(federation: Federation, *, bundle: bytes) -> Iterator[TaskClient]:
 def transport_of(federation: Federation, client: TaskClient) -> FlowerTransport:
     with control_of(federation) as control:
         nodes = nodes_by_site(control, load_node_keys(federation.home / "sites"))
-    return FlowerTransport(client, nodes, max_reply_bytes=1 << 24)
+    return FlowerTransport(client, nodes, allowance=Allowance(federation.home / "flower"))
 
 
 def test_twelve_megabytes_go_to_both_sites_and_come_back(federation):
@@ -150,7 +151,7 @@ def answers(federation: Federation) -> dict[str, Reply]:
 
             def all_there() -> bool:
                 for i in set(open_ids):
-                    for message in client.pull_messages([i]):
+                    for message in client.pull_messages([i], max_bytes=1 << 24):
                         found[open_ids.pop(i)] = parse_reply(message.content, max_bytes=1 << 24)
                 return not open_ids
 
@@ -310,13 +311,13 @@ def test_the_runner_outlives_its_supernode(federation):
     with own_run(federation, bundle=bundle_bytes()) as client:
         transport = transport_of(federation, client)
         until(lambda: "alpha" in transport.sites())
-        (reply,) = transport.exchange([Request("alpha", "echo", b"again")], deadline_s=20)
+        (reply,) = transport.exchange([Request("alpha", "echo", b"again", 9)], deadline_s=20)
     assert reply == Reply("alpha", b"again")
 
 
 def test_an_exchange_outlives_the_death_of_the_relay(federation):
     with own_run(federation, bundle=bundle_bytes()) as client:
-        replies = transport_of(federation, client).exchange([Request("alpha", "train", b"x")], deadline_s=40)
+        replies = transport_of(federation, client).exchange([Request("alpha", "train", b"x", BLOB_BYTES)], deadline_s=40)
         os.kill(pid_of(federation.server.process.pid, "flower-superlink"), signal.SIGKILL)
         (reply,) = replies
     assert reply == Reply("alpha", blob(f"alpha {hashlib.sha256(b'x').hexdigest()}"))

@@ -44,7 +44,7 @@ class Channel:
             self.sent[f"m{len(self.sent)}"] = message
         return [f"m{len(self.sent) - 1}"]
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str], *, max_bytes: int) -> Iterable[Message]:
         (message_id,) = message_ids  # one by one
         message = self.sent[message_id]
         due = self.after_s.get(message.metadata.dst_node_id)
@@ -57,10 +57,10 @@ class Channel:
 
 
 def over(channel: Channel) -> FlowerTransport:
-    return FlowerTransport(channel, NODES, max_reply_bytes=8, clock=lambda: channel.now, sleep=channel.sleep)
+    return FlowerTransport(channel, NODES, allowance=None, clock=lambda: channel.now, sleep=channel.sleep)
 
 
-BOTH = [Request("alpha", "train", b"a"), Request("beta", "mask", b"b")]
+BOTH = [Request("alpha", "train", b"a", 8), Request("beta", "mask", b"b", 8)]
 
 
 def test_replies_come_in_order_of_arrival_and_once():
@@ -94,9 +94,9 @@ def test_what_flower_calls_unavailable_at_the_deadline_is_only_late(code, pull_s
     """Also when the message expires while it is asked for, between one look at the clock and the next."""
 
     class Slow(Channel):
-        def pull_messages(self, message_ids):
+        def pull_messages(self, message_ids, *, max_bytes):
             self.now += pull_s
-            return super().pull_messages(message_ids)
+            return super().pull_messages(message_ids, max_bytes=max_bytes)
 
     channel = Slow(lambda r: Error(code, "expired"), after_s={11: 30.0, 22: 30.0})
     assert list(over(channel).exchange(BOTH, deadline_s=30)) == []
@@ -136,13 +136,13 @@ class Revived(Channel):
     def get_node_ids(self) -> Iterable[int]:
         return [22] if 105.0 <= self.now < 140.0 else [11, 22]
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str], *, max_bytes: int) -> Iterable[Message]:
         (message_id,) = message_ids
         message = self.sent[message_id]
         if message_id == "m0":
             lost = self.says and self.now >= 105.0
             return [make_message(metadata=message.metadata, error=Error(5, "no heartbeat"))] if lost else []
-        return super().pull_messages([message_id])
+        return super().pull_messages([message_id], max_bytes=max_bytes)
 
 
 @pytest.mark.parametrize("says", [True, False])  # False: half of the reply had come when the power failed
@@ -151,7 +151,7 @@ def test_a_site_whose_node_comes_back_gets_the_same_request_again(says):
     channel.says = says
     assert list(over(channel).exchange(BOTH, deadline_s=90)) == [Reply("beta", b"b"), Reply("alpha", b"a")]
     again = channel.sent["m2"]
-    assert parse_request(again.content, max_bytes=9) == BOTH[0]
+    assert parse_request(again.content, max_bytes=9).body == BOTH[0].body
     assert again.metadata.ttl == pytest.approx(190 - 140, abs=2.1)  # it still dies at the deadline
     assert channel.now < 145
 

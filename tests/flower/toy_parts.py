@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 BLOB_BYTES = 12_000_000
+DUE = 19_000
 CANARY = "patient Erika Mustermann, born 1964"
 
 

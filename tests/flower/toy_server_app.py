@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from toy_parts import blob
+from toy_parts import BLOB_BYTES, DUE, blob
 
 from fedlora.config import load_plan
 from fedlora.errors import QuorumNotReached
@@ -29,12 +30,25 @@ def serve(
         raise ZeroDivisionError
     if name == "wait":
         time.sleep(60)
+    if name.startswith("rounds"):
+        rounds(plan_file.with_suffix(".json"), transport, report)
+        return
     body = blob("broadcast")
     began = time.monotonic()
-    for reply in transport.exchange([Request(s, "train", body) for s in transport.sites()], deadline_s=30):
+    for reply in transport.exchange([Request(s, "train", body, BLOB_BYTES) for s in transport.sites()], deadline_s=30):
         digest = hashlib.sha256(reply.body).hexdigest()
         facts = {"site": reply.site, "error": reply.error, "sha256": digest, "seconds": time.monotonic() - began}
         report("reply", facts)
+
+
+def rounds(file: Path, transport: Transport, report: Callable[[str, Mapping[str, Any]], None]) -> None:
+    """Exchanges in which each site sends as many bytes as the file says for each; ``DUE`` are asked for."""
+    for number, sizes in enumerate(json.loads(file.read_text())):
+        began = time.monotonic()
+        requests = [Request(s, "sized", str(size).encode(), DUE) for s, size in sizes.items()]
+        for reply in transport.exchange(requests, deadline_s=55):
+            report("reply", {"round": number, "site": reply.site, "error": reply.error, "size": len(reply.body)})
+        report("round", {"round": number, "seconds": time.monotonic() - began})
 
 
 if __name__ == "__main__":

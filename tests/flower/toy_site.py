@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ def handle(request: Request) -> Reply:
         raise PlanRefused(CANARY)
     if request.phase == "chatty":
         return Reply(request.site, CANARY.encode(), error=CANARY)
+    if request.phase == "sized":
+        return Reply(request.site, os.urandom(int(request.body)))
     if request.phase == "slow":
         time.sleep(30)
     return Reply(request.site, request.body)

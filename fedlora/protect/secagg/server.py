@@ -38,7 +38,7 @@ from fedlora.errors import (
 from fedlora.messages import Reply, Request, Reveals, Task
 from fedlora.protect import Talk, Tally
 from fedlora.protect.keys import PublicIdentity
-from fedlora.protect.link import Context, ServerLink, hear
+from fedlora.protect.link import Context, ServerLink, hear, reply_bytes
 from fedlora.protect.roster import SignedRoster
 from fedlora.protect.secagg.book import Book, Ended, ServerSession
 from fedlora.protect.secagg.cohort import (
@@ -70,6 +70,9 @@ from fedlora.protect.secagg.terms import Offer, Terms, codec
 __all__ = ["SecAggServer"]
 
 log = logging.getLogger(__name__)
+
+_ADVERT_BYTES = 4096
+_VOTE_BYTES = 33 + SIGNATURE
 
 _LIED_TO = frozenset({BadShare.code})
 """What a site says when what a dealer has signed for it does not open to what that dealer has committed to."""
@@ -199,7 +202,7 @@ class SecAggServer:
         adverts: list[Advert] = []
 
         def take(reply: Reply) -> None:
-            payload = self._answer(task, task.attempt, reply, phase, max_payload=4096)
+            payload = self._answer(task, task.attempt, reply, phase, max_payload=_ADVERT_BYTES)
             reader = Reader(payload, "advertisement")
             advert = Advert.read(reader)
             reader.end()
@@ -214,7 +217,7 @@ class SecAggServer:
         offer = Offer(self._signed.dump(), inner).dump()
         body = self.link.seal(Context.of(task), offer, phase=phase, codec=codec(phase), to=asked)
         del offer, inner
-        replies = yield [Request(site, phase, body) for site in asked]
+        replies = yield [Request(site, phase, body, reply_bytes(_ADVERT_BYTES)) for site in asked]
         del body
         hear(replies, asked, take, errors.setdefault)
         together = self._agreeable([a.name for a in adverts], errors, least=self.terms.rules.smallest)
@@ -234,7 +237,8 @@ class SecAggServer:
                 raise DealerLied(f"{reply.site} has not signed what it deals", site=reply.site) from None
             deals[number] = payload
 
-        yield from self._ask_all(task, task.attempt, cohort.names, "share", cohort.dump(), take, errors)
+        most = max(deal_bytes(cohort, cohort.number(name)) for name in cohort.names)
+        yield from self._ask_all(task, task.attempt, cohort.names, "share", cohort.dump(), take, errors, max_payload=most)
         return deals
 
     # --- a session that has begun ---------------------------------------------------------------------------------
@@ -269,10 +273,10 @@ class SecAggServer:
         vector, numbers = np.zeros(layout.size, profile.word), np.zeros(self.terms.numbers(layout).size, np.uint64)
         packed = packed_bytes(layout.size, profile.bits)
         delivered: dict[int, Delivered] = {}
+        limit = 32 + SIGNATURE + numbers.nbytes + packed
 
         def take(reply: Reply) -> None:
             """Adds it; when it comes a second time, takes it out again."""
-            limit = 32 + SIGNATURE + numbers.nbytes + packed
             reader = Reader(self._answer(task, session.attempt, reply, "mask", max_payload=limit), "masked update")
             reader.session(cohort.t1)
             signature, body = reader.take(SIGNATURE), reader.view(numbers.nbytes + packed)
@@ -294,7 +298,7 @@ class SecAggServer:
 
         first: Errors = {}
         shown: dict[int, Mapping[int, Opened]] = {number: {} for number in deals}
-        yield from self._ask_masked(task, session, ended, shown, deals, take, first)
+        yield from self._ask_masked(task, session, ended, shown, deals, take, first, limit)
         complaining = [s for s, e in first.items() if isinstance(e, RemoteError) and e.remote_code in _LIED_TO]
         for site in first.keys() - set(complaining):
             errors.setdefault(site, first[site])
@@ -306,12 +310,12 @@ class SecAggServer:
                 if settled is not None and cohort.number(site) not in settled:
                     errors.setdefault(site, first[site])
             if settled:
-                yield from self._ask_masked(task, session, ended, settled, deals, take, errors)
+                yield from self._ask_masked(task, session, ended, settled, deals, take, errors, limit)
                 shown |= settled
         together = self._agreeable(session.names(sorted(delivered)), errors, least=0)
         alone = [n for n in sorted(delivered) if cohort.advert(n).name not in together]
         if alone and not lied and len(together) >= self.terms.rules.fewest_inputs(len(cohort.adverts)):
-            yield from self._ask_masked(task, session, ended, {n: shown[n] for n in alone}, deals, take, errors)
+            yield from self._ask_masked(task, session, ended, {n: shown[n] for n in alone}, deals, take, errors, limit)
         del deals
         session.delivered = sorted(delivered.values(), key=lambda d: d.number)
         if lied or not self._enough(task, session):
@@ -330,6 +334,7 @@ class SecAggServer:
         deals: Mapping[int, Deal],
         take: Callable[[Reply], None],
         errors: Errors,
+        limit: int,
     ) -> Exchange:
         """Asks these holders for their masked updates, with what was shown to them after a complaint."""
         head = bytes([len(ended)]) + b"".join(t1 + proof for t1, proof in ended)
@@ -337,7 +342,8 @@ class SecAggServer:
         for number in sorted(settled):
             (name,) = session.names([number])
             payload = head + dump_opened(session.cohort, settled[number]) + relay(session.cohort, deals, number)
-            requests.append(Request(name, "mask", self._seal(task, session.attempt, [name], "mask", payload)))
+            body = self._seal(task, session.attempt, [name], "mask", payload)
+            requests.append(Request(name, "mask", body, reply_bytes(limit)))
         replies = yield requests
         names = [r.site for r in requests]
         del requests
@@ -368,8 +374,8 @@ class SecAggServer:
 
         requests = []
         for name in complaining:
-            body = relay(cohort, deals, cohort.number(name))
-            requests.append(Request(name, "complain", self._seal(task, session.attempt, [name], "complain", body)))
+            body = self._seal(task, session.attempt, [name], "complain", relay(cohort, deals, cohort.number(name)))
+            requests.append(Request(name, "complain", body, reply_bytes(most_complaint_bytes(cohort))))
         replies = yield requests
         self._hear(session, replies, complaining, hear_complaint, errors)
         settled: dict[int, dict[int, Opened]] = {holder: {} for holder in complaints}
@@ -395,8 +401,8 @@ class SecAggServer:
         requests = []
         for dealer, found in by_dealer.items():
             (name,) = session.names([dealer])
-            body = dump_complaints(cohort, found[:most])
-            requests.append(Request(name, "open", self._seal(task, session.attempt, [name], "open", body)))
+            body = self._seal(task, session.attempt, [name], "open", dump_complaints(cohort, found[:most]))
+            requests.append(Request(name, "open", body, reply_bytes(opened_bytes(most))))
         replies = yield requests
         self._hear(session, replies, [r.site for r in requests], hear_opened, errors)
         for name in liars:
@@ -462,7 +468,7 @@ class SecAggServer:
         errors: Errors,
     ) -> Talk:
         def take(reply: Reply) -> None:
-            reader = Reader(self._answer(task, session.attempt, reply, "vote", max_payload=33 + SIGNATURE), "vote")
+            reader = Reader(self._answer(task, session.attempt, reply, "vote", max_payload=_VOTE_BYTES), "vote")
             reader.session(session.cohort.t1)
             verdict, signature, number = reader.take(1), reader.take(SIGNATURE), session.cohort.number(reply.site)
             reader.end()
@@ -473,7 +479,9 @@ class SecAggServer:
 
         if waiting:
             names = session.names(waiting)
-            yield from self._ask_all(task, session.attempt, names, "vote", payload, take, errors, session)
+            yield from self._ask_all(
+                task, session.attempt, names, "vote", payload, take, errors, session, max_payload=_VOTE_BYTES
+            )
 
     def _revealed(self, task: Task, session: ServerSession, errors: Errors) -> Talk:
         cohort, deals, counted = session.cohort, session.deals, session.counted
@@ -487,7 +495,8 @@ class SecAggServer:
         waiting = [n for n in sorted(session.votes) if n not in session.revealed]
         if len(session.revealed) < cohort.threshold:
             payload = cohort.t1 + certificate(session.votes)
-            yield from self._ask_all(task, session.attempt, session.names(waiting), "unmask", payload, take, errors, session)
+            names, most = session.names(waiting), reveal_bytes(deals)
+            yield from self._ask_all(task, session.attempt, names, "unmask", payload, take, errors, session, max_payload=most)
         if len(session.revealed) >= cohort.threshold:
             session.stage = "done"
         self.book.save(session)
@@ -555,9 +564,11 @@ class SecAggServer:
         take: Callable[[Reply], None],
         errors: Errors,
         session: ServerSession | None = None,
+        *,
+        max_payload: int,
     ) -> Exchange:
         body = self._seal(task, attempt, names, phase, payload)
-        replies = yield [Request(name, phase, body) for name in names]
+        replies = yield [Request(name, phase, body, reply_bytes(max_payload)) for name in names]
         del body
         self._hear(session, replies, names, take, errors)
 

@@ -1,0 +1,106 @@
+"""The gateway's limits with a loop of our own: an address's turns before TLS, a site's rate and calls at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from flower.test_flood import wide  # noqa: F401  a fixture
+
+from fedlora.flower import connections
+from fedlora.flower import gateway as gate
+from fedlora.flower.allowance import Quota
+from fedlora.flower.calls import Callers
+from fedlora.flower.enrol import make_tls
+from fedlora.flower.limits import Buckets
+
+
+class Quiet(asyncio.Protocol):
+    """A connection whose TLS is done."""
+
+    made = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        Quiet.made += 1
+
+
+def test_an_address_that_opens_many_connections_waits_before_tls_and_is_then_turned_away(tmp_path, monkeypatch):
+    make_tls(tmp_path, [])
+    for name, value in (("_OPEN_RATE", 10.0), ("_OPEN_BURST", 5.0), ("_OPEN_WAIT_S", 1.0)):
+        monkeypatch.setattr(connections, name, value)
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    server.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    Quiet.made = 0
+
+    async def flood() -> tuple[int, int]:
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setblocking(False)
+        porch = connections._Porch(listening, Quiet, guests=connections.Guests(100), context=server)
+
+        async def one() -> bool:
+            with contextlib.suppress(OSError):
+                await asyncio.open_connection(*listening.getsockname(), ssl=client, server_hostname="localhost")
+                return True
+            return False
+
+        tasks = [asyncio.create_task(one()) for _ in range(40)]
+        await asyncio.sleep(0.3)
+        early = Quiet.made
+        done = await asyncio.gather(*tasks)
+        porch.close()
+        await porch.wait_closed()
+        return early, sum(done)
+
+    early, done = asyncio.run(flood())
+    assert early <= 5 + 10 * 0.3 + 1
+    assert done <= 5 + 10 + 1  # those of the burst, and those whose turn came within a second
+    assert done >= 10
+
+
+def app(tmp_path: Path) -> gate.Gateway:
+    return gate.Gateway(
+        httpx.AsyncClient(),
+        callers=Callers(tmp_path, time.time, 0.0),
+        quota=Quota(tmp_path, time.monotonic),
+        guests=connections.Guests(1),
+        body_limit_bytes=1,
+        timeout_s=1.0,
+    )
+
+
+def test_a_site_that_calls_too_often_waits_and_is_then_told_to_try_again(tmp_path, monkeypatch):
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def call_often() -> int:
+        one = app(tmp_path)
+        one._sites = Buckets(gate._SITE_RATE, gate._SITE_BURST, 2 * gate._SITE_WAIT_S, lambda: 0.0)  # no time passes
+        for count in range(2000):
+            try:
+                await one._admit("alpha")
+            except gate._Stop as e:
+                return count if (e.status, one._calls) == (503, {}) else -1
+            one._leave("alpha")
+        return 2000
+
+    monkeypatch.setattr(gate.asyncio, "sleep", sleep)
+    assert asyncio.run(call_often()) == 500 + 50 * 10
+    assert slept[:500] == [0.0] * 500
+    assert slept[-1] == pytest.approx(10.0)
+
+
+@pytest.mark.flower
+def test_a_site_makes_so_many_calls_at_a_time(wide):  # noqa: F811
+    with ThreadPoolExecutor(45) as pool:
+        found = list(pool.map(lambda _: wide.call("/v1/fleet/get-run")[0], range(45)))
+    assert set(found) == {200, 503}
+    assert found.count(200) >= 32
