@@ -8,14 +8,17 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.adapter import Adapter
 from fedlora.aggregate import rule_of
 from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
-from fedlora.errors import CohortTooSmall, ConfigError, DataError, KeyFileError, ModelError
+from fedlora.errors import CohortTooSmall, ConfigError, DataError, KeyFileError, ModelError, StoreError
+from fedlora.files import set_aside
 from fedlora.follow import Team
+from fedlora.journal import REPAIR
 from fedlora.messages import check_site_name
 from fedlora.protect import Protection
 from fedlora.protect.envelope import MAX_RECIPIENTS
@@ -30,7 +33,7 @@ from fedlora.protect.secagg.cohort import Rules
 from fedlora.rounds import Report
 from fedlora.rounds import run as run_rounds
 from fedlora.site import Learner, Site
-from fedlora.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter
+from fedlora.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter, write_atomic
 from fedlora.transport import Transport
 
 if TYPE_CHECKING:
@@ -317,7 +320,7 @@ def site(
     report: Report,
 ) -> Site:
     """A site from its parts. The same for a deployment and for a simulation."""
-    memory = FileMemory(state / "memory")
+    memory = FileMemory(state / "memory", REPAIR)
     link = SiteLink(
         identity=identity,
         server=server,
@@ -332,7 +335,7 @@ def site(
         learner=make_learner,
         policy=file.policy,
         models=frozenset(file.models),
-        journal=Journal(state / "journal"),
+        journal=Journal(state / "journal", memory),
         report=report,
     )
 
@@ -454,15 +457,10 @@ def serve_run(
         )
     if store.plan.protect.mode == "secagg":
         _check_slots(store.plan, sites)
-    key = store.directory / "run.key"
-    if not key.exists():
-        new = key.with_suffix(".new")
-        new.unlink(missing_ok=True)  # of a start that was cut off while it wrote
-        Identity.generate("run").save(new)
-        os.replace(new, key)
+    _check_numbers(store)
     link = ServerLink(
         identity=identity,
-        reply_key=load_identity(key),
+        reply_key=_run_key(store.directory, report),
         sites=sites,
         roster=pinned(identity.public),
         memory=store.memory,
@@ -478,8 +476,53 @@ def serve_run(
         enrolled=sites.keys(),
         report=report,
     )
-    key.unlink()
+    for file in _run_key_files(store.directory):
+        file.unlink(missing_ok=True)
     return last
+
+
+def _run_key_files(directory: Path) -> tuple[Path, Path]:
+    return directory / "run.key", directory / "run.key.copy"
+
+
+def _run_key(directory: Path, report: Report) -> Identity:
+    """The run's key: the one that was made, as long as one of its two files is whole, else a new one."""
+    found = []
+    for file in _run_key_files(directory):
+        if file.is_dir():
+            set_aside(file)
+        with suppress(KeyFileError):
+            found.append((file, load_identity(file)))
+    damaged = [f for f in _run_key_files(directory) if f.exists() and f not in [file for file, _ in found]]
+    if not found:
+        for file in damaged:
+            file.unlink()
+        new = directory / "run.new"
+        new.unlink(missing_ok=True)  # of a start that was cut off while it wrote
+        Identity.generate("run").save(new)
+        os.replace(new, directory / "run.key")
+        found.append((directory / "run.key", load_identity(directory / "run.key")))
+    for file in damaged:
+        report("mended", {"file": file.name})
+    for file in _run_key_files(directory):
+        if file != found[0][0]:
+            write_atomic(file, found[0][0].read_bytes())
+    return found[0][1]
+
+
+def _check_numbers(store: RunStore) -> None:
+    """Sites take no message under a number that they have seen: a server that has lost its own must not begin at one again.
+
+    Raises:
+        StoreError: they are gone, though rounds were done.
+    """
+    at = store.load()
+    if at.round and store.final() is None and store.memory.get(f"{store.run}/down") is None:
+        raise StoreError(
+            f"the numbers of this server's messages are gone from {store.memory.directory}, though round {at.round} is done: "
+            "every site would take what it sends for replays",
+            hint=f"`{store.repair} --raise-numbers` lets it go on above all numbers that sites have seen; then resume the run",
+        )
 
 
 def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report) -> Protection:

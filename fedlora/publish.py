@@ -123,7 +123,7 @@ def describe(path: Path) -> dict[str, Any]:
 
         header = parse(head + rest, max_bytes=1 << 34).header
         return {"kind": "envelope", **header.fields()}
-    kinds = {b"FLUP": "update", b"FLTK": "task", b"FLJ2": "journal entry"}
+    kinds = {b"FLUP": "update", b"FLTK": "task", b"FLJ3": "journal entry"}
     if head in kinds:
         return {"kind": kinds[head], "bytes": path.stat().st_size}
     with suppress(FedLoRAError, ValueError):

@@ -14,7 +14,7 @@ from fedlora.adapter import Adapter, Factors, Layout, Update
 from fedlora.aggregate import Aggregator, rule_of
 from fedlora.aggregate.product import MAX_RANK
 from fedlora.config import Plan, Policy, parse_plan
-from fedlora.errors import FedLoRAError, PassMissed, PlanRefused, ResourceError, WrongBase, WrongLayout, WrongRound
+from fedlora.errors import FedLoRAError, PassMissed, PlanRefused, ResourceError, StateLost, WrongBase, WrongLayout, WrongRound
 from fedlora.first import first_adapter
 from fedlora.messages import EVALUATION, Reply, Request, Task
 from fedlora.protect import SiteProtection
@@ -131,11 +131,13 @@ class Site:
         """Does a task that has been found genuine, or finds it done in the journal.
 
         Raises:
-            PlanRefused, WrongBase, WrongLayout: this site does not take part in that.
+            PlanRefused, WrongBase, WrongLayout, SitsOut: this site does not take part in that.
+            StateLost: what it would have to go on from is gone.
             NonFiniteUpdate: training diverged.
         """
         plan, rule, learner, adapter = self._prepare(task)
         key = f"{task.kind}/{task.plan_digest}/{task.adapter.digest()}" + (f"/{task.public.digest()}" if task.public else "")
+        self.journal.check(task.run)
         done = self.journal.find(task.run, task.round)
         if done is not None and done.key == key:
             self.report("from-journal", {"round": task.round})
@@ -162,9 +164,14 @@ class Site:
         self, task: Task, plan: Plan, rule: Aggregator, learner: Learner, adapter: Adapter
     ) -> tuple[Update, bytes, Adapter]:
         """The update, the learner's state, and the local adapter."""
-        before = self._before(task)
-        state = before[1].state if before else b""
         metrics: dict[str, float] = {}
+        try:
+            before = self._before(task)
+        except StateLost:
+            if task.kind == "train":
+                raise
+            before = None  # a last evaluation says the same without it, and no round follows
+        state = before[1].state if before else b""
         if task.kind == "evaluate":
             self.report("evaluate", {"round": task.round})
             metrics |= learner.evaluate(adapter)

@@ -17,9 +17,9 @@ from fedlora.config import Plan, SiteFile, sample
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
-    0: {"errors", "config", "adapter", "messages"},
+    0: {"errors", "config", "adapter", "files", "messages"},
     1: {"aggregate", "first", "privacy", "protect", "wire", "values"},
-    2: {"rounds", "site", "store", "transport"},
+    2: {"journal", "rounds", "site", "store", "transport"},
     3: {
         "cli",
         "build",
