@@ -19,7 +19,7 @@ from fedlora.errors import CohortTooSmall, ConfigError, DataError, KeyFileError,
 from fedlora.files import set_aside
 from fedlora.follow import Team
 from fedlora.journal import REPAIR
-from fedlora.messages import check_site_name
+from fedlora.messages import SERVER, check_site_name
 from fedlora.protect import Protection
 from fedlora.protect.envelope import MAX_RECIPIENTS
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
@@ -386,7 +386,7 @@ def enrolled(home: Path) -> dict[str, PublicIdentity]:
     for path in sorted((home / "sites").glob("*.pub")):
         public = load_public(path)
         if check_site_name(public.name) != path.stem:
-            raise KeyFileError(f"{path.name} holds the key of {public.name!r}", hint="a file is named after its site")
+            raise KeyFileError(f"{path.name} holds the key of {public.name!r}", hint="a file is named after its site: ask its owner for the .pub file again")
         for other in found.values():
             if public.signing == other.signing or public.kem == other.kem:
                 raise KeyFileError(
@@ -516,10 +516,9 @@ def _check_numbers(store: RunStore) -> None:
     Raises:
         StoreError: they are gone, though rounds were done.
     """
-    at = store.load()
-    if at.round and store.final() is None and store.memory.get(f"{store.run}/down") is None:
+    if store.begun and not (store.directory / "final.json").exists() and store.memory.get(f"{store.run}/down") is None:
         raise StoreError(
-            f"the numbers of this server's messages are gone from {store.memory.directory}, though round {at.round} is done: "
+            f"the numbers of this server's messages are gone from {store.memory.directory}, though rounds are done: "
             "every site would take what it sends for replays",
             hint=f"`{store.repair} --raise-numbers` lets it go on above all numbers that sites have seen; then resume the run",
         )
@@ -558,4 +557,10 @@ def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, re
         first, _ = load_adapter(plan_file.parent / "first.safetensors")
         store = start_run(directory, plan, first)
     identity, roster = load_identity(home / "server.key"), home / "roster.json"
+    public = home / "server.pub"
+    if identity.name != SERVER or (public.exists() and load_public(public) != identity.public):
+        raise KeyFileError(
+            f"{home / 'server.key'} is not the key whose public half is {public}",
+            hint="restore it from a backup: sites pin that key",
+        )
     return serve_run(store, identity, enrolled(home), transport, roster=roster, report=report)

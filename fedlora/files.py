@@ -70,8 +70,11 @@ def named_disk_errors(path: Path) -> Iterator[None]:
         raise StoreError(f"cannot write {path}: {e.strerror}", hint=hint) from None
 
 
-def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600) -> None:
+def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600, flush: bool = True) -> None:
     """Replaces a file by these bytes, flushed to disk before the rename and the directory after it.
+
+    Args:
+        flush: False leaves the directory to the next file that is written into it.
 
     Raises:
         ResourceError: no space left; the old file is untouched.
@@ -90,7 +93,8 @@ def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600) -> N
         finally:
             with suppress(FileNotFoundError):
                 new.unlink()
-        _flush_directory(path.parent)
+        if flush:
+            _flush_directory(path.parent)
 
 
 def _flush_directory(directory: Path) -> None:
@@ -223,8 +227,9 @@ class FileMemory:
 
     def put(self, key: str, value: bytes) -> None:
         path, copy = self._paths(key)
+        blob = _frame(key, value)
         for place in (copy, path):
-            self._replace(place, _frame(key, value))
+            self._replace(place, blob, flush=place == path)  # one flush of the directory is for both
 
     def kept(self) -> list[Kept]:
         """All values, and what is wrong with them. Changes nothing."""
@@ -245,10 +250,10 @@ class FileMemory:
         name = hashlib.sha256(key.encode()).hexdigest()
         return self.directory / name, self.directory / f"{name}.copy"
 
-    def _replace(self, path: Path, blob: bytes) -> None:
+    def _replace(self, path: Path, blob: bytes, *, flush: bool = True) -> None:
         if path.is_dir() and not path.is_symlink():
             log.warning("a directory stands in place of %s; it is now %s", path, set_aside(path))
-        write_atomic(path, blob)
+        write_atomic(path, blob, flush=flush)
 
 
 def words(key: str) -> str:

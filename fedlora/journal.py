@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import struct
@@ -16,7 +17,17 @@ from pathlib import Path
 from fedlora.adapter import Adapter
 from fedlora.config import Plan, canonical
 from fedlora.errors import SitsOut, StateLost, StoreError
-from fedlora.files import Damaged, FileMemory, named_disk_errors, read_file, save_adapter, write_atomic
+from fedlora.files import (
+    Damaged,
+    FileMemory,
+    dump_facts,
+    named_disk_errors,
+    parse_facts,
+    read_file,
+    save_adapter,
+    set_aside,
+    write_atomic,
+)
 
 __all__ = ["REPAIR", "Entry", "Journal"]
 
@@ -158,22 +169,32 @@ class Journal:
 
     def trained(self, run: str) -> list[int]:
         """The rounds that this site has trained, rising; the last ones, if they are many."""
-        found = {*(self._listed(self._beside(run), run) or ()), *(self._listed(self.memory, run) or ())}
-        return sorted(found)[-_LISTED:]
+        return sorted({*(self._beside(run) or ()), *(self._in_memory(run) or ())})[-_LISTED:]
 
     def _list(self, run: str, rounds: Sequence[int]) -> None:
-        blob = canonical(sorted({*rounds})[-_LISTED:])
-        for place in (self.memory, self._beside(run)):  # in this order: see check
-            if place is not None:
-                place.put(f"{run}/trained", blob)
+        listed, path = sorted({*rounds})[-_LISTED:], self._list_file(run)
+        if self.memory is not None:  # first: see check
+            self.memory.put(f"{run}/trained", canonical(listed))
+        if path.is_dir() and not path.is_symlink():
+            set_aside(path)
+        write_atomic(path, dump_facts({"rounds": listed}))
 
-    def _beside(self, run: str) -> FileMemory:
-        return FileMemory(self._path(run, 0).parent, REPAIR)
+    def _beside(self, run: str) -> list[int] | None:
+        """The list beside the entries; None if there is none, or it is damaged: the other one is kept twice."""
+        path = self._list_file(run)
+        try:
+            blob = read_file(path)
+            return None if blob is None else [int(r) for r in parse_facts(blob, path, hint="")["rounds"]]
+        except StoreError as e:
+            log.warning("%s; the list in memory/ takes its place", e)
+            return None
 
-    @staticmethod
-    def _listed(place: FileMemory | None, run: str) -> list[int] | None:
-        blob = place.get(f"{run}/trained") if place is not None else None
+    def _in_memory(self, run: str) -> list[int] | None:
+        blob = self.memory.get(f"{run}/trained") if self.memory is not None else None
         return None if blob is None else [int(r) for r in json.loads(blob)]
+
+    def _list_file(self, run: str) -> Path:
+        return self._path(run, 0).with_name("trained.json")
 
     def check(self, run: str) -> None:
         """Looks whether this site may work for a run at all.
@@ -186,7 +207,7 @@ class Journal:
             return
         if self.memory.get(f"{run}/sits-out") is not None:
             raise SitsOut(f"this site sits out run {run[:12]}, as its operator has decided", hint="it takes part in the next run")
-        if self._listed(self._beside(run), run) is not None and self._listed(self.memory, run) is None:
+        if self._beside(run) is not None and self._in_memory(run) is None:
             gone = f"the numbers and records of run {run[:12]} are gone from {self.memory.directory}"
             raise StateLost(f"{gone}, though the journal has the run", hint=REPAIR)
 
@@ -241,8 +262,10 @@ class Journal:
                 self._read(run, number)
             except StoreError as e:
                 found[self._path(run, number)] = str(e)
-        listed = self.trained(run)
-        if listed and not self._path(run, listed[-1]).exists():
+        listed: list[int] = []
+        with suppress(StoreError):
+            listed = self.trained(run)
+        if listed and not os.path.lexists(self._path(run, listed[-1])):
             found[self._path(run, listed[-1])] = f"{self._path(run, listed[-1])} is missing"
         return found
 

@@ -276,6 +276,11 @@ class RunStore:
         return found
 
     @property
+    def begun(self) -> bool:
+        """Whether a round is done."""
+        return any(_numbers(self.directory))
+
+    @property
     def repair(self) -> str:
         """The command that repairs this run."""
         return _command(self.directory) or "fedlora server repair HOME RUN"

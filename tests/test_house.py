@@ -29,6 +29,7 @@ LAYERS = {
         "testing",
         "simulate",
         "rehearse",
+        "repair",
         "enrol",
         "follow",
         "processes",

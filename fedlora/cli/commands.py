@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fedlora.cli.output import Screen, emit
+from fedlora.cli.repair import server_repair, site_repair
 from fedlora.cli.roster import roster
 
 __all__ = ["app"]
@@ -335,3 +336,7 @@ def site_up(
 
     with Screen(quiet=quiet) as screen:
         up(file, report=screen)
+
+
+server.command("repair")(server_repair)
+site.command("repair")(site_repair)

@@ -201,7 +201,8 @@ class ServerLink:
         """Each message of a site names the one before it. One that cannot follow what was heard shows that the site has lost its
         state, or has gone back to a backup: it would go on in another place, unnoticed, once its numbers are high enough.
 
-        A site whose operator has decided to go on says so: a higher number, and none before it.
+        As long as its numbers are not above the last one they are refused as replays; from then on for this. A site whose
+        operator has decided to go on says so: a higher number, and none before it.
 
         Raises:
             StateLost: until that, or until a message follows the last one that was heard.
@@ -213,9 +214,11 @@ class ServerLink:
         mark = f"{header.run}/lost/{site}"
         lost = (anew and header.seq <= last) or (header.seq == last + 1 and not anew and not follows)
         was_lost = bool(self.memory.get(mark))
+        if lost and not was_lost:
+            self.memory.put(mark, b"1")
+        if header.seq <= last:
+            return  # refused in any case, as a replay or as equivocation
         if lost or (was_lost and not anew and not follows):
-            if not was_lost:
-                self.memory.put(mark, b"1")
             raise StateLost(f"{site} does not go on from what it has sent: its state is lost, or is that of a backup")
         if was_lost:
             self.memory.put(mark, b"")
