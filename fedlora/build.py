@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedlora.adapter import Adapter
 from fedlora.aggregate import rule_of
 from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
-from fedlora.errors import CohortTooSmall, ConfigError, DataError, KeyFileError, ModelError, StoreError
+from fedlora.errors import (
+    BadSignature,
+    CohortTooSmall,
+    ConfigError,
+    DataError,
+    KeyFileError,
+    ModelError,
+    RosterInvalid,
+    RosterRollback,
+    StoreError,
+)
 from fedlora.files import set_aside
 from fedlora.follow import Team
 from fedlora.journal import REPAIR
@@ -25,7 +35,7 @@ from fedlora.protect.envelope import MAX_RECIPIENTS
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.protect.modes import SiteModes
-from fedlora.protect.roster import RosterKeeper, load_roster
+from fedlora.protect.roster import NEWEST, RosterKeeper, SignedRoster, load_roster
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
@@ -386,7 +396,10 @@ def enrolled(home: Path) -> dict[str, PublicIdentity]:
     for path in sorted((home / "sites").glob("*.pub")):
         public = load_public(path)
         if check_site_name(public.name) != path.stem:
-            raise KeyFileError(f"{path.name} holds the key of {public.name!r}", hint="a file is named after its site: ask its owner for the .pub file again")
+            raise KeyFileError(
+                f"{path.name} holds the key of {public.name!r}",
+                hint="a file is named after its site: ask its owner for the .pub file again",
+            )
         for other in found.values():
             if public.signing == other.signing or public.kem == other.kem:
                 raise KeyFileError(
@@ -529,9 +542,17 @@ def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report)
     if store.plan.protect.mode == "sealed":
         return SealedServer(link, store.plan.wire.dtype)
     keeper = _keeper(store.memory, link.identity.public, load_roster(roster).roster.digest())
+
+    def newest() -> SignedRoster:
+        try:
+            return keeper.take(load_roster(roster).dump())
+        except (BadSignature, RosterInvalid, RosterRollback) as e:
+            what = str(e).removeprefix(f"{roster}: ")
+            raise type(e)(f"{roster}: {what}", hint=f"{NEWEST}; {e.hint.removeprefix(NEWEST)}".rstrip("; ")) from None
+
     return SecAggServer(
         link,
-        lambda: keeper.take(load_roster(roster).dump()),
+        newest,
         store.plan,
         Book(store.memory),
         before=lambda back: store.adapter(back) if back >= 0 else None,

@@ -356,9 +356,9 @@ class ServerRepair:
                 raise ConfigError(
                     f"{name} is no file here that a run can do without", hint="look at the list without this option"
                 )
-            if path.suffix == ".safetensors" and len(list(self.directory.glob("round-*.safetensors"))) == 1:
+            if path.suffix == ".safetensors" and len(list(self.directory.glob("round-*.safetensors"))) <= 1:
                 raise ConfigError(f"{name} is the last checkpoint of this run", hint="restore it from a backup")
-            gone = [path, path.with_name(f"{path.name}.copy")] if path.parent.name == "memory" else [path]
+            gone = [path, path.with_name(f"{path.name}.copy")]
             if path.suffix == ".safetensors":
                 gone.append(self.directory / "final.json")  # the run is not complete without it
             for file in gone:

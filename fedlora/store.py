@@ -60,7 +60,7 @@ class RunStore:
 
         plan.json          canonical plan
         run.json           the run's id
-        round-0007.safetensors   checkpoint: adapter and record
+        round-000007.safetensors   checkpoint: adapter and record; under secure aggregation with a copy
         rounds.jsonl       one record a round, rebuilt from the checkpoints as far as they are kept
         final.json         the last evaluation, when the run is complete
         memory/            sequence numbers and the session of now, each value twice
@@ -130,15 +130,17 @@ class RunStore:
     def save(self, checkpoint: Checkpoint) -> None:
         """Makes a round permanent. After this returns, a power cut loses nothing of it."""
         facts = {"run": self.run, "round": checkpoint.round, "record": dict(checkpoint.record)}
-        save_adapter(self._path(checkpoint.round), checkpoint.adapter, facts, checkpoint.state)
+        for path in reversed(self._files(checkpoint.round)):
+            save_adapter(path, checkpoint.adapter, facts, checkpoint.state)
         if checkpoint.record:
             with named_disk_errors(self._records), self._records.open("ab") as file:
                 file.write(dump_facts(checkpoint.record) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         for old in _numbers(self.directory)[: -self._keep]:
-            with suppress(OSError):
-                self._path(old).unlink()
+            for path in (self._path(old), _copy(self._path(old))):
+                with suppress(OSError):
+                    path.unlink()
 
     def load(self) -> Checkpoint:
         """The last complete round. Changes nothing, so that it may be read while the run goes on.
@@ -171,14 +173,16 @@ class RunStore:
             set_aside(self.directory / "final.json")
             report("evaluation-again", {"file": "final.json"})
             finished = False
-        for file in () if finished else self._behind():
-            set_aside(file)
-            report("damaged", {"file": file.name})
+        for number in () if finished else self._behind():
+            for file in (self._path(number), _copy(self._path(number))):
+                if os.path.lexists(file):
+                    set_aside(file)
+                    report("damaged", {"file": file.name})
         at = self.load()
         self._mend_records(at, report)
         return at
 
-    def _behind(self) -> list[Path]:
+    def _behind(self) -> list[int]:
         """Damaged checkpoints that have a whole one before them, the last first."""
         found = []
         for number in reversed(_numbers(self.directory)):
@@ -186,7 +190,7 @@ class RunStore:
                 self._read(number)
             except Damaged as e:
                 log.warning("%s; going back a round", e)
-                found.append(self._path(number))
+                found.append(number)
             else:
                 return found
         return []
@@ -214,22 +218,37 @@ class RunStore:
         Raises:
             StoreError: it is not, or it is damaged.
         """
-        kept = [n for n in _numbers(self.directory) if n <= round]
-        if not kept:
-            raise StoreError(f"the adapter after round {round} is not kept any more", hint=_LAST)
+        numbers = _numbers(self.directory)
+        kept, later = [n for n in numbers if n <= round], [n for n in numbers if n > round]
+        if not kept or (kept[-1] < round and not (later and self._read(later[0]).record.get("void"))):
+            raise StoreError(f"the adapter after round {round} is not kept: {self._path(round)} is missing", hint=_LAST)
         return self._read(kept[-1]).adapter
 
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)
-        hint = _checkpoint_hint(path, alone=len(_numbers(self.directory)) == 1)
+        numbers = _numbers(self.directory)
+        # Under secure aggregation scales follow from the ones before, and no round is done twice: they are kept in two files.
+        hint = _checkpoint_hint(path, alone=self.plan.protect.mode == "secagg" or len(numbers) == 1)
         try:
-            adapter, facts, state = load_vectors(path)
+            return self._read_file(path, number)
         except StoreError as e:
+            with suppress(StoreError):
+                whole = self._read_file(_copy(path), number)
+                log.warning("%s; its copy is whole and takes its place", e)
+                return whole
             e.hint = hint
             raise
+
+    def _read_file(self, path: Path, number: int) -> Checkpoint:
+        adapter, facts, state = load_vectors(path)
         if facts.get("run") != self.run or facts.get("round") != number:
-            raise StoreError(f"{path} belongs to another run or round", hint=hint)
+            raise StoreError(f"{path} belongs to another run or round")
         return Checkpoint(number, adapter, facts["record"], state)
+
+    def _files(self, number: int) -> list[Path]:
+        """Where a checkpoint is kept: twice where no round can be done twice."""
+        path = self._path(number)
+        return [path, _copy(path)] if self.plan.protect.mode == "secagg" else [path]
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all rounds so far; lines that are torn or damaged are left out.
@@ -294,14 +313,18 @@ class RunStore:
 
 
 _LAST = "restore the directory from a backup; without one start the run anew under another run.name"
-_CHECKPOINT = re.compile(r"round-(\d{6,9})\.safetensors")
+_CHECKPOINT = re.compile(r"round-(\d{6,9})\.safetensors(\.copy)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def _numbers(directory: Path) -> list[int]:
     """The rounds of which there are checkpoints, rising."""
-    found = (_CHECKPOINT.fullmatch(p.name) for p in directory.glob("round-*.safetensors"))
-    return sorted(int(m[1]) for m in found if m)
+    found = (_CHECKPOINT.fullmatch(p.name) for p in directory.glob("round-*"))
+    return sorted({int(m[1]) for m in found if m})
+
+
+def _copy(path: Path) -> Path:
+    return path.with_name(f"{path.name}.copy")
 
 
 def _run_facts(run: str, plan: Plan) -> bytes:

@@ -136,5 +136,6 @@ _LINES = {
     "final": "last evaluation done",
     "own": "this site's own adapter: {file}; `fedlora export {file} adapter/` makes a PEFT adapter of it",
     "from-journal": "  round {round}: answered from the journal",
+    "another-run": "another run goes on ({name}); this one waits for its end",
     "process": "{name}: {state}",
 }

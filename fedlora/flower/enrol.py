@@ -195,12 +195,18 @@ def load_node_keys(sites: Path) -> dict[str, bytes]:
     keys: dict[str, bytes] = {}
     for path in sorted(sites.glob("*.pub")):
         name = check_site_name(path.stem)
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as e:
+            raise KeyFileError(f"cannot read {path}: {e.strerror}", hint="ask the site for its .pub file again") from None
         if len(lines) < 2:
             raise KeyFileError(
                 f"{path} has no second line with the node's public key", hint="ask the site for its .pub file again"
             )
-        pem = node_key_pem(lines[1])
+        try:
+            pem = node_key_pem(lines[1])
+        except KeyFileError as e:
+            raise KeyFileError(f"{path}: {e}", hint="ask the site for its .pub file again") from None
         if pem in keys.values():
             raise KeyFileError(f"{path} repeats another site's node key")
         keys[name] = pem
