@@ -15,10 +15,10 @@ from protect.secagg.world import identity, secagg_plan
 from fedlora import build
 from fedlora.cli import main
 from fedlora.config import Policy, SiteFile, Wire, dump_toml
-from fedlora.errors import FedLoRAError, QuorumNotReached
+from fedlora.errors import FedLoRAError, QuorumNotReached, StoreError
 from fedlora.messages import Reply
 from fedlora.protect.roster import SignedRoster, first_epoch
-from fedlora.store import RunStore, save_adapter, write_atomic
+from fedlora.store import FileMemory, Journal, RunStore, save_adapter, write_atomic
 from fedlora.testing import ToyLearner, toy_adapter, toy_plan
 from fedlora.transport import LocalTransport
 
@@ -304,3 +304,298 @@ def test_a_damaged_file_of_state_is_named_or_changes_nothing(left, tmp_path, mod
         except Exception as e:
             raise AssertionError(f"{mode}: {path}, {kind}: {type(e).__name__}: {e}") from e
         shutil.rmtree(tmp_path / "x")
+
+
+# --- losses that single damage does not show ------------------------------------------------------------------------------------
+
+
+def state_of(place, name="a"):
+    return place.root / "sites" / name / "state"
+
+
+def repair(place, *words, name="a"):
+    """`fedlora site repair`: exit status and what it found."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = main(["site", "repair", str(place.root / "sites" / name / "site.toml"), *words, "--json"])
+    text = out.getvalue().strip()
+    return status, json.loads(text.splitlines()[-1]) if text else {}
+
+
+def rejected(place):
+    return [r["rejected"] for r in RunStore.open(place.run_directory).records() if r["round"] > 2]
+
+
+@pytest.mark.parametrize("how", ["damaged", "deleted", "with the journal", "with memory"])
+@pytest.mark.fault(
+    "E28",
+    "a site's journal entry of the round before is damaged or gone, or the journal, or memory/",
+    says="`state-lost` names the round and that other bits would follow; `fedlora site repair` offers --go-on and --sit-out",
+)
+def test_a_site_whose_state_of_the_round_before_is_gone_refuses_until_its_operator_chooses(left, tmp_path, how):
+    place, (bits, _) = left["sealed"][0].copy(tmp_path / "x"), left["sealed"][1]
+    journal, memory = state_of(place) / "journal", state_of(place) / "memory"
+    (last,) = journal.glob("*/round-000002.journal")
+    if how == "damaged":
+        flip(0.5, 1)(last, [])
+    elif how == "deleted":
+        last.unlink()
+    else:
+        shutil.rmtree(journal if how == "with the journal" else memory)
+    kept = place.copy(tmp_path / "kept")
+    place.go()
+    assert rejected(place) == [{"a": "state-lost"}] * 2
+    assert {e.code for e in place.errors} == {"state-lost"}
+    assert "other bits" in str(place.errors[0]) or how == "with memory"
+    assert "round 2" in str(place.errors[0]) or how == "with memory"
+    status, found = repair(kept)
+    assert status == 1
+    (finding,) = found["data"]["findings"]
+    options = [c.partition(":")[0].split()[0] for c in finding["choices"]]
+    assert options == (["--sit-out"] if how == "with memory" else ["--go-on", "--sit-out"])
+    run = finding["run"]
+    if how == "with memory":  # the numbers that it has heard are gone: they are not begun anew
+        assert repair(kept, "--go-on", run)[1]["error_code"] == "store"
+        assert repair(kept, "--sit-out", run)[0] == 0
+        kept.go()
+        assert rejected(kept) == [{"a": "sits-out"}] * 2
+        return
+    assert repair(kept, "--go-on", run[:8])[0] == 0
+    kept.go()
+    assert rejected(kept) == [{}, {}]
+    assert json.loads(FileMemory(state_of(kept) / "memory").get(f"{run}/repaired"))[0]["choice"] == "go-on"
+    seen = json.loads(Journal(state_of(kept) / "journal").last(run)[1].state)
+    assert 2 not in seen  # the toy's numbers do not depend on its state; a real learner's would
+    assert RunStore.open(kept.run_directory).load().adapter.digest() == bits
+
+
+@pytest.mark.fault(
+    "E28",
+    "a site's whole state/ is gone in the middle of a run",
+    says="the server refuses it (replayed, equivocation, then state-lost) until its operator has chosen --go-on or --sit-out",
+)
+def test_a_site_without_its_state_is_not_counted_until_its_operator_chooses(tmp_path):
+    plan = toy_plan(rounds=8, min_sites=2, wire=Wire(dtype="float32"))
+    place = Place(tmp_path / "x").make(plan)
+    with pytest.raises(Cut):
+        place.go(resume=False, until=("round", 2))
+    shutil.rmtree(state_of(place))
+    with pytest.raises(Cut):
+        place.go(until=("round", 4))
+    assert rejected(place)[:4] == [{"a": "replayed"}, {"a": "equivocation"}, {"a": "state-lost"}, {"a": "state-lost"}]
+    run = RunStore.open(place.run_directory).run
+    assert repair(place, "--go-on", run[:12])[0] == 0
+    place.go()
+    assert rejected(place)[4:] == [{}, {}]
+
+
+@pytest.mark.fault(
+    "E28",
+    "a site's state/ is that of a backup from an earlier round",
+    says="the server refuses it until its operator has chosen",
+)
+def test_a_site_that_went_back_to_a_backup_is_not_counted_unnoticed(tmp_path):
+    place = Place(tmp_path / "x").make(toy_plan(rounds=8, min_sites=2, wire=Wire(dtype="float32")))
+    with pytest.raises(Cut):
+        place.go(resume=False, until=("round", 2))
+    backup = place.copy(tmp_path / "backup")
+    with pytest.raises(Cut):
+        place.go(until=("round", 2))
+    shutil.rmtree(state_of(place))
+    shutil.copytree(state_of(backup), state_of(place))
+    place.go()
+    assert [r.get("a") for r in rejected(place)][2:] == ["replayed", "equivocation", "state-lost", "state-lost"]
+
+
+@pytest.mark.fault(
+    "E27",
+    "a site's journal entry of the asked round is damaged",
+    says="named; moved away, the round is trained again, to the same update",
+)
+def test_a_damaged_entry_of_the_asked_round_is_trained_again(tmp_path):
+    place = Place(tmp_path / "x").make(sealed())
+    with pytest.raises(Cut):
+        place.go(resume=False, until=("update", 6))  # round 2: all have sent, the server has not noted it
+    calm = place.copy(tmp_path / "calm")
+    calm.go()
+    (last,) = (state_of(place) / "journal").glob("*/round-000002.journal")
+    cut_short(last, [])
+    again = place.copy(tmp_path / "again")
+    place.go()
+    assert place.errors[0].code == "store"
+    assert place.errors[0].hint == "move it away; the round is then trained again, to the same update"
+    (last,) = (state_of(again) / "journal").glob("*/round-000002.journal")
+    last.rename(tmp_path / "away")
+    again.go()
+    assert again.result() == calm.result()
+
+
+@pytest.mark.fault(
+    "E24",
+    "the server's memory/ is gone",
+    says="the numbers of its messages are gone; `fedlora server repair HOME RUN --raise-numbers`, then resume: the same bits",
+)
+@pytest.mark.parametrize("mode", ["sealed", "secagg"])
+def test_a_server_without_its_numbers_raises_them(tmp_path, mode):
+    place = Place(tmp_path / "x").make(sealed() if mode == "sealed" else masked())
+    with pytest.raises(Cut):
+        place.go(resume=False, until=("round", 2))
+    calm = place.copy(tmp_path / "calm")
+    calm.go()
+    shutil.rmtree(place.run_directory / "memory")
+    with pytest.raises(StoreError, match="numbers of this server's messages are gone") as error:
+        place.go()
+    command = re.search(r"`(fedlora server repair [^`]+)`", error.value.hint)[1]
+    assert main(shlex.split(command)[1:]) == 0
+    place.go()
+    assert place.result() == calm.result()
+
+
+@pytest.mark.fault(
+    "E24",
+    "the server's memory/ is that of an old backup",
+    says="every site says `replayed`, which means that its numbers are behind; --raise-numbers, then resume: the same bits",
+)
+def test_a_server_whose_numbers_are_behind_is_told_what_it_means(tmp_path):
+    place = Place(tmp_path / "x").make(toy_plan(rounds=10, min_sites=2, wire=Wire(dtype="float32")))
+    with pytest.raises(Cut):
+        place.go(resume=False, until=("round", 1))
+    shutil.copytree(place.run_directory / "memory", tmp_path / "old")
+    with pytest.raises(Cut):
+        place.go(until=("round", 7))
+    calm = place.copy(tmp_path / "calm")
+    calm.go()
+    shutil.rmtree(place.run_directory / "memory")
+    shutil.copytree(tmp_path / "old", place.run_directory / "memory")
+    with pytest.raises(QuorumNotReached, match="old backup") as error:
+        place.go()
+    assert "--raise-numbers" in error.value.hint
+    assert main(["server", "repair", str(place.home), RUN, "--raise-numbers"]) == 0
+    place.go()
+    assert place.result() == calm.result()
+
+
+@pytest.mark.parametrize("name", ["run.json", "plan.json"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+@pytest.mark.fault(
+    "E25", "run.json is damaged or gone", says="`start` says that there is a run, and --resume writes the file anew"
+)
+@pytest.mark.fault("E26", "plan.json is damaged or gone", says="named as plan.json of the run; --resume writes it anew")
+def test_a_run_without_its_run_json_or_plan_json_is_resumed(left, tmp_path, name, how):
+    place, undisturbed = left["sealed"][0].copy(tmp_path / "x"), left["sealed"][1]
+    file = place.run_directory / name
+    cut(0.5)(file, []) if how == "cut" else file.unlink()
+    with pytest.raises(StoreError, match="holds a run already") as error:
+        place.go(resume=False)
+    assert error.value.hint.startswith("resume it")
+    if name == "plan.json":
+        with pytest.raises(StoreError, match=r"plan\.json"):
+            RunStore.open(place.run_directory)
+    place.go()
+    assert ("mended", {"file": name}) in place.events
+    assert place.result() == undisturbed
+
+
+@pytest.mark.fault(
+    "E20", "rounds.jsonl is gone", says="rebuilt from the checkpoints; the records of earlier rounds are said to be gone"
+)
+def test_records_that_are_gone_are_said_to_be(tmp_path):
+    place = Place(tmp_path / "x").make(toy_plan(rounds=6, wire=Wire(dtype="float32")))
+    with pytest.raises(Cut):
+        place.go(resume=False, until=("round", 5))
+    (place.run_directory / "rounds.jsonl").unlink()
+    place.go()
+    assert ("records-gone", {"rounds": [1, 2]}) in place.events
+    assert [r["round"] for r in RunStore.open(place.run_directory).records()] == [3, 4, 5, 6]
+
+
+@pytest.mark.fault(
+    "E21", "the last two checkpoints are damaged", says="set aside; the run goes back two rounds, to the same bits"
+)
+def test_a_run_goes_back_two_rounds_behind_damaged_checkpoints(left, tmp_path):
+    place, undisturbed = left["sealed"][0].copy(tmp_path / "x"), left["sealed"][1]
+    for number in (1, 2):
+        flip(0.8, 2)(place.run_directory / f"round-{number:06d}.safetensors", [])
+    place.go()
+    assert place.result()[0] == undisturbed[0]
+    assert [f["file"] for e, f in place.events if e == "damaged"] == ["round-000002.safetensors", "round-000001.safetensors"]
+
+
+@pytest.mark.fault("E22", "run.key is gone in the middle of a run", says="its copy takes its place, or a new key; the same bits")
+@pytest.mark.parametrize("both", [False, True])
+def test_a_run_without_its_key_goes_on(left, tmp_path, both):
+    place, undisturbed = left["sealed"][0].copy(tmp_path / "x"), left["sealed"][1]
+    (place.run_directory / "run.key").unlink()
+    if both:
+        (place.run_directory / "run.key.copy").unlink()
+    place.go()
+    assert place.result() == undisturbed
+    assert not list(place.run_directory.glob("run.key*"))  # deleted at the end, both
+
+
+@pytest.mark.parametrize("which", ["both", "one"])
+@pytest.mark.fault(
+    "E23",
+    "a small file of memory/ is damaged, or it and its copy",
+    says="one: the copy takes its place; both: named, with what was kept there, and the choices of `fedlora site repair`",
+)
+def test_a_counter_is_lost_only_with_its_copy_and_is_never_begun_anew(left, tmp_path, which):
+    place, undisturbed = left["sealed"][0].copy(tmp_path / "x"), left["sealed"][1]
+    memory = FileMemory(state_of(place) / "memory")
+    run = RunStore.open(place.run_directory).run
+    file, copy = memory.files(f"{run}/down")
+    cut(0.2)(file, [])
+    if which == "one":
+        place.go()
+        assert place.result() == undisturbed
+        return
+    cut(0.7)(copy, [])
+    place.go()
+    assert {e.code for e in place.errors} == {"store"}
+    assert file.name in str(place.errors[0])
+    assert "'down'" in str(place.errors[0])
+    status, found = repair(place)
+    assert (status, [c.split(" ")[0] for c in found["data"]["findings"][0]["choices"]]) == (1, ["--sit-out"])
+    assert repair(place, "--go-on", run)[1]["error_code"] == "store"
+    assert repair(place, "--sit-out", run)[0] == 0
+
+
+def test_looking_changes_nothing_and_choosing_needs_the_site_to_be_stopped(left, tmp_path):
+    import fcntl
+
+    place = left["sealed"][0].copy(tmp_path / "x")
+    (last,) = (state_of(place) / "journal").glob("*/round-000002.journal")
+    cut_short(last, [])
+    before = {p: p.read_bytes() for p in place.root.rglob("*") if p.is_file()}
+    status, found = repair(place)
+    assert status == 1
+    assert main(["server", "repair", str(place.home), RUN]) == 0
+    assert {p: p.read_bytes() for p in place.root.rglob("*") if p.is_file()} == before
+    run = found["data"]["findings"][0]["run"]
+    for lock, words in (
+        (state_of(place) / "lock", ["site", "repair", str(place.root / "sites" / "a" / "site.toml"), "--go-on", run]),
+        (place.home / "flower" / "lock", ["server", "repair", str(place.home), RUN, "--raise-numbers"]),
+    ):
+        lock.parent.mkdir(exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert main(words) == 3
+        assert last.exists()
+
+
+def test_a_state_without_damage_is_said_to_be_whole(left, capsys):
+    place = left["sealed"][0]
+    assert repair(place) == (0, {"schema_version": 1, "status": "ok", "data": {"done": [], "wrong": False, "findings": []}})
+    assert main(["server", "repair", str(place.home), RUN]) == 0
+    assert capsys.readouterr().out == "nothing is damaged\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["../../server.key", "run.json", "/etc/passwd", "memory/../run.json", "round-000009.safetensors"]
+)
+def test_only_what_a_run_can_do_without_is_set_aside(left, name):
+    place = left["sealed"][0]
+    assert main(["server", "repair", str(place.home), RUN, "--set-aside", name]) == 3
