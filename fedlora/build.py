@@ -363,7 +363,8 @@ def open_site(path: Path, *, report: Report) -> Site:
     file, root = load_site_file(path), path.resolve().parent
     identity = load_identity(root / file.key)
     if identity.name != check_site_name(file.name):
-        raise KeyFileError(f"{file.key} is the key of {identity.name!r}, the site file says {file.name!r}")
+        hint = "restore it from a backup, or correct name or key in the site file"
+        raise KeyFileError(f"{root / file.key} is the key of {identity.name!r}, the site file says {file.name!r}", hint=hint)
 
     team: list[Team] = []
 

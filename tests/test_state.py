@@ -291,6 +291,8 @@ def test_a_damaged_file_of_state_is_named_or_changes_nothing(left, tmp_path, mod
     for number, path in enumerate(files):
         if mode == "secagg" and (number + list(DAMAGE).index(kind)) % 3:  # a third each: they take longer
             continue
+        if mode == "done" and path.parts[0] != "server":  # a site's are those of a run that was cut off
+            continue
         now = place.copy(tmp_path / "x")
         others = [now.root / p for p in files]
 

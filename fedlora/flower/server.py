@@ -232,6 +232,8 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
         outcome = load_outcome(home, job)
     if outcome is not None and outcome.code:
         raise outcome.error()
+    if outcome is None and state is not None and state.outcome == "stopped":
+        raise Stopped("the run was stopped", hint=goes_on)
     if outcome is None and state is not None and state.outcome != "completed":
         hint = f"see flower/log/executor.log; {goes_on}"
         raise full(home) or RunFailed(f"the run ended as {state.outcome}: {safe_code(state.error)}", hint=hint)
