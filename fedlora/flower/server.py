@@ -15,7 +15,7 @@ from fedlora.config import load_plan
 from fedlora.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed, Stopped
 from fedlora.flower import launch
 from fedlora.flower.control import Control, RunState, register_sites, start_job
-from fedlora.flower.enrol import certificate_hosts, load_node_keys
+from fedlora.flower.enrol import certificate_hosts, check_tls, load_node_keys
 from fedlora.flower.environment import join_flower
 from fedlora.flower.exposure import check_loopback, check_public, dialled, free_port, healthy
 from fedlora.flower.jobs import (
@@ -38,6 +38,7 @@ __all__ = ["start", "stop_run", "sync_sites", "up"]
 
 _PATIENCE_S = 10.0
 _LOOK_S = 1.0
+_SECRET_BYTES = 32
 _OVER_S = 10.0
 """How long Flower may take to learn that a run has ended, seconds."""
 
@@ -142,6 +143,10 @@ def _check_files(home: Path, hosts: Sequence[str]) -> None:
     for name in ("superexec.secret", "tls/ca.crt", "tls/server.crt", "tls/server.key"):
         if not (home / name).is_file():
             raise KeyFileError(f"{home / name} is missing", hint="`fedlora keygen server` makes it")
+    check_tls(home / "tls")
+    if len((home / "superexec.secret").read_bytes()) < _SECRET_BYTES:
+        hint = "restore it from a backup, or delete it and make 32 random bytes in its place: it never leaves this host"
+        raise KeyFileError(f"{home / 'superexec.secret'} is damaged: it is too short", hint=hint)
     missing = sorted(set(hosts) - certificate_hosts(home / "tls" / "server.crt"))
     if missing:
         raise ConfigError(

@@ -107,19 +107,24 @@ class PublicIdentity:
 
     @classmethod
     def parse(cls, line: str) -> PublicIdentity:
-        """Inverse of :meth:`line`.
+        """Inverse of :meth:`line` and of :meth:`file`.
 
         Raises:
-            KeyFileError, BadSignature: malformed, or a dangerous key.
+            KeyFileError, BadSignature: malformed, a dangerous key, or not the one whose fingerprint stands with it.
         """
+        first, _, more = line.strip().partition("\n")
         try:
-            head, name, text = line.split()
+            head, name, text = first.split()
             raw = base64.b64decode(text, validate=True)
         except (ValueError, binascii.Error):
             head, name, raw = "", "", b""
         if head != _PUBLIC:
             raise KeyFileError(f"expected a line '{_PUBLIC} NAME ...'", hint="copy the whole .pub file")
-        return cls(name, raw[:32], raw[32:])
+        found = cls(name, raw[:32], raw[32:])
+        said = [x for x in more.splitlines() if x.strip() and not x.startswith("ecdsa-sha2-nistp384 ")]
+        if said not in ([], [f"{_FINGERPRINT} {found.fingerprint()}"]):
+            raise KeyFileError("the key is not the one whose fingerprint stands with it", hint="copy the whole .pub file")
+        return found
 
     def fingerprint(self) -> str:
         """40 hex digits of SHA-256 over both keys, in groups of four, to be read over the telephone."""
@@ -211,19 +216,14 @@ def load_identity(path: Path) -> Identity:
 
 
 def load_public(path: Path) -> PublicIdentity:
-    """Reads the first line of a ``.pub`` file, and the fingerprint if it has one.
+    """Reads a ``.pub`` file.
 
     Raises:
         KeyFileError, BadSignature: missing, malformed, a dangerous key, or not the one whose fingerprint stands in the file.
     """
     try:
-        lines = path.read_text().splitlines()
-        found = PublicIdentity.parse(lines[0] if lines else "")
+        return PublicIdentity.parse(path.read_text())
     except (OSError, UnicodeDecodeError):
         raise KeyFileError(f"cannot read the public key {path}", hint=_OTHERS) from None
     except FedLoRAError as e:
         raise type(e)(f"{path}: {e}", hint=_OTHERS) from None
-    said = [line for line in lines[1:] if line.strip() and not line.startswith("ecdsa-sha2-nistp384 ")]
-    if said not in ([], [f"{_FINGERPRINT} {found.fingerprint()}"]):
-        raise KeyFileError(f"{path} is damaged: its key is not the one whose fingerprint it states", hint=_OTHERS)
-    return found

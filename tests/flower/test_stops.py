@@ -17,7 +17,7 @@ from flower.harness import Child, Federation, descendants, environment, make_hom
 from fedlora.errors import ConnectionFailed, FedLoRAError
 from fedlora.flower.exposure import free_port
 from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome
-from fedlora.flower.server import start, stop_run
+from fedlora.flower.server import start, stop_run, up
 
 flower = pytest.mark.flower
 
@@ -220,3 +220,25 @@ def test_a_damaged_address_is_not_told_as_a_server_that_does_not_run(tmp_path):
     with pytest.raises(FedLoRAError, match=r"server\.json is damaged") as error:
         load_address(tmp_path)
     assert "start it again" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["tls/ca.crt", "tls/server.crt", "tls/server.key", "superexec.secret", "sites/alpha.pub"])
+@pytest.mark.parametrize("how", ["empty", "cut", "bit", "another"])
+def test_a_server_with_a_damaged_file_of_the_connection_names_it_and_does_not_start(tmp_path, name, how):
+    home = tmp_path / "home"
+    make_home(home)
+    _, line = write_site(tmp_path / "alpha", "alpha", home=home, listen="127.0.0.1:1")
+    (home / "sites" / "alpha.pub").write_text(f"identity of alpha\n{line}\n")
+    file = home / name
+    whole = bytearray(file.read_bytes())
+    if how == "bit":
+        whole[len(whole) // 2] ^= 1
+    if name == "superexec.secret" and how in ("bit", "another"):
+        return  # both of its readers read the same
+    file.write_bytes(
+        {"empty": b"", "cut": bytes(whole[: len(whole) // 2]), "bit": bytes(whole)}.get(how, b"something else\n" * 9)
+    )
+    with pytest.raises(FedLoRAError) as error:
+        up(home, listen=f"127.0.0.1:{free_port()}", body_limit_bytes=1, report=lambda e, f: None)
+    assert file.name in str(error.value)
+    assert error.value.hint
