@@ -47,7 +47,7 @@ def over_flower(
     from fedlora.flower.server import start
 
     root, directory = out / "flower", run_directory(plan, out)
-    resume = (directory / "run.json").exists()
+    resume = RunStore.holds(directory)
     if not resume:
         shutil.rmtree(root, ignore_errors=True)  # cut off before the run began
         _enrol(plan, simulation, first, data=data, base=base, root=root)

@@ -77,6 +77,11 @@ class RunStore:
         self._keep = keep
         self._mended = list(mended)
 
+    @staticmethod
+    def holds(directory: Path) -> bool:
+        """Whether there is a run: one that has begun, or done a round, whatever became of its ``run.json``."""
+        return os.path.lexists(directory / "run.json") or any(_numbers(directory))
+
     @classmethod
     def create(cls, directory: Path, plan: Plan, first: Adapter, *, run: str, keep: int = 3) -> RunStore:
         """A new run. ``run`` is 64 random hex digits.
@@ -84,7 +89,7 @@ class RunStore:
         Raises:
             StoreError: the directory holds a run already.
         """
-        if os.path.lexists(directory / "run.json") or any(_numbers(directory)):
+        if cls.holds(directory):
             raise StoreError(f"{directory} holds a run already", hint="resume it, or choose another run.name or directory")
         write_atomic(directory / "plan.json", plan.canonical())
         store = cls(directory, plan, run, keep=keep)
@@ -100,7 +105,7 @@ class RunStore:
             StoreError: no run there, one that cannot be mended, or one of another plan.
         """
         mark = directory / "run.json"
-        if not os.path.lexists(mark) and not any(_numbers(directory)):
+        if not cls.holds(directory):
             raise StoreError(f"no run in {directory}", hint="`fedlora simulate` and `fedlora server start` make one")
         facts, kept, damage = _facts_of(mark), _plan_of(directory / "plan.json"), []
         digest = facts.get("plan") or (kept.digest() if kept is not None else "")
@@ -293,6 +298,13 @@ class RunStore:
         if self._records not in found and len(lines) > len(self.records()):
             found[self._records] = f"{self._records} has damaged lines"
         return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last evaluation is done, and its record whole."""
+        with suppress(StoreError):
+            return self.final() is not None
+        return False
 
     @property
     def begun(self) -> bool:
