@@ -98,6 +98,10 @@ def _own(file: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
     adapter, stored = load_adapter(file)
     if not isinstance(stored.get("plan"), str) or "run" not in stored:
         raise StoreError(f"{file} holds an adapter but not its plan", hint="give the run's directory instead")
+    if len(file.stem) == 64 and stored["run"] != file.stem:
+        raise StoreError(
+            f"{file} holds the adapter of another run", hint="a site names the file after the run: ask for the right one"
+        )
     plan = parse_plan(stored["plan"].encode())
     facts = {"run": stored["run"], "plan": plan.digest(), "base": plan.model.digest, "aggregate": plan.aggregate.name}
     return plan, adapter, facts | {"share": plan.aggregate.share, "seed": plan.run.seed, "adapter": adapter.digest()}

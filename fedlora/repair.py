@@ -58,7 +58,8 @@ class Finding:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        return [f"{self.file}: {self.what}", *(f"  {choice}" for choice in self.choices)]
+        head = self.what if self.file in self.what else f"{self.file}: {self.what}"
+        return [head, *(f"  {choice}" for choice in self.choices)]
 
 
 @contextmanager
@@ -149,7 +150,8 @@ class SiteRepair:
         own = self.journal.own(run)
         if os.path.lexists(own):
             try:
-                load_adapter(own)
+                if load_adapter(own)[1].get("run") != run:
+                    raise StoreError(f"{own} holds the adapter of another run")
             except StoreError as e:
                 way = "the next round of its run writes it anew; if the run has ended, restore it from a backup"
                 found.append(Finding(str(own), str(e), [way], wrong=True, run=run))
@@ -168,7 +170,8 @@ class SiteRepair:
             return [out]
         whole = self._last_whole(run)
         back = f"from its state after round {whole}" if whole else "as if it had not trained before"
-        return [f"--go-on {run[:12]}: this site goes on {back}: other bits than without the loss, and noted as such", out]
+        cost = "other bits than without the loss, unless the server asks for that round again; noted as such"
+        return [f"--go-on {run[:12]}: this site goes on {back}: {cost}", out]
 
     def _unsafe(self, run: str, key: str) -> str:
         """Why a site must not go on; empty if it may."""

@@ -14,12 +14,13 @@ from protect.secagg.world import identity, secagg_plan
 
 from fedlora import build
 from fedlora.cli import main
-from fedlora.config import Policy, SiteFile, Wire, dump_toml
+from fedlora.config import Aggregate, Policy, SiteFile, Wire, dump_toml
 from fedlora.errors import FedLoRAError, QuorumNotReached, StoreError
+from fedlora.first import first_adapter
 from fedlora.messages import Reply
 from fedlora.protect.roster import SignedRoster, first_epoch
-from fedlora.store import FileMemory, Journal, RunStore, save_adapter, write_atomic
-from fedlora.testing import ToyLearner, toy_adapter, toy_plan
+from fedlora.store import FileMemory, Journal, RunStore, load_adapter, save_adapter, write_atomic
+from fedlora.testing import TOY_BASE, ToyLearner, toy_adapter, toy_layout, toy_plan
 from fedlora.transport import LocalTransport
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -47,7 +48,8 @@ class Place:
     def run_directory(self):
         return self.home / "runs" / RUN
 
-    def make(self, plan):
+    def make(self, plan, first=None):
+        adapter = toy_adapter() if first is None else first
         for name in (*TARGETS, "server"):
             place = self.home if name == "server" else self.root / "sites" / name
             place.mkdir(parents=True)
@@ -57,8 +59,8 @@ class Place:
         for name, public in publics.items():
             place = self.home / "sites" / f"{name}.pub" if name in TARGETS else self.home / "server.pub"
             place.write_text(public.file())
-        first = first_epoch(publics["server"], [publics[n] for n in TARGETS], [identity("carol").public], now=int(time.time()))
-        write_atomic(self.home / "roster.json", SignedRoster(first).sign(identity("carol")).dump())
+        roster = first_epoch(publics["server"], [publics[n] for n in TARGETS], [identity("carol").public], now=int(time.time()))
+        write_atomic(self.home / "roster.json", SignedRoster(roster).sign(identity("carol")).dump())
         for name in TARGETS:
             shutil.copyfile(self.home / "server.pub", self.root / "sites" / name / "server.pub")
             file = SiteFile(
@@ -66,12 +68,12 @@ class Place:
                 key=f"{name}.key",
                 server_key="server.pub",
                 models={MODEL: "x"},
-                roster=first.digest(),
+                roster=roster.digest(),
                 policy=Policy(min_sites=1),
                 state="state",
             )
             (self.root / "sites" / name / "site.toml").write_text(dump_toml(file))
-        save_adapter(self.root / "plan" / "first.safetensors", toy_adapter(), {"round": 0, "plan": plan.digest()})
+        save_adapter(self.root / "plan" / "first.safetensors", adapter, {"round": 0, "plan": plan.digest()})
         (self.root / "plan" / "plan.toml").write_text(dump_toml(plan))
         return self
 
@@ -601,3 +603,31 @@ def test_a_state_without_damage_is_said_to_be_whole(left, capsys):
 def test_only_what_a_run_can_do_without_is_set_aside(left, name):
     place = left["sealed"][0]
     assert main(["server", "repair", str(place.home), RUN, "--set-aside", name]) == 3
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_adapter_of_a_sites_own_is_named_and_written_anew_by_the_next_round(tmp_path, kind):
+    plan = toy_plan(rounds=3, min_sites=2, wire=Wire(dtype="float32"), aggregate=Aggregate(share="A"))
+    start = first_adapter(toy_layout(), seed=plan.run.seed)
+    place = Place(tmp_path / "x").make(plan.pinned(base=TOY_BASE, init=start.digest()), start)
+    with pytest.raises(Cut):
+        place.go(resume=False, until=("round", 2))
+    calm = place.copy(tmp_path / "calm")
+    calm.go()
+    (own,) = (state_of(place) / "journal").glob("*.safetensors")
+    (other,) = (state_of(place, "b") / "journal").glob("*.safetensors")
+    if kind == "another-files-content":
+        shutil.copyfile(next((state_of(place) / "journal").glob("*/*.journal")), own)
+    else:
+        DAMAGE[kind](own, [other])
+    with pytest.raises(StoreError, match=own.name):
+        load_adapter(own)
+    assert repair(place)[0] == 1
+    if own.is_dir():
+        place.go()
+        assert "move away what stands there" in place.errors[0].hint
+        return
+    place.go()
+    assert place.result() == calm.result()
+    assert load_adapter(own)[0].digest() == load_adapter(calm.root / own.relative_to(place.root))[0].digest()
+    assert repair(place)[0] == 0
