@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,15 +17,27 @@ from fedlora.adapter import Adapter
 from fedlora.admission import Approvals
 from fedlora.aggregate import rule_of
 from fedlora.config import Plan, SiteData, SiteFile, load_plan, load_site_file
-from fedlora.errors import CohortTooSmall, ConfigError, DataError, KeyFileError, ModelError
+from fedlora.errors import (
+    BadSignature,
+    CohortTooSmall,
+    ConfigError,
+    DataError,
+    KeyFileError,
+    ModelError,
+    RosterInvalid,
+    RosterRollback,
+    StoreError,
+)
+from fedlora.files import set_aside
 from fedlora.follow import Team
-from fedlora.messages import check_site_name
+from fedlora.journal import REPAIR
+from fedlora.messages import SERVER, check_site_name
 from fedlora.protect import Protection
 from fedlora.protect.envelope import MAX_RECIPIENTS
 from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.protect.modes import SiteModes
-from fedlora.protect.roster import RosterKeeper, load_roster
+from fedlora.protect.roster import NEWEST, RosterKeeper, SignedRoster, load_roster
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
@@ -32,7 +45,7 @@ from fedlora.protect.secagg.cohort import Rules
 from fedlora.rounds import Report
 from fedlora.rounds import run as run_rounds
 from fedlora.site import Learner, Site
-from fedlora.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter
+from fedlora.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter, write_atomic
 from fedlora.transport import Transport
 
 if TYPE_CHECKING:
@@ -326,7 +339,7 @@ def site(
         approvals: what is approved by now; None: what ``file`` says.
     """
     approved = approvals or (lambda: Approvals.of(file))
-    memory = FileMemory(state / "memory")
+    memory = FileMemory(state / "memory", REPAIR)
     link = SiteLink(
         identity=identity,
         server=server,
@@ -344,7 +357,7 @@ def site(
         learner=make_learner,
         policy=file.agreed,
         models=frozenset(file.models),
-        journal=Journal(state / "journal"),
+        journal=Journal(state / "journal", memory),
         report=report,
         approvals=approved,
     )
@@ -363,7 +376,8 @@ def open_site(path: Path, *, report: Report) -> Site:
     file, root = load_site_file(path), path.resolve().parent
     identity = load_identity(root / file.key)
     if identity.name != check_site_name(file.name):
-        raise KeyFileError(f"{file.key} is the key of {identity.name!r}, the site file says {file.name!r}")
+        hint = "restore it from a backup, or correct name or key in the site file"
+        raise KeyFileError(f"{root / file.key} is the key of {identity.name!r}, the site file says {file.name!r}", hint=hint)
 
     team: list[Team] = []
 
@@ -404,7 +418,10 @@ def enrolled(home: Path) -> dict[str, PublicIdentity]:
     for path in sorted((home / "sites").glob("*.pub")):
         public = load_public(path)
         if check_site_name(public.name) != path.stem:
-            raise KeyFileError(f"{path.name} holds the key of {public.name!r}", hint="a file is named after its site")
+            raise KeyFileError(
+                f"{path.name} holds the key of {public.name!r}",
+                hint="a file is named after its site: ask its owner for the .pub file again",
+            )
         for other in found.values():
             if public.signing == other.signing or public.kem == other.kem:
                 raise KeyFileError(
@@ -483,15 +500,10 @@ def serve_run(
         )
     if store.plan.protect.mode == "secagg":
         _check_slots(store.plan, sites)
-    key = store.directory / "run.key"
-    if not key.exists():
-        new = key.with_suffix(".new")
-        new.unlink(missing_ok=True)  # of a start that was cut off while it wrote
-        Identity.generate("run").save(new)
-        os.replace(new, key)
+    _check_numbers(store)
     link = ServerLink(
         identity=identity,
-        reply_key=load_identity(key),
+        reply_key=_run_key(store.directory, report),
         sites=sites,
         roster=pinned(identity.public),
         memory=store.memory,
@@ -507,8 +519,52 @@ def serve_run(
         enrolled=sites.keys(),
         report=report,
     )
-    key.unlink()
+    for file in _run_key_files(store.directory):
+        file.unlink(missing_ok=True)
     return last
+
+
+def _run_key_files(directory: Path) -> tuple[Path, Path]:
+    return directory / "run.key", directory / "run.key.copy"
+
+
+def _run_key(directory: Path, report: Report) -> Identity:
+    """The run's key: the one that was made, as long as one of its two files is whole, else a new one."""
+    found = []
+    for file in _run_key_files(directory):
+        if file.is_dir():
+            set_aside(file)
+        with suppress(KeyFileError):
+            found.append((file, load_identity(file)))
+    damaged = [f for f in _run_key_files(directory) if f.exists() and f not in [file for file, _ in found]]
+    if not found:
+        for file in damaged:
+            file.unlink()
+        new = directory / "run.new"
+        new.unlink(missing_ok=True)  # of a start that was cut off while it wrote
+        Identity.generate("run").save(new)
+        os.replace(new, directory / "run.key")
+        found.append((directory / "run.key", load_identity(directory / "run.key")))
+    for file in damaged:
+        report("mended", {"file": file.name})
+    for file in _run_key_files(directory):
+        if file != found[0][0]:
+            write_atomic(file, found[0][0].read_bytes())
+    return found[0][1]
+
+
+def _check_numbers(store: RunStore) -> None:
+    """Sites take no message under a number that they have seen: a server that has lost its own must not begin at one again.
+
+    Raises:
+        StoreError: they are gone, though rounds were done.
+    """
+    if store.begun and not (store.directory / "final.json").exists() and store.memory.get(f"{store.run}/down") is None:
+        raise StoreError(
+            f"the numbers of this server's messages are gone from {store.memory.directory}, though rounds are done: "
+            "every site would take what it sends for replays",
+            hint=f"`{store.repair} --raise-numbers` lets it go on above all numbers that sites have seen; then resume the run",
+        )
 
 
 def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report) -> Protection:
@@ -516,9 +572,17 @@ def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report)
     if store.plan.protect.mode == "sealed":
         return SealedServer(link, store.plan.wire.dtype)
     keeper = _keeper(store.memory, link.identity.public, load_roster(roster).roster.digest())
+
+    def newest() -> SignedRoster:
+        try:
+            return keeper.take(load_roster(roster).dump())
+        except (BadSignature, RosterInvalid, RosterRollback) as e:
+            what = str(e).removeprefix(f"{roster}: ")
+            raise type(e)(f"{roster}: {what}", hint=f"{NEWEST}; {e.hint.removeprefix(NEWEST)}".rstrip("; ")) from None
+
     return SecAggServer(
         link,
-        lambda: keeper.take(load_roster(roster).dump()),
+        newest,
         store.plan,
         Book(store.memory, FileMemory(roster.parent / "sums")),
         report=report,
@@ -543,4 +607,10 @@ def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, re
         first, _ = load_adapter(plan_file.parent / "first.safetensors")
         store = start_run(directory, plan, first)
     identity, roster = load_identity(home / "server.key"), home / "roster.json"
+    public = home / "server.pub"
+    if identity.name != SERVER or (public.exists() and load_public(public) != identity.public):
+        raise KeyFileError(
+            f"{home / 'server.key'} is not the key whose public half is {public}",
+            hint="restore it from a backup: sites pin that key",
+        )
     return serve_run(store, identity, enrolled(home), transport, roster=roster, report=report)

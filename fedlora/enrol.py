@@ -42,7 +42,7 @@ def make_site_keys(name: str, out: Path, *, identity: Identity | None = None) ->
     identity.save(out / f"{name}.key")
     node = make_node_key(out / f"{name}.node.key")
     public = out / f"{name}.pub"
-    write_atomic(public, f"{identity.public.line()}\n{node.strip()}\n".encode(), mode=0o644)
+    write_atomic(public, identity.public.file(node.strip()).encode(), mode=0o644)
     return public, identity.public.fingerprint()
 
 
@@ -66,7 +66,7 @@ def make_server_home(home: Path, *, hosts: Sequence[str]) -> str:
     make_tls(home / "tls", hosts)
     write_atomic(home / "superexec.secret", secrets.token_hex(32).encode())
     identity = Identity.generate(SERVER)
-    write_atomic(home / "server.pub", f"{identity.public.line()}\n".encode(), mode=0o644)
+    write_atomic(home / "server.pub", identity.public.file().encode(), mode=0o644)
     identity.save(home / "server.key")
     return identity.public.fingerprint()
 

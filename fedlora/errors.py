@@ -52,6 +52,9 @@ __all__ = [
     "SecretsGone",
     "SessionError",
     "SessionSpent",
+    "SitsOut",
+    "StateLost",
+    "Stopped",
     "StoreError",
     "SuiteDowngrade",
     "TrailingBytes",
@@ -204,6 +207,25 @@ class StoreError(FedLoRAError):
 
     code = "store"
     exit_status = 3
+
+
+class StateLost(StoreError):
+    """What a site must know of the rounds before is gone; going on without it would give other bits than an undisturbed run."""
+
+    code = "state-lost"
+
+
+class SitsOut(FedLoRAError):
+    """The operator of this site has decided that it takes part in this run no more."""
+
+    code = "sits-out"
+    exit_status = 5
+
+
+class Stopped(RunFailed):
+    """The server, or the run alone, was stopped in order while the run went on."""
+
+    code = "stopped"
 
 
 class RemoteError(FedLoRAError):

@@ -98,6 +98,10 @@ def _own(file: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
     adapter, stored = load_adapter(file)
     if not isinstance(stored.get("plan"), str) or "run" not in stored:
         raise StoreError(f"{file} holds an adapter but not its plan", hint="give the run's directory instead")
+    if len(file.stem) == 64 and stored["run"] != file.stem:
+        raise StoreError(
+            f"{file} holds the adapter of another run", hint="a site names the file after the run: ask for the right one"
+        )
     plan = parse_plan(stored["plan"].encode())
     facts = {"run": stored["run"], "plan": plan.digest(), "base": plan.model.digest, "aggregate": plan.aggregate.name}
     return plan, adapter, facts | {"share": plan.aggregate.share, "seed": plan.run.seed, "adapter": adapter.digest()}
@@ -123,7 +127,7 @@ def describe(path: Path) -> dict[str, Any]:
 
         header = parse(head + rest, max_bytes=1 << 34).header
         return {"kind": "envelope", **header.fields()}
-    kinds = {b"FLUP": "update", b"FLTK": "task", b"FLJ2": "journal entry"}
+    kinds = {b"FLUP": "update", b"FLTK": "task", b"FLJ3": "journal entry"}
     if head in kinds:
         return {"kind": kinds[head], "bytes": path.stat().st_size}
     with suppress(FedLoRAError, ValueError):

@@ -53,7 +53,7 @@ def over_flower(
     from fedlora.flower.server import start
 
     root, directory = out / "flower", run_directory(plan, out)
-    if not (directory / "run.json").exists():
+    if not RunStore.holds(directory):
         shutil.rmtree(root, ignore_errors=True)  # cut off before the run began
         _enrol(plan, simulation, first, data=data, base=base, root=root)
         start_run(directory, plan, first, run=simulated_run(plan))

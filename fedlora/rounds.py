@@ -20,11 +20,15 @@ from fedlora.errors import (
     ComplaintUnanswered,
     ConfigError,
     DealerLied,
+    Equivocation,
     FedLoRAError,
     QuorumNotReached,
     RemoteError,
+    Replayed,
     RunFailed,
+    StateLost,
     WeightTooLarge,
+    WrongRound,
 )
 from fedlora.messages import Kind, Reply, Request, Task
 from fedlora.protect import WORK_PHASES, Protection
@@ -71,7 +75,7 @@ def run(
     """
     void, exchanges = 0, plan.federation.num_rounds * aggregator.passes
     check_fit(aggregator, protection, name=plan.aggregate.name, mode=plan.protect.mode)
-    at = store.resume(lambda file: report("damaged", {"file": file.name}))
+    at = store.resume(report)
     report("start", {"run": store.run, "round": at.round, "rounds": exchanges})
     while at.round < exchanges:
         task = _task(plan, store, at, "train", aggregator)
@@ -188,10 +192,29 @@ def _attempts(
         named = {site for site, code in tally.rejected.items() if code in (DealerLied.code, ComplaintUnanswered.code)}
         left += bool(named - liars)  # left out from now on: there are only so many
         liars |= named
+    said = {tally.rejected.get(s, "late") for s in sites}
+    means, hint = next(((m, h) for codes, m, h in _ALL_SAY if said and said <= codes), ("", _BRING_BACK))
     raise QuorumNotReached(
-        f"round {task.round}: {len(tally.accepted)} of {need} sites delivered in {plan.federation.round_attempts} attempts",
-        hint="nothing is lost; bring the sites back and resume the run",
+        f"round {task.round}: {len(tally.accepted)} of {need} sites delivered in {plan.federation.round_attempts} attempts"
+        + means,
+        hint=hint,
     )
+
+
+_BRING_BACK = "nothing is lost; bring the sites back and resume the run"
+_ALL_SAY = (
+    (
+        {Replayed.code, Equivocation.code},
+        "; every site that was asked has seen later messages of this server: its numbers are those of an old backup",
+        "stop the server, then `fedlora server repair HOME RUN --raise-numbers` lets it go on above them; then resume the run",
+    ),
+    (
+        {StateLost.code, WrongRound.code},
+        "; every site that was asked is further on in this run: the checkpoints here are those of an old backup",
+        "restore newer checkpoints of the run and resume it; without them, export this one or start anew under another name",
+    ),
+)
+"""What it means if every site answers with one of these codes, and the way on."""
 
 
 def _drawn(at_hand: list[str], plan: Plan, task: Task, passes: int) -> list[str]:

@@ -441,12 +441,12 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
     sites = {
         n: _virtual_site(lab, i, server.public, out / "sites" / n, digest, report, learners[n]) for n, i in identities.items()
     }
-    if (directory / "run.json").exists():
+    if RunStore.holds(directory):
         store = RunStore.open(directory, lab.plan)
     else:
         shutil.rmtree(directory, ignore_errors=True)  # cut off before the run began
         store = build.start_run(directory, lab.plan, lab.first, run=build.simulated_run(lab.plan))
-    if store.final() is None:
+    if not store.complete:
         transport = Dropouts(LocalTransport({n: s.handle for n, s in sites.items()}), lost)
 
         def listen(event: str, facts: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from fedlora.errors import (
     PassMissed,
     PlanRefused,
     ResourceError,
+    StateLost,
     WeightTooLarge,
     WrongBase,
     WrongLayout,
@@ -145,13 +146,15 @@ class Site:
 
         Raises:
             PlanNotApproved, RunNotApproved, WrongPlan: no person here has agreed to this run. Nothing has been loaded.
-            PlanRefused, WrongBase, WrongLayout: this site does not take part in that.
+            PlanRefused, WrongBase, WrongLayout, SitsOut: this site does not take part in that.
+            StateLost: what it would have to go on from is gone.
             NonFiniteUpdate: training diverged.
             WeightTooLarge: this site used more than the plan lets one site weigh; the server would refuse it.
         """
         self._admit(task)
         plan, rule, learner, adapter = self._prepare(task)
         key = f"{task.kind}/{task.plan_digest}/{task.adapter.digest()}" + (f"/{task.public.digest()}" if task.public else "")
+        self.journal.check(task.run)
         done = self.journal.find(task.run, task.round)
         if done is not None and done.key == key:
             self.report("from-journal", {"round": task.round})
@@ -187,9 +190,14 @@ class Site:
         self, task: Task, plan: Plan, rule: Aggregator, learner: Learner, adapter: Adapter
     ) -> tuple[Update, bytes, Adapter]:
         """The update, the learner's state, and the local adapter."""
-        before = self._before(task)
-        state = before[1].state if before else b""
         metrics: dict[str, float] = {}
+        try:
+            before = self._before(task)
+        except StateLost:
+            if task.kind == "train":
+                raise
+            before = None  # a last evaluation says the same without it, and no round follows
+        state = before[1].state if before else b""
         if task.kind == "evaluate":
             self.report("evaluate", {"round": task.round})
             metrics |= learner.evaluate(adapter)

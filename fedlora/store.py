@@ -1,155 +1,40 @@
-"""What survives a power cut: the server's run directory and the site's journal.
-
-Everything is written to a temporary name, flushed to disk and renamed, so that a reader finds the old or the new file and
-never a torn one.
-"""
+"""What survives a power cut at the server: a run's directory. The site's half is :mod:`fedlora.journal`, both write through
+:mod:`fedlora.files`."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import logging
 import os
 import re
-import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as dump_tensors
-
 from fedlora.adapter import Adapter
-from fedlora.config import Plan, canonical, parse_plan
-from fedlora.errors import ResourceError, StoreError
+from fedlora.config import Plan, parse_plan
+from fedlora.errors import FedLoRAError, StoreError
+from fedlora.files import (
+    Damaged,
+    FileMemory,
+    check_facts,
+    dump_facts,
+    load_adapter,
+    load_vectors,
+    named_disk_errors,
+    parse_facts,
+    read_file,
+    save_adapter,
+    set_aside,
+    write_atomic,
+)
+from fedlora.journal import Entry, Journal
 
 __all__ = ["Checkpoint", "Entry", "FileMemory", "Journal", "RunStore", "load_adapter", "save_adapter", "write_atomic"]
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def _named_disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some disk; nothing is lost, the run goes on from here"
-            raise ResourceError(f"no space left for {path}", hint=hint) from None
-        raise StoreError(f"cannot write {path}: {e.strerror}") from None
-
-
-def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600) -> None:
-    """Replaces a file by these bytes, flushed to disk before the rename and the directory after it.
-
-    Raises:
-        ResourceError: no space left; the old file is untouched.
-        StoreError: any other failure to write.
-    """
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with _named_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        finally:
-            with suppress(FileNotFoundError):
-                new.unlink()
-        _flush_directory(path.parent)
-
-
-def _flush_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@dataclass(frozen=True, slots=True)
-class FileMemory:
-    """:class:`fedlora.protect.Memory` in a directory: one small file a key, named by the key's digest."""
-
-    directory: Path
-
-    def get(self, key: str) -> bytes | None:
-        try:
-            return self._path(key).read_bytes()
-        except FileNotFoundError:
-            return None
-
-    def put(self, key: str, value: bytes) -> None:
-        write_atomic(self._path(key), value)
-
-    def where(self, key: str) -> str:
-        return str(self._path(key))
-
-    def _path(self, key: str) -> Path:
-        return self.directory / hashlib.sha256(key.encode()).hexdigest()
-
-
-# --- adapters in files -----------------------------------------------------------------------------------------
-
-
-class _Damaged(StoreError):
-    """The file could be read; its contents are wrong."""
-
-
-_META = "fedlora"  # one key only: the order of several would not be stable
-
-
-def save_adapter(path: Path, adapter: Adapter, facts: Mapping[str, Any], state: Mapping[str, Adapter] | None = None) -> None:
-    """Writes a safetensors file with the adapter under PEFT's names, float32, and ``facts`` as its one metadata key.
-
-    Args:
-        state: named vectors that belong to it; tensor t of vector v is saved as ``v/t``, which is no tensor's name.
-    """
-    digests = {"digest": adapter.digest(), "layout": adapter.layout.digest()}
-    if state:
-        digests["state"] = canonical({k: v.digest() for k, v in state.items()}).decode()
-    tensors = dict(adapter.tensors())
-    for name, vector in (state or {}).items():
-        tensors |= {f"{name}/{t}": value for t, value in vector.tensors().items()}
-    write_atomic(path, dump_tensors(tensors, metadata={_META: canonical({**facts, **digests}).decode()}))
-
-
-def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
-    """Inverse of :func:`save_adapter`, without the state.
-
-    Raises:
-        StoreError: unreadable, not ours, or other contents than its digest says.
-    """
-    adapter, facts, _ = _load(path)
-    return adapter, facts
-
-
-def _load(path: Path) -> tuple[Adapter, dict[str, Any], dict[str, Adapter]]:
-    tensors: dict[str, dict[str, NDArray[Any]]] = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            facts: dict[str, Any] = json.loads((file.metadata() or {})[_META])
-            for name in list(file.keys()):
-                vector, _, tensor = name.rpartition("/")
-                tensors.setdefault(vector, {})[tensor] = file.get_tensor(name)
-        adapter = Adapter.of(tensors.pop("", {}))
-        state = {name: Adapter.of(parts) for name, parts in tensors.items()}
-    except OSError as e:
-        raise StoreError(f"cannot read {path}: {e.strerror}") from None
-    except (SafetensorError, KeyError, ValueError) as e:
-        raise _Damaged(f"{path} is not an adapter file of FedLoRA ({type(e).__name__})") from None
-    stated = facts.pop("state", "") or canonical({}).decode()
-    if adapter.digest() != facts.get("digest") or canonical({k: v.digest() for k, v in state.items()}).decode() != stated:
-        raise _Damaged(f"{path} is damaged: its contents do not have the digest that it states")
-    return adapter, facts, state
 
 
 # --- the server's run ------------------------------------------------------------------------------------------
@@ -175,18 +60,27 @@ class RunStore:
 
         plan.json          canonical plan
         run.json           the run's id
-        round-0007.safetensors   checkpoint: adapter and record
-        rounds.jsonl       one record a round, rebuilt from the checkpoint if the power failed between the two
+        round-000007.safetensors   checkpoint: adapter and record; under secure aggregation with a copy
+        rounds.jsonl       one record a round, rebuilt from the checkpoints as far as they are kept
         final.json         the last evaluation, when the run is complete
-        memory/            sequence numbers, the run's key (deleted at the end)
+        memory/            sequence numbers and the session of now, each value twice
+        run.key            the run's key, with a copy (deleted at the end)
+
+    Every file carries a digest of what was written. What is damaged is named, and mended where another file says the same.
     """
 
-    def __init__(self, directory: Path, plan: Plan, run: str, *, keep: int = 3) -> None:
+    def __init__(self, directory: Path, plan: Plan, run: str, *, keep: int = 3, mended: Sequence[Path] = ()) -> None:
         self.directory = directory
         self.plan = plan
         self.run = run
-        self.memory = FileMemory(directory / "memory")
+        self.memory = FileMemory(directory / "memory", _memory_hint(directory))
         self._keep = keep
+        self._mended = list(mended)
+
+    @staticmethod
+    def holds(directory: Path) -> bool:
+        """Whether there is a run: one that has begun, or done a round, whatever became of its ``run.json``."""
+        return os.path.lexists(directory / "run.json") or any(_numbers(directory))
 
     @classmethod
     def create(cls, directory: Path, plan: Plan, first: Adapter, *, run: str, keep: int = 3) -> RunStore:
@@ -195,44 +89,63 @@ class RunStore:
         Raises:
             StoreError: the directory holds a run already.
         """
-        if (directory / "run.json").exists():
+        if cls.holds(directory):
             raise StoreError(f"{directory} holds a run already", hint="resume it, or choose another run.name or directory")
         write_atomic(directory / "plan.json", plan.canonical())
         store = cls(directory, plan, run, keep=keep)
         store.save(Checkpoint(0, first))
-        write_atomic(directory / "run.json", canonical({"format": 1, "run": run, "plan": plan.digest()}))
+        write_atomic(directory / "run.json", _run_facts(run, plan))
         return store
 
     @classmethod
     def open(cls, directory: Path, plan: Plan | None = None, *, keep: int = 3) -> RunStore:
-        """An existing run.
+        """An existing run. With the plan that it was started with, a damaged ``run.json`` or ``plan.json`` is written anew.
 
         Raises:
-            StoreError: no run there, a damaged one, or one of another plan.
+            StoreError: no run there, one that cannot be mended, or one of another plan.
         """
-        try:
-            facts = json.loads((directory / "run.json").read_bytes())
-            found = parse_plan((directory / "plan.json").read_bytes())
-        except (OSError, ValueError, KeyError):
-            raise StoreError(f"no run in {directory}", hint="`fedlora simulate` and `fedlora server start` make one") from None
-        if plan is not None and plan.digest() != found.digest():
+        mark = directory / "run.json"
+        if not cls.holds(directory):
+            raise StoreError(f"no run in {directory}", hint="`fedlora simulate` and `fedlora server start` make one")
+        facts, kept, damage = _facts_of(mark), _plan_of(directory / "plan.json"), []
+        digest = facts.get("plan") or (kept.digest() if kept is not None else "")
+        if plan is not None and digest not in ("", plan.digest()):
             raise StoreError(
-                f"{directory} holds a run of another plan ({found.digest()[:12]}, not {plan.digest()[:12]})",
+                f"{directory} holds a run of another plan ({digest[:12]}, not {plan.digest()[:12]})",
                 hint="give the new plan another run.name; a plan cannot change under its run",
             )
-        return cls(directory, found, str(facts["run"]), keep=keep)
+        if kept is None or kept.digest() != digest:
+            if plan is None or not facts:
+                both = "run.json and plan.json are" if not facts else "plan.json is"
+                raise Damaged(f"{directory}: {both} damaged", hint=_plan_hint(directory, lost=not facts))
+            kept = plan
+            damage.append(directory / "plan.json")
+        run = facts.get("run") or _run_of(directory)
+        if not facts:
+            damage.append(mark)
+        if plan is not None:
+            for file, blob in ((directory / "plan.json", kept.canonical()), (mark, _run_facts(run, kept))):
+                if file in damage:
+                    log.warning("%s is damaged or missing; it is written anew", file)
+                    if file.is_dir():
+                        set_aside(file)
+                    write_atomic(file, blob)
+        return cls(directory, kept, run, keep=keep, mended=damage if plan is not None else ())
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Makes a round permanent. After this returns, a power cut loses nothing of it."""
         facts = {"run": self.run, "round": checkpoint.round, "record": dict(checkpoint.record)}
-        save_adapter(self._path(checkpoint.round), checkpoint.adapter, facts, checkpoint.state)
+        for path in reversed(self._files(checkpoint.round)):
+            save_adapter(path, checkpoint.adapter, facts, checkpoint.state)
         if checkpoint.record:
-            with _named_disk_errors(self.directory / "rounds.jsonl"), (self.directory / "rounds.jsonl").open("ab") as file:
-                file.write(canonical(dict(checkpoint.record)) + b"\n")
+            with named_disk_errors(self._records), self._records.open("ab") as file:
+                file.write(dump_facts(checkpoint.record) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-        for old in self._rounds()[: -self._keep]:
-            self._path(old).unlink()
+        for old in _numbers(self.directory)[: -self._keep]:
+            for path in (self._path(old), _copy(self._path(old))):
+                with suppress(OSError):
+                    path.unlink()
 
     def load(self) -> Checkpoint:
         """The last complete round. Changes nothing, so that it may be read while the run goes on.
@@ -240,34 +153,69 @@ class RunStore:
         Raises:
             StoreError: no checkpoint, or the last one is damaged or of another run.
         """
-        for number in reversed(self._rounds()):
+        for number in reversed(_numbers(self.directory)):
             return self._read(number)
-        raise StoreError(f"no checkpoint in {self.directory}")
+        raise StoreError(f"no checkpoint in {self.directory}", hint=_LAST)
 
-    def resume(self, on_damage: Callable[[Path], None] = lambda file: None) -> Checkpoint:
+    def resume(self, report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None) -> Checkpoint:
         """The last complete round, for whoever goes on from there; brings ``rounds.jsonl`` up to it.
 
-        If the disk has damaged the last checkpoint of an unfinished run, the run goes back a round: the file is set aside as
-        ``*.damaged``, ``on_damage`` is told, and the round is done again. Sites answer it from their journals.
+        If the disk has damaged the last checkpoints of an unfinished run, the run goes back to the last whole one: the files are
+        set aside as ``*.damaged`` and the rounds are done again. Sites answer them from their journals, which hold two.
+
+        Args:
+            report: told ``damaged``, ``mended``, ``evaluation-again`` and ``records-gone``.
 
         Raises:
             StoreError: no checkpoint that is whole and of this run.
         """
-        numbers = self._rounds()
-        if len(numbers) > 1 and self.final() is None:
-            file = self._path(numbers[-1])
-            try:
-                self._read(numbers[-1])
-            except _Damaged as e:
-                log.warning("%s; going back a round", e)
-                os.replace(file, file.with_suffix(".damaged"))
-                on_damage(file)
+        for file in self._mended:
+            report("mended", {"file": file.name})
+        try:
+            finished = self.final() is not None
+        except StoreError as e:
+            log.warning("%s; the last evaluation is done again", e)
+            set_aside(self.directory / "final.json")
+            report("evaluation-again", {"file": "final.json"})
+            finished = False
+        for number in () if finished else self._behind():
+            for file in (self._path(number), _copy(self._path(number))):
+                if os.path.lexists(file):
+                    set_aside(file)
+                    report("damaged", {"file": file.name})
         at = self.load()
-        known = [r for r in self.records() if r["round"] <= at.round]
-        if at.record and (not known or known[-1]["round"] != at.round):
-            known.append(dict(at.record))
-        write_atomic(self.directory / "rounds.jsonl", *(canonical(r) + b"\n" for r in known))
+        self._mend_records(at, report)
         return at
+
+    def _behind(self) -> list[int]:
+        """Damaged checkpoints that have a whole one before them, the last first."""
+        found = []
+        for number in reversed(_numbers(self.directory)):
+            try:
+                self._read(number)
+            except Damaged as e:
+                log.warning("%s; going back a round", e)
+                found.append(number)
+            else:
+                return found
+        return []
+
+    def _mend_records(self, at: Checkpoint, report: Callable[[str, Mapping[str, Any]], None]) -> None:
+        try:
+            known = {int(r["round"]): r for r in self.records() if int(r["round"]) <= at.round}
+        except StoreError as e:
+            log.warning("%s; it is set aside", e)
+            set_aside(self._records)
+            known = {}
+        for number in _numbers(self.directory):
+            with suppress(StoreError):
+                record = dict(self._read(number).record) if number <= at.round and number not in known else {}
+                known |= {number: record} if record else {}
+        # The first exchange of a round that was void in it has no record: the void one is that of the whole round.
+        gone = [n for n in range(1, at.round + 1) if n not in known and not known.get(n + 1, {}).get("void")]
+        write_atomic(self._records, *(dump_facts(known[n]) + b"\n" for n in sorted(known)))
+        if gone:
+            report("records-gone", {"rounds": gone})
 
     def adapter(self, round: int) -> Adapter:
         """The global adapter after a round that is still kept (the last three are); a round that was void left the one before.
@@ -275,175 +223,170 @@ class RunStore:
         Raises:
             StoreError: it is not, or it is damaged.
         """
-        kept = [n for n in self._rounds() if n <= round]
-        if not kept:
-            raise StoreError(f"the adapter after round {round} is not kept any more")
+        numbers = _numbers(self.directory)
+        kept, later = [n for n in numbers if n <= round], [n for n in numbers if n > round]
+        if not kept or (kept[-1] < round and not (later and self._read(later[0]).record.get("void"))):
+            raise StoreError(f"the adapter after round {round} is not kept: {self._path(round)} is missing", hint=_LAST)
         return self._read(kept[-1]).adapter
 
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)
-        adapter, facts, state = _load(path)
+        numbers = _numbers(self.directory)
+        # Under secure aggregation scales follow from the ones before, and no round is done twice: they are kept in two files.
+        hint = _checkpoint_hint(path, alone=self.plan.protect.mode == "secagg" or len(numbers) == 1)
+        try:
+            return self._read_file(path, number)
+        except StoreError as e:
+            with suppress(StoreError):
+                whole = self._read_file(_copy(path), number)
+                log.warning("%s; its copy is whole and takes its place", e)
+                return whole
+            e.hint = hint
+            raise
+
+    def _read_file(self, path: Path, number: int) -> Checkpoint:
+        adapter, facts, state = load_vectors(path)
         if facts.get("run") != self.run or facts.get("round") != number:
             raise StoreError(f"{path} belongs to another run or round")
         return Checkpoint(number, adapter, facts["record"], state)
 
+    def _files(self, number: int) -> list[Path]:
+        """Where a checkpoint is kept: twice where no round can be done twice."""
+        path = self._path(number)
+        return [path, _copy(path)] if self.plan.protect.mode == "secagg" else [path]
+
     def records(self) -> list[dict[str, Any]]:
-        """The records of all rounds so far; a torn last line is ignored."""
-        try:
-            lines = (self.directory / "rounds.jsonl").read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
+        """The records of all rounds so far; lines that are torn or damaged are left out.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
         whole = []
-        for line in lines:
-            with suppress(ValueError):
-                whole.append(json.loads(line))
+        for line in (read_file(self._records, hint="move it away and resume the run: it is written anew") or b"").split(b"\n"):
+            with suppress(ValueError, TypeError, RecursionError):
+                whole.append(check_facts(json.loads(line)))
         return whole
 
     def finish(self, final: Mapping[str, Any]) -> None:
         """Notes the last evaluation; from here on the run is complete."""
-        write_atomic(self.directory / "final.json", canonical(dict(final)))
+        write_atomic(self.directory / "final.json", dump_facts(final))
 
     def final(self) -> dict[str, Any] | None:
-        """What :meth:`finish` noted, or None."""
-        try:
-            found: dict[str, Any] = json.loads((self.directory / "final.json").read_bytes())
-        except FileNotFoundError:
-            return None
+        """What :meth:`finish` noted, or None.
+
+        Raises:
+            StoreError: damaged.
+        """
+        path, hint = self.directory / "final.json", "resume the run: the last evaluation is then done again"
+        blob = read_file(path, hint=hint)
+        return None if blob is None else parse_facts(blob, path, hint=hint)
+
+    def problems(self) -> dict[Path, str]:
+        """What is wrong with checkpoints, records and last evaluation, by file. Changes nothing."""
+        found = {}
+        for number in _numbers(self.directory):
+            try:
+                self._read(number)
+            except StoreError as e:
+                found[self._path(number)] = str(e)
+        for path, read in ((self.directory / "final.json", self.final), (self._records, self.records)):
+            try:
+                read()
+            except StoreError as e:
+                found[path] = str(e)
+        lines = [x for x in (self._records.read_bytes() if self._records.is_file() else b"").split(b"\n") if x]
+        if self._records not in found and len(lines) > len(self.records()):
+            found[self._records] = f"{self._records} has damaged lines"
         return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last evaluation is done, and its record whole."""
+        with suppress(StoreError):
+            return self.final() is not None
+        return False
+
+    @property
+    def begun(self) -> bool:
+        """Whether a round is done."""
+        return any(_numbers(self.directory))
+
+    @property
+    def repair(self) -> str:
+        """The command that repairs this run."""
+        return _command(self.directory) or "fedlora server repair HOME RUN"
+
+    @property
+    def _records(self) -> Path:
+        return self.directory / "rounds.jsonl"
 
     def _path(self, number: int) -> Path:
         return self.directory / f"round-{number:06d}.safetensors"
 
-    def _rounds(self) -> list[int]:
-        return sorted(int(p.stem.removeprefix("round-")) for p in self.directory.glob("round-*.safetensors"))
+
+_LAST = "restore the directory from a backup; without one start the run anew under another run.name"
+_CHECKPOINT = re.compile(r"round-(\d{6,9})\.safetensors(\.copy)?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-# --- the site's journal ------------------------------------------------------------------------------------------
+def _numbers(directory: Path) -> list[int]:
+    """The rounds of which there are checkpoints, rising."""
+    found = (_CHECKPOINT.fullmatch(p.name) for p in directory.glob("round-*"))
+    return sorted({int(m[1]) for m in found if m})
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Entry:
-    """One finished piece of work: the update as float32 bytes, and the learner's state after it.
-
-    Attributes:
-        key: names the work: its kind (``train`` or ``evaluate``), the plan's and the adapter's digest, with slashes between.
-        kept: the local adapter, float32 little-endian in its layout's order, where the rule needs it again; it never leaves.
-    """
-
-    key: str
-    update: bytes
-    state: bytes
-    kept: bytes = b""
+def _copy(path: Path) -> Path:
+    return path.with_name(f"{path.name}.copy")
 
 
-_RUN = re.compile(r"[0-9a-f]{64}")
-_ENTRY = struct.Struct("<4sQQQQ")
+def _run_facts(run: str, plan: Plan) -> bytes:
+    return dump_facts({"format": 1, "run": run, "plan": plan.digest()})
 
 
-@dataclass(frozen=True, slots=True)
-class Journal:
-    """Finished updates and the learner's state, one file a round, mode 0600 in a directory of mode 0700.
+def _facts_of(mark: Path) -> dict[str, str]:
+    """``run`` and ``plan`` of a run.json; empty if it is damaged or missing."""
+    with suppress(StoreError):
+        facts = parse_facts(read_file(mark) or b"", mark, hint="")
+        found = {k: str(facts.get(k)) for k in ("run", "plan")}
+        if all(_DIGEST.fullmatch(v) for v in found.values()):
+            return found
+    return {}
 
-    The last two rounds of a run are kept; runs that ended with their last evaluation go when the next one begins. A run that
-    did not end stays: it may be resumed, and this is where the site's place in it is kept. What a site learned for itself
-    alone (``RUN.safetensors``, where the plan's rule has sites keep a factor) never goes by itself.
-    """
 
-    directory: Path
+def _plan_of(path: Path) -> Plan | None:
+    with suppress(FedLoRAError, ValueError):
+        return parse_plan(read_file(path) or b"")
+    return None
 
-    def own(self, run: str) -> Path:
-        """Where the site's own adapter of a run lies, after its last exchange; it need not exist."""
-        return self._path(run, 0).parent.with_suffix(".safetensors")
 
-    def save_own(self, run: str, adapter: Adapter, plan: Plan) -> None:
-        """Keeps the site's own adapter, with all that is needed to export it."""
-        with _named_disk_errors(self.own(run)):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self.directory.chmod(0o700)
-        save_adapter(self.own(run), adapter, {"run": run, "plan": plan.canonical().decode()})
+def _run_of(directory: Path) -> str:
+    """The run's id as its checkpoints say it."""
+    for number in reversed(_numbers(directory)):
+        with suppress(StoreError):
+            return str(load_vectors(directory / f"round-{number:06d}.safetensors")[1]["run"])
+    raise Damaged(f"{directory / 'run.json'} is damaged and no checkpoint is whole", hint=_LAST)
 
-    def find(self, run: str, round: int) -> Entry | None:
-        """The entry of this round, or None.
 
-        Raises:
-            StoreError: the file is damaged. Delete it to train the round again.
-        """
-        path = self._path(run, round)
-        try:
-            blob = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        body, digest = blob[:-32], blob[-32:]
-        if len(blob) < _ENTRY.size + 32 or hashlib.sha256(body).digest() != digest:
-            raise StoreError(f"{path} is damaged", hint="delete it; the round is then trained again")
-        magic, *sizes = _ENTRY.unpack_from(body)
-        if magic != b"FLJ2" or _ENTRY.size + sum(sizes) != len(body):
-            raise StoreError(f"{path} is not a journal entry", hint="delete it; the round is then trained again")
-        at, parts = _ENTRY.size, []
-        for size in sizes:
-            parts.append(body[at : at + size])
-            at += size
-        return Entry(parts[0].decode(), parts[1], parts[2], parts[3])
+def _command(directory: Path) -> str:
+    """`fedlora server repair` for this run; empty for one of a simulation."""
+    if directory.parent.name != "runs":
+        return ""
+    return f"fedlora server repair {directory.parent.parent} {directory.name}"
 
-    def save(self, run: str, round: int, entry: Entry) -> None:
-        """Makes a finished update permanent, before anything of it is sent."""
-        key = entry.key.encode()
-        blobs = (key, entry.update, entry.state, entry.kept)
-        parts = (_ENTRY.pack(b"FLJ2", *(len(b) for b in blobs)), *blobs)
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
-        path, begins = self._path(run, round), not self._rounds(run)
-        with _named_disk_errors(path):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self.directory.chmod(0o700)
-        write_atomic(path, *parts, digest.digest())
-        for old in self._rounds(run)[:-2]:
-            self._path(run, old).unlink()
-        if begins:
-            self._forget_ended(run)
 
-    def _forget_ended(self, current: str) -> None:
-        for past in self.directory.iterdir():
-            if past.name == current or not _RUN.fullmatch(past.name):
-                continue
-            rounds = self._rounds(past.name)
-            if rounds and self._key(past.name, rounds[-1]).startswith(b"evaluate/"):
-                shutil.rmtree(past, ignore_errors=True)
+def _memory_hint(directory: Path) -> str:
+    return f"`{_command(directory)}` shows what can be done" if _command(directory) else "delete the simulation and make it anew"
 
-    def _key(self, run: str, round: int) -> bytes:
-        """What an entry says it is about; empty if that cannot be read. Its digest is not checked."""
-        try:
-            with self._path(run, round).open("rb") as file:
-                head = file.read(_ENTRY.size)
-                return file.read(min(_ENTRY.unpack(head)[1], 1024)) if len(head) == _ENTRY.size else b""
-        except OSError:
-            return b""
 
-    def before(self, run: str, round: int) -> tuple[int, Entry] | None:
-        """The last entry before ``round``, with its round; None if there is none.
+def _plan_hint(directory: Path, *, lost: bool) -> str:
+    if lost:
+        return "restore one of them from a backup; without one start the run anew under another run.name"
+    return "resume the run with the plan file that it was started with: plan.json is then written anew"
 
-        Raises:
-            StoreError: as :meth:`find`.
-        """
-        earlier = [r for r in self._rounds(run) if r < round]
-        entry = self.find(run, earlier[-1]) if earlier else None
-        return (earlier[-1], entry) if entry else None
 
-    def last(self, run: str) -> tuple[int, Entry] | None:
-        """The last round that was finished, and its entry; None if there is none.
-
-        Raises:
-            StoreError: as :meth:`find`.
-        """
-        rounds = self._rounds(run)
-        entry = self.find(run, rounds[-1]) if rounds else None
-        return (rounds[-1], entry) if entry else None
-
-    def _path(self, run: str, round: int) -> Path:
-        if not _RUN.fullmatch(run):
-            raise ValueError("a run is 64 hex digits")
-        return self.directory / run / f"round-{round:06d}.journal"
-
-    def _rounds(self, run: str) -> list[int]:
-        return sorted(int(p.stem.removeprefix("round-")) for p in (self.directory / run).glob("round-*.journal"))
+def _checkpoint_hint(path: Path, *, alone: bool) -> str:
+    if alone or not _command(path.parent):
+        return f"restore it from a backup; {_LAST.rpartition('; ')[2]}"
+    return (
+        f"restore it from a backup, or `{_command(path.parent)} --set-aside {path.name}`: the run then goes on a round before it"
+    )

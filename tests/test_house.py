@@ -17,9 +17,9 @@ from fedlora.config import Plan, SiteFile, sample
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
-    0: {"errors", "config", "adapter", "messages", "schedule"},
+    0: {"errors", "config", "adapter", "files", "messages", "schedule"},
     1: {"aggregate", "first", "privacy", "protect", "wire", "values"},
-    2: {"admission", "rounds", "site", "store", "transport"},
+    2: {"admission", "journal", "rounds", "site", "store", "transport"},
     3: {
         "cli",
         "approve",
@@ -30,6 +30,7 @@ LAYERS = {
         "testing",
         "simulate",
         "rehearse",
+        "repair",
         "enrol",
         "follow",
         "processes",

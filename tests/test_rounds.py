@@ -401,7 +401,7 @@ def test_a_checkpoint_that_cannot_be_read_or_is_another_runs_is_not_gone_behind(
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedlora.store.safe_open", refuse)
+        patch.setattr("fedlora.files.safe_open", refuse)
         with pytest.raises(StoreError, match="cannot read"):
             fed.store().resume()
     assert fed.store().load().round == 3
@@ -447,7 +447,7 @@ def test_a_journal_forgets_runs_that_ended_and_no_others(tmp_path):
 def test_a_damaged_journal_is_named_and_nothing_is_sent(tmp_path):
     journal = Journal(tmp_path)
     journal.save("0" * 64, 1, Entry("k", b"update", b"state"))
-    (file,) = (tmp_path / ("0" * 64)).iterdir()
+    (file,) = (tmp_path / ("0" * 64)).glob("*.journal")
     for blob in (file.read_bytes()[:-1], b"", b"x" * 200):
         file.write_bytes(blob)
         with pytest.raises(StoreError):

@@ -9,6 +9,7 @@ import typer
 
 from fedlora.cli.approval import approve
 from fedlora.cli.output import Screen, emit
+from fedlora.cli.repair import server_repair, site_repair
 from fedlora.cli.roster import roster
 
 if TYPE_CHECKING:
@@ -371,3 +372,7 @@ def site_up(
 
     with Screen(quiet=quiet) as screen:
         up(file, report=screen)
+
+
+server.command("repair")(server_repair)
+site.command("repair")(site_repair)

@@ -133,8 +133,12 @@ _LINES = {
     "round-void": "round {round} is void ({void}): too few sites stayed to the end of its session; the adapter stays as it was",
     "void": "round {round}, attempt {attempt}: too few sites; asking again",
     "damaged": "{file} is damaged and was set aside; its round is done again",
+    "mended": "{file} was damaged or missing; it has been written anew",
+    "evaluation-again": "{file} is damaged and was set aside; the last evaluation is done again",
+    "records-gone": "the records of rounds {rounds} are gone from rounds.jsonl; the adapter and the run are not touched by that",
     "final": "last evaluation done",
     "own": "this site's own adapter: {file}; `fedlora export {file} adapter/` makes a PEFT adapter of it",
     "from-journal": "  round {round}: answered from the journal",
+    "another-run": "another run goes on ({name}); this one waits for its end",
     "process": "{name}: {state}",
 }

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives import serialization as ser
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,7 +23,7 @@ from fedlora.errors import ConfigError, KeyFileError
 from fedlora.messages import check_site_name
 from fedlora.store import write_atomic
 
-__all__ = ["certificate_hosts", "load_node_keys", "make_node_key", "make_secret", "make_tls", "node_key_pem"]
+__all__ = ["certificate_hosts", "check_tls", "load_node_keys", "make_node_key", "make_secret", "make_tls", "node_key_pem"]
 
 _SKEW = timedelta(hours=1)
 
@@ -142,6 +142,32 @@ def certificate_hosts(certificate: Path) -> frozenset[str]:
     return frozenset(str(n.value) for n in names.value)
 
 
+def check_tls(directory: Path) -> None:
+    """Looks whether ``ca.crt``, ``server.crt`` and ``server.key`` are whole and belong together.
+
+    Raises:
+        KeyFileError: names the file that is not.
+    """
+    found = {}
+    for name in ("ca.crt", "server.crt", "server.key"):
+        try:
+            blob = (directory / name).read_bytes()
+            if name == "server.key":
+                key = ser.load_pem_private_key(blob, None)
+                found[name] = key.public_key()
+            else:
+                certificate = x509.load_pem_x509_certificate(blob)
+                found[name] = certificate.public_key()
+                certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes()))
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
+            raise KeyFileError(f"{directory / name} is damaged, or of another authority", hint=_RESTORE) from None
+    if found["server.key"] != found["server.crt"]:
+        raise KeyFileError(f"{directory / 'server.key'} is not the key of server.crt beside it", hint=_RESTORE)
+
+
+_RESTORE = "restore the directory from a backup: sites trust this authority"
+
+
 def make_node_key(path: Path) -> str:
     """Writes a site's private key for the connection, 0600, and returns the line of its public half.
 
@@ -195,12 +221,18 @@ def load_node_keys(sites: Path) -> dict[str, bytes]:
     keys: dict[str, bytes] = {}
     for path in sorted(sites.glob("*.pub")):
         name = check_site_name(path.stem)
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as e:
+            raise KeyFileError(f"cannot read {path}: {e.strerror}", hint="ask the site for its .pub file again") from None
         if len(lines) < 2:
             raise KeyFileError(
                 f"{path} has no second line with the node's public key", hint="ask the site for its .pub file again"
             )
-        pem = node_key_pem(lines[1])
+        try:
+            pem = node_key_pem(lines[1])
+        except KeyFileError as e:
+            raise KeyFileError(f"{path}: {e}", hint="ask the site for its .pub file again") from None
         if pem in keys.values():
             raise KeyFileError(f"{path} repeats another site's node key")
         keys[name] = pem

@@ -17,11 +17,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from fedlora.errors import ConnectionFailed
+from fedlora.errors import ConnectionFailed, FedLoRAError, Stopped
 from fedlora.flower._internals import Claim, Claimer, TaskClient
 from fedlora.flower.bundle import BUNDLE_SHA256
 from fedlora.flower.database import shrink
-from fedlora.flower.jobs import load_outcome
+from fedlora.flower.jobs import Outcome, full, load_outcome, only_run, save_outcome
 from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.server_app import Handover
 from fedlora.processes import die_with_parent
@@ -54,6 +54,9 @@ def execute(token: str, *, home: Path, superlink_port: int, app: list[str]) -> s
             error = "bundle-refused"
         else:
             error = _run(client, claim, token, home=home, superlink_port=superlink_port, app=app)
+    except _Asked as e:
+        error = e.error
+        raise
     finally:
         try:
             client.finish(error)
@@ -77,16 +80,48 @@ def _run(client: TaskClient, claim: Claim, token: str, *, home: Path, superlink_
         if process.stdin is not None:
             with suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(task.dump())
-        while process.poll() is None:
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + _HEARTBEAT_S
-                if not client.heartbeat():
-                    return "stopped"
-            time.sleep(_POLL_S)
+        with only_run(home, job):
+            while process.poll() is None:
+                if time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + _HEARTBEAT_S
+                    if not client.heartbeat():
+                        return _stopped(home, job, Stopped("the run was stopped", hint=_RESUME))
+                time.sleep(_POLL_S)
+    except SystemExit:
+        hint = f"start it again with `fedlora server up`; then {_RESUME}"
+        raise _Asked(_stopped(home, job, Stopped("the server was stopped while the run went on", hint=hint))) from None
     finally:
         _end(process)
-    outcome = load_outcome(home, job) if process.returncode else None
-    return "" if process.returncode == 0 else (outcome.code if outcome else "server-app-died")
+    if process.returncode == 0:
+        return ""
+    outcome, error = load_outcome(home, job), full(home)
+    if outcome is None and error is not None:
+        outcome = Outcome.of(error)
+        _said(home, job, outcome)
+    return outcome.code if outcome else "server-app-died"
+
+
+_RESUME = "`fedlora server start HOME PLAN --resume` goes on; nothing is lost"
+
+
+class _Asked(SystemExit):
+    """This process was asked to end while a run went on."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(0)
+        self.error = code
+
+
+def _stopped(home: Path, job: str, error: Stopped) -> str:
+    """Has whoever follows the run know that it was stopped, unless it has ended by itself."""
+    if load_outcome(home, job) is None:
+        _said(home, job, Outcome.of(error))
+    return error.code
+
+
+def _said(home: Path, job: str, outcome: Outcome) -> None:
+    with suppress(FedLoRAError):  # not a job of ours, or the disk is full
+        save_outcome(home, job, outcome)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

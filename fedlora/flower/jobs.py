@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import ConnectionFailed, FedLoRAError, RunFailed, StoreError
+from fedlora.errors import ConnectionFailed, FedLoRAError, ResourceError, RunFailed, StoreError
+from fedlora.files import dump_facts, parse_facts, read_file, write_atomic
 from fedlora.rounds import Report
-from fedlora.store import write_atomic
 
 __all__ = [
     "Address",
     "Events",
     "Job",
     "Outcome",
+    "full",
+    "going_on",
     "load_address",
     "load_job",
     "load_outcome",
     "new_job",
+    "only_run",
     "pass_on",
     "save_address",
     "save_outcome",
@@ -69,7 +74,20 @@ class Outcome:
 
 
 def _save(path: Path, value: Address | Job | Outcome) -> None:
-    write_atomic(path, json.dumps(asdict(value)).encode())
+    write_atomic(path, dump_facts(asdict(value)))
+
+
+_RESERVED_BYTES = 4096
+_FULL_BYTES = 1 << 20
+
+
+def full(home: Path) -> ResourceError | None:
+    """The error to report if the disk of ``HOME/flower`` is full: what Flower then says is an answer of 500 or none."""
+    disk = os.statvfs(home / "flower")
+    if disk.f_bavail * disk.f_frsize >= _FULL_BYTES:
+        return None
+    hint = "free some disk, then `fedlora server start HOME PLAN --resume` goes on; nothing is lost"
+    return ResourceError(f"no space left for {home / 'flower'}, the relay's database and logs", hint=hint)
 
 
 def save_address(home: Path, address: Address) -> None:
@@ -81,18 +99,24 @@ def load_address(home: Path) -> Address:
     """Where the server listens.
 
     Raises:
-        ConnectionFailed: none was ever started in this home.
+        ConnectionFailed: none runs in this home.
+        StoreError: the file that says so is damaged.
     """
-    try:
-        return Address(**json.loads((home / "flower" / "server.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        raise ConnectionFailed(f"no server runs in {home}", hint="`fedlora server up` starts one") from None
+    path, hint = home / "flower" / "server.json", "stop `fedlora server up` and start it again: it writes the file anew"
+    blob = read_file(path, hint=hint)
+    if blob is None:
+        raise ConnectionFailed(f"no server runs in {home}", hint="`fedlora server up` starts one")
+    return Address(**parse_facts(blob, path, hint=hint))
 
 
 def new_job(home: Path, job: Job) -> str:
-    """Writes a job and returns its name: 32 random hex digits, so that nobody else on this host can start it."""
+    """Writes a job and returns its name: 32 random hex digits, so that nobody else on this host can start it.
+
+    Room for its outcome is taken now: a disk that is full then must not keep it from being said.
+    """
     name = secrets.token_hex(16)
     _save(_path(home, name, "job"), job)
+    write_atomic(_path(home, name, "outcome"), b" " * _RESERVED_BYTES)
     return name
 
 
@@ -100,39 +124,59 @@ def load_job(home: Path, name: object) -> Job:
     """Reads a job.
 
     Raises:
-        StoreError: no such job was written by :func:`new_job`.
+        StoreError: no such job was written by :func:`new_job`, or its file is damaged.
     """
-    try:
-        if not isinstance(name, str) or not _JOB.fullmatch(name):
-            raise ValueError
-        return Job(**json.loads(_path(home, name, "job").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        raise StoreError("the run names no job of this server", hint="runs are started with `fedlora server start`") from None
+    hint = "start the run again with `fedlora server start`: it writes a new job"
+    path = _path(home, name, "job") if isinstance(name, str) and _JOB.fullmatch(name) else None
+    blob = read_file(path, hint=hint) if path is not None else None
+    if path is None or blob is None:
+        raise StoreError("the run names no job of this server", hint="runs are started with `fedlora server start`")
+    return Job(**parse_facts(blob, path, hint=hint))
 
 
 def save_outcome(home: Path, name: str, outcome: Outcome) -> None:
-    """Writes how a job ended."""
-    _save(_path(home, name, "outcome"), outcome)
+    """Writes how a job ended, on a full disk into the room that was taken before."""
+    path = _path(home, name, "outcome")
+    try:
+        _save(path, outcome)
+    except ResourceError:
+        short = replace(outcome, message=outcome.message[:1000], hint=outcome.hint[:1000])
+        blob = dump_facts(asdict(short))
+        if len(blob) > _RESERVED_BYTES or not path.is_file():
+            raise
+        with path.open("r+b") as file:
+            file.write(blob.ljust(_RESERVED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def load_outcome(home: Path, name: str) -> Outcome | None:
-    """How a job ended; None if it did not get to say so."""
-    try:
-        return Outcome(**json.loads(_path(home, name, "outcome").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
+    """How a job ended; None if it did not get to say so, or what it said is damaged."""
+    path = _path(home, name, "outcome")
+    with suppress(StoreError):
+        blob = (read_file(path) or b"").strip()
+        return Outcome(**parse_facts(blob, path, hint="")) if blob else None
+    return None
 
 
 class Events:
-    """Appends a job's events as lines of JSON, for whoever follows it from another process."""
+    """Appends a job's events as lines of JSON, for whoever follows it from another process.
+
+    An event that cannot be written is dropped: it is for a screen, and a run does not end for it.
+    """
 
     def __init__(self, home: Path, name: str) -> None:
         self._path = _path(home, name, "events")
+        self._torn = False
 
     def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        line = json.dumps({"event": event, "facts": facts}, default=str) + "\n"
-        with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8") as file:
-            file.write(line)
+        line = ("\n" if self._torn else "") + json.dumps({"event": event, "facts": facts}, default=str) + "\n"
+        try:
+            with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8") as file:
+                file.write(line)
+            self._torn = False
+        except OSError:
+            self._torn = True
 
 
 def pass_on(home: Path, name: str, report: Report, *, offset: int) -> int:
@@ -141,13 +185,40 @@ def pass_on(home: Path, name: str, report: Report, *, offset: int) -> int:
         with _path(home, name, "events").open("rb") as file:
             file.seek(offset)
             lines = file.read()
-    except FileNotFoundError:
+    except OSError:
         return offset
     whole = lines[: lines.rfind(b"\n") + 1]
     for line in whole.splitlines():
-        entry = json.loads(line)
-        report(entry["event"], entry["facts"])
+        with suppress(ValueError, KeyError, TypeError):  # torn or damaged: one line less on the screen
+            entry = json.loads(line)
+            event, facts = str(entry["event"]), dict(entry["facts"])
+            report(event, facts)
     return offset + len(whole)
+
+
+@contextmanager
+def only_run(home: Path, job: str) -> Iterator[None]:
+    """Says while inside that this job is the one that is done, for :func:`going_on`; whoever dies says it no more."""
+    with (home / "flower" / "run.lock").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # a full disk: who is asked then does not know the name
+            file.truncate(0)
+            file.write(job)
+            file.flush()
+        yield
+
+
+def going_on(home: Path) -> str:
+    """The job that is done now; empty if there is none, ``?`` if its name is not known."""
+    try:
+        with (home / "flower" / "run.lock").open("r") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip() or "?"
+    except OSError:
+        return ""
+    return ""
 
 
 def _path(home: Path, name: str, kind: str) -> Path:

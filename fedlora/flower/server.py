@@ -12,14 +12,25 @@ from functools import partial
 from pathlib import Path
 
 from fedlora.config import load_plan
-from fedlora.errors import ConfigError, FedLoRAError, KeyFileError, RunFailed
+from fedlora.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed, Stopped
 from fedlora.flower import launch
-from fedlora.flower.control import Control, register_sites, start_job
+from fedlora.flower.control import Control, RunState, register_sites, start_job
 from fedlora.flower.database import shrink
-from fedlora.flower.enrol import certificate_hosts, load_node_keys
+from fedlora.flower.enrol import certificate_hosts, check_tls, load_node_keys
 from fedlora.flower.environment import join_flower
 from fedlora.flower.exposure import check_loopback, check_public, dialled, free_port, healthy
-from fedlora.flower.jobs import Address, Job, load_address, load_outcome, new_job, pass_on, save_address
+from fedlora.flower.jobs import (
+    Address,
+    Job,
+    full,
+    going_on,
+    load_address,
+    load_job,
+    load_outcome,
+    new_job,
+    pass_on,
+    save_address,
+)
 from fedlora.flower.records import safe_code
 from fedlora.flower.supervisor import Service, Supervisor, signals
 from fedlora.rounds import Report
@@ -28,6 +39,9 @@ __all__ = ["start", "stop_run", "sync_sites", "up"]
 
 _PATIENCE_S = 10.0
 _LOOK_S = 1.0
+_SECRET_BYTES = 32
+_OVER_S = 10.0
+"""How long Flower may take to learn that a run has ended, seconds."""
 
 
 def up(
@@ -131,6 +145,10 @@ def _check_files(home: Path, hosts: Sequence[str]) -> None:
     for name in ("superexec.secret", "tls/ca.crt", "tls/server.crt", "tls/server.key"):
         if not (home / name).is_file():
             raise KeyFileError(f"{home / name} is missing", hint="`fedlora keygen server` makes it")
+    check_tls(home / "tls")
+    if len((home / "superexec.secret").read_bytes()) < _SECRET_BYTES:
+        hint = "restore it from a backup, or delete it and make 32 random bytes in its place: it never leaves this host"
+        raise KeyFileError(f"{home / 'superexec.secret'} is damaged: it is too short", hint=hint)
     missing = sorted(set(hosts) - certificate_hosts(home / "tls" / "server.crt"))
     if missing:
         raise ConfigError(
@@ -208,24 +226,63 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
     directory = home / "runs" / load_plan(plan).run.name
     sync_sites(home, report=report)
     job = new_job(home, Job(str(plan.resolve()), resume))
-    with _control(home) as control:
-        run_id = start_job(control, job)
-        said, offset = "", 0
-        while True:
-            state = control.run_state(run_id)
-            offset = pass_on(home, job, report, offset=offset)
-            if state.status != said:
-                said = state.status
-                report("process", {"name": f"run {run_id}", "state": said})
-            if said == "finished":
-                break
-            time.sleep(poll_s)
-    outcome = load_outcome(home, job)
+    goes_on = f"`fedlora server start {home} {plan} --resume` goes on; nothing is lost"
+    try:
+        with _control(home) as control:
+            state = _followed(control, start_job(control, job), home, job, report, poll_s)
+    except ConnectionFailed as e:
+        outcome = load_outcome(home, job)
+        if outcome is None:
+            raise full(home) or _gone(home, e, goes_on) from None
+        state = None
+    else:
+        outcome = load_outcome(home, job)
     if outcome is not None and outcome.code:
         raise outcome.error()
-    if state.outcome != "completed":
-        raise RunFailed(f"the run ended as {state.outcome}: {safe_code(state.error)}", hint="see flower/log/executor.log")
+    if outcome is None and state is not None and state.outcome == "stopped":
+        raise Stopped("the run was stopped", hint=goes_on)
+    if outcome is None and state is not None and state.outcome != "completed":
+        hint = f"see flower/log/executor.log; {goes_on}"
+        raise full(home) or RunFailed(f"the run ended as {state.outcome}: {safe_code(state.error)}", hint=hint)
     return directory
+
+
+def _followed(control: Control, run_id: int, home: Path, job: str, report: Report, poll_s: float) -> RunState | None:
+    """Passes on what a run reports until it is over; None if it has said how it ended and Flower does not know."""
+    said, offset, waits, over_s = "", 0, False, 0.0
+    while True:
+        state = control.run_state(run_id)
+        offset = pass_on(home, job, report, offset=offset)
+        if state.status != said:
+            said = state.status
+            report("process", {"name": f"run {run_id}", "state": said})
+        if said == "finished":
+            return state
+        if not waits and (other := going_on(home)) not in ("", job):
+            waits = True
+            report("another-run", {"name": _name_of(home, other)})
+        if load_outcome(home, job) is not None:
+            over_s += poll_s
+            if over_s > _OVER_S:
+                return None
+        time.sleep(poll_s)
+
+
+def _name_of(home: Path, job: str) -> str:
+    with suppress(FedLoRAError):
+        return load_plan(Path(load_job(home, job).plan)).run.name
+    return "its name is not known"
+
+
+def _gone(home: Path, error: ConnectionFailed, goes_on: str) -> FedLoRAError:
+    """What it means that Flower does not answer any more."""
+    if not (home / "flower" / "server.json").exists():
+        return Stopped(
+            "the server was stopped while the run went on", hint=f"start it again with `fedlora server up`; then {goes_on}"
+        )
+    return ConnectionFailed(
+        f"the server died, or was started anew, while the run went on ({error})", hint=f"when `fedlora server up` runs, {goes_on}"
+    )
 
 
 def stop_run(home: Path, run_id: int) -> bool:

@@ -20,7 +20,7 @@ from fedlora.flower._internals import Channel, Control, TaskClient
 from fedlora.flower.allowance import Allowance
 from fedlora.flower.control import nodes_by_site
 from fedlora.flower.enrol import load_node_keys
-from fedlora.flower.jobs import Events, Outcome, load_job, save_outcome
+from fedlora.flower.jobs import Events, Outcome, full, load_job, save_outcome
 from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.transport import FlowerTransport
 from fedlora.rounds import Report
@@ -91,9 +91,11 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
         )
     except FedLoRAError as e:
         log.error("%s: %s", e.code, e)
-        return Outcome.of(e)
+        return Outcome.of(full(home) or e)  # Flower's answer to a full disk says nothing of it
     except Exception as e:
         log.exception("internal error")
+        if error := full(home):
+            return Outcome.of(error)
         return Outcome("internal", f"internal error: {type(e).__name__}: {e}", "see flower/log/executor.log", 1)
     return Outcome("", "", "", 0)
 

@@ -193,6 +193,9 @@ class _Private(RotatingFileHandler):
         os.fchmod(file, 0o600)  # one that was there before, too
         return open(file, self.mode, encoding=self.encoding, errors=self.errors)  # type: ignore[return-value]
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A line that cannot be written, on a full disk, is dropped without a traceback on the operator's screen."""
+
 
 def rotating_log(path: Path) -> RotatingFileHandler:
     """A log file of at most 8 MiB and three old ones, readable by its owner only."""

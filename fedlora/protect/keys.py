@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey, MLKEM7
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
-from fedlora.errors import BadSignature, KeyFileError
+from fedlora.errors import BadSignature, FedLoRAError, KeyFileError
 
 __all__ = ["KEM_BYTES", "Identity", "PublicIdentity", "key_id", "load_identity", "load_public"]
 
@@ -28,6 +28,7 @@ KEM_BYTES = 1184 + 32
 
 _HEAD = "fedlora-key-v1"
 _PUBLIC = "fedlora-public-v1"
+_FINGERPRINT = "fingerprint"
 _NAME = re.compile(r"[a-z0-9-]{1,63}")
 _PEM = re.compile(r"-----BEGIN PRIVATE KEY-----.*?-----END PRIVATE KEY-----\n", re.DOTALL)
 
@@ -102,21 +103,30 @@ class PublicIdentity:
         """One line of text: ``fedlora-public-v1 NAME BASE64``."""
         return f"{_PUBLIC} {self.name} {base64.b64encode(self.signing + self.kem).decode()}"
 
+    def file(self, *more: str) -> str:
+        """The text of a ``.pub`` file: :meth:`line`, what else there is to say, and the fingerprint, by which damage shows."""
+        return "\n".join([self.line(), *more, f"{_FINGERPRINT} {self.fingerprint()}", ""])
+
     @classmethod
     def parse(cls, line: str) -> PublicIdentity:
-        """Inverse of :meth:`line`.
+        """Inverse of :meth:`line` and of :meth:`file`.
 
         Raises:
-            KeyFileError, BadSignature: malformed, or a dangerous key.
+            KeyFileError, BadSignature: malformed, a dangerous key, or not the one whose fingerprint stands with it.
         """
+        first, _, more = line.strip().partition("\n")
         try:
-            head, name, text = line.split()
+            head, name, text = first.split()
             raw = base64.b64decode(text, validate=True)
         except (ValueError, binascii.Error):
             head, name, raw = "", "", b""
         if head != _PUBLIC:
             raise KeyFileError(f"expected a line '{_PUBLIC} NAME ...'", hint="copy the whole .pub file")
-        return cls(name, raw[:32], raw[32:])
+        found = cls(name, raw[:32], raw[32:])
+        said = [x for x in more.splitlines() if x.strip() and not x.startswith("ecdsa-sha2-nistp384 ")]
+        if said not in ([], [f"{_FINGERPRINT} {found.fingerprint()}"]):
+            raise KeyFileError("the key is not the one whose fingerprint stands with it", hint="copy the whole .pub file")
+        return found
 
     def fingerprint(self) -> str:
         """40 hex digits of SHA-256 over both keys, in groups of four, to be read over the telephone."""
@@ -170,7 +180,7 @@ class Identity:
         return f"Identity({self.name!r}, fingerprint={self.public.fingerprint()!r})"
 
     def save(self, path: Path) -> None:
-        """Writes one text file, mode 0600: a head line, then three PKCS#8 blocks (Ed25519, ML-KEM-768 seed, X25519).
+        """Writes one text file, mode 0600: a head line, three PKCS#8 blocks (Ed25519, ML-KEM-768 seed, X25519), the fingerprint.
 
         Raises:
             KeyFileError: the file exists; a key is never overwritten.
@@ -181,23 +191,29 @@ class Identity:
         )
         try:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(f"{_HEAD} {self.name}\n{blocks}")
+                file.write(f"{_HEAD} {self.name}\n{blocks}{_FINGERPRINT} {self.public.fingerprint()}\n")
                 file.flush()
                 os.fsync(file.fileno())
         except FileExistsError:
             raise KeyFileError(f"{path} exists", hint="a key is never overwritten; choose another name or directory") from None
 
 
+_OWN = "restore it from a backup; a new key (`fedlora keygen`) is another identity, which the other side must be given and enrol"
+_OTHERS = "ask its owner for the .pub file again, and compare its fingerprint by telephone"
+
+
 def load_identity(path: Path) -> Identity:
     """Reads a private key.
 
     Raises:
-        KeyFileError: missing, readable by others, or malformed.
+        KeyFileError: missing, readable by others, malformed, or not the key whose fingerprint stands in the file.
     """
     try:
         mode, text = path.stat().st_mode, path.read_text()
+    except FileNotFoundError:
+        raise KeyFileError(f"there is no key {path}", hint="`fedlora keygen` makes one; if there was one, restore it") from None
     except (OSError, UnicodeDecodeError):
-        raise KeyFileError(f"cannot read the key {path}", hint="`fedlora keygen` makes one") from None
+        raise KeyFileError(f"cannot read the key {path}", hint=_OWN) from None
     if mode & 0o077:
         raise KeyFileError(f"{path} can be read by others (mode {mode & 0o777:o})", hint=f"chmod 600 {path}")
     head, _, rest = text.partition("\n")
@@ -210,18 +226,21 @@ def load_identity(path: Path) -> Identity:
         case [Ed25519PrivateKey() as signing, MLKEM768PrivateKey() as mlkem, X25519PrivateKey() as x25519] if (
             len(words) == 2 and words[0] == _HEAD and _NAME.fullmatch(words[1])
         ):
-            return Identity(words[1], signing, mlkem, x25519)
-    raise KeyFileError(f"{path} is not a private key of FedLoRA", hint="`fedlora keygen` makes one")
+            found = Identity(words[1], signing, mlkem, x25519)
+            if _PEM.sub("", rest).strip() in ("", f"{_FINGERPRINT} {found.public.fingerprint()}"):
+                return found
+    raise KeyFileError(f"{path} is damaged, or is not a private key of FedLoRA", hint=_OWN)
 
 
 def load_public(path: Path) -> PublicIdentity:
-    """Reads the first line of a ``.pub`` file.
+    """Reads a ``.pub`` file.
 
     Raises:
-        KeyFileError, BadSignature: missing, malformed, or a dangerous key.
+        KeyFileError, BadSignature: missing, malformed, a dangerous key, or not the one whose fingerprint stands in the file.
     """
     try:
-        lines = path.read_text().splitlines()
+        return PublicIdentity.parse(path.read_text())
     except (OSError, UnicodeDecodeError):
-        raise KeyFileError(f"cannot read the public key {path}", hint="ask its owner for the .pub file") from None
-    return PublicIdentity.parse(lines[0] if lines else "")
+        raise KeyFileError(f"cannot read the public key {path}", hint=_OTHERS) from None
+    except FedLoRAError as e:
+        raise type(e)(f"{path}: {e}", hint=_OTHERS) from None

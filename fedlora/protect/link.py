@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedlora.errors import Equivocation, FedLoRAError, RemoteError, Replayed, UnknownSite
+from fedlora.errors import Equivocation, FedLoRAError, RemoteError, Replayed, StateLost, StoreError, UnknownSite
 from fedlora.messages import SERVER, Reply, Request, Task
 from fedlora.protect import Memory, Tally
 from fedlora.protect.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
 from fedlora.protect.keys import Identity, PublicIdentity, key_id
 from fedlora.protect.roster import federation
 
-__all__ = ["Context", "ServerLink", "SiteLink", "hear", "pinned", "reply_bytes"]
+__all__ = ["Context", "ServerLink", "SiteLink", "hear", "pinned", "raise_number", "reply_bytes"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,25 @@ class _Counter:
         if seq < last or (seq == last and not again):
             raise Replayed(f"number {seq} is not above {last}")
         self.put(seq, digest)
+
+
+def raise_number(memory: Memory, path: str, *, now: int) -> int:
+    """Has the sender of a path go on above every number that it can have used, whatever became of its memory; returns the number.
+
+    Numbers protect whoever hears them: a sender may skip some of its own, and never goes below them.
+
+    Args:
+        path: ``RUN/down`` at the server, ``RUN/up`` at a site.
+        now: seconds since 1970. A sender that does not send a million messages a second stays below ``now * 2**20``.
+    """
+    counter = _Counter(memory, path)
+    try:
+        last, _ = counter.last()
+    except StoreError:
+        last = 0
+    number = max(last, now << 20) + (1 << 20)
+    counter.put(number, NONE)
+    return number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,9 +202,38 @@ class ServerLink:
             codec=codec,
             **context.fields(),
         )
+        self._check_chain(envelope.header, envelope.digest, reply.site)
         counter = _Counter(self.memory, f"{context.run}/up/{reply.site}")
         counter.admit(envelope.header.seq, envelope.digest, again=False)
         return open_envelope(envelope, self.reply_key)
+
+    def _check_chain(self, header: Header, digest: str, site: str) -> None:
+        """Each message of a site names the one before it. One that cannot follow what was heard shows that the site has lost its
+        state, or has gone back to a backup: it would go on in another place, unnoticed, once its numbers are high enough.
+
+        As long as its numbers are not above the last one they are refused as replays; from then on for this. A site whose
+        operator has decided to go on says so: a higher number, and none before it.
+
+        Raises:
+            StateLost: until that, or until a message follows the last one that was heard.
+        """
+        last, known = _Counter(self.memory, f"{header.run}/up/{site}").last()
+        if not last or (header.seq, digest) == (last, known):
+            return
+        anew, follows = header.prev == NONE, header.seq == last + 1 and header.prev == known
+        mark = f"{header.run}/lost/{site}"
+        lost = (anew and header.seq <= last) or (header.seq == last + 1 and not anew and not follows)
+        was_lost = bool(self.memory.get(mark))
+        if lost and not was_lost:
+            self.memory.put(mark, b"1")
+        if header.seq <= last:
+            return  # refused in any case, as a replay or as equivocation
+        if lost or (was_lost and not anew and not follows):
+            raise StateLost(f"{site} does not go on from what it has sent: its state is lost, or is that of a backup")
+        if was_lost:
+            self.memory.put(mark, b"")
+        if anew:
+            log.warning("%s goes on without what it knew of the rounds before, as its operator has decided", site)
 
 
 def hear(

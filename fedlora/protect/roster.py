@@ -21,6 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from fedlora import wire
 from fedlora.errors import (
     ConfigError,
+    FedLoRAError,
     KeyFileError,
     Oversized,
     RevokedSite,
@@ -39,6 +40,7 @@ from fedlora.protect.envelope import MAX_RECIPIENTS, NONE, SUITE
 from fedlora.protect.keys import Identity, PublicIdentity
 
 __all__ = [
+    "NEWEST",
     "Member",
     "Roster",
     "RosterKeeper",
@@ -296,7 +298,14 @@ def load_roster(path: Path) -> SignedRoster:
         with path.open("rb") as file:
             return SignedRoster.parse(file.read(MAX_BYTES + 1))
     except OSError as e:
-        raise StoreError(f"cannot read {path}: {e.strerror}", hint="`fedlora roster new` makes a roster") from None
+        what = "`fedlora roster new` makes the first roster" if isinstance(e, FileNotFoundError) else NEWEST
+        raise StoreError(f"cannot read {path}: {e.strerror}", hint=what) from None
+    except FedLoRAError as e:
+        raise type(e)(f"{path}: {e}", hint=f"{NEWEST}; {e.hint}".rstrip("; ")) from None
+
+
+NEWEST = "restore it from a backup: a copy of the newest signed roster, which the coordinators have too"
+"""The way on where a roster file is damaged."""
 
 
 # --- what is trusted -------------------------------------------------------------------------------------------------

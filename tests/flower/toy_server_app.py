@@ -39,6 +39,8 @@ def serve(
         digest = hashlib.sha256(reply.body).hexdigest()
         facts = {"site": reply.site, "error": reply.error, "sha256": digest, "seconds": time.monotonic() - began}
         report("reply", facts)
+        if name == "full" and reply.error:
+            raise QuorumNotReached("what the rounds say of it", hint="bring the sites back")
 
 
 def rounds(file: Path, transport: Transport, report: Callable[[str, Mapping[str, Any]], None]) -> None:

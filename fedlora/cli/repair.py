@@ -1,0 +1,84 @@
+"""`fedlora site repair` and `fedlora server repair`: look, and act only on an explicit choice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.cli.output import emit
+
+if TYPE_CHECKING:
+    from fedlora.repair import Finding
+
+__all__ = ["server_repair", "site_repair"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+_RUN_START = "the first digits of a run's id are enough"
+
+
+def site_repair(
+    file: Annotated[Path, typer.Argument(help="Site file (TOML).", show_default=False)],
+    go_on: Annotated[
+        str, typer.Option(metavar="RUN", help=f"Go on in a run from what is whole: other bits, and noted; {_RUN_START}.")
+    ] = "",
+    sit_out: Annotated[str, typer.Option(metavar="RUN", help=f"Take part in a run no more; {_RUN_START}.")] = "",
+    forget_roster: Annotated[
+        bool, typer.Option("--forget-roster", help="Take the roster that the site file pins again.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say what is damaged in this site's state, and what can be chosen; without an option nothing is changed. Exit status 1 if
+    something is wrong.
+
+    Example: fedlora site repair site.toml
+    """
+    from fedlora.repair import SiteRepair
+
+    repair, now, done = SiteRepair(file), int(time.time()), []
+    if go_on:
+        done.append(repair.go_on(go_on, now=now))
+    if sit_out:
+        done.append(repair.sit_out(sit_out, now=now))
+    if forget_roster:
+        done.append(repair.forget_roster())
+    _say(done, repair.look(), json=json)
+
+
+def server_repair(
+    home: Annotated[Path, typer.Argument(help="The server's directory.", show_default=False)],
+    run: Annotated[str, typer.Argument(help="Name of a run; without it only keys are looked at.", show_default=False)] = "",
+    raise_numbers: Annotated[
+        bool, typer.Option("--raise-numbers", help="Let the run's messages go on above all numbers that sites have seen.")
+    ] = False,
+    set_aside: Annotated[str, typer.Option(metavar="FILE", help="Rename a damaged file of the run to *.damaged.")] = "",
+    json: Json = False,
+) -> None:
+    """Say what is damaged in a server's directory, and what can be chosen; without an option nothing is changed. Exit status 1 if
+    something is wrong.
+
+    Example: fedlora server repair study my-run
+    """
+    from fedlora.errors import ConfigError
+    from fedlora.repair import ServerRepair
+
+    if (raise_numbers or set_aside) and not run:
+        raise ConfigError("which run?", hint="fedlora server repair HOME RUN, with the name of its directory in HOME/runs")
+    repair, done = ServerRepair(home, run), []
+    if raise_numbers:
+        done.append(repair.raise_numbers(now=int(time.time())))
+    if set_aside:
+        done.append(repair.set_aside(set_aside))
+    _say(done, repair.look(), json=json)
+
+
+def _say(done: Sequence[str], found: Sequence[Finding], *, json: bool) -> None:
+    wrong = any(f.wrong for f in found)
+    lines = [*done, *(line for f in found for line in f.lines())]
+    facts = {"done": list(done), "wrong": wrong, "findings": [f.facts() for f in found]}
+    emit(facts, "\n".join(lines) or "nothing is damaged", as_json=json)
+    if wrong:
+        raise typer.Exit(1)
