@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: {"errors", "config", "adapter", "messages"},
     1: {"aggregate", "first", "privacy", "protect", "wire", "values"},
-    2: {"rounds", "site", "store", "transport"},
+    2: {"lock", "rounds", "site", "store", "transport"},
     3: {
         "cli",
         "build",

@@ -115,7 +115,7 @@ _LINES = {
     "listening": "listening on {address}",
     "site-online": "{site} is online",
     "site-offline": "{site} is offline",
-    "site-refused": "{site} is not let in: {why}; a key that was removed once needs a new one (`fedlora keygen site`)",
+    "site-refused": "{site} is not let in: {why}",
     "failed": "a task was not done: {code}; the reason stands in this site's own log (state/flower/log/runner.log)",
     "waiting": "waiting for sites: {need} needed, now {sites}",
     "start": "run {run:.12} from round {round} of {rounds}",
@@ -134,4 +134,6 @@ _LINES = {
     "own": "this site's own adapter: {file}; `fedlora export {file} adapter/` makes a PEFT adapter of it",
     "from-journal": "  round {round}: answered from the journal",
     "process": "{name}: {state}",
+    "site": "{site}: {said}",
+    "clock": "this machine's clock is {seconds} s {way} of the server's: corrected in what is signed for it; set the clock (NTP)",
 }

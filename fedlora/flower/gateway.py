@@ -20,6 +20,7 @@ import httpx
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fedlora.flower.doors import Doors
 from fedlora.flower.launch import LOOPBACK, split_address
 
 __all__ = ["FLEET_CALLS", "Gateway", "end_to_end", "main", "upstream_client"]
@@ -78,6 +79,7 @@ class Gateway:
         self._upstream = upstream
         self._body_limit_bytes = body_limit_bytes
         self._timeout_s = timeout_s
+        self._doors = Doors(_say)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -108,7 +110,7 @@ class Gateway:
         status = 0
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._forward(scope["method"], raw.decode(), headers, receive, send_noting)
+                await self._forward(scope, headers, receive, send_noting)
         except _TooLarge:
             log.warning("refused a body of more than %d bytes for %s", self._body_limit_bytes, raw.decode())
             status = 413
@@ -121,14 +123,16 @@ class Gateway:
             return
         # Once the answer's head is out, only cutting the connection can say that it is incomplete.
         if status and not started[0]:
-            await _answer(send, status)
+            await _answer(send, status, self._doors.answer(raw.decode(), (), status, peer="-"))
         elif status:
             raise ConnectionAbortedError
 
-    async def _forward(self, method: str, path: str, headers: Iterable[Header], receive: Receive, send: Send) -> None:
+    async def _forward(self, scope: Scope, headers: list[Header], receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["raw_path"].decode()
         content = self._body(receive) if method == "POST" else None
         async with self._upstream.stream(method, path, headers=end_to_end(headers), content=content) as answer:
             head = end_to_end(answer.headers.raw)
+            head += self._doors.answer(path, headers, answer.status_code, peer=(scope.get("client") or ("-",))[0])
             if "content-length" in answer.headers:
                 head.append((b"content-length", answer.headers["content-length"].encode()))
             await send({"type": "http.response.start", "status": answer.status_code, "headers": head})
@@ -210,8 +214,14 @@ def end_to_end(headers: Iterable[Header]) -> list[Header]:
     ]
 
 
-async def _answer(send: Send, status: int) -> None:
-    headers = [(b"content-length", b"0"), (b"connection", b"close")]
+def _say(line: str) -> None:
+    """A line for `server up`, which reads what this process prints."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+async def _answer(send: Send, status: int, added: Iterable[Header] = ()) -> None:
+    headers = [(b"content-length", b"0"), (b"connection", b"close"), *added]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
 
