@@ -135,7 +135,7 @@ CAUSES: Final[Mapping[str, Cause]] = {
         1.0,
     ),
     "disk-full": Cause("process", "no space left on this machine's disk", "free some"),
-    "ended": Cause("process", "the connection process ended by itself ({detail})", "see {log}"),
+    "ended": Cause("process", "the connection process ended by itself ({detail})", "see {log}", 1.0),
     # --- what is to be trained on
     "no-base": Cause("base", "{detail}", "correct [models] in the site file, or copy the base model there", 30.0),
     "no-data": Cause(

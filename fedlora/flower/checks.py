@@ -33,7 +33,7 @@ def check_keys(file: SiteFile, root: Path) -> bytes:
                 hint="`fedlora keygen site` makes keys; the coordinator sends ca.crt and server.pub: put both beside them",
             )
     pem = node_key_public(root / file.node_key)
-    public = (root / file.key).with_suffix(".pub")
+    public = (root / file.key).with_name(f"{file.name}.pub")
     if public.is_file():
         lines = public.read_text(encoding="utf-8", errors="replace").splitlines()
         if len(lines) > 1 and node_key_pem(lines[1]) != pem:

@@ -8,6 +8,7 @@ at most a day, so that not even the server can have stamps signed for next year.
 from __future__ import annotations
 
 import email.utils
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -24,7 +25,9 @@ _QUICK_S = 5.0  # an answer that took longer says too little
 def server_time(headers: Mapping[str, str]) -> float | None:
     """The server's clock as its answer states it, seconds since 1970; None if it does not. Without our gateway: HTTP's Date."""
     try:
-        return float(headers[TIME_HEADER])
+        stated = float(headers[TIME_HEADER])
+        if math.isfinite(stated):
+            return stated
     except (KeyError, ValueError):
         pass
     try:

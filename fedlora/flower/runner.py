@@ -130,7 +130,10 @@ class Runner:
                     reply = self._reply_to(message)
                 except KeyboardInterrupt:
                     reply, interrupted = Reply(self._site, error="site-stopped"), True
-            client.push_messages([Message(dump_reply(reply), reply_to=message)])
+            answer = Message(dump_reply(reply), reply_to=message)
+            # Flower would count the message's life by this machine's clock, which may be wrong.
+            answer.metadata.created_at, answer.metadata.ttl = message.metadata.created_at, message.metadata.ttl
+            client.push_messages([answer])
             client.finish("")
             log.info("answered: %s", reply.error or f"{len(reply.body)} bytes")
             if interrupted:

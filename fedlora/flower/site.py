@@ -70,7 +70,7 @@ def up(
         handle: answers requests; that of ``build.open_site`` by default, called before anything is connected and after the
             bases and the data were looked for.
         stop: set it to stop from another thread.
-        probe_s: shortest time between two probes of a server that is away, seconds.
+        probe_s: shortest time between two probes of a server that is away, and the most that a step of one may take, seconds.
 
     Raises:
         ConfigError: the file is wrong.
@@ -231,7 +231,7 @@ class _Up:
             self.look_now.clear()
             if self.stop.is_set():
                 return
-            finding = probe(self.file.server, ca=ca)
+            finding = probe(self.file.server, ca=ca, timeout_s=self.probe_s)
             self.standing.probed(finding)
             if not finding.cause:
                 wait_s = _CLOCK_S if self.standing.state in ("ready", "connected") else _CHECK_S

@@ -69,6 +69,7 @@ class Standing:
         """Our own process is let in by the SuperNode."""
         self._stopped = False
         self._flicker: tuple[float, str] | None = None
+        self._last: Finding | None = None
         self._said_ahead_s = 0.0
         self._said: tuple[State, Part | None, str] | None = None
         self._failures: dict[str, int] = {}
@@ -95,9 +96,10 @@ class Standing:
             if word == "accepted" or (word == "back" and self._by_child):
                 self._let_in()
             elif word == "back":
-                self.has("server")
+                self._missing.pop("server", None)  # the next line says what the server thinks of us
             elif word == "lost" and self._accepted:
                 self._flicker = (self._clock(), rest)
+                self._on_lost()
             elif word == "lost":
                 self._lost(rest)
             elif word == "refused":
@@ -116,9 +118,11 @@ class Standing:
 
     def _lost(self, why: str) -> None:
         self._flicker, self._accepted = None, False
-        if "server" not in self._missing:
+        finding, self._last = self._last, None
+        if finding is not None and finding.cause:
+            self.miss("server", finding.cause, **finding.facts)
+        elif "server" not in self._missing:
             self.miss("server", "lost", detail=why)
-        self._on_lost()
 
     def tick(self) -> None:
         """To be called a few times a second."""
@@ -153,6 +157,7 @@ class Standing:
     def probed(self, finding: Finding) -> None:
         """How a probe of the server went. Of a server that the SuperNode speaks to, its word counts."""
         with self._lock:
+            self._last = finding
             if finding.cause and not self._accepted:
                 self.miss("server", finding.cause, **finding.facts)
             elif not finding.cause and self._missing.get("server", ("lost", {}))[0] != "lost":

@@ -33,6 +33,7 @@ _TALK_S = 60.0
 _STEP_S = 0.25
 _WHY = re.compile(r"[a-z-]{1,20}( [-+]?[0-9]{1,12}(\.[0-9]{1,3})?)?")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_LONGEST_RETRY_S = 5  # Flower's 20 s keep a site out of a round that a server which is back has begun
 _AMISS_S = 3.0  # a clock that is so far off is worth a line
 
 
@@ -117,7 +118,9 @@ class Doorman:
                 self._say(f"clock {ahead:+.1f}")
             if status in (401, 403, 412) or (why and status == 200):
                 said = why if _WHY.fullmatch(why) else str(status)
-                if status != 403 and said.split()[0] != (self._refused or " ").split()[0]:  # 403: a run that has ended
+                if (
+                    status != 403 and said.partition(" ")[0] != (self._refused or "").partition(" ")[0]
+                ):  # 403: a run that has ended
                     self._refused = said
                     self._say(f"refused {said}")
             elif status == 200 and (self._refused is not None or (first and not self._accepted)):
@@ -128,6 +131,7 @@ class Doorman:
 def main() -> None:
     """The command ``flower-supernode``, with all that."""
     leaving = _until_flower_listens()
+    from flwr.supercore.retry import http_retry
     from flwr.supernode import node_auth_http_interceptor as auth
     from flwr.supernode import start_client_internal as loop
     from flwr.supernode.cli.flower_supernode import flower_supernode
@@ -148,6 +152,7 @@ def main() -> None:
     def corrected(self: Any, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
         return doorman.intercept(lambda request: intercept(self, context, call_next), context.request)
 
+    http_retry.MAX_RETRY_DELAY = _LONGEST_RETRY_S
     loop.time, loop._push_messages = pace, push_messages
     loop.register_signal_handlers = register_signal_handlers
     auth.now = lambda: now() + timedelta(seconds=doorman.clock.correction_s())
