@@ -165,9 +165,9 @@ def cause_of(line: str) -> str:
     return next((code for pattern, code in _LINES if pattern.search(line)), "")
 
 
-def telling(lines: Sequence[str]) -> str:
-    """Of a process's last lines, the one that says most about its end: the last that speaks of an error, else the last."""
+def telling(lines: Sequence[str], *, errors_only: bool = False) -> str:
+    """Of a process's last lines, the one that says most about its end: the last that speaks of an error, else the last or none."""
     plain = [_COLOUR.sub("", line).rstrip() for line in lines]
     plain = [line for line in plain if not _NOISE.match(line)]
-    chosen = next((line for line in reversed(plain) if _MATTERS.search(line)), plain[-1] if plain else "")
+    chosen = next((line for line in reversed(plain) if _MATTERS.search(line)), plain[-1] if plain and not errors_only else "")
     return re.sub(r"^(ERROR|WARNING|CRITICAL)\s*:\s*", "", chosen.strip())[:300]

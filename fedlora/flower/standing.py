@@ -104,8 +104,8 @@ class Standing:
                 self._lost(rest)
             elif word == "refused":
                 self._refused(rest)
-            elif word == "clock":
-                self.measured(float(rest))
+            elif word == "clock" and (seconds := _number(rest)) is not None:
+                self.measured(seconds)
 
     def _let_in(self) -> None:
         self._accepted = self._by_child = self._was_accepted = self._known = True
@@ -146,11 +146,12 @@ class Standing:
         code = _REFUSALS.get(why, "refused")
         if code == "not-enrolled" and self._known:
             code = "withdrawn"
-        self._accepted, self._flicker = False, None
+        self._accepted = self._by_child = False
+        self._flicker = None
         self._missing.pop("server", None)  # it has answered
         self._ended_by = code
         if code == "clock":
-            self.measured(float(seconds or 0), refused=True)
+            self.measured(_number(seconds) or 0.0, refused=True)
         else:
             self.miss("accepted", code, detail=f"status {why}" if why.isdigit() else why)
 
@@ -262,3 +263,10 @@ class Standing:
             }.get(facts["state"], str(facts["state"]))
         cure = f"; {facts['cure']}" if facts["cure"] else ""
         return f"{facts['state']}: {facts['why']}{cure}; next try in {facts['next_s']:g} s"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -118,9 +118,8 @@ class Doorman:
                 self._say(f"clock {ahead:+.1f}")
             if status in (401, 403, 412) or (why and status == 200):
                 said = why if _WHY.fullmatch(why) else str(status)
-                if (
-                    status != 403 and said.partition(" ")[0] != (self._refused or "").partition(" ")[0]
-                ):  # 403: a run that has ended
+                told = self._refused is not None and (said == str(status) or said.split()[0] == self._refused.split()[0])
+                if status != 403 and not told:  # 403: a run that has ended
                     self._refused = said
                     self._say(f"refused {said}")
             elif status == 200 and (self._refused is not None or (first and not self._accepted)):

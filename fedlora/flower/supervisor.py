@@ -24,6 +24,8 @@ from fedlora.rounds import Report
 
 __all__ = ["Service", "Supervisor", "end_with", "rotating_log", "signals"]
 
+log = logging.getLogger(__name__)
+
 _LOG_BYTES = 8 << 20
 _LOG_FILES = 4
 _POLL_S = 0.1
@@ -145,7 +147,7 @@ class Supervisor:
             why, pause = service.explain(status, lines)
         else:
             shortest = service.after_crash_s if status else service.after_exit_s
-            why = telling(lines) if status or running.early_ends else ""
+            why = telling(lines, errors_only=not running.early_ends)
             pause = max(shortest, min(shortest * 2.0**running.early_ends, _LONGEST_PAUSE_S))
         running.early_ends += 1
         running.restart_at = now + pause
@@ -272,7 +274,10 @@ def _pump(process: subprocess.Popen[bytes], path: Path, on_line: Callable[[str],
         while process.stdout is not None and (line := process.stdout.readline(4096)):
             text = line.decode(errors="replace").rstrip()
             handler.emit(logging.LogRecord(path.stem, logging.INFO, "", 0, text, None, None))
-            on_line(text)
+            try:
+                on_line(text)
+            except Exception:  # a pipe that nobody reads would stop the process at the other end
+                log.exception("a line of %s", path.name)
     finally:
         handler.close()
 

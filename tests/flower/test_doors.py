@@ -179,6 +179,10 @@ def test_a_clock_that_is_wrong_is_said_and_corrected(server, ahead_s):
         assert facts["way"] == ("ahead" if ahead_s > 0 else "behind")
         becomes(site, "ready")
         server.wait("site-online", name, since=since)
+        if ahead_s == 10.0:
+            time.sleep(6)  # long enough for the server to say that this site is refused, if it were
+            assert not [f for e, f in server.child.events[since:] if e == "site-refused"]
+            return  # the other two do a round
         plan = server.root / f"exchange-{name}.toml"
         plan.write_text(dump_toml(Plan(run={"name": f"exchange-{name}"})))
         events: list[tuple[str, Any]] = []
@@ -186,8 +190,8 @@ def test_a_clock_that_is_wrong_is_said_and_corrected(server, ahead_s):
         sent = hashlib.sha256(blob("broadcast")).hexdigest()
         replies = {f["site"]: (f["error"], f["sha256"]) for e, f in events if e == "reply"}
         assert replies[name] == ("", hashlib.sha256(blob(f"{name} {sent}")).hexdigest())
-    assert [e for e, _ in site.events].count("clock") == 1
-    assert not [f for e, f in server.child.events[since:] if e == "site-refused"]
+        assert [e for e, _ in site.events].count("clock") == 1
+        assert not [f for e, f in server.child.events[since:] if e == "site-refused"]
 
 
 @pytest.mark.fault("E14", "a site's clock two days off", says="refused with the number of seconds and the cure, at both ends")
