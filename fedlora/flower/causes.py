@@ -67,31 +67,26 @@ CAUSES: Final[Mapping[str, Cause]] = {
         "server", "the proxy {proxy} does not pass connections on to {server} ({detail})", "ask your IT to allow it there"
     ),
     "no-tls": Cause("server", "what listens on {server} speaks no TLS", "correct the port in `server` of the site file"),
-    "wrong-ca": Cause("server", "the certificate of {server} is not by the authority in {ca} ({detail})", _CA, 15.0),
+    "wrong-ca": Cause("server", "the certificate of {server} is not by the authority in {ca} ({detail})", _CA),
     "expired": Cause(
         "server",
         "the certificate of {server} ended on {until}; this machine's clock says {today}",
         "if the clock is right, the coordinator makes a new one: `fedlora keygen server`",
-        15.0,
     ),
     "not-yet-valid": Cause(
         "server",
         "the certificate of {server} begins on {begin}; this machine's clock says {today}",
         "set this machine's clock (NTP); if it is right, the server's was wrong when the certificate was made",
-        15.0,
     ),
     "wrong-host": Cause(
         "server",
         "the certificate of {server} is for {names}",
         "write one of these names into `server` of the site file, or have the coordinator add yours: "
         "`fedlora keygen server --host {host}`",
-        15.0,
     ),
-    "bad-certificate": Cause("server", "the certificate of {server} is refused: {detail}", _CA, 15.0),
-    "bad-ca": Cause("server", "{ca} holds no certificate", "ask the coordinator for ca.crt again", 15.0),
-    "not-fedlora": Cause(
-        "server", "{server} answers {detail} as no FedLoRA server does", "correct `server` in the site file", 15.0
-    ),
+    "bad-certificate": Cause("server", "the certificate of {server} is refused: {detail}", _CA),
+    "bad-ca": Cause("server", "{ca} holds no certificate", "ask the coordinator for ca.crt again"),
+    "not-fedlora": Cause("server", "{server} answers {detail} as no FedLoRA server does", "correct `server` in the site file"),
     "relay-down": Cause("server", "{server} is there, but not its relay ({detail}): it is starting, or has too much to do", ""),
     "lost": Cause("server", "no connection to {server} ({detail})", _AWAY),
     # --- whether it lets us in
@@ -166,7 +161,7 @@ def cause_of(line: str) -> str:
 
 
 def telling(lines: Sequence[str], *, errors_only: bool = False) -> str:
-    """Of a process's last lines, the one that says most about its end: the last that speaks of an error, else the last or none."""
+    """Of a process's last lines, the one that says most: the last that speaks of an error, else the last, or none."""
     plain = [_COLOUR.sub("", line).rstrip() for line in lines]
     plain = [line for line in plain if not _NOISE.match(line)]
     chosen = next((line for line in reversed(plain) if _MATTERS.search(line)), plain[-1] if plain and not errors_only else "")
