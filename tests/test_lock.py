@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -61,10 +62,17 @@ def test_one_process_cannot_hold_twice_either(tmp_path):
         pass
 
 
-def test_a_lock_file_that_was_deleted_and_made_again_lets_nobody_in_unnoticed(tmp_path, other):
-    """A process that waits at the old file does not think that it has the new one."""
-    (tmp_path / "state" / "lock").unlink()
-    with hold(tmp_path / "state", what="x"), pytest.raises(Held), hold(tmp_path / "state", what="y"):
+def test_a_lock_file_that_is_deleted_at_the_wrong_moment_does_not_let_two_in(tmp_path, monkeypatch):
+    """Deleted after it was opened, before it was locked: the lock would be on a file that nobody else finds."""
+    real, deleted = fcntl.flock, []
+
+    def flock(handle, how):
+        if not deleted:
+            deleted.append((tmp_path / "lock").unlink())
+        real(handle, how)
+
+    monkeypatch.setattr("fedlora.lock.fcntl.flock", flock)
+    with hold(tmp_path, what="x"), pytest.raises(Held), hold(tmp_path, what="y"):
         pass
 
 

@@ -129,6 +129,7 @@ CAUSES: Final[Mapping[str, Cause]] = {
         "it is started again with a new one; if this comes back, look what writes there",
         1.0,
     ),
+    "no-state": Cause("process", "the connection process cannot be started: {detail}", "look at the disk of the state directory"),
     "disk-full": Cause("process", "no space left on this machine's disk", "free some"),
     "ended": Cause("process", "the connection process ended by itself ({detail})", "see {log}", 1.0),
     # --- what is to be trained on

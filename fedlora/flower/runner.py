@@ -38,7 +38,7 @@ class Runner:
     Args:
         port: the SuperNode's loopback port.
         site: this site's name.
-        secret_file: holds the SuperNode's secret; read again when it is refused, because each SuperNode gets a fresh one.
+        secret_file: holds the SuperNode's secret; read again when it is refused: it may have been replaced.
         handle: answers a request. Called in the thread that calls :meth:`run`, one at a time.
         max_bytes: larger requests are refused unread.
         poll_s: pause between two questions for work, seconds.
@@ -94,7 +94,7 @@ class Runner:
                 refused = isinstance(e, WrongSecret)
                 if away != str(e):
                     log.warning("waiting for the SuperNode: %s", e)
-                if refused and away != str(e):  # a new SuperNode, with a fresh secret: once more before it is said
+                if refused and away != str(e):  # what the file says now, before it is said
                     wait = self._poll_s
                 else:
                     wait = min(2 * wait, _LONGEST_WAIT_S)

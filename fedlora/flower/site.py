@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -18,7 +19,6 @@ from fedlora.config import SiteFile, load_site_file
 from fedlora.errors import ConfigError, FedLoRAError
 from fedlora.flower import launch
 from fedlora.flower.checks import check_bases, check_data, check_keys
-from fedlora.flower.enrol import make_secret
 from fedlora.flower.environment import join_flower
 from fedlora.flower.probe import probe
 from fedlora.flower.runner import Handle, Runner
@@ -32,11 +32,13 @@ __all__ = ["PortTaken", "up"]
 
 _FAREWELL_S = 2.0
 _LOOK_S = 0.1
-_CHECK_S = 60.0
+_CHECK_S = 30.0
+_LONGEST_PROBE_S = 60.0
 _CLOCK_S = 600.0
 _LEAVING_S = 8.0
 """So long the SuperNode of a `site up` that was killed may still say good-bye on our port."""
 _NEW_SECRET_S = 10.0
+_STATE_S = 5.0
 
 
 class PortTaken(ConfigError):
@@ -62,13 +64,14 @@ def up(
     """Runs a site until SIGTERM or SIGINT, or until ``stop`` is set. Prints nothing.
 
     A signal during training ends it at once: the server is told ``site-stopped``, the journal keeps what was finished.
-    What is wrong at this site ends it with an error; what may change elsewhere is said, once, and tried again.
+    Keys, ports and locks that are wrong end it with an error; what may come by itself (the server, data on a disk that is not
+    mounted yet) is said, once, and looked for again.
 
     Args:
         site_file: the site's own file; paths in it are relative to it.
         report: told ``(event, facts)``; of ``site`` see :class:`fedlora.flower.standing.Standing`.
-        handle: answers requests; that of ``build.open_site`` by default, called before anything is connected and after the
-            bases and the data were looked for.
+        handle: answers requests; that of ``build.open_site`` by default, called before anything is connected. Only then bases
+            and data are looked for.
         stop: set it to stop from another thread.
         probe_s: shortest time between two probes of a server that is away, and the most that a step of one may take, seconds.
 
@@ -78,7 +81,6 @@ def up(
         PortTaken: the loopback port is taken.
         StoreError: the state directory cannot be written.
         KeyFileError: a key or the authority's certificate is missing, or another site's.
-        ModelError, DataError: a base that the file names or the data are missing.
     """
     file = load_site_file(site_file)
     root = site_file.resolve().parent
@@ -89,8 +91,6 @@ def up(
             from fedlora.build import open_site
 
             checks = {"base": check_bases, "data": check_data}
-            for check in checks.values():
-                check(file, root)
             handle = open_site(site_file, report=report).handle
         _await_port(file.local_port, secret=root / file.state / "flower" / "superexec.secret")
         _Up(file, root, handle, report, stop or threading.Event(), checks, pem, probe_s).run()
@@ -113,6 +113,8 @@ class _Up:
     look_now: threading.Event = field(default_factory=threading.Event)
     found: threading.Event = field(default_factory=threading.Event)
     refused: threading.Event = field(default_factory=threading.Event)
+    password: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+    """Between the SuperNode and the runner; in the SuperNode's secret file."""
 
     def run(self) -> None:
         flower = self.root / self.file.state / "flower"
@@ -161,7 +163,7 @@ class _Up:
             ready=lambda: False,
             ready_s=0,  # it is ready when the standing says so
             death_signal=signal.SIGTERM,  # it says good-bye, so that the next one is let in at once
-            before=lambda: _fresh_secret(secret),
+            before=lambda: write_atomic(secret, self.password),  # whatever has replaced it
             on_line=self.standing.hear,
             explain=self.standing.ended,
         )
@@ -180,6 +182,7 @@ class _Up:
                 raise KeyboardInterrupt
 
         self.standing.begin()
+        self._check()
         self.supervisor.start()
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
@@ -196,18 +199,22 @@ class _Up:
             self.supervisor.stop()
 
     def _watch(self) -> None:
-        """Restarts what ends, and looks for bases and data every minute."""
+        """Restarts what ends, and looks for bases and data twice a minute."""
         check_at, secret_at = time.monotonic() + _CHECK_S, float("-inf")
         while not self.stop.wait(_LOOK_S):
             now = time.monotonic()
-            self.supervisor.check(now)
+            try:
+                self.supervisor.check(now)
+            except (FedLoRAError, OSError) as e:
+                self.standing.miss("process", "no-state", detail=str(e))
+                self.stop.wait(_STATE_S)
             self.standing.tick()
             if self.found.is_set():
                 self.found.clear()
                 self.supervisor.hurry("supernode")
             if self.refused.is_set() and now - secret_at > _NEW_SECRET_S:
                 self.refused.clear()
-                secret_at = now
+                secret_at, self.password = now, secrets.token_bytes(32)
                 self.supervisor.restart("supernode")
             if now >= check_at:
                 check_at = now + _CHECK_S
@@ -234,13 +241,13 @@ class _Up:
             finding = probe(self.file.server, ca=ca, timeout_s=self.probe_s)
             self.standing.probed(finding)
             if not finding.cause:
-                wait_s = _CLOCK_S if self.standing.state in ("ready", "connected") else _CHECK_S
+                wait_s = _CLOCK_S if self.standing.state in ("ready", "connected") else _LONGEST_PROBE_S
                 if before:
                     self.found.set()  # whatever waits for its restart need not
             elif finding.cause != before or lost:
                 wait_s = self.probe_s
             else:
-                wait_s = min(2 * wait_s, _CHECK_S)
+                wait_s = min(2 * wait_s, _LONGEST_PROBE_S)
             before = finding.cause
 
 
@@ -257,14 +264,6 @@ def _log_file(path: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
-
-
-def _fresh_secret(path: Path) -> None:
-    """A new password for each SuperNode, there at once and whole: nobody reads half of one."""
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    make_secret(new)
-    os.replace(new, path)
 
 
 def _await_port(port: int, *, secret: Path) -> None:

@@ -71,7 +71,8 @@ class Standing:
         self._flicker: tuple[float, str] | None = None
         self._last: Finding | None = None
         self._said_ahead_s = 0.0
-        self._said: tuple[State, Part | None, str] | None = None
+        self._said: State | None = None
+        self._told: dict[Part, str] = {}
         self._failures: dict[str, int] = {}
         self._ended_by = ""
 
@@ -201,12 +202,13 @@ class Standing:
         """A part is missing, by a cause of the table."""
         with self._lock:
             self._missing[part] = (code, facts)
-            self._change()
+            self._change(part)
 
     def has(self, part: Part) -> None:
         """A part is there."""
         with self._lock:
             self._missing.pop(part, None)
+            self._told.pop(part, None)
             self._change()
 
     def stop(self) -> None:
@@ -241,16 +243,20 @@ class Standing:
         facts = {**self._facts, **own}
         return {"cause": code, "why": CAUSES[code].sentence(facts), "cure": CAUSES[code].remedy(facts)}
 
-    def _change(self) -> None:
+    def _change(self, news: Part | None = None) -> None:
+        """Says the state if it is another one, and why a part is missing if that is news."""
         with self._lock:
             if self._stopped:
                 return
-            state, part = self.state, next((p for p in PARTS if p in self._missing), None)
+            for gone in set(self._told) - set(self._missing):
+                del self._told[gone]
+            state, part = self.state, news or next((p for p in PARTS if p in self._missing), None)
             words = self._words(part) if part else {"cause": "", "why": "", "cure": ""}
-            now = (state, part, words["cause"])
-            if now == self._said:
+            if state == self._said and (part is None or self._told.get(part) == words["cause"]):
                 return
-            self._said = now
+            self._said = state
+            if part:
+                self._told[part] = words["cause"]
             next_s = self.retry_s(words["cause"]) if part else 0.0
             facts = {"site": self._site, "state": state, "part": part or "", **words, "next_s": next_s}
             self._report("site", facts | {"said": self._line(facts)})

@@ -30,7 +30,7 @@ from fedlora.flower.enrol import make_node_key, make_tls
 from fedlora.flower.exposure import free_port
 from fedlora.flower.site import up
 from fedlora.lock import hold
-from fedlora.messages import Reply
+from fedlora.messages import Reply, Request
 from fedlora.processes import die_with_parent
 
 pytestmark = pytest.mark.flower
@@ -62,8 +62,12 @@ class Running:
             time.sleep(0.05)
 
 
+def echo(request: Request) -> Reply:
+    return Reply(request.site, request.body)
+
+
 @contextlib.contextmanager
-def site_up(file: Path) -> Iterator[Running]:
+def site_up(file: Path, handle: Callable[[Request], Reply] | None = echo) -> Iterator[Running]:
     said, stop = Running(), threading.Event()
 
     def run() -> None:
@@ -71,7 +75,7 @@ def site_up(file: Path) -> Iterator[Running]:
             up(
                 file,
                 report=lambda e, f: said.events.append((e, dict(f))),
-                handle=lambda request: Reply(request.site, request.body),
+                handle=handle,
                 stop=stop,
                 probe_s=1.0,
             )
@@ -555,34 +559,10 @@ def taken(port: int) -> socket.socket:
             id="ca missing",
             marks=pytest.mark.fault("E30.19", "ca.crt or the node key is missing", says="exit status 3, which, and who sends it"),
         ),
-        pytest.param(
-            ('"rows.jsonl"', '"gone.jsonl"'),
-            3,
-            ["gone.jsonl cannot be read: No such file"],
-            id="data missing",
-            marks=pytest.mark.fault(
-                "E30.20",
-                "the data file is missing, unreadable or empty",
-                says="exit status 3 and its path, before the site is on line",
-            ),
-        ),
-        pytest.param(('"rows.jsonl"', '"alpha"'), 3, ["suffix says no known format"], id="data is a directory"),
-        pytest.param(('"rows.jsonl"', '"empty.jsonl"'), 3, ["empty.jsonl has no rows"], id="data empty"),
-        pytest.param(
-            ('= "base"', '= "gone"'),
-            3,
-            ["gone is not there", "[models]"],
-            id="base missing",
-            marks=pytest.mark.fault(
-                "E30.21", "the base model is missing", says="exit status 3 and its path, before the site is on line"
-            ),
-        ),
-        pytest.param(('= "base"', '= "alpha"'), 3, ["alpha holds no config.json"], id="base is none"),
     ],
 )
 def test_what_is_wrong_at_this_site_ends_the_command_with_its_name(good, tmp_path, what, status, words):
     before = (good / "site.toml").read_text()
-    (good / "empty.jsonl").write_text("\n")
     try:
         changed(good, *what)
         done = command(good / "site.toml")
@@ -593,6 +573,48 @@ def test_what_is_wrong_at_this_site_ends_the_command_with_its_name(good, tmp_pat
         assert word in done.stderr
     assert "ready" not in done.stderr
     assert "supernode" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        pytest.param(
+            ('"rows.jsonl"', '"gone.jsonl"'),
+            ["gone.jsonl cannot be read: No such file"],
+            id="data missing",
+            marks=pytest.mark.fault(
+                "E30.20",
+                "the data file is missing, unreadable or empty",
+                says="its path; connected at best, never ready, and looked for twice a minute",
+            ),
+        ),
+        pytest.param(('"rows.jsonl"', '"alpha"'), ["suffix says no known format"], id="data is a directory"),
+        pytest.param(('"rows.jsonl"', '"empty.jsonl"'), ["empty.jsonl has no rows"], id="data empty"),
+        pytest.param(
+            ('= "base"', '= "gone"'),
+            ["gone is not there", "[models]"],
+            id="base missing",
+            marks=pytest.mark.fault(
+                "E30.21",
+                "the base model is missing",
+                says="its path; connected at best, never ready, and looked for twice a minute",
+            ),
+        ),
+        pytest.param(('= "base"', '= "alpha"'), ["alpha holds no config.json"], id="base is none"),
+    ],
+)
+def test_a_base_or_data_that_are_missing_are_said_before_a_round_needs_them(good, what, words):
+    before = (good / "site.toml").read_text()
+    (good / "empty.jsonl").write_text("\n")
+    try:
+        changed(good, *what)
+        with site_up(good / "site.toml", handle=None) as said:
+            facts = said.wait(lambda f: f["cause"] in ("no-base", "no-data"))
+    finally:
+        (good / "site.toml").write_text(before)
+    for word in words:
+        assert word in facts["said"]
+    assert not any(f["state"] == "ready" for f in said.site())
 
 
 @pytest.mark.fault(

@@ -66,6 +66,17 @@ def test_a_listening_port_is_not_ready_and_neither_is_an_accepted_site_whose_wor
     assert told.standing.state == "ready"
 
 
+def test_each_missing_part_is_said_also_beside_another_one(told):
+    told.standing.miss("base", "no-base", detail="x")
+    told.standing.miss("data", "no-data", detail="y")
+    told.standing.probed(Finding("port-closed", FACTS))
+    told.standing.miss("data", "no-data", detail="y")
+    assert [f["cause"] for f in told.said] == ["", "no-base", "no-data", "port-closed"]
+    told.connect()
+    assert told.states()[-1] == ("connected", "no-base")
+    assert list(told.standing.snapshot()["missing"]) == ["base", "data"]
+
+
 @pytest.mark.parametrize("part", ["base", "data"])
 def test_connected_is_not_ready_while_a_part_is_missing(told, part):
     told.connect()
@@ -99,6 +110,14 @@ def test_a_connection_that_is_back_within_three_seconds_was_not_lost(told):
     told.hear("back")
     told.wait(10)
     assert len(told.said) == count
+
+
+def test_a_site_that_shares_its_key_is_not_ready_again_because_the_line_was_cut_and_is_back(told):
+    told.connect()
+    told.hear("refused in-use", "lost ConnectError: x", "back")
+    assert told.standing.state == "refused"
+    told.hear("accepted")  # the other one has gone
+    assert told.standing.state == "ready"
 
 
 def test_a_cause_is_said_once_however_often_it_comes(told):
@@ -202,4 +221,3 @@ def test_ready_is_said_only_if_every_part_is_there(events):
             assert not told.standing.snapshot()["missing"]
         for facts in told.said:
             assert facts["cause"] == "" or facts["cause"] in CAUSES
-    assert all(a != b for a, b in zip(told.states(), told.states()[1:], strict=False))
