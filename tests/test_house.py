@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: {"errors", "config", "adapter", "files", "messages", "schedule"},
     1: {"aggregate", "first", "privacy", "protect", "wire", "values"},
-    2: {"admission", "journal", "rounds", "site", "store", "transport"},
+    2: {"admission", "journal", "lock", "rounds", "site", "store", "transport"},
     3: {
         "cli",
         "approve",

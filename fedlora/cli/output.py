@@ -115,7 +115,7 @@ _LINES = {
     "listening": "listening on {address}",
     "site-online": "{site} is online",
     "site-offline": "{site} is offline",
-    "site-refused": "{site} is not let in: {why}; a key that was removed once needs a new one (`fedlora keygen site`)",
+    "site-refused": "{site} is not let in: {why}",
     "failed": "a task was not done: {code}; the reason stands in this site's own log (state/flower/log/runner.log)",
     "waiting": "waiting for sites: {need} needed, now {sites}",
     "waiting-for": "waiting for {missing}: without them a sum would show single updates beside this plan's earlier ones",
@@ -141,4 +141,6 @@ _LINES = {
     "from-journal": "  round {round}: answered from the journal",
     "another-run": "another run goes on ({name}); this one waits for its end",
     "process": "{name}: {state}",
+    "site": "{site}: {said}",
+    "clock": "this machine's clock is {seconds} s {way} of the server's: corrected in what is signed for it; set the clock (NTP)",
 }

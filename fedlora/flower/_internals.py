@@ -35,7 +35,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedlora.errors import ConnectionFailed, Oversized, WireError
 from fedlora.flower.launch import LOOPBACK
 
-__all__ = ["BROKEN", "TOO_LARGE", "Channel", "Claim", "Claimer", "Control", "Node", "RunState", "TaskClient"]
+__all__ = ["BROKEN", "TOO_LARGE", "Channel", "Claim", "Claimer", "Control", "Node", "RunState", "TaskClient", "WrongSecret"]
 
 T = TypeVar("T")
 
@@ -47,6 +47,12 @@ _CHUNK_BYTES = 5 << 20  # Flower cuts an array into chunks of this size
 _OTHER_OBJECTS = 8  # message, records, names, array: five, and what Flower may add
 _OVERHEAD_BYTES = 1 << 16  # of all of these
 _STRAGGLING_PART_S = 10.0
+
+
+class WrongSecret(ConnectionFailed):
+    """A Flower process on this host does not take the secret that it was started with."""
+
+    code = "wrong-secret"
 
 
 class Channel(Protocol):
@@ -73,12 +79,13 @@ def _patient(patience_s: float) -> RetryInvoker:
     )
 
 
-def _call(method: Callable[[Any], T], request: object) -> T:
+def _call(method: Callable[[Any], T], request: object, *, on_401: type[ConnectionFailed] = ConnectionFailed) -> T:
     """Runs one request; what httpx raises becomes a named error."""
     try:
         return method(request)
     except httpx.HTTPStatusError as e:
-        raise ConnectionFailed(f"Flower answered {e.response.status_code} to {e.request.url.path}") from None
+        failed = on_401 if e.response.status_code == httpx.codes.UNAUTHORIZED else ConnectionFailed
+        raise failed(f"Flower answered {e.response.status_code} to {e.request.url.path}") from None
     except (httpx.HTTPError, OSError, ValueError) as e:
         raise ConnectionFailed(f"no answer from Flower: {type(e).__name__}") from None
 
@@ -114,9 +121,10 @@ class Claimer:
         """A task's token, or an empty string if nothing waits.
 
         Raises:
-            ConnectionFailed: no answer, or the secret is wrong.
+            WrongSecret: it answers, and refuses the secret.
+            ConnectionFailed: no answer.
         """
-        return str(_call(self._client.AcquireTask, self._request).token)
+        return str(_call(self._client.AcquireTask, self._request, on_401=WrongSecret).token)
 
     def close(self) -> None:
         self._client.close()

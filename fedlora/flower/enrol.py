@@ -23,7 +23,16 @@ from fedlora.errors import ConfigError, KeyFileError
 from fedlora.messages import check_site_name
 from fedlora.store import write_atomic
 
-__all__ = ["certificate_hosts", "check_tls", "load_node_keys", "make_node_key", "make_secret", "make_tls", "node_key_pem"]
+__all__ = [
+    "certificate_hosts",
+    "check_tls",
+    "load_node_keys",
+    "make_node_key",
+    "make_secret",
+    "make_tls",
+    "node_key_pem",
+    "node_key_public",
+]
 
 _SKEW = timedelta(hours=1)
 
@@ -206,6 +215,21 @@ def node_key_pem(line: str) -> bytes:
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise KeyFileError("not an 'ecdsa-sha2-nistp384 AAAA...' line", hint="the second line of the site's .pub file")
     return key.public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
+
+
+def node_key_public(path: Path) -> bytes:
+    """The public half of a site's private node key, as Flower stores it: PEM, SubjectPublicKeyInfo.
+
+    Raises:
+        KeyFileError: not a private EC P-384 key in OpenSSH's form without a password.
+    """
+    try:
+        key = ser.load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise KeyFileError(f"{path} is not a private node key", hint="`fedlora keygen site` makes keys")
+    return key.public_key().public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
 
 
 def load_node_keys(sites: Path) -> dict[str, bytes]:

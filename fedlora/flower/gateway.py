@@ -28,6 +28,7 @@ import uvicorn
 from fedlora.flower.allowance import Quota
 from fedlora.flower.calls import CALL, Caller, Callers, Refused
 from fedlora.flower.connections import Client, Guests, Server, protocol
+from fedlora.flower.doors import Doors
 from fedlora.flower.launch import LOOPBACK, split_address
 from fedlora.flower.limits import Buckets
 
@@ -121,6 +122,7 @@ class Gateway:
         self._strangers = Buckets(_STRANGER_RATE, _STRANGER_BURST, _LONGEST_S, time.monotonic)
         self._sites = Buckets(_SITE_RATE, _SITE_BURST, 2 * _SITE_WAIT_S, time.monotonic)
         self._calls: dict[str, int] = {}
+        self._doors = Doors(_say)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -139,20 +141,21 @@ class Gateway:
             return
         if scope["method"] == "GET":
             await self._hold(client)
-            await self._pass(_Call("GET", raw.decode(), headers, 0, None), receive, send)
+            await self._pass(_Call("GET", raw.decode(), headers, 0, None, client[0]), receive, send)
             return
         try:
             caller = self._callers.check("POST", raw.decode(), headers)
         except Refused as e:
-            await self._refuse(client, send, e.status, f"{raw.decode()}: {e}")
+            added = self._doors.answer(raw.decode(), headers, e.status, peer=client[0], enrolled=e.status != 412)
+            await self._refuse(client, send, e.status, f"{raw.decode()}: {e}", added)
             return
         self._guests.known(client, caller.site)
         try:
-            call = _Call("POST", raw.decode(), headers, self._stated(raw.decode(), headers), caller)
+            call = _Call("POST", raw.decode(), headers, self._stated(raw.decode(), headers), caller, client[0])
             await self._admit(caller.site)
         except _Stop as e:
             log.warning("refused %s of %s: %s", raw.decode(), caller.site, e)
-            await _answer(send, e.status)
+            await _answer(send, e.status, added=self._doors.answer(raw.decode(), (), e.status, peer="-"))
             return
         try:
             await self._count(call, receive, send)
@@ -201,10 +204,10 @@ class Gateway:
         elif not 200 <= await self._pass(call, receive, send) < 300:
             self._quota.give_back(site, call.size)
 
-    async def _refuse(self, client: Client, send: Send, status: int, why: str) -> None:
+    async def _refuse(self, client: Client, send: Send, status: int, why: str, added: Iterable[Header] = ()) -> None:
         log.warning("refused %s from %s", why, client[0])
         await self._hold(client)
-        await _answer(send, status, NOT_ENROLLED if status == 412 else b"")
+        await _answer(send, status, NOT_ENROLLED if status == 412 else b"", added)
 
     async def _hold(self, client: Client) -> None:
         """The more often an address calls unsigned, the later it is answered: its connections wait instead of asking again."""
@@ -238,7 +241,7 @@ class Gateway:
         # Once the answer's head is out, only cutting the connection can say that it is incomplete.
         if started[0]:
             raise ConnectionAbortedError
-        await _answer(send, status)
+        await _answer(send, status, added=self._doors.answer(call.path, (), status, peer="-"))
         return status
 
     async def _forward(self, call: _Call, receive: Receive, send: Send) -> None:
@@ -254,6 +257,7 @@ class Gateway:
             limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
             async with self._upstream.stream(call.method, call.path, headers=headers, content=content) as answer:
                 head = end_to_end(answer.headers.raw)
+                head += self._doors.answer(call.path, call.headers, answer.status_code, peer=call.peer)
                 if "content-length" in answer.headers:
                     head.append((b"content-length", answer.headers["content-length"].encode()))
                 await send({"type": "http.response.start", "status": answer.status_code, "headers": head})
@@ -269,6 +273,7 @@ class _Call:
     headers: list[Header]
     size: int
     caller: Caller | None
+    peer: str
 
 
 async def _verified(receive: Receive, digest: str) -> AsyncIterator[bytes]:
@@ -318,8 +323,14 @@ def end_to_end(headers: Iterable[Header]) -> list[Header]:
     ]
 
 
-async def _answer(send: Send, status: int, body: bytes = b"") -> None:
-    headers = [(b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+def _say(line: str) -> None:
+    """A line for `server up`, which reads what this process prints."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+async def _answer(send: Send, status: int, body: bytes = b"", added: Iterable[Header] = ()) -> None:
+    headers = [(b"content-length", str(len(body)).encode()), (b"connection", b"close"), *added]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -10,11 +10,13 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 from flwr.app import Message
 
 from fedlora.errors import ConnectionFailed, FedLoRAError
-from fedlora.flower._internals import Claimer, TaskClient
+from fedlora.flower._internals import Claimer, TaskClient, WrongSecret
 from fedlora.flower.bundle import BUNDLE_SHA256
 from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.records import dump_reply, flower_error, parse_request
@@ -27,7 +29,7 @@ log = logging.getLogger("fedlora.runner")
 Handle = Callable[[Request], Reply]
 """``Site.handle``: answers a request; its errors come back as the reply's code."""
 
-_LONGEST_WAIT_S = 5.0
+_LONGEST_WAIT_S = 1.0
 
 
 class Runner:
@@ -36,12 +38,13 @@ class Runner:
     Args:
         port: the SuperNode's loopback port.
         site: this site's name.
-        secret: what the SuperNode's secret file holds.
+        secret_file: holds the SuperNode's secret; read again when it is refused: it may have been replaced.
         handle: answers a request. Called in the thread that calls :meth:`run`, one at a time.
         max_bytes: larger requests are refused unread.
         poll_s: pause between two questions for work, seconds.
         heartbeat_s: between two signs of life while ``handle`` works, seconds; Flower gives up after 60.
         patience_s: how long to try to deliver an answer, seconds. After that it is lost for Flower; the journal has it.
+        on_state: told after each question whether the SuperNode lets this process in, in the thread that calls :meth:`run`.
     """
 
     def __init__(
@@ -49,16 +52,18 @@ class Runner:
         port: int,
         *,
         site: str,
-        secret: bytes,
+        secret_file: Path,
         handle: Handle,
         max_bytes: int,
         poll_s: float = 0.25,
         heartbeat_s: float = 10.0,
         patience_s: float = 30.0,
+        on_state: Callable[[Literal["in", "away", "wrong-secret"]], None] = lambda state: None,
     ) -> None:
         self._address = f"{LOOPBACK}:{port}"
         self._site = site
-        self._secret = secret
+        self._secret_file = secret_file
+        self._on_state = on_state
         self._handle = handle
         self._max_bytes = max_bytes
         self._poll_s = poll_s
@@ -73,22 +78,38 @@ class Runner:
 
     def run(self, stop: threading.Event) -> None:
         """Claims and answers until ``stop`` is set. A KeyboardInterrupt in ``handle`` answers ``site-stopped`` and goes on up."""
-        claimer = Claimer("flwr-clientapp", address=self._address, secret=self._secret, ca=None)
-        wait, away = self._poll_s, False
+        claimer = self._claimer()
+        wait, away = self._poll_s, ""
         while not stop.is_set():
             try:
                 token = claimer.claim()
                 if away:
                     log.info("the SuperNode is back")
-                wait, away = self._poll_s, False
+                wait, away = self._poll_s, ""
+                self._on_state("in")
                 if token:
                     self._answer(token, stop)
                     continue
             except ConnectionFailed as e:
-                if not away:
+                refused = isinstance(e, WrongSecret)
+                if away != str(e):
                     log.warning("waiting for the SuperNode: %s", e)
-                wait, away = min(2 * wait, _LONGEST_WAIT_S), True
+                if refused and away != str(e):  # what the file says now, before it is said
+                    wait = self._poll_s
+                else:
+                    wait = min(2 * wait, _LONGEST_WAIT_S)
+                    self._on_state("wrong-secret" if refused else "away")
+                away = str(e)
+                claimer.close()
+                claimer = self._claimer()
             stop.wait(wait)
+
+    def _claimer(self) -> Claimer:
+        try:
+            secret = self._secret_file.read_bytes()
+        except OSError:
+            secret = b""  # refused, and so said
+        return Claimer("flwr-clientapp", address=self._address, secret=secret or b"-", ca=None)
 
     def _answer(self, token: str, stop: threading.Event) -> None:
         client = TaskClient(self._address, token=token, ca=None, patience_s=self._patience_s)
@@ -109,7 +130,10 @@ class Runner:
                     reply = self._reply_to(message)
                 except KeyboardInterrupt:
                     reply, interrupted = Reply(self._site, error="site-stopped"), True
-            client.push_messages([Message(dump_reply(reply), reply_to=message)])
+            answer = Message(dump_reply(reply), reply_to=message)
+            # Flower would count the message's life by this machine's clock, which may be wrong.
+            answer.metadata.created_at, answer.metadata.ttl = message.metadata.created_at, message.metadata.ttl
+            client.push_messages([answer])
             client.finish("")
             log.info("answered: %s", reply.error or f"{len(reply.body)} bytes")
             if interrupted:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 from fedlora.config import load_plan
 from fedlora.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed, Stopped
 from fedlora.flower import launch
 from fedlora.flower.control import Control, RunState, register_sites, start_job
 from fedlora.flower.database import shrink
+from fedlora.flower.doors import Refusal, key_name, parse_refusal
 from fedlora.flower.enrol import certificate_hosts, check_tls, load_node_keys
 from fedlora.flower.environment import join_flower
 from fedlora.flower.exposure import check_loopback, check_public, dialled, free_port, healthy
@@ -33,15 +34,18 @@ from fedlora.flower.jobs import (
 )
 from fedlora.flower.records import safe_code
 from fedlora.flower.supervisor import Service, Supervisor, signals
+from fedlora.lock import hold
 from fedlora.rounds import Report
 
-__all__ = ["start", "stop_run", "sync_sites", "up"]
+__all__ = ["Refusals", "start", "stop_run", "sync_sites", "up"]
 
 _PATIENCE_S = 10.0
 _LOOK_S = 1.0
 _SECRET_BYTES = 32
 _OVER_S = 10.0
 """How long Flower may take to learn that a run has ended, seconds."""
+_SETTLED_S = 5.0  # a site that corrects its clock is on line long before
+_SAID_AGAIN_S = 600.0
 
 
 def up(
@@ -73,7 +77,8 @@ def up(
         executor: command line in place of :mod:`fedlora.flower.executor`, given home and port as that one is.
 
     Raises:
-        ConfigError: another server runs in this home, a port is taken, or the certificate does not cover a host.
+        Held: another server runs in this home; the error says which process.
+        ConfigError: a port is taken, or the certificate does not cover a host.
         KeyFileError: a key file is missing or malformed.
         ConnectionFailed: a process does not start, or the server would be open (``exposed``).
     """
@@ -83,12 +88,19 @@ def up(
     load_node_keys(home / "sites")  # a bad file is found before anything starts
     _check_files(home, hosts)
     stop = stop or threading.Event()
-    with _only_one(flower / "lock"), signals(stop.set):
+    with hold(flower, what="fedlora server up"), signals(stop.set):
         port = free_port()
         gateway = partial(launch.gateway, body_limit_bytes=body_limit_bytes, timeout_s=timeout_s, connections=connections)
         env = join_flower(flower / "home")
+        heard: SimpleQueue[Refusal] = SimpleQueue()
         services = _services(
-            home, port, gateway=gateway(listen, superlink_port=port, home=home), public=listen, env=env, executor=executor
+            home,
+            port,
+            gateway=gateway(listen, superlink_port=port, home=home),
+            public=listen,
+            env=env,
+            executor=executor,
+            heard=heard,
         )
         shrink(flower / "state.db", now=time.time)  # whatever ran before has ended with its server
         supervisor = Supervisor(services, log_directory=flower / "log", report=report)
@@ -99,26 +111,28 @@ def up(
             save_address(home, Address(listen, port))
             sync_sites(home, report=report)
             report("listening", {"address": listen})
-            _watch(home, supervisor, stop, report)
+            _watch(home, supervisor, stop, report, heard)
         finally:
             (flower / "server.json").unlink(missing_ok=True)
             supervisor.stop()
 
 
-def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Report) -> None:
+def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]) -> None:
     """Keeps processes up and the SuperLink's list of nodes equal to ``home/sites``: a new file enrols, a removed one expels."""
     online: set[str] = set()
     refused: set[str] = set()
+    refusals = Refusals(report)
 
     def refuse(site: str, error: FedLoRAError) -> None:
         if site not in refused:
-            report("site-refused", {"site": site, "why": str(error)})
+            report("site-refused", {"site": site, "why": _removed(error)})
         refused.add(site)
 
     while not stop.wait(_LOOK_S):
         supervisor.check(time.monotonic())
         with suppress(FedLoRAError), _control(home, patience_s=0.0) as control:
-            ids = register_sites(control, load_node_keys(home / "sites"), refused=refuse)
+            keys = load_node_keys(home / "sites")
+            ids = register_sites(control, keys, refused=refuse)
             status = {n.id: n.status for n in control.nodes()}
             now = {site for site, node_id in ids.items() if status.get(node_id) == "online"}
             for site in sorted(now - online):
@@ -126,18 +140,76 @@ def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Re
             for site in sorted(online - now):
                 report("site-offline", {"site": site})
             online = now
+            while not heard.empty():
+                refusals.hear(heard.get(), {key_name(pem): site for site, pem in keys.items()}, time.monotonic())
+            refusals.tell(online, time.monotonic())
+
+
+class Refusals:
+    """Says which enrolled site is refused at the door and why: each reason once, and again after ten minutes.
+
+    Args:
+        report: told ``("site-refused", {"site", "why", "cause"})``.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._open: dict[tuple[str, str], tuple[float, Refusal]] = {}
+        self._said: dict[tuple[str, str], float] = {}
+
+    def hear(self, refusal: Refusal, names: Mapping[str, str], now: float) -> None:
+        """Takes a line of the gateway. ``names``: site by :func:`fedlora.flower.doors.key_name`; strangers are left out."""
+        if (site := names.get(refusal.key)) is not None and refusal.why in ("clock", "in-use"):
+            self._open.setdefault((site, refusal.why), (now, refusal))
+
+    def tell(self, online: Collection[str], now: float) -> None:
+        for (site, cause), (since, refusal) in list(self._open.items()):
+            if cause == "clock" and site in online:
+                del self._open[site, cause]  # it has corrected its stamps
+            elif cause != "clock" or now - since > _SETTLED_S:
+                del self._open[site, cause]
+                if now - self._said.get((site, cause), float("-inf")) > _SAID_AGAIN_S:
+                    self._said[site, cause] = now
+                    self._report("site-refused", {"site": site, "cause": cause, "why": _why(site, refusal)})
+
+
+def _removed(error: FedLoRAError) -> str:
+    return f"{error}; a key that was removed once needs a new one (`fedlora keygen site`)"
+
+
+def _why(site: str, refusal: Refusal) -> str:
+    if refusal.why == "in-use":
+        return (
+            f"two machines use the key of {site} (one of them calls from {refusal.peer}), or its process was killed less than "
+            "65 s ago; if it goes on, ask the site: every machine needs a key of its own"
+        )
+    way = "ahead of" if refusal.ahead_s > 0 else "behind"
+    return (
+        f"its clock is {abs(refusal.ahead_s):.0f} s {way} this server's; the site sets its clock (NTP), or this server's is wrong"
+    )
 
 
 def _services(
-    home: Path, port: int, *, gateway: list[str], public: str, env: dict[str, str], executor: Sequence[str]
+    home: Path,
+    port: int,
+    *,
+    gateway: list[str],
+    public: str,
+    env: dict[str, str],
+    executor: Sequence[str],
+    heard: SimpleQueue[Refusal],
 ) -> list[Service]:
+    def on_line(line: str) -> None:
+        if refusal := parse_refusal(line):
+            heard.put(refusal)
+
     tls = home / "tls"
     relay = launch.superlink(port, tls=tls, database=home / "flower" / "state.db", secret=home / "superexec.secret")
     claims = launch.executor(home, superlink_port=port, command=executor)
     return [
         Service("superlink", relay, env, ready=lambda: healthy((launch.LOOPBACK, port), ca=tls / "ca.crt")),
         Service("executor", claims, env, ready=lambda: True),
-        Service("gateway", gateway, env, ready=lambda: healthy(dialled(public), ca=tls / "ca.crt")),
+        Service("gateway", gateway, env, ready=lambda: healthy(dialled(public), ca=tls / "ca.crt"), on_line=on_line),
     ]
 
 
@@ -155,17 +227,6 @@ def _check_files(home: Path, hosts: Sequence[str]) -> None:
             f"the server's certificate does not cover {', '.join(missing)}",
             hint="make it again with these hosts; the authority stays, so nothing changes at the sites",
         )
-
-
-@contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another server runs in {lock.parent.parent}") from None
-        yield
 
 
 def _check_free(listen: str) -> None:
@@ -200,7 +261,9 @@ def sync_sites(home: Path, *, report: Report) -> dict[str, str]:
     """
     keys = load_node_keys(home / "sites")
     with _control(home) as control:
-        ids = register_sites(control, keys, refused=lambda site, error: report("site-refused", {"site": site, "why": str(error)}))
+        ids = register_sites(
+            control, keys, refused=lambda site, error: report("site-refused", {"site": site, "why": _removed(error)})
+        )
         status = {n.id: n.status for n in control.nodes()}
     return {site: status[node_id] for site, node_id in ids.items()}
 

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import os
+import secrets
 import signal
 import socket
 import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora.config import load_site_file
-from fedlora.errors import ConfigError, KeyFileError
+from fedlora.config import SiteFile, load_site_file
+from fedlora.errors import ConfigError, FedLoRAError
 from fedlora.flower import launch
-from fedlora.flower.enrol import make_secret
+from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower
+from fedlora.flower.probe import probe
 from fedlora.flower.runner import Handle, Runner
+from fedlora.flower.standing import Standing
 from fedlora.flower.supervisor import Service, Supervisor, rotating_log, signals
+from fedlora.lock import hold
 from fedlora.rounds import Report
+from fedlora.store import write_atomic
 
-__all__ = ["up"]
+__all__ = ["PortTaken", "up"]
 
-_RESTART_S = 65.0
-"""A SuperNode that died is online for Flower for 60 s more, and a second one is refused so long (exit code 305)."""
 _FAREWELL_S = 2.0
+_LOOK_S = 0.1
+_CHECK_S = 30.0
+_LONGEST_PROBE_S = 60.0
+_CLOCK_S = 600.0
+_LEAVING_S = 8.0
+"""So long the SuperNode of a `site up` that was killed may still say good-bye on our port."""
+_NEW_SECRET_S = 10.0
+_STATE_S = 5.0
+
+
+class PortTaken(ConfigError):
+    """Another program listens on this site's loopback port."""
+
+    code = "local-port"
+
+    def __init__(self, port: int) -> None:
+        super().__init__(
+            f"port {port} on loopback is taken by another program",
+            hint="choose another `local_port` in the site file (a second site on this machine needs one), or stop that program",
+        )
 
 
 def up(
@@ -30,96 +59,241 @@ def up(
     report: Report,
     handle: Handle | None = None,
     stop: threading.Event | None = None,
-    restart_s: float = _RESTART_S,
+    probe_s: float = 5.0,
 ) -> None:
     """Runs a site until SIGTERM or SIGINT, or until ``stop`` is set. Prints nothing.
 
     A signal during training ends it at once: the server is told ``site-stopped``, the journal keeps what was finished.
+    Keys, ports and locks that are wrong end it with an error; what may come by itself (the server, data on a disk that is not
+    mounted yet) is said, once, and looked for again.
 
     Args:
         site_file: the site's own file; paths in it are relative to it.
-        report: told ``(event, facts)``.
-        handle: answers requests; that of ``build.open_site`` by default, called before anything is connected.
+        report: told ``(event, facts)``; of ``site`` see :class:`fedlora.flower.standing.Standing`.
+        handle: answers requests; that of ``build.open_site`` by default, called before anything is connected. Only then bases
+            and data are looked for.
         stop: set it to stop from another thread.
-        restart_s: pause before a SuperNode that died is started again, seconds.
+        probe_s: shortest time between two probes of a server that is away, and the most that a step of one may take, seconds.
 
     Raises:
-        ConfigError: the file is wrong, or the loopback port is taken.
-        KeyFileError: a key or the authority's certificate is missing.
-        ConnectionFailed: the SuperNode does not start. A server that is away is waited for instead.
+        ConfigError: the file is wrong.
+        Held: another process works in the state directory; nothing was written there.
+        PortTaken: the loopback port is taken.
+        StoreError: the state directory cannot be written.
+        KeyFileError: a key or the authority's certificate is missing, or another site's.
     """
     file = load_site_file(site_file)
     root = site_file.resolve().parent
-    state, ca, node_key = root / file.state, root / file.ca, root / file.node_key
-    for path in (ca, node_key):
-        if not path.is_file():
-            raise KeyFileError(
-                f"{path} is missing",
-                hint="`fedlora keygen site` makes keys; the coordinator sends ca.crt and server.pub: put both beside them",
-            )
-    if handle is None:
-        from fedlora.build import open_site
+    with hold(root / file.state, what="fedlora site up"):
+        pem = check_keys(file, root)
+        checks: dict[str, Callable[[SiteFile, Path], None]] = {}
+        if handle is None:
+            from fedlora.build import open_site
 
-        handle = open_site(site_file, report=report).handle
-    stop = stop or threading.Event()
-    flower = state / "flower"
-    environment = join_flower(flower / "home")
-    secret = _fresh_secret(flower / "superexec.secret")
-    port = file.local_port
-    _check_free(port)
-    service = Service(
-        name="supernode",
-        argv=launch.supernode(file.server, port=port, ca=ca, node_key=node_key, secret=flower / "superexec.secret"),
-        env=environment,
-        ready=lambda: _listens(port),
-        after_crash_s=restart_s,
-        death_signal=signal.SIGTERM,  # it says good-bye, so that the next one is let in at once
-    )
-    runner = Runner(port, site=file.name, secret=secret, handle=handle, max_bytes=file.policy.max_request_bytes)
-    _serve(Supervisor([service], log_directory=flower / "log", report=report), runner, stop, report, flower / "log")
+            checks = {"base": check_bases, "data": check_data}
+            handle = open_site(site_file, report=report).handle
+        _await_port(file.local_port, secret=root / file.state / "flower" / "superexec.secret")
+        _Up(file, root, handle, report, stop or threading.Event(), checks, pem, probe_s).run()
 
 
-def _serve(supervisor: Supervisor, runner: Runner, stop: threading.Event, report: Report, log_directory: Path) -> None:
-    def on_signal() -> None:
-        stop.set()
-        if runner.working:
-            raise KeyboardInterrupt
+@dataclass(slots=True)
+class _Up:
+    """One `site up`: what its parts share."""
 
-    handler = rotating_log(log_directory / "runner.log")
+    file: SiteFile
+    root: Path
+    handle: Handle
+    report: Report
+    stop: threading.Event
+    checks: dict[str, Callable[[SiteFile, Path], None]]
+    pem: bytes
+    probe_s: float
+    standing: Standing = field(init=False)
+    supervisor: Supervisor = field(init=False)
+    look_now: threading.Event = field(default_factory=threading.Event)
+    found: threading.Event = field(default_factory=threading.Event)
+    refused: threading.Event = field(default_factory=threading.Event)
+    password: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+    """Between the SuperNode and the runner; in the SuperNode's secret file."""
+
+    def run(self) -> None:
+        flower = self.root / self.file.state / "flower"
+        secret, log = flower / "superexec.secret", flower / "log"
+        self.standing = self._standing(flower, secret, log)
+        self.supervisor = Supervisor([self._service(flower, secret)], log_directory=log, report=self.report)
+        runner = Runner(
+            self.file.local_port,
+            site=self.file.name,
+            secret_file=secret,
+            handle=self.handle,
+            max_bytes=self.file.policy.max_request_bytes,
+            on_state=self._on_worker,
+        )
+        with _log_file(log / "runner.log"):
+            self._serve(runner)
+
+    def _standing(self, flower: Path, secret: Path, log: Path) -> Standing:
+        host, _ = launch.split_address(self.file.server)
+        ca = self.root / self.file.ca
+        mark, mine = flower / "accepted", hashlib.sha256(self.pem + ca.read_bytes()).hexdigest()
+        known = mark.is_file() and mark.read_text(errors="replace") == mine
+
+        def remember() -> None:
+            if not (mark.is_file() and mark.read_text(errors="replace") == mine):
+                write_atomic(mark, mine.encode())
+
+        facts = {"server": self.file.server, "host": host, "port": str(self.file.local_port), "ca": str(ca)}
+        return Standing(
+            self.file.name,
+            facts=facts | {"log": str(log / "supernode.log"), "secret": str(secret)},
+            report=self.report,
+            known=known,
+            on_accepted=remember,
+            on_lost=self.look_now.set,
+        )
+
+    def _service(self, flower: Path, secret: Path) -> Service:
+        file, root = self.file, self.root
+        return Service(
+            name="supernode",
+            argv=launch.supernode(
+                file.server, port=file.local_port, ca=root / file.ca, node_key=root / file.node_key, secret=secret
+            ),
+            env=join_flower(flower / "home"),
+            ready=lambda: False,
+            ready_s=0,  # it is ready when the standing says so
+            death_signal=signal.SIGTERM,  # it says good-bye, so that the next one is let in at once
+            before=lambda: write_atomic(secret, self.password),  # whatever has replaced it
+            on_line=self.standing.hear,
+            explain=self.standing.ended,
+        )
+
+    def _on_worker(self, state: str) -> None:
+        if state == "wrong-secret" and not self.supervisor.pids():
+            state = "away"  # whoever answers there, it is not ours: that ended, and its log says why
+        self.standing.worker(state)  # type: ignore[arg-type]
+        if state == "wrong-secret":
+            self.refused.set()
+
+    def _serve(self, runner: Runner) -> None:
+        def on_signal() -> None:
+            self.stop.set()
+            if runner.working:
+                raise KeyboardInterrupt
+
+        self.standing.begin()
+        self._check()
+        self.supervisor.start()
+        watcher = threading.Thread(target=self._watch, daemon=True)
+        watcher.start()
+        threading.Thread(target=self._probe, daemon=True).start()
+        with signals(on_signal):
+            try:
+                runner.run(self.stop)
+            except KeyboardInterrupt:
+                self.report("process", {"name": "runner", "state": "interrupted; the work in progress was given up"})
+                self.stop.set()
+                threading.Event().wait(_FAREWELL_S)  # the SuperNode passes the last reply on
+            self.standing.stop()
+            watcher.join()
+            self.supervisor.stop()
+
+    def _watch(self) -> None:
+        """Restarts what ends, and looks for bases and data twice a minute."""
+        check_at, secret_at = time.monotonic() + _CHECK_S, float("-inf")
+        while not self.stop.wait(_LOOK_S):
+            now = time.monotonic()
+            try:
+                self.supervisor.check(now)
+            except (FedLoRAError, OSError) as e:
+                self.standing.miss("process", "no-state", detail=str(e))
+                self.stop.wait(_STATE_S)
+            self.standing.tick()
+            if self.found.is_set():
+                self.found.clear()
+                self.supervisor.hurry("supernode")
+            if self.refused.is_set() and now - secret_at > _NEW_SECRET_S:
+                self.refused.clear()
+                secret_at, self.password = now, secrets.token_bytes(32)
+                self.supervisor.restart("supernode")
+            if now >= check_at:
+                check_at = now + _CHECK_S
+                self._check()
+
+    def _check(self) -> None:
+        for part, check in self.checks.items():
+            try:
+                check(self.file, self.root)
+            except FedLoRAError as e:
+                self.standing.miss(part, f"no-{part}", detail=str(e))  # type: ignore[arg-type]
+            else:
+                self.standing.has(part)  # type: ignore[arg-type]
+
+    def _probe(self) -> None:
+        """Looks for the server at the start and while it is away, and for its clock now and then."""
+        ca, wait_s, before = self.root / self.file.ca, 0.0, ""
+        while not self.stop.is_set():
+            self.look_now.wait(wait_s)
+            lost = self.look_now.is_set()
+            self.look_now.clear()
+            if self.stop.is_set():
+                return
+            finding = probe(self.file.server, ca=ca, timeout_s=self.probe_s)
+            self.standing.probed(finding)
+            if not finding.cause:
+                wait_s = _CLOCK_S if self.standing.state in ("ready", "connected") else _LONGEST_PROBE_S
+                if before:
+                    self.found.set()  # whatever waits for its restart need not
+            elif finding.cause != before or lost:
+                wait_s = self.probe_s
+            else:
+                wait_s = min(2 * wait_s, _LONGEST_PROBE_S)
+            before = finding.cause
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """What our own code logs, in a file of its own, while inside."""
+    handler = rotating_log(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
     log = logging.getLogger("fedlora")
     log.addHandler(handler)
     log.setLevel(min(log.level or logging.INFO, logging.INFO))
     try:
-        supervisor.start()
-        watcher = threading.Thread(target=supervisor.watch, args=(stop,), daemon=True)
-        watcher.start()
-        with signals(on_signal):
-            try:
-                runner.run(stop)
-            except KeyboardInterrupt:
-                report("process", {"name": "runner", "state": "interrupted; the work in progress was given up"})
-                stop.set()
-                threading.Event().wait(_FAREWELL_S)  # the SuperNode passes the last reply on
-            watcher.join()
-            supervisor.stop()
+        yield
     finally:
         log.removeHandler(handler)
         handler.close()
 
 
-def _fresh_secret(path: Path) -> bytes:
-    path.unlink(missing_ok=True)
-    make_secret(path)
-    return path.read_bytes()
+def _await_port(port: int, *, secret: Path) -> None:
+    """Waits for the loopback port while a predecessor's SuperNode leaves it.
+
+    Raises:
+        PortTaken: another program keeps it.
+    """
+    end = time.monotonic() + _LEAVING_S
+    while not _free(port):
+        if time.monotonic() > end or not _leaving(secret):
+            raise PortTaken(port)
+        time.sleep(_LOOK_S)
 
 
-def _listens(port: int) -> bool:
+def _leaving(secret: Path) -> bool:
+    """Whether a SuperNode of this very state directory still runs."""
+    ours = (b"fedlora.flower.supernode", os.fsencode(secret))
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if set(ours) <= set(path.read_bytes().split(b"\0")):
+                return True
+    return False
+
+
+def _free(port: int) -> bool:
     with socket.socket() as s:
-        s.settimeout(0.2)
-        return s.connect_ex((launch.LOOPBACK, port)) == 0
-
-
-def _check_free(port: int) -> None:
-    if _listens(port):
-        raise ConfigError(f"port {port} on loopback is taken", hint="choose another local_port, or stop the other `site up`")
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((launch.LOOPBACK, port))
+        except OSError:
+            return False
+        return True

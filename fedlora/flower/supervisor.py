@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -17,14 +18,20 @@ from pathlib import Path
 from types import FrameType
 
 from fedlora.errors import ConnectionFailed
+from fedlora.flower.causes import telling
 from fedlora.processes import die_with_parent
 from fedlora.rounds import Report
 
 __all__ = ["Service", "Supervisor", "end_with", "rotating_log", "signals"]
 
+log = logging.getLogger(__name__)
+
 _LOG_BYTES = 8 << 20
 _LOG_FILES = 4
 _POLL_S = 0.1
+_STEADY_S = 60.0  # one that ran for so long begins with the shortest pause again
+_LONGEST_PAUSE_S = 60.0
+_LAST_LINES = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +43,13 @@ class Service:
         argv: command line.
         env: whole environment.
         ready: True once it does its work; called every tenth of a second.
-        ready_s: how long it may take to get there, seconds.
-        after_exit_s: pause before a restart when it ended with status 0, seconds.
-        after_crash_s: pause before a restart when it did not, seconds.
+        ready_s: how long it may take to get there, seconds; 0: nobody waits for it, and nothing is said of it.
+        after_exit_s: pause before a restart when it ended with status 0, seconds; doubled each time it ends soon, up to a minute.
+        after_crash_s: pause before a restart when it did not, seconds; the same.
         death_signal: what it is sent when this process dies without a chance to stop it.
+        before: called before each start, in the thread that starts it.
+        on_line: gets each line that it prints, in a thread of its own.
+        explain: says, from its status and its last lines, why it ended, and the pause before a restart, seconds.
     """
 
     name: str
@@ -50,6 +60,9 @@ class Service:
     after_exit_s: float = 1.0
     after_crash_s: float = 2.0
     death_signal: int = signal.SIGKILL
+    before: Callable[[], None] = lambda: None
+    on_line: Callable[[str], None] = lambda line: None
+    explain: Callable[[int, list[str]], tuple[str, float]] | None = None
 
 
 @dataclass(slots=True)
@@ -59,6 +72,10 @@ class _Running:
     pump: threading.Thread | None = None
     restart_at: float | None = None
     seen_ready: bool = field(default=False)
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
+    began: float = 0.0
+    early_ends: int = 0
+    said_end: str = ""
 
 
 class Supervisor:
@@ -85,8 +102,9 @@ class Supervisor:
         """
         for running in self._running:
             try:
-                self._spawn(running)
-                self._wait_ready(running)
+                self._spawn(running, time.monotonic())
+                if running.service.ready_s:
+                    self._wait_ready(running)
             except BaseException:
                 self.stop()
                 raise
@@ -101,16 +119,47 @@ class Supervisor:
         for running in self._running:
             if running.process is None:
                 if running.restart_at is not None and now >= running.restart_at:
-                    self._spawn(running)
+                    self._spawn(running, now)
             elif (status := running.process.poll()) is not None:
                 self._bury(running)
-                service = running.service
-                pause = service.after_crash_s if status else service.after_exit_s
-                running.restart_at = now + pause
-                self._say(service.name, f"ended with status {status}, starts again in {pause:g} s")
+                self._plan_restart(running, status, now)
             elif not running.seen_ready and running.service.ready():
-                running.seen_ready = True
-                self._say(running.service.name, "ready")
+                self._see_ready(running)
+
+    def restart(self, name: str) -> None:
+        """Stops a process in order and starts it again at the next check."""
+        for running in self._running:
+            if running.service.name == name and running.process is not None:
+                self._end(running)
+                running.restart_at = float("-inf")
+
+    def hurry(self, name: str) -> None:
+        """One that waits for its restart is started at the next check."""
+        for running in self._running:
+            if running.service.name == name and running.restart_at is not None:
+                running.restart_at = float("-inf")
+
+    def _plan_restart(self, running: _Running, status: int, now: float) -> None:
+        """Says why it ended, once for each reason in a row, and when it starts again."""
+        service, lines = running.service, list(running.lines)
+        running.early_ends = 0 if now - running.began > _STEADY_S else running.early_ends
+        if service.explain is not None:
+            why, pause = service.explain(status, lines)
+        else:
+            shortest = service.after_crash_s if status else service.after_exit_s
+            why = telling(lines, errors_only=not running.early_ends)
+            pause = max(shortest, min(shortest * 2.0**running.early_ends, _LONGEST_PAUSE_S))
+        running.early_ends += 1
+        running.restart_at = now + pause
+        if not running.said_end or running.said_end != why:
+            because = f" ({why})" if why else ""
+            self._say(service.name, f"ended with status {status}{because}, starts again in {pause:g} s")
+        running.said_end = why
+
+    def _see_ready(self, running: _Running) -> None:
+        running.seen_ready = True
+        if running.service.ready_s:
+            self._say(running.service.name, "ready")
 
     def stop(self) -> None:
         """Ends all in reverse order: asks, waits, kills; whole process groups, so that no grandchild stays."""
@@ -120,13 +169,18 @@ class Supervisor:
             if process is None:
                 continue
             self._say(running.service.name, "stopping")
-            end_with(process, signal.SIGTERM)
-            try:
-                process.wait(self._stop_s)
-            except subprocess.TimeoutExpired:
-                self._say(running.service.name, f"killed: did not stop within {self._stop_s:g} s")
-            self._bury(running)
+            self._end(running)
             self._say(running.service.name, "stopped")
+
+    def _end(self, running: _Running) -> None:
+        if (process := running.process) is None:
+            return
+        end_with(process, signal.SIGTERM)
+        try:
+            process.wait(self._stop_s)
+        except subprocess.TimeoutExpired:
+            self._say(running.service.name, f"killed: did not stop within {self._stop_s:g} s")
+        self._bury(running)
 
     def pids(self) -> dict[str, int]:
         """Process ids of what runs now, by name."""
@@ -135,9 +189,13 @@ class Supervisor:
     def _say(self, name: str, state: str) -> None:
         self._report("process", {"name": name, "state": state})
 
-    def _spawn(self, running: _Running) -> None:
+    def _spawn(self, running: _Running, now: float) -> None:
         service = running.service
-        self._say(service.name, "starting")
+        service.before()
+        if not running.said_end:
+            self._say(service.name, "starting")
+        running.lines.clear()
+        running.began = now
         parent = os.getpid()
         running.process = subprocess.Popen(  # noqa: S603  argv is ours, without a shell
             list(service.argv),
@@ -148,9 +206,13 @@ class Supervisor:
             start_new_session=True,  # Ctrl-C in a terminal reaches us only; we stop the others in order
             preexec_fn=lambda: die_with_parent(service.death_signal, parent=parent),
         )
-        running.pump = threading.Thread(
-            target=_pump, args=(running.process, self._log_directory / f"{service.name}.log"), daemon=True
-        )
+        log, lines = self._log_directory / f"{service.name}.log", running.lines
+
+        def on_line(line: str) -> None:
+            lines.append(line)
+            service.on_line(line)
+
+        running.pump = threading.Thread(target=_pump, args=(running.process, log, on_line), daemon=True)
         running.pump.start()
         running.restart_at = None
         running.seen_ready = False
@@ -161,10 +223,14 @@ class Supervisor:
         log = self._log_directory / f"{service.name}.log"
         while process is not None:
             if process.poll() is not None:
-                raise ConnectionFailed(f"{service.name} ended with status {process.returncode} while starting", hint=f"see {log}")
+                self._bury(running)  # its last lines are here then
+                why = telling(list(running.lines))
+                raise ConnectionFailed(
+                    f"{service.name} ended with status {process.returncode} while starting" + (f": {why}" if why else ""),
+                    hint=f"see {log}",
+                )
             if service.ready():
-                running.seen_ready = True
-                self._say(service.name, "ready")
+                self._see_ready(running)
                 return
             if time.monotonic() >= end:
                 raise ConnectionFailed(f"{service.name} was not ready within {service.ready_s:g} s", hint=f"see {log}")
@@ -205,12 +271,16 @@ def rotating_log(path: Path) -> RotatingFileHandler:
     return handler
 
 
-def _pump(process: subprocess.Popen[bytes], path: Path) -> None:
+def _pump(process: subprocess.Popen[bytes], path: Path, on_line: Callable[[str], None]) -> None:
     handler = rotating_log(path)
     try:
         while process.stdout is not None and (line := process.stdout.readline(4096)):
             text = line.decode(errors="replace").rstrip()
             handler.emit(logging.LogRecord(path.stem, logging.INFO, "", 0, text, None, None))
+            try:
+                on_line(text)
+            except Exception:  # a pipe that nobody reads would stop the process at the other end
+                log.exception("a line of %s", path.name)
     finally:
         handler.close()
 

@@ -22,9 +22,10 @@ from flwr.common.constant import (
     SubStatus,
 )
 from flwr.proto import control_pb2, message_pb2, runtime_pb2
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.exit import signal_handler
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
 from flwr.supercore.interceptors import (
@@ -34,14 +35,18 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.primitives.asymmetric import generate_key_pairs
 from flwr.supercore.protobuf.client import ProtobufRequestContext
-from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.retry import RetryInvoker, exponential, http_retry
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.routers.fleet import node_auth
+from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode import fleet_http_connection as connection
+from flwr.supernode import node_auth_http_interceptor as auth
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedlora.errors import Oversized
+from fedlora.flower import clock, doors
 from fedlora.flower._internals import _CHUNK_BYTES, BROKEN, TOO_LARGE, _check_stated, _check_unfolded
 from fedlora.flower.calls import AHEAD_S, BEHIND_S, CALL, KEY, TIME
 from fedlora.flower.gateway import FLEET_CALLS, NOT_ENROLLED
@@ -197,3 +202,31 @@ def test_the_supernodes_loop_waits_by_the_names_that_are_replaced():
     assert set(re.findall(r"\btime\.(\w+)", source)) == {"sleep"}
     assert "time.sleep(3)" in inspect.getsource(loop.start_client_internal)
     assert "_push_messages(" in inspect.getsource(loop.start_client_internal)
+
+
+def test_what_stands_around_the_supernodes_calls_is_called_by_these_names():
+    assert list(inspect.signature(auth.NodeAuthHttpInterceptor.intercept).parameters) == ["self", "context", "call_next"]
+    assert "timestamp = now().isoformat()" in inspect.getsource(auth.NodeAuthHttpInterceptor.intercept)
+    assert "add_headers(\n            context.request," in inspect.getsource(auth.NodeAuthHttpInterceptor.intercept)
+    assert callable(auth.now)
+    assert (doors.KEY_HEADER, doors.SIGNATURE_HEADER) == (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
+    assert doors.STAMP_HEADER == TIMESTAMP_HEADER
+    assert (clock.ACCEPTED_AHEAD_S, clock.ACCEPTED_BEHIND_S) == (
+        SYSTEM_TIME_TOLERANCE,
+        TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE,
+    )
+    assert "max_delay=MAX_RETRY_DELAY" in inspect.getsource(http_retry.make_simple_http_retry_invoker)
+
+
+def test_flower_puts_back_the_signal_handler_that_was_there_before():
+    assert "register_signal_handlers(" in inspect.getsource(loop.start_client_internal)
+    source = inspect.getsource(signal_handler.register_signal_handlers)
+    assert "default_handler = signal.signal(sig, graceful_exit_handler)" in source
+    assert "signal.signal(sig, default_handlers[sig])" in source
+
+
+def test_flower_answers_412_to_a_key_that_it_does_not_know_and_to_one_in_use_and_401_to_a_stamp():
+    source = inspect.getsource(fleet_handlers.activate_node)
+    assert source.count("raise ValueError") == 2
+    assert "ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED" in source
+    assert "HTTP_401_UNAUTHORIZED" in inspect.getsource(node_auth.authenticate_node)

@@ -292,7 +292,7 @@ def test_a_stopped_run_ends_its_process(federation):
 
 
 def test_one_server_a_home(federation):
-    with pytest.raises(ConfigError, match="another server runs"):
+    with pytest.raises(ConfigError, match="in use by `fedlora server up`, process"):
         up(federation.home, listen=f"127.0.0.1:{free_port()}", body_limit_bytes=1, report=lambda e, f: None)
 
 

@@ -86,6 +86,58 @@ def test_after_a_good_end_the_pause_is_short(supervise):
     assert list(supervisor.pids()) == ["node"]
 
 
+@pytest.mark.fault(
+    "E14",
+    "a process ends at once, again and again, with status 0",
+    says="the line of its log that matters, once; longer and longer pauses",
+)
+def test_what_ends_again_and_again_is_not_silent_and_not_restarted_every_second(supervise, said):
+    ends = "print('ERROR :     the clock is wrong'); print('SuperNode terminated gracefully.')"
+    supervisor = supervise(service("node", ends, after_exit_s=1.0, ready_s=0))
+    supervisor.start()
+    now, pauses = 0.0, []
+    for _ in range(8):
+        until(lambda: not running(supervisor.pids()["node"]))
+        supervisor.check(now)
+        assert supervisor.pids() == {}
+        before = now
+        while not supervisor.pids():
+            now += 0.5
+            supervisor.check(now)
+        pauses.append(now - before)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    states = [s for _, s in said]
+    assert states.count("starting") == 1
+    assert [s for s in states if "the clock is wrong" in s] == ["ended with status 0 (the clock is wrong), starts again in 1 s"]
+
+
+def test_a_process_that_was_well_for_a_minute_begins_with_the_shortest_pause_again(supervise):
+    supervisor = supervise(service("node", after_crash_s=2.0))
+    supervisor.start()
+    now = time.monotonic()
+    for lived, pause in ((0.0, 2.0), (1.0, 4.0), (61.0, 2.0)):
+        now += lived
+        os.kill(supervisor.pids()["node"], signal.SIGKILL)
+        pid = supervisor.pids()["node"]
+        until(lambda pid=pid: not running(pid))
+        supervisor.check(now)
+        supervisor.check(now + pause - 0.1)
+        assert supervisor.pids() == {}
+        now += pause
+        supervisor.check(now)
+        assert list(supervisor.pids()) == ["node"]
+
+
+def test_a_listener_that_fails_does_not_stop_the_process_it_listens_to(supervise, tmp_path):
+    chatter = "for i in range(20_000): print(str(i) * 10)\nopen('done', 'w').close()\nimport time; time.sleep(300)"
+
+    def fails(line: str) -> None:
+        raise ValueError(line)
+
+    supervise(service("chatter", f"import os; os.chdir({str(tmp_path)!r})\n" + chatter, on_line=fails)).start()
+    until((tmp_path / "done").exists)
+
+
 def test_one_that_does_not_get_ready_stops_the_others(supervise, said):
     supervisor = supervise(service("one"), service("two", ready=lambda: False, ready_s=0.3))
     with pytest.raises(ConnectionFailed, match="two was not ready"):

@@ -1,0 +1,169 @@
+"""Why a site is not ready: one table of causes, each with one sentence and its cure, and the lines of a log that show it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+__all__ = ["CAUSES", "PARTS", "Cause", "Part", "cause_of", "telling"]
+
+Part = Literal["process", "server", "accepted", "clock", "base", "data"]
+
+PARTS: Final[Mapping[Part, str]] = {
+    "process": "the connection process of this site runs, and lets this site's own work in",
+    "server": "the server answers, and is the one whose certificate is pinned",
+    "accepted": "the server lets this site's node key in",
+    "clock": "this machine's clock is near the server's, or what is signed is corrected",
+    "base": "the base models that the site file names are there",
+    "data": "the data can be read",
+}
+"""What makes a site ready, in the order in which it is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a part is missing.
+
+    Attributes:
+        part: which one.
+        says: one sentence, with facts to fill in.
+        cure: what to do about it; empty where the sentence says it.
+        retry_s: pause before the next try, seconds; doubled each time, up to a minute.
+    """
+
+    part: Part
+    says: str
+    cure: str
+    retry_s: float = 5.0
+
+    def sentence(self, facts: Mapping[str, str]) -> str:
+        return self.says.format_map(_Gentle(facts))
+
+    def remedy(self, facts: Mapping[str, str]) -> str:
+        return self.cure.format_map(_Gentle(facts))
+
+
+class _Gentle(dict[str, str]):
+    def __missing__(self, key: str) -> str:
+        return "?"
+
+
+_CA = "compare {ca} with the coordinator's ca.crt: `fedlora keygen server` wrote it beside server.pub"
+_AWAY = "ask the coordinator whether the server is up, and your IT whether a firewall lets this machine out to it"
+
+CAUSES: Final[Mapping[str, Cause]] = {
+    # --- the way to the server
+    "no-name": Cause("server", "the name {host} does not resolve ({detail})", "correct `server` in the site file, or the DNS"),
+    "port-closed": Cause("server", "{server} refuses connections: nothing listens there", _AWAY),
+    "no-route": Cause("server", "there is no way to {server} ({detail})", "look at this machine's network"),
+    "no-answer": Cause("server", "{server} does not answer within {timeout} s", _AWAY),
+    "cut": Cause("server", "the connection to {server} is cut while it is made ({detail})", _AWAY),
+    "proxy-away": Cause(
+        "server", "the proxy {proxy} cannot be reached ({detail})", "correct or unset HTTPS_PROXY, or set NO_PROXY"
+    ),
+    "proxy-refuses": Cause(
+        "server", "the proxy {proxy} does not pass connections on to {server} ({detail})", "ask your IT to allow it there"
+    ),
+    "no-tls": Cause("server", "what listens on {server} speaks no TLS", "correct the port in `server` of the site file"),
+    "wrong-ca": Cause("server", "the certificate of {server} is not by the authority in {ca} ({detail})", _CA),
+    "expired": Cause(
+        "server",
+        "the certificate of {server} ended on {until}; this machine's clock says {today}",
+        "if the clock is right, the coordinator makes a new one: `fedlora keygen server`",
+    ),
+    "not-yet-valid": Cause(
+        "server",
+        "the certificate of {server} begins on {begin}; this machine's clock says {today}",
+        "set this machine's clock (NTP); if it is right, the server's was wrong when the certificate was made",
+    ),
+    "wrong-host": Cause(
+        "server",
+        "the certificate of {server} is for {names}",
+        "write one of these names into `server` of the site file, or have the coordinator add yours: "
+        "`fedlora keygen server --host {host}`",
+    ),
+    "bad-certificate": Cause("server", "the certificate of {server} is refused: {detail}", _CA),
+    "bad-ca": Cause("server", "{ca} holds no certificate", "ask the coordinator for ca.crt again"),
+    "not-fedlora": Cause("server", "{server} answers {detail} as no FedLoRA server does", "correct `server` in the site file"),
+    "relay-down": Cause("server", "{server} is there, but not its relay ({detail}): it is starting, or has too much to do", ""),
+    "lost": Cause("server", "no connection to {server} ({detail})", _AWAY),
+    # --- whether it lets us in
+    "not-enrolled": Cause(
+        "accepted",
+        "{server} does not know this site's node key",
+        "send this site's .pub file to the coordinator, who puts it into `sites/`",
+        10.0,
+    ),
+    "withdrawn": Cause(
+        "accepted",
+        "{server} has withdrawn this site's node key: its file was removed there",
+        "ask the coordinator; a key that was removed never comes back, `fedlora keygen site` makes a new one",
+        30.0,
+    ),
+    "in-use": Cause(
+        "accepted",
+        "another process with this site's node key is connected (another machine, or a killed one: up to 65 s)",
+        "stop the other one; every machine needs a key of its own",
+        10.0,
+    ),
+    "refused": Cause("accepted", "{server} does not let this site in ({detail})", "see {log}", 15.0),
+    "bad-node-key": Cause("accepted", "the node key cannot be used ({detail})", "`fedlora keygen site` makes keys", 30.0),
+    # --- clocks
+    "clock": Cause(
+        "clock",
+        "this machine's clock is {seconds} s {way} of the server's, which is more than is corrected (a day)",
+        "set it: `timedatectl set-ntp true`, or ask your IT for an NTP server; or the server's is wrong",
+        30.0,
+    ),
+    # --- this machine
+    "local-port": Cause(
+        "process",
+        "port {port} on loopback is taken by another program",
+        "choose another `local_port` in the site file, or stop that program",
+    ),
+    "wrong-secret": Cause(
+        "process",
+        "the connection process refuses this site's own password: something has replaced {secret}",
+        "it is started again with a new one; if this comes back, look what writes there",
+        1.0,
+    ),
+    "no-state": Cause("process", "the connection process cannot be started: {detail}", "look at the disk of the state directory"),
+    "disk-full": Cause("process", "no space left on this machine's disk", "free some"),
+    "ended": Cause("process", "the connection process ended by itself ({detail})", "see {log}", 1.0),
+    # --- what is to be trained on
+    "no-base": Cause("base", "{detail}", "correct [models] in the site file, or copy the base model there", 30.0),
+    "no-data": Cause(
+        "data", "{detail}", "correct [data] in the site file; the user that runs this must be able to read it", 30.0
+    ),
+}
+"""By code. Closed; a code may be shown to programs and stays what it is."""
+
+_LINES: Final[Sequence[tuple[re.Pattern[str], str]]] = [
+    (re.compile(p, re.IGNORECASE), code)
+    for p, code in (
+        (r"address already in use", "local-port"),
+        (r"failed to load superexec auth secret", "wrong-secret"),
+        (r"no space left on device|disk quota exceeded", "disk-full"),
+        (r"exit code: 302|private key for authentication|not a valid .*private key", "bad-node-key"),
+    )
+]
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_MATTERS = re.compile(r"error|exception|fail|refus|denied|invalid|cannot|unable|no such|exit code", re.IGNORECASE)
+_NOISE = re.compile(
+    r"^(traceback |\s*$|  |for more information|during handling|the above exception|[=~^-]+$|info\b)", re.IGNORECASE
+)
+
+
+def cause_of(line: str) -> str:
+    """The cause that a line of the SuperNode's log shows by itself; empty if none."""
+    return next((code for pattern, code in _LINES if pattern.search(line)), "")
+
+
+def telling(lines: Sequence[str], *, errors_only: bool = False) -> str:
+    """Of a process's last lines, the one that says most: the last that speaks of an error, else the last, or none."""
+    plain = [_COLOUR.sub("", line).rstrip() for line in lines]
+    plain = [line for line in plain if not _NOISE.match(line)]
+    chosen = next((line for line in reversed(plain) if _MATTERS.search(line)), plain[-1] if plain and not errors_only else "")
+    return re.sub(r"^(ERROR|WARNING|CRITICAL)\s*:\s*", "", chosen.strip())[:300]

@@ -1,0 +1,278 @@
+"""Where a site stands: connecting, lost, refused, connected or ready, and which part is missing. A state machine without I/O.
+
+It is told what the SuperNode's log says, how a probe of the server went, and what the checks of base and data found.
+``connected`` is not ``ready``: ready is a site whose parts (:data:`fedlora.flower.causes.PARTS`) are all there.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from fedlora.flower.causes import CAUSES, PARTS, Part, cause_of, telling
+from fedlora.flower.clock import MAX_CORRECTION_S
+from fedlora.flower.probe import Finding
+from fedlora.flower.supernode import SAYS
+from fedlora.rounds import Report
+
+__all__ = ["Standing", "State"]
+
+State = Literal["connecting", "lost", "refused", "connected", "ready", "stopped"]
+"""connecting: not accepted yet; lost: was accepted, and the server is away; refused: the server is there and does not let this
+site in; connected: accepted, but something here is missing; ready: will train what it is asked to."""
+
+_OURS = re.compile(re.escape(SAYS) + r"(accepted|back|lost|refused|clock) ?(.*)")
+_LONGEST_RETRY_S = 60.0
+_REFUSALS = {"in-use": "in-use", "withdrawn": "withdrawn", "unknown": "not-enrolled", "clock": "clock"}
+_AMISS_S = 5.0
+_FLICKER_S = 3.0  # a connection that is back sooner was not lost
+
+
+class Standing:
+    """The state machine. Thread-safe; reports ``("site", facts)`` on each change, once.
+
+    The facts: ``site``, ``state``, ``part``, ``cause``, ``why`` (one sentence), ``cure``, ``next_s`` (to the next try, 0: none)
+    and ``said``, all of it in one line for people.
+
+    Args:
+        facts: for the sentences: ``server``, ``host``, ``port``, ``ca``, ``log``, ``secret``.
+        known: whether this node key was accepted here before: what the server does not know any more was withdrawn.
+        on_accepted: called at each acceptance.
+        on_lost: called when a probe would say more.
+        clock: seconds, rising.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        *,
+        facts: Mapping[str, str],
+        report: Report,
+        known: bool = False,
+        on_accepted: Callable[[], None] = lambda: None,
+        on_lost: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._site, self._facts, self._report = site, dict(facts), report
+        self._known, self._on_accepted, self._on_lost, self._clock = known, on_accepted, on_lost, clock
+        self._lock = threading.RLock()
+        self._missing: dict[Part, tuple[str, dict[str, str]]] = {}
+        self._accepted = False
+        """By the server, now."""
+        self._by_child = False
+        """The SuperNode that runs now has been accepted."""
+        self._was_accepted = False
+        self._worker_in = False
+        """Our own process is let in by the SuperNode."""
+        self._stopped = False
+        self._flicker: tuple[float, str] | None = None
+        self._last: Finding | None = None
+        self._said_ahead_s = 0.0
+        self._said: State | None = None
+        self._told: dict[Part, str] = {}
+        self._failures: dict[str, int] = {}
+        self._ended_by = ""
+
+    # --- what it is told ----------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Says the first state."""
+        self._change()
+
+    def hear(self, line: str) -> None:
+        """A line of the SuperNode's log."""
+        if match := _OURS.search(line):
+            self._hear_ours(match[1], match[2])
+        elif code := cause_of(line):
+            self.miss(CAUSES[code].part, code, detail=telling([line]))
+            self._ended_by = code
+
+    def _hear_ours(self, word: str, rest: str) -> None:
+        with self._lock:
+            if self._missing.get("process", ("", {}))[0] != "wrong-secret":
+                self._missing.pop("process", None)  # it runs
+            if word == "accepted" or (word == "back" and self._by_child):
+                self._let_in()
+            elif word == "back":
+                self._missing.pop("server", None)  # the next line says what the server thinks of us
+            elif word == "lost" and self._accepted:
+                self._flicker = (self._clock(), rest)
+                self._on_lost()
+            elif word == "lost":
+                self._lost(rest)
+            elif word == "refused":
+                self._refused(rest)
+            elif word == "clock" and (seconds := _number(rest)) is not None:
+                self.measured(seconds)
+
+    def _let_in(self) -> None:
+        self._accepted = self._by_child = self._was_accepted = self._known = True
+        self._flicker = None
+        self._failures.clear()
+        for part in ("server", "accepted", "clock"):
+            self._missing.pop(part, None)
+        self._on_accepted()
+        self._change()
+
+    def _lost(self, why: str) -> None:
+        self._flicker, self._accepted = None, False
+        finding, self._last = self._last, None
+        if finding is not None and finding.cause:
+            self.miss("server", finding.cause, **finding.facts)
+        elif "server" not in self._missing:
+            self.miss("server", "lost", detail=why)
+
+    def tick(self) -> None:
+        """To be called a few times a second."""
+        with self._lock:
+            if self._flicker is not None and self._clock() - self._flicker[0] > _FLICKER_S:
+                self._lost(self._flicker[1])
+
+    def worker(self, state: Literal["in", "away", "wrong-secret"]) -> None:
+        """How the SuperNode treats our own process, which works for it."""
+        with self._lock:
+            self._worker_in = state == "in"
+            if state == "wrong-secret":
+                self.miss("process", "wrong-secret")
+            elif state == "in" and self._missing.get("process", ("", {}))[0] == "wrong-secret":
+                self.has("process")
+            else:
+                self._change()
+
+    def _refused(self, rest: str) -> None:
+        why, _, seconds = rest.partition(" ")
+        code = _REFUSALS.get(why, "refused")
+        if code == "not-enrolled" and self._known:
+            code = "withdrawn"
+        self._accepted = self._by_child = False
+        self._flicker = None
+        self._missing.pop("server", None)  # it has answered
+        self._ended_by = code
+        if code == "clock":
+            self.measured(_number(seconds) or 0.0, refused=True)
+        else:
+            self.miss("accepted", code, detail=f"status {why}" if why.isdigit() else why)
+
+    def probed(self, finding: Finding) -> None:
+        """How a probe of the server went. Of a server that the SuperNode speaks to, its word counts."""
+        with self._lock:
+            self._last = finding
+            if finding.cause and not self._accepted:
+                self.miss("server", finding.cause, **finding.facts)
+            elif not finding.cause and self._missing.get("server", ("lost", {}))[0] != "lost":
+                self.has("server")
+        if finding.ahead_s is not None:
+            self.measured(finding.ahead_s)
+
+    def measured(self, ahead_s: float, *, refused: bool = False) -> None:
+        """This machine's clock minus the server's, seconds. Said if it is off, although what is signed is corrected."""
+        facts = {"seconds": f"{abs(ahead_s):.0f}", "way": "ahead" if ahead_s > 0 else "behind"}
+        with self._lock:
+            if abs(ahead_s) > MAX_CORRECTION_S or (refused and abs(ahead_s) > _AMISS_S):
+                self.miss("clock", "clock", **facts)
+                return
+            self.has("clock")
+            changed = abs(ahead_s - self._said_ahead_s) > max(_AMISS_S, abs(self._said_ahead_s) / 5)
+            if changed and max(abs(ahead_s), abs(self._said_ahead_s)) > _AMISS_S:
+                self._said_ahead_s = ahead_s
+                self._report("clock", {"site": self._site, "ahead_s": ahead_s, **facts})
+
+    def ended(self, status: int, lines: list[str]) -> tuple[str, float]:
+        """The SuperNode ended. Says why, and how long to wait before the next one, seconds."""
+        with self._lock:
+            self._accepted = self._by_child = self._worker_in = False
+            self._flicker = None
+            code, self._ended_by = self._ended_by, ""
+            if not code:
+                code = next((self._missing[p][0] for p in ("process", "server", "accepted", "clock") if p in self._missing), "")
+            if not code:
+                code = "ended"
+                self.miss("process", code, detail=f"status {status}: {telling(lines) or 'its log says nothing'}")
+            part = CAUSES[code].part
+            facts = {**self._facts, **self._missing.get(part, ("", {}))[1]}
+            self._failures[code] = self._failures.get(code, -1) + 1
+            pause = min(CAUSES[code].retry_s * 2 ** min(self._failures[code], 10), _LONGEST_RETRY_S)
+            self._change()
+            return CAUSES[code].sentence(facts), pause
+
+    def miss(self, part: Part, code: str, **facts: str) -> None:
+        """A part is missing, by a cause of the table."""
+        with self._lock:
+            self._missing[part] = (code, facts)
+            self._change(part)
+
+    def has(self, part: Part) -> None:
+        """A part is there."""
+        with self._lock:
+            self._missing.pop(part, None)
+            self._told.pop(part, None)
+            self._change()
+
+    def stop(self) -> None:
+        """This site is being stopped; nothing is said after that."""
+        with self._lock:
+            self._stopped = True
+
+    # --- what it says -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        with self._lock:
+            if self._stopped:
+                return "stopped"
+            if self._accepted and "accepted" not in self._missing and "clock" not in self._missing:
+                return "ready" if self._worker_in and not self._missing else "connected"
+            if "server" not in self._missing and ("accepted" in self._missing or "clock" in self._missing):
+                return "refused"
+            return "lost" if self._was_accepted and self._missing else "connecting"
+
+    def snapshot(self) -> dict[str, Any]:
+        """State and missing parts, for programs: ``{"state", "missing": {part: {"cause", "why", "cure"}}}``."""
+        with self._lock:
+            return {"state": self.state, "missing": {p: self._words(p) for p in PARTS if p in self._missing}}
+
+    def retry_s(self, code: str) -> float:
+        """Pause before something with this cause is looked at again, seconds."""
+        return CAUSES[code].retry_s if code else 600.0
+
+    def _words(self, part: Part) -> dict[str, str]:
+        code, own = self._missing[part]
+        facts = {**self._facts, **own}
+        return {"cause": code, "why": CAUSES[code].sentence(facts), "cure": CAUSES[code].remedy(facts)}
+
+    def _change(self, news: Part | None = None) -> None:
+        """Says the state if it is another one, and why a part is missing if that is news."""
+        with self._lock:
+            if self._stopped:
+                return
+            for gone in set(self._told) - set(self._missing):
+                del self._told[gone]
+            state, part = self.state, news or next((p for p in PARTS if p in self._missing), None)
+            words = self._words(part) if part else {"cause": "", "why": "", "cure": ""}
+            if state == self._said and (part is None or self._told.get(part) == words["cause"]):
+                return
+            self._said = state
+            if part:
+                self._told[part] = words["cause"]
+            next_s = self.retry_s(words["cause"]) if part else 0.0
+            facts = {"site": self._site, "state": state, "part": part or "", **words, "next_s": next_s}
+            self._report("site", facts | {"said": self._line(facts)})
+
+    def _line(self, facts: Mapping[str, Any]) -> str:
+        if not facts["why"]:
+            return {
+                "connecting": f"connecting to {self._facts['server']}",
+                "ready": f"ready: connected to {self._facts['server']}",
+            }.get(facts["state"], str(facts["state"]))
+        cure = f"; {facts['cure']}" if facts["cure"] else ""
+        return f"{facts['state']}: {facts['why']}{cure}; next try in {facts['next_s']:g} s"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
