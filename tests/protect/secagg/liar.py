@@ -180,7 +180,7 @@ class Liar:
     def __post_init__(self) -> None:
         self.directory, self.signed = room(), roster_of(self.n, self.max_colluding)
         self.first = start(self.layout)
-        self.keys = [identity("run"), identity("other run")]
+        self.keys = [identity("run"), identity("other-run")]
         self.memory = DictMemory()
         self.hospitals = {}
         for i, name in enumerate(self.honest, 1):
@@ -288,9 +288,7 @@ class Liar:
                 return one
         for site in session.cohort.names:
             if site in talk.roots:
-                number = session.cohort.number(site)
-                session.deals[number] = Deal.parse(session.cohort, number, self.deal_of(session, site))
-                session._commitments[number] = session.deals[number].commitments
+                session.hear_deal(session.cohort.number(site), self.deal_of(session, site))
         self.sessions.append(session)
         return session
 

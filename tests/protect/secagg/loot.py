@@ -109,14 +109,14 @@ class Session:
     points: dict[int, X25519PrivateKey] = field(default_factory=dict)
     stolen: dict[int, bytes] = field(default_factory=dict)
     _commitments: dict[int, Mapping[int, tuple[bytes, bytes]]] = field(default_factory=dict)
-    _seeds: dict[tuple[str, int], bytes] = field(default_factory=dict)
-    _sums: tuple[int, list[Sum]] | None = None
-    _version: int = 0
+    _known: dict[tuple[str, int], Any] = field(default_factory=dict)  # of what follows from all that was heard so far
+    _sums: list[Sum] | None = None
 
     # --- what is heard ------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
-        self._version += 1
+        self._known.clear()
+        self._sums = None
 
     def honest(self, number: int) -> bool:
         return self.cohort.advert(number).name not in self.talk.roots
@@ -133,9 +133,10 @@ class Session:
 
     def hear_body(self, number: int, raw: bytes, deals: Mapping[int, Deal]) -> None:
         layout, terms = self.talk.task.reply_layout, self.talk.terms
-        body, m = raw[HEAD:], terms.numbers(layout).size
+        body = raw[HEAD:]
+        m = (len(body) - packed_bytes(layout.size, terms.profile.bits)) // 8  # numbers: as many as it has, not as it should
         vector = unpack(body[8 * m :], layout.size, terms.profile.bits)
-        assert vector is not None and len(body) == 8 * m + packed_bytes(layout.size, terms.profile.bits)
+        assert vector is not None
         digest = hashlib.sha256(body).digest()
         view = {d: (deals[d].bundles[number], deals[d].pairs.get(number, b"")) for d in deals if d != number}
         have = self.bodies.setdefault(number, [])
@@ -167,6 +168,12 @@ class Session:
 
     def _dealt_to(self, holder: int) -> Mapping[int, tuple[bytes, bytes]]:
         """What a colluder, or whoever the adversary speaks for, was dealt."""
+        if ("dealt", holder) not in self._known:
+            self._known["dealt", holder] = self._received(holder)
+        found: Mapping[int, tuple[bytes, bytes]] = self._known["dealt", holder]
+        return found
+
+    def _received(self, holder: int) -> Mapping[int, tuple[bytes, bytes]]:
         root = self.talk.roots.get(self.cohort.advert(holder).name) or self.stolen.get(holder)
         if root is None or not self.deals:
             return {}
@@ -178,12 +185,10 @@ class Session:
 
     def seed(self, kind: str, dealer: int) -> bytes | None:
         """``mask`` or ``self``; None if too little is known."""
-        if (kind, dealer) not in self._seeds:
-            found = self._seed(kind, dealer)
-            if found is None:
-                return None
-            self._seeds[kind, dealer] = found
-        return self._seeds[kind, dealer]
+        if (kind, dealer) not in self._known:
+            self._known[kind, dealer] = self._seed(kind, dealer)
+        found: bytes | None = self._known[kind, dealer]
+        return found
 
     def _seed(self, kind: str, dealer: int) -> bytes | None:
         advert = self.cohort.advert(dealer)
@@ -245,9 +250,9 @@ class Session:
 
     def sums(self) -> list[Sum]:
         """The finest sums over honest sites that can be opened."""
-        if self._sums is None or self._sums[0] != self._version:
-            self._sums = self._version, [self._open(part) for part in self._parts()]
-        return self._sums[1]
+        if self._sums is None:
+            self._sums = [self._open(part) for part in self._parts()]
+        return self._sums
 
     def _parts(self) -> list[frozenset[int]]:
         nodes = [i for i in self.bodies if self.honest(i)]
@@ -274,13 +279,14 @@ class Session:
 
     def _open(self, part: frozenset[int]) -> Sum:
         vector = np.zeros_like(self.bodies[min(part)][0].vector)
-        numbers = np.zeros_like(self.bodies[min(part)][0].numbers)
+        m = min(self.bodies[i][0].numbers.size for i in part)
+        numbers = np.zeros(m, np.uint64)
         for i in part:
             body, seed = self.bodies[i][0], self.seed("self", i)
             assert seed is not None
             own: list[tuple[tuple[bytes, bytes], Any]] = [(self_keys(seed, self.cohort), -1)]
             own += [(key, -1 if i < j else 1) for j in body.view if (key := self.pair(i, j)) is not None]
-            for total, mine, at in ((vector, body.vector.copy(), 0), (numbers, body.numbers.copy(), 1)):
+            for total, mine, at in ((vector, body.vector.copy(), 0), (numbers, body.numbers[:m].copy(), 1)):
                 add_masks(mine, [(keys[at], sign) for keys, sign in own])
                 total += mine
         assert int(numbers[1]) == len(part), "the adversary believes to have opened what it has not"
@@ -319,6 +325,12 @@ def twice_given(sessions: Sequence[Session]) -> list[str]:
                 found += [site] if key in opened else []
                 opened.add(key)
     return found
+
+
+def unannounced(sessions: Sequence[Session]) -> list[str]:
+    """Honest sites that have sent other numbers than the plan of the session lists."""
+    due = [(s, s.talk.terms.numbers(s.talk.task.reply_layout).size) for s in sessions]
+    return [b.site for s, m in due for i, bodies in s.bodies.items() for b in bodies if s.honest(i) and b.numbers.size != m]
 
 
 def both_kinds(sessions: Sequence[Session]) -> list[str]:
