@@ -113,8 +113,7 @@ class Hospital:
     """One site's machine.
 
     Args:
-        share: metrics that its policy lets out.
-        approves: what its operator has agreed to; None: its policy's defaults.
+        approved: plans that a person there has agreed to; one entry for each run.
     """
 
     name: str
@@ -122,6 +121,7 @@ class Hospital:
     pupil: Pupil
     directory: Path
     policy: Policy
+    approved: Sequence[Plan]
     site: Site = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,7 +129,9 @@ class Hospital:
 
     @property
     def file(self) -> SiteFile:
-        return SiteFile(name=self.name, models={MODEL: "x"}, policy=self.policy, roster=self.roster.roster.digest())
+        plans = tuple(plan.digest() for plan in self.approved)
+        given = {"plans": plans} if "plans" in SiteFile.model_fields else {}
+        return SiteFile(name=self.name, models={MODEL: "x"}, policy=self.policy, roster=self.roster.roster.digest(), **given)
 
     def restart(self) -> None:
         """New objects on the old files."""
@@ -163,6 +165,7 @@ class Liar:
         deltas: what each site learns; site-k's is drawn with seed k if it is not given.
         metrics: what each site measures.
         policies: what each site's operator has written; the defaults of a site file otherwise.
+        approved: plans that all of them have agreed to, an entry for each run; None: eight runs of the plan.
     """
 
     n: int = 5
@@ -172,6 +175,7 @@ class Liar:
     layout: Layout = field(default_factory=toy_layout)
     deltas: Mapping[str, np.ndarray] = field(default_factory=dict)
     policies: Mapping[str, Policy] = field(default_factory=dict)
+    approved: Sequence[Plan] | None = None
     talks: list[Talk] = field(default_factory=list)
     sessions: list[Session] = field(default_factory=list)
     asked: list[Request] = field(default_factory=list)
@@ -183,13 +187,14 @@ class Liar:
         self.keys = [identity("run"), identity("other-run")]
         self.memory = DictMemory()
         self.hospitals = {}
+        approved = (self.plan,) * 8 if self.approved is None else self.approved
         for i, name in enumerate(self.honest, 1):
             delta = self.deltas.get(name)
             if delta is None:
                 delta = np.random.default_rng(i).normal(0, 0.2, self.layout.size).astype(np.float32)
             pupil = Pupil(delta, self.layout, {"train/loss": float(i), "eval/nll": 1.0 + i, "eval/tokens": 10.0})
             policy = self.policies.get(name, Policy())
-            self.hospitals[name] = Hospital(name, self.signed, pupil, self.directory / name, policy)
+            self.hospitals[name] = Hospital(name, self.signed, pupil, self.directory / name, policy, approved)
 
     def close(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

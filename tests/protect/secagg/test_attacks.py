@@ -73,9 +73,9 @@ def test_no_site_gives_a_single_update_to_a_plan_that_steps_down(liar, run, kind
 @pytest.mark.attack("C1", "two runs of one plan, the second without one site", stops="sums are remembered over runs, for each base")
 @pytest.mark.parametrize("changes", [{}, {"rounds": 4}], ids=["the same plan", "another plan on the same rows"])
 def test_two_runs_that_differ_by_one_site_do_not_give_that_site(liar, changes):
-    a = liar(plan=a_plan(lone_change="refuse"))
-    first = a.whole(a.task(), names(5))
     other = a_plan(lone_change="refuse", **changes)
+    a = liar(plan=a_plan(lone_change="refuse"), approved=[a_plan(lone_change="refuse"), other, other])
+    first = a.whole(a.task(), names(5))
     second = a.whole(a.task(run=1, plan=other), names(4), plan=other)
     assert opened(a)[0] == frozenset(names(5))
     assert uncovered(opened(a), coalition=0) == set(), first.sums()[0].signed() - second.sums()[0].signed()  # site-5's levels
@@ -103,17 +103,36 @@ def test_a_colluder_does_not_make_a_difference_of_two_one_of_one(liar):
     nothing_else(a)
 
 
-@pytest.mark.attack("C3", "three sums, no two of which differ by fewer than three sites", stops="combinations are looked at, not pairs")
-def test_a_combination_of_three_sums_does_not_give_one_site(liar):
-    """1 + 2 + 3 and 3 + 4 + 5, less 1 + 2 + 4 + 5, is twice site-3."""
-    a = liar(5, plan=a_plan(lone_change="refuse"))
-    for round, sites in enumerate(([1, 2, 3], [3, 4, 5], [1, 2, 4, 5]), 1):
-        a.whole(a.task(round=round), [f"site-{i}" for i in sites], before=a.first)
-    assert uncovered(opened(a), coalition=0) == set()
+COMBINATIONS = {
+    "1 + 2 + 3 and 3 + 4 + 5, less 1 + 2 + 4 + 5, is twice site-3": (5, ["123", "345", "1245"]),
+    "no site is in both of the smaller sums": (7, ["1234567", "123", "456"]),
+    "nor knows that there was another when the third is formed": (7, ["123", "456", "1234567"]),
+    "what is left are two, one of which may be in league": (8, ["12345678", "123", "456"]),
+    "only the victim is in all four": (10, ["123456789X", "456789X", "123789X", "123456X"]),
+    "the fourth sum was begun before the third": (9, ["123456789", "123456", "123", "789"]),
+}
+
+
+@pytest.mark.attack("C3", "several sums, any two of which differ by three sites or more", stops="a sum divides no earlier one, whoever was in it")
+@pytest.mark.parametrize("how", COMBINATIONS)
+@pytest.mark.parametrize("where", ["round", "run"])
+def test_no_combination_of_several_sums_gives_one_site(liar, how, where):
+    n, sums = COMBINATIONS[how]
+    a = liar(n, plan=a_plan(lone_change="refuse", rounds=9))
+    for at, sites in enumerate(sums):
+        which = {"run": at} if where == "run" else {"round": at + 1}
+        a.whole(a.task(**which), [names(n)["123456789X".index(i)] for i in sites], before=a.first)
+    assert opened(a) != []
+    assert uncovered(opened(a), coalition=1) == set()
     nothing_else(a)
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
+
+
+def any_range() -> Policy:
+    """A policy that bears every range: what protects is not the range."""
+    return Policy(**{k: 64.0 for k in ("max_first_range",) if k in Policy.model_fields})
 
 
 def small_updates(n: int, spread: float) -> dict[str, np.ndarray]:
@@ -140,7 +159,8 @@ def best_guess(a: Liar, n: int) -> float:
 @pytest.mark.parametrize("n", [3, 5])
 def test_the_best_guess_at_a_named_sites_update_is_no_better_than_chance(liar, n, profile, first_range):
     """Updates of 0.01: a tenth, a fiftieth, a tenth of a level and one. Where the policy refuses the range, nothing is opened."""
-    a = liar(n, layout=WIDE, deltas=small_updates(n, 0.01), plan=a_plan(WIDE, profile=profile, first_range=first_range))
+    a = liar(n, layout=WIDE, deltas=small_updates(n, 0.01), plan=a_plan(WIDE, profile=profile, first_range=first_range),
+             policies=dict.fromkeys(names(n), any_range()))  # fmt: skip
     a.whole(a.task(), names(n))
     assert best_guess(a, n) < 4.5 / np.sqrt(WIDE.size)
 
