@@ -93,8 +93,15 @@ PROMISES: Final[Mapping[str, Callable[[Liar], object]]] = {
 
 # --- moves ------------------------------------------------------------------------------------------------------------
 
-WHO = st.sampled_from((*(31,) * 12, *(31 ^ 1 << i for i in range(5)), *range(1, 32, 4), *range(3, 32, 5)))
-"""A set of sites, by bits: all, all but one, any."""
+WHO = st.sampled_from(
+    (
+        *(255,) * 20,
+        *(255 ^ 1 << i for i in range(8)),
+        *((1 << to) - (1 << of) for to in range(9) for of in range(to)),
+        *range(1, 32, 5),
+    )
+)
+"""A set of sites, by bits: all, all but one, neighbors, any."""
 TASKS = st.fixed_dictionaries(
     {
         "run": st.integers(0, 2),
@@ -118,26 +125,36 @@ class Search(RuleBasedStateMachine):
 
     Attributes:
         promises: names of what is looked at.
-        share: metrics that site-1's operator lets out, and those of the others.
+        policy: of every operator.
+        sizes: of the federation.
+        within: whether the moves are mostly within a session, or sessions are mostly whole and it is their sums that matter.
     """
 
     promises: ClassVar[Sequence[str]] = tuple(PROMISES)
     policy: ClassVar[Mapping[str, Any]] = {}
+    sizes: ClassVar[Sequence[int]] = (4, 3, 5)
+    within: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
         self.liar: Liar | None = None
 
-    @initialize(n=st.sampled_from((4, 3, 5)), colluding=st.booleans(), shares=st.booleans())
-    def begin(self, n: int, colluding: bool, shares: bool) -> None:
+    @initialize(size=st.integers(0, 2), colluding=st.booleans(), shares=st.booleans())
+    def begin(self, size: int, colluding: bool, shares: bool) -> None:
+        n = self.sizes[size]
         few = Policy(share=("train/loss",), **self.policy)
         policies = {s: few if shares and s != "site-1" else Policy(**self.policy) for s in names(n)}
-        colluders = [f"site-{n}"] if colluding else []
+        if not self._begin(n, [f"site-{n}"] if colluding else [], policies):  # no sum with metrics of few sites: as it should be
+            assert self._begin(n, [f"site-{n}"] if colluding else [], {s: Policy(**self.policy) for s in names(n)})
+
+    def _begin(self, n: int, colluders: Sequence[str], policies: Mapping[str, Policy]) -> bool:
+        self.teardown()
         approved = [p for p in PLANS if p.protect.mode == "secagg" for _ in range(8)]
         self.liar = Liar(n, colluders=colluders, plan=PLAN, policies=policies, approved=approved)
         session = self.liar.cohort(self.liar.offer(self.liar.task(), names(n)))
-        assert session is not None
-        self.liar.share(session)
+        if session is not None:
+            self.liar.share(session)
+        return session is not None
 
     def teardown(self) -> None:
         if self.liar is not None:
@@ -180,10 +197,10 @@ class Search(RuleBasedStateMachine):
             return fresh
         return chosen[-1 - at % len(chosen)]
 
-    def some(self) -> bool:
-        return self.liar is not None and bool(self.liar.sessions)
 
     # --- rules --------------------------------------------------------------------------------------------------
+
+    inside = precondition(lambda self: self.within)
 
     @rule(task=TASKS, who=WHO, present=WHO)
     def whole_session(self, task: Mapping[str, Any], who: int, present: int) -> None:
@@ -191,6 +208,7 @@ class Search(RuleBasedStateMachine):
         self.a.whole(work, self.sites(who), present=self.sites(present), **offer)
         self.check()
 
+    @inside
     @rule(task=TASKS, who=WHO, dies=DIES)
     def offer(self, task: Mapping[str, Any], who: int, dies: int) -> None:
         work, offer = self.work(task)
@@ -199,7 +217,7 @@ class Search(RuleBasedStateMachine):
         if session is not None:
             self.a.share(session)
 
-    @precondition(some)
+    @inside
     @rule(at=AT, who=WHO, forged=st.integers(0, 31))
     def other_cohort(self, at: int, who: int, forged: int) -> None:
         """Another set of sites from the same offer; in the names of some the server advertises itself."""
@@ -211,7 +229,7 @@ class Search(RuleBasedStateMachine):
         if session is not None:
             self.a.share(session)
 
-    @precondition(some)
+    @inside
     @rule(at=AT, step=STEPS, who=WHO, listed=WHO, dies=DIES)
     def step(self, at: int, step: str, who: int, listed: int, dies: int) -> None:
         """One step to some sites: with these dealers, on these deliveries, with a kill after so many writes."""
@@ -230,7 +248,7 @@ class Search(RuleBasedStateMachine):
             self.a.unmask(session, sites, chosen, dies=dies)
         self.check()
 
-    @precondition(some)
+    @inside
     @rule(at=AT, who=st.integers(1, 30), first=WHO, second=WHO)
     def two_views(self, at: int, who: int, first: int, second: int) -> None:
         """Some sites are shown one set of deliveries, the others another; all are then asked for their shares."""
@@ -244,7 +262,7 @@ class Search(RuleBasedStateMachine):
                     ask(session, sites, self.a.listed(session, listed))
         self.check()
 
-    @precondition(some)
+    @inside
     @rule(at=AT, who=WHO, listed=WHO)
     def vote_and_reveal(self, at: int, who: int, listed: int) -> None:
         """Some sites are asked to agree to a set, and then for their shares."""
@@ -256,7 +274,7 @@ class Search(RuleBasedStateMachine):
         self.a.unmask(session, self.sites(who), chosen)
         self.check()
 
-    @precondition(some)
+    @inside
     @rule(at=AT, who=WHO, first=WHO, second=WHO)
     def two_relays(self, at: int, who: int, first: int, second: int) -> None:
         """The same sites are asked for masked updates on the deals of some, and then on those of others."""
@@ -267,11 +285,10 @@ class Search(RuleBasedStateMachine):
             self.a.mask(session, self.sites(who), deals={n: d for n, d in session.deals.items() if n in numbers})
         self.check()
 
-    @precondition(some)
     @rule(at=AT, aborted=st.one_of(st.just(0), WHO), what=st.sampled_from(("run", "round", "attempt")), who=WHO, present=WHO)
     def again(self, at: int, aborted: int, what: str, who: int, present: int) -> None:
         """The same work once more, in another run, round or attempt, with other sites; before that, some are asked for ABORT."""
-        session = self.session(at)
+        session = self.a.sessions[-1 - at % len(self.a.sessions)]
         if aborted:
             self.a.abort(session, self.sites(aborted))
         talk = session.talk
@@ -280,7 +297,7 @@ class Search(RuleBasedStateMachine):
         self.a.whole(task, self.sites(who), present=self.sites(present), plan=talk.plan, before=self.a.first)
         self.check()
 
-    @precondition(some)
+    @inside
     @rule(at=AT, dealer=st.integers(1, 5), other=AT, holders=WHO, what=st.sampled_from(("deal", "shares", "ingredient", "other")))
     def swapped_deal(self, at: int, dealer: int, other: int, holders: int, what: str) -> None:
         """Relays in a dealer's name what the server has made itself, or what was dealt elsewhere."""
@@ -327,14 +344,16 @@ class Search(RuleBasedStateMachine):
                 raise Uncovered(f"{name}: {found}")
 
 
-def search(*promises: str, examples: int = 30, steps: int = 12, policy: Mapping[str, Any] | None = None) -> None:
+def search(*promises: str, examples: int = 30, steps: int = 12, **machine: Any) -> None:
     """Looks for a sequence of moves that breaks one of these promises.
+
+    Args:
+        machine: attributes of :class:`Search`.
 
     Raises:
         Uncovered: found.
     """
     long = int(os.environ.get("FEDLORA_SEARCH", "0"))
-    machine = type("Search", (Search,), {"promises": promises, "policy": policy or {}})
     profile = settings(
         max_examples=long or examples,
         stateful_step_count=3 * steps if long else steps,
@@ -346,7 +365,7 @@ def search(*promises: str, examples: int = 30, steps: int = 12, policy: Mapping[
         print_blob=False,
     )
     with patch.object(PublicIdentity, "kem_key", lambda self: _sound(self)):
-        run_state_machine_as_test(machine, settings=profile)  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(type("Search", (Search,), {"promises": promises, **machine}), settings=profile)  # type: ignore[no-untyped-call]
 
 
 _sound = lru_cache(maxsize=1 << 14)(PublicIdentity.kem_key)
