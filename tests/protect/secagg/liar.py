@@ -31,6 +31,7 @@ from fedlora.protect.link import Context, ServerLink, pinned
 from fedlora.protect.roster import SignedRoster, first_epoch
 from fedlora.protect.sealed import PHASES
 from fedlora.protect.secagg.cohort import ABORT, COMMIT, Advert, Cohort, Delivered, Reader, Rules, certificate, sign_vote, vote_text
+from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened
 from fedlora.protect.secagg.dealing import Secrets, advertise, deal
 from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.terms import Offer, Terms, codec
@@ -244,15 +245,12 @@ class Liar:
         sites: Iterable[str],
         *,
         plan: Plan | None = None,
-        before: Adapter | None = None,
-        scales: np.ndarray | None = None,
         keys: Callable[[str], int] = lambda site: 0,
         dies: int = -1,
     ) -> Talk:
         """Offers work to sites and hears what they advertise; colluders come in by themselves.
 
         Args:
-            before: the adapter from whose change the scales follow, where the server may say.
             keys: which of its reply keys each site is told.
         """
         plan = plan or self.plan
@@ -261,7 +259,8 @@ class Liar:
             if site in self.colluders:
                 talk.roots[site] = os.urandom(32)
                 continue
-            payload = self._offer(talk, before, scales, self.keys[keys(site)].public.kem)
+            inner = wire.dump_task(task, reply_key=self.keys[keys(site)].public.kem)
+            payload = Offer(self.signed.dump(), inner).dump()
             answer = self.say(site, "advertise", payload, task, dies=dies)
             if isinstance(answer, bytes):
                 talk.adverts[site] = Advert.read(Reader(answer, "advertisement"))
@@ -269,10 +268,6 @@ class Liar:
             self.impersonate(talk, site)
         self.talks.append(talk)
         return talk
-
-    def _offer(self, talk: Talk, before: Adapter | None, scales: np.ndarray | None, reply_key: bytes) -> bytes:
-        scales = talk.terms.scales(talk.task, before) if scales is None else scales
-        return Offer(self.signed.dump(), scales, wire.dump_task(talk.task, reply_key=reply_key)).dump()
 
     def impersonate(self, talk: Talk, site: str) -> None:
         """An advertisement with keys of the adversary's own: signed by a colluder's key, or by the server's in a site's name."""
@@ -298,7 +293,8 @@ class Liar:
         return session
 
     def deal_of(self, session: Session, site: str) -> bytes:
-        return deal(session.cohort, session.cohort.number(site), Secrets(session.talk.roots[site]))
+        key = identity(site if site in self.colluders else "server").signing
+        return deal(session.cohort, session.cohort.number(site), Secrets(session.talk.roots[site]), key=key)
 
     def share(self, session: Session, sites: Iterable[str] = (), *, dies: int = -1) -> None:
         for site in self._real(session, sites):
@@ -313,6 +309,7 @@ class Liar:
         shown, codes = session.deals if deals is None else deals, {}
         ended = [(s.cohort.t1, self._certificate(s, vote_text(s.cohort.t1, ABORT))) for s in self.sessions if s is not session]
         head = bytes([min(len(ended), 255)]) + b"".join(t1 + votes for t1, votes in ended[-255:])
+        head += dump_opened(session.cohort, {})
         for site in self._real(session, sites):
             number = session.cohort.number(site)
             answer = self.say(site, "mask", head + relay(session.cohort, shown, number), session.talk.task, dies=dies)
@@ -325,6 +322,20 @@ class Liar:
                 number = session.cohort.number(site)
                 session.delivered[number] = Delivered.make(session.cohort, number, bytes(32), key=identity(site).signing)
         return codes
+
+    def complain(self, session: Session, dealers: Iterable[str], holders: Iterable[str]) -> None:
+        """Asks dealers to show what they have dealt to these holders, of whom colluders sign, the server for all others."""
+        for site in self._real(session, dealers):
+            dealer, complaints = session.cohort.number(site), []
+            for holder in holders:
+                if dealer in session.deals and holder != site and holder in session.cohort.names:
+                    number = session.cohort.number(holder)
+                    said = {dealer: session.deals[dealer].dealt[number].statement}
+                    signer = identity(holder if holder in self.colluders else "server").signing
+                    complaints.append(Complaint.make(session.cohort, number, said, key=signer))
+            answer = self.say(site, "open", dump_complaints(session.cohort, complaints), session.talk.task)
+            if isinstance(answer, bytes):
+                session.hear_opened(dealer, answer)
 
     def listed(self, session: Session, sites: Iterable[str] = ()) -> list[Delivered]:
         """The deliveries of these sites, or all."""

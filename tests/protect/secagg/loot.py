@@ -17,16 +17,26 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from protect.secagg.world import identity
+
 from fedlora.config import Plan
 from fedlora.errors import FedLoRAError
 from fedlora.messages import Task
+from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import Advert, Cohort, Delivered, Reader, Rules, leads
-from fedlora.protect.secagg.dealing import MaskKeys, Secrets, open_ingredient, promise, receive, self_keys
+from fedlora.protect.secagg.dealing import BUNDLE_BYTES, MaskKeys, Opened, Secrets, open_ingredient, promise, receive, self_keys
 from fedlora.protect.secagg.masks import add_masks, derive
 from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.rings import packed_bytes, unpack
 from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
 from fedlora.protect.secagg.terms import Terms
+
+
+
+def known(name: str) -> PublicIdentity:
+    """Everybody's public keys."""
+    return identity(name).public
+
 
 HEAD = 96  # the session's name and a signature stand before the body of a masked update
 
@@ -88,11 +98,12 @@ class Session:
     """All that was heard in one session, and what it gives.
 
     Attributes:
-        deals: dealer -> the last that it dealt; of colluders what the adversary has dealt for them.
+        deals: dealer's number -> the last that it dealt; of colluders what the adversary has dealt for them.
         genuine: sealed parts that their honest dealers have made: (dealer, holder) -> shares and ingredients.
         own: ingredients that the adversary has sealed itself -> what is in them.
         bodies: by number; more than one of a site is a find of its own.
         revealed: dealer -> holder -> shares of either kind.
+        shown: (dealer, holder) -> the ingredient that the dealer has shown after a complaint.
         points: X25519 halves of mask keys, for an adversary that can break that curve.
         stolen: roots of honest sites, read from a stolen disk with a stolen key.
     """
@@ -106,6 +117,7 @@ class Session:
     delivered: dict[int, Delivered] = field(default_factory=dict)
     votes: dict[bytes, dict[int, bytes]] = field(default_factory=dict)
     revealed: dict[int, dict[int, set[bytes]]] = field(default_factory=dict)
+    shown: dict[tuple[int, int], bytes] = field(default_factory=dict)
     points: dict[int, X25519PrivateKey] = field(default_factory=dict)
     stolen: dict[int, bytes] = field(default_factory=dict)
     _commitments: dict[int, Mapping[int, tuple[bytes, bytes]]] = field(default_factory=dict)
@@ -125,10 +137,10 @@ class Session:
         deal = Deal.parse(self.cohort, number, raw)
         self.deals[number] = deal
         self._commitments.setdefault(number, deal.commitments)
-        for holder, sealed in deal.bundles.items():
+        for holder, dealt in deal.dealt.items():
             shares, ingredients = self.genuine.setdefault((number, holder), (set(), set()))
-            shares.add(sealed)
-            ingredients.add(deal.pairs.get(holder, b""))
+            shares.add(dealt.sealed[:BUNDLE_BYTES])
+            ingredients.add(dealt.sealed[BUNDLE_BYTES:])
         self.changed()
 
     def hear_body(self, number: int, raw: bytes, deals: Mapping[int, Deal]) -> None:
@@ -138,7 +150,8 @@ class Session:
         vector = unpack(body[8 * m :], layout.size, terms.profile.bits)
         assert vector is not None
         digest = hashlib.sha256(body).digest()
-        view = {d: (deals[d].bundles[number], deals[d].pairs.get(number, b"")) for d in deals if d != number}
+        sealed = {d: one.dealt[number].sealed for d, one in deals.items() if d != number}
+        view = {d: (both[:BUNDLE_BYTES], both[BUNDLE_BYTES:]) for d, both in sealed.items()}
         have = self.bodies.setdefault(number, [])
         if all(b.digest != digest for b in have):
             numbers = np.frombuffer(body[: 8 * m], "<u8").astype(np.uint64)
@@ -152,6 +165,18 @@ class Session:
         for _ in range(reader.number()):
             dealer = reader.number()
             self.revealed.setdefault(dealer, {}).setdefault(holder, set()).add(reader.take(SHARE_BYTES))
+        self.changed()
+
+    def hear_opened(self, dealer: int, raw: bytes) -> None:
+        """What a dealer has shown to settle complaints: shares of both kinds, and ingredients."""
+        reader = Reader(raw, "opened")
+        reader.session(self.cohort.t1)
+        for _ in range(reader.number()):
+            holder = reader.number()
+            one = Opened.read(reader, leads=leads(dealer, holder))
+            self.revealed.setdefault(dealer, {}).setdefault(holder, set()).update((one.mask, one.own))
+            if one.ingredient:
+                self.shown[dealer, holder] = one.ingredient
         self.changed()
 
     # --- seeds --------------------------------------------------------------------------------------------------
@@ -179,7 +204,7 @@ class Session:
             return {}
         reader = Reader(relay(self.cohort, self.deals, holder), "relay")
         try:
-            return receive(self.cohort, holder, Secrets(root), reader, rules=NoBound(0, 1)).shares
+            return receive(self.cohort, holder, Secrets(root), reader, rules=NoBound(0, 1), known=known).inbox.shares
         except FedLoRAError:
             return {}
 
@@ -211,13 +236,18 @@ class Session:
         if leads(own, peer):
             if (seed := self.seed("mask", own)) is not None:
                 return MaskKeys(seed).ingredient(self.cohort, dealer=own, holder=peer)
-            seed, sealed = self.seed("mask", peer), self.deals[own].pairs[peer] if own in self.deals else b""
-            return self._opened(seed, sealed, dealer=own, holder=peer)
+            if (own, peer) in self.shown:
+                return self.shown[own, peer]
+            sealed = self.deals[own].dealt[peer].sealed[BUNDLE_BYTES:] if own in self.deals else b""
+            return self._opened(self.seed("mask", peer), sealed, dealer=own, holder=peer)
         sealed = self.bodies[own][0].view[peer][1]
         if sealed in self.own:
             return self.own[sealed]
-        if (seed := self.seed("mask", peer)) is not None and sealed in self.genuine.get((peer, own), (set(), set()))[1]:
-            return MaskKeys(seed).ingredient(self.cohort, dealer=peer, holder=own)
+        if sealed in self.genuine.get((peer, own), (set(), set()))[1]:
+            if (peer, own) in self.shown:
+                return self.shown[peer, own]
+            if (seed := self.seed("mask", peer)) is not None:
+                return MaskKeys(seed).ingredient(self.cohort, dealer=peer, holder=own)
         return self._opened(self.seed("mask", own), sealed, dealer=peer, holder=own)
 
     def _opened(self, seed: bytes | None, sealed: bytes, *, dealer: int, holder: int) -> bytes | None:

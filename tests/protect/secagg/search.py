@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from protect.secagg.liar import Liar, a_plan
 from protect.secagg.loot import Session, both_kinds, false_parts, twice_given, unannounced, uncovered
-from protect.secagg.world import names
+from protect.secagg.world import identity, names
 
 from fedlora.adapter import Adapter
 from fedlora.config import Evaluation, Plan, Policy, Run
 from fedlora.protect.keys import PublicIdentity
-from fedlora.protect.secagg.dealing import Secrets, deal
+from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Dealt, Secrets, deal
 from fedlora.protect.secagg.opening import Deal
 
 PLAN: Final = a_plan(lone_change="refuse")
@@ -120,6 +120,15 @@ DIES = st.sampled_from((-1, -1, -1, -1, -1, -1, 0, 1, 2, 3))
 """A site is killed when so many more files were written; -1: not."""
 
 
+def mixed(true: Dealt, false: Dealt, what: str) -> Dealt:
+    """A deal with the server's own shares or ingredient, and the dealer's signature."""
+    if what == "shares":
+        commitments = (*false.commitments[:2], true.commitments[2])
+        return replace(true, sealed=false.sealed[:BUNDLE_BYTES] + true.sealed[BUNDLE_BYTES:], commitments=commitments)
+    commitments = (*true.commitments[:2], false.commitments[2])
+    return replace(true, sealed=true.sealed[:BUNDLE_BYTES] + false.sealed[BUNDLE_BYTES:], commitments=commitments)
+
+
 class Search(RuleBasedStateMachine):
     """A federation under one server for some dozen moves.
 
@@ -182,7 +191,7 @@ class Search(RuleBasedStateMachine):
     def work(self, task: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         plan, adapter = PLANS[task["plan"]], self.adapter(task["adapter"] if task["round"] > 1 else 0)
         facts = {k: task[k] for k in ("run", "round", "attempt", "kind")}
-        return self.a.task(plan=plan, adapter=adapter, **facts), {"plan": plan, "before": self.a.first if task["round"] > 1 else None}
+        return self.a.task(plan=plan, adapter=adapter, **facts), {"plan": plan}
 
     def session(self, at: int) -> Session:
         """One that goes on; a fresh one in another run if there is none; now and then any that there was."""
@@ -294,7 +303,7 @@ class Search(RuleBasedStateMachine):
         talk = session.talk
         facts = {"run": f"{int(talk.task.run[:2], 16) + 1:02x}" * 32, "round": talk.task.round + 1, "attempt": talk.task.attempt + 1}
         task = replace(talk.task, **{what: facts[what]})
-        self.a.whole(task, self.sites(who), present=self.sites(present), plan=talk.plan, before=self.a.first)
+        self.a.whole(task, self.sites(who), present=self.sites(present), plan=talk.plan)
         self.check()
 
     @inside
@@ -305,19 +314,27 @@ class Search(RuleBasedStateMachine):
         if dealer > len(session.cohort.adverts) or dealer not in session.deals:
             return
         true, secrets = session.deals[dealer], Secrets(os.urandom(32))
-        false = Deal.parse(session.cohort, dealer, deal(session.cohort, dealer, secrets))
+        false = Deal.parse(session.cohort, dealer, deal(session.cohort, dealer, secrets, key=identity("server").signing))
         if what == "other":
             false = self.session(other).deals.get(dealer, true)
-            if false.bundles.keys() != true.bundles.keys():
+            if false.dealt.keys() != true.dealt.keys():
                 return
         else:
-            for holder, sealed in false.pairs.items():
-                session.own[sealed] = secrets.mask_keys.ingredient(session.cohort, dealer=dealer, holder=holder)
-        if what == "shares":
-            false = replace(true, bundles=false.bundles, commitments=false.commitments)
-        elif what == "ingredient":
-            false = replace(true, pairs=false.pairs)
+            for holder, one in false.dealt.items():
+                session.own[one.sealed[BUNDLE_BYTES:]] = secrets.mask_keys.ingredient(session.cohort, dealer=dealer, holder=holder)
+            session.own.pop(b"", None)
+        if what in ("shares", "ingredient"):
+            false = replace(true, dealt={h: mixed(true.dealt[h], one, what) for h, one in false.dealt.items()})
         self.a.mask(session, self.sites(holders), deals={**session.deals, dealer: false})
+        self.check()
+
+    @inside
+    @rule(at=AT, dealers=WHO, holders=WHO)
+    def complaints(self, at: int, dealers: int, holders: int) -> None:
+        """Dealers are asked to show what they have dealt to some sites, in whose names is complained."""
+        session = self.session(at)
+        self.a.share(session)
+        self.a.complain(session, self.sites(dealers), self.sites(holders))
         self.check()
 
     @precondition(lambda self: "sealed" in self.promises)
