@@ -23,8 +23,9 @@ from protect.secagg.world import identity, names, secagg_plan
 
 from fedlora import build, wire
 from fedlora.adapter import Adapter, Factors, Layout, Update
-from fedlora.config import Plan, Policy, SiteFile
+from fedlora.config import Plan, Policy, Run, SiteFile
 from fedlora.errors import FedLoRAError
+from fedlora.first import first_adapter
 from fedlora.messages import Kind, Reply, Request, Task
 from fedlora.protect.envelope import open_envelope, parse
 from fedlora.protect.link import Context, ServerLink, pinned
@@ -59,19 +60,15 @@ def roster_of(n: int, max_colluding: int) -> SignedRoster:
     )
 
 
-def start(layout: Layout) -> Adapter:
-    """The first adapter: as LoRA begins, B zero and A not."""
-    tensors = {
-        name: np.random.default_rng(7).normal(0, 0.3, shape).astype(np.float32) if "lora_A" in name else np.zeros(shape, np.float32)
-        for name, _, shape in layout.slices()
-    }
-    return Adapter.of(tensors)
+def start(layout: Layout, seed: int = 0) -> Adapter:
+    """The first adapter, which follows from the plan's seed."""
+    return first_adapter(layout, seed=seed)
 
 
-def a_plan(layout: Layout | None = None, **options: object) -> Plan:
+def a_plan(layout: Layout | None = None, *, seed: int = 0, **options: object) -> Plan:
     """A plan of secure aggregation for these learners."""
-    first = start(layout or toy_layout())
-    return secagg_plan(**options).pinned(base=TOY_BASE, init=first.digest())  # type: ignore[arg-type]
+    plan = secagg_plan(**options).model_copy(update={"run": Run(name="toy", seed=seed)})  # type: ignore[arg-type]
+    return plan.pinned(base=TOY_BASE, init=start(layout or toy_layout(), seed).digest())
 
 
 @dataclass
@@ -184,7 +181,7 @@ class Liar:
 
     def __post_init__(self) -> None:
         self.directory, self.signed = room(), roster_of(self.n, self.max_colluding)
-        self.first = start(self.layout)
+        self.first = start(self.layout, self.plan.run.seed)
         self.keys = [identity("run"), identity("other-run")]
         self.memory = DictMemory()
         self.hospitals = {}
@@ -237,7 +234,7 @@ class Liar:
     def task(self, *, run: int = 0, plan: Plan | None = None, round: int = 1, attempt: int = 0, kind: Kind = "train",
              adapter: Adapter | None = None) -> Task:  # fmt: skip
         plan = plan or self.plan
-        return Task(f"{run:02x}" * 32, plan.canonical(), plan.model.digest, kind, round, attempt, adapter or self.first)
+        return Task(f"{run:02x}" * 32, plan.canonical(), plan.model.digest, kind, round, attempt, adapter or start(self.layout, plan.run.seed))
 
     def offer(
         self,

@@ -22,7 +22,7 @@ from protect.secagg.loot import Session, both_kinds, false_parts, twice_given, u
 from protect.secagg.world import identity, names
 
 from fedlora.adapter import Adapter
-from fedlora.config import Evaluation, Plan, Policy, Run
+from fedlora.config import Evaluation, Plan, Policy
 from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Dealt, Secrets, deal
 from fedlora.protect.secagg.opening import Deal
@@ -30,7 +30,7 @@ from fedlora.protect.secagg.opening import Deal
 PLAN: Final = a_plan(lone_change="refuse")
 PLANS: Final[Sequence[Plan]] = (
     PLAN,
-    PLAN.model_copy(update={"run": Run(name="toy", seed=1)}),
+    a_plan(seed=1, lone_change="refuse"),
     a_plan(lone_change="refuse", rounds=4),
     a_plan(lone_change="allow", first_range=2.0),
     PLAN.model_copy(update={"evaluation": Evaluation(share=("eval/nll",))}),
@@ -191,7 +191,7 @@ class Search(RuleBasedStateMachine):
         return (first, moved)[which]
 
     def work(self, task: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        plan, adapter = PLANS[task["plan"]], self.adapter(task["adapter"] if task["round"] > 1 else 0)
+        plan, adapter = PLANS[task["plan"]], self.adapter(task["adapter"]) if task["round"] > 1 else None
         facts = {k: task[k] for k in ("run", "round", "attempt", "kind")}
         return self.a.task(plan=plan, adapter=adapter, **facts), {"plan": plan}
 
