@@ -1,0 +1,157 @@
+"""The search finds no combination of moves that uncovers a site; and finds one as soon as a guard is broken."""
+
+from __future__ import annotations
+
+import __future__
+import inspect
+import logging
+import sys
+import textwrap
+
+import pytest
+from protect.secagg.search import Uncovered, search
+
+from fedlora.protect.secagg import site
+from fedlora.protect.secagg.cohort import Advert, Rules
+from fedlora.protect.secagg.complaints import Complaint
+from fedlora.protect.secagg.site import SecAggSite
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Every refusal is a line in a site's log; a search has thousands."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+WITHIN = ("alone", "twice", "seeds", "parts")
+
+
+@pytest.mark.attack("C4", "any short combination of moves within a session, deals and complaints among them",
+    stops="a deal is signed for its holder; one vote, one body, one kind of share")  # fmt: skip
+def test_no_sequence_of_moves_breaks_a_promise_within_a_session():
+    search(*WITHIN, examples=40)
+
+
+@pytest.mark.attack("C1", "any short combination of runs, plans, rounds, sets of sites and single updates",
+    stops="a person approves plans and runs; what was given is remembered over runs")  # fmt: skip
+@pytest.mark.parametrize("promises", [("linear", "twice"), ("sealed", "metrics", "numbers")], ids=str)
+def test_no_sequence_of_sessions_gives_a_site_away(promises):
+    search(*promises, examples=20, sizes=(5, 7, 4), within=False)
+
+
+# --- the search can find: each guard broken by hand -----------------------------------------------------------------
+
+
+class Break:
+    """Breaks a guard: one piece of a function's source becomes another."""
+
+    def __init__(self, monkeypatch):
+        self._monkeypatch, self._sources = monkeypatch, {}
+
+    def __call__(self, owner, name, old, new):
+        function = inspect.getattr_static(owner, name)
+        source = self._sources.get((owner, name)) or textwrap.dedent(inspect.getsource(function))
+        assert source.count(old) == 1, f"{name} has changed: say anew what is to be broken in it"
+        self._sources[owner, name] = source = source.replace(old, new)
+        module = sys.modules[function.__module__]
+        code = compile(source, f"broken {name}", "exec", flags=__future__.annotations.compiler_flag)
+        found = {}
+        exec(code, vars(module), found)
+        self._monkeypatch.setattr(owner, name, found[name])
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    return Break(monkeypatch)
+
+
+def own_update_is_in(b):
+    b(site, "check_deliveries", "if own not in by_number or by_number[own].digest != digest:", "if False:")
+
+
+def enough_updates(b):
+    b(Rules, "fewest_inputs", "return max(self.threshold(n), self.max_colluding + 2, self.min_cohort)", "return 1")
+
+
+def threshold(b):
+    b(Rules, "threshold", "return 2 * n // 3 + 1", "return n // 3 + 1")
+
+
+def one_vote(b):
+    old = "if session.verdict == COMMIT and verdict == COMMIT and listed != session.delivered:"
+    forget = "session = session.but(verdict=0, final=b'')\n        records.save_session(session)"
+    b(SecAggSite, "_vote", old, f"{old[:-1]} and session.root:\n        {forget}\n    if False:")
+
+
+def secrets_deleted_with_the_reveal(b):
+    b(SecAggSite, "_unmask", "records.save_session(session.but(final=out, root=b\"\"))", "pass")
+
+
+def proof_that_the_first_session_is_over(b):
+    b(SecAggSite, "_mask", "check_certificate(", "(lambda *a, **k: None)(")
+
+
+def one_body_a_round(b):
+    b(SecAggSite, "_mask", "used.round == session.round and used.t1 != cohort.t1.hex():", "False:")
+
+
+def one_relay(b):
+    old = 'if session.digest and relayed != records.blob("relay"):'
+    b(SecAggSite, "_mask", old, f"{old}\n        session = session.but(digest=b'')\n    if False:")
+
+
+def one_kind_of_vote(b):
+    b(SecAggSite, "_vote", "if session.verdict and session.verdict != verdict:", "if False:")
+
+
+def one_kind_of_share(b):
+    b(site, "reveal", "self_share if number in counted else mask_share", "self_share if number % 2 else mask_share")
+
+
+def signature_of_a_deal(b):
+    b(site, "receive", "dealt.statement.verify(cohort, known(advert.name), dealer=dealer, holder=own)", "pass")
+
+
+def signature_of_a_complaint(b):
+    old = 'check_signature(known(cohort.advert(self.holder).name), "complaint", text, self.signature)'
+    b(Complaint, "verify", old, "pass")
+
+
+def few_complaints(b):
+    b(SecAggSite, "_open", "if len(shown) > session.max_colluding:", "if False:")
+
+
+def signature_of_an_advertisement(b):
+    b(Advert, "verify", "check_signature(identity", "str((identity")
+
+
+def signature_of_a_delivery(b):
+    b(site, "check_deliveries", "one.verify(cohort, known)", "pass")
+
+
+def votes(b):
+    b(SecAggSite, "_unmask", "check_certificate(", "(lambda *a, **k: None)(")
+
+
+GUARDS = {
+    "two thirds rebuild a secret": [threshold],
+    "an own update is in what is agreed to, and enough others": [own_update_is_in, enough_updates],
+    "one vote, and secrets are deleted with the reveal": [one_vote, secrets_deleted_with_the_reveal],
+    "a second session needs proof that the first is over": [proof_that_the_first_session_is_over],
+    "one body a round": [one_body_a_round],
+    "one relay a session": [one_relay],
+    "COMMIT or ABORT": [one_kind_of_vote],
+    "one kind of share a site": [one_kind_of_share],
+    "the signature of a deal": [signature_of_a_deal],
+    "signatures of complaints, and few of them": [signature_of_a_complaint, few_complaints],
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_the_search_sees_that_a_guard_is_broken(broken, guard):
+    for break_it in GUARDS[guard]:
+        break_it(broken)
+    with pytest.raises(Uncovered):
+        search(*WITHIN, examples=150)
