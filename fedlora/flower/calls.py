@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from fedlora.errors import FedLoRAError
+from fedlora.flower.clock import ACCEPTED_AHEAD_S, ACCEPTED_BEHIND_S
 from fedlora.flower.enrol import load_node_keys
 
 __all__ = ["AHEAD_S", "BEHIND_S", "CALL", "KEY", "TIME", "Caller", "Callers", "Refused", "dump_call", "sign_call"]
@@ -30,8 +31,8 @@ __all__ = ["AHEAD_S", "BEHIND_S", "CALL", "KEY", "TIME", "Caller", "Callers", "R
 CALL: Final = "fedlora-call"
 KEY: Final = "flwr-public-key"
 TIME: Final = "flwr-timestamp"
-AHEAD_S: Final = 5.0
-BEHIND_S: Final = 305.0
+AHEAD_S: Final = ACCEPTED_AHEAD_S
+BEHIND_S: Final = ACCEPTED_BEHIND_S
 """Flower's own window for a site's clock, seconds."""
 
 _HEADER: Final = re.compile(rb"([0-9a-f]{32}) ([0-9a-f]{64}) ([A-Za-z0-9+/=]{64,160})")

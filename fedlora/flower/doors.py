@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from fedlora.flower.calls import KEY, TIME
 from fedlora.flower.clock import ACCEPTED_AHEAD_S, ACCEPTED_BEHIND_S, TIME_HEADER
 
 __all__ = [
@@ -41,7 +42,7 @@ answers to two processes that take turns with one key."""
 PROCESS_HEADER = "x-fedlora-process"
 """Random name of a SuperNode's process."""
 
-KEY_HEADER, STAMP_HEADER, SIGNATURE_HEADER = "flwr-public-key", "flwr-timestamp", "flwr-signature"
+KEY_HEADER, STAMP_HEADER, SIGNATURE_HEADER = KEY, TIME, "flwr-signature"
 """Flower's own, by which a node shows who it is; ``tests/flower/test_contract.py``."""
 
 Header = tuple[bytes, bytes]

@@ -31,7 +31,18 @@ from fedlora.protect.envelope import open_envelope, parse
 from fedlora.protect.link import Context, ServerLink, pinned
 from fedlora.protect.roster import SignedRoster, first_epoch
 from fedlora.protect.sealed import PHASES
-from fedlora.protect.secagg.cohort import ABORT, COMMIT, Advert, Cohort, Delivered, Reader, Rules, certificate, sign_vote, vote_text
+from fedlora.protect.secagg.cohort import (
+    ABORT,
+    COMMIT,
+    Advert,
+    Cohort,
+    Delivered,
+    Reader,
+    Rules,
+    certificate,
+    sign_vote,
+    vote_text,
+)
 from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened
 from fedlora.protect.secagg.dealing import Secrets, advertise, deal
 from fedlora.protect.secagg.opening import Deal, relay
@@ -55,9 +66,9 @@ def room() -> Path:
 def roster_of(n: int, max_colluding: int) -> SignedRoster:
     publics, coordinator = [identity(s).public for s in names(n)], identity("coordinator")
     terms = {"max_colluding": max_colluding, "min_cohort": max(3, 3 * max_colluding)}
-    return SignedRoster(first_epoch(identity("server").public, publics, [coordinator.public], now=int(time.time()), **terms)).sign(
-        coordinator
-    )
+    return SignedRoster(
+        first_epoch(identity("server").public, publics, [coordinator.public], now=int(time.time()), **terms)
+    ).sign(coordinator)
 
 
 def start(layout: Layout, seed: int = 0) -> Adapter:
@@ -234,7 +245,15 @@ class Liar:
     def task(self, *, run: int = 0, plan: Plan | None = None, round: int = 1, attempt: int = 0, kind: Kind = "train",
              adapter: Adapter | None = None) -> Task:  # fmt: skip
         plan = plan or self.plan
-        return Task(f"{run:02x}" * 32, plan.canonical(), plan.model.digest, kind, round, attempt, adapter or start(self.layout, plan.run.seed))
+        return Task(
+            f"{run:02x}" * 32,
+            plan.canonical(),
+            plan.model.digest,
+            kind,
+            round,
+            attempt,
+            adapter or start(self.layout, plan.run.seed),
+        )
 
     def offer(
         self,
@@ -360,7 +379,11 @@ class Liar:
 
     def _certificate(self, session: Session, text: bytes) -> bytes:
         """The votes on this that there are, and those of colluders, who sign anything."""
-        forged = {session.cohort.number(s): sign_vote(text, key=identity(s).signing) for s in session.cohort.names if s in self.colluders}
+        forged = {
+            session.cohort.number(s): sign_vote(text, key=identity(s).signing)
+            for s in session.cohort.names
+            if s in self.colluders
+        }
         return certificate({**session.votes.get(text, {}), **forged})
 
     def unmask(

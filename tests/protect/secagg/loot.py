@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
 from protect.secagg.world import identity
 
 from fedlora.config import Plan
@@ -30,7 +29,6 @@ from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.rings import packed_bytes, unpack
 from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
 from fedlora.protect.secagg.terms import Terms
-
 
 
 def known(name: str) -> PublicIdentity:

@@ -208,7 +208,6 @@ class Search(RuleBasedStateMachine):
             return fresh
         return chosen[-1 - at % len(chosen)]
 
-
     # --- rules --------------------------------------------------------------------------------------------------
 
     inside = precondition(lambda self: self.within)
@@ -266,7 +265,10 @@ class Search(RuleBasedStateMachine):
         session = self.session(at)
         self.a.share(session)
         self.a.mask(session)
-        views = [(self.sites(who), self.sites(first)), ([s for s in names(self.a.n) if s not in self.sites(who)], self.sites(second))]
+        views = [
+            (self.sites(who), self.sites(first)),
+            ([s for s in names(self.a.n) if s not in self.sites(who)], self.sites(second)),
+        ]
         for ask in (self.a.commit, self.a.unmask):
             for sites, listed in views:
                 if sites:
@@ -303,7 +305,11 @@ class Search(RuleBasedStateMachine):
         if aborted:
             self.a.abort(session, self.sites(aborted))
         talk = session.talk
-        facts = {"run": f"{int(talk.task.run[:2], 16) + 1:02x}" * 32, "round": talk.task.round + 1, "attempt": talk.task.attempt + 1}
+        facts = {
+            "run": f"{int(talk.task.run[:2], 16) + 1:02x}" * 32,
+            "round": talk.task.round + 1,
+            "attempt": talk.task.attempt + 1,
+        }
         task = replace(talk.task, **{what: facts[what]})
         self.a.whole(task, self.sites(who), present=self.sites(present), plan=talk.plan)
         self.check()
@@ -323,7 +329,9 @@ class Search(RuleBasedStateMachine):
                 return
         else:
             for holder, one in false.dealt.items():
-                session.own[one.sealed[BUNDLE_BYTES:]] = secrets.mask_keys.ingredient(session.cohort, dealer=dealer, holder=holder)
+                session.own[one.sealed[BUNDLE_BYTES:]] = secrets.mask_keys.ingredient(
+                    session.cohort, dealer=dealer, holder=holder
+                )
             session.own.pop(b"", None)
         if what in ("shares", "ingredient"):
             false = replace(true, dealt={h: mixed(true.dealt[h], one, what) for h, one in false.dealt.items()})

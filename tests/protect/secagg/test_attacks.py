@@ -70,7 +70,9 @@ def test_no_site_gives_a_single_update_to_a_plan_that_steps_down(liar, run, kind
     assert [(site, task.kind) for site, task, _ in a.single] == []
 
 
-@pytest.mark.attack("C1", "two runs of one plan, the second without one site", stops="sums are remembered over runs, for each base")
+@pytest.mark.attack(
+    "C1", "two runs of one plan, the second without one site", stops="sums are remembered over runs, for each base"
+)
 @pytest.mark.parametrize("changes", [{}, {"rounds": 4}], ids=["the same plan", "another plan on the same rows"])
 def test_two_runs_that_differ_by_one_site_do_not_give_that_site(liar, changes):
     other = a_plan(lone_change="refuse", **changes)
@@ -113,7 +115,9 @@ COMBINATIONS = {
 }
 
 
-@pytest.mark.attack("C3", "several sums, any two of which differ by three sites or more", stops="a sum divides no earlier one, whoever was in it")
+@pytest.mark.attack(
+    "C3", "several sums, any two of which differ by three sites or more", stops="a sum divides no earlier one, whoever was in it"
+)
 @pytest.mark.parametrize("how", COMBINATIONS)
 @pytest.mark.parametrize("where", ["round", "run"])
 def test_no_combination_of_several_sums_gives_one_site(liar, how, where):
@@ -207,7 +211,9 @@ def test_an_honest_run_is_faithful(liar):
     assert faithful(a) > 0.99
 
 
-@pytest.mark.attack("C6", "the server leaves out a round and then chooses the value of a level", stops="scales follow from plan and round alone")
+@pytest.mark.attack(
+    "C6", "the server leaves out a round and then chooses the value of a level", stops="scales follow from plan and round alone"
+)
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_a_round_that_was_left_out_does_not_free_the_scales(liar, size):
     """What it could still move is the adapter that it publishes, in a round after one that the sites have not seen."""
@@ -303,7 +309,9 @@ def test_the_secrets_of_a_session_that_went_on_without_a_site_are_deleted(liar, 
     assert uncovered(opened(a), coalition=0) == set()
 
 
-@pytest.mark.attack("C10", "the server tells two sites of one session different reply keys", stops="the context binds the reply key")
+@pytest.mark.attack(
+    "C10", "the server tells two sites of one session different reply keys", stops="the context binds the reply key"
+)
 def test_sites_that_are_told_different_reply_keys_are_in_no_session(liar):
     a = liar(4)
     session = a.cohort(a.offer(a.task(), names(4), keys=lambda site: site in ("site-1", "site-2")))
@@ -444,7 +452,9 @@ def test_a_liar_among_the_dealers_costs_no_honest_site_its_place_in_any_round(n,
         assert set(codes) & {"bad-dealer", "complaint-unanswered"}
 
 
-@pytest.mark.attack("C8", "one site deals one false share to one peer, round after round", stops="the dealer's signature names it")
+@pytest.mark.attack(
+    "C8", "one site deals one false share to one peer, round after round", stops="the dealer's signature names it"
+)
 def test_the_victim_of_one_false_share_counts_and_its_dealer_does_not():
     heard = rounds(with_liar(5, liar_to(1, "false shares")))
     sums = [set(sites) for one in heard for sites, *_ in one.sums]

@@ -1,8 +1,8 @@
 """The search finds no combination of moves that uncovers a site; and finds one as soon as a guard is broken."""
 
 from __future__ import annotations
-
 import __future__
+
 import inspect
 import logging
 import sys
@@ -86,7 +86,7 @@ def one_vote(b):
 
 
 def secrets_deleted_with_the_reveal(b):
-    b(SecAggSite, "_unmask", "records.save_session(session.but(final=out, root=b\"\"))", "pass")
+    b(SecAggSite, "_unmask", 'records.save_session(session.but(final=out, root=b""))', "pass")
 
 
 def proof_that_the_first_session_is_over(b):
