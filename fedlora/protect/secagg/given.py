@@ -26,7 +26,7 @@ from fedlora.protect import Memory
 from fedlora.protect.keys import Identity
 from fedlora.protect.secagg.masks import derive
 
-__all__ = ["Given", "Groups", "Ledger", "Sum", "choose", "refine", "small_parts"]
+__all__ = ["Given", "Groups", "Ledger", "Sum", "choose", "overlapping", "refine", "small_parts"]
 
 Groups: TypeAlias = tuple[frozenset[str], ...]
 """Names of sites; disjoint, none empty, in order of each group's first name."""
@@ -72,6 +72,14 @@ def choose(present: Collection[str], groups: Groups, *, colluding: int, keep: st
         if taken >= least or (group <= here and group in groups):
             chosen.update(there[:taken])
     return frozenset(chosen)
+
+
+def overlapping(sites: int, *, colluding: int) -> int:
+    """Fewest sites of a sum for any two of a federation's to have an honest one in common, who then knows of both.
+
+    Sums that share only colluders, such as over {a b c} and {e f g}, and then one over {a .. g}, show d, and no site knows.
+    """
+    return (sites + colluding + 1) // 2
 
 
 # --- what a site remembers -------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.secagg.given import overlapping
 
 __all__ = ["Survival", "survival", "survival_table"]
 
@@ -37,6 +38,9 @@ def survival(sites: int, rules: Rules, *, lone_change: Literal["refuse", "allow"
     """
     if sites < rules.smallest:
         raise ValueError(f"{sites} sites, a session needs {rules.smallest}")
+    if lone_change == "refuse":
+        least = max(rules.min_cohort, overlapping(sites, colluding=rules.max_colluding))
+        rules = replace(rules, min_cohort=least)
     fewest, apart = rules.fewest_inputs(sites), rules.max_colluding + 2
     away, lost = sites - rules.smallest, sites - fewest
     if lone_change == "refuse":  # a sum that differs does so by c + 2 sites or more, healthy ones left out if need be

@@ -20,6 +20,7 @@ from fedlora.protect.keys import key_id
 from fedlora.protect.link import Context
 from fedlora.protect.roster import Roster
 from fedlora.protect.secagg.cohort import Reader, Rules
+from fedlora.protect.secagg.given import overlapping
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
 from fedlora.schedule import height
@@ -97,7 +98,10 @@ class Terms:
     def of(cls, plan: Plan, roster: Roster) -> Terms:
         """The plan's terms, and what this end's own roster demands at the least."""
         p, f = plan.protect, plan.federation
-        rules = Rules(max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort), plan.lora.ranks)
+        colluding, cohort = max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort)
+        if p.lone_change == "refuse":
+            cohort = max(cohort, overlapping(len(roster.active()), colluding=colluding))
+        rules = Rules(colluding, cohort, plan.lora.ranks)
         return cls(
             profile=PROFILES[p.profile],
             reach=partial(reach, plan),

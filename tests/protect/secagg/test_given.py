@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protect.secagg.adversary import Adversary
-from protect.secagg.world import World, at_phase, identity, names, secagg_plan
+from protect.secagg.world import World, at_phase, identity, names, secagg_plan, signed_roster
 
 from fedlora.errors import LoneChange, StoreError
 from fedlora.protect.secagg.book import Book
 from fedlora.protect.secagg.cohort import Rules
-from fedlora.protect.secagg.given import Given, Ledger, Sum, choose, refine, small_parts
+from fedlora.protect.secagg.given import Given, Ledger, Sum, choose, overlapping, refine, small_parts
 from fedlora.protect.secagg.planning import survival, survival_table
+from fedlora.protect.secagg.terms import Terms
 from fedlora.store import FileMemory
 from fedlora.testing import DictMemory
 
@@ -206,10 +207,28 @@ def test_with_more_than_half_of_the_sites_in_each_sum_a_server_that_does_anythin
 
 @pytest.mark.attack(
     "C3c",
-    "sums of disjoint cohorts and then one over all: no site knows of both, and the one between them stands alone",
-    stops="nothing where sums may be of half the sites or fewer: set min_sites or the roster's min_cohort above half of them",
+    "sums of cohorts that share no honest site, and then one over all: no site knows of both, one between them stands alone",
+    stops="a sum has so many of the roster's sites that any two have an honest one in common",
 )
-def test_sums_of_disjoint_cohorts_can_uncover_a_site_between_them():
+@pytest.mark.parametrize("colluding", [1, 2, 3])
+def test_any_two_sums_have_an_honest_site_in_common(colluding):
+    for n in range(3 * colluding, 40):
+        least = overlapping(n, colluding=colluding)
+        assert 2 * least - n >= colluding  # in common, if one site at least, the uncovered one, is in neither
+        assert 2 * least - (n - 1) > colluding
+
+
+@pytest.mark.parametrize(("n", "colluding", "least"), [(4, 1, 3), (7, 1, 4), (10, 1, 6), (11, 2, 7)])
+def test_a_session_needs_so_many_unless_the_plan_allows_lone_changes(n, colluding, least):
+    roster = signed_roster(n, colluding, 3 * colluding).roster
+    terms = Terms.of(secagg_plan(min_sites=3 * colluding, max_colluding=colluding), roster)
+    assert terms.rules.min_cohort == max(least, 3 * colluding)
+    assert Terms.of(
+        secagg_plan(min_sites=3 * colluding, max_colluding=colluding, lone_change="allow"), roster
+    ).rules.min_cohort == (3 * colluding)
+
+
+def test_sums_of_disjoint_cohorts_would_uncover_a_site_between_them():
     first, second, third = frozenset("abc"), frozenset("efg"), frozenset("abcdefg")
     assert shows([first, second, third]) == ["d"]
     assert small_parts(refine(refine((), first), second), third, colluding=1) == {"d"}
@@ -460,6 +479,8 @@ def test_what_is_said_to_survive_survives_and_one_more_does_not(n, mode, colludi
             survival(n, rules, lone_change=mode)
         return
     found, sites = survival(n, rules, lone_change=mode), SITES + "klm"
+    if mode == "refuse":
+        rules = replace(rules, min_cohort=max(3, overlapping(n, colluding=colluding)))
     groups = refine((), sites[:n]) if mode == "refuse" else ()
 
     def agree(present):
