@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fedlora.config import Aggregate, Policy, SiteFile, Wire, dump_toml
 from fedlora.errors import FedLoRAError, QuorumNotReached, StoreError
 from fedlora.first import first_adapter
 from fedlora.messages import Reply
+from fedlora.protect.keys import load_identity, load_public
 from fedlora.protect.roster import SignedRoster, first_epoch
 from fedlora.store import FileMemory, Journal, RunStore, load_adapter, save_adapter, write_atomic
 from fedlora.testing import TOY_BASE, ToyLearner, toy_adapter, toy_layout, toy_plan
@@ -104,11 +106,12 @@ class Place:
         return build.serve(self.home, self.root / "plan" / "plan.toml", transport, resume=resume, report=report)
 
     def result(self):
-        """Bits, and who was in each round that was not done yet."""
+        """Bits (the adapter's, and what each learner has seen), and who was in each round that was not done yet."""
         store = RunStore.open(self.run_directory)
-        records = [r for r in store.records()]
         assert store.final() is not None
-        return store.load().adapter.digest(), [list(r["sites"]) for r in records if r["round"] > 2]
+        last = {n: Journal(state_of(self, n) / "journal").last(store.run) for n in TARGETS}
+        seen = {n: entry[1].state for n, entry in last.items() if entry is not None}
+        return (store.load().adapter.digest(), seen), [list(r["sites"]) for r in store.records() if r["round"] > 2]
 
     def copy(self, to):
         shutil.copytree(self.root, to, symlinks=True)
@@ -373,7 +376,7 @@ def test_a_site_whose_state_of_the_round_before_is_gone_refuses_until_its_operat
     assert json.loads(FileMemory(state_of(kept) / "memory").get(f"{run}/repaired"))[0]["choice"] == "go-on"
     seen = json.loads(Journal(state_of(kept) / "journal").last(run)[1].state)
     assert 2 not in seen  # the toy's numbers do not depend on its state; a real learner's would
-    assert RunStore.open(kept.run_directory).load().adapter.digest() == bits
+    assert RunStore.open(kept.run_directory).load().adapter.digest() == bits[0]
 
 
 @pytest.mark.fault(
@@ -631,3 +634,48 @@ def test_a_damaged_adapter_of_a_sites_own_is_named_and_written_anew_by_the_next_
     assert place.result() == calm.result()
     assert load_adapter(own)[0].digest() == load_adapter(calm.root / own.relative_to(place.root))[0].digest()
     assert repair(place)[0] == 0
+
+
+def test_under_secure_aggregation_a_missing_checkpoint_is_never_replaced_by_an_older_one(left, tmp_path):
+    """The scales follow from the round before the last: with another adapter they would be others, and so would the bits."""
+    place = left["secagg"][0].copy(tmp_path / "x")
+    for file in place.run_directory.glob("round-000001.*"):
+        file.unlink()
+    with pytest.raises(StoreError, match=r"round-000001\.safetensors is missing"):
+        place.go()
+
+
+def flipped(file):
+    """The file with one bit flipped, at every third byte."""
+    whole = file.read_bytes()
+    for at in range(0, len(whole), 3):
+        blob = bytearray(whole)
+        blob[at] ^= 1 << at % 8
+        file.write_bytes(blob)
+        yield
+    file.write_bytes(whole)
+
+
+def test_no_flipped_bit_in_a_key_file_gives_another_key(left, tmp_path):
+    place = left["done"][0].copy(tmp_path / "x")
+    for file, load in ((place.home / "server.key", load_identity), (place.home / "sites" / "a.pub", load_public)):
+        whole = load(file)
+        public = getattr(whole, "public", whole)
+        for _ in flipped(file):
+            with suppress(FedLoRAError):
+                found = load(file)
+                assert getattr(found, "public", found) == public
+
+
+def test_no_flipped_bit_in_a_record_or_last_evaluation_gives_another_number(left, tmp_path):
+    place = left["done"][0].copy(tmp_path / "x")
+    store = RunStore.open(place.run_directory)
+    final, records = store.final(), store.records()
+    for _ in flipped(place.run_directory / "rounds.jsonl"):
+        assert all(r in records for r in store.records())
+    for _ in flipped(place.run_directory / "final.json"):
+        with suppress(StoreError):
+            assert store.final() == final
+    for _ in flipped(place.run_directory / "round-000004.safetensors"):
+        with suppress(StoreError):
+            assert dict(store.load().record) == records[-1]

@@ -105,7 +105,7 @@ class PublicIdentity:
 
     def file(self, *more: str) -> str:
         """The text of a ``.pub`` file: :meth:`line`, what else there is to say, and the fingerprint, by which damage shows."""
-        return "\n".join([self.line(), *more, f"{_FINGERPRINT} {self.fingerprint()}", ""])
+        return "\n".join([self.line(), *more, f"{_FINGERPRINT} {self.name} {self.fingerprint()}", ""])
 
     @classmethod
     def parse(cls, line: str) -> PublicIdentity:
@@ -124,7 +124,7 @@ class PublicIdentity:
             raise KeyFileError(f"expected a line '{_PUBLIC} NAME ...'", hint="copy the whole .pub file")
         found = cls(name, raw[:32], raw[32:])
         said = [x for x in more.splitlines() if x.strip() and not x.startswith("ecdsa-sha2-nistp384 ")]
-        if said not in ([], [f"{_FINGERPRINT} {found.fingerprint()}"]):
+        if said not in ([], [f"{_FINGERPRINT} {found.name} {found.fingerprint()}"]):
             raise KeyFileError("the key is not the one whose fingerprint stands with it", hint="copy the whole .pub file")
         return found
 
@@ -191,7 +191,7 @@ class Identity:
         )
         try:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(f"{_HEAD} {self.name}\n{blocks}{_FINGERPRINT} {self.public.fingerprint()}\n")
+                file.write(f"{_HEAD} {self.name}\n{blocks}{_FINGERPRINT} {self.name} {self.public.fingerprint()}\n")
                 file.flush()
                 os.fsync(file.fileno())
         except FileExistsError:
@@ -227,7 +227,7 @@ def load_identity(path: Path) -> Identity:
             len(words) == 2 and words[0] == _HEAD and _NAME.fullmatch(words[1])
         ):
             found = Identity(words[1], signing, mlkem, x25519)
-            if _PEM.sub("", rest).strip() in ("", f"{_FINGERPRINT} {found.public.fingerprint()}"):
+            if _PEM.sub("", rest).strip() in ("", f"{_FINGERPRINT} {found.name} {found.public.fingerprint()}"):
                 return found
     raise KeyFileError(f"{path} is damaged, or is not a private key of FedLoRA", hint=_OWN)
 
