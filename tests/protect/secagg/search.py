@@ -102,6 +102,8 @@ WHO = st.sampled_from(
     )
 )
 """A set of sites, by eight bits: all, all but one, neighbors, any."""
+MOST = st.sampled_from((*(255,) * 6, *(255 ^ 1 << i for i in range(8)), 7, 31, 248))
+"""All or most of them."""
 TASKS = st.fixed_dictionaries(
     {
         "run": st.integers(0, 2),
@@ -259,7 +261,7 @@ class Search(RuleBasedStateMachine):
         self.check()
 
     @inside
-    @rule(at=AT, who=st.integers(1, 254), first=WHO, second=WHO)
+    @rule(at=AT, who=st.integers(1, 254), first=MOST, second=MOST)
     def two_views(self, at: int, who: int, first: int, second: int) -> None:
         """Some sites are shown one set of deliveries, the others another; all are then asked for their shares."""
         session = self.session(at)
@@ -276,15 +278,16 @@ class Search(RuleBasedStateMachine):
         self.check()
 
     @inside
-    @rule(at=AT, who=WHO, listed=WHO)
-    def vote_and_reveal(self, at: int, who: int, listed: int) -> None:
-        """Some sites are asked to agree to a set, and then for their shares."""
+    @rule(at=AT, who=MOST, first=WHO, second=MOST)
+    def two_votes(self, at: int, who: int, first: int, second: int) -> None:
+        """The same sites are asked to agree to a set and for their shares, and then to another."""
         session = self.session(at)
         self.a.share(session)
         self.a.mask(session)
-        chosen = self.a.listed(session, self.sites(listed))
-        self.a.commit(session, self.sites(who), chosen)
-        self.a.unmask(session, self.sites(who), chosen)
+        for listed in (first, second):
+            chosen = self.a.listed(session, self.sites(listed))
+            self.a.commit(session, self.sites(who), chosen)
+            self.a.unmask(session, self.sites(who), chosen)
         self.check()
 
     @inside
