@@ -68,7 +68,7 @@ def sent(a: Liar, session: Session, site: str) -> frozenset[str]:
 
 
 def metrics(a: Liar) -> object:
-    """No metric is opened that fewer sites have sent than the bound of colluders and two; the colluders' own count for nothing."""
+    """No metric is opened that fewer sites have sent than the bound of colluders and two; colluders count for nothing."""
     found = []
     for session in a.sessions:
         numbers = session.talk.terms.numbers(session.talk.task.reply_layout)
@@ -224,7 +224,6 @@ class Search(RuleBasedStateMachine):
 
     # --- rules --------------------------------------------------------------------------------------------------
 
-
     @move("whole_session")
     @rule(task=TASKS, who=WHO, present=WHO)
     def whole_session(self, task: Mapping[str, Any], who: int, present: int) -> None:
@@ -314,7 +313,13 @@ class Search(RuleBasedStateMachine):
         self.check()
 
     @move("again")
-    @rule(at=AT, aborted=st.sampled_from((0, 0, 255, 255, 127, 31)), what=st.sampled_from(("run", "round", "attempt")), who=WHO, present=MOST)
+    @rule(
+        at=AT,
+        aborted=st.sampled_from((0, 0, 255, 255, 127, 31)),
+        what=st.sampled_from(("run", "round", "attempt")),
+        who=WHO,
+        present=MOST,
+    )
     def again(self, at: int, aborted: int, what: str, who: int, present: int) -> None:
         """The same work once more, in another run, round or attempt, with other sites; before that, some are asked for ABORT."""
         session = self.a.sessions[-1 - at % len(self.a.sessions)]
