@@ -59,8 +59,10 @@ def in_the_clear(plan):
 
 
 @pytest.mark.attack(
-    "C1", "after a secure round the server sends, in the same run, a plan that says sealed", stops="a run has one plan, and a person approves it"
-)  # fmt: skip
+    "C1",
+    "after a secure round the server sends, in the same run or another, a plan that says sealed",
+    stops="a run has one plan, and a person approves it",
+)
 @pytest.mark.parametrize("run", [0, 1])
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_no_site_gives_a_single_update_to_a_plan_that_steps_down(liar, run, kind):
@@ -369,7 +371,7 @@ class OutOfRange(SecAggSite):
 
 
 @pytest.mark.attack("C7", "a site sends levels beyond its range", stops="a mean beyond the range voids the round")
-def test_no_mean_is_taken_that_lies_beyond_the_range(seed=0):
+def test_no_mean_is_taken_that_lies_beyond_the_range():
     for heard in rounds(with_liar(5, OutOfRange), rounds=1):
         for _, update, *_ in heard.sums:
             assert np.abs(update.delta).max() <= 1.01  # the plan's first range

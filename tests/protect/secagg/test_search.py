@@ -12,7 +12,7 @@ import pytest
 from protect.secagg.search import Uncovered, search
 
 from fedlora.protect.secagg import site
-from fedlora.protect.secagg.cohort import Advert, Rules
+from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.complaints import Complaint
 from fedlora.protect.secagg.site import SecAggSite
 
@@ -31,14 +31,14 @@ WITHIN = ("alone", "twice", "seeds", "parts")
 @pytest.mark.attack("C4", "any short combination of moves within a session, deals and complaints among them",
     stops="a deal is signed for its holder; one vote, one body, one kind of share")  # fmt: skip
 def test_no_sequence_of_moves_breaks_a_promise_within_a_session():
-    search(*WITHIN, examples=40)
+    search(*WITHIN, examples=30)
 
 
 @pytest.mark.attack("C1", "any short combination of runs, plans, rounds, sets of sites and single updates",
     stops="a person approves plans and runs; what was given is remembered over runs")  # fmt: skip
 @pytest.mark.parametrize("promises", [("linear", "twice"), ("sealed", "metrics", "numbers")], ids=str)
 def test_no_sequence_of_sessions_gives_a_site_away(promises):
-    search(*promises, examples=20, sizes=(5, 7, 4), within=False)
+    search(*promises, examples=15, sizes=(5, 7, 4), within=False)
 
 
 # --- the search can find: each guard broken by hand -----------------------------------------------------------------
@@ -123,35 +123,25 @@ def few_complaints(b):
     b(SecAggSite, "_open", "if len(shown) > session.max_colluding:", "if False:")
 
 
-def signature_of_an_advertisement(b):
-    b(Advert, "verify", "check_signature(identity", "str((identity")
-
-
-def signature_of_a_delivery(b):
-    b(site, "check_deliveries", "one.verify(cohort, known)", "pass")
-
-
-def votes(b):
-    b(SecAggSite, "_unmask", "check_certificate(", "(lambda *a, **k: None)(")
-
-
 GUARDS = {
-    "two thirds rebuild a secret": [threshold],
-    "an own update is in what is agreed to, and enough others": [own_update_is_in, enough_updates],
-    "one vote, and secrets are deleted with the reveal": [one_vote, secrets_deleted_with_the_reveal],
-    "a second session needs proof that the first is over": [proof_that_the_first_session_is_over],
-    "one body a round": [one_body_a_round],
-    "one relay a session": [one_relay],
-    "COMMIT or ABORT": [one_kind_of_vote],
-    "one kind of share a site": [one_kind_of_share],
-    "the signature of a deal": [signature_of_a_deal],
-    "signatures of complaints, and few of them": [signature_of_a_complaint, few_complaints],
+    "two thirds rebuild a secret": ([threshold], ["two_views"]),
+    "an own update is in what is agreed to, and enough others": ([own_update_is_in, enough_updates], []),
+    "one vote, and secrets are deleted with the reveal": ([one_vote, secrets_deleted_with_the_reveal], ["two_votes"]),
+    "one relay a session": ([one_relay], ["two_relays"]),
+    "one kind of share a site": ([one_kind_of_share], []),
+    "the signature of a deal": ([signature_of_a_deal], []),
+    "signatures of complaints, and few of them": ([signature_of_a_complaint, few_complaints], []),
+    "a second session needs proof that the first is over": ([proof_that_the_first_session_is_over], ["again"]),
+    "one body a round": ([one_body_a_round], ["again"]),
+    "COMMIT or ABORT": ([one_kind_of_vote], ["again"]),
 }
+"""What is broken; and where that is found too rarely among all moves, those that are searched alone."""
 
 
 @pytest.mark.parametrize("guard", GUARDS)
 def test_the_search_sees_that_a_guard_is_broken(broken, guard):
-    for break_it in GUARDS[guard]:
+    pieces, only = GUARDS[guard]
+    for break_it in pieces:
         break_it(broken)
     with pytest.raises(Uncovered):
-        search(*WITHIN, examples=150)
+        search(*WITHIN, examples=80, sizes=(4, 3, 4), within=only != ["again"], only=only)
