@@ -14,19 +14,24 @@ from fedlora.admission import Approvals, Begun, Runs, admit
 from fedlora.config import Evaluation, Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
 from fedlora.enrol import make_site_keys
 from fedlora.errors import ConfigError, PlanNotApproved, RunNotApproved, StoreError, WrongPlan
+from fedlora.first import first_adapter
 from fedlora.messages import Request, Task
 from fedlora.protect.keys import Identity, load_identity
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.roster import SignedRoster, first_epoch
-from fedlora.protect.secagg.terms import Offer, Terms, codec
+from fedlora.protect.secagg.terms import Offer, codec
 from fedlora.store import FileMemory
-from fedlora.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_plan
+from fedlora.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_layout, toy_plan
 
 MODEL = Plan().model.model_name_or_path
 KEYS = {n: Identity.generate(n) for n in ("a", "b", "c", "server", "run", "coordinator")}
 RUN, SECOND = "ab" * 32, "cd" * 32
 SEALED = toy_plan(min_sites=3)
-SECAGG = toy_plan(min_sites=3, aggregate={"weighting": "uniform"}, protect=Protect(mode="secagg"))
+START = first_adapter(toy_layout(), seed=0)
+MEASURED = Evaluation(share=("train/loss", "eval/nll", "eval/tokens"))
+SECAGG = toy_plan(min_sites=3, aggregate={"weighting": "uniform"}, protect=Protect(mode="secagg"), evaluation=MEASURED).pinned(
+    base=TOY_BASE, init=START.digest()
+)
 DOWNGRADED = SECAGG.model_copy(update={"protect": Protect()})
 ROSTER = SignedRoster(
     first_epoch(
@@ -60,7 +65,8 @@ class One:
         return self.learner
 
     def task(self, plan, *, run=RUN, round=1, attempt=0, kind="train"):
-        return Task(run, plan.canonical(), TOY_BASE, kind, round, attempt, toy_adapter())
+        first = START if plan.lora.init_digest == START.digest() else toy_adapter()
+        return Task(run, plan.canonical(), TOY_BASE, kind, round, attempt, first)
 
     def sealed(self, plan, **options):
         """What it answers to a sealed task: a code, or nothing."""
@@ -71,8 +77,8 @@ class One:
 
     def secagg(self, plan, **options):
         """The same for the first message of a session, after which it has trained."""
-        task, terms = self.task(plan, **options), Terms.of(plan, ROSTER.roster)
-        offer = Offer(ROSTER.dump(), terms.scales(task, None), wire.dump_task(task, reply_key=KEYS["run"].public.kem)).dump()
+        task = self.task(plan, **options)
+        offer = Offer(ROSTER.dump(), wire.dump_task(task, reply_key=KEYS["run"].public.kem)).dump()
         return self.say(replace(self.link, roster=ROSTER.roster.digest()), task, "advertise", codec("advertise"), offer)
 
     def say(self, link, task, phase, word, payload):

@@ -323,7 +323,7 @@ def test_a_state_that_was_damaged_is_named_and_the_run_goes_back_one_checkpoint(
     ("sections", "said"),
     [
         ({"aggregate": {"name": "robust"}, "protect": {"mode": "secagg"}}, ["robust", "secagg", "fedavg", "sealed"]),
-        ({"aggregate": {"name": "product", "rank": "full"}, "protect": {"mode": "secagg"}}, ["full", "secagg", "'r'", "sealed"]),
+        ({"aggregate": {"name": "product"}, "protect": {"mode": "secagg"}}, ["secagg", "ffa", "rolora", "fedsvd", "sealed"]),
         ({"aggregate": {"name": "product"}, "server_optimizer": {"name": "nesterov"}}, ["nesterov", "product", "none"]),
         ({"aggregate": {"name": "fedsvd"}, "server_optimizer": {"name": "fedadam"}}, ["fedadam", "fedsvd", "none"]),
         ({"aggregate": {"name": "product"}, "training": {"optimizer_state": "keep"}}, ["keep", "product", "reset"]),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from protect.secagg.adversary import Adversary, known
-from protect.secagg.world import World, at_phase, identity, names
+from protect.secagg.world import World, at_phase, identity, names, secagg_plan
 
 from fedlora.errors import BadShare, FedLoRAError, WireError
 from fedlora.protect.secagg import SecAggSite
@@ -61,7 +61,7 @@ class Liar(SecAggSite):
 
 
 def with_liar(n, victims, **more):
-    world = World(n)
+    world = World(n, plan=secagg_plan(lone_change="allow"))  # who was left out may come back
     honest = world.site("site-2")
     liar = type("Made", (Liar,), {"victims": tuple(victims), **more})
     world.__dict__["sites"]["site-2"] = liar(honest.link, honest.roster, honest.entropy)
