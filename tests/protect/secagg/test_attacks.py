@@ -133,6 +133,32 @@ def test_no_combination_of_several_sums_gives_one_site(liar, how, where):
     nothing_else(a)
 
 
+OUTVOTED = {
+    "ten sites, one in league": (10, ["site-5"], [(range(1, 11), []), (range(5, 11), []), ((1, 2, 3, 4, 5, 9, 10), [10])]),
+    "thirteen sites, nobody in league": (
+        13,
+        [],
+        [(range(1, 8), []), (range(4, 14), []), ((1, 2, 3, *range(8, 14)), [8]), (range(1, 14), [])],
+    ),
+}
+
+
+@pytest.mark.attack(
+    "C3", "a sum that those who know better refuse, when enough others who know less agree", stops="who knows better has a veto"
+)
+@pytest.mark.parametrize("how", OUTVOTED)
+def test_those_who_know_of_an_earlier_sum_are_not_outvoted(liar, how):
+    """Two thirds of the votes are enough, also against the site whose update would be shown: it has given its masked one before."""
+    n, colluders, sums = OUTVOTED[how]
+    a = liar(n, plan=a_plan(lone_change="refuse"), colluders=colluders)
+    for run, (dealers, lost) in enumerate(sums):
+        sites = [f"site-{i}" for i in dealers]
+        a.whole(a.task(run=run), sites, present=[s for s in sites if s not in {f"site-{i}" for i in lost}])
+    assert opened(a) != []
+    assert uncovered(opened(a), coalition=1 - len(colluders)) == set()
+    nothing_else(a)
+
+
 # --- rounding -------------------------------------------------------------------------------------------------------
 
 
