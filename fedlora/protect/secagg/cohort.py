@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -418,10 +418,19 @@ def read_certificate(reader: Reader) -> dict[int, bytes]:
 
 
 def check_certificate(
-    votes: Mapping[int, bytes], text: bytes, *, names: Sequence[str], threshold: int, known: Callable[[str], PublicIdentity]
+    votes: Mapping[int, bytes],
+    text: bytes,
+    *,
+    names: Sequence[str],
+    threshold: int,
+    known: Callable[[str], PublicIdentity],
+    all_of: Collection[int] = (),
 ) -> None:
     """At least ``threshold`` sites of ``names`` (in order of number) have signed this vote. One that has been revoked since does
     not count.
+
+    Args:
+        all_of: sites each of which must be among them.
 
     Raises:
         VotesMissing: fewer.
@@ -436,3 +445,5 @@ def check_certificate(
             count += 1
     if count < threshold:
         raise VotesMissing(f"{count} votes, {threshold} are needed")
+    if silent := sorted(set(all_of) - votes.keys()):
+        raise VotesMissing(f"no vote of {', '.join(names[n - 1] for n in silent)}, whose update would be in the sum")

@@ -441,7 +441,7 @@ class SecAggServer:
             isinstance(errors.get(name), RemoteError) for name in names
         ):  # whoever is silent may have voted
             self.book.save_sum_of(self.plan.model.digest, self.plan.digest(), names)
-        if len(session.votes) >= session.cohort.threshold:
+        if len(session.votes) >= session.cohort.threshold and not self._vetoes(session):
             session.stage = "unmask"
         self.book.save(session)
 
@@ -537,7 +537,13 @@ class SecAggServer:
             raise SessionError("the sum of the weights is none of this many sites", hint="a site has sent numbers out of range")
         return weight / self.terms.max_weight
 
+    def _vetoes(self, session: ServerSession) -> set[int]:
+        """The sites without whose vote the others reveal nothing, unless the plan allows lone changes."""
+        return set() if self.plan.protect.lone_change == "allow" else set(session.counted) - session.votes.keys()
+
     def _too_few_left(self, session: ServerSession, votes: Mapping[int, bytes]) -> bool:
+        if self._vetoes(session) & session.gone:
+            return True
         return len(votes) + len([n for n in session.counted if n not in session.gone and n not in votes]) < (
             session.cohort.threshold
         )

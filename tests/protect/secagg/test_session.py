@@ -160,11 +160,21 @@ def test_more_sites_with_dropouts_in_every_step(n, most):
         lost = dict.fromkeys(names(n), "")
         for i, step in enumerate(steps):
             lost[names(n)[(k + 2 * i) % n]] = step
-        world = World(n)
+        world = World(n, plan=secagg_plan(lone_change="allow"))
         check(world, world.collect(world.task(), lost=at_phase(**lost)), lost)
 
 
-def test_a_second_round_has_finer_scales_and_makes_up_for_what_rounding_kept_back():
+@pytest.mark.parametrize("n", [4, 5, 7])
+def test_unless_lone_changes_are_allowed_a_site_that_does_not_vote_voids_its_round(n):
+    """Each site of a sum has a veto, or those who know of an earlier one could be outvoted."""
+    world = World(n)
+    for attempt in range(3):
+        heard = world.collect(world.task(attempt=attempt), lost=at_phase(**{"site-2": "vote"}))
+        assert heard.sums == []
+    assert [v.code for v in heard.voids] == ["cohort-too-small"]
+
+
+def test_a_second_round_makes_up_for_what_rounding_kept_back():
     world = World(4, plan=secagg_plan(profile="int4"))
     ((_, first, *_),) = world.collect(world.task()).sums
     world.next_round(first.delta)
