@@ -79,6 +79,10 @@ def threshold(b):
     b(Rules, "threshold", "return 2 * n // 3 + 1", "return n // 3 + 1")
 
 
+def veto(b):
+    b(SecAggSite, "_unmask", "all_of=due", "all_of=()")
+
+
 def one_vote(b):
     old = "if session.verdict == COMMIT and verdict == COMMIT and listed != session.delivered:"
     forget = "session = session.but(verdict=0, final=b'')\n        records.save_session(session)"
@@ -128,7 +132,7 @@ def comparison_with_earlier_sums(b):
 
 
 GUARDS = {
-    "two thirds rebuild a secret": ([threshold], ["two_views"]),
+    "two thirds rebuild a secret, and all counted have voted": ([threshold, veto], ["two_views"]),
     "an own update is in what is agreed to, and enough others; and earlier sums": (
         [own_update_is_in, enough_updates, comparison_with_earlier_sums],
         ["two_votes"],
