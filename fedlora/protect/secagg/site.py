@@ -186,7 +186,9 @@ class SecAggSite:
     ) -> Encoded:
         known = self._encoded or records.encoded()
         update = _with_metrics(work(task), terms.metrics_due(task, plan.evaluation.every))  # from the journal if it has been done
-        key = hashlib.sha256(f"{task.kind}/{task.round}/{task.adapter.digest()}/".encode() + scales.tobytes()).hexdigest()
+        key = hashlib.sha256(
+            f"{task.kind}/{task.round}/{task.plan_digest}/{task.adapter.digest()}/".encode() + scales.tobytes()
+        ).hexdigest()
         if known is not None and known.key == key:
             return known
         if task.kind == "evaluate":

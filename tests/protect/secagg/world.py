@@ -201,7 +201,9 @@ class World:
 
 def rounding_key(site: str, task: Task, scales: np.ndarray) -> bytes:
     """As the site itself makes it from its signing key; nobody else can."""
-    work = hashlib.sha256(f"{task.kind}/{task.round}/{task.adapter.digest()}/".encode() + scales.tobytes()).hexdigest()
+    work = hashlib.sha256(
+        f"{task.kind}/{task.round}/{task.plan_digest}/{task.adapter.digest()}/".encode() + scales.tobytes()
+    ).hexdigest()
     secret = identity(site).signing.private_bytes_raw()
     return derive(secret, "rounding", context=f"{task.run}/{task.round}/{work}".encode())
 
