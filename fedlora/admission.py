@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fedlora.config import SiteFile, canonical
 from fedlora.errors import PlanNotApproved, RunNotApproved, StoreError, WrongPlan
-from fedlora.store import write_atomic
+from fedlora.protect import Memory
 
-__all__ = ["Approvals", "Begun", "Runs", "admit"]
+__all__ = ["RUNS", "Approvals", "Begun", "Runs", "admit"]
+
+RUNS = "runs"
+"""Where a site's memory keeps them."""
 
 _SHOWS = (
     "in two runs of one plan every site trains from the same adapters by the same seeds: the difference of their sums is what "
@@ -84,11 +86,17 @@ def admit(begun: Sequence[Begun], one: Begun, *, plans: Sequence[str] | None) ->
     return after
 
 
+_WAY = (
+    "empty `plans` in the site file, delete both copies, and approve anew (`fedlora site approve`) what shall go on: "
+    "an entry for each run, also for the one that is under way"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """The runs of a site in a file, over restarts."""
+    """The runs of a site in its memory, over restarts."""
 
-    path: Path
+    memory: Memory
 
     def load(self) -> list[Begun]:
         """In the order in which they began.
@@ -97,18 +105,13 @@ class Runs:
             StoreError: damaged.
         """
         try:
-            return [Begun(run, plan) for run, plan in json.loads(self.path.read_bytes())]
-        except FileNotFoundError:
-            return []
-        except OSError as e:
-            raise StoreError(f"cannot read {self.path}: {e.strerror}") from None
+            return [Begun(run, plan) for run, plan in json.loads(self.memory.get(RUNS) or b"[]")]
+        except StoreError as e:
+            raise StoreError(f"the record of the runs that this site has taken part in: {e}", hint=_WAY) from None
         except (ValueError, TypeError):
-            raise StoreError(
-                f"{self.path}, the record of the runs that this site has taken part in, is damaged",
-                hint="empty `plans` in the site file, delete that file, and approve anew (`fedlora site approve`) what shall go "
-                "on: an entry for each run, also for the one that is under way",
-            ) from None
+            where = self.memory.where(RUNS)
+            raise StoreError(f"{where}, the record of the runs that this site has taken part in, is damaged", hint=_WAY) from None
 
     def save(self, begun: Sequence[Begun]) -> None:
         """On the disk when this returns."""
-        write_atomic(self.path, canonical([[b.run, b.plan] for b in begun]))
+        self.memory.put(RUNS, canonical([[b.run, b.plan] for b in begun]))

@@ -161,7 +161,7 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
             "the plan is not pinned: it has another digest than the one that will run", hint="ask for the pinned plan"
         )
     digest, state = plan.digest(), root / file.state
-    begun = Runs(state / "journal" / "runs.json").load()
+    begun = Runs(FileMemory(state / "memory")).load()
     last = _last(file, state, but=digest)
     return Question(
         digest=digest,

@@ -26,6 +26,7 @@ from fedlora.errors import (
     WrongLayout,
     WrongRound,
 )
+from fedlora.files import FileMemory
 from fedlora.first import first_adapter
 from fedlora.messages import EVALUATION, Reply, Request, Task
 from fedlora.protect import SiteProtection
@@ -174,7 +175,7 @@ class Site:
     def _admit(self, task: Task) -> None:
         """Whether this run may go on here; a new one is on the disk before anything is done for it."""
         plans = None if self.policy.approve == "any-within-policy" else self.approvals().plans
-        runs = Runs(self.journal.directory / "runs.json")
+        runs = Runs(self.journal.memory or FileMemory(self.journal.directory / "memory"))
         after = admit(begun := runs.load(), Begun(task.run, task.plan_digest), plans=plans)
         self.policy.check(parse_plan(task.plan), models=self.models)  # what is refused uses up no approval
         if len(after) > len(begun):

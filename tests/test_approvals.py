@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora import build, wire
-from fedlora.admission import Approvals, Begun, Runs, admit
+from fedlora.admission import RUNS, Approvals, Begun, Runs, admit
 from fedlora.config import Evaluation, Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
 from fedlora.enrol import make_site_keys
 from fedlora.errors import ConfigError, PlanNotApproved, RunNotApproved, StoreError, WrongPlan
@@ -246,15 +246,20 @@ def test_kill_9_forgets_no_run(tmp_path):
 def test_a_damaged_record_of_runs_names_itself_and_stops_the_site(tmp_path):
     one = One(tmp_path, **pinning(SEALED, roster=False))
     assert one.sealed(SEALED) == ""
-    file = tmp_path / "state" / "journal" / "runs.json"
-    for damage in (b"", b"[[1", b'{"a": 1}', b'[["ab"]]'):
-        file.write_bytes(damage)
-        with pytest.raises(StoreError, match=str(file)) as damaged:
-            Runs(file).load()
+    memory = FileMemory(tmp_path / "state" / "memory")
+    for damage in (b"[[1", b'{"a": 1}', b'[["ab"]]', None):
+        if damage is None:
+            for file in memory.files(RUNS):
+                file.write_bytes(b"")
+        else:
+            memory.put(RUNS, damage)
+        with pytest.raises(StoreError, match=memory.where(RUNS)) as damaged:
+            Runs(memory).load()
         assert "approve anew" in damaged.value.hint
         assert one.sealed(SEALED, round=2) == "store"
     assert one.learner.trained == [1]
-    file.unlink()  # as the hint says: the run that was under way takes the new entry
+    for file in memory.files(RUNS):  # as the hint says: the run that was under way takes the new entry
+        file.unlink()
     assert one.sealed(SEALED, round=2) == ""
 
 

@@ -39,7 +39,7 @@ def test_what_is_due_is_what_the_plan_gives_and_little_more(tmp_path, dtype, sec
     fed.run(over) if secret else fed.run(transport=over)
     assert {r.phase for r, _ in seen} >= ({"advertise", "share", "mask", "vote", "unmask"} if secret else {"train", "global"})
     assert all(not reply.error and len(reply.body) <= r.max_reply_bytes for r, reply in seen)
-    room = overhead(1) + MAX_HEADER_BYTES + 4096  # of an update's header, or an advertisement
+    room = overhead(1, 1 << 20) + MAX_HEADER_BYTES + 4096  # of an update's header, or an advertisement
     assert all(r.max_reply_bytes <= len(reply.body) + room for r, reply in seen)
 
 

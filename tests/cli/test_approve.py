@@ -82,7 +82,7 @@ def test_a_plan_that_is_approved_already_is_not_added_twice_unless_again(home, c
     assert main(["site", "approve", "sealed.toml", "--yes"]) == 0
     assert "approved already" in capsys.readouterr().out
     assert len(plans(home)) == 1
-    Runs(home / "state" / "journal" / "runs.json").save([Begun("ab" * 32, SEALED.digest())])
+    Runs(FileMemory(home / "state" / "memory")).save([Begun("ab" * 32, SEALED.digest())])
     assert main(["site", "approve", "sealed.toml", "--yes", "--again"]) == 0
     out = capsys.readouterr().out
     assert "A FURTHER RUN OF ONE PLAN" in out

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from protect.secagg.test_federation import Federation, secagg_plan
+from protect.secagg.test_federation import START, Federation, secagg_plan
 
 import fedlora
+from fedlora import build
 from fedlora.config import Policy, SiteFile, dump_toml
 from fedlora.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.flower.exposure import free_port
@@ -20,7 +21,6 @@ from fedlora.messages import Reply
 from fedlora.processes import die_with_parent
 from fedlora.protect.keys import Identity, load_identity, load_public
 from fedlora.store import RunStore, save_adapter
-from fedlora.testing import toy_adapter
 from fedlora.transport import LocalTransport
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(420)]
@@ -61,7 +61,7 @@ class Deployment:
                 policy=Policy(min_sites=1, max_first_range=64.0, lone_change="allow"),
             )
             (root / name / "site.toml").write_text(dump_toml(file))
-        save_adapter(root / "plan" / "first.safetensors", toy_adapter(), {"round": 0, "plan": plan.digest()})
+        save_adapter(root / "plan" / "first.safetensors", START, {"round": 0, "plan": plan.digest()})
         (root / "plan" / "plan.toml").write_text(dump_toml(plan))
 
     def begin(self, name, *words):
@@ -144,13 +144,20 @@ def test_five_sites_one_killed_in_each_step_of_five_rounds(tmp_path):
     assert "c" not in records[2]["sites"]
     assert "d" in records[3]["sites"]  # killed after its update was in the sum
     assert "e" in records[4]["sites"]
-    assert store.load().adapter.digest() == replayed(tmp_path / "again", plan, records, deployment.worked()).digest()
+    assert store.load().adapter.digest() == replayed(tmp_path / "again", deployment, store).digest()
     print([round(r["seconds/round"], 1) for r in records])
 
 
-def replayed(path, plan, records, worked):
-    """The same run in this process, with the same sites at work and counted in each round: the sums must be the same bits."""
-    federation, at = Federation(path, plan, targets=TARGETS), {"round": 0}
+def replayed(path, deployment, store):
+    """The same run in this process, by the same keys, with the same sites at work and counted in each round: the sums must be the
+    same bits."""
+    (path / "keys").mkdir(parents=True)
+    for name in TARGETS:
+        (path / "keys" / name).touch(mode=0o600)
+        (path / "keys" / name).write_bytes((deployment.root / name / "keys" / f"{name}.key").read_bytes())
+    build.start_run(path / "run", deployment.plan, START, run=store.run)
+    federation, at = Federation(path, deployment.plan, targets=TARGETS), {"round": 0}
+    records, worked = store.records(), deployment.worked()
 
     class Asked(LocalTransport):
         def sites(self):
