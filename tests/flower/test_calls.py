@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,23 @@ def test_a_call_that_is_changed_or_repeated_is_refused(home, change):
     with pytest.raises(Refused) as error:
         known.check(method, path, pairs(headers) + more)
     assert error.value.status == 401
+
+
+def test_the_golden_call_is_taken_once_and_no_other(home):
+    golden = json.loads((Path(__file__).parents[1] / "vectors" / "call.json").read_text())
+    (home / "sites" / "alpha.pub").write_text(golden["pub"])
+    method, path, headers = golden["method"], golden["path"], golden["headers"]
+    known = callers(home, now=golden["now"])
+    for other in (
+        ("PUT", path, headers),
+        (method, path + "x", headers),
+        (method, path, headers | {TIME: headers[TIME][:-7] + "1+00:00"}),
+    ):
+        with pytest.raises(Refused, match="a signature of another call"):
+            known.check(other[0], other[1], pairs(other[2]))
+    assert known.check(method, path, pairs(headers)).body == sha256(golden["body"].encode()).hexdigest()
+    with pytest.raises(Refused, match="made before"):
+        known.check(method, path, pairs(headers))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
