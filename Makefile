@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 test: $(VENV)/.ready  ## style, types, all tests
 	$(RUN)/ruff format --check . && $(RUN)/ruff check .
 	$(RUN)/mypy
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile
 
 quick: $(VENV)/.ready  ## the tier without torch and without Flower processes
 	$(RUN)/python -m pytest -m 'not torch and not flower and not real' --ignore=tests/learn

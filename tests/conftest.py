@@ -23,7 +23,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--tables"):
+    if session.config.getoption("--tables") and not hasattr(session.config, "workerinput"):
         for kind in tables.PAGES:
             tables.write(kind, _PASSED)
 
