@@ -16,7 +16,7 @@ from fedlora.config import Plan, SiteFile, load_site_file, parse_plan
 from fedlora.errors import ConfigError, FedLoRAError
 from fedlora.protect.keys import load_identity
 from fedlora.protect.roster import SignedRoster
-from fedlora.protect.secagg.given import Given, small_parts
+from fedlora.protect.secagg.given import Given, Sum
 from fedlora.store import FileMemory, write_atomic
 
 __all__ = ["Question", "approve", "in_words", "question", "with_approval"]
@@ -206,14 +206,14 @@ def _uncovered(plan: Plan, file: SiteFile, root: Path) -> list[str] | None:
     if not Given.begun(memory):
         return []
     ledger = Given(memory, load_identity(root / file.key), lambda n: bytes(n)).load()  # only read here
-    groups = ledger.groups(plan.model.digest, other_than=plan.digest(), pending=True)
-    if not groups:
+    if not ledger.groups(plan.model.digest, other_than=plan.digest(), pending=True):
         return []
     if (blob := memory.get("roster")) is None:
         return None
     roster = SignedRoster.parse(blob).roster
     colluding = max(plan.protect.max_colluding, roster.max_colluding)
-    return sorted(small_parts(groups, roster.active(), colluding=colluding))
+    all_sites = Sum(plan.model.digest, plan.digest(), "", frozenset(roster.active()), plan.lora.ranks)
+    return sorted(ledger.shown(all_sites, colluding=colluding, other_than=plan.digest()))
 
 
 def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[str] = ()) -> int:

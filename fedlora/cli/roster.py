@@ -22,6 +22,16 @@ RosterFile = Annotated[Path, typer.Argument(help="Roster file (JSON).", show_def
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
+MinCohort = Annotated[
+    int | None,
+    typer.Option(
+        help="Fewest sites of a sum from now on; default: as many as it takes for sums of before and after to have an honest "
+        "site in common. Lower only if there was no run under secure aggregation yet, or with another base model.",
+        show_default=False,
+    ),
+]
+
+
 @roster.command("new")
 def new(
     file: RosterFile,
@@ -67,6 +77,7 @@ def add(
     file: RosterFile,
     sites: Annotated[list[Path] | None, typer.Argument(help="The new sites' .pub files.", show_default=False)] = None,
     days: Annotated[int | None, typer.Option(help="Hold from now for so long; default: the end stays.")] = None,
+    min_cohort: MinCohort = None,
     json: Json = False,
 ) -> None:
     """Write the next epoch with more sites, not signed yet. With --days alone it only renews.
@@ -78,7 +89,7 @@ def add(
 
     if not sites and days is None:
         raise ConfigError("nothing to change", hint="name the .pub files of new sites, or --days to renew")
-    _turn(file, add=[load_public(s) for s in sites or ()], revoke=[], days=days, json=json)
+    _turn(file, add=[load_public(s) for s in sites or ()], revoke=[], days=days, min_cohort=min_cohort, json=json)
 
 
 @roster.command("revoke")
@@ -86,13 +97,14 @@ def revoke(
     file: RosterFile,
     names: Annotated[list[str], typer.Argument(help="Names of sites.", show_default=False)],
     days: Annotated[int | None, typer.Option(help="Hold from now for so long; default: the end stays.")] = None,
+    min_cohort: MinCohort = None,
     json: Json = False,
 ) -> None:
     """Write the next epoch without these sites, not signed yet. Neither name nor key can come back.
 
     Example: fedlora roster revoke roster.json north
     """
-    _turn(file, add=[], revoke=names, days=days, json=json)
+    _turn(file, add=[], revoke=names, days=days, min_cohort=min_cohort, json=json)
 
 
 @roster.command("sign")
@@ -152,7 +164,9 @@ def show(file: RosterFile, json: Json = False) -> None:
 # --- what they share --------------------------------------------------------------------------------------------
 
 
-def _turn(file: Path, *, add: list[PublicIdentity], revoke: list[str], days: int | None, json: bool) -> None:
+def _turn(
+    file: Path, *, add: list[PublicIdentity], revoke: list[str], days: int | None, min_cohort: int | None, json: bool
+) -> None:
     """Puts the next epoch in the place of this one, which stays beside it."""
     from fedlora.errors import StoreError
     from fedlora.protect.roster import SignedRoster, load_roster, next_epoch
@@ -160,7 +174,7 @@ def _turn(file: Path, *, add: list[PublicIdentity], revoke: list[str], days: int
     old = load_roster(file)
     # No site would ever take an epoch that follows an unsigned one.
     old.verify(old.roster.coordinators, old.roster.needed, others=_coordinators_before(file, old.roster))
-    new = SignedRoster(next_epoch(old.roster, add=add, revoke=revoke, days=days, now=int(time.time())))
+    new = SignedRoster(next_epoch(old.roster, add=add, revoke=revoke, days=days, min_cohort=min_cohort, now=int(time.time())))
     kept = _kept(file, old.roster.epoch)
     if kept.exists() and load_roster(kept).roster != old.roster:
         raise StoreError(f"{kept} is another roster", hint="move it away: the epoch that is replaced is kept under this name")

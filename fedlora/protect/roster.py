@@ -475,14 +475,20 @@ def next_epoch(
     add: Sequence[PublicIdentity] = (),
     revoke: Collection[str] = (),
     days: int | None = None,
+    min_cohort: int | None = None,
     now: int,
 ) -> Roster:
     """The roster after this one.
+
+    New sites do not know the sums of before. So that each later sum has an honest site that does, ``min_cohort`` rises with
+    every change, to all sites at the most: ``s`` of the old sites were in a sum, hence at most ``N - s + c`` others and
+    colluders are in one that none of them would see.
 
     Args:
         add: new sites; names and keys that were never on the roster.
         revoke: names of sites that no longer take part.
         days: it ends this many days from ``now``; None keeps the end.
+        min_cohort: fewest sites of a sum from now on; None: as many as that needs.
         now: seconds since 1970, when it begins.
 
     Raises:
@@ -495,14 +501,30 @@ def next_epoch(
     for name in revoke:
         roster.site(name)
     stay = [replace(m, status="revoked") if m.identity.name in revoke else m for m in roster.sites]
+    if min_cohort is None:
+        min_cohort = _cohort_after(roster, added=len(add), revoked=len(set(revoke)))
     return replace(
         roster,
         epoch=roster.epoch + 1,
         previous=roster.digest(),
         not_before=now,
         not_after=roster.not_after if days is None else now + days * _DAY_S,
+        min_cohort=min_cohort,
         sites=tuple(sorted([*stay, *(Member(p, "active") for p in add)], key=lambda m: m.identity.name)),
     )
+
+
+def _cohort_after(roster: Roster, *, added: int, revoked: int) -> int:
+    """Fewest sites of a sum for it to have an honest one of each sum that an earlier epoch allowed."""
+    if not added and not revoked:
+        return roster.min_cohort
+    before, c = len(roster.active()), roster.max_colluding
+    sites = before + added - revoked
+    fewest = max(roster.min_cohort, c + 2, (before + c + 1) // 2)
+    wanted = sites + c + 1 + revoked - fewest
+    if roster.epoch > 1:
+        wanted = max(wanted, roster.min_cohort + added)
+    return max(roster.min_cohort, min(wanted, sites))
 
 
 # --- what may stand in a roster ----------------------------------------------------------------------------------------

@@ -438,12 +438,12 @@ def check_certificate(
     """
     if any(not 1 <= n <= len(names) for n in votes):
         raise VotesMissing(f"a vote of a site that is none of {len(names)}")
-    count = 0
+    counted: set[int] = set()
     for number, signature in votes.items():
         with suppress(RevokedSite):
             check_signature(known(names[number - 1]), "vote", text, signature)
-            count += 1
-    if count < threshold:
-        raise VotesMissing(f"{count} votes, {threshold} are needed")
-    if silent := sorted(set(all_of) - votes.keys()):
+            counted.add(number)
+    if len(counted) < threshold:
+        raise VotesMissing(f"{len(counted)} votes, {threshold} are needed")
+    if silent := sorted(set(all_of) - counted):
         raise VotesMissing(f"no vote of {', '.join(names[n - 1] for n in silent)}, whose update would be in the sum")

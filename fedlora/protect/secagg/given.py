@@ -26,7 +26,7 @@ from fedlora.protect import Memory
 from fedlora.protect.keys import Identity
 from fedlora.protect.secagg.masks import derive
 
-__all__ = ["Given", "Groups", "Ledger", "Sum", "choose", "overlapping", "refine", "small_parts"]
+__all__ = ["Given", "Groups", "Ledger", "Sum", "choose", "overlapping", "refine", "small_parts", "with_slot"]
 
 Groups: TypeAlias = tuple[frozenset[str], ...]
 """Names of sites; disjoint, none empty, in order of each group's first name."""
@@ -45,12 +45,14 @@ def refine(groups: Groups, counted: Collection[str]) -> Groups:
 
 
 def small_parts(groups: Groups, counted: Collection[str], *, colluding: int) -> frozenset[str]:
-    """The sites that a sum over ``counted`` would leave in a group of at most ``colluding + 1``, and that are in none yet.
+    """The sites that a sum over ``counted`` would leave in a group of at most ``colluding + 1``, unless the group is one already
+    and gives nothing to this sum.
 
     Empty: the sum keeps the law. Else these could be uncovered: their group's sum can be computed, and colluders in it know
     their own part.
     """
-    small = [part for part in refine(groups, counted) if len(part) < colluding + 2 and part not in groups]
+    now = frozenset(counted)
+    small = [part for part in refine(groups, now) if len(part) < colluding + 2 and (part not in groups or part <= now)]
     return frozenset().union(*small)
 
 
@@ -69,9 +71,14 @@ def choose(present: Collection[str], groups: Groups, *, colluding: int, keep: st
         there = sorted(group & here, key=lambda name: (name != keep, name))
         room = len(group) if group <= here else len(group) - least
         taken = min(len(there), room)
-        if taken >= least or (group <= here and group in groups):
+        if taken >= least:
             chosen.update(there[:taken])
     return frozenset(chosen)
+
+
+def with_slot(sites: Iterable[str], ranks: Mapping[str, int], slot: int) -> frozenset[str]:
+    """Those that train a slot of their adapters, counted from 0, where ``ranks`` gives some sites fewer slots."""
+    return frozenset(name for name in sites if ranks.get(name, slot + 1) > slot)
 
 
 def overlapping(sites: int, *, colluding: int) -> int:
@@ -94,12 +101,16 @@ class Sum:
         plan: the plan's digest.
         t1: the session's name, hex.
         sites: whose updates are in it; before the vote, whose may be.
+        ranks: of sites that have fewer slots than the others: each slot has a sum of its own, over those that have it.
+        slots: whether it is a sum of updates; an evaluation's is of numbers that have no slots.
     """
 
     base: str
     plan: str
     t1: str
     sites: frozenset[str]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    slots: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,23 +121,33 @@ class Ledger:
         agreed: base and plan -> groups after all sums that this site has voted for.
         pending: session -> a sum that this site has given its masked update to without having heard which sites it was over;
             taken for one over all that might be.
+        ranks: base and plan -> sites that have fewer slots than the others.
     """
 
     agreed: Mapping[tuple[str, str], Groups] = field(default_factory=dict)
     pending: Mapping[str, Sum] = field(default_factory=dict)
+    ranks: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict)
 
-    def groups(self, base: str, *, plan: str = "", other_than: str = "", pending: bool = False, but: str = "") -> Groups:
+    def groups(
+        self, base: str, *, plan: str = "", other_than: str = "", pending: bool = False, but: str = "", slot: int = 0
+    ) -> Groups:
         """Groups after all sums on a base; with ``plan`` of that plan alone, or of all but ``other_than``.
 
         Args:
             pending: whether those count whose sites are not known.
             but: a session among these that does not.
+            slot: of the adapter; sites that do not have it are in no group.
         """
         of = {found for on, found in self.agreed if on == base} | {s.plan for s in self.pending.values() if s.base == base}
         wanted = {plan} if plan else of - {other_than}
-        sums = [group for found in sorted(wanted) for group in self.agreed.get((base, found), ())]
+        sums = [
+            with_slot(group, self.ranks.get((base, found), {}), slot)
+            for found in sorted(wanted)
+            for group in self.agreed.get((base, found), ())
+        ]
         if pending:
-            sums += [s.sites for t1, s in self.pending.items() if s.base == base and s.plan in wanted and t1 != but]
+            waiting = [s for t1, s in self.pending.items() if s.base == base and s.plan in wanted and t1 != but]
+            sums += [with_slot(s.sites, s.ranks, slot) for s in waiting]
         return reduce(refine, sums, ())
 
     def shown(self, sum: Sum, *, colluding: int, plan: str = "", other_than: str = "") -> frozenset[str]:
@@ -134,8 +155,14 @@ class Ledger:
 
         Looked at without the pending sums and with them: these can make a group smaller, and excuse none for being small.
         """
-        views = (self.groups(sum.base, plan=plan, other_than=other_than, pending=p, but=sum.t1) for p in (False, True))
-        return frozenset().union(*(small_parts(groups, sum.sites, colluding=colluding) for groups in views))
+        ranks = [sum.ranks, *self.ranks.values(), *(s.ranks for s in self.pending.values())]
+        found: frozenset[str] = frozenset()
+        for slot in {0}.union(*(r.values() for r in ranks)) if sum.slots else (0,):
+            counted = with_slot(sum.sites, sum.ranks, slot)
+            for p in (False, True):
+                groups = self.groups(sum.base, plan=plan, other_than=other_than, pending=p, but=sum.t1, slot=slot)
+                found |= small_parts(groups, counted, colluding=colluding)
+        return found
 
     def check(self, sum: Sum, *, colluding: int, alone: bool, uncovers: Collection[str]) -> None:
         """Agrees to a sum, or says whose update it could show.
@@ -197,7 +224,7 @@ class Ledger:
             for t1, one in self.pending.items()
             if t1 != sum.t1 and not ((one.base, one.plan) == key and refine(groups, one.sites) == groups)
         }
-        return Ledger({**self.agreed, key: groups}, pending)
+        return Ledger({**self.agreed, key: groups}, pending, {**self.ranks, key: sum.ranks} if sum.ranks else self.ranks)
 
 
 def _names(sites: Iterable[str]) -> str:
@@ -235,7 +262,8 @@ class Given:
         try:
             facts = json.loads(self._cipher().decrypt(blob[:12], blob[12:], _KEY.encode()))
             agreed = {(base, plan): tuple(frozenset(g) for g in groups) for base, plan, groups in facts["agreed"]}
-            pending = {t1: Sum(base, plan, t1, frozenset(sites)) for base, plan, t1, sites in facts["pending"]}
+            pending = {t1: Sum(base, plan, t1, frozenset(sites), ranks) for base, plan, t1, sites, ranks in facts["pending"]}
+            ranks = {(base, plan): dict(of) for base, plan, of in facts["ranks"]}
         except (InvalidTag, ValueError, KeyError, TypeError):
             where = self.memory.where(_KEY)
             raise StoreError(
@@ -243,13 +271,14 @@ class Given:
                 hint="without it no sum can be compared with earlier ones. Put the file back as it was last; or, if you accept "
                 "that a new sum beside an old one on the same base model may show this site's update, delete it",
             ) from None
-        return Ledger(agreed, pending)
+        return Ledger(agreed, pending, ranks)
 
     def save(self, ledger: Ledger) -> None:
         """Returns after it is on the disk."""
         facts = {
             "agreed": [[*key, [sorted(g) for g in groups]] for key, groups in sorted(ledger.agreed.items())],
-            "pending": [[s.base, s.plan, s.t1, sorted(s.sites)] for s in ledger.pending.values()],
+            "pending": [[s.base, s.plan, s.t1, sorted(s.sites), dict(s.ranks)] for s in ledger.pending.values()],
+            "ranks": [[*key, dict(of)] for key, of in sorted(ledger.ranks.items())],
         }
         nonce = self.entropy(12)
         self.memory.put(_KEY, nonce + self._cipher().encrypt(nonce, canonical(facts), _KEY.encode()))

@@ -41,7 +41,8 @@ class Session:
         bits: width of the ring.
         plan, base: digests of the plan and of the base model.
         alone: whether the plan allows sums that differ by single sites.
-        ranks: see :class:`Rules`; empty in an evaluation.
+        ranks: the plan's, see :class:`Rules`.
+        slots: whether the session's sum has slots; not in an evaluation.
         t1: the session's name, once its sites are fixed.
         digest: of the masked update, once it has been made.
         verdict: of the vote, 0 before it.
@@ -62,6 +63,7 @@ class Session:
     base: str
     alone: bool
     ranks: Mapping[str, int]
+    slots: bool
     t1: bytes = b""
     digest: bytes = b""
     verdict: int = 0
@@ -71,7 +73,7 @@ class Session:
 
     @property
     def rules(self) -> Rules:
-        return Rules(self.max_colluding, self.min_cohort, self.ranks)
+        return Rules(self.max_colluding, self.min_cohort, self.ranks if self.slots else {})
 
     def but(self, **changes: Any) -> Session:
         """The same with these fields changed."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -35,7 +35,7 @@ from fedlora.errors import (
     WireError,
     WrongContext,
 )
-from fedlora.messages import Reply, Request, Reveals, Task
+from fedlora.messages import Kind, Reply, Request, Reveals, Task
 from fedlora.protect import Talk, Tally
 from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.link import Context, ServerLink, hear, reply_bytes
@@ -62,7 +62,7 @@ from fedlora.protect.secagg.complaints import (
     read_opened,
 )
 from fedlora.protect.secagg.dealing import Opened
-from fedlora.protect.secagg.given import Groups, choose, small_parts
+from fedlora.protect.secagg.given import Groups, choose, small_parts, with_slot
 from fedlora.protect.secagg.opening import Deal, deal_bytes, parse_reveal, relay, reveal_bytes, unmask
 from fedlora.protect.secagg.rings import packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.terms import Offer, Terms, codec
@@ -162,6 +162,18 @@ class SecAggServer:
     def _groups(self) -> Groups:
         return () if self.plan.protect.lone_change == "allow" else self.book.groups(self.plan.model.digest, self.plan.digest())
 
+    def _shown(self, names: Collection[str], *, kind: Kind = "train") -> bool:
+        """Whether a sum of these would show single updates beside earlier ones, in any slot of the adapter."""
+        ranks, groups = self.terms.rules_for(kind).ranks, self._groups()
+        return any(
+            small_parts(
+                tuple(g for group in groups if (g := with_slot(group, ranks, slot))),
+                with_slot(names, ranks, slot),
+                colluding=self.terms.rules.max_colluding,
+            )
+            for slot in {0, *ranks.values()}
+        )
+
     def _agreeable(self, names: Sequence[str], errors: Errors, *, least: int) -> list[str]:
         """The most of these sites whose sum they can agree to, beside the plan's earlier ones.
 
@@ -170,7 +182,7 @@ class SecAggServer:
         """
         groups, away = self._groups(), self._away(names)
         most = choose(names, groups, colluding=self.terms.rules.max_colluding) if groups else frozenset(names)
-        if groups and len(most) < least <= len(names):
+        if groups and (len(most) < least or self._shown(most)) and least <= len(names):
             self.report("lone-change", {"sites": sorted(names), "missing": away})
             raise LoneChange(
                 f"a sum over {', '.join(sorted(names))} would show single updates beside earlier ones; missing: "
@@ -425,7 +437,7 @@ class SecAggServer:
         rules, names = self.terms.rules_for(task.kind), session.names(session.counted)
         with suppress(CohortTooSmall):
             rules.check_slots(names)
-            if small_parts(self._groups(), names, colluding=rules.max_colluding):
+            if self._shown(names, kind=task.kind):
                 self.report("lone-change", {"sites": names, "missing": self._away(names)})
                 return False
             return len(session.delivered) >= rules.fewest_inputs(len(session.cohort.adverts))

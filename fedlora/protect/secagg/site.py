@@ -175,7 +175,8 @@ class SecAggSite:
                 plan=task.plan_digest,
                 base=task.base,
                 alone=plan.protect.lone_change == "allow",
-                ranks=dict(terms.rules_for(task.kind).ranks),
+                ranks=dict(terms.rules.ranks),
+                slots=task.kind == "train",
             )
             records.save_session(session)
         own = advertise(self._name, context, Secrets(session.root), key=self.link.identity.signing)
@@ -430,7 +431,8 @@ class SecAggSite:
 
 
 def _sum(cohort: Cohort, session: Session, numbers: Iterable[int]) -> Sum:
-    return Sum(session.base, session.plan, cohort.t1.hex(), frozenset(cohort.advert(n).name for n in numbers))
+    names = frozenset(cohort.advert(n).name for n in numbers)
+    return Sum(session.base, session.plan, cohort.t1.hex(), names, session.ranks, session.slots)
 
 
 def _with_metrics(update: Update, due: Collection[str]) -> Update:
