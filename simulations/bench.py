@@ -283,7 +283,7 @@ def _roomy(fed: Any, name: str) -> Any:
     from dataclasses import replace
 
     site = fed.site(name)
-    site.protection = replace(site.protection, max_request_bytes=1 << 30)
+    site.protection = replace(site.protection, link=replace(site.protection.link, max_request_bytes=1 << 30))
     return site
 
 
