@@ -13,10 +13,10 @@ from tomlkit.exceptions import TOMLKitError
 
 from fedlora.admission import Runs
 from fedlora.config import Plan, SiteFile, load_site_file, parse_plan
-from fedlora.errors import ConfigError, FedLoRAError
+from fedlora.errors import ConfigError, FedLoRAError, LoneChange
 from fedlora.protect.keys import load_identity
 from fedlora.protect.roster import SignedRoster
-from fedlora.protect.secagg.given import Given, Sum
+from fedlora.protect.secagg.given import Given, Ledger, Sum
 from fedlora.store import FileMemory, write_atomic
 
 __all__ = ["Question", "approve", "in_words", "question", "with_approval"]
@@ -76,7 +76,7 @@ class Question:
         words: see :func:`in_words`.
         last: the same of the plan that was approved last, empty if there was none.
         changed: every key of the plan file that differs from that one's, with both values.
-        refusals: of this site's own policy.
+        refusals: of this site's own policy, and of what it remembers having given.
         approved: entries that stand for this plan already.
         begun: runs of it that this site has taken part in.
         agreed: sites that people have agreed before to uncover by this plan.
@@ -121,7 +121,7 @@ class Question:
         out += [f"  {topic:{width}}  no longer said; was: {was}" for topic, was in self.last.items() if topic not in self.words]
         out.append("* differs from the plan that was approved last" if self.last else "no earlier plan to compare with")
         out += [f"  {line}" for line in self.changed]
-        out += [f"this site's policy refuses it: {reason}" for reason in self.refusals]
+        out += [f"this site refuses it: {reason}" for reason in self.refusals]
         return [*out, *self._runs(again=again), *self._uncovered()]
 
     def _runs(self, *, again: bool) -> list[str]:
@@ -163,17 +163,18 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
     digest, state = plan.digest(), root / file.state
     begun = Runs(FileMemory(state / "memory")).load()
     last = _last(file, state, but=digest)
+    secagg = plan.protect.mode == "secagg"
     return Question(
         digest=digest,
         words=in_words(plan),
         last=in_words(last) if last is not None else {},
         changed=_changed(last, plan) if last is not None else (),
-        refusals=file.agreed.refusals(plan, models=frozenset(file.models)),
+        refusals=[*file.agreed.refusals(plan, models=frozenset(file.models)), *(_unlike(plan, file, root) if secagg else ())],
         approved=file.plans.count(digest),
         begun=sum(one.plan == digest for one in begun),
         agreed=file.uncovers.get(digest, ()),
         named=sorted({*file.uncovers.get(digest, ()), *uncovers}),
-        uncovered=_uncovered(plan, file, root) if plan.protect.mode == "secagg" else (),
+        uncovered=_uncovered(plan, file, root) if secagg else (),
     )
 
 
@@ -201,11 +202,23 @@ def _copy(state: Path, digest: str) -> Path:
     return state / "approved" / f"{digest}.json"
 
 
-def _uncovered(plan: Plan, file: SiteFile, root: Path) -> list[str] | None:
+def _ledger(file: SiteFile, root: Path) -> Ledger:
     memory = FileMemory(root / file.state / "memory")
     if not Given.begun(memory):
-        return []
-    ledger = Given(memory, load_identity(root / file.key), lambda n: bytes(n)).load()  # only read here
+        return Ledger()
+    return Given(memory, load_identity(root / file.key), lambda n: bytes(n)).load()  # only read here
+
+
+def _unlike(plan: Plan, file: SiteFile, root: Path) -> list[str]:
+    try:
+        _ledger(file, root).check_alike(plan.model.digest, alone=plan.protect.lone_change == "allow")
+    except LoneChange as error:
+        return [f"{error}. {error.hint}"]
+    return []
+
+
+def _uncovered(plan: Plan, file: SiteFile, root: Path) -> list[str] | None:
+    memory, ledger = FileMemory(root / file.state / "memory"), _ledger(file, root)
     if not ledger.groups(plan.model.digest, other_than=plan.digest(), pending=True):
         return []
     if (blob := memory.get("roster")) is None:

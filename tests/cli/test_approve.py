@@ -181,6 +181,16 @@ def test_a_plan_that_lets_sums_differ_by_one_site_says_so_loudly(grown, capsys):
     assert "ALLOWED by single sites" in capsys.readouterr().out
 
 
+def test_a_plan_that_is_unlike_those_that_were_given_to_on_its_base_is_not_approved(grown, capsys):
+    site = load_site_file(grown / "site.toml")
+    loose = SECAGG.model_copy(update={"protect": Protect(mode="secagg", lone_change="allow")})
+    (grown / "loose.toml").write_text(dump_toml(loose))
+    write_site(grown, roster=site.roster, policy={"lone_change": "allow"})
+    assert main(["site", "approve", "loose.toml", "--yes"]) == 5
+    assert "plans with lone_change = 'refuse', and this plan says 'allow'" in capsys.readouterr().out
+    assert plans(grown) == ()
+
+
 def test_without_a_roster_it_is_said_that_nothing_can_be_said(grown):
     for file in FileMemory(grown / "state" / "memory").files("roster"):
         file.unlink()

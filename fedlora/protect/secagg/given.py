@@ -103,6 +103,7 @@ class Sum:
         sites: whose updates are in it; before the vote, whose may be.
         ranks: of sites that have fewer slots than the others: each slot has a sum of its own, over those that have it.
         slots: whether it is a sum of updates; an evaluation's is of numbers that have no slots.
+        alone: whether the plan lets its sums differ by single sites.
     """
 
     base: str
@@ -111,6 +112,7 @@ class Sum:
     sites: frozenset[str]
     ranks: Mapping[str, int] = field(default_factory=dict)
     slots: bool = True
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +124,13 @@ class Ledger:
         pending: session -> a sum that this site has given its masked update to without having heard which sites it was over;
             taken for one over all that might be.
         ranks: base and plan -> sites that have fewer slots than the others.
+        alone: base and plan of those whose sums may differ by single sites.
     """
 
     agreed: Mapping[tuple[str, str], Groups] = field(default_factory=dict)
     pending: Mapping[str, Sum] = field(default_factory=dict)
     ranks: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict)
+    alone: frozenset[tuple[str, str]] = frozenset()
 
     def groups(
         self, base: str, *, plan: str = "", other_than: str = "", pending: bool = False, but: str = "", slot: int = 0
@@ -164,31 +168,49 @@ class Ledger:
                 found |= small_parts(groups, counted, colluding=colluding)
         return found
 
-    def check(self, sum: Sum, *, colluding: int, alone: bool, uncovers: Collection[str]) -> None:
+    def check_alike(self, base: str, *, alone: bool) -> None:
+        """All plans on one base let sums differ by single sites, or none does.
+
+        Else sums that differ could be taken from one over sites that had no part in them, and know of none.
+
+        Raises:
+            LoneChange.
+        """
+        earlier = {key in self.alone for key in self.agreed if key[0] == base}
+        earlier |= {one.alone for one in self.pending.values() if one.base == base}
+        if (not alone) in earlier:
+            words = {True: "allow", False: "refuse"}
+            raise LoneChange(
+                f"this site's sums on this base model are of plans with lone_change = '{words[not alone]}', "
+                f"and this plan says '{words[alone]}': together they could show the update of a site that knows of one alone",
+                hint=f"agree on a plan with lone_change = '{words[not alone]}', or on another base model",
+            )
+
+    def check(self, sum: Sum, *, colluding: int, uncovers: Collection[str]) -> None:
         """Agrees to a sum, or says whose update it could show.
 
         Args:
             colluding: sites that may work together with the server.
-            alone: whether sums of this plan may differ by single sites.
             uncovers: sites that a person has named for this plan: beside other plans' sums it may show them.
 
         Raises:
             LoneChange.
         """
+        self.check_alike(sum.base, alone=sum.alone)
         over = ", ".join(sorted(sum.sites))
-        if not alone and (lone := self.shown(sum, colluding=colluding, plan=sum.plan)):
+        if not sum.alone and (lone := self.shown(sum, colluding=colluding, plan=sum.plan)):
             raise LoneChange(
                 f"beside earlier sums of this plan, one over {over} could show the update of {_names(lone)}",
                 hint="bring back the sites of the earlier sums, or agree on a plan and policies with lone_change = 'allow'",
             )
-        shown = self.shown(sum, colluding=colluding, other_than=sum.plan if alone else "")
+        shown = self.shown(sum, colluding=colluding, other_than=sum.plan if sum.alone else "")
         if lone := shown - frozenset(uncovers):
             raise LoneChange(
                 f"beside earlier plans' sums on this base, one over {over} could show the update of {_names(lone)}",
                 hint="if that may be: `fedlora site approve PLAN.toml` with " + " ".join(f"--uncovers {n}" for n in sorted(lone)),
             )
 
-    def check_hope(self, sum: Sum, own: str, *, colluding: int, fewest: int, alone: bool, uncovers: Collection[str]) -> None:
+    def check_hope(self, sum: Sum, own: str, *, colluding: int, fewest: int, uncovers: Collection[str]) -> None:
         """Refuses to give a masked update to a session of which no sum could be agreed to: others might agree to it.
 
         Args:
@@ -199,13 +221,14 @@ class Ledger:
         Raises:
             LoneChange.
         """
+        self.check_alike(sum.base, alone=sum.alone)
         for pending in (False, True):
             of = self.groups(sum.base, plan=sum.plan, pending=pending, but=sum.t1)
             others = self.groups(sum.base, other_than=sum.plan, pending=pending, but=sum.t1)
-            for groups in (*([] if alone else [of]), *([] if uncovers else [others])):
+            for groups in (*([] if sum.alone else [of]), *([] if uncovers else [others])):
                 most = choose(sum.sites, groups, colluding=colluding, keep=own)
                 if own not in most or len(most) < fewest:
-                    self.check(sum, colluding=colluding, alone=alone, uncovers=uncovers)
+                    self.check(sum, colluding=colluding, uncovers=uncovers)
 
     def masked(self, sum: Sum) -> Ledger:
         """After this site's masked update of a session may have left it."""
@@ -224,7 +247,8 @@ class Ledger:
             for t1, one in self.pending.items()
             if t1 != sum.t1 and not ((one.base, one.plan) == key and refine(groups, one.sites) == groups)
         }
-        return Ledger({**self.agreed, key: groups}, pending, {**self.ranks, key: sum.ranks} if sum.ranks else self.ranks)
+        ranks = {**self.ranks, key: sum.ranks} if sum.ranks else self.ranks
+        return Ledger({**self.agreed, key: groups}, pending, ranks, self.alone | {key} if sum.alone else self.alone)
 
 
 def _names(sites: Iterable[str]) -> str:
@@ -262,8 +286,12 @@ class Given:
         try:
             facts = json.loads(self._cipher().decrypt(blob[:12], blob[12:], _KEY.encode()))
             agreed = {(base, plan): tuple(frozenset(g) for g in groups) for base, plan, groups in facts["agreed"]}
-            pending = {t1: Sum(base, plan, t1, frozenset(sites), ranks) for base, plan, t1, sites, ranks in facts["pending"]}
+            pending = {
+                t1: Sum(base, plan, t1, frozenset(sites), ranks, alone=alone)
+                for base, plan, t1, sites, ranks, alone in facts["pending"]
+            }
             ranks = {(base, plan): dict(of) for base, plan, of in facts["ranks"]}
+            lone = frozenset((base, plan) for base, plan in facts["alone"])
         except (InvalidTag, ValueError, KeyError, TypeError):
             where = self.memory.where(_KEY)
             raise StoreError(
@@ -271,14 +299,15 @@ class Given:
                 hint="without it no sum can be compared with earlier ones. Put the file back as it was last; or, if you accept "
                 "that a new sum beside an old one on the same base model may show this site's update, delete it",
             ) from None
-        return Ledger(agreed, pending, ranks)
+        return Ledger(agreed, pending, ranks, lone)
 
     def save(self, ledger: Ledger) -> None:
         """Returns after it is on the disk."""
         facts = {
             "agreed": [[*key, [sorted(g) for g in groups]] for key, groups in sorted(ledger.agreed.items())],
-            "pending": [[s.base, s.plan, s.t1, sorted(s.sites), dict(s.ranks)] for s in ledger.pending.values()],
+            "pending": [[s.base, s.plan, s.t1, sorted(s.sites), dict(s.ranks), s.alone] for s in ledger.pending.values()],
             "ranks": [[*key, dict(of)] for key, of in sorted(ledger.ranks.items())],
+            "alone": sorted(ledger.alone),
         }
         nonce = self.entropy(12)
         self.memory.put(_KEY, nonce + self._cipher().encrypt(nonce, canonical(facts), _KEY.encode()))

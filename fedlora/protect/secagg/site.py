@@ -153,6 +153,8 @@ class SecAggSite:
         if used is not None and task.round < used.round:
             raise WrongRound(f"round {task.round} is over; this site has sent its update of round {used.round}")
         terms = Terms.of(plan, roster)
+        alone = plan.protect.lone_change == "allow"
+        self._given.load().check_alike(task.base, alone=alone)  # before anything is trained
         records.end_other_runs()
         session = records.session()
         if session is not None and session.root and session.round < task.round:
@@ -174,7 +176,7 @@ class SecAggSite:
                 min_cohort=terms.rules.min_cohort,
                 plan=task.plan_digest,
                 base=task.base,
-                alone=plan.protect.lone_change == "allow",
+                alone=alone,
                 ranks=dict(terms.rules.ranks),
                 slots=task.kind == "train",
             )
@@ -265,7 +267,6 @@ class SecAggSite:
                 self._name,
                 colluding=session.max_colluding,
                 fewest=session.rules.fewest_inputs(len(cohort.adverts)),
-                alone=session.alone,
                 uncovers=self.uncovers(session.plan),
             )
         out, digest = self._masked(cohort, own, relayed, settled, session, records)
@@ -364,7 +365,7 @@ class SecAggSite:
     def _compare(self, wanted: Sum, session: Session) -> None:
         """Beside earlier sums this one may say something about single sites; on the disk before the vote for it is sent."""
         ledger, colluding = self._given.load(), session.max_colluding
-        ledger.check(wanted, colluding=colluding, alone=session.alone, uncovers=self.uncovers(session.plan))
+        ledger.check(wanted, colluding=colluding, uncovers=self.uncovers(session.plan))
         if shown := ledger.shown(wanted, colluding=colluding):
             log.warning("beside earlier sums, that of round %d may show updates of %s", session.round, ", ".join(sorted(shown)))
         self._given.save(ledger.voted(wanted))
@@ -432,7 +433,7 @@ class SecAggSite:
 
 def _sum(cohort: Cohort, session: Session, numbers: Iterable[int]) -> Sum:
     names = frozenset(cohort.advert(n).name for n in numbers)
-    return Sum(session.base, session.plan, cohort.t1.hex(), names, session.ranks, session.slots)
+    return Sum(session.base, session.plan, cohort.t1.hex(), names, session.ranks, session.slots, session.alone)
 
 
 def _with_metrics(update: Update, due: Collection[str]) -> Update:

@@ -143,9 +143,9 @@ def test_no_slot_is_left_to_one_site(monkeypatch):
     assert not opened
 
 
-def agreed(ledger, sites, plan, *, ranks=None, uncovers=(), alone=False):
+def agreed(ledger, sites, plan, *, ranks=None, uncovers=()):
     one = Sum("B", plan, "t", frozenset(sites), ranks or {})
-    ledger.check(one, colluding=1, alone=alone, uncovers=uncovers)
+    ledger.check(one, colluding=1, uncovers=uncovers)
     return ledger.voted(one)
 
 
@@ -193,3 +193,26 @@ def test_nobody_votes_for_a_site_that_was_revoked():
     votes[server.cohort.number("site-5")] = bytes(64)
     answers = {s: server.unmask(s, votes, delivered) for s in names(7) if s != "site-5"}
     assert set(answers.values()) == {"votes-missing"}
+
+
+@pytest.mark.attack(
+    "C3h",
+    "sums that differ by one site under a plan that allows it, and one over all under a plan that does not: a site knows of one",
+    stops="all plans on one base allow lone changes, or none does: who has given to the other kind gives nothing",
+)
+@pytest.mark.parametrize("order", [("allow", "refuse"), ("refuse", "allow")])
+def test_sums_that_may_differ_by_one_site_are_not_taken_from_one_that_may_not(order):
+    sums = {"allow": [names(3), names(5)[2:]], "refuse": [names(6)]}  # S - S1 - S2 + what site-3 has is site-6's update
+    plans = {kind: secagg_plan(profile="int24", rounds=5, lone_change=kind) for kind in sums}
+    earlier, later = order
+    world, colluder = World(6, plan=plans[earlier]), "site-3"
+    for k, sites in enumerate(sums[earlier], start=1):
+        assert session(world, k, sites, n=6) == (set(), True)
+        world.memory[colluder].values.pop("secagg/given")  # it remembers nothing that is to its friends' harm
+    world.plan, knowing = plans[later], set().union(*sums[earlier]) - {colluder}
+    for k, sites in enumerate(sums[later], start=3):
+        world.globals[k] = world.globals[1]
+        server = Adversary(6, world=world)
+        server.begin(world.task(round=k))
+        answers = {site: server.say(site, "advertise", server.offer()) for site in sites}
+        assert {site for site, answer in answers.items() if answer == "lone-change"} == knowing & set(sites)

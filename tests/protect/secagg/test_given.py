@@ -26,8 +26,8 @@ subsets = st.sets(st.sampled_from(SITES), min_size=3).map(frozenset)
 histories = st.lists(subsets, max_size=8)
 
 
-def some(sites, *, plan=PLAN, t1="00"):
-    return Sum(BASE, plan, t1, frozenset(sites))
+def some(sites, *, plan=PLAN, t1="00", alone=False):
+    return Sum(BASE, plan, t1, frozenset(sites), alone=alone)
 
 
 def shows(sums, colluders=""):
@@ -44,10 +44,10 @@ def agreed(sums, *, colluding=1, ledger=None, alone=False):
     ledger, taken = ledger or Ledger(), []
     for one in sums:
         try:
-            ledger.check(some(one), colluding=colluding, alone=alone, uncovers=())
+            ledger.check(some(one, alone=alone), colluding=colluding, uncovers=())
         except LoneChange:
             continue
-        ledger, taken = ledger.voted(some(one)), [*taken, one]
+        ledger, taken = ledger.voted(some(one, alone=alone)), [*taken, one]
     return ledger, taken
 
 
@@ -122,46 +122,59 @@ def test_across_plans_on_one_base_a_person_names_the_site_that_may_be_uncovered(
     ledger, _ = agreed(["abcde"])
     later = some("abcd", plan=OTHER)
     with pytest.raises(LoneChange, match="update of e") as refused:
-        ledger.check(later, colluding=1, alone=False, uncovers=("a",))
+        ledger.check(later, colluding=1, uncovers=("a",))
     assert "--uncovers e" in refused.value.hint
-    ledger.check(later, colluding=1, alone=False, uncovers=("e",))
-    ledger.check(replace(later, base="cc" * 32), colluding=1, alone=False, uncovers=())  # another base
-    ledger.check(some("abcde", plan=OTHER), colluding=1, alone=False, uncovers=())
+    ledger.check(later, colluding=1, uncovers=("e",))
+    ledger.check(replace(later, base="cc" * 32), colluding=1, uncovers=())  # another base
+    ledger.check(some("abcde", plan=OTHER), colluding=1, uncovers=())
 
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_plan_that_allows_lone_changes_does_not_uncover_another_plans_sums(alone):
-    ledger, _ = agreed(["abcde"])
+    ledger, _ = agreed(["abcde"], alone=alone)
     with pytest.raises(LoneChange, match="earlier plans"):
-        ledger.check(some("abcd", plan=OTHER), colluding=1, alone=alone, uncovers=())
+        ledger.check(some("abcd", plan=OTHER, alone=alone), colluding=1, uncovers=())
     own, taken = agreed(["abcde", "abcd", "abce"], alone=True)
     assert len(taken) == 3
-    with pytest.raises(LoneChange):  # and it is remembered when the next plan comes
-        own.check(some("abd", plan=OTHER), colluding=1, alone=False, uncovers=())
+    with pytest.raises(LoneChange, match="earlier plans"):  # and it is remembered when the next plan comes
+        own.check(some("abd", plan=OTHER, alone=True), colluding=1, uncovers=())
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_plans_on_one_base_allow_lone_changes_or_none_does(first):
+    given, again = some("abcde", alone=first), some("abcde", plan=OTHER, t1="02", alone=not first)
+    for ledger in (Ledger().voted(given), Ledger().masked(given)):
+        with pytest.raises(LoneChange, match="lone_change = "):
+            ledger.check(again, colluding=1, uncovers="abcde")
+        with pytest.raises(LoneChange, match="lone_change = "):
+            ledger.check_hope(again, "a", colluding=1, fewest=3, uncovers="abcde")
+        ledger.check(replace(again, alone=first), colluding=1, uncovers=())
+        ledger.check(replace(again, base="cc" * 32), colluding=1, uncovers=())
 
 
 def test_a_sum_whose_sites_were_never_heard_counts_as_one_over_all_that_dealt():
     ledger = Ledger().masked(some("abcde", t1="01"))
     with pytest.raises(LoneChange, match="update of e"):
-        ledger.check(some("abcd", t1="02"), colluding=1, alone=False, uncovers=())
-    ledger.check(some("abcd", t1="01"), colluding=1, alone=False, uncovers=())  # its own vote says which they were
-    ledger.ended("01").check(some("abcd", t1="02"), colluding=1, alone=False, uncovers=())
+        ledger.check(some("abcd", t1="02"), colluding=1, uncovers=())
+    ledger.check(some("abcd", t1="01"), colluding=1, uncovers=())  # its own vote says which they were
+    ledger.ended("01").check(some("abcd", t1="02"), colluding=1, uncovers=())
     assert Ledger().masked(some("abcde", t1="01")).voted(some("abcde", t1="02")).pending == {}
 
 
 def test_what_is_pending_excuses_no_small_group():
     ledger = Ledger().voted(some("abcd")).masked(some("abcde", t1="01"))
     with pytest.raises(LoneChange, match="update of e"):
-        ledger.check(some("abcde", t1="02"), colluding=1, alone=False, uncovers=())
+        ledger.check(some("abcde", t1="02"), colluding=1, uncovers=())
 
 
 def test_a_site_gives_nothing_to_a_session_of_which_no_sum_could_be_agreed_to():
     ledger, _ = agreed(["abcde"])
-    hope = {"colluding": 1, "fewest": 3, "alone": False, "uncovers": ()}
+    hope = {"colluding": 1, "fewest": 3, "uncovers": ()}
     with pytest.raises(LoneChange):
         ledger.check_hope(some("efgh", t1="01"), "e", **hope)
     ledger.check_hope(some("abcdefg", t1="01"), "e", **hope)  # f or g may not deliver
-    ledger.check_hope(some("efgh", t1="01"), "e", **{**hope, "alone": True, "uncovers": ("e",)})
+    alike, _ = agreed(["abcde"], alone=True)
+    alike.check_hope(some("efgh", t1="01", alone=True), "e", **{**hope, "uncovers": ("e",)})
 
 
 def everything(rng, n, least):
@@ -169,7 +182,7 @@ def everything(rng, n, least):
     sites, colluding = [str(i) for i in range(n)], 1 + (n >= 6 and rng.random() < 0.3)
     bad, rules = set(rng.choice(sites, colluding, replace=False)), Rules(colluding, least(n))
     ledgers, opened = {s: Ledger() for s in sites if s not in bad}, []
-    law = {"colluding": colluding, "alone": False, "uncovers": ()}
+    law = {"colluding": colluding, "uncovers": ()}
     for k in range(rng.integers(2, 8)):
         if n < rules.smallest:
             break
