@@ -15,7 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 test: $(VENV)/.ready  ## style, types, all tests
 	$(RUN)/ruff format --check . && $(RUN)/ruff check .
-	$(RUN)/mypy
+	$(RUN)/mypy && $(RUN)/mypy simulations
 	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile
 
 quick: $(VENV)/.ready  ## the tier without torch and without Flower processes

@@ -16,6 +16,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def bench_protect() -> None:
         def open_(blob: bytes = blob) -> object:
             return sealed["open"](parse(blob, max_bytes=1 << 30))
 
-        plain = median_s(lambda p=payload: AESGCM(bytes(32)).encrypt(bytes(12), p, b""))
+        plain = median_s(partial(AESGCM(bytes(32)).encrypt, bytes(12), payload, b""))
         s, o = median_s(shut), median_s(open_)
         row("protect", mb=megabytes, seal_mb_s=megabytes / s, open_mb_s=megabytes / o, aes_only_mb_s=megabytes / plain,
             overhead_bytes=len(blob) - len(payload), seal_ratio_to_aes=plain / s)  # fmt: skip
@@ -118,8 +119,8 @@ def bench_wire() -> None:
     copy = median_s(lambda: one.delta.tobytes())
     for dtype in wire.DTYPES:
         blob = wire.dump_update(one, shape, dtype=dtype)
-        d = median_s(lambda t=dtype: wire.dump_update(one, shape, dtype=t))
-        p = median_s(lambda b=blob: wire.parse_update(b, shape))
+        d = median_s(partial(wire.dump_update, one, shape, dtype=dtype))
+        p = median_s(partial(wire.parse_update, blob, shape))
         size = 4e-6 * shape.size
         row(
             "wire",
@@ -221,7 +222,7 @@ def bench_rounds() -> None:
 
     shape = Layout.of({f"l{i:03d}.lora_{f}.weight": s for i in range(210) for f, s in (("A", (8, 723)), ("B", (723, 8)))})
     first = Adapter(np.zeros(shape.size, np.float32), shape)
-    federation.toy_adapter = testing.toy_adapter = lambda *_: first  # type: ignore[assignment]
+    federation.toy_adapter = testing.toy_adapter = lambda *_: first
     plan = testing.toy_plan(rounds=10, wire=Wire(dtype="int8")).pinned(base=testing.TOY_BASE, init=first.digest())
     learners = {n: testing.ToyLearner(1.0, layout=shape) for n in ("a", "b", "c")}
     with tempfile.TemporaryDirectory() as directory:
@@ -245,7 +246,7 @@ def _learner_fixed() -> None:
     from fedlora.learn.options import TrainOptions
     from fedlora.learn.toy import toy_base, toy_data
 
-    steps, loop = [], learning.train_steps
+    steps, loop = [], learning.train_steps  # type: ignore[attr-defined]
 
     def timed(*args: Any, **options: Any) -> Any:
         began = time.perf_counter()
@@ -261,7 +262,7 @@ def _learner_fixed() -> None:
         rows, _ = tokenise(
             read(data, format="auto", shape="auto", columns={}, group_key="group")[0], model.tokenizer, max_length=128
         )
-        learning.train_steps = timed
+        learning.train_steps = timed  # type: ignore[attr-defined]
         for kept in ("reset", "keep"):
             options = TrainOptions(
                 local_steps=1, per_device_train_batch_size=1, max_length=128, num_rounds=9, optimizer_state=kept

@@ -229,6 +229,7 @@ def server(n: int) -> dict[str, Any]:
         one = Delivered(i, hashlib.sha256(body).digest(), signature)
         one.verify(session.cohort, session.publics.__getitem__)
         words = unpack(body[numbers.nbytes :], shape.size, profile.bits)
+        assert words is not None, "this bench has packed it"
         np.add(vector, words, out=vector)
         np.add(numbers, np.frombuffer(body[: numbers.nbytes], "<u8"), out=numbers)
         delivered.append(one)
@@ -325,8 +326,8 @@ def session(n: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if len(heard.sums) != 1:
         raise SystemExit(f"no sum: {heard.codes()}")
-    phases = [{"phase": p, "site_s": statistics.mean(site_s[p]), "server_s": server_s[p], "up_bytes": max(up[p]),
-               "down_bytes": max(down[p])} for p in site_s]  # fmt: skip
+    phases: list[dict[str, Any]] = [{"phase": p, "site_s": statistics.mean(site_s[p]), "server_s": server_s[p],
+               "up_bytes": max(up[p]), "down_bytes": max(down[p])} for p in site_s]  # fmt: skip
     whole = {"up_bytes": sum(max(sizes) for phase, sizes in up.items() if phase != "mask"),
              "masked_update_besides_values_bytes": max(up["mask"]) - packed_bytes(toy_layout().size, 16),
              "down_bytes": sum(max(sizes) for sizes in down.values()), "site_s": sum(p["site_s"] for p in phases),

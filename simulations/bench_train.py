@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def _materialise(model: Any, config: Any, device: torch.device, g: torch.Generat
 def options_for(shape: str, device: str, **more: Any) -> BaseOptions:
     """How a site holds this base on this device."""
     fast = {"fused": True, "attn_implementation": "varlen"} if device == "cuda" else {"attn_implementation": "eager"}
-    return BaseOptions(real_base() if (shape, device) == ("smollm2", "cpu") else Path("."), device=device, **{**fast, **more})
+    base = real_base() if (shape, device) == ("smollm2", "cpu") else Path(".")
+    return BaseOptions(base, device="cuda" if device == "cuda" else "cpu", **{**fast, **more})
 
 
 def real_base() -> Path:
@@ -165,7 +167,7 @@ def ours(shape: str, device: str, *, gib: float = 0.0, **held: Any) -> dict[str,
     seconds = time.perf_counter() - began
     tokens = cursor_tokens(done.state) - cursor_tokens(warm.state)
     took = np.diff([began, *ends])
-    facts = {
+    facts: dict[str, Any] = {
         "tokens_s": tokens / float(np.sum(took)),
         "steps_s": [round(float(t), 4) for t in took],
         "peak_gib": peak_gib(device),
@@ -287,7 +289,12 @@ def gpus(shape: str, count: int) -> None:
             rates[number] = tokens / seconds
             step_s[number] = float(np.diff(ends[-plan.federation.local_steps :]).mean())
             paces = [facts for event, facts in events if event == "pace"]
-            facts = {"tokens_s": rates[number], "round_s": seconds, "ratio": rates[number] / rates[1], "step_s": step_s[number]}
+            facts: dict[str, Any] = {
+                "tokens_s": rates[number],
+                "round_s": seconds,
+                "ratio": rates[number] / rates[1],
+                "step_s": step_s[number],
+            }
             facts |= {"ratio_of_steps": step_s[1] / step_s[number], "loss": done.metrics["train/loss"], "pace": paces[-1:]}
             say("rate", gpus=number, **facts)
             if team is not None:
@@ -312,7 +319,8 @@ def write_base(base: Path, shape: str) -> None:
         shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
     config.save_pretrained(base)
     _byte_tokenizer().save_pretrained(base)
-    names, where, g = list(shapes), {}, torch.Generator("cuda").manual_seed(0)
+    where: dict[str, str] = {}
+    names, g = list(shapes), torch.Generator("cuda").manual_seed(0)
     for number in range(0, len(names), 40):
         part = {
             n: (torch.ones(shapes[n], dtype=torch.bfloat16) if len(shapes[n]) == 1 else
@@ -366,7 +374,11 @@ def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
     first, together, moved = first_adapter(model.layout, seed=0), Together(learners), []
     nudged = replace(train, learning_rate=train.learning_rate * 1.000001)  # how far rounding alone takes a run
     again = {s: HFLearner(model, r, [], nudged, site=s, pace=pace, on_step=clock) for s, r in rows.items()}
-    ways = {"one after the other": learners.get, "one pass (--batch-sites)": together.one, "rate x 1.000001": again.get}
+    ways: dict[str, Callable[[str], Any]] = {
+        "one after the other": learners.__getitem__,
+        "one pass (--batch-sites)": together.one,
+        "rate x 1.000001": again.__getitem__,
+    }
     for name, ask in ways.items():
         states = dict.fromkeys(learners, b"")
         for number in (1, 2):  # the first compiles and fills caches
@@ -378,7 +390,13 @@ def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
             tokens = sum(cursor_tokens(done[s].state) - (cursor_tokens(states[s]) if states[s] else 0) for s in learners)
             states = {s: d.state for s, d in done.items()}
         moved.append(np.concatenate([d.adapter.vector - first.vector for d in done.values()]))
-        facts = {"sites": count, "steps": steps, "values": model.layout.size, "tokens_s": tokens / took, "round_s": took}
+        facts: dict[str, Any] = {
+            "sites": count,
+            "steps": steps,
+            "values": model.layout.size,
+            "tokens_s": tokens / took,
+            "round_s": took,
+        }
         if name != "one pass (--batch-sites)":
             gaps = took - swapped_steps_s(ends, steps)
             facts |= {"steps_s": swapped_steps_s(ends, steps), "swapping_share": gaps / took}
@@ -427,7 +445,7 @@ def parameters_of(shape: str) -> int:
 def train(shape: str, device: str, rows: list[str] | None = None) -> list[dict[str, Any]]:
     """Each row in a process of its own, so that peaks are its own."""
     names = rows or [n for n in ROWS if device == "cuda" or n != "fedlora, 24 GiB"]
-    found = []
+    found: list[dict[str, Any]] = []
     for name in names:
         if name == "unsloth" and (why := why_no_unsloth(device)):
             print(json.dumps({"bench": "train", "row": name, "skipped": why}), flush=True)

@@ -71,7 +71,7 @@ def answers(base: Path, adapter: Path, data: Path) -> None:
     def complete(prompt: str) -> str:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         out = model.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        return tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True).strip().replace("\n", " ")
+        return str(tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)).strip().replace("\n", " ")
 
     print(f"\n{'site':18}{'wording (held out)':52}{'right':7}{'base':10}federated")
     for file in sorted(data.glob("*.test.jsonl")):

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -145,7 +145,8 @@ def _put_byte(blob: bytearray, parser: Parser, rng: random.Random) -> None:
 def _put_number(blob: bytearray, parser: Parser, rng: random.Random) -> None:
     """A number where a length stands, or anywhere."""
     at, size = rng.choice(parser.lengths) if parser.lengths and rng.random() < 0.7 else (rng.randrange(len(blob) + 1), 4)
-    old, order = int.from_bytes(blob[at : at + size], "big"), rng.choice(("big", "little"))
+    orders: tuple[Literal["big", "little"], ...] = ("big", "little")
+    old, order = int.from_bytes(blob[at : at + size], "big"), rng.choice(orders)
     new = rng.choice((*_TELLING, old + 1, old - 1, len(blob), rng.getrandbits(8 * size))) % (1 << 8 * size)
     blob[at : at + size] = new.to_bytes(size, order)
 
@@ -554,7 +555,8 @@ def main() -> None:
     if given.guided:
         if len(given.only or []) != 1:
             arguments.error("--guided takes one parser: --only NAME")
-        return guided(parsers()[given.only[0]], given.inputs)
+        guided(parsers()[given.only[0]], given.inputs)
+        return
     chosen = [p for p in parsers().values() if not given.only or p.name in given.only]
     np.seterr(all="raise")
     for i, parser in enumerate(chosen):
@@ -563,4 +565,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -69,7 +69,7 @@ def with_validation(rows: Sequence[Row], *, share: float, jaccard: float, seed: 
         if row.split == "train" and row.text != row.title and row.concept not in by_label[row.label]:
             by_label[row.label].append(row.concept)
     titles = {r.concept for r in rows if r.text == r.title}
-    moved = set()
+    moved: set[tuple[str, str]] = set()
     for label, concepts in sorted(by_label.items()):
         free = sorted(set(concepts) - titles)
         if len(free) >= 4:
