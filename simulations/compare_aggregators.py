@@ -30,11 +30,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from fedlora import page, plots, simulate
-from fedlora.aggregate import AGGREGATORS, SketchedProduct
-from fedlora.config import Arm, Plan, canonical, load_plan
-from fedlora.errors import FedLoRAError
-from fedlora.report import interval, spread
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.plan import Arm, Plan, canonical, load_plan
+from fedlora.lab import page, plots, simulate
+from fedlora.lab.report import interval, spread
+from fedlora.rules import AGGREGATORS, SketchedProduct
 
 SPLITS: Final = ("domain", "iid", "dirichlet")
 _ONE: Final = "all-rows"

@@ -13,7 +13,7 @@ import pytest
 import tables
 
 import fedlora
-from fedlora.config import Plan, SiteFile, sample
+from fedlora.core.plan import Plan, SiteFile, sample
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {

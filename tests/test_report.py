@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fedlora.errors import ConfigError, VersionUnsupported
-from fedlora.report import across, summarise, table, table_across, write_html
+from fedlora.core.errors import ConfigError, VersionUnsupported
+from fedlora.lab.report import across, summarise, table, table_across, write_html
 
 SITES = ("north", "south")
 

@@ -8,16 +8,17 @@ import pytest
 from pydantic import ValidationError
 from test_rounds import KEYS, TARGETS, Federation, interrupted
 
-from fedlora import build, wire
-from fedlora.aggregate import PUBLIC
-from fedlora.config import Aggregate, Lora, Plan, Protect, ServerOptimizer, Training, Wire
-from fedlora.config import Federation as Sites
-from fedlora.errors import StoreError
-from fedlora.first import first_adapter
-from fedlora.messages import Reply
-from fedlora.protect.keys import Identity
-from fedlora.store import Journal, load_adapter
-from fedlora.testing import TOY_BASE, ToyLearner, open_policy, toy_layout, toy_plan
+from fedlora import assemble as build
+from fedlora.core.errors import StoreError
+from fedlora.core.messages import Reply
+from fedlora.core.plan import Aggregate, Lora, Plan, Protect, ServerOptimizer, Training, Wire
+from fedlora.core.plan import Federation as Sites
+from fedlora.formats import update as wire
+from fedlora.formats.keys import Identity
+from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout, toy_plan
+from fedlora.rounds.store import Journal, load_adapter
+from fedlora.rules import PUBLIC
+from fedlora.rules.first import first_adapter
 
 START = first_adapter(toy_layout(), seed=0)
 RANKS = Lora(ranks={"b": 1})

@@ -8,20 +8,20 @@ from protect.secagg import test_federation as secagg
 from test_report import run as results
 from test_rounds import TARGETS, Federation, plan
 
-from fedlora import site as site_module
-from fedlora.adapter import Update
-from fedlora.aggregate import Each, Sums, largest_weight
 from fedlora.cli.output import Screen
-from fedlora.config import Aggregate, Plan, Training
-from fedlora.config import Federation as Rounds
+from fedlora.core.adapter import Update
+from fedlora.core.errors import WeightTooLarge
+from fedlora.core.messages import EVALUATION
+from fedlora.core.plan import Aggregate, Plan, Training
+from fedlora.core.plan import Federation as Rounds
 from fedlora.data.batches import Cursor, Stream
 from fedlora.data.tokens import IGNORE, Tokens
-from fedlora.errors import WeightTooLarge
-from fedlora.messages import EVALUATION
-from fedlora.plots import majority_line
-from fedlora.report import table, write_html
-from fedlora.site import safely
-from fedlora.testing import ToyLearner, toy_adapter
+from fedlora.lab.plots import majority_line
+from fedlora.lab.report import table, write_html
+from fedlora.lab.testing import ToyLearner, toy_adapter
+from fedlora.rules import Each, Sums, largest_weight
+from fedlora.site import work as site_module
+from fedlora.site.work import safely
 
 WEIGHTINGS = ("tokens", "examples", "uniform")
 BOUND = 8 * 1023  # of the toy plan: a step of eight rows of 1024 tokens, all but the first of which have a loss

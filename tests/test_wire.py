@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from vectors.make import HERE, read_vector
 
-from fedlora import wire
-from fedlora.adapter import Adapter, Layout, Update
-from fedlora.errors import FedLoRAError, NonFiniteUpdate, WireError, WrongLayout
-from fedlora.messages import Task
+from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.errors import FedLoRAError, NonFiniteUpdate, WireError, WrongLayout
+from fedlora.core.messages import Task
+from fedlora.formats import update as wire
 
 SMALL = Layout.of({"m.lora_A.weight": (2, 3), "m.lora_B.weight": (4, 2)})
 METRICS = {"eval/nll": 1.25}

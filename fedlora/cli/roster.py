@@ -11,8 +11,8 @@ import typer
 from fedlora.cli.output import emit
 
 if TYPE_CHECKING:
-    from fedlora.protect.keys import PublicIdentity
-    from fedlora.protect.roster import Roster, SignedRoster
+    from fedlora.formats.keys import PublicIdentity
+    from fedlora.formats.roster import Roster, SignedRoster
 
 __all__ = ["roster"]
 
@@ -51,9 +51,9 @@ def new(
 
     Example: fedlora roster new roster.json --server server.pub --coordinator carol.pub a.pub b.pub c.pub
     """
-    from fedlora.errors import StoreError
-    from fedlora.protect.keys import load_public
-    from fedlora.protect.roster import SignedRoster, first_epoch
+    from fedlora.core.errors import StoreError
+    from fedlora.formats.keys import load_public
+    from fedlora.formats.roster import SignedRoster, first_epoch
 
     if file.exists():
         raise StoreError(f"{file} exists", hint="`fedlora roster add` and `revoke` make its next epoch")
@@ -84,8 +84,8 @@ def add(
 
     Example: fedlora roster add roster.json north.pub --days 30
     """
-    from fedlora.errors import ConfigError
-    from fedlora.protect.keys import load_public
+    from fedlora.core.errors import ConfigError
+    from fedlora.formats.keys import load_public
 
     if not sites and days is None:
         raise ConfigError("nothing to change", hint="name the .pub files of new sites, or --days to renew")
@@ -117,9 +117,9 @@ def sign(
 
     Example: fedlora roster sign roster.json --key carol.key
     """
-    from fedlora.errors import RosterInvalid
-    from fedlora.protect.keys import load_identity
-    from fedlora.protect.roster import load_roster
+    from fedlora.core.errors import RosterInvalid
+    from fedlora.formats.keys import load_identity
+    from fedlora.formats.roster import load_roster
 
     found, identity = load_roster(file), load_identity(key)
     own, before = found.roster.coordinators, _coordinators_before(file, found.roster)
@@ -140,7 +140,7 @@ def show(file: RosterFile, json: Json = False) -> None:
 
     Example: fedlora roster show roster.json
     """
-    from fedlora.protect.roster import load_roster
+    from fedlora.formats.roster import load_roster
 
     found = load_roster(file)
     facts = _facts(found)
@@ -168,8 +168,8 @@ def _turn(
     file: Path, *, add: list[PublicIdentity], revoke: list[str], days: int | None, min_cohort: int | None, json: bool
 ) -> None:
     """Puts the next epoch in the place of this one, which stays beside it."""
-    from fedlora.errors import StoreError
-    from fedlora.protect.roster import SignedRoster, load_roster, next_epoch
+    from fedlora.core.errors import StoreError
+    from fedlora.formats.roster import SignedRoster, load_roster, next_epoch
 
     old = load_roster(file)
     # No site would ever take an epoch that follows an unsigned one.
@@ -189,7 +189,7 @@ def _kept(file: Path, epoch: int) -> Path:
 
 def _coordinators_before(file: Path, now: Roster) -> tuple[PublicIdentity, ...]:
     """Who may sign the change to this epoch from the one before, as far as that one still lies beside it."""
-    from fedlora.protect.roster import load_roster
+    from fedlora.formats.roster import load_roster
 
     kept = _kept(file, now.epoch - 1)
     if now.epoch == 1 or not kept.exists():
@@ -199,7 +199,7 @@ def _coordinators_before(file: Path, now: Roster) -> tuple[PublicIdentity, ...]:
 
 
 def _save(file: Path, signed: SignedRoster) -> None:
-    from fedlora.store import write_atomic
+    from fedlora.rounds.store import write_atomic
 
     write_atomic(file, signed.dump(), mode=0o644)
 
@@ -221,7 +221,7 @@ def _to_sign(file: Path, signed: SignedRoster, *, json: bool) -> None:
 def _facts(signed: SignedRoster) -> dict[str, Any]:
     from datetime import UTC, datetime
 
-    from fedlora.errors import RosterExpired
+    from fedlora.core.errors import RosterExpired
 
     r, valid = signed.roster, signed.signers(signed.roster.coordinators)
     try:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 
 __all__ = ["LOOPBACK", "executable", "executor", "gateway", "join_address", "split_address", "superlink", "supernode"]
 

@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora.config import SiteFile, load_site_file
-from fedlora.errors import ConfigError, FedLoRAError
+from fedlora.core.errors import ConfigError, FedLoRAError
+from fedlora.core.plan import SiteFile, load_site_file
 from fedlora.flower import launch
 from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower
-from fedlora.flower.probe import probe
 from fedlora.flower.runner import Handle, Runner
 from fedlora.flower.standing import Standing
-from fedlora.flower.supervisor import Service, Supervisor, rotating_log, signals
-from fedlora.lock import hold
-from fedlora.rounds import Report
-from fedlora.store import write_atomic
+from fedlora.formats.lock import hold
+from fedlora.gateway.probe import probe
+from fedlora.processes.supervisor import Service, Supervisor, rotating_log, signals
+from fedlora.rounds.loop import Report
+from fedlora.rounds.store import write_atomic
 
 __all__ = ["PortTaken", "up"]
 
@@ -88,7 +88,7 @@ def up(
         pem = check_keys(file, root)
         checks: dict[str, Callable[[SiteFile, Path], None]] = {}
         if handle is None:
-            from fedlora.build import open_site
+            from fedlora.assemble import open_site
 
             checks = {"base": check_bases, "data": check_data}
             handle = open_site(site_file, report=report).handle

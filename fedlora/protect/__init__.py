@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.adapter import Update
-from fedlora.errors import FedLoRAError
-from fedlora.messages import Reply, Request, Reveals, Task
+from fedlora.core.adapter import Update
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.messages import Reply, Request, Reveals, Task
 
 __all__ = ["WORK_PHASES", "Memory", "Protection", "SiteProtection", "Talk", "Tally"]
 

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from fedlora.cli import main
-from fedlora.errors import FedLoRAError
-from fedlora.protect.keys import Identity, load_public
-from fedlora.protect.roster import accept, load_roster
+from fedlora.core.errors import FedLoRAError
+from fedlora.formats.keys import Identity, load_public
+from fedlora.formats.roster import accept, load_roster
 
 DAY = 86_400
 

@@ -21,17 +21,17 @@ from typing import Any
 import pytest
 from flower.harness import ROOT, descendants, make_home, until, write_site
 
-from fedlora.config import SiteFile, dump_toml, load_site_file
-from fedlora.enrol import make_server_home, make_site_keys
-from fedlora.errors import FedLoRAError
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.messages import Reply, Request
+from fedlora.core.plan import SiteFile, dump_toml, load_site_file
 from fedlora.flower import launch
-from fedlora.flower.causes import CAUSES, telling
-from fedlora.flower.enrol import make_node_key, make_tls
-from fedlora.flower.exposure import free_port
+from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.flower.site import up
-from fedlora.lock import hold
-from fedlora.messages import Reply, Request
-from fedlora.processes import die_with_parent
+from fedlora.formats.lock import hold
+from fedlora.gateway.certificates import make_node_key, make_tls
+from fedlora.gateway.exposure import free_port
+from fedlora.processes.causes import CAUSES, telling
+from fedlora.processes.parent import die_with_parent
 
 pytestmark = pytest.mark.flower
 NOW = datetime.now(UTC)

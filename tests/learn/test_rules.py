@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from fedlora.adapter import Adapter, Update
-from fedlora.aggregate import FFA, PUBLIC, FedSVD, Product, RoLoRA, SketchedProduct, add
-from fedlora.errors import RunFailed, WrongLayout
+from fedlora.core.adapter import Adapter, Update
+from fedlora.core.errors import RunFailed, WrongLayout
 from fedlora.learn.learner import HFLearner
 from fedlora.learn.options import TrainOptions
+from fedlora.rules import FFA, PUBLIC, FedSVD, Product, RoLoRA, SketchedProduct, add
 
 pytestmark = pytest.mark.torch
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vectors.make import identities, read_vector
 
-from fedlora.errors import FedLoRAError, RosterInvalid
-from fedlora.protect import roster as module
-from fedlora.protect.keys import Identity
-from fedlora.protect.roster import Member, Roster, SignedRoster, accept, federation, load_roster, next_epoch
+from fedlora.core.errors import FedLoRAError, RosterInvalid
+from fedlora.formats import roster as module
+from fedlora.formats.keys import Identity
+from fedlora.formats.roster import Member, Roster, SignedRoster, accept, federation, load_roster, next_epoch
 
 ROOT = Path(__file__).resolve().parents[1]
 VECTORS = sorted((ROOT / "vectors" / "roster").glob("*.txt"))

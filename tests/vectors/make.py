@@ -22,14 +22,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fedlora import wire
-from fedlora.adapter import Adapter, Layout, Update
-from fedlora.errors import FedLoRAError
-from fedlora.messages import EVALUATION, Task
-from fedlora.protect.envelope import Envelope, parse, seal
-from fedlora.protect.keys import Identity
+from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.messages import EVALUATION, Task
+from fedlora.formats import update as wire
+from fedlora.formats.envelope import Envelope, parse, seal
+from fedlora.formats.keys import Identity
+from fedlora.lab.testing import DictMemory, server_link
 from fedlora.protect.sealed import SealedServer
-from fedlora.testing import DictMemory, server_link
 
 HERE = Path(__file__).parent
 LAYOUT = Layout.of({"m.lora_A.weight": (2, 3), "m.lora_B.weight": (4, 2)})

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PublicKey
 
-from fedlora.errors import BadSignature, CohortTooSmall, RevokedSite, UnknownSite, VotesMissing, WireError, WrongContext
-from fedlora.protect.keys import KEM_BYTES, PublicIdentity
+from fedlora.core.errors import BadSignature, CohortTooSmall, RevokedSite, UnknownSite, VotesMissing, WireError, WrongContext
+from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 
 __all__ = [
     "ABORT",

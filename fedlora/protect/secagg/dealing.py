@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 from numpy.typing import NDArray
 
-from fedlora.errors import CannotOpen, CohortTooSmall, WireError
-from fedlora.protect.envelope import HPKE
-from fedlora.protect.keys import PublicIdentity
+from fedlora.core.errors import CannotOpen, CohortTooSmall, WireError
+from fedlora.formats.envelope import HPKE
+from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Delivered, Reader, Rules, check_signature, leads, sign
 from fedlora.protect.secagg.masks import Stream, add_masks, derive
 from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room

@@ -20,10 +20,10 @@ from typing import Final, TypeAlias
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from fedlora.config import canonical
-from fedlora.errors import LoneChange, StoreError
+from fedlora.core.errors import LoneChange, StoreError
+from fedlora.core.plan import canonical
+from fedlora.formats.keys import Identity
 from fedlora.protect import Memory
-from fedlora.protect.keys import Identity
 from fedlora.protect.secagg.masks import derive
 
 __all__ = ["Given", "Groups", "Ledger", "Sum", "choose", "overlapping", "refine", "small_parts", "with_slot"]

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as dump_tensors
 
-from fedlora.adapter import F32
-from fedlora.config import canonical
-from fedlora.errors import StoreError
+from fedlora.core.adapter import F32
+from fedlora.core.errors import StoreError
+from fedlora.core.plan import canonical
+from fedlora.formats.keys import Identity
 from fedlora.protect import Memory
-from fedlora.protect.keys import Identity
 from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.rings import Words

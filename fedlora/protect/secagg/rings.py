@@ -15,8 +15,8 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from fedlora.adapter import F32, Layout
-from fedlora.errors import UpdateRejected
+from fedlora.core.adapter import F32, Layout
+from fedlora.core.errors import UpdateRejected
 
 __all__ = [
     "PROFILES",

@@ -15,10 +15,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedlora import wire
-from fedlora.adapter import F32, Update
-from fedlora.config import Plan
-from fedlora.errors import (
+from fedlora.core.adapter import F32, Update
+from fedlora.core.errors import (
     BadShare,
     BadSignature,
     BothSecretsRequested,
@@ -35,11 +33,13 @@ from fedlora.errors import (
     WireError,
     WrongContext,
 )
-from fedlora.messages import Kind, Reply, Request, Reveals, Task
+from fedlora.core.messages import Kind, Reply, Request, Reveals, Task
+from fedlora.core.plan import Plan
+from fedlora.formats import update as wire
+from fedlora.formats.keys import PublicIdentity
+from fedlora.formats.roster import SignedRoster
 from fedlora.protect import Talk, Tally
-from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.link import Context, ServerLink, hear, reply_bytes
-from fedlora.protect.roster import SignedRoster
 from fedlora.protect.secagg.book import Book, Ended, ServerSession
 from fedlora.protect.secagg.cohort import (
     ABORT,

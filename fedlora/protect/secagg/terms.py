@@ -10,21 +10,21 @@ from functools import partial
 
 import numpy as np
 
-from fedlora.adapter import F32, MAX_PARAMETERS, Adapter, Layout
-from fedlora.aggregate import Aggregator, optimiser_of, rule_of
-from fedlora.config import Plan, canonical
-from fedlora.errors import WrongLayout, WrongRound
-from fedlora.first import first_of
-from fedlora.messages import EVALUATION, Kind, Task
-from fedlora.protect.keys import key_id
+from fedlora.core.adapter import F32, MAX_PARAMETERS, Adapter, Layout
+from fedlora.core.errors import WrongLayout, WrongRound
+from fedlora.core.messages import EVALUATION, Kind, Task
+from fedlora.core.plan import Plan, canonical
+from fedlora.core.schedule import height
+from fedlora.formats.keys import key_id
+from fedlora.formats.roster import Roster
+from fedlora.formats.update import parse_task
 from fedlora.protect.link import Context
-from fedlora.protect.roster import Roster
 from fedlora.protect.secagg.cohort import Reader, Rules
 from fedlora.protect.secagg.given import overlapping
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
-from fedlora.schedule import height
-from fedlora.wire import parse_task
+from fedlora.rules import Aggregator, optimiser_of, rule_of
+from fedlora.rules.first import first_of
 
 __all__ = ["MAX_WEIGHT", "Offer", "Terms", "check_published", "codec", "reach"]
 

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from protect.secagg.adversary import Adversary
 from protect.secagg.world import NOW, World, identity, names, secagg_plan
 
-from fedlora.adapter import Adapter, Update
-from fedlora.aggregate import rule_of
-from fedlora.config import Plan
-from fedlora.errors import LoneChange
-from fedlora.protect.roster import SignedRoster, first_epoch, next_epoch
+from fedlora.core.adapter import Adapter, Update
+from fedlora.core.errors import LoneChange
+from fedlora.core.plan import Plan
+from fedlora.formats.roster import SignedRoster, first_epoch, next_epoch
+from fedlora.lab.testing import toy_layout
 from fedlora.protect.secagg.cohort import Cohort, Delivered, Rules
 from fedlora.protect.secagg.given import Ledger, Sum, overlapping
 from fedlora.protect.secagg.rings import packed_bytes, unpack
 from fedlora.protect.secagg.terms import Offer
-from fedlora.testing import toy_layout
+from fedlora.rules import rule_of
 
 COORDINATOR = identity("coordinator")
 

@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from protect.secagg import world
 from protect.secagg.world import identity
 
-from fedlora import build
-from fedlora.aggregate import FedAvg
-from fedlora.config import Evaluation, Plan, SiteFile, Wire
-from fedlora.errors import CohortTooSmall, ConfigError, QuorumNotReached, StoreError
-from fedlora.first import first_adapter
-from fedlora.messages import Reply
-from fedlora.protect.keys import load_identity
-from fedlora.protect.roster import SignedRoster, first_epoch, next_epoch
+from fedlora import assemble as build
+from fedlora.core.errors import CohortTooSmall, ConfigError, QuorumNotReached, StoreError
+from fedlora.core.messages import Reply
+from fedlora.core.plan import Evaluation, Plan, SiteFile, Wire
+from fedlora.formats.keys import load_identity
+from fedlora.formats.roster import SignedRoster, first_epoch, next_epoch
+from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
 from fedlora.protect.secagg import SecAggServer
 from fedlora.protect.secagg.cohort import Rules
-from fedlora.rounds import check_fit
-from fedlora.store import RunStore, write_atomic
-from fedlora.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
-from fedlora.transport import Dropouts, LocalTransport, parse_dropouts
+from fedlora.rounds.loop import check_fit
+from fedlora.rounds.store import RunStore, write_atomic
+from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
+from fedlora.rules import FedAvg
+from fedlora.rules.first import first_adapter
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 START = first_adapter(toy_layout(), seed=0)

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from protect.secagg.world import secagg_plan
 
-from fedlora.adapter import Adapter, Layout, Update
-from fedlora.aggregate import add, optimiser_of, rule_of
-from fedlora.config import Plan
-from fedlora.errors import ImpossibleAdapter
-from fedlora.first import first_adapter
+from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.errors import ImpossibleAdapter
+from fedlora.core.plan import Plan
 from fedlora.protect.secagg.terms import MAX_WEIGHT, check_published, reach
+from fedlora.rules import add, optimiser_of, rule_of
+from fedlora.rules.first import first_adapter
 
 LAYOUT = Layout.of({"m.lora_A.weight": (3, 6), "m.lora_B.weight": (5, 3), "n.lora_A.weight": (3, 4), "n.lora_B.weight": (4, 3)})
 RULES = {
