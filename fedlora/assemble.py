@@ -25,10 +25,12 @@ from fedlora.core.errors import (
     RosterRollback,
     StoreError,
 )
+from fedlora.core.events import Report
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.core.plan import Plan, SiteData, SiteFile, load_plan, load_site_file
 from fedlora.formats.envelope import MAX_RECIPIENTS
 from fedlora.formats.files import set_aside
+from fedlora.formats.journal import REPAIR
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.formats.roster import NEWEST, RosterKeeper, SignedRoster, load_roster
 from fedlora.learn.fast.workers import Team
@@ -39,13 +41,11 @@ from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
 from fedlora.protect.secagg.cohort import Rules
-from fedlora.rounds.loop import Report
 from fedlora.rounds.loop import run as run_rounds
 from fedlora.rounds.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter, write_atomic
 from fedlora.rounds.transport import Transport
 from fedlora.rules import rule_of
 from fedlora.site.admission import Approvals
-from fedlora.site.journal import REPAIR
 from fedlora.site.work import Learner, Site
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.core.errors import ConnectionFailed, Oversized, WireError
-from fedlora.flower.launch import LOOPBACK
+from fedlora.gateway.addresses import LOOPBACK
 
 __all__ = ["BROKEN", "TOO_LARGE", "Channel", "Claim", "Claimer", "Control", "Node", "RunState", "TaskClient", "WrongSecret"]
 

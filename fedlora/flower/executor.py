@@ -22,8 +22,8 @@ from fedlora.flower._internals import Claim, Claimer, TaskClient
 from fedlora.flower.bundle import BUNDLE_SHA256
 from fedlora.flower.database import shrink
 from fedlora.flower.jobs import Outcome, full, load_outcome, only_run, save_outcome
-from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.server_app import Handover
+from fedlora.gateway.addresses import LOOPBACK
 from fedlora.processes.parent import die_with_parent
 
 __all__ = ["execute", "main"]

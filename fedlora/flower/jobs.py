@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.core.errors import ConnectionFailed, FedLoRAError, ResourceError, RunFailed, StoreError
+from fedlora.core.events import Report
 from fedlora.formats.files import dump_facts, parse_facts, read_file, write_atomic
-from fedlora.rounds.loop import Report
 
 __all__ = [
     "Address",

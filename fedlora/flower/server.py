@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed, Stopped
+from fedlora.core.events import Report
 from fedlora.core.plan import load_plan
 from fedlora.flower import launch
 from fedlora.flower.control import Control, RunState, register_sites, start_job
@@ -31,11 +32,11 @@ from fedlora.flower.jobs import (
 )
 from fedlora.flower.records import safe_code
 from fedlora.formats.lock import hold
+from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.certificates import certificate_hosts, check_tls, load_node_keys
 from fedlora.gateway.doors import Refusal, key_name, parse_refusal
 from fedlora.gateway.exposure import check_loopback, check_public, dialled, free_port, healthy
 from fedlora.processes.supervisor import Service, Supervisor, signals
-from fedlora.rounds.loop import Report
 
 __all__ = ["Refusals", "start", "stop_run", "sync_sites", "up"]
 
@@ -207,7 +208,7 @@ def _services(
     relay = launch.superlink(port, tls=tls, database=home / "flower" / "state.db", secret=home / "superexec.secret")
     claims = launch.executor(home, superlink_port=port, command=executor)
     return [
-        Service("superlink", relay, env, ready=lambda: healthy((launch.LOOPBACK, port), ca=tls / "ca.crt")),
+        Service("superlink", relay, env, ready=lambda: healthy((LOOPBACK, port), ca=tls / "ca.crt")),
         Service("executor", claims, env, ready=lambda: True),
         Service("gateway", gateway, env, ready=lambda: healthy(dialled(public), ca=tls / "ca.crt"), on_line=on_line),
     ]
@@ -230,7 +231,7 @@ def _check_files(home: Path, hosts: Sequence[str]) -> None:
 
 
 def _check_free(listen: str) -> None:
-    host, port = launch.split_address(listen)
+    host, port = split_address(listen)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -16,14 +16,14 @@ from typing import Protocol
 from flwr.serverapp import ServerApp
 
 from fedlora.core.errors import FedLoRAError, PlanRefused
+from fedlora.core.events import Report
 from fedlora.flower._internals import Channel, Control, TaskClient
 from fedlora.flower.control import nodes_by_site
 from fedlora.flower.jobs import Events, Outcome, full, load_job, save_outcome
-from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.transport import FlowerTransport
+from fedlora.gateway.addresses import LOOPBACK
 from fedlora.gateway.allowance import Allowance
 from fedlora.gateway.certificates import load_node_keys
-from fedlora.rounds.loop import Report
 from fedlora.rounds.transport import Transport
 
 __all__ = ["Handover", "Serve", "app", "main", "run_server_app"]

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from fedlora.core.events import Report
 from fedlora.flower.supernode import SAYS
 from fedlora.gateway.clock import MAX_CORRECTION_S
 from fedlora.gateway.probe import Finding
 from fedlora.processes.causes import CAUSES, PARTS, Part, cause_of, telling
-from fedlora.rounds.loop import Report
 
 __all__ = ["Standing", "State"]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -190,6 +190,16 @@ class Kept:
     key: str
     problem: Mapping[Path, str]
     lost: bool
+
+
+class Memory(Protocol):
+    """A few small values that survive a power cut. ``put`` returns after fsync."""
+
+    def get(self, key: str) -> bytes | None: ...
+    def put(self, key: str, value: bytes) -> None: ...
+    def where(self, key: str) -> str:
+        """Where a value lies, for a message to this end's operator."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

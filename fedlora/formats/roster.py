@@ -36,8 +36,8 @@ from fedlora.core.errors import (
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import MAX_RECIPIENTS, NONE, SUITE
+from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.protect import Memory
 
 __all__ = [
     "NEWEST",

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from fedlora.flower.launch import LOOPBACK, split_address
+from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.allowance import Quota
 from fedlora.gateway.calls import CALL, Caller, Callers, Refused
 from fedlora.gateway.connections import Client, Guests, Server, protocol

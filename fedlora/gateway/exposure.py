@@ -8,7 +8,7 @@ import ssl
 from pathlib import Path
 
 from fedlora.core.errors import ConnectionFailed
-from fedlora.flower.launch import LOOPBACK, split_address
+from fedlora.gateway.addresses import LOOPBACK, split_address
 
 __all__ = ["FORBIDDEN", "ServerExposed", "check_loopback", "check_public", "dialled", "free_port", "healthy", "public_status"]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fedlora.flower.launch import split_address
+from fedlora.gateway.addresses import split_address
 from fedlora.gateway.clock import TIME_HEADER, Clock
 
 __all__ = ["Finding", "probe"]

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConnectionFailed
+from fedlora.core.events import Report
 from fedlora.core.plan import Plan, Policy, Simulation, SiteData, SiteFile, dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.formats.roster import load_roster
-from fedlora.rounds.loop import Report
 from fedlora.rounds.store import RunStore, save_adapter, write_atomic
 
 __all__ = ["over_flower", "rehearsed", "run_directory"]

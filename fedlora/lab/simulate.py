@@ -1,8 +1,7 @@
 """A whole federation on one machine, and the baselines that it must be compared with, at equal tokens.
 
-The same :mod:`fedlora.site.work`, :mod:`fedlora.protect` and :mod:`fedlora.rounds.loop` as in a deployment; N sites share one base in
-memory and adapters are swapped. Every arm starts from the same first adapter and is saved round by round, so that a run
-that was cut off goes on where it was.
+The same sites, protections and rounds as in a deployment; N sites share one base in memory and adapters are swapped. Every arm
+starts from the same first adapter and is saved round by round, so that a run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from fedlora import assemble as build
 from fedlora.core.adapter import Adapter, Update
 from fedlora.core.errors import ConfigError, StoreError
+from fedlora.core.events import Report
 from fedlora.core.plan import Arm, Plan, Policy, Simulation, SiteData, SiteFile, canonical, dump_toml
 from fedlora.flower.enrol import make_roster
 from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.lab import report as pages
-from fedlora.rounds.loop import Report
 from fedlora.rounds.store import Entry, Journal, RunStore, load_adapter, save_adapter, write_atomic
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules import rule_of

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 
 from fedlora.core.errors import ConnectionFailed
+from fedlora.core.events import Report
 from fedlora.processes.causes import telling
 from fedlora.processes.parent import die_with_parent
-from fedlora.rounds.loop import Report
 
 __all__ = ["Service", "Supervisor", "end_with", "rotating_log", "signals"]
 

@@ -12,9 +12,10 @@ from typing import Any
 from fedlora.core.errors import Equivocation, FedLoRAError, RemoteError, Replayed, StateLost, StoreError, UnknownSite
 from fedlora.core.messages import SERVER, Reply, Request, Task
 from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
+from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity, PublicIdentity, key_id
 from fedlora.formats.roster import federation
-from fedlora.protect import Memory, Tally
+from fedlora.protect import Tally
 
 __all__ = ["Context", "ServerLink", "SiteLink", "hear", "pinned", "raise_number", "reply_bytes"]
 

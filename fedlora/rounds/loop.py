@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from fedlora.core.errors import (
     WeightTooLarge,
     WrongRound,
 )
+from fedlora.core.events import Report
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.plan import Plan
 from fedlora.protect import WORK_PHASES, Protection
@@ -35,10 +36,7 @@ from fedlora.rounds.store import Checkpoint, RunStore
 from fedlora.rounds.transport import Transport, drive
 from fedlora.rules import PUBLIC, Accumulator, Aggregator, ServerOptimiser, State, add, largest_weight, optimiser_of
 
-__all__ = ["Report", "check_fit", "run"]
-
-Report = Callable[[str, Mapping[str, Any]], None]
-"""Told ``(event, facts)``: what happened, in words and numbers that may be shown to the coordinator."""
+__all__ = ["check_fit", "run"]
 
 
 def check_fit(aggregator: Aggregator, protection: Protection, *, name: str, mode: str) -> None:

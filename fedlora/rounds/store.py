@@ -1,5 +1,4 @@
-"""What survives a power cut at the server: a run's directory. The site's half is :mod:`fedlora.site.journal`, both write through
-:mod:`fedlora.formats.files`."""
+"""What survives a power cut at the server: a run's directory. A site has a :mod:`fedlora.formats.journal`."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ from fedlora.formats.files import (
     set_aside,
     write_atomic,
 )
-from fedlora.site.journal import Entry, Journal
+from fedlora.formats.journal import Entry, Journal
 
 __all__ = ["Checkpoint", "Entry", "FileMemory", "Journal", "RunStore", "load_adapter", "save_adapter", "write_atomic"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fedlora.core.errors import PlanNotApproved, RunNotApproved, StoreError, WrongPlan
 from fedlora.core.plan import SiteFile, canonical
-from fedlora.protect import Memory
+from fedlora.formats.files import Memory
 
 __all__ = ["RUNS", "Approvals", "Begun", "Runs", "admit"]
 

@@ -20,10 +20,10 @@ from typing import Any
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
 from fedlora.core.plan import canonical, load_site_file
 from fedlora.formats.files import FileMemory, load_adapter, set_aside, words
+from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.protect.link import raise_number
 from fedlora.rounds.store import RunStore
-from fedlora.site.journal import Journal
 
 __all__ = ["Finding", "ServerRepair", "SiteRepair"]
 

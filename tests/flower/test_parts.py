@@ -39,6 +39,7 @@ from fedlora.flower.environment import flower_environment
 from fedlora.flower.jobs import Events, Job, Outcome, load_address, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.records import STYPE, dump_reply, dump_request, parse_reply, parse_request
 from fedlora.flower.supernode import Pace
+from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import certificate_hosts, load_node_keys, make_node_key, make_secret, make_tls, node_key_pem
 from fedlora.gateway.exposure import ServerExposed, check_loopback
 
@@ -125,9 +126,9 @@ def test_flower_itself_reads_these_command_lines_as_closed():
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:0", "host:65536", "host:x"])
 def test_an_address_has_a_host_and_a_port(address):
-    assert launch.split_address("[::1]:80") == ("::1", 80)
+    assert split_address("[::1]:80") == ("::1", 80)
     with pytest.raises(ConfigError):
-        launch.split_address(address)
+        split_address(address)
 
 
 def test_the_environment_switches_everything_off_and_inherits_no_flower_setting():

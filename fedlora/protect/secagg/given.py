@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedlora.core.errors import LoneChange, StoreError
 from fedlora.core.plan import canonical
+from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity
-from fedlora.protect import Memory
 from fedlora.protect.secagg.masks import derive
 
 __all__ = ["Given", "Groups", "Ledger", "Sum", "choose", "overlapping", "refine", "small_parts", "with_slot"]

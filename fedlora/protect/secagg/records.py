@@ -19,8 +19,8 @@ from safetensors.numpy import save as dump_tensors
 from fedlora.core.adapter import F32
 from fedlora.core.errors import StoreError
 from fedlora.core.plan import canonical
+from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity
-from fedlora.protect import Memory
 from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.rings import Words
