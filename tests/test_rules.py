@@ -17,7 +17,6 @@ from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout, toy_plan
 from fedlora.rounds.store import Journal, load_adapter
-from fedlora.rules import PUBLIC
 from fedlora.rules.first import first_adapter
 
 START = first_adapter(toy_layout(), seed=0)
@@ -48,7 +47,6 @@ class Run(Federation):
 
 RULES = {
     "fedavg": {},
-    "fedavg-fedrot": {"aggregate": Aggregate(fedrot=0.5)},
     "fedavg-share-A": {"aggregate": Aggregate(share="A")},
     "ffa": {"aggregate": Aggregate(name="ffa")},
     "rolora": {"aggregate": Aggregate(name="rolora")},
@@ -56,7 +54,6 @@ RULES = {
     "product": {"aggregate": Aggregate(name="product")},
     "product-full": {"aggregate": Aggregate(name="product", rank="full")},
     "product-ranks": {"aggregate": Aggregate(name="product"), "lora": RANKS},
-    "masked": {"aggregate": Aggregate(name="masked"), "lora": RANKS},
     "robust-clip": {"aggregate": Aggregate(name="robust", statistic="clip")},
     "robust-median": {"aggregate": Aggregate(name="robust", statistic="median")},
     "sgd": {"server_optimizer": ServerOptimizer(name="sgd", learning_rate=0.5)},
@@ -247,19 +244,6 @@ def test_a_sites_own_adapter_outlives_the_next_run(tmp_path):
     assert Journal(first.path / "a").own(second.store().run).exists()
 
 
-def test_sites_of_lower_rank_train_the_first_slots_and_each_slot_has_its_own_denominator(tmp_path):
-    fed = Run(tmp_path, plan(rounds=1, **RULES["masked"]))
-    after = fed.run().adapter
-    tensors, start = after.tensors(), START.tensors()
-    for name, values in tensors.items():
-        at = (slice(0, 1), slice(1, 2)) if name.endswith("lora_A.weight") else (np.s_[:, 0:1], np.s_[:, 1:2])
-        for slot, mean in zip(at, (3.0, 3.0), strict=True):  # of all three sites; of a and c
-            assert values[slot] == pytest.approx((start[name][slot] + mean) / 2, abs=1e-5)
-    (record,) = fed.store().records()
-    assert record["slots/0"] == pytest.approx(1.0)
-    assert record["slots/1"] == pytest.approx(2 / 3)
-
-
 def test_a_product_of_sites_of_different_ranks_is_the_mean_of_their_products(tmp_path):
     fed = Run(tmp_path, plan(rounds=1, aggregate=Aggregate(name="product", rank="full"), lora=RANKS))
     after = fed.run().adapter
@@ -291,7 +275,7 @@ def test_a_server_that_sends_more_or_other_than_the_rule_is_refused(tmp_path):
     changes = {
         "a": {"sends": lambda task: START.layout},  # asks for B, too
         "b": {"adapter": lambda task: START},  # sends a B
-        "c": {"public": lambda task: START},  # sends what this rule does not publish
+        "c": {"sends": lambda task: START.layout.only("B")},  # asks for B instead
     }
     replies = {}
     for name, change in changes.items():
@@ -328,14 +312,17 @@ def test_a_state_that_was_damaged_is_named_and_the_run_goes_back_one_checkpoint(
         ({"aggregate": {"name": "product"}, "server_optimizer": {"name": "nesterov"}}, ["nesterov", "product", "none"]),
         ({"aggregate": {"name": "fedsvd"}, "server_optimizer": {"name": "fedadam"}}, ["fedadam", "fedsvd", "none"]),
         ({"aggregate": {"name": "product"}, "training": {"optimizer_state": "keep"}}, ["keep", "product", "reset"]),
-        ({"aggregate": {"name": "fedavg"}, "lora": {"ranks": {"a": 2}}}, ["ranks", "fedavg", "masked", "product"]),
+        (
+            {"protect": {"mode": "secagg"}, "aggregate": {}, "lora": {"ranks": {"a": 2}}},
+            ["lora.ranks", "secagg", "sealed", "product"],
+        ),
+        ({"aggregate": {"name": "fedavg"}, "lora": {"ranks": {"a": 2}}}, ["ranks", "fedavg", "product"]),
         ({"aggregate": {"name": "ffa", "share": "A"}}, ["share", "fedavg", "ffa"]),
         ({"aggregate": {"name": "fedavg", "rank": "full"}}, ["rank", "product", "fedavg"]),
-        ({"aggregate": {"share": "A", "fedrot": 0.5}}, ["fedrot", "share"]),
         ({"aggregate": {"name": "product", "gauge": "procrustes", "rank": "full"}}, ["procrustes", "'r'"]),
         ({"aggregate": {"name": "robust", "statistic": "multi-krum", "byzantine": 2}}, ["multi-krum", "7"]),
         ({"server_optimizer": {"name": "none", "momentum": 0.5}}, ["server_optimizer", "none"]),
-        ({"lora": {"r": 4, "ranks": {"a": 8}}, "aggregate": {"name": "masked"}}, ["ranks", "largest"]),
+        ({"lora": {"r": 4, "ranks": {"a": 8}}, "aggregate": {"name": "product"}}, ["ranks", "largest"]),
         ({"aggregate": {"name": "product", "max_rank": 3}}, ["max_rank", "'r_max' or 'energy'", "'r'"]),
         ({"aggregate": {"name": "robust", "trim": 0.2}}, ["trim", "'trimmed'", "'clip'"]),
         ({"server_optimizer": {"name": "fedadam", "momentum": 0.5}}, ["momentum", "'fedavgm' or 'nesterov'", "'fedadam'"]),
@@ -365,9 +352,8 @@ def test_all_that_does_not_go_together_is_said_at_once():
     assert text.count("svd_every") == 1
 
 
-def test_steps_of_a_site_count_the_rounds_and_not_the_exchanges(tmp_path):
+def test_steps_of_a_site_count_the_rounds(tmp_path):
     fed = Run(tmp_path, plan(rounds=2), policy=open_policy(max_rounds=2))
     fed.run()
     assert all(learner.trained == [1, 2] for learner in fed.learners.values())
     assert json.loads(Journal(fed.path / "a").last(fed.store().run)[1].state) == [1, 2]
-    assert PUBLIC not in fed.store().load().state
