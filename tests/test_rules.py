@@ -9,14 +9,16 @@ from pydantic import ValidationError
 from test_rounds import KEYS, TARGETS, Federation, interrupted
 
 from fedlora import assemble as build
-from fedlora.core.errors import StoreError
+from fedlora.core.errors import ConfigError, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Lora, Plan, Protect, ServerOptimizer, Training, Wire
 from fedlora.core.plan import Federation as Sites
 from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout, toy_plan
+from fedlora.library.publish import export_run, outcome
 from fedlora.rounds.store import Journal, load_adapter
+from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules.first import first_adapter
 
 START = first_adapter(toy_layout(), seed=0)
@@ -357,3 +359,64 @@ def test_steps_of_a_site_count_the_rounds(tmp_path):
     fed.run()
     assert all(learner.trained == [1, 2] for learner in fed.learners.values())
     assert json.loads(Journal(fed.path / "a").last(fed.store().run)[1].state) == [1, 2]
+
+
+# --- a round is a round ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", [n for n in RULES if n != "fedavg-share-A"])
+def test_what_is_published_says_how_many_rounds_it_has_and_whether_these_are_all(tmp_path, name):
+    fed = Run(tmp_path, plan(rounds=2, **RULES[name]))
+    interrupted(fed, 1)
+    fed.restart()
+    for rounds, complete in ((1, False), (2, True)):
+        out = tmp_path / f"after-{rounds}"
+        export_run(fed.path / "run", out, dtype="bfloat16", merge=False, base=None)
+        facts = json.loads((out / "fedlora_run.json").read_text())
+        assert (facts["rounds"], facts["complete"]) == (rounds, complete)
+        fed.run()
+    assert facts["adapter"] == fed.store().load().adapter.digest()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_end_of_a_run_is_told_in_rounds_whatever_became_of_its_records(tmp_path, name):
+    fed = Run(tmp_path, plan(rounds=2, **RULES[name]))
+    interrupted(fed, 1)
+    assert outcome(fed.path / "run")[0]["rounds"] == 1
+    fed.restart()
+    fed.run()
+    for _ in range(2):
+        facts, text = outcome(fed.path / "run")
+        assert facts["rounds"] == 2
+        assert "2 rounds" in text
+        (fed.path / "run" / "rounds.jsonl").write_bytes(b"")  # the disk has lost it
+
+
+def lost_in(path, todo, lost):
+    """The records of a run that has lost a site, and what was told first."""
+    fed, told = Run(path, todo), []
+    drop = Dropouts(LocalTransport(fed.answers), frozenset([lost]))
+
+    def report(event, facts):
+        told.append((event, dict(facts)))
+        drop.listen(event, facts)
+
+    fed.run(transport=drop, report=report)
+    return [*fed.store().records(), fed.store().final()], told[0]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_has_as_many_rounds_as_the_plan_says_and_each_can_be_lost_by_its_number(tmp_path, name):
+    """Rounds 1 to R, of which a site misses the one that was named, and the evaluation after them as R + 1."""
+    todo = plan(rounds=2, **RULES[name] | {"min_sites": 1})
+    (last,) = parse_dropouts(["b@train:3"], sites=TARGETS, plan=todo)
+    with pytest.raises(ConfigError, match="of this plan"):
+        parse_dropouts(["b@train:4"], sites=TARGETS, plan=todo)
+    for lost in (("b", "train", 2), last):
+        records, first = lost_in(tmp_path / str(lost[2]), todo, lost)
+        assert first[0] == "start"
+        assert first[1]["rounds"] == 2
+        assert [r["round"] for r in records] == [1, 2, 3]
+        due = [lost[2]] if "b" in records[lost[2] - 1]["asked"] else []  # not drawn, in a run that draws
+        assert [r["round"] for r in records if r["rejected"].get("b") == "late"] == due

@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from protect.secagg import world
+from protect.secagg.test_adversary import FalseDealer
 from protect.secagg.world import identity
 
 from fedlora import assemble as build
@@ -357,3 +359,27 @@ def test_every_rule_that_adds_up_gives_in_secret_what_it_gives_in_the_open(tmp_p
     assert len(records) == plan.federation.num_rounds
     assert all(r["sites"] == {n: {} for n in NEAR} for r in records)
     assert all(r["together"]["secagg/cut"] == 0 for r in records)
+
+
+# --- liars -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.attack(
+    "C16b",
+    "a site deals false shares in every session, so that run after run of void rounds stops the run",
+    stops="whoever is proved to have lied is left out of the next round, whatever the rule",
+)
+@pytest.mark.parametrize("name", SUMS)
+def test_a_lying_dealer_is_left_out_of_the_next_round_and_stops_no_run(tmp_path, name):
+    plan = ruled(name, **SUMS[name] | {"rounds": 4}, lone_change="allow")  # without it, no round goes on without one of four
+    plan = plan.model_copy(update={"federation": plan.federation.model_copy(update={"round_attempts": 2})})
+    federation = Ruled(tmp_path, plan)
+    modes = federation.sites["b"].protection
+    false = FalseDealer(modes.secagg.link, modes.secagg.roster, modes.secagg.entropy)
+    federation.sites["b"].protection = replace(modes, secagg=false)
+    _, store = federation.run()
+    records = store.records()
+    assert [(r["round"], r.get("void", "")) for r in records] == [(1, "bad-dealer"), (2, ""), (3, "bad-dealer"), (4, "")]
+    for void, good in zip(records[::2], records[1::2], strict=True):
+        assert void["rejected"]["b"] == good["rejected"]["b"] == "bad-dealer"
+        assert list(good["sites"]) == ["a", "c", "d"]
