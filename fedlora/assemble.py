@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import (
     BadSignature,
-    CohortTooSmall,
     ConfigError,
     DataError,
     KeyFileError,
@@ -40,7 +39,6 @@ from fedlora.protect.modes import SiteModes
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
-from fedlora.protect.secagg.cohort import Rules
 from fedlora.rounds.loop import run as run_rounds
 from fedlora.rounds.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter, write_atomic
 from fedlora.rounds.transport import Transport
@@ -461,13 +459,6 @@ def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> 
     return RunStore.create(directory, plan, first, run=run or secrets.token_hex(32))
 
 
-def _check_slots(plan: Plan, sites: Mapping[str, PublicIdentity]) -> None:
-    try:
-        Rules(plan.protect.max_colluding, plan.federation.min_sites, plan.lora.ranks).check_slots(sites)
-    except CohortTooSmall as e:
-        raise ConfigError(f"lora.ranks under protect.mode = 'secagg': {e}", hint=e.hint) from None
-
-
 def serve_run(
     store: RunStore,
     identity: Identity,
@@ -484,8 +475,7 @@ def serve_run(
         roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
 
     Raises:
-        ConfigError: fewer sites are enrolled than a round needs, lora.ranks names another one, or under secure aggregation too
-            few have some slot.
+        ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
         StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
         QuorumNotReached: see :func:`fedlora.rounds.loop.run`.
     """
@@ -498,8 +488,6 @@ def serve_run(
         raise ConfigError(
             f"lora.ranks names {', '.join(strangers)}, not enrolled here", hint="correct the name, or enrol the site"
         )
-    if store.plan.protect.mode == "secagg":
-        _check_slots(store.plan, sites)
     _check_numbers(store)
     link = ServerLink(
         identity=identity,

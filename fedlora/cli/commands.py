@@ -343,20 +343,11 @@ def server_start(
     Example: fedlora server start study study/plan/plan.toml
     """
     from fedlora.flower.server import start
-    from fedlora.lab.plots import majority_line
-    from fedlora.rounds.store import RunStore
+    from fedlora.library.publish import outcome
 
     with Screen(quiet=quiet) as screen:
         directory = start(home, plan, resume=resume, report=screen)
-    rounds = RunStore.open(directory).records()
-    partial = [r["round"] for r in rounds if r["partial"]]
-    said = f"{len(partial)} of {len(rounds)} rounds without some site" if partial else f"{len(rounds)} rounds, every site in each"
-    emit(
-        {"run": str(directory), "rounds": len(rounds), "partial_rounds": partial},
-        f"done: {directory} ({said})\n{majority_line(rounds)}\n"
-        f"next, where fedlora[train] is installed: fedlora export {directory} adapter/",
-        as_json=json,
-    )
+    emit(*outcome(directory), as_json=json)
 
 
 @site.command("up")

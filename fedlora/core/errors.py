@@ -453,12 +453,6 @@ class SessionSpent(SessionError):
     code = "session-spent"
 
 
-class PassMissed(FedLoRAError):
-    """The second pass of a round came to a site that has no result of the first one."""
-
-    code = "pass-missed"
-
-
 class SecretsGone(SessionError):
     """The secrets of this session are not there (any more): this site counts as one that dropped out."""
 

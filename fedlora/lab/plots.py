@@ -157,8 +157,8 @@ def training_rounds(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def round_count(run: Mapping[str, Any]) -> int:
-    """Rounds of training; a rule may take two exchanges, hence two records, to one."""
-    return sum(r.get("pass", 1) == 1 for r in training_rounds(run))
+    """Rounds of training."""
+    return len(training_rounds(run))
 
 
 def majority_line(rounds: Sequence[Mapping[str, Any]]) -> str:

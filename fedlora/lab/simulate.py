@@ -413,7 +413,7 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
         store = _in_process(lab, out, lost, listen)
     records, f, weighed = store.records(), lab.plan.federation, lab.plan.aggregate.weighting
     facts = {
-        "tokens": sum(int(r["weight"]) for r in records if r.get("pass", 1) == 1) if weighed == "tokens" else 0,
+        "tokens": sum(int(r["weight"]) for r in records) if weighed == "tokens" else 0,
         "steps": f.num_rounds * f.local_steps or None,  # passes over the data differ in steps between sites
         "seconds": time.monotonic() - began,
         "seconds/steps": steps[0],  # local training alone; 0 over Flower, where other processes train

@@ -225,7 +225,7 @@ def _uncovered(plan: Plan, file: SiteFile, root: Path) -> list[str] | None:
         return None
     roster = SignedRoster.parse(blob).roster
     colluding = max(plan.protect.max_colluding, roster.max_colluding)
-    all_sites = Sum(plan.model.digest, plan.digest(), "", frozenset(roster.active()), plan.lora.ranks)
+    all_sites = Sum(plan.model.digest, plan.digest(), "", frozenset(roster.active()))
     return sorted(ledger.shown(all_sites, colluding=colluding, other_than=plan.digest()))
 
 

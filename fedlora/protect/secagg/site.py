@@ -177,8 +177,6 @@ class SecAggSite:
                 plan=task.plan_digest,
                 base=task.base,
                 alone=alone,
-                ranks=dict(terms.rules.ranks),
-                slots=task.kind == "train",
             )
             records.save_session(session)
         own = advertise(self._name, context, Secrets(session.root), key=self.link.identity.signing)
@@ -433,7 +431,7 @@ class SecAggSite:
 
 def _sum(cohort: Cohort, session: Session, numbers: Iterable[int]) -> Sum:
     names = frozenset(cohort.advert(n).name for n in numbers)
-    return Sum(session.base, session.plan, cohort.t1.hex(), names, session.ranks, session.slots, session.alone)
+    return Sum(session.base, session.plan, cohort.t1.hex(), names, session.alone)
 
 
 def _with_metrics(update: Update, due: Collection[str]) -> Update:
