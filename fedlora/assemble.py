@@ -572,7 +572,7 @@ def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report)
         link,
         newest,
         store.plan,
-        Book(store.memory, FileMemory(roster.parent / "sums")),
+        Book(store.memory),
         report=report,
     )
 

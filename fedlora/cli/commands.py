@@ -194,16 +194,13 @@ def _survival(plan: Plan) -> tuple[list[dict[str, int]], str]:
     found = [survival(n, rules, lone_change=mode) for n in sorted({*range(first, first + 5), first + 7, 20, 100}) if n >= first]
     text = (
         f"\nsecure aggregation: up to {rules.max_colluding} sites may work together with the server; a roster may ask for more\n"
-        "  sites   to its end   may be away from a later round   may drop out during one"
+        "  sites   to its end   may be away from a round   may drop out during one"
     )
-    text += "".join(f"\n  {s.sites:5}   {s.stay:10}   {s.away or 'none':>30}   {s.lost or 'none':>23}" for s in found)
+    text += "".join(f"\n  {s.sites:5}   {s.stay:10}   {s.away or 'none':>24}   {s.lost or 'none':>23}" for s in found)
     if mode == "refuse":
-        apart = rules.max_colluding + 2
         text += (
-            "\n  lone_change = 'refuse': the sites of the first round's sum are those of all later ones, or a sum differs by "
-            f"{apart} sites or more;\n  for one that is away, healthy ones are left out up to {apart}; where that leaves too "
-            "few, the round waits for the site to come back,\n  and a site that missed the first sum has no way in: "
-            "set federation.min_sites to the number of sites that shall take part"
+            "\n  lone_change = 'refuse': a sum is over whole groups of the roster; a site that is away takes the others of its "
+            f"group with it,\n  {rules.max_colluding + 1} or more. Where that leaves too few, the round waits for it to come back"
         )
     return [asdict(s) for s in found], text
 

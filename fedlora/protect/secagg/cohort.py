@@ -18,7 +18,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PublicKey
 
-from fedlora.core.errors import BadSignature, CohortTooSmall, RevokedSite, UnknownSite, VotesMissing, WireError, WrongContext
+from fedlora.core.errors import (
+    BadSignature,
+    CohortTooSmall,
+    LoneChange,
+    RevokedSite,
+    UnknownSite,
+    VotesMissing,
+    WireError,
+    WrongContext,
+)
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 
 __all__ = [
@@ -61,10 +70,13 @@ class Rules:
     Attributes:
         max_colluding: sites of a session that may work together with the server without learning a third one's update.
         min_cohort: fewest sites in a session, and fewest whose updates make a sum.
+        groups: of the roster, each whole, of ``max_colluding + 2`` sites or more: a session and a sum are over some of them.
+            None: over any sites.
     """
 
     max_colluding: int
     min_cohort: int
+    groups: tuple[frozenset[str], ...] | None = None
 
     @property
     def smallest(self) -> int:
@@ -75,6 +87,41 @@ class Rules:
         """Shares that rebuild a secret, and votes that fix a session: more than two thirds, for any two such sets of sites to
         have more than ``max_colluding`` in common."""
         return 2 * n // 3 + 1
+
+    def whole(self, names: Collection[str]) -> frozenset[str]:
+        """Those of these sites whose groups are here as a whole."""
+        here = frozenset(names)
+        return here if self.groups is None else frozenset().union(*(group for group in self.groups if group <= here))
+
+    def group_of(self, name: str) -> frozenset[str] | None:
+        """The group of a site; None where any sites may be added up.
+
+        Raises:
+            LoneChange: it is in none.
+        """
+        if self.groups is None:
+            return None
+        for group in self.groups:
+            if name in group:
+                return group
+        raise LoneChange(
+            f"{name} is in no whole group of at least {self.max_colluding + 2} sites on the roster",
+            hint="the coordinators see why with `fedlora roster show`; new sites wait for others, and who was in a group with a "
+            "revoked site sits out",
+        )
+
+    def check_whole(self, names: Collection[str]) -> None:
+        """Refuses a set of sites that is not made of whole groups.
+
+        Raises:
+            LoneChange.
+        """
+        if parts := frozenset(names) - self.whole(names):
+            raise LoneChange(
+                f"{', '.join(sorted(parts))} without the others of their groups: a sum over parts of groups could show single "
+                "updates beside other sums",
+                hint="bring the others back, or go on without these; `fedlora roster show` prints the groups",
+            )
 
     def fewest_inputs(self, n: int) -> int:
         """Fewest updates in a sum."""
@@ -240,6 +287,7 @@ class Cohort:
 
         Raises:
             CohortTooSmall: fewer than the rules demand.
+            LoneChange: not made of whole groups.
             WireError: too many, or one twice.
             WrongContext: they have not all seen the same task.
         """
@@ -251,6 +299,7 @@ class Cohort:
             raise WireError(f"{n} advertisements, at most {MAX_SITES} and one a site")
         if len({a.context for a in order}) > 1:
             raise WrongContext("the sites of this session have been shown different tasks")
+        rules.check_whole([a.name for a in order])
         t = rules.threshold(n)
         text = b"".join(a.dump() for a in order)
         t1 = hashlib.sha256(b"fedlora/v1/sa/session\0" + order[0].context + struct.pack(">HH", n, t) + text).digest()
@@ -402,13 +451,9 @@ def check_certificate(
     names: Sequence[str],
     threshold: int,
     known: Callable[[str], PublicIdentity],
-    all_of: Collection[int] = (),
 ) -> None:
     """At least ``threshold`` sites of ``names`` (in order of number) have signed this vote. One that has been revoked since does
     not count.
-
-    Args:
-        all_of: sites each of which must be among them.
 
     Raises:
         VotesMissing: fewer.
@@ -416,12 +461,10 @@ def check_certificate(
     """
     if any(not 1 <= n <= len(names) for n in votes):
         raise VotesMissing(f"a vote of a site that is none of {len(names)}")
-    counted: set[int] = set()
+    counted = 0
     for number, signature in votes.items():
         with suppress(RevokedSite):
             check_signature(known(names[number - 1]), "vote", text, signature)
-            counted.add(number)
-    if len(counted) < threshold:
-        raise VotesMissing(f"{len(counted)} votes, {threshold} are needed")
-    if silent := sorted(set(all_of) - counted):
-        raise VotesMissing(f"no vote of {', '.join(names[n - 1] for n in silent)}, whose update would be in the sum")
+            counted += 1
+    if counted < threshold:
+        raise VotesMissing(f"{counted} votes, {threshold} are needed")

@@ -471,6 +471,7 @@ def check_deliveries(
 
     Raises:
         CohortTooSmall: too few.
+        LoneChange: not of whole groups.
         WireError: its own is missing or not the one it sent, or a site is among them that has not dealt.
         BadSignature: one is not signed by its site.
     """
@@ -482,6 +483,7 @@ def check_deliveries(
         raise WireError("this site's own update is missing among those to be added up, or it is not the one that was sent")
     if not by_number.keys() <= set(dealers):
         raise WireError("an update would count whose site has dealt no shares")
+    rules.check_whole([cohort.advert(number).name for number in by_number])
     for one in delivered:
         one.verify(cohort, known)
 

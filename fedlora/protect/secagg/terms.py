@@ -20,7 +20,6 @@ from fedlora.formats.roster import Roster
 from fedlora.formats.update import parse_task
 from fedlora.protect.link import Context
 from fedlora.protect.secagg.cohort import Reader, Rules
-from fedlora.protect.secagg.given import overlapping
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
 from fedlora.rules import Aggregator, optimiser_of, rule_of
@@ -99,9 +98,8 @@ class Terms:
         """The plan's terms, and what this end's own roster demands at the least."""
         p, f = plan.protect, plan.federation
         colluding, cohort = max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort)
-        if p.lone_change == "refuse":
-            cohort = max(cohort, overlapping(len(roster.active()), colluding=colluding))
-        rules = Rules(colluding, cohort)
+        groups = None if p.lone_change == "allow" else tuple(g for g in roster.groups() if len(g) >= colluding + 2)
+        rules = Rules(colluding, cohort, groups)
         return cls(
             profile=PROFILES[p.profile],
             reach=partial(reach, plan),
