@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedlora.core.errors import ConfigError, FedLoRAError, ModelError, ResourceError
 from fedlora.learn.digest import base_digest
-from fedlora.learn.fast.attention import use_varlen
+from fedlora.learn.hooks import fast
 from fedlora.learn.options import BaseOptions, DType
 from fedlora.learn.shards import file_digest
 
@@ -88,8 +88,8 @@ def load_base(options: BaseOptions) -> Base:
     _check_untouched(model)
     _settle(model, options, device)
     model.requires_grad_(False)
-    if options.attn_implementation == "varlen":
-        use_varlen(model)
+    if options.attn_implementation == "varlen" and (faster := fast()) is not None:
+        faster.use_varlen(model)
     return Base(model.eval(), tokenizer, digest, options, device, directory)
 
 
