@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from fedlora.learn.options import Dial
 
 __all__ = [
+    "WORKER",
     "base_options",
     "devices_of",
     "enrolled",
@@ -81,6 +83,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda"]
+WORKER = (sys.executable, "-P", "-m", "fedlora.worker")
+"""The command of a process for a further GPU. -P: nothing of the working directory is code."""
 
 
 # --- learning ---------------------------------------------------------------------------------------------------
@@ -424,7 +428,7 @@ def open_site(path: Path, *, report: Report) -> Site:
 def _team(site_file: Path, plan: Plan, devices: Sequence[str], *, state: Path, facts: bytes, report: Report) -> Team:
     from fedlora.learn.fast.workers import Team
 
-    return Team(site_file, plan, devices=devices, state=state, facts=facts, report=report)
+    return Team(WORKER, site_file, plan, devices=devices, state=state, facts=facts, report=report)
 
 
 # --- the server -------------------------------------------------------------------------------------------------

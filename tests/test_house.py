@@ -29,6 +29,7 @@ ORDER = (
     "learn/fast",
     "gateway",
     "assemble",
+    "worker",  # a process of its own at a site with several GPUs
     "flower",
     "library",
     "lab",
