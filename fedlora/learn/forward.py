@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedlora.data import IGNORE, Batch
+from fedlora.learn._internals import attention_of
 
 __all__ = ["HEAD_ROWS", "Forward", "Scored", "block_mask", "supervised"]
 
@@ -80,7 +81,7 @@ class Forward:
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
         self._device = device
-        self._additive = model.config._attn_implementation == "eager"
+        self._additive = attention_of(model) == "eager"
         self.split = self._split_is_exact()
         if not self.split and "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise ValueError(f"{type(model).__name__} offers no way to compute logits at chosen positions only")

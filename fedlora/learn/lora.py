@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongLayout
+from fedlora.learn._internals import copy_all, replace_layers
 from fedlora.learn.base import Base, DequantisedLinear
 from fedlora.learn.forward import Forward
 from fedlora.learn.hooks import fast
@@ -109,7 +110,7 @@ class LoraModel:
                     parameter.grad = None
                     parameter.data = parameter.data.new_empty(shape)
             slices = list(adapter.layout.slices())
-            torch._foreach_copy_([self._parameters[n] for n, _, _ in slices], [flat[at].view(shape) for _, at, shape in slices])
+            copy_all([self._parameters[n] for n, _, _ in slices], [flat[at].view(shape) for _, at, shape in slices])
         self.current = adapter.layout
 
     def set_stacked(self, adapters: Sequence[Adapter]) -> None:
@@ -202,7 +203,7 @@ def attach(base: Base, options: LoraOptions) -> LoraModel:
         layers: dict[type, type] = {torch.nn.Linear: faster.fused_layer(base.model, base.device)}
     else:
         layers = {DequantisedLinear: _LoraOnDequantised}
-    config._register_custom_module(layers)
+    replace_layers(config, layers)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers is renaming

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fedlora.data import Batch, regroup
+from fedlora.learn._internals import attention_of
 from fedlora.learn.fast.attention import VARLEN, arguments, document_ends
 from fedlora.learn.fast.loss import Nats
 from fedlora.learn.forward import Forward, Scored, supervised
@@ -21,7 +22,7 @@ _HEAD_BYTES = 1 << 29
 
 def takes_documents(model: Any) -> bool:
     """Whether :func:`fedlora.learn.fast.attention.use_varlen` has switched this model."""
-    return bool(model.config._attn_implementation == VARLEN)
+    return attention_of(model) == VARLEN
 
 
 class DocumentForward(Forward):
