@@ -35,7 +35,7 @@ from fedlora.site.work import Learner
 
 if TYPE_CHECKING:
     from fedlora.data import Tokens
-    from fedlora.learn.fast.pacing import Pace
+    from fedlora.learn.hooks import MicroBatches
     from fedlora.learn.lora import LoraModel
 
 __all__ = ["Lab", "arms_of", "federated", "load_rows", "open_lab", "parse_seeds", "scores", "simulate"]
@@ -169,7 +169,7 @@ class Lab:
     first: Adapter
     rows: Mapping[str, Mapping[str, list[Tokens]]]
     general: list[Tokens]
-    pace: Pace
+    pace: MicroBatches
     batch_sites: bool = False
 
     def reseeded(self, plan: Plan) -> Lab:
