@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedlora.errors import ConfigError, VersionUnsupported
-from fedlora.page import page
-from fedlora.plots import (
+from fedlora.errors import ConfigError, NotInstalled, VersionUnsupported
+from fedlora.store import write_atomic
+from fedlora.words import (
     HONEST,
     finite,
     label,
@@ -30,7 +30,6 @@ from fedlora.plots import (
     with_interval,
     with_sd,
 )
-from fedlora.store import write_atomic
 
 __all__ = ["METRICS", "Results", "across", "interval", "spread", "summarise", "table", "table_across", "write_html"]
 
@@ -64,10 +63,11 @@ def summarise(results: Results) -> dict[str, Any]:
         own_site: site -> what it has from federating: local and federated nll on its own test, benefit (local minus
             federated, nats) and exact_match_benefit (federated minus local).
         worse: the sites with a negative benefit.
-        recovery: pooled arm, and ``better`` for the better of them -> union_nll, exact_match: the share of the way from the
-            mean of the sites alone to pooled that federation covers, ``(local - federated) / (local - pooled)``; None
-            where that way is shorter than 0.02 nats or 2 points.
-        tax: pooled arm -> union_nll (federated minus pooled, nats) and perplexity_ratio, its exponential.
+        better: union_nll, exact_match -> the pooled arm that does better in it, or "".
+        recovery: ``better``, then each pooled arm -> union_nll, exact_match: the share of the way from the mean of the sites
+            alone to pooled that federation covers, ``(local - federated) / (local - pooled)``; None where that way is
+            shorter than 0.02 nats or 2 points. Quote ``better``: against the weaker arm any federation looks good.
+        tax: the same arms -> union_nll (federated minus pooled, nats) and perplexity_ratio, its exponential.
 
     Raises:
         VersionUnsupported: not format 1.
@@ -90,6 +90,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "best_local": min(ranked, key=lambda n: arms[n]["union_nll"], default=None),
         "own_site": own,
         "worse": [s for s, row in own.items() if row["benefit"] < 0],
+        "better": {m: _better(arms, m) for m in _SIGN},
         "recovery": _recoveries(arms),
         "tax": _taxes(arms),
     }
@@ -173,13 +174,20 @@ def _better(arms: Mapping[str, Any], metric: str) -> str:
     return min(known, key=lambda p: arms[p][metric] * _SIGN[metric], default="")
 
 
+def _pooled(arms: Mapping[str, Any], metric: str) -> dict[str, str]:
+    """``better``, then the pooled arms -> the arm that is meant."""
+    better = _better(arms, metric)
+    return ({"better": better} if better else {}) | {p: p for p in _POOLED if p in arms}
+
+
 def _recoveries(arms: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    found = {p: {m: _recovery(arms, p, m) for m in _SIGN} for p in _POOLED if p in arms}
-    return {**found, "better": {m: _recovery(arms, _better(arms, m), m) for m in _SIGN}} if found else {}
+    found = {m: {p: _recovery(arms, arm, m) for p, arm in _pooled(arms, m).items()} for m in _SIGN}
+    return {p: {m: found[m].get(p) for m in _SIGN} for p in ("better", *_POOLED) if any(p in row for row in found.values())}
 
 
 def _taxes(arms: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    taxes = {p: _minus(arms.get("federated", {}).get("union_nll"), arms.get(p, {}).get("union_nll")) for p in _POOLED}
+    fed, pooled = arms.get("federated", {}).get("union_nll"), _pooled(arms, "union_nll")
+    taxes = {p: _minus(fed, arms[arm].get("union_nll")) for p, arm in pooled.items()}
     return {p: {"union_nll": t, "perplexity_ratio": math.exp(min(t, 700.0))} for p, t in taxes.items() if t is not None}
 
 
@@ -195,8 +203,9 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
         differences: arm -> metric -> federated minus that arm: mean, sd, and low and high of the 95 % t-interval.
         beats_alone: union_nll, exact_match -> arms (site-alone arm -> mean, sd of the advantage of federated, better being
             positive) and verdict: whether each mean exceeds 3 sd; None for one seed.
+        better: union_nll, exact_match -> the pooled arm of the better mean, or "".
         recovery: as in :func:`summarise` -> metric -> mean, sd, and firm: whether the way from local to pooled exceeds 3 sd,
-            without which a recovery should not be quoted.
+            without which a recovery should not be quoted. ``better`` is the better arm of each seed.
 
     Raises:
         ConfigError: no results, a seed twice, or runs of different names, sites or splits.
@@ -211,11 +220,13 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
     fed = columns.get("federated", {})
     reached = [p for p in each[0]["recovery"] if all(p in s["recovery"] for s in each)]
     pairs = {n: {m: [_minus(f, o) for f, o in zip(fed[m], columns[n][m], strict=True)] for m in METRICS} for n in compared}
+    means = {n: {m: _mean(row[m]) for m in METRICS} for n, row in columns.items()}
     return {
         "seeds": [run["seed"] for run in runs],
         "arms": {n: {m: spread(v) for m, v in row.items()} for n, row in columns.items()},
         "differences": {n: {m: {**spread(v), **interval(v)} for m, v in row.items()} for n, row in pairs.items()},
         "beats_alone": {m: _beats(pairs, m) for m in _SIGN},
+        "better": {m: _better(means, m) for m in _SIGN},
         "recovery": {p: {m: _recovered(each, p, m) for m in _SIGN} for p in reached},
     }
 
@@ -302,6 +313,7 @@ def table(results: Results) -> str:
 def _recovery_lines(s: Mapping[str, Any]) -> list[str]:
     if not any(v is not None for row in s["recovery"].values() for v in row.values()) and not s["tax"]:
         return []
+    names = [label(name) for name in dict.fromkeys(s["better"].values()) if name]
     lines = ["", _line("federated against", "recovers, loss", "exact match", "costs, nats", "perplexity x", width=16)]
     for pooled, row in s["recovery"].items():
         tax = s["tax"].get(pooled, {})
@@ -309,7 +321,12 @@ def _recovery_lines(s: Mapping[str, Any]) -> list[str]:
         lines.append(
             _line(label(pooled), *cells, number(tax.get("union_nll"), sign="+"), number(tax.get("perplexity_ratio")), width=16)
         )
-    return [*lines, "  (recovers: share of the way from a site alone, mean of all, to pooled training)"]
+    said = names[0] if len(names) == 1 else f"{' in loss, '.join(names)} in exact match"
+    return [
+        *lines,
+        "  (recovers: share of the way from a site alone, mean of all, to pooled training;",
+        f"  quote the better of both, which is {said})",
+    ]
 
 
 def _worse_lines(s: Mapping[str, Any]) -> list[str]:
@@ -393,11 +410,36 @@ def _verdict_lines(over: Mapping[str, Any]) -> list[str]:
 def write_html(results: Results | Sequence[Results], path: Path) -> None:
     """Writes one self-contained page about one run, or about several seeds of a plan: no script, no network.
 
+    The same results give the same bytes.
+
     Raises:
         ConfigError: the runs cannot be averaged; see :func:`across`.
+        NotInstalled: it needs ``fedlora[report]``.
         StoreError, ResourceError: the file cannot be written.
     """
+    contents = _contents(results)
+    from fedlora.page import document
+
+    write_atomic(path, document(**contents).encode("utf-8", "replace"), mode=0o644)
+
+
+def write_figures(results: Results | Sequence[Results], directory: Path) -> list[Path]:
+    """Writes each figure of the page as PDF and as PNG, for papers; returns the files.
+
+    Raises:
+        As :func:`write_html`.
+    """
+    contents = _contents(results)
+    from fedlora.page import figures
+
+    return [file for figure in figures(contents) for file in figure.save(directory)]
+
+
+def _contents(results: Results | Sequence[Results]) -> dict[str, Any]:
     runs = [results] if isinstance(results, Mapping) else list(results)
     over = across(runs)  # first: it refuses what does not belong together
-    text = page(runs, [summarise(run) for run in runs], over)
-    write_atomic(path, text.encode("utf-8", "replace"), mode=0o644)
+    try:
+        from fedlora.page import contents
+    except ImportError as e:
+        raise NotInstalled(e.name or "", extra="report", what="the page and its figures") from None
+    return contents(runs, [summarise(run) for run in runs], over)

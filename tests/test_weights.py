@@ -18,7 +18,7 @@ from fedlora.data.batches import Cursor, Stream
 from fedlora.data.tokens import IGNORE, Tokens
 from fedlora.errors import WeightTooLarge
 from fedlora.messages import EVALUATION
-from fedlora.plots import majority_line
+from fedlora.words import majority_line
 from fedlora.report import table, write_html
 from fedlora.site import safely
 from fedlora.testing import ToyLearner, toy_adapter

@@ -343,7 +343,7 @@ def server_start(
     Example: fedlora server start study study/plan/plan.toml
     """
     from fedlora.flower.server import start
-    from fedlora.plots import majority_line
+    from fedlora.words import majority_line
     from fedlora.store import RunStore
 
     with Screen(quiet=quiet) as screen:
