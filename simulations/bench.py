@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import wire
-from fedlora.adapter import Adapter, Layout, Update
+from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.formats import update as wire
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 16
@@ -69,8 +69,8 @@ def bench_protect() -> None:
     """Seal and open, beside AES-256-GCM alone in one call (no signature, no digest, no key exchange)."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-    from fedlora.protect.envelope import parse, seal
-    from fedlora.testing import TOY_BASE, toy_adapter, toy_plan
+    from fedlora.formats.envelope import parse, seal
+    from fedlora.lab.testing import TOY_BASE, toy_adapter, toy_plan
 
     sealed = _sealed_parts()
     header = sealed["header"](toy_plan().canonical(), TOY_BASE, toy_adapter())
@@ -92,11 +92,11 @@ def bench_protect() -> None:
 
 
 def _sealed_parts() -> dict[str, Any]:
-    from fedlora.messages import Task
-    from fedlora.protect.envelope import open_envelope, verify
-    from fedlora.protect.keys import Identity
+    from fedlora.core.messages import Task
+    from fedlora.formats.envelope import open_envelope, verify
+    from fedlora.formats.keys import Identity
+    from fedlora.lab.testing import DictMemory, server_link
     from fedlora.protect.link import Context
-    from fedlora.testing import DictMemory, server_link
 
     a, b = Identity.generate("server"), Identity.generate("b")
     link = server_link(a, a, {"b": b.public}, DictMemory())
@@ -142,7 +142,7 @@ def bench_aggregate() -> None:
 
 def _aggregate(sites: int) -> None:
     """As the server does it: each update is parsed from its bytes, added and dropped."""
-    from fedlora.aggregate import FedAvg
+    from fedlora.rules import FedAvg
 
     before = peak_bytes()
     shape = layout(10_000_000)
@@ -150,14 +150,14 @@ def _aggregate(sites: int) -> None:
     start = Adapter(np.zeros(shape.size, np.float32), shape)
     adding = 0.0
     began = time.perf_counter()
-    sums = FedAvg().start(start, cohort=sites, exchange=1)
+    sums = FedAvg().start(start, cohort=sites, round=1)
     for i in range(sites):
         one = wire.parse_update(blob, shape)
         added = time.perf_counter()
         sums.add(f"s{i:03d}", Update(one.delta, 1000 + i, {}))
         adding += time.perf_counter() - added
         del one
-    FedAvg().finish(sums, start, scale=2.0, exchange=1, state={})
+    FedAvg().finish(sums, start, scale=2.0, round=1, state={})
     seconds = time.perf_counter() - began
     peak = peak_bytes()
     delta, total = update(shape).delta, np.zeros(shape.size, np.float64)
@@ -186,22 +186,22 @@ def bench_product() -> None:
 
 
 def _product() -> None:
-    from fedlora.aggregate import Product
+    from fedlora.rules import Product
 
     d, rank, sites = 4096, 16, 16
     shape = Layout.of({"l.lora_A.weight": (rank, d), "l.lora_B.weight": (d, rank)})
     start = Adapter(np.random.default_rng(0).normal(0, 0.01, shape.size).astype(np.float32), shape)
     rule, seconds = Product(), []
     for _ in range(5):
-        sums = rule.start(start, cohort=sites, exchange=1)
+        sums = rule.start(start, cohort=sites, round=1)
         for i in range(sites):
             delta = np.random.default_rng(1 + i).normal(0, 0.01, shape.size).astype(np.float32)
             sums.add(f"s{i:02d}", Update(delta, 1000 + i, {}))
         began = time.perf_counter()
-        rule.finish(sums, start, scale=2.0, exchange=1, state={})
+        rule.finish(sums, start, scale=2.0, round=1, state={})
         seconds.append(time.perf_counter() - began)
     tracemalloc.start()
-    rule.finish(sums, start, scale=2.0, exchange=1, state={})
+    rule.finish(sums, start, scale=2.0, round=1, state={})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     x, y = np.random.default_rng(2).normal(size=(2, d, rank * sites))
@@ -217,8 +217,8 @@ def bench_rounds() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     import test_rounds as federation
 
-    from fedlora import testing
-    from fedlora.config import Wire
+    from fedlora.core.plan import Wire
+    from fedlora.lab import testing
 
     shape = Layout.of({f"l{i:03d}.lora_{f}.weight": s for i in range(210) for f, s in (("A", (8, 723)), ("B", (723, 8)))})
     first = Adapter(np.zeros(shape.size, np.float32), shape)

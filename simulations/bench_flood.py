@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "flower")]
 from flower.harness import Federation, descendants, opened  # noqa: E402
 from flower.toy_parts import DUE  # noqa: E402
 
-from fedlora.flower.launch import split_address  # noqa: E402
 from fedlora.flower.server import start  # noqa: E402
+from fedlora.gateway.addresses import split_address  # noqa: E402
 
 _MIB = 1 << 20
 

@@ -29,15 +29,15 @@ from typing import Any
 import numpy as np
 from bench import ROOT, _sealed_parts, layout, median_s, peak_bytes, row, update
 
-from fedlora.aggregate.sums import squares_of
-from fedlora.protect.envelope import overhead, parse, seal
-from fedlora.protect.keys import Identity, PublicIdentity
+from fedlora.formats.envelope import overhead, parse, seal
+from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Delivered, Reader, Rules
 from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, masked, receive, reveal
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.records import Encoded, Records
 from fedlora.protect.secagg.rings import PROFILES, encode, packed_bytes, scales_for, sum_to_mean, unpack
+from fedlora.rules.sums import squares_of
 
 VALUES = 10_000_000
 RULES = Rules(max_colluding=1, min_cohort=3)
@@ -274,7 +274,7 @@ def _masked_updates(
 
 def _write_update(path: Path, session: Handshake, inbox: Inbox, own: int, parts: Mapping[str, Any], numbers: int) -> None:
     """All its values are its number."""
-    from fedlora.testing import TOY_BASE, toy_adapter, toy_plan
+    from fedlora.lab.testing import TOY_BASE, toy_adapter, toy_plan
 
     profile = PROFILES["int8"]
     vector, counts = np.full(layout(VALUES).size, own, profile.word), np.full(numbers, own, np.uint64)
@@ -296,7 +296,7 @@ def session(n: int) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT / "tests"))
     from protect.secagg.world import Heard, World, names
 
-    from fedlora.testing import toy_layout
+    from fedlora.lab.testing import toy_layout
 
     world, heard = World(n), Heard()
     site_s: dict[str, list[float]] = defaultdict(list)

@@ -29,10 +29,10 @@ import torch
 
 from fedlora.data import IGNORE, Tokens
 from fedlora.learn.base import Base, find_device, load_base
+from fedlora.learn.fast.pacing import Pace
 from fedlora.learn.learner import HFLearner
 from fedlora.learn.lora import LoraOptions, attach
 from fedlora.learn.options import BaseOptions, TrainOptions
-from fedlora.learn.pace import Pace
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_FLOPS = 790e12
@@ -65,8 +65,8 @@ def random_base(shape: str, options: BaseOptions, tokenizer: Any) -> Base:
     import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fedlora.learn.attention import use_varlen
     from fedlora.learn.base import _settle
+    from fedlora.learn.fast.attention import use_varlen
 
     device = find_device(options.device)
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
@@ -255,9 +255,9 @@ def gpus(shape: str, count: int) -> None:
     """One GPU against several, by the path that `fedlora site up` takes: files on disk, a team of processes."""
     import logging
 
-    from fedlora import build
-    from fedlora.config import load_plan
-    from fedlora.follow import Team
+    from fedlora import assemble as build
+    from fedlora.core.plan import load_plan
+    from fedlora.learn.fast.workers import Team
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")  # the followers' words too
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -355,8 +355,8 @@ def write_site(home: Path, shape: str) -> None:
 
 def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
     """Virtual sites that share a base: what swapping their adapters costs, and all of them in one pass. Prints rows."""
-    from fedlora.first import first_adapter
-    from fedlora.learn.together import Together
+    from fedlora.learn.fast.together import Together
+    from fedlora.rules.first import first_adapter
 
     if device == "cpu":
         count, steps = 4, 3

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import simulate
-from fedlora.adapter import F32, Adapter, Layout, Update
-from fedlora.aggregate import AGGREGATORS, FedAvg, Sums
-from fedlora.config import Aggregate, Plan, Protect, Wire, load_plan
+from fedlora.core.adapter import F32, Adapter, Layout, Update
+from fedlora.core.plan import Aggregate, Plan, Protect, Wire, load_plan
+from fedlora.lab import simulate
 from fedlora.protect.secagg.rings import PROFILES, Profile, encode, scales_for, sum_to_mean
 from fedlora.protect.secagg.terms import reach
+from fedlora.rules import AGGREGATORS, FedAvg, Sums
 
 Rounds = list[dict[str, F32]]
 heard: Rounds = []
@@ -41,7 +41,7 @@ class _Kept(Sums):
 
 @dataclass(frozen=True, slots=True)
 class _Recording(FedAvg):
-    def start(self, adapter: Adapter, *, cohort: int, exchange: int) -> Sums:
+    def start(self, adapter: Adapter, *, cohort: int, round: int) -> Sums:
         heard.append({})
         return _Kept.start(adapter.layout, cohort=cohort, max_weight=self.max_weight)
 

@@ -32,12 +32,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fedlora import wire
-from fedlora.config import Protect
-from fedlora.errors import BadShare, FedLoRAError
-from fedlora.messages import Task
-from fedlora.protect.keys import Identity, PublicIdentity
-from fedlora.protect.roster import SignedRoster, first_epoch
+from fedlora.core.errors import BadShare, FedLoRAError
+from fedlora.core.messages import Task
+from fedlora.core.plan import Protect
+from fedlora.formats import update as wire
+from fedlora.formats.keys import Identity, PublicIdentity
+from fedlora.formats.roster import SignedRoster, first_epoch
+from fedlora.lab.testing import TOY_BASE, DictMemory, toy_adapter, toy_plan
 from fedlora.protect.secagg.cohort import (
     COMMIT,
     SIGNATURE,
@@ -67,7 +68,6 @@ from fedlora.protect.secagg.opening import Deal, parse_reveal, relay
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import PROFILES, pack, packed_bytes, unpack
 from fedlora.protect.secagg.terms import Offer
-from fedlora.testing import TOY_BASE, DictMemory, toy_adapter, toy_plan
 
 SITES = ("site-1", "site-2", "site-3", "site-4")
 RULES = Rules(max_colluding=1, min_cohort=3)
@@ -192,7 +192,7 @@ def identity(name: str) -> Identity:
 
 
 def known(name: str) -> PublicIdentity:
-    """As :meth:`fedlora.protect.roster.Roster.site`."""
+    """As :meth:`fedlora.formats.roster.Roster.site`."""
     return _roster().roster.site(name)
 
 
@@ -455,12 +455,12 @@ def _numbers() -> Parser:
 def _records() -> list[Parser]:
     """A site's own files, damaged."""
     session = Session(
-        1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, alone=False, ranks={},
-        slots=True, t1=bytes(32),
+        1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, alone=False,
+        t1=bytes(32),
     )  # fmt: skip
     encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), np.ones(14, np.float32))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3)
-    one = Sum("34" * 32, "12" * 32, "ab" * 32, frozenset(SITES), {SITES[0]: 1}, alone=True)
+    one = Sum("34" * 32, "12" * 32, "ab" * 32, frozenset(SITES), alone=True)
 
     def records(memory: DictMemory) -> Records:
         return Records(memory, "run", identity(SITES[0]), lambda n: bytes(n))

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from fedlora.adapter import Adapter, Layout, Update
-from fedlora.errors import NonFiniteUpdate, WrongLayout
+from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.errors import NonFiniteUpdate, WrongLayout
 
 TENSORS = {"q.lora_A.weight": np.ones((2, 3)), "q.lora_B.weight": np.arange(8.0).reshape(4, 2)}
 

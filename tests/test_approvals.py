@@ -9,19 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import build, wire
-from fedlora.admission import RUNS, Approvals, Begun, Runs, admit
-from fedlora.config import Evaluation, Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
-from fedlora.enrol import make_site_keys
-from fedlora.errors import ConfigError, PlanNotApproved, RunNotApproved, StoreError, WrongPlan
-from fedlora.first import first_adapter
-from fedlora.messages import Request, Task
-from fedlora.protect.keys import Identity, load_identity
+from fedlora import assemble as build
+from fedlora.core.errors import ConfigError, PlanNotApproved, RunNotApproved, StoreError, WrongPlan
+from fedlora.core.messages import Request, Task
+from fedlora.core.plan import Evaluation, Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
+from fedlora.flower.enrol import make_site_keys
+from fedlora.formats import update as wire
+from fedlora.formats.keys import Identity, load_identity
+from fedlora.formats.roster import SignedRoster, first_epoch
+from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.link import Context, pinned
-from fedlora.protect.roster import SignedRoster, first_epoch
 from fedlora.protect.secagg.terms import Offer, codec
-from fedlora.store import FileMemory
-from fedlora.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_layout, toy_plan
+from fedlora.rounds.store import FileMemory
+from fedlora.rules.first import first_adapter
+from fedlora.site.admission import RUNS, Approvals, Begun, Runs, admit
 
 MODEL = Plan().model.model_name_or_path
 KEYS = {n: Identity.generate(n) for n in ("a", "b", "c", "server", "run", "coordinator")}

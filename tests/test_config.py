@@ -1,7 +1,7 @@
 import pytest
 
-from fedlora.config import Plan, Policy, Simulation, SiteFile, dump_toml, load_plan, load_site_file, parse_plan, sample
-from fedlora.errors import ConfigError, PlanRefused
+from fedlora.core.errors import ConfigError, PlanRefused
+from fedlora.core.plan import Plan, Policy, Simulation, SiteFile, dump_toml, load_plan, load_site_file, parse_plan, sample
 
 
 def plan_of(tmp_path, text):

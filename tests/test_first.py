@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from fedlora.adapter import Layout
-from fedlora.first import first_adapter
+from fedlora.core.adapter import Layout
+from fedlora.rules.first import first_adapter
 
 pytestmark = pytest.mark.torch
 
@@ -41,7 +41,7 @@ def test_another_seed_or_name_gives_other_values():
     assert not np.array_equal(t[q].reshape(-1)[:64] * 8, t[v].reshape(-1) * 4)
 
 
-@pytest.mark.parametrize("module", ["fedlora.learn", "fedlora.first", "fedlora.learn.options", "fedlora.learn.digest"])
+@pytest.mark.parametrize("module", ["fedlora.learn", "fedlora.rules.first", "fedlora.learn.options", "fedlora.learn.digest"])
 def test_what_a_server_needs_loads_no_torch(module: str):
     heavy = {"torch", "transformers", "peft", "bitsandbytes"}
     code = f"import sys, {module}; bad = {heavy!r} & set(sys.modules); sys.exit(str(bad) if bad else 0)"

@@ -13,34 +13,29 @@ import pytest
 import tables
 
 import fedlora
-from fedlora.config import Plan, SiteFile, sample
+from fedlora.core.plan import Plan, SiteFile, sample
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = {
-    0: {"errors", "config", "adapter", "files", "messages", "schedule"},
-    1: {"aggregate", "first", "privacy", "protect", "wire", "values"},
-    2: {"admission", "journal", "lock", "rounds", "site", "store", "transport"},
-    3: {
-        "cli",
-        "approve",
-        "build",
-        "flower",
-        "learn",
-        "data",
-        "testing",
-        "simulate",
-        "rehearse",
-        "repair",
-        "enrol",
-        "follow",
-        "processes",
-        "publish",
-        "report",
-        "plots",
-        "page",
-        "__main__",
-    },
-}
+ORDER = (
+    "core",  # pure
+    "formats",
+    "processes",
+    "rules",
+    "protect",
+    "data",
+    "rounds",
+    "site",
+    "learn",
+    "learn/fast",
+    "gateway",
+    "assemble",
+    "flower",
+    "library",
+    "lab",
+    "cli",
+    "__main__",
+)
+"""From the bottom up: each imports only from itself and from what stands before it."""
 HOMES = {
     "torch": {"learn"},
     "transformers": {"learn"},
@@ -50,13 +45,16 @@ HOMES = {
     "gguf": {"learn"},
     "tokenizers": {"learn"},
     "flwr": {"flower"},
-    "httpx": {"flower"},
-    "starlette": {"flower"},
-    "uvicorn": {"flower"},
-    "cryptography": {"protect", "flower"},  # flower: TLS certificates and the node keys that Flower wants
+    "httpx": {"flower", "gateway"},
+    "starlette": {"gateway"},
+    "uvicorn": {"gateway"},
+    "cryptography": {"formats", "protect", "gateway"},  # gateway: TLS certificates, and the node keys that Flower wants
     "typer": {"cli"},
     "rich": {"cli"},
     "pyarrow": {"data"},
+    "jinja2": {"lab"},
+    "altair": {"lab"},
+    "vl_convert": {"lab"},
     "pickle": set(),
     "random": {"learn"},  # the toy data only
 }
@@ -64,11 +62,14 @@ FILES = sorted((ROOT / "fedlora").rglob("*.py"))
 
 
 def part(path: Path) -> str:
-    return path.relative_to(ROOT / "fedlora").parts[0].removesuffix(".py")
+    inside = path.relative_to(ROOT / "fedlora")
+    return "learn/fast" if inside.parts[:2] == ("learn", "fast") else inside.parts[0].removesuffix(".py")
 
 
-def layer(name: str) -> int:
-    return next(level for level, names in LAYERS.items() if name in names)
+def part_of(name: str) -> str:
+    """The same for a dotted name below fedlora."""
+    parts = name.split(".")
+    return "learn/fast" if parts[:2] == ["learn", "fast"] else parts[0]
 
 
 def imports(path: Path) -> set[str]:
@@ -86,8 +87,17 @@ def test_imports_go_down_only_and_heavy_things_have_one_home(path):
     for name in imports(path):
         top, _, rest = name.partition(".")
         if top == "fedlora":
-            assert layer(rest.partition(".")[0]) <= layer(part(path)), name
-        assert part(path) in HOMES.get(top, {part(path)}), name
+            assert ORDER.index(part_of(rest)) <= ORDER.index(part(path)), name
+        assert part(path).partition("/")[0] in HOMES.get(top, {part(path).partition("/")[0]}), name
+
+
+def test_no_module_imports_itself_by_a_detour():
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    uses = {m: {n if n in modules else n.rpartition(".")[0] for n in imports(p)} & modules.keys() for m, p in modules.items()}
+    done: set[str] = set()
+    while free := {m for m in modules if m not in done and not (uses[m] - done - {m})}:
+        done |= free
+    assert not modules.keys() - done
 
 
 def test_nothing_prints_but_the_command():
@@ -122,12 +132,13 @@ def test_the_wheel_holds_only_fedlora(tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"fedlora"}
     assert "fedlora/py.typed" in names
     assert "fedlora/FORMAT.md" in names
+    assert "fedlora/lab/page.html.j2" in names
 
 
 def test_help_starts_fast_and_imports_nothing_heavy():
     code = (
         "import sys; from fedlora.cli import main; main(['--help']); loaded = {m.partition('.')[0] for m in sys.modules};"
-        "print(sorted(loaded & {'torch', 'numpy', 'flwr', 'transformers', 'pydantic', 'cryptography'}))"
+        "print(sorted(loaded & {'torch', 'numpy', 'flwr', 'transformers', 'pydantic', 'cryptography', 'jinja2', 'altair'}))"
     )
     began = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout

@@ -11,19 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fedlora import build
-from fedlora.aggregate import FedAvg, Robust, Sums, rule_of
-from fedlora.config import Aggregate, Evaluation, Wire
-from fedlora.errors import ConfigError, KeyFileError, QuorumNotReached, StoreError
-from fedlora.messages import Reply
-from fedlora.protect.keys import Identity, load_identity
+from fedlora import assemble as build
+from fedlora.core.errors import ConfigError, KeyFileError, QuorumNotReached, StoreError
+from fedlora.core.messages import Reply
+from fedlora.core.plan import Aggregate, Evaluation, Wire
+from fedlora.formats.keys import Identity, load_identity
+from fedlora.lab.testing import DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
 from fedlora.protect.plain import PlainServer, PlainSite
 from fedlora.protect.sealed import SealedServer, SealedSite
-from fedlora.rounds import check_fit, run
-from fedlora.site import Site, safely
-from fedlora.store import Entry, FileMemory, Journal, RunStore
-from fedlora.testing import DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
-from fedlora.transport import LocalTransport
+from fedlora.rounds.loop import check_fit, run
+from fedlora.rounds.store import Entry, FileMemory, Journal, RunStore
+from fedlora.rounds.transport import LocalTransport
+from fedlora.rules import FedAvg, Robust, Sums, rule_of
+from fedlora.site.work import Site, safely
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = {"a": 1.0, "b": 3.0, "c": 5.0}
@@ -79,7 +79,7 @@ class Federation:
         )
         parts = {"aggregator": rule_of(self.plan), "protection": protection, "transport": LocalTransport(self.answers)}
         parts["enrolled"] = list(self.learners)
-        return run(self.plan, store=store, report=lambda e, f: self.events.append((e, dict(f))), **{**parts, **changes})
+        return run(self.plan, store=store, **{"report": lambda e, f: self.events.append((e, dict(f))), **parts, **changes})
 
 
 def plan(**more):
@@ -159,8 +159,8 @@ def test_one_update_is_in_memory_at_a_time(tmp_path):
     alive, most = [], []
 
     class Watching(FedAvg):
-        def start(self, adapter, *, cohort, exchange):
-            empty = super().start(adapter, cohort=cohort, exchange=exchange)
+        def start(self, adapter, *, cohort, round):
+            empty = super().start(adapter, cohort=cohort, round=round)
             return Seen(**{f.name: getattr(empty, f.name) for f in fields(empty)})
 
     class Seen(Sums):
@@ -401,7 +401,7 @@ def test_a_checkpoint_that_cannot_be_read_or_is_another_runs_is_not_gone_behind(
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedlora.files.safe_open", refuse)
+        patch.setattr("fedlora.formats.files.safe_open", refuse)
         with pytest.raises(StoreError, match="cannot read"):
             fed.store().resume()
     assert fed.store().load().round == 3

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from protect.secagg.world import identity, secagg_plan
 
-from fedlora import build
+from fedlora import assemble as build
 from fedlora.cli import main
-from fedlora.config import Aggregate, SiteFile, Wire, dump_toml
-from fedlora.errors import FedLoRAError, QuorumNotReached, StoreError
-from fedlora.first import first_adapter
-from fedlora.messages import Reply
-from fedlora.protect.keys import load_identity, load_public
-from fedlora.protect.roster import SignedRoster, first_epoch
-from fedlora.store import FileMemory, Journal, RunStore, load_adapter, save_adapter, write_atomic
-from fedlora.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
-from fedlora.transport import LocalTransport
+from fedlora.core.errors import FedLoRAError, QuorumNotReached, StoreError
+from fedlora.core.messages import Reply
+from fedlora.core.plan import Aggregate, SiteFile, Wire, dump_toml
+from fedlora.formats.keys import load_identity, load_public
+from fedlora.formats.roster import SignedRoster, first_epoch
+from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
+from fedlora.rounds.store import FileMemory, Journal, RunStore, load_adapter, save_adapter, write_atomic
+from fedlora.rounds.transport import LocalTransport
+from fedlora.rules.first import first_adapter
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = {"a": 1.0, "b": 3.0, "c": 5.0}

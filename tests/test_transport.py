@@ -5,13 +5,13 @@ from protect.secagg.test_federation import Federation as Secret
 from protect.secagg.test_federation import secagg_plan
 from test_rounds import Federation as Sealed
 
-from fedlora.config import Aggregate, Protect, Wire
-from fedlora.errors import ConfigError
-from fedlora.messages import Reply, Request
-from fedlora.protect.envelope import overhead
-from fedlora.testing import toy_plan
-from fedlora.transport import Dropouts, LocalTransport, parse_dropouts
-from fedlora.wire import MAX_HEADER_BYTES
+from fedlora.core.errors import ConfigError
+from fedlora.core.messages import Reply, Request
+from fedlora.core.plan import Aggregate, Protect, Wire
+from fedlora.formats.envelope import overhead
+from fedlora.formats.update import MAX_HEADER_BYTES
+from fedlora.lab.testing import toy_plan
+from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 
 PLAN = toy_plan(min_sites=3, protect=Protect(mode="secagg"), aggregate=Aggregate(weighting="uniform"))
 

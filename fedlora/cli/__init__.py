@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     import click
 
     from fedlora.cli.commands import app
-    from fedlora.errors import FedLoRAError
+    from fedlora.core.errors import FedLoRAError
 
     words = sys.argv[1:] if argv is None else argv
     try:

@@ -34,9 +34,9 @@ def approve(
     """
     import click
 
-    from fedlora import approve as library
-    from fedlora.config import load_plan
-    from fedlora.errors import PlanRefused
+    from fedlora.core.errors import PlanRefused
+    from fedlora.core.plan import load_plan
+    from fedlora.site import approve as library
 
     found, named = load_plan(plan), uncovers or []
     asked = library.question(found, site, uncovers=named)

@@ -13,7 +13,7 @@ from fedlora.cli.repair import server_repair, site_repair
 from fedlora.cli.roster import roster
 
 if TYPE_CHECKING:
-    from fedlora.config import Plan
+    from fedlora.core.plan import Plan
 
 __all__ = ["app"]
 
@@ -58,7 +58,7 @@ def new_plan() -> None:
 
     Example: fedlora new plan > plan.toml
     """
-    from fedlora.config import Plan, sample
+    from fedlora.core.plan import Plan, sample
 
     emit({}, sample(Plan).rstrip(), as_json=False)
 
@@ -69,7 +69,7 @@ def new_site() -> None:
 
     Example: fedlora new site > site.toml
     """
-    from fedlora.config import SiteFile, sample
+    from fedlora.core.plan import SiteFile, sample
 
     emit({}, sample(SiteFile).rstrip(), as_json=False)
 
@@ -80,7 +80,7 @@ def new_simulation() -> None:
 
     Example: fedlora new simulation > toy.toml && fedlora simulate toy.toml
     """
-    from fedlora.config import Plan, Simulation, dump_toml
+    from fedlora.core.plan import Plan, Simulation, dump_toml
 
     emit({}, dump_toml(Plan(simulation=Simulation())).rstrip(), as_json=False)
 
@@ -98,7 +98,7 @@ def keygen_site(
 
     Example: fedlora keygen site st-marys --out keys
     """
-    from fedlora.enrol import make_site_keys
+    from fedlora.flower.enrol import make_site_keys
 
     public, fingerprint = make_site_keys(name, out)
     emit(
@@ -118,7 +118,7 @@ def keygen_server(
 
     Example: fedlora keygen server study --host fed.example.org
     """
-    from fedlora.enrol import make_server_home
+    from fedlora.flower.enrol import make_server_home
 
     fingerprint = make_server_home(home, hosts=host)
     emit(
@@ -145,7 +145,7 @@ def check(
 
     Example: fedlora check plan.toml --site site.toml
     """
-    from fedlora.config import load_plan
+    from fedlora.core.plan import load_plan
 
     found = load_plan(plan)
     f = found.federation
@@ -163,7 +163,7 @@ def check(
         facts["survives"], said = _survival(found)
         text += said
     if site is not None:
-        from fedlora.build import forecast
+        from fedlora.assemble import forecast
 
         with Screen(quiet=quiet or json) as screen:
             facts["round"] = here = forecast(site, found, report=screen)
@@ -219,7 +219,7 @@ def pin(
 
     Example: fedlora pin plan.toml --model models/SmolLM2 --out study/plan
     """
-    from fedlora.enrol import pin_plan
+    from fedlora.flower.enrol import pin_plan
 
     pinned = pin_plan(plan, model, out)
     facts = {"plan": pinned.digest(), "base": pinned.model.digest, "init": pinned.lora.init_digest}
@@ -254,9 +254,9 @@ def simulate(
 
     Example: fedlora simulate simulations/plans/toy.toml --seeds 0,1,2
     """
-    from fedlora.config import load_plan
-    from fedlora.simulate import parse_seeds
-    from fedlora.simulate import simulate as run
+    from fedlora.core.plan import load_plan
+    from fedlora.lab.simulate import parse_seeds
+    from fedlora.lab.simulate import simulate as run
 
     found = load_plan(plan)
     where = out or Path("runs") / found.run.name
@@ -272,8 +272,31 @@ def simulate(
             batch_sites=batch_sites,
             report=screen,
         )
-    text = (where / "summary.txt").read_text() + f"\nreport: {where / 'report.html'}"
+    page = where / "report.html"
+    later = f"\nno report.html: pip install 'fedlora[report]', then fedlora report {where}"
+    text = (where / "summary.txt").read_text() + (f"\nreport: {page}" if page.exists() else later)
     emit({"out": str(where), "results": results}, text, as_json=json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A simulation's directory, or one seed's in it.")],
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write each figure to this directory, as PDF and PNG for papers.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write the page about a simulation, report.html, from its results.
+
+    Example: fedlora report runs/clinical --figures figures
+    """
+    from fedlora.lab.report import load, write_figures, write_html
+
+    results, page = load(run), run / "report.html"
+    write_html(results, page)
+    files = write_figures(results, figures) if figures is not None else []
+    text = f"report: {page}" + f"\nfigures: {len(files)} files in {figures}" * bool(files)
+    emit({"report": str(page), "figures": [str(f) for f in files]}, text, as_json=json)
 
 
 @app.command()
@@ -291,7 +314,7 @@ def export(
 
     Example: fedlora export runs/clinical/seed-0 adapter/
     """
-    from fedlora.publish import export_run
+    from fedlora.library.publish import export_run
 
     export_run(run, out, dtype=dtype, merge=merge, base=base)
     text = f'{out}\n\n  from peft import PeftModel\n  model = PeftModel.from_pretrained(base, "{out}")'
@@ -304,7 +327,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="Any file of FedLoRA.")], 
 
     Example: fedlora inspect runs/clinical/seed-0/adapter.safetensors
     """
-    from fedlora.publish import describe
+    from fedlora.library.publish import describe
 
     facts = describe(file)
     emit(facts, "\n".join(f"{k}: {v}" for k, v in facts.items()), as_json=json)
@@ -343,20 +366,11 @@ def server_start(
     Example: fedlora server start study study/plan/plan.toml
     """
     from fedlora.flower.server import start
-    from fedlora.words import majority_line
-    from fedlora.store import RunStore
+    from fedlora.library.publish import outcome
 
     with Screen(quiet=quiet) as screen:
         directory = start(home, plan, resume=resume, report=screen)
-    rounds = RunStore.open(directory).records()
-    partial = [r["round"] for r in rounds if r["partial"]]
-    said = f"{len(partial)} of {len(rounds)} rounds without some site" if partial else f"{len(rounds)} rounds, every site in each"
-    emit(
-        {"run": str(directory), "rounds": len(rounds), "partial_rounds": partial},
-        f"done: {directory} ({said})\n{majority_line(rounds)}\n"
-        f"next, where fedlora[train] is installed: fedlora export {directory} adapter/",
-        as_json=json,
-    )
+    emit(*outcome(directory), as_json=json)
 
 
 @site.command("up")

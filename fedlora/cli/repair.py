@@ -12,7 +12,7 @@ import typer
 from fedlora.cli.output import emit
 
 if TYPE_CHECKING:
-    from fedlora.repair import Finding
+    from fedlora.site.repair import Finding
 
 __all__ = ["server_repair", "site_repair"]
 
@@ -36,7 +36,7 @@ def site_repair(
 
     Example: fedlora site repair site.toml
     """
-    from fedlora.repair import SiteRepair
+    from fedlora.site.repair import SiteRepair
 
     repair, now, done = SiteRepair(file), int(time.time()), []
     if go_on:
@@ -62,8 +62,8 @@ def server_repair(
 
     Example: fedlora server repair study my-run
     """
-    from fedlora.errors import ConfigError
-    from fedlora.repair import ServerRepair
+    from fedlora.core.errors import ConfigError
+    from fedlora.site.repair import ServerRepair
 
     if (raise_numbers or set_aside) and not run:
         raise ConfigError("which run?", hint="fedlora server repair HOME RUN, with the name of its directory in HOME/runs")

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.core.errors import DataError
 from fedlora.data.tokens import IGNORE, Tokens
-from fedlora.errors import DataError
 
 __all__ = ["Batch", "Cursor", "Stream", "by_rows", "in_order", "regroup", "share"]
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.core.errors import DataError
 from fedlora.data.readers import READERS, Row, format_of
 from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, BadRow, Turn, plain_text, shape_of
-from fedlora.errors import DataError
 
 __all__ = ["Conversation", "ReadReport", "Turn", "numbered", "read"]
 

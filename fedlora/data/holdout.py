@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from fedlora.core.errors import DataError
 from fedlora.data.conversations import Conversation, numbered
-from fedlora.errors import DataError
 
 __all__ = ["check_apart", "split"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedlora.errors import DataError
+from fedlora.core.errors import DataError
 
 __all__ = ["NOT_TEXT", "READERS", "Reader", "Row", "format_of"]
 

@@ -11,8 +11,8 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.core.errors import DataError
 from fedlora.data.conversations import Conversation, numbered
-from fedlora.errors import DataError
 
 __all__ = ["IGNORE", "TokenReport", "Tokenizer", "Tokens", "tokenise"]
 

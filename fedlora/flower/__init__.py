@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fedlora.errors import VersionUnsupported
+from fedlora.core.errors import VersionUnsupported
 
 __all__ = ["FLWR_VERSION", "check_flwr"]
 

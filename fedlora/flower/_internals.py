@@ -32,8 +32,8 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.errors import ConnectionFailed, Oversized, WireError
-from fedlora.flower.launch import LOOPBACK
+from fedlora.core.errors import ConnectionFailed, Oversized, WireError
+from fedlora.gateway.addresses import LOOPBACK
 
 __all__ = ["BROKEN", "TOO_LARGE", "Channel", "Claim", "Claimer", "Control", "Node", "RunState", "TaskClient", "WrongSecret"]
 

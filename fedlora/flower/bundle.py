@@ -11,7 +11,7 @@ import io
 import zipfile
 from pathlib import Path
 
-from fedlora.store import write_atomic
+from fedlora.rounds.store import write_atomic
 
 __all__ = ["BUNDLE_SHA256", "BUNDLE_VERSION", "build_bundle", "bundle_bytes"]
 

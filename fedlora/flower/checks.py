@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedlora.config import SiteFile
+from fedlora.core.errors import DataError, KeyFileError, ModelError
+from fedlora.core.plan import SiteFile
 from fedlora.data.readers import READERS, format_of
-from fedlora.errors import DataError, KeyFileError, ModelError
-from fedlora.flower.enrol import node_key_pem, node_key_public
+from fedlora.gateway.certificates import node_key_pem, node_key_public
 
 __all__ = ["check_bases", "check_data", "check_keys"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flwr.clientapp import ClientApp
 
-from fedlora.errors import PlanRefused
+from fedlora.core.errors import PlanRefused
 
 __all__ = ["app"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 
-from fedlora.errors import FedLoRAError
+from fedlora.core.errors import FedLoRAError
 from fedlora.flower._internals import Control, Node, RunState
 from fedlora.flower.bundle import bundle_bytes
 

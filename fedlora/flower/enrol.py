@@ -1,278 +1,106 @@
-"""Keys and certificates of the connection: the server's TLS, a site's node key, the local secrets.
-
-They say who may connect. Who may read and who is believed is decided by the identity keys of the sealed envelope.
-"""
+"""Keys and directories of a federation: what `keygen` and `pin` make."""
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives import serialization as ser
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from fedlora import assemble as build
+from fedlora.core.errors import KeyFileError, StoreError
+from fedlora.core.messages import SERVER, check_site_name
+from fedlora.core.plan import Plan, dump_toml, load_plan
+from fedlora.formats.keys import Identity, PublicIdentity
+from fedlora.formats.roster import SignedRoster, first_epoch, load_roster
+from fedlora.rounds.store import save_adapter, write_atomic
 
-from fedlora.errors import ConfigError, KeyFileError
-from fedlora.messages import check_site_name
-from fedlora.store import write_atomic
-
-__all__ = [
-    "certificate_hosts",
-    "check_tls",
-    "load_node_keys",
-    "make_node_key",
-    "make_secret",
-    "make_tls",
-    "node_key_pem",
-    "node_key_public",
-]
-
-_SKEW = timedelta(hours=1)
+__all__ = ["make_roster", "make_server_home", "make_site_keys", "pin_plan"]
 
 
-def make_tls(directory: Path, hosts: Sequence[str], *, valid_days: int = 1825, now: datetime | None = None) -> None:
-    """Writes ``ca.crt ca.key server.crt server.key``: EC P-256, keys 0600.
-
-    An authority that is there already is kept, so that a new host name or a renewal changes nothing at the sites.
+def make_site_keys(name: str, out: Path, *, identity: Identity | None = None) -> tuple[Path, str]:
+    """Makes ``NAME.key``, ``NAME.node.key`` (both 0600) and ``NAME.pub``: our public identity and, on the second line, the
+    public key with which Flower authenticates the connection.
 
     Args:
-        directory: created with 0700 if missing.
-        hosts: DNS names and IP addresses by which sites reach the server; localhost and 127.0.0.1 are added.
-        valid_days: of the server certificate; a new authority gets four times that.
-        now: time zone aware; the clock by default.
-
-    Raises:
-        ConfigError: not a host name or address.
-        KeyFileError: the authority that is there cannot be read.
-    """
-    names = [_general_name(h) for h in dict.fromkeys([*hosts, "localhost", "127.0.0.1"])]
-    now = now or datetime.now(UTC)
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not (directory / "ca.key").exists():
-        _make_ca(directory, valid_days=4 * valid_days, now=now)
-    ca_key, ca = _load_ca(directory)
-    key = ec.generate_private_key(ec.SECP256R1())
-    builder = (
-        _certificate("FedLoRA server", ca.subject, key, valid_days=valid_days, now=now)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-    )
-    write_atomic(directory / "server.key", _pem(key))
-    write_atomic(directory / "server.crt", builder.sign(ca_key, hashes.SHA256()).public_bytes(ser.Encoding.PEM), mode=0o644)
-
-
-def _make_ca(directory: Path, *, valid_days: int, now: datetime) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedLoRA authority")])
-    builder = (
-        _certificate("FedLoRA authority", name, key, valid_days=valid_days, now=now)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-    write_atomic(directory / "ca.crt", builder.sign(key, hashes.SHA256()).public_bytes(ser.Encoding.PEM), mode=0o644)
-    write_atomic(directory / "ca.key", _pem(key))
-
-
-def _load_ca(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    try:
-        key = ser.load_pem_private_key((directory / "ca.key").read_bytes(), None)
-        ca = x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm):
-        raise KeyFileError(f"cannot use the authority in {directory}", hint="restore ca.key and ca.crt together") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != ca.public_key():
-        raise KeyFileError(f"ca.key and ca.crt in {directory} do not belong together")
-    return key, ca
-
-
-def _certificate(
-    subject: str, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, *, valid_days: int, now: datetime
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
-        .not_valid_after(now + timedelta(days=valid_days))
-    )
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _general_name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        pass
-    try:
-        if not host or any(c.isspace() or c in "/:@" for c in host):
-            raise ValueError
-        return x509.DNSName(host.encode("idna").decode())
-    except ValueError:
-        raise ConfigError(f"not a host name or IP address: {host[:120]!r}") from None
-
-
-def certificate_hosts(certificate: Path) -> frozenset[str]:
-    """The names and addresses that a certificate file is valid for.
-
-    Raises:
-        KeyFileError: not a readable certificate.
-    """
-    try:
-        names = x509.load_pem_x509_certificate(certificate.read_bytes()).extensions.get_extension_for_class(
-            x509.SubjectAlternativeName
-        )
-    except (OSError, ValueError, x509.ExtensionNotFound):
-        raise KeyFileError(f"cannot use the certificate {certificate}") from None
-    return frozenset(str(n.value) for n in names.value)
-
-
-def check_tls(directory: Path) -> None:
-    """Looks whether ``ca.crt``, ``server.crt`` and ``server.key`` are whole and belong together.
-
-    Raises:
-        KeyFileError: names the file that is not.
-    """
-    found = {}
-    for name in ("ca.crt", "server.crt", "server.key"):
-        try:
-            blob = (directory / name).read_bytes()
-            if name == "server.key":
-                key = ser.load_pem_private_key(blob, None)
-                found[name] = key.public_key()
-            else:
-                certificate = x509.load_pem_x509_certificate(blob)
-                found[name] = certificate.public_key()
-                certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes()))
-        except (OSError, ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
-            raise KeyFileError(f"{directory / name} is damaged, or of another authority", hint=_RESTORE) from None
-    if found["server.key"] != found["server.crt"]:
-        raise KeyFileError(f"{directory / 'server.key'} is not the key of server.crt beside it", hint=_RESTORE)
-
-
-_RESTORE = "restore the directory from a backup: sites trust this authority"
-
-
-def make_node_key(path: Path) -> str:
-    """Writes a site's private key for the connection, 0600, and returns the line of its public half.
-
-    EC P-384 in OpenSSH's format: Flower accepts no other type (Ed25519 is refused).
+        identity: its keys; None: fresh ones.
 
     Returns:
-        ``ecdsa-sha2-nistp384 AAAA...``, without a newline.
+        The public file and its fingerprint.
 
     Raises:
-        KeyFileError: the file exists already, or cannot be written.
+        KeyFileError: keys of that name exist.
+        ConfigError: not a site name.
     """
-    key = ec.generate_private_key(ec.SECP384R1())
-    _write_new(path, key.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.OpenSSH, ser.NoEncryption()))
-    return key.public_key().public_bytes(ser.Encoding.OpenSSH, ser.PublicFormat.OpenSSH).decode()
+    from fedlora.gateway.certificates import make_node_key
+
+    check_site_name(name)
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    identity = identity or Identity.generate(name)
+    identity.save(out / f"{name}.key")
+    node = make_node_key(out / f"{name}.node.key")
+    public = out / f"{name}.pub"
+    write_atomic(public, identity.public.file(node.strip()).encode(), mode=0o644)
+    return public, identity.public.fingerprint()
 
 
-def make_secret(path: Path) -> None:
-    """Writes 32 random bytes, 0600: the password between a Flower process and the one that works for it on this host.
-
-    Raises:
-        KeyFileError: the file exists already, or cannot be written.
-    """
-    _write_new(path, secrets.token_bytes(32))
-
-
-def node_key_pem(line: str) -> bytes:
-    """A public node key as Flower stores it: PEM, SubjectPublicKeyInfo.
-
-    Raises:
-        KeyFileError: not an EC P-384 key in OpenSSH's form.
-    """
-    try:
-        key = ser.load_ssh_public_key(line.strip().encode())
-    except (ValueError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise KeyFileError("not an 'ecdsa-sha2-nistp384 AAAA...' line", hint="the second line of the site's .pub file")
-    return key.public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
-
-
-def node_key_public(path: Path) -> bytes:
-    """The public half of a site's private node key, as Flower stores it: PEM, SubjectPublicKeyInfo.
-
-    Raises:
-        KeyFileError: not a private EC P-384 key in OpenSSH's form without a password.
-    """
-    try:
-        key = ser.load_ssh_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise KeyFileError(f"{path} is not a private node key", hint="`fedlora keygen site` makes keys")
-    return key.public_key().public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
-
-
-def load_node_keys(sites: Path) -> dict[str, bytes]:
-    """Public node keys of the enrolled sites, from the second lines of ``NAME.pub``.
+def make_server_home(home: Path, *, hosts: Sequence[str]) -> str:
+    """Makes a server's directory: ``server.key`` and ``server.pub``, ``tls/``, the secret of its own processes, ``sites/``,
+    ``runs/``.
 
     Returns:
-        Site name to PEM, sorted by name.
+        The fingerprint of the server's public key.
 
     Raises:
-        ConfigError: a file is not named after a site.
-        KeyFileError: a file is malformed, or two sites have the same key.
+        KeyFileError: the directory has a server in it.
     """
-    keys: dict[str, bytes] = {}
-    for path in sorted(sites.glob("*.pub")):
-        name = check_site_name(path.stem)
-        try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as e:
-            raise KeyFileError(f"cannot read {path}: {e.strerror}", hint="ask the site for its .pub file again") from None
-        if len(lines) < 2:
-            raise KeyFileError(
-                f"{path} has no second line with the node's public key", hint="ask the site for its .pub file again"
-            )
-        try:
-            pem = node_key_pem(lines[1])
-        except KeyFileError as e:
-            raise KeyFileError(f"{path}: {e}", hint="ask the site for its .pub file again") from None
-        if pem in keys.values():
-            raise KeyFileError(f"{path} repeats another site's node key")
-        keys[name] = pem
-    return keys
+    from fedlora.gateway.certificates import make_tls
+
+    if (home / "server.key").exists():
+        raise KeyFileError(f"{home} has a server's key already", hint="choose another directory; a key is never overwritten")
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for part in ("sites", "runs", "flower"):
+        (home / part).mkdir(exist_ok=True, mode=0o700)
+    make_tls(home / "tls", hosts)
+    write_atomic(home / "superexec.secret", secrets.token_hex(32).encode())
+    identity = Identity.generate(SERVER)
+    write_atomic(home / "server.pub", identity.public.file().encode(), mode=0o644)
+    identity.save(home / "server.key")
+    return identity.public.fingerprint()
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption())
+def make_roster(file: Path, server: PublicIdentity, sites: Sequence[PublicIdentity], coordinator: Identity) -> str:
+    """Writes the first roster of a rehearsal, signed, for a year; one that exists stays.
+
+    Returns:
+        Its digest, for the sites to pin.
+    """
+    if not file.exists():
+        roster = first_epoch(server, sites, [coordinator.public], now=int(time.time()))
+        write_atomic(file, SignedRoster(roster).sign(coordinator).dump(), mode=0o644)
+    return load_roster(file).roster.digest()
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-    except FileExistsError:
-        raise KeyFileError(f"{path} exists already", hint="a key is made once; move the old one away first") from None
-    except OSError as e:
-        raise KeyFileError(f"cannot write {path}: {e.strerror}") from None
+def pin_plan(plan_file: Path, model: Path, out: Path) -> Plan:
+    """Fills the digests of the base and of the first adapter into a plan and writes both into ``out``, complete or not at all.
+
+    Raises:
+        StoreError: ``out`` exists.
+        ModelError: nothing usable at ``model``.
+    """
+    from fedlora.rules.first import first_adapter
+
+    if out.exists():
+        raise StoreError(f"{out} exists", hint="choose another --out; a pinned plan is not changed under its run")
+    plan = load_plan(plan_file).model_copy(update={"simulation": None})
+    lora = build.load_lora(plan, model, device="cpu", threads=0, keep_dequantised=False)
+    first = first_adapter(lora.layout, seed=plan.run.seed)
+    pinned = plan.pinned(base=lora.base_digest, init=first.digest())
+    new = out.with_name(f".{out.name}.{os.getpid()}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    save_adapter(new / "first.safetensors", first, {"round": 0, "plan": pinned.digest()})
+    write_atomic(new / "plan.toml", dump_toml(pinned).encode(), mode=0o644)
+    os.replace(new, out)
+    return pinned

@@ -17,14 +17,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from fedlora.errors import ConnectionFailed, FedLoRAError, Stopped
+from fedlora.core.errors import ConnectionFailed, FedLoRAError, Stopped
 from fedlora.flower._internals import Claim, Claimer, TaskClient
 from fedlora.flower.bundle import BUNDLE_SHA256
 from fedlora.flower.database import shrink
 from fedlora.flower.jobs import Outcome, full, load_outcome, only_run, save_outcome
-from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.server_app import Handover
-from fedlora.processes import die_with_parent
+from fedlora.gateway.addresses import LOOPBACK
+from fedlora.processes.parent import die_with_parent
 
 __all__ = ["execute", "main"]
 

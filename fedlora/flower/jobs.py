@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import ConnectionFailed, FedLoRAError, ResourceError, RunFailed, StoreError
-from fedlora.files import dump_facts, parse_facts, read_file, write_atomic
-from fedlora.rounds import Report
+from fedlora.core.errors import ConnectionFailed, FedLoRAError, ResourceError, RunFailed, StoreError
+from fedlora.core.events import Report
+from fedlora.formats.files import dump_facts, parse_facts, read_file, write_atomic
 
 __all__ = [
     "Address",

@@ -6,11 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
+from fedlora.gateway.addresses import LOOPBACK
 
-__all__ = ["LOOPBACK", "executable", "executor", "gateway", "join_address", "split_address", "superlink", "supernode"]
-
-LOOPBACK = "127.0.0.1"
+__all__ = ["executable", "executor", "gateway", "superlink", "supernode"]
 
 
 def executable(name: str) -> str:
@@ -25,27 +24,9 @@ def executable(name: str) -> str:
     return str(path)
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """``host:port`` or ``[v6]:port`` into its parts.
-
-    Raises:
-        ConfigError: not an address.
-    """
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"not host:port: {address[:120]!r}")
-    return host, int(port)
-
-
-def join_address(host: str, port: int) -> str:
-    """Inverse of :func:`split_address`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _module(name: str) -> list[str]:
+def _module(name: str, package: str = "flower") -> list[str]:
     # -P: the working directory is no place to import from.
-    return [sys.executable, "-P", "-m", f"fedlora.flower.{name}"]
+    return [sys.executable, "-P", "-m", f"fedlora.{package}.{name}"]
 
 
 def superlink(port: int, *, tls: Path, database: Path, secret: Path) -> list[str]:
@@ -69,7 +50,7 @@ def gateway(
 ) -> list[str]:
     """The public side. Of ``home`` it reads ``tls``, ``sites`` and ``flower/due.json``, and writes ``flower/refused.json``."""
     return [
-        *_module("gateway"),
+        *_module("app", "gateway"),
         *("--listen", listen, "--superlink-port", str(superlink_port), "--home", str(home)),
         *("--body-limit-bytes", str(body_limit_bytes), "--timeout-s", str(timeout_s), "--connections", str(connections)),
     ]

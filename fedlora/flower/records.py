@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedlora.errors import Oversized, WireError
+from fedlora.core.errors import Oversized, WireError
+from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import BROKEN, TOO_LARGE
-from fedlora.messages import Reply, Request
 
 __all__ = ["STYPE", "dump_reply", "dump_request", "flower_error", "parse_reply", "parse_request", "safe_code"]
 

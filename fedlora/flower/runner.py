@@ -15,12 +15,12 @@ from typing import Literal
 
 from flwr.app import Message
 
-from fedlora.errors import ConnectionFailed, FedLoRAError
+from fedlora.core.errors import ConnectionFailed, FedLoRAError
+from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import Claimer, TaskClient, WrongSecret
 from fedlora.flower.bundle import BUNDLE_SHA256
-from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.records import dump_reply, flower_error, parse_request
-from fedlora.messages import Reply, Request
+from fedlora.gateway.addresses import LOOPBACK
 
 __all__ = ["Handle", "Runner"]
 

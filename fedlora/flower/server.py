@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from fedlora.config import load_plan
-from fedlora.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed, Stopped
+from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed, Stopped
+from fedlora.core.events import Report
+from fedlora.core.plan import load_plan
 from fedlora.flower import launch
 from fedlora.flower.control import Control, RunState, register_sites, start_job
 from fedlora.flower.database import shrink
-from fedlora.flower.doors import Refusal, key_name, parse_refusal
-from fedlora.flower.enrol import certificate_hosts, check_tls, load_node_keys
 from fedlora.flower.environment import join_flower
-from fedlora.flower.exposure import check_loopback, check_public, dialled, free_port, healthy
 from fedlora.flower.jobs import (
     Address,
     Job,
@@ -33,9 +31,12 @@ from fedlora.flower.jobs import (
     save_address,
 )
 from fedlora.flower.records import safe_code
-from fedlora.flower.supervisor import Service, Supervisor, signals
-from fedlora.lock import hold
-from fedlora.rounds import Report
+from fedlora.formats.lock import hold
+from fedlora.gateway.addresses import LOOPBACK, split_address
+from fedlora.gateway.certificates import certificate_hosts, check_tls, load_node_keys
+from fedlora.gateway.doors import Refusal, key_name, parse_refusal
+from fedlora.gateway.exposure import check_loopback, check_public, dialled, free_port, healthy
+from fedlora.processes.supervisor import Service, Supervisor, signals
 
 __all__ = ["Refusals", "start", "stop_run", "sync_sites", "up"]
 
@@ -158,7 +159,7 @@ class Refusals:
         self._said: dict[tuple[str, str], float] = {}
 
     def hear(self, refusal: Refusal, names: Mapping[str, str], now: float) -> None:
-        """Takes a line of the gateway. ``names``: site by :func:`fedlora.flower.doors.key_name`; strangers are left out."""
+        """Takes a line of the gateway. ``names``: site by :func:`fedlora.gateway.doors.key_name`; strangers are left out."""
         if (site := names.get(refusal.key)) is not None and refusal.why in ("clock", "in-use"):
             self._open.setdefault((site, refusal.why), (now, refusal))
 
@@ -207,7 +208,7 @@ def _services(
     relay = launch.superlink(port, tls=tls, database=home / "flower" / "state.db", secret=home / "superexec.secret")
     claims = launch.executor(home, superlink_port=port, command=executor)
     return [
-        Service("superlink", relay, env, ready=lambda: healthy((launch.LOOPBACK, port), ca=tls / "ca.crt")),
+        Service("superlink", relay, env, ready=lambda: healthy((LOOPBACK, port), ca=tls / "ca.crt")),
         Service("executor", claims, env, ready=lambda: True),
         Service("gateway", gateway, env, ready=lambda: healthy(dialled(public), ca=tls / "ca.crt"), on_line=on_line),
     ]
@@ -230,7 +231,7 @@ def _check_files(home: Path, hosts: Sequence[str]) -> None:
 
 
 def _check_free(listen: str) -> None:
-    host, port = launch.split_address(listen)
+    host, port = split_address(listen)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -15,16 +15,16 @@ from typing import Protocol
 
 from flwr.serverapp import ServerApp
 
-from fedlora.errors import FedLoRAError, PlanRefused
+from fedlora.core.errors import FedLoRAError, PlanRefused
+from fedlora.core.events import Report
 from fedlora.flower._internals import Channel, Control, TaskClient
-from fedlora.flower.allowance import Allowance
 from fedlora.flower.control import nodes_by_site
-from fedlora.flower.enrol import load_node_keys
 from fedlora.flower.jobs import Events, Outcome, full, load_job, save_outcome
-from fedlora.flower.launch import LOOPBACK
 from fedlora.flower.transport import FlowerTransport
-from fedlora.rounds import Report
-from fedlora.transport import Transport
+from fedlora.gateway.addresses import LOOPBACK
+from fedlora.gateway.allowance import Allowance
+from fedlora.gateway.certificates import load_node_keys
+from fedlora.rounds.transport import Transport
 
 __all__ = ["Handover", "Serve", "app", "main", "run_server_app"]
 
@@ -101,7 +101,7 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
 
 
 def _serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> object:
-    from fedlora import build  # in here, so that even a broken installation becomes an outcome
+    from fedlora import assemble as build  # in here, so that even a broken installation becomes an outcome
 
     return build.serve(home, plan_file, transport, resume=resume, report=report)
 

@@ -15,18 +15,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora.config import SiteFile, load_site_file
-from fedlora.errors import ConfigError, FedLoRAError
+from fedlora.core.errors import ConfigError, FedLoRAError
+from fedlora.core.events import Report
+from fedlora.core.plan import SiteFile, load_site_file
 from fedlora.flower import launch
 from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower
-from fedlora.flower.probe import probe
 from fedlora.flower.runner import Handle, Runner
 from fedlora.flower.standing import Standing
-from fedlora.flower.supervisor import Service, Supervisor, rotating_log, signals
-from fedlora.lock import hold
-from fedlora.rounds import Report
-from fedlora.store import write_atomic
+from fedlora.formats.lock import hold
+from fedlora.gateway.addresses import LOOPBACK, split_address
+from fedlora.gateway.probe import probe
+from fedlora.processes.supervisor import Service, Supervisor, rotating_log, signals
+from fedlora.rounds.store import write_atomic
 
 __all__ = ["PortTaken", "up"]
 
@@ -88,7 +89,7 @@ def up(
         pem = check_keys(file, root)
         checks: dict[str, Callable[[SiteFile, Path], None]] = {}
         if handle is None:
-            from fedlora.build import open_site
+            from fedlora.assemble import open_site
 
             checks = {"base": check_bases, "data": check_data}
             handle = open_site(site_file, report=report).handle
@@ -133,7 +134,7 @@ class _Up:
             self._serve(runner)
 
     def _standing(self, flower: Path, secret: Path, log: Path) -> Standing:
-        host, _ = launch.split_address(self.file.server)
+        host, _ = split_address(self.file.server)
         ca = self.root / self.file.ca
         mark, mine = flower / "accepted", hashlib.sha256(self.pem + ca.read_bytes()).hexdigest()
         known = mark.is_file() and mark.read_text(errors="replace") == mine
@@ -293,7 +294,7 @@ def _free(port: int) -> bool:
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            s.bind((launch.LOOPBACK, port))
+            s.bind((LOOPBACK, port))
         except OSError:
             return False
         return True

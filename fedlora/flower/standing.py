@@ -1,7 +1,7 @@
 """Where a site stands: connecting, lost, refused, connected or ready, and which part is missing. A state machine without I/O.
 
 It is told what the SuperNode's log says, how a probe of the server went, and what the checks of base and data found.
-``connected`` is not ``ready``: ready is a site whose parts (:data:`fedlora.flower.causes.PARTS`) are all there.
+``connected`` is not ``ready``: ready is a site whose parts (:data:`fedlora.processes.causes.PARTS`) are all there.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from fedlora.flower.causes import CAUSES, PARTS, Part, cause_of, telling
-from fedlora.flower.clock import MAX_CORRECTION_S
-from fedlora.flower.probe import Finding
+from fedlora.core.events import Report
 from fedlora.flower.supernode import SAYS
-from fedlora.rounds import Report
+from fedlora.gateway.clock import MAX_CORRECTION_S
+from fedlora.gateway.probe import Finding
+from fedlora.processes.causes import CAUSES, PARTS, Part, cause_of, telling
 
 __all__ = ["Standing", "State"]
 

@@ -2,7 +2,7 @@
 
 Flower's own loop asks for messages every three seconds: secure aggregation has five short steps a round, and waiting three
 seconds for each would be most of what it costs. Flower signs this machine's time and no more of a call than that (see
-:mod:`fedlora.flower.calls`), and ends itself without a reason when the time is refused. Of a connection that fails its log says
+:mod:`fedlora.gateway.calls`), and ends itself without a reason when the time is refused. Of a connection that fails its log says
 neither address nor cause. And it is killed by a second SIGTERM before it has said good-bye: then the server takes it for alive
 for a minute, and refuses its successor for so long.
 """
@@ -22,9 +22,9 @@ from typing import Any
 
 import httpx
 
-from fedlora.flower.calls import CALL, TIME, sign_call
-from fedlora.flower.clock import Clock
-from fedlora.flower.doors import PROCESS_HEADER, WHY_HEADER
+from fedlora.gateway.calls import CALL, TIME, sign_call
+from fedlora.gateway.clock import Clock
+from fedlora.gateway.doors import PROCESS_HEADER, WHY_HEADER
 
 __all__ = ["SAYS", "Doorman", "Pace", "main", "signing"]
 

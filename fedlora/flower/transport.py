@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from fedlora.errors import ConnectionFailed, Oversized, WireError
+from fedlora.core.errors import ConnectionFailed, Oversized, WireError
+from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import Channel
-from fedlora.flower.allowance import Allowance
 from fedlora.flower.records import dump_request, flower_error, parse_reply
-from fedlora.messages import Reply, Request
+from fedlora.gateway.allowance import Allowance
 
 __all__ = ["FlowerTransport"]
 

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from fedlora.errors import ConfigError, FedLoRAError, ModelError, ResourceError
-from fedlora.learn.attention import use_varlen
+from fedlora.core.errors import ConfigError, FedLoRAError, ModelError, ResourceError
 from fedlora.learn.digest import base_digest
+from fedlora.learn.fast.attention import use_varlen
 from fedlora.learn.options import BaseOptions, DType
 from fedlora.learn.shards import file_digest
 

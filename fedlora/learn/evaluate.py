@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedlora.core.errors import ResourceError
 from fedlora.data import IGNORE, Tokens, in_order
-from fedlora.errors import ResourceError
+from fedlora.learn.fast.pacing import is_out_of_memory
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.pace import is_out_of_memory
 
 __all__ = ["Scores", "evaluate"]
 

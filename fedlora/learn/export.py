@@ -14,8 +14,8 @@ import peft
 import torch
 from safetensors.torch import save_file
 
-from fedlora.adapter import Adapter
-from fedlora.errors import ConfigError, ModelError
+from fedlora.core.adapter import Adapter
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.learn.digest import read_config
 from fedlora.learn.options import LoraOptions
 from fedlora.learn.shards import Entry, chunks, file_digest, new_directory, scan, weight_files, write

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedlora.data import IGNORE, Batch, regroup
-from fedlora.learn.attention import VARLEN, arguments, document_ends
+from fedlora.learn.fast.attention import VARLEN, arguments, document_ends
 
 __all__ = ["HEAD_ROWS", "LENGTH_MULTIPLE", "Forward", "Scored", "block_mask"]
 

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-from fedlora.config import canonical
-from fedlora.errors import ModelError
+from fedlora.core.errors import ModelError
+from fedlora.core.plan import canonical
 from fedlora.learn.shards import file_digest, new_directory, write
 
 __all__ = ["ARCHITECTURES", "convert_gguf"]

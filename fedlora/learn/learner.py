@@ -10,26 +10,26 @@ from dataclasses import asdict
 
 import torch
 
-from fedlora.adapter import Adapter, Factors, Layout
-from fedlora.config import canonical
+from fedlora.core.adapter import Adapter, Factors, Layout
+from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, ResourceError, StoreError
+from fedlora.core.plan import canonical
+from fedlora.core.schedule import learning_rate
 from fedlora.data import Batch, Cursor, Stream, Tokens
-from fedlora.errors import ConfigError, DataError, NonFiniteUpdate, ResourceError, StoreError
 from fedlora.learn.evaluate import evaluate
-from fedlora.learn.forecast import Forecast, evaluated_at_once, forecast
+from fedlora.learn.fast.forecast import Forecast, evaluated_at_once, forecast
+from fedlora.learn.fast.gpus import Ranks
+from fedlora.learn.fast.pacing import Pace, is_out_of_memory
 from fedlora.learn.loop import OnStep, derived_seed, train_steps
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.optimiser import dump_moments, forget_moments, load_moments, make_optimiser
+from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimiser
 from fedlora.learn.options import TrainOptions
-from fedlora.learn.pace import Pace, is_out_of_memory
-from fedlora.learn.ranks import Ranks
-from fedlora.schedule import learning_rate
-from fedlora.site import Trained
+from fedlora.site.work import Trained
 
 __all__ = ["HFLearner", "TrainOptions", "dump_state", "parse_state"]
 
 
 class HFLearner:
-    """Trains and evaluates adapters on one site's rows; implements :class:`fedlora.site.Learner`.
+    """Trains and evaluates adapters on one site's rows; implements :class:`fedlora.site.work.Learner`.
 
     Several learners may share one ``model``: each call overwrites all of its factors first.
 

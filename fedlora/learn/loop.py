@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.adapter import Factors
+from fedlora.core.adapter import Factors
+from fedlora.core.errors import DataError, NonFiniteUpdate
 from fedlora.data import Batch
-from fedlora.errors import DataError, NonFiniteUpdate
+from fedlora.learn.fast.gpus import Ranks
+from fedlora.learn.fast.pacing import Pace, is_out_of_memory
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.pace import Pace, is_out_of_memory
-from fedlora.learn.ranks import Ranks
 
 __all__ = ["OnStep", "Spent", "derived_seed", "pull_back", "train_steps"]
 

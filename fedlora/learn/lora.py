@@ -14,14 +14,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, Factors, Layout
-from fedlora.errors import ConfigError, RunFailed, WrongLayout
-from fedlora.first import first_adapter
+from fedlora.core.adapter import Adapter, Factors, Layout
+from fedlora.core.errors import ConfigError, RunFailed, WrongLayout
 from fedlora.learn.base import Base, DequantisedLinear
+from fedlora.learn.fast.fused import FusedLora
+from fedlora.learn.fast.kernels import install_kernels
 from fedlora.learn.forward import Forward
-from fedlora.learn.fused import FusedLora
-from fedlora.learn.kernels import install_kernels
 from fedlora.learn.options import Dial, LoraOptions
+from fedlora.rules.first import first_adapter
 
 __all__ = ["LoraModel", "LoraOptions", "attach"]
 
@@ -54,7 +54,7 @@ class LoraModel:
         scale: alpha / r, or alpha / sqrt(r), read from PEFT's layers; no unit.
         forward: batches to losses.
         trained: the factors that ask for a gradient.
-        fused: whether its layers are :class:`fedlora.learn.fused.FusedLora`.
+        fused: whether its layers are :class:`fedlora.learn.fast.fused.FusedLora`.
     """
 
     def __init__(self, base: Base, options: LoraOptions, peft_model: Any) -> None:

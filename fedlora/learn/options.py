@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 
 __all__ = ["BaseOptions", "DType", "Dial", "LoraOptions", "TrainOptions"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedlora.errors import ModelError
+from fedlora.core.errors import ModelError
 
 __all__ = ["Entry", "chunks", "file_digest", "load_json", "new_directory", "scan", "weight_files", "write"]
 

@@ -12,11 +12,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.adapter import Update
-from fedlora.errors import FedLoRAError
-from fedlora.messages import Reply, Request, Reveals, Task
+from fedlora.core.adapter import Update
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.messages import Reply, Request, Reveals, Task
 
-__all__ = ["WORK_PHASES", "Memory", "Protection", "SiteProtection", "Talk", "Tally"]
+__all__ = ["WORK_PHASES", "Protection", "SiteProtection", "Talk", "Tally"]
 
 Talk = Generator[Sequence[Request], Iterator[Reply], None]
 """Yields requests, is sent the replies as they come, returns when the exchange is over."""
@@ -53,16 +53,6 @@ class Tally(Protocol):
 
     def void(self, error: FedLoRAError) -> None:
         """The round is over without a result, and no further attempt can bring one."""
-
-
-class Memory(Protocol):
-    """A few small values that survive a power cut. ``put`` returns after fsync."""
-
-    def get(self, key: str) -> bytes | None: ...
-    def put(self, key: str, value: bytes) -> None: ...
-    def where(self, key: str) -> str:
-        """Where a value lies, for a message to this end's operator."""
-        ...
 
 
 class Protection(Protocol):

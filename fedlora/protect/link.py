@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedlora.errors import Equivocation, FedLoRAError, RemoteError, Replayed, StateLost, StoreError, UnknownSite
-from fedlora.messages import SERVER, Reply, Request, Task
-from fedlora.protect import Memory, Tally
-from fedlora.protect.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
-from fedlora.protect.keys import Identity, PublicIdentity, key_id
-from fedlora.protect.roster import federation
+from fedlora.core.errors import Equivocation, FedLoRAError, RemoteError, Replayed, StateLost, StoreError, UnknownSite
+from fedlora.core.messages import SERVER, Reply, Request, Task
+from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
+from fedlora.formats.files import Memory
+from fedlora.formats.keys import Identity, PublicIdentity, key_id
+from fedlora.formats.roster import federation
+from fedlora.protect import Tally
 
 __all__ = ["Context", "ServerLink", "SiteLink", "hear", "pinned", "raise_number", "reply_bytes"]
 
@@ -181,7 +182,7 @@ class ServerLink:
 
         Raises:
             RemoteError: the site answered with a code.
-            EnvelopeError: each its own, see :mod:`fedlora.protect.envelope`.
+            EnvelopeError: each its own, see :mod:`fedlora.formats.envelope`.
         """
         if reply.error:
             raise RemoteError(reply.site, reply.error[:64])
@@ -282,7 +283,7 @@ class SiteLink:
             roster: digest that the header has to state; None where the payload brings the roster, for the caller to compare.
 
         Raises:
-            EnvelopeError: each its own, see :mod:`fedlora.protect.envelope`.
+            EnvelopeError: each its own, see :mod:`fedlora.formats.envelope`.
         """
         envelope = parse(request.body, max_bytes=self.max_request_bytes)
         header = envelope.header

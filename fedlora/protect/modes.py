@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedlora.adapter import Update
-from fedlora.messages import Request, Task
+from fedlora.core.adapter import Update
+from fedlora.core.messages import Request, Task
 from fedlora.protect.sealed import PHASES, SealedSite
 from fedlora.protect.secagg import SecAggSite
 

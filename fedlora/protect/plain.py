@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedlora import wire
-from fedlora.adapter import MAX_PARAMETERS, Update
-from fedlora.errors import FedLoRAError, RemoteError
-from fedlora.messages import Request, Reveals, Task
+from fedlora.core.adapter import MAX_PARAMETERS, Update
+from fedlora.core.errors import FedLoRAError, RemoteError
+from fedlora.core.messages import Request, Reveals, Task
+from fedlora.formats import update as wire
 from fedlora.protect import Talk, Tally
 
 __all__ = ["PlainServer", "PlainSite"]

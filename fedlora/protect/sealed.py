@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fedlora import wire
-from fedlora.adapter import MAX_PARAMETERS, Update
-from fedlora.errors import WrongContext
-from fedlora.messages import Reply, Request, Reveals, Task
+from fedlora.core.adapter import MAX_PARAMETERS, Update
+from fedlora.core.errors import WrongContext
+from fedlora.core.messages import Reply, Request, Reveals, Task
+from fedlora.formats import update as wire
+from fedlora.formats.envelope import Header, match
+from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 from fedlora.protect import Talk, Tally
-from fedlora.protect.envelope import Header, match
-from fedlora.protect.keys import KEM_BYTES, PublicIdentity
 from fedlora.protect.link import Context, ServerLink, SiteLink, hear, pinned, reply_bytes
 
 __all__ = ["PHASES", "SealedServer", "SealedSite", "check_task"]
@@ -84,7 +84,7 @@ class SealedSite:
         return self.link.seal(down, payload, codec=f"update/1/{dtype}", n_params=task.reply_layout.size, to=reply_key)
 
     def _open(self, request: Request) -> tuple[Task, Header, PublicIdentity, str]:
-        from fedlora.config import parse_plan
+        from fedlora.core.plan import parse_plan
 
         header, payload = self.link.open(request, codec="task/1", roster=pinned(self.link.server))
         task, key = wire.parse_task(payload, max_parameters=MAX_PARAMETERS)

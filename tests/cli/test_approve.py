@@ -8,15 +8,15 @@ import tomllib
 import pytest
 import typer
 
-from fedlora.admission import Begun, Runs
-from fedlora.approve import in_words, question, with_approval
 from fedlora.cli import main
-from fedlora.config import Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
-from fedlora.enrol import make_roster, make_site_keys
-from fedlora.protect.keys import Identity, load_identity
+from fedlora.core.plan import Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
+from fedlora.flower.enrol import make_roster, make_site_keys
+from fedlora.formats.keys import Identity, load_identity
+from fedlora.lab.testing import TOY_BASE, toy_plan
 from fedlora.protect.secagg.given import Given, Ledger, Sum
-from fedlora.store import FileMemory
-from fedlora.testing import TOY_BASE, toy_plan
+from fedlora.rounds.store import FileMemory
+from fedlora.site.admission import Begun, Runs
+from fedlora.site.approve import in_words, question, with_approval
 
 MODEL = Plan().model.model_name_or_path
 SEALED = toy_plan(min_sites=3)

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from fedlora.cli import main
-from fedlora.errors import FedLoRAError
-from fedlora.protect.keys import Identity, load_public
-from fedlora.protect.roster import accept, load_roster
+from fedlora.core.errors import FedLoRAError
+from fedlora.formats.keys import Identity, load_public
+from fedlora.formats.roster import accept, load_roster
 
 DAY = 86_400
 
@@ -80,7 +80,8 @@ def test_show_says_who_takes_part_and_who_has_signed(say, study, capsys):
     say("sign", "r.json", "--key", "carol.key")
     say("revoke", "r.json", "b")
     shown = say("show", "r.json")
-    assert shown["sites"][1] == {"name": "b", "status": "revoked", "fingerprint": load_public(study / "b.pub").fingerprint()}
+    fingerprint = load_public(study / "b.pub").fingerprint()
+    assert shown["sites"][1] == {"name": "b", "status": "revoked", "group": None, "fingerprint": fingerprint}
     assert shown["coordinators"][0]["signature"] == "-"
     assert shown["digest"] == load_roster(study / "r.json").roster.digest()
     assert main(["roster", "show", str(study / "r.json")]) == 0

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.core.errors import DataError
 from fedlora.data import IGNORE, Cursor, Stream, Tokens, by_rows, in_order, regroup, share
-from fedlora.errors import DataError
 
 
 def example(length, number=0):

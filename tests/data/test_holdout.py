@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import build
-from fedlora.config import SiteData
+from fedlora import assemble as build
+from fedlora.core.errors import DataError
+from fedlora.core.plan import SiteData
 from fedlora.data import Conversation, Turn, check_apart, split
-from fedlora.errors import DataError
-from fedlora.testing import toy_plan
+from fedlora.lab.testing import toy_plan
 
 
 def row(text: str, group: str = "", line: int = 1) -> Conversation:

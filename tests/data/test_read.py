@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedlora.core.errors import DataError
 from fedlora.data import READERS, SHAPES, ReadReport, Turn, read
-from fedlora.errors import DataError
 
 SECRET = "Jane Roe has gout"
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.core.errors import DataError
 from fedlora.data import IGNORE, Conversation, Tokens, Turn, tokenise
-from fedlora.errors import DataError
 
 EOS, BOS = 0, 1
 

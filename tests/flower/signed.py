@@ -10,8 +10,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedlora.flower.calls import CALL, KEY, TIME, sign_call
-from fedlora.flower.enrol import make_node_key
+from fedlora.gateway.calls import CALL, KEY, TIME, sign_call
+from fedlora.gateway.certificates import make_node_key
 
 
 class Node:

@@ -12,10 +12,10 @@ from flower.signed import Node
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlora.flower.allowance import Allowance, Quota
-from fedlora.flower.calls import CALL, KEY, TIME, Callers, Refused
-from fedlora.flower.connections import Guests
-from fedlora.flower.limits import Bucket, Buckets
+from fedlora.gateway.allowance import Allowance, Quota
+from fedlora.gateway.calls import CALL, KEY, TIME, Callers, Refused
+from fedlora.gateway.connections import Guests
+from fedlora.gateway.limits import Bucket, Buckets
 
 PATH = "/v1/fleet/push-object"
 

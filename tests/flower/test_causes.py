@@ -21,17 +21,18 @@ from typing import Any
 import pytest
 from flower.harness import ROOT, descendants, make_home, until, write_site
 
-from fedlora.config import SiteFile, dump_toml, load_site_file
-from fedlora.enrol import make_server_home, make_site_keys
-from fedlora.errors import FedLoRAError
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.messages import Reply, Request
+from fedlora.core.plan import SiteFile, dump_toml, load_site_file
 from fedlora.flower import launch
-from fedlora.flower.causes import CAUSES, telling
-from fedlora.flower.enrol import make_node_key, make_tls
-from fedlora.flower.exposure import free_port
+from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.flower.site import up
-from fedlora.lock import hold
-from fedlora.messages import Reply, Request
-from fedlora.processes import die_with_parent
+from fedlora.formats.lock import hold
+from fedlora.gateway.addresses import split_address
+from fedlora.gateway.certificates import make_node_key, make_tls
+from fedlora.gateway.exposure import free_port
+from fedlora.processes.causes import CAUSES, telling
+from fedlora.processes.parent import die_with_parent
 
 pytestmark = pytest.mark.flower
 NOW = datetime.now(UTC)
@@ -263,7 +264,7 @@ def no_relay(place: Place) -> Iterator[str]:
     gateway = subprocess.Popen(
         argv, env=env, stderr=subprocess.DEVNULL, preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=parent)
     )
-    until(lambda: socket.socket().connect_ex(launch.split_address(listen)) == 0)
+    until(lambda: socket.socket().connect_ex(split_address(listen)) == 0)
     yield listen
     gateway.kill()
     gateway.wait()
@@ -428,7 +429,7 @@ def test_what_stands_between_a_site_and_its_server_is_said_once(place, monkeypat
 def test_a_site_looks_for_its_server_through_the_proxy(place, monkeypatch):
     """The probe's own way through a CONNECT proxy, up to the answer of a real gateway."""
     with no_relay(place) as server:
-        host, port = launch.split_address(server)
+        host, port = split_address(server)
 
         def pass_on(connection: socket.socket) -> None:
             head = connection.recv(4096)
@@ -450,7 +451,7 @@ def test_a_site_looks_for_its_server_through_the_proxy(place, monkeypatch):
             monkeypatch.delenv("NO_PROXY", raising=False)
             monkeypatch.delenv("no_proxy", raising=False)
             with no_relay(place) as behind:  # again, with the new certificate
-                host, port = launch.split_address(behind)
+                host, port = split_address(behind)
                 with site_up(place.site("127.0.0.2:8443")) as said:
                     assert "127.0.0.2:8443 is there" in said.wait(lambda f: f["cause"] == "relay-down")["said"]
 

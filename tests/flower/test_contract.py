@@ -45,13 +45,13 @@ from flwr.supernode import node_auth_http_interceptor as auth
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from fedlora.errors import Oversized
-from fedlora.flower import clock, doors
+from fedlora.core.errors import Oversized
 from fedlora.flower._internals import _CHUNK_BYTES, BROKEN, TOO_LARGE, _check_stated, _check_unfolded
-from fedlora.flower.calls import AHEAD_S, BEHIND_S, CALL, KEY, TIME
-from fedlora.flower.gateway import FLEET_CALLS, NOT_ENROLLED
 from fedlora.flower.records import STYPE
 from fedlora.flower.supernode import signing
+from fedlora.gateway import clock, doors
+from fedlora.gateway.app import FLEET_CALLS, NOT_ENROLLED
+from fedlora.gateway.calls import AHEAD_S, BEHIND_S, CALL, KEY, TIME
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,14 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flower.harness import Child, descendants, environment, make_home, until, write_site
 from flower.toy_parts import blob
 
-from fedlora.config import Plan, dump_toml, load_site_file
+from fedlora.core.plan import Plan, dump_toml, load_site_file
 from fedlora.flower import launch
-from fedlora.flower.clock import TIME_HEADER, Clock
-from fedlora.flower.doors import KEY_HEADER, SIGNATURE_HEADER, STAMP_HEADER, WHY_HEADER, Doors, Refusal, key_name, parse_refusal
-from fedlora.flower.enrol import make_node_key, node_key_pem, node_key_public
-from fedlora.flower.exposure import free_port
 from fedlora.flower.server import Refusals, start
 from fedlora.flower.supernode import Doorman
+from fedlora.gateway.certificates import make_node_key, node_key_pem, node_key_public
+from fedlora.gateway.clock import TIME_HEADER, Clock
+from fedlora.gateway.doors import KEY_HEADER, SIGNATURE_HEADER, STAMP_HEADER, WHY_HEADER, Doors, Refusal, key_name, parse_refusal
+from fedlora.gateway.exposure import free_port
 
 pytestmark = pytest.mark.flower
 

@@ -20,20 +20,21 @@ from flower.harness import Federation, descendants, running, until
 from flower.toy_parts import BLOB_BYTES, CANARY, blob
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedlora.errors import ConfigError, ConnectionFailed, FedLoRAError, QuorumNotReached, RunFailed
+from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, QuorumNotReached, RunFailed
+from fedlora.core.messages import Reply, Request
 from fedlora.flower import launch
 from fedlora.flower._internals import Claimer, Control, TaskClient
-from fedlora.flower.allowance import Allowance
 from fedlora.flower.bundle import bundle_bytes
 from fedlora.flower.control import nodes_by_site, register_sites
-from fedlora.flower.enrol import load_node_keys, make_node_key, node_key_pem
 from fedlora.flower.environment import flower_environment
-from fedlora.flower.exposure import FORBIDDEN, free_port, public_status
 from fedlora.flower.jobs import load_address
 from fedlora.flower.records import STYPE, dump_request, parse_reply
 from fedlora.flower.server import start, stop_run, up
 from fedlora.flower.transport import FlowerTransport
-from fedlora.messages import Reply, Request
+from fedlora.gateway.addresses import split_address
+from fedlora.gateway.allowance import Allowance
+from fedlora.gateway.certificates import load_node_keys, make_node_key, node_key_pem
+from fedlora.gateway.exposure import FORBIDDEN, free_port, public_status
 
 pytestmark = pytest.mark.flower
 
@@ -211,7 +212,7 @@ def test_the_deadline_ends_an_exchange(federation):
 def test_control_and_runtime_apis_are_closed_outside_and_bolted_inside(federation):
     ca = federation.home / "tls" / "ca.crt"
     for path in FORBIDDEN:
-        assert public_status("POST", path, address=launch.split_address(federation.listen), ca=ca) == 404, path
+        assert public_status("POST", path, address=split_address(federation.listen), ca=ca) == 404, path
     superlink = load_address(federation.home).superlink_port
     for port, tls in ((superlink, ca), (_local_port(federation, "alpha"), None)):
         kind = "flwr-serverapp" if tls else "flwr-clientapp"

@@ -21,9 +21,9 @@ from flower.signed import Node
 from flower.test_gateway import CALL, Place, opened
 from flower.toy_parts import DUE
 
-from fedlora.flower.allowance import Allowance
-from fedlora.flower.launch import split_address
 from fedlora.flower.server import start
+from fedlora.gateway.addresses import split_address
+from fedlora.gateway.allowance import Allowance
 
 pytestmark = pytest.mark.flower
 

@@ -22,13 +22,13 @@ import pytest
 from flower.harness import environment, until
 from flower.signed import Node
 
-from fedlora.errors import ConnectionFailed
+from fedlora.core.errors import ConnectionFailed
 from fedlora.flower import launch
-from fedlora.flower.allowance import Allowance
-from fedlora.flower.enrol import make_tls
-from fedlora.flower.exposure import FORBIDDEN, ServerExposed, check_public, free_port, healthy, public_status
-from fedlora.flower.gateway import end_to_end, upstream_client
-from fedlora.processes import die_with_parent
+from fedlora.gateway.allowance import Allowance
+from fedlora.gateway.app import end_to_end, upstream_client
+from fedlora.gateway.certificates import make_tls
+from fedlora.gateway.exposure import FORBIDDEN, ServerExposed, check_public, free_port, healthy, public_status
+from fedlora.processes.parent import die_with_parent
 
 pytestmark = pytest.mark.flower
 LIMIT = 300_000

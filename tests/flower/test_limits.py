@@ -14,12 +14,12 @@ import httpx
 import pytest
 from flower.test_flood import wide  # noqa: F401  a fixture
 
-from fedlora.flower import connections
-from fedlora.flower import gateway as gate
-from fedlora.flower.allowance import Quota
-from fedlora.flower.calls import Callers
-from fedlora.flower.enrol import make_tls
-from fedlora.flower.limits import Buckets
+from fedlora.gateway import app as gate
+from fedlora.gateway import connections
+from fedlora.gateway.allowance import Quota
+from fedlora.gateway.calls import Callers
+from fedlora.gateway.certificates import make_tls
+from fedlora.gateway.limits import Buckets
 
 
 class Quiet(asyncio.Protocol):

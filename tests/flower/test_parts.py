@@ -21,7 +21,7 @@ from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.errors import (
+from fedlora.core.errors import (
     ConfigError,
     ConnectionFailed,
     FedLoRAError,
@@ -32,15 +32,16 @@ from fedlora.errors import (
     VersionUnsupported,
     WireError,
 )
+from fedlora.core.messages import Reply, Request
 from fedlora.flower import check_flwr, launch
 from fedlora.flower.bundle import BUNDLE_SHA256, build_bundle, bundle_bytes
-from fedlora.flower.enrol import certificate_hosts, load_node_keys, make_node_key, make_secret, make_tls, node_key_pem
 from fedlora.flower.environment import flower_environment
-from fedlora.flower.exposure import ServerExposed, check_loopback
 from fedlora.flower.jobs import Events, Job, Outcome, load_address, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.records import STYPE, dump_reply, dump_request, parse_reply, parse_request
 from fedlora.flower.supernode import Pace
-from fedlora.messages import Reply, Request
+from fedlora.gateway.addresses import split_address
+from fedlora.gateway.certificates import certificate_hosts, load_node_keys, make_node_key, make_secret, make_tls, node_key_pem
+from fedlora.gateway.exposure import ServerExposed, check_loopback
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -125,9 +126,9 @@ def test_flower_itself_reads_these_command_lines_as_closed():
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:0", "host:65536", "host:x"])
 def test_an_address_has_a_host_and_a_port(address):
-    assert launch.split_address("[::1]:80") == ("::1", 80)
+    assert split_address("[::1]:80") == ("::1", 80)
     with pytest.raises(ConfigError):
-        launch.split_address(address)
+        split_address(address)
 
 
 def test_the_environment_switches_everything_off_and_inherits_no_flower_setting():

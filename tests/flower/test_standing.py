@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.flower.causes import CAUSES
-from fedlora.flower.probe import Finding
 from fedlora.flower.standing import Standing
+from fedlora.gateway.probe import Finding
+from fedlora.processes.causes import CAUSES
 
 FACTS = {"server": "fed.example.org:8443", "host": "fed.example.org", "port": "9094", "ca": "ca.crt", "log": "l", "secret": "s"}
 

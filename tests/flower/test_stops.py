@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from flower.harness import Child, Federation, descendants, environment, make_home, running, until, write_site
 
-from fedlora.errors import ConnectionFailed, FedLoRAError
-from fedlora.flower.exposure import free_port
+from fedlora.core.errors import ConnectionFailed, FedLoRAError
 from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.server import start, stop_run, up
+from fedlora.gateway.exposure import free_port
 
 flower = pytest.mark.flower
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from flower.harness import Child, descendants, environment, running, until
 
-from fedlora.errors import ConnectionFailed
-from fedlora.flower.supervisor import Service, Supervisor, signals
+from fedlora.core.errors import ConnectionFailed
+from fedlora.processes.supervisor import Service, Supervisor, signals
 
 pytestmark = pytest.mark.flower
 SLEEP = "import time; print('up', flush=True); time.sleep(300)"

@@ -11,11 +11,11 @@ from flwr.app.error import Error
 from flwr.app.message import make_message
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.errors import ConnectionFailed
+from fedlora.core.errors import ConnectionFailed
+from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import BROKEN, TOO_LARGE
 from fedlora.flower.records import dump_reply, parse_request
 from fedlora.flower.transport import FlowerTransport
-from fedlora.messages import Reply, Request
 
 NODES = {"alpha": 11, "beta": 22}
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1

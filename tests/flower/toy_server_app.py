@@ -12,11 +12,11 @@ from typing import Any
 
 from toy_parts import BLOB_BYTES, DUE, blob
 
-from fedlora.config import load_plan
-from fedlora.errors import QuorumNotReached
+from fedlora.core.errors import QuorumNotReached
+from fedlora.core.messages import Request
+from fedlora.core.plan import load_plan
 from fedlora.flower.server_app import main
-from fedlora.messages import Request
-from fedlora.transport import Transport
+from fedlora.rounds.transport import Transport
 
 
 def serve(

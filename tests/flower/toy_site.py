@@ -11,9 +11,9 @@ from pathlib import Path
 
 from toy_parts import CANARY, blob
 
-from fedlora.errors import PlanRefused
+from fedlora.core.errors import PlanRefused
+from fedlora.core.messages import Reply, Request
 from fedlora.flower.site import up
-from fedlora.messages import Reply, Request
 
 
 def handle(request: Request) -> Reply:

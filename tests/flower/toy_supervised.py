@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from fedlora.flower.supervisor import Service, Supervisor
+from fedlora.processes.supervisor import Service, Supervisor
 
 if __name__ == "__main__":
     script = "import subprocess, time; subprocess.Popen(['sleep', '300']); print('up', flush=True); time.sleep(300)"

@@ -68,7 +68,7 @@ def rows(row: Callable[..., Tokens]) -> Sequence[Tokens]:
 
 def moved(adapter: Any, *, seed: int = 5, size: float = 0.3) -> Any:
     """An adapter of the same layout with every value random: B is not zero."""
-    from fedlora.adapter import Adapter
+    from fedlora.core.adapter import Adapter
 
     values = np.random.default_rng(seed).normal(0, size, adapter.layout.size).astype(np.float32)
     return Adapter(values, adapter.layout)

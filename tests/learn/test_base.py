@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedlora.errors import ConfigError, ModelError
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.learn.base import BaseOptions, DequantisedLinear, load_base
 
 pytestmark = pytest.mark.torch

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fedlora.data import Tokens, in_order, regroup
-from fedlora.first import first_adapter
 from fedlora.learn.evaluate import evaluate
+from fedlora.learn.fast.pacing import Pace
 from fedlora.learn.learner import HFLearner, TrainOptions
-from fedlora.learn.pace import Pace
+from fedlora.rules.first import first_adapter
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
 
@@ -196,7 +196,7 @@ def test_fused_gradients_are_pefts_as_far_as_bfloat16_goes(
 def test_sites_in_one_pass_are_rounded_no_worse_than_one_alone(
     lora: Callable[..., Any], rows: Sequence[Tokens], moved: Any, held: dict[str, Any]
 ):
-    from fedlora.learn.together import side_by_side
+    from fedlora.learn.fast.together import side_by_side
 
     groups = [list(in_order(rows[at], rows=4, max_length=96, packing=True, pad_token_id=256))
               for at in (slice(0, 4), slice(4, 12), slice(2, 9))]  # fmt: skip
@@ -219,7 +219,7 @@ def test_sites_in_one_pass_are_rounded_no_worse_than_one_alone(
 
 def test_ligers_kernels_are_in_use_where_it_is_installed(lora: Callable[..., Any]):
     pytest.importorskip("liger_kernel")
-    from fedlora.learn.kernels import install_kernels
+    from fedlora.learn.fast.kernels import install_kernels
 
     model = lora(FUSED).base.model
     assert install_kernels(model, torch.device("cuda", 0)) == {"norm": 5, "gate": 2, "rope": 2}
@@ -227,7 +227,7 @@ def test_ligers_kernels_are_in_use_where_it_is_installed(lora: Callable[..., Any
 
 def test_a_norm_with_another_formula_keeps_its_own(load: Callable[..., Any]):
     pytest.importorskip("liger_kernel")
-    from fedlora.learn.kernels import install_kernels
+    from fedlora.learn.fast.kernels import install_kernels
 
     base = load(device="cuda")
     norm = type(base.model.model.norm)
@@ -323,10 +323,10 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
     import threading
     import time
 
-    from fedlora import build
-    from fedlora.config import Plan
-    from fedlora.errors import ResourceError
-    from fedlora.follow import Team
+    from fedlora import assemble as build
+    from fedlora.core.errors import ResourceError
+    from fedlora.core.plan import Plan
+    from fedlora.learn.fast.workers import Team
 
     rows = [{"prompt": f"{'apple ' * (1 + i % 5)}{i} is", "completion": " red"} for i in range(64)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

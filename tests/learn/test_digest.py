@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedlora.errors import ModelError
+from fedlora.core.errors import ModelError
 from fedlora.learn.digest import base_digest
 from fedlora.learn.options import BaseOptions
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fedlora.adapter import Adapter
-from fedlora.errors import ConfigError, ModelError
+from fedlora.core.adapter import Adapter
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.learn.export import Card, export_adapter, merge
 
 pytestmark = pytest.mark.torch

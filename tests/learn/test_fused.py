@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.core.errors import ConfigError
 from fedlora.data import IGNORE, Tokens, in_order, regroup
-from fedlora.errors import ConfigError
-from fedlora.learn.attention import VARLEN, document_ends, use_varlen
 from fedlora.learn.evaluate import evaluate
-from fedlora.learn.fused import FusedLora, note_made
+from fedlora.learn.fast.attention import VARLEN, document_ends, use_varlen
+from fedlora.learn.fast.fused import FusedLora, note_made
 from fedlora.learn.learner import HFLearner, TrainOptions
 from fedlora.learn.options import BaseOptions
 

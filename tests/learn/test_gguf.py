@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
-from fedlora.errors import ModelError
+from fedlora.core.errors import ModelError
 from fedlora.learn.base import BaseOptions, load_base
 from fedlora.learn.digest import base_digest
 from fedlora.learn.gguf import convert_gguf

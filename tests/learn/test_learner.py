@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from fedlora.core.errors import ConfigError, DataError, StoreError
 from fedlora.data import Stream, Tokens
-from fedlora.errors import ConfigError, DataError, StoreError
 from fedlora.learn import learner as learning
 from fedlora.learn.learner import HFLearner, TrainOptions
-from fedlora.site import Learner
+from fedlora.site.work import Learner
 
 pytestmark = pytest.mark.torch
 

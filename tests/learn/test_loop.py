@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, StoreError
+from fedlora.core.schedule import learning_rate
 from fedlora.data import IGNORE, Batch, Tokens, in_order
-from fedlora.errors import ConfigError, DataError, NonFiniteUpdate, StoreError
 from fedlora.learn.loop import Spent, derived_seed, train_steps
-from fedlora.learn.optimiser import dump_moments, forget_moments, load_moments, make_optimiser
+from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimiser
 from fedlora.learn.options import TrainOptions
-from fedlora.schedule import learning_rate
 
 pytestmark = pytest.mark.torch
 

@@ -12,10 +12,10 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 import fedlora.learn
-from fedlora.adapter import Adapter, Layout
-from fedlora.errors import ConfigError, RunFailed, WrongLayout
+from fedlora.core.adapter import Adapter, Layout
+from fedlora.core.errors import ConfigError, RunFailed, WrongLayout
 from fedlora.learn.lora import LoraOptions, attach
-from fedlora.learn.optimiser import make_optimiser
+from fedlora.learn.optimizer import make_optimiser
 from fedlora.learn.options import TrainOptions
 
 pytestmark = pytest.mark.torch

@@ -17,11 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedlora.cli import main
+from fedlora.core.errors import ResourceError
 from fedlora.data import IGNORE, Tokens, in_order, regroup, share
-from fedlora.errors import ResourceError
-from fedlora.first import first_adapter
+from fedlora.learn.fast.pacing import _ROOM, Pace, _Probe, is_out_of_memory
 from fedlora.learn.learner import HFLearner, TrainOptions
-from fedlora.learn.pace import _ROOM, Pace, _Probe, is_out_of_memory
+from fedlora.rules.first import first_adapter
 
 pytestmark = pytest.mark.torch
 FUSED: dict[str, Any] = {"fused": True, "attn_implementation": "varlen", "dtype": "float32"}

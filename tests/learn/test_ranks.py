@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora import build
-from fedlora.config import Plan
-from fedlora.errors import ResourceError
-from fedlora.follow import Team
+from fedlora import assemble as build
+from fedlora.core.errors import ResourceError
+from fedlora.core.plan import Plan
+from fedlora.learn.fast.workers import Team
 
 pytestmark = pytest.mark.torch
 PLAN = {
@@ -116,8 +116,8 @@ def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_roun
 
 def test_kill_9_of_the_site_leaves_no_process_behind(site: Path, tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from fedlora import build; from fedlora.follow import Team\n"
-        "from fedlora.config import parse_plan\n"
+        "import sys, time; from pathlib import Path; from fedlora import build; from fedlora.learn.fast.workers import Team\n"
+        "from fedlora.core.plan import parse_plan\n"
         "site, plan, quiet = Path(sys.argv[1]), parse_plan(sys.argv[2].encode()), lambda *_: None\n"
         "facts = build.site_learner(site, plan, report=quiet).facts()\n"
         "team = Team(site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), facts=facts, report=quiet)\n"
@@ -143,7 +143,7 @@ def _state(pid: int) -> str:
 
 def test_a_site_with_several_gpus_starts_its_team_by_itself(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What `site up` calls: nothing else is to be done by hand."""
-    from fedlora.protect.keys import Identity
+    from fedlora.formats.keys import Identity
 
     (tmp_path / "keys").mkdir()
     Identity.generate("a").save(tmp_path / "keys" / "st-marys.key")

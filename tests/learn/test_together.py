@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedlora.core.errors import ConfigError
 from fedlora.data import IGNORE, Tokens
-from fedlora.errors import ConfigError
+from fedlora.learn.fast.together import Together, side_by_side
 from fedlora.learn.learner import HFLearner, TrainOptions
-from fedlora.learn.together import Together, side_by_side
-from fedlora.site import Learner
+from fedlora.site.work import Learner
 
 pytestmark = pytest.mark.torch
 FUSED: dict[str, Any] = {"fused": True, "attn_implementation": "varlen", "dtype": "float32"}
@@ -134,7 +134,7 @@ def test_what_is_not_built_is_refused(
 
 
 def test_a_site_without_a_label_fails_alone(lora: Callable[..., Any], rows: Sequence[Tokens]):
-    from fedlora.errors import DataError
+    from fedlora.core.errors import DataError
 
     model = lora(FUSED)
     silent = [Tokens(r.input_ids, np.full_like(r.labels, IGNORE), 1) for r in rows[:4]]
@@ -147,7 +147,7 @@ def test_a_site_without_a_label_fails_alone(lora: Callable[..., Any], rows: Sequ
 
 
 def test_an_interrupt_leaves_one_adapter_in_the_model(sites: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    from fedlora.learn import together as module
+    from fedlora.learn.fast import together as module
 
     learners = sites()
     together, first = Together(learners), learners["a"].model.get()

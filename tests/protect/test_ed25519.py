@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
-from fedlora.errors import BadSignature
-from fedlora.protect.keys import Identity, PublicIdentity
+from fedlora.core.errors import BadSignature
+from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.protect.secagg.cohort import check_signature
 
 P = 2**255 - 19

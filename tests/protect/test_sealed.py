@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import wire
-from fedlora.adapter import Update
-from fedlora.errors import FedLoRAError, KeyFileError
-from fedlora.messages import Reply, Task
-from fedlora.protect.envelope import Header, match, open_envelope, parse, seal, verify
-from fedlora.protect.keys import Identity, PublicIdentity, load_identity, load_public
+from fedlora.core.adapter import Update
+from fedlora.core.errors import FedLoRAError, KeyFileError
+from fedlora.core.messages import Reply, Task
+from fedlora.formats import update as wire
+from fedlora.formats.envelope import Header, match, open_envelope, parse, seal, verify
+from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
+from fedlora.lab.testing import TOY_BASE, DictMemory, server_link, site_link, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.sealed import SealedServer, SealedSite
-from fedlora.testing import TOY_BASE, DictMemory, server_link, site_link, toy_adapter, toy_layout, toy_plan
 
 SERVER, RUN, STRANGER = Identity.generate("server"), Identity.generate("run"), Identity.generate("mallory")
 SITES = {n: Identity.generate(n) for n in ("a", "b", "c")}

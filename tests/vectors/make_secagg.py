@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedlora.protect.keys import PublicIdentity
+from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import (
     ABORT,
     COMMIT,

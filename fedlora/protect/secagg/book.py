@@ -10,12 +10,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.config import canonical
-from fedlora.errors import SessionError, StoreError
-from fedlora.messages import Kind, Task
-from fedlora.protect import Memory
-from fedlora.protect.keys import PublicIdentity
-from fedlora.protect.roster import SignedRoster
+from fedlora.core.errors import SessionError, StoreError
+from fedlora.core.messages import Kind, Task
+from fedlora.core.plan import canonical
+from fedlora.formats.files import Memory
+from fedlora.formats.keys import PublicIdentity
+from fedlora.formats.roster import SignedRoster
 from fedlora.protect.secagg.cohort import Cohort, Delivered, Reader, Rules, certificate, read_certificate
 from fedlora.protect.secagg.given import Groups, refine
 from fedlora.protect.secagg.opening import Deal, deal_bytes

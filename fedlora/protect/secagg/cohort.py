@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PublicKey
 
-from fedlora.errors import BadSignature, CohortTooSmall, RevokedSite, UnknownSite, VotesMissing, WireError, WrongContext
-from fedlora.protect.keys import KEM_BYTES, PublicIdentity
+from fedlora.core.errors import BadSignature, CohortTooSmall, RevokedSite, UnknownSite, VotesMissing, WireError, WrongContext
+from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 
 __all__ = [
     "ABORT",
@@ -48,7 +48,6 @@ ABORT: Final = 2
 BURNT: Final = 3
 """Never sent: what a site notes after the server tried to get two votes from it. It then gives neither."""
 MAX_SITES: Final = 256
-_ALL_SLOTS: Final = 1 << 30
 
 SIGNATURE: Final = 64
 """Bytes of an Ed25519 signature."""
@@ -62,13 +61,10 @@ class Rules:
     Attributes:
         max_colluding: sites of a session that may work together with the server without learning a third one's update.
         min_cohort: fewest sites in a session, and fewest whose updates make a sum.
-        ranks: sites that train only so many slots; the others train all. Where a site has no slot it is known to add zero, and
-            hides nothing.
     """
 
     max_colluding: int
     min_cohort: int
-    ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def smallest(self) -> int:
@@ -83,23 +79,6 @@ class Rules:
     def fewest_inputs(self, n: int) -> int:
         """Fewest updates in a sum."""
         return max(self.threshold(n), self.max_colluding + 2, self.min_cohort)
-
-    def check_slots(self, names: Iterable[str]) -> None:
-        """Refuses a sum in which fewer sites have some slot than a sum must have.
-
-        Raises:
-            CohortTooSmall: with the slot.
-        """
-        least = max(self.max_colluding + 2, self.min_cohort)
-        own = [self.ranks.get(name, _ALL_SLOTS) for name in names] if self.ranks else []
-        for rank in sorted(set(own)):
-            have = sum(other >= rank for other in own)
-            if have < least:
-                below = max((other for other in own if other < rank), default=0)
-                raise CohortTooSmall(
-                    f"slots above {below} would be of {have} sites alone, a sum needs {least}",
-                    hint="give more sites the larger rank in lora.ranks, or all the same; or choose protect.mode = 'sealed'",
-                )
 
 
 class Reader:
@@ -270,7 +249,6 @@ class Cohort:
             raise CohortTooSmall(f"{n} sites are ready, a session needs {rules.smallest}")
         if n > MAX_SITES or len({a.name for a in order}) < n:
             raise WireError(f"{n} advertisements, at most {MAX_SITES} and one a site")
-        rules.check_slots(a.name for a in order)
         if len({a.context for a in order}) > 1:
             raise WrongContext("the sites of this session have been shown different tasks")
         t = rules.threshold(n)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedlora.errors import BadShare, WireError
-from fedlora.protect.keys import PublicIdentity
+from fedlora.core.errors import BadShare, WireError
+from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Reader, check_signature, leads, sign
 from fedlora.protect.secagg.dealing import Opened, Statement
 

@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 from numpy.typing import NDArray
 
-from fedlora.errors import CannotOpen, CohortTooSmall, WireError
-from fedlora.protect.envelope import HPKE
-from fedlora.protect.keys import PublicIdentity
+from fedlora.core.errors import CannotOpen, CohortTooSmall, WireError
+from fedlora.formats.envelope import HPKE
+from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Delivered, Reader, Rules, check_signature, leads, sign
 from fedlora.protect.secagg.masks import Stream, add_masks, derive
 from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room
@@ -477,7 +477,6 @@ def check_deliveries(
     fewest = rules.fewest_inputs(len(cohort.adverts))
     if len(delivered) < fewest:
         raise CohortTooSmall(f"{len(delivered)} updates would be added up, at least {fewest} must be")
-    rules.check_slots(cohort.advert(d.number).name for d in delivered)
     by_number = {d.number: d for d in delivered}
     if own not in by_number or by_number[own].digest != digest:
         raise WireError("this site's own update is missing among those to be added up, or it is not the one that was sent")

@@ -20,13 +20,13 @@ from typing import Final, TypeAlias
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from fedlora.config import canonical
-from fedlora.errors import LoneChange, StoreError
-from fedlora.protect import Memory
-from fedlora.protect.keys import Identity
+from fedlora.core.errors import LoneChange, StoreError
+from fedlora.core.plan import canonical
+from fedlora.formats.files import Memory
+from fedlora.formats.keys import Identity
 from fedlora.protect.secagg.masks import derive
 
-__all__ = ["Given", "Groups", "Ledger", "Sum", "choose", "overlapping", "refine", "small_parts", "with_slot"]
+__all__ = ["Given", "Groups", "Ledger", "Sum", "choose", "overlapping", "refine", "small_parts"]
 
 Groups: TypeAlias = tuple[frozenset[str], ...]
 """Names of sites; disjoint, none empty, in order of each group's first name."""
@@ -76,11 +76,6 @@ def choose(present: Collection[str], groups: Groups, *, colluding: int, keep: st
     return frozenset(chosen)
 
 
-def with_slot(sites: Iterable[str], ranks: Mapping[str, int], slot: int) -> frozenset[str]:
-    """Those that train a slot of their adapters, counted from 0, where ``ranks`` gives some sites fewer slots."""
-    return frozenset(name for name in sites if ranks.get(name, slot + 1) > slot)
-
-
 def overlapping(sites: int, *, colluding: int) -> int:
     """Fewest sites of a sum for any two of a federation's to have an honest one in common, who then knows of both.
 
@@ -101,8 +96,6 @@ class Sum:
         plan: the plan's digest.
         t1: the session's name, hex.
         sites: whose updates are in it; before the vote, whose may be.
-        ranks: of sites that have fewer slots than the others: each slot has a sum of its own, over those that have it.
-        slots: whether it is a sum of updates; an evaluation's is of numbers that have no slots.
         alone: whether the plan lets its sums differ by single sites.
     """
 
@@ -110,8 +103,6 @@ class Sum:
     plan: str
     t1: str
     sites: frozenset[str]
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    slots: bool = True
     alone: bool = False
 
 
@@ -123,35 +114,25 @@ class Ledger:
         agreed: base and plan -> groups after all sums that this site has voted for.
         pending: session -> a sum that this site has given its masked update to without having heard which sites it was over;
             taken for one over all that might be.
-        ranks: base and plan -> sites that have fewer slots than the others.
         alone: base and plan of those whose sums may differ by single sites.
     """
 
     agreed: Mapping[tuple[str, str], Groups] = field(default_factory=dict)
     pending: Mapping[str, Sum] = field(default_factory=dict)
-    ranks: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict)
     alone: frozenset[tuple[str, str]] = frozenset()
 
-    def groups(
-        self, base: str, *, plan: str = "", other_than: str = "", pending: bool = False, but: str = "", slot: int = 0
-    ) -> Groups:
+    def groups(self, base: str, *, plan: str = "", other_than: str = "", pending: bool = False, but: str = "") -> Groups:
         """Groups after all sums on a base; with ``plan`` of that plan alone, or of all but ``other_than``.
 
         Args:
             pending: whether those count whose sites are not known.
             but: a session among these that does not.
-            slot: of the adapter; sites that do not have it are in no group.
         """
         of = {found for on, found in self.agreed if on == base} | {s.plan for s in self.pending.values() if s.base == base}
         wanted = {plan} if plan else of - {other_than}
-        sums = [
-            with_slot(group, self.ranks.get((base, found), {}), slot)
-            for found in sorted(wanted)
-            for group in self.agreed.get((base, found), ())
-        ]
+        sums = [group for found in sorted(wanted) for group in self.agreed.get((base, found), ())]
         if pending:
-            waiting = [s for t1, s in self.pending.items() if s.base == base and s.plan in wanted and t1 != but]
-            sums += [with_slot(s.sites, s.ranks, slot) for s in waiting]
+            sums += [s.sites for t1, s in self.pending.items() if s.base == base and s.plan in wanted and t1 != but]
         return reduce(refine, sums, ())
 
     def shown(self, sum: Sum, *, colluding: int, plan: str = "", other_than: str = "") -> frozenset[str]:
@@ -159,13 +140,10 @@ class Ledger:
 
         Looked at without the pending sums and with them: these can make a group smaller, and excuse none for being small.
         """
-        ranks = [sum.ranks, *self.ranks.values(), *(s.ranks for s in self.pending.values())]
         found: frozenset[str] = frozenset()
-        for slot in {0}.union(*(r.values() for r in ranks)) if sum.slots else (0,):
-            counted = with_slot(sum.sites, sum.ranks, slot)
-            for p in (False, True):
-                groups = self.groups(sum.base, plan=plan, other_than=other_than, pending=p, but=sum.t1, slot=slot)
-                found |= small_parts(groups, counted, colluding=colluding)
+        for pending in (False, True):
+            groups = self.groups(sum.base, plan=plan, other_than=other_than, pending=pending, but=sum.t1)
+            found |= small_parts(groups, sum.sites, colluding=colluding)
         return found
 
     def check_alike(self, base: str, *, alone: bool) -> None:
@@ -247,8 +225,7 @@ class Ledger:
             for t1, one in self.pending.items()
             if t1 != sum.t1 and not ((one.base, one.plan) == key and refine(groups, one.sites) == groups)
         }
-        ranks = {**self.ranks, key: sum.ranks} if sum.ranks else self.ranks
-        return Ledger({**self.agreed, key: groups}, pending, ranks, self.alone | {key} if sum.alone else self.alone)
+        return Ledger({**self.agreed, key: groups}, pending, self.alone | {key} if sum.alone else self.alone)
 
 
 def _names(sites: Iterable[str]) -> str:
@@ -286,11 +263,7 @@ class Given:
         try:
             facts = json.loads(self._cipher().decrypt(blob[:12], blob[12:], _KEY.encode()))
             agreed = {(base, plan): tuple(frozenset(g) for g in groups) for base, plan, groups in facts["agreed"]}
-            pending = {
-                t1: Sum(base, plan, t1, frozenset(sites), ranks, alone=alone)
-                for base, plan, t1, sites, ranks, alone in facts["pending"]
-            }
-            ranks = {(base, plan): dict(of) for base, plan, of in facts["ranks"]}
+            pending = {t1: Sum(base, plan, t1, frozenset(sites), alone) for base, plan, t1, sites, alone in facts["pending"]}
             lone = frozenset((base, plan) for base, plan in facts["alone"])
         except (InvalidTag, ValueError, KeyError, TypeError):
             where = self.memory.where(_KEY)
@@ -299,14 +272,13 @@ class Given:
                 hint="without it no sum can be compared with earlier ones. Put the file back as it was last; or, if you accept "
                 "that a new sum beside an old one on the same base model may show this site's update, delete it",
             ) from None
-        return Ledger(agreed, pending, ranks, lone)
+        return Ledger(agreed, pending, lone)
 
     def save(self, ledger: Ledger) -> None:
         """Returns after it is on the disk."""
         facts = {
             "agreed": [[*key, [sorted(g) for g in groups]] for key, groups in sorted(ledger.agreed.items())],
-            "pending": [[s.base, s.plan, s.t1, sorted(s.sites), dict(s.ranks), s.alone] for s in ledger.pending.values()],
-            "ranks": [[*key, dict(of)] for key, of in sorted(ledger.ranks.items())],
+            "pending": [[s.base, s.plan, s.t1, sorted(s.sites), s.alone] for s in ledger.pending.values()],
             "alone": sorted(ledger.alone),
         }
         nonce = self.entropy(12)

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.errors import SessionError
+from fedlora.core.errors import SessionError
 
 __all__ = ["Numbers", "Totals"]
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from fedlora.errors import BadShare, CannotOpen, DealerLied, WireError
-from fedlora.protect.keys import PublicIdentity
+from fedlora.core.errors import BadShare, CannotOpen, DealerLied, WireError
+from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import Cohort, Reader, leads
 from fedlora.protect.secagg.dealing import (
     BUNDLE_BYTES,

@@ -31,7 +31,7 @@ class Survival:
 
 
 def survival(sites: int, rules: Rules, *, lone_change: Literal["refuse", "allow"]) -> Survival:
-    """What ``sites`` sites survive. Where ``lora.ranks`` differ, slots may ask for more.
+    """What ``sites`` sites survive.
 
     Raises:
         ValueError: fewer than ``rules.smallest``.

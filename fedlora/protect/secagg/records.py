@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as dump_tensors
 
-from fedlora.adapter import F32
-from fedlora.config import canonical
-from fedlora.errors import StoreError
-from fedlora.protect import Memory
-from fedlora.protect.keys import Identity
+from fedlora.core.adapter import F32
+from fedlora.core.errors import StoreError
+from fedlora.core.plan import canonical
+from fedlora.formats.files import Memory
+from fedlora.formats.keys import Identity
 from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.rings import Words
@@ -41,8 +41,6 @@ class Session:
         bits: width of the ring.
         plan, base: digests of the plan and of the base model.
         alone: whether the plan allows sums that differ by single sites.
-        ranks: the plan's, see :class:`Rules`.
-        slots: whether the session's sum has slots; not in an evaluation.
         t1: the session's name, once its sites are fixed.
         digest: of the masked update, once it has been made.
         verdict: of the vote, 0 before it.
@@ -62,8 +60,6 @@ class Session:
     plan: str
     base: str
     alone: bool
-    ranks: Mapping[str, int]
-    slots: bool
     t1: bytes = b""
     digest: bytes = b""
     verdict: int = 0
@@ -73,7 +69,7 @@ class Session:
 
     @property
     def rules(self) -> Rules:
-        return Rules(self.max_colluding, self.min_cohort, self.ranks if self.slots else {})
+        return Rules(self.max_colluding, self.min_cohort)
 
     def but(self, **changes: Any) -> Session:
         """The same with these fields changed."""

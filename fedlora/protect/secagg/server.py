@@ -9,16 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedlora import wire
-from fedlora.adapter import F32, Update
-from fedlora.config import Plan
-from fedlora.errors import (
+from fedlora.core.adapter import F32, Update
+from fedlora.core.errors import (
     BadShare,
     BadSignature,
     BothSecretsRequested,
@@ -35,11 +32,13 @@ from fedlora.errors import (
     WireError,
     WrongContext,
 )
-from fedlora.messages import Kind, Reply, Request, Reveals, Task
+from fedlora.core.messages import Reply, Request, Reveals, Task
+from fedlora.core.plan import Plan
+from fedlora.formats import update as wire
+from fedlora.formats.keys import PublicIdentity
+from fedlora.formats.roster import SignedRoster
 from fedlora.protect import Talk, Tally
-from fedlora.protect.keys import PublicIdentity
 from fedlora.protect.link import Context, ServerLink, hear, reply_bytes
-from fedlora.protect.roster import SignedRoster
 from fedlora.protect.secagg.book import Book, Ended, ServerSession
 from fedlora.protect.secagg.cohort import (
     ABORT,
@@ -62,7 +61,7 @@ from fedlora.protect.secagg.complaints import (
     read_opened,
 )
 from fedlora.protect.secagg.dealing import Opened
-from fedlora.protect.secagg.given import Groups, choose, small_parts, with_slot
+from fedlora.protect.secagg.given import Groups, choose, small_parts
 from fedlora.protect.secagg.opening import Deal, deal_bytes, parse_reveal, relay, reveal_bytes, unmask
 from fedlora.protect.secagg.rings import packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.terms import Offer, Terms, codec
@@ -128,7 +127,7 @@ class SecAggServer:
         try:
             if stored:
                 numbers = self.terms.numbers(task.reply_layout).size
-                session = self.book.load(task, self.terms.rules_for(task.kind), self._known, self.terms.profile, numbers=numbers)
+                session = self.book.load(task, self.terms.rules, self._known, self.terms.profile, numbers=numbers)
                 yield from self._go_on(task, session, ended, scales, tally, errors)
                 if session.stage == "aborted":
                     self._use(self.roster())
@@ -162,17 +161,9 @@ class SecAggServer:
     def _groups(self) -> Groups:
         return () if self.plan.protect.lone_change == "allow" else self.book.groups(self.plan.model.digest, self.plan.digest())
 
-    def _shown(self, names: Collection[str], *, kind: Kind = "train") -> bool:
-        """Whether a sum of these would show single updates beside earlier ones, in any slot of the adapter."""
-        ranks, groups = self.terms.rules_for(kind).ranks, self._groups()
-        return any(
-            small_parts(
-                tuple(g for group in groups if (g := with_slot(group, ranks, slot))),
-                with_slot(names, ranks, slot),
-                colluding=self.terms.rules.max_colluding,
-            )
-            for slot in {0, *ranks.values()}
-        )
+    def _shown(self, names: Collection[str]) -> bool:
+        """Whether a sum of these would show single updates beside earlier ones."""
+        return bool(small_parts(self._groups(), names, colluding=self.terms.rules.max_colluding))
 
     def _agreeable(self, names: Sequence[str], errors: Errors, *, least: int) -> list[str]:
         """The most of these sites whose sum they can agree to, beside the plan's earlier ones.
@@ -233,7 +224,7 @@ class SecAggServer:
         del body
         hear(replies, asked, take, errors.setdefault)
         together = self._agreeable([a.name for a in adverts], errors, least=self.terms.rules.smallest)
-        return Cohort.of([a for a in adverts if a.name in together], self.terms.rules_for(task.kind))
+        return Cohort.of([a for a in adverts if a.name in together], self.terms.rules)
 
     def _dealt(self, task: Task, cohort: Cohort, errors: Errors) -> Generator[Any, Any, dict[int, bytes]]:
         deals: dict[int, bytes] = {}
@@ -434,14 +425,11 @@ class SecAggServer:
 
     def _enough(self, task: Task, session: ServerSession) -> bool:
         """Whether the sites may agree to the sum of what was delivered."""
-        rules, names = self.terms.rules_for(task.kind), session.names(session.counted)
-        with suppress(CohortTooSmall):
-            rules.check_slots(names)
-            if self._shown(names, kind=task.kind):
-                self.report("lone-change", {"sites": names, "missing": self._away(names)})
-                return False
-            return len(session.delivered) >= rules.fewest_inputs(len(session.cohort.adverts))
-        return False
+        rules, names = self.terms.rules, session.names(session.counted)
+        if self._shown(names):
+            self.report("lone-change", {"sites": names, "missing": self._away(names)})
+            return False
+        return len(session.delivered) >= rules.fewest_inputs(len(session.cohort.adverts))
 
     def _voted(self, task: Task, session: ServerSession, errors: Errors) -> Talk:
         text = vote_text(session.cohort.t1, COMMIT, Delivered.digest_of(session.delivered))

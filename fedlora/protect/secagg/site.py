@@ -10,10 +10,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fedlora.adapter import F32, Update
-from fedlora.aggregate.sums import squares_of
-from fedlora.config import Plan, parse_plan
-from fedlora.errors import (
+from fedlora.core.adapter import F32, Update
+from fedlora.core.errors import (
     BadShare,
     BothSecretsRequested,
     MetricMissing,
@@ -26,11 +24,12 @@ from fedlora.errors import (
     WrongDirection,
     WrongRound,
 )
-from fedlora.messages import Request, Task
-from fedlora.protect.envelope import Header, match
-from fedlora.protect.keys import PublicIdentity
+from fedlora.core.messages import Request, Task
+from fedlora.core.plan import Plan, parse_plan
+from fedlora.formats.envelope import Header, match
+from fedlora.formats.keys import PublicIdentity
+from fedlora.formats.roster import RosterKeeper
 from fedlora.protect.link import SiteLink
-from fedlora.protect.roster import RosterKeeper
 from fedlora.protect.sealed import check_task
 from fedlora.protect.secagg.cohort import (
     ABORT,
@@ -63,6 +62,7 @@ from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import encode
 from fedlora.protect.secagg.terms import Offer, Terms, codec
+from fedlora.rules.sums import squares_of
 
 __all__ = ["SecAggSite"]
 
@@ -177,8 +177,6 @@ class SecAggSite:
                 plan=task.plan_digest,
                 base=task.base,
                 alone=alone,
-                ranks=dict(terms.rules.ranks),
-                slots=task.kind == "train",
             )
             records.save_session(session)
         own = advertise(self._name, context, Secrets(session.root), key=self.link.identity.signing)
@@ -433,7 +431,7 @@ class SecAggSite:
 
 def _sum(cohort: Cohort, session: Session, numbers: Iterable[int]) -> Sum:
     names = frozenset(cohort.advert(n).name for n in numbers)
-    return Sum(session.base, session.plan, cohort.t1.hex(), names, session.ranks, session.slots, session.alone)
+    return Sum(session.base, session.plan, cohort.t1.hex(), names, session.alone)
 
 
 def _with_metrics(update: Update, due: Collection[str]) -> Update:

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from protect.secagg.world import World, identity, names
 
-from fedlora import wire
-from fedlora.errors import CannotOpen, RemoteError
-from fedlora.messages import Request, Task
-from fedlora.protect.keys import PublicIdentity
+from fedlora.core.errors import CannotOpen, RemoteError
+from fedlora.core.messages import Request, Task
+from fedlora.formats import update as wire
+from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.link import Context
 from fedlora.protect.secagg.cohort import (
     ABORT,

@@ -21,15 +21,16 @@ import numpy as np
 from protect.secagg.loot import Session, Talk
 from protect.secagg.world import identity, names, secagg_plan
 
-from fedlora import build, wire
-from fedlora.adapter import Adapter, Factors, Layout, Update
-from fedlora.config import Plan, Policy, Run, SiteFile
-from fedlora.errors import FedLoRAError
-from fedlora.first import first_adapter
-from fedlora.messages import Kind, Reply, Request, Task
-from fedlora.protect.envelope import open_envelope, parse
+from fedlora import assemble as build
+from fedlora.core.adapter import Adapter, Factors, Layout, Update
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.messages import Kind, Reply, Request, Task
+from fedlora.core.plan import Plan, Policy, Run, SiteFile
+from fedlora.formats import update as wire
+from fedlora.formats.envelope import open_envelope, parse
+from fedlora.formats.roster import SignedRoster, first_epoch
+from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context, ServerLink, pinned
-from fedlora.protect.roster import SignedRoster, first_epoch
 from fedlora.protect.sealed import PHASES
 from fedlora.protect.secagg.cohort import (
     ABORT,
@@ -47,9 +48,9 @@ from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_o
 from fedlora.protect.secagg.dealing import Secrets, advertise, deal
 from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.terms import Offer, Terms, codec
-from fedlora.site import Site, Trained
-from fedlora.store import FileMemory
-from fedlora.testing import TOY_BASE, DictMemory, toy_layout
+from fedlora.rounds.store import FileMemory
+from fedlora.rules.first import first_adapter
+from fedlora.site.work import Site, Trained
 
 MODEL = secagg_plan().model.model_name_or_path
 ALL = ("train/loss", "eval/nll", "eval/tokens")

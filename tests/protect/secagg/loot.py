@@ -18,10 +18,10 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from protect.secagg.world import identity
 
-from fedlora.config import Plan
-from fedlora.errors import FedLoRAError
-from fedlora.messages import Task
-from fedlora.protect.keys import PublicIdentity
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.messages import Task
+from fedlora.core.plan import Plan
+from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import Advert, Cohort, Delivered, Reader, Rules, leads
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, MaskKeys, Opened, Secrets, open_ingredient, promise, receive, self_keys
 from fedlora.protect.secagg.masks import add_masks, derive

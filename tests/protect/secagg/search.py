@@ -21,9 +21,9 @@ from protect.secagg.liar import Liar, a_plan
 from protect.secagg.loot import Session, both_kinds, false_parts, twice_given, unannounced, uncovered
 from protect.secagg.world import identity, names
 
-from fedlora.adapter import Adapter
-from fedlora.config import Evaluation, Plan, Policy
-from fedlora.protect.keys import PublicIdentity
+from fedlora.core.adapter import Adapter
+from fedlora.core.plan import Evaluation, Plan, Policy
+from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Dealt, Secrets, deal
 from fedlora.protect.secagg.opening import Deal
 

@@ -12,14 +12,15 @@ import pytest
 from protect.secagg.adversary import Adversary
 from protect.secagg.world import NOW, Heard, World, at_phase, identity, names, secagg_plan, signed_roster
 
-from fedlora.adapter import Adapter
-from fedlora.errors import WrongContext
-from fedlora.messages import Request
-from fedlora.protect.envelope import HPKE
-from fedlora.protect.keys import Identity
+from fedlora.core.adapter import Adapter
+from fedlora.core.errors import WrongContext
+from fedlora.core.messages import Request
+from fedlora.formats.envelope import HPKE
+from fedlora.formats.keys import Identity
+from fedlora.formats.roster import SignedRoster, next_epoch
+from fedlora.lab.testing import DictMemory
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.modes import SiteModes
-from fedlora.protect.roster import SignedRoster, next_epoch
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggSite
 from fedlora.protect.secagg.cohort import ABORT, COMMIT, Advert, Cohort, Delivered, Rules, certificate, sign_vote, vote_text
@@ -27,7 +28,6 @@ from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Inbox, MaskKeys, Secret
 from fedlora.protect.secagg.opening import Deal
 from fedlora.protect.secagg.shamir import join, weights
 from fedlora.protect.secagg.terms import Terms
-from fedlora.testing import DictMemory
 
 ALL = names(5)
 LAX = Rules(0, 1)  # what the liar makes its own cohorts with

@@ -17,8 +17,8 @@ from protect.secagg.liar import Liar, a_plan
 from protect.secagg.loot import Session, both_kinds, false_parts, twice_given, uncovered
 from protect.secagg.world import Heard, World, identity, names
 
-from fedlora.adapter import Adapter, Layout
-from fedlora.config import Policy
+from fedlora.core.adapter import Adapter, Layout
+from fedlora.core.plan import Policy
 from fedlora.protect.secagg import SecAggSite
 from fedlora.protect.secagg.cohort import Cohort, Delivered, leads
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Secrets, deal

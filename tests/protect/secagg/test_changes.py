@@ -1,25 +1,17 @@
-"""Federations that change: rosters that grow and shrink, sites of few slots, plans that name a site once, revoked voters."""
+"""Federations that change: rosters that grow and shrink, plans that name a site once, revoked voters."""
 
-import hashlib
-from dataclasses import replace
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protect.secagg.adversary import Adversary
 from protect.secagg.world import NOW, World, identity, names, secagg_plan
 
-from fedlora.adapter import Adapter, Update
-from fedlora.aggregate import rule_of
-from fedlora.config import Plan
-from fedlora.errors import LoneChange
-from fedlora.protect.roster import SignedRoster, first_epoch, next_epoch
-from fedlora.protect.secagg.cohort import Cohort, Delivered, Rules
+from fedlora.core.errors import ConfigError, LoneChange
+from fedlora.core.plan import parse_plan
+from fedlora.formats.roster import SignedRoster, first_epoch, next_epoch
+from fedlora.protect.secagg.cohort import Cohort, Rules
 from fedlora.protect.secagg.given import Ledger, Sum, overlapping
-from fedlora.protect.secagg.rings import packed_bytes, unpack
 from fedlora.protect.secagg.terms import Offer
-from fedlora.testing import toy_layout
 
 COORDINATOR = identity("coordinator")
 
@@ -103,62 +95,28 @@ def test_newcomers_alone_give_no_sum(grown):
     assert after.min_cohort == grown - 1
 
 
-def with_few_slots():
-    table = secagg_plan(profile="int24", rounds=4).model_dump()
-    table["aggregate"] |= {"name": "masked"}
-    table["lora"]["ranks"] = {"site-8": 1, "site-9": 1}
-    plan, layout, rng, updates = Plan.model_validate(table), toy_layout(), np.random.default_rng(0), {}
-    rule, zero = rule_of(plan), Adapter(np.zeros(layout.size, np.float32), layout)
-    for name in names(10):
-        after = Adapter(rng.normal(0, 0.3, layout.size).astype(np.float32), layout).at_rank(plan.lora.ranks.get(name, 2))
-        metrics = {"train/loss": 1.0, "eval/nll": 1.0, "eval/tokens": 10.0}
-        updates[name] = Update(rule.encode(zero, after, exchange=1, public=None), 1, metrics)
-    world = World(10, plan=plan, updates=updates)
-    plain = world.task
-
-    def task(*, round=1, attempt=0, kind="train"):
-        return replace(plain(round=round, attempt=attempt, kind=kind), sends=rule.reply(world.globals[round].layout, round))
-
-    def parse_masked(self, site, answer):
-        n = rule.reply(self.task.adapter.layout, 1).size
-        size, body = packed_bytes(n, self.profile.bits), answer[96:]
-        one = Delivered(self.cohort.number(site), hashlib.sha256(body).digest(), answer[32:96])
-        return one, unpack(body[-size:], n, self.profile.bits)
-
-    world.task = task
-    return world, parse_masked
-
-
 @pytest.mark.attack(
     "C3f",
-    "sites of few slots hide a difference: two sums differ by three sites, of which one alone has a slot",
-    stops="the law on sums is kept for each slot of the adapter",
+    "a plan in which some sites have few slots of the adapter, so that in the sum another site's slots stand alone",
+    stops="under secure aggregation no plan has lora.ranks: every site refuses it when it reads it",
 )
-def test_no_slot_is_left_to_one_site(monkeypatch):
-    world, parse_masked = with_few_slots()
-    monkeypatch.setattr(Adversary, "parse_masked", parse_masked)
-    assert session(world, 1, names(10), n=10) == (set(), True)
-    refusing, opened = session(world, 2, names(7), n=10)
-    assert refusing == set(names(7))
-    assert not opened
+def test_a_plan_of_different_ranks_is_refused_by_every_site_before_it_trains():
+    plan = secagg_plan()
+    plan = plan.model_copy(update={"lora": plan.lora.model_copy(update={"ranks": {"site-1": 1}})})  # not checked here
+    server = Adversary(5, world=World(5, plan=plan))
+    worked = []
+    server.world.work = lambda *task: worked.append(task)
+    server.begin(server.world.task())
+    assert {server.say(site, "advertise", server.offer()) for site in names(5)} == {"config"}
+    assert worked == []
+    with pytest.raises(ConfigError, match=r"lora\.ranks under protect\.mode = 'secagg'.*leave lora\.ranks out"):
+        parse_plan(plan.canonical())
 
 
-def agreed(ledger, sites, plan, *, ranks=None, uncovers=()):
-    one = Sum("B", plan, "t", frozenset(sites), ranks or {})
+def agreed(ledger, sites, plan, *, uncovers=()):
+    one = Sum("B", plan, "t", frozenset(sites))
     ledger.check(one, colluding=1, uncovers=uncovers)
     return ledger.voted(one)
-
-
-def test_a_plan_of_few_slots_is_compared_with_one_of_none_and_with_its_like():
-    before = agreed(Ledger(), "abcdef", "P1")
-    with pytest.raises(LoneChange, match="update of f"):
-        agreed(before, "abcdef", "P2", ranks={"f": 1})
-    after = agreed(before, "abcdef", "P2", ranks={"f": 1}, uncovers="f")
-    agreed(after, "abcdef", "P3", ranks={"f": 1})  # shows what P2 was allowed to show, again
-    with pytest.raises(LoneChange, match="update of f"):
-        agreed(after, "abcdef", "P4")
-    alike = agreed(Ledger(), "abcdefgh", "P1", ranks={"f": 1})
-    assert agreed(alike, "abcdefgh", "P2", ranks={"f": 1}).groups("B") == (frozenset("abcdefgh"),)
 
 
 @pytest.mark.attack(

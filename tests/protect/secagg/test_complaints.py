@@ -8,7 +8,7 @@ import pytest
 from protect.secagg.adversary import Adversary, known
 from protect.secagg.world import World, at_phase, identity, names, secagg_plan
 
-from fedlora.errors import BadShare, FedLoRAError, WireError
+from fedlora.core.errors import BadShare, FedLoRAError, WireError
 from fedlora.protect.secagg import SecAggSite
 from fedlora.protect.secagg.cohort import Reader, leads, sign
 from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened, read_complaints, read_opened

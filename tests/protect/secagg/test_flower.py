@@ -12,16 +12,16 @@ import pytest
 from protect.secagg.test_federation import START, Federation, secagg_plan
 
 import fedlora
-from fedlora import build
-from fedlora.config import Policy, SiteFile, dump_toml
-from fedlora.enrol import make_roster, make_server_home, make_site_keys
-from fedlora.flower.exposure import free_port
+from fedlora import assemble as build
+from fedlora.core.messages import Reply
+from fedlora.core.plan import Policy, SiteFile, dump_toml
+from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.flower.server import start
-from fedlora.messages import Reply
-from fedlora.processes import die_with_parent
-from fedlora.protect.keys import Identity, load_identity, load_public
-from fedlora.store import RunStore, save_adapter
-from fedlora.transport import LocalTransport
+from fedlora.formats.keys import Identity, load_identity, load_public
+from fedlora.gateway.exposure import free_port
+from fedlora.processes.parent import die_with_parent
+from fedlora.rounds.store import RunStore, save_adapter
+from fedlora.rounds.transport import LocalTransport
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(420)]
 

@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from protect.secagg.world import Heard, World, at_phase, identity, names, secagg_plan
 
-from fedlora import wire
-from fedlora.adapter import Adapter, Layout, Update
-from fedlora.errors import FedLoRAError, WireError
-from fedlora.messages import Reply, Request, Task
-from fedlora.protect.envelope import Header, open_envelope, parse, seal, verify
+from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.errors import FedLoRAError, WireError
+from fedlora.core.messages import Reply, Request, Task
+from fedlora.formats import update as wire
+from fedlora.formats.envelope import Header, open_envelope, parse, seal, verify
+from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context
 from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Delivered, Reader, certificate, read_certificate
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, encode, most_levels, pack, packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.shamir import PRIME, join, split, weights
 from fedlora.protect.secagg.terms import MAX_WEIGHT, Offer, Terms, codec
-from fedlora.testing import TOY_BASE, DictMemory, toy_layout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "simulations"))
 fuzz = importlib.import_module("fuzz")

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from protect.secagg.adversary import Adversary
 from protect.secagg.world import World, at_phase, identity, names, secagg_plan, signed_roster
 
-from fedlora.errors import LoneChange, StoreError
+from fedlora.core.errors import LoneChange, StoreError
+from fedlora.lab.testing import DictMemory
 from fedlora.protect.secagg.book import Book
 from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.given import Given, Ledger, Sum, choose, overlapping, refine, small_parts
 from fedlora.protect.secagg.planning import survival, survival_table
 from fedlora.protect.secagg.terms import Terms
-from fedlora.store import FileMemory
-from fedlora.testing import DictMemory
+from fedlora.rounds.store import FileMemory
 
 BASE, PLAN, OTHER = "ba" * 32, "aa" * 32, "bb" * 32
 SITES = "abcdefghij"

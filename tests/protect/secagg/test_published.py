@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from protect.secagg.world import secagg_plan
 
-from fedlora.adapter import Adapter, Layout, Update
-from fedlora.aggregate import add, optimiser_of, rule_of
-from fedlora.config import Plan
-from fedlora.errors import ImpossibleAdapter
-from fedlora.first import first_adapter
+from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.errors import ImpossibleAdapter
+from fedlora.core.plan import Plan
 from fedlora.protect.secagg.terms import MAX_WEIGHT, check_published, reach
+from fedlora.rules import add, optimiser_of, rule_of
+from fedlora.rules.first import first_adapter
 
 LAYOUT = Layout.of({"m.lora_A.weight": (3, 6), "m.lora_B.weight": (5, 3), "n.lora_A.weight": (3, 4), "n.lora_B.weight": (4, 3)})
 RULES = {
@@ -45,10 +45,10 @@ def publish(plan, moves):
     rule, optimiser, now, state = rule_of(plan), optimiser_of(plan), first_adapter(LAYOUT, seed=plan.run.seed), {}
     yield now
     for round, move in enumerate(moves, 1):
-        sums = rule.start(now, cohort=4, exchange=round)
+        sums = rule.start(now, cohort=4, round=round)
         sent = rule.reply(now.layout, round)
         sums.add("*", Update(np.float32(reach(plan, round)) * move(sent.size), 1, {}), squares=np.zeros(len(sent.entries)))
-        found = rule.finish(sums, now, scale=1.0, exchange=round, state=state)
+        found = rule.finish(sums, now, scale=1.0, round=round, state=state)
         state = {**state, **found.state}
         if found.move is not None:
             moved, state = optimiser.step(found.move, state)

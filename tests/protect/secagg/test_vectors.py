@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from protect.secagg.world import World, secagg_plan
 from test_vectors import hpke
 
-from fedlora.errors import BadShare, FedLoRAError, RevokedSite, UnknownSite
-from fedlora.protect.keys import PublicIdentity
+from fedlora.core.errors import BadShare, FedLoRAError, RevokedSite, UnknownSite
+from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import (
     COMMIT,
     Advert,

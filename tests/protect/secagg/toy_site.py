@@ -10,13 +10,13 @@ from pathlib import Path
 
 from flower.harness import descendants, running, until
 
-from fedlora import build
-from fedlora.config import load_site_file
+from fedlora import assemble as build
+from fedlora.core.messages import Reply, Request
+from fedlora.core.plan import load_site_file
 from fedlora.flower.site import up
-from fedlora.messages import Reply, Request
-from fedlora.protect.envelope import parse
-from fedlora.protect.keys import load_identity, load_public
-from fedlora.testing import ToyLearner
+from fedlora.formats.envelope import parse
+from fedlora.formats.keys import load_identity, load_public
+from fedlora.lab.testing import ToyLearner
 
 
 def say_goodbye() -> None:

@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Update
-from fedlora.aggregate.sums import squares_of
-from fedlora.config import Aggregate, Evaluation, Plan, Protect, Training
-from fedlora.errors import FedLoRAError
-from fedlora.messages import Kind, Reply, Request, Task
-from fedlora.protect.keys import Identity
+from fedlora.core.adapter import Adapter, Update
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.messages import Kind, Reply, Request, Task
+from fedlora.core.plan import Aggregate, Evaluation, Plan, Protect, Training
+from fedlora.formats.keys import Identity
+from fedlora.formats.roster import RosterKeeper, SignedRoster, first_epoch
+from fedlora.lab.testing import DictMemory, toy_layout, toy_plan
 from fedlora.protect.link import ServerLink, SiteLink
-from fedlora.protect.roster import RosterKeeper, SignedRoster, first_epoch
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
 from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.rings import PROFILES, encode, sum_to_mean
 from fedlora.protect.secagg.terms import Terms
-from fedlora.site import safely
-from fedlora.testing import DictMemory, toy_layout, toy_plan
+from fedlora.rules.sums import squares_of
+from fedlora.site.work import safely
 
 NOW = 1_800_000_000
 

@@ -1,0 +1,3 @@
+"""Every byte and file that FORMAT.md specifies."""
+
+__all__: list[str] = []

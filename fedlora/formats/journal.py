@@ -1,0 +1,290 @@
+"""The site's journal: finished updates and the learner's state, and what shows that one of them is gone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.core.adapter import Adapter
+from fedlora.core.errors import SitsOut, StateLost, StoreError
+from fedlora.core.plan import Plan, canonical
+from fedlora.formats.files import (
+    Damaged,
+    FileMemory,
+    dump_facts,
+    named_disk_errors,
+    parse_facts,
+    read_file,
+    save_adapter,
+    set_aside,
+    write_atomic,
+)
+
+__all__ = ["REPAIR", "Entry", "Journal"]
+
+log = logging.getLogger(__name__)
+
+REPAIR = "stop the site, then `fedlora site repair SITE.TOML` shows what is lost and the choices"
+"""The way on where an operator must choose."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One finished piece of work: the update as float32 bytes, and the learner's state after it.
+
+    Attributes:
+        key: names the work: its kind (``train`` or ``evaluate``), the plan's and the adapter's digest, with slashes between.
+        kept: the local adapter, float32 little-endian in its layout's order, where the rule needs it again; it never leaves.
+    """
+
+    key: str
+    update: bytes
+    state: bytes
+    kept: bytes = b""
+
+
+_RUN = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"round-(\d{6,9})\.journal")
+_ENTRY = struct.Struct("<4s32sQ4Q")
+_MAGIC = b"FLJ3"
+_LISTED = 64
+"""Rounds that the lists of what was trained go back. A run goes back two at most by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """Finished updates and the learner's state, one file a round, mode 0600 in a directory of mode 0700.
+
+    The last two rounds of a run are kept; runs that ended with their last evaluation go when the next one begins. A run that
+    did not end stays: it may be resumed, and this is where the site's place in it is kept. What a site learned for itself
+    alone (``RUN.safetensors``, where the plan's rule has sites keep a factor) never goes by itself.
+
+    Beside the entries stands the list of the rounds that were trained, and once more in ``memory``. Each place vouches for the
+    other: an entry that the lists name and the disk has not is a lost one. Law: a round is trained from the state after the last
+    round that this site has trained before it, or not at all.
+
+    Args:
+        memory: the site's other durable place, if it has one.
+    """
+
+    directory: Path
+    memory: FileMemory | None = None
+
+    def own(self, run: str) -> Path:
+        """Where the site's own adapter of a run lies, after its last round; it need not exist."""
+        return self._path(run, 0).parent.with_suffix(".safetensors")
+
+    def save_own(self, run: str, adapter: Adapter, plan: Plan) -> None:
+        """Keeps the site's own adapter, with all that is needed to export it."""
+        with named_disk_errors(self.own(run)):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.chmod(0o700)
+        save_adapter(self.own(run), adapter, {"run": run, "plan": plan.canonical().decode()})
+
+    def find(self, run: str, round: int) -> Entry | None:
+        """The entry of this round, or None.
+
+        Raises:
+            StoreError: the file is damaged; the hint says whether the round can be trained again.
+        """
+        try:
+            return self._read(run, round)
+        except StoreError as e:
+            raise StoreError(str(e), hint=self._way_on(run, round)) from None
+
+    def _way_on(self, run: str, round: int) -> str:
+        try:
+            self.before(run, round)
+        except StoreError:
+            return REPAIR
+        return "move it away; the round is then trained again, to the same update"
+
+    def _read(self, run: str, round: int) -> Entry | None:
+        path = self._path(run, round)
+        blob = read_file(path)
+        if blob is None:
+            return None
+        body, digest = blob[:-32], blob[-32:]
+        if len(blob) < _ENTRY.size + 32 or hashlib.sha256(body).digest() != digest:
+            raise Damaged(f"{path} is damaged")
+        magic, owner, number, *sizes = _ENTRY.unpack_from(body)
+        if magic != _MAGIC or _ENTRY.size + sum(sizes) != len(body):
+            raise Damaged(f"{path} is not a journal entry")
+        if (owner.hex(), number) != (run, round):
+            raise Damaged(f"{path} holds the entry of another run or round")
+        at, parts = _ENTRY.size, []
+        for size in sizes:
+            parts.append(body[at : at + size])
+            at += size
+        return Entry(parts[0].decode(), parts[1], parts[2], parts[3])
+
+    def save(self, run: str, round: int, entry: Entry) -> None:
+        """Makes a finished update permanent, before anything of it is sent."""
+        key = entry.key.encode()
+        blobs = (key, entry.update, entry.state, entry.kept)
+        parts = (_ENTRY.pack(_MAGIC, bytes.fromhex(run), round, *(len(b) for b in blobs)), *blobs)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        path, begins = self._path(run, round), not self._rounds(run)
+        with named_disk_errors(path):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.chmod(0o700)
+        write_atomic(path, *parts, digest.digest())
+        if entry.key.startswith("train/"):
+            self._list(run, [*self.trained(run), round])
+        for old in self._rounds(run)[:-2]:
+            with suppress(OSError):  # a directory in its place is nobody's state any more
+                self._path(run, old).unlink()
+        if begins:
+            self._forget_ended(run)
+
+    def _forget_ended(self, current: str) -> None:
+        for past in self.directory.iterdir():
+            if past.name == current or not _RUN.fullmatch(past.name):
+                continue
+            rounds = self._rounds(past.name)
+            if rounds and self._key(past.name, rounds[-1]).startswith(b"evaluate/"):
+                shutil.rmtree(past, ignore_errors=True)
+
+    def _key(self, run: str, round: int) -> bytes:
+        """What an entry says it is about; empty if that cannot be read. Its digest is not checked."""
+        try:
+            with self._path(run, round).open("rb") as file:
+                head = file.read(_ENTRY.size)
+                return file.read(min(_ENTRY.unpack(head)[3], 1024)) if len(head) == _ENTRY.size else b""
+        except OSError:
+            return b""
+
+    # --- what was trained ---------------------------------------------------------------------------------------------
+
+    def trained(self, run: str) -> list[int]:
+        """The rounds that this site has trained, rising; the last ones, if they are many."""
+        return sorted({*(self._beside(run) or ()), *(self._in_memory(run) or ())})[-_LISTED:]
+
+    def _list(self, run: str, rounds: Sequence[int]) -> None:
+        listed, path = sorted({*rounds})[-_LISTED:], self._list_file(run)
+        if self.memory is not None:  # first: see check
+            self.memory.put(f"{run}/trained", canonical(listed))
+        if path.is_dir() and not path.is_symlink():
+            set_aside(path)
+        write_atomic(path, dump_facts({"rounds": listed}))
+
+    def _beside(self, run: str) -> list[int] | None:
+        """The list beside the entries; None if there is none, or it is damaged: the other one is kept twice."""
+        path = self._list_file(run)
+        try:
+            blob = read_file(path)
+            return None if blob is None else [int(r) for r in parse_facts(blob, path, hint="")["rounds"]]
+        except StoreError as e:
+            log.warning("%s; the list in memory/ takes its place", e)
+            return None
+
+    def _in_memory(self, run: str) -> list[int] | None:
+        blob = self.memory.get(f"{run}/trained") if self.memory is not None else None
+        return None if blob is None else [int(r) for r in json.loads(blob)]
+
+    def _list_file(self, run: str) -> Path:
+        return self._path(run, 0).with_name("trained.json")
+
+    def check(self, run: str) -> None:
+        """Looks whether this site may work for a run at all.
+
+        Raises:
+            SitsOut: its operator has decided that it does not.
+            StateLost: the numbers and records of this run are gone, though the journal has it.
+        """
+        if self.memory is None:
+            return
+        if self.memory.get(f"{run}/sits-out") is not None:
+            raise SitsOut(f"this site sits out run {run[:12]}, as its operator has decided", hint="it takes part in the next run")
+        if self._beside(run) is not None and self._in_memory(run) is None:
+            gone = f"the numbers and records of run {run[:12]} are gone from {self.memory.directory}"
+            raise StateLost(f"{gone}, though the journal has the run", hint=REPAIR)
+
+    def before(self, run: str, round: int) -> tuple[int, Entry] | None:
+        """The entry of the last round before ``round`` that this site has trained, with its round; None if there is none.
+
+        Raises:
+            StateLost: it has trained one, and the entry is damaged or gone.
+        """
+        listed, present = self.trained(run), self._rounds(run)
+        earlier = [r for r in {*listed, *present} if r < round]
+        if not earlier and len(listed) == _LISTED:
+            raise self._lost(run, round, f"an entry before round {listed[0]} is not kept any more")
+        if not earlier:
+            return None
+        due = max(earlier)
+        try:
+            entry = self._read(run, due)
+        except StoreError as e:
+            raise self._lost(run, due, str(e)) from None
+        if entry is None:
+            raise self._lost(run, due, f"{self._path(run, due)} is missing")
+        return due, entry
+
+    def _lost(self, run: str, due: int, why: str) -> StateLost:
+        text = f"the learner's state after round {due} of run {run[:12]} is gone: {why}"
+        return StateLost(f"{text}; going on without it would give other bits", hint=REPAIR)
+
+    def last(self, run: str) -> tuple[int, Entry] | None:
+        """The last round that was finished, and its entry; None if there is none.
+
+        Raises:
+            StoreError: as :meth:`find`.
+        """
+        rounds = self._rounds(run)
+        entry = self.find(run, rounds[-1]) if rounds else None
+        return (rounds[-1], entry) if entry else None
+
+    # --- for `fedlora site repair` ---------------------------------------------------------------------------------------
+
+    def runs(self) -> list[str]:
+        """The runs that have entries here."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(d.name for d in self.directory.iterdir() if _RUN.fullmatch(d.name))
+
+    def problems(self, run: str) -> dict[Path, str]:
+        """What is wrong with a run's entries, by file. Changes nothing."""
+        found = {}
+        for number in self._rounds(run):
+            try:
+                self._read(run, number)
+            except StoreError as e:
+                found[self._path(run, number)] = str(e)
+        listed: list[int] = []
+        with suppress(StoreError):
+            listed = self.trained(run)
+        if listed and not os.path.lexists(self._path(run, listed[-1])):
+            found[self._path(run, listed[-1])] = f"{self._path(run, listed[-1])} is missing"
+        return found
+
+    def accept_loss(self, run: str) -> int:
+        """Has the lists say that only what is whole was trained; returns the last such round, 0 if there is none."""
+        whole = []
+        for number in self._rounds(run):
+            with suppress(StoreError):
+                entry = self._read(run, number)
+                if entry is not None and entry.key.startswith("train/"):
+                    whole.append(number)
+        self._list(run, whole)
+        return max(whole, default=0)
+
+    def _path(self, run: str, round: int) -> Path:
+        if not _RUN.fullmatch(run):
+            raise ValueError("a run is 64 hex digits")
+        return self.directory / run / f"round-{round:06d}.journal"
+
+    def _rounds(self, run: str) -> list[int]:
+        found = (_FILE.fullmatch(p.name) for p in (self.directory / run).glob("round-*.journal"))
+        return sorted(int(m[1]) for m in found if m)

@@ -1,0 +1,703 @@
+"""The roster: which keys take part, signed by the coordinators, one epoch after the other. FORMAT.md, section 9.
+
+A site trusts the roster that its operator approved by digest, and from there each next epoch that enough of the coordinators
+of the one before have signed. Nothing is trusted because it was seen first, and no older epoch comes back.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography.exceptions import InvalidSignature
+
+from fedlora.core.errors import (
+    ConfigError,
+    FedLoRAError,
+    KeyFileError,
+    Oversized,
+    RevokedSite,
+    RosterExpired,
+    RosterInvalid,
+    RosterRollback,
+    StoreError,
+    SuiteDowngrade,
+    UnknownSite,
+    VersionUnsupported,
+    WireError,
+)
+from fedlora.core.messages import SERVER, check_site_name
+from fedlora.formats import update as wire
+from fedlora.formats.envelope import MAX_RECIPIENTS, NONE, SUITE
+from fedlora.formats.files import Memory
+from fedlora.formats.keys import Identity, PublicIdentity
+
+__all__ = [
+    "NEWEST",
+    "Member",
+    "Roster",
+    "RosterKeeper",
+    "SignedRoster",
+    "Status",
+    "accept",
+    "federation",
+    "first_epoch",
+    "load_roster",
+    "next_epoch",
+]
+
+Status = Literal["active", "revoked"]
+
+VERSIONS = (1, 2)
+"""2: sites are in groups."""
+MAX_BYTES = 4 << 20
+MAX_COORDINATORS = 16
+MAX_SUITES = 16
+SKEW_S = 900
+"""How wrong a clock may be, seconds, where a roster begins or ends."""
+
+_DAY_S = 86_400
+_LAST_S = 253_402_300_799  # the end of the year 9999: later times cannot be shown
+_LINE = 2048  # a public key is 1 line of at most 1747 characters
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_RELEASE = re.compile(r"(0|[1-9][0-9]{0,4})(\.(0|[1-9][0-9]{0,4})){2}")
+VALID_DAYS = 30
+"""How long a roster holds unless somebody says otherwise: a server can keep a revocation from sites for no longer."""
+
+_SCALARS = ("fed", "epoch", "previous", "not_before", "not_after", "min_version", "max_colluding", "min_cohort", "needed")
+
+
+def federation(server: PublicIdentity) -> str:
+    """Names the federation: the digest of the server's signing key, hex. FORMAT.md, section 1.4."""
+    return hashlib.sha256(b"fedlora/v1/genesis\0" + server.signing).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A site on the roster. A revoked one stays there, so that neither its name nor its keys can come back.
+
+    Attributes:
+        group: number of its group, from 1; 0: it is in none yet. See :meth:`Roster.groups`.
+    """
+
+    identity: PublicIdentity
+    status: Status
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Who takes part, and on which terms, for one epoch.
+
+    Args:
+        fed: :func:`federation` of ``server``.
+        epoch: 1, 2, ...
+        previous: digest of the roster of the epoch before; 64 zeros at epoch 1.
+        not_before, not_after: seconds since 1970, both inclusive.
+        min_version: the oldest release that may take part, as ``0.1.0``.
+        suites: the cipher suites that envelopes may use, rising.
+        max_colluding: how many sites may be in league with each other without any harm to the rest, at least 1.
+        min_cohort: fewest sites whose sum may be shown, at least ``max(3, 3 * max_colluding)``.
+        server: the aggregator.
+        coordinators: who may sign, sorted by name, 1 to 16.
+        needed: how many of them have to.
+        sites: sorted by name, 1 to 256.
+
+    Raises:
+        RosterInvalid: any of this does not hold, or a key stands in two places.
+    """
+
+    fed: str
+    epoch: int
+    previous: str
+    not_before: int
+    not_after: int
+    min_version: str
+    suites: tuple[int, ...]
+    max_colluding: int
+    min_cohort: int
+    server: PublicIdentity
+    coordinators: tuple[PublicIdentity, ...]
+    needed: int
+    sites: tuple[Member, ...]
+
+    def __post_init__(self) -> None:
+        _check_terms(self)
+        _check_members(self)
+
+    def dump(self) -> bytes:
+        """Canonical JSON; law: ``parse(r.dump()) == r``."""
+        return wire.canonical(self._fields())
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Roster:
+        """Inverse of :meth:`dump`.
+
+        Raises:
+            Oversized, RosterInvalid, VersionUnsupported: too long; malformed; of another version.
+            BadSignature: it holds a key for which anybody can sign.
+        """
+        return _roster(_parse_object(raw))
+
+    def digest(self) -> str:
+        """Names this roster, hex: what an operator approves and an envelope's header states."""
+        return hashlib.sha256(b"fedlora/v1/roster\0" + self.dump()).hexdigest()
+
+    def active(self) -> dict[str, PublicIdentity]:
+        """The sites that take part, by name, in order of name."""
+        return {m.identity.name: m.identity for m in self.sites if m.status == "active"}
+
+    def groups(self) -> tuple[frozenset[str], ...]:
+        """Names of the sites of each group that is whole, in order of its number: nobody of it was revoked.
+
+        Under secure aggregation a sum is over whole groups. A roster without groups is one group of all its active sites.
+        """
+        if not self.grouped:
+            return (frozenset(self.active()),)
+        numbers = {m.group for m in self.sites if m.group} - {m.group for m in self.sites if m.status == "revoked"}
+        return tuple(frozenset(m.identity.name for m in self.sites if m.group == n) for n in sorted(numbers))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it says which sites are a group."""
+        return any(m.group for m in self.sites)
+
+    def index(self, name: str) -> int:
+        """The place of a site, from 1, among all members in order of name: the same for everybody who has this roster.
+        Another epoch may count otherwise.
+
+        Raises:
+            UnknownSite: not on the roster.
+        """
+        for place, member in enumerate(self.sites, 1):
+            if member.identity.name == name:
+                return place
+        raise UnknownSite("the site is not on the roster")
+
+    def site(self, name: str) -> PublicIdentity:
+        """The keys of a site that takes part.
+
+        Raises:
+            UnknownSite, RevokedSite: it is not on the roster, or no longer.
+        """
+        member = self.sites[self.index(name) - 1]
+        if member.status == "revoked":
+            raise RevokedSite(f"{name} has been revoked", hint="a site that comes back needs new keys and a new name")
+        return member.identity
+
+    def check_time(self, now: int) -> None:
+        """Refuses a roster before or after its time, give or take :data:`SKEW_S`.
+
+        Args:
+            now: seconds since 1970.
+
+        Raises:
+            RosterExpired: it is not in force.
+        """
+        if self.not_before - SKEW_S <= now <= self.not_after + SKEW_S:
+            return
+        state = "has expired" if now > self.not_after else "is not in force yet"
+        times = [datetime.fromtimestamp(s, UTC).strftime("%Y-%m-%d %H:%M") for s in (self.not_before, self.not_after)]
+        raise RosterExpired(
+            f"the roster of epoch {self.epoch} {state}: it is for {times[0]} to {times[1]} UTC",
+            hint="check this machine's clock (`date -u`); if it is right, ask the coordinators for the next epoch",
+        )
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in _SCALARS},
+            "v": 2 if self.grouped else 1,
+            "suites": list(self.suites),
+            "server": self.server.line(),
+            "coordinators": [c.line() for c in self.coordinators],
+            "sites": [
+                {"public": m.identity.line(), "status": m.status} | ({"group": m.group} if self.grouped else {})
+                for m in self.sites
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRoster:
+    """A roster and the signatures under it; nothing in it is to be believed before :func:`accept`.
+
+    Args:
+        signatures: Ed25519, 64 bytes, by the coordinator's name.
+
+    Raises:
+        RosterInvalid: a signature of another length, a name that is none, or too many of them.
+    """
+
+    roster: Roster
+    signatures: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.signatures) > 2 * MAX_COORDINATORS:  # those of this epoch and of the one before
+            raise RosterInvalid(f"{len(self.signatures)} signatures, at most {2 * MAX_COORDINATORS}")
+        for name, signature in self.signatures.items():
+            _check_name(name)
+            if len(signature) != 64:
+                raise RosterInvalid(f"the signature of {name} has {len(signature)} bytes, not 64")
+
+    def dump(self) -> bytes:
+        """Canonical JSON; law: ``parse(s.dump()) == s``."""
+        signatures = {name: base64.b64encode(s).decode() for name, s in self.signatures.items()}
+        return wire.canonical({"roster": self.roster._fields(), "signatures": signatures})
+
+    @classmethod
+    def parse(cls, raw: bytes) -> SignedRoster:
+        """Inverse of :meth:`dump`. Checks no signature.
+
+        Raises:
+            Oversized, RosterInvalid, VersionUnsupported, BadSignature: as :meth:`Roster.parse`.
+        """
+        value = _parse_object(raw)
+        if set(value) != {"roster", "signatures"} or not isinstance(value["signatures"], dict):
+            raise RosterInvalid("a signed roster has the fields roster and signatures", hint="`fedlora roster new` makes one")
+        found = cls(_roster(value["roster"]), {n: _parse_signature(s) for n, s in value["signatures"].items()})
+        if found.dump() != raw:
+            raise RosterInvalid("a signature is not in the one spelling of base64")
+        return found
+
+    def sign(self, identity: Identity) -> SignedRoster:
+        """With this coordinator's signature added (RFC 8032: the same one each time)."""
+        return replace(self, signatures={**self.signatures, identity.name: identity.signing.sign(self._signed())})
+
+    def signers(self, coordinators: Sequence[PublicIdentity]) -> tuple[str, ...]:
+        """Those of ``coordinators`` whose signature is here and valid."""
+        return tuple(c.name for c in coordinators if self._has(c))
+
+    def verify(self, coordinators: Sequence[PublicIdentity], needed: int, *, others: Sequence[PublicIdentity] = ()) -> None:
+        """Checks every signature.
+
+        Args:
+            coordinators: whose signatures count, all keys distinct.
+            needed: how many of them there have to be.
+            others: who may sign as well, without counting: the other side of a change of epoch.
+
+        Raises:
+            RosterInvalid: a signature is not valid or a stranger's, or fewer than ``needed`` count.
+        """
+        known = {c.name: c for c in (*coordinators, *others)}
+        if any(known[c.name].signing != c.signing for c in coordinators):
+            raise RosterInvalid("a coordinator has another key than before", hint="a new key goes under a new name")
+        for name in sorted(self.signatures):
+            if name not in known:
+                raise RosterInvalid(f"{name} has signed and is no coordinator of this roster")
+            if not self._has(known[name]):
+                raise RosterInvalid(f"the signature of {name} is not valid", hint="get the file again from a coordinator")
+        count = len(self.signers(coordinators))
+        if count < needed:
+            raise RosterInvalid(
+                f"{count} of {needed} signatures that epoch {self.roster.epoch} needs",
+                hint=f"`fedlora roster sign` with the keys of {', '.join(c.name for c in coordinators if not self._has(c))}",
+            )
+
+    def _signed(self) -> bytes:
+        return b"fedlora/v1/roster-signature\0" + bytes.fromhex(self.roster.digest())
+
+    def _has(self, coordinator: PublicIdentity) -> bool:
+        try:
+            coordinator.verify_key().verify(self.signatures.get(coordinator.name, b""), self._signed())
+        except InvalidSignature:
+            return False
+        return True
+
+
+def load_roster(path: Path) -> SignedRoster:
+    """Reads a roster file. Checks no signature.
+
+    Raises:
+        StoreError: it cannot be read.
+        Oversized, RosterInvalid, VersionUnsupported, BadSignature: as :meth:`SignedRoster.parse`.
+    """
+    try:
+        with path.open("rb") as file:
+            return SignedRoster.parse(file.read(MAX_BYTES + 1))
+    except OSError as e:
+        what = "`fedlora roster new` makes the first roster" if isinstance(e, FileNotFoundError) else NEWEST
+        raise StoreError(f"cannot read {path}: {e.strerror}", hint=what) from None
+    except FedLoRAError as e:
+        raise type(e)(f"{path}: {e}", hint=f"{NEWEST}; {e.hint}".rstrip("; ")) from None
+
+
+NEWEST = "restore it from a backup: a copy of the newest signed roster, which the coordinators have too"
+"""The way on where a roster file is damaged."""
+
+
+# --- what is trusted -------------------------------------------------------------------------------------------------
+
+
+def accept(new: SignedRoster, *, current: SignedRoster | None, pinned: str, now: int) -> SignedRoster:
+    """The roster that is in force once ``new`` has arrived. Keep what it returns as the next ``current``, durably, first.
+
+    Args:
+        new: from anywhere.
+        current: what was accepted last; None if nothing ever was.
+        pinned: digest that the operator approved, hex.
+        now: seconds since 1970.
+
+    Returns:
+        ``current`` if ``new`` is the same, else ``new``; every signature in it has been checked.
+
+    Raises:
+        RosterInvalid: not approved, of another federation, an epoch was left out, or signatures are missing or not valid.
+        RosterRollback: older than ``current``, or another one of its epoch.
+        RosterExpired: all is well but the time.
+    """
+    if current is None:
+        accepted = _approved(new, pinned)
+    elif new.roster.digest() == current.roster.digest():
+        accepted = current
+    else:
+        accepted = _follows(new, current, pinned)
+    accepted.roster.check_time(now)
+    return accepted
+
+
+def _approved(new: SignedRoster, pinned: str) -> SignedRoster:
+    digest, own = new.roster.digest(), new.roster.coordinators
+    if digest != pinned:
+        raise RosterInvalid(
+            f"the roster {digest[:16]} is not the one that was approved here ({pinned[:16] or 'none'})",
+            hint="compare the digest that `fedlora roster show` prints with the coordinators over the telephone, then pin it",
+        )
+    # The epoch before may have had other coordinators, whose keys are not known here: what they signed says nothing.
+    names = {c.name for c in own}
+    checked = replace(new, signatures={n: s for n, s in new.signatures.items() if n in names})
+    checked.verify(own, new.roster.needed)
+    return checked
+
+
+def _follows(new: SignedRoster, current: SignedRoster, pinned: str) -> SignedRoster:
+    old, at = current.roster, new.roster
+    if at.fed != old.fed:
+        raise RosterInvalid("the roster of another federation")
+    if at.epoch <= old.epoch:
+        what = "another roster" if at.epoch == old.epoch else "a roster"
+        raise RosterRollback(f"{what} of epoch {at.epoch}; epoch {old.epoch} is in force", hint="ask for the newest roster")
+    if at.digest() == pinned:  # approved by hand: the way over a gap, and out of the loss of the coordinators' keys
+        return _approved(new, pinned)
+    if at.epoch != old.epoch + 1:
+        raise RosterInvalid(
+            f"a roster of epoch {at.epoch}; epoch {old.epoch} is in force and those between are missing",
+            hint="give the epochs between one by one, or approve this one by hand: compare its digest, then pin it",
+        )
+    if at.previous != old.digest():
+        raise RosterInvalid(f"epoch {at.epoch} does not follow the roster that is in force here")
+    new.verify(old.coordinators, old.needed, others=at.coordinators)
+    new.verify(at.coordinators, at.needed, others=old.coordinators)
+    return new
+
+
+@dataclass(slots=True, eq=False)
+class RosterKeeper:
+    """What one end of a federation has accepted, durably. Law: an epoch never falls.
+
+    Args:
+        memory: durable.
+        server: the aggregator's keys, pinned; a roster with others is not this federation's.
+        pinned: digest that the operator approved, hex.
+        clock: seconds since 1970.
+        version: of this release.
+    """
+
+    memory: Memory
+    server: PublicIdentity
+    pinned: str
+    clock: Callable[[], int]
+    version: str
+    _current: SignedRoster | None = field(default=None, init=False)
+
+    @property
+    def current(self) -> Roster:
+        """The roster in force here.
+
+        Raises:
+            RosterInvalid: none has been accepted yet.
+        """
+        if self._current is None:
+            blob = self.memory.get("roster")
+            if not blob:
+                raise RosterInvalid("no roster has been accepted here", hint="it comes with the first task of a run")
+            self._current = SignedRoster.parse(blob)
+        return self._current.roster
+
+    def take(self, blob: bytes) -> SignedRoster:
+        """Accepts what has arrived, or says why not; what is accepted is on the disk before this returns.
+
+        Raises:
+            RosterInvalid, RosterRollback, RosterExpired: see :func:`accept`.
+            VersionUnsupported, SuiteDowngrade: the roster asks for a newer release, or for other suites than this one has.
+        """
+        known = self.memory.get("roster")
+        new, current = SignedRoster.parse(blob), SignedRoster.parse(known) if known else None
+        accepted = accept(new, current=current, pinned=self.pinned, now=self.clock())
+        roster = accepted.roster
+        if (roster.server.signing, roster.server.kem) != (self.server.signing, self.server.kem):
+            raise RosterInvalid("the roster names another server than the one that is pinned here")
+        if _release(self.version) < _release(roster.min_version):
+            raise VersionUnsupported(
+                f"this is FedLoRA {self.version}, the roster asks for {roster.min_version}", hint="update FedLoRA"
+            )
+        if SUITE not in roster.suites:
+            raise SuiteDowngrade(f"the roster allows suites {list(roster.suites)}, this release has {SUITE}")
+        if accepted is not current:
+            self.memory.put("roster", accepted.dump())
+        self._current = accepted
+        return accepted
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", version)[:3])
+
+
+def first_epoch(
+    server: PublicIdentity,
+    sites: Sequence[PublicIdentity],
+    coordinators: Sequence[PublicIdentity],
+    *,
+    needed: int = 1,
+    days: int = VALID_DAYS,
+    max_colluding: int = 1,
+    min_cohort: int = 3,
+    min_version: str = "0.1.0",
+    group_size: int | None = None,
+    now: int,
+) -> Roster:
+    """The first roster of a federation, in force from ``now`` (seconds since 1970).
+
+    Args:
+        group_size: fewest sites of a group; None: ``max_colluding + 2``, the least.
+
+    Raises:
+        RosterInvalid: see :class:`Roster`.
+    """
+    return Roster(
+        fed=federation(server),
+        epoch=1,
+        previous=NONE,
+        not_before=now,
+        not_after=now + days * _DAY_S,
+        min_version=min_version,
+        suites=(SUITE,),
+        max_colluding=max_colluding,
+        min_cohort=min_cohort,
+        server=server,
+        coordinators=tuple(sorted(coordinators, key=lambda c: c.name)),
+        needed=needed,
+        sites=_in_groups(
+            [Member(s, "active") for s in sorted(sites, key=lambda s: s.name)], size=_size(max_colluding, group_size), first=1
+        ),
+    )
+
+
+def next_epoch(
+    roster: Roster,
+    *,
+    add: Sequence[PublicIdentity] = (),
+    revoke: Collection[str] = (),
+    days: int | None = None,
+    regroup: bool = False,
+    group_size: int | None = None,
+    now: int,
+) -> Roster:
+    """The roster after this one.
+
+    Groups stay as they are: a group of whose sites one is revoked is whole no more, and new sites wait until they are enough for
+    a group of their own.
+
+    Args:
+        add: new sites; names and keys that were never on the roster.
+        revoke: names of sites that no longer take part.
+        days: it ends this many days from ``now``; None keeps the end.
+        regroup: put all active sites into new groups. Sites that have given to sums refuse others than their old groups on that
+            base model, unless a person there names whose update that may show.
+        group_size: fewest sites of a new group; None: ``max_colluding + 2``, the least.
+        now: seconds since 1970, when it begins.
+
+    Raises:
+        RosterInvalid: a name or key that is or was on the roster, too many sites, an end that has passed.
+        UnknownSite, RevokedSite: a site to revoke that is not there, or no longer.
+    """
+    known = {m.identity.name for m in roster.sites}
+    for name in (p.name for p in add if p.name in known):
+        raise RosterInvalid(f"{name} is or was on the roster", hint="a site that comes back needs new keys and a new name")
+    for name in revoke:
+        roster.site(name)
+    stay = [replace(m, status="revoked") if m.identity.name in revoke else m for m in roster.sites]
+    everybody = sorted([*stay, *(Member(p, "active") for p in add)], key=lambda m: m.identity.name)
+    size, first = _size(roster.max_colluding, group_size), 1 + max(m.group for m in everybody)
+    if regroup:
+        everybody, first = [replace(m, group=0) for m in everybody], 1
+    return replace(
+        roster,
+        epoch=roster.epoch + 1,
+        previous=roster.digest(),
+        not_before=now,
+        not_after=roster.not_after if days is None else now + days * _DAY_S,
+        sites=_in_groups(everybody, size=size, first=first) if roster.grouped or regroup else tuple(everybody),
+    )
+
+
+def _size(colluding: int, wanted: int | None) -> int:
+    least = colluding + 2
+    if wanted is not None and wanted < least:
+        raise RosterInvalid(f"a group of {wanted} sites; with {colluding} that may collude it has {least} at the least")
+    return wanted or least
+
+
+def _in_groups(members: Sequence[Member], *, size: int, first: int) -> tuple[Member, ...]:
+    """Puts active members that are in no group into as many groups of ``size`` or more as they make, numbered from ``first``."""
+    free = [m.identity.name for m in members if m.status == "active" and not m.group]
+    count = len(free) // size
+    group = {name: first + at % count for at, name in enumerate(free)} if count else {}
+    return tuple(replace(m, group=group.get(m.identity.name, m.group)) for m in members)
+
+
+# --- what may stand in a roster ----------------------------------------------------------------------------------------
+
+_RANGES = {
+    "epoch": (1, (1 << 53) - 1),
+    "not_before": (0, _LAST_S),
+    "not_after": (0, _LAST_S),
+    "max_colluding": (1, MAX_RECIPIENTS),
+    "min_cohort": (3, MAX_RECIPIENTS),
+    "needed": (1, MAX_COORDINATORS),
+}
+
+
+def _check_terms(r: Roster) -> None:
+    """Numbers, the chain, version and suites."""
+    for name, (least, most) in _RANGES.items():
+        found = getattr(r, name)
+        if type(found) is not int or not least <= found <= most:
+            raise RosterInvalid(f"{name} is a number from {least} to {most}")
+    suites = list(r.suites)
+    rules = {
+        "not_before is before not_after": r.not_before < r.not_after,
+        f"min_cohort is at least {3 * r.max_colluding}, three times max_colluding": r.min_cohort >= 3 * r.max_colluding,
+        "previous is 64 hex digits": _matches(_DIGEST, r.previous),
+        "epoch 1, and no other, follows none": (r.previous == NONE) == (r.epoch == 1),
+        "min_version is three numbers with dots, as 0.1.0": _matches(_RELEASE, r.min_version),
+        "suites are numbers from 1 to 255": all(type(s) is int and 1 <= s <= 255 for s in suites),
+    }
+    for rule in (rule for rule, holds in rules.items() if not holds):
+        raise RosterInvalid(f"not so in this roster: {rule}")
+    _check_count("suites", suites, most=MAX_SUITES)
+    if suites != sorted(set(suites)):
+        raise RosterInvalid("suites rise")
+
+
+def _check_members(r: Roster) -> None:
+    """Counts, names and keys. A key in two places would let one count for two, or the server sign for a coordinator."""
+    for what, people, most in (
+        ("coordinators", r.coordinators, MAX_COORDINATORS),
+        ("sites", tuple(m.identity for m in r.sites), MAX_RECIPIENTS),
+    ):
+        _check_count(what, people, most=most)
+        names = [_check_name(p.name) for p in people]
+        if names != sorted(set(names)):
+            raise RosterInvalid(f"{what} are sorted by name, each name once")
+    if r.needed > len(r.coordinators):
+        raise RosterInvalid(f"{r.needed} signatures are needed and there are {len(r.coordinators)} coordinators")
+    if any(m.status not in ("active", "revoked") for m in r.sites):
+        raise RosterInvalid("a site is active or revoked")
+    if any(type(m.group) is not int or not 0 <= m.group <= MAX_RECIPIENTS for m in r.sites):
+        raise RosterInvalid(f"the group of a site is a number from 0 to {MAX_RECIPIENTS}")
+    if r.server.name != SERVER or r.fed != federation(r.server):
+        raise RosterInvalid(f"the server is named {SERVER!r}, and fed is the digest of its key")
+    everybody = [r.server, *r.coordinators, *(m.identity for m in r.sites)]
+    if len({p.signing for p in everybody}) < len(everybody) or len({p.kem for p in everybody}) < len(everybody):
+        raise RosterInvalid("one key stands in two places", hint="every site, coordinator and server has keys of its own")
+
+
+def _check_name(name: str) -> str:
+    try:
+        return check_site_name(name)
+    except ConfigError as e:
+        raise RosterInvalid(str(e), hint=e.hint) from None
+
+
+def _check_count(what: str, found: Sequence[object], *, most: int) -> None:
+    if not 1 <= len(found) <= most:
+        raise RosterInvalid(f"{len(found)} {what}; 1 to {most} are possible")
+
+
+def _matches(pattern: re.Pattern[str], text: object) -> bool:
+    return isinstance(text, str) and pattern.fullmatch(text) is not None
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def _parse_object(raw: bytes) -> dict[str, Any]:
+    if len(raw) > MAX_BYTES:
+        raise Oversized(f"longer than a roster may be: {MAX_BYTES} bytes", hint="this is another file; see `fedlora inspect`")
+    try:
+        return wire.parse_canonical(raw)
+    except WireError:
+        raise RosterInvalid("not a roster: not canonical JSON", hint="copy the file whole and do not edit it") from None
+
+
+def _roster(value: object) -> Roster:
+    if not isinstance(value, dict):
+        raise RosterInvalid("a roster is a JSON object")
+    version = value.get("v")
+    if type(version) is int and version not in VERSIONS:
+        raise VersionUnsupported(f"a roster of version {version}, this release reads {max(VERSIONS)}", hint="update FedLoRA")
+    if set(value) != {*_SCALARS, "v", "suites", "server", "coordinators", "sites"} or type(version) is not int:
+        raise RosterInvalid(f"a roster has exactly the fields of version {max(VERSIONS)}")
+    coordinators = _list(value["coordinators"], "coordinators", most=MAX_COORDINATORS)
+    sites = _list(value["sites"], "sites", most=MAX_RECIPIENTS)
+    found = Roster(
+        **{name: value[name] for name in _SCALARS},
+        suites=tuple(_list(value["suites"], "suites", most=MAX_SUITES)),
+        server=_public(value["server"]),
+        coordinators=tuple(_public(c) for c in coordinators),
+        sites=tuple(_member(s, grouped=version > 1) for s in sites),
+    )
+    if found.grouped != (version > 1):
+        raise RosterInvalid("a roster of version 2 has groups, one of version 1 has none")
+    return found
+
+
+def _list(value: object, what: str, *, most: int) -> list[Any]:
+    """Counted before a single key in it is looked at: checking one costs two operations on curves."""
+    if not isinstance(value, list):
+        raise RosterInvalid(f"{what} is a list")
+    _check_count(what, value, most=most)
+    return value
+
+
+def _member(value: object, *, grouped: bool) -> Member:
+    fields = {"public", "status", "group"} if grouped else {"public", "status"}
+    if not isinstance(value, dict) or set(value) != fields:
+        raise RosterInvalid(f"a site has exactly the fields {', '.join(sorted(fields))}")
+    return Member(_public(value["public"]), value["status"], value.get("group", 0))
+
+
+def _public(line: object) -> PublicIdentity:
+    try:
+        if not isinstance(line, str) or len(line) > _LINE:
+            raise KeyFileError("not a line")
+        found = PublicIdentity.parse(line)
+    except KeyFileError as e:
+        raise RosterInvalid(f"a key on the roster is malformed: {e}") from None
+    if found.line() != line:
+        raise RosterInvalid(f"the key of {found.name} is not in the one spelling of its line")
+    return found
+
+
+def _parse_signature(text: object) -> bytes:
+    try:
+        return base64.b64decode(text if isinstance(text, str) else "", validate=True)
+    except (ValueError, binascii.Error):
+        raise RosterInvalid("a signature is not base64") from None

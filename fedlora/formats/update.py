@@ -1,0 +1,377 @@
+"""The payload: an update or a task as one packed blob. FORMAT.md, sections 2 to 4, is the specification.
+
+No meaning is guessed from bytes: the receiver brings the layout, so that the size of a blob is known to the byte before
+anything is allocated, and a digest at the end refuses every flipped bit even where nothing is signed.
+
+    update  "FLUP" version dtype flags n | canonical JSON: metrics, weight | int8: scales | values | SHA-256[:16]
+    task    "FLTK" version 0     flags n | canonical JSON: run, round, ... | plan | layout | reply key | values
+            flag 1: length | layout of the answer | SHA-256[:16]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+
+from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.errors import NonFiniteUpdate, VersionUnsupported, WireError, WrongLayout
+from fedlora.core.messages import Kind, Task
+from fedlora.formats.values import Bytes, dump_bfloat16, dump_float32, dump_int8, parse_bfloat16, parse_float32, parse_int8
+
+__all__ = [
+    "DTYPES",
+    "MAX_HEADER_BYTES",
+    "VERSION",
+    "blob_size",
+    "canonical",
+    "dump_task",
+    "dump_update",
+    "fill",
+    "max_update_bytes",
+    "parse_canonical",
+    "parse_task",
+    "parse_update",
+]
+
+DTYPES: Final = ("float32", "bfloat16", "int8")
+"""Types that the values of an update may have on their way; the position is the code in the blob."""
+VERSION: Final = 1
+MAX_HEADER_BYTES: Final = 8192
+"""Longest header of an update."""
+MAX_METRICS: Final = 64
+MAX_PLAN_BYTES: Final = 65_536
+MAX_LAYOUT_BYTES: Final = 8 << 20
+MAX_KEY_BYTES: Final = 4096
+MAX_INTEGER: Final = (1 << 53) - 1
+"""Largest integer in a header: exact in every JSON parser."""
+
+_UPDATE: Final = struct.Struct("<4sBBHQI")  # magic, version, dtype, flags, n, header bytes
+_TASK: Final = struct.Struct("<4sBBHQIIII")  # magic, version, 0, flags, n, bytes of head, plan, layout, key
+_SENDS: Final = 1
+_DIGEST: Final = 16
+_MAX_TASK_HEAD: Final = 1024
+_WIDTH: Final = (4, 2, 1)
+_METRIC: Final = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
+_HEX64: Final = re.compile(r"[0-9a-f]{64}")
+_BITS: Final = re.compile(r"[0-9a-f]{16}")
+
+
+# --- updates ------------------------------------------------------------------------------------------------------
+
+
+def blob_size(layout: Layout, dtype: str, *, header_bytes: int) -> int:
+    """Exact size in bytes of an update of this layout, dtype and header length."""
+    code = _code(dtype)
+    scales = 4 * layout.rows() if dtype == "int8" else 0
+    return _UPDATE.size + header_bytes + scales + _WIDTH[code] * layout.size + _DIGEST
+
+
+def max_update_bytes(layout: Layout, *, dtype: str) -> int:
+    """Most bytes that an update of this layout and dtype can have."""
+    return blob_size(layout, dtype, header_bytes=MAX_HEADER_BYTES)
+
+
+def dump_update(update: Update, layout: Layout, *, dtype: str) -> bytes:
+    """Packs an update. One allocation, in the size of the result; scratch memory of about 2 MiB.
+
+    Args:
+        update: delta (n,) float32.
+        layout: of the delta; says where rows end, for int8.
+        dtype: of the values on their way, one of DTYPES. ``float32`` is exact. ``bfloat16`` rounds to nearest, ties to
+            even: |x - x'| <= 2^-8 |x|, or 2^-134 below the normal range. ``int8`` is symmetric, -127 .. 127, with one
+            float32 scale = max|row| / 127 a row (last axis): |x - x'| <= scale / 2, up to 2^-16 of it for the rounding of
+            float32; a row whose scale would be below 2^-126 becomes zero.
+
+    Raises:
+        WrongLayout: the delta has not ``layout.size`` values.
+        NonFiniteUpdate: NaN or infinity in the delta or in a metric, or a value beyond what bfloat16 can hold.
+        WireError: weight, or names or number of metrics, out of range.
+    """
+    if update.delta.dtype != np.float32:
+        raise ValueError(f"a delta is float32, not {update.delta.dtype}")
+    if update.delta.shape != (layout.size,):
+        raise WrongLayout(f"expected {layout.size} values, got {update.delta.shape}")
+    code = _code(dtype)
+    header = _dump_update_header(update)
+    prefix = _UPDATE.pack(b"FLUP", VERSION, code, 0, layout.size, len(header))
+
+    def write(out: Bytes) -> None:
+        at = _put(out, 0, prefix, header)
+        if dtype == "int8":
+            rows = 4 * layout.rows()
+            dump_int8(update.delta, layout, out[at : at + rows], out[at + rows : -_DIGEST].view(np.int8))
+        elif dtype == "bfloat16":
+            dump_bfloat16(update.delta, out[at:-_DIGEST])
+        else:
+            dump_float32(update.delta, out[at:-_DIGEST])
+        _put(out, out.size - _DIGEST, _digest(out[:-_DIGEST]))
+
+    return fill(blob_size(layout, dtype, header_bytes=len(header)), write)
+
+
+def parse_update(blob: bytes, layout: Layout, *, dtype: str | None = None) -> Update:
+    """Inverse of :func:`dump_update`. Lengths are compared before anything is allocated, then the digest.
+
+    Args:
+        blob: the packed update.
+        layout: of the delta, as the receiver knows it; never taken from the blob.
+        dtype: refuse any other; None takes all of DTYPES.
+
+    Returns:
+        The update; its delta is a new (n,) float32 array.
+
+    Raises:
+        VersionUnsupported: another version of the format.
+        WrongLayout: an intact blob with another number of values.
+        NonFiniteUpdate: NaN or infinity among the values.
+        WireError: anything else that is not exactly what :func:`dump_update` gives.
+    """
+    if len(blob) < _UPDATE.size + _DIGEST:
+        raise WireError(f"{len(blob)} bytes are too few for an update")
+    magic, version, code, flags, n, header_bytes = _UPDATE.unpack_from(blob)
+    _check_kind(magic, version, b"FLUP")
+    if code >= len(DTYPES) or (dtype is not None and DTYPES[code] != dtype):
+        raise WireError(f"values of type {code}, expected {dtype or 'one of ' + ', '.join(DTYPES)}")
+    size = blob_size(layout, DTYPES[code], header_bytes=header_bytes)
+    if header_bytes > MAX_HEADER_BYTES or len(blob) != size:
+        raise WireError(f"{len(blob)} bytes, expected {size}: the blob says {n} values, the layout {layout.size}")
+    raw = _checked(blob)
+    if flags:
+        raise WireError("unknown flags")
+    if n != layout.size:
+        raise WrongLayout(f"expected {layout.size} values, got {n}")
+    at = _UPDATE.size + header_bytes
+    weight, metrics = _parse_update_header(blob[_UPDATE.size : at])
+    values = raw[at:-_DIGEST]
+    vector = np.empty(n, np.float32)
+    if code == 2:
+        rows = 4 * layout.rows()
+        parse_int8(values[:rows], values[rows:].view(np.int8), layout, vector)
+    elif code == 1:
+        parse_bfloat16(values, vector)
+    else:
+        parse_float32(values, vector, "the update")
+    return Update(vector, weight, metrics)
+
+
+def _dump_update_header(update: Update) -> bytes:
+    weight = update.weight
+    if not isinstance(weight, int | np.integer) or not 0 <= weight <= MAX_INTEGER:
+        raise WireError(f"a weight is an integer from 0 to {MAX_INTEGER}, not {weight!r}")
+    if len(update.metrics) > MAX_METRICS or not all(_METRIC.fullmatch(k) for k in update.metrics):
+        raise WireError(f"at most {MAX_METRICS} metrics, named with a-z, 0-9 and _./-: {sorted(update.metrics)[:8]}")
+    bad = sorted(k for k, v in update.metrics.items() if not math.isfinite(v))
+    if bad:
+        raise NonFiniteUpdate(f"not finite: {', '.join(bad)}")
+    metrics = {k: struct.pack(">d", v).hex() for k, v in update.metrics.items()}
+    return canonical({"metrics": metrics, "weight": int(weight)})
+
+
+def _parse_update_header(text: bytes) -> tuple[int, dict[str, float]]:
+    head = parse_canonical(text)
+    if head.keys() != {"metrics", "weight"} or not _is_integer(head["weight"]) or not isinstance(head["metrics"], dict):
+        raise WireError("the header has not exactly the fields metrics and weight")
+    if len(head["metrics"]) > MAX_METRICS:
+        raise WireError(f"more than {MAX_METRICS} metrics")
+    metrics = {}
+    for name, bits in head["metrics"].items():
+        if not _METRIC.fullmatch(name) or not isinstance(bits, str) or not _BITS.fullmatch(bits):
+            raise WireError("a metric is a plain name and the 16 hex digits of a binary64")
+        metrics[name] = float(struct.unpack(">d", bytes.fromhex(bits))[0])
+        if not math.isfinite(metrics[name]):
+            raise NonFiniteUpdate(f"not finite: {name}")
+    return head["weight"], metrics
+
+
+# --- tasks --------------------------------------------------------------------------------------------------------
+
+
+def dump_task(task: Task, *, reply_key: bytes) -> bytes:
+    """Packs a task. The adapter travels as float32, exactly.
+
+    Args:
+        task: what a site has to do.
+        reply_key: public key to which the answer is sealed; empty where nothing is sealed.
+
+    Raises:
+        NonFiniteUpdate: NaN or infinity in the adapter.
+        WireError: a field out of range, or plan, layout or key longer than its limit.
+    """
+    fields = {"attempt": task.attempt, "base": task.base, "kind": task.kind, "round": task.round, "run": task.run}
+    _check_task_head(fields)
+    parts = (canonical(fields), task.plan, task.adapter.layout.dump(), reply_key)
+    lengths = _check_lengths(tuple(len(p) for p in parts))
+    n = task.adapter.layout.size
+    prefix = _TASK.pack(b"FLTK", VERSION, 0, _SENDS if task.sends is not None else 0, n, *lengths)
+    sends = _dump_layout(task.sends)
+
+    def write(out: Bytes) -> None:
+        at = _put(out, 0, prefix, *parts)
+        dump_float32(task.adapter.vector, out[at : at + 4 * n])
+        _put(out, at + 4 * n, sends)
+        _put(out, out.size - _DIGEST, _digest(out[:-_DIGEST]))
+
+    return fill(_TASK.size + sum(lengths) + 4 * n + len(sends) + _DIGEST, write)
+
+
+def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
+    """Inverse of :func:`dump_task`. Lengths are compared before anything is allocated, then the digest.
+
+    Args:
+        blob: the packed task.
+        max_parameters: most values that the adapter may have.
+
+    Returns:
+        The task, and the public key for the reply.
+
+    Raises:
+        VersionUnsupported: another version of the format.
+        WrongLayout: the layout is not canonical, or has another size than the vector.
+        NonFiniteUpdate: NaN or infinity in the adapter.
+        WireError: anything else that is not exactly what :func:`dump_task` gives.
+    """
+    if len(blob) < _TASK.size + _DIGEST:
+        raise WireError(f"{len(blob)} bytes are too few for a task")
+    magic, version, reserved, flags, n, *lengths = _TASK.unpack_from(blob)
+    _check_kind(magic, version, b"FLTK")
+    _check_lengths(tuple(lengths))
+    if n > max_parameters:
+        raise WireError(f"{n} values, this site takes at most {max_parameters}")
+    if reserved or flags & ~_SENDS:
+        raise WireError("unknown flags")
+    end = _TASK.size + sum(lengths) + 4 * n
+    sends_text = _sends(blob, end) if flags & _SENDS else b""
+    size = end + (4 + len(sends_text) if sends_text else 0) + _DIGEST
+    if len(blob) != size:
+        raise WireError(f"{len(blob)} bytes, expected {size}")
+    raw = _checked(blob)
+    cuts = [_TASK.size]
+    for length in lengths:
+        cuts.append(cuts[-1] + length)
+    text, plan, layout_text, reply_key = (blob[a:b] for a, b in pairwise(cuts))
+    head = _check_task_head(parse_canonical(text))
+    layout = Layout.parse(layout_text)
+    if layout.size != n:
+        raise WrongLayout(f"the layout has {layout.size} values, the vector {n}")
+    vector = np.empty(n, np.float32)
+    parse_float32(raw[cuts[-1] : end], vector, "the adapter")
+    sends = Layout.parse(sends_text) if sends_text else None
+    if sends == layout:
+        raise WrongLayout("the layout of the answer is the task's own, which goes without saying")
+    kind: Kind = "train" if head["kind"] == "train" else "evaluate"
+    task = Task(head["run"], plan, head["base"], kind, head["round"], head["attempt"], Adapter(vector, layout), sends)
+    return task, reply_key
+
+
+def _dump_layout(layout: Layout | None) -> bytes:
+    if layout is None:
+        return b""
+    text = layout.dump()
+    if len(text) > MAX_LAYOUT_BYTES:
+        raise WireError(f"layout of {len(text)} bytes, at most {MAX_LAYOUT_BYTES}")
+    return struct.pack("<I", len(text)) + text
+
+
+def _sends(blob: bytes, at: int) -> bytes:
+    """The text of the layout that the flag announces. Its length is compared before anything is copied."""
+    if at + 4 > len(blob):
+        raise WireError("the task ends early")
+    (length,) = struct.unpack_from("<I", blob, at)
+    if not 0 < length <= MAX_LAYOUT_BYTES:
+        raise WireError(f"layout of {length} bytes, at most {MAX_LAYOUT_BYTES}")
+    return blob[at + 4 : at + 4 + length]
+
+
+def _check_task_head(head: Mapping[str, Any]) -> Mapping[str, Any]:
+    if head.keys() != {"attempt", "base", "kind", "round", "run"}:
+        raise WireError("a task has exactly the fields attempt, base, kind, round and run")
+    if not all(isinstance(head[k], str) and _HEX64.fullmatch(head[k]) for k in ("base", "run")):
+        raise WireError("base and run are 64 hex digits each")
+    if head["kind"] not in ("train", "evaluate"):
+        raise WireError("kind is train or evaluate")
+    if not _is_integer(head["attempt"]) or not _is_integer(head["round"]) or head["round"] < 1:
+        raise WireError("round counts from 1, attempt from 0")
+    return head
+
+
+def _check_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    limits = (_MAX_TASK_HEAD, MAX_PLAN_BYTES, MAX_LAYOUT_BYTES, MAX_KEY_BYTES)
+    for what, length, limit in zip(("head", "plan", "layout", "reply key"), lengths, limits, strict=True):
+        if length > limit:
+            raise WireError(f"{what} of {length} bytes, at most {limit}")
+    return lengths
+
+
+# --- what both share ------------------------------------------------------------------------------------------------
+
+
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """JSON in the one form that counts: ASCII, keys sorted, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def parse_canonical(text: bytes) -> dict[str, Any]:
+    """Inverse of :func:`canonical`.
+
+    Raises:
+        WireError: not an object, or not byte for byte what :func:`canonical` gives (so: no repeated key, no NaN).
+    """
+    try:
+        value = json.loads(text)
+        same = isinstance(value, dict) and canonical(value) == text
+    except (ValueError, TypeError, RecursionError):
+        same = False
+    if not same:
+        raise WireError("not canonical JSON")
+    return dict(value)
+
+
+def fill(size: int, write: Callable[[Bytes], None]) -> bytes:
+    """``size`` bytes, written in place by ``write``: a bytes object without the copy that ``bytes(bytearray)`` makes."""
+    out = io.BytesIO(bytes(size))
+    write(np.frombuffer(out.getbuffer(), np.uint8))
+    return out.getvalue()
+
+
+def _code(dtype: str) -> int:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    return DTYPES.index(dtype)
+
+
+def _is_integer(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_INTEGER
+
+
+def _check_kind(magic: bytes, version: int, expected: bytes) -> None:
+    if magic != expected:
+        raise WireError(f"not a {expected.decode()} blob")
+    if version != VERSION:
+        raise VersionUnsupported(f"{expected.decode()} version {version}, this one reads {VERSION}")
+
+
+def _digest(body: Bytes) -> bytes:
+    return hashlib.sha256(body.data).digest()[:_DIGEST]
+
+
+def _checked(blob: bytes) -> Bytes:
+    raw = np.frombuffer(blob, np.uint8)
+    if _digest(raw[:-_DIGEST]) != blob[-_DIGEST:]:
+        raise WireError("the digest at the end does not fit: the bytes have changed")
+    return raw
+
+
+def _put(out: Bytes, at: int, *parts: bytes) -> int:
+    for part in parts:
+        out[at : at + len(part)] = np.frombuffer(part, np.uint8)
+        at += len(part)
+    return at

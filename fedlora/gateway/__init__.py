@@ -1,0 +1,3 @@
+"""The server's only open door: who may call, how often, and with what certificate."""
+
+__all__: list[str] = []

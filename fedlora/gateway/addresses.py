@@ -1,0 +1,27 @@
+"""``host:port`` and its parts."""
+
+from __future__ import annotations
+
+from fedlora.core.errors import ConfigError
+
+__all__ = ["LOOPBACK", "join_address", "split_address"]
+
+LOOPBACK = "127.0.0.1"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``host:port`` or ``[v6]:port`` into its parts.
+
+    Raises:
+        ConfigError: not an address.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"not host:port: {address[:120]!r}")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Inverse of :func:`split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

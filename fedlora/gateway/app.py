@@ -1,0 +1,406 @@
+"""The server's only public port: passes a SuperNode's calls to the SuperLink on loopback, and nothing else.
+
+The SuperLink's one port also carries the Control API, which asks nobody for a password, and the Runtime API. Here a
+request gets through only if its raw path is, byte for byte, one of a SuperNode's calls; there is nothing to normalise.
+
+And only if its head is signed by an enrolled site for this very call (:mod:`fedlora.gateway.calls`): whoever else calls is
+answered from the head alone, the later the more often it calls, and costs the SuperLink nothing. A site's bodies are counted by
+their stated length against what its reply may have (:mod:`fedlora.gateway.allowance`), and have to keep coming.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import ssl
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from fedlora.gateway.addresses import LOOPBACK, split_address
+from fedlora.gateway.allowance import Quota
+from fedlora.gateway.calls import CALL, Caller, Callers, Refused
+from fedlora.gateway.connections import Client, Guests, Server, protocol
+from fedlora.gateway.doors import Doors
+from fedlora.gateway.limits import Buckets
+
+__all__ = ["FLEET_CALLS", "NOT_ENROLLED", "Gateway", "end_to_end", "main", "upstream_client"]
+
+log = logging.getLogger("fedlora.gateway")
+
+FLEET_CALLS = frozenset(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+"""What a SuperNode with a registered key calls. register-node and unregister-node are for keyless nodes and stay closed."""
+
+_ROUTES = frozenset({("GET", b"/health"), *(("POST", path.encode()) for path in FLEET_CALLS)})
+_HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade".split()
+)
+_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"forwarded", b"date", b"server", CALL.encode()}
+
+_PUSHES = frozenset({"/v1/fleet/push-object", "/v1/fleet/push-messages"})  # what the relay stores
+_SMALL_BYTES = 1 << 19  # bodies of all calls but push-object
+_WHOLE_BYTES = 1 << 16  # up to this a body is read and compared before the SuperLink hears of it
+
+_PATIENCE_S = 10.0  # a body may pause so long at its beginning,
+_SLOWEST = 4096  # and then has to bring so many bytes a second
+
+_STRANGER_RATE, _STRANGER_BURST, _LONGEST_S = 20.0, 60.0, 15.0  # answers a second to an address's unsigned calls; longest wait
+_SITE_RATE, _SITE_BURST, _SITE_WAIT_S = 50.0, 500.0, 10.0  # a site makes four calls a second, and one for each chunk
+_SITE_CALLS = 32  # of one site at a time
+
+NOT_ENROLLED = b'{"code": 2004, "public_message": "Failed to activate SuperNode.", "public_details": null}'
+"""Flower's own answer to a key that it does not know."""
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+
+class _Stop(Exception):
+    """The call ends with this status."""
+
+    def __init__(self, status: int, why: str = "") -> None:
+        super().__init__(why)
+        self.status = status
+
+
+class _Gone(Exception):
+    pass
+
+
+class Gateway:
+    """An ASGI app.
+
+    Args:
+        upstream: client whose base URL is the SuperLink.
+        callers: knows the sites.
+        quota: what each may push.
+        guests: told which connections are a site's.
+        body_limit_bytes: a request with more gets 413 before any of it is read.
+        timeout_s: from the end of a call's body to that of its answer, seconds; then 504.
+    """
+
+    def __init__(
+        self,
+        upstream: httpx.AsyncClient,
+        *,
+        callers: Callers,
+        quota: Quota,
+        guests: Guests,
+        body_limit_bytes: int,
+        timeout_s: float,
+    ) -> None:
+        self._upstream = upstream
+        self._callers = callers
+        self._quota = quota
+        self._guests = guests
+        self._body_limit_bytes = body_limit_bytes
+        self._timeout_s = timeout_s
+        self._strangers = Buckets(_STRANGER_RATE, _STRANGER_BURST, _LONGEST_S, time.monotonic)
+        self._sites = Buckets(_SITE_RATE, _SITE_BURST, 2 * _SITE_WAIT_S, time.monotonic)
+        self._calls: dict[str, int] = {}
+        self._doors = Doors(_say)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw: bytes = scope.get("raw_path") or b""
+        client: Client = scope.get("client") or ("?", 0)
+        headers: list[Header] = list(scope["headers"])
+        if (scope["method"], raw) not in _ROUTES or scope.get("query_string"):
+            await self._refuse(client, send, 404, f"{scope['method'][:16]} {raw[:120]!r}")
+            return
+        if scope["method"] == "GET":
+            await self._hold(client)
+            await self._pass(_Call("GET", raw.decode(), headers, 0, None, client[0]), receive, send)
+            return
+        try:
+            caller = self._callers.check("POST", raw.decode(), headers)
+        except Refused as e:
+            added = self._doors.answer(raw.decode(), headers, e.status, peer=client[0], enrolled=e.status != 412)
+            await self._refuse(client, send, e.status, f"{raw.decode()}: {e}", added)
+            return
+        self._guests.known(client, caller.site)
+        try:
+            call = _Call("POST", raw.decode(), headers, self._stated(raw.decode(), headers), caller, client[0])
+            await self._admit(caller.site)
+        except _Stop as e:
+            log.warning("refused %s of %s: %s", raw.decode(), caller.site, e)
+            await _answer(send, e.status, added=self._doors.answer(raw.decode(), (), e.status, peer="-"))
+            return
+        try:
+            await self._count(call, receive, send)
+        finally:
+            self._leave(caller.site)
+
+    def _stated(self, path: str, headers: Iterable[Header]) -> int:
+        """A body's length, as stated; none without."""
+        stated = dict(headers).get(b"content-length", b"")
+        if not stated.isdigit() or len(stated) > 12:
+            raise _Stop(411, "a body without a length")
+        limit = self._body_limit_bytes if path == "/v1/fleet/push-object" else min(_SMALL_BYTES, self._body_limit_bytes)
+        if int(stated) > limit:
+            raise _Stop(413, f"a body of {int(stated)} bytes, at most {limit} are taken")
+        return int(stated)
+
+    async def _admit(self, site: str) -> None:
+        """Keeps a site to its rate and to so many calls at a time."""
+        if self._calls.get(site, 0) >= _SITE_CALLS:
+            raise _Stop(503, f"{_SITE_CALLS} calls at a time")
+        self._calls[site] = self._calls.get(site, 0) + 1
+        wait_s = self._sites.of(site).wait_s()
+        if wait_s > _SITE_WAIT_S:
+            self._sites.of(site).put_back()
+            self._leave(site)
+            raise _Stop(503, f"more than {_SITE_RATE:g} calls a second")
+        try:
+            await asyncio.sleep(wait_s)
+        except asyncio.CancelledError:
+            self._leave(site)
+            raise
+
+    def _leave(self, site: str) -> None:
+        self._calls[site] -= 1
+        if not self._calls[site]:
+            del self._calls[site]
+
+    async def _count(self, call: _Call, receive: Receive, send: Send) -> None:
+        """Passes a site's call on, if the relay may store its body."""
+        if call.caller is None or call.path not in _PUSHES:
+            await self._pass(call, receive, send)
+            return
+        site = call.caller.site
+        if not self._quota.take(site, call.size):
+            await _answer(send, 413)
+        elif not 200 <= await self._pass(call, receive, send) < 300:
+            self._quota.give_back(site, call.size)
+
+    async def _refuse(self, client: Client, send: Send, status: int, why: str, added: Iterable[Header] = ()) -> None:
+        log.warning("refused %s from %s", why, client[0])
+        await self._hold(client)
+        await _answer(send, status, NOT_ENROLLED if status == 412 else b"", added)
+
+    async def _hold(self, client: Client) -> None:
+        """The more often an address calls unsigned, the later it is answered: its connections wait instead of asking again."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._strangers.of(client[0]).wait_s()
+        while (left_s := until - clock()) > 0 and self._guests.here(client):
+            await asyncio.sleep(min(left_s, 1.0))
+
+    async def _pass(self, call: _Call, receive: Receive, send: Send) -> int:
+        """Passes a call on; returns the answer's status, 0 for a client that has gone."""
+        started = [0]
+
+        async def send_noting(message: MutableMapping[str, Any]) -> None:
+            started[0] = started[0] or message["status"]
+            await send(message)
+
+        status = 0
+        try:
+            await self._forward(call, receive, send_noting)
+            return started[0]
+        except _Stop as e:
+            log.warning("refused %s of %s: %s", call.path, call.caller.site if call.caller else "?", e)
+            status = e.status
+        except TimeoutError:
+            status = 504
+        except httpx.HTTPError as e:
+            log.warning("SuperLink: %s", type(e).__name__)
+            status = 503  # a SuperNode tries again
+        except _Gone:
+            return 0
+        # Once the answer's head is out, only cutting the connection can say that it is incomplete.
+        if started[0]:
+            raise ConnectionAbortedError
+        await _answer(send, status, added=self._doors.answer(call.path, (), status, peer="-"))
+        return status
+
+    async def _forward(self, call: _Call, receive: Receive, send: Send) -> None:
+        headers = end_to_end(call.headers)
+        content: bytes | AsyncIterator[bytes] | None = None
+        async with asyncio.timeout(None) as limit:
+            if call.caller is not None:
+                body = _verified(receive, call.caller.body)
+                content = (
+                    b"".join([part async for part in body]) if call.size <= _WHOLE_BYTES else _timed(body, limit, self._timeout_s)
+                )
+                headers.append((b"content-length", str(call.size).encode()))
+            limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+            async with self._upstream.stream(call.method, call.path, headers=headers, content=content) as answer:
+                head = end_to_end(answer.headers.raw)
+                head += self._doors.answer(call.path, call.headers, answer.status_code, peer=call.peer)
+                if "content-length" in answer.headers:
+                    head.append((b"content-length", answer.headers["content-length"].encode()))
+                await send({"type": "http.response.start", "status": answer.status_code, "headers": head})
+                async for chunk in answer.aiter_raw():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    method: str
+    path: str
+    headers: list[Header]
+    size: int
+    caller: Caller | None
+    peer: str
+
+
+async def _verified(receive: Receive, digest: str) -> AsyncIterator[bytes]:
+    """A body as it comes, but for its last piece, which is passed on only if the whole is what was signed.
+
+    So the SuperLink never has a body whole that is not. Only the time that the client takes is counted.
+    """
+    seen, held, waited = sha256(), b"", 0.0
+    got, more, clock = 0, True, asyncio.get_running_loop().time
+    while more:
+        left_s, began = _PATIENCE_S + got / _SLOWEST - waited, clock()
+        try:
+            async with asyncio.timeout(left_s):
+                message = await receive()
+        except TimeoutError:
+            raise _Stop(408, f"a body that stopped after {got} bytes") from None
+        waited += clock() - began
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        got += len(chunk)
+        seen.update(chunk)
+        if chunk:
+            if held:
+                yield held
+            held = chunk
+    if seen.hexdigest() != digest:
+        raise _Stop(401, "another body than the one that was signed")
+    yield held
+
+
+async def _timed(body: AsyncIterator[bytes], limit: asyncio.Timeout, timeout_s: float) -> AsyncIterator[bytes]:
+    """The same; the call's time begins anew with each piece, because a body has its own limit."""
+    async for part in body:
+        limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+        yield part
+
+
+def end_to_end(headers: Iterable[Header]) -> list[Header]:
+    """Headers that may pass: not hop by hop, not named by ``Connection`` (RFC 9110, 7.6.1), none that frames a message."""
+    pairs = [(name.lower(), value) for name, value in headers]
+    named = {token.strip().lower() for name, value in pairs if name == b"connection" for token in value.split(b",")}
+    return [
+        (name, value)
+        for name, value in pairs
+        if name not in _NOT_FORWARDED and name not in named and not name.startswith((b"x-forwarded-", b"sec-"))
+    ]
+
+
+def _say(line: str) -> None:
+    """A line for `server up`, which reads what this process prints."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+async def _answer(send: Send, status: int, body: bytes = b"", added: Iterable[Header] = ()) -> None:
+    headers = [(b"content-length", str(len(body)).encode()), (b"connection", b"close"), *added]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
+
+
+def upstream_client(port: int, *, ca: Path, timeout_s: float, connections: int) -> httpx.AsyncClient:
+    """A client for the SuperLink on loopback that believes our authority only, and no proxy setting."""
+    return httpx.AsyncClient(
+        base_url=f"https://{LOOPBACK}:{port}",
+        verify=ssl.create_default_context(cafile=str(ca)),
+        timeout=timeout_s,
+        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        trust_env=False,
+        follow_redirects=False,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serves until signalled. All arguments are paths and numbers."""
+    parser = argparse.ArgumentParser(prog="fedlora-gateway")
+    parser.add_argument("--listen", required=True)
+    parser.add_argument("--superlink-port", type=int, required=True)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--body-limit-bytes", type=int, required=True)
+    parser.add_argument("--timeout-s", type=float, required=True)
+    parser.add_argument("--connections", type=int, required=True)
+    args = parser.parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    host, port = split_address(args.listen)
+    upstream = upstream_client(
+        args.superlink_port, ca=args.home / "tls" / "ca.crt", timeout_s=args.timeout_s, connections=args.connections
+    )
+    guests = Guests(max(args.connections // 2, 1))
+    app = Gateway(
+        upstream,
+        callers=Callers(args.home / "sites", time.time, time.time()),
+        quota=Quota(args.home / "flower", time.monotonic),
+        guests=guests,
+        body_limit_bytes=args.body_limit_bytes,
+        timeout_s=args.timeout_s,
+    )
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=protocol(guests),
+        ws="none",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        limit_concurrency=args.connections,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=3,
+        ssl_certfile=str(args.home / "tls" / "server.crt"),
+        ssl_keyfile=str(args.home / "tls" / "server.key"),
+    )
+    config.load()
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
+    Server(config, guests).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The gateway's connections: who may open one, who may hold one and for how long, and who gives way when the places are taken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fedlora.gateway.limits import Buckets
+
+__all__ = ["Client", "Guests", "Server", "protocol"]
+
+log = logging.getLogger("fedlora.gateway")
+
+_HEAD_S = 20.0  # from a connection's opening, or a call's first byte, to the end of its head; and for TLS before it
+_SITE_CONNECTIONS = 64  # of one site
+_OPEN_RATE, _OPEN_BURST, _OPEN_WAIT_S = 100.0, 400.0, 2.0  # connections that one address opens; the TLS of one takes 1 to 2 ms
+_BACKLOG = 2048
+
+Client = tuple[str, int]
+
+
+class _Connection(Protocol):
+    def cut(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Guests:
+    """Who holds a connection: a stranger, until its first signed call, or a site.
+
+    Half of all places are for strangers; when they are full, the oldest of the address that has the most gives way. A site's call
+    follows its handshake at once, so that sites get in beside a flood from their own address. An attacker with many addresses
+    needs a firewall, not us.
+
+    Args:
+        places: for strangers.
+    """
+
+    places: int
+    _strangers: dict[str, dict[_Connection, None]] = field(default_factory=dict)
+    _sites: dict[str, dict[_Connection, None]] = field(default_factory=dict)
+    _of: dict[Client, _Connection] = field(default_factory=dict)
+
+    def come(self, one: _Connection, client: Client) -> None:
+        """A new connection, or the next stage of one."""
+        self.go(client)
+        self._of[client] = one
+        self._strangers.setdefault(client[0], {})[one] = None
+        if sum(map(len, self._strangers.values())) > self.places:
+            address, most = max(self._strangers.items(), key=lambda item: len(item[1]))
+            log.warning("cut a connection from %s, which has %d that have signed nothing", address, len(most))
+            oldest = next(iter(most))
+            self._forget(self._strangers, address, oldest)
+            oldest.cut()
+
+    def here(self, client: Client) -> bool:
+        """Whether this connection is still there."""
+        return client in self._of
+
+    def known(self, client: Client, site: str) -> None:
+        """It has made a signed call."""
+        one = self._of.get(client)
+        if one is None or one in self._sites.get(site, {}):
+            return
+        self._forget(self._strangers, client[0], one)
+        own = self._sites.setdefault(site, {})
+        own[one] = None
+        if len(own) > _SITE_CONNECTIONS:
+            next(iter(own)).cut()
+
+    def go(self, client: Client) -> None:
+        """It has ended."""
+        one = self._of.pop(client, None)
+        if one is not None:
+            self._forget(self._strangers, client[0], one)
+            for site in [s for s, own in self._sites.items() if one in own]:
+                self._forget(self._sites, site, one)
+
+    @staticmethod
+    def _forget(groups: dict[str, dict[_Connection, None]], name: str, one: _Connection) -> None:
+        group = groups.get(name, {})
+        group.pop(one, None)
+        if not group:
+            groups.pop(name, None)
+
+
+class _Impatient(H11Protocol):
+    """Cuts whoever opens a connection, or begins a call, and then says nothing: each would keep a place from a site."""
+
+    guests: Guests
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+        if self.client is not None:
+            self.guests.come(self, self.client)
+
+    def cut(self) -> None:
+        """Ends it now."""
+        self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._called():
+            self._rest()
+        elif self.conn.their_state is h11.IDLE:  # not the rest of a body that was answered early
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._rest()
+        if self.client is not None:
+            self.guests.go(self.client)
+        super().connection_lost(exc)
+
+    def _called(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait(self) -> None:
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(_HEAD_S, self._cut)
+
+    def _rest(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _cut(self) -> None:
+        if not self._called():
+            log.warning("cut a silent connection from %s", (self.client or ("?",))[0])
+            self.cut()
+
+
+def protocol(guests: Guests) -> type[_Impatient]:
+    """The class of a connection; uvicorn makes the objects."""
+    return type("_Connection", (_Impatient,), {"guests": guests})
+
+
+@dataclass(slots=True, eq=False)
+class _Handshake:
+    task: asyncio.Task[None]
+
+    def cut(self) -> None:
+        self.task.cancel()
+
+
+class _Porch:
+    """Listens. An address that opens many connections waits for its turn before TLS, which is what costs, or is turned away."""
+
+    def __init__(
+        self, listening: socket.socket, make: Callable[[], asyncio.Protocol], *, guests: Guests, context: ssl.SSLContext
+    ) -> None:
+        self._listening, self._make, self._guests, self._context = listening, make, guests, context
+        self._turns = Buckets(_OPEN_RATE, _OPEN_BURST, 2 * _OPEN_WAIT_S, time.monotonic)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                one, client = await self._loop.sock_accept(self._listening)
+            except OSError:  # no descriptor left: some will come back
+                await asyncio.sleep(0.1)
+                continue
+            turn = self._turns.of(client[0])
+            wait_s = turn.wait_s()
+            if wait_s > _OPEN_WAIT_S:
+                turn.put_back()
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset: nothing stays behind
+                one.close()
+            else:
+                self._loop.call_later(wait_s, self._let_in, one, (client[0], client[1]))
+
+    def _let_in(self, one: socket.socket, client: Client) -> None:
+        task = self._loop.create_task(self._shake(one, client))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._guests.come(_Handshake(task), client)
+
+    async def _shake(self, one: socket.socket, client: Client) -> None:
+        try:
+            await self._loop.connect_accepted_socket(
+                self._make, one, ssl=self._context, ssl_handshake_timeout=_HEAD_S, ssl_shutdown_timeout=_HEAD_S
+            )
+        except BaseException as e:
+            self._guests.go(client)
+            if not isinstance(e, (OSError, asyncio.CancelledError)):
+                raise
+
+    def close(self) -> None:
+        self._task.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        self._listening.close()
+
+    async def wait_closed(self) -> None:
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server behind a porch of ours."""
+
+    def __init__(self, config: uvicorn.Config, guests: Guests) -> None:
+        super().__init__(config)
+        self._guests = guests
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Opens the port; uvicorn itself is given none."""
+        await super().startup(sockets=[])
+        config, context = self.config, self.config.ssl
+        if context is None:
+            raise ValueError("the public port speaks TLS only")
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listening = socket.create_server((config.host, config.port), family=family, backlog=_BACKLOG)
+        listening.setblocking(False)
+
+        def make() -> asyncio.Protocol:
+            made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return made
+
+        self.servers.append(_Porch(listening, make, guests=self._guests, context=context))  # type: ignore[arg-type]

@@ -1,0 +1,152 @@
+"""A deployment on this machine: the real commands, as real processes over TLS on loopback, with files of their own.
+
+What ``fedlora simulate --transport flower`` runs, to show that the deployed federation gives the bits of the simulated one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedlora.core.adapter import Adapter
+from fedlora.core.errors import ConnectionFailed
+from fedlora.core.events import Report
+from fedlora.core.plan import Plan, Policy, Simulation, SiteData, SiteFile, dump_toml
+from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
+from fedlora.formats.keys import Identity, load_identity, load_public
+from fedlora.formats.roster import load_roster
+from fedlora.rounds.store import RunStore, save_adapter, write_atomic
+
+__all__ = ["over_flower", "rehearsed", "run_directory"]
+
+_READY_S = 120.0
+
+
+def rehearsed(name: str, plan: Plan) -> Identity:
+    """Keys that protect nothing and repeat: under secure aggregation the bits of a run follow from them."""
+    return Identity.derived(name, f"fedlora rehearsal\0{plan.run.seed}".encode())
+
+
+def run_directory(plan: Plan, out: Path) -> Path:
+    """Where the run of :func:`over_flower` keeps its checkpoints."""
+    return out / "flower" / "server" / "runs" / plan.run.name
+
+
+def over_flower(
+    plan: Plan, simulation: Simulation, first: Adapter, *, data: Path, base: Path, out: Path, report: Report
+) -> RunStore:
+    """Enrols the plan's sites with a new server in ``out/flower``, starts everything, runs the plan, stops everything.
+
+    Raises:
+        ConnectionFailed: a process does not come up.
+        FedLoRAError: the run failed; see :func:`fedlora.flower.server.start`.
+    """
+    from fedlora.assemble import simulated_run, start_run
+    from fedlora.flower.server import start
+    from fedlora.gateway.exposure import free_port
+
+    root, directory = out / "flower", run_directory(plan, out)
+    if not RunStore.holds(directory):
+        shutil.rmtree(root, ignore_errors=True)  # cut off before the run began
+        _enrol(plan, simulation, first, data=data, base=base, root=root)
+        start_run(directory, plan, first, run=simulated_run(plan))
+    port = free_port()
+    roster = load_roster(root / "server" / "roster.json").roster.digest()
+    for name in simulation.sites:
+        address = f"127.0.0.1:{port}"
+        _write_site_file(root / name, name, plan, data=data, base=base, server=address, local_port=free_port(), roster=roster)
+    with _processes(root) as begin:
+        begin("server", "server", "up", str(root / "server"), "--listen", f"127.0.0.1:{port}")
+        _await(root / "server.log", "listening on")
+        for name in simulation.sites:
+            begin(name, "site", "up", str(root / name / "site.toml"))
+        for name in simulation.sites:
+            _await(root / "server.log", f"{name} is online")
+        start(root / "server", root / "plan" / "plan.toml", resume=True, report=report)
+    return RunStore.open(directory, plan)
+
+
+def _enrol(plan: Plan, simulation: Simulation, first: Adapter, *, data: Path, base: Path, root: Path) -> None:
+    make_server_home(root / "server", hosts=["127.0.0.1"])
+    publics = []
+    for name in simulation.sites:
+        public, _ = make_site_keys(name, root / name / "keys", identity=rehearsed(name, plan))
+        publics.append(load_public(public))
+        shutil.copyfile(public, root / "server" / "sites" / public.name)
+        for file in ("server.pub", "tls/ca.crt"):
+            shutil.copyfile(root / "server" / file, root / name / "keys" / Path(file).name)
+    server = load_identity(root / "server" / "server.key").public
+    make_roster(root / "server" / "roster.json", server, publics, Identity.generate("coordinator"))
+    save_adapter(root / "plan" / "first.safetensors", first, {"round": 0, "plan": plan.digest()})
+    write_atomic(root / "plan" / "plan.toml", dump_toml(plan.model_copy(update={"simulation": None})).encode(), mode=0o644)
+
+
+def _write_site_file(
+    directory: Path, name: str, plan: Plan, *, data: Path, base: Path, server: str, local_port: int, roster: str
+) -> None:
+    if plan.simulation is None:
+        raise ValueError("a plan with a simulation table is expected")
+    file = SiteFile(
+        name=name,
+        server=server,
+        roster=roster,
+        key=f"keys/{name}.key",
+        node_key=f"keys/{name}.node.key",
+        models={plan.model.model_name_or_path: str(base.resolve())},
+        keep_dequantised=plan.simulation.keep_dequantised,
+        local_port=local_port,
+        data=SiteData(
+            path=str((data / f"{name}.train.jsonl").resolve()), held_out_path=str((data / f"{name}.validation.jsonl").resolve())
+        ),
+        plans=(plan.digest(),),
+        policy=Policy(protect=(plan.protect.mode,), min_sites=1, max_first_range=64.0, lone_change=plan.protect.lone_change),
+    )
+    write_atomic(directory / "site.toml", dump_toml(file).encode())
+
+
+@contextmanager
+def _processes(root: Path) -> Iterator[Callable[..., None]]:
+    """Gives a function that starts ``fedlora`` commands; stops them all, last first, whatever happens; kill -9 of us, too."""
+    from fedlora.processes.parent import die_with_parent
+
+    running: list[subprocess.Popen[bytes]] = []
+    parent = os.getpid()
+
+    def begin(name: str, *words: str) -> None:
+        with (root / f"{name}.log").open("wb") as log:
+            command = [sys.executable, "-m", "fedlora", *words]
+            running.append(
+                subprocess.Popen(  # noqa: S603 - our own command
+                    command,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ,
+                    preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=parent),
+                )
+            )
+
+    try:
+        yield begin
+    finally:
+        for process in reversed(running):
+            process.send_signal(signal.SIGTERM)
+        for process in running:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _await(log: Path, words: str) -> None:
+    end = time.monotonic() + _READY_S
+    while words not in (log.read_text(errors="replace") if log.exists() else ""):
+        if time.monotonic() > end:
+            raise ConnectionFailed(f"{words!r} did not come within {_READY_S:g} s", hint=f"see the logs in {log.parent}")
+        time.sleep(0.2)

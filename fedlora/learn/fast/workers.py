@@ -1,0 +1,222 @@
+"""Processes for the further GPUs of a site: ``python -m fedlora.learn.fast.workers`` is one, a :class:`Team` starts them.
+
+What a follower is to do comes on its standard input: the site file, the plan, its number. It reads the same rows as the site
+itself, answers nobody but rank 0, and ends when that does, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError
+from fedlora.core.plan import Plan, canonical, parse_plan
+from fedlora.processes.parent import die_with_parent
+
+if TYPE_CHECKING:
+    from fedlora.learn.fast.gpus import Ranks
+
+__all__ = ["Team", "follow"]
+
+log = logging.getLogger(__name__)
+_POLL_S = 0.5
+_END_S = 10.0
+_LOAD_S = 3600.0
+_SAME_EVERYWHERE = (NonFiniteUpdate, DataError)
+"""What goes wrong at all ranks in the same step, because all of them have the same numbers: nobody is left waiting."""
+
+
+class Team:
+    """The processes of a site's GPUs. They are started when a round needs them and again when one of them ended.
+
+    They die with the thread that started them, which must therefore live as long as they.
+
+    Args:
+        devices: ``cuda:0`` and so on, or ``cpu`` as often as there are to be processes; this process computes on the first.
+        state: a directory of the site's own.
+        facts: what all processes must agree on, see :meth:`fedlora.learn.learner.HFLearner.facts`.
+        report: told ``("process", {"name", "state"})``.
+    """
+
+    def __init__(
+        self,
+        site_file: Path,
+        plan: Plan,
+        *,
+        devices: Sequence[str],
+        state: Path,
+        facts: bytes,
+        report: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self._site_file, self._plan, self._devices = site_file.resolve(), plan, list(devices)
+        self._state, self._report, self._facts = state, report, facts
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._ranks: Ranks | None = None
+        self._broken = threading.Event()
+        self._watched = threading.Event()  # set: the watcher has no more to do
+        self._watcher: threading.Thread | None = None
+
+    def ranks(self) -> Ranks:
+        """The group, all of it alive as far as is known. Loads the base on each GPU the first time.
+
+        Raises:
+            ResourceError: they did not start.
+        """
+        if self._ranks is None or self._broken.is_set():
+            self.close()
+            self._start()
+        assert self._ranks is not None  # noqa: S101  _start sets it
+        return self._ranks
+
+    def close(self) -> None:
+        """Ends the others."""
+        self._watched.set()
+        if self._watcher is not None:
+            self._watcher.join(_END_S)
+        ranks, self._ranks = self._ranks, None
+        try:
+            if ranks is not None and not self._broken.is_set():
+                with contextlib.suppress(ResourceError):  # one ended just now
+                    ranks.tell(None)
+            if ranks is not None:
+                ranks.close()
+            for process in self._processes if not self._broken.is_set() else ():
+                try:
+                    process.wait(_END_S)
+                except subprocess.TimeoutExpired:
+                    log.warning("process %d does not end by itself", process.pid)
+        finally:
+            self._kill()
+            self._sweep()
+
+    def pids(self) -> list[int]:
+        """Process ids of the others, by rank from 1."""
+        return [p.pid for p in self._processes]
+
+    def _start(self) -> None:
+        from fedlora.learn.fast.gpus import Ranks
+
+        self._broken.clear()
+        self._watched = threading.Event()
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._sweep()  # what a killed process left
+        meeting = self._state.resolve() / f"meeting-{secrets.token_hex(8)}"
+        self._report("process", {"name": "training", "state": f"starting on {', '.join(self._devices)}"})
+        try:
+            for rank in range(1, len(self._devices)):
+                self._processes.append(self._spawn(rank, meeting))
+            self._await(meeting)
+            self._watch()
+            self._ranks = Ranks(
+                rank=0, count=len(self._devices), meeting=meeting, device=self._devices[0], facts=self._facts, gone=self._broken
+            )
+        except BaseException:
+            self._watched.set()
+            self._kill()
+            raise
+        self._report("process", {"name": "training", "state": f"{len(self._devices)} processes are ready"})
+
+    def _await(self, meeting: Path) -> None:
+        """Until every follower has loaded its base: only then does anybody wait for anybody in a way that cannot be given up."""
+        waiting = [_ready(meeting, rank) for rank in range(1, len(self._devices))]
+        end = time.monotonic() + _LOAD_S
+        while waiting := [file for file in waiting if not file.exists()]:
+            ended = [p.returncode for p in self._processes if p.poll() is not None]
+            if ended or time.monotonic() > end:
+                why = f"ended with status {ended[0]}" if ended else f"was not ready within {_LOAD_S:.0f} s"
+                raise ResourceError(f"the process of a further GPU {why}", hint="see the site's log; gpus = 1 does without it")
+            time.sleep(_POLL_S / 5)
+
+    def _spawn(self, rank: int, meeting: Path) -> subprocess.Popen[bytes]:
+        device = self._devices[rank]
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "fedlora.learn.fast.workers"],  # -P: nothing of the working directory is code
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        word = {"site_file": str(self._site_file), "plan": self._plan.canonical().decode(), "rank": rank,
+                "count": len(self._devices), "device": device, "meeting": str(meeting), "parent": os.getpid()}  # fmt: skip
+        with contextlib.suppress(BrokenPipeError):  # it ended already: whoever waits for it sees that
+            if process.stdin is not None:
+                process.stdin.write(canonical(word))
+                process.stdin.close()
+        threading.Thread(target=_note, args=(process, device), daemon=True).start()
+        return process
+
+    def _watch(self) -> None:
+        processes, over = list(self._processes), self._watched
+
+        def run() -> None:
+            while not over.wait(_POLL_S):
+                ended = [p for p in processes if p.poll() is not None]
+                if ended:
+                    log.error("the process of a GPU ended with status %s", ended[0].returncode)
+                    self._broken.set()
+                    if self._ranks is not None:
+                        self._ranks.abandon()
+                    return
+
+        self._watcher = threading.Thread(target=run, daemon=True)
+        self._watcher.start()
+
+    def _sweep(self) -> None:
+        for file in self._state.glob("meeting-*"):
+            file.unlink(missing_ok=True)
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._processes = []
+
+
+def _ready(meeting: Path, rank: int) -> Path:
+    return meeting.with_name(f"{meeting.name}.{rank}")
+
+
+def _note(process: subprocess.Popen[bytes], device: str) -> None:
+    """What it says on standard error goes into this site's own log."""
+    for line in process.stderr or ():
+        log.info("%s: %s", device, line.decode(errors="replace").rstrip()[:2000])
+
+
+def follow(word: dict[str, Any]) -> None:
+    """One follower, from its start to its end."""
+    from fedlora import assemble as build
+    from fedlora.learn.base import use_device
+    from fedlora.learn.fast.gpus import Ranks
+
+    # By itself, not in a function between fork and exec: this process has threads, and the driver's memory.
+    die_with_parent(signal.SIGKILL, parent=word["parent"])
+    use_device(word["device"])
+    learner = build.site_learner(Path(word["site_file"]), parse_plan(word["plan"].encode()), report=lambda event, facts: None)
+    _ready(Path(word["meeting"]), word["rank"]).touch(mode=0o600)
+    ranks = Ranks(
+        rank=word["rank"], count=word["count"], meeting=Path(word["meeting"]), device=word["device"], facts=learner.facts()
+    )
+    learner.join(lambda: ranks)
+    while (told := ranks.hear(learner.layout)) is not None:
+        adapter, round, state, factors = told
+        try:
+            learner.train(adapter, round=round, state=state, factors=factors)
+        except _SAME_EVERYWHERE as e:
+            log.warning("%s", e.code)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    follow(json.loads(sys.stdin.buffer.read()))

@@ -1,0 +1,123 @@
+"""Optimisers by transformers' names, and their moments as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import save  # twice as fast as the torch one on a thousand small tensors; the same bytes
+from safetensors.torch import load
+
+from fedlora.core.adapter import Factors
+from fedlora.core.errors import ConfigError, StoreError
+from fedlora.learn.lora import LoraModel
+from fedlora.learn.options import TrainOptions
+
+__all__ = ["dump_moments", "forget_moments", "load_moments", "make_optimiser"]
+
+
+def make_optimiser(model: LoraModel, options: TrainOptions, *, factors: Factors = "AB") -> torch.optim.Optimizer:
+    """A fresh optimiser over the adapter's factors, or these of them, and nothing else.
+
+    Raises:
+        ConfigError: a paged optimiser without CUDA.
+        RunFailed: the trainable parameters are not exactly the adapter's.
+    """
+    model.check_trainable(factors)
+    parameters = model.trainable(factors)
+    if options.optim == "adamw_torch":
+        # fused: one pass over the parameters instead of a dozen; the same formula.
+        return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    if model.base.device.type != "cuda":
+        raise ConfigError(
+            f"optim {options.optim!r} pages its state between GPU and CPU memory and needs CUDA; this site computes on "
+            f"{model.base.device.type}",
+            hint='optim = "adamw_torch" in the plan',
+        )
+    return _paged(parameters, options)
+
+
+def _paged(parameters: Sequence[torch.nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
+    from bitsandbytes import optim
+
+    kind = {"paged_adamw_8bit": optim.PagedAdamW8bit, "paged_adamw_32bit": optim.PagedAdamW32bit}[options.optim]
+    made: torch.optim.Optimizer = kind(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    return made
+
+
+def dump_moments(optimiser: torch.optim.Optimizer) -> bytes:
+    """The optimiser's state as safetensors: tensors ``INDEX.NAME``, numbers as int64 scalars. No pickle."""
+    tensors = {}
+    for index, parameter in enumerate(_parameters(optimiser)):
+        for name, value in _moments(optimiser.state.get(parameter, {})).items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(int(value))
+            tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous().numpy()
+    return bytes(save(tensors))
+
+
+def load_moments(optimiser: torch.optim.Optimizer, blob: bytes) -> None:
+    """Inverse of :func:`dump_moments`, into an optimiser over the same parameters; what it held is overwritten.
+
+    Raises:
+        StoreError: the bytes are damaged or belong to another adapter or optimiser; load or forget before the next step.
+    """
+    try:
+        tensors = load(blob)
+        loaded: dict[int, dict[str, Any]] = {}
+        for key, tensor in tensors.items():
+            index, _, name = key.partition(".")
+            loaded.setdefault(int(index), {})[name] = tensor if tensor.dtype != torch.int64 else int(tensor)
+    except (SafetensorError, ValueError):
+        raise StoreError("the optimiser state in the journal is damaged") from None
+    parameters = _parameters(optimiser)
+    other = StoreError("the optimiser state in the journal belongs to another adapter")
+    if sorted(loaded) != list(range(len(parameters))):
+        raise other
+    if not _is_paged(optimiser):
+        optimiser.load_state_dict({"state": loaded, "param_groups": optimiser.state_dict()["param_groups"]})
+        return
+    # bitsandbytes' own load_state_dict puts plain tensors in the place of the paged ones.
+    for at, parameter in enumerate(parameters):
+        state = optimiser.state[parameter]
+        if not state:
+            optimiser.init_state(optimiser.param_groups[0], parameter, 0, at)  # type: ignore[attr-defined]
+        if set(loaded[at]) != set(_moments(state)):
+            raise other
+        for part, value in loaded[at].items():
+            if isinstance(value, int):
+                state[part] = value
+            elif value.shape != state[part].shape or value.dtype != state[part].dtype:
+                raise other
+            else:
+                state[part].copy_(value)
+
+
+def forget_moments(optimiser: torch.optim.Optimizer) -> None:
+    """Makes a used optimiser a fresh one, in the memory that it has.
+
+    bitsandbytes (0.50) never frees the pages of a paged optimiser, so that a new one each round would fill a machine.
+    """
+    tensors: list[torch.Tensor] = []
+    for state in optimiser.state.values():
+        for name, value in _moments(state).items():
+            if isinstance(value, torch.Tensor):
+                tensors.append(value)
+            else:
+                state[name] = 0
+    if tensors:
+        torch._foreach_zero_(tensors)  # a few launches instead of a thousand
+
+
+def _moments(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes from step to step: not the code books of the 8-bit optimiser."""
+    return {name: value for name, value in state.items() if not name.startswith("qmap")}
+
+
+def _parameters(optimiser: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimiser.param_groups for p in group["params"]]
+
+
+def _is_paged(optimiser: torch.optim.Optimizer) -> bool:
+    return bool(getattr(optimiser, "is_paged", False))

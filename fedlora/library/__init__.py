@@ -1,0 +1,3 @@
+"""The life of an adapter after a run."""
+
+__all__: list[str] = []

@@ -1,0 +1,161 @@
+"""What comes out of a run: an ordinary PEFT adapter or a merged model, and a word about any of our files."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedlora.core.adapter import Adapter
+from fedlora.core.errors import ConfigError, FedLoRAError, StoreError, WrongBase
+from fedlora.core.plan import Plan, load_plan, parse_plan
+from fedlora.formats.roster import load_roster
+from fedlora.rounds.store import RunStore, load_adapter
+
+__all__ = ["describe", "export_run", "outcome"]
+
+
+def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | None) -> None:
+    """Publishes a run's last adapter.
+
+    Args:
+        run: a server's run directory, one seed of a simulation, or the file with a site's own adapter.
+        out: directory to make; must not exist.
+        dtype: bfloat16 or float16.
+        merge: write the base with the adapter merged in, which needs ``base`` in full precision.
+
+    Raises:
+        StoreError: no run there, or ``out`` exists.
+        ConfigError: ``merge`` without ``base``, or the run has no adapter for everybody.
+        ModelError: the base is quantised.
+        WrongBase: it is another one than the plan pins.
+    """
+    plan, adapter, facts = _finished(run)
+    from fedlora.learn import export
+
+    if merge:
+        if base is None:
+            raise ConfigError("--merge needs --base", hint="the full-precision directory of " + plan.model.model_name_or_path)
+        _check_base(plan, base)
+        export.merge(adapter, base, out, scale=plan.lora.scale, dtype=dtype)
+        return
+    from fedlora.assemble import lora_options
+
+    export.export_adapter(
+        adapter,
+        out,
+        options=lora_options(plan),
+        base_model=plan.model.model_name_or_path,
+        revision=plan.model.revision,
+        dtype=dtype,
+        quantisation="nf4" if plan.model.load_in_4bit else "int8" if plan.model.load_in_8bit else "none",
+        run=facts,
+    )
+
+
+def _check_base(plan: Plan, base: Path) -> None:
+    from fedlora.assemble import base_options
+    from fedlora.learn.digest import base_digest
+
+    found = base_digest(base, base_options(plan, base, device="cpu", threads=0, keep_dequantised=False))
+    if found != plan.model.digest:
+        raise WrongBase(
+            f"the adapter was trained on base {plan.model.digest[:12]}, {base} holds {found[:12]}",
+            hint=f"--base takes the directory of {plan.model.model_name_or_path} that `fedlora pin` read, or made of a GGUF file",
+        )
+
+
+def _finished(run: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
+    """The plan, the last adapter, and the facts for ``fedlora_run.json``: sites by number, not by name."""
+    if run.is_file():
+        return _own(run)
+    inside = [run / "federated", *sorted((run / "flower" / "server" / "runs").glob("*"))]  # of a simulation; which kind
+    store = RunStore.open(next((d for d in inside if d.is_dir()), run))
+    if store.plan.aggregate.share != "AB":
+        raise ConfigError(
+            "aggregate.share = 'A': every site has a B of its own, and there is no adapter for everybody",
+            hint="at a site: `fedlora export STATE/journal/RUN.safetensors OUT` makes a PEFT adapter of its own",
+        )
+    at = store.load()
+    facts: dict[str, Any] = {
+        "run": store.run,
+        "plan": store.plan.digest(),
+        "base": store.plan.model.digest,
+        "adapter": at.adapter.digest(),
+        "rounds": at.round,
+        "complete": at.round == store.plan.federation.num_rounds,
+        "protection": store.plan.protect.mode,
+        "aggregate": store.plan.aggregate.name,
+        "sites": len({s for r in store.records() for s in r["sites"]}),
+        "seed": store.plan.run.seed,
+    }
+    return store.plan, at.adapter, facts
+
+
+def _own(file: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
+    """The same from what a site keeps for itself."""
+    adapter, stored = load_adapter(file)
+    if not isinstance(stored.get("plan"), str) or "run" not in stored:
+        raise StoreError(f"{file} holds an adapter but not its plan", hint="give the run's directory instead")
+    if len(file.stem) == 64 and stored["run"] != file.stem:
+        raise StoreError(
+            f"{file} holds the adapter of another run", hint="a site names the file after the run: ask for the right one"
+        )
+    plan = parse_plan(stored["plan"].encode())
+    facts = {"run": stored["run"], "plan": plan.digest(), "base": plan.model.digest, "aggregate": plan.aggregate.name}
+    return plan, adapter, facts | {"share": plan.aggregate.share, "seed": plan.run.seed, "adapter": adapter.digest()}
+
+
+def outcome(run: Path) -> tuple[dict[str, Any], str]:
+    """What came of a run: the rounds that were done and those of them without some site, for programs and in words.
+
+    Raises:
+        StoreError: no run there, or no checkpoint that is whole.
+    """
+    from fedlora.core.words import majority_line
+
+    store = RunStore.open(run)
+    rounds, records = store.load().round, store.records()
+    partial = [r["round"] for r in records if r["partial"]]
+    said = f"{len(partial)} of {rounds} rounds without some site" if partial else f"{rounds} rounds, every site in each"
+    text = (
+        f"done: {run} ({said})\n{majority_line(records)}\nnext, where fedlora[train] is installed: fedlora export {run} adapter/"
+    )
+    return {"run": str(run), "rounds": rounds, "partial_rounds": partial}, text
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Names and sizes of one of our files; never values.
+
+    Raises:
+        StoreError: not one of ours.
+    """
+    with suppress(FedLoRAError):
+        adapter, facts = load_adapter(path)
+        return {"kind": "adapter", "values": adapter.layout.size, "tensors": len(adapter.layout.entries), **facts}
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+            rest = file.read() if head in (b"FLSE", b"{") or path.suffix == ".json" else b""
+    except OSError as e:
+        raise StoreError(f"cannot read {path}: {e.strerror}") from None
+    if head == b"FLSE":
+        from fedlora.formats.envelope import parse
+
+        header = parse(head + rest, max_bytes=1 << 34).header
+        return {"kind": "envelope", **header.fields()}
+    kinds = {b"FLUP": "update", b"FLTK": "task", b"FLJ3": "journal entry"}
+    if head in kinds:
+        return {"kind": kinds[head], "bytes": path.stat().st_size}
+    with suppress(FedLoRAError, ValueError):
+        plan = load_plan(path) if path.suffix == ".toml" else parse_plan(head + rest)
+        return {"kind": "plan", "digest": plan.digest(), "name": plan.run.name}
+    with suppress(FedLoRAError):
+        signed = load_roster(path)
+        active = list(signed.roster.active())
+        return {"kind": "roster", "digest": signed.roster.digest(), "epoch": signed.roster.epoch, "sites": active}
+    with suppress(ValueError):
+        found = json.loads(head + rest)
+        return {"kind": "JSON", "keys": sorted(found) if isinstance(found, dict) else type(found).__name__}
+    raise StoreError(f"{path} is not a file of FedLoRA")

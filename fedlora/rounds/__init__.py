@@ -1,0 +1,3 @@
+"""The server's half of a run."""
+
+__all__: list[str] = []

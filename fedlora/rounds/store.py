@@ -1,0 +1,388 @@
+"""What survives a power cut at the server: a run's directory. A site has a :mod:`fedlora.formats.journal`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.core.adapter import Adapter
+from fedlora.core.errors import FedLoRAError, StoreError
+from fedlora.core.plan import Plan, parse_plan
+from fedlora.formats.files import (
+    Damaged,
+    FileMemory,
+    check_facts,
+    dump_facts,
+    load_adapter,
+    load_vectors,
+    named_disk_errors,
+    parse_facts,
+    read_file,
+    save_adapter,
+    set_aside,
+    write_atomic,
+)
+from fedlora.formats.journal import Entry, Journal
+
+__all__ = ["Checkpoint", "Entry", "FileMemory", "Journal", "RunStore", "load_adapter", "save_adapter", "write_atomic"]
+
+log = logging.getLogger(__name__)
+
+
+# --- the server's run ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """The state after a round: the global adapter, its record, and what rule and server optimiser remember.
+
+    Round 0 is the first adapter.
+    """
+
+    round: int
+    adapter: Adapter
+    record: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Adapter] = field(default_factory=dict)
+
+
+class RunStore:
+    """One run's directory.
+
+    ::
+
+        plan.json          canonical plan
+        run.json           the run's id
+        round-000007.safetensors   checkpoint: adapter and record; under secure aggregation with a copy
+        rounds.jsonl       one record a round, rebuilt from the checkpoints as far as they are kept
+        final.json         the last evaluation, when the run is complete
+        memory/            sequence numbers and the session of now, each value twice
+        run.key            the run's key, with a copy (deleted at the end)
+
+    Every file carries a digest of what was written. What is damaged is named, and mended where another file says the same.
+    """
+
+    def __init__(self, directory: Path, plan: Plan, run: str, *, keep: int = 3, mended: Sequence[Path] = ()) -> None:
+        self.directory = directory
+        self.plan = plan
+        self.run = run
+        self.memory = FileMemory(directory / "memory", _memory_hint(directory))
+        self._keep = keep
+        self._mended = list(mended)
+
+    @staticmethod
+    def holds(directory: Path) -> bool:
+        """Whether there is a run: one that has begun, or done a round, whatever became of its ``run.json``."""
+        return os.path.lexists(directory / "run.json") or any(_numbers(directory))
+
+    @classmethod
+    def create(cls, directory: Path, plan: Plan, first: Adapter, *, run: str, keep: int = 3) -> RunStore:
+        """A new run. ``run`` is 64 random hex digits.
+
+        Raises:
+            StoreError: the directory holds a run already.
+        """
+        if cls.holds(directory):
+            raise StoreError(f"{directory} holds a run already", hint="resume it, or choose another run.name or directory")
+        write_atomic(directory / "plan.json", plan.canonical())
+        store = cls(directory, plan, run, keep=keep)
+        store.save(Checkpoint(0, first))
+        write_atomic(directory / "run.json", _run_facts(run, plan))
+        return store
+
+    @classmethod
+    def open(cls, directory: Path, plan: Plan | None = None, *, keep: int = 3) -> RunStore:
+        """An existing run. With the plan that it was started with, a damaged ``run.json`` or ``plan.json`` is written anew.
+
+        Raises:
+            StoreError: no run there, one that cannot be mended, or one of another plan.
+        """
+        mark = directory / "run.json"
+        if not cls.holds(directory):
+            raise StoreError(f"no run in {directory}", hint="`fedlora simulate` and `fedlora server start` make one")
+        facts, kept, damage = _facts_of(mark), _plan_of(directory / "plan.json"), []
+        digest = facts.get("plan") or (kept.digest() if kept is not None else "")
+        if plan is not None and digest not in ("", plan.digest()):
+            raise StoreError(
+                f"{directory} holds a run of another plan ({digest[:12]}, not {plan.digest()[:12]})",
+                hint="give the new plan another run.name; a plan cannot change under its run",
+            )
+        if kept is None or kept.digest() != digest:
+            if plan is None or not facts:
+                both = "run.json and plan.json are" if not facts else "plan.json is"
+                raise Damaged(f"{directory}: {both} damaged", hint=_plan_hint(directory, lost=not facts))
+            kept = plan
+            damage.append(directory / "plan.json")
+        run = facts.get("run") or _run_of(directory)
+        if not facts:
+            damage.append(mark)
+        if plan is not None:
+            for file, blob in ((directory / "plan.json", kept.canonical()), (mark, _run_facts(run, kept))):
+                if file in damage:
+                    log.warning("%s is damaged or missing; it is written anew", file)
+                    if file.is_dir():
+                        set_aside(file)
+                    write_atomic(file, blob)
+        return cls(directory, kept, run, keep=keep, mended=damage if plan is not None else ())
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Makes a round permanent. After this returns, a power cut loses nothing of it."""
+        facts = {"run": self.run, "round": checkpoint.round, "record": dict(checkpoint.record)}
+        for path in reversed(self._files(checkpoint.round)):
+            save_adapter(path, checkpoint.adapter, facts, checkpoint.state)
+        if checkpoint.record:
+            with named_disk_errors(self._records), self._records.open("ab") as file:
+                file.write(dump_facts(checkpoint.record) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        for old in _numbers(self.directory)[: -self._keep]:
+            for path in (self._path(old), _copy(self._path(old))):
+                with suppress(OSError):
+                    path.unlink()
+
+    def load(self) -> Checkpoint:
+        """The last complete round. Changes nothing, so that it may be read while the run goes on.
+
+        Raises:
+            StoreError: no checkpoint, or the last one is damaged or of another run.
+        """
+        for number in reversed(_numbers(self.directory)):
+            return self._read(number)
+        raise StoreError(f"no checkpoint in {self.directory}", hint=_LAST)
+
+    def resume(self, report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None) -> Checkpoint:
+        """The last complete round, for whoever goes on from there; brings ``rounds.jsonl`` up to it.
+
+        If the disk has damaged the last checkpoints of an unfinished run, the run goes back to the last whole one: the files are
+        set aside as ``*.damaged`` and the rounds are done again. Sites answer them from their journals, which hold two.
+
+        Args:
+            report: told ``damaged``, ``mended``, ``evaluation-again`` and ``records-gone``.
+
+        Raises:
+            StoreError: no checkpoint that is whole and of this run.
+        """
+        for file in self._mended:
+            report("mended", {"file": file.name})
+        try:
+            finished = self.final() is not None
+        except StoreError as e:
+            log.warning("%s; the last evaluation is done again", e)
+            set_aside(self.directory / "final.json")
+            report("evaluation-again", {"file": "final.json"})
+            finished = False
+        for number in () if finished else self._behind():
+            for file in (self._path(number), _copy(self._path(number))):
+                if os.path.lexists(file):
+                    set_aside(file)
+                    report("damaged", {"file": file.name})
+        at = self.load()
+        self._mend_records(at, report)
+        return at
+
+    def _behind(self) -> list[int]:
+        """Damaged checkpoints that have a whole one before them, the last first."""
+        found = []
+        for number in reversed(_numbers(self.directory)):
+            try:
+                self._read(number)
+            except Damaged as e:
+                log.warning("%s; going back a round", e)
+                found.append(number)
+            else:
+                return found
+        return []
+
+    def _mend_records(self, at: Checkpoint, report: Callable[[str, Mapping[str, Any]], None]) -> None:
+        try:
+            known = {int(r["round"]): r for r in self.records() if int(r["round"]) <= at.round}
+        except StoreError as e:
+            log.warning("%s; it is set aside", e)
+            set_aside(self._records)
+            known = {}
+        for number in _numbers(self.directory):
+            with suppress(StoreError):
+                record = dict(self._read(number).record) if number <= at.round and number not in known else {}
+                known |= {number: record} if record else {}
+        gone = [n for n in range(1, at.round + 1) if n not in known]
+        write_atomic(self._records, *(dump_facts(known[n]) + b"\n" for n in sorted(known)))
+        if gone:
+            report("records-gone", {"rounds": gone})
+
+    def adapter(self, round: int) -> Adapter:
+        """The global adapter after a round that is still kept (the last three are); a void round changed nothing.
+
+        Raises:
+            StoreError: it is not, or it is damaged.
+        """
+        if round not in _numbers(self.directory):
+            raise StoreError(f"the adapter after round {round} is not kept: {self._path(round)} is missing", hint=_LAST)
+        return self._read(round).adapter
+
+    def _read(self, number: int) -> Checkpoint:
+        path = self._path(number)
+        numbers = _numbers(self.directory)
+        # Under secure aggregation scales follow from the ones before, and no round is done twice: they are kept in two files.
+        hint = _checkpoint_hint(path, alone=self.plan.protect.mode == "secagg" or len(numbers) == 1)
+        try:
+            return self._read_file(path, number)
+        except StoreError as e:
+            with suppress(StoreError):
+                whole = self._read_file(_copy(path), number)
+                log.warning("%s; its copy is whole and takes its place", e)
+                return whole
+            e.hint = hint
+            raise
+
+    def _read_file(self, path: Path, number: int) -> Checkpoint:
+        adapter, facts, state = load_vectors(path)
+        if facts.get("run") != self.run or facts.get("round") != number:
+            raise StoreError(f"{path} belongs to another run or round")
+        return Checkpoint(number, adapter, facts["record"], state)
+
+    def _files(self, number: int) -> list[Path]:
+        """Where a checkpoint is kept: twice where no round can be done twice."""
+        path = self._path(number)
+        return [path, _copy(path)] if self.plan.protect.mode == "secagg" else [path]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all rounds so far; lines that are torn or damaged are left out.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
+        whole = []
+        for line in (read_file(self._records, hint="move it away and resume the run: it is written anew") or b"").split(b"\n"):
+            with suppress(ValueError, TypeError, RecursionError):
+                whole.append(check_facts(json.loads(line)))
+        return whole
+
+    def finish(self, final: Mapping[str, Any]) -> None:
+        """Notes the last evaluation; from here on the run is complete."""
+        write_atomic(self.directory / "final.json", dump_facts(final))
+
+    def final(self) -> dict[str, Any] | None:
+        """What :meth:`finish` noted, or None.
+
+        Raises:
+            StoreError: damaged.
+        """
+        path, hint = self.directory / "final.json", "resume the run: the last evaluation is then done again"
+        blob = read_file(path, hint=hint)
+        return None if blob is None else parse_facts(blob, path, hint=hint)
+
+    def problems(self) -> dict[Path, str]:
+        """What is wrong with checkpoints, records and last evaluation, by file. Changes nothing."""
+        found = {}
+        for number in _numbers(self.directory):
+            try:
+                self._read(number)
+            except StoreError as e:
+                found[self._path(number)] = str(e)
+        for path, read in ((self.directory / "final.json", self.final), (self._records, self.records)):
+            try:
+                read()
+            except StoreError as e:
+                found[path] = str(e)
+        lines = [x for x in (self._records.read_bytes() if self._records.is_file() else b"").split(b"\n") if x]
+        if self._records not in found and len(lines) > len(self.records()):
+            found[self._records] = f"{self._records} has damaged lines"
+        return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last evaluation is done, and its record whole."""
+        with suppress(StoreError):
+            return self.final() is not None
+        return False
+
+    @property
+    def begun(self) -> bool:
+        """Whether a round is done."""
+        return any(_numbers(self.directory))
+
+    @property
+    def repair(self) -> str:
+        """The command that repairs this run."""
+        return _command(self.directory) or "fedlora server repair HOME RUN"
+
+    @property
+    def _records(self) -> Path:
+        return self.directory / "rounds.jsonl"
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"round-{number:06d}.safetensors"
+
+
+_LAST = "restore the directory from a backup; without one start the run anew under another run.name"
+_CHECKPOINT = re.compile(r"round-(\d{6,9})\.safetensors(\.copy)?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _numbers(directory: Path) -> list[int]:
+    """The rounds of which there are checkpoints, rising."""
+    found = (_CHECKPOINT.fullmatch(p.name) for p in directory.glob("round-*"))
+    return sorted({int(m[1]) for m in found if m})
+
+
+def _copy(path: Path) -> Path:
+    return path.with_name(f"{path.name}.copy")
+
+
+def _run_facts(run: str, plan: Plan) -> bytes:
+    return dump_facts({"format": 1, "run": run, "plan": plan.digest()})
+
+
+def _facts_of(mark: Path) -> dict[str, str]:
+    """``run`` and ``plan`` of a run.json; empty if it is damaged or missing."""
+    with suppress(StoreError):
+        facts = parse_facts(read_file(mark) or b"", mark, hint="")
+        found = {k: str(facts.get(k)) for k in ("run", "plan")}
+        if all(_DIGEST.fullmatch(v) for v in found.values()):
+            return found
+    return {}
+
+
+def _plan_of(path: Path) -> Plan | None:
+    with suppress(FedLoRAError, ValueError):
+        return parse_plan(read_file(path) or b"")
+    return None
+
+
+def _run_of(directory: Path) -> str:
+    """The run's id as its checkpoints say it."""
+    for number in reversed(_numbers(directory)):
+        with suppress(StoreError):
+            return str(load_vectors(directory / f"round-{number:06d}.safetensors")[1]["run"])
+    raise Damaged(f"{directory / 'run.json'} is damaged and no checkpoint is whole", hint=_LAST)
+
+
+def _command(directory: Path) -> str:
+    """`fedlora server repair` for this run; empty for one of a simulation."""
+    if directory.parent.name != "runs":
+        return ""
+    return f"fedlora server repair {directory.parent.parent} {directory.name}"
+
+
+def _memory_hint(directory: Path) -> str:
+    return f"`{_command(directory)}` shows what can be done" if _command(directory) else "delete the simulation and make it anew"
+
+
+def _plan_hint(directory: Path, *, lost: bool) -> str:
+    if lost:
+        return "restore one of them from a backup; without one start the run anew under another run.name"
+    return "resume the run with the plan file that it was started with: plan.json is then written anew"
+
+
+def _checkpoint_hint(path: Path, *, alone: bool) -> str:
+    if alone or not _command(path.parent):
+        return f"restore it from a backup; {_LAST.rpartition('; ')[2]}"
+    return (
+        f"restore it from a backup, or `{_command(path.parent)} --set-aside {path.name}`: the run then goes on a round before it"
+    )

@@ -1,0 +1,49 @@
+"""The first adapter of a run, from a public seed and nothing else: equal bits on every machine. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+from fedlora.core.adapter import F32, Adapter, Layout
+from fedlora.core.errors import WrongLayout
+
+__all__ = ["first_adapter", "first_of"]
+
+
+def first_adapter(layout: Layout, *, seed: int) -> Adapter:
+    """A drawn uniformly from +-1/sqrt(d_in), B zero: PEFT's distribution, without any process's generator.
+
+    The bound is that of Kaiming's uniform initialisation with a = sqrt(5) (He et al., Delving Deep into Rectifiers, 2015).
+    The values are the raw output of Philox4x64 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011), which
+    numpy keeps stable, keyed by SHA-256 of the seed and the tensor's name.
+
+    Raises:
+        WrongLayout: a tensor is not part of a LoRA pair.
+    """
+    layout.pairs()
+    return first_of(layout, seed=seed)
+
+
+def first_of(layout: Layout, *, seed: int) -> Adapter:
+    """The same for some of an adapter's tensors.
+
+    Raises:
+        WrongLayout: a tensor is no factor of a LoRA pair.
+    """
+    vector = np.zeros(layout.size, np.float32)
+    for name, at, shape in layout.slices():
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")) or len(shape) != 2:
+            raise WrongLayout(f"{name} is no factor of a LoRA pair")
+        if name.endswith(".lora_A.weight"):
+            vector[at] = _uniform(name, shape[0] * shape[1], seed=seed) / math.sqrt(shape[1])
+    return Adapter(vector, layout)
+
+
+def _uniform(name: str, n: int, *, seed: int) -> F32:
+    """(n,) values in [-1, 1), on a grid of 2^-23: exact in float32."""
+    key = hashlib.sha256(b"fedlora first adapter\0" + str(seed).encode() + b"\0" + name.encode()).digest()
+    raw = np.random.Philox(key=np.frombuffer(key[:16], "<u8")).random_raw(n)
+    return ((raw >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)).astype(np.float32)

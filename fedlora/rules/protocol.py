@@ -1,0 +1,165 @@
+"""What every rule is: encode at the site -> SUM -> finish at the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, TypeAlias
+
+import numpy as np
+
+from fedlora.core.adapter import F32, Adapter, Factors, Layout
+from fedlora.core.errors import ImpossibleAdapter
+from fedlora.core.messages import Reveals
+from fedlora.rules.sums import MAX_WEIGHT, Accumulator, Each, Sums
+
+__all__ = ["Aggregated", "Aggregator", "Rule", "State", "check_reach"]
+
+State: TypeAlias = Mapping[str, Adapter]
+"""What the server remembers from one round to the next besides the adapter: named vectors, in the checkpoint. Never sent."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aggregated:
+    """What a round gave.
+
+    Attributes:
+        record: numbers about the step.
+        move: change of some tensors in the gauge that the adapter has; what a server optimiser works on. Or
+        adapter: the next adapter as a whole, in a gauge of its own.
+        state: of the rule; replaces the last one.
+    """
+
+    record: Mapping[str, float]
+    move: Adapter | None = None
+    adapter: Adapter | None = None
+    state: State = field(default_factory=dict)
+
+
+class Aggregator(Protocol):
+    """Turns the updates of a round into the next adapter. A round is one task and its answers.
+
+    Laws, tested over the registry:
+        order: the result does not depend on the order in which updates are added, bit for bit.
+        sum: if ``needs == "sum"``, it depends on the updates only through the weighted sum of the encoded deltas and the
+            sum of weights: one site's update split into two of the same delta gives the same result.
+        fixpoint: identical local adapters at any number of sites give the same result as one site.
+
+    Attributes:
+        needs: single updates, or only their weighted sum.
+        regauges: ``finish`` splits the product into other factors, so that nothing may be remembered in terms of the old ones.
+        varies_rank: the next adapter may have another rank.
+        carries: what coding kept back of one round's message may be added to the next one's.
+        keeps: a site keeps its local adapter: it needs it again in the next round, and in the end for itself.
+    """
+
+    @property
+    def needs(self) -> Reveals: ...
+    @property
+    def regauges(self) -> bool: ...
+    @property
+    def varies_rank(self) -> bool: ...
+    @property
+    def carries(self) -> bool: ...
+    @property
+    def keeps(self) -> bool: ...
+
+    def trains(self, round: int) -> Factors:
+        """What local training moves."""
+        ...
+
+    def down(self) -> Factors:
+        """What the server sends; the other factor follows from the run's seed, or stays at the site."""
+        ...
+
+    def reply(self, layout: Layout, round: int) -> Layout:
+        """Layout of what a site sends, from that of the whole adapter."""
+        ...
+
+    def encode(self, before: Adapter, after: Adapter, *, round: int) -> F32:
+        """At the site, pure: what it sends.
+
+        Args:
+            before: the whole adapter from which it started.
+            after: the adapter after training; may have a lower rank.
+
+        Returns:
+            (m,) float32 in the layout of :meth:`reply`.
+        """
+        ...
+
+    def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
+        """At a site: refuses an adapter that no rounds can have made of the first one.
+
+        Args:
+            first: the tensors with which the run began.
+            now: the same tensors, as the server has published them.
+            moved: most that all rounds so far together can have changed a value of a factor.
+
+        Raises:
+            ImpossibleAdapter: it has gone further.
+        """
+        ...
+
+    def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
+        """An empty accumulator for at most ``cohort`` updates in answer to this adapter."""
+        ...
+
+    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
+        """What comes of the updates.
+
+        Args:
+            adapter: the whole adapter of this round.
+            scale: alpha / rank (or alpha / sqrt(rank)); all sites share it.
+            state: what the last round left.
+        """
+        ...
+
+
+def check_reach(tensor: str, found: float, most: float) -> None:
+    """Raises: ImpossibleAdapter: more than ``most``, but for the rounding of float32."""
+    if not found <= most * (1 + 1e-3) + 1e-6:
+        raise ImpossibleAdapter(
+            f"{tensor} has moved by {found:.3g} since the first adapter; all rounds so far can have moved it by {most:.3g}",
+            hint="the server has published what this plan's sums cannot give: treat it as an incident and ask the coordinator",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What most rules have in common: both factors, deltas in the adapter's own layout.
+
+    Args:
+        max_weight: largest weight of a site; 1 for uniform weighting.
+    """
+
+    max_weight: int = MAX_WEIGHT
+    needs: ClassVar[Reveals] = "sum"
+    regauges: ClassVar[bool] = False
+    varies_rank: ClassVar[bool] = False
+    carries: ClassVar[bool] = True
+    keeps: ClassVar[bool] = False
+
+    def trains(self, round: int) -> Factors:
+        return "AB"
+
+    def down(self) -> Factors:
+        return "AB"
+
+    def reply(self, layout: Layout, round: int) -> Layout:
+        return layout.only(self.trains(round))
+
+    def encode(self, before: Adapter, after: Adapter, *, round: int) -> F32:
+        sent = self.reply(before.layout, round)
+        return after.part(sent).vector - before.part(sent).vector
+
+    def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
+        for name, at, _ in now.layout.slices():
+            farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
+            check_reach(name, farthest, moved)
+
+    def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
+        layout = self.reply(adapter.layout, round)
+        if self.needs == "each":
+            return Each(layout, cohort, self.max_weight)
+        return Sums.start(layout, cohort=cohort, max_weight=self.max_weight)

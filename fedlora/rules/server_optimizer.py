@@ -1,0 +1,102 @@
+"""A step of the server along what the sites moved, after a rule's ``finish``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from fedlora.core.adapter import F32, Adapter
+from fedlora.rules.protocol import State
+
+__all__ = ["ServerOptimiser", "ServerOptimiserName"]
+
+ServerOptimiserName: TypeAlias = Literal["none", "sgd", "fedavgm", "nesterov", "fedadam"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptimiser:
+    """Turns the sites' move D into the server's. The pseudo-gradient is -D; ``none`` takes D as it is.
+
+    ===========  ==============================================================================  ==============================
+    sgd          lr D
+    fedavgm      v <- momentum v + D;  lr v                                                      Hsu et al., 2019
+    nesterov     v <- momentum v + D;  lr (D + momentum v)                                       Douillard et al., DiLoCo, 2023
+    fedadam      m <- beta1 m + (1 - beta1) D;  v <- beta2 v + (1 - beta2) D^2;                  Reddi et al., Adaptive
+                 lr m / (sqrt(v) + tau); m starts at 0, v at tau^2                               Federated Optimization, 2021
+    ===========  ==============================================================================  ==============================
+
+    ``nesterov`` with lr 1 and momentum 0 gives D bit for bit. The state is kept for each set of factors that moved, so that a
+    factor which rests (RoLoRA) keeps its own.
+    """
+
+    name: ServerOptimiserName = "none"
+    learning_rate: float = 1.0
+    momentum: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def reach(self, moves: Sequence[float]) -> float:
+        """Most that all its steps together can have changed a value, from the most that each round's mean can have.
+
+        Args:
+            moves: one for each round, not negative.
+        """
+        total = math.fsum(moves)
+        if self.name == "none":
+            return total
+        if self.name == "fedadam":  # by Cauchy and Schwarz: |m| / sqrt(v) over the last rounds' moves, however large they were
+            ratio = self.beta1**2 / self.beta2 if self.beta2 else math.inf
+            terms = math.fsum(ratio**k for k in range(min(len(moves), 10_000))) if ratio < 1 else math.inf
+            step = (1 - self.beta1) * math.sqrt(terms / (1 - self.beta2)) if self.beta2 < 1 else math.inf
+            return self.learning_rate * len(moves) * step
+        return self.learning_rate * total / (1 - self.momentum if self.name in ("fedavgm", "nesterov") else 1.0)
+
+    def step(self, move: Adapter, state: State) -> tuple[Adapter, State]:
+        """The server's move and the new state, which holds what ``state`` had of other factors.
+
+        Args:
+            move: change of some of the adapter's tensors.
+            state: of earlier steps; empty at first.
+        """
+        formula: Callable[[F32, Mapping[str, F32]], tuple[F32, dict[str, F32]]] = getattr(self, f"_{self.name}")
+        ends = f".{_factors(move)}"
+        own = {k.removesuffix(ends): a.vector for k, a in state.items() if k.endswith(ends)}
+        with np.errstate(under="ignore"):
+            moved, new = formula(move.vector, own)
+        return Adapter(moved, move.layout), {**state, **{f"{k}{ends}": Adapter(v, move.layout) for k, v in new.items()}}
+
+    def _none(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        return move, {}
+
+    def _sgd(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        return np.float32(self.learning_rate) * move, {}
+
+    def _velocity(self, move: F32, state: Mapping[str, F32]) -> F32:
+        if "velocity" not in state:
+            return move
+        return np.float32(self.momentum) * state["velocity"] + move if self.momentum else move
+
+    def _fedavgm(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        velocity = self._velocity(move, state)
+        return np.float32(self.learning_rate) * velocity, {"velocity": velocity}
+
+    def _nesterov(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        velocity = self._velocity(move, state)
+        ahead = move + np.float32(self.momentum) * velocity if self.momentum else move
+        return np.float32(self.learning_rate) * ahead, {"velocity": velocity}
+
+    def _fedadam(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        wide = move.astype(np.float64)
+        mean = self.beta1 * state.get("mean", np.zeros_like(move)) + (1 - self.beta1) * wide
+        square = self.beta2 * state.get("square", np.full_like(move, self.tau**2)) + (1 - self.beta2) * wide * wide
+        moved = self.learning_rate * mean / (np.sqrt(square) + self.tau)
+        return moved.astype(np.float32), {"mean": mean.astype(np.float32), "square": square.astype(np.float32)}
+
+
+def _factors(move: Adapter) -> str:
+    return "".join(f for f in "AB" if any(n.endswith(f".lora_{f}.weight") for n, _ in move.layout.entries))

@@ -1,0 +1,3 @@
+"""A site's half of a run."""
+
+__all__: list[str] = []

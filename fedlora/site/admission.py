@@ -1,0 +1,117 @@
+"""Which runs a site takes part in: what people here have approved, and which runs have used that up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedlora.core.errors import PlanNotApproved, RunNotApproved, StoreError, WrongPlan
+from fedlora.core.plan import SiteFile, canonical
+from fedlora.formats.files import Memory
+
+__all__ = ["RUNS", "Approvals", "Begun", "Runs", "admit"]
+
+RUNS = "runs"
+"""Where a site's memory keeps them."""
+
+_SHOWS = (
+    "in two runs of one plan every site trains from the same adapters by the same seeds: the difference of their sums is what "
+    "those sites have sent that are in one and not in the other"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Approvals:
+    """What people at this site have approved.
+
+    Attributes:
+        plans: digests, hex; one that stands twice allows two runs.
+        uncovers: plan -> sites whose update its sums may show beside sums of earlier plans on the same base.
+    """
+
+    plans: Sequence[str] = ()
+    uncovers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, file: SiteFile) -> Approvals:
+        return cls(file.plans, file.uncovers)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run that this site has taken part in, and its plan's digest."""
+
+    run: str
+    plan: str
+
+
+def admit(begun: Sequence[Begun], one: Begun, *, plans: Sequence[str] | None) -> Sequence[Begun]:
+    """Lets a run begin or go on, or says why not.
+
+    Law: a run keeps the plan that it began with, and so its mode; of each plan no more runs go on than entries stand in
+    ``plans``, the first ones.
+
+    Args:
+        begun: so far, in order.
+        plans: what is approved; None: everything.
+
+    Returns:
+        ``begun``, with the new run if it is one.
+
+    Raises:
+        WrongPlan: the run began with another plan.
+        PlanNotApproved, RunNotApproved.
+    """
+    for known in begun:
+        if known.run == one.run and known.plan != one.plan:
+            raise WrongPlan(
+                f"run {one.run[:12]} began here with plan {known.plan[:12]}; plan {one.plan[:12]} has no place in it",
+                hint="a run keeps its plan and its protection to its end; another plan needs another run",
+            )
+    after = begun if one in begun else (*begun, one)
+    if plans is None:
+        return after
+    allowed, number = plans.count(one.plan), [b for b in after if b.plan == one.plan].index(one) + 1
+    if not allowed:
+        raise PlanNotApproved(
+            f"nobody at this site has approved plan {one.plan}",
+            hint="`fedlora site approve PLAN.toml --site site.toml` shows what it asks for, and approves one run of it",
+        )
+    if number > allowed:
+        raise RunNotApproved(
+            f"plan {one.plan} is approved for {allowed} of its runs, and this is number {number}",
+            hint=f"{_SHOWS}. If that may be: `fedlora site approve PLAN.toml --site site.toml --again` allows one more run",
+        )
+    return after
+
+
+_WAY = (
+    "empty `plans` in the site file, delete both copies, and approve anew (`fedlora site approve`) what shall go on: "
+    "an entry for each run, also for the one that is under way"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The runs of a site in its memory, over restarts."""
+
+    memory: Memory
+
+    def load(self) -> list[Begun]:
+        """In the order in which they began.
+
+        Raises:
+            StoreError: damaged.
+        """
+        try:
+            return [Begun(run, plan) for run, plan in json.loads(self.memory.get(RUNS) or b"[]")]
+        except StoreError as e:
+            raise StoreError(f"the record of the runs that this site has taken part in: {e}", hint=_WAY) from None
+        except (ValueError, TypeError):
+            where = self.memory.where(RUNS)
+            raise StoreError(f"{where}, the record of the runs that this site has taken part in, is damaged", hint=_WAY) from None
+
+    def save(self, begun: Sequence[Begun]) -> None:
+        """On the disk when this returns."""
+        self.memory.put(RUNS, canonical([[b.run, b.plan] for b in begun]))

@@ -1,0 +1,287 @@
+"""``fedlora site approve``: a plan in words, beside the last one that was approved here; and the entry that approves it."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+
+from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange
+from fedlora.core.plan import Plan, SiteFile, load_site_file, parse_plan
+from fedlora.formats.keys import load_identity
+from fedlora.formats.roster import SignedRoster
+from fedlora.protect.secagg.given import Given, Ledger, Sum
+from fedlora.rounds.store import FileMemory, write_atomic
+from fedlora.site.admission import Runs
+
+__all__ = ["Question", "approve", "in_words", "question", "with_approval"]
+
+
+def in_words(plan: Plan) -> dict[str, str]:
+    """What a plan asks of a site: topic -> sentence."""
+    m, t, f, a, p = plan.model, plan.training, plan.federation, plan.aggregate, plan.protect
+    bits = "4 bits" if m.load_in_4bit else "8 bits" if m.load_in_8bit else m.dtype
+    work = f"{f.local_steps} steps" if f.local_steps else f"{f.local_epochs} passes over the data"
+    optimizer = "" if plan.server_optimizer.name == "none" else f", server optimizer {plan.server_optimizer.name}"
+    words = {
+        "name": f"{plan.run.name}, seed {plan.run.seed}",
+        "base model": f"{m.model_name_or_path} at {m.revision}, held in {bits}, content {m.digest[:16] or 'not pinned'}",
+        "adapter": f"rank {plan.lora.r}, alpha {plan.lora.lora_alpha}, on {_listed(plan.lora.target_modules)}",
+        "training": f"{f.num_rounds} rounds of {work}, learning rate {t.learning_rate:g}, rows of {t.max_length} tokens",
+        "sites": f"at least {f.min_sites} in a round",
+        "rule": f"{a.name}{optimizer}",
+        "weight of a site": _weight(plan),
+        "numbers that leave": f"{_listed(plan.evaluation.share)}; every {plan.evaluation.every} rounds an evaluation",
+    }
+    words = {topic: _plain(sentence) for topic, sentence in words.items()}
+    if p.mode == "sealed":
+        return words | {"who reads this site's update": "the aggregator. On the way nobody can read, change or replay it"}
+    return words | {
+        "who reads this site's update": "nobody. The aggregator learns the sum over the sites of a round",
+        "numbers that leave": words["numbers that leave"] + "; they too only as sums over all sites",
+        "sites in league": f"up to {p.max_colluding} may work together with the server without learning another site's update",
+        "sums that differ": "refused where they could show one site's update"
+        if p.lone_change == "refuse"
+        else "ALLOWED by single sites: two sums of this plan may show the update of a site that is in one and not in the other",
+        "levels": f"{p.profile}, for changes of a value up to {plan.first_range:g} in the first round",
+    }
+
+
+def _weight(plan: Plan) -> str:
+    if plan.aggregate.weighting == "uniform":
+        return "the same for every site"
+    unit = f", in units of {plan.protect.weight_unit}" if plan.protect.mode == "secagg" else ""
+    return f"its {'supervised tokens' if plan.aggregate.weighting == 'tokens' else 'examples'} of the round{unit}"
+
+
+def _plain(text: str) -> str:
+    """A plan comes from elsewhere: what it says can neither move the cursor nor hide a line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _listed(names: str | Sequence[str]) -> str:
+    return names if isinstance(names, str) else ", ".join(names) or "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a person decides about.
+
+    Attributes:
+        words: see :func:`in_words`.
+        last: the same of the plan that was approved last, empty if there was none.
+        changed: every key of the plan file that differs from that one's, with both values.
+        refusals: of this site's own policy, and of what it remembers having given.
+        approved: entries that stand for this plan already.
+        begun: runs of it that this site has taken part in.
+        agreed: sites that people have agreed before to uncover by this plan.
+        named: the same, and those to be added now.
+        uncovered: sites whose update this plan's sum over all sites of the roster could show beside earlier plans' sums; None if
+            no roster is known here yet.
+    """
+
+    digest: str
+    words: Mapping[str, str]
+    last: Mapping[str, str]
+    changed: Sequence[str]
+    refusals: Sequence[str]
+    approved: int
+    begun: int
+    agreed: Sequence[str]
+    named: Sequence[str]
+    uncovered: Sequence[str] | None
+
+    def facts(self) -> dict[str, object]:
+        """For a program."""
+        return {
+            "plan": self.digest,
+            "asks": dict(self.words),
+            "last": dict(self.last),
+            "changed": list(self.changed),
+            "refusals": list(self.refusals),
+            "begun": self.begun,
+            "uncovers": list(self.named),
+            "uncovered": None if self.uncovered is None else list(self.uncovered),
+        }
+
+    def lines(self, *, again: bool) -> list[str]:
+        """For a person, in sentences."""
+        width = max(map(len, self.words))
+        out = [f"plan {self.digest}"]
+        for topic, sentence in self.words.items():
+            was = self.last.get(topic, "") if self.last else sentence
+            out.append(f"{'*' if was != sentence else ' '} {topic:{width}}  {sentence}")
+            if was != sentence:
+                out.append(f"  {'':{width}}  was: {was or 'not said'}")
+        out += [f"  {topic:{width}}  no longer said; was: {was}" for topic, was in self.last.items() if topic not in self.words]
+        out.append("* differs from the plan that was approved last" if self.last else "no earlier plan to compare with")
+        out += [f"  {line}" for line in self.changed]
+        out += [f"this site refuses it: {reason}" for reason in self.refusals]
+        return [*out, *self._runs(again=again), *self._uncovered()]
+
+    def _runs(self, *, again: bool) -> list[str]:
+        out = [f"runs approved before: {self.approved}, begun: {self.begun}"] if self.approved or self.begun else []
+        if self.begun or (again and self.approved):
+            out.append(
+                "A FURTHER RUN OF ONE PLAN: every site trains from the same adapters by the same seeds. The difference of the "
+                "two runs' sums is what those sites have sent that are in one and not in the other"
+            )
+        return out
+
+    def _uncovered(self) -> list[str]:
+        if self.uncovered is None:
+            return ["whose update it could show beside earlier plans' sums cannot be said: no roster has come to this site yet"]
+        left = sorted(set(self.uncovered) - set(self.named))
+        out = (
+            [f"YOU AGREE that beside earlier plans' sums it may show the update of {', '.join(self.named)}"] if self.named else []
+        )
+        if left:
+            out.append(
+                f"beside earlier plans' sums on this base, one over all sites of the roster could show the update of "
+                f"{', '.join(left)}: this site will refuse it, unless you add " + " ".join(f"--uncovers {n}" for n in left)
+            )
+        return out
+
+
+def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> Question:
+    """Collects what a person has to know; changes nothing.
+
+    Raises:
+        ConfigError: the site file is wrong, or the plan is not pinned or is a simulation's.
+        StoreError, KeyFileError: what this site remembers cannot be read.
+    """
+    file, root = load_site_file(site_file), site_file.resolve().parent
+    if not plan.model.digest or not plan.lora.init_digest:
+        raise ConfigError(
+            "the plan is not pinned: it has another digest than the one that will run", hint="ask for the pinned plan"
+        )
+    digest, state = plan.digest(), root / file.state
+    begun = Runs(FileMemory(state / "memory")).load()
+    last = _last(file, state, but=digest)
+    secagg = plan.protect.mode == "secagg"
+    return Question(
+        digest=digest,
+        words=in_words(plan),
+        last=in_words(last) if last is not None else {},
+        changed=_changed(last, plan) if last is not None else (),
+        refusals=[*file.agreed.refusals(plan, models=frozenset(file.models)), *(_unlike(plan, file, root) if secagg else ())],
+        approved=file.plans.count(digest),
+        begun=sum(one.plan == digest for one in begun),
+        agreed=file.uncovers.get(digest, ()),
+        named=sorted({*file.uncovers.get(digest, ()), *uncovers}),
+        uncovered=_uncovered(plan, file, root) if secagg else (),
+    )
+
+
+def _last(file: SiteFile, state: Path, *, but: str) -> Plan | None:
+    for digest in reversed(file.plans):
+        if digest != but:
+            try:
+                return parse_plan(_copy(state, digest).read_bytes())
+            except (OSError, FedLoRAError):  # an entry that was typed in, or of an earlier release
+                return None
+    return None
+
+
+def _changed(old: Plan, new: Plan) -> list[str]:
+    was, now = (p.model_dump(mode="json", exclude={"simulation"}) for p in (old, new))
+    return [
+        _plain(f"{table}.{key}: {was[table][key]} -> {now[table][key]}")
+        for table in now
+        for key in now[table]
+        if was[table][key] != now[table][key]
+    ]
+
+
+def _copy(state: Path, digest: str) -> Path:
+    return state / "approved" / f"{digest}.json"
+
+
+def _ledger(file: SiteFile, root: Path) -> Ledger:
+    memory = FileMemory(root / file.state / "memory")
+    if not Given.begun(memory):
+        return Ledger()
+    return Given(memory, load_identity(root / file.key), lambda n: bytes(n)).load()  # only read here
+
+
+def _unlike(plan: Plan, file: SiteFile, root: Path) -> list[str]:
+    try:
+        _ledger(file, root).check_alike(plan.model.digest, alone=plan.protect.lone_change == "allow")
+    except LoneChange as error:
+        return [f"{error}. {error.hint}"]
+    return []
+
+
+def _uncovered(plan: Plan, file: SiteFile, root: Path) -> list[str] | None:
+    memory, ledger = FileMemory(root / file.state / "memory"), _ledger(file, root)
+    if not ledger.groups(plan.model.digest, other_than=plan.digest(), pending=True):
+        return []
+    if (blob := memory.get("roster")) is None:
+        return None
+    roster = SignedRoster.parse(blob).roster
+    colluding = max(plan.protect.max_colluding, roster.max_colluding)
+    all_sites = Sum(plan.model.digest, plan.digest(), "", frozenset(roster.active()))
+    return sorted(ledger.shown(all_sites, colluding=colluding, other_than=plan.digest()))
+
+
+def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[str] = ()) -> int:
+    """Writes the approval into the site file, and keeps a copy of the plan for the next comparison.
+
+    Returns:
+        Entries for this plan that now stand in the file.
+
+    Raises:
+        ConfigError: the site file cannot be changed without breaking it.
+        StoreError, ResourceError: it cannot be written.
+    """
+    file, digest = load_site_file(site_file), plan.digest()
+    write_atomic(_copy(site_file.resolve().parent / file.state, digest), plan.canonical())
+    add = again or digest not in file.plans
+    named = sorted({*file.uncovers.get(digest, ()), *uncovers})
+    text = with_approval(site_file.read_text("utf-8"), digest, add=add, named=named)
+    wanted = file.plans.count(digest) + add
+    _check(text, site_file, digest, count=wanted, named=named)
+    target = site_file.resolve()
+    write_atomic(target, text.encode(), mode=stat.S_IMODE(target.stat().st_mode))
+    return wanted
+
+
+def with_approval(text: str, digest: str, *, add: bool, named: Sequence[str]) -> str:
+    """A site file's text with one more entry in ``plans``, and ``named`` under ``uncovers``; all else stays, comments too."""
+    doc = tomlkit.parse(text)
+    if add:
+        if "plans" not in doc:
+            doc = _at_top(text, "plans = []")
+        doc["plans"].append(digest)
+    if named:
+        if "uncovers" not in doc:
+            doc = _at_top(tomlkit.dumps(doc), "uncovers = {}")
+        doc["uncovers"][digest] = list(named)
+    return tomlkit.dumps(doc)
+
+
+def _at_top(text: str, line: str) -> tomlkit.TOMLDocument:
+    """With a line before everything else: below a table it would be that table's."""
+    return tomlkit.parse(f"{line}\n{text}")
+
+
+def _check(text: str, path: Path, digest: str, *, count: int, named: Sequence[str]) -> None:
+    """What will be written says what was meant, and everything else is as it was."""
+    try:
+        table, before = tomlkit.parse(text).unwrap(), tomlkit.parse(path.read_text("utf-8")).unwrap()
+        new = SiteFile.model_validate_json(json.dumps(table))
+        rest = [{k: v for k, v in t.items() if k not in ("plans", "uncovers")} for t in (table, before)]
+        right = new.plans.count(digest) == count and sorted(new.uncovers.get(digest, ())) == list(named) and rest[0] == rest[1]
+    except (TOMLKitError, ValueError):
+        right = False
+    if not right:
+        raise ConfigError(
+            f"{path} cannot be changed by this command without breaking it",
+            hint=f'add it by hand: plans = ["{digest}"]'
+            + (f', uncovers = {{ "{digest}" = {json.dumps(list(named))} }}' if named else ""),
+        )

@@ -1,0 +1,263 @@
+"""A site's half of a round: open the task, check the policy, learn, answer; or answer from the journal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from fedlora.core.adapter import Adapter, Factors, Layout, Update
+from fedlora.core.errors import (
+    FedLoRAError,
+    PlanRefused,
+    ResourceError,
+    StateLost,
+    WeightTooLarge,
+    WrongBase,
+    WrongLayout,
+    WrongRound,
+)
+from fedlora.core.messages import EVALUATION, Reply, Request, Task
+from fedlora.core.plan import Plan, Policy, parse_plan
+from fedlora.formats import update as wire
+from fedlora.formats.files import FileMemory
+from fedlora.protect import SiteProtection
+from fedlora.protect.secagg.terms import check_published
+from fedlora.rounds.store import Entry, Journal
+from fedlora.rules import Aggregator, largest_weight, rule_of
+from fedlora.rules.first import first_adapter
+from fedlora.rules.product import MAX_RANK
+from fedlora.site.admission import Approvals, Begun, Runs, admit
+
+__all__ = ["Learner", "Site", "Trained", "safely"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """What one round of local training gave.
+
+    Attributes:
+        adapter: the local adapter after the last step.
+        tokens: supervised tokens used (positions with a loss), counted as often as they were used.
+        examples: examples used, likewise.
+        metrics: numbers about the training, e.g. ``train/loss`` (nats per supervised token), ``train/seconds``.
+        state: what the next round needs: the data cursor, and the optimiser's moments where the plan keeps them.
+    """
+
+    adapter: Adapter
+    tokens: int
+    examples: int
+    metrics: Mapping[str, float]
+    state: bytes
+
+
+class Learner(Protocol):
+    """A base model with one site's data. Law: the same arguments give the same bits on a CPU."""
+
+    @property
+    def base(self) -> str:
+        """Content digest of the base model, hex."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes of the adapter that this base and the plan's LoRA settings give."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in a round, passes over the data counted in steps."""
+        ...
+
+    def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
+        """Metrics of ``adapter`` on the site's own held-out rows, e.g. ``eval/nll`` (nats per supervised token)."""
+        ...
+
+    def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
+        """Trains from ``adapter`` for one round, going on in the data where ``state`` (``b""`` at first) says.
+
+        Args:
+            adapter: of :attr:`layout`, or of another rank.
+            factors: what is trained; the others stay as they are.
+
+        Raises:
+            NonFiniteUpdate: the loss or a gradient is not finite.
+        """
+        ...
+
+
+def safely(site: str, answer: Callable[[], bytes]) -> Reply:
+    """Runs ``answer`` and turns whatever goes wrong into a code: the text of an exception never leaves a site."""
+    try:
+        return Reply(site, answer())
+    except FedLoRAError as e:
+        log.error("%s: %s%s", e.code, e, f" ({e.hint})" if e.hint else "")
+        return Reply(site, error=e.code)
+    except MemoryError:
+        log.exception("out of memory")
+        return Reply(site, error=ResourceError.code)
+    except Exception:
+        log.exception("a bug, or a library that failed")  # the traceback stays in the site's own log
+        return Reply(site, error="internal")
+
+
+def _kept(entry: Entry, layout: Layout) -> Adapter | None:
+    if len(entry.kept) != 4 * layout.size:
+        return None
+    return Adapter(np.frombuffer(entry.kept, "<f4").astype(np.float32), layout)
+
+
+@dataclass(slots=True)
+class Site:
+    """One site: its protection, its policy, its journal, and a learner for each plan it agrees to.
+
+    Args:
+        learner: makes the learner of a plan; called once a run, because it loads the base.
+        models: ids of the base models that lie here.
+        report: told ``(event, facts)`` about progress, for the site's own eyes.
+        approvals: what people here have approved by now; asked for at every task. None of it by default.
+    """
+
+    name: str
+    protection: SiteProtection
+    learner: Callable[[Plan], Learner]
+    policy: Policy
+    models: frozenset[str]
+    journal: Journal
+    report: Callable[[str, Mapping[str, object]], None] = lambda event, facts: None
+    approvals: Callable[[], Approvals] = Approvals
+    _ready: tuple[str, Plan, Aggregator, Learner] | None = field(default=None, init=False)
+    _last: tuple[str, int, Entry] | None = field(default=None, init=False)  # run, round: saves reading the journal
+
+    def handle(self, request: Request) -> Reply:
+        """Answers a request. Raises nothing: an error becomes its code."""
+        reply = safely(self.name, lambda: self.protection.answer(request, self.work))
+        if reply.error:
+            self.report("failed", {"code": reply.error})
+        return reply
+
+    def work(self, task: Task) -> Update:
+        """Does a task that has been found genuine, or finds it done in the journal.
+
+        Raises:
+            PlanNotApproved, RunNotApproved, WrongPlan: no person here has agreed to this run. Nothing has been loaded.
+            PlanRefused, WrongBase, WrongLayout, SitsOut: this site does not take part in that.
+            StateLost: what it would have to go on from is gone.
+            NonFiniteUpdate: training diverged.
+            WeightTooLarge: this site used more than the plan lets one site weigh; the server would refuse it.
+        """
+        self._admit(task)
+        plan, rule, learner, adapter = self._prepare(task)
+        key = f"{task.kind}/{task.plan_digest}/{task.adapter.digest()}"
+        self.journal.check(task.run)
+        done = self.journal.find(task.run, task.round)
+        if done is not None and done.key == key:
+            self.report("from-journal", {"round": task.round})
+            return wire.parse_update(done.update, task.reply_layout)
+        update, state, kept = self._learn(task, plan, rule, learner, adapter)
+        update.check(task.reply_layout.size)
+        blob = wire.dump_update(update, task.reply_layout, dtype="float32")
+        entry = Entry(key, blob, state, kept.vector.astype("<f4").tobytes() if rule.keeps else b"")
+        if rule.keeps:
+            self.journal.save_own(task.run, kept, plan)
+            if task.kind == "evaluate":
+                self.report("own", {"file": str(self.journal.own(task.run))})
+        self.journal.save(task.run, task.round, entry)
+        self._last = (task.run, task.round, entry)
+        return update
+
+    def _admit(self, task: Task) -> None:
+        """Whether this run may go on here; a new one is on the disk before anything is done for it."""
+        plans = None if self.policy.approve == "any-within-policy" else self.approvals().plans
+        runs = Runs(self.journal.memory or FileMemory(self.journal.directory / "memory"))
+        after = admit(begun := runs.load(), Begun(task.run, task.plan_digest), plans=plans)
+        self.policy.check(parse_plan(task.plan), models=self.models)  # what is refused uses up no approval
+        if len(after) > len(begun):
+            runs.save(after)
+
+    def _before(self, task: Task) -> tuple[int, Entry] | None:
+        """The last round before this one that this site has trained."""
+        if self._last is not None and self._last[:2] == (task.run, task.round - 1):
+            return self._last[1:]
+        return self.journal.before(task.run, task.round)
+
+    def _learn(
+        self, task: Task, plan: Plan, rule: Aggregator, learner: Learner, adapter: Adapter
+    ) -> tuple[Update, bytes, Adapter]:
+        """The update, the learner's state, and the local adapter."""
+        metrics: dict[str, float] = {}
+        try:
+            before = self._before(task)
+        except StateLost:
+            if task.kind == "train":
+                raise
+            before = None  # a last evaluation says the same without it, and no round follows
+        state = before[1].state if before else b""
+        if task.kind == "evaluate":
+            self.report("evaluate", {"round": task.round})
+            metrics |= learner.evaluate(adapter)
+            return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, metrics)), state, adapter
+        every = plan.evaluation.every
+        if every and (task.round - 1) % every == 0:
+            self.report("evaluate", {"round": task.round})
+            metrics |= learner.evaluate(adapter)
+        self.report("train", {"round": task.round, "rounds": plan.federation.num_rounds})
+        own = adapter.at_rank(min(self._rank(plan), adapter.layout.rank))
+        trained = learner.train(own, round=task.round, state=state, factors=rule.trains(task.round))
+        metrics |= trained.metrics
+        self.report("trained", {"round": task.round, **metrics})
+        delta = rule.encode(adapter, trained.adapter, round=task.round)
+        weight = {"tokens": trained.tokens, "examples": trained.examples, "uniform": 1}[plan.aggregate.weighting]
+        if weight > (most := largest_weight(plan)):
+            raise WeightTooLarge(self.name, weight, most)
+        return Update(delta, weight, self._shared(plan, metrics)), trained.state, trained.adapter
+
+    def _rank(self, plan: Plan) -> int:
+        """Slots that this site trains, at most."""
+        return plan.lora.ranks.get(self.name, 1 << 30)
+
+    def _shared(self, plan: Plan, metrics: Mapping[str, float]) -> dict[str, float]:
+        wanted = frozenset(plan.evaluation.share) & frozenset(self.policy.share)
+        return {k: float(v) for k, v in metrics.items() if k in wanted}
+
+    def _prepare(self, task: Task) -> tuple[Plan, Aggregator, Learner, Adapter]:
+        if self._ready is None or self._ready[0] != task.plan_digest:
+            plan = parse_plan(task.plan)
+            self._ready = None  # the old base may go before the new one comes
+            self._ready = (task.plan_digest, plan, rule_of(plan), self.learner(plan))
+        _, plan, rule, learner = self._ready
+        if not learner.base == task.base == plan.model.digest:
+            raise WrongBase(
+                f"the plan pins base {plan.model.digest[:12]}, this site's copy is {learner.base[:12]}",
+                hint="compare weights, tokenizer, chat template and quantisation; `fedlora pin` prints each digest",
+            )
+        if learner.steps > self.policy.max_local_steps:
+            raise PlanRefused(f"a round takes {learner.steps} steps here, more than {self.policy.max_local_steps}")
+        if not 1 <= task.round <= plan.federation.num_rounds + (task.kind == "evaluate"):
+            raise WrongRound(f"round {task.round} of {plan.federation.num_rounds}")
+        adapter = self._whole(task, plan, rule, learner)
+        if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
+            raise PlanRefused("the first adapter is not the one that the plan pins")
+        if plan.protect.mode == "secagg":
+            if first_adapter(learner.layout, seed=plan.run.seed).digest() != plan.lora.init_digest:
+                raise PlanRefused("the plan pins another first adapter than the one that follows from run.seed")
+            check_published(plan, task.adapter, round=task.round)
+        if task.kind == "train" and task.reply_layout != rule.reply(adapter.layout, task.round):
+            raise WrongLayout("the server asks for other tensors than the plan's rule sends")
+        return plan, rule, learner, adapter
+
+    def _whole(self, task: Task, plan: Plan, rule: Aggregator, learner: Learner) -> Adapter:
+        """The whole adapter: what the server does not send follows from the seed, or is this site's own."""
+        layout = learner.layout.at_rank(task.adapter.layout.rank) if rule.varies_rank else learner.layout
+        if task.adapter.layout != layout.only(rule.down()) or layout.rank > MAX_RANK:
+            raise WrongLayout("the adapter that the server sent does not fit this base and the plan's LoRA settings")
+        if rule.down() == "AB":
+            return task.adapter
+        before = self._before(task) if rule.keeps else None
+        own = _kept(before[1], layout) if before is not None else None
+        return (own or first_adapter(layout, seed=plan.run.seed)).replaced(task.adapter)
