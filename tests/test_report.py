@@ -275,21 +275,24 @@ def test_the_better_arm_is_that_of_each_metric_and_seed(tmp_path):
 
 
 class Figures(HTMLParser):
-    """The words and the cells of each figure, and the colors in its drawing."""
+    """The words, the marks and the cells of each figure, and the colors in its drawing."""
 
     def __init__(self):
         super().__init__()
-        self.found, self.colors, self.cell = [], set(), False
+        self.found, self.colors, self.cell, self.path = [], set(), False, {}
 
     def handle_starttag(self, tag, attrs):
         named = dict(attrs)
         if tag == "figure":
-            self.found.append({"words": "", "drawings": 0, "cells": []})
+            self.found.append({"words": "", "drawings": 0, "marks": [], "cells": []})
         if named.get("role") == "img":
             self.found[-1]["words"] = named["aria-label"]
         if tag == "svg" and "aria-hidden" not in named:
             self.found[-1]["drawings"] += 1
         self.colors |= {named[k] for k in ("fill", "stroke") if k in named}
+        if tag == "title" and self.found:
+            self.found[-1]["marks"].append(self.path)
+        self.path = named if tag == "path" else {}
         self.cell = tag in ("td", "th")
 
     def handle_endtag(self, tag):
@@ -316,6 +319,12 @@ def test_every_figure_has_its_words_its_numbers_and_colors_for_the_dark(tmp_path
         assert len(one["cells"]) >= 4
     held_out, took_part = parser.found[2], parser.found[4]
     assert held_out["words"].startswith("Held-out loss: 3 lines. mean of those that reported from 3.250 at 0 to 1.250 at 1")
+    assert [len(one["marks"]) for one in parser.found] == [8, 8, 3, 1, 4, 2, 5, 4, 3]
+    assert all(mark["d"] for one in parser.found for mark in one["marks"])
+    heights = [
+        float(mark["transform"].rstrip(")").split(",")[1]) for mark in held_out["marks"]
+    ]  # of 3.0, 1.25 and 3.5; 0 is the top
+    assert 0 < heights[2] < heights[0] < heights[1] < 200
     head = ["round", "mean of those that reported", "north", "south"]
     assert held_out["cells"] == [*head, "0", "3.250", "3.000", "3.500", "1", "1.250", "1.250", "-"]
     assert took_part["words"] == "Who took part: 2 sites in 2 rounds. counted: 3, late: 1."
