@@ -186,20 +186,9 @@ def _arms(summary: Mapping[str, Any]) -> Section:
         "match: share of examples, means over sites. Forgets: nats on general text above the base model."
     )
     head = [
-        "arm",
-        "nats, all",
-        "mean",
-        "worst",
-        "own",
-        "others",
-        "exact match",
-        "own",
-        "others",
-        "coarse",
-        "forgets",
-        "steps",
+        "arm", "nats, all", "mean", "worst", "own", "others", "exact match", "own", "others", "coarse", "forgets", "steps",
         "tokens",
-    ]
+    ]  # fmt: skip
     return Section("Arms", (), [Table(note, head, rows, "federated"), _recovered(summary)])
 
 
@@ -355,17 +344,9 @@ def _round_table(run: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> 
         ]
         rows.append([str(r["round"]) if r in trained else f"{r['round']} (evaluation)", *cells])
     head = [
-        "round",
-        "training loss",
-        "held-out before",
-        "counted",
-        "gap",
-        "drift",
-        "seconds",
-        "to sites",
-        "from sites",
+        "round", "training loss", "held-out before", "counted", "gap", "drift", "seconds", "to sites", "from sites",
         "missing",
-    ]
+    ]  # fmt: skip
     said = majority_line(trained)
     note = "Round by round. Losses are means over the sites that reported." + (f" {said[0].upper()}{said[1:]}." if said else "")
     return Table(note, head, rows)
