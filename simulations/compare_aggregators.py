@@ -32,7 +32,8 @@ from typing import Any, Final
 
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.plan import Arm, Plan, canonical, load_plan
-from fedlora.lab import page, plots, simulate
+from fedlora.core.words import number, with_interval, with_sd
+from fedlora.lab import simulate
 from fedlora.lab.report import interval, spread
 
 SPLITS: Final = ("domain", "iid", "dirichlet")
@@ -459,15 +460,15 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         row["name"],
         f"{row['rate']:g}{_EDGE * row['edge']}",
         f"{row['seeds']} of {row['seeds'] + row['failed']}" if row["failed"] else f"{row['seeds']}",
-        plots.with_sd(row["nll"]),
-        plots.with_interval(nll) if nll else "-",
-        plots.with_sd(row["exact"], unit="%").removesuffix(" %"),
-        plots.with_interval(exact, unit="%") if exact else "-",
+        with_sd(row["nll"]),
+        with_interval(nll) if nll else "-",
+        with_sd(row["exact"], unit="%").removesuffix(" %"),
+        with_interval(exact, unit="%") if exact else "-",
         f"{_percent(row['nll/recovery'])} / {_percent(row['exact/recovery'])}",
-        plots.number(row["general"]["mean"]),
+        number(row["general"]["mean"]),
         f"{_kilo(row['up']['mean'])} / {_kilo(row['down']['mean'])}",
-        plots.number(row["gap/ratio"]["mean"]),
-        plots.number(row["drift"]["mean"]),
+        number(row["gap/ratio"]["mean"]),
+        number(row["drift"]["mean"]),
     ]
     return [p.replace("|", "/") for p in parts]
 
@@ -482,32 +483,34 @@ def _kilo(value: float | None) -> str:
 
 def write(out: Path, done: Mapping[Job, dict[str, Any]], rates: Mapping[tuple[str, int, str], float]) -> str:
     """table.md and report.html."""
-    text, body = "", ""
+    from fedlora.lab.figures import Table
+    from fedlora.lab.page import Section, document
+
+    text, sections = "", []
     for split, steps, rows in tables(done, rates):
         title = f"{split}, {steps} local step{'s' * (steps > 1)} a round"
         lines = ["| " + " | ".join(c) + " |" for c in (HEAD, ["---"] * len(HEAD), *map(cells, rows))]
         text += f"### {title}\n\n" + "\n".join(lines) + "\n\n"
-        body += plots.tag("h2", plots.escape(title)) + _figures(f"{split}-{steps}", rows)
-        head = plots.tag("tr", "".join(plots.tag("th", plots.escape(h)) for h in HEAD))
-        inner = "".join(plots.tag("tr", "".join(plots.tag("td", plots.escape(c)) for c in cells(r))) for r in rows)
-        body += plots.tag("div", plots.tag("table", head + inner), class_="wide")
+        sections.append(Section(title, _figures(f"{split}-{steps}", rows), [Table(title, HEAD, [cells(r) for r in rows])]))
     (out / "table.md").write_text(text)
-    (out / "report.html").write_text(page.document("Rules side by side", plots.tag("h1", "Rules side by side") + body))
+    (out / "report.html").write_text(document("Rules side by side", sections))
     return text
 
 
-def _figures(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    def bar(row: Mapping[str, Any], metric: str, unit: str) -> Any:
-        mean, sd = row[metric]["mean"], row[metric]["sd"] or 0.0
-        style = "s4" if row["name"] in BASELINES else "s5" if row["name"].startswith("one-site") else "s0"
-        kind = "baseline" if style == "s4" else "one site" if style == "s5" else "federated"
-        return plots.Bar(kind, style, mean, plots.with_sd(row[metric], unit=unit), (mean - sd, mean + sd))
+def _figures(key: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    from fedlora.lab.figures import PALETTE, Bar, bars
 
-    out = ""
+    def bar(row: Mapping[str, Any], metric: str, unit: str) -> Bar:
+        mean, sd = row[metric]["mean"], row[metric]["sd"] or 0.0
+        kind = "baseline" if row["name"] in BASELINES else "one site" if row["name"].startswith("one-site") else "federated"
+        color = {"baseline": PALETTE[4], "one site": PALETTE[5], "federated": PALETTE[0]}[kind]
+        return Bar(kind, color, mean, with_sd(row[metric], unit=unit), (mean - sd, mean + sd))
+
+    found = []
     for metric, title, unit in (("nll", "Test loss, nats per token (less is better)", ""), ("exact", "Exact match", "%")):
-        shown = [(r["name"], f"rate {r['rate']:g}", [bar(r, metric, unit)]) for r in rows]
-        out += plots.bars(f"{key}-{metric}", title, "mean over seeds, whiskers one standard deviation", shown)
-    return out
+        shown = [(r["name"], f"rate {r['rate']:g}", [bar(r, metric, unit)]) for r in rows if r[metric]["mean"] is not None]
+        found.append(bars(f"{key}-{metric}", title, "Mean over seeds, whiskers one standard deviation.", shown))
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -53,6 +53,9 @@ HOMES = {
     "typer": {"cli"},
     "rich": {"cli"},
     "pyarrow": {"data"},
+    "jinja2": {"lab"},
+    "altair": {"lab"},
+    "vl_convert": {"lab"},
     "pickle": set(),
     "random": {"learn"},  # the toy data only
 }
@@ -205,12 +208,13 @@ def test_the_wheel_holds_only_fedlora(tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"fedlora"}
     assert "fedlora/py.typed" in names
     assert "fedlora/FORMAT.md" in names
+    assert "fedlora/lab/page.html.j2" in names
 
 
 def test_help_starts_fast_and_imports_nothing_heavy():
     code = (
         "import sys; from fedlora.cli import main; main(['--help']); loaded = {m.partition('.')[0] for m in sys.modules};"
-        "print(sorted(loaded & {'torch', 'numpy', 'flwr', 'transformers', 'pydantic', 'cryptography'}))"
+        "print(sorted(loaded & {'torch', 'numpy', 'flwr', 'transformers', 'pydantic', 'cryptography', 'jinja2', 'altair'}))"
     )
     began = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout

@@ -269,8 +269,31 @@ def simulate(
             batch_sites=batch_sites,
             report=screen,
         )
-    text = (where / "summary.txt").read_text() + f"\nreport: {where / 'report.html'}"
+    page = where / "report.html"
+    later = f"\nno report.html: pip install 'fedlora[report]', then fedlora report {where}"
+    text = (where / "summary.txt").read_text() + (f"\nreport: {page}" if page.exists() else later)
     emit({"out": str(where), "results": results}, text, as_json=json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A simulation's directory, or one seed's in it.")],
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write each figure to this directory, as PDF and PNG for papers.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write the page about a simulation, report.html, from its results.
+
+    Example: fedlora report runs/clinical --figures figures
+    """
+    from fedlora.lab.report import load, write_figures, write_html
+
+    results, page = load(run), run / "report.html"
+    write_html(results, page)
+    files = write_figures(results, figures) if figures is not None else []
+    text = f"report: {page}" + f"\nfigures: {len(files)} files in {figures}" * bool(files)
+    emit({"report": str(page), "figures": [str(f) for f in files]}, text, as_json=json)
 
 
 @app.command()

@@ -113,7 +113,7 @@ def outcome(run: Path) -> tuple[dict[str, Any], str]:
     Raises:
         StoreError: no run there, or no checkpoint that is whole.
     """
-    from fedlora.lab.plots import majority_line
+    from fedlora.core.words import majority_line
 
     store = RunStore.open(run)
     rounds, records = store.load().round, store.records()
