@@ -197,7 +197,7 @@ def test_a_revoked_site_is_out_from_the_next_round_on_and_a_new_epoch_travels_by
     def handle(request):
         if request.phase == "mask" and not sessions:
             sessions.append(1)
-            federation.turn(revoke=["b"])  # in the middle of the first round's session, which goes on as it began
+            federation.turn(revoke=["b"], regroup=True)  # in the middle of the first round's session, which goes on as it began
         return real(request)
 
     federation.handle = handle
@@ -215,7 +215,7 @@ def test_a_site_that_was_revoked_does_not_work_for_a_server_that_asks_it_all_the
         captured.append(request)
         return Reply(request.site, error="late")
 
-    federation.turn(revoke=["b"])
+    federation.turn(revoke=["b"], regroup=True)
     with pytest.raises(QuorumNotReached):
         federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
     assert {r.site for r in captured} == {"a", "c", "d"}
