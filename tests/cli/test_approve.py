@@ -13,7 +13,7 @@ from fedlora.core.plan import Plan, Policy, Protect, SiteFile, dump_toml, load_s
 from fedlora.flower.enrol import make_roster, make_site_keys
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.lab.testing import TOY_BASE, toy_plan
-from fedlora.protect.secagg.given import Given, Ledger, Sum
+from fedlora.protect.secagg.given import Given, Ledger
 from fedlora.rounds.store import FileMemory
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.approve import in_words, question, with_approval
@@ -142,7 +142,7 @@ def test_a_plan_cannot_write_over_what_a_person_reads():
 
 @pytest.fixture
 def grown(home):
-    """The site has agreed to sums of an earlier plan over three sites; a fourth has come onto the roster since."""
+    """The site has given together with two others; a fourth is in their group on the roster since."""
     publics = [
         load_identity(home / "keys" / "guys.key").public,
         *(Identity.generate(n).public for n in ("marys", "north", "south")),
@@ -152,9 +152,7 @@ def grown(home):
     memory = FileMemory(home / "state" / "memory")
     memory.put("roster", (home / "roster.json").read_bytes())
     three = frozenset(["guys", "marys", "north"])
-    Given(memory, load_identity(home / "keys" / "guys.key"), lambda n: bytes(n)).save(
-        Ledger().voted(Sum(TOY_BASE, "aa" * 32, "00", three))
-    )
+    Given(memory, load_identity(home / "keys" / "guys.key"), lambda n: bytes(n)).save(Ledger().after(TOY_BASE, three))
     write_site(home, roster=pinned)
     return home
 
