@@ -24,10 +24,15 @@ START = first_adapter(toy_layout(), seed=0)
 RANKS = Lora(ranks={"b": 1})
 
 
-def plan(*, rounds=4, min_sites=3, fraction=1.0, wire=None, **sections):
+def plan(*, rounds=4, min_sites=3, fraction=1.0, wire=None, seed=0, **sections):
     """Like the toy plan, from a first adapter that is not zero."""
     made = toy_plan(rounds=rounds, min_sites=min_sites, wire=wire or Wire(dtype="float32"), **sections)
-    made = made.model_copy(update={"federation": made.federation.model_copy(update={"fraction_train": fraction})})
+    made = made.model_copy(
+        update={
+            "run": made.run.model_copy(update={"seed": seed}),
+            "federation": made.federation.model_copy(update={"fraction_train": fraction}),
+        }
+    )
     return Plan.model_validate(made.pinned(base=TOY_BASE, init=START.digest()).model_dump())
 
 
@@ -146,6 +151,19 @@ def test_a_seeded_share_of_the_sites_trains_and_weights_are_of_those_alone(tmp_p
     again.run()
     assert [tuple(r["asked"]) for r in again.store().records()] == drawn
     assert set(fed.store().final()["sites"]) == set(fed.learners)  # the last evaluation asks everybody
+
+
+def test_who_is_drawn_follows_from_the_seed_of_the_plan(tmp_path):
+    """A coordinator who draws again with another seed gets other sites, and with the same seed the same."""
+
+    def drawn(name, seed):
+        fed = eight(tmp_path / name, rounds=4, fraction=0.5, seed=seed)
+        fed.run()
+        return [tuple(r["asked"]) for r in fed.store().records()]
+
+    found = {seed: drawn(f"seed-{seed}", seed) for seed in (0, 1, 2)}
+    assert len({tuple(d) for d in found.values()}) == 3
+    assert drawn("again", 1) == found[1]
 
 
 def test_never_fewer_are_drawn_than_a_round_needs(tmp_path):

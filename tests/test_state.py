@@ -18,6 +18,7 @@ from fedlora.cli import main
 from fedlora.core.errors import FedLoRAError, QuorumNotReached, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, SiteFile, Wire, dump_toml
+from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.roster import SignedRoster, first_epoch
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
@@ -42,6 +43,7 @@ class Place:
     root: Path
     events: list = field(default_factory=list)
     errors: list = field(default_factory=list)
+    replies: list = field(default_factory=list)
 
     @property
     def home(self):
@@ -93,7 +95,9 @@ class Place:
         def handle(request):
             site = sites[request.site]
             try:
-                return Reply(request.site, site.protection.answer(request, site.work))
+                reply = Reply(request.site, site.protection.answer(request, site.work))
+                self.replies.append(reply.body)
+                return reply
             except FedLoRAError as e:
                 self.errors.append(e)
                 return Reply(request.site, error=e.code)
@@ -543,6 +547,35 @@ def test_a_run_without_its_key_goes_on(left, tmp_path, both):
     place.go()
     assert place.result() == undisturbed
     assert not list(place.run_directory.glob("run.key*"))  # deleted at the end, both
+
+
+def opened_with(directory, blobs):
+    """How many of these envelopes can be opened with some key that lies in this directory."""
+    keys = []
+    for file in directory.rglob("*"):
+        with suppress(FedLoRAError, OSError):
+            keys.append(load_identity(file))
+
+    def opens(blob):
+        for key in keys:
+            with suppress(FedLoRAError):
+                open_envelope(parse(blob, max_bytes=1 << 20), key)
+                return True
+        return False
+
+    return sum(map(opens, blobs))
+
+
+@pytest.mark.parametrize("make", [sealed, masked], ids=["sealed", "secagg"])
+def test_all_of_a_servers_files_open_nothing_after_a_run_of_what_was_recorded_in_it(tmp_path, make):
+    """SECURITY.md: the run's key is deleted at its end. While the run goes on it lies there: the test can see keys."""
+    place = Place(tmp_path / "x").make(make())
+    with pytest.raises(Cut):
+        place.go(resume=False, until=("round", 2))
+    assert opened_with(place.home, place.replies) == len(place.replies) > 0
+    place.go()
+    assert place.result()[0]
+    assert opened_with(place.home, place.replies) == 0
 
 
 @pytest.mark.parametrize("which", ["both", "one"])
