@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from fedlora import assemble as build
-from fedlora.core.errors import ConfigError, KeyFileError, QuorumNotReached, StoreError
+from fedlora.core.adapter import Adapter
+from fedlora.core.errors import ConfigError, KeyFileError, QuorumNotReached, RunFailed, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Evaluation, Wire
 from fedlora.formats.keys import Identity, load_identity
-from fedlora.lab.testing import DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
+from fedlora.lab.testing import TOY_BASE, DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
 from fedlora.protect.plain import PlainServer, PlainSite
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds.loop import check_fit, run
@@ -356,6 +357,38 @@ def test_a_run_is_not_started_twice_nor_resumed_with_another_plan(tmp_path):
         build.start_run(tmp_path / "run", fed.plan, toy_adapter())
     with pytest.raises(StoreError, match="another plan"):
         RunStore.open(tmp_path / "run", plan(rounds=2))
+
+
+def test_a_run_begins_with_the_first_adapter_that_its_plan_pins_and_no_other(tmp_path):
+    for other in (plan(), plan().pinned(base="", init=toy_adapter().digest()), plan().pinned(base=TOY_BASE, init="")):
+        first = toy_adapter(1.0) if other == plan() else toy_adapter()
+        with pytest.raises(ConfigError, match="pins"):
+            build.start_run(tmp_path / "run", other, first)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_site_starts_from_the_first_adapter_that_its_plan_pins_and_no_other(tmp_path):
+    """Whatever the server believes: an adapter that it chose could carry more than noise."""
+    fed = Federation(tmp_path, plan(rounds=1))
+    RunStore.create(tmp_path / "run", fed.plan, toy_adapter(1.0), run="ab" * 32)
+    with pytest.raises(QuorumNotReached):
+        fed.run()
+    assert {f["code"] for e, f in fed.events if e == "rejected"} == {"plan-refused"}
+    assert all(learner.trained == [] for learner in fed.learners.values())
+
+
+def test_a_server_whose_own_step_overflows_stops_and_keeps_the_last_adapter(tmp_path):
+    class Overflows(FedAvg):
+        def finish(self, sums, adapter, **more):
+            given = super().finish(sums, adapter, **more)
+            beyond = Adapter(np.full(adapter.layout.size, np.inf, np.float32), adapter.layout)
+            return replace(given, move=beyond) if more["exchange"] == 2 else given
+
+    fed = Federation(tmp_path, plan(rounds=3))
+    with pytest.raises(RunFailed, match="not finite"):
+        fed.run(aggregator=Overflows())
+    assert fed.store().load().round == 1
+    assert fed.store().load().adapter.vector == pytest.approx(1.5)
 
 
 def damage(file):
