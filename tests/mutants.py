@@ -119,7 +119,7 @@ class Copy:
             done = subprocess.run(command, cwd=self.home, env=env, capture_output=True, text=True, timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             return _DEAD, "the tests hang"
-        return done.returncode, done.stdout.strip().rpartition("\n")[2] + done.stderr[-500:]
+        return done.returncode, "\n".join([*done.stdout.strip().splitlines()[-4:], done.stderr[-500:]]).strip()
 
 
 def judge(mutant: Mutant, copy: Copy) -> tuple[str, str]:

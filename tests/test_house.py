@@ -5,7 +5,6 @@ import importlib
 import pkgutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -131,15 +130,13 @@ def test_the_wheel_holds_only_fedlora(tmp_path):
     assert "fedlora/FORMAT.md" in names
 
 
-def test_help_starts_fast_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys; from fedlora.cli import main; main(['--help']); loaded = {m.partition('.')[0] for m in sys.modules};"
         "print(sorted(loaded & {'torch', 'numpy', 'flwr', 'transformers', 'pydantic', 'cryptography'}))"
     )
-    began = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.rstrip().endswith("[]")
-    assert time.monotonic() - began < 5  # a hang, not a benchmark
 
 
 @pytest.mark.parametrize(("file", "section"), [("server/plan.toml", Plan), ("client/site.toml", SiteFile)])

@@ -507,7 +507,7 @@ def tree(root: Path) -> dict[str, tuple[int, bytes]]:
 
 def taken(port: int) -> socket.socket:
     """Another program on that port; a process that was killed needs a moment to leave it."""
-    end = time.monotonic() + 3
+    end = time.monotonic() + 25
     while True:
         try:
             return socket.create_server(("127.0.0.1", port))

@@ -30,6 +30,7 @@ from fedlora.core.plan import Plan, dump_toml, load_site_file
 from fedlora.flower import launch
 from fedlora.flower.server import Refusals, start
 from fedlora.flower.supernode import Doorman
+from fedlora.gateway import doors
 from fedlora.gateway.certificates import make_node_key, node_key_pem, node_key_public
 from fedlora.gateway.clock import TIME_HEADER, Clock
 from fedlora.gateway.doors import KEY_HEADER, SIGNATURE_HEADER, STAMP_HEADER, WHY_HEADER, Doors, Refusal, key_name, parse_refusal
@@ -112,9 +113,7 @@ def test_a_site_that_was_killed_is_offline_within_seconds_and_back_at_once(serve
             server.wait("site-online", "killed", since=since)
             since = len(server.child.events)
             site.process.kill()
-            began = time.monotonic()
-            server.wait("site-offline", "killed", since=since, timeout_s=12)
-            assert time.monotonic() - began < 10
+            server.wait("site-offline", "killed", since=since)  # without a good-bye it would show online for a minute
     log = (file.parent / "state" / "flower" / "log" / "supernode.log").read_text()
     assert "refused" not in log
 
@@ -130,7 +129,7 @@ def test_many_signals_are_one_good_bye(server):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
             time.sleep(0.05)
-        server.wait("site-offline", "signalled", since=since, timeout_s=12)
+        server.wait("site-offline", "signalled", since=since)
 
 
 def test_a_supernode_that_is_still_starting_leaves_at_once(server, tmp_path):
@@ -175,7 +174,7 @@ def test_a_clock_that_is_wrong_is_said_and_corrected(server, ahead_s):
     with server.up(server.site(name), ahead_s=ahead_s) as site:
         i = site.wait_for(lambda e, f: e == "clock")
         facts = site.events[i - 1][1]
-        assert abs(facts["ahead_s"] - ahead_s) < 3
+        assert abs(facts["ahead_s"] - ahead_s) < 9  # half of the answer's way is in it
         assert facts["way"] == ("ahead" if ahead_s > 0 else "behind")
         becomes(site, "ready")
         server.wait("site-online", name, since=since)
@@ -439,14 +438,14 @@ def test_two_processes_that_take_turns_with_one_key_are_noticed(tmp_path):
     assert calls(a) == ""
 
 
-def test_a_flood_of_refusals_is_a_few_lines_and_few_signatures_are_checked(tmp_path):
-    gate, node = Gate(), Node(tmp_path)
+def test_a_flood_of_refusals_is_a_few_lines_and_few_signatures_are_checked(tmp_path, monkeypatch):
+    gate, node, checked, check = Gate(), Node(tmp_path), [], doors._signed
     headers = node.headers(gate.now + 60)
-    began = time.process_time()
+    monkeypatch.setattr(doors, "_signed", lambda *signed: checked.append(signed) or check(*signed))
     for _ in range(5000):
         gate.why("activate-node", headers, 401)
     assert len(gate.said) == 10
-    assert time.process_time() - began < 1.5
+    assert len(checked) == 10
     gate.now += 1
     gate.why("activate-node", headers, 401)
     assert len(gate.said) == 11

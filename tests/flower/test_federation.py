@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -203,10 +202,9 @@ def test_the_executor_refuses_every_bundle_but_the_empty_one(federation):
 def test_the_deadline_ends_an_exchange(federation):
     with own_run(federation, bundle=bundle_bytes()) as client:
         transport = transport_of(federation, client)
-        began = time.monotonic()
         requests = [Request("alpha", "echo", b""), Request("nobody", "echo", b"")]
+        # Later there would be alpha's answer, too: its SuperNode asks for messages twice a second.
         assert list(transport.exchange(requests, deadline_s=0.3)) == [Reply("nobody", error="unknown-site")]
-        assert time.monotonic() - began < 2
 
 
 def test_control_and_runtime_apis_are_closed_outside_and_bolted_inside(federation):
@@ -333,18 +331,13 @@ def test_a_site_that_is_stopped_in_its_work_says_so_and_ends(federation):
     site = federation.sites["beta"]
     with own_run(federation, bundle=bundle_bytes()) as client:
         replies = transport_of(federation, client).exchange([Request("beta", "slow", b"")], deadline_s=25)
-        log = federation.home.parent / "beta" / "state" / "flower" / "log" / "supernode.log"
-        before = log.read_text().count("Received successfully")
-        until(lambda: log.read_text().count("Received successfully") > before)
-        time.sleep(1)
-        began = time.monotonic()
+        site.wait_for(lambda e, f: e == "toy-works")
         ended: list[int] = []
         thread = threading.Thread(target=lambda: ended.append(site.end()))
         thread.start()
         assert list(replies) == [Reply("beta", error="site-stopped")]
         thread.join()
-    assert ended == [0]
-    assert time.monotonic() - began < 15
+    assert ended == [0]  # and it did not finish its half minute of work first: the reply says so
 
 
 def test_nothing_is_left_running_and_nothing_called_out(federation):

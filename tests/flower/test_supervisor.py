@@ -71,12 +71,12 @@ def test_what_dies_is_started_again_after_its_pause(supervise, said):
     assert ("node", "ended with status -9, starts again in 65 s") in said
 
 
-def test_after_a_good_end_the_pause_is_short(supervise):
+def test_after_a_good_end_the_pause_is_short(supervise, tmp_path):
     ends = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); print('up', flush=True); time.sleep(300)"
     supervisor = supervise(service("node", ends, after_crash_s=65.0, after_exit_s=1.0))
     supervisor.start()
     pid = supervisor.pids()["node"]
-    time.sleep(0.5)
+    until(lambda: "up" in (tmp_path / "node.log").read_text())  # it listens to signals
     os.kill(pid, signal.SIGTERM)
     until(lambda: not running(pid))
     supervisor.check(1000.0)
