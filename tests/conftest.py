@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Generator
@@ -17,11 +18,22 @@ if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM_BYTE
     # Nearly every test flushes files to the disk, which takes milliseconds each time; memory forgets nothing while a test runs.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
+_WHOLE = re.compile(r"^pytestmark = .*?pytest\.mark\.(\w+)", re.MULTILINE | re.DOTALL)
+
 _PASSED: dict[str, bool] = {}  # test -> whether all its cases passed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tables", action="store_true", help="write the tables of attacks and faults from this run's results")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file whose tests all have a mark that `-m` leaves out is not imported: torch and flwr take seconds."""
+    left_out = re.findall(r"\bnot (\w+)", config.option.markexpr or "")
+    if collection_path.suffix != ".py" or not left_out:
+        return None
+    mark = _WHOLE.search(collection_path.read_text())
+    return True if mark and mark[1] in left_out else None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -137,6 +137,17 @@ def test_a_round_that_was_cut_off_while_it_was_noted_is_done_again_or_found(tmp_
     assert found == sorted(found)
 
 
+def test_no_flipped_byte_of_a_journal_entry_gives_another_entry(tmp_path):
+    journal = Journal(tmp_path)
+    journal.save(RUN, 1, Entry("train/p/a", b"update", b"state", b"kept"))
+    (file,) = (tmp_path / RUN).glob("*.journal")
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(StoreError):
+            journal.find(RUN, 1)
+
+
 def test_what_is_damaged_is_named_and_not_taken_for_missing(tmp_path):
     memory = FileMemory(tmp_path)
     memory.put("counter", b"7")

@@ -186,6 +186,13 @@ def test_numbers_that_the_plan_does_not_list_are_not_recorded(tmp_path):
     assert all(set(s) == {"weight", "train/loss"} for s in fed.store().records()[0]["sites"].values())
 
 
+def test_numbers_that_a_site_sends_unasked_are_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Site, "_shared", lambda site, plan, metrics: dict(metrics))
+    fed = Federation(tmp_path, plan(rounds=1, evaluation=Evaluation(share=("train/loss",))))
+    fed.run()
+    assert all(set(s) == {"weight", "train/loss"} for s in fed.store().records()[0]["sites"].values())
+
+
 def test_bytes_of_void_attempts_count(tmp_path):
     fed = Federation(tmp_path, plan(rounds=1, min_sites=3))
     once, size = fed.answers["b"], []

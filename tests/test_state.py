@@ -213,6 +213,13 @@ DAMAGE = {
 }
 
 
+ALIKE = (
+    ("cut-to-nothing", "cut-to-a-third", "cut-by-one"),
+    ("bit-at-the-start", "bit-in-the-middle", "bit-near-the-end", "last-bit"),
+)
+"""What shares its files out: the digest that notices one of them notices the others (`test_files.py` tries every byte)."""
+
+
 # --- the way on ---------------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +306,10 @@ def test_a_damaged_file_of_state_is_named_or_changes_nothing(left, tmp_path, mod
     place, undisturbed = left[mode]
     files = place.files()
     assert len(files) > 25
+    alike = next((kinds for kinds in ALIKE if kind in kinds), (kind,))
     for number, path in enumerate(files):
+        if (number + alike.index(kind)) % len(alike):  # each file is cut in one way, and has a bit flipped in one place
+            continue
         if mode == "secagg" and (number + list(DAMAGE).index(kind)) % 3:  # a third each: they take longer
             continue
         if mode == "done" and path.parts[0] != "server":  # a site's are those of a run that was cut off
