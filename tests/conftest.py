@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Generator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM_BYTE
     # Nearly every test flushes files to the disk, which takes milliseconds each time; memory forgets nothing while a test runs.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
-_WHOLE = re.compile(r"^pytestmark = .*?pytest\.mark\.(\w+)", re.MULTILINE | re.DOTALL)
+_WHOLE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", re.MULTILINE)
 
 _PASSED: dict[str, bool] = {}  # test -> whether all its cases passed
 
@@ -34,6 +35,23 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     mark = _WHOLE.search(collection_path.read_text())
     return True if mark and mark[1] in left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where files are dealt out to workers: the long ones first, those that wait for processes between those that compute."""
+    if not hasattr(config, "workerinput"):
+        return
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def having(*marks: str) -> list[Path]:
+        return [f for f, tests in files.items() if any(t.get_closest_marker(m) for t in tests for m in marks)]
+
+    wait = having("flower")
+    work = [f for f in having("slow", "torch", "real") if f not in wait]
+    long = [f for pair in zip_longest(wait, work) for f in pair if f is not None]
+    items[:] = [item for f in dict.fromkeys([*long, *files]) for item in files[f]]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

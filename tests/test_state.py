@@ -26,6 +26,7 @@ from fedlora.rounds.store import FileMemory, Journal, RunStore, load_adapter, sa
 from fedlora.rounds.transport import LocalTransport
 from fedlora.rules.first import first_adapter
 
+pytestmark = pytest.mark.slow
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = {"a": 1.0, "b": 3.0, "c": 5.0}
 RUN = "toy"

@@ -15,7 +15,7 @@ from functools import partial
 
 import httpx
 import pytest
-from flower.harness import Federation, descendants, running, until
+from flower.harness import PATIENCE_S, Federation, descendants, running, until
 from flower.toy_parts import BLOB_BYTES, CANARY, blob
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -239,7 +239,7 @@ def test_a_node_that_is_not_enrolled_is_refused(federation, tmp_path):
         secret=tmp_path / "secret",
     )
     env = flower_environment(tmp_path / "home", base=federation.env)
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode != 0
     assert "Exit Code: 305" in done.stdout + done.stderr
 
@@ -283,7 +283,7 @@ def test_a_stopped_run_ends_its_process(federation):
     app = pid_of(federation.server.process.pid, "toy_server_app")
     (run,) = {int(f["name"].split()[1]) for e, f in events if e == "process"}
     assert stop_run(federation.home, run)
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE_S)
     (error,) = failed
     assert isinstance(error, RunFailed)
     assert "stopped" in str(error)
@@ -354,5 +354,5 @@ def test_nothing_is_left_running_and_nothing_called_out(federation):
 def test_the_audit_hears_a_connection_that_leaves(tmp_path, federation):
     env = {**federation.env, "FEDLORA_TEST_AUDIT": str(tmp_path / "audit")}
     code = "import socket; s = socket.socket(); s.settimeout(0.1); s.connect_ex(('192.0.2.1', 9))"
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=10)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=PATIENCE_S)
     assert "192.0.2.1" in (tmp_path / "audit").read_text()

@@ -21,6 +21,8 @@ from fedlora.gateway.calls import Callers
 from fedlora.gateway.certificates import make_tls
 from fedlora.gateway.limits import Buckets
 
+pytestmark = pytest.mark.slow  # to import flwr, that is
+
 
 class Quiet(asyncio.Protocol):
     """A connection whose TLS is done."""

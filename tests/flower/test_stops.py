@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from flower.harness import Child, Federation, descendants, environment, make_home, running, until, write_site
+from flower.harness import PATIENCE_S, Child, Federation, descendants, environment, make_home, running, until, write_site
 
 from fedlora.core.errors import ConnectionFailed, FedLoRAError
 from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.server import start, stop_run, up
 from fedlora.gateway.exposure import free_port
+
+pytestmark = pytest.mark.slow  # to import flwr, that is
 
 flower = pytest.mark.flower
 
@@ -66,7 +68,7 @@ class Follower:
     def said(self, event: str) -> bool:
         return any(e == event for e, _ in self.events)
 
-    def ended(self, timeout_s: float = 40) -> FedLoRAError | None:
+    def ended(self, timeout_s: float = PATIENCE_S) -> FedLoRAError | None:
         self.thread.join(timeout_s)
         assert not self.thread.is_alive()
         return self.error[0] if self.error else None
@@ -165,7 +167,7 @@ def test_a_full_disk_at_flower_is_one_sentence(tmp_path, small_disk):
     with serving(tmp_path, sites=True) as federation:
         filler = fill(small_disk, leave=600_000)
         follower = Follower(federation, "full")  # its broadcast of 12 MB has no room
-        error = follower.ended(timeout_s=50)
+        error = follower.ended()
         assert (error.code, error.exit_status) == ("resources", 7), error
         assert str(error).startswith(f"no space left for {federation.home / 'flower'}")
         assert "--resume" in error.hint

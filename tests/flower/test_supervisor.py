@@ -172,7 +172,7 @@ def test_a_log_is_kept_for_its_owner_only(supervise, tmp_path):
 def test_a_log_does_not_grow_for_ever(supervise, tmp_path):
     chatter = "for i in range(400_000): print(str(i) * 10)\nimport time; time.sleep(300)"
     supervise(service("chatter", chatter)).start()
-    until(lambda: (tmp_path / "chatter.log.1").exists(), timeout_s=30)
+    until(lambda: (tmp_path / "chatter.log.1").exists())
     until(lambda: (tmp_path / "chatter.log").exists())
     assert (tmp_path / "chatter.log.1").stat().st_size <= 8 << 20
     assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.glob("chatter.log*")} == {0o600}
@@ -187,7 +187,7 @@ def test_grandchildren_go_with_their_parent_and_all_with_the_supervisor(tmp_path
     os.kill(child.process.pid, signal.SIGKILL)  # no chance to stop anything
     child.process.wait()
     try:
-        until(lambda: not running(supervised), timeout_s=5)
+        until(lambda: not running(supervised))
     finally:
         for pid in pids:
             if running(pid):

@@ -1,10 +1,10 @@
 """The comparison of rules: fair splits, resumable runs, a table that says what was run."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,12 +68,24 @@ def test_a_process_may_meet_the_splits_in_any_order(compare, plan, tmp_path):
     assert [set(worker.lab(split).rows) for split in ("all-rows", "iid", "domain")] == [{"all-rows"}, set(SITES), set(SITES)]
 
 
-def run(plan, out, *words):
-    command = [sys.executable, str(SCRIPT), str(plan), "--out", str(out), "--rates", "1e-2", "--variants", "fedavg,ffa,one-site"]
-    return subprocess.run([*command, "--tune-seeds", "1000", *words], capture_output=True, text=True, timeout=240)
+@pytest.fixture
+def run(compare, capsys):
+    """The script, in this process: torch is imported once."""
+
+    def run(plan, out, *words):
+        given = [str(plan), "--out", str(out), "--rates", "1e-2", "--variants", "fedavg,ffa,one-site", "--tune-seeds", "1000"]
+        try:
+            status = compare.main([*given, *words])
+        except SystemExit as e:
+            status = e.code
+        said = capsys.readouterr()
+        words = status if isinstance(status, str) else ""
+        return SimpleNamespace(returncode=1 if words else status, stdout=said.out, stderr=said.err + words)
+
+    return run
 
 
-def test_every_run_is_a_line_and_gone_on_with(plan, tmp_path):
+def test_every_run_is_a_line_and_gone_on_with(run, plan, tmp_path):
     out, words = tmp_path / "out", ["--splits", "domain", "--seeds", "0,1"]
     first = run(plan, out, *words, "--minutes", "0")
     assert first.returncode == 75, first.stderr
@@ -157,7 +169,7 @@ def test_a_run_that_failed_is_counted(compare):
 @pytest.mark.parametrize(
     "words", [["--variants", "fedbest"], ["--seeds", "1000"], ["--steps", "4", "--splits", "domain"]], ids=" ".join
 )
-def test_what_cannot_be_compared_is_said(plan, tmp_path, words):
+def test_what_cannot_be_compared_is_said(run, plan, tmp_path, words):
     said = run(plan, tmp_path, *words)
     assert said.returncode == 2
     assert "error: " in said.stderr
