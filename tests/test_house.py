@@ -1,6 +1,7 @@
 """The shape of the house: layers, homes of heavy libraries, what is shipped, samples that cannot go stale."""
 
 import ast
+import functools
 import importlib
 import pkgutil
 import subprocess
@@ -68,9 +69,14 @@ def part_of(name: str) -> str:
     return "learn/fast" if parts[:2] == ["learn", "fast"] else parts[0]
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -98,7 +104,7 @@ def test_no_module_imports_itself_by_a_detour():
 
 def test_nothing_prints_but_the_command():
     for path in FILES:
-        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        calls = [n for n in nodes(path) if isinstance(n, ast.Call)]
         prints = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id in ("print", "eval", "exec")]
         assert not prints or part(path) == "cli", path
 
@@ -106,9 +112,12 @@ def test_nothing_prints_but_the_command():
 MODULES = sorted({m.name for m in pkgutil.walk_packages(fedlora.__path__, "fedlora.")} - {"fedlora.__main__"})
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(m, marks=[pytest.mark.torch] if m.startswith("fedlora.learn") else []) for m in MODULES]
-)
+def _imports(module: str) -> list[pytest.MarkDecorator]:
+    heavy = {"fedlora.learn": pytest.mark.torch, "fedlora.flower": pytest.mark.slow}
+    return [mark for folder, mark in heavy.items() if module.startswith(folder)]
+
+
+@pytest.mark.parametrize("name", [pytest.param(m, marks=_imports(m)) for m in MODULES])
 def test_every_name_in_all_exists(name):
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__)

@@ -530,6 +530,7 @@ def run_durably(path):
     return Federation(path, plan(rounds=6), durable=True).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [3, 40, 131])
 def test_kill_9_anywhere_loses_nothing(tmp_path, after):
     """Server and sites in one process, killed behind a flush in the middle, started again: the same bits as without."""

@@ -595,6 +595,7 @@ def test_gap_of_nothing_is_zero():
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_product_never_takes_the_space_of_the_dense_matrix():
     """d = k = 4096, 16 sites of rank 16: the dense mean alone has 134 MB in float64, 67 MB in float32."""
     layout = Layout.of({"m.lora_A.weight": (16, 4096), "m.lora_B.weight": (4096, 16)})
