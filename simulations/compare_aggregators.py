@@ -333,7 +333,7 @@ _worker: list[Worker] = []
 
 
 def _begin(plan_file: Path, out: Path, threads: int, until: float) -> None:
-    _worker.append(Worker(plan_file, out, threads, until))
+    _worker[:] = [Worker(plan_file, out, threads, until)]
 
 
 def _work(job: Job) -> tuple[Job, dict[str, Any] | None]:

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import mutants
 import pytest
 import tables
 
@@ -158,6 +159,10 @@ def test_kits_are_not_packages(kit):
     assert not (ROOT / kit / "__init__.py").exists()
     out = subprocess.run([sys.executable, str(ROOT / kit / "run.py"), "--help"], capture_output=True, text=True, check=True)
     assert "Usage" in out.stdout
+
+
+def test_every_mutant_changes_a_line_that_stands_and_names_tests_that_do():
+    assert [f"{m.name}: {said}" for m in mutants.load() if (said := m.problem(ROOT))] == []
 
 
 @pytest.mark.parametrize("kind", tables.PAGES)

@@ -21,6 +21,8 @@ from fedlora.protect.secagg.rings import packed_bytes, unpack
 from fedlora.protect.secagg.terms import Offer
 from fedlora.rules import rule_of
 
+pytestmark = pytest.mark.slow
+
 COORDINATOR = identity("coordinator")
 
 

@@ -14,6 +14,8 @@ from fedlora.protect.secagg.dealing import Secrets, advertise, check_deliveries,
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.rings import pack, unpack
 
+pytestmark = pytest.mark.slow
+
 PHASES = ("advertise", "share", "mask", "vote", "unmask", "")
 RULES = Rules(1, 3)
 
