@@ -34,7 +34,7 @@ def plan(tmp_path_factory):
     toy_data(home / "data", SITES)
     text = (ROOT / "simulations" / "plans" / "toy.toml").read_text()
     text = text.replace('data = "toy"', 'data = "data"').replace('base = "toy"', 'base = "base"')
-    (home / "toy.toml").write_text(text.replace("num_rounds = 4", "num_rounds = 2"))
+    (home / "toy.toml").write_text(text.replace("num_rounds = 4", "num_rounds = 1").replace("local_steps = 3", "local_steps = 2"))
     return home / "toy.toml"
 
 
@@ -97,7 +97,7 @@ def test_every_run_is_a_line_and_gone_on_with(run, plan, tmp_path):
     runs = [json.loads(line) for line in kept.splitlines()[1:]]
     assert len(runs) == 6 * 3  # three baselines, three variants; one seed to tune, two to compare
     table = (out / "table.md").read_text()
-    assert "domain, 3 local steps" not in table  # the script's own number of steps, not the plan's
+    assert "domain, 2 local steps" not in table  # the script's own number of steps, not the plan's
     assert "### domain, 1 local step a round\n" in table
     assert all(f"| {name} | 0.01 | 2 |" in table for name in ("local", "pooled-tokens", "fedavg", "ffa", "one-site"))
     assert "http" not in (out / "report.html").read_text().replace("http-equiv", "").replace("http://www.w3.org", "")
@@ -115,7 +115,7 @@ def test_every_run_is_a_line_and_gone_on_with(run, plan, tmp_path):
     assert again.returncode == 0, again.stderr
     assert sorted(map(without_time, file.read_bytes().splitlines())) == sorted(map(without_time, kept.splitlines()))
     other = plan.with_name("other.toml")
-    other.write_text(plan.read_text().replace("num_rounds = 2", "num_rounds = 3"))
+    other.write_text(plan.read_text().replace("num_rounds = 1", "num_rounds = 3"))
     refused = run(other, out, *words)
     assert refused.returncode == 1
     assert "another plan" in refused.stderr

@@ -41,6 +41,8 @@ from fedlora.protect.secagg.opening import Deal
 from fedlora.protect.secagg.shamir import join, weights
 from fedlora.protect.secagg.terms import Terms
 
+pytestmark = pytest.mark.slow
+
 ALL = names(5)
 LAX = Rules(0, 1)  # what the liar makes its own cohorts with
 

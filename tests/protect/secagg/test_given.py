@@ -19,6 +19,8 @@ from fedlora.protect.secagg.planning import survival, survival_table
 from fedlora.protect.secagg.terms import Terms
 from fedlora.rounds.store import FileMemory
 
+pytestmark = pytest.mark.slow
+
 BASE, PLAN, OTHER = "ba" * 32, "aa" * 32, "bb" * 32
 SITES = "abcdefghij"
 
