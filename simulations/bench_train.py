@@ -259,7 +259,7 @@ def gpus(shape: str, count: int) -> None:
     from fedlora.core.plan import load_plan
     from fedlora.learn.fast.workers import Team
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")  # the followers' words too
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")  # the workers' too
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         home, began = Path(directory), time.perf_counter()
@@ -278,7 +278,13 @@ def gpus(shape: str, count: int) -> None:
             if number > 1:
                 devices = [f"cuda:{i}" for i in range(number)]
                 team = Team(
-                    home / "site.toml", plan, devices=devices, state=home / "team", facts=learner.facts(), report=lambda *_: None
+                    build.WORKER,
+                    home / "site.toml",
+                    plan,
+                    devices=devices,
+                    state=home / "team",
+                    facts=learner.facts(),
+                    report=lambda *_: None,
                 )
                 learner.join(team.ranks)
             warm = learner.train(first, round=1, state=b"")

@@ -41,7 +41,7 @@ class _Kept(Sums):
 
 @dataclass(frozen=True, slots=True)
 class _Recording(FedAvg):
-    def start(self, adapter: Adapter, *, cohort: int, exchange: int) -> Sums:
+    def start(self, adapter: Adapter, *, cohort: int, round: int) -> Sums:
         heard.append({})
         return _Kept.start(adapter.layout, cohort=cohort, max_weight=self.max_weight)
 

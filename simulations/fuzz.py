@@ -455,12 +455,12 @@ def _numbers() -> Parser:
 def _records() -> list[Parser]:
     """A site's own files, damaged."""
     session = Session(
-        1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, alone=False, ranks={},
-        slots=True, t1=bytes(32),
+        1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, alone=False,
+        t1=bytes(32),
     )  # fmt: skip
     encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), np.ones(14, np.float32))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3)
-    one = Sum("34" * 32, "12" * 32, "ab" * 32, frozenset(SITES), {SITES[0]: 1}, alone=True)
+    one = Sum("34" * 32, "12" * 32, "ab" * 32, frozenset(SITES), alone=True)
 
     def records(memory: DictMemory) -> Records:
         return Records(memory, "run", identity(SITES[0]), lambda n: bytes(n))

@@ -30,6 +30,7 @@ ORDER = (
     "learn/fast",
     "gateway",
     "assemble",
+    "worker",  # a process of its own at a site with several GPUs
     "flower",
     "library",
     "lab",
@@ -53,6 +54,9 @@ HOMES = {
     "typer": {"cli"},
     "rich": {"cli"},
     "pyarrow": {"data"},
+    "jinja2": {"lab"},
+    "altair": {"lab"},
+    "vl_convert": {"lab"},
     "pickle": set(),
     "random": {"learn"},  # the toy data only
 }
@@ -103,6 +107,81 @@ def test_no_module_imports_itself_by_a_detour():
     assert not modules.keys() - done
 
 
+PRIVATE = {"TENSOR_PROCESSORS", "GGUF_PRE_TOKENIZER_SPLITS", "support_avx512bf16_for_cpu", "init_state",
+           "H11Protocol", "their_state", "response_complete", "lifespan", "NodeAuthHttpInterceptor", "TaskIdentity"}  # fmt: skip
+"""Names that libraries spell as public ones and promise to nobody."""
+DOCUMENTED = {"_exit"}
+"""os._exit, which is public in spite of its name."""
+
+
+def internals(path: Path) -> bool:
+    return "_internals" in path.stem or "_internals" in path.parent.name
+
+
+def private_names(path: Path) -> list[str]:
+    """What a file takes by a name with an underscore from an object that is not its own, and ours only by their ``_fedlora``.
+
+    Its own are ``self`` and ``cls``, and the names that the file itself gives: functions, classes, fields, attributes it sets.
+    """
+    tree = ast.parse(path.read_text())
+    own = set(DOCUMENTED)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            own.add(node.target.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value):
+            own.add(node.attr)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not _is_self(node.value):
+            found.append(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr", "hasattr"):
+            found += [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "__dict__":
+            found += [node.slice.value] if isinstance(node.slice, ast.Constant) else []
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] not in ("__future__", "fedlora"):
+            found += [*node.module.split("."), *(a.name for a in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [part for a in node.names for part in a.name.split(".")]
+    return [n for n in found if n.startswith("_") and not n.startswith(("__", "_fedlora")) and n not in own]
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if not internals(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_names_of_others_are_used_in_internals_only(path):
+    assert not private_names(path)
+    tree = ast.parse(path.read_text())
+    spelled = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
+    }
+    spelled |= {part for name in imports(path) for part in name.split(".") if not name.startswith("fedlora.")}
+    assert not spelled & PRIVATE
+    if part(path).partition("/")[0] not in ("learn", "gateway", "flower"):
+        assert not [n for n in imports(path) if "_internals" in n]
+
+
+def test_of_flower_only_its_public_parts_are_imported_elsewhere():
+    public = ("flwr.app.", "flwr.serverapp.", "flwr.clientapp.")
+    for path in FILES:
+        if not internals(path):
+            assert not [n for n in imports(path) if n.partition(".")[0] == "flwr" and not n.startswith(public)], path
+
+
+def test_learn_looks_for_what_is_fast_in_one_place():
+    for path in FILES:
+        if part(path) == "learn":
+            named = [
+                n
+                for n in ast.walk(ast.parse(path.read_text()))
+                if isinstance(n, ast.Constant) and n.value == "fedlora.learn.fast"
+            ]
+            assert not named or path.name == "hooks.py", path
+
+
 def test_nothing_prints_but_the_command():
     for path in FILES:
         calls = [n for n in nodes(path) if isinstance(n, ast.Call)]
@@ -138,12 +217,13 @@ def test_the_wheel_holds_only_fedlora(tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"fedlora"}
     assert "fedlora/py.typed" in names
     assert "fedlora/FORMAT.md" in names
+    assert "fedlora/lab/page.html.j2" in names
 
 
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from fedlora.cli import main; main(['--help']); loaded = {m.partition('.')[0] for m in sys.modules};"
-        "print(sorted(loaded & {'torch', 'numpy', 'flwr', 'transformers', 'pydantic', 'cryptography'}))"
+        "print(sorted(loaded & {'torch', 'numpy', 'flwr', 'transformers', 'pydantic', 'cryptography', 'jinja2', 'altair'}))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.rstrip().endswith("[]")

@@ -1,13 +1,22 @@
 """What is made of results: numbers one can check by hand, honest gaps, and a page that nothing can break out of."""
 
+import base64
+import hashlib
+import html
+import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
 
-from fedlora.core.errors import ConfigError, VersionUnsupported
-from fedlora.lab.report import across, summarise, table, table_across, write_html
+from fedlora.cli import main
+from fedlora.core.errors import ConfigError, NotInstalled, StoreError, VersionUnsupported
+from fedlora.lab import simulate
+from fedlora.lab.report import across, load, summarise, write_figures, write_html
+from fedlora.lab.tables import table, table_across
 
 SITES = ("north", "south")
 
@@ -177,7 +186,7 @@ def read(path):
     return reader
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("seeds", [1, 2])
 def test_the_page_is_one_file_without_script_or_address(tmp_path, seeds):
     write_html([run(s) for s in range(seeds)], tmp_path / "report.html")
     page = read(tmp_path / "report.html")
@@ -205,6 +214,198 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
     page = read(tmp_path / "report.html")
     assert "script" not in page.names
     assert page.addresses == []
+
+
+def test_any_name_stands_on_the_page_as_it_is(tmp_path):
+    words = ["<b>&amp;", "{{ 7*7 }}{% x %}", "\u202eevil", "a\x00b", "datum.value", "__proto__", "'); x('", 'q"q', "\\n\n"]
+    odd = run(name=words[0])
+    odd["sites"] = words
+    scores = {w: {"nll": 1.0, "exact_match": 0.5, "coarse_match": None, "tokens": 10, "examples": 5} for w in words}
+    arms = {**{n: a for n, a in odd["arms"].items() if ":" not in n}, **{f"local:{w}": odd["arms"]["base"] for w in words}}
+    odd["arms"] = {name: {**one, "sites": scores} for name, one in arms.items()}
+    odd["rounds"] = [odd["rounds"][0], {**odd["rounds"][0], "round": 2}]
+    for record in odd["rounds"]:
+        record |= {"asked": words, "sites": {w: {"train/loss": 2.0, "eval/nll": 1.0, "weight": 1} for w in words}}
+        record |= {k: dict.fromkeys(words, 100) for k in ("bytes/up", "bytes/down")}
+    write_html(odd, tmp_path / "report.html")
+    read(tmp_path / "report.html")
+    text = html.unescape(re.sub("<[^>]*>", "\n", (tmp_path / "report.html").read_text()))
+    for word in words:
+        shown = "".join(c if c.isprintable() else "?" for c in word)
+        assert text.count(f"\n{shown}\n") >= 12, word  # as a cell, and in the figures as a name, an axis and a legend
+        assert f"\n{shown}, round 2: counted\n" in text, word  # what a mark says
+    assert not {"\u202e", "\x00"} & set(text)
+
+
+# --- what the page promises -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize(("better", "weaker"), [("pooled-tokens", "pooled-steps"), ("pooled-steps", "pooled-tokens")])
+def test_the_headline_compares_with_the_better_pooled_arm(tmp_path, seeds, better, weaker):
+    runs = [run(s) for s in range(seeds)]
+    for r in runs:
+        r["arms"][better], r["arms"][weaker] = r["arms"]["pooled-tokens"], r["arms"]["pooled-steps"]
+    write_html(runs, tmp_path / "report.html")
+    loss, match = 100 * (3.0 - 1.125) / (3.0 - 0.9), 100 * (0.45 - 0.25) / (0.5 - 0.25)  # 89.3 % and 80.0 %, by hand
+    tiles = (tmp_path / "report.html").read_text().split('<div class="tiles">')[1].split("<section>")[0]
+    assert f"<b>{loss:.1f}" in tiles
+    assert re.search(rf"to {better}, the better pooled arm; exact match {match:.1f}", tiles)
+    assert f"{better} 50.0 %" in tiles
+    assert weaker not in tiles
+    text = table(runs[0]) if seeds == 1 else table_across(runs)
+    first = next(line for line in text.splitlines() if "the better of both" in line)
+    assert f"{loss:.1f}" in first
+    assert f"{match:.1f}" in first
+    assert re.search(rf"the better of both.*\n.*{weaker}|the better of both.*\n.*{better}", text)  # it comes first
+    if seeds == 1:
+        assert f"quote the better of both, which is {better})" in text
+
+
+def test_the_better_arm_is_that_of_each_metric_and_seed(tmp_path):
+    runs = [run(0), run(1)]
+    runs[1]["arms"]["pooled-steps"] = arm((0.7, 0.2), (0.7, 0.2))  # better in loss, worse in exact match
+    write_html(runs[1], tmp_path / "one.html")
+    said = "to pooled-steps, the better pooled arm; exact match 80.0 % of the way to pooled-tokens, the better pooled arm"
+    assert said in (tmp_path / "one.html").read_text()
+    assert "which is pooled-steps in loss, pooled-tokens in exact match)" in table(runs[1])
+    write_html(runs, tmp_path / "both.html")
+    said = "to the better pooled arm of each seed; exact match 80.0 +- 0.0 % of the way to pooled-tokens"
+    assert said.replace("+-", "±") in (tmp_path / "both.html").read_text()
+
+
+class Figures(HTMLParser):
+    """The words, the marks and the cells of each figure, and the colors in its drawing."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.colors, self.cell, self.path = [], set(), False, {}
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        if tag == "figure":
+            self.found.append({"words": "", "drawings": 0, "marks": [], "cells": []})
+        if named.get("role") == "img":
+            self.found[-1]["words"] = named["aria-label"]
+        if tag == "svg" and "aria-hidden" not in named:
+            self.found[-1]["drawings"] += 1
+        self.colors |= {named[k] for k in ("fill", "stroke") if k in named}
+        if tag == "title" and self.found:
+            self.found[-1]["marks"].append(self.path)
+        self.path = named if tag == "path" else {}
+        self.cell = tag in ("td", "th")
+
+    def handle_endtag(self, tag):
+        self.cell = False
+
+    def handle_data(self, data):
+        if self.cell and self.found:
+            self.found[-1]["cells"].append(data)
+
+
+def test_every_figure_has_its_words_its_numbers_and_colors_for_the_dark(tmp_path):
+    from fedlora.lab.figures import COLORS, PALETTE
+
+    results = run()
+    second = {**results["rounds"][0], "round": 2, "rejected": {"south": "late"}, "sites": {"north": {"eval/nll": 1.25}}}
+    results["rounds"].append(second)
+    write_html(results, tmp_path / "report.html")
+    parser = Figures()
+    parser.feed((tmp_path / "report.html").read_text())
+    assert len(parser.found) == 9
+    for one in parser.found:
+        assert one["drawings"] == 1
+        assert len(one["words"]) > 20
+        assert len(one["cells"]) >= 4
+    held_out, took_part = parser.found[2], parser.found[4]
+    assert held_out["words"].startswith("Held-out loss: 3 lines. mean of those that reported from 3.250 at 0 to 1.250 at 1")
+    assert [len(one["marks"]) for one in parser.found] == [8, 8, 3, 1, 4, 2, 5, 4, 3]
+    assert all(mark["d"] for one in parser.found for mark in one["marks"])
+    heights = [
+        float(mark["transform"].rstrip(")").split(",")[1]) for mark in held_out["marks"]
+    ]  # of 3.0, 1.25 and 3.5; 0 is the top
+    assert 0 < heights[2] < heights[0] < heights[1] < 200
+    head = ["round", "mean of those that reported", "north", "south"]
+    assert held_out["cells"] == [*head, "0", "3.250", "3.000", "3.500", "1", "1.250", "1.250", "-"]
+    assert took_part["words"] == "Who took part: 2 sites in 2 rounds. counted: 3, late: 1."
+    assert took_part["cells"] == ["round", "north", "south", "1", "counted", "counted", "2", "counted", "late"]
+    assert parser.colors <= {light for light, _ in COLORS.values()} | set(PALETTE) | {"none", "#14171a", "transparent"}
+
+
+def test_the_page_allows_its_own_style_and_nothing_else(tmp_path):
+    write_html(run(), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    style = re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"content=\"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'\"" in text
+    assert not re.search(r"url\(|@import| style=", text)
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path):
+    runs = [run()]
+    write_html(runs, tmp_path / "one.html")
+    files = write_figures(runs, tmp_path / "one")
+    (tmp_path / "results.json").write_text(json.dumps(runs[0]))
+    command = [sys.executable, "-m", "fedlora", "report", str(tmp_path), "--figures", str(tmp_path / "two"), "--json"]
+    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["data"]
+    assert (tmp_path / "report.html").read_bytes() == (tmp_path / "one.html").read_bytes()
+    assert said == {"report": str(tmp_path / "report.html"), "figures": [str(tmp_path / "two" / f.name) for f in files]}
+    assert len({f.name for f in files}) == len(files) == 2 * (2 + 7)
+    for file in files:
+        blob = file.read_bytes()
+        assert blob.startswith({".pdf": b"%PDF-", ".png": b"\x89PNG"}[file.suffix])
+        assert blob == (tmp_path / "two" / file.name).read_bytes(), file.name
+        assert b"CreationDate" not in blob
+
+
+def test_a_pdf_does_not_depend_on_the_order_of_a_hash_table(tmp_path):
+    from fedlora.lab.figures import MEAN, lines
+
+    points = [(1, 2.0), (2, 1.0)]
+    figure = lines("loss", "Loss", "Nats.", {MEAN: points, "north": points, "south": points})  # pale and full: two graphic states
+    assert len({figure.save(tmp_path)[0].read_bytes() for _ in range(10)}) == 1
+
+
+# --- files that are not there, or not what they should be -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [b"", b"{", b"[]", b"null", b"\xff", b'{"format": 1}', b"[" * 100_000, json.dumps({**run(), "seed": "../../x"}).encode()],
+    ids=["empty", "cut", "list", "null", "not-utf-8", "no-arms", "deep", "seed"],
+)
+def test_damaged_results_are_named(tmp_path, blob):
+    (tmp_path / "results.json").write_bytes(blob)
+    with pytest.raises(StoreError, match=re.escape(str(tmp_path / "results.json"))):
+        load(tmp_path)
+
+
+def test_results_are_found_in_the_order_of_their_seeds_or_their_absence_is_named(tmp_path, capsys):
+    with pytest.raises(StoreError, match=r"holds no results\.json"):
+        load(tmp_path)
+    assert main(["report", str(tmp_path)]) == 3
+    assert "hint: name the directory" in capsys.readouterr().err
+    for seed in (10, 2):
+        (tmp_path / f"seed-{seed}").mkdir()
+        (tmp_path / f"seed-{seed}" / "results.json").write_text(json.dumps(run(seed)))
+    assert [r["seed"] for r in load(tmp_path)] == [2, 10]
+    assert [r["seed"] for r in load(tmp_path / "seed-10")] == [10]
+
+
+@pytest.mark.parametrize("module", ["jinja2", "altair", "vl_convert"])
+def test_without_the_extra_the_numbers_are_kept_and_the_page_is_a_named_error(tmp_path, monkeypatch, capsys, module):
+    for name in ("fedlora.lab.page", "fedlora.lab.figures"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(NotInstalled, match=f"{module} is not installed"):
+        write_html(run(), tmp_path / "report.html")
+    (tmp_path / "results.json").write_text(json.dumps(run()))
+    assert main(["report", str(tmp_path)]) == 3
+    assert "hint: pip install 'fedlora[report]'" in capsys.readouterr().err
+    (tmp_path / "report.html").write_text("of an earlier seed")
+    simulate._write_summary(tmp_path, [run()])
+    assert (tmp_path / "summary.txt").read_text() == table(run()) + "\n"
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_names_cannot_send_commands_to_a_terminal():

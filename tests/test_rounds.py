@@ -83,7 +83,7 @@ class Federation:
         )
         parts = {"aggregator": rule_of(self.plan), "protection": protection, "transport": LocalTransport(self.answers)}
         parts["enrolled"] = list(self.learners)
-        return run(self.plan, store=store, report=lambda e, f: self.events.append((e, dict(f))), **{**parts, **changes})
+        return run(self.plan, store=store, **{"report": lambda e, f: self.events.append((e, dict(f))), **parts, **changes})
 
 
 def plan(**more):
@@ -165,8 +165,8 @@ def test_one_update_is_in_memory_at_a_time(tmp_path):
     alive, most = [], []
 
     class Watching(FedAvg):
-        def start(self, adapter, *, cohort, exchange):
-            empty = super().start(adapter, cohort=cohort, exchange=exchange)
+        def start(self, adapter, *, cohort, round):
+            empty = super().start(adapter, cohort=cohort, round=round)
             return Seen(**{f.name: getattr(empty, f.name) for f in fields(empty)})
 
     class Seen(Sums):

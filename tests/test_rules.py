@@ -9,15 +9,16 @@ from pydantic import ValidationError
 from test_rounds import KEYS, TARGETS, Federation, interrupted
 
 from fedlora import assemble as build
-from fedlora.core.errors import StoreError
+from fedlora.core.errors import ConfigError, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Lora, Plan, Protect, ServerOptimizer, Training, Wire
 from fedlora.core.plan import Federation as Sites
 from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout, toy_plan
+from fedlora.library.publish import export_run, outcome
 from fedlora.rounds.store import Journal, load_adapter
-from fedlora.rules import PUBLIC
+from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules.first import first_adapter
 
 START = first_adapter(toy_layout(), seed=0)
@@ -53,7 +54,6 @@ class Run(Federation):
 
 RULES = {
     "fedavg": {},
-    "fedavg-fedrot": {"aggregate": Aggregate(fedrot=0.5)},
     "fedavg-share-A": {"aggregate": Aggregate(share="A")},
     "ffa": {"aggregate": Aggregate(name="ffa")},
     "rolora": {"aggregate": Aggregate(name="rolora")},
@@ -61,7 +61,6 @@ RULES = {
     "product": {"aggregate": Aggregate(name="product")},
     "product-full": {"aggregate": Aggregate(name="product", rank="full")},
     "product-ranks": {"aggregate": Aggregate(name="product"), "lora": RANKS},
-    "masked": {"aggregate": Aggregate(name="masked"), "lora": RANKS},
     "robust-clip": {"aggregate": Aggregate(name="robust", statistic="clip")},
     "robust-median": {"aggregate": Aggregate(name="robust", statistic="median")},
     "sgd": {"server_optimizer": ServerOptimizer(name="sgd", learning_rate=0.5)},
@@ -266,19 +265,6 @@ def test_a_sites_own_adapter_outlives_the_next_run(tmp_path):
     assert Journal(first.path / "a").own(second.store().run).exists()
 
 
-def test_sites_of_lower_rank_train_the_first_slots_and_each_slot_has_its_own_denominator(tmp_path):
-    fed = Run(tmp_path, plan(rounds=1, **RULES["masked"]))
-    after = fed.run().adapter
-    tensors, start = after.tensors(), START.tensors()
-    for name, values in tensors.items():
-        at = (slice(0, 1), slice(1, 2)) if name.endswith("lora_A.weight") else (np.s_[:, 0:1], np.s_[:, 1:2])
-        for slot, mean in zip(at, (3.0, 3.0), strict=True):  # of all three sites; of a and c
-            assert values[slot] == pytest.approx((start[name][slot] + mean) / 2, abs=1e-5)
-    (record,) = fed.store().records()
-    assert record["slots/0"] == pytest.approx(1.0)
-    assert record["slots/1"] == pytest.approx(2 / 3)
-
-
 def test_a_product_of_sites_of_different_ranks_is_the_mean_of_their_products(tmp_path):
     fed = Run(tmp_path, plan(rounds=1, aggregate=Aggregate(name="product", rank="full"), lora=RANKS))
     after = fed.run().adapter
@@ -310,7 +296,7 @@ def test_a_server_that_sends_more_or_other_than_the_rule_is_refused(tmp_path):
     changes = {
         "a": {"sends": lambda task: START.layout},  # asks for B, too
         "b": {"adapter": lambda task: START},  # sends a B
-        "c": {"public": lambda task: START},  # sends what this rule does not publish
+        "c": {"sends": lambda task: START.layout.only("B")},  # asks for B instead
     }
     replies = {}
     for name, change in changes.items():
@@ -347,14 +333,17 @@ def test_a_state_that_was_damaged_is_named_and_the_run_goes_back_one_checkpoint(
         ({"aggregate": {"name": "product"}, "server_optimizer": {"name": "nesterov"}}, ["nesterov", "product", "none"]),
         ({"aggregate": {"name": "fedsvd"}, "server_optimizer": {"name": "fedadam"}}, ["fedadam", "fedsvd", "none"]),
         ({"aggregate": {"name": "product"}, "training": {"optimizer_state": "keep"}}, ["keep", "product", "reset"]),
-        ({"aggregate": {"name": "fedavg"}, "lora": {"ranks": {"a": 2}}}, ["ranks", "fedavg", "masked", "product"]),
+        (
+            {"protect": {"mode": "secagg"}, "aggregate": {}, "lora": {"ranks": {"a": 2}}},
+            ["lora.ranks", "secagg", "sealed", "product"],
+        ),
+        ({"aggregate": {"name": "fedavg"}, "lora": {"ranks": {"a": 2}}}, ["ranks", "fedavg", "product"]),
         ({"aggregate": {"name": "ffa", "share": "A"}}, ["share", "fedavg", "ffa"]),
         ({"aggregate": {"name": "fedavg", "rank": "full"}}, ["rank", "product", "fedavg"]),
-        ({"aggregate": {"share": "A", "fedrot": 0.5}}, ["fedrot", "share"]),
         ({"aggregate": {"name": "product", "gauge": "procrustes", "rank": "full"}}, ["procrustes", "'r'"]),
         ({"aggregate": {"name": "robust", "statistic": "multi-krum", "byzantine": 2}}, ["multi-krum", "7"]),
         ({"server_optimizer": {"name": "none", "momentum": 0.5}}, ["server_optimizer", "none"]),
-        ({"lora": {"r": 4, "ranks": {"a": 8}}, "aggregate": {"name": "masked"}}, ["ranks", "largest"]),
+        ({"lora": {"r": 4, "ranks": {"a": 8}}, "aggregate": {"name": "product"}}, ["ranks", "largest"]),
         ({"aggregate": {"name": "product", "max_rank": 3}}, ["max_rank", "'r_max' or 'energy'", "'r'"]),
         ({"aggregate": {"name": "robust", "trim": 0.2}}, ["trim", "'trimmed'", "'clip'"]),
         ({"server_optimizer": {"name": "fedadam", "momentum": 0.5}}, ["momentum", "'fedavgm' or 'nesterov'", "'fedadam'"]),
@@ -384,9 +373,69 @@ def test_all_that_does_not_go_together_is_said_at_once():
     assert text.count("svd_every") == 1
 
 
-def test_steps_of_a_site_count_the_rounds_and_not_the_exchanges(tmp_path):
+def test_steps_of_a_site_count_the_rounds(tmp_path):
     fed = Run(tmp_path, plan(rounds=2), policy=open_policy(max_rounds=2))
     fed.run()
     assert all(learner.trained == [1, 2] for learner in fed.learners.values())
     assert json.loads(Journal(fed.path / "a").last(fed.store().run)[1].state) == [1, 2]
-    assert PUBLIC not in fed.store().load().state
+
+
+# --- a round is a round ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", [n for n in RULES if n != "fedavg-share-A"])
+def test_what_is_published_says_how_many_rounds_it_has_and_whether_these_are_all(tmp_path, name):
+    fed = Run(tmp_path, plan(rounds=2, **RULES[name]))
+    interrupted(fed, 1)
+    fed.restart()
+    for rounds, complete in ((1, False), (2, True)):
+        out = tmp_path / f"after-{rounds}"
+        export_run(fed.path / "run", out, dtype="bfloat16", merge=False, base=None)
+        facts = json.loads((out / "fedlora_run.json").read_text())
+        assert (facts["rounds"], facts["complete"]) == (rounds, complete)
+        fed.run()
+    assert facts["adapter"] == fed.store().load().adapter.digest()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_end_of_a_run_is_told_in_rounds_whatever_became_of_its_records(tmp_path, name):
+    fed = Run(tmp_path, plan(rounds=2, **RULES[name]))
+    interrupted(fed, 1)
+    assert outcome(fed.path / "run")[0]["rounds"] == 1
+    fed.restart()
+    fed.run()
+    for _ in range(2):
+        facts, text = outcome(fed.path / "run")
+        assert facts["rounds"] == 2
+        assert "2 rounds" in text
+        (fed.path / "run" / "rounds.jsonl").write_bytes(b"")  # the disk has lost it
+
+
+def lost_in(path, todo, lost):
+    """The records of a run that has lost a site, and what was told first."""
+    fed, told = Run(path, todo), []
+    drop = Dropouts(LocalTransport(fed.answers), frozenset([lost]))
+
+    def report(event, facts):
+        told.append((event, dict(facts)))
+        drop.listen(event, facts)
+
+    fed.run(transport=drop, report=report)
+    return [*fed.store().records(), fed.store().final()], told[0]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_has_as_many_rounds_as_the_plan_says_and_each_can_be_lost_by_its_number(tmp_path, name):
+    """Rounds 1 to R, of which a site misses the one that was named, and the evaluation after them as R + 1."""
+    todo = plan(rounds=2, **RULES[name] | {"min_sites": 1})
+    (last,) = parse_dropouts(["b@train:3"], sites=TARGETS, plan=todo)
+    with pytest.raises(ConfigError, match="of this plan"):
+        parse_dropouts(["b@train:4"], sites=TARGETS, plan=todo)
+    for lost in (("b", "train", 2), last):
+        records, first = lost_in(tmp_path / str(lost[2]), todo, lost)
+        assert first[0] == "start"
+        assert first[1]["rounds"] == 2
+        assert [r["round"] for r in records] == [1, 2, 3]
+        due = [lost[2]] if "b" in records[lost[2] - 1]["asked"] else []  # not drawn, in a run that draws
+        assert [r["round"] for r in records if r["rejected"].get("b") == "late"] == due

@@ -385,7 +385,7 @@ def independent_task(blob: bytes) -> dict:
     """FORMAT.md, section 3."""
     magic, version, zero, flags, n, *lengths = struct.unpack_from("<4sBBHQIIII", blob)
     assert (magic, version, zero) == (b"FLTK", 1, 0)
-    assert flags < 4
+    assert flags < 2
     assert hashlib.sha256(blob[:-16]).digest()[:16] == blob[-16:]
     parts, at = [], 32
     for length in lengths:
@@ -395,15 +395,10 @@ def independent_task(blob: bytes) -> dict:
     assert json.dumps(json.loads(layout), separators=(",", ":")).encode() == layout
     assert sum(math.prod(shape) for _, shape in json.loads(layout)) == n
     adapter = hashlib.sha256(hashlib.sha256(layout).digest() + blob[at : at + 4 * n]).hexdigest()
-    found, end = {"sends": None, "public": None}, at + 4 * n
+    found, end = {"sends": None}, at + 4 * n
     if flags & 1:
         (size,) = struct.unpack_from("<I", blob, end)
         found["sends"], end = blob[end + 4 : end + 4 + size], end + 4 + size
-    if flags & 2:
-        size, q = struct.unpack_from("<IQ", blob, end)
-        shown, end = blob[end + 12 : end + 12 + size], end + 12 + size
-        assert sum(math.prod(shape) for _, shape in json.loads(shown)) == q
-        found["public"], end = (shown, struct.unpack_from(f"<{q}f", blob, end)), end + 4 * q
     assert len(blob) == end + 16
     return {
         **json.loads(head),
@@ -437,7 +432,6 @@ def test_a_reader_made_from_the_specification_agrees_on_tasks(path):
     assert theirs["adapter"] == ours.adapter.digest()
     assert list(theirs["values"]) == ours.adapter.vector.tolist()
     assert theirs["sends"] == (ours.sends.dump() if ours.sends else None)
-    assert theirs["public"] == ((ours.public.layout.dump(), tuple(ours.public.vector.tolist())) if ours.public else None)
 
 
 @given(updates(st.floats(-(2.0**127), 2.0**127, width=32)), st.sampled_from(wire.DTYPES))

@@ -194,16 +194,13 @@ def _survival(plan: Plan) -> tuple[list[dict[str, int]], str]:
     found = [survival(n, rules, lone_change=mode) for n in sorted({*range(first, first + 5), first + 7, 20, 100}) if n >= first]
     text = (
         f"\nsecure aggregation: up to {rules.max_colluding} sites may work together with the server; a roster may ask for more\n"
-        "  sites   to its end   may be away from a later round   may drop out during one"
+        "  sites   to its end   may be away from a round   may drop out during one"
     )
-    text += "".join(f"\n  {s.sites:5}   {s.stay:10}   {s.away or 'none':>30}   {s.lost or 'none':>23}" for s in found)
+    text += "".join(f"\n  {s.sites:5}   {s.stay:10}   {s.away or 'none':>24}   {s.lost or 'none':>23}" for s in found)
     if mode == "refuse":
-        apart = rules.max_colluding + 2
         text += (
-            "\n  lone_change = 'refuse': the sites of the first round's sum are those of all later ones, or a sum differs by "
-            f"{apart} sites or more;\n  for one that is away, healthy ones are left out up to {apart}; where that leaves too "
-            "few, the round waits for the site to come back,\n  and a site that missed the first sum has no way in: "
-            "set federation.min_sites to the number of sites that shall take part"
+            "\n  lone_change = 'refuse': a sum is over whole groups of the roster; a site that is away takes the others of its "
+            f"group with it,\n  {rules.max_colluding + 1} or more. Where that leaves too few, the round waits for it to come back"
         )
     return [asdict(s) for s in found], text
 
@@ -272,8 +269,31 @@ def simulate(
             batch_sites=batch_sites,
             report=screen,
         )
-    text = (where / "summary.txt").read_text() + f"\nreport: {where / 'report.html'}"
+    page = where / "report.html"
+    later = f"\nno report.html: pip install 'fedlora[report]', then fedlora report {where}"
+    text = (where / "summary.txt").read_text() + (f"\nreport: {page}" if page.exists() else later)
     emit({"out": str(where), "results": results}, text, as_json=json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A simulation's directory, or one seed's in it.")],
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write each figure to this directory, as PDF and PNG for papers.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write the page about a simulation, report.html, from its results.
+
+    Example: fedlora report runs/clinical --figures figures
+    """
+    from fedlora.lab.report import load, write_figures, write_html
+
+    results, page = load(run), run / "report.html"
+    write_html(results, page)
+    files = write_figures(results, figures) if figures is not None else []
+    text = f"report: {page}" + f"\nfigures: {len(files)} files in {figures}" * bool(files)
+    emit({"report": str(page), "figures": [str(f) for f in files]}, text, as_json=json)
 
 
 @app.command()
@@ -343,20 +363,11 @@ def server_start(
     Example: fedlora server start study study/plan/plan.toml
     """
     from fedlora.flower.server import start
-    from fedlora.lab.plots import majority_line
-    from fedlora.rounds.store import RunStore
+    from fedlora.library.publish import outcome
 
     with Screen(quiet=quiet) as screen:
         directory = start(home, plan, resume=resume, report=screen)
-    rounds = RunStore.open(directory).records()
-    partial = [r["round"] for r in rounds if r["partial"]]
-    said = f"{len(partial)} of {len(rounds)} rounds without some site" if partial else f"{len(rounds)} rounds, every site in each"
-    emit(
-        {"run": str(directory), "rounds": len(rounds), "partial_rounds": partial},
-        f"done: {directory} ({said})\n{majority_line(rounds)}\n"
-        f"next, where fedlora[train] is installed: fedlora export {directory} adapter/",
-        as_json=json,
-    )
+    emit(*outcome(directory), as_json=json)
 
 
 @site.command("up")

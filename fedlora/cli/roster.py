@@ -22,12 +22,20 @@ RosterFile = Annotated[Path, typer.Argument(help="Roster file (JSON).", show_def
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-MinCohort = Annotated[
+GroupSize = Annotated[
     int | None,
     typer.Option(
-        help="Fewest sites of a sum from now on; default: as many as it takes for sums of before and after to have an honest "
-        "site in common. Lower only if there was no run under secure aggregation yet, or with another base model.",
+        help="Fewest sites of a group; default: two more than may collude. Under secure aggregation a sum is over whole groups: "
+        "larger groups hide a site among more, and one site that is away takes more others with it.",
         show_default=False,
+    ),
+]
+Regroup = Annotated[
+    bool,
+    typer.Option(
+        "--regroup",
+        help="Put all active sites into new groups. Before the first run under secure aggregation, or for a base model that was "
+        "not used yet: sites refuse new groups on a base model for which they have given to sums.",
     ),
 ]
 
@@ -45,6 +53,7 @@ def new(
     max_colluding: Annotated[int, typer.Option(help="So many sites in league learn nothing of the others.")] = 1,
     min_cohort: Annotated[int, typer.Option(help="Fewest sites whose sum may be shown.")] = 3,
     min_version: Annotated[str, typer.Option(help="Oldest release that may take part.")] = "0.1.0",
+    group_size: GroupSize = None,
     json: Json = False,
 ) -> None:
     """Write the first roster, not signed yet. A coordinator's keys come from `fedlora keygen site`.
@@ -66,6 +75,7 @@ def new(
         max_colluding=max_colluding,
         min_cohort=min_cohort,
         min_version=min_version,
+        group_size=group_size,
         now=int(time.time()),
     )
     _save(file, SignedRoster(first))
@@ -77,19 +87,23 @@ def add(
     file: RosterFile,
     sites: Annotated[list[Path] | None, typer.Argument(help="The new sites' .pub files.", show_default=False)] = None,
     days: Annotated[int | None, typer.Option(help="Hold from now for so long; default: the end stays.")] = None,
-    min_cohort: MinCohort = None,
+    regroup: Regroup = False,
+    group_size: GroupSize = None,
     json: Json = False,
 ) -> None:
     """Write the next epoch with more sites, not signed yet. With --days alone it only renews.
+
+    New sites get groups of their own, as soon as they are enough for one; until then they wait.
 
     Example: fedlora roster add roster.json north.pub --days 30
     """
     from fedlora.core.errors import ConfigError
     from fedlora.formats.keys import load_public
 
-    if not sites and days is None:
-        raise ConfigError("nothing to change", hint="name the .pub files of new sites, or --days to renew")
-    _turn(file, add=[load_public(s) for s in sites or ()], revoke=[], days=days, min_cohort=min_cohort, json=json)
+    if not sites and days is None and not regroup:
+        raise ConfigError("nothing to change", hint="name the .pub files of new sites, --days to renew, or --regroup")
+    more = [load_public(s) for s in sites or ()]
+    _turn(file, add=more, revoke=[], days=days, regroup=regroup, group_size=group_size, json=json)
 
 
 @roster.command("revoke")
@@ -97,14 +111,17 @@ def revoke(
     file: RosterFile,
     names: Annotated[list[str], typer.Argument(help="Names of sites.", show_default=False)],
     days: Annotated[int | None, typer.Option(help="Hold from now for so long; default: the end stays.")] = None,
-    min_cohort: MinCohort = None,
+    regroup: Regroup = False,
+    group_size: GroupSize = None,
     json: Json = False,
 ) -> None:
     """Write the next epoch without these sites, not signed yet. Neither name nor key can come back.
 
+    The other sites of their groups sit out, under secure aggregation, until --regroup or new sites make other groups.
+
     Example: fedlora roster revoke roster.json north
     """
-    _turn(file, add=[], revoke=names, days=days, min_cohort=min_cohort, json=json)
+    _turn(file, add=[], revoke=names, days=days, regroup=regroup, group_size=group_size, json=json)
 
 
 @roster.command("sign")
@@ -156,7 +173,8 @@ def show(file: RosterFile, json: Json = False) -> None:
         "coordinators",
         *(f"  {p['name']:{width}}  {p['signature']:9}  {p['fingerprint']}" for p in facts["coordinators"]),
         "sites",
-        *(f"  {p['name']:{width}}  {p['status']:9}  {p['fingerprint']}" for p in facts["sites"]),
+        *(f"  {p['name']:{width}}  {p['status']:9}  group {p['group'] or '-':<3}  {p['fingerprint']}" for p in facts["sites"]),
+        *_idle(facts),
     ]
     emit(facts, "\n".join(lines), as_json=json)
 
@@ -165,7 +183,14 @@ def show(file: RosterFile, json: Json = False) -> None:
 
 
 def _turn(
-    file: Path, *, add: list[PublicIdentity], revoke: list[str], days: int | None, min_cohort: int | None, json: bool
+    file: Path,
+    *,
+    add: list[PublicIdentity],
+    revoke: list[str],
+    days: int | None,
+    regroup: bool,
+    group_size: int | None,
+    json: bool,
 ) -> None:
     """Puts the next epoch in the place of this one, which stays beside it."""
     from fedlora.core.errors import StoreError
@@ -174,7 +199,8 @@ def _turn(
     old = load_roster(file)
     # No site would ever take an epoch that follows an unsigned one.
     old.verify(old.roster.coordinators, old.roster.needed, others=_coordinators_before(file, old.roster))
-    new = SignedRoster(next_epoch(old.roster, add=add, revoke=revoke, days=days, min_cohort=min_cohort, now=int(time.time())))
+    now = int(time.time())
+    new = SignedRoster(next_epoch(old.roster, add=add, revoke=revoke, days=days, regroup=regroup, group_size=group_size, now=now))
     kept = _kept(file, old.roster.epoch)
     if kept.exists() and load_roster(kept).roster != old.roster:
         raise StoreError(f"{kept} is another roster", hint="move it away: the epoch that is replaced is kept under this name")
@@ -210,12 +236,22 @@ def _to_sign(file: Path, signed: SignedRoster, *, json: bool) -> None:
     enough = facts["signatures"] >= facts["needed"]
     missing = ", ".join(c["name"] for c in facts["coordinators"] if c["signature"] != "signed")
     then = "give the file to the server and to every site" if enough else f"fedlora roster sign {file} --key KEY, by {missing}"
-    emit(
-        facts,
-        f"{file}: epoch {facts['epoch']}, {facts['signatures']} of {facts['needed']} signatures\n"
-        f"digest {facts['digest']}\nnext: {then}",
-        as_json=json,
-    )
+    lines = [
+        f"{file}: epoch {facts['epoch']}, {facts['signatures']} of {facts['needed']} signatures",
+        f"digest {facts['digest']}",
+        *_idle(facts),
+        f"next: {then}",
+    ]
+    emit(facts, "\n".join(lines), as_json=json)
+
+
+def _idle(facts: dict[str, Any]) -> list[str]:
+    """Who takes no part under secure aggregation, and why."""
+    waiting, out = ", ".join(facts["waiting"]), ", ".join(facts["sitting_out"])
+    return [
+        *([f"wait for a group, which takes {facts['max_colluding'] + 2} new sites: {waiting}"] if waiting else []),
+        *([f"sit out under secure aggregation, as a site of their group was revoked: {out}"] if out else []),
+    ]
 
 
 def _facts(signed: SignedRoster) -> dict[str, Any]:
@@ -224,6 +260,8 @@ def _facts(signed: SignedRoster) -> dict[str, Any]:
     from fedlora.core.errors import RosterExpired
 
     r, valid = signed.roster, signed.signers(signed.roster.coordinators)
+    group = {name: n for n, names in enumerate(r.groups(), 1) for name in names}
+    idle = [m for m in r.sites if m.status == "active" and m.identity.name not in group]
     try:
         r.check_time(int(time.time()))
         state = "in force"
@@ -250,5 +288,15 @@ def _facts(signed: SignedRoster) -> dict[str, Any]:
         "coordinators": [
             {"name": c.name, "signature": signature[c.name], "fingerprint": c.fingerprint()} for c in r.coordinators
         ],
-        "sites": [{"name": m.identity.name, "status": m.status, "fingerprint": m.identity.fingerprint()} for m in r.sites],
+        "waiting": [m.identity.name for m in idle if not m.group],
+        "sitting_out": [m.identity.name for m in idle if m.group],
+        "sites": [
+            {
+                "name": m.identity.name,
+                "status": m.status,
+                "group": group.get(m.identity.name),
+                "fingerprint": m.identity.fingerprint(),
+            }
+            for m in r.sites
+        ],
     }

@@ -35,6 +35,7 @@ __all__ = [
     "MetricMissing",
     "ModelError",
     "NonFiniteUpdate",
+    "NotInstalled",
     "Oversized",
     "PayloadMismatch",
     "PlanNotApproved",
@@ -123,6 +124,16 @@ class KeyFileError(FedLoRAError):
 
     code = "key-file"
     exit_status = 3
+
+
+class NotInstalled(FedLoRAError):
+    """A part of FedLoRA needs packages of an extra that is not installed here."""
+
+    code = "not-installed"
+    exit_status = 3
+
+    def __init__(self, module: str, *, extra: str, what: str) -> None:
+        super().__init__(f"{module} is not installed; {what} need it", hint=f"pip install 'fedlora[{extra}]'")
 
 
 # --- 4: connection and enrolment --------------------------------------------------------------------------------
@@ -451,12 +462,6 @@ class SessionSpent(SessionError):
     """This site has given its masked update of the round already; another session of it needs proof that the first ended."""
 
     code = "session-spent"
-
-
-class PassMissed(FedLoRAError):
-    """The second pass of a round came to a site that has no result of the first one."""
-
-    code = "pass-missed"
 
 
 class SecretsGone(SessionError):

@@ -46,11 +46,10 @@ class Task:
         plan: canonical bytes of the plan, at most 64 KiB.
         base: content digest of the base model, hex.
         kind: ``train`` (evaluate the global adapter, then train it) or ``evaluate`` only.
-        round: counts exchanges, 1 .. num_rounds times the rule's passes; one more for the last evaluation.
+        round: 1 .. num_rounds; one more for the last evaluation.
         attempt: 0 for the first request of this round, then rising.
         adapter: the global adapter of this round, or the factors of it that the rule sends.
         sends: layout of the delta that is wanted; None: the adapter's own.
-        public: what the rule has published besides.
     """
 
     run: str
@@ -61,7 +60,6 @@ class Task:
     attempt: int
     adapter: Adapter
     sends: Layout | None = None
-    public: Adapter | None = None
 
     @property
     def plan_digest(self) -> str:

@@ -104,7 +104,7 @@ class Lora(Section):
     alpha_pattern: dict[str, int] = {}
     """refused for now"""
     ranks: dict[str, Annotated[int, Field(ge=1, le=512)]] = {}
-    """site = rank, for sites that train only the first slots; aggregate.name masked or product"""
+    """site = rank, for sites that train only the first slots; aggregate.name product, protect.mode sealed"""
     init_digest: Hex = ""
     """digest of the first adapter; `fedlora pin` fills it in"""
 
@@ -187,7 +187,7 @@ class Federation(Section):
 class Aggregate(Section):
     """How updates become the next adapter; which rule when: the documentation."""
 
-    name: Literal["fedavg", "ffa", "rolora", "fedsvd", "product", "masked", "robust"] = "fedavg"
+    name: Literal["fedavg", "ffa", "rolora", "fedsvd", "product", "robust"] = "fedavg"
     """rule; fedavg: weighted mean of the changes of A and of B"""
     weighting: Literal["tokens", "examples", "uniform"] = "tokens"
     """a site's weight: supervised tokens used in the round, examples used, or 1"""
@@ -195,8 +195,6 @@ class Aggregate(Section):
     """most tokens or examples that one site may weigh in a round; 0: all that the steps can use; lower: none decides alone"""
     share: Literal["AB", "A"] = "AB"
     """fedavg: factors that travel; A: each site keeps a B of its own, and there is no global adapter"""
-    fedrot: Share = 0.0
-    """fedavg: how far sites turn their factors towards the global ones before they send them; 0: off"""
     svd_every: Annotated[int, Field(ge=1, le=100_000)] = 1
     """fedsvd: rounds from one decomposition to the next"""
     rank: Literal["r", "r_max", "energy", "full"] = "r"
@@ -358,7 +356,7 @@ _OWN: Final = (
         "aggregate",
         "name",
         {
-            "fedavg": ("share", "fedrot"),
+            "fedavg": ("share",),
             "fedsvd": ("svd_every",),
             "product": ("rank", "max_rank", "energy", "gauge"),
             "robust": ("statistic", "trim", "byzantine"),
@@ -442,15 +440,18 @@ def _misfits(plan: Plan) -> Iterator[str]:
         )
     if a.gauge == "procrustes" and (a.rank != "r" or plan.lora.ranks):
         yield "aggregate.gauge = 'procrustes' mixes the slots: it goes with aggregate.rank = 'r' and no lora.ranks"
-    if a.share == "A" and a.fedrot:
-        yield "aggregate.fedrot turns A and B together; with share = 'A' the B that stays would no longer fit"
     if a.name == "robust" and a.statistic == "multi-krum" and f.min_sites < 2 * a.byzantine + 3:
         yield (
             f"aggregate.statistic = 'multi-krum' against {a.byzantine} liars needs federation.min_sites >= "
             f"{2 * a.byzantine + 3}: twice aggregate.byzantine and three"
         )
-    if plan.lora.ranks and a.name not in ("masked", "product"):
-        yield f"lora.ranks: aggregate.name = {a.name!r} cannot average different ranks: choose 'masked' or 'product'"
+    if plan.lora.ranks and secagg:
+        yield (
+            "lora.ranks under protect.mode = 'secagg': no rule that sees sums alone takes sites of different rank: leave "
+            "lora.ranks out, or choose protect.mode = 'sealed' with aggregate.name = 'product'"
+        )
+    elif plan.lora.ranks and a.name != "product":
+        yield f"lora.ranks: aggregate.name = {a.name!r} cannot average different ranks: choose 'product', or leave lora.ranks out"
     if a.name in ("fedsvd", "product") and o.name != "none":
         yield (
             f"server_optimizer.name = {o.name!r}: aggregate.name = {a.name!r} splits the product into other factors each round, "
@@ -461,8 +462,6 @@ def _misfits(plan: Plan) -> Iterator[str]:
             f"training.optimizer_state = 'keep': under aggregate.name = {a.name!r} the moments of the last round belong to other "
             "factors: choose 'reset'"
         )
-    if a.name == "masked" and secagg and p.weight_unit and p.profile == "int4":
-        yield "aggregate.name = 'masked' with weights needs 16 levels: choose protect.profile = 'int8' or wider"
 
 
 class Policy(Section):

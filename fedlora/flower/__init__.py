@@ -16,7 +16,7 @@ from fedlora.core.errors import VersionUnsupported
 __all__ = ["FLWR_VERSION", "check_flwr"]
 
 FLWR_VERSION = "1.41"
-"""The one minor version whose non-public parts ``_internals.py`` was written and tested against."""
+"""The one minor version whose non-public parts ``_internals`` was written and tested against."""
 
 
 def check_flwr(installed: str | None) -> None:

@@ -16,17 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from types import FrameType
-from typing import Any
 
 import httpx
 
-from fedlora.gateway.calls import CALL, TIME, sign_call
 from fedlora.gateway.clock import Clock
 from fedlora.gateway.doors import PROCESS_HEADER, WHY_HEADER
 
-__all__ = ["SAYS", "Doorman", "Pace", "main", "signing"]
+__all__ = ["SAYS", "Doorman", "Pace", "main"]
 
 SAYS = "fedlora: "
 """How a line of the log begins that is ours: ``accepted``, ``lost CAUSE``, ``back``, ``refused WHY`` or ``clock SECONDS``."""
@@ -35,7 +32,6 @@ _TALK_S = 60.0
 _STEP_S = 0.25
 _WHY = re.compile(r"[a-z-]{1,20}( [-+]?[0-9]{1,12}(\.[0-9]{1,3})?)?")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-_LONGEST_RETRY_S = 5  # Flower's 20 s keep a site out of a round that a server which is back has begun
 _AMISS_S = 3.0  # a clock that is so far off is worth a line
 
 
@@ -60,28 +56,6 @@ class Pace:
         self._sleep(min(seconds, _STEP_S) if self._clock() - self._last < _TALK_S else seconds)
 
 
-def signing(inner: Any) -> Any:
-    """Flower's class that signs the time stamp of each call, made to sign the call as well."""
-
-    class Signing(inner):  # type: ignore[misc]  # flwr is untyped here
-        def __init__(self, private_key: Any, public_key: Any) -> None:
-            super().__init__(private_key, public_key)
-            self._key = private_key
-
-        def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
-            def signed(context: Any) -> Any:
-                r = context.request
-                path = r.url.raw_path.decode("ascii")
-                r.headers[CALL] = sign_call(
-                    self._key, r.method, path, body=r.content, stamp=r.headers[TIME], nonce=os.urandom(16)
-                )
-                return call_next(context)
-
-            return super().intercept(context, signed)
-
-    return Signing
-
-
 class Doorman:
     """Stands around every call to the server: signs with the server's time, and says what becomes of the calls, each change once.
 
@@ -98,6 +72,10 @@ class Doorman:
         self._refused: str | None = None
         self._accepted = False
         self._said_ahead_s = 0.0
+
+    def correction_s(self) -> float:
+        """What is added to this machine's time in a signature, seconds."""
+        return self.clock.correction_s()
 
     def intercept(self, sign_and_send: Callable[[httpx.Request], httpx.Response], request: httpx.Request) -> httpx.Response:
         """One call. A stamp that the server refuses is signed again, once, if its answer shows that the clock was wrong.
@@ -154,35 +132,9 @@ class Doorman:
 def main() -> None:
     """The command ``flower-supernode``, with all that."""
     leaving = _until_flower_listens()
-    from flwr.supercore.retry import http_retry
-    from flwr.supernode import fleet_http_connection as connection
-    from flwr.supernode import node_auth_http_interceptor as auth
-    from flwr.supernode import start_client_internal as loop
-    from flwr.supernode.cli.flower_supernode import flower_supernode
+    from fedlora.flower._internals import supernode  # takes a second or two: a signal is heard in the meantime
 
-    pace, push, register = Pace(), loop._push_messages, loop.register_signal_handlers
-    doorman = Doorman(_say, process=os.urandom(8).hex())
-    intercept, now = auth.NodeAuthHttpInterceptor.intercept, auth.now
-
-    def push_messages(*args: Any, **kwargs: Any) -> None:
-        pace.note()
-        push(*args, **kwargs)
-        pace.note()
-
-    def register_signal_handlers(*args: Any, **kwargs: Any) -> None:
-        register(*args, **kwargs)  # its handler puts ours back at the first signal
-        leaving.set()
-
-    def corrected(self: Any, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
-        return doorman.intercept(lambda request: intercept(self, context, call_next), context.request)
-
-    http_retry.MAX_RETRY_DELAY = _LONGEST_RETRY_S
-    loop.time, loop._push_messages = pace, push_messages
-    loop.register_signal_handlers = register_signal_handlers
-    auth.now = lambda: now() + timedelta(seconds=doorman.clock.correction_s())
-    auth.NodeAuthHttpInterceptor.intercept = corrected
-    connection.NodeAuthHttpInterceptor = signing(connection.NodeAuthHttpInterceptor)
-    flower_supernode()
+    supernode.run(Pace(), Doorman(_say, process=os.urandom(8).hex()), listening=leaving.set)
 
 
 def _until_flower_listens() -> threading.Event:

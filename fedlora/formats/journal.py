@@ -80,7 +80,7 @@ class Journal:
     memory: FileMemory | None = None
 
     def own(self, run: str) -> Path:
-        """Where the site's own adapter of a run lies, after its last exchange; it need not exist."""
+        """Where the site's own adapter of a run lies, after its last round; it need not exist."""
         return self._path(run, 0).parent.with_suffix(".safetensors")
 
     def save_own(self, run: str, adapter: Adapter, plan: Plan) -> None:

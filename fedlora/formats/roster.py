@@ -55,7 +55,8 @@ __all__ = [
 
 Status = Literal["active", "revoked"]
 
-VERSION = 1
+VERSIONS = (1, 2)
+"""2: sites are in groups."""
 MAX_BYTES = 4 << 20
 MAX_COORDINATORS = 16
 MAX_SUITES = 16
@@ -80,10 +81,15 @@ def federation(server: PublicIdentity) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A site on the roster. A revoked one stays there, so that neither its name nor its keys can come back."""
+    """A site on the roster. A revoked one stays there, so that neither its name nor its keys can come back.
+
+    Attributes:
+        group: number of its group, from 1; 0: it is in none yet. See :meth:`Roster.groups`.
+    """
 
     identity: PublicIdentity
     status: Status
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +154,21 @@ class Roster:
         """The sites that take part, by name, in order of name."""
         return {m.identity.name: m.identity for m in self.sites if m.status == "active"}
 
+    def groups(self) -> tuple[frozenset[str], ...]:
+        """Names of the sites of each group that is whole, in order of its number: nobody of it was revoked.
+
+        Under secure aggregation a sum is over whole groups. A roster without groups is one group of all its active sites.
+        """
+        if not self.grouped:
+            return (frozenset(self.active()),)
+        numbers = {m.group for m in self.sites if m.group} - {m.group for m in self.sites if m.status == "revoked"}
+        return tuple(frozenset(m.identity.name for m in self.sites if m.group == n) for n in sorted(numbers))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it says which sites are a group."""
+        return any(m.group for m in self.sites)
+
     def index(self, name: str) -> int:
         """The place of a site, from 1, among all members in order of name: the same for everybody who has this roster.
         Another epoch may count otherwise.
@@ -192,11 +213,14 @@ class Roster:
     def _fields(self) -> dict[str, Any]:
         return {
             **{name: getattr(self, name) for name in _SCALARS},
-            "v": VERSION,
+            "v": 2 if self.grouped else 1,
             "suites": list(self.suites),
             "server": self.server.line(),
             "coordinators": [c.line() for c in self.coordinators],
-            "sites": [{"public": m.identity.line(), "status": m.status} for m in self.sites],
+            "sites": [
+                {"public": m.identity.line(), "status": m.status} | ({"group": m.group} if self.grouped else {})
+                for m in self.sites
+            ],
         }
 
 
@@ -445,9 +469,13 @@ def first_epoch(
     max_colluding: int = 1,
     min_cohort: int = 3,
     min_version: str = "0.1.0",
+    group_size: int | None = None,
     now: int,
 ) -> Roster:
     """The first roster of a federation, in force from ``now`` (seconds since 1970).
+
+    Args:
+        group_size: fewest sites of a group; None: ``max_colluding + 2``, the least.
 
     Raises:
         RosterInvalid: see :class:`Roster`.
@@ -465,7 +493,9 @@ def first_epoch(
         server=server,
         coordinators=tuple(sorted(coordinators, key=lambda c: c.name)),
         needed=needed,
-        sites=tuple(Member(s, "active") for s in sorted(sites, key=lambda s: s.name)),
+        sites=_in_groups(
+            [Member(s, "active") for s in sorted(sites, key=lambda s: s.name)], size=_size(max_colluding, group_size), first=1
+        ),
     )
 
 
@@ -475,20 +505,22 @@ def next_epoch(
     add: Sequence[PublicIdentity] = (),
     revoke: Collection[str] = (),
     days: int | None = None,
-    min_cohort: int | None = None,
+    regroup: bool = False,
+    group_size: int | None = None,
     now: int,
 ) -> Roster:
     """The roster after this one.
 
-    New sites do not know the sums of before. So that each later sum has an honest site that does, ``min_cohort`` rises with
-    every change, to all sites at the most: ``s`` of the old sites were in a sum, hence at most ``N - s + c`` others and
-    colluders are in one that none of them would see.
+    Groups stay as they are: a group of whose sites one is revoked is whole no more, and new sites wait until they are enough for
+    a group of their own.
 
     Args:
         add: new sites; names and keys that were never on the roster.
         revoke: names of sites that no longer take part.
         days: it ends this many days from ``now``; None keeps the end.
-        min_cohort: fewest sites of a sum from now on; None: as many as that needs.
+        regroup: put all active sites into new groups. Sites that have given to sums refuse others than their old groups on that
+            base model, unless a person there names whose update that may show.
+        group_size: fewest sites of a new group; None: ``max_colluding + 2``, the least.
         now: seconds since 1970, when it begins.
 
     Raises:
@@ -501,30 +533,33 @@ def next_epoch(
     for name in revoke:
         roster.site(name)
     stay = [replace(m, status="revoked") if m.identity.name in revoke else m for m in roster.sites]
-    if min_cohort is None:
-        min_cohort = _cohort_after(roster, added=len(add), revoked=len(set(revoke)))
+    everybody = sorted([*stay, *(Member(p, "active") for p in add)], key=lambda m: m.identity.name)
+    size, first = _size(roster.max_colluding, group_size), 1 + max(m.group for m in everybody)
+    if regroup:
+        everybody, first = [replace(m, group=0) for m in everybody], 1
     return replace(
         roster,
         epoch=roster.epoch + 1,
         previous=roster.digest(),
         not_before=now,
         not_after=roster.not_after if days is None else now + days * _DAY_S,
-        min_cohort=min_cohort,
-        sites=tuple(sorted([*stay, *(Member(p, "active") for p in add)], key=lambda m: m.identity.name)),
+        sites=_in_groups(everybody, size=size, first=first) if roster.grouped or regroup else tuple(everybody),
     )
 
 
-def _cohort_after(roster: Roster, *, added: int, revoked: int) -> int:
-    """Fewest sites of a sum for it to have an honest one of each sum that an earlier epoch allowed."""
-    if not added and not revoked:
-        return roster.min_cohort
-    before, c = len(roster.active()), roster.max_colluding
-    sites = before + added - revoked
-    fewest = max(roster.min_cohort, c + 2, (before + c + 1) // 2)
-    wanted = sites + c + 1 + revoked - fewest
-    if roster.epoch > 1:
-        wanted = max(wanted, roster.min_cohort + added)
-    return max(roster.min_cohort, min(wanted, sites))
+def _size(colluding: int, wanted: int | None) -> int:
+    least = colluding + 2
+    if wanted is not None and wanted < least:
+        raise RosterInvalid(f"a group of {wanted} sites; with {colluding} that may collude it has {least} at the least")
+    return wanted or least
+
+
+def _in_groups(members: Sequence[Member], *, size: int, first: int) -> tuple[Member, ...]:
+    """Puts active members that are in no group into as many groups of ``size`` or more as they make, numbered from ``first``."""
+    free = [m.identity.name for m in members if m.status == "active" and not m.group]
+    count = len(free) // size
+    group = {name: first + at % count for at, name in enumerate(free)} if count else {}
+    return tuple(replace(m, group=group.get(m.identity.name, m.group)) for m in members)
 
 
 # --- what may stand in a roster ----------------------------------------------------------------------------------------
@@ -575,6 +610,8 @@ def _check_members(r: Roster) -> None:
         raise RosterInvalid(f"{r.needed} signatures are needed and there are {len(r.coordinators)} coordinators")
     if any(m.status not in ("active", "revoked") for m in r.sites):
         raise RosterInvalid("a site is active or revoked")
+    if any(type(m.group) is not int or not 0 <= m.group <= MAX_RECIPIENTS for m in r.sites):
+        raise RosterInvalid(f"the group of a site is a number from 0 to {MAX_RECIPIENTS}")
     if r.server.name != SERVER or r.fed != federation(r.server):
         raise RosterInvalid(f"the server is named {SERVER!r}, and fed is the digest of its key")
     everybody = [r.server, *r.coordinators, *(m.identity for m in r.sites)]
@@ -613,19 +650,23 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
 def _roster(value: object) -> Roster:
     if not isinstance(value, dict):
         raise RosterInvalid("a roster is a JSON object")
-    if type(value.get("v")) is int and value["v"] != VERSION:
-        raise VersionUnsupported(f"a roster of version {value['v']}, this is {VERSION}", hint="update FedLoRA")
-    if set(value) != {*_SCALARS, "v", "suites", "server", "coordinators", "sites"} or type(value["v"]) is not int:
-        raise RosterInvalid(f"a roster has exactly the fields of version {VERSION}")
+    version = value.get("v")
+    if type(version) is int and version not in VERSIONS:
+        raise VersionUnsupported(f"a roster of version {version}, this release reads {max(VERSIONS)}", hint="update FedLoRA")
+    if set(value) != {*_SCALARS, "v", "suites", "server", "coordinators", "sites"} or type(version) is not int:
+        raise RosterInvalid(f"a roster has exactly the fields of version {max(VERSIONS)}")
     coordinators = _list(value["coordinators"], "coordinators", most=MAX_COORDINATORS)
     sites = _list(value["sites"], "sites", most=MAX_RECIPIENTS)
-    return Roster(
+    found = Roster(
         **{name: value[name] for name in _SCALARS},
         suites=tuple(_list(value["suites"], "suites", most=MAX_SUITES)),
         server=_public(value["server"]),
         coordinators=tuple(_public(c) for c in coordinators),
-        sites=tuple(_member(s) for s in sites),
+        sites=tuple(_member(s, grouped=version > 1) for s in sites),
     )
+    if found.grouped != (version > 1):
+        raise RosterInvalid("a roster of version 2 has groups, one of version 1 has none")
+    return found
 
 
 def _list(value: object, what: str, *, most: int) -> list[Any]:
@@ -636,10 +677,11 @@ def _list(value: object, what: str, *, most: int) -> list[Any]:
     return value
 
 
-def _member(value: object) -> Member:
-    if not isinstance(value, dict) or set(value) != {"public", "status"}:
-        raise RosterInvalid("a site has exactly the fields public and status")
-    return Member(_public(value["public"]), value["status"])
+def _member(value: object, *, grouped: bool) -> Member:
+    fields = {"public", "status", "group"} if grouped else {"public", "status"}
+    if not isinstance(value, dict) or set(value) != fields:
+        raise RosterInvalid(f"a site has exactly the fields {', '.join(sorted(fields))}")
+    return Member(_public(value["public"]), value["status"], value.get("group", 0))
 
 
 def _public(line: object) -> PublicIdentity:

@@ -5,7 +5,7 @@ anything is allocated, and a digest at the end refuses every flipped bit even wh
 
     update  "FLUP" version dtype flags n | canonical JSON: metrics, weight | int8: scales | values | SHA-256[:16]
     task    "FLTK" version 0     flags n | canonical JSON: run, round, ... | plan | layout | reply key | values
-            flag 1: length | layout of the answer; flag 2: length, n | layout, values of what else is public | SHA-256[:16]
+            flag 1: length | layout of the answer | SHA-256[:16]
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ MAX_INTEGER: Final = (1 << 53) - 1
 
 _UPDATE: Final = struct.Struct("<4sBBHQI")  # magic, version, dtype, flags, n, header bytes
 _TASK: Final = struct.Struct("<4sBBHQIIII")  # magic, version, 0, flags, n, bytes of head, plan, layout, key
-_PUBLIC: Final = struct.Struct("<IQ")  # layout bytes, n
-_SENDS, _HAS_PUBLIC = 1, 2
+_SENDS: Final = 1
 _DIGEST: Final = 16
 _MAX_TASK_HEAD: Final = 1024
 _WIDTH: Final = (4, 2, 1)
@@ -211,22 +210,17 @@ def dump_task(task: Task, *, reply_key: bytes) -> bytes:
     _check_task_head(fields)
     parts = (canonical(fields), task.plan, task.adapter.layout.dump(), reply_key)
     lengths = _check_lengths(tuple(len(p) for p in parts))
-    n, public = task.adapter.layout.size, task.public
-    flags = (_SENDS if task.sends is not None else 0) | (_HAS_PUBLIC if public is not None else 0)
-    prefix = _TASK.pack(b"FLTK", VERSION, 0, flags, n, *lengths)
+    n = task.adapter.layout.size
+    prefix = _TASK.pack(b"FLTK", VERSION, 0, _SENDS if task.sends is not None else 0, n, *lengths)
     sends = _dump_layout(task.sends)
-    head = b"" if public is None else _PUBLIC.pack(len(public.layout.dump()), public.layout.size) + public.layout.dump()
-    more = 0 if public is None else 4 * public.layout.size
 
     def write(out: Bytes) -> None:
         at = _put(out, 0, prefix, *parts)
         dump_float32(task.adapter.vector, out[at : at + 4 * n])
-        at = _put(out, at + 4 * n, sends, head)
-        if public is not None:
-            dump_float32(public.vector, out[at:-_DIGEST])
+        _put(out, at + 4 * n, sends)
         _put(out, out.size - _DIGEST, _digest(out[:-_DIGEST]))
 
-    return fill(_TASK.size + sum(lengths) + 4 * n + len(sends) + len(head) + more + _DIGEST, write)
+    return fill(_TASK.size + sum(lengths) + 4 * n + len(sends) + _DIGEST, write)
 
 
 def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
@@ -252,12 +246,13 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
     _check_lengths(tuple(lengths))
     if n > max_parameters:
         raise WireError(f"{n} values, this site takes at most {max_parameters}")
-    if reserved or flags & ~(_SENDS | _HAS_PUBLIC):
+    if reserved or flags & ~_SENDS:
         raise WireError("unknown flags")
     end = _TASK.size + sum(lengths) + 4 * n
-    more = _Rest(blob, end, flags, max_parameters - n)
-    if len(blob) != more.end + _DIGEST:
-        raise WireError(f"{len(blob)} bytes, expected {more.end + _DIGEST}")
+    sends_text = _sends(blob, end) if flags & _SENDS else b""
+    size = end + (4 + len(sends_text) if sends_text else 0) + _DIGEST
+    if len(blob) != size:
+        raise WireError(f"{len(blob)} bytes, expected {size}")
     raw = _checked(blob)
     cuts = [_TASK.size]
     for length in lengths:
@@ -269,11 +264,11 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
         raise WrongLayout(f"the layout has {layout.size} values, the vector {n}")
     vector = np.empty(n, np.float32)
     parse_float32(raw[cuts[-1] : end], vector, "the adapter")
-    sends, public = more.read(raw)
+    sends = Layout.parse(sends_text) if sends_text else None
     if sends == layout:
         raise WrongLayout("the layout of the answer is the task's own, which goes without saying")
     kind: Kind = "train" if head["kind"] == "train" else "evaluate"
-    task = Task(head["run"], plan, head["base"], kind, head["round"], head["attempt"], Adapter(vector, layout), sends, public)
+    task = Task(head["run"], plan, head["base"], kind, head["round"], head["attempt"], Adapter(vector, layout), sends)
     return task, reply_key
 
 
@@ -286,47 +281,14 @@ def _dump_layout(layout: Layout | None) -> bytes:
     return struct.pack("<I", len(text)) + text
 
 
-class _Rest:
-    """Where the parts lie that the flags announce; nothing is copied before ``end`` has been compared."""
-
-    def __init__(self, blob: bytes, at: int, flags: int, max_parameters: int) -> None:
-        self._blob = blob
-        self._sends = self._public = slice(0, 0)
-        self._values, self.end = slice(0, 0), at
-        if flags & _SENDS:
-            (length,) = self._unpack(struct.Struct("<I"))
-            self._sends = self._take(length)
-        if flags & _HAS_PUBLIC:
-            length, n = self._unpack(_PUBLIC)
-            if n > max_parameters:
-                raise WireError(f"{n} values more than this site takes")
-            self._public = self._take(length)
-            self._values = slice(self.end, self.end + 4 * n)
-            self.end += 4 * n
-
-    def _unpack(self, form: struct.Struct) -> tuple[int, ...]:
-        at, self.end = self.end, self.end + form.size
-        if self.end > len(self._blob):
-            raise WireError("the task ends early")
-        return form.unpack_from(self._blob, at)
-
-    def _take(self, length: int) -> slice:
-        if not 0 < length <= MAX_LAYOUT_BYTES:
-            raise WireError(f"layout of {length} bytes, at most {MAX_LAYOUT_BYTES}")
-        at, self.end = self.end, self.end + length
-        return slice(at, self.end)
-
-    def read(self, raw: Bytes) -> tuple[Layout | None, Adapter | None]:
-        """Layout of the answer and the public tensors, after the digest has been checked."""
-        sends = Layout.parse(self._blob[self._sends]) if self._sends.stop else None
-        if not self._public.stop:
-            return sends, None
-        layout = Layout.parse(self._blob[self._public])
-        if 4 * layout.size != self._values.stop - self._values.start:
-            raise WrongLayout(f"the layout has {layout.size} values, the vector {(self._values.stop - self._values.start) // 4}")
-        vector = np.empty(layout.size, np.float32)
-        parse_float32(raw[self._values], vector, "the public tensors")
-        return sends, Adapter(vector, layout)
+def _sends(blob: bytes, at: int) -> bytes:
+    """The text of the layout that the flag announces. Its length is compared before anything is copied."""
+    if at + 4 > len(blob):
+        raise WireError("the task ends early")
+    (length,) = struct.unpack_from("<I", blob, at)
+    if not 0 < length <= MAX_LAYOUT_BYTES:
+        raise WireError(f"layout of {length} bytes, at most {MAX_LAYOUT_BYTES}")
+    return blob[at + 4 : at + 4 + length]
 
 
 def _check_task_head(head: Mapping[str, Any]) -> Mapping[str, Any]:

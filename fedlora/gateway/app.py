@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from typing import Any
 import httpx
 import uvicorn
 
+from fedlora.gateway._internals import Server
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.allowance import Quota
 from fedlora.gateway.calls import CALL, Caller, Callers, Refused
-from fedlora.gateway.connections import Client, Guests, Server, protocol
+from fedlora.gateway.connections import Client, Guests, listen, protocol
 from fedlora.gateway.doors import Doors
 from fedlora.gateway.limits import Buckets
 
@@ -399,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     config.load()
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-    Server(config, guests).run()
+    Server(config, partial(listen, guests=guests)).run()
 
 
 if __name__ == "__main__":

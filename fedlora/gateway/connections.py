@@ -13,13 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fedlora.gateway._internals import HttpConnection
 from fedlora.gateway.limits import Buckets
 
-__all__ = ["Client", "Guests", "Server", "protocol"]
+__all__ = ["Client", "Guests", "listen", "protocol"]
 
 log = logging.getLogger("fedlora.gateway")
 
@@ -95,7 +94,7 @@ class Guests:
             groups.pop(name, None)
 
 
-class _Impatient(H11Protocol):
+class _Impatient(HttpConnection):
     """Cuts whoever opens a connection, or begins a call, and then says nothing: each would keep a place from a site."""
 
     guests: Guests
@@ -104,32 +103,29 @@ class _Impatient(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
-        if self.client is not None:
-            self.guests.come(self, self.client)
+        if self.peer is not None:
+            self.guests.come(self, self.peer)
 
     def cut(self) -> None:
         """Ends it now."""
-        self.transport.abort()
+        self.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._called():
+        if self.has_call():
             self._rest()
-        elif self.conn.their_state is h11.IDLE:  # not the rest of a body that was answered early
+        elif self.is_idle():
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._rest()
-        if self.client is not None:
-            self.guests.go(self.client)
+        if self.peer is not None:
+            self.guests.go(self.peer)
         super().connection_lost(exc)
-
-    def _called(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:
         if self._waiting is None:
-            self._waiting = self.loop.call_later(_HEAD_S, self._cut)
+            self._waiting = self.later(_HEAD_S, self._cut)
 
     def _rest(self) -> None:
         if self._waiting is not None:
@@ -137,8 +133,8 @@ class _Impatient(H11Protocol):
             self._waiting = None
 
     def _cut(self) -> None:
-        if not self._called():
-            log.warning("cut a silent connection from %s", (self.client or ("?",))[0])
+        if not self.has_call():
+            log.warning("cut a silent connection from %s", (self.peer or ("?",))[0])
             self.cut()
 
 
@@ -210,27 +206,9 @@ class _Porch:
             await self._task
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server behind a porch of ours."""
-
-    def __init__(self, config: uvicorn.Config, guests: Guests) -> None:
-        super().__init__(config)
-        self._guests = guests
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Opens the port; uvicorn itself is given none."""
-        await super().startup(sockets=[])
-        config, context = self.config, self.config.ssl
-        if context is None:
-            raise ValueError("the public port speaks TLS only")
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listening = socket.create_server((config.host, config.port), family=family, backlog=_BACKLOG)
-        listening.setblocking(False)
-
-        def make() -> asyncio.Protocol:
-            made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
-                config=config, server_state=self.server_state, app_state=self.lifespan.state
-            )
-            return made
-
-        self.servers.append(_Porch(listening, make, guests=self._guests, context=context))  # type: ignore[arg-type]
+def listen(config: uvicorn.Config, make: Callable[[], asyncio.Protocol], context: ssl.SSLContext, *, guests: Guests) -> _Porch:
+    """Opens the public port of a :class:`fedlora.gateway._internals.Server`, with the porch before it."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listening = socket.create_server((config.host, config.port), family=family, backlog=_BACKLOG)
+    listening.setblocking(False)
+    return _Porch(listening, make, guests=guests, context=context)

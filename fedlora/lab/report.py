@@ -1,4 +1,4 @@
-"""What simulated runs show: the numbers, tables for a terminal, and a page.
+"""What simulated runs show: the numbers, and the files that are made of them.
 
 Signs: loss (``nll``, nats per supervised token) is better when lower, ``exact_match`` and ``coarse_match`` (shares, 0 to 1)
 when higher. A mean of which one part is missing is None, never the mean of the rest.
@@ -6,6 +6,7 @@ when higher. A mean of which one part is missing is None, never the mean of the 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,26 +14,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedlora.core.errors import ConfigError, VersionUnsupported
-from fedlora.lab.page import page
-from fedlora.lab.plots import (
-    HONEST,
-    finite,
-    label,
-    majority_line,
-    number,
-    percent,
-    plain,
-    reference_points,
-    round_count,
-    size,
-    training_rounds,
-    with_interval,
-    with_sd,
-)
-from fedlora.rounds.store import write_atomic
+from fedlora.core.errors import ConfigError, NotInstalled, StoreError, VersionUnsupported
+from fedlora.core.words import finite, plain
+from fedlora.formats.files import read_file, write_atomic
 
-__all__ = ["METRICS", "Results", "across", "interval", "spread", "summarise", "table", "table_across", "write_html"]
+__all__ = ["METRICS", "Results", "across", "interval", "load", "spread", "summarise", "write_figures", "write_html"]
 
 Results: TypeAlias = Mapping[str, Any]
 """``results.json`` of one seed, format 1."""
@@ -64,10 +50,11 @@ def summarise(results: Results) -> dict[str, Any]:
         own_site: site -> what it has from federating: local and federated nll on its own test, benefit (local minus
             federated, nats) and exact_match_benefit (federated minus local).
         worse: the sites with a negative benefit.
-        recovery: pooled arm, and ``better`` for the better of them -> union_nll, exact_match: the share of the way from the
-            mean of the sites alone to pooled that federation covers, ``(local - federated) / (local - pooled)``; None
-            where that way is shorter than 0.02 nats or 2 points.
-        tax: pooled arm -> union_nll (federated minus pooled, nats) and perplexity_ratio, its exponential.
+        better: union_nll, exact_match -> the pooled arm that does better in it, or "".
+        recovery: ``better``, then each pooled arm -> union_nll, exact_match: the share of the way from the mean of the sites
+            alone to pooled that federation covers, ``(local - federated) / (local - pooled)``; None where that way is
+            shorter than 0.02 nats or 2 points. Quote ``better``: against the weaker arm any federation looks good.
+        tax: the same arms -> union_nll (federated minus pooled, nats) and perplexity_ratio, its exponential.
 
     Raises:
         VersionUnsupported: not format 1.
@@ -90,6 +77,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "best_local": min(ranked, key=lambda n: arms[n]["union_nll"], default=None),
         "own_site": own,
         "worse": [s for s, row in own.items() if row["benefit"] < 0],
+        "better": {m: _better(arms, m) for m in _SIGN},
         "recovery": _recoveries(arms),
         "tax": _taxes(arms),
     }
@@ -173,13 +161,20 @@ def _better(arms: Mapping[str, Any], metric: str) -> str:
     return min(known, key=lambda p: arms[p][metric] * _SIGN[metric], default="")
 
 
+def _pooled(arms: Mapping[str, Any], metric: str) -> dict[str, str]:
+    """``better``, then the pooled arms -> the arm that is meant."""
+    better = _better(arms, metric)
+    return ({"better": better} if better else {}) | {p: p for p in _POOLED if p in arms}
+
+
 def _recoveries(arms: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    found = {p: {m: _recovery(arms, p, m) for m in _SIGN} for p in _POOLED if p in arms}
-    return {**found, "better": {m: _recovery(arms, _better(arms, m), m) for m in _SIGN}} if found else {}
+    found = {m: {p: _recovery(arms, arm, m) for p, arm in _pooled(arms, m).items()} for m in _SIGN}
+    return {p: {m: found[m].get(p) for m in _SIGN} for p in ("better", *_POOLED) if any(p in row for row in found.values())}
 
 
 def _taxes(arms: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    taxes = {p: _minus(arms.get("federated", {}).get("union_nll"), arms.get(p, {}).get("union_nll")) for p in _POOLED}
+    fed, pooled = arms.get("federated", {}).get("union_nll"), _pooled(arms, "union_nll")
+    taxes = {p: _minus(fed, arms[arm].get("union_nll")) for p, arm in pooled.items()}
     return {p: {"union_nll": t, "perplexity_ratio": math.exp(min(t, 700.0))} for p, t in taxes.items() if t is not None}
 
 
@@ -195,8 +190,9 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
         differences: arm -> metric -> federated minus that arm: mean, sd, and low and high of the 95 % t-interval.
         beats_alone: union_nll, exact_match -> arms (site-alone arm -> mean, sd of the advantage of federated, better being
             positive) and verdict: whether each mean exceeds 3 sd; None for one seed.
+        better: union_nll, exact_match -> the pooled arm of the better mean, or "".
         recovery: as in :func:`summarise` -> metric -> mean, sd, and firm: whether the way from local to pooled exceeds 3 sd,
-            without which a recovery should not be quoted.
+            without which a recovery should not be quoted. ``better`` is the better arm of each seed.
 
     Raises:
         ConfigError: no results, a seed twice, or runs of different names, sites or splits.
@@ -211,11 +207,13 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
     fed = columns.get("federated", {})
     reached = [p for p in each[0]["recovery"] if all(p in s["recovery"] for s in each)]
     pairs = {n: {m: [_minus(f, o) for f, o in zip(fed[m], columns[n][m], strict=True)] for m in METRICS} for n in compared}
+    means = {n: {m: _mean(row[m]) for m in METRICS} for n, row in columns.items()}
     return {
         "seeds": [run["seed"] for run in runs],
         "arms": {n: {m: spread(v) for m, v in row.items()} for n, row in columns.items()},
         "differences": {n: {m: {**spread(v), **interval(v)} for m, v in row.items()} for n, row in pairs.items()},
         "beats_alone": {m: _beats(pairs, m) for m in _SIGN},
+        "better": {m: _better(means, m) for m in _SIGN},
         "recovery": {p: {m: _recovered(each, p, m) for m in _SIGN} for p in reached},
     }
 
@@ -267,137 +265,71 @@ def _recovered(each: Sequence[Mapping[str, Any]], pooled: str, metric: str) -> d
     return {**spread([s["recovery"][pooled][metric] for s in each]), "firm": firm}
 
 
-# --- tables for a terminal --------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------------
 
 
-def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
-    """A row: the first cell to the left, its middle cut out if it is too long, the others to the right."""
-    head = text if len(text) < first else f"{text[: first // 2]}..{text[3 + first // 2 - first :]}"  # names may share a start
-    return (f"{head:<{first}}" + "".join(f"{c:>{width}}" for c in cells)).rstrip()
+def load(run: Path) -> list[dict[str, Any]]:
+    """The results of a simulation, seed by seed, or of one seed.
 
-
-def _title(run: Results, seeds: str) -> str:
-    about = f"{plain(run['split'])} split, {len(run['sites'])} sites, {round_count(run)} rounds"
-    return f"{plain(run['name'])[:36]}: {about}, {seeds}"[:100]
-
-
-def table(results: Results) -> str:
-    """The arms of one run as plain text, at most 100 columns wide."""
-    s = summarise(results)
-    lines = [
-        _title(results, f"seed {results['seed']}, plan {plain(results['plan'])[:12]}"),
-        "",
-        _line("", "nats per token (less is better)", "exact match (more is better)", "", width=32)[:98],
-        _line("arm", "all", "mean", "own", "others", "mean", "own", "others", "coarse", "forgets", width=8),
-    ]
-    for name, arm in s["arms"].items():
-        own, others = arm.get("own", {}), arm.get("others", {})
-        nats = [number(v) for v in (arm["union_nll"], arm["nll"], own.get("nll"), others.get("nll"))]
-        exact = (arm["exact_match"], own.get("exact_match"), others.get("exact_match"))
-        shares = [percent(v) for v in (*exact, arm["coarse_match"])]
-        lines.append(_line(label(name), *nats, *shares, number(arm["forgetting"], sign="+"), width=8))
-    return "\n".join([*lines, *_recovery_lines(s), *_worse_lines(s), *_fact_lines(results)])
-
-
-def _recovery_lines(s: Mapping[str, Any]) -> list[str]:
-    if not any(v is not None for row in s["recovery"].values() for v in row.values()) and not s["tax"]:
-        return []
-    lines = ["", _line("federated against", "recovers, loss", "exact match", "costs, nats", "perplexity x", width=16)]
-    for pooled, row in s["recovery"].items():
-        tax = s["tax"].get(pooled, {})
-        cells = (percent(row["union_nll"]), percent(row["exact_match"]))
-        lines.append(
-            _line(label(pooled), *cells, number(tax.get("union_nll"), sign="+"), number(tax.get("perplexity_ratio")), width=16)
-        )
-    return [*lines, "  (recovers: share of the way from a site alone, mean of all, to pooled training)"]
-
-
-def _worse_lines(s: Mapping[str, Any]) -> list[str]:
-    if not s["own_site"]:
-        return []
-    if not s["worse"]:
-        return ["", "every site does better federated than alone on its own test"]
-    lines = ["", "who is worse off federated than alone, on its own test:"]
-    for site in s["worse"]:
-        row = s["own_site"][site]
-        lines.append(
-            _line(f"  {plain(site)}", f"{number(row['local'])} alone", f"{number(row['federated'])} federated", width=18)
-        )
-    return lines
-
-
-def _fact_lines(run: Results) -> list[str]:
-    lines = [""]
-    sent = run.get("bytes") or {}
-    if "up" in sent:
-        total, base = sent["up"] + sent["down"], sent.get("base") or 0
-        share = f"; together {total / base:.3g} x the base ({size(base)})" if base else ""
-        lines.append(f"bytes: {size(sent['up'])} from the sites, {size(sent['down'])} to them{share}")
-    if said := majority_line(training_rounds(run)):
-        lines.append(said)
-    data = run.get("dataset") or {}
-    if reference := reference_points(data):
-        lines.append("reference points, exact match: " + ", ".join(f"{name} {percent(v)}" for name, v in reference))
-    return [*lines, *([HONEST] if data.get("note") else [])]
-
-
-def table_across(runs: Sequence[Results]) -> str:
-    """Several seeds of one plan as plain text, at most 100 columns wide.
+    Args:
+        run: a simulation's directory, or one of its ``seed-N``.
 
     Raises:
-        ConfigError: the runs cannot be averaged; see :func:`across`.
+        StoreError: there are none, or a file of them is damaged.
+        VersionUnsupported: not format 1.
     """
-    over = across(runs)
-    seeds = ", ".join(str(s) for s in over["seeds"])
-    lines = [
-        _title(runs[0], f"seeds {seeds}"),
-        "",
-        f"mean and standard deviation over {len(runs)} seed{'s' * (len(runs) > 1)}",
-        _line("arm", "nats per token", "exact match", "coarse match", "forgets, nats", width=18),
-    ]
-    for name, row in over["arms"].items():
-        nats, shares = [row[m] for m in ("union_nll", "forgetting")], [row[m] for m in ("exact_match", "coarse_match")]
-        cells = (with_sd(nats[0]), *(with_sd(v, unit="%") for v in shares), with_sd(nats[1]))
-        lines.append(_line(label(name), *cells, width=18))
-    return "\n".join([*lines, *_difference_lines(over), *_verdict_lines(over), *_fact_lines(runs[0])])
+    found = [run] if (run / "results.json").exists() else sorted(run.glob("seed-*"), key=lambda p: (len(p.name), p.name))
+    read = [(f, blob) for seed in found if (blob := read_file(f := seed / "results.json")) is not None]
+    if not read:
+        raise StoreError(f"{run} holds no results.json", hint="name the directory that `fedlora simulate` has written")
+    return [_parse(blob, file) for file, blob in read]
 
 
-def _difference_lines(over: Mapping[str, Any]) -> list[str]:
-    if not over["differences"]:
-        return []
-    lines = ["", _line("federated minus", "nats per token, 95 %", "exact match, points, 95 %", width=32)]
-    for name, row in over["differences"].items():
-        lines.append(_line(label(name), with_interval(row["union_nll"]), with_interval(row["exact_match"], unit="%"), width=32))
-    return lines
-
-
-def _verdict_lines(over: Mapping[str, Any]) -> list[str]:
-    lines = [""]
-    for metric, name, unit in (("union_nll", "loss", ""), ("exact_match", "exact match", "%")):
-        beats = over["beats_alone"][metric]
-        if beats["arms"]:
-            word = {True: "yes", False: "no", None: "cannot be said"}[beats["verdict"]]
-            lines.append(f"federated beats every site alone by > 3 sd, {name}: {word}")
-            lines += [_line(f"  {label(n)}", f"by {with_sd(s, unit=unit)}", width=24) for n, s in beats["arms"].items()]
-    for pooled, row in over["recovery"].items():
-        cells = [with_sd(row[m], unit="%") + " *" * (row[m]["firm"] is False) for m in ("union_nll", "exact_match")]
-        lines.append(_line(f"recovered, {label(pooled)}", f"loss {cells[0]}", f"exact match {cells[1]}", width=34, first=30))
-    if any(row[m]["firm"] is False for row in over["recovery"].values() for m in row):
-        lines.append("  * the way from a site alone to pooled is not longer than 3 sd: do not quote")
-    return lines
-
-
-# --- the page ---------------------------------------------------------------------------------------------------
+def _parse(blob: bytes, file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(blob)
+        summarise(found)
+        if type(found["seed"]) is int and found.keys() >= {"name", "plan", "split"}:
+            return dict(found)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        pass
+    hint = "delete it; the same `fedlora simulate` with --resume writes it again"
+    raise StoreError(f"{file} is damaged: no results of a simulation", hint=hint)
 
 
 def write_html(results: Results | Sequence[Results], path: Path) -> None:
     """Writes one self-contained page about one run, or about several seeds of a plan: no script, no network.
 
+    The same results give the same bytes.
+
     Raises:
         ConfigError: the runs cannot be averaged; see :func:`across`.
+        NotInstalled: it needs ``fedlora[report]``.
         StoreError, ResourceError: the file cannot be written.
     """
+    contents = _contents(results)
+    from fedlora.lab.page import document
+
+    write_atomic(path, document(**contents).encode("utf-8", "replace"), mode=0o644)
+
+
+def write_figures(results: Results | Sequence[Results], directory: Path) -> list[Path]:
+    """Writes each figure of the page as PDF and as PNG, for papers; returns the files.
+
+    Raises:
+        As :func:`write_html`.
+    """
+    contents = _contents(results)
+    from fedlora.lab.page import figures
+
+    return [file for figure in figures(contents) for file in figure.save(directory)]
+
+
+def _contents(results: Results | Sequence[Results]) -> dict[str, Any]:
     runs = [results] if isinstance(results, Mapping) else list(results)
     over = across(runs)  # first: it refuses what does not belong together
-    text = page(runs, [summarise(run) for run in runs], over)
-    write_atomic(path, text.encode("utf-8", "replace"), mode=0o644)
+    try:
+        from fedlora.lab.page import contents
+    except ImportError as e:
+        raise NotInstalled(e.name or "", extra="report", what="the page and its figures") from None
+    return contents(runs, [summarise(run) for run in runs], over)

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedlora import assemble as build
 from fedlora.core.adapter import Adapter, Update
-from fedlora.core.errors import ConfigError, StoreError
+from fedlora.core.errors import ConfigError, NotInstalled, StoreError
 from fedlora.core.events import Report
 from fedlora.core.plan import Arm, Plan, Policy, Simulation, SiteData, SiteFile, canonical, dump_toml
 from fedlora.flower.enrol import make_roster
 from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
-from fedlora.lab import report as pages
+from fedlora.lab.report import write_html
+from fedlora.lab.tables import table, table_across
 from fedlora.rounds.store import Entry, Journal, RunStore, load_adapter, save_adapter, write_atomic
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules import rule_of
@@ -35,7 +36,7 @@ from fedlora.site.work import Learner
 
 if TYPE_CHECKING:
     from fedlora.data import Tokens
-    from fedlora.learn.fast.pacing import Pace
+    from fedlora.learn.hooks import MicroBatches
     from fedlora.learn.lora import LoraModel
 
 __all__ = ["Lab", "arms_of", "federated", "load_rows", "open_lab", "parse_seeds", "scores", "simulate"]
@@ -141,9 +142,12 @@ def _claim(out: Path, plan: Plan, *, transport: str, drop: Sequence[str], resume
 
 
 def _write_summary(out: Path, results: list[dict[str, Any]]) -> None:
-    text = pages.table(results[0]) if len(results) == 1 else pages.table_across(results)
+    text = table(results[0]) if len(results) == 1 else table_across(results)
     write_atomic(out / "summary.txt", text.encode() + b"\n", mode=0o644)
-    pages.write_html(results, out / "report.html")
+    try:
+        write_html(results, out / "report.html")
+    except NotInstalled:  # the numbers are what was asked; `fedlora report` makes the page later
+        (out / "report.html").unlink(missing_ok=True)  # a page of fewer seeds would contradict them
 
 
 # --- the laboratory ---------------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ class Lab:
     first: Adapter
     rows: Mapping[str, Mapping[str, list[Tokens]]]
     general: list[Tokens]
-    pace: Pace
+    pace: MicroBatches
     batch_sites: bool = False
 
     def reseeded(self, plan: Plan) -> Lab:
@@ -413,7 +417,7 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
         store = _in_process(lab, out, lost, listen)
     records, f, weighed = store.records(), lab.plan.federation, lab.plan.aggregate.weighting
     facts = {
-        "tokens": sum(int(r["weight"]) for r in records if r.get("pass", 1) == 1) if weighed == "tokens" else 0,
+        "tokens": sum(int(r["weight"]) for r in records) if weighed == "tokens" else 0,
         "steps": f.num_rounds * f.local_steps or None,  # passes over the data differ in steps between sites
         "seconds": time.monotonic() - began,
         "seconds/steps": steps[0],  # local training alone; 0 over Flower, where other processes train

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from fedlora.core.errors import ConfigError, FedLoRAError, ModelError, ResourceError
+from fedlora.learn._internals import keep_as_packed, multiplies
 from fedlora.learn.digest import base_digest
-from fedlora.learn.fast.attention import use_varlen
+from fedlora.learn.hooks import fast
 from fedlora.learn.options import BaseOptions, DType
 from fedlora.learn.shards import file_digest
 
@@ -88,8 +89,8 @@ def load_base(options: BaseOptions) -> Base:
     _check_untouched(model)
     _settle(model, options, device)
     model.requires_grad_(False)
-    if options.attn_implementation == "varlen":
-        use_varlen(model)
+    if options.attn_implementation == "varlen" and (faster := fast()) is not None:
+        faster.use_varlen(model)
     return Base(model.eval(), tokenizer, digest, options, device, directory)
 
 
@@ -114,11 +115,7 @@ def has_products(device: torch.device, dtype: DType) -> bool:
     """
     if device.type != "cpu" or dtype == "float32":
         return True
-    asked = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
-    try:
-        return bool(getattr(torch.ops.mkldnn, asked)())
-    except (AttributeError, RuntimeError):  # torch was built without it
-        return False
+    return multiplies({"bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
 
 
 def cuda_devices() -> list[str]:
@@ -138,13 +135,14 @@ def _directory(options: BaseOptions) -> Path:
         return path
     if path.suffix != ".gguf":
         raise ModelError(f"{path} is neither a directory nor a .gguf file", hint="give the directory that holds config.json")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
         from fedlora.learn.gguf import convert_gguf
+
+        return convert_gguf(path, options.converted or cache / "fedlora" / "gguf" / file_digest(path)[:32])
     except ImportError as e:  # transformers' own GGUF reader, which moves between its minor versions
         hint = "install gguf and transformers 5.23, or give the Hugging Face directory of this model"
         raise ModelError(f"GGUF files cannot be read here: {_first_line(e)}", hint=hint) from None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return convert_gguf(path, options.converted or cache / "fedlora" / "gguf" / file_digest(path)[:32])
 
 
 def _quietly(directory: Path, options: BaseOptions, device: torch.device) -> tuple[Any, dict[str, Any]]:
@@ -198,10 +196,7 @@ def _settle(model: Any, options: BaseOptions, device: torch.device) -> None:
     for name, module in list(model.named_modules()):
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
-        # On CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first forward pass in eval mode, rounding their
-        # scales to bfloat16. From then on every pass uses a kernel without a gradient: training after an evaluation would
-        # silently learn nothing below the last layer. This switch is how that path is left out.
-        module.support_avx512bf16_for_cpu = False
+        keep_as_packed(module)
         if options.keep_dequantised:
             model.set_submodule(name, _written_out(module))
     if options.keep_dequantised and options.load_in_4bit:

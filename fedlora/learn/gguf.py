@@ -14,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from fedlora.core.errors import ModelError
 from fedlora.core.plan import canonical
+from fedlora.learn._internals import gguf_processor, gguf_text_splits
 from fedlora.learn.shards import file_digest, new_directory, write
 
 __all__ = ["ARCHITECTURES", "convert_gguf"]
@@ -129,7 +128,7 @@ def _config(source: _Source) -> dict[str, Any]:
 
 def _tokenizer(source: _Source, directory: Path) -> None:
     kind, rule = source.fields.get("tokenizer.ggml.model"), source.fields.get("tokenizer.ggml.pre")
-    known = rule in _SINGLE_DIGITS | _GPT2 or rule in GGUF_PRE_TOKENIZER_SPLITS
+    known = rule in _SINGLE_DIGITS | _GPT2 or rule in gguf_text_splits()
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and not known):
         raise ModelError(
             f"{source.file.name}: how text is cut into tokens ({kind}, {rule}) is not known here",
@@ -150,7 +149,7 @@ def _weights(source: _Source, directory: Path) -> None:
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    processor = TENSOR_PROCESSORS.get(source.architecture, TensorProcessor)(config=config.to_dict())
+    processor = gguf_processor(source.architecture, config.to_dict())
     wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)

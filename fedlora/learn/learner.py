@@ -15,14 +15,14 @@ from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, Resourc
 from fedlora.core.plan import canonical
 from fedlora.core.schedule import learning_rate
 from fedlora.data import Batch, Cursor, Stream, Tokens
-from fedlora.learn.evaluate import evaluate
-from fedlora.learn.fast.forecast import Forecast, evaluated_at_once, forecast
-from fedlora.learn.fast.gpus import Ranks
-from fedlora.learn.fast.pacing import Pace, is_out_of_memory
-from fedlora.learn.loop import OnStep, derived_seed, train_steps
+from fedlora.learn.evaluate import evaluate, evaluated_at_once
+from fedlora.learn.forecast import Forecast, forecast
+from fedlora.learn.hooks import MicroBatches, ProcessGroup, fast
+from fedlora.learn.loop import OnStep, PlanBatches, derived_seed, train_steps
 from fedlora.learn.lora import LoraModel
+from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimiser
-from fedlora.learn.options import TrainOptions
+from fedlora.learn.options import Dial, TrainOptions
 from fedlora.site.work import Trained
 
 __all__ = ["HFLearner", "TrainOptions", "dump_state", "parse_state"]
@@ -54,7 +54,7 @@ class HFLearner:
         options: TrainOptions,
         *,
         site: str,
-        pace: Pace | None = None,
+        pace: MicroBatches | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         if not train:
@@ -65,9 +65,9 @@ class HFLearner:
         self._held_out = list(held_out)
         self._options = options
         self._site = site
-        self._pace = pace or Pace(model, floor="full" if options.gradient_checkpointing else "none")
+        self._pace = pace or _pace(model, "full" if options.gradient_checkpointing else "none")
         self._on_step = on_step
-        self._team: Callable[[], Ranks] | None = None  # the processes of this site's other GPUs
+        self._team: Callable[[], ProcessGroup] | None = None  # the processes of this site's other GPUs
         self._optimiser: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
         self._over: tuple[Factors, Layout] = ("AB", model.layout)  # what it is an optimiser of
         self._given: tuple[bytes, Cursor] | None = None  # the state that this optimiser is in
@@ -115,7 +115,7 @@ class HFLearner:
             self._model, self.group, self._held_out, self._options, steps=self.steps, pace=self._pace, processes=processes
         )
 
-    def join(self, team: Callable[[], Ranks]) -> None:
+    def join(self, team: Callable[[], ProcessGroup]) -> None:
         """Computes each step together with other processes, asked for anew at each round: they may have been replaced."""
         self._team = team
 
@@ -132,7 +132,7 @@ class HFLearner:
         return evaluate(
             self._model,
             self._held_out,
-            rows=evaluated_at_once(o, self._pace),
+            rows=evaluated_at_once(o, self._pace.tokens),
             max_length=o.max_length,
             coarse_chars=o.coarse_chars,
             packing=o.packing,
@@ -241,6 +241,12 @@ class HFLearner:
         for example in self._stream.examples:
             h.update(len(example).to_bytes(4, "little") + example.input_ids.tobytes() + example.labels.tobytes())
         return h.digest()
+
+
+def _pace(model: LoraModel, dial: Dial) -> MicroBatches:
+    """Measured micro-batches where there are such, else the plan's own batches."""
+    faster = fast()
+    return PlanBatches(model, dial) if faster is None else faster.pace(model, floor=dial)
 
 
 def _check_length(model: LoraModel, max_length: int) -> None:

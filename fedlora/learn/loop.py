@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.core.adapter import Factors
-from fedlora.core.errors import DataError, NonFiniteUpdate
+from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError
 from fedlora.data import Batch
-from fedlora.learn.fast.gpus import Ranks
-from fedlora.learn.fast.pacing import Pace, is_out_of_memory
+from fedlora.learn.hooks import MicroBatches, ProcessGroup
 from fedlora.learn.lora import LoraModel
+from fedlora.learn.memory import is_out_of_memory
+from fedlora.learn.options import Dial
 
-__all__ = ["OnStep", "Spent", "derived_seed", "pull_back", "train_steps"]
+__all__ = ["OnStep", "PlanBatches", "Spent", "derived_seed", "pull_back", "train_steps"]
 
 OnStep = Callable[[int, int, float], None]
 """Told (step from 1, steps, loss in nats per supervised token) after each step."""
@@ -29,6 +30,41 @@ class Spent:
     loss: float
     tokens: int
     examples: int
+
+
+class PlanBatches:
+    """The plan's own batches; implements :class:`fedlora.learn.hooks.MicroBatches`.
+
+    Args:
+        dial: what is computed again on the way back.
+    """
+
+    tokens = 0
+
+    def __init__(self, model: LoraModel, dial: Dial = "none") -> None:
+        self._model, self._dial = model, dial
+
+    @property
+    def dial(self) -> Dial:
+        """What is computed again on the way back."""
+        return self._dial
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Sets the dial."""
+        self._model.set_checkpointing(self._dial)
+
+    def cut(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches as they are."""
+        return batches
+
+    def shrink(self, batches: Sequence[Batch]) -> None:
+        """Gives up.
+
+        Raises:
+            ResourceError: always.
+        """
+        rows = max(len(b.labels) for b in batches)
+        raise ResourceError(f"out of memory on a batch of {rows} rows", hint="a smaller per_device_train_batch_size in the plan")
 
 
 def derived_seed(*key: object) -> int:
@@ -49,8 +85,8 @@ def train_steps(
     on_step: OnStep | None = None,
     factors: Factors = "AB",
     proximal_mu: float = 0.0,
-    pace: Pace | None = None,
-    ranks: Ranks | None = None,
+    pace: MicroBatches | None = None,
+    ranks: ProcessGroup | None = None,
 ) -> Spent:
     """Trains the adapter in place, one optimiser step a group of batches.
 
@@ -111,7 +147,7 @@ def pull_back(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.
             parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
 
 
-def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: int, pace: Pace | None) -> torch.Tensor:
+def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: int, pace: MicroBatches | None) -> torch.Tensor:
     """Leaves the gradient of these batches' part of a step's loss in the parameters; returns that part, float64.
 
     What does not fit is done again from its beginning in smaller pieces.
@@ -126,7 +162,7 @@ def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: 
         except (RuntimeError, MemoryError) as e:
             if pace is None or not is_out_of_memory(e):
                 raise
-        # Outside the handler: the error held the frames, and they the tensors.
+        # Retry after the except block: its traceback keeps the failed attempt's tensors alive.
         model.clear_gradients()
         if model.base.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongLayout
+from fedlora.learn._internals import copy_all, replace_layers
 from fedlora.learn.base import Base, DequantisedLinear
-from fedlora.learn.fast.fused import FusedLora
-from fedlora.learn.fast.kernels import install_kernels
 from fedlora.learn.forward import Forward
+from fedlora.learn.hooks import fast
 from fedlora.learn.options import Dial, LoraOptions
 from fedlora.rules.first import first_adapter
 
@@ -54,7 +54,7 @@ class LoraModel:
         scale: alpha / r, or alpha / sqrt(r), read from PEFT's layers; no unit.
         forward: batches to losses.
         trained: the factors that ask for a gradient.
-        fused: whether its layers are :class:`fedlora.learn.fast.fused.FusedLora`.
+        fused: whether its layers are those of :meth:`fedlora.learn.hooks.Fast.fused_layer`.
     """
 
     def __init__(self, base: Base, options: LoraOptions, peft_model: Any) -> None:
@@ -68,8 +68,8 @@ class LoraModel:
         self.layout.pairs()  # every tensor belongs to a pair of one rank
         self.current = self.layout
         self.scale = _one_scale(peft_model)
-        self.forward = Forward(peft_model.get_base_model(), base.device)
-        self.fused = all(isinstance(m, FusedLora) for m in peft_model.modules() if isinstance(m, LoraLayer))
+        self.forward = _forward(base, peft_model.get_base_model())
+        self.fused = all(hasattr(m, "keep_inputs") for m in peft_model.modules() if isinstance(m, LoraLayer))
         self.trained: Factors = "AB"
         self._dial: Dial = "none"
         self._spare: tuple[Hashable, torch.optim.Optimizer] | None = None
@@ -110,7 +110,7 @@ class LoraModel:
                     parameter.grad = None
                     parameter.data = parameter.data.new_empty(shape)
             slices = list(adapter.layout.slices())
-            torch._foreach_copy_([self._parameters[n] for n, _, _ in slices], [flat[at].view(shape) for _, at, shape in slices])
+            copy_all([self._parameters[n] for n, _, _ in slices], [flat[at].view(shape) for _, at, shape in slices])
         self.current = adapter.layout
 
     def set_stacked(self, adapters: Sequence[Adapter]) -> None:
@@ -184,7 +184,7 @@ class LoraModel:
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
         for module in model.modules():
-            if isinstance(module, FusedLora):
+            if hasattr(module, "keep_inputs"):
                 module.keep_inputs = dial != "selective"
         self._dial = dial
 
@@ -197,10 +197,13 @@ def attach(base: Base, options: LoraOptions) -> LoraModel:
     """
     if any(isinstance(m, LoraLayer) for m in base.model.modules()):
         raise ValueError("this base has an adapter already; load it again, or share the LoraModel")
-    fused = base.options.fused and _linear_types(base) <= {torch.nn.Linear, bnb.nn.Linear4bit, DequantisedLinear}
-    config = _config(base, options, fused=fused)
-    if fused:
-        install_kernels(base.model, base.device)
+    config = _config(base, options)
+    faster = fast() if base.options.fused else None
+    if faster is not None and _linear_types(base) <= {torch.nn.Linear, bnb.nn.Linear4bit, DequantisedLinear}:
+        layers: dict[type, type] = {torch.nn.Linear: faster.fused_layer(base.model, base.device)}
+    else:
+        layers = {DequantisedLinear: _LoraOnDequantised}
+    replace_layers(config, layers)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers is renaming
@@ -215,7 +218,13 @@ def attach(base: Base, options: LoraOptions) -> LoraModel:
     return model
 
 
-def _config(base: Base, options: LoraOptions, *, fused: bool) -> LoraConfig:
+def _forward(base: Base, model: Any) -> Forward:
+    faster = fast() if base.options.attn_implementation == "varlen" else None
+    found = faster.forward(model, base.device) if faster is not None else None
+    return found or Forward(model, base.device)
+
+
+def _config(base: Base, options: LoraOptions) -> LoraConfig:
     linear = _linear_names(base)
     if options.target_modules != "all-linear":
         for target in options.target_modules:
@@ -225,7 +234,7 @@ def _config(base: Base, options: LoraOptions, *, fused: bool) -> LoraConfig:
                     f"target_modules: {target!r} is no linear layer of this base, or its head or embedding",
                     hint=f"known: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}",
                 )
-    config = LoraConfig(
+    return LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
@@ -234,8 +243,6 @@ def _config(base: Base, options: LoraOptions, *, fused: bool) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({torch.nn.Linear: FusedLora} if fused else {DequantisedLinear: _LoraOnDequantised})
-    return config
 
 
 def _linear_types(base: Base) -> set[type]:

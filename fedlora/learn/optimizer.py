@@ -12,6 +12,7 @@ from safetensors.torch import load
 
 from fedlora.core.adapter import Factors
 from fedlora.core.errors import ConfigError, StoreError
+from fedlora.learn._internals import is_paged, take_pages, zero_all
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.options import TrainOptions
 
@@ -75,14 +76,14 @@ def load_moments(optimiser: torch.optim.Optimizer, blob: bytes) -> None:
     other = StoreError("the optimiser state in the journal belongs to another adapter")
     if sorted(loaded) != list(range(len(parameters))):
         raise other
-    if not _is_paged(optimiser):
+    if not is_paged(optimiser):
         optimiser.load_state_dict({"state": loaded, "param_groups": optimiser.state_dict()["param_groups"]})
         return
     # bitsandbytes' own load_state_dict puts plain tensors in the place of the paged ones.
     for at, parameter in enumerate(parameters):
         state = optimiser.state[parameter]
         if not state:
-            optimiser.init_state(optimiser.param_groups[0], parameter, 0, at)  # type: ignore[attr-defined]
+            take_pages(optimiser, parameter, at)
         if set(loaded[at]) != set(_moments(state)):
             raise other
         for part, value in loaded[at].items():
@@ -107,7 +108,7 @@ def forget_moments(optimiser: torch.optim.Optimizer) -> None:
             else:
                 state[name] = 0
     if tensors:
-        torch._foreach_zero_(tensors)  # a few launches instead of a thousand
+        zero_all(tensors)
 
 
 def _moments(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +118,3 @@ def _moments(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parameters(optimiser: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [p for group in optimiser.param_groups for p in group["params"]]
-
-
-def _is_paged(optimiser: torch.optim.Optimizer) -> bool:
-    return bool(getattr(optimiser, "is_paged", False))

@@ -13,7 +13,7 @@ from fedlora.core.plan import Plan, load_plan, parse_plan
 from fedlora.formats.roster import load_roster
 from fedlora.rounds.store import RunStore, load_adapter
 
-__all__ = ["describe", "export_run"]
+__all__ = ["describe", "export_run", "outcome"]
 
 
 def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | None) -> None:
@@ -105,6 +105,24 @@ def _own(file: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
     plan = parse_plan(stored["plan"].encode())
     facts = {"run": stored["run"], "plan": plan.digest(), "base": plan.model.digest, "aggregate": plan.aggregate.name}
     return plan, adapter, facts | {"share": plan.aggregate.share, "seed": plan.run.seed, "adapter": adapter.digest()}
+
+
+def outcome(run: Path) -> tuple[dict[str, Any], str]:
+    """What came of a run: the rounds that were done and those of them without some site, for programs and in words.
+
+    Raises:
+        StoreError: no run there, or no checkpoint that is whole.
+    """
+    from fedlora.core.words import majority_line
+
+    store = RunStore.open(run)
+    rounds, records = store.load().round, store.records()
+    partial = [r["round"] for r in records if r["partial"]]
+    said = f"{len(partial)} of {rounds} rounds without some site" if partial else f"{rounds} rounds, every site in each"
+    text = (
+        f"done: {run} ({said})\n{majority_line(records)}\nnext, where fedlora[train] is installed: fedlora export {run} adapter/"
+    )
+    return {"run": str(run), "rounds": rounds, "partial_rounds": partial}, text
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from fedlora.core.plan import Plan
 from fedlora.protect import WORK_PHASES, Protection
 from fedlora.rounds.store import Checkpoint, RunStore
 from fedlora.rounds.transport import Transport, drive
-from fedlora.rules import PUBLIC, Accumulator, Aggregator, ServerOptimiser, State, add, largest_weight, optimiser_of
+from fedlora.rules import Accumulator, Aggregator, ServerOptimiser, State, add, largest_weight, optimiser_of
 
 __all__ = ["check_fit", "run"]
 
@@ -71,15 +71,13 @@ def run(
         QuorumNotReached: a round stayed below ``min_sites`` in every attempt, or as many rounds on end were void. The run can
             be resumed.
     """
-    void, exchanges = 0, plan.federation.num_rounds * aggregator.passes
+    void, rounds = 0, plan.federation.num_rounds
     check_fit(aggregator, protection, name=plan.aggregate.name, mode=plan.protect.mode)
     at = store.resume(report)
-    report("start", {"run": store.run, "round": at.round, "rounds": exchanges})
-    while at.round < exchanges:
+    report("start", {"run": store.run, "round": at.round, "rounds": rounds})
+    while at.round < rounds:
         task = _task(plan, store, at, "train", aggregator)
-        tally, record = _attempts(
-            task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at), aggregator.passes
-        )
+        tally, record = _attempts(task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at))
         void = 0 if tally.voided is None else void + 1
         at = _next(aggregator, optimiser_of(plan), at, tally, record, scale=plan.lora.scale)
         store.save(at)
@@ -91,14 +89,14 @@ def run(
             raise QuorumNotReached(f"{void} rounds on end were void: {tally.voided}", hint=hint)
     if store.final() is None:
         task = _task(plan, store, at, "evaluate", aggregator)
-        _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None, 1)
+        _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None)
         store.finish(record)
         report("final", record)
     return at
 
 
 def _start(aggregator: Aggregator, at: Checkpoint, cohort: int) -> Accumulator:
-    return aggregator.start(at.adapter, cohort=cohort, exchange=at.round + 1)
+    return aggregator.start(at.adapter, cohort=cohort, round=at.round + 1)
 
 
 def _next(
@@ -110,17 +108,13 @@ def _next(
     *,
     scale: float,
 ) -> Checkpoint:
-    began, exchange = time.monotonic(), at.round + 1
-    if aggregator.passes > 1:
-        record |= {"pass": 1 + at.round % aggregator.passes}
-    remembered = {k: v for k, v in at.state.items() if k != PUBLIC}
+    began, round = time.monotonic(), at.round + 1
     if tally.voided is not None:  # the sites have trained and go on; the adapter stays as it was
-        over = -(-exchange // aggregator.passes) * aggregator.passes  # a further pass would have nothing to go on from
-        return Checkpoint(over, at.adapter, record | {"round": over, "weight": 0, "adapter": at.adapter.digest()}, remembered)
+        return Checkpoint(round, at.adapter, record | {"weight": 0, "adapter": at.adapter.digest()}, at.state)
     if tally.sums is None:
         raise ValueError("a round of training needs sums")
-    result = aggregator.finish(tally.sums, at.adapter, scale=scale, exchange=exchange, state=at.state)
-    state: State = {**remembered, **result.state}
+    result = aggregator.finish(tally.sums, at.adapter, scale=scale, round=round, state=at.state)
+    state: State = {**at.state, **result.state}
     if result.move is not None:
         moved, state = optimiser.step(result.move, state)
         after = add(at.adapter, moved)
@@ -132,7 +126,7 @@ def _next(
         raise RunFailed("the next adapter is not finite", hint="a smaller server_optimizer.learning_rate, or look at the sites")
     record |= {**result.record, "weight": tally.weight, "adapter": after.digest()}
     record["seconds/aggregate"] = time.monotonic() - began
-    return Checkpoint(exchange, after, record, state)
+    return Checkpoint(round, after, record, state)
 
 
 def _task(plan: Plan, store: RunStore, at: Checkpoint, kind: Kind, aggregator: Aggregator) -> Task:
@@ -142,7 +136,7 @@ def _task(plan: Plan, store: RunStore, at: Checkpoint, kind: Kind, aggregator: A
     if kind == "evaluate":
         return task
     reply = aggregator.reply(at.adapter.layout, at.round + 1)
-    return replace(task, sends=None if reply == sent.layout else reply, public=at.state.get(PUBLIC))
+    return replace(task, sends=None if reply == sent.layout else reply)
 
 
 def _attempts(
@@ -153,7 +147,6 @@ def _attempts(
     enrolled: Collection[str],
     report: Report,
     start: Callable[[int], Accumulator | None],
-    passes: int,
 ) -> tuple[_Round, dict[str, Any]]:
     """Asks for a round until enough sites delivered. A site that did answers again from its journal."""
     need, meter = plan.federation.min_sites, _Meter(transport)
@@ -163,7 +156,7 @@ def _attempts(
         task = replace(task, attempt=attempt)
         missing = partial(protection.missing, task)
         at_hand = _await_sites(transport, need, missing, time.monotonic() + plan.federation.round_deadline, report)
-        sites = _drawn(at_hand, plan, task, passes) if task.kind == "train" else at_hand
+        sites = _drawn(at_hand, plan, task) if task.kind == "train" else at_hand
         tally = _Round(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
         tally.max_weight = largest_weight(plan) if task.kind == "train" else 0
         report("ask", {"round": task.round, "attempt": attempt, "kind": task.kind, "sites": sites})
@@ -215,18 +208,18 @@ _ALL_SAY = (
 """What it means if every site answers with one of these codes, and the way on."""
 
 
-def _drawn(at_hand: list[str], plan: Plan, task: Task, passes: int) -> list[str]:
+def _drawn(at_hand: list[str], plan: Plan, task: Task) -> list[str]:
     """The sites that train: a share of those at hand, ``min_sites`` at least, the same draw wherever the run is done.
 
-    All passes of a round draw alike, and so do its attempts: who has trained is asked again.
+    All attempts of a round draw alike: who has trained is asked again.
     """
-    f, round = plan.federation, (task.round - 1) // passes
+    f = plan.federation
     count = max(math.ceil(f.fraction_train * len(at_hand)), min(f.min_sites, len(at_hand)))
     if count == len(at_hand):
         return at_hand
 
     def lot(site: str) -> bytes:
-        return hashlib.sha256(f"fedlora sampling\0{plan.run.seed}\0{round}\0{site}".encode()).digest()
+        return hashlib.sha256(f"fedlora sampling\0{plan.run.seed}\0{task.round - 1}\0{site}".encode()).digest()
 
     return sorted(sorted(at_hand, key=lot)[:count])
 

@@ -41,9 +41,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """The state after an exchange: the global adapter, its record, and what rule and server optimiser remember.
+    """The state after a round: the global adapter, its record, and what rule and server optimiser remember.
 
-    Round 0 is the first adapter; ``round`` counts exchanges, of which a rule may take two to a round of training.
+    Round 0 is the first adapter.
     """
 
     round: int
@@ -210,23 +210,20 @@ class RunStore:
             with suppress(StoreError):
                 record = dict(self._read(number).record) if number <= at.round and number not in known else {}
                 known |= {number: record} if record else {}
-        # The first exchange of a round that was void in it has no record: the void one is that of the whole round.
-        gone = [n for n in range(1, at.round + 1) if n not in known and not known.get(n + 1, {}).get("void")]
+        gone = [n for n in range(1, at.round + 1) if n not in known]
         write_atomic(self._records, *(dump_facts(known[n]) + b"\n" for n in sorted(known)))
         if gone:
             report("records-gone", {"rounds": gone})
 
     def adapter(self, round: int) -> Adapter:
-        """The global adapter after a round that is still kept (the last three are); a round that was void left the one before.
+        """The global adapter after a round that is still kept (the last three are); a void round changed nothing.
 
         Raises:
             StoreError: it is not, or it is damaged.
         """
-        numbers = _numbers(self.directory)
-        kept, later = [n for n in numbers if n <= round], [n for n in numbers if n > round]
-        if not kept or (kept[-1] < round and not (later and self._read(later[0]).record.get("void"))):
+        if round not in _numbers(self.directory):
             raise StoreError(f"the adapter after round {round} is not kept: {self._path(round)} is missing", hint=_LAST)
-        return self._read(kept[-1]).adapter
+        return self._read(round).adapter
 
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fedlora.rules.masked import Masked
 from fedlora.rules.means import FFA, FedAvg, FedSVD, RoLoRA, add
-from fedlora.rules.product import Product, SketchedProduct
-from fedlora.rules.protocol import PUBLIC, Aggregated, Aggregator, State
+from fedlora.rules.product import Product
+from fedlora.rules.protocol import Aggregated, Aggregator, State
 from fedlora.rules.robust import Robust
 from fedlora.rules.rules import AGGREGATORS, largest_weight, optimiser_of, rule_of
 from fedlora.rules.server_optimizer import ServerOptimiser
@@ -14,19 +13,16 @@ from fedlora.rules.sums import Accumulator, Each, Sums
 __all__ = [
     "AGGREGATORS",
     "FFA",
-    "PUBLIC",
     "Accumulator",
     "Aggregated",
     "Aggregator",
     "Each",
     "FedAvg",
     "FedSVD",
-    "Masked",
     "Product",
     "RoLoRA",
     "Robust",
     "ServerOptimiser",
-    "SketchedProduct",
     "State",
     "Sums",
     "add",

@@ -27,12 +27,9 @@ class FedAvg(Rule):
     Args:
         share: factors that travel. ``A``: each site keeps its own B (Guo et al., Selective Aggregation for Low-Rank Adaptation in
             Federated Learning (FedSA-LoRA), 2025); there is no global adapter then.
-        fedrot: 0: off; else how far a site turns its factors towards the global ones before it sends them, up to 1 (Fed-Rot-LoRA,
-            2026): A in odd rounds, B in even ones, from the second on. The product stays the same.
     """
 
     share: Factors = "AB"
-    fedrot: float = 0.0
 
     @property
     def keeps(self) -> bool:  # type: ignore[override]
@@ -41,15 +38,10 @@ class FedAvg(Rule):
     def down(self) -> Factors:
         return self.share
 
-    def reply(self, layout: Layout, exchange: int) -> Layout:
+    def reply(self, layout: Layout, round: int) -> Layout:
         return layout.only(self.share)
 
-    def encode(self, before: Adapter, after: Adapter, *, exchange: int, public: Adapter | None) -> F32:
-        if self.fedrot and exchange > 1:
-            after = _turned(before, after, factor="A" if exchange % 2 else "B", strength=self.fedrot)
-        return Rule.encode(self, before, after, exchange=exchange, public=public)
-
-    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, exchange: int, state: State) -> Aggregated:
+    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         return _mean(sums, adapter, scale=scale)
 
 
@@ -60,13 +52,13 @@ class FFA(Rule):
     Source: Sun et al., Improving LoRA in Privacy-preserving Federated Learning (FFA-LoRA), 2024. Wants a larger learning rate.
     """
 
-    def trains(self, exchange: int) -> Factors:
+    def trains(self, round: int) -> Factors:
         return "B"
 
     def down(self) -> Factors:
         return "B"
 
-    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, exchange: int, state: State) -> Aggregated:
+    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         return _mean(sums, adapter, scale=scale)
 
 
@@ -81,10 +73,10 @@ class RoLoRA(Rule):
 
     carries: ClassVar[bool] = False
 
-    def trains(self, exchange: int) -> Factors:
-        return "B" if exchange % 2 else "A"
+    def trains(self, round: int) -> Factors:
+        return "B" if round % 2 else "A"
 
-    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, exchange: int, state: State) -> Aggregated:
+    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         return _mean(sums, adapter, scale=scale)
 
 
@@ -104,7 +96,7 @@ class FedSVD(Rule):
     regauges: ClassVar[bool] = True
     carries: ClassVar[bool] = False
 
-    def trains(self, exchange: int) -> Factors:
+    def trains(self, round: int) -> Factors:
         return "B"
 
     def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
@@ -115,12 +107,12 @@ class FedSVD(Rule):
             check_reach(f"{new.module}.lora_A.weight", float(np.linalg.norm(a, 2)), longest)
             check_reach(f"{new.module}.lora_B.weight", float(np.linalg.norm(b)), moved * math.sqrt(b.size) * longest)
 
-    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, exchange: int, state: State) -> Aggregated:
+    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         mean = _mean(sums, adapter, scale=scale)
         if mean.move is None:
             raise ValueError("a mean of factors is a move")
         after = add(adapter, mean.move)
-        if exchange % self.every:
+        if round % self.every:
             return Aggregated(mean.record, adapter=after)
         out = np.empty_like(after.vector)
         for pair in after.layout.pairs():
@@ -146,26 +138,3 @@ def _mean(sums: Accumulator, adapter: Adapter, *, scale: float) -> Aggregated:
         raise TypeError(f"this rule adds up; it was given {type(sums).__name__}")
     mean = sums.mean()
     return Aggregated(gap(sums, mean, adapter, scale=scale), move=Adapter(mean, sums.layout))
-
-
-def _turned(before: Adapter, after: Adapter, *, factor: Factors, strength: float) -> Adapter:
-    """The same products in the gauge nearest to the global factors, or part of the way there.
-
-    ``R = argmin |R^T A_i - A|`` over rotations; ``(1 - strength) I + strength R``, made orthogonal again; ``(R^T A_i, B_i R)``.
-    """
-    out = after.vector.copy()
-    for pair in after.layout.pairs():
-        (b, a), (b0, a0) = factors(after.vector, pair), factors(before.vector, pair)
-        both = a @ a0.T if factor == "A" else (b0.T @ b).T
-        turn = _rotation((1 - strength) * np.eye(pair.rank) + strength * _rotation(both))
-        out[pair.a], out[pair.b] = (turn.T @ a).reshape(-1), (b @ turn).reshape(-1)
-    return Adapter(out, after.layout)
-
-
-def _rotation(matrix: F64) -> F64:
-    """The nearest rotation: the orthogonal polar factor, its determinant made positive."""
-    u, _, vt = np.linalg.svd(matrix)
-    if np.linalg.det(u @ vt) < 0:
-        u[:, -1] *= -1
-    turned: F64 = u @ vt
-    return turned

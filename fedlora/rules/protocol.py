@@ -9,22 +9,19 @@ from typing import ClassVar, Protocol, TypeAlias
 import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Factors, Layout
-from fedlora.core.errors import ImpossibleAdapter, WrongLayout
+from fedlora.core.errors import ImpossibleAdapter
 from fedlora.core.messages import Reveals
 from fedlora.rules.sums import MAX_WEIGHT, Accumulator, Each, Sums
 
-__all__ = ["PUBLIC", "Aggregated", "Aggregator", "Rule", "State", "check_reach"]
+__all__ = ["Aggregated", "Aggregator", "Rule", "State", "check_reach"]
 
 State: TypeAlias = Mapping[str, Adapter]
-"""What the server remembers from one exchange to the next besides the adapter: named vectors, in the checkpoint."""
-
-PUBLIC = "public"
-"""Name of the entry of a state that travels to the sites with the next exchange."""
+"""What the server remembers from one round to the next besides the adapter: named vectors, in the checkpoint. Never sent."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Aggregated:
-    """What an exchange gave.
+    """What a round gave.
 
     Attributes:
         record: numbers about the step.
@@ -40,7 +37,7 @@ class Aggregated:
 
 
 class Aggregator(Protocol):
-    """Turns the updates of a round into the next adapter. An *exchange* is one task and its answers; a round takes ``passes``.
+    """Turns the updates of a round into the next adapter. A round is one task and its answers.
 
     Laws, tested over the registry:
         order: the result does not depend on the order in which updates are added, bit for bit.
@@ -50,17 +47,14 @@ class Aggregator(Protocol):
 
     Attributes:
         needs: single updates, or only their weighted sum.
-        passes: exchanges in a round. Sites train in the first one.
         regauges: ``finish`` splits the product into other factors, so that nothing may be remembered in terms of the old ones.
         varies_rank: the next adapter may have another rank.
-        carries: what coding kept back of one exchange's message may be added to the next one's.
-        keeps: a site needs its local adapter again, in a later exchange or for itself.
+        carries: what coding kept back of one round's message may be added to the next one's.
+        keeps: a site keeps its local adapter: it needs it again in the next round, and in the end for itself.
     """
 
     @property
     def needs(self) -> Reveals: ...
-    @property
-    def passes(self) -> int: ...
     @property
     def regauges(self) -> bool: ...
     @property
@@ -70,7 +64,7 @@ class Aggregator(Protocol):
     @property
     def keeps(self) -> bool: ...
 
-    def trains(self, exchange: int) -> Factors:
+    def trains(self, round: int) -> Factors:
         """What local training moves."""
         ...
 
@@ -78,28 +72,19 @@ class Aggregator(Protocol):
         """What the server sends; the other factor follows from the run's seed, or stays at the site."""
         ...
 
-    def reply(self, layout: Layout, exchange: int) -> Layout:
+    def reply(self, layout: Layout, round: int) -> Layout:
         """Layout of what a site sends, from that of the whole adapter."""
         ...
 
-    def encode(self, before: Adapter, after: Adapter, *, exchange: int, public: Adapter | None) -> F32:
+    def encode(self, before: Adapter, after: Adapter, *, round: int) -> F32:
         """At the site, pure: what it sends.
 
         Args:
             before: the whole adapter from which it started.
             after: the adapter after training; may have a lower rank.
-            public: what the last exchange published besides the adapter.
 
         Returns:
             (m,) float32 in the layout of :meth:`reply`.
-        """
-        ...
-
-    def check_public(self, layout: Layout, exchange: int, public: Adapter | None) -> None:
-        """At the site: refuses what else the server sent if it is not what this rule publishes.
-
-        Raises:
-            WrongLayout: it is not.
         """
         ...
 
@@ -116,21 +101,17 @@ class Aggregator(Protocol):
         """
         ...
 
-    def fixed_ranges(self, layout: Layout) -> Mapping[str, float]:
-        """Tensors of the reply whose values are known to lie in a range, which coding then represents exactly."""
-        ...
-
-    def start(self, adapter: Adapter, *, cohort: int, exchange: int) -> Accumulator:
+    def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
         """An empty accumulator for at most ``cohort`` updates in answer to this adapter."""
         ...
 
-    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, exchange: int, state: State) -> Aggregated:
+    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         """What comes of the updates.
 
         Args:
-            adapter: the whole adapter of this exchange.
+            adapter: the whole adapter of this round.
             scale: alpha / rank (or alpha / sqrt(rank)); all sites share it.
-            state: what the last exchange left.
+            state: what the last round left.
         """
         ...
 
@@ -146,7 +127,7 @@ def check_reach(tensor: str, found: float, most: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What most rules have in common: one pass, both factors, deltas in the adapter's own layout.
+    """What most rules have in common: both factors, deltas in the adapter's own layout.
 
     Args:
         max_weight: largest weight of a site; 1 for uniform weighting.
@@ -154,39 +135,31 @@ class Rule:
 
     max_weight: int = MAX_WEIGHT
     needs: ClassVar[Reveals] = "sum"
-    passes: ClassVar[int] = 1
     regauges: ClassVar[bool] = False
     varies_rank: ClassVar[bool] = False
     carries: ClassVar[bool] = True
     keeps: ClassVar[bool] = False
 
-    def trains(self, exchange: int) -> Factors:
+    def trains(self, round: int) -> Factors:
         return "AB"
 
     def down(self) -> Factors:
         return "AB"
 
-    def reply(self, layout: Layout, exchange: int) -> Layout:
-        return layout.only(self.trains(exchange))
+    def reply(self, layout: Layout, round: int) -> Layout:
+        return layout.only(self.trains(round))
 
-    def encode(self, before: Adapter, after: Adapter, *, exchange: int, public: Adapter | None) -> F32:
-        sent = self.reply(before.layout, exchange)
+    def encode(self, before: Adapter, after: Adapter, *, round: int) -> F32:
+        sent = self.reply(before.layout, round)
         return after.part(sent).vector - before.part(sent).vector
-
-    def check_public(self, layout: Layout, exchange: int, public: Adapter | None) -> None:
-        if public is not None:
-            raise WrongLayout("the server sent more than this plan's rule publishes")
 
     def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
         for name, at, _ in now.layout.slices():
             farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
             check_reach(name, farthest, moved)
 
-    def fixed_ranges(self, layout: Layout) -> Mapping[str, float]:
-        return {}
-
-    def start(self, adapter: Adapter, *, cohort: int, exchange: int) -> Accumulator:
-        layout = self.reply(adapter.layout, exchange)
+    def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
+        layout = self.reply(adapter.layout, round)
         if self.needs == "each":
             return Each(layout, cohort, self.max_weight)
         return Sums.start(layout, cohort=cohort, max_weight=self.max_weight)

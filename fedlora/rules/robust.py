@@ -47,7 +47,7 @@ class Robust(Rule):
     byzantine: int = 1
     needs: ClassVar[Reveals] = "each"
 
-    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, exchange: int, state: State) -> Aggregated:
+    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         if not isinstance(sums, Each):
             raise TypeError(f"this rule needs single updates; it was given {type(sums).__name__}")
         if not sums.deltas:

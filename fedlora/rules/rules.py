@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Final
 
 from fedlora.core.plan import Plan
-from fedlora.rules.masked import Masked
 from fedlora.rules.means import FFA, FedAvg, FedSVD, RoLoRA
 from fedlora.rules.product import MAX_RANK, Product
 from fedlora.rules.protocol import Aggregator
@@ -28,12 +27,11 @@ def _robust(plan: Plan, max_weight: int) -> Aggregator:
 
 
 AGGREGATORS: dict[str, Callable[[Plan, int], Aggregator]] = {
-    "fedavg": lambda plan, w: FedAvg(w, share=plan.aggregate.share, fedrot=plan.aggregate.fedrot),
+    "fedavg": lambda plan, w: FedAvg(w, share=plan.aggregate.share),
     "ffa": lambda plan, w: FFA(w),
     "rolora": lambda plan, w: RoLoRA(w),
     "fedsvd": lambda plan, w: FedSVD(w, every=plan.aggregate.svd_every),
     "product": _product,
-    "masked": lambda plan, w: Masked(w),
     "robust": _robust,
 }
 """Names that a plan may use."""

@@ -29,7 +29,7 @@ _CHUNK = 1 << 16  # values at a time: the temporaries stay in the cache
 
 
 class Accumulator(Protocol):
-    """Where the updates of one exchange go.
+    """Where the updates of one round go.
 
     Attributes:
         layout: of an update's delta.

@@ -15,7 +15,7 @@ from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange
 from fedlora.core.plan import Plan, SiteFile, load_site_file, parse_plan
 from fedlora.formats.keys import load_identity
 from fedlora.formats.roster import SignedRoster
-from fedlora.protect.secagg.given import Given, Ledger, Sum
+from fedlora.protect.secagg.given import Given, Ledger
 from fedlora.rounds.store import FileMemory, write_atomic
 from fedlora.site.admission import Runs
 
@@ -45,9 +45,9 @@ def in_words(plan: Plan) -> dict[str, str]:
         "who reads this site's update": "nobody. The aggregator learns the sum over the sites of a round",
         "numbers that leave": words["numbers that leave"] + "; they too only as sums over all sites",
         "sites in league": f"up to {p.max_colluding} may work together with the server without learning another site's update",
-        "sums that differ": "refused where they could show one site's update"
+        "sums that differ": "differ by whole groups of the roster, never by one site"
         if p.lone_change == "refuse"
-        else "ALLOWED by single sites: two sums of this plan may show the update of a site that is in one and not in the other",
+        else "ALLOWED by single sites: two sums on this base model may show the update of a site that is in only one of them",
         "levels": f"{p.profile}, for changes of a value up to {plan.first_range:g} in the first round",
     }
 
@@ -142,7 +142,7 @@ class Question:
         )
         if left:
             out.append(
-                f"beside earlier plans' sums on this base, one over all sites of the roster could show the update of "
+                f"beside what this site has given on this base, its group on the roster could show the update of "
                 f"{', '.join(left)}: this site will refuse it, unless you add " + " ".join(f"--uncovers {n}" for n in left)
             )
         return out
@@ -219,14 +219,14 @@ def _unlike(plan: Plan, file: SiteFile, root: Path) -> list[str]:
 
 def _uncovered(plan: Plan, file: SiteFile, root: Path) -> list[str] | None:
     memory, ledger = FileMemory(root / file.state / "memory"), _ledger(file, root)
-    if not ledger.groups(plan.model.digest, other_than=plan.digest(), pending=True):
+    if plan.protect.lone_change == "allow" or not ledger.groups.get(plan.model.digest):
         return []
     if (blob := memory.get("roster")) is None:
         return None
     roster = SignedRoster.parse(blob).roster
     colluding = max(plan.protect.max_colluding, roster.max_colluding)
-    all_sites = Sum(plan.model.digest, plan.digest(), "", frozenset(roster.active()), plan.lora.ranks)
-    return sorted(ledger.shown(all_sites, colluding=colluding, other_than=plan.digest()))
+    own = next((group for group in roster.groups() if file.name in group), frozenset[str]())
+    return sorted(ledger.shown(plan.model.digest, own, colluding=colluding))
 
 
 def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[str] = ()) -> int:

@@ -12,7 +12,6 @@ import numpy as np
 from fedlora.core.adapter import Adapter, Factors, Layout, Update
 from fedlora.core.errors import (
     FedLoRAError,
-    PassMissed,
     PlanRefused,
     ResourceError,
     StateLost,
@@ -154,7 +153,7 @@ class Site:
         """
         self._admit(task)
         plan, rule, learner, adapter = self._prepare(task)
-        key = f"{task.kind}/{task.plan_digest}/{task.adapter.digest()}" + (f"/{task.public.digest()}" if task.public else "")
+        key = f"{task.kind}/{task.plan_digest}/{task.adapter.digest()}"
         self.journal.check(task.run)
         done = self.journal.find(task.run, task.round)
         if done is not None and done.key == key:
@@ -164,7 +163,7 @@ class Site:
         update.check(task.reply_layout.size)
         blob = wire.dump_update(update, task.reply_layout, dtype="float32")
         entry = Entry(key, blob, state, kept.vector.astype("<f4").tobytes() if rule.keeps else b"")
-        if rule.keeps and rule.down() != "AB":
+        if rule.keeps:
             self.journal.save_own(task.run, kept, plan)
             if task.kind == "evaluate":
                 self.report("own", {"file": str(self.journal.own(task.run))})
@@ -182,7 +181,7 @@ class Site:
             runs.save(after)
 
     def _before(self, task: Task) -> tuple[int, Entry] | None:
-        """The last finished exchange before this one."""
+        """The last round before this one that this site has trained."""
         if self._last is not None and self._last[:2] == (task.run, task.round - 1):
             return self._last[1:]
         return self.journal.before(task.run, task.round)
@@ -203,36 +202,20 @@ class Site:
             self.report("evaluate", {"round": task.round})
             metrics |= learner.evaluate(adapter)
             return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, metrics)), state, adapter
-        rounds_before, turn = divmod(task.round - 1, rule.passes)
-        if turn:
-            return self._again(task, rule, adapter, before)
         every = plan.evaluation.every
-        if every and rounds_before % every == 0:
+        if every and (task.round - 1) % every == 0:
             self.report("evaluate", {"round": task.round})
             metrics |= learner.evaluate(adapter)
-        self.report("train", {"round": task.round, "rounds": plan.federation.num_rounds * rule.passes})
+        self.report("train", {"round": task.round, "rounds": plan.federation.num_rounds})
         own = adapter.at_rank(min(self._rank(plan), adapter.layout.rank))
-        trained = learner.train(own, round=rounds_before + 1, state=state, factors=rule.trains(task.round))
+        trained = learner.train(own, round=task.round, state=state, factors=rule.trains(task.round))
         metrics |= trained.metrics
         self.report("trained", {"round": task.round, **metrics})
-        delta = rule.encode(adapter, trained.adapter, exchange=task.round, public=task.public)
+        delta = rule.encode(adapter, trained.adapter, round=task.round)
         weight = {"tokens": trained.tokens, "examples": trained.examples, "uniform": 1}[plan.aggregate.weighting]
         if weight > (most := largest_weight(plan)):
             raise WeightTooLarge(self.name, weight, most)
         return Update(delta, weight, self._shared(plan, metrics)), trained.state, trained.adapter
-
-    def _again(
-        self, task: Task, rule: Aggregator, adapter: Adapter, before: tuple[int, Entry] | None
-    ) -> tuple[Update, bytes, Adapter]:
-        """What a further pass wants of the local adapter that the first one trained."""
-        if before is None or before[0] != task.round - 1 or not before[1].kept:
-            raise PassMissed("this site did not take part in the first pass of the round; it comes back in the next round")
-        vector = np.frombuffer(before[1].kept, "<f4").astype(np.float32)
-        rank = adapter.layout.rank * vector.size // adapter.layout.size
-        local = Adapter(vector, adapter.layout.at_rank(rank))
-        first = wire.parse_update(before[1].update, rule.reply(adapter.layout, task.round - 1))
-        delta = rule.encode(adapter, local, exchange=task.round, public=task.public)
-        return Update(delta, first.weight, {}), before[1].state, local
 
     def _rank(self, plan: Plan) -> int:
         """Slots that this site trains, at most."""
@@ -255,8 +238,8 @@ class Site:
             )
         if learner.steps > self.policy.max_local_steps:
             raise PlanRefused(f"a round takes {learner.steps} steps here, more than {self.policy.max_local_steps}")
-        if not 1 <= task.round <= plan.federation.num_rounds * rule.passes + (task.kind == "evaluate"):
-            raise WrongRound(f"round {task.round} of {plan.federation.num_rounds * rule.passes}")
+        if not 1 <= task.round <= plan.federation.num_rounds + (task.kind == "evaluate"):
+            raise WrongRound(f"round {task.round} of {plan.federation.num_rounds}")
         adapter = self._whole(task, plan, rule, learner)
         if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
             raise PlanRefused("the first adapter is not the one that the plan pins")
@@ -266,8 +249,6 @@ class Site:
             check_published(plan, task.adapter, round=task.round)
         if task.kind == "train" and task.reply_layout != rule.reply(adapter.layout, task.round):
             raise WrongLayout("the server asks for other tensors than the plan's rule sends")
-        if task.kind == "train":
-            rule.check_public(adapter.layout, task.round, task.public)
         return plan, rule, learner, adapter
 
     def _whole(self, task: Task, plan: Plan, rule: Aggregator, learner: Learner) -> Adapter:

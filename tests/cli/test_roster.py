@@ -80,7 +80,8 @@ def test_show_says_who_takes_part_and_who_has_signed(say, study, capsys):
     say("sign", "r.json", "--key", "carol.key")
     say("revoke", "r.json", "b")
     shown = say("show", "r.json")
-    assert shown["sites"][1] == {"name": "b", "status": "revoked", "fingerprint": load_public(study / "b.pub").fingerprint()}
+    fingerprint = load_public(study / "b.pub").fingerprint()
+    assert shown["sites"][1] == {"name": "b", "status": "revoked", "group": None, "fingerprint": fingerprint}
     assert shown["coordinators"][0]["signature"] == "-"
     assert shown["digest"] == load_roster(study / "r.json").roster.digest()
     assert main(["roster", "show", str(study / "r.json")]) == 0

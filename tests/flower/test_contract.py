@@ -1,4 +1,4 @@
-"""flwr's non-public parts are what ``_internals.py`` takes them for. If one of these fails, that file needs work."""
+"""flwr's non-public parts are what ``flower/_internals`` takes them for. If one of these fails, that folder needs work."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedlora.core.errors import Oversized
-from fedlora.flower._internals import _CHUNK_BYTES, BROKEN, TOO_LARGE, _check_stated, _check_unfolded
+from fedlora.flower._internals.runtime import _CHUNK_BYTES, BROKEN, TOO_LARGE, _check_stated, _check_unfolded
+from fedlora.flower._internals.supernode import signing
 from fedlora.flower.records import STYPE
-from fedlora.flower.supernode import signing
 from fedlora.gateway import clock, doors
 from fedlora.gateway.app import FLEET_CALLS, NOT_ENROLLED
 from fedlora.gateway.calls import AHEAD_S, BEHIND_S, CALL, KEY, TIME

@@ -28,10 +28,13 @@ def load(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """
     from fedlora.learn import base
     from fedlora.learn.base import BaseOptions, load_base
+    from fedlora.learn.hooks import fast
 
     monkeypatch.setattr(base, "has_products", lambda device, dtype: True)
 
     def make(path: Path = toy, **options: Any) -> Any:
+        if options.get("fused") and fast() is None:
+            pytest.skip("needs fedlora/learn/fast")  # see test_plain.py, which takes it away
         return load_base(BaseOptions(path, **{"load_in_4bit": False, "device": "cpu", "threads": 1, **options}))
 
     return make

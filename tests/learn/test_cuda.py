@@ -338,7 +338,13 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
         plan = Plan.model_validate_json(json.dumps(tables))
         learner = build.site_learner(site, plan, report=lambda *_: None)
         team = Team(
-            site, plan, devices=["cuda:0", "cuda:1"], state=tmp_path / "team", facts=learner.facts(), report=lambda *_: None
+            build.WORKER,
+            site,
+            plan,
+            devices=["cuda:0", "cuda:1"],
+            state=tmp_path / "team",
+            facts=learner.facts(),
+            report=lambda *_: None,
         )
         learner.join(team.ranks)
         return learner, team

@@ -160,10 +160,10 @@ def test_evaluation_says_the_same(lora: Callable[..., Any], moved: Callable[...,
 
 
 def test_the_head_goes_in_slices(gradient: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    from fedlora.learn import forward
+    from fedlora.learn.fast import documents
 
     whole = gradient(FUSED, flat=True)
-    monkeypatch.setattr(forward, "_HEAD_BYTES", 8 * 258 * 3)  # three rows at a time
+    monkeypatch.setattr(documents, "_HEAD_BYTES", 8 * 258 * 3)  # three rows at a time
     sliced = gradient(FUSED, flat=True)
     assert whole[0] == pytest.approx(sliced[0], rel=1e-6)
     assert distance(sliced[1], whole[1]) < 1e-6
@@ -171,14 +171,14 @@ def test_the_head_goes_in_slices(gradient: Callable[..., Any], monkeypatch: pyte
 
 @pytest.mark.parametrize("vocabulary", [7, 258])
 def test_nats_are_torchs_cross_entropy_and_its_gradient(vocabulary: int):
-    from fedlora.learn.forward import _Nats
+    from fedlora.learn.fast.loss import Nats
 
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(9, 5, generator=g, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(vocabulary, 5, generator=g, dtype=torch.float64), torch.randn(vocabulary, generator=g).double()
     targets = torch.randint(0, vocabulary, (9,), generator=g)
     scale = torch.rand(9, generator=g)
-    nll, right = _Nats.apply(hidden, targets, weight, bias, 4, True)
+    nll, right = Nats.apply(hidden, targets, weight, bias, 4, True)
     assert len(right) == 0
     (ours,) = torch.autograd.grad((nll * scale).sum(), hidden)
     logits = torch.nn.functional.linear(hidden, weight, bias)
@@ -186,7 +186,7 @@ def test_nats_are_torchs_cross_entropy_and_its_gradient(vocabulary: int):
     (theirs,) = torch.autograd.grad((expected * scale).sum(), hidden)
     torch.testing.assert_close(nll.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    _, right = _Nats.apply(hidden, targets, weight, bias, 4, False)
+    _, right = Nats.apply(hidden, targets, weight, bias, 4, False)
     assert torch.equal(right, logits.argmax(-1) == targets)
 
 

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from fedlora.cli import main
 from fedlora.core.errors import ResourceError
 from fedlora.data import IGNORE, Tokens, in_order, regroup, share
-from fedlora.learn.fast.pacing import _ROOM, Pace, _Probe, is_out_of_memory
+from fedlora.learn.fast.pacing import _ROOM, Pace, _Probe
 from fedlora.learn.learner import HFLearner, TrainOptions
+from fedlora.learn.loop import PlanBatches
+from fedlora.learn.memory import is_out_of_memory
 from fedlora.rules.first import first_adapter
 
 pytestmark = pytest.mark.torch
@@ -99,6 +101,14 @@ def test_at_a_single_example_more_is_computed_again_and_then_it_is_over(lora: Ca
         trained(model, rows, Pace(model, report=lambda event, facts: dials.append(facts["dial"])))
     assert dials[-2:] == ["selective", "full"]
     assert all(p.grad is None for p in model.trainable())
+
+
+def test_the_plans_own_batches_that_do_not_fit_are_named(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    model = lora(PADDED)
+    model.forward = Full(model.forward, 60, backward=True)
+    with pytest.raises(ResourceError, match="a batch of 4 rows") as caught:
+        trained(model, rows, PlanBatches(model))
+    assert "per_device_train_batch_size" in caught.value.hint
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(lora: Callable[..., Any], rows: Sequence[Tokens]):

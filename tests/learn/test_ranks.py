@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fedlora import assemble as build
+from fedlora.assemble import WORKER
 from fedlora.core.errors import ResourceError
 from fedlora.core.plan import Plan
 from fedlora.learn.fast.workers import Team
@@ -56,7 +57,9 @@ def team(site: Path, tmp_path: Path, learner: Any) -> Iterator[Callable[[int], T
     made: list[Team] = []
 
     def make(count: int) -> Team:
-        made.append(Team(site, plan(), devices=["cpu"] * count, state=tmp_path / "team", facts=learner.facts(), report=silent))
+        made.append(
+            Team(WORKER, site, plan(), devices=["cpu"] * count, state=tmp_path / "team", facts=learner.facts(), report=silent)
+        )
         return made[-1]
 
     yield make
@@ -116,12 +119,11 @@ def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_roun
 
 def test_kill_9_of_the_site_leaves_no_process_behind(site: Path, tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from fedlora import assemble as build\n"
-        "from fedlora.learn.fast.workers import Team\n"
+        "import sys, time; from pathlib import Path; from fedlora import assemble; from fedlora.learn.fast.workers import Team\n"
         "from fedlora.core.plan import parse_plan\n"
         "site, plan, quiet = Path(sys.argv[1]), parse_plan(sys.argv[2].encode()), lambda *_: None\n"
-        "facts = build.site_learner(site, plan, report=quiet).facts()\n"
-        "team = Team(site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), facts=facts, report=quiet)\n"
+        "facts = assemble.site_learner(site, plan, report=quiet).facts()\n"
+        "team = Team(assemble.WORKER, site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), facts=facts, report=quiet)\n"
         "team.ranks(); print(*team.pids(), flush=True); time.sleep(60)"
     )
     argv = [sys.executable, "-c", code, str(site), plan().canonical().decode(), str(tmp_path / "team")]
@@ -163,7 +165,7 @@ def test_a_site_with_several_gpus_starts_its_team_by_itself(site: Path, tmp_path
     again._team.__self__.close()
 
 
-def test_a_follower_that_cannot_start_is_noticed_at_once(site: Path, learner: Any, team: Callable[[int], Team]):
+def test_a_worker_that_cannot_start_is_noticed_at_once(site: Path, learner: Any, team: Callable[[int], Team]):
     first = learner.model.get()
     learner.join(team(2).ranks)
     (site.parent / "rows.jsonl").unlink()  # the leader has read them

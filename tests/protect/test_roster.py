@@ -16,7 +16,17 @@ from vectors.make import identities, read_vector
 from fedlora.core.errors import FedLoRAError, RosterInvalid
 from fedlora.formats import roster as module
 from fedlora.formats.keys import Identity
-from fedlora.formats.roster import Member, Roster, RosterKeeper, SignedRoster, accept, federation, load_roster, next_epoch
+from fedlora.formats.roster import (
+    Member,
+    Roster,
+    RosterKeeper,
+    SignedRoster,
+    accept,
+    federation,
+    first_epoch,
+    load_roster,
+    next_epoch,
+)
 from fedlora.lab.testing import DictMemory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +110,73 @@ def test_the_next_epoch_follows_and_changes_only_what_is_asked():
     assert SECOND.not_after == FIRST.not_after
     assert next_epoch(FIRST, days=10, now=NOW).not_after == NOW + 10 * DAY
     assert replace(SECOND, epoch=1, previous="0" * 64, not_before=NOW, sites=FIRST.sites) == FIRST
+
+
+MANY = tuple(Identity.generate(f"s{k:02d}") for k in range(30))
+
+
+def grown(history, *, colluding=1):
+    """Rosters of a federation that changes: how many sites begin, then of each epoch how many come and which go."""
+    start, changes = history
+    fresh = iter(MANY)
+    epochs = [
+        first_epoch(SERVER.public, [next(fresh).public for _ in range(start)], [CAROL.public], max_colluding=colluding,
+                    min_cohort=3 * colluding, now=NOW)
+    ]  # fmt: skip
+    for come, gone in changes:
+        active = sorted(epochs[-1].active())
+        revoke = sorted({active[g % len(active)] for g in gone})[: len(active) - 1]
+        add = [p.public for p, _ in zip(fresh, range(come), strict=False)]
+        epochs.append(next_epoch(epochs[-1], add=add, revoke=revoke, now=NOW))
+    return epochs
+
+
+HISTORIES = st.tuples(
+    st.integers(3, 9), st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 20), max_size=2)), max_size=4)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(HISTORIES, st.integers(1, 2))
+def test_groups_are_large_enough_and_no_site_ever_changes_its_group(history, colluding):
+    seen = {}
+    for roster in grown(history, colluding=colluding):
+        assert Roster.parse(roster.dump()) == roster
+        groups = roster.groups()
+        together = sorted(name for group in groups for name in group)
+        assert together == sorted(set(together) & set(roster.active()))
+        for group in groups:
+            assert len(group) >= colluding + 2 or not roster.grouped
+            for name in group:
+                assert seen.setdefault(name, group) == group or not roster.grouped
+
+
+def test_new_sites_wait_until_they_are_a_group_and_a_revoked_one_takes_its_group_with_it():
+    first = first_epoch(SERVER.public, [m.public for m in MANY[:6]], [CAROL.public], now=NOW)
+    assert first.groups() == (frozenset({"s00", "s02", "s04"}), frozenset({"s01", "s03", "s05"}))
+    two = next_epoch(first, add=[m.public for m in MANY[6:8]], now=NOW)
+    assert two.groups() == first.groups()
+    three = next_epoch(two, add=[MANY[8].public], revoke=["s00"], now=NOW)
+    assert three.groups() == (frozenset({"s01", "s03", "s05"}), frozenset({"s06", "s07", "s08"}))
+    anew = next_epoch(three, regroup=True, now=NOW)
+    assert sorted(map(len, anew.groups())) == [4, 4]
+    larger = next_epoch(three, regroup=True, group_size=5, now=NOW)
+    assert larger.groups() == (frozenset(larger.active()),)
+    assert refused(lambda: next_epoch(three, regroup=True, group_size=2, now=NOW)).code == "roster-invalid"
+    assert refused(lambda: replace(first, sites=(replace(first.sites[0], group=257), *first.sites[1:]))).code == "roster-invalid"
+
+
+def test_a_roster_without_groups_is_one_group_and_has_the_bytes_that_it_always_had():
+    assert FIRST.groups() == (frozenset("abc"),)
+    assert json.loads(FIRST.dump())["v"] == 1
+    assert b"group" not in FIRST.dump()
+    one = next_epoch(FIRST, regroup=True, now=NOW)
+    assert json.loads(one.dump())["v"] == 2
+    none = json.loads(one.dump())
+    none["sites"] = [{**s, "group": 0} for s in none["sites"]]
+    assert (
+        refused(lambda: Roster.parse(json.dumps(none, sort_keys=True, separators=(",", ":")).encode())).code == "roster-invalid"
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,7 +391,7 @@ MALFORMED = {
     "json": [b"", b"\0", b"[]", b"[" * 100_000, b"1", ONE.dump() + b"\n", ONE.dump()[:-1], ONE.dump().replace(b":", b": ", 1),
              ONE.dump().replace(b'"epoch":1', b'"epoch":1,"epoch":1'), ONE.dump().replace(b'"epoch":1', b'"epoch":NaN')],
     "outer-fields": [outer(more=1), FIRST.dump(), outer(signatures=[])],
-    "version": [rewritten(v=2), outer(roster={"v": 2, "new": 1})],
+    "version": [rewritten(v=3), outer(roster={"v": 3, "new": 1})],
     "fields": [rewritten(more=1), rewritten(v=True), rewritten(v=None), outer(roster=[]), outer(roster="x"),
                *(rewritten(**{f: None}) for f in PLAIN["roster"])],
     "count": [rewritten(sites=[]), rewritten(sites=[0] * 257), rewritten(sites={}), rewritten(coordinators=[]),

@@ -15,15 +15,12 @@ from fedlora.core.plan import Aggregate, Federation, Plan, Protect
 from fedlora.rules import (
     AGGREGATORS,
     FFA,
-    PUBLIC,
     FedAvg,
     FedSVD,
-    Masked,
     Product,
     Robust,
     RoLoRA,
     ServerOptimiser,
-    SketchedProduct,
     Sums,
     add,
     rule_of,
@@ -36,7 +33,6 @@ SCALE = 2.0
 REGISTRY = {
     "fedavg": FedAvg(),
     "fedavg-share-A": FedAvg(share="A"),
-    "fedavg-fedrot": FedAvg(fedrot=0.5),
     "ffa": FFA(),
     "rolora": RoLoRA(),
     "fedsvd": FedSVD(),
@@ -45,8 +41,6 @@ REGISTRY = {
     "product-r_max": Product(rank="r_max", max_rank=3),
     "product-energy": Product(rank="energy", energy=0.9),
     "product-full": Product(rank="full"),
-    "product-sketched": SketchedProduct(),
-    "masked": Masked(),
     "robust-median": Robust(statistic="median"),
     "robust-trimmed": Robust(statistic="trimmed", trim=0.3),
     "robust-krum": Robust(statistic="multi-krum", byzantine=1),
@@ -69,10 +63,10 @@ def moved(start: Adapter, seed: int, *, scale: float = 1e-2) -> Adapter:
     return Adapter((start.vector + step).astype(np.float32), start.layout)
 
 
-def trained(rule, start: Adapter, seed: int, *, scale: float = 1e-2, rank: int = 0, exchange: int = 1) -> Adapter:
-    """The same, with only those factors moved that the rule trains, on the slots that the site has."""
+def trained(rule, start: Adapter, seed: int, *, scale: float = 1e-2, rank: int = 0, round: int = 1) -> Adapter:
+    """The same, with only those factors moved that the rule trains, at the rank that the site has."""
     begin = start.at_rank(rank or start.layout.rank)
-    return begin.replaced(moved(begin, seed, scale=scale).part(begin.layout.only(rule.trains(exchange))))
+    return begin.replaced(moved(begin, seed, scale=scale).part(begin.layout.only(rule.trains(round))))
 
 
 @dataclass
@@ -81,17 +75,13 @@ class Result:
     record: dict = field(default_factory=dict)
 
 
-def apply(rule, sites, start=None, *, exchange=1):
-    """One whole round, every pass of it: from (name, local adapter, weight) to the next global adapter."""
-    start, state = start or adapter(), {}
-    for turn in range(rule.passes):
-        at = (exchange - 1) * rule.passes + 1 + turn
-        public = state.get(PUBLIC)
-        sums = rule.start(start, cohort=8, exchange=at)
-        for name, local, weight in sites:
-            sums.add(name, Update(rule.encode(start, local, exchange=at, public=public), weight, {}))
-        found = rule.finish(sums, start, scale=SCALE, exchange=at, state=state)
-        state = dict(found.state)
+def apply(rule, sites, start=None, *, round=1):
+    """One whole round: from (name, local adapter, weight) to the next global adapter."""
+    start = start or adapter()
+    sums = rule.start(start, cohort=8, round=round)
+    for name, local, weight in sites:
+        sums.add(name, Update(rule.encode(start, local, round=round), weight, {}))
+    found = rule.finish(sums, start, scale=SCALE, round=round, state={})
     return Result(found.adapter or add(start, found.move), dict(found.record))
 
 
@@ -138,7 +128,7 @@ def test_every_name_that_a_plan_may_use_is_under_these_laws():
             protect = Protect(mode=mode, first_range=0.1 if mode == "secagg" else 0.0)
             plan = Plan(aggregate=Aggregate(name=name, weighting="uniform"), protect=protect, federation=Federation(min_sites=3))
             made.add(type(rule_of(plan)))
-    assert made == {type(r) for r in REGISTRY.values()} - {SketchedProduct}
+    assert made == {type(r) for r in REGISTRY.values()}
 
 
 @rules()
@@ -196,11 +186,11 @@ def test_nothing_learned_changes_nothing(rule):
 def test_a_bad_update_is_refused_alone(rule, value, seed):
     start = adapter()
     sites = of(rule, [(seed + i, 3) for i in range(5)], start)
-    good = rule.start(start, cohort=8, exchange=1)
-    mixed = rule.start(start, cohort=8, exchange=1)
+    good = rule.start(start, cohort=8, round=1)
+    mixed = rule.start(start, cohort=8, round=1)
     bad = Update(np.full(good.layout.size, value, np.float32), 1, {})
     for name, local, weight in sites:
-        update = Update(rule.encode(start, local, exchange=1, public=None), weight, {})
+        update = Update(rule.encode(start, local, round=1), weight, {})
         good.add(name, update)
         for wrong in (bad, Update(update.delta, 0, {}), Update(update.delta[:-1], 1, {}), Update(update.delta, 1 << 40, {})):
             with pytest.raises((NonFiniteUpdate, WrongLayout, UpdateRejected)):
@@ -208,7 +198,7 @@ def test_a_bad_update_is_refused_alone(rule, value, seed):
         mixed.add(name, update)
         with pytest.raises(UpdateRejected, match="already"):
             mixed.add(name, update)
-    one, other = (rule.finish(s, start, scale=SCALE, exchange=1, state={}) for s in (good, mixed))
+    one, other = (rule.finish(s, start, scale=SCALE, round=1, state={}) for s in (good, mixed))
     for a, b in ((one.adapter, other.adapter), (one.move, other.move)):
         assert (a is None) == (b is None)
         assert a is None or a.vector.tobytes() == b.vector.tobytes()
@@ -218,27 +208,17 @@ def test_a_bad_update_is_refused_alone(rule, value, seed):
 def test_nothing_to_combine_is_an_error_and_no_division_by_zero(rule):
     start = adapter()
     with pytest.raises(FedLoRAError):
-        rule.finish(rule.start(start, cohort=8, exchange=1), start, scale=SCALE, exchange=1, state={})
+        rule.finish(rule.start(start, cohort=8, round=1), start, scale=SCALE, round=1, state={})
 
 
 @rules()
-def test_what_a_site_sends_is_what_the_server_waits_for(rule):
+@pytest.mark.parametrize("round", [1, 2])
+def test_what_a_site_sends_is_what_the_server_waits_for(rule, round):
     start = adapter()
-    public = None
-    for exchange in range(1, rule.passes + 1):
-        local = trained(rule, start, 1, exchange=exchange)
-        sent = rule.encode(start, local, exchange=exchange, public=public)
-        sums = rule.start(start, cohort=5, exchange=exchange)
-        assert sent.dtype == np.float32
-        assert sent.size == sums.layout.size == rule.reply(LAYOUT, exchange).size
-        rule.check_public(LAYOUT, exchange, public)
-        with pytest.raises(WrongLayout):
-            rule.check_public(LAYOUT, exchange, start)
-        for site in "abcde":
-            sums.add(site, Update(sent, 1, {}))
-        public = rule.finish(sums, start, scale=1.0, exchange=exchange, state={PUBLIC: public} if public else {}).state.get(
-            PUBLIC
-        )
+    sent = rule.encode(start, trained(rule, start, 1, round=round), round=round)
+    sums = rule.start(start, cohort=5, round=round)
+    assert sent.dtype == np.float32
+    assert sent.size == sums.layout.size == rule.reply(LAYOUT, round).size
 
 
 # --- exact rules against dense float64 ----------------------------------------------------------------------------------
@@ -248,9 +228,9 @@ def test_what_a_site_sends_is_what_the_server_waits_for(rule):
 @given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(1, 10**5)), min_size=1, max_size=5), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_an_exact_rule_gives_the_mean_of_the_products(rule, rows, even):
-    exchange, start = 2 if even and not isinstance(rule, FedSVD) else 1, adapter()
-    sites = [(f"s{i}", trained(rule, start, seed, scale=0.3, exchange=exchange), w) for i, (seed, w) in enumerate(rows)]
-    result = apply(rule, sites, start, exchange=exchange)
+    round, start = 2 if even and not isinstance(rule, FedSVD) else 1, adapter()
+    sites = [(f"s{i}", trained(rule, start, seed, scale=0.3, round=round), w) for i, (seed, w) in enumerate(rows)]
+    result = apply(rule, sites, start, round=round)
     assert distance(products(result.adapter), mean_products(sites)) < 2e-6
     if isinstance(rule, Product):
         assert result.record["product/kept"] == pytest.approx(1)
@@ -261,10 +241,10 @@ def test_an_exact_rule_gives_the_mean_of_the_products(rule, rows, even):
 WIDE = Layout.of({"m.lora_A.weight": (4, 40), "m.lora_B.weight": (32, 4)})
 
 
-@pytest.mark.parametrize("rule", [Product(), Product(gauge="procrustes"), SketchedProduct()], ids=["svd", "procrustes", "sketch"])
+@pytest.mark.parametrize("rule", [Product(), Product(gauge="procrustes")], ids=["svd", "procrustes"])
 @pytest.mark.parametrize("sites", [1, 2])
-def test_a_sketch_as_wide_as_the_rank_is_the_best_approximation(rule, sites):
-    """Two sites of rank r: the mean product has rank 2 r, the sketch's width."""
+def test_a_product_that_was_cut_is_the_best_approximation(rule, sites):
+    """Two sites of rank r: the mean product has rank 2 r, of which the best half is kept."""
     start = adapter(5, WIDE)
     rows = [(f"s{i}", moved(start, i, scale=0.5), 1 + i) for i in range(sites)]
     (wanted,) = mean_products(rows)
@@ -272,35 +252,6 @@ def test_a_sketch_as_wide_as_the_rank_is_the_best_approximation(rule, sites):
     best = (u[:, :4] * values[:4]) @ vt[:4]
     (found,) = products(apply(rule, rows, start).adapter)
     assert np.linalg.norm(found - best) < 2e-6 * np.linalg.norm(wanted)
-
-
-def test_a_warm_sketch_is_close_to_the_best_rank_and_closer_than_averaging_factors():
-    start = adapter(5, Layout.of({"m.lora_A.weight": (4, 200), "m.lora_B.weight": (160, 4)}))
-    rows = [(f"s{i}", moved(start, i, scale=0.2), 1) for i in range(6)]
-    (wanted,) = mean_products(rows)
-    values = np.linalg.svd(wanted, compute_uv=False)
-    floor = np.sqrt(np.sum(values[4:] ** 2))
-    off = {}
-    for name, rule in {"fedavg": FedAvg(), "product": Product(), "sketch": SketchedProduct()}.items():
-        off[name] = np.linalg.norm(products(apply(rule, rows, start).adapter)[0] - wanted)
-    assert off["product"] == pytest.approx(floor, rel=1e-4)
-    assert floor <= off["sketch"] < 1.02 * floor
-    assert off["sketch"] < off["fedavg"]
-
-
-def test_a_site_that_is_lost_between_the_passes_is_not_in_the_mean():
-    start = adapter(5, WIDE)
-    rows = [(f"s{i}", moved(start, i, scale=0.5), 1) for i in range(2)]
-    rule = SketchedProduct()
-    sums = rule.start(start, cohort=2, exchange=1)
-    for name, local, w in rows:
-        sums.add(name, Update(rule.encode(start, local, exchange=1, public=None), w, {}))
-    state = rule.finish(sums, start, scale=1.0, exchange=1, state={}).state
-    left = rule.start(start, cohort=2, exchange=2)
-    name, local, w = rows[1]
-    left.add(name, Update(rule.encode(start, local, exchange=2, public=state[PUBLIC]), w, {}))
-    after = rule.finish(left, start, scale=1.0, exchange=2, state=state).adapter
-    assert distance(products(after), products(local)) < 2e-6
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(1, 100), st.integers(1, 2)), min_size=2, max_size=5))
@@ -311,35 +262,10 @@ def test_mixed_ranks_product_is_the_mean_of_what_the_sites_hold(rows):
     assert distance(products(apply(rule, sites, start).adapter), mean_products(sites)) < 2e-6
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(1, 100), st.integers(1, 2)), min_size=1, max_size=5))
-@settings(max_examples=40, deadline=None)
-def test_masked_each_slot_is_the_mean_over_the_sites_that_have_it(rows):
-    start, rule = adapter(), Masked()
-    sites = [(f"s{i}", trained(rule, start, seed, rank=rank), w) for i, (seed, w, rank) in enumerate(rows)]
-    result = apply(rule, sites, start)
-    for name, found in result.adapter.tensors().items():
-        for slot in range(2):
-            at = (slot,) if name.endswith("A.weight") else (slice(None), slot)
-            own = [(local.tensors()[name].astype(np.float64)[at], w) for _, local, w in sites if local.layout.rank > slot]
-            wanted = start.tensors()[name][at] if not own else sum(x * w for x, w in own) / sum(w for _, w in own)
-            np.testing.assert_allclose(found[at], wanted, rtol=1e-6, atol=1e-6)
-    total = sum(w for _, w, _ in rows)
-    assert result.record["slots/0"] == pytest.approx(1)
-    high = sum(w for _, w, r in rows if r == 2) / total
-    assert result.record.get("slots/1", 1.0) == pytest.approx(high, abs=1e-6)
-
-
-def test_masked_with_one_rank_is_fedavg():
-    start = adapter()
-    sites = of(FedAvg(), [(1, 3), (2, 5), (3, 9)], start)
-    one, other = apply(Masked(), sites, start), apply(FedAvg(), sites, start)
-    np.testing.assert_allclose(one.adapter.vector, other.adapter.vector, rtol=2e-7, atol=1e-8)
-
-
 # --- gauges -------------------------------------------------------------------------------------------------------
 
 
-@rules("product", "product-sketched")
+@rules("product")
 def test_the_balanced_gauge_gives_both_factors_the_same_size(rule):
     start = adapter()
     after = apply(rule, of(rule, [(i, 1) for i in range(4)], start), start).adapter
@@ -365,7 +291,7 @@ def test_fedsvd_leaves_orthonormal_rows_and_the_row_space_where_it_is():
         assert np.linalg.matrix_rank(np.concatenate([a0, a]), tol=1e-5) == p.rank
 
 
-@rules("product", "product-procrustes", "product-sketched", "fedsvd")
+@rules("product", "product-procrustes", "fedsvd")
 def test_a_module_that_has_not_moved_can_still_learn(rule):
     """B = 0 everywhere, as in the first round for a module without gradient: A must not become zero, too."""
     zero = adapter()
@@ -431,10 +357,10 @@ def test_the_clipping_bound_is_the_running_median_of_the_norms():
     unit[0] = 1
 
     def one_round(norms, state):
-        sums = rule.start(start, cohort=8, exchange=1)
+        sums = rule.start(start, cohort=8, round=1)
         for i, n in enumerate(norms):
             sums.add(f"s{i}", Update(unit * np.float32(n), 1, {}))
-        return rule.finish(sums, start, scale=1.0, exchange=1, state=state)
+        return rule.finish(sums, start, scale=1.0, round=1, state=state)
 
     first = one_round([1, 2, 9], {})
     assert first.record["robust/bound"] == 2
@@ -545,10 +471,10 @@ def test_no_mean_of_several_sites_passes_for_one_update():
 def test_the_certificate_bounds_the_true_gap(ups):
     """Against dense float64 products: |mean of B_i A_i - mean B times mean A| <= gap/bound, per run over all pairs."""
     start, rule = adapter(), FedAvg()
-    sums = rule.start(start, cohort=8, exchange=1)
+    sums = rule.start(start, cohort=8, round=1)
     for site, u in ups:
         sums.add(site, u)
-    found = rule.finish(sums, start, scale=SCALE, exchange=1, state={})
+    found = rule.finish(sums, start, scale=SCALE, round=1, state={})
     total, exact = sum(u.weight for _, u in ups), start.vector.astype(np.float64)
 
     def dense(v):
@@ -600,13 +526,13 @@ def test_a_product_never_takes_the_space_of_the_dense_matrix():
     """d = k = 4096, 16 sites of rank 16: the dense mean alone has 134 MB in float64, 67 MB in float32."""
     layout = Layout.of({"m.lora_A.weight": (16, 4096), "m.lora_B.weight": (4096, 16)})
     start, rule = adapter(0, layout), Product()
-    sums = rule.start(start, cohort=16, exchange=1)
+    sums = rule.start(start, cohort=16, round=1)
     for i in range(16):
         local = moved(start, i)
-        sums.add(f"s{i}", Update(rule.encode(start, local, exchange=1, public=None), 1, {}))
+        sums.add(f"s{i}", Update(rule.encode(start, local, round=1), 1, {}))
     tracemalloc.start()
     try:
-        rule.finish(sums, start, scale=1.0, exchange=1, state={})
+        rule.finish(sums, start, scale=1.0, round=1, state={})
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -226,9 +226,6 @@ def tasks() -> Iterator[Vector]:
         said["values"] = json.dumps([float(x) for x in task.adapter.vector])
         if task.sends is not None:
             said["sends"] = task.sends.dump().decode()
-        if task.public is not None:
-            said["public_layout"] = task.public.layout.dump().decode()
-            said["public"] = json.dumps([float(x) for x in task.public.vector])
         return f"valid_{name}", head("success", "valid", why, **said), wire.dump_task(task, reply_key=key)
 
     def bad(name: str, code: str, condition: str, why: str, blob: bytes, **more: str) -> Vector:
@@ -252,11 +249,8 @@ def tasks() -> Iterator[Vector]:
     yield good("train", "a task to train, with the run's key (its private half is in keys.txt, for tests only)", one, reply_key)
     yield good("evaluate", "a task to evaluate", replace(one, kind="evaluate", round=4, attempt=2), reply_key)
     yield good("no_reply_key", "nothing is sealed", one, b"")
-    public = Adapter(np.array([0.5, -0.0, 3.25], np.float32), Layout.of({"m.sketch_Q": (3, 1)}))
-    both = replace(one, sends=LAYOUT.only("B"), public=public)
-    yield good("sends", "asks for B alone", replace(one, sends=LAYOUT.only("B")), b"")
-    yield good("public", "publishes a tensor besides the adapter", replace(one, public=public), reply_key)
-    yield good("sends_and_public", "both", both, b"")
+    asks = replace(one, sends=LAYOUT.only("B"))
+    yield good("sends", "asks for B alone", asks, b"")
 
     yield bad("empty", "wire", "too-short", "no bytes", b"")
     yield bad("cut_in_prefix", "wire", "too-short", "cut inside the prefix", blob[:31])
@@ -303,9 +297,8 @@ def tasks() -> Iterator[Vector]:
     yield bad("layout_size", "wrong-layout", "layout-size", "a layout of 13 values", built(layout=b'[["a",[13]]]'))
     yield bad("infinity", "non-finite", "non-finite", "infinity in the adapter", built(values=b"\0\0\x80\x7f" * 14))
 
-    end, more = len(blob) - 16, wire.dump_task(both, reply_key=b"")
-    sends, shown = LAYOUT.only("B").dump(), public.layout.dump()
-    values = public.vector.tobytes()
+    end, more = len(blob) - 16, wire.dump_task(asks, reply_key=b"")
+    sends = LAYOUT.only("B").dump()
 
     def with_more(flags: int, rest: bytes) -> bytes:
         return rehash(blob[:6] + struct.pack("<H", flags) + blob[8:end] + rest)
@@ -313,41 +306,28 @@ def tasks() -> Iterator[Vector]:
     def asked(text: bytes) -> bytes:
         return struct.pack("<I", len(text)) + text
 
-    def published(text: bytes, n: int, numbers: bytes) -> bytes:
-        return struct.pack("<IQ", len(text), n) + text + numbers
-
-    assert with_more(3, asked(sends) + published(shown, 3, values)) == more
+    assert with_more(1, asked(sends)) == more
     for name, why, flags, rest in (
         ("sends_missing", "the flag is set, nothing follows", 1, b""),
         ("sends_empty", "a layout of no bytes", 1, asked(b"")),
         ("sends_too_long", "8 388 609 bytes announced", 1, struct.pack("<I", (8 << 20) + 1)),
-        ("public_missing", "the flag is set, the prefix is cut", 2, b"\x01\0\0"),
-        ("public_too_long", "2^32 - 1 bytes of layout announced", 2, struct.pack("<IQ", 2**32 - 1, 3)),
     ):
         yield bad(name, "wire", "more-length", why, with_more(flags, rest))
-    huge = published(shown, 1 << 40, values)
-    yield bad("public_huge", "wire", "more-values", "2^40 public values announced", with_more(2, huge))
-    few = with_more(2, published(shown, 3, values))
-    yield bad("public_too_many", "wire", "more-values", "3 more where 2 are taken", few, max_parameters="16")
     for name, why, flags, rest in (
         ("sends_cut", "cut inside the layout", 1, asked(sends)[:-1]),
-        ("public_cut", "cut inside the values", 2, published(shown, 3, values)[:-4]),
         ("more_unannounced", "parts without their flags", 0, asked(sends)),
-        ("more_trailing", "one byte too many", 3, asked(sends) + published(shown, 3, values) + b"\0"),
+        ("sends_trailing", "one byte too many after the layout of the answer", 1, asked(sends) + b"\0"),
     ):
         yield bad(name, "wire", "length", why, with_more(flags, rest))
-    yield bad("sends_flipped", "wire", "digest", "one bit of the layout", more[: end + 8] + b"z" + more[end + 9 :])
+    yield bad("sends_other_byte", "wire", "digest", "one byte of the layout", more[: end + 8] + b"z" + more[end + 9 :])
+    yield bad("flag_2", "wire", "flags", "a flag that no task has, next to the one that it may have", with_more(2, b""))
     yield bad("flag_4", "wire", "flags", "the next flag", with_more(4, b""))
     spaced = with_more(1, asked(sends.replace(b",", b", ", 1)))
     yield bad("sends_with_space", "wrong-layout", "layout", "a space in the layout of the answer", spaced)
     own = with_more(1, asked(LAYOUT.dump()))
     yield bad("sends_own", "wrong-layout", "sends-own", "asks for the task's own layout in so many words", own)
-    crooked = with_more(2, published(b"[" * 8000, 3, values))
-    yield bad("public_deep", "wrong-layout", "layout", "nesting that exhausts a stack", crooked)
-    lying = with_more(2, published(shown, 4, values + b"\0" * 4))
-    yield bad("public_size", "wrong-layout", "layout-size", "a layout of 3 values, 4 there", lying)
-    nan = with_more(2, published(shown, 3, values[:-4] + b"\0\0\xc0\x7f"))
-    yield bad("public_nan", "non-finite", "non-finite", "NaN among the public values", nan)
+    crooked = with_more(1, asked(b"[" * 8000))
+    yield bad("sends_deep", "wrong-layout", "layout", "nesting that exhausts a stack", crooked)
 
 
 # --- envelopes ----------------------------------------------------------------------------------------------------

@@ -1,3 +1,59 @@
-"""Training that is fast. All of training works without it."""
+"""Training that is fast. All of training works without it: ``fedlora.learn.hooks`` looks for this package, nobody else below.
 
-__all__: list[str] = []
+What is here implements :class:`fedlora.learn.hooks.Fast`. It imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedlora.learn import fast
+    from fedlora.learn.forward import Forward
+    from fedlora.learn.hooks import Fast, MicroBatches
+    from fedlora.learn.options import Dial
+
+    _: Fast = fast  # a type checker compares them
+
+__all__ = ["forward", "fused_layer", "pace", "use_varlen"]
+
+
+def use_varlen(model: Any) -> bool:
+    """See :func:`fedlora.learn.fast.attention.use_varlen`."""
+    from fedlora.learn.fast import attention
+
+    return attention.use_varlen(model)
+
+
+def forward(model: Any, device: torch.device) -> Forward | None:
+    """Over documents one behind another, where the model's attention takes them."""
+    from fedlora.learn.fast.documents import DocumentForward, takes_documents
+
+    return DocumentForward(model, device) if takes_documents(model) else None
+
+
+def fused_layer(model: Any, device: torch.device) -> type:
+    """:class:`fedlora.learn.fast.fused.FusedLora`, after Liger's kernels went into the model."""
+    from fedlora.learn.fast.fused import FusedLora
+    from fedlora.learn.fast.kernels import install_kernels
+
+    install_kernels(model, device)
+    return FusedLora
+
+
+def pace(
+    model: Any,
+    *,
+    dial: Dial | Literal["auto"] = "auto",
+    floor: Dial = "none",
+    tokens: int = 0,
+    limit_bytes: int = 0,
+    report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+) -> MicroBatches:
+    """See :class:`fedlora.learn.fast.pacing.Pace`."""
+    from fedlora.learn.fast.pacing import Pace
+
+    return Pace(model, dial=dial, floor=floor, tokens=tokens, limit_bytes=limit_bytes, report=report)

@@ -12,6 +12,8 @@ from torch.nn import functional
 from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
+from fedlora.learn._internals import attention_of
+
 __all__ = ["VARLEN", "arguments", "document_ends", "use_varlen"]
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def use_varlen(model: Any) -> bool:
     one document must not change anything in another one or before it, and one document must come out as with the model's own
     attention. Whatever goes wrong on the way means no.
     """
-    own, was_training = model.config._attn_implementation, model.training
+    own, was_training = attention_of(model), model.training
     device = model.get_input_embeddings().weight.device
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -74,7 +76,7 @@ def _is_right(model: Any, alone: Tensor) -> bool:
     other_last = _states(model, both, change=range(sum(both) - 1, sum(both)))
     apart = _far(other_first[_FIRST:], states[_FIRST:]) < _SAME and _far(other_last[:-1], states[:-1]) < _SAME
     same = max(_far(_states(model, [_SECOND], skip=_FIRST), alone), _far(states[_FIRST:], alone)) < _ROUNDED
-    return apart and same and bool(model.config._attn_implementation == VARLEN)
+    return apart and same and attention_of(model) == VARLEN
 
 
 def _ids(model: Any, lengths: list[int], *, skip: int = 0, change: range = range(0)) -> Tensor:

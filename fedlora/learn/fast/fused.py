@@ -16,6 +16,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn import functional
 
+from fedlora.learn._internals import reshaped
+
 __all__ = ["FusedLora", "note_made"]
 
 Tensor: TypeAlias = torch.Tensor
@@ -111,9 +113,7 @@ class _Product(torch.autograd.Function):
             made.readers += 1
         ctx.save_for_backward(a, b, low, *kept)
         ctx.layer, ctx.scale, ctx.made, ctx.shape, ctx.sources = layer, scale, made, x.shape, len(sources)
-        # Not a view: some models go on in place.
-        shaped: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-        return shaped
+        return reshaped(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

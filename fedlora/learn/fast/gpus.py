@@ -7,7 +7,6 @@ of it on the loopback interface; they find each other by a file in the site's ow
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ResourceError
 from fedlora.data import Batch, share
+from fedlora.learn._internals import abort
 
 __all__ = ["Ranks", "Word"]
 
@@ -168,10 +168,7 @@ class Ranks:
     def abandon(self) -> None:
         """This group is over: one of it ended, so that what the others wait for will not come. From any thread."""
         self._gone.set()
-        world = dist.group.WORLD
-        if self._device.type == "cuda" and world is not None:
-            with contextlib.suppress(RuntimeError):
-                world._get_backend(self._device).abort()  # else a sum that waits on the card waits for ever
+        abort(self._device)
 
     def close(self) -> None:
         """Ends the group; another one may be made then. All of a healthy group do this together."""

@@ -16,11 +16,12 @@ import torch
 
 from fedlora.core.errors import ResourceError
 from fedlora.data import Batch, by_rows, regroup
-from fedlora.learn.forward import LENGTH_MULTIPLE
+from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.lora import LoraModel
+from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.options import Dial
 
-__all__ = ["Measured", "Pace", "is_out_of_memory"]
+__all__ = ["Measured", "Pace"]
 
 log = logging.getLogger(__name__)
 _ROOM = 0.94
@@ -270,11 +271,3 @@ class Pace:
 
 def _lengths(batches: Sequence[Batch]) -> list[int]:
     return [int(n) for b in batches for n in torch.bincount(torch.from_numpy(b.documents[b.documents >= 0])).tolist()]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Torch's own error, or one of the many that the driver, Triton, cuBLAS and the allocator on a CPU have for it."""
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in said for word in ("out of memory", "not enough memory", "alloc_failed"))
-    )

@@ -21,10 +21,10 @@ from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate
 from fedlora.core.schedule import learning_rate
 from fedlora.data import IGNORE, Batch, Cursor, regroup
-from fedlora.learn.fast.pacing import is_out_of_memory
-from fedlora.learn.forward import LENGTH_MULTIPLE
+from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state, parse_state
 from fedlora.learn.loop import pull_back
+from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import make_optimiser
 from fedlora.site.work import Trained
 

@@ -1,40 +1,35 @@
-"""Processes for the further GPUs of a site: ``python -m fedlora.learn.fast.workers`` is one, a :class:`Team` starts them.
+"""Worker processes for the further GPUs of a site: a :class:`Team` starts them, watches them and ends them.
 
-What a follower is to do comes on its standard input: the site file, the plan, its number. It reads the same rows as the site
-itself, answers nobody but rank 0, and ends when that does, however that ends.
+What a worker is to do comes on its standard input: the site file, the plan, its rank. It reads the same rows as the site
+itself, takes commands from rank 0 alone, and ends when that does, however that ends. What it runs is not known here: whoever
+makes the team gives the command.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError
-from fedlora.core.plan import Plan, canonical, parse_plan
-from fedlora.processes.parent import die_with_parent
+from fedlora.core.errors import ResourceError
+from fedlora.core.plan import Plan, canonical
 
 if TYPE_CHECKING:
     from fedlora.learn.fast.gpus import Ranks
 
-__all__ = ["Team", "follow"]
+__all__ = ["Team", "ready"]
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.5
 _END_S = 10.0
 _LOAD_S = 3600.0
-_SAME_EVERYWHERE = (NonFiniteUpdate, DataError)
-"""What goes wrong at all ranks in the same step, because all of them have the same numbers: nobody is left waiting."""
 
 
 class Team:
@@ -43,6 +38,7 @@ class Team:
     They die with the thread that started them, which must therefore live as long as they.
 
     Args:
+        spawn: the command of a worker; its order comes on standard input.
         devices: ``cuda:0`` and so on, or ``cpu`` as often as there are to be processes; this process computes on the first.
         state: a directory of the site's own.
         facts: what all processes must agree on, see :meth:`fedlora.learn.learner.HFLearner.facts`.
@@ -51,6 +47,7 @@ class Team:
 
     def __init__(
         self,
+        spawn: Sequence[str],
         site_file: Path,
         plan: Plan,
         *,
@@ -59,7 +56,7 @@ class Team:
         facts: bytes,
         report: Callable[[str, dict[str, Any]], None],
     ) -> None:
-        self._site_file, self._plan, self._devices = site_file.resolve(), plan, list(devices)
+        self._command, self._site_file, self._plan, self._devices = list(spawn), site_file.resolve(), plan, list(devices)
         self._state, self._report, self._facts = state, report, facts
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ranks: Ranks | None = None
@@ -128,8 +125,8 @@ class Team:
         self._report("process", {"name": "training", "state": f"{len(self._devices)} processes are ready"})
 
     def _await(self, meeting: Path) -> None:
-        """Until every follower has loaded its base: only then does anybody wait for anybody in a way that cannot be given up."""
-        waiting = [_ready(meeting, rank) for rank in range(1, len(self._devices))]
+        """Until every worker has loaded its base: only then does anybody wait for anybody in a way that cannot be given up."""
+        waiting = [ready(meeting, rank) for rank in range(1, len(self._devices))]
         end = time.monotonic() + _LOAD_S
         while waiting := [file for file in waiting if not file.exists()]:
             ended = [p.returncode for p in self._processes if p.poll() is not None]
@@ -140,18 +137,18 @@ class Team:
 
     def _spawn(self, rank: int, meeting: Path) -> subprocess.Popen[bytes]:
         device = self._devices[rank]
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fedlora.learn.fast.workers"],  # -P: nothing of the working directory is code
+        process = subprocess.Popen(  # noqa: S603 - this package's own command
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        word = {"site_file": str(self._site_file), "plan": self._plan.canonical().decode(), "rank": rank,
-                "count": len(self._devices), "device": device, "meeting": str(meeting), "parent": os.getpid()}  # fmt: skip
+        order = {"site_file": str(self._site_file), "plan": self._plan.canonical().decode(), "rank": rank,
+                 "count": len(self._devices), "device": device, "meeting": str(meeting), "parent": os.getpid()}  # fmt: skip
         with contextlib.suppress(BrokenPipeError):  # it ended already: whoever waits for it sees that
             if process.stdin is not None:
-                process.stdin.write(canonical(word))
+                process.stdin.write(canonical(order))
                 process.stdin.close()
         threading.Thread(target=_note, args=(process, device), daemon=True).start()
         return process
@@ -183,7 +180,8 @@ class Team:
         self._processes = []
 
 
-def _ready(meeting: Path, rank: int) -> Path:
+def ready(meeting: Path, rank: int) -> Path:
+    """The file by which a worker says that it has loaded its base."""
     return meeting.with_name(f"{meeting.name}.{rank}")
 
 
@@ -191,32 +189,3 @@ def _note(process: subprocess.Popen[bytes], device: str) -> None:
     """What it says on standard error goes into this site's own log."""
     for line in process.stderr or ():
         log.info("%s: %s", device, line.decode(errors="replace").rstrip()[:2000])
-
-
-def follow(word: dict[str, Any]) -> None:
-    """One follower, from its start to its end."""
-    from fedlora import assemble as build
-    from fedlora.learn.base import use_device
-    from fedlora.learn.fast.gpus import Ranks
-
-    # By itself, not in a function between fork and exec: this process has threads, and the driver's memory.
-    die_with_parent(signal.SIGKILL, parent=word["parent"])
-    use_device(word["device"])
-    learner = build.site_learner(Path(word["site_file"]), parse_plan(word["plan"].encode()), report=lambda event, facts: None)
-    _ready(Path(word["meeting"]), word["rank"]).touch(mode=0o600)
-    ranks = Ranks(
-        rank=word["rank"], count=word["count"], meeting=Path(word["meeting"]), device=word["device"], facts=learner.facts()
-    )
-    learner.join(lambda: ranks)
-    while (told := ranks.hear(learner.layout)) is not None:
-        adapter, round, state, factors = told
-        try:
-            learner.train(adapter, round=round, state=state, factors=factors)
-        except _SAME_EVERYWHERE as e:
-            log.warning("%s", e.code)
-    ranks.close()
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    follow(json.loads(sys.stdin.buffer.read()))

@@ -10,14 +10,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.errors import SessionError, StoreError
+from fedlora.core.errors import SessionError
 from fedlora.core.messages import Kind, Task
 from fedlora.core.plan import canonical
 from fedlora.formats.files import Memory
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.roster import SignedRoster
 from fedlora.protect.secagg.cohort import Cohort, Delivered, Reader, Rules, certificate, read_certificate
-from fedlora.protect.secagg.given import Groups, refine
 from fedlora.protect.secagg.opening import Deal, deal_bytes
 from fedlora.protect.secagg.rings import Profile, Words
 
@@ -74,16 +73,14 @@ class ServerSession:
 
 @dataclass(frozen=True, slots=True)
 class Book:
-    """The files of the session of now, who is left out, and which sums sites have agreed to. They are this server's own;
-    what is damaged makes the run stop and not a sum wrong, as every share and signature in them is checked again.
+    """The files of the session of now, and who is left out. They are this server's own; what is damaged makes the run stop and
+    not a sum wrong, as every share and signature in them is checked again.
 
     Args:
         memory: durable, of this run.
-        sums: durable over runs, as the sites' memory is: a second run of a plan is held to the first one's. None: ``memory``.
     """
 
     memory: Memory
-    sums: Memory | None = None
 
     def open(self, session: ServerSession, signed: SignedRoster) -> None:
         """Notes a session before the first masked update is asked for."""
@@ -163,24 +160,6 @@ class Book:
     def save_ended(self, task: Task, ended: Ended) -> None:
         facts = {"round": task.round, "kind": task.kind, "ended": [[t1.hex(), proof.hex()] for t1, proof in ended]}
         self._put("ended", canonical(facts))
-
-    def groups(self, base: str, plan: str) -> Groups:
-        """Of all sums of a plan on a base to which some site has agreed, or may have: see :mod:`fedlora.protect.secagg.given`.
-
-        Raises:
-            StoreError: damaged.
-        """
-        memory, key = self.sums or self.memory, f"secagg/sums/{base}/{plan}"
-        try:
-            return tuple(frozenset(group) for group in json.loads(memory.get(key) or b"[]"))
-        except (ValueError, TypeError):
-            hint = "delete it: this server then asks for sums that sites refuse, if others were away before, and nothing worse"
-            raise StoreError(f"{memory.where(key)}, the record of earlier sums, is damaged", hint=hint) from None
-
-    def save_sum_of(self, base: str, plan: str, names: Sequence[str]) -> None:
-        """Notes whom a sum is over to which a site has agreed, or may have."""
-        groups = refine(self.groups(base, plan), names)
-        (self.sums or self.memory).put(f"secagg/sums/{base}/{plan}", canonical([sorted(g) for g in groups]))
 
     def exclude(self, site: str, *, round: int, code: str) -> None:
         """Leaves a site out of the sessions of one round that are still to begin. What is known of earlier rounds goes."""

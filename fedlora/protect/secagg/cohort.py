@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -18,7 +18,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PublicKey
 
-from fedlora.core.errors import BadSignature, CohortTooSmall, RevokedSite, UnknownSite, VotesMissing, WireError, WrongContext
+from fedlora.core.errors import (
+    BadSignature,
+    CohortTooSmall,
+    LoneChange,
+    RevokedSite,
+    UnknownSite,
+    VotesMissing,
+    WireError,
+    WrongContext,
+)
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 
 __all__ = [
@@ -48,7 +57,6 @@ ABORT: Final = 2
 BURNT: Final = 3
 """Never sent: what a site notes after the server tried to get two votes from it. It then gives neither."""
 MAX_SITES: Final = 256
-_ALL_SLOTS: Final = 1 << 30
 
 SIGNATURE: Final = 64
 """Bytes of an Ed25519 signature."""
@@ -62,13 +70,13 @@ class Rules:
     Attributes:
         max_colluding: sites of a session that may work together with the server without learning a third one's update.
         min_cohort: fewest sites in a session, and fewest whose updates make a sum.
-        ranks: sites that train only so many slots; the others train all. Where a site has no slot it is known to add zero, and
-            hides nothing.
+        groups: of the roster, each whole, of ``max_colluding + 2`` sites or more: a session and a sum are over some of them.
+            None: over any sites.
     """
 
     max_colluding: int
     min_cohort: int
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    groups: tuple[frozenset[str], ...] | None = None
 
     @property
     def smallest(self) -> int:
@@ -80,26 +88,44 @@ class Rules:
         have more than ``max_colluding`` in common."""
         return 2 * n // 3 + 1
 
+    def whole(self, names: Collection[str]) -> frozenset[str]:
+        """Those of these sites whose groups are here as a whole."""
+        here = frozenset(names)
+        return here if self.groups is None else frozenset().union(*(group for group in self.groups if group <= here))
+
+    def group_of(self, name: str) -> frozenset[str] | None:
+        """The group of a site; None where any sites may be added up.
+
+        Raises:
+            LoneChange: it is in none.
+        """
+        if self.groups is None:
+            return None
+        for group in self.groups:
+            if name in group:
+                return group
+        raise LoneChange(
+            f"{name} is in no whole group of at least {self.max_colluding + 2} sites on the roster",
+            hint="the coordinators see why with `fedlora roster show`; new sites wait for others, and who was in a group with a "
+            "revoked site sits out",
+        )
+
+    def check_whole(self, names: Collection[str]) -> None:
+        """Refuses a set of sites that is not made of whole groups.
+
+        Raises:
+            LoneChange.
+        """
+        if parts := frozenset(names) - self.whole(names):
+            raise LoneChange(
+                f"{', '.join(sorted(parts))} without the others of their groups: a sum over parts of groups could show single "
+                "updates beside other sums",
+                hint="bring the others back, or go on without these; `fedlora roster show` prints the groups",
+            )
+
     def fewest_inputs(self, n: int) -> int:
         """Fewest updates in a sum."""
         return max(self.threshold(n), self.max_colluding + 2, self.min_cohort)
-
-    def check_slots(self, names: Iterable[str]) -> None:
-        """Refuses a sum in which fewer sites have some slot than a sum must have.
-
-        Raises:
-            CohortTooSmall: with the slot.
-        """
-        least = max(self.max_colluding + 2, self.min_cohort)
-        own = [self.ranks.get(name, _ALL_SLOTS) for name in names] if self.ranks else []
-        for rank in sorted(set(own)):
-            have = sum(other >= rank for other in own)
-            if have < least:
-                below = max((other for other in own if other < rank), default=0)
-                raise CohortTooSmall(
-                    f"slots above {below} would be of {have} sites alone, a sum needs {least}",
-                    hint="give more sites the larger rank in lora.ranks, or all the same; or choose protect.mode = 'sealed'",
-                )
 
 
 class Reader:
@@ -261,6 +287,7 @@ class Cohort:
 
         Raises:
             CohortTooSmall: fewer than the rules demand.
+            LoneChange: not made of whole groups.
             WireError: too many, or one twice.
             WrongContext: they have not all seen the same task.
         """
@@ -270,9 +297,9 @@ class Cohort:
             raise CohortTooSmall(f"{n} sites are ready, a session needs {rules.smallest}")
         if n > MAX_SITES or len({a.name for a in order}) < n:
             raise WireError(f"{n} advertisements, at most {MAX_SITES} and one a site")
-        rules.check_slots(a.name for a in order)
         if len({a.context for a in order}) > 1:
             raise WrongContext("the sites of this session have been shown different tasks")
+        rules.check_whole([a.name for a in order])
         t = rules.threshold(n)
         text = b"".join(a.dump() for a in order)
         t1 = hashlib.sha256(b"fedlora/v1/sa/session\0" + order[0].context + struct.pack(">HH", n, t) + text).digest()
@@ -424,13 +451,9 @@ def check_certificate(
     names: Sequence[str],
     threshold: int,
     known: Callable[[str], PublicIdentity],
-    all_of: Collection[int] = (),
 ) -> None:
     """At least ``threshold`` sites of ``names`` (in order of number) have signed this vote. One that has been revoked since does
     not count.
-
-    Args:
-        all_of: sites each of which must be among them.
 
     Raises:
         VotesMissing: fewer.
@@ -438,12 +461,10 @@ def check_certificate(
     """
     if any(not 1 <= n <= len(names) for n in votes):
         raise VotesMissing(f"a vote of a site that is none of {len(names)}")
-    counted: set[int] = set()
+    counted = 0
     for number, signature in votes.items():
         with suppress(RevokedSite):
             check_signature(known(names[number - 1]), "vote", text, signature)
-            counted.add(number)
-    if len(counted) < threshold:
-        raise VotesMissing(f"{len(counted)} votes, {threshold} are needed")
-    if silent := sorted(set(all_of) - counted):
-        raise VotesMissing(f"no vote of {', '.join(names[n - 1] for n in silent)}, whose update would be in the sum")
+            counted += 1
+    if counted < threshold:
+        raise VotesMissing(f"{counted} votes, {threshold} are needed")

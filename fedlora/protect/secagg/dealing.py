@@ -471,18 +471,19 @@ def check_deliveries(
 
     Raises:
         CohortTooSmall: too few.
+        LoneChange: not of whole groups.
         WireError: its own is missing or not the one it sent, or a site is among them that has not dealt.
         BadSignature: one is not signed by its site.
     """
     fewest = rules.fewest_inputs(len(cohort.adverts))
     if len(delivered) < fewest:
         raise CohortTooSmall(f"{len(delivered)} updates would be added up, at least {fewest} must be")
-    rules.check_slots(cohort.advert(d.number).name for d in delivered)
     by_number = {d.number: d for d in delivered}
     if own not in by_number or by_number[own].digest != digest:
         raise WireError("this site's own update is missing among those to be added up, or it is not the one that was sent")
     if not by_number.keys() <= set(dealers):
         raise WireError("an update would count whose site has dealt no shares")
+    rules.check_whole([cohort.advert(number).name for number in by_number])
     for one in delivered:
         one.verify(cohort, known)
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from fedlora.protect.secagg.cohort import Rules
-from fedlora.protect.secagg.given import overlapping
 
 __all__ = ["Survival", "survival", "survival_table"]
 
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """Of ``sites`` sites whose first sum was over all of them; ``away`` and ``lost`` are of the first round that lacks some.
+    """Of ``sites`` sites; ``away`` and ``lost`` hold whichever sites they are.
 
     Attributes:
         stay: of those that begin a round, so many have to stay to its end.
-        away: so many at most may be away from a later round.
-        lost: so many at most may drop out of a later round after they have trained.
-        left_out: so many healthy ones a single absence costs that round, for the difference from the first sum to be wide enough.
+        away: so many at most may be away from a round.
+        lost: so many at most may drop out of a round after they have trained.
+        left_out: so many healthy ones a single absence costs that round at the most: the others of its group.
     """
 
     sites: int
@@ -30,24 +29,27 @@ class Survival:
     left_out: int
 
 
-def survival(sites: int, rules: Rules, *, lone_change: Literal["refuse", "allow"]) -> Survival:
-    """What ``sites`` sites survive. Where ``lora.ranks`` differ, slots may ask for more.
+def survival(sites: int, rules: Rules, *, lone_change: Literal["refuse", "allow"], group_size: int = 0) -> Survival:
+    """What ``sites`` sites survive that are in the groups of a new roster.
+
+    Args:
+        group_size: fewest sites of a group; 0: the least, two more than may collude.
 
     Raises:
         ValueError: fewer than ``rules.smallest``.
     """
     if sites < rules.smallest:
         raise ValueError(f"{sites} sites, a session needs {rules.smallest}")
-    if lone_change == "refuse":
-        least = max(rules.min_cohort, overlapping(sites, colluding=rules.max_colluding))
-        rules = replace(rules, min_cohort=least)
-    fewest, apart = rules.fewest_inputs(sites), rules.max_colluding + 2
-    away, lost = sites - rules.smallest, sites - fewest
-    if lone_change == "refuse":  # a sum that differs does so by c + 2 sites or more, healthy ones left out if need be
-        away = away if sites - apart >= rules.smallest else 0
-        lost = lost if sites - apart >= fewest else 0
-    left_out = apart - 1 if lone_change == "refuse" and away else 0
-    return Survival(sites, rules.threshold(sites), away, lost, left_out)
+    fewest = rules.fewest_inputs(sites)
+    if lone_change == "allow":
+        return Survival(sites, rules.threshold(sites), sites - rules.smallest, sites - fewest, 0)
+    count = max(sites // (group_size or rules.max_colluding + 2), 1)
+    sizes = sorted((sites // count + (k < sites % count) for k in range(count)), reverse=True)
+    # In the worst case each that is missing is of another group, of the largest ones.
+    left = [sites - sum(sizes[:gone]) for gone in range(count + 1)]
+    away = max(gone for gone in range(count + 1) if left[gone] >= rules.smallest)
+    lost = max(gone for gone in range(count + 1) if left[gone] >= fewest)
+    return Survival(sites, rules.threshold(sites), away, lost, sizes[0] - 1 if away else 0)
 
 
 def survival_table(sites: Sequence[int], *, colluding: int) -> list[str]:

@@ -40,9 +40,8 @@ class Session:
         reply_key: the run's key, to which replies are sealed.
         bits: width of the ring.
         plan, base: digests of the plan and of the base model.
-        alone: whether the plan allows sums that differ by single sites.
-        ranks: the plan's, see :class:`Rules`.
-        slots: whether the session's sum has slots; not in an evaluation.
+        groups: of the roster as the session began, see :class:`Rules`; None where the plan allows sums that differ by single
+            sites.
         t1: the session's name, once its sites are fixed.
         digest: of the masked update, once it has been made.
         verdict: of the vote, 0 before it.
@@ -61,9 +60,7 @@ class Session:
     min_cohort: int
     plan: str
     base: str
-    alone: bool
-    ranks: Mapping[str, int]
-    slots: bool
+    groups: Sequence[Sequence[str]] | None
     t1: bytes = b""
     digest: bytes = b""
     verdict: int = 0
@@ -73,7 +70,8 @@ class Session:
 
     @property
     def rules(self) -> Rules:
-        return Rules(self.max_colluding, self.min_cohort, self.ranks if self.slots else {})
+        groups = None if self.groups is None else tuple(frozenset(g) for g in self.groups)
+        return Rules(self.max_colluding, self.min_cohort, groups)
 
     def but(self, **changes: Any) -> Session:
         """The same with these fields changed."""

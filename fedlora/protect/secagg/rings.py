@@ -7,7 +7,7 @@ sum of all sites: ``2 * levels * sites < 2^bits``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -73,18 +73,15 @@ PROFILES: Final[dict[str, Profile]] = {
 """Names that a plan may use; each holds 256 sites. int24 is for audits: as exact as float32."""
 
 
-def scales_for(layout: Layout, profile: Profile, *, reach: float, fixed: Mapping[str, float] = {}) -> F32:
+def scales_for(layout: Layout, profile: Profile, *, reach: float) -> F32:
     """Value of one level, per tensor, (tensors,) float32: from what everybody knows before the round, and nothing that was sent.
 
     Eleven significant bits, half to even, so that the order of a sum of binary64 numbers does not show.
 
     Args:
         reach: change of a value for which the levels stand.
-        fixed: tensors whose values lie between zero and this number, with the weight shared in sixteenths: a power of two below
-            it, so that sixteenths of the number are whole levels where there are sixteen.
     """
-    slot = 2 ** math.floor(math.log2(profile.levels))
-    out = np.array([fixed[name] / slot if name in fixed else reach / profile.levels for name, _ in layout.entries])
+    out = np.full(len(layout.entries), reach / profile.levels)
     mantissa, exponent = np.frexp(out)
     scales: F32 = np.ldexp(np.rint(mantissa * 2048.0) / 2048.0, exponent).astype(np.float32)
     return scales

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -33,7 +32,7 @@ from fedlora.core.errors import (
     WireError,
     WrongContext,
 )
-from fedlora.core.messages import Kind, Reply, Request, Reveals, Task
+from fedlora.core.messages import Reply, Request, Reveals, Task
 from fedlora.core.plan import Plan
 from fedlora.formats import update as wire
 from fedlora.formats.keys import PublicIdentity
@@ -49,6 +48,7 @@ from fedlora.protect.secagg.cohort import (
     Cohort,
     Delivered,
     Reader,
+    Rules,
     certificate,
     check_vote,
     vote_text,
@@ -62,7 +62,6 @@ from fedlora.protect.secagg.complaints import (
     read_opened,
 )
 from fedlora.protect.secagg.dealing import Opened
-from fedlora.protect.secagg.given import Groups, choose, small_parts, with_slot
 from fedlora.protect.secagg.opening import Deal, deal_bytes, parse_reveal, relay, reveal_bytes, unmask
 from fedlora.protect.secagg.rings import packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.terms import Offer, Terms, codec
@@ -128,13 +127,13 @@ class SecAggServer:
         try:
             if stored:
                 numbers = self.terms.numbers(task.reply_layout).size
-                session = self.book.load(task, self.terms.rules_for(task.kind), self._known, self.terms.profile, numbers=numbers)
+                session = self.book.load(task, self.terms.rules, self._known, self.terms.profile, numbers=numbers)
                 yield from self._go_on(task, session, ended, scales, tally, errors)
                 if session.stage == "aborted":
                     self._use(self.roster())
                     session = None
             if session is None and (asked := self._admitted(task, sites, errors)):
-                together = self._agreeable(asked, errors, least=self.terms.rules.smallest)
+                together = self._whole(asked, errors, least=self.terms.rules.smallest)
                 session = yield from self._open(task, together, scales, errors)
                 yield from self._go_on(task, session, ended, scales, tally, errors)
         except CohortTooSmall as e:
@@ -150,48 +149,34 @@ class SecAggServer:
                 self.report("unheard", {"site": site, "code": _code(error)})  # its update counts
 
     def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
-        """Sites of earlier sums, where one without them would be refused. A session that has begun waits for none."""
-        if not (groups := self._groups()) or self.book.roster(task):
+        """The others of groups of which some are at hand, where too few groups are whole; none once a session has begun."""
+        if self.book.roster(task):
             return []
         rules = Terms.of(self.plan, self.roster().roster).rules
-        return self._away(sites) if len(choose(sites, groups, colluding=rules.max_colluding)) < rules.smallest else []
+        return self._away(rules, sites) if len(rules.whole(sites)) < rules.smallest else []
 
-    def _away(self, names: Sequence[str]) -> list[str]:
-        return sorted(frozenset().union(*self._groups()).difference(names))
+    @staticmethod
+    def _away(rules: Rules, names: Collection[str]) -> list[str]:
+        return sorted(frozenset().union(*(g for g in rules.groups or () if g & frozenset(names))).difference(names))
 
-    def _groups(self) -> Groups:
-        return () if self.plan.protect.lone_change == "allow" else self.book.groups(self.plan.model.digest, self.plan.digest())
-
-    def _shown(self, names: Collection[str], *, kind: Kind = "train") -> bool:
-        """Whether a sum of these would show single updates beside earlier ones, in any slot of the adapter."""
-        ranks, groups = self.terms.rules_for(kind).ranks, self._groups()
-        return any(
-            small_parts(
-                tuple(g for group in groups if (g := with_slot(group, ranks, slot))),
-                with_slot(names, ranks, slot),
-                colluding=self.terms.rules.max_colluding,
-            )
-            for slot in {0, *ranks.values()}
-        )
-
-    def _agreeable(self, names: Sequence[str], errors: Errors, *, least: int) -> list[str]:
-        """The most of these sites whose sum they can agree to, beside the plan's earlier ones.
+    def _whole(self, names: Sequence[str], errors: Errors, *, least: int) -> list[str]:
+        """Those of these sites whose groups are there as a whole.
 
         Raises:
-            LoneChange: fewer than ``least``.
+            LoneChange: fewer than ``least``, which would be enough with the others of their groups.
         """
-        groups, away = self._groups(), self._away(names)
-        most = choose(names, groups, colluding=self.terms.rules.max_colluding) if groups else frozenset(names)
-        if groups and (len(most) < least or self._shown(most)) and least <= len(names):
+        rules = self.terms.rules
+        whole, away = rules.whole(names), self._away(rules, names)
+        if len(whole) < least <= len(names):
             self.report("lone-change", {"sites": sorted(names), "missing": away})
             raise LoneChange(
-                f"a sum over {', '.join(sorted(names))} would show single updates beside earlier ones; missing: "
-                f"{', '.join(away)}",
-                hint="bring them back, or agree on a plan and policies with lone_change = 'allow'",
+                f"of {', '.join(sorted(names))} too few are in whole groups; missing: {', '.join(away) or 'new sites'}",
+                hint="bring the others of their groups back; `fedlora roster show` prints the groups. Or agree on a plan and "
+                "policies with lone_change = 'allow'",
             )
-        for name in set(names) - most:
-            errors.setdefault(name, LoneChange(f"left out: without {', '.join(away) or 'others'} its update would stand alone"))
-        return sorted(most)
+        for name in set(names) - whole:
+            errors.setdefault(name, LoneChange(f"left out: {', '.join(away) or 'a site'} of its group is not there"))
+        return sorted(whole)
 
     # --- a new session ------------------------------------------------------------------------------------------
 
@@ -202,7 +187,7 @@ class SecAggServer:
         fewest = self.terms.rules.fewest_inputs(len(cohort.adverts))
         if len(deals) < fewest:
             raise CohortTooSmall(f"{len(deals)} of {len(cohort.adverts)} sites have dealt their shares, {fewest} are needed")
-        self._agreeable([cohort.advert(n).name for n in deals], {}, least=fewest)  # nothing has been given yet
+        self._whole([cohort.advert(n).name for n in deals], {}, least=fewest)  # nothing has been given yet
         session = ServerSession(task.round, task.kind, cohort, deals, task.attempt)
         self.book.open(session, self._signed)
         return session
@@ -232,8 +217,8 @@ class SecAggServer:
         replies = yield [Request(site, phase, body, reply_bytes(_ADVERT_BYTES)) for site in asked]
         del body
         hear(replies, asked, take, errors.setdefault)
-        together = self._agreeable([a.name for a in adverts], errors, least=self.terms.rules.smallest)
-        return Cohort.of([a for a in adverts if a.name in together], self.terms.rules_for(task.kind))
+        together = self._whole([a.name for a in adverts], errors, least=self.terms.rules.smallest)
+        return Cohort.of([a for a in adverts if a.name in together], self.terms.rules)
 
     def _dealt(self, task: Task, cohort: Cohort, errors: Errors) -> Generator[Any, Any, dict[int, bytes]]:
         deals: dict[int, bytes] = {}
@@ -309,7 +294,8 @@ class SecAggServer:
             combine(numbers, np.frombuffer(body[: numbers.nbytes], "<u8"), out=numbers)
 
         first: Errors = {}
-        shown: dict[int, Mapping[int, Opened]] = {number: {} for number in deals}
+        dealt = self.terms.rules.whole(session.names(sorted(deals)))  # the others would refuse: theirs are not all there
+        shown: dict[int, Mapping[int, Opened]] = {n: {} for n in deals if cohort.advert(n).name in dealt}
         yield from self._ask_masked(task, session, ended, shown, deals, take, first, limit)
         complaining = [s for s, e in first.items() if isinstance(e, RemoteError) and e.remote_code in _LIED_TO]
         for site in first.keys() - set(complaining):
@@ -324,13 +310,13 @@ class SecAggServer:
             if settled:
                 yield from self._ask_masked(task, session, ended, settled, deals, take, errors, limit)
                 shown |= settled
-        together = self._agreeable(session.names(sorted(delivered)), errors, least=0)
+        together = self._whole(session.names(sorted(delivered)), errors, least=0)
         alone = [n for n in sorted(delivered) if cohort.advert(n).name not in together]
         if alone and not lied and len(together) >= self.terms.rules.fewest_inputs(len(cohort.adverts)):
             yield from self._ask_masked(task, session, ended, {n: shown[n] for n in alone}, deals, take, errors, limit)
         del deals
         session.delivered = sorted(delivered.values(), key=lambda d: d.number)
-        if lied or not self._enough(task, session):
+        if lied or not self._enough(session):
             session.stage = "abort"
         else:
             session.stage, session.vector, session.numbers = "vote", vector, numbers
@@ -432,28 +418,18 @@ class SecAggServer:
         for round in (task.round, task.round + 1):
             self.book.exclude(site, round=round, code=DealerLied.code)
 
-    def _enough(self, task: Task, session: ServerSession) -> bool:
+    def _enough(self, session: ServerSession) -> bool:
         """Whether the sites may agree to the sum of what was delivered."""
-        rules, names = self.terms.rules_for(task.kind), session.names(session.counted)
-        with suppress(CohortTooSmall):
-            rules.check_slots(names)
-            if self._shown(names, kind=task.kind):
-                self.report("lone-change", {"sites": names, "missing": self._away(names)})
-                return False
-            return len(session.delivered) >= rules.fewest_inputs(len(session.cohort.adverts))
-        return False
+        rules, names = self.terms.rules, session.names(session.counted)
+        whole = len(rules.whole(names)) == len(names)
+        return whole and len(names) >= rules.fewest_inputs(len(session.cohort.adverts))
 
     def _voted(self, task: Task, session: ServerSession, errors: Errors) -> Talk:
         text = vote_text(session.cohort.t1, COMMIT, Delivered.digest_of(session.delivered))
         payload = session.cohort.t1 + bytes([COMMIT]) + Delivered.dump_all(session.delivered)
         waiting = [n for n in session.counted if n not in session.votes]
         yield from self._poll(task, session, waiting, payload, text, session.votes, errors)
-        names = session.names(session.counted)
-        if session.votes or not all(
-            isinstance(errors.get(name), RemoteError) for name in names
-        ):  # whoever is silent may have voted
-            self.book.save_sum_of(self.plan.model.digest, self.plan.digest(), names)
-        if len(session.votes) >= session.cohort.threshold and not self._vetoes(session):
+        if len(session.votes) >= session.cohort.threshold:
             session.stage = "unmask"
         self.book.save(session)
 
@@ -549,13 +525,7 @@ class SecAggServer:
             raise SessionError("the sum of the weights is none of this many sites", hint="a site has sent numbers out of range")
         return weight / self.terms.max_weight
 
-    def _vetoes(self, session: ServerSession) -> set[int]:
-        """The sites without whose vote the others reveal nothing, unless the plan allows lone changes."""
-        return set() if self.plan.protect.lone_change == "allow" else set(session.counted) - session.votes.keys()
-
     def _too_few_left(self, session: ServerSession, votes: Mapping[int, bytes]) -> bool:
-        if self._vetoes(session) & session.gone:
-            return True
         return len(votes) + len([n for n in session.counted if n not in session.gone and n not in votes]) < (
             session.cohort.threshold
         )

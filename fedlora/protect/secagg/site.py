@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -38,6 +38,7 @@ from fedlora.protect.secagg.cohort import (
     Cohort,
     Delivered,
     Reader,
+    Rules,
     check_certificate,
     read_certificate,
     sign_vote,
@@ -57,7 +58,7 @@ from fedlora.protect.secagg.dealing import (
     receive,
     reveal,
 )
-from fedlora.protect.secagg.given import Given, Sum
+from fedlora.protect.secagg.given import Given
 from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import encode
@@ -153,8 +154,7 @@ class SecAggSite:
         if used is not None and task.round < used.round:
             raise WrongRound(f"round {task.round} is over; this site has sent its update of round {used.round}")
         terms = Terms.of(plan, roster)
-        alone = plan.protect.lone_change == "allow"
-        self._given.load().check_alike(task.base, alone=alone)  # before anything is trained
+        self._compare(terms.rules, task.base, task.plan_digest)  # before anything is trained
         records.end_other_runs()
         session = records.session()
         if session is not None and session.root and session.round < task.round:
@@ -176,9 +176,7 @@ class SecAggSite:
                 min_cohort=terms.rules.min_cohort,
                 plan=task.plan_digest,
                 base=task.base,
-                alone=alone,
-                ranks=dict(terms.rules.ranks),
-                slots=task.kind == "train",
+                groups=None if terms.rules.groups is None else [sorted(g) for g in terms.rules.groups],
             )
             records.save_session(session)
         own = advertise(self._name, context, Secrets(session.root), key=self.link.identity.signing)
@@ -246,36 +244,30 @@ class SecAggSite:
         own, reader = cohort.number(self._name), Reader(payload, "mask")
         ended = {reader.take(32): read_certificate(reader) for _ in range(reader.take(1)[0])}
         settled = read_settled(cohort, own, reader)
-        used, ledger = records.used(), self._given.load()
+        used = records.used()
         if used is not None and used.round == session.round and used.t1 != cohort.t1.hex():
             t1 = bytes.fromhex(used.t1)
             if t1 not in ended:
                 raise SessionSpent("this site has given its update of this round to another session, and nothing proves its end")
             text = vote_text(t1, ABORT)
             check_certificate(ended[t1], text, names=used.names, threshold=used.threshold, known=self._known)
-            ledger = ledger.ended(used.t1)
         if session.verdict:
             raise SessionSpent("this site has voted in this session; it masks nothing more")
         relayed = reader.rest()
         if session.digest and relayed != records.blob("relay"):
             raise SessionSpent("this site has masked its update for another set of sites; it does so once")
         dealers = self._open_inbox(cohort, own, relayed, settled, session).shares.keys()
-        most = _sum(cohort, session, dealers)
+        group = session.rules.group_of(self._name)
         if not session.digest:
-            ledger.check_hope(
-                most,
-                self._name,
-                colluding=session.max_colluding,
-                fewest=session.rules.fewest_inputs(len(cohort.adverts)),
-                uncovers=self.uncovers(session.plan),
-            )
+            session.rules.check_whole((group or frozenset()) & {cohort.advert(n).name for n in dealers})
+            self._compare(session.rules, session.base, session.plan)
         out, digest = self._masked(cohort, own, relayed, settled, session, records)
         if session.digest and digest != session.digest:
             raise SessionSpent("what this site has sent can not be made again")
         if not session.digest:
             # On the disk before it is sent, and this first: the one masked update of the round.
             records.save_used(Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold))
-            self._given.save(ledger.masked(most))
+            self._given.save(self._given.load().after(session.base, group))
             records.save_blob("relay", relayed)
             records.save_blob("settled", dump_opened(cohort, settled))
             records.save_session(session.but(digest=digest))
@@ -359,16 +351,20 @@ class SecAggSite:
             raise SecretsGone("this site has sent no update in this session")
         dealers = self._kept_inbox(cohort, own, records, session).shares.keys()
         check_deliveries(cohort, own, session.digest, delivered, dealers=list(dealers), rules=session.rules, known=self._known)
-        self._compare(_sum(cohort, session, (d.number for d in delivered)), session)
         return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
 
-    def _compare(self, wanted: Sum, session: Session) -> None:
-        """Beside earlier sums this one may say something about single sites; on the disk before the vote for it is sent."""
-        ledger, colluding = self._given.load(), session.max_colluding
-        ledger.check(wanted, colluding=colluding, uncovers=self.uncovers(session.plan))
-        if shown := ledger.shown(wanted, colluding=colluding):
-            log.warning("beside earlier sums, that of round %d may show updates of %s", session.round, ", ".join(sorted(shown)))
-        self._given.save(ledger.voted(wanted))
+    def _compare(self, rules: Rules, base: str, plan: str) -> None:
+        """Whether this site may give together with its group, beside what it has given before.
+
+        Raises:
+            LoneChange.
+        """
+        ledger, group, colluding = self._given.load(), rules.group_of(self._name), rules.max_colluding
+        if group is None:
+            return ledger.check_alike(base, alone=True)
+        ledger.check(base, group, colluding=colluding, uncovers=self.uncovers(plan))
+        if shown := ledger.shown(base, group, colluding=colluding):
+            log.warning("beside earlier sums, those of this plan may show updates of %s", ", ".join(sorted(shown)))
 
     @property
     def _given(self) -> Given:
@@ -386,9 +382,7 @@ class SecAggSite:
         listed = Reader(session.delivered, "deliveries")
         delivered = Delivered.read_all(listed)
         text = vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
-        # Who knows of an earlier sum that this one would take apart has a veto: two thirds of the votes do not outvote it.
-        due = () if session.alone else [d.number for d in delivered]
-        check_certificate(votes, text, names=cohort.names, threshold=cohort.threshold, known=self._known, all_of=due)
+        check_certificate(votes, text, names=cohort.names, threshold=cohort.threshold, known=self._known)
         if session.final:
             return session.final  # the secrets are deleted; the server may have lost the answer
         own = cohort.number(self._name)
@@ -429,11 +423,6 @@ class SecAggSite:
         received = receive(cohort, own, secrets, reader, rules=session.rules, known=self._known, settled=settled)
         reader.end()
         return received
-
-
-def _sum(cohort: Cohort, session: Session, numbers: Iterable[int]) -> Sum:
-    names = frozenset(cohort.advert(n).name for n in numbers)
-    return Sum(session.base, session.plan, cohort.t1.hex(), names, session.ranks, session.slots, session.alone)
 
 
 def _with_metrics(update: Update, due: Collection[str]) -> Update:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from fedlora.core.adapter import F32, MAX_PARAMETERS, Adapter, Layout
 from fedlora.core.errors import WrongLayout, WrongRound
-from fedlora.core.messages import EVALUATION, Kind, Task
+from fedlora.core.messages import EVALUATION, Task
 from fedlora.core.plan import Plan, canonical
 from fedlora.core.schedule import height
 from fedlora.formats.keys import key_id
@@ -20,7 +20,6 @@ from fedlora.formats.roster import Roster
 from fedlora.formats.update import parse_task
 from fedlora.protect.link import Context
 from fedlora.protect.secagg.cohort import Reader, Rules
-from fedlora.protect.secagg.given import overlapping
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
 from fedlora.rules import Aggregator, optimiser_of, rule_of
@@ -82,7 +81,7 @@ class Terms:
         weight_unit: tokens or examples that make a weight of one; 0: all weights are one.
         metrics: names that ride along, in order.
         rule: what the numbers mean to the aggregator.
-        rules: least that a session of training needs.
+        rules: least that a session needs.
         digest: names all of this; part of every session's context.
     """
 
@@ -99,9 +98,8 @@ class Terms:
         """The plan's terms, and what this end's own roster demands at the least."""
         p, f = plan.protect, plan.federation
         colluding, cohort = max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort)
-        if p.lone_change == "refuse":
-            cohort = max(cohort, overlapping(len(roster.active()), colluding=colluding))
-        rules = Rules(colluding, cohort, plan.lora.ranks)
+        groups = None if p.lone_change == "allow" else tuple(g for g in roster.groups() if len(g) >= colluding + 2)
+        rules = Rules(colluding, cohort, groups)
         return cls(
             profile=PROFILES[p.profile],
             reach=partial(reach, plan),
@@ -111,10 +109,6 @@ class Terms:
             rule=rule_of(plan),
             rules=rules,
         )
-
-    def rules_for(self, kind: Kind) -> Rules:
-        """The same for this kind of task: in an evaluation there are no slots."""
-        return self.rules if kind == "train" else replace(self.rules, ranks={})
 
     @property
     def max_weight(self) -> int:
@@ -132,18 +126,17 @@ class Terms:
         """Scales of the reply to this task; one for an evaluation, whose vector is a zero.
 
         Raises:
-            WrongLayout: the task asks for other tensors than the rule sends, or brings others than it publishes.
+            WrongLayout: the task asks for other tensors than the rule sends.
             WrongRound: the plan has no such round.
         """
         if task.kind == "evaluate":
             return np.ones(1, np.float32)
-        rule, layout = self.rule, task.reply_layout
-        if layout != rule.reply(task.adapter.layout, task.round):
+        layout = task.reply_layout
+        if layout != self.rule.reply(task.adapter.layout, task.round):
             raise WrongLayout("the server asks for other tensors than the plan's rule sends")
-        rule.check_public(task.adapter.layout, task.round, task.public)
         if not 1 <= task.round <= self.num_rounds:
             raise WrongRound(f"round {task.round} of {self.num_rounds}")
-        return scales_for(layout, self.profile, reach=self.reach(task.round), fixed=rule.fixed_ranges(layout))
+        return scales_for(layout, self.profile, reach=self.reach(task.round))
 
     def share(self, weight: int) -> float:
         """A site's part of the largest weight, in (0, 1]."""
@@ -171,7 +164,7 @@ class Terms:
             **Context.of(task).fields(),
             "kind": task.kind,
             "sends": task.reply_layout.digest(),
-            "public": task.public.digest() if task.public is not None else "",
+            "public": "",  # FORMAT.md 10.3: kept so that a session's context stays what it is
             "roster": roster,
             "reply_key": key_id(reply_key),
             "profile": [p.levels, p.bits],

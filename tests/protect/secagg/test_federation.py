@@ -5,23 +5,21 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from protect.secagg import world
+from protect.secagg.test_adversary import FalseDealer
 from protect.secagg.world import identity
 
 from fedlora import assemble as build
-from fedlora.core.errors import CohortTooSmall, ConfigError, QuorumNotReached, StoreError
+from fedlora.core.errors import ConfigError, QuorumNotReached, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Evaluation, Plan, SiteFile, Wire
 from fedlora.formats.keys import load_identity
 from fedlora.formats.roster import SignedRoster, first_epoch, next_epoch
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
-from fedlora.protect.secagg import SecAggServer
-from fedlora.protect.secagg.cohort import Rules
 from fedlora.rounds.loop import check_fit
 from fedlora.rounds.store import RunStore, write_atomic
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
@@ -309,14 +307,13 @@ def test_fewer_sites_than_a_round_needs_are_said_at_once(tmp_path):
 # --- rules -----------------------------------------------------------------------------------------------------
 
 
-def ruled(name, *, rounds=2, min_sites=3, ranks=None, profile="int24", weight_unit=0, lone_change="refuse", **options):
+def ruled(name, *, rounds=2, min_sites=3, profile="int24", weight_unit=0, lone_change="refuse", **options):
     """A plan with another rule than FedAvg, from a first adapter that is not zero."""
     made = world.secagg_plan(
         profile=profile, rounds=rounds, min_sites=min_sites, weight_unit=weight_unit, lone_change=lone_change
     )
     table = made.pinned(base=TOY_BASE, init=START.digest()).model_dump()
     table["aggregate"] |= {"name": name, **options}
-    table["lora"]["ranks"] = ranks or {}
     return Plan.model_validate(table)
 
 
@@ -344,7 +341,6 @@ SUMS = {
     "ffa": {},
     "rolora": {},
     "fedsvd": {"rounds": 1},  # B has equal columns here: what A's second row becomes is up to the last bit
-    "masked": {"ranks": {"b": 1}},
     "fedavg": {"share": "A"},
 }
 
@@ -367,99 +363,25 @@ def test_every_rule_that_adds_up_gives_in_secret_what_it_gives_in_the_open(tmp_p
     assert all(r["together"]["secagg/cut"] == 0 for r in records)
 
 
-def test_weights_of_16_levels_and_slots_go_together(tmp_path):
-    plan = ruled("masked", ranks={"b": 1}, weight_unit=5, profile="int16", rounds=1, weighting="tokens")
-    federation = Ruled(tmp_path, plan)
-    federation.learners["b"].tokens = 20  # weight 4, the others 2
-    at, store = federation.run()
-    (record,) = store.records()
-    assert record["slots/0"] == pytest.approx(1.0)
-    assert record["slots/1"] == pytest.approx(0.6, abs=1e-3)
-    first = at.adapter.tensors()["toy.lora_A.weight"]
-    begin = START.tensors()["toy.lora_A.weight"]
-    assert first[0] == pytest.approx((begin[0] + (2 * 0.1 + 4 * 0.3 + 2 * 0.5 + 2 * 0.7) / 10) / 2, abs=2e-3)
-    assert first[1] == pytest.approx((begin[1] + (0.1 + 0.5 + 0.7) / 3) / 2, abs=2e-3)
+# --- liars -----------------------------------------------------------------------------------------------------
 
 
-# --- slots that few sites have ---------------------------------------------------------------------------------
-
-
-def test_slots_of_too_few_sites_are_refused_before_anything_is_sent(tmp_path):
-    """Where all others are known to add zero, the sum would be the update of the two that are left."""
-    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1, "c": 1}))
-    with pytest.raises(ConfigError, match="slots above 1 would be of 2 sites alone"):
-        federation.run()
-    assert federation.events == []
-
-
-def test_a_dropout_that_leaves_slots_to_too_few_sites_ends_the_session_without_a_sum(tmp_path):
-    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1))
-    late = []
-
-    def handle(request):
-        if (request.phase, request.site) == ("mask", "d") and not late:
-            late.append(request)  # a and c alone would have the second slot; the next attempt has everybody
-            return Reply("d", error="late")
-        return federation.handle(request)
-
-    at, store = federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
-    (record,) = store.records()
-    assert (record["attempt"], sorted(record["sites"])) == (1, list("abcd"))
-    assert at.adapter.digest() != START.digest()
-
-
-def test_sites_do_not_agree_to_such_a_sum_whatever_the_server_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(SecAggServer, "_enough", lambda self, task, session: True)
-    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1, lone_change="allow"))
-    answers = []
-
-    def handle(request):
-        if request.phase == "mask" and request.site == "d":
-            return Reply("d", error="late")
-        reply = federation.handle(request)
-        if request.phase == "vote":
-            answers.append(reply.error)
-        return reply
-
-    _, store = federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
-    assert set(answers[:3]) == {"cohort-too-small"}
-    assert store.records()[0]["void"] == "cohort-too-small"
-    assert federation.store().load().adapter.digest() == START.digest()
-
-
-def test_an_evaluation_needs_no_slots(tmp_path):
-    federation = Ruled(tmp_path, ruled("masked", ranks={"b": 1}, rounds=1, lone_change="allow"))
-    seen = []
-
-    def handle(request):
-        if request.phase == "advertise":
-            seen.append(request.site)
-        if request.site == "d" and seen.count("d") > 1:
-            return Reply("d", error="late")
-        return federation.handle(request)
-
-    _, store = federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
-    assert sorted(store.final()["sites"]) == list("abc")
-
-
-@given(
-    st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 4)),
-    st.sets(st.sampled_from("abcdefgh"), min_size=1),
-    st.integers(1, 3),
-    st.integers(3, 6),
+@pytest.mark.attack(
+    "C16b",
+    "a site deals false shares in every session, so that run after run of void rounds stops the run",
+    stops="whoever is proved to have lied is left out of the next round, whatever the rule",
 )
-def test_every_slot_has_as_many_sites_as_a_sum_or_the_set_is_refused(ranks, names, colluding, cohort):
-    rules = Rules(colluding, cohort, ranks)
-    owners = [sum(ranks.get(n, 5) > slot for n in names) for slot in range(5)] if ranks else []
-    least = max(colluding + 2, cohort)
-    if any(0 < n < least for n in owners):
-        with pytest.raises(CohortTooSmall):
-            rules.check_slots(names)
-    else:
-        rules.check_slots(names)
-
-
-def test_a_rank_for_a_site_that_is_not_enrolled_is_a_typing_error_and_is_said(tmp_path):
-    federation = Ruled(tmp_path, ruled("masked", ranks={"bb": 1}))
-    with pytest.raises(ConfigError, match="bb, not enrolled"):
-        federation.run()
+@pytest.mark.parametrize("name", SUMS)
+def test_a_lying_dealer_is_left_out_of_the_next_round_and_stops_no_run(tmp_path, name):
+    plan = ruled(name, **SUMS[name] | {"rounds": 4}, lone_change="allow")  # without it, no round goes on without one of four
+    plan = plan.model_copy(update={"federation": plan.federation.model_copy(update={"round_attempts": 2})})
+    federation = Ruled(tmp_path, plan)
+    modes = federation.sites["b"].protection
+    false = FalseDealer(modes.secagg.link, modes.secagg.roster, modes.secagg.entropy)
+    federation.sites["b"].protection = replace(modes, secagg=false)
+    _, store = federation.run()
+    records = store.records()
+    assert [(r["round"], r.get("void", "")) for r in records] == [(1, "bad-dealer"), (2, ""), (3, "bad-dealer"), (4, "")]
+    for void, good in zip(records[::2], records[1::2], strict=True):
+        assert void["rejected"]["b"] == good["rejected"]["b"] == "bad-dealer"
+        assert list(good["sites"]) == ["a", "c", "d"]

@@ -50,10 +50,10 @@ def publish(plan, moves):
     rule, optimiser, now, state = rule_of(plan), optimiser_of(plan), first_adapter(LAYOUT, seed=plan.run.seed), {}
     yield now
     for round, move in enumerate(moves, 1):
-        sums = rule.start(now, cohort=4, exchange=round)
+        sums = rule.start(now, cohort=4, round=round)
         sent = rule.reply(now.layout, round)
         sums.add("*", Update(np.float32(reach(plan, round)) * move(sent.size), 1, {}), squares=np.zeros(len(sent.entries)))
-        found = rule.finish(sums, now, scale=1.0, exchange=round, state=state)
+        found = rule.finish(sums, now, scale=1.0, round=round, state=state)
         state = {**state, **found.state}
         if found.move is not None:
             moved, state = optimiser.step(found.move, state)

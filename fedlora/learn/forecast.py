@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from fedlora.data import Batch, Cursor, Tokens, share
-from fedlora.learn.evaluate import evaluate
-from fedlora.learn.fast.pacing import Pace
+from fedlora.learn.evaluate import evaluate, evaluated_at_once
+from fedlora.learn.hooks import MicroBatches
 from fedlora.learn.loop import train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.optimizer import make_optimiser
 from fedlora.learn.options import TrainOptions
 
-__all__ = ["Forecast", "evaluated_at_once", "forecast"]
+__all__ = ["Forecast", "forecast"]
 
 _LOOKED_AT = 32
 """Steps whose tokens are counted to know what a step holds on the average."""
@@ -26,9 +26,6 @@ _GROWS = {"float32": 1.05}
 _GROWS_OTHERWISE = 1.2
 """How much more memory steps take on a CPU after sixteen of them than after two, by the type that is computed in: holes that the
 C library keeps. Measured: 1.00 to 1.11 in float32, 1.07 to 1.38 in bfloat16 (simulations/LOG.md, 2026-11-26)."""
-
-_EVALUATED_AT_ONCE = 16_384
-"""Tokens, at most, where nothing was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,7 @@ def forecast(
     options: TrainOptions,
     *,
     steps: int,
-    pace: Pace,
+    pace: MicroBatches,
     processes: int = 1,
 ) -> Forecast:
     """Makes a few steps at a learning rate of zero, which change nothing, and times the last, the largest of some.
@@ -116,12 +113,7 @@ def _shares(group: Sequence[Batch], processes: int) -> list[list[Batch]]:
     return [share(group, part=k, parts=processes, pad_token_id=0) for k in range(processes)]
 
 
-def evaluated_at_once(options: TrainOptions, pace: Pace) -> int:
-    """Rows of a batch in evaluation: a plan's batch may be larger than what a device computes at once."""
-    return max(1, min(options.per_device_train_batch_size, (pace.tokens or _EVALUATED_AT_ONCE) // options.max_length))
-
-
-def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], options: TrainOptions, pace: Pace) -> float:
+def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], options: TrainOptions, pace: MicroBatches) -> float:
     """Seconds a token of the last of some whole steps. Their learning rate is zero, so that they change nothing."""
     ends: list[float] = []
     train_steps(
@@ -147,11 +139,13 @@ def _mark(model: LoraModel, ends: list[float]) -> None:
     ends.append(time.perf_counter())
 
 
-def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], options: TrainOptions, pace: Pace) -> float:
-    some = held_out[: evaluated_at_once(options, pace) * (1 + options.max_length // max(map(len, held_out)))]
+def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], options: TrainOptions, pace: MicroBatches) -> float:
+    some = held_out[: evaluated_at_once(options, pace.tokens) * (1 + options.max_length // max(map(len, held_out)))]
     for _ in range(2):
         began = time.perf_counter()
-        evaluate(model, some, rows=evaluated_at_once(options, pace), max_length=options.max_length, packing=options.packing)
+        evaluate(
+            model, some, rows=evaluated_at_once(options, pace.tokens), max_length=options.max_length, packing=options.packing
+        )
         seconds = time.perf_counter() - began
     return seconds * sum(map(len, held_out)) / sum(map(len, some))
 

@@ -1,7 +1,4 @@
-"""Every non-public part of flwr that FedLoRA uses, in one file: they move with each minor release.
-
-``tests/flower/test_contract.py`` checks names and signatures. Written against flwr 1.41.
-"""
+"""Flower's APIs for a task and for whoever commands a SuperLink, by clients and records that flwr does not publish."""
 
 from __future__ import annotations
 

@@ -1,0 +1,136 @@
+"""Words for numbers and for the records of rounds: what terminal, page and figures say. Pure: numbers in, text out.
+
+Every string that comes from a file passes :func:`plain`: names come from plans that somebody else wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "HONEST",
+    "TOGETHER",
+    "finite",
+    "label",
+    "majority_line",
+    "number",
+    "percent",
+    "plain",
+    "reference_points",
+    "reported",
+    "round_count",
+    "size",
+    "state",
+    "training_rounds",
+    "with_interval",
+    "with_sd",
+]
+
+TOGETHER = "all together"
+"""Under this name stand numbers that are known of all sites together, and of none alone."""
+HONEST = "A test of federated learning, not of clinical skill."
+
+
+def finite(value: Any) -> float | None:
+    """``value`` as a float if it is a number between -1e100 and 1e100, else None. Below 1e-100 it is 0: figures divide."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e100:
+        return None
+    return float(value) if abs(value) >= 1e-100 else 0.0
+
+
+def plain(value: Any) -> str:
+    """``value`` as text without control, direction-changing or unprintable characters, which could forge a terminal's output."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
+def label(arm: str) -> str:
+    """An arm's name for people."""
+    known = {"base": "base model", "local": "alone: mean", "better": "the better of both"}
+    return known.get(arm) or plain(arm).replace("local:", "alone: ", 1)
+
+
+def number(value: Any, *, sign: str = "") -> str:
+    """Three decimals, fewer if it is large: never more than eight characters."""
+    v = finite(value)
+    return "-" if v is None else f"{v:{sign}.{3 if abs(v) < 99 else 1}f}" if abs(v) < 9999 else f"{v:{sign}.1e}"
+
+
+def percent(value: Any) -> str:
+    """A share as per cent."""
+    v = finite(value)
+    return "-" if v is None else f"{100 * v:.1f} %"
+
+
+def size(n_bytes: Any) -> str:
+    """Bytes in powers of 1000."""
+    n = finite(n_bytes) or 0.0
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 999.5 or unit == "GB":
+            break
+        n /= 1000
+    return f"{n:.3g} {unit}" if abs(n) < 999.5 else f"{n:,.0f} {unit}"
+
+
+def with_sd(spread: Mapping[str, Any], *, unit: str = "") -> str:
+    """``mean +- sd``; ``unit="%"`` for shares."""
+    mean, sd = (_shown(spread[k], unit) for k in ("mean", "sd"))
+    return mean if mean == "-" else mean + f" +- {sd}" * (sd != "-") + f" {unit}" * bool(unit)
+
+
+def with_interval(spread: Mapping[str, Any], *, unit: str = "") -> str:
+    """``mean [low, high]``; ``unit="%"`` for shares, in points."""
+    mean, low, high = (_shown(spread[k], unit, sign="+") for k in ("mean", "low", "high"))
+    return mean if low == "-" else f"{mean} [{low}, {high}]"
+
+
+def _shown(value: Any, unit: str, *, sign: str = "") -> str:
+    v = finite(value)
+    return number(v, sign=sign) if v is None or not unit else f"{100 * v:{sign}.1f}"
+
+
+def reference_points(dataset: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """What exact match is without learning: (name, share)."""
+    names = {"chance": "chance", "majority": "majority label", "nearest_neighbour": "word-overlap 1-NN"}
+    found = dataset.get("reference") or {}
+    return [(n, v) for k, n in names.items() if (v := finite(found.get(k))) is not None]
+
+
+def training_rounds(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records of rounds that changed the adapter: all but the last evaluation."""
+    return [r for r in run.get("rounds") or [] if any(k in r for k in ("adapter", "gap/ratio", "seconds/aggregate"))]
+
+
+def round_count(run: Mapping[str, Any]) -> int:
+    """Rounds of training."""
+    return len(training_rounds(run))
+
+
+def majority_line(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Whether one site decided more than all others together, and in how many rounds; empty without rounds of training."""
+    known = [r for r in rounds if any("weight" in numbers for numbers in (r.get("sites") or {}).values())]
+    counts: dict[str, int] = {}
+    for site in (s for r in known for s in r.get("majority") or {}):
+        counts[site] = counts.get(site, 0) + 1
+    if any(r.get("together") for r in rounds):
+        return "weights of single sites: not known under secure aggregation, so nobody can say whether one had more than half"
+    if not known:
+        return ""
+    said = ", ".join(f"{plain(s)} in {n} of {len(known)} rounds" for s, n in sorted(counts.items()))
+    return f"more than half of a round's weight: {said or 'no site'}"
+
+
+def reported(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What is known of each site, and of all together where single ones are not known."""
+    together = record.get("together")
+    return {**(record.get("sites") or {}), **({TOGETHER: together} if together else {})}
+
+
+def state(record: Mapping[str, Any], site: str) -> str:
+    """counted, late, not asked, or the code of the rejection."""
+    accepted, rejected = record.get("sites") or {}, record.get("rejected") or {}
+    if site in accepted:
+        return "counted"
+    if site in rejected:
+        return plain(rejected[site])
+    return "not asked"

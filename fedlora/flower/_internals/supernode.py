@@ -1,0 +1,89 @@
+"""Flower's command ``flower-supernode`` with parts of ours in the place of its own: :func:`run` names all that is replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import httpx
+from flwr.supercore.retry import http_retry
+from flwr.supernode import fleet_http_connection as connection
+from flwr.supernode import node_auth_http_interceptor as auth
+from flwr.supernode import start_client_internal as loop
+from flwr.supernode.cli.flower_supernode import flower_supernode
+
+from fedlora.gateway.calls import CALL, TIME, sign_call
+
+__all__ = ["Calls", "Rest", "run", "signing"]
+
+_LONGEST_RETRY_S = 5  # Flower's 20 s keep a site out of a round that a server which is back has begun
+
+
+class Rest(Protocol):
+    """How long the SuperNode rests between two questions for messages; stands in for the module ``time`` in its loop."""
+
+    def sleep(self, seconds: float) -> None: ...
+    def note(self) -> None:
+        """A message was here just now."""
+
+
+class Calls(Protocol):
+    """What stands around every call to the server."""
+
+    def intercept(self, sign_and_send: Callable[[httpx.Request], httpx.Response], request: httpx.Request) -> httpx.Response: ...
+    def correction_s(self) -> float:
+        """What is added to this machine's time in a signature, seconds."""
+
+
+def signing(inner: Any) -> Any:
+    """Flower's class that signs the time stamp of each call, made to sign the call as well."""
+
+    class Signing(inner):  # type: ignore[misc]  # flwr is untyped here
+        def __init__(self, private_key: Any, public_key: Any) -> None:
+            super().__init__(private_key, public_key)
+            self._key = private_key
+
+        def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
+            def signed(context: Any) -> Any:
+                r = context.request
+                path = r.url.raw_path.decode("ascii")
+                r.headers[CALL] = sign_call(
+                    self._key, r.method, path, body=r.content, stamp=r.headers[TIME], nonce=os.urandom(16)
+                )
+                return call_next(context)
+
+            return super().intercept(context, signed)
+
+    return Signing
+
+
+def run(rest: Rest, calls: Calls, *, listening: Callable[[], None]) -> None:
+    """The command ``flower-supernode``, with the arguments of this process, until it ends.
+
+    Args:
+        listening: called once Flower hears signals by itself.
+    """
+    push, register = loop._push_messages, loop.register_signal_handlers
+    intercept, now = auth.NodeAuthHttpInterceptor.intercept, auth.now
+
+    def push_messages(*args: Any, **kwargs: Any) -> None:
+        rest.note()
+        push(*args, **kwargs)
+        rest.note()
+
+    def register_signal_handlers(*args: Any, **kwargs: Any) -> None:
+        register(*args, **kwargs)  # its handler puts ours back at the first signal
+        listening()
+
+    def corrected(self: Any, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
+        return calls.intercept(lambda request: intercept(self, context, call_next), context.request)
+
+    http_retry.MAX_RETRY_DELAY = _LONGEST_RETRY_S
+    loop.time, loop._push_messages = rest, push_messages
+    loop.register_signal_handlers = register_signal_handlers
+    auth.now = lambda: now() + timedelta(seconds=calls.correction_s())
+    auth.NodeAuthHttpInterceptor.intercept = corrected
+    connection.NodeAuthHttpInterceptor = signing(connection.NodeAuthHttpInterceptor)
+    flower_supernode()

@@ -1,0 +1,111 @@
+"""What training can be given from above: micro-batches, other processes, and all that is only faster.
+
+This is the one place where ``learn`` looks for ``learn/fast``. That folder may be deleted: then every part below has its plain
+form, and training on a CPU gives the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, cast
+
+import torch
+
+from fedlora.core.adapter import Adapter, Factors
+from fedlora.data import Batch
+from fedlora.learn.forward import Forward
+from fedlora.learn.options import Dial
+
+__all__ = ["Fast", "MicroBatches", "ProcessGroup", "fast"]
+
+_FAST = "fedlora.learn.fast"
+
+
+class MicroBatches(Protocol):
+    """How much of a step is computed at once, and what is computed twice to have room.
+
+    Law: the examples of a step stay the same, so that the gradients of its micro-batches add up to the step's.
+    """
+
+    @property
+    def dial(self) -> Dial:
+        """What is computed again on the way back."""
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of a micro-batch; 0: the batches of the plan."""
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Makes the model ready for steps like this one."""
+
+    def cut(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The micro-batches of a step."""
+
+    def shrink(self, batches: Sequence[Batch]) -> None:
+        """After a step that did not fit into memory: takes something smaller.
+
+        Raises:
+            ResourceError: there is nothing smaller.
+        """
+
+
+class ProcessGroup(Protocol):
+    """This process among those that compute a step together, each on a device of its own. Rank 0 leads."""
+
+    rank: int
+
+    def tell(self, word: tuple[Adapter, int, bytes, Factors] | None) -> None:
+        """Rank 0: what all train next, the arguments of ``Learner.train``; None: it is over."""
+
+    def share(self, batches: Sequence[Batch]) -> list[Batch]:
+        """This rank's examples of a step."""
+
+    def add_up(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor, total: int) -> torch.Tensor:
+        """Puts the sum of all ranks' gradients in the place of this one's; returns the sum of their losses.
+
+        Raises:
+            ResourceError: another rank ended, or is not at the same step.
+        """
+
+    def abandon(self) -> None:
+        """This group is over: what the others wait for will not come."""
+
+
+class Fast(Protocol):
+    """The package ``fedlora.learn.fast`` itself. Its functions import what they need when they are called."""
+
+    def use_varlen(self, model: Any) -> bool:
+        """Switches a model to attention without padding if it computes the same with it; otherwise the model stays as it is."""
+
+    def forward(self, model: Any, device: torch.device) -> Forward | None:
+        """From batches to losses for a model that was switched; None for one that was not."""
+
+    def fused_layer(self, model: Any, device: torch.device) -> type:
+        """PEFT's LoRA layer with a faster arithmetic; puts kernels into the model, in place.
+
+        The layer has an attribute ``keep_inputs``; False: inputs that can be computed again are not kept.
+        """
+
+    def pace(
+        self,
+        model: Any,
+        *,
+        dial: Dial | Literal["auto"] = "auto",
+        floor: Dial = "none",
+        tokens: int = 0,
+        limit_bytes: int = 0,
+        report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+    ) -> MicroBatches:
+        """Micro-batches whose size is measured, see :class:`fedlora.learn.fast.pacing.Pace`."""
+
+
+def fast() -> Fast | None:
+    """What is faster, or None where the folder is not there."""
+    try:
+        module = importlib.import_module(_FAST)
+    except ModuleNotFoundError as e:
+        if e.name != _FAST:
+            raise
+        return None
+    return cast(Fast, module) if module.__file__ else None  # a folder of nothing but old bytecode has no file
