@@ -62,7 +62,7 @@ from fedlora.protect.secagg.complaints import (
     read_settled,
 )
 from fedlora.protect.secagg.dealing import Inbox, Opened, Secrets, advertise, deal, opened, receive, reveal
-from fedlora.protect.secagg.given import Given, Ledger, Sum
+from fedlora.protect.secagg.given import Given, Ledger
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
@@ -455,12 +455,12 @@ def _numbers() -> Parser:
 def _records() -> list[Parser]:
     """A site's own files, damaged."""
     session = Session(
-        1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, alone=False,
+        1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, groups=[list(SITES)],
         t1=bytes(32),
     )  # fmt: skip
     encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), np.ones(14, np.float32))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3)
-    one = Sum("34" * 32, "12" * 32, "ab" * 32, frozenset(SITES), alone=True)
+    ledger = Ledger().after("34" * 32, frozenset(SITES))
 
     def records(memory: DictMemory) -> Records:
         return Records(memory, "run", identity(SITES[0]), lambda n: bytes(n))
@@ -484,7 +484,7 @@ def _records() -> list[Parser]:
         file("session", Records.save_session, Records.session, [session, later]),
         file("encoded", Records.save_encoded, Records.encoded, [encoded]),
         file("used", Records.save_used, Records.used, [mark]),
-        _ledger([Ledger().voted(one), Ledger().masked(one)]),
+        _ledger([ledger, ledger.after("56" * 32, None)]),
     ]
 
 

@@ -10,7 +10,7 @@ from test_rounds import KEYS, TARGETS, Federation, interrupted
 
 from fedlora import assemble as build
 from fedlora.core.errors import ConfigError, StoreError
-from fedlora.core.messages import Reply
+from fedlora.core.messages import Reply, Request, Task
 from fedlora.core.plan import Aggregate, Lora, Plan, Protect, ServerOptimizer, Training, Wire
 from fedlora.core.plan import Federation as Sites
 from fedlora.formats import update as wire
@@ -439,3 +439,16 @@ def test_every_rule_has_as_many_rounds_as_the_plan_says_and_each_can_be_lost_by_
         assert [r["round"] for r in records] == [1, 2, 3]
         due = [lost[2]] if "b" in records[lost[2] - 1]["asked"] else []  # not drawn, in a run that draws
         assert [r["round"] for r in records if r["rejected"].get("b") == "late"] == due
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_site_trains_no_round_that_the_plan_has_not(tmp_path, kind):
+    todo = plan(rounds=2)
+    fed = Run(tmp_path, todo, sealed=False)
+    codes = []
+    for round in (2, 3, 4):
+        task = Task("1" * 64, todo.canonical(), TOY_BASE, kind, round, 0, START)
+        body = wire.dump_task(task, reply_key=b"float32")
+        codes.append(fed.answers["a"](Request("a", "global" if kind == "evaluate" else kind, body)).error)
+    assert codes == ["", "wrong-round" if kind == "train" else "", "wrong-round"]
+    assert fed.learners["a"].trained == ([2] if kind == "train" else [])

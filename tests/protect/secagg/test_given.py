@@ -1,6 +1,8 @@
 """No sums together show one site's update: whole groups, a ledger over all runs, both halves of a session."""
 
+import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -446,8 +448,6 @@ def test_a_named_site_may_be_uncovered_by_another_group_and_no_other():
 @pytest.mark.parametrize("mode", ["refuse", "allow"])
 @pytest.mark.parametrize("colluding", [1, 2])
 def test_what_is_said_to_survive_survives_in_every_case_and_one_more_does_not(n, mode, colluding):
-    import itertools
-
     plan = secagg_plan(min_sites=3 * colluding, max_colluding=colluding, lone_change=mode)
     if n < 3 * colluding:
         with pytest.raises(ValueError, match="a session needs"):
@@ -466,6 +466,12 @@ def test_what_is_said_to_survive_survives_in_every_case_and_one_more_does_not(n,
     assert worst(found.lost + 1) < rules.fewest_inputs(n)
     if found.left_out:
         assert worst(1) == n - 1 - found.left_out
+
+
+def test_the_table_of_the_page_is_what_the_code_says():
+    page = (Path(__file__).parents[3] / "server" / "SECURITY.md").read_text("utf-8")
+    for line in survival_table([3, 4, 5, 6, 7, 8, 10, 20, 100], colluding=1):
+        assert line in page
 
 
 def test_the_table_has_a_column_for_each_number_of_sites():
