@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import tables
+from hypothesis import settings
 
+_FEW = 12
 _MEMORY, _ROOM_BYTES = Path("/dev/shm"), 2 << 30
 if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM_BYTES:
     # Nearly every test flushes files to the disk, which takes milliseconds each time; memory forgets nothing while a test runs.
@@ -38,7 +40,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where files are dealt out to workers: the long ones first, those that wait for processes between those that compute."""
+    """Where files are dealt out to workers: the long ones first, those that wait for processes between those that compute.
+
+    `make quick` tries few examples of each law; `make test` tries all.
+    """
+    if "not slow" in (config.option.markexpr or ""):
+        for test in {getattr(item, "obj", None) for item in items}:
+            if full := getattr(test, "_hypothesis_internal_use_settings", None):
+                test._hypothesis_internal_use_settings = settings(full, max_examples=min(full.max_examples, _FEW))
     if not hasattr(config, "workerinput"):
         return
     files: dict[Path, list[pytest.Item]] = {}
