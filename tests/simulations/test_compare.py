@@ -34,7 +34,10 @@ def plan(tmp_path_factory):
     toy_data(home / "data", SITES)
     text = (ROOT / "simulations" / "plans" / "toy.toml").read_text()
     text = text.replace('data = "toy"', 'data = "data"').replace('base = "toy"', 'base = "base"')
-    (home / "toy.toml").write_text(text.replace("num_rounds = 4", "num_rounds = 1").replace("local_steps = 3", "local_steps = 2"))
+    few = "examples_per_site = 4\n"
+    (home / "toy.toml").write_text(
+        text.replace("num_rounds = 4", "num_rounds = 1").replace("local_steps = 3", "local_steps = 2") + few
+    )
     return home / "toy.toml"
 
 
@@ -73,7 +76,19 @@ def run(compare, capsys):
     """The script, in this process: torch is imported once."""
 
     def run(plan, out, *words):
-        given = [str(plan), "--out", str(out), "--rates", "1e-2", "--variants", "fedavg,ffa,one-site", "--tune-seeds", "1000"]
+        given = [
+            str(plan),
+            "--out",
+            str(out),
+            "--rates",
+            "1e-2",
+            "--variants",
+            "fedavg,ffa,one-site",
+            "--tune-seeds",
+            "1000",
+            "--threads",
+            "1",
+        ]
         try:
             status = compare.main([*given, *words])
         except SystemExit as e:
