@@ -3,7 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin
 
-.PHONY: test demo demo-secagg bank bench clean quick
+# Compiled files are kept: without them every process of a test compiles this library anew.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: test demo demo-secagg bank bench clean quick mutants
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -16,10 +19,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 test: $(VENV)/.ready  ## style, types, all tests
 	$(RUN)/ruff format --check . && $(RUN)/ruff check .
 	$(RUN)/mypy && $(RUN)/mypy simulations
-	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not mutant'
 
-quick: $(VENV)/.ready  ## the tier without torch and without Flower processes
-	$(RUN)/python -m pytest -m 'not torch and not flower and not real' --ignore=tests/learn
+quick: $(VENV)/.ready  ## for every save, half a minute: no torch, no Flower, nothing that takes seconds
+	$(RUN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not torch and not flower and not real and not slow and not mutant'
+
+mutants: $(VENV)/.ready  ## break each check and promise by hand: which breaks does no test notice?
+	$(RUN)/python -m pytest -m mutant tests/protect/secagg/test_search.py
+	$(RUN)/python tests/mutants.py
 
 demo: $(VENV)/.ready  ## a real federation: real model, real text, report in runs/
 	$(RUN)/python simulations/run.py demo

@@ -27,6 +27,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Final
 
@@ -323,7 +324,7 @@ _worker: list[Worker] = []
 
 
 def _begin(plan_file: Path, out: Path, threads: int, until: float) -> None:
-    _worker.append(Worker(plan_file, out, threads, until))
+    _worker[:] = [Worker(plan_file, out, threads, until)]
 
 
 def _work(job: Job) -> tuple[Job, dict[str, Any] | None]:
@@ -552,7 +553,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.workers > 1:  # as many threads of BLAS in every worker as there are cores would wait for each other
         given.threads = given.threads or max((os.cpu_count() or 1) // given.workers, 1)
         os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(given.threads))
-    with multiprocessing.get_context("spawn").Pool(given.workers, _begin, (given.plan, given.out, given.threads, until)) as pool:
+    # One worker needs no process of its own.
+    kind = ThreadPool if given.workers == 1 else multiprocessing.get_context("spawn").Pool
+    with kind(given.workers, _begin, (given.plan, given.out, given.threads, until)) as pool:
         chosen, whole = tuned(arms, rates, tuning, pool, book)
         test = [Job(*at, chosen[at], seed, "test") for at in arms if at in chosen for seed in seeds]
         whole = run_all(test, pool, book) and whole

@@ -1,14 +1,15 @@
 """The shape of the house: layers, homes of heavy libraries, what is shipped, samples that cannot go stale."""
 
 import ast
+import functools
 import importlib
 import pkgutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
+import mutants
 import pytest
 import tables
 
@@ -73,9 +74,14 @@ def part_of(name: str) -> str:
     return "learn/fast" if parts[:2] == ["learn", "fast"] else parts[0]
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -178,7 +184,7 @@ def test_learn_looks_for_what_is_fast_in_one_place():
 
 def test_nothing_prints_but_the_command():
     for path in FILES:
-        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        calls = [n for n in nodes(path) if isinstance(n, ast.Call)]
         prints = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id in ("print", "eval", "exec")]
         assert not prints or part(path) == "cli", path
 
@@ -186,9 +192,12 @@ def test_nothing_prints_but_the_command():
 MODULES = sorted({m.name for m in pkgutil.walk_packages(fedlora.__path__, "fedlora.")} - {"fedlora.__main__"})
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(m, marks=[pytest.mark.torch] if m.startswith("fedlora.learn") else []) for m in MODULES]
-)
+def _imports(module: str) -> list[pytest.MarkDecorator]:
+    heavy = {"fedlora.learn": pytest.mark.torch, "fedlora.flower": pytest.mark.slow}
+    return [mark for folder, mark in heavy.items() if module.startswith(folder)]
+
+
+@pytest.mark.parametrize("name", [pytest.param(m, marks=_imports(m)) for m in MODULES])
 def test_every_name_in_all_exists(name):
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__)
@@ -211,15 +220,13 @@ def test_the_wheel_holds_only_fedlora(tmp_path):
     assert "fedlora/lab/page.html.j2" in names
 
 
-def test_help_starts_fast_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys; from fedlora.cli import main; main(['--help']); loaded = {m.partition('.')[0] for m in sys.modules};"
         "print(sorted(loaded & {'torch', 'numpy', 'flwr', 'transformers', 'pydantic', 'cryptography', 'jinja2', 'altair'}))"
     )
-    began = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.rstrip().endswith("[]")
-    assert time.monotonic() - began < 5  # a hang, not a benchmark
 
 
 @pytest.mark.parametrize(("file", "section"), [("server/plan.toml", Plan), ("client/site.toml", SiteFile)])
@@ -232,6 +239,10 @@ def test_kits_are_not_packages(kit):
     assert not (ROOT / kit / "__init__.py").exists()
     out = subprocess.run([sys.executable, str(ROOT / kit / "run.py"), "--help"], capture_output=True, text=True, check=True)
     assert "Usage" in out.stdout
+
+
+def test_every_mutant_changes_a_line_that_stands_and_names_tests_that_do():
+    assert [f"{m.name}: {said}" for m in mutants.load() if (said := m.problem(ROOT))] == []
 
 
 @pytest.mark.parametrize("kind", tables.PAGES)

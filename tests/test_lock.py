@@ -62,13 +62,16 @@ def test_one_process_cannot_hold_twice_either(tmp_path):
         pass
 
 
-def test_a_lock_file_that_is_deleted_at_the_wrong_moment_does_not_let_two_in(tmp_path, monkeypatch):
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_lock_file_that_is_deleted_at_the_wrong_moment_does_not_let_two_in(tmp_path, monkeypatch, made_again):
     """Deleted after it was opened, before it was locked: the lock would be on a file that nobody else finds."""
     real, deleted = fcntl.flock, []
 
     def flock(handle, how):
         if not deleted:
             deleted.append((tmp_path / "lock").unlink())
+            if made_again:
+                (tmp_path / "lock").touch()
         real(handle, how)
 
     monkeypatch.setattr("fedlora.formats.lock.fcntl.flock", flock)

@@ -18,6 +18,8 @@ from fedlora.lab import simulate
 from fedlora.lab.report import across, load, summarise, write_figures, write_html
 from fedlora.lab.tables import table, table_across
 
+pytestmark = pytest.mark.slow  # figures
+
 SITES = ("north", "south")
 
 

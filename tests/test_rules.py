@@ -25,10 +25,15 @@ START = first_adapter(toy_layout(), seed=0)
 RANKS = Lora(ranks={"b": 1})
 
 
-def plan(*, rounds=4, min_sites=3, fraction=1.0, wire=None, **sections):
+def plan(*, rounds=4, min_sites=3, fraction=1.0, wire=None, seed=0, **sections):
     """Like the toy plan, from a first adapter that is not zero."""
     made = toy_plan(rounds=rounds, min_sites=min_sites, wire=wire or Wire(dtype="float32"), **sections)
-    made = made.model_copy(update={"federation": made.federation.model_copy(update={"fraction_train": fraction})})
+    made = made.model_copy(
+        update={
+            "run": made.run.model_copy(update={"seed": seed}),
+            "federation": made.federation.model_copy(update={"fraction_train": fraction}),
+        }
+    )
     return Plan.model_validate(made.pinned(base=TOY_BASE, init=START.digest()).model_dump())
 
 
@@ -67,24 +72,25 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_run_cut_off_after_any_round_ends_in_the_same_bits(tmp_path, name, after):
+def test_a_run_cut_off_after_any_round_ends_in_the_same_bits(tmp_path, name):
     todo = plan(**RULES[name])
     whole = Run(tmp_path / "whole", todo)
     last = whole.run()
-    cut = Run(tmp_path / "cut", todo)
-    interrupted(cut, after)
-    cut.restart()
-    assert cut.run().adapter.digest() == last.adapter.digest()
     assert last.adapter.digest() != START.digest()
-    assert {k: v.digest() for k, v in cut.store().load().state.items()} == {
-        k: v.digest() for k, v in whole.store().load().state.items()
-    }
-    for site in TARGETS:
-        own = [Journal(f.path / site).own(f.store().run) for f in (whole, cut)]
-        assert [file.exists() for file in own] == [name == "fedavg-share-A"] * 2
-        assert not own[0].exists() or load_adapter(own[0])[0].digest() == load_adapter(own[1])[0].digest()
+    for after in (1, 2, 3):
+        cut = Run(tmp_path / f"cut-{after}", todo)
+        interrupted(cut, after)
+        cut.restart()
+        assert cut.run().adapter.digest() == last.adapter.digest()
+        assert {k: v.digest() for k, v in cut.store().load().state.items()} == {
+            k: v.digest() for k, v in whole.store().load().state.items()
+        }
+        for site in TARGETS:
+            own = [Journal(f.path / site).own(f.store().run) for f in (whole, cut)]
+            assert [file.exists() for file in own] == [name == "fedavg-share-A"] * 2
+            assert not own[0].exists() or load_adapter(own[0])[0].digest() == load_adapter(own[1])[0].digest()
 
 
 def test_nesterov_with_rate_1_and_momentum_0_is_fedavg_bit_for_bit(tmp_path):
@@ -145,6 +151,19 @@ def test_a_seeded_share_of_the_sites_trains_and_weights_are_of_those_alone(tmp_p
     again.run()
     assert [tuple(r["asked"]) for r in again.store().records()] == drawn
     assert set(fed.store().final()["sites"]) == set(fed.learners)  # the last evaluation asks everybody
+
+
+def test_who_is_drawn_follows_from_the_seed_of_the_plan(tmp_path):
+    """A coordinator who draws again with another seed gets other sites, and with the same seed the same."""
+
+    def drawn(name, seed):
+        fed = eight(tmp_path / name, rounds=4, fraction=0.5, seed=seed)
+        fed.run()
+        return [tuple(r["asked"]) for r in fed.store().records()]
+
+    found = {seed: drawn(f"seed-{seed}", seed) for seed in (0, 1, 2)}
+    assert len({tuple(d) for d in found.values()}) == 3
+    assert drawn("again", 1) == found[1]
 
 
 def test_never_fewer_are_drawn_than_a_round_needs(tmp_path):

@@ -186,6 +186,7 @@ def test_a_site_with_more_than_half_of_a_round_is_said_in_the_record(tmp_path, t
     assert majority_line(records) == f"more than half of a round's weight: {expected}"
 
 
+@pytest.mark.slow  # figures
 def test_the_screen_and_the_report_say_it(tmp_path, capsys):
     with Screen() as screen:
         screen("majority", {"site": "beta", "percent": 61.25})

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -52,6 +53,13 @@ def key_id(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()
 
 
+@lru_cache(maxsize=1024)  # a message names the same few keys again and again, and each costs three operations on curves
+def _kem_key(raw: bytes) -> MLKEM768X25519PublicKey:
+    x25519 = X25519PublicKey.from_public_bytes(raw[1184:])
+    X25519PrivateKey.generate().exchange(x25519)  # refuses points of small order, to which nothing can be sealed
+    return MLKEM768X25519PublicKey(MLKEM768PublicKey.from_public_bytes(raw[:1184]), x25519)
+
+
 @dataclass(frozen=True, slots=True)
 class PublicIdentity:
     """What others know of a site or server.
@@ -81,9 +89,7 @@ class PublicIdentity:
     def kem_key(self) -> MLKEM768X25519PublicKey:
         """The sealing key as the library wants it."""
         try:
-            x25519 = X25519PublicKey.from_public_bytes(self.kem[1184:])
-            X25519PrivateKey.generate().exchange(x25519)  # refuses points of small order, to which nothing can be sealed
-            return MLKEM768X25519PublicKey(MLKEM768PublicKey.from_public_bytes(self.kem[:1184]), x25519)
+            return _kem_key(self.kem)
         except ValueError:
             raise KeyFileError(f"the sealing key of {self.name} is malformed") from None
 

@@ -26,6 +26,10 @@ HERE = Path(__file__).parent
 ROOT = Path(fedlora.__file__).parents[1]
 
 
+PATIENCE_S = 120.0
+"""How long to wait for what has to come: a machine that is busy is slow, and only a test that fails waits so long."""
+
+
 class Child:
     """A toy process; its events are the JSON lines it prints. Dies with this one."""
 
@@ -53,7 +57,7 @@ class Child:
     def _read_errors(self) -> None:
         self.errors.extend(line.decode(errors="replace") for line in self.process.stderr or ())
 
-    def wait_for(self, test: Callable[[str, dict[str, Any]], bool], *, since: int = 0, timeout_s: float = 25) -> int:
+    def wait_for(self, test: Callable[[str, dict[str, Any]], bool], *, since: int = 0, timeout_s: float = PATIENCE_S) -> int:
         """Index behind the first event since ``since`` that passes ``test``."""
         end = time.monotonic() + timeout_s
         while True:
@@ -162,7 +166,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def until(test: Callable[[], bool], *, timeout_s: float = 20) -> None:
+def until(test: Callable[[], bool], *, timeout_s: float = PATIENCE_S) -> None:
     """Waits for a condition."""
     end = time.monotonic() + timeout_s
     while not test():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flower.harness import ROOT, descendants, make_home, until, write_site
+from flower.harness import PATIENCE_S, ROOT, descendants, make_home, until, write_site
 
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Reply, Request
@@ -51,7 +51,7 @@ class Running:
     def site(self) -> list[dict[str, Any]]:
         return [f for e, f in self.events if e == "site"]
 
-    def wait(self, test: Callable[[dict[str, Any]], bool], *, timeout_s: float = 25) -> dict[str, Any]:
+    def wait(self, test: Callable[[dict[str, Any]], bool], *, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """The first thing said of the site that passes."""
         end = time.monotonic() + timeout_s
         while True:
@@ -493,7 +493,7 @@ def changed(good: Path, old: str, new: str) -> None:
     (good / "site.toml").write_text(text.replace(old, new))
 
 
-def command(file: Path, *, timeout_s: float = 20) -> subprocess.CompletedProcess[str]:
+def command(file: Path, *, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
     """`fedlora site up`, a process of its own that ends by itself."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-m", "fedlora", "site", "up", str(file)]
@@ -507,7 +507,7 @@ def tree(root: Path) -> dict[str, tuple[int, bytes]]:
 
 def taken(port: int) -> socket.socket:
     """Another program on that port; a process that was killed needs a moment to leave it."""
-    end = time.monotonic() + 3
+    end = time.monotonic() + PATIENCE_S
     while True:
         try:
             return socket.create_server(("127.0.0.1", port))
@@ -665,7 +665,7 @@ def test_a_port_that_is_lost_on_the_way_is_said_and_tried_again(place):
         with taken(port):
             facts = said.wait(lambda f: f["cause"] == "local-port")
             assert (facts["part"], str(port) in facts["said"]) == ("process", True)
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, timeout_s=30)
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
 
 
 # --- what the log says --------------------------------------------------------------------------------------------

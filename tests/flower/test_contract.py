@@ -53,6 +53,8 @@ from fedlora.gateway import clock, doors
 from fedlora.gateway.app import FLEET_CALLS, NOT_ENROLLED
 from fedlora.gateway.calls import AHEAD_S, BEHIND_S, CALL, KEY, TIME
 
+pytestmark = pytest.mark.slow  # to import flwr, that is
+
 
 @pytest.mark.parametrize(
     ("function", "parameters"),

@@ -13,6 +13,8 @@ from flwr.supercore.state.schema import corestate_models, objectstore_models
 
 from fedlora.flower.database import OBJECT_TABLES, shrink
 
+pytestmark = pytest.mark.slow  # to import flwr, that is
+
 MIB = 1 << 20
 
 

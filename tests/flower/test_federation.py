@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import httpx
 import pytest
-from flower.harness import Federation, descendants, running, until
+from flower.harness import PATIENCE_S, Federation, descendants, running, until
 from flower.toy_parts import BLOB_BYTES, CANARY, blob
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -203,10 +202,9 @@ def test_the_executor_refuses_every_bundle_but_the_empty_one(federation):
 def test_the_deadline_ends_an_exchange(federation):
     with own_run(federation, bundle=bundle_bytes()) as client:
         transport = transport_of(federation, client)
-        began = time.monotonic()
         requests = [Request("alpha", "echo", b""), Request("nobody", "echo", b"")]
+        # Later there would be alpha's answer, too: its SuperNode asks for messages twice a second.
         assert list(transport.exchange(requests, deadline_s=0.3)) == [Reply("nobody", error="unknown-site")]
-        assert time.monotonic() - began < 2
 
 
 def test_control_and_runtime_apis_are_closed_outside_and_bolted_inside(federation):
@@ -241,7 +239,7 @@ def test_a_node_that_is_not_enrolled_is_refused(federation, tmp_path):
         secret=tmp_path / "secret",
     )
     env = flower_environment(tmp_path / "home", base=federation.env)
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode != 0
     assert "Exit Code: 305" in done.stdout + done.stderr
 
@@ -285,7 +283,7 @@ def test_a_stopped_run_ends_its_process(federation):
     app = pid_of(federation.server.process.pid, "toy_server_app")
     (run,) = {int(f["name"].split()[1]) for e, f in events if e == "process"}
     assert stop_run(federation.home, run)
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE_S)
     (error,) = failed
     assert isinstance(error, RunFailed)
     assert "stopped" in str(error)
@@ -333,18 +331,13 @@ def test_a_site_that_is_stopped_in_its_work_says_so_and_ends(federation):
     site = federation.sites["beta"]
     with own_run(federation, bundle=bundle_bytes()) as client:
         replies = transport_of(federation, client).exchange([Request("beta", "slow", b"")], deadline_s=25)
-        log = federation.home.parent / "beta" / "state" / "flower" / "log" / "supernode.log"
-        before = log.read_text().count("Received successfully")
-        until(lambda: log.read_text().count("Received successfully") > before)
-        time.sleep(1)
-        began = time.monotonic()
+        site.wait_for(lambda e, f: e == "toy-works")
         ended: list[int] = []
         thread = threading.Thread(target=lambda: ended.append(site.end()))
         thread.start()
         assert list(replies) == [Reply("beta", error="site-stopped")]
         thread.join()
-    assert ended == [0]
-    assert time.monotonic() - began < 15
+    assert ended == [0]  # and it did not finish its half minute of work first: the reply says so
 
 
 def test_nothing_is_left_running_and_nothing_called_out(federation):
@@ -361,5 +354,5 @@ def test_nothing_is_left_running_and_nothing_called_out(federation):
 def test_the_audit_hears_a_connection_that_leaves(tmp_path, federation):
     env = {**federation.env, "FEDLORA_TEST_AUDIT": str(tmp_path / "audit")}
     code = "import socket; s = socket.socket(); s.settimeout(0.1); s.connect_ex(('192.0.2.1', 9))"
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=10)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=PATIENCE_S)
     assert "192.0.2.1" in (tmp_path / "audit").read_text()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flower.harness import Federation, descendants
@@ -75,6 +76,13 @@ def flood(address: tuple[str, int], ca: Path, *, connections: int, one: Callable
         over.set()
 
 
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what came."""
+    began = time.monotonic()
+    found = work()
+    return time.monotonic() - began, found
+
+
 @pytest.mark.attack(
     "B12",
     "1000 junk calls a second from 64 connections of a site's own address",
@@ -84,16 +92,17 @@ def flood(address: tuple[str, int], ca: Path, *, connections: int, one: Callable
 def test_junk_costs_the_superlink_nothing_and_a_sites_call_no_wait(wide, one, most):
     with flood(wide.address, wide.tls / "ca.crt", connections=64, one=one) as counts:
         time.sleep(3)
-        before, seen, began, took = sum(counts), len(wide.upstream.seen), time.monotonic(), []
-        for _ in range(20):
-            at = time.monotonic()
-            assert wide.call(CALL, b"a site's") == (200, b"a site's")
-            took.append(time.monotonic() - at)
-            time.sleep(0.1)
+        before, seen, began = sum(counts), len(wide.upstream.seen), time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            stranger = pool.submit(timed, lambda: wide.unsigned(CALL))
+            took = [timed(lambda: wide.call(CALL, b"a site's")) for _ in range(20)]
+            waited, said = stranger.result()
         rate = (sum(counts) - before) / (time.monotonic() - began)
+    assert [answer for _, answer in took] == [(200, b"a site's")] * 20
     assert len(wide.upstream.seen) == seen + 20
-    assert rate < most
-    assert statistics.median(took) < 1.5
+    assert rate < most  # a slow machine has fewer
+    assert said == 401
+    assert statistics.median(seconds for seconds, _ in took) < waited  # however busy the machine is
 
 
 @pytest.mark.attack(
@@ -123,12 +132,12 @@ def test_a_sites_body_that_does_not_come_is_ended(wide):
         t.sendall(f"POST {CALL} HTTP/1.1\r\nHost: x\r\n{head}Content-Length: 50000\r\n\r\n".encode())
         t.settimeout(0.25)
         answer = b""
-        while not answer and time.monotonic() - began < 30:
+        while not answer:
             t.sendall(b"\0" * 100)
             with contextlib.suppress(TimeoutError):
                 answer = t.recv(65536)
     assert answer.startswith(b"HTTP/1.1 408 ")
-    assert 9 < time.monotonic() - began < 20
+    assert time.monotonic() - began > 9
     assert len(wide.upstream.seen) == seen
 
 

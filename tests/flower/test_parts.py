@@ -43,6 +43,8 @@ from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import certificate_hosts, load_node_keys, make_node_key, make_secret, make_tls, node_key_pem
 from fedlora.gateway.exposure import ServerExposed, check_loopback
 
+pytestmark = pytest.mark.slow  # to import flwr, that is
+
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 

@@ -6,18 +6,19 @@ import contextlib
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from flower.harness import Child, Federation, descendants, environment, make_home, running, until, write_site
+from flower.harness import PATIENCE_S, Child, Federation, descendants, environment, make_home, running, until, write_site
 
 from fedlora.core.errors import ConnectionFailed, FedLoRAError
 from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.server import start, stop_run, up
 from fedlora.gateway.exposure import free_port
+
+pytestmark = pytest.mark.slow  # to import flwr, that is
 
 flower = pytest.mark.flower
 
@@ -67,7 +68,7 @@ class Follower:
     def said(self, event: str) -> bool:
         return any(e == event for e, _ in self.events)
 
-    def ended(self, timeout_s: float = 40) -> FedLoRAError | None:
+    def ended(self, timeout_s: float = PATIENCE_S) -> FedLoRAError | None:
         self.thread.join(timeout_s)
         assert not self.thread.is_alive()
         return self.error[0] if self.error else None
@@ -125,10 +126,10 @@ def test_a_second_start_says_at_once_that_another_run_goes_on(tmp_path):
     with serving(tmp_path) as federation:
         first = Follower(federation, "wait")
         until(lambda: first.said("start"))
-        began = time.monotonic()
         second = Follower(federation, "quick", resume=True)
         until(lambda: second.said("another-run"))
-        assert time.monotonic() - began < 10
+        assert first.thread.is_alive()
+        assert second.thread.is_alive()
         assert dict(second.events)["another-run"] == {"name": "wait"}
         (run,) = {int(f["name"].split()[1]) for e, f in first.events if e == "process"}
         assert stop_run(federation.home, run)
@@ -166,7 +167,7 @@ def test_a_full_disk_at_flower_is_one_sentence(tmp_path, small_disk):
     with serving(tmp_path, sites=True) as federation:
         filler = fill(small_disk, leave=600_000)
         follower = Follower(federation, "full")  # its broadcast of 12 MB has no room
-        error = follower.ended(timeout_s=50)
+        error = follower.ended()
         assert (error.code, error.exit_status) == ("resources", 7), error
         assert str(error).startswith(f"no space left for {federation.home / 'flower'}")
         assert "--resume" in error.hint

@@ -17,6 +17,8 @@ from fedlora.flower._internals import BROKEN, TOO_LARGE
 from fedlora.flower.records import dump_reply, parse_request
 from fedlora.flower.transport import FlowerTransport
 
+pytestmark = pytest.mark.slow  # to import flwr, that is
+
 NODES = {"alpha": 11, "beta": 22}
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 

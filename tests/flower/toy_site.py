@@ -28,6 +28,7 @@ def handle(request: Request) -> Reply:
     if request.phase == "sized":
         return Reply(request.site, os.urandom(int(request.body)))
     if request.phase == "slow":
+        report("toy-works", {})
         time.sleep(30)
     return Reply(request.site, request.body)
 

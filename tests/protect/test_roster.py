@@ -16,7 +16,18 @@ from vectors.make import identities, read_vector
 from fedlora.core.errors import FedLoRAError, RosterInvalid
 from fedlora.formats import roster as module
 from fedlora.formats.keys import Identity
-from fedlora.formats.roster import Member, Roster, SignedRoster, accept, federation, first_epoch, load_roster, next_epoch
+from fedlora.formats.roster import (
+    Member,
+    Roster,
+    RosterKeeper,
+    SignedRoster,
+    accept,
+    federation,
+    first_epoch,
+    load_roster,
+    next_epoch,
+)
+from fedlora.lab.testing import DictMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 VECTORS = sorted((ROOT / "vectors" / "roster").glob("*.txt"))
@@ -282,6 +293,73 @@ def test_one_signature_more_than_needed_does_not_mend_a_wrong_one():
     assert good.signers(three.coordinators) == ("carol", "dave", "erin")
     with pytest.raises(RosterInvalid, match="erin is not valid"):
         replace(good, signatures={**good.signatures, "erin": bytes(64)}).verify(three.coordinators, 2)
+
+
+# --- what a keeper adds: the pinned server, this release and its suite -----------------------------------------------
+
+
+def keeper(memory=None, *, version="0.1.0", pin=PIN, server=SERVER.public):
+    return RosterKeeper(memory or DictMemory(), server, pin, lambda: NOW, version)
+
+
+def approved(**changes):
+    """A signed roster with these fields, and a keeper whose operator approved just that one."""
+    made = signed(replace(FIRST, **changes), CAROL, DAVE)
+    return made, made.roster.digest()
+
+
+@pytest.mark.parametrize(
+    ("version", "asked", "taken"),
+    [
+        ("0.1.0", "0.1.0", True),
+        ("0.1.0", "0.0.9", True),
+        ("0.10.0", "0.9.9", True),  # numbers, not text
+        ("1.0.0", "0.99.99", True),
+        ("0.1.0", "0.1.1", False),
+        ("0.1.9", "0.2.0", False),
+        ("0.9.9", "0.10.0", False),
+        ("0.9.9", "1.0.0", False),
+    ],
+)
+def test_a_roster_that_asks_for_a_newer_release_is_refused_and_not_kept(version, asked, taken):
+    made, pin = approved(min_version=asked)
+    memory = DictMemory()
+    if taken:
+        assert keeper(memory, version=version, pin=pin).take(made.dump()) == made
+        return
+    error = refused(lambda: keeper(memory, version=version, pin=pin).take(made.dump()))
+    assert error.code == "version-unsupported"
+    assert asked in str(error)
+    assert memory.values == {}
+
+
+@pytest.mark.parametrize("part", ["signing", "kem"])
+def test_a_roster_with_another_server_than_the_pinned_one_is_refused_whichever_key_differs(part):
+    """Half a server is another server: what is sealed to a foreign sealing key is read by whoever holds it."""
+    foreign = replace(SERVER.public, **{part: getattr(OTHER_SERVER.public, part)})
+    made, pin = approved(server=foreign, fed=federation(foreign))
+    memory = DictMemory()
+    error = refused(lambda: keeper(memory, pin=pin).take(made.dump()))
+    assert (error.code, memory.values) == ("roster-invalid", {})
+    assert "another server" in str(error)
+
+
+def test_a_roster_without_this_releases_suite_is_refused_and_not_kept():
+    made, pin = approved(suites=(2, 3))
+    memory = DictMemory()
+    assert refused(lambda: keeper(memory, pin=pin).take(made.dump())).code == "suite-downgrade"
+    assert memory.values == {}
+
+
+def test_what_a_keeper_took_is_known_to_the_next_one_and_no_older_epoch_comes_back():
+    memory = DictMemory()
+    keeper(memory).take(ONE.dump())
+    later = RosterKeeper(memory, SERVER.public, PIN, lambda: NOW + 3 * DAY, "0.1.0")
+    later.take(signed(SECOND, CAROL, DAVE).dump())
+    again = RosterKeeper(memory, SERVER.public, PIN, lambda: NOW + 3 * DAY, "0.1.0")
+    assert again.current == SECOND
+    assert refused(lambda: again.take(ONE.dump())).code == "roster-rollback"
+    assert again.current == SECOND
 
 
 # --- bytes: each condition of the format ---------------------------------------------------------------------------

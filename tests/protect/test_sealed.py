@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from fedlora.core.adapter import Update
 from fedlora.core.errors import FedLoRAError, KeyFileError
-from fedlora.core.messages import Reply, Task
+from fedlora.core.messages import Reply, Request, Task
+from fedlora.core.plan import Aggregate, Protect
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, match, open_envelope, parse, seal, verify
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.lab.testing import TOY_BASE, DictMemory, server_link, site_link, toy_adapter, toy_layout, toy_plan
+from fedlora.protect.link import Context
 from fedlora.protect.sealed import SealedServer, SealedSite
 
 SERVER, RUN, STRANGER = Identity.generate("server"), Identity.generate("run"), Identity.generate("mallory")
@@ -226,6 +228,39 @@ def test_a_site_refuses_what_is_not_from_its_server_or_not_for_it(changes, code)
     with pytest.raises(FedLoRAError) as error:
         site("a", **changes).answer(request, work)
     assert error.value.code == code
+
+
+SECRET = toy_plan(min_sites=3, aggregate=Aggregate(weighting="uniform"), protect=Protect(mode="secagg", first_range=1.0))
+LIES = {
+    "run": {"run": "2" * 64},
+    "plan": {"plan": toy_plan(rounds=9).canonical()},
+    "base": {"base": "3" * 64},
+    "kind": {"kind": "evaluate"},
+    "round": {"round": 2},
+    "attempt": {"attempt": 1},
+    "adapter": {"adapter": toy_adapter(1.0)},
+}
+
+
+def refused_without_work(request) -> str:
+    worked = []
+    with pytest.raises(FedLoRAError) as error:
+        site("a").answer(request, lambda todo: worked.append(todo) or work(todo))
+    assert worked == []
+    return error.value.code
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_site_does_no_work_for_a_task_under_the_header_of_another(lie):
+    """Signed by the server itself: what its envelope says that it is about, and what lies in it."""
+    payload = wire.dump_task(task(**LIES[lie]), reply_key=RUN.public.kem)
+    body = server().link.seal(Context.of(task()), payload, phase="train", codec="task/1", to=["a"])
+    assert refused_without_work(Request("a", "train", body, 1 << 20)).startswith("wrong-")
+
+
+def test_a_site_gives_no_sealed_update_for_a_plan_that_promises_secure_aggregation():
+    request = next(server().collect(task(plan=SECRET.canonical()), ["a"], Notes()))[0]
+    assert refused_without_work(request) == "wrong-context"
 
 
 def test_a_site_does_no_work_for_a_flipped_request():

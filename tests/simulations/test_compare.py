@@ -1,10 +1,10 @@
 """The comparison of rules: fair splits, resumable runs, a table that says what was run."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,7 +34,10 @@ def plan(tmp_path_factory):
     toy_data(home / "data", SITES)
     text = (ROOT / "simulations" / "plans" / "toy.toml").read_text()
     text = text.replace('data = "toy"', 'data = "data"').replace('base = "toy"', 'base = "base"')
-    (home / "toy.toml").write_text(text.replace("num_rounds = 4", "num_rounds = 2"))
+    few = "examples_per_site = 4\n"
+    (home / "toy.toml").write_text(
+        text.replace("num_rounds = 4", "num_rounds = 1").replace("local_steps = 3", "local_steps = 2") + few
+    )
     return home / "toy.toml"
 
 
@@ -68,12 +71,36 @@ def test_a_process_may_meet_the_splits_in_any_order(compare, plan, tmp_path):
     assert [set(worker.lab(split).rows) for split in ("all-rows", "iid", "domain")] == [{"all-rows"}, set(SITES), set(SITES)]
 
 
-def run(plan, out, *words):
-    command = [sys.executable, str(SCRIPT), str(plan), "--out", str(out), "--rates", "1e-2", "--variants", "fedavg,ffa,one-site"]
-    return subprocess.run([*command, "--tune-seeds", "1000", *words], capture_output=True, text=True, timeout=240)
+@pytest.fixture
+def run(compare, capsys):
+    """The script, in this process: torch is imported once."""
+
+    def run(plan, out, *words):
+        given = [
+            str(plan),
+            "--out",
+            str(out),
+            "--rates",
+            "1e-2",
+            "--variants",
+            "fedavg,ffa,one-site",
+            "--tune-seeds",
+            "1000",
+            "--threads",
+            "1",
+        ]
+        try:
+            status = compare.main([*given, *words])
+        except SystemExit as e:
+            status = e.code
+        said = capsys.readouterr()
+        words = status if isinstance(status, str) else ""
+        return SimpleNamespace(returncode=1 if words else status, stdout=said.out, stderr=said.err + words)
+
+    return run
 
 
-def test_every_run_is_a_line_and_gone_on_with(plan, tmp_path):
+def test_every_run_is_a_line_and_gone_on_with(run, plan, tmp_path):
     out, words = tmp_path / "out", ["--splits", "domain", "--seeds", "0,1"]
     first = run(plan, out, *words, "--minutes", "0")
     assert first.returncode == 75, first.stderr
@@ -85,7 +112,7 @@ def test_every_run_is_a_line_and_gone_on_with(plan, tmp_path):
     runs = [json.loads(line) for line in kept.splitlines()[1:]]
     assert len(runs) == 6 * 3  # three baselines, three variants; one seed to tune, two to compare
     table = (out / "table.md").read_text()
-    assert "domain, 3 local steps" not in table  # the script's own number of steps, not the plan's
+    assert "domain, 2 local steps" not in table  # the script's own number of steps, not the plan's
     assert "### domain, 1 local step a round\n" in table
     assert all(f"| {name} | 0.01 | 2 |" in table for name in ("local", "pooled-tokens", "fedavg", "ffa", "one-site"))
     assert "http" not in (out / "report.html").read_text().replace("http-equiv", "").replace("http://www.w3.org", "")
@@ -103,7 +130,7 @@ def test_every_run_is_a_line_and_gone_on_with(plan, tmp_path):
     assert again.returncode == 0, again.stderr
     assert sorted(map(without_time, file.read_bytes().splitlines())) == sorted(map(without_time, kept.splitlines()))
     other = plan.with_name("other.toml")
-    other.write_text(plan.read_text().replace("num_rounds = 2", "num_rounds = 3"))
+    other.write_text(plan.read_text().replace("num_rounds = 1", "num_rounds = 3"))
     refused = run(other, out, *words)
     assert refused.returncode == 1
     assert "another plan" in refused.stderr
@@ -157,7 +184,7 @@ def test_a_run_that_failed_is_counted(compare):
 @pytest.mark.parametrize(
     "words", [["--variants", "fedbest"], ["--seeds", "1000"], ["--steps", "4", "--splits", "domain"]], ids=" ".join
 )
-def test_what_cannot_be_compared_is_said(plan, tmp_path, words):
+def test_what_cannot_be_compared_is_said(run, plan, tmp_path, words):
     said = run(plan, tmp_path, *words)
     assert said.returncode == 2
     assert "error: " in said.stderr

@@ -5,6 +5,7 @@ That the harness can win is tested, too: with one colluding site more than the b
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from protect.secagg.adversary import Adversary
 from protect.secagg.world import NOW, Heard, World, at_phase, identity, names, secagg_plan, signed_roster
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import WrongContext
+from fedlora.core.errors import VotesMissing, WrongContext
 from fedlora.core.messages import Request
 from fedlora.formats.envelope import HPKE
 from fedlora.formats.keys import Identity
@@ -23,11 +24,24 @@ from fedlora.protect.link import Context, pinned
 from fedlora.protect.modes import SiteModes
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggSite
-from fedlora.protect.secagg.cohort import ABORT, COMMIT, Advert, Cohort, Delivered, Rules, certificate, sign_vote, vote_text
+from fedlora.protect.secagg.cohort import (
+    ABORT,
+    COMMIT,
+    Advert,
+    Cohort,
+    Delivered,
+    Rules,
+    certificate,
+    check_certificate,
+    sign_vote,
+    vote_text,
+)
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Inbox, MaskKeys, Secrets, advertise, deal, promise
 from fedlora.protect.secagg.opening import Deal
 from fedlora.protect.secagg.shamir import join, weights
 from fedlora.protect.secagg.terms import Terms
+
+pytestmark = pytest.mark.slow
 
 ALL = names(5)
 LAX = Rules(0, 1)  # what the liar makes its own cohorts with
@@ -543,6 +557,24 @@ def test_no_share_is_given_on_votes_with_a_lie_in_them(lie):
     assert a.shares == {}
     assert a.reads_any() == []
     end_honestly(a)
+
+
+def test_a_certificate_is_at_least_as_many_votes_as_its_threshold():
+    """Every subset of five sites' votes, for every threshold."""
+    text = vote_text(b"t" * 32, COMMIT, b"d" * 32)
+    votes = {n: sign_vote(text, key=signing(s)) for n, s in enumerate(ALL, 1)}
+
+    def holds(chosen, threshold):
+        try:
+            given = {n: votes[n] for n in chosen}
+            check_certificate(given, text, names=ALL, threshold=threshold, known=lambda s: identity(s).public)
+        except VotesMissing:
+            return False
+        return True
+
+    for size in range(6):
+        for chosen in itertools.combinations(votes, size):
+            assert [holds(chosen, t) for t in range(1, 6)] == [size >= t for t in range(1, 6)]
 
 
 def test_no_share_is_given_by_a_site_that_has_not_voted():

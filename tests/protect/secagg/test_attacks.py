@@ -25,6 +25,8 @@ from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Secrets, deal
 from fedlora.protect.secagg.opening import Deal
 from fedlora.protect.secagg.records import Records
 
+pytestmark = pytest.mark.slow
+
 WIDE = Layout.of({"toy.lora_A.weight": (8, 250), "toy.lora_B.weight": (250, 8)})  # 4000 values: chance is 0.016
 
 

@@ -9,6 +9,8 @@ from fedlora.core.plan import parse_plan
 from fedlora.formats.roster import SignedRoster, next_epoch
 from fedlora.protect.secagg.cohort import Cohort, Rules
 
+pytestmark = pytest.mark.slow
+
 
 def publics(sites):
     return [identity(s).public for s in sites]

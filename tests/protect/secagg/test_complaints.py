@@ -15,6 +15,8 @@ from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_o
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Dealt, Secrets, opened
 from fedlora.protect.secagg.opening import Deal, relay
 
+pytestmark = pytest.mark.slow
+
 
 class Liar(SecAggSite):
     """Deals to its victims what does not open, and signs that. ``shows`` says what it does when it is asked about it."""

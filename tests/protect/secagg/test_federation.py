@@ -26,6 +26,8 @@ from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules import FedAvg
 from fedlora.rules.first import first_adapter
 
+pytestmark = pytest.mark.slow
+
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 START = first_adapter(toy_layout(), seed=0)
 TARGETS = {"a": 1.0, "b": 3.0, "c": 5.0, "d": 7.0}

@@ -97,7 +97,7 @@ class Deployment:
         return {(name, int(w[1])) for name, rows in words.items() for w in rows if w[0] == "advertise"}
 
     def await_log(self, words, count=1):
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         while (self.root / "server.log").read_text().count(words) < count:
             assert time.monotonic() < end, (self.root / "server.log").read_text()
             time.sleep(0.2)

@@ -31,6 +31,8 @@ from fedlora.protect.secagg.rings import PROFILES, encode, most_levels, pack, pa
 from fedlora.protect.secagg.shamir import PRIME, join, split, weights
 from fedlora.protect.secagg.terms import MAX_WEIGHT, Offer, Terms, codec
 
+pytestmark = pytest.mark.slow
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "simulations"))
 fuzz = importlib.import_module("fuzz")
 

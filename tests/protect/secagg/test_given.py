@@ -20,6 +20,8 @@ from fedlora.protect.secagg.planning import survival, survival_table
 from fedlora.protect.secagg.terms import Terms
 from fedlora.rounds.store import FileMemory
 
+pytestmark = pytest.mark.slow
+
 BASE = "ba" * 32
 SITES = "abcdefghij"
 NINE = names(9)

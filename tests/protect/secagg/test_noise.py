@@ -11,6 +11,8 @@ from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, mask
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.rings import pack, unpack
 
+pytestmark = pytest.mark.slow
+
 RULES, N, SIZE = Rules(1, 3), 4, 400_000
 
 

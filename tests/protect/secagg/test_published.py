@@ -8,10 +8,15 @@ from protect.secagg.world import secagg_plan
 
 from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.errors import ImpossibleAdapter
+from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
+from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
+from fedlora.protect.plain import PlainSite
 from fedlora.protect.secagg.terms import MAX_WEIGHT, check_published, reach
+from fedlora.rounds.store import Journal
 from fedlora.rules import add, optimiser_of, rule_of
 from fedlora.rules.first import first_adapter
+from fedlora.site.work import Site
 
 LAYOUT = Layout.of({"m.lora_A.weight": (3, 6), "m.lora_B.weight": (5, 3), "n.lora_A.weight": (3, 4), "n.lora_B.weight": (4, 3)})
 RULES = {
@@ -120,3 +125,22 @@ def test_the_bound_grows_with_the_rounds_by_their_reach_and_where_weights_differ
             check_published(plan, Adapter(first + np.float32(far), LAYOUT), round=round)
             with pytest.raises(ImpossibleAdapter):
                 check_published(plan, Adapter(first + np.float32(1.01 * far), LAYOUT), round=round)
+
+
+def test_a_site_trains_on_nothing_that_no_sums_lead_to(tmp_path):
+    """Moved by as much as two rounds can move it, and by a thousand times that."""
+    start = first_adapter(toy_layout(), seed=0)
+    plan = secagg_plan(first_range=1.0).pinned(base=TOY_BASE, init=start.digest())
+    learner = ToyLearner(1.0)
+    policy = open_policy(max_first_range=64.0)
+    site = Site("a", PlainSite(), lambda plan: learner, policy, frozenset({plan.model.model_name_or_path}), Journal(tmp_path))
+
+    def asked(by):
+        moved = Adapter(start.vector + np.float32(by), start.layout)
+        return site.work(Task("ab" * 32, plan.canonical(), TOY_BASE, "train", 2, 0, moved))
+
+    with pytest.raises(ImpossibleAdapter):
+        asked(1000.0)
+    assert learner.trained == []
+    asked(0.5)
+    assert learner.trained == [2]

@@ -16,6 +16,8 @@ from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.complaints import Complaint
 from fedlora.protect.secagg.site import SecAggSite
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quiet():
@@ -148,6 +150,7 @@ GUARDS = {
 """What is broken, several where one stands behind the other. Then the only moves, where it is found too rarely among all."""
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("guard", GUARDS)
 def test_the_search_sees_that_a_guard_is_broken(broken, guard):
     pieces, only = GUARDS[guard]
@@ -157,6 +160,7 @@ def test_the_search_sees_that_a_guard_is_broken(broken, guard):
         search(*WITHIN, examples=80, sizes=(4, 3, 4), within=only != ["again"], only=only)
 
 
+@pytest.mark.mutant
 def test_the_search_sees_that_groups_are_not_whole(broken):
     whole_groups(broken)
     with pytest.raises(Uncovered):

@@ -14,6 +14,8 @@ from fedlora.protect.secagg.dealing import Secrets, advertise, check_deliveries,
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.rings import pack, unpack
 
+pytestmark = pytest.mark.slow
+
 PHASES = ("advertise", "share", "mask", "vote", "unmask", "")
 RULES = Rules(1, 3)
 
@@ -76,8 +78,10 @@ def cohort_of(n):
     return cohort, secrets, {i: Deal.parse(cohort, i, deal(cohort, i, s, key=keys[i])) for i, s in secrets.items()}
 
 
-@pytest.mark.parametrize("ring", PROFILES)
-@pytest.mark.parametrize("n", [3, 4, 5, 7])
+@pytest.mark.parametrize(
+    ("n", "ring"),
+    [*itertools.product((3, 4), PROFILES), (5, "int8"), (5, "int24"), pytest.param(7, "int8", marks=pytest.mark.slow)],
+)
 def test_every_pattern_of_dropouts_gives_the_plain_sum_or_none(n, ring):
     """Each site stays, or drops out before it deals, before its masked update, or after its vote: 4^n patterns."""
     fewest, opened, refused = RULES.fewest_inputs(n), 0, 0

@@ -1,0 +1,47 @@
+"""What is said of a run beside its published adapter is what was done."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_rounds import TARGETS, Federation, interrupted, plan
+
+from fedlora.cli import main
+from fedlora.core.errors import QuorumNotReached
+from fedlora.core.messages import Reply
+from fedlora.rounds.store import RunStore
+
+pytestmark = pytest.mark.torch
+
+
+def facts(directory, out):
+    assert main(["export", str(directory), str(out)]) == 0
+    return json.loads((out / "fedlora_run.json").read_text())
+
+
+def test_a_run_is_called_complete_when_all_its_rounds_are_done_and_not_before(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=3, min_sites=3))
+    fed.answers["b"] = lambda request: Reply("b", error="resources")
+    with pytest.raises(QuorumNotReached):
+        fed.run()
+    said = [facts(tmp_path / "run", tmp_path / "none")]
+    fed.answers["b"] = fed.sites["b"].handle
+    for rounds in (1, 1):
+        interrupted(fed, after=rounds)
+        said.append(facts(tmp_path / "run", tmp_path / f"out-{len(said)}"))
+    fed.run()
+    said.append(facts(tmp_path / "run", tmp_path / "whole"))
+    assert [(s["rounds"], s["complete"]) for s in said] == [(0, False), (1, False), (2, False), (3, True)]
+
+
+def test_what_is_published_names_the_run_the_plan_the_base_and_the_adapter(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=1))
+    last = fed.run()
+    said, store = facts(tmp_path / "run", tmp_path / "out"), RunStore.open(tmp_path / "run")
+    assert said["run"] == store.run
+    assert said["plan"] == fed.plan.digest()
+    assert said["base"] == fed.plan.model.digest
+    assert said["adapter"] == last.adapter.digest()
+    assert (said["sites"], said["protection"], said["aggregate"], said["seed"]) == (len(TARGETS), "sealed", "fedavg", 0)
+    assert not any(f'"{name}"' in json.dumps(said) for name in TARGETS)  # sites by number, never by name
