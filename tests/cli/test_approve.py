@@ -228,7 +228,7 @@ def test_check_says_what_a_federation_survives(home, capsys):
     assert main(["check", "secret.toml"]) == 0
     out = capsys.readouterr().out
     assert "may be away" in out
-    assert "set federation.min_sites" in out
+    assert "takes the others of its group with it" in out
     assert main(["check", "secret.toml", "--json"]) == 0
     found = {s["sites"]: s for s in json.loads(capsys.readouterr().out)["data"]["survives"]}
     assert (found[3]["away"], found[6]["away"], found[7]["away"]) == (0, 0, 3)
