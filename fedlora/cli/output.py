@@ -125,7 +125,7 @@ _LINES = {
     "rejected": "  {site}: not counted ({code})",
     "session": "  {sites} open a session; {threshold} of them have to stay to its end",
     "masked": "  masked updates of {sites}",
-    "lone-change": "  a sum over {sites} would show single updates beside earlier ones; missing: {missing}",
+    "lone-change": "  of {sites} too few are in whole groups; missing: {missing}",
     "sum": "  the sum over {sites}: weight {weight} (of one site: unknown), training loss {train_loss}, held-out NLL {eval_nll}",
     "unheard": "  {site} was counted and then gave no answer ({code})",
     "round": "round {round} done in {seconds_round} s; partial: {partial}; rejected: {rejected}; gap {gap_ratio}",

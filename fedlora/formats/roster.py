@@ -480,6 +480,8 @@ def first_epoch(
     Raises:
         RosterInvalid: see :class:`Roster`.
     """
+    if group_size and group_size > len(sites):
+        raise RosterInvalid(f"{group_size} sites a group are more than there are")
     return Roster(
         fed=federation(server),
         epoch=1,
@@ -518,8 +520,8 @@ def next_epoch(
         add: new sites; names and keys that were never on the roster.
         revoke: names of sites that no longer take part.
         days: it ends this many days from ``now``; None keeps the end.
-        regroup: put all active sites into new groups. Sites that have given to sums refuse others than their old groups on that
-            base model, unless a person there names whose update that may show.
+        regroup: put all active sites into new groups. Sites that have given to sums refuse another group than their old one on
+            that base model, unless a person there names whose update that may show.
         group_size: fewest sites of a new group; None: ``max_colluding + 2``, the least.
         now: seconds since 1970, when it begins.
 
@@ -534,16 +536,20 @@ def next_epoch(
         roster.site(name)
     stay = [replace(m, status="revoked") if m.identity.name in revoke else m for m in roster.sites]
     everybody = sorted([*stay, *(Member(p, "active") for p in add)], key=lambda m: m.identity.name)
-    size, first = _size(roster.max_colluding, group_size), 1 + max(m.group for m in everybody)
+    if not roster.grouped and len(roster.active()) >= roster.max_colluding + 2:  # all of them were one group
+        everybody = [replace(m, group=int(m.identity.name in roster.active())) for m in everybody]
     if regroup:
-        everybody, first = [replace(m, group=0) for m in everybody], 1
+        everybody = [replace(m, group=0) for m in everybody]
+    size, first = _size(roster.max_colluding, group_size), 1 + max(m.group for m in everybody)
+    if regroup and group_size and sum(m.status == "active" for m in everybody) < size:
+        raise RosterInvalid(f"{size} sites a group are more than there are")
     return replace(
         roster,
         epoch=roster.epoch + 1,
         previous=roster.digest(),
         not_before=now,
         not_after=roster.not_after if days is None else now + days * _DAY_S,
-        sites=_in_groups(everybody, size=size, first=first) if roster.grouped or regroup else tuple(everybody),
+        sites=_in_groups(everybody, size=size, first=first),
     )
 
 

@@ -224,9 +224,8 @@ def _uncovered(plan: Plan, file: SiteFile, root: Path) -> list[str] | None:
     if (blob := memory.get("roster")) is None:
         return None
     roster = SignedRoster.parse(blob).roster
-    colluding = max(plan.protect.max_colluding, roster.max_colluding)
     own = next((group for group in roster.groups() if file.name in group), frozenset[str]())
-    return sorted(ledger.shown(plan.model.digest, own, colluding=colluding))
+    return sorted(ledger.shown(plan.model.digest, own))
 
 
 def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[str] = ()) -> int:

@@ -145,10 +145,10 @@ def test_groups_are_large_enough_and_no_site_ever_changes_its_group(history, col
         groups = roster.groups()
         together = sorted(name for group in groups for name in group)
         assert together == sorted(set(together) & set(roster.active()))
-        for group in groups:
-            assert len(group) >= colluding + 2 or not roster.grouped
+        for group in groups if len(roster.active()) >= colluding + 2 else ():
+            assert len(group) >= colluding + 2
             for name in group:
-                assert seen.setdefault(name, group) == group or not roster.grouped
+                assert seen.setdefault(name, group) == group
 
 
 def test_new_sites_wait_until_they_are_a_group_and_a_revoked_one_takes_its_group_with_it():
@@ -162,6 +162,7 @@ def test_new_sites_wait_until_they_are_a_group_and_a_revoked_one_takes_its_group
     assert sorted(map(len, anew.groups())) == [4, 4]
     larger = next_epoch(three, regroup=True, group_size=5, now=NOW)
     assert larger.groups() == (frozenset(larger.active()),)
+    assert refused(lambda: next_epoch(three, regroup=True, group_size=9, now=NOW)).code == "roster-invalid"
     assert refused(lambda: next_epoch(three, regroup=True, group_size=2, now=NOW)).code == "roster-invalid"
     assert refused(lambda: replace(first, sites=(replace(first.sites[0], group=257), *first.sites[1:]))).code == "roster-invalid"
 
@@ -170,7 +171,9 @@ def test_a_roster_without_groups_is_one_group_and_has_the_bytes_that_it_always_h
     assert FIRST.groups() == (frozenset("abc"),)
     assert json.loads(FIRST.dump())["v"] == 1
     assert b"group" not in FIRST.dump()
-    one = next_epoch(FIRST, regroup=True, now=NOW)
+    one = next_epoch(FIRST, add=[SITES["d"].public], now=NOW)
+    assert one.groups() == (frozenset("abc"),)  # d waits
+    assert next_epoch(FIRST, revoke=["a"], now=NOW).groups() == ()
     assert json.loads(one.dump())["v"] == 2
     none = json.loads(one.dump())
     none["sites"] = [{**s, "group": 0} for s in none["sites"]]

@@ -28,30 +28,12 @@ from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity
 from fedlora.protect.secagg.masks import derive
 
-__all__ = ["Given", "Groups", "Ledger", "refine", "small_parts"]
+__all__ = ["Given", "Groups", "Ledger"]
 
 Groups: TypeAlias = tuple[frozenset[str], ...]
-"""Names of sites; disjoint, none empty, in order of each group's first name."""
+"""Names of sites; none empty, each once, in order of their names."""
 
 _KEY: Final = "secagg/given"
-
-
-def refine(groups: Groups, counted: Collection[str]) -> Groups:
-    """The groups after one more sum, over ``counted``. Sites of one group were always counted together, or not at all."""
-    now = frozenset(counted)
-    parts = [part for group in groups for part in (group & now, group - now)]
-    return tuple(sorted((p for p in (*parts, now.difference(*groups)) if p), key=min))
-
-
-def small_parts(groups: Groups, counted: Collection[str], *, colluding: int) -> frozenset[str]:
-    """The sites that a sum over ``counted`` would leave in a group of at most ``colluding + 1``, unless the group is one already
-    and gives nothing to this sum.
-
-    These could be uncovered: their group's sum can be computed, and colluders in it know their own part.
-    """
-    now = frozenset(counted)
-    small = [part for part in refine(groups, now) if len(part) < colluding + 2 and (part not in groups or part <= now)]
-    return frozenset().union(*small)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +41,8 @@ class Ledger:
     """What a site has given, over all runs.
 
     Attributes:
-        groups: base model's digest -> the sites of its own groups in the sums that it has given to, apart as far as sums tell
-            them apart. One group, unless a person has agreed to more.
+        groups: base model's digest -> its own groups in the sessions that it has given to. One, unless a person has agreed to
+            more.
         alone: base models for which it has given to sums that may differ by single sites.
     """
 
@@ -81,25 +63,28 @@ class Ledger:
                 hint=f"agree on a plan with lone_change = '{words[not alone]}', or on another base model",
             )
 
-    def shown(self, base: str, group: Collection[str], *, colluding: int) -> frozenset[str]:
-        """The sites that could be uncovered if this site gave together with ``group``, beside what it has given before."""
-        return small_parts(self.groups.get(base, ()), group, colluding=colluding)
+    def shown(self, base: str, group: Collection[str]) -> frozenset[str]:
+        """The sites that could be uncovered if this site gave together with ``group``; none if it always did.
 
-    def check(self, base: str, group: Collection[str], *, colluding: int, uncovers: Collection[str]) -> None:
+        All of both groups: which of them depends on sums that this site is not in.
+        """
+        now, before = frozenset(group), self.groups.get(base, ())
+        return now.union(*before) if any(one != now for one in before) else frozenset()
+
+    def check(self, base: str, group: Collection[str], *, uncovers: Collection[str]) -> None:
         """Agrees to give together with these, or says whose update that could show.
 
         Args:
             base: content digest of the base model.
             group: this site and the others of its group.
-            colluding: sites that may work together with the server.
             uncovers: sites that a person has named for this plan: it may show them.
 
         Raises:
             LoneChange.
         """
         self.check_alike(base, alone=False)
-        if lone := self.shown(base, group, colluding=colluding) - frozenset(uncovers):
-            before = "; ".join(_names(part, "and") for part in self.groups.get(base, ())) or "nobody"
+        if lone := self.shown(base, group) - frozenset(uncovers):
+            before = "; ".join(_names(one, "and") for one in self.groups[base])
             raise LoneChange(
                 f"this site's group on the roster is {_names(group, 'and')}; on this base model it has given together with "
                 f"{before}. Sums over both could show the update of {_names(lone, 'or')}",
@@ -111,7 +96,8 @@ class Ledger:
         """With one more masked update that may have left this site; ``group`` is None where sums may differ by single sites."""
         if group is None:
             return replace(self, alone=self.alone | {base})
-        return replace(self, groups={**self.groups, base: refine(self.groups.get(base, ()), group)})
+        groups = {*self.groups.get(base, ()), frozenset(group)}
+        return replace(self, groups={**self.groups, base: tuple(sorted(groups, key=sorted))})
 
 
 def _names(sites: Iterable[str], word: str) -> str:
@@ -148,20 +134,20 @@ class Given:
             return Ledger()
         try:
             facts = json.loads(self._cipher().decrypt(blob[:12], blob[12:], _KEY.encode()))
-            groups = {base: tuple(frozenset(part) for part in parts) for base, parts in facts["groups"]}
+            groups = {base: tuple(frozenset(one) for one in of) for base, of in facts["groups"]}
             return Ledger(groups, frozenset(facts["alone"]))
         except (InvalidTag, ValueError, KeyError, TypeError):
             where = self.memory.where(_KEY)
             raise StoreError(
                 f"{where}, the record of the sums that this site has given to, is damaged or of another key",
                 hint="without it no sum can be compared with earlier ones. Put the file back as it was last; or, if you accept "
-                "that a new sum beside an old one on the same base model may show this site's update, delete it",
+                "that a new sum beside an old one on the same base model may show this site's update or another's, delete it",
             ) from None
 
     def save(self, ledger: Ledger) -> None:
         """Returns after it is on the disk."""
         facts = {
-            "groups": [[base, [sorted(part) for part in parts]] for base, parts in sorted(ledger.groups.items())],
+            "groups": [[base, [sorted(one) for one in of]] for base, of in sorted(ledger.groups.items())],
             "alone": sorted(ledger.alone),
         }
         nonce = self.entropy(12)

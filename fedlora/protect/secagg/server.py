@@ -153,7 +153,9 @@ class SecAggServer:
         if self.book.roster(task):
             return []
         rules = Terms.of(self.plan, self.roster().roster).rules
-        return self._away(rules, sites) if len(rules.whole(sites)) < rules.smallest else []
+        if len(rules.whole(sites)) >= rules.smallest or rules.groups is None:
+            return []
+        return self._away(rules, sites) or sorted(frozenset().union(*rules.groups).difference(sites))
 
     @staticmethod
     def _away(rules: Rules, names: Collection[str]) -> list[str]:
@@ -163,11 +165,13 @@ class SecAggServer:
         """Those of these sites whose groups are there as a whole.
 
         Raises:
-            LoneChange: fewer than ``least``, which would be enough with the others of their groups.
+            CohortTooSmall, LoneChange: fewer than ``least``; which would be enough with the others of their groups.
         """
         rules = self.terms.rules
         whole, away = rules.whole(names), self._away(rules, names)
-        if len(whole) < least <= len(names):
+        if len(names) < least:
+            raise CohortTooSmall(f"{len(names)} sites are ready, {least} are needed")
+        if len(whole) < least:
             self.report("lone-change", {"sites": sorted(names), "missing": away})
             raise LoneChange(
                 f"of {', '.join(sorted(names))} too few are in whole groups; missing: {', '.join(away) or 'new sites'}",
@@ -592,20 +596,27 @@ class SecAggServer:
         self.link = replace(self.link, sites=roster.active(), roster=roster.digest())
 
     def _admitted(self, task: Task, sites: Sequence[str], errors: Errors) -> list[str]:
-        admitted = []
+        """Those that may take part. Who was caught is left out, unless too few would be left: else one lie would stop a run."""
+        rules, admitted, caught = self.terms.rules, list[str](), Errors()
         for site in sites:
             try:
                 self._signed.roster.site(site)
-                code = self.book.excluded(site, round=task.round)
-                if code == DealerLied.code:
-                    raise DealerLied("left out: what it dealt is not what it had signed for", site=site)
-                if code:
-                    raise ComplaintUnanswered(
-                        "left out of this round: it did not show what it had dealt to a site that complained"
-                    )
-                admitted.append(site)
             except FedLoRAError as e:
                 errors.setdefault(site, e)
+                continue
+            code = self.book.excluded(site, round=task.round)
+            if code == DealerLied.code:
+                caught[site] = DealerLied("left out: what it dealt is not what it had signed for", site=site)
+            elif code:
+                caught[site] = ComplaintUnanswered(
+                    "left out of this round: it did not show what it had dealt to a site that complained"
+                )
+            else:
+                admitted.append(site)
+        if caught and len(rules.whole(admitted)) < rules.smallest <= len(rules.whole([*admitted, *caught])):
+            return [site for site in sites if site in caught or site in admitted]
+        for site, error in caught.items():
+            errors.setdefault(site, error)
         return admitted
 
 

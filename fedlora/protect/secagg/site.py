@@ -359,11 +359,11 @@ class SecAggSite:
         Raises:
             LoneChange.
         """
-        ledger, group, colluding = self._given.load(), rules.group_of(self._name), rules.max_colluding
+        ledger, group = self._given.load(), rules.group_of(self._name)
         if group is None:
             return ledger.check_alike(base, alone=True)
-        ledger.check(base, group, colluding=colluding, uncovers=self.uncovers(plan))
-        if shown := ledger.shown(base, group, colluding=colluding):
+        ledger.check(base, group, uncovers=self.uncovers(plan))
+        if shown := ledger.shown(base, group):
             log.warning("beside earlier sums, those of this plan may show updates of %s", ", ".join(sorted(shown)))
 
     @property

@@ -484,6 +484,16 @@ def test_a_liar_among_the_dealers_costs_no_honest_site_its_place_in_any_round(n,
         assert set(codes) & {"bad-dealer", "complaint-unanswered"}
 
 
+def test_a_liar_that_is_mended_does_not_stop_a_run_for_ever():
+    """Of five sites, one group: without the one that is left out there would never be a session again."""
+    world = with_liar(5, liar_to(1, "false shares"))
+    assert [one.sums for one in rounds(world, rounds=1)][-1] == []
+    world.restart("site-2")
+    world.globals[2] = world.globals[1]
+    ((sites, *_),) = world.collect(world.task(round=2)).sums
+    assert list(sites) == names(5)
+
+
 @pytest.mark.parametrize("how", ["false shares", "not to be opened, and silent"])
 def test_a_liar_costs_the_others_of_its_group_their_place_and_no_others(how):
     heard = rounds(with_liar(12, liar_to(1, how)))

@@ -70,7 +70,7 @@ def test_a_new_site_gives_to_no_sum_before_there_is_a_group_of_new_sites():
     stops="a group with a revoked site is whole no more, and sites give with no other group than before on one base model",
 )
 @pytest.mark.parametrize(
-    "change", [{"revoke": ["site-4"]}, {"revoke": ["site-4"], "regroup": True}, {"regroup": True, "group_size": 4}]
+    "change", [{"revoke": ["site-4"]}, {"revoke": ["site-4"], "regroup": True}, {"regroup": True, "group_size": 8}]
 )
 def test_a_group_that_changes_gives_no_more_on_the_same_base(change):
     world = World(9)
