@@ -1,7 +1,11 @@
 import pytest
 
 from fedlora.core.errors import ConfigError, PlanRefused
-from fedlora.core.plan import Plan, Policy, Simulation, SiteFile, dump_toml, load_plan, load_site_file, parse_plan, sample
+from fedlora.core.plan import Plan, Simulation, parse_plan
+from fedlora.core.toml import dump_toml, sample
+from fedlora.formats.plans import load_plan
+from fedlora.site.policy import Policy
+from fedlora.site.site_file import SiteFile, load_site_file
 
 
 def plan_of(tmp_path, text):
@@ -51,7 +55,8 @@ def test_a_wrong_plan_is_refused(tmp_path, text):
 
 
 SECAGG = (
-    '[federation]\nmin_sites = {sites}\n{more}\n[aggregate]\nweighting = "{weighting}"\n[protect]\nmode = "secagg"\n{protect}\n'
+    '[federation]\nmin_sites = {sites}\n{more}\n[aggregate]\nweighting = "{weighting}"\n'
+    '[protect]\nmode = "secagg"\n[protect.secagg]\n{protect}\n'
 )
 
 

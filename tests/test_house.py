@@ -13,7 +13,9 @@ import pytest
 import tables
 
 import fedlora
-from fedlora.core.plan import Plan, SiteFile, sample
+from fedlora.core.plan import Plan
+from fedlora.core.toml import sample
+from fedlora.site.site_file import SiteFile
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (

@@ -79,7 +79,7 @@ def test_a_plan_may_say_less_or_more_and_counts_passes_only_with_a_bound():
         with pytest.raises(ValueError, match=r"needs aggregate\.max_weight"):
             Plan(federation=epochs, aggregate=Aggregate(weighting=weighting))
     assert Plan(federation=epochs, aggregate=Aggregate(weighting="uniform"))
-    with pytest.raises(ValueError, match=r"max_weight belongs to aggregate\.weighting"):
+    with pytest.raises(ValueError, match=r"aggregate\.max_weight belongs to weighting"):
         Plan(aggregate=Aggregate(weighting="uniform", max_weight=3))
 
 

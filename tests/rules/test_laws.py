@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.errors import FedLoRAError, NonFiniteUpdate, UpdateRejected, WrongLayout
 from fedlora.core.plan import Aggregate, Federation, Plan, Protect
+from fedlora.core.registry import RULES
 from fedlora.rules import (
-    AGGREGATORS,
     FFA,
     FedAvg,
     FedSVD,
@@ -121,11 +121,11 @@ def enough(rule, rows):
 
 def test_every_name_that_a_plan_may_use_is_under_these_laws():
     made = set()
-    for name in AGGREGATORS:
+    for name in RULES:
         for mode in ("sealed", "secagg"):
             if name in ("robust", "product") and mode == "secagg":
                 continue  # refused when the plan is read
-            protect = Protect(mode=mode, first_range=0.1 if mode == "secagg" else 0.0)
+            protect = Protect(mode=mode, **({"secagg": {"first_range": 0.1}} if mode == "secagg" else {}))
             plan = Plan(aggregate=Aggregate(name=name, weighting="uniform"), protect=protect, federation=Federation(min_sites=3))
             made.add(type(rule_of(plan)))
     assert made == {type(r) for r in REGISTRY.values()}

@@ -16,15 +16,14 @@ from protect.secagg.world import identity
 from fedlora import assemble as build
 from fedlora.core.errors import ConfigError, QuorumNotReached, StoreError
 from fedlora.core.messages import Reply
-from fedlora.core.plan import Evaluation, Plan, SiteFile, Wire
+from fedlora.core.plan import Evaluation, Plan, Wire
 from fedlora.formats.keys import load_identity
 from fedlora.formats.roster import SignedRoster, first_epoch, next_epoch
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
-from fedlora.rounds.loop import check_fit
 from fedlora.rounds.store import RunStore, write_atomic
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
-from fedlora.rules import FedAvg
 from fedlora.rules.first import first_adapter
+from fedlora.site.site_file import SiteFile
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 START = first_adapter(toy_layout(), seed=0)
@@ -154,14 +153,6 @@ def test_void_rounds_are_said_and_end_the_run_in_the_end_but_lose_nothing(tmp_pa
     assert at.round == 6
     assert [bool(r["sites"]) for r in store.records()] == [False] * 3 + [True] * 3
     assert at.adapter.vector == pytest.approx(4.0 * (1 - 0.5**3), abs=0.1)
-
-
-def test_a_rule_that_needs_single_updates_is_refused_before_anything_is_sent():
-    from types import SimpleNamespace
-
-    with pytest.raises(ConfigError, match="every single update"):
-        check_fit(SimpleNamespace(needs="each"), SimpleNamespace(reveals="sum"), name="median", mode="secagg")
-    check_fit(FedAvg(), SimpleNamespace(reveals="sum"), name="fedavg", mode="secagg")
 
 
 def test_without_a_roster_there_is_no_run(tmp_path):
