@@ -177,7 +177,7 @@ class Aggregate(Tagged):
 
     registry = RULES
     name: str = "fedavg"
-    """rule: fedavg (weighted mean of the changes of A and of B), ffa, rolora, fedsvd, product or robust"""
+    """rule, one of"""
     weighting: Literal["tokens", "examples", "uniform"] = "tokens"
     """a site's weight: supervised tokens used in the round, examples used, or 1"""
     max_weight: Annotated[int, Field(ge=0, le=1 << 26)] = 0
@@ -189,7 +189,7 @@ class ServerOptimizer(Tagged):
 
     registry = OPTIMIZERS
     name: str = "none"
-    """none (the sites' mean as it is), sgd, fedavgm, nesterov or fedadam. Only none goes with fedsvd and product"""
+    """one of"""
 
 
 class Wire(Section):
@@ -205,7 +205,7 @@ class Protect(Tagged):
     registry = MODES
     chooses = "mode"
     mode: str = "sealed"
-    """sealed: encrypted to the aggregator and signed by the site; secagg: the aggregator learns the sum and nothing else"""
+    """one of"""
 
 
 class Evaluation(Section):

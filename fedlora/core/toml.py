@@ -118,18 +118,23 @@ def _described(value: Section, prefix: str, *, others: bool) -> Iterator[str]:
     for key, field in type(value).model_fields.items():
         item = getattr(value, key)
         if not isinstance(item, Section) and item is not None:
-            yield f"{key} = {_toml(item)}".ljust(56) + f"  # {field.description}"
+            names = f": {', '.join(value.registry)}" if isinstance(value, Tagged) and key == value.chooses else ""
+            yield f"{key} = {_toml(item)}".ljust(56) + f"  # {field.description}{names}"
     for key in type(value).model_fields:
         item = getattr(value, key)
         if isinstance(item, Section) and not (isinstance(value, Tagged) and key == "settings"):
-            yield from _table(item, f"{prefix}{key}", others=others)
+            yield from _table(item, f"{prefix}{key}", _first_line(type(item)), others=others)
     if isinstance(value, Tagged):
         yield from _chosen(value, prefix, others=others)
 
 
-def _table(item: Section, name: str, *, others: bool, mark: str = "") -> Iterator[str]:
+def _first_line(kind: type[Any]) -> str:
+    return (kind.__doc__ or "").partition("\n")[0]
+
+
+def _table(item: Section, name: str, about: str, *, others: bool, mark: str = "") -> Iterator[str]:
     yield ""
-    yield f"{mark}[{name}]  # {(type(item).__doc__ or '').splitlines()[0]}"
+    yield f"{mark}[{name}]  # {about}"
     for line in _described(item, f"{name}.", others=others):
         yield f"{mark}{line}" if line else line
 
@@ -137,10 +142,13 @@ def _table(item: Section, name: str, *, others: bool, mark: str = "") -> Iterato
 def _chosen(value: Tagged, prefix: str, *, others: bool) -> Iterator[str]:
     chosen = getattr(value, value.chooses)
     for name in value.registry:
-        kind = value.registry[name].Settings
-        if kind.model_fields and (others or name == chosen):
-            item = value.settings if name == chosen else kind()
-            yield from _table(item, f"{prefix}{name}", others=others, mark="" if name == chosen else "#")
+        entry = value.registry[name]
+        about = f"{value.chooses} = {name}: {_first_line(entry)}"
+        if not entry.Settings.model_fields:
+            yield from ["", f"# {about}"] if others else []
+        elif others or name == chosen:
+            item = value.settings if name == chosen else entry.Settings()
+            yield from _table(item, f"{prefix}{name}", about, others=others, mark="" if name == chosen else "#")
 
 
 def _toml(value: Any) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 from fedlora.core.adapter import Adapter, Layout
+from fedlora.core.errors import WrongContext
 from fedlora.core.events import Report
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
@@ -16,7 +17,7 @@ from fedlora.formats.roster import RosterKeeper, SignedRoster
 from fedlora.protect import Protection, SiteProtection
 from fedlora.protect.link import ServerLink, SiteLink
 
-__all__ = ["Limits", "Mode", "ServerParts", "SiteParts", "Told"]
+__all__ = ["Limits", "Mode", "ServerParts", "SiteParts", "Told", "check_mode"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +66,16 @@ class Told:
 
     colluding: int
     alone: bool
+
+
+def check_mode(plan: Plan, name: str) -> None:
+    """At a site: the plan that a person has agreed to promises the mode in which its task has come.
+
+    Raises:
+        WrongContext: another one; the server may have stepped down.
+    """
+    if plan.protect.mode != name:
+        raise WrongContext(f"the plan promises protect.mode = {plan.protect.mode!r}, the server speaks {name!r}")
 
 
 class Mode:

@@ -18,7 +18,7 @@ from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 from fedlora.protect import Talk, Tally
 from fedlora.protect.link import Context, ServerLink, SiteLink, hear, pinned, reply_bytes
-from fedlora.protect.mode import Mode, ServerParts, SiteParts
+from fedlora.protect.mode import Mode, ServerParts, SiteParts, check_mode
 
 __all__ = ["PHASES", "Sealed", "SealedServer", "SealedSite", "check_task"]
 
@@ -90,14 +90,13 @@ class SealedSite:
         task, key = wire.parse_task(payload, max_parameters=MAX_PARAMETERS)
         check_task(header, task, key, phase=PHASES[task.kind])
         plan = parse_plan(task.plan)
-        if plan.protect.mode != "sealed":
-            raise WrongContext(f"the plan promises protect.mode = {plan.protect.mode!r}; the server asks for less")
+        check_mode(plan, "sealed")
         dtype = plan.wire.dtype if task.kind == "train" else "float32"
         return task, header, self.link.reply_key(key), dtype
 
 
 class Sealed(Mode):
-    """Encrypted to the aggregator, signed by the site."""
+    """Each update is encrypted to the aggregator and signed by its site."""
 
     phases = work = frozenset(PHASES.values())
 

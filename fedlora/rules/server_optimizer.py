@@ -142,7 +142,7 @@ def optimiser_of(plan: Plan) -> ServerOptimiser:
 
 
 class _None:
-    """The sites' mean as it is."""
+    """The sites' mean as it is; the only one for rules that split the product anew."""
 
     Settings: ClassVar[type[Section]] = Section
 
@@ -153,18 +153,26 @@ class _None:
 
 
 class _Sgd(_None):
+    """The sites' move times the learning rate."""
+
     Settings = Sgd
 
 
 class _FedAvgM(_None):
+    """Momentum (Hsu et al., 2019)."""
+
     Settings = FedAvgM
 
 
 class _Nesterov(_None):
+    """Momentum that looks ahead (DiLoCo, Douillard et al., 2023)."""
+
     Settings = Nesterov
 
 
 class _FedAdam(_None):
+    """Adam over the rounds (Reddi et al., 2021)."""
+
     Settings = FedAdam
 
 

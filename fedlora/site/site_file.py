@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlora.core.plan import Hex, SiteName
 from fedlora.core.section import Section
-from fedlora.data.readers import READERS
+from fedlora.data.readers import BUILT_IN, READERS
 from fedlora.data.shapes import SHAPES
 from fedlora.formats.plans import load_toml
 from fedlora.site.policy import Policy
@@ -41,10 +41,12 @@ class SiteData(Section):
     """JSONL, JSON, CSV, TSV or Parquet; relative to this file"""
     held_out_path: str = ""
     """rows for evaluation; empty: a share of path is held out by group"""
-    format: Annotated[str, AfterValidator(_format)] = "auto"
-    """file format: jsonl, json, csv, tsv or parquet; auto: what the suffix says"""
-    shape: Annotated[str, AfterValidator(_shape)] = "auto"
-    """how a row is laid out: messages, prompt-completion, text, alpaca or sharegpt; auto: by its columns"""
+    format: Annotated[
+        str, AfterValidator(_format), Field(description=f"file format: {', '.join(BUILT_IN)}; auto: what the suffix says")
+    ] = "auto"
+    shape: Annotated[
+        str, AfterValidator(_shape), Field(description=f"how a row is laid out: {', '.join(SHAPES)}; auto: by its columns")
+    ] = "auto"
     columns: dict[str, str] = Field(default_factory=dict)
     """our name = the file's name, e.g. { prompt = "question", completion = "answer" }"""
     group_key: str = ""

@@ -14,12 +14,11 @@ from fedlora.core.errors import FedLoRAError, NonFiniteUpdate, UpdateRejected, W
 from fedlora.core.plan import Aggregate, Federation, Plan, Protect
 from fedlora.core.registry import RULES
 from fedlora.rules import (
-    FFA,
+    BUILT_IN,
     FedAvg,
     FedSVD,
     Product,
     Robust,
-    RoLoRA,
     ServerOptimiser,
     Sums,
     add,
@@ -31,12 +30,8 @@ from fedlora.rules.sums import MAX_DELTA, Each, gap
 LAYOUT = Layout.of({"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "v.lora_A.weight": (2, 3), "v.lora_B.weight": (3, 2)})
 SCALE = 2.0
 REGISTRY = {
-    "fedavg": FedAvg(),
+    **{name: rule() for name, rule in BUILT_IN.items()},
     "fedavg-share-A": FedAvg(share="A"),
-    "ffa": FFA(),
-    "rolora": RoLoRA(),
-    "fedsvd": FedSVD(),
-    "product": Product(),
     "product-procrustes": Product(gauge="procrustes"),
     "product-r_max": Product(rank="r_max", max_rank=3),
     "product-energy": Product(rank="energy", energy=0.9),

@@ -25,7 +25,7 @@ __all__ = ["SecAgg"]
 
 
 class SecAgg(Mode):
-    """The server learns the sum of a round's updates and nothing else."""
+    """The aggregator learns the sum of a round's updates and nothing else."""
 
     Settings: ClassVar[type[Section]] = Settings
     reveals: ClassVar[Reveals] = "sum"
