@@ -52,6 +52,7 @@ class _Recording(FedAvg):
 def coded(first: Adapter, rounds: Rounds, profile: Profile, plan: Plan) -> tuple[Adapter, float]:
     """What the coded updates of all rounds would have made of the first adapter; share of values that were cut."""
     layout: Layout = first.layout
+    plan = plan.model_copy(update={"protect": Protect(mode="secagg")})  # whose levels these are
     now, cut = first.vector.copy(), 0
     left = {site: np.zeros(layout.size, np.float32) for updates in rounds for site in updates}
     for number, updates in enumerate(rounds, 1):

@@ -302,7 +302,7 @@ def ruled(name, *, rounds=2, min_sites=3, profile="int24", weight_unit=0, lone_c
         profile=profile, rounds=rounds, min_sites=min_sites, weight_unit=weight_unit, lone_change=lone_change
     )
     table = made.pinned(base=TOY_BASE, init=START.digest()).model_dump()
-    table["aggregate"] |= {"name": name, **options}
+    table["aggregate"] = {"weighting": table["aggregate"]["weighting"], "name": name, **options}
     return Plan.model_validate(table)
 
 
@@ -330,7 +330,7 @@ SUMS = {
     "ffa": {},
     "rolora": {},
     "fedsvd": {"rounds": 1},  # B has equal columns here: what A's second row becomes is up to the last bit
-    "fedavg": {"share": "A"},
+    "fedavg": {"fedavg": {"share": "A"}},
 }
 
 

@@ -16,7 +16,7 @@ from fedlora.rules.first import first_adapter
 LAYOUT = Layout.of({"m.lora_A.weight": (3, 6), "m.lora_B.weight": (5, 3), "n.lora_A.weight": (3, 4), "n.lora_B.weight": (4, 3)})
 RULES = {
     "fedavg": {},
-    "fedavg-A": {"share": "A"},
+    "fedavg-A": {"fedavg": {"share": "A"}},
     "ffa": {"name": "ffa"},
     "rolora": {"name": "rolora"},
     "fedsvd": {"name": "fedsvd"},
