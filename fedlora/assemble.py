@@ -27,23 +27,23 @@ from fedlora.core.errors import (
 )
 from fedlora.core.events import Report
 from fedlora.core.messages import SERVER, check_site_name
-from fedlora.core.plan import Plan, SiteData, SiteFile, load_plan, load_site_file
+from fedlora.core.plan import Plan
 from fedlora.formats.envelope import MAX_RECIPIENTS
 from fedlora.formats.files import set_aside
 from fedlora.formats.journal import REPAIR
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
+from fedlora.formats.plans import load_plan
 from fedlora.formats.roster import NEWEST, RosterKeeper, SignedRoster, load_roster
 from fedlora.protect import Protection
 from fedlora.protect.link import ServerLink, SiteLink, pinned
-from fedlora.protect.modes import SiteModes
-from fedlora.protect.sealed import SealedServer, SealedSite
-from fedlora.protect.secagg import SecAggServer, SecAggSite
-from fedlora.protect.secagg.book import Book
+from fedlora.protect.mode import ServerParts, SiteParts
+from fedlora.protect.modes import SiteModes, mode_of
 from fedlora.rounds.loop import run as run_rounds
 from fedlora.rounds.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter, write_atomic
 from fedlora.rounds.transport import Transport
 from fedlora.rules import rule_of
 from fedlora.site.admission import Approvals
+from fedlora.site.site_file import SiteData, SiteFile, load_site_file
 from fedlora.site.work import Learner, Site
 
 if TYPE_CHECKING:
@@ -370,9 +370,8 @@ def site(
     )
     return Site(
         name=identity.name,
-        protection=SiteModes(
-            SealedSite(link),
-            SecAggSite(link, _keeper(memory, server, file.roster), os.urandom, lambda plan: approved().uncovers.get(plan, ())),
+        protection=SiteModes.of(
+            SiteParts(link, _keeper(memory, server, file.roster), os.urandom, lambda plan: approved().uncovers.get(plan, ()))
         ),
         learner=make_learner,
         policy=file.agreed,
@@ -585,24 +584,20 @@ def _check_numbers(store: RunStore) -> None:
 
 def _protection(store: RunStore, link: ServerLink, roster: Path, report: Report) -> Protection:
     """The server's half of what the plan asks for."""
-    if store.plan.protect.mode == "sealed":
-        return SealedServer(link, store.plan.wire.dtype)
-    keeper = _keeper(store.memory, link.identity.public, load_roster(roster).roster.digest())
 
-    def newest() -> SignedRoster:
-        try:
-            return keeper.take(load_roster(roster).dump())
-        except (BadSignature, RosterInvalid, RosterRollback) as e:
-            what = str(e).removeprefix(f"{roster}: ")
-            raise type(e)(f"{roster}: {what}", hint=f"{NEWEST}; {e.hint.removeprefix(NEWEST)}".rstrip("; ")) from None
+    def rosters() -> Callable[[], SignedRoster]:
+        keeper = _keeper(store.memory, link.identity.public, load_roster(roster).roster.digest())
 
-    return SecAggServer(
-        link,
-        newest,
-        store.plan,
-        Book(store.memory),
-        report=report,
-    )
+        def newest() -> SignedRoster:
+            try:
+                return keeper.take(load_roster(roster).dump())
+            except (BadSignature, RosterInvalid, RosterRollback) as e:
+                what = str(e).removeprefix(f"{roster}: ")
+                raise type(e)(f"{roster}: {what}", hint=f"{NEWEST}; {e.hint.removeprefix(NEWEST)}".rstrip("; ")) from None
+
+        return newest
+
+    return mode_of(store.plan).server(ServerParts(store.plan, link, store.memory, rosters, report))
 
 
 def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> Checkpoint:

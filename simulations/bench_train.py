@@ -256,7 +256,7 @@ def gpus(shape: str, count: int) -> None:
     import logging
 
     from fedlora import assemble as build
-    from fedlora.core.plan import load_plan
+    from fedlora.formats.plans import load_plan
     from fedlora.learn.fast.workers import Team
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")  # the workers' too

@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Layout, Update
-from fedlora.core.plan import Aggregate, Plan, Protect, Wire, load_plan
+from fedlora.core.plan import Aggregate, Plan, Protect, Wire
+from fedlora.core.registry import RULES
+from fedlora.formats.plans import load_plan
 from fedlora.lab import simulate
 from fedlora.protect.secagg.rings import PROFILES, Profile, encode, scales_for, sum_to_mean
 from fedlora.protect.secagg.terms import reach
-from fedlora.rules import AGGREGATORS, FedAvg, Sums
+from fedlora.rules import FedAvg, Sums
 
 Rounds = list[dict[str, F32]]
 heard: Rounds = []
@@ -39,6 +41,7 @@ class _Kept(Sums):
         heard[-1][site] = update.delta.copy()
 
 
+@RULES.register("recording")
 @dataclass(frozen=True, slots=True)
 class _Recording(FedAvg):
     def start(self, adapter: Adapter, *, cohort: int, round: int) -> Sums:
@@ -49,6 +52,7 @@ class _Recording(FedAvg):
 def coded(first: Adapter, rounds: Rounds, profile: Profile, plan: Plan) -> tuple[Adapter, float]:
     """What the coded updates of all rounds would have made of the first adapter; share of values that were cut."""
     layout: Layout = first.layout
+    plan = plan.model_copy(update={"protect": Protect(mode="secagg")})  # whose levels these are
     now, cut = first.vector.copy(), 0
     left = {site: np.zeros(layout.size, np.float32) for updates in rounds for site in updates}
     for number, updates in enumerate(rounds, 1):
@@ -77,11 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = {
         "protect": Protect(),
         "wire": Wire(dtype="float32"),
-        "aggregate": Aggregate(weighting="uniform"),
+        "aggregate": Aggregate(name="recording", weighting="uniform"),
         "simulation": alone,
     }
     plan = plan.model_copy(update=parts)
-    AGGREGATORS["fedavg"] = lambda plan, weight: _Recording(weight)
     lab = None
     for seed in simulate.parse_seeds(given.seeds, default=plan.run.seed):
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})

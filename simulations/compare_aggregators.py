@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedlora.core.errors import FedLoRAError
-from fedlora.core.plan import Arm, Plan, canonical, load_plan
+from fedlora.core.plan import Arm, Plan, canonical
 from fedlora.core.words import number, with_interval, with_sd
+from fedlora.formats.plans import load_plan
 from fedlora.lab import simulate
 from fedlora.lab.report import interval, spread
 
@@ -55,11 +56,11 @@ class Variant:
 
 
 def _rule(name: str, **keys: Any) -> Variant:
-    return Variant({"aggregate": {"name": name, **keys}})
+    return Variant({"aggregate": {"name": name, **({name: keys} if keys else {})}})
 
 
 def _outer(name: str, **keys: Any) -> Variant:
-    return Variant({"server_optimizer": {"name": name, **keys}})
+    return Variant({"server_optimizer": {"name": name, name: keys}})
 
 
 OUTER: Final = {
@@ -265,7 +266,8 @@ def planned(plan: Plan, job: Job) -> Plan:
     if job.name not in BASELINES:
         variant = VARIANTS[job.name]
         for section, keys in variant.sections.items():
-            table[section] |= keys
+            chosen = {k: v for k, v in table[section].items() if not isinstance(v, dict)}  # another one's table goes
+            table[section] = {**(chosen if "name" in keys else table[section]), **keys}
         if table["lora"].get("ranks") == "halves":  # the last half of the sites: half the rank, the very last a quarter
             r = table["lora"]["r"]
             table["lora"]["ranks"] = {s: max(r // 2, 1) for s in sites[len(sites) // 2 :]} | {sites[-1]: max(r // 4, 1)}

@@ -328,7 +328,7 @@ def _reveal() -> Parser:
 
 @cache
 def _tasks() -> list[bytes]:
-    plan = toy_plan(min_sites=3, protect=Protect(mode="secagg", weight_unit=100))
+    plan = toy_plan(min_sites=3, protect=Protect.model_validate({"mode": "secagg", "secagg": {"weight_unit": 100}}))
     made = [
         Task("ab" * 32, plan.canonical(), TOY_BASE, "train", 1, 0, toy_adapter()),
         Task("cd" * 32, plan.canonical(), TOY_BASE, "evaluate", 4, 2, toy_adapter(0.5)),

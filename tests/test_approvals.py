@@ -12,17 +12,21 @@ from hypothesis import strategies as st
 from fedlora import assemble as build
 from fedlora.core.errors import ConfigError, PlanNotApproved, RunNotApproved, StoreError, WrongPlan
 from fedlora.core.messages import Request, Task
-from fedlora.core.plan import Evaluation, Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
+from fedlora.core.plan import Evaluation, Plan, Protect
+from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_site_keys
 from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.formats.roster import SignedRoster, first_epoch
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.link import Context, pinned
+from fedlora.protect.secagg.settings import Settings
 from fedlora.protect.secagg.terms import Offer, codec
 from fedlora.rounds.store import FileMemory
 from fedlora.rules.first import first_adapter
 from fedlora.site.admission import RUNS, Approvals, Begun, Runs, admit
+from fedlora.site.policy import Policy
+from fedlora.site.site_file import SiteFile, load_site_file
 
 MODEL = Plan().model.model_name_or_path
 KEYS = {n: Identity.generate(n) for n in ("a", "b", "c", "server", "run", "coordinator")}
@@ -291,8 +295,8 @@ def test_where_a_roster_is_set_secure_aggregation_alone_is_taken_by_default(tmp_
 @pytest.mark.parametrize(
     ("change", "policy", "says"),
     [
-        ({"protect": Protect(mode="secagg", lone_change="allow")}, {}, "lone_change"),
-        ({"protect": Protect(mode="secagg", first_range=1.5)}, {}, "first range 1.5 is above max_first_range 1"),
+        ({"protect": Protect(mode="secagg", secagg={"lone_change": "allow"})}, {}, "lone_change"),
+        ({"protect": Protect(mode="secagg", secagg={"first_range": 1.5})}, {}, "first range 1.5 is above max_first_range 1"),
         ({"training": {"learning_rate": 0.02}}, {"max_first_range": 0.01}, "first range 0.02"),
         ({"evaluation": Evaluation(share=("eval/nll", "eval/tokens"))}, {"share": ("eval/tokens",)}, "lists eval/nll, which"),
     ],
@@ -308,9 +312,9 @@ def test_under_secure_aggregation_the_policy_bounds_what_a_plan_may_weaken(tmp_p
 
 
 def test_the_strict_choices_are_the_defaults():
-    policy, plan = Policy(), Plan()
+    policy = Policy()
     assert (policy.approve, policy.protect, policy.lone_change, policy.max_first_range) == ("by-digest", (), "refuse", 1.0)
-    assert plan.protect.lone_change == "refuse"
+    assert Settings().lone_change == "refuse"
     assert (SiteFile().plans, SiteFile().uncovers) == ((), {})
 
 
@@ -318,7 +322,7 @@ def test_a_draw_of_sites_does_not_go_with_refused_lone_changes():
     table = SECAGG.model_dump() | {"federation": SECAGG.federation.model_dump() | {"fraction_train": 0.5}}
     with pytest.raises(ValueError, match="fraction_train"):
         Plan.model_validate(table)
-    Plan.model_validate(table | {"protect": {**table["protect"], "lone_change": "allow"}})
+    Plan.model_validate(table | {"protect": {"mode": "secagg", "secagg": {"lone_change": "allow"}}})
 
 
 def test_an_open_sites_approvals_are_those_in_its_file_now(tmp_path):
@@ -334,4 +338,4 @@ def test_an_open_sites_approvals_are_those_in_its_file_now(tmp_path):
         dump_toml(SiteFile(name="a", key="keys/a.key", models={MODEL: "x"}, **pinning(SEALED, uncovers={"aa" * 32: ("b",)})))
     )
     assert site.approvals() == Approvals((SEALED.digest(),), {"aa" * 32: ("b",)})
-    assert site.protection.secagg.uncovers("aa" * 32) == ("b",)
+    assert site.protection.halves["secagg"].uncovers("aa" * 32) == ("b",)

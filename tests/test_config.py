@@ -1,7 +1,19 @@
+import json
+
 import pytest
 
 from fedlora.core.errors import ConfigError, PlanRefused
-from fedlora.core.plan import Plan, Policy, Simulation, SiteFile, dump_toml, load_plan, load_site_file, parse_plan, sample
+from fedlora.core.plan import Plan, Simulation, parse_plan
+from fedlora.core.registry import MODES, OPTIMIZERS, RULES
+from fedlora.core.toml import dump_toml, sample
+from fedlora.data.conversations import read
+from fedlora.data.readers import READERS
+from fedlora.flower.checks import check_data
+from fedlora.formats.plans import load_plan
+from fedlora.protect.modes import BUILT_IN as MODES_BUILT_IN
+from fedlora.protect.modes import brings_work
+from fedlora.site.policy import Policy
+from fedlora.site.site_file import SiteFile, load_site_file
 
 
 def plan_of(tmp_path, text):
@@ -51,7 +63,8 @@ def test_a_wrong_plan_is_refused(tmp_path, text):
 
 
 SECAGG = (
-    '[federation]\nmin_sites = {sites}\n{more}\n[aggregate]\nweighting = "{weighting}"\n[protect]\nmode = "secagg"\n{protect}\n'
+    '[federation]\nmin_sites = {sites}\n{more}\n[aggregate]\nweighting = "{weighting}"\n'
+    '[protect]\nmode = "secagg"\n[protect.secagg]\n{protect}\n'
 )
 
 
@@ -109,3 +122,116 @@ def test_a_plan_survives_its_file(tmp_path):
 def test_an_unpinned_plan_is_refused_by_policy():
     with pytest.raises(PlanRefused, match="pins neither"):
         Policy().check(Plan(), models=frozenset({Plan().model.model_name_or_path}))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[aggregate]\ntrim = 0.2", "aggregate.trim: say it in [aggregate.robust]"),
+        ('[aggregate]\nname = "fedsvd"\nsvd_every = 2', "aggregate.svd_every: say every in [aggregate.fedsvd]"),
+        ('[aggregate]\nname = "product"\nrank = "full"', "aggregate.rank: say it in [aggregate.product]"),
+        ('[aggregate]\nshare = "A"', "aggregate.share: say it in [aggregate.fedavg]"),
+        ('[server_optimizer]\nname = "nesterov"\nmomentum = 0.5', "[server_optimizer.fedavgm] or [server_optimizer.nesterov]"),
+        ('[protect]\nprofile = "int8"', "protect.profile: say it in [protect.secagg]"),
+        (
+            '[aggregate]\nname = "ffa"\n[aggregate.fedavg]',
+            "this table is of name = 'fedavg', the plan says 'ffa'",
+        ),
+        ("[protect.secagg]", "protect.secagg: this table is of mode = 'secagg', the plan says 'sealed': leave it out"),
+        ('[aggregate]\nname = "prodcut"', "no rule is called 'prodcut'; did you mean 'product'?"),
+        ("[aggregate.settings]", "aggregate.settings: the settings of 'fedavg' stand in a table of its name"),
+        ("[aggregate]\nfedavg = 3", "aggregate.fedavg: input should be an object"),
+        ('[aggregate]\nname = "robust"\n[aggregate.robust]\nstatistc = "clip"', "did you mean 'statistic'?"),
+        (
+            '[aggregate]\nname = "robust"\n[aggregate.robust]\ntrim = 0.2',
+            "robust.trim belongs to statistic = 'trimmed'",
+        ),
+        (
+            '[aggregate]\nname = "product"\n[aggregate.product]\nenergy = 0.5',
+            "product.energy belongs to rank = 'energy'",
+        ),
+    ],
+)
+def test_settings_stand_in_the_table_of_what_is_chosen(tmp_path, text, said):
+    with pytest.raises(ConfigError) as error:
+        plan_of(tmp_path, text)
+    assert said in str(error.value)
+
+
+def test_errors_of_several_tables_come_at_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        plan_of(
+            tmp_path,
+            '[aggregate]\nname = "robust"\nfoo = 1\n[aggregate.robust]\ntrim = 7.0\nbar = 1\n'
+            "[aggregate.product]\n[lora]\nr = 0\n",
+        )
+    for part in ("aggregate.foo", "aggregate.robust.trim", "aggregate.robust.bar", "aggregate.product", "lora.r"):
+        assert part in str(error.value)
+
+
+def test_a_plan_holds_the_settings_of_what_is_chosen_with_their_defaults_and_no_others(tmp_path):
+    plan = plan_of(tmp_path, '[aggregate]\nname = "product"\n[aggregate.product]\nrank = "full"')
+    said = json.loads(plan.canonical())
+    table = {"rank": "full", "max_rank": 0, "energy": 0.99, "gauge": "balanced"}
+    assert said["aggregate"] == {"name": "product", "weighting": "tokens", "max_weight": 0, "product": table}
+    assert said["protect"] == {"mode": "sealed"}
+    assert said["server_optimizer"] == {"name": "none"}
+    assert plan_of(tmp_path, dump_toml(plan)) == plan
+    default = plan_of(tmp_path, '[aggregate]\nname = "product"')
+    assert default.digest() == plan_of(tmp_path, '[aggregate]\nname = "product"\n[aggregate.product]\nrank = "r"').digest()
+    assert default.digest() != plan.digest()
+    left_out = plan.canonical().replace(b',"product":{"energy":0.99,"gauge":"balanced","max_rank":0,"rank":"full"}', b"")
+    with pytest.raises(ConfigError, match="not canonical"):
+        parse_plan(left_out)
+
+
+@pytest.mark.parametrize("section", [Plan, SiteFile])
+def test_what_the_sample_shows_of_others_can_be_chosen(tmp_path, section):
+    """Each commented table, without its marks and with its name chosen, is a table of the plan."""
+    if section is SiteFile:
+        for name in (*READERS, "auto"):
+            (tmp_path / "s.toml").write_text(f'[data]\nformat = "{name}"')
+            assert load_site_file(tmp_path / "s.toml").data.format == name
+        return
+    for registry, table, key in (
+        (RULES, "aggregate", "name"),
+        (OPTIMIZERS, "server_optimizer", "name"),
+        (MODES, "protect", "mode"),
+    ):
+        for name in registry:
+            assert f"{key} = {name}:" in sample(Plan)
+            more = "" if registry is not MODES else '[aggregate]\nweighting = "uniform"\n[federation]\nmin_sites = 3\n'
+            shown = [
+                line.lstrip("#") for line in sample(Plan).split(f"[{table}.{name}]", 1)[-1].split("\n\n")[0].splitlines()[1:]
+            ]
+            shown = shown if registry[name].Settings.model_fields else []
+            plan = plan_of(tmp_path, f'{more}[{table}]\n{key} = "{name}"\n[{table}.{name}]\n' + "\n".join(shown))
+            assert getattr(plan, table).settings == registry[name].Settings()
+            assert len(shown) == len(registry[name].Settings.model_fields)
+
+
+def test_a_site_file_takes_every_format_that_is_read_tsv_among_them(tmp_path):
+    (tmp_path / "rows.txt").write_text("prompt\tcompletion\none, two\t3\n")
+    (tmp_path / "site.toml").write_text('[data]\npath = "rows.txt"\nformat = "tsv"\n')
+    file = load_site_file(tmp_path / "site.toml")
+    check_data(file, tmp_path)
+    rows, report = read(tmp_path / file.data.path, format=file.data.format)
+    assert (len(rows), report.format) == (1, "tsv")
+    (tmp_path / "site.toml").write_text('[data]\nformat = "tvs"\n')
+    with pytest.raises(ConfigError, match=r"data\.format: no file format is called 'tvs'; did you mean 'tsv'\?, or auto"):
+        load_site_file(tmp_path / "site.toml")
+    (tmp_path / "site.toml").write_text('[data]\nshape = "txet"\n[policy]\nprotect = ["plain"]\n')
+    with pytest.raises(ConfigError, match=r"data\.shape: .*policy\.protect\.0: no protection is called 'plain'"):
+        load_site_file(tmp_path / "site.toml")
+
+
+def test_modes_share_no_phase_and_may_be_lost_at_their_own_steps_only():
+    seen = set()
+    for mode in MODES_BUILT_IN.values():
+        assert mode.phases
+        assert mode.work <= mode.phases
+        assert not seen & mode.phases
+        assert mode.steps[0] == "train"
+        assert set(mode.steps[1:]) <= mode.phases - mode.work
+        seen |= mode.phases
+    assert {phase for phase in seen if brings_work(phase)} == {"train", "global", "advertise"}

@@ -14,7 +14,9 @@ import pytest
 import tables
 
 import fedlora
-from fedlora.core.plan import Plan, SiteFile, sample
+from fedlora.core.plan import Plan
+from fedlora.core.toml import sample
+from fedlora.site.site_file import SiteFile
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
@@ -180,6 +182,61 @@ def test_learn_looks_for_what_is_fast_in_one_place():
                 if isinstance(n, ast.Constant) and n.value == "fedlora.learn.fast"
             ]
             assert not named or path.name == "hooks.py", path
+
+
+IMPURE = {"os", "io", "time", "random", "secrets", "pathlib", "shutil", "tempfile", "socket", "subprocess", "threading", "uuid",
+          "datetime", "asyncio", "urllib", "http", "logging", "sys", "platform", "locale", "getpass", "glob"}  # fmt: skip
+"""Modules by which a program would read the disk, the net, a clock, chance or its surroundings."""
+TOUCHES = {"open", "input", "print", "read_text", "read_bytes", "write_text", "write_bytes", "exists", "is_file", "mkdir",
+           "urandom", "default_rng", "now", "today", "monotonic", "perf_counter", "time_ns", "getenv", "fromfile", "tofile",
+           "memmap", "save", "savez", "loadtxt", "Generator", "seed", "uniform"}  # fmt: skip
+
+
+def impure(source: str) -> set[str]:
+    """What a module imports or calls that makes its result depend on more than its arguments."""
+    tree = ast.parse(source)
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.partition(".")[0] in IMPURE}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} if node.module.partition(".")[0] in IMPURE else set()
+        elif isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            found |= {name} & TOUCHES
+        elif isinstance(node, ast.Attribute) and node.attr == "random":
+            found.add("random")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fedlora" / "core").rglob("*.py")), ids=lambda p: p.name)
+def test_core_does_no_input_or_output_and_reads_no_clock_and_no_randomness(path):
+    assert not impure(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import time", "from os import urandom", "import os.path", "from pathlib import Path", "open('x')", "x.read_text()",
+     "np.random.default_rng()", "import numpy.random as r; r.default_rng()", "from datetime import datetime"],
+)  # fmt: skip
+def test_what_is_impure_is_seen(line):
+    assert impure(line)
+
+
+def test_core_imports_a_home_by_a_constant_name_alone():
+    """The registry's late import: its names stand in the source, never in a file."""
+    for path in sorted((ROOT / "fedlora" / "core").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        late = [
+            n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).endswith(("import_module", "__import__"))
+        ]
+        assert not late or (path.name == "registry.py" and [ast.unparse(n.args[0]) for n in late] == ["self._home"]), path
+    for path in FILES:
+        made = [
+            n for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "Registry"
+        ]  # fmt: skip
+        assert all(isinstance(n.args[1], ast.Constant) and n.args[1].value.startswith("fedlora.") for n in made), path
 
 
 def test_nothing_prints_but_the_command():

@@ -9,7 +9,6 @@ import time
 import weakref
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +22,10 @@ from fedlora.formats.keys import Identity, load_identity
 from fedlora.lab.testing import TOY_BASE, DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
 from fedlora.protect.plain import PlainServer, PlainSite
 from fedlora.protect.sealed import SealedServer, SealedSite
-from fedlora.rounds.loop import check_fit, run
+from fedlora.rounds.loop import run
 from fedlora.rounds.store import Entry, FileMemory, Journal, RunStore
 from fedlora.rounds.transport import LocalTransport
-from fedlora.rules import FedAvg, Robust, Sums, rule_of
+from fedlora.rules import FedAvg, Sums, rule_of
 from fedlora.site.work import Site, safely
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -355,11 +354,6 @@ def test_the_text_of_an_exception_never_leaves():
 
     assert safely("a", leaks) == Reply("a", error="internal")
     assert safely("a", named) == Reply("a", error="store")
-
-
-def test_a_rule_that_needs_single_updates_is_refused_where_sums_are_shown():
-    with pytest.raises(ConfigError, match="robust"):
-        check_fit(Robust(), SimpleNamespace(reveals="sum"), name="robust", mode="secagg")
 
 
 def test_a_run_is_not_started_twice_nor_resumed_with_another_plan(tmp_path):

@@ -17,7 +17,8 @@ from fedlora import assemble as build
 from fedlora.cli import main
 from fedlora.core.errors import FedLoRAError, QuorumNotReached, StoreError
 from fedlora.core.messages import Reply
-from fedlora.core.plan import Aggregate, SiteFile, Wire, dump_toml
+from fedlora.core.plan import Aggregate, Wire
+from fedlora.core.toml import dump_toml
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.roster import SignedRoster, first_epoch
@@ -25,6 +26,7 @@ from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, 
 from fedlora.rounds.store import FileMemory, Journal, RunStore, load_adapter, save_adapter, write_atomic
 from fedlora.rounds.transport import LocalTransport
 from fedlora.rules.first import first_adapter
+from fedlora.site.site_file import SiteFile
 
 pytestmark = pytest.mark.slow
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -656,7 +658,7 @@ def test_only_what_a_run_can_do_without_is_set_aside(left, name):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_adapter_of_a_sites_own_is_named_and_written_anew_by_the_next_round(tmp_path, kind):
-    plan = toy_plan(rounds=3, min_sites=2, wire=Wire(dtype="float32"), aggregate=Aggregate(share="A"))
+    plan = toy_plan(rounds=3, min_sites=2, wire=Wire(dtype="float32"), aggregate=Aggregate(fedavg={"share": "A"}))
     start = first_adapter(toy_layout(), seed=plan.run.seed)
     place = Place(tmp_path / "x").make(plan.pinned(base=TOY_BASE, init=start.digest()), start)
     with pytest.raises(Cut):

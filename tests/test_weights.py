@@ -22,7 +22,7 @@ from fedlora.data.tokens import IGNORE, Tokens
 from fedlora.lab.report import write_html
 from fedlora.lab.tables import table
 from fedlora.lab.testing import ToyLearner, toy_adapter
-from fedlora.rules import Each, Sums, largest_weight
+from fedlora.rules import Each, Sums, largest_weight, rule_of
 from fedlora.site import work as site_module
 from fedlora.site.work import safely
 
@@ -72,6 +72,9 @@ def test_the_bound_is_not_larger_than_what_some_data_can_use(weighting, packing,
 def test_a_plan_may_say_less_or_more_and_counts_passes_only_with_a_bound():
     assert largest_weight(Plan(aggregate=Aggregate(max_weight=500))) == 500
     assert largest_weight(Plan(aggregate=Aggregate(weighting="uniform"))) == 1
+    assert rule_of(Plan(aggregate=Aggregate(max_weight=500))).max_weight == 500
+    summed = {"federation": {"min_sites": 3}, "aggregate": {"weighting": "uniform"}, "protect": {"mode": "secagg"}}
+    assert rule_of(Plan.model_validate(summed)).max_weight == 16 * 256  # one update with the weight of all
     assert largest_weight(Plan(federation=Rounds(local_steps=1_000_000))) == 1 << 26
     epochs = Rounds(local_steps=0, local_epochs=1)
     assert largest_weight(Plan(federation=epochs, aggregate=Aggregate(max_weight=7, weighting="examples"))) == 7
@@ -79,7 +82,7 @@ def test_a_plan_may_say_less_or_more_and_counts_passes_only_with_a_bound():
         with pytest.raises(ValueError, match=r"needs aggregate\.max_weight"):
             Plan(federation=epochs, aggregate=Aggregate(weighting=weighting))
     assert Plan(federation=epochs, aggregate=Aggregate(weighting="uniform"))
-    with pytest.raises(ValueError, match=r"max_weight belongs to aggregate\.weighting"):
+    with pytest.raises(ValueError, match=r"aggregate\.max_weight belongs to weighting"):
         Plan(aggregate=Aggregate(weighting="uniform", max_weight=3))
 
 

@@ -35,7 +35,7 @@ def approve(
     import click
 
     from fedlora.core.errors import PlanRefused
-    from fedlora.core.plan import load_plan
+    from fedlora.formats.plans import load_plan
     from fedlora.site import approve as library
 
     found, named = load_plan(plan), uncovers or []

@@ -13,7 +13,7 @@ from fedlora.cli.repair import server_repair, site_repair
 from fedlora.cli.roster import roster
 
 if TYPE_CHECKING:
-    from fedlora.core.plan import Plan
+    pass
 
 __all__ = ["app"]
 
@@ -58,7 +58,8 @@ def new_plan() -> None:
 
     Example: fedlora new plan > plan.toml
     """
-    from fedlora.core.plan import Plan, sample
+    from fedlora.core.plan import Plan
+    from fedlora.core.toml import sample
 
     emit({}, sample(Plan).rstrip(), as_json=False)
 
@@ -69,7 +70,8 @@ def new_site() -> None:
 
     Example: fedlora new site > site.toml
     """
-    from fedlora.core.plan import SiteFile, sample
+    from fedlora.core.toml import sample
+    from fedlora.site.site_file import SiteFile
 
     emit({}, sample(SiteFile).rstrip(), as_json=False)
 
@@ -80,7 +82,8 @@ def new_simulation() -> None:
 
     Example: fedlora new simulation > toy.toml && fedlora simulate toy.toml
     """
-    from fedlora.core.plan import Plan, Simulation, dump_toml
+    from fedlora.core.plan import Plan, Simulation
+    from fedlora.core.toml import dump_toml
 
     emit({}, dump_toml(Plan(simulation=Simulation())).rstrip(), as_json=False)
 
@@ -145,7 +148,8 @@ def check(
 
     Example: fedlora check plan.toml --site site.toml
     """
-    from fedlora.core.plan import load_plan
+    from fedlora.formats.plans import load_plan
+    from fedlora.protect.modes import mode_of
 
     found = load_plan(plan)
     f = found.federation
@@ -159,9 +163,9 @@ def check(
         f"{found.wire.dtype} updates, {found.protect.mode}\n"
         + ("pinned to base and first adapter" if facts["pinned"] else "not pinned yet: `fedlora pin` fills in the digests")
     )
-    if found.protect.mode == "secagg":
-        facts["survives"], said = _survival(found)
-        text += said
+    if (survives := mode_of(found).survives(found)) is not None:
+        facts["survives"] = survives[0]
+        text += survives[1]
     if site is not None:
         from fedlora.assemble import forecast
 
@@ -180,29 +184,6 @@ def check(
                 f"\n  longer than the plan's round_deadline of {f.round_deadline:.0f} s: this site's updates would come too late"
             )
     emit(facts, text, as_json=json)
-
-
-def _survival(plan: Plan) -> tuple[list[dict[str, int]], str]:
-    """What so many sites survive under this plan, for programs and in words."""
-    from dataclasses import asdict
-
-    from fedlora.protect.secagg.cohort import Rules
-    from fedlora.protect.secagg.planning import survival
-
-    rules, mode = Rules(plan.protect.max_colluding, plan.federation.min_sites), plan.protect.lone_change
-    first = rules.smallest
-    found = [survival(n, rules, lone_change=mode) for n in sorted({*range(first, first + 5), first + 7, 20, 100}) if n >= first]
-    text = (
-        f"\nsecure aggregation: up to {rules.max_colluding} sites may work together with the server; a roster may ask for more\n"
-        "  sites   to its end   may be away from a round   may drop out during one"
-    )
-    text += "".join(f"\n  {s.sites:5}   {s.stay:10}   {s.away or 'none':>24}   {s.lost or 'none':>23}" for s in found)
-    if mode == "refuse":
-        text += (
-            "\n  lone_change = 'refuse': a sum is over whole groups of the roster; a site that is away takes the others of its "
-            f"group with it,\n  {rules.max_colluding + 1} or more. Where that leaves too few, the round waits for it to come back"
-        )
-    return [asdict(s) for s in found], text
 
 
 @app.command()
@@ -251,7 +232,7 @@ def simulate(
 
     Example: fedlora simulate simulations/plans/toy.toml --seeds 0,1,2
     """
-    from fedlora.core.plan import load_plan
+    from fedlora.formats.plans import load_plan
     from fedlora.lab.simulate import parse_seeds
     from fedlora.lab.simulate import simulate as run
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedlora.core.errors import DataError
+from fedlora.core.registry import Registry
 
-__all__ = ["NOT_TEXT", "READERS", "Reader", "Row", "format_of"]
+__all__ = ["BUILT_IN", "NOT_TEXT", "READERS", "Reader", "Row", "format_of"]
 
 Row: TypeAlias = Mapping[str, object] | str
 """Column -> value, or the reason why this row cannot be read."""
@@ -22,6 +23,9 @@ NOT_TEXT = "not UTF-8 text"
 NOT_JSON = "not JSON"
 NOT_OBJECT = "not a JSON object"
 NOT_FIELDS = "wrong number of fields"
+
+READERS: Registry[Reader] = Registry("file format", "fedlora.data.readers")
+"""``data.format`` of a site file."""
 
 _BOM = b"\xef\xbb\xbf"
 _SUFFIXES = {
@@ -157,5 +161,5 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
             yield number, row
 
 
-READERS: dict[str, Reader] = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "parquet": _parquet}
+BUILT_IN: dict[str, Reader] = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "parquet": _parquet}
 """Formats by the name that a site file uses. Closed: a name in a file never becomes code."""

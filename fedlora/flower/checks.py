@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedlora.core.errors import DataError, KeyFileError, ModelError
-from fedlora.core.plan import SiteFile
 from fedlora.data.readers import READERS, format_of
 from fedlora.gateway.certificates import node_key_pem, node_key_public
+from fedlora.site.site_file import SiteFile
 
 __all__ = ["check_bases", "check_data", "check_keys"]
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from fedlora import assemble as build
 from fedlora.core.errors import KeyFileError, StoreError
 from fedlora.core.messages import SERVER, check_site_name
-from fedlora.core.plan import Plan, dump_toml, load_plan
+from fedlora.core.plan import Plan
+from fedlora.core.toml import dump_toml
 from fedlora.formats.keys import Identity, PublicIdentity
+from fedlora.formats.plans import load_plan
 from fedlora.formats.roster import SignedRoster, first_epoch, load_roster
 from fedlora.rounds.store import save_adapter, write_atomic
 

@@ -13,7 +13,6 @@ from queue import SimpleQueue
 
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed, Stopped
 from fedlora.core.events import Report
-from fedlora.core.plan import load_plan
 from fedlora.flower import launch
 from fedlora.flower.control import Control, RunState, register_sites, start_job
 from fedlora.flower.database import shrink
@@ -32,6 +31,7 @@ from fedlora.flower.jobs import (
 )
 from fedlora.flower.records import safe_code
 from fedlora.formats.lock import hold
+from fedlora.formats.plans import load_plan
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.certificates import certificate_hosts, check_tls, load_node_keys
 from fedlora.gateway.doors import Refusal, key_name, parse_refusal

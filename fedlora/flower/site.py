@@ -17,7 +17,6 @@ from pathlib import Path
 
 from fedlora.core.errors import ConfigError, FedLoRAError
 from fedlora.core.events import Report
-from fedlora.core.plan import SiteFile, load_site_file
 from fedlora.flower import launch
 from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower
@@ -28,6 +27,7 @@ from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.probe import probe
 from fedlora.processes.supervisor import Service, Supervisor, rotating_log, signals
 from fedlora.rounds.store import write_atomic
+from fedlora.site.site_file import SiteFile, load_site_file
 
 __all__ = ["PortTaken", "up"]
 

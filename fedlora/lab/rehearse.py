@@ -18,11 +18,14 @@ from pathlib import Path
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConnectionFailed
 from fedlora.core.events import Report
-from fedlora.core.plan import Plan, Policy, Simulation, SiteData, SiteFile, dump_toml
+from fedlora.core.plan import Plan, Simulation
+from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.formats.roster import load_roster
 from fedlora.rounds.store import RunStore, save_adapter, write_atomic
+from fedlora.site.policy import Policy
+from fedlora.site.site_file import SiteData, SiteFile
 
 __all__ = ["over_flower", "rehearsed", "run_directory"]
 
@@ -106,7 +109,7 @@ def _write_site_file(
             path=str((data / f"{name}.train.jsonl").resolve()), held_out_path=str((data / f"{name}.validation.jsonl").resolve())
         ),
         plans=(plan.digest(),),
-        policy=Policy(protect=(plan.protect.mode,), min_sites=1, max_first_range=64.0, lone_change=plan.protect.lone_change),
+        policy=Policy(protect=(plan.protect.mode,), min_sites=1, max_first_range=64.0, lone_change="allow"),
     )
     write_atomic(directory / "site.toml", dump_toml(file).encode())
 

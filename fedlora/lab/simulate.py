@@ -23,15 +23,19 @@ from fedlora import assemble as build
 from fedlora.core.adapter import Adapter, Update
 from fedlora.core.errors import ConfigError, NotInstalled, StoreError
 from fedlora.core.events import Report
-from fedlora.core.plan import Arm, Plan, Policy, Simulation, SiteData, SiteFile, canonical, dump_toml
+from fedlora.core.plan import Arm, Plan, Simulation, canonical
+from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster
 from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.lab.report import write_html
 from fedlora.lab.tables import table, table_across
+from fedlora.protect.modes import mode_of
 from fedlora.rounds.store import Entry, Journal, RunStore, load_adapter, save_adapter, write_atomic
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules import rule_of
+from fedlora.site.policy import Policy
+from fedlora.site.site_file import SiteData, SiteFile
 from fedlora.site.work import Learner
 
 if TYPE_CHECKING:
@@ -88,11 +92,11 @@ def simulate(
     lost = parse_dropouts(drop, sites=plan.simulation.sites, plan=plan)
     if lost and transport != "local":
         raise ConfigError("--drop goes with --transport local", hint="over Flower, kill a site's process instead")
-    apart = plan.federation.fraction_train < 1 or plan.lora.ranks or plan.aggregate.share == "A"
+    apart = plan.federation.fraction_train < 1 or plan.lora.ranks or rule_of(plan).keeps
     if batch_sites and (transport != "local" or apart):
         raise ConfigError(
             "--batch-sites goes with --transport local, and with sites that all train one adapter: "
-            "federation.fraction_train = 1, no lora.ranks, aggregate.share = 'AB'",
+            "federation.fraction_train = 1, no lora.ranks, aggregate.fedavg.share = 'AB'",
             hint="leave --batch-sites out",
         )
     _claim(out, plan, transport=transport, drop=drop, resume=resume, batch_sites=batch_sites)
@@ -269,7 +273,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         report("arm-done", {"name": name})
     if "federated" in arms:
         store = RunStore.open(_run_directory(lab, out, transport), lab.plan)
-        if lab.plan.aggregate.share == "AB":
+        if not rule_of(lab.plan).keeps:
             save_adapter(out / "adapter.safetensors", store.load().adapter, {"run": store.run})
         extra = _federation_facts(lab, store)
     results = {
@@ -424,7 +428,7 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
         "learning_rate": lab.plan.training.learning_rate,
     }
     rule = rule_of(lab.plan)
-    if rule.down() == "AB" or not rule.keeps:
+    if not rule.keeps:
         return store.load().adapter, facts
     home = out / "flower" if transport == "flower" else out / "sites"
     state = "state/journal" if transport == "flower" else "journal"
@@ -438,7 +442,7 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
     identities = {n: _identity(out / "keys" / f"{n}.key", n, lab.plan) for n in lab.simulation.sites}
     publics = {n: i.public for n, i in identities.items()}
     roster, digest = out / "keys" / "roster.json", ""
-    if lab.plan.protect.mode == "secagg":
+    if mode_of(lab.plan).needs_roster:
         coordinator = _identity(out / "keys" / "coordinator.key", "coordinator", lab.plan)
         digest = make_roster(roster, server.public, list(publics.values()), coordinator)
     learners = _learners(lab, report)
@@ -495,7 +499,7 @@ def _policy(plan: Plan) -> Policy:
         "protect": (plan.protect.mode,),
         "min_sites": 1,
         "max_first_range": 64.0,
-        "lone_change": plan.protect.lone_change,
+        "lone_change": "allow",
     }
     return Policy(**{**Policy().model_dump(), **limits})
 

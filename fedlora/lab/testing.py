@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedlora.core.adapter import Adapter, Factors, Layout
-from fedlora.core.plan import Federation, Plan, Policy, Run
+from fedlora.core.plan import Federation, Plan, Run
 from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.protect.link import ServerLink, SiteLink, pinned
+from fedlora.site.policy import Policy
 from fedlora.site.work import Trained
 
 __all__ = [

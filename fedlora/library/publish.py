@@ -9,9 +9,11 @@ from typing import Any
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError, WrongBase
-from fedlora.core.plan import Plan, load_plan, parse_plan
+from fedlora.core.plan import Plan, parse_plan
+from fedlora.formats.plans import load_plan
 from fedlora.formats.roster import load_roster
 from fedlora.rounds.store import RunStore, load_adapter
+from fedlora.rules import rule_of
 
 __all__ = ["describe", "export_run", "outcome"]
 
@@ -72,9 +74,9 @@ def _finished(run: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
         return _own(run)
     inside = [run / "federated", *sorted((run / "flower" / "server" / "runs").glob("*"))]  # of a simulation; which kind
     store = RunStore.open(next((d for d in inside if d.is_dir()), run))
-    if store.plan.aggregate.share != "AB":
+    if rule_of(store.plan).keeps:
         raise ConfigError(
-            "aggregate.share = 'A': every site has a B of its own, and there is no adapter for everybody",
+            "aggregate.fedavg.share = 'A': every site has a B of its own, and there is no adapter for everybody",
             hint="at a site: `fedlora export STATE/journal/RUN.safetensors OUT` makes a PEFT adapter of its own",
         )
     at = store.load()
@@ -104,7 +106,7 @@ def _own(file: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
         )
     plan = parse_plan(stored["plan"].encode())
     facts = {"run": stored["run"], "plan": plan.digest(), "base": plan.model.digest, "aggregate": plan.aggregate.name}
-    return plan, adapter, facts | {"share": plan.aggregate.share, "seed": plan.run.seed, "adapter": adapter.digest()}
+    return plan, adapter, facts | {"share": rule_of(plan).down(), "seed": plan.run.seed, "adapter": adapter.digest()}
 
 
 def outcome(run: Path) -> tuple[dict[str, Any], str]:

@@ -16,14 +16,10 @@ from fedlora.core.adapter import Update
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Reply, Request, Reveals, Task
 
-__all__ = ["WORK_PHASES", "Protection", "SiteProtection", "Talk", "Tally"]
+__all__ = ["Protection", "SiteProtection", "Talk", "Tally"]
 
 Talk = Generator[Sequence[Request], Iterator[Reply], None]
 """Yields requests, is sent the replies as they come, returns when the exchange is over."""
-
-
-WORK_PHASES = frozenset({"train", "global", "advertise"})
-"""Requests over whose answer a site may take hours. Every other phase of a protection is talk, of seconds."""
 
 
 class Tally(Protocol):

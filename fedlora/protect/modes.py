@@ -1,26 +1,63 @@
-"""A site's one door: which mode of protection a request belongs to."""
+"""The modes of protection by the name that a plan uses, and a site's one door to all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from fedlora.core.adapter import Update
+from fedlora.core.errors import WrongDirection
 from fedlora.core.messages import Request, Task
-from fedlora.protect.sealed import PHASES, SealedSite
-from fedlora.protect.secagg import SecAggSite
+from fedlora.core.plan import Plan
+from fedlora.core.registry import MODES
+from fedlora.protect import SiteProtection
+from fedlora.protect.mode import Mode, SiteParts
+from fedlora.protect.sealed import Sealed
+from fedlora.protect.secagg.mode import SecAgg
 
-__all__ = ["SiteModes"]
+__all__ = ["BUILT_IN", "SiteModes", "brings_work", "mode_of"]
+
+BUILT_IN: dict[str, type[Mode]] = {"sealed": Sealed, "secagg": SecAgg}
+"""Modes by the name that a plan uses."""
+
+
+def mode_of(plan: Plan) -> type[Mode]:
+    """The plan's mode."""
+    return _mode(plan.protect.mode)
+
+
+def brings_work(phase: str) -> bool:
+    """Whether a site may take hours over the answer to a request of this phase."""
+    return any(phase in _mode(name).work for name in MODES)
+
+
+def _mode(name: str) -> type[Mode]:
+    return cast("type[Mode]", MODES[name])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteModes:
-    """Hands a request to the mode of its phase. Each refuses a task whose plan says another mode: a server cannot step down."""
+    """Hands a request to the mode of its phase. Each refuses a task whose plan says another mode: a server cannot step down.
 
-    sealed: SealedSite
-    secagg: SecAggSite
+    Args:
+        halves: by the mode's name.
+    """
+
+    halves: Mapping[str, SiteProtection]
+
+    @classmethod
+    def of(cls, parts: SiteParts) -> SiteModes:
+        """All modes' halves of one site."""
+        return cls({name: _mode(name).site(parts) for name in MODES})
 
     def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
-        """As :class:`fedlora.protect.SiteProtection`."""
-        mode = self.sealed if request.phase in PHASES.values() else self.secagg
-        return mode.answer(request, work)
+        """As :class:`fedlora.protect.SiteProtection`.
+
+        Raises:
+            WrongDirection: no mode has such a phase.
+        """
+        for name, half in self.halves.items():
+            if request.phase in _mode(name).phases:
+                return half.answer(request, work)
+        raise WrongDirection("no phase of any protection")

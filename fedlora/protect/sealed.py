@@ -6,19 +6,21 @@ The key is made when the run starts and deleted when it ends: later theft of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedlora.core.adapter import MAX_PARAMETERS, Update
 from fedlora.core.errors import WrongContext
 from fedlora.core.messages import Reply, Request, Reveals, Task
+from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 from fedlora.protect import Talk, Tally
 from fedlora.protect.link import Context, ServerLink, SiteLink, hear, pinned, reply_bytes
+from fedlora.protect.mode import Mode, ServerParts, SiteParts, check_mode
 
-__all__ = ["PHASES", "SealedServer", "SealedSite", "check_task"]
+__all__ = ["PHASES", "Sealed", "SealedServer", "SealedSite", "check_task"]
 
 PHASES = {"train": "train", "evaluate": "global"}
 """The phase of the envelope that brings a task, by its kind."""
@@ -84,16 +86,31 @@ class SealedSite:
         return self.link.seal(down, payload, codec=f"update/1/{dtype}", n_params=task.reply_layout.size, to=reply_key)
 
     def _open(self, request: Request) -> tuple[Task, Header, PublicIdentity, str]:
-        from fedlora.core.plan import parse_plan
-
         header, payload = self.link.open(request, codec="task/1", roster=pinned(self.link.server))
         task, key = wire.parse_task(payload, max_parameters=MAX_PARAMETERS)
         check_task(header, task, key, phase=PHASES[task.kind])
         plan = parse_plan(task.plan)
-        if plan.protect.mode != "sealed":
-            raise WrongContext(f"the plan promises protect.mode = {plan.protect.mode!r}; the server asks for less")
+        check_mode(plan, "sealed")
         dtype = plan.wire.dtype if task.kind == "train" else "float32"
         return task, header, self.link.reply_key(key), dtype
+
+
+class Sealed(Mode):
+    """Each update is encrypted to the aggregator and signed by its site."""
+
+    phases = work = frozenset(PHASES.values())
+
+    @classmethod
+    def server(cls, parts: ServerParts) -> SealedServer:
+        return SealedServer(parts.link, parts.plan.wire.dtype)
+
+    @classmethod
+    def site(cls, parts: SiteParts) -> SealedSite:
+        return SealedSite(parts.link)
+
+    @classmethod
+    def words(cls, plan: Plan, said: Mapping[str, str]) -> dict[str, str]:
+        return {"who reads this site's update": "the aggregator. On the way nobody can read, change or replay it"}
 
 
 def check_task(header: Header, task: Task, key: bytes, *, phase: str) -> None:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from fedlora.core.adapter import Update
 from fedlora.core.errors import (
     ComplaintUnanswered,
-    ConfigError,
     DealerLied,
     Equivocation,
     FedLoRAError,
@@ -31,25 +30,13 @@ from fedlora.core.errors import (
 from fedlora.core.events import Report
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.plan import Plan
-from fedlora.protect import WORK_PHASES, Protection
+from fedlora.protect import Protection
+from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.store import Checkpoint, RunStore
 from fedlora.rounds.transport import Transport, drive
 from fedlora.rules import Accumulator, Aggregator, ServerOptimiser, State, add, largest_weight, optimiser_of
 
-__all__ = ["check_fit", "run"]
-
-
-def check_fit(aggregator: Aggregator, protection: Protection, *, name: str, mode: str) -> None:
-    """Refuses a rule that needs single updates under a protection that shows only their sum.
-
-    Raises:
-        ConfigError: before anything is sent.
-    """
-    if aggregator.needs == "each" and protection.reveals == "sum":
-        raise ConfigError(
-            f"aggregate.name = {name!r} needs every single update, protect.mode = {mode!r} shows only their sum",
-            hint='choose aggregate.name = "fedavg", or protect.mode = "sealed"',
-        )
+__all__ = ["run"]
 
 
 def run(
@@ -72,7 +59,6 @@ def run(
             be resumed.
     """
     void, rounds = 0, plan.federation.num_rounds
-    check_fit(aggregator, protection, name=plan.aggregate.name, mode=plan.protect.mode)
     at = store.resume(report)
     report("start", {"run": store.run, "round": at.round, "rounds": rounds})
     while at.round < rounds:
@@ -226,8 +212,8 @@ def _drawn(at_hand: list[str], plan: Plan, task: Task) -> list[str]:
 
 def _deadline_s(plan: Plan, deadline: float, requests: Sequence[Request]) -> float:
     """The round's own for work, seconds for the talk that a protection may need after it."""
-    work = any(r.phase in WORK_PHASES for r in requests)
-    return _left(deadline) if work else plan.protect.phase_deadline
+    work = any(brings_work(r.phase) for r in requests)
+    return _left(deadline) if work else mode_of(plan).talk_s(plan)
 
 
 def _left(deadline: float) -> float:

@@ -30,6 +30,7 @@ from fedlora.formats.files import (
     write_atomic,
 )
 from fedlora.formats.journal import Entry, Journal
+from fedlora.protect.modes import mode_of
 
 __all__ = ["Checkpoint", "Entry", "FileMemory", "Journal", "RunStore", "load_adapter", "save_adapter", "write_atomic"]
 
@@ -228,8 +229,8 @@ class RunStore:
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)
         numbers = _numbers(self.directory)
-        # Under secure aggregation scales follow from the ones before, and no round is done twice: they are kept in two files.
-        hint = _checkpoint_hint(path, alone=self.plan.protect.mode == "secagg" or len(numbers) == 1)
+        # Where no round can be done twice, its outcome is kept in two files.
+        hint = _checkpoint_hint(path, alone=mode_of(self.plan).once or len(numbers) == 1)
         try:
             return self._read_file(path, number)
         except StoreError as e:
@@ -249,7 +250,7 @@ class RunStore:
     def _files(self, number: int) -> list[Path]:
         """Where a checkpoint is kept: twice where no round can be done twice."""
         path = self._path(number)
-        return [path, _copy(path)] if self.plan.protect.mode == "secagg" else [path]
+        return [path, _copy(path)] if mode_of(self.plan).once else [path]
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all rounds so far; lines that are torn or damaged are left out.

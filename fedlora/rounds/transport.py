@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from fedlora.core.errors import ConfigError, Oversized
 from fedlora.core.messages import Reply, Request
 from fedlora.core.plan import Plan
-from fedlora.protect import WORK_PHASES, Talk
+from fedlora.protect import Talk
+from fedlora.protect.modes import brings_work, mode_of
 
 __all__ = ["Dropouts", "LocalTransport", "Transport", "drive", "parse_dropouts"]
-
-STEPS: Final = ("train", "share", "mask", "vote", "unmask")
-"""At which a site may be lost; a sealed round has the first one only."""
 
 
 class Transport(Protocol):
@@ -74,7 +72,7 @@ class Dropouts:
 
     def exchange(self, requests: Sequence[Request], *, deadline_s: float) -> Iterator[Reply]:
         for request in requests:
-            step = "train" if request.phase in WORK_PHASES else request.phase
+            step = "train" if brings_work(request.phase) else request.phase
             if {(request.site, step, 0), (request.site, step, self._round)} & self.lost:
                 self._gone.add(request.site)
         yield from self.inner.exchange([r for r in requests if r.site not in self._gone], deadline_s=deadline_s)
@@ -86,7 +84,7 @@ def parse_dropouts(words: Sequence[str], *, sites: Collection[str], plan: Plan) 
     Raises:
         ConfigError: not of that form, or no such site, step or round in this plan.
     """
-    steps, last = STEPS if plan.protect.mode == "secagg" else STEPS[:1], plan.federation.num_rounds + 1
+    steps, last = mode_of(plan).steps, plan.federation.num_rounds + 1
     found = set()
     for word in words:
         match = re.fullmatch(r"([a-z0-9-]+)@([a-z]+)(?::([1-9][0-9]{0,8}))?", word)

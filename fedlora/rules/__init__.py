@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from fedlora.rules.means import FFA, FedAvg, FedSVD, RoLoRA, add
+from typing import cast
+
+from fedlora.core.plan import Plan
+from fedlora.core.registry import MODES, RULES
+from fedlora.rules.fedavg import FedAvg
+from fedlora.rules.fedsvd import FedSVD
+from fedlora.rules.ffa import FFA
+from fedlora.rules.means import add
 from fedlora.rules.product import Product
-from fedlora.rules.protocol import Aggregated, Aggregator, State
+from fedlora.rules.protocol import Aggregated, Aggregator, Rule, State
 from fedlora.rules.robust import Robust
-from fedlora.rules.rules import AGGREGATORS, largest_weight, optimiser_of, rule_of
-from fedlora.rules.server_optimizer import ServerOptimiser
-from fedlora.rules.sums import Accumulator, Each, Sums
+from fedlora.rules.rolora import RoLoRA
+from fedlora.rules.server_optimizer import ServerOptimiser, optimiser_of
+from fedlora.rules.sums import MOST_TOGETHER, Accumulator, Each, Sums
+from fedlora.rules.weights import largest_weight
 
 __all__ = [
-    "AGGREGATORS",
+    "BUILT_IN",
     "FFA",
     "Accumulator",
     "Aggregated",
@@ -22,6 +30,7 @@ __all__ = [
     "Product",
     "RoLoRA",
     "Robust",
+    "Rule",
     "ServerOptimiser",
     "State",
     "Sums",
@@ -30,3 +39,20 @@ __all__ = [
     "optimiser_of",
     "rule_of",
 ]
+
+BUILT_IN: dict[str, type[Rule]] = {
+    "fedavg": FedAvg,
+    "ffa": FFA,
+    "rolora": RoLoRA,
+    "fedsvd": FedSVD,
+    "product": Product,
+    "robust": Robust,
+}
+"""Rules by the name that a plan uses."""
+
+
+def rule_of(plan: Plan) -> Aggregator:
+    """The plan's rule."""
+    chosen = cast("type[Rule]", RULES[plan.aggregate.name])
+    together = MODES[plan.protect.mode].reveals == "sum"  # the sum comes as one update with the weight of all
+    return cast("Aggregator", chosen.of(plan, MOST_TOGETHER if together else largest_weight(plan)))

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
 import numpy as np
+from pydantic import Field
 
 from fedlora.core.adapter import F32, Adapter, Pair
 from fedlora.core.errors import UpdateRejected
 from fedlora.core.messages import Reveals
+from fedlora.core.plan import Plan
+from fedlora.core.section import Section
 from fedlora.rules.factored import F64, Gauge, aligned, balanced, rank_for, svd_factored
 from fedlora.rules.means import factors
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator, Each
 
-__all__ = ["MAX_RANK", "Product", "Rank"]
+__all__ = ["MAX_RANK", "Product", "Rank", "Settings"]
 
 Rank: TypeAlias = Literal["r", "r_max", "energy", "full"]
 MAX_RANK = 512
 """Largest rank of an adapter."""
+
+
+class Settings(Section):
+    """For name = "product"."""
+
+    rank: Rank = "r"
+    """rank of the next adapter: lora.r (r), up to max_rank (r_max), what keeps the share energy (energy), or all of it (full)"""
+    max_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    """for rank r_max and energy; 0: twice lora.r"""
+    energy: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """share of squared singular values that rank = energy keeps in every module"""
+    gauge: Gauge = "balanced"
+    """how the product is split; procrustes: turned towards the mean factors"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +61,31 @@ class Product(Rule):
     max_rank: int = MAX_RANK
     energy: float = 0.99
     gauge: Gauge = "balanced"
+    Settings: ClassVar[type[Section]] = Settings
     needs: ClassVar[Reveals] = "each"
+    instead: ClassVar[str] = "'ffa', 'rolora' or 'fedsvd', which are exact from sums"
     regauges: ClassVar[bool] = True
     carries: ClassVar[bool] = False
+    mixes_ranks: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, plan: Plan, max_weight: int) -> Self:
+        s = plan.aggregate.own(Settings)
+        most = s.max_rank or min(2 * plan.lora.r, MAX_RANK)
+        return cls(max_weight, rank=s.rank, max_rank=most, energy=s.energy, gauge=s.gauge)
+
+    @classmethod
+    def misfits(cls, plan: Plan) -> Iterator[str]:
+        s = plan.aggregate.own(Settings)
+        yield from super(Product, cls).misfits(plan)
+        for key, ranks in (("max_rank", ("r_max", "energy")), ("energy", ("energy",))):
+            if s.rank not in ranks and getattr(s, key) != getattr(Settings(), key):
+                yield (
+                    f"aggregate.product.{key} belongs to rank = {' or '.join(map(repr, ranks))}, this plan says {s.rank!r}: "
+                    "leave it out"
+                )
+        if s.gauge == "procrustes" and (s.rank != "r" or plan.lora.ranks):
+            yield "aggregate.product.gauge = 'procrustes' mixes the slots: it goes with rank = 'r' and no lora.ranks"
 
     @property
     def varies_rank(self) -> bool:  # type: ignore[override]

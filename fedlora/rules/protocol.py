@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, TypeAlias
+from typing import ClassVar, Protocol, Self, TypeAlias
 
 import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Factors, Layout
 from fedlora.core.errors import ImpossibleAdapter
 from fedlora.core.messages import Reveals
+from fedlora.core.plan import Plan
+from fedlora.core.registry import MODES
+from fedlora.core.section import Section
 from fedlora.rules.sums import MAX_WEIGHT, Accumulator, Each, Sums
 
 __all__ = ["Aggregated", "Aggregator", "Rule", "State", "check_reach"]
@@ -47,16 +50,14 @@ class Aggregator(Protocol):
 
     Attributes:
         needs: single updates, or only their weighted sum.
-        regauges: ``finish`` splits the product into other factors, so that nothing may be remembered in terms of the old ones.
         varies_rank: the next adapter may have another rank.
-        carries: what coding kept back of one round's message may be added to the next one's.
+        carries: what is left of one round in terms of its factors still means something in the next: what coding kept back of a
+            message, an optimizer's moments.
         keeps: a site keeps its local adapter: it needs it again in the next round, and in the end for itself.
     """
 
     @property
     def needs(self) -> Reveals: ...
-    @property
-    def regauges(self) -> bool: ...
     @property
     def varies_rank(self) -> bool: ...
     @property
@@ -131,14 +132,45 @@ class Rule:
 
     Args:
         max_weight: largest weight of a site; 1 for uniform weighting.
+
+    Attributes:
+        Settings: the rule's own table of the plan.
+        instead: if it needs single updates: what to choose where only sums are shown.
+        regauges: ``finish`` splits the product into other factors: no server optimizer can go on along the old ones.
+        mixes_ranks: it takes sites of different rank.
     """
 
     max_weight: int = MAX_WEIGHT
+    Settings: ClassVar[type[Section]] = Section
     needs: ClassVar[Reveals] = "sum"
+    instead: ClassVar[str] = "aggregate.name = 'fedavg'"
     regauges: ClassVar[bool] = False
     varies_rank: ClassVar[bool] = False
     carries: ClassVar[bool] = True
     keeps: ClassVar[bool] = False
+    mixes_ranks: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, plan: Plan, max_weight: int) -> Self:
+        """The rule as a plan sets it."""
+        return cls(max_weight)
+
+    @classmethod
+    def misfits(cls, plan: Plan) -> Iterator[str]:
+        """What it does not go with in this plan, each in a sentence that says what to do."""
+        name, optimizer = plan.aggregate.name, plan.server_optimizer.name
+        if plan.lora.ranks and not cls.mixes_ranks and MODES[plan.protect.mode].reveals == "each":
+            yield f"lora.ranks: aggregate.name = {name!r} cannot average different ranks: choose 'product', or leave them out"
+        if cls.regauges and optimizer != "none":
+            yield (
+                f"server_optimizer.name = {optimizer!r}: aggregate.name = {name!r} splits the product into other factors each "
+                "round, in which a change of the old ones means nothing: choose server_optimizer.name = 'none'"
+            )
+        if not cls.carries and plan.training.optimizer_state == "keep":
+            yield (
+                f"training.optimizer_state = 'keep': under aggregate.name = {name!r} the moments of the last round belong to "
+                "other factors: choose 'reset'"
+            )
 
     def trains(self, round: int) -> Factors:
         return "AB"

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedlora.core.adapter import F32, Adapter, Layout
 from fedlora.core.errors import UpdateRejected
 from fedlora.core.messages import Reveals
+from fedlora.core.plan import Plan
+from fedlora.core.section import Section
 from fedlora.rules.factored import F64
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator, Each
 
-__all__ = ["Robust", "Statistic"]
+__all__ = ["Robust", "Settings", "Statistic"]
 
 Statistic: TypeAlias = Literal["median", "trimmed", "multi-krum", "clip"]
 
 _BLOCK = 1 << 16  # values of all sites at a time
 _NORMS = "norms"
 _REMEMBERED = 64
+
+
+class Settings(Section):
+    """For name = "robust"."""
+
+    statistic: Statistic = "clip"
+    """what takes the place of the mean: median, trimmed, multi-krum or clip"""
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """for trimmed: share of the sites left out at either end of each value"""
+    byzantine: Annotated[int, Field(ge=1, le=126)] = 1
+    """for multi-krum: how many sites may lie"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +60,28 @@ class Robust(Rule):
     statistic: Statistic = "clip"
     trim: float = 0.1
     byzantine: int = 1
+    Settings: ClassVar[type[Section]] = Settings
     needs: ClassVar[Reveals] = "each"
+
+    @classmethod
+    def of(cls, plan: Plan, max_weight: int) -> Self:
+        s = plan.aggregate.own(Settings)
+        return cls(max_weight, statistic=s.statistic, trim=s.trim, byzantine=s.byzantine)
+
+    @classmethod
+    def misfits(cls, plan: Plan) -> Iterator[str]:
+        s, sites = plan.aggregate.own(Settings), plan.federation.min_sites
+        yield from super(Robust, cls).misfits(plan)
+        for key, statistic in (("trim", "trimmed"), ("byzantine", "multi-krum")):
+            if s.statistic != statistic and getattr(s, key) != getattr(Settings(), key):
+                yield (
+                    f"aggregate.robust.{key} belongs to statistic = {statistic!r}, this plan says {s.statistic!r}: leave it out"
+                )
+        if s.statistic == "multi-krum" and sites < 2 * s.byzantine + 3:
+            yield (
+                f"aggregate.robust.statistic = 'multi-krum' against {s.byzantine} liars needs federation.min_sites >= "
+                f"{2 * s.byzantine + 3}: twice aggregate.robust.byzantine and three"
+            )
 
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         if not isinstance(sums, Each):
@@ -78,7 +114,7 @@ class Robust(Rule):
         if n < 2 * f + 3:
             raise UpdateRejected(
                 f"multi-krum against {f} liars needs {2 * f + 3} updates, {n} came",
-                hint="raise federation.min_sites, or lower aggregate.byzantine",
+                hint="raise federation.min_sites, or lower aggregate.robust.byzantine",
             )
         distances = _distances(sums, sites)
         scores = {s: float(np.sort(distances[i])[1 : n - f - 1].sum()) for i, s in enumerate(sites)}  # [0] is to itself

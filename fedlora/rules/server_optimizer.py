@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from fedlora.core.adapter import F32, Adapter
+from fedlora.core.plan import Plan
+from fedlora.core.section import Section
 from fedlora.rules.protocol import State
 
-__all__ = ["ServerOptimiser", "ServerOptimiserName"]
+__all__ = ["BUILT_IN", "ServerOptimiser", "optimiser_of"]
 
-ServerOptimiserName: TypeAlias = Literal["none", "sgd", "fedavgm", "nesterov", "fedadam"]
+Moment = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Sgd(Section):
+    """For name = "sgd"."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """of the server"""
+
+
+class FedAvgM(Sgd):
+    """For name = "fedavgm"."""
+
+    momentum: Moment = 0.9
+    """share of the last step that goes on"""
+
+
+class Nesterov(FedAvgM):
+    """For name = "nesterov"."""
+
+
+class FedAdam(Sgd):
+    """For name = "fedadam"."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """of the server: about the size of a typical change, 1e-3 to 1e-2"""
+    beta1: Moment = 0.9
+    """decay of the mean of moves"""
+    beta2: Moment = 0.99
+    """decay of the mean of their squares"""
+    tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """keeps the division finite"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +67,7 @@ class ServerOptimiser:
     factor which rests (RoLoRA) keeps its own.
     """
 
-    name: ServerOptimiserName = "none"
+    name: str = "none"
     learning_rate: float = 1.0
     momentum: float = 0.9
     beta1: float = 0.9
@@ -100,3 +134,47 @@ class ServerOptimiser:
 
 def _factors(move: Adapter) -> str:
     return "".join(f for f in "AB" if any(n.endswith(f".lora_{f}.weight") for n, _ in move.layout.entries))
+
+
+def optimiser_of(plan: Plan) -> ServerOptimiser:
+    """The plan's server optimizer."""
+    return ServerOptimiser(plan.server_optimizer.name, **plan.server_optimizer.settings.model_dump())
+
+
+class _None:
+    """The sites' mean as it is; the only one for rules that split the product anew."""
+
+    Settings: ClassVar[type[Section]] = Section
+
+    @classmethod
+    def misfits(cls, plan: Plan) -> Iterator[str]:
+        """What a rule does with a move decides whether there can be a step: the rules say so."""
+        yield from ()
+
+
+class _Sgd(_None):
+    """The sites' move times the learning rate."""
+
+    Settings = Sgd
+
+
+class _FedAvgM(_None):
+    """Momentum (Hsu et al., 2019)."""
+
+    Settings = FedAvgM
+
+
+class _Nesterov(_None):
+    """Momentum that looks ahead (DiLoCo, Douillard et al., 2023)."""
+
+    Settings = Nesterov
+
+
+class _FedAdam(_None):
+    """Adam over the rounds (Reddi et al., 2021)."""
+
+    Settings = FedAdam
+
+
+BUILT_IN = {"none": _None, "sgd": _Sgd, "fedavgm": _FedAvgM, "nesterov": _Nesterov, "fedadam": _FedAdam}
+"""Optimizers by the name that a plan uses."""

@@ -17,11 +17,13 @@ from fedlora.core.adapter import F32, Adapter, Layout, Update
 from fedlora.core.errors import UpdateRejected, WeightTooLarge
 from fedlora.rules.factored import product_norm
 
-__all__ = ["MAX_COHORT", "MAX_DELTA", "MAX_WEIGHT", "Accumulator", "Each", "Sums", "check", "gap", "squares_of"]
+__all__ = ["MAX_COHORT", "MAX_DELTA", "MAX_WEIGHT", "MOST_TOGETHER", "Accumulator", "Each", "Sums", "check", "gap", "squares_of"]
 
 MAX_DELTA = 64.0
 """Largest change of one value that is believed. LoRA factors move by less than 1."""
 MAX_WEIGHT = 1 << 26
+MOST_TOGETHER = 16 * 256
+"""Weight of an update that is the sum of all: 16 each, of at most 256 sites."""
 """Largest weight: 67 million supervised tokens in a round."""
 MAX_COHORT = 1024
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedlora.core.errors import PlanNotApproved, RunNotApproved, StoreError, WrongPlan
-from fedlora.core.plan import SiteFile, canonical
+from fedlora.core.plan import canonical
 from fedlora.formats.files import Memory
+from fedlora.site.site_file import SiteFile
 
 __all__ = ["RUNS", "Approvals", "Begun", "Runs", "admit"]
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange
-from fedlora.core.plan import Plan, SiteFile, load_site_file, parse_plan
+from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.keys import load_identity
 from fedlora.formats.roster import SignedRoster
+from fedlora.protect.mode import Told
+from fedlora.protect.modes import mode_of
 from fedlora.protect.secagg.given import Given, Ledger
 from fedlora.rounds.store import FileMemory, write_atomic
 from fedlora.site.admission import Runs
+from fedlora.site.site_file import SiteFile, load_site_file
 
 __all__ = ["Question", "approve", "in_words", "question", "with_approval"]
 
 
 def in_words(plan: Plan) -> dict[str, str]:
     """What a plan asks of a site: topic -> sentence."""
-    m, t, f, a, p = plan.model, plan.training, plan.federation, plan.aggregate, plan.protect
+    m, t, f = plan.model, plan.training, plan.federation
     bits = "4 bits" if m.load_in_4bit else "8 bits" if m.load_in_8bit else m.dtype
     work = f"{f.local_steps} steps" if f.local_steps else f"{f.local_epochs} passes over the data"
     optimizer = "" if plan.server_optimizer.name == "none" else f", server optimizer {plan.server_optimizer.name}"
@@ -34,29 +38,18 @@ def in_words(plan: Plan) -> dict[str, str]:
         "adapter": f"rank {plan.lora.r}, alpha {plan.lora.lora_alpha}, on {_listed(plan.lora.target_modules)}",
         "training": f"{f.num_rounds} rounds of {work}, learning rate {t.learning_rate:g}, rows of {t.max_length} tokens",
         "sites": f"at least {f.min_sites} in a round",
-        "rule": f"{a.name}{optimizer}",
+        "rule": f"{plan.aggregate.name}{optimizer}",
         "weight of a site": _weight(plan),
         "numbers that leave": f"{_listed(plan.evaluation.share)}; every {plan.evaluation.every} rounds an evaluation",
     }
     words = {topic: _plain(sentence) for topic, sentence in words.items()}
-    if p.mode == "sealed":
-        return words | {"who reads this site's update": "the aggregator. On the way nobody can read, change or replay it"}
-    return words | {
-        "who reads this site's update": "nobody. The aggregator learns the sum over the sites of a round",
-        "numbers that leave": words["numbers that leave"] + "; they too only as sums over all sites",
-        "sites in league": f"up to {p.max_colluding} may work together with the server without learning another site's update",
-        "sums that differ": "differ by whole groups of the roster, never by one site"
-        if p.lone_change == "refuse"
-        else "ALLOWED by single sites: two sums on this base model may show the update of a site that is in only one of them",
-        "levels": f"{p.profile}, for changes of a value up to {plan.first_range:g} in the first round",
-    }
+    return words | mode_of(plan).words(plan, words)
 
 
 def _weight(plan: Plan) -> str:
     if plan.aggregate.weighting == "uniform":
         return "the same for every site"
-    unit = f", in units of {plan.protect.weight_unit}" if plan.protect.mode == "secagg" else ""
-    return f"its {'supervised tokens' if plan.aggregate.weighting == 'tokens' else 'examples'} of the round{unit}"
+    return f"its {'supervised tokens' if plan.aggregate.weighting == 'tokens' else 'examples'} of the round"
 
 
 def _plain(text: str) -> str:
@@ -163,18 +156,18 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
     digest, state = plan.digest(), root / file.state
     begun = Runs(FileMemory(state / "memory")).load()
     last = _last(file, state, but=digest)
-    secagg = plan.protect.mode == "secagg"
+    told = mode_of(plan).told(plan)
     return Question(
         digest=digest,
         words=in_words(plan),
         last=in_words(last) if last is not None else {},
         changed=_changed(last, plan) if last is not None else (),
-        refusals=[*file.agreed.refusals(plan, models=frozenset(file.models)), *(_unlike(plan, file, root) if secagg else ())],
+        refusals=[*file.agreed.refusals(plan, models=frozenset(file.models)), *(_unlike(plan, told, file, root) if told else ())],
         approved=file.plans.count(digest),
         begun=sum(one.plan == digest for one in begun),
         agreed=file.uncovers.get(digest, ()),
         named=sorted({*file.uncovers.get(digest, ()), *uncovers}),
-        uncovered=_uncovered(plan, file, root) if secagg else (),
+        uncovered=_uncovered(plan, told, file, root) if told else (),
     )
 
 
@@ -189,13 +182,24 @@ def _last(file: SiteFile, state: Path, *, but: str) -> Plan | None:
 
 
 def _changed(old: Plan, new: Plan) -> list[str]:
-    was, now = (p.model_dump(mode="json", exclude={"simulation"}) for p in (old, new))
+    was, now = (dict(_flat(p.model_dump(mode="json", exclude={"simulation"}))) for p in (old, new))
     return [
-        _plain(f"{table}.{key}: {was[table][key]} -> {now[table][key]}")
-        for table in now
-        for key in now[table]
-        if was[table][key] != now[table][key]
+        _plain(f"{key}: {was.get(key, 'not said')} -> {now.get(key, 'not said')}")
+        for key in dict.fromkeys((*now, *was))
+        if was.get(key, _ABSENT) != now.get(key, _ABSENT)
     ]
+
+
+_ABSENT = object()
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots; a mapping of the operator's own names is flattened too."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _copy(state: Path, digest: str) -> Path:
@@ -209,17 +213,17 @@ def _ledger(file: SiteFile, root: Path) -> Ledger:
     return Given(memory, load_identity(root / file.key), lambda n: bytes(n)).load()  # only read here
 
 
-def _unlike(plan: Plan, file: SiteFile, root: Path) -> list[str]:
+def _unlike(plan: Plan, told: Told, file: SiteFile, root: Path) -> list[str]:
     try:
-        _ledger(file, root).check_alike(plan.model.digest, alone=plan.protect.lone_change == "allow")
+        _ledger(file, root).check_alike(plan.model.digest, alone=told.alone)
     except LoneChange as error:
         return [f"{error}. {error.hint}"]
     return []
 
 
-def _uncovered(plan: Plan, file: SiteFile, root: Path) -> list[str] | None:
+def _uncovered(plan: Plan, told: Told, file: SiteFile, root: Path) -> list[str] | None:
     memory, ledger = FileMemory(root / file.state / "memory"), _ledger(file, root)
-    if plan.protect.lone_change == "allow" or not ledger.groups.get(plan.model.digest):
+    if told.alone or not ledger.groups.get(plan.model.digest):
         return []
     if (blob := memory.get("roster")) is None:
         return None

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
-from fedlora.core.plan import canonical, load_site_file
+from fedlora.core.plan import canonical
 from fedlora.formats.files import FileMemory, load_adapter, set_aside, words
 from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.protect.link import raise_number
 from fedlora.rounds.store import RunStore
+from fedlora.site.site_file import load_site_file
 
 __all__ = ["Finding", "ServerRepair", "SiteRepair"]
 

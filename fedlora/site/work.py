@@ -21,16 +21,17 @@ from fedlora.core.errors import (
     WrongRound,
 )
 from fedlora.core.messages import EVALUATION, Reply, Request, Task
-from fedlora.core.plan import Plan, Policy, parse_plan
+from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats import update as wire
 from fedlora.formats.files import FileMemory
 from fedlora.protect import SiteProtection
-from fedlora.protect.secagg.terms import check_published
+from fedlora.protect.modes import mode_of
 from fedlora.rounds.store import Entry, Journal
 from fedlora.rules import Aggregator, largest_weight, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.rules.product import MAX_RANK
 from fedlora.site.admission import Approvals, Begun, Runs, admit
+from fedlora.site.policy import Policy
 
 __all__ = ["Learner", "Site", "Trained", "safely"]
 
@@ -243,10 +244,7 @@ class Site:
         adapter = self._whole(task, plan, rule, learner)
         if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
             raise PlanRefused("the first adapter is not the one that the plan pins")
-        if plan.protect.mode == "secagg":
-            if first_adapter(learner.layout, seed=plan.run.seed).digest() != plan.lora.init_digest:
-                raise PlanRefused("the plan pins another first adapter than the one that follows from run.seed")
-            check_published(plan, task.adapter, round=task.round)
+        mode_of(plan).check_adapter(plan, task.adapter, layout=learner.layout, round=task.round)
         if task.kind == "train" and task.reply_layout != rule.reply(adapter.layout, task.round):
             raise WrongLayout("the server asks for other tensors than the plan's rule sends")
         return plan, rule, learner, adapter

@@ -9,7 +9,8 @@ import pytest
 import typer
 
 from fedlora.cli import main
-from fedlora.core.plan import Plan, Policy, Protect, SiteFile, dump_toml, load_site_file
+from fedlora.core.plan import Plan, Protect
+from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_site_keys
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.lab.testing import TOY_BASE, toy_plan
@@ -17,6 +18,8 @@ from fedlora.protect.secagg.given import Given, Ledger
 from fedlora.rounds.store import FileMemory
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.approve import in_words, question, with_approval
+from fedlora.site.policy import Policy
+from fedlora.site.site_file import SiteFile, load_site_file
 
 MODEL = Plan().model.model_name_or_path
 SEALED = toy_plan(min_sites=3)
@@ -175,7 +178,7 @@ def test_whose_update_could_be_uncovered_is_said_and_has_to_be_named(grown, caps
 
 
 def test_a_plan_that_lets_sums_differ_by_one_site_says_so_loudly(grown, capsys):
-    loose = SECAGG.model_copy(update={"protect": Protect(mode="secagg", lone_change="allow")})
+    loose = SECAGG.model_copy(update={"protect": Protect(mode="secagg", secagg={"lone_change": "allow"})})
     (grown / "loose.toml").write_text(dump_toml(loose))
     assert main(["site", "approve", "loose.toml", "--yes"]) == 5  # the policy says refuse
     assert "ALLOWED by single sites" in capsys.readouterr().out
@@ -183,7 +186,7 @@ def test_a_plan_that_lets_sums_differ_by_one_site_says_so_loudly(grown, capsys):
 
 def test_a_plan_that_is_unlike_those_that_were_given_to_on_its_base_is_not_approved(grown, capsys):
     site = load_site_file(grown / "site.toml")
-    loose = SECAGG.model_copy(update={"protect": Protect(mode="secagg", lone_change="allow")})
+    loose = SECAGG.model_copy(update={"protect": Protect(mode="secagg", secagg={"lone_change": "allow"})})
     (grown / "loose.toml").write_text(dump_toml(loose))
     write_site(grown, roster=site.roster, policy={"lone_change": "allow"})
     assert main(["site", "approve", "loose.toml", "--yes"]) == 5

@@ -84,9 +84,9 @@ def test_a_wrong_option_is_a_usage_error():
 
 
 def test_a_bug_has_its_own_exit_status_and_says_so(monkeypatch, capsys):
-    import fedlora.core.plan
+    import fedlora.formats.plans
 
-    monkeypatch.setattr(fedlora.core.plan, "load_plan", lambda path: 1 / 0)
+    monkeypatch.setattr(fedlora.formats.plans, "load_plan", lambda path: 1 / 0)
     assert main(["check", "plan.toml"]) == 70
     assert "unexpected ZeroDivisionError" in capsys.readouterr().err
 
@@ -101,12 +101,12 @@ def test_a_bug_has_its_own_exit_status_and_says_so(monkeypatch, capsys):
     ],
 )
 def test_what_the_world_does_is_no_bug(raised, status, said, monkeypatch, capsys):
-    import fedlora.core.plan
+    import fedlora.formats.plans
 
     def fails(path):
         raise raised
 
-    monkeypatch.setattr(fedlora.core.plan, "load_plan", fails)
+    monkeypatch.setattr(fedlora.formats.plans, "load_plan", fails)
     assert main(["check", "plan.toml", "--json"]) == status
     out = capsys.readouterr()
     assert said in out.err

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from fedlora import assemble as build
 from fedlora.core.errors import DataError
-from fedlora.core.plan import SiteData
 from fedlora.data import Conversation, Turn, check_apart, split
 from fedlora.lab.testing import toy_plan
+from fedlora.site.site_file import SiteData
 
 
 def row(text: str, group: str = "", line: int = 1) -> Conversation:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import fedlora
-from fedlora.core.plan import Plan, SiteFile, dump_toml
+from fedlora.core.plan import Plan
+from fedlora.core.toml import dump_toml
 from fedlora.gateway.certificates import make_node_key, make_secret, make_tls
 from fedlora.gateway.exposure import free_port
 from fedlora.processes.parent import die_with_parent
+from fedlora.site.site_file import SiteFile
 
 HERE = Path(__file__).parent
 ROOT = Path(fedlora.__file__).parents[1]

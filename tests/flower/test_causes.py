@@ -23,7 +23,7 @@ from flower.harness import PATIENCE_S, ROOT, descendants, make_home, until, writ
 
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Reply, Request
-from fedlora.core.plan import SiteFile, dump_toml, load_site_file
+from fedlora.core.toml import dump_toml
 from fedlora.flower import launch
 from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.flower.site import up
@@ -33,6 +33,7 @@ from fedlora.gateway.certificates import make_node_key, make_tls
 from fedlora.gateway.exposure import free_port
 from fedlora.processes.causes import CAUSES, telling
 from fedlora.processes.parent import die_with_parent
+from fedlora.site.site_file import SiteFile, load_site_file
 
 pytestmark = pytest.mark.flower
 NOW = datetime.now(UTC)

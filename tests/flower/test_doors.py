@@ -26,7 +26,8 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flower.harness import PATIENCE_S, Child, descendants, environment, make_home, until, write_site
 from flower.toy_parts import blob
 
-from fedlora.core.plan import Plan, dump_toml, load_site_file
+from fedlora.core.plan import Plan
+from fedlora.core.toml import dump_toml
 from fedlora.flower import launch
 from fedlora.flower.server import Refusals, start
 from fedlora.flower.supernode import Doorman
@@ -35,6 +36,7 @@ from fedlora.gateway.certificates import make_node_key, node_key_pem, node_key_p
 from fedlora.gateway.clock import TIME_HEADER, Clock
 from fedlora.gateway.doors import KEY_HEADER, SIGNATURE_HEADER, STAMP_HEADER, WHY_HEADER, Doors, Refusal, key_name, parse_refusal
 from fedlora.gateway.exposure import free_port
+from fedlora.site.site_file import load_site_file
 
 pytestmark = pytest.mark.flower
 

@@ -14,8 +14,8 @@ from toy_parts import BLOB_BYTES, DUE, blob
 
 from fedlora.core.errors import QuorumNotReached
 from fedlora.core.messages import Request
-from fedlora.core.plan import load_plan
 from fedlora.flower.server_app import main
+from fedlora.formats.plans import load_plan
 from fedlora.rounds.transport import Transport
 
 

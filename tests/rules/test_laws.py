@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.errors import FedLoRAError, NonFiniteUpdate, UpdateRejected, WrongLayout
 from fedlora.core.plan import Aggregate, Federation, Plan, Protect
+from fedlora.core.registry import MODES, RULES
 from fedlora.rules import (
-    AGGREGATORS,
-    FFA,
+    BUILT_IN,
     FedAvg,
     FedSVD,
     Product,
     Robust,
-    RoLoRA,
     ServerOptimiser,
     Sums,
     add,
@@ -31,12 +30,8 @@ from fedlora.rules.sums import MAX_DELTA, Each, gap
 LAYOUT = Layout.of({"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "v.lora_A.weight": (2, 3), "v.lora_B.weight": (3, 2)})
 SCALE = 2.0
 REGISTRY = {
-    "fedavg": FedAvg(),
+    **{name: rule() for name, rule in BUILT_IN.items()},
     "fedavg-share-A": FedAvg(share="A"),
-    "ffa": FFA(),
-    "rolora": RoLoRA(),
-    "fedsvd": FedSVD(),
-    "product": Product(),
     "product-procrustes": Product(gauge="procrustes"),
     "product-r_max": Product(rank="r_max", max_rank=3),
     "product-energy": Product(rank="energy", energy=0.9),
@@ -121,11 +116,11 @@ def enough(rule, rows):
 
 def test_every_name_that_a_plan_may_use_is_under_these_laws():
     made = set()
-    for name in AGGREGATORS:
-        for mode in ("sealed", "secagg"):
-            if name in ("robust", "product") and mode == "secagg":
+    for name in RULES:
+        for mode in MODES:
+            if RULES[name].needs == "each" and MODES[mode].reveals == "sum":
                 continue  # refused when the plan is read
-            protect = Protect(mode=mode, first_range=0.1 if mode == "secagg" else 0.0)
+            protect = Protect(mode=mode, **({"secagg": {"first_range": 0.1}} if mode == "secagg" else {}))
             plan = Plan(aggregate=Aggregate(name=name, weighting="uniform"), protect=protect, federation=Federation(min_sites=3))
             made.add(type(rule_of(plan)))
     assert made == {type(r) for r in REGISTRY.values()}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.core.plan import load_plan
+from fedlora.formats.plans import load_plan
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]

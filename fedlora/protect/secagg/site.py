@@ -30,6 +30,7 @@ from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.roster import RosterKeeper
 from fedlora.protect.link import SiteLink
+from fedlora.protect.mode import check_mode
 from fedlora.protect.sealed import check_task
 from fedlora.protect.secagg.cohort import (
     ABORT,
@@ -148,8 +149,7 @@ class SecAggSite:
         check_task(header, task, key, phase="advertise")
         self.link.reply_key(key)  # a key that is none is refused before hours of training
         plan = parse_plan(task.plan)
-        if plan.protect.mode != "secagg":
-            raise WrongContext(f"the plan says protect.mode = {plan.protect.mode!r}, the server speaks secagg")
+        check_mode(plan, "secagg")
         used = records.used()
         if used is not None and task.round < used.round:
             raise WrongRound(f"round {task.round} is over; this site has sent its update of round {used.round}")

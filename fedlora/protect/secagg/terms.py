@@ -22,6 +22,7 @@ from fedlora.protect.link import Context
 from fedlora.protect.secagg.cohort import Reader, Rules
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
+from fedlora.protect.secagg.settings import first_range, settings_of
 from fedlora.rules import Aggregator, optimiser_of, rule_of
 from fedlora.rules.first import first_of
 
@@ -47,7 +48,7 @@ def reach(plan: Plan, round: int) -> float:
     """
     t, f = plan.training, plan.federation
     course = height(t.lr_scheduler_type, round, rounds=f.num_rounds, warmup_ratio=t.warmup_ratio)
-    return max(_HEADROOM * plan.first_range * course, _LEAST_REACH)
+    return max(_HEADROOM * first_range(plan) * course, _LEAST_REACH)
 
 
 def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
@@ -64,7 +65,7 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
         ImpossibleAdapter.
     """
     weighted = plan.aggregate.weighting != "uniform"
-    more = MAX_WEIGHT / PROFILES[plan.protect.profile].levels if weighted else 0.0  # parts of a level are rounded up
+    more = MAX_WEIGHT / PROFILES[settings_of(plan).profile].levels if weighted else 0.0  # parts of a level are rounded up
     before = range(1, min(round, plan.federation.num_rounds + 1))
     moved = optimiser_of(plan).reach([reach(plan, r) * (1 + more) for r in before])
     rule_of(plan).check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved)
@@ -96,7 +97,7 @@ class Terms:
     @classmethod
     def of(cls, plan: Plan, roster: Roster) -> Terms:
         """The plan's terms, and what this end's own roster demands at the least."""
-        p, f = plan.protect, plan.federation
+        p, f = settings_of(plan), plan.federation
         colluding, cohort = max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort)
         groups = None if p.lone_change == "allow" else tuple(g for g in roster.groups() if len(g) >= colluding + 2)
         rules = Rules(colluding, cohort, groups)

@@ -35,6 +35,7 @@ from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.records import Records, Session
 from fedlora.protect.secagg.rings import PROFILES, packed_bytes, unpack
+from fedlora.protect.secagg.settings import settings_of
 from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 
@@ -56,7 +57,7 @@ class Adversary:
         """Another session: nothing of the old one is forgotten but what is in the fields below."""
         self.task = task
         self.terms = Terms.of(self.world.plan, self.world.signed.roster)
-        self.profile = PROFILES[self.world.plan.protect.profile]
+        self.profile = PROFILES[settings_of(self.world.plan).profile]
         self.adverts: dict[str, Advert] = {}
         self.deals: dict[int, Deal] = {}
         self.masked: dict[str, tuple[Delivered, np.ndarray]] = {}

@@ -25,7 +25,7 @@ from fedlora import assemble as build
 from fedlora.core.adapter import Adapter, Factors, Layout, Update
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Kind, Reply, Request, Task
-from fedlora.core.plan import Plan, Policy, Run, SiteFile
+from fedlora.core.plan import Plan, Run
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.roster import SignedRoster, first_epoch
@@ -50,6 +50,8 @@ from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 from fedlora.rounds.store import FileMemory
 from fedlora.rules.first import first_adapter
+from fedlora.site.policy import Policy
+from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Site, Trained
 
 MODEL = secagg_plan().model.model_name_or_path

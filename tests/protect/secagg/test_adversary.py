@@ -737,7 +737,7 @@ def test_a_round_that_is_over_is_not_worked_on_again():
 def test_a_server_cannot_step_down_to_single_updates():
     a = loose()
     site = a.world.__dict__["sites"]["site-1"]
-    modes = SiteModes(SealedSite(site.link), site)
+    modes = SiteModes({"sealed": SealedSite(site.link), "secagg": site})
     for roster in (pinned(identity("server").public), a.link.roster):
         talk = SealedServer(replace(a.link, roster=roster), "float32").collect(a.task, ["site-1"], Heard())
         (request,) = next(talk)

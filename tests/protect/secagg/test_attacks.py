@@ -18,12 +18,12 @@ from protect.secagg.loot import Session, both_kinds, false_parts, twice_given, u
 from protect.secagg.world import Heard, World, identity, names, secagg_plan, signed_roster
 
 from fedlora.core.adapter import Adapter, Layout
-from fedlora.core.plan import Policy
 from fedlora.protect.secagg import SecAggSite
 from fedlora.protect.secagg.cohort import Cohort, Delivered, leads
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Secrets, deal
 from fedlora.protect.secagg.opening import Deal
 from fedlora.protect.secagg.records import Records
+from fedlora.site.policy import Policy
 
 pytestmark = pytest.mark.slow
 

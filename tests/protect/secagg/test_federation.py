@@ -16,15 +16,14 @@ from protect.secagg.world import identity
 from fedlora import assemble as build
 from fedlora.core.errors import ConfigError, QuorumNotReached, StoreError
 from fedlora.core.messages import Reply
-from fedlora.core.plan import Evaluation, Plan, SiteFile, Wire
+from fedlora.core.plan import Evaluation, Plan, Wire
 from fedlora.formats.keys import load_identity
 from fedlora.formats.roster import SignedRoster, first_epoch, next_epoch
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
-from fedlora.rounds.loop import check_fit
 from fedlora.rounds.store import RunStore, write_atomic
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
-from fedlora.rules import FedAvg
 from fedlora.rules.first import first_adapter
+from fedlora.site.site_file import SiteFile
 
 pytestmark = pytest.mark.slow
 
@@ -156,14 +155,6 @@ def test_void_rounds_are_said_and_end_the_run_in_the_end_but_lose_nothing(tmp_pa
     assert at.round == 6
     assert [bool(r["sites"]) for r in store.records()] == [False] * 3 + [True] * 3
     assert at.adapter.vector == pytest.approx(4.0 * (1 - 0.5**3), abs=0.1)
-
-
-def test_a_rule_that_needs_single_updates_is_refused_before_anything_is_sent():
-    from types import SimpleNamespace
-
-    with pytest.raises(ConfigError, match="every single update"):
-        check_fit(SimpleNamespace(needs="each"), SimpleNamespace(reveals="sum"), name="median", mode="secagg")
-    check_fit(FedAvg(), SimpleNamespace(reveals="sum"), name="fedavg", mode="secagg")
 
 
 def test_without_a_roster_there_is_no_run(tmp_path):
@@ -313,7 +304,7 @@ def ruled(name, *, rounds=2, min_sites=3, profile="int24", weight_unit=0, lone_c
         profile=profile, rounds=rounds, min_sites=min_sites, weight_unit=weight_unit, lone_change=lone_change
     )
     table = made.pinned(base=TOY_BASE, init=START.digest()).model_dump()
-    table["aggregate"] |= {"name": name, **options}
+    table["aggregate"] = {"weighting": table["aggregate"]["weighting"], "name": name, **options}
     return Plan.model_validate(table)
 
 
@@ -341,7 +332,7 @@ SUMS = {
     "ffa": {},
     "rolora": {},
     "fedsvd": {"rounds": 1},  # B has equal columns here: what A's second row becomes is up to the last bit
-    "fedavg": {"share": "A"},
+    "fedavg": {"fedavg": {"share": "A"}},
 }
 
 

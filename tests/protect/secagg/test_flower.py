@@ -14,7 +14,7 @@ from protect.secagg.test_federation import START, Federation, secagg_plan
 import fedlora
 from fedlora import assemble as build
 from fedlora.core.messages import Reply
-from fedlora.core.plan import Policy, SiteFile, dump_toml
+from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.flower.server import start
 from fedlora.formats.keys import Identity, load_identity, load_public
@@ -22,6 +22,8 @@ from fedlora.gateway.exposure import free_port
 from fedlora.processes.parent import die_with_parent
 from fedlora.rounds.store import RunStore, save_adapter
 from fedlora.rounds.transport import LocalTransport
+from fedlora.site.policy import Policy
+from fedlora.site.site_file import SiteFile
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(420)]
 

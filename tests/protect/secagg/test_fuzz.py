@@ -21,6 +21,7 @@ from protect.secagg.world import Heard, World, at_phase, identity, names, secagg
 from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.errors import FedLoRAError, WireError
 from fedlora.core.messages import Reply, Request, Task
+from fedlora.core.plan import Protect
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, open_envelope, parse, seal, verify
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
@@ -434,7 +435,7 @@ def test_a_site_answers_a_damaged_message_by_name_or_like_a_genuine_one(step, se
 
 PLANS = {
     "its own": lambda plan: plan.canonical(),
-    "sealed": lambda plan: plan.model_copy(update={"protect": plan.protect.model_copy(update={"mode": "sealed"})}).canonical(),
+    "sealed": lambda plan: plan.model_copy(update={"protect": Protect()}).canonical(),
     "another profile": lambda plan: secagg_plan(profile="int24", weight_unit=1).canonical(),
     "none": lambda plan: b"{}",
     "no JSON": lambda plan: b"\xff",

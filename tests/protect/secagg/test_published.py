@@ -21,25 +21,25 @@ from fedlora.site.work import Site
 LAYOUT = Layout.of({"m.lora_A.weight": (3, 6), "m.lora_B.weight": (5, 3), "n.lora_A.weight": (3, 4), "n.lora_B.weight": (4, 3)})
 RULES = {
     "fedavg": {},
-    "fedavg-A": {"share": "A"},
+    "fedavg-A": {"fedavg": {"share": "A"}},
     "ffa": {"name": "ffa"},
     "rolora": {"name": "rolora"},
     "fedsvd": {"name": "fedsvd"},
-    "fedsvd-every-2": {"name": "fedsvd", "svd_every": 2},
+    "fedsvd-every-2": {"name": "fedsvd", "fedsvd": {"every": 2}},
 }
 SERVERS = {
     "none": {},
-    "sgd": {"name": "sgd", "learning_rate": 3.0},
-    "fedavgm": {"name": "fedavgm", "learning_rate": 0.7},
-    "nesterov": {"name": "nesterov", "momentum": 0.6},
-    "fedadam": {"name": "fedadam", "learning_rate": 0.01},
-    "fedadam-slow": {"name": "fedadam", "learning_rate": 0.01, "beta1": 0.99, "beta2": 0.999},
+    "sgd": {"name": "sgd", "sgd": {"learning_rate": 3.0}},
+    "fedavgm": {"name": "fedavgm", "fedavgm": {"learning_rate": 0.7}},
+    "nesterov": {"name": "nesterov", "nesterov": {"momentum": 0.6}},
+    "fedadam": {"name": "fedadam", "fedadam": {"learning_rate": 0.01}},
+    "fedadam-slow": {"name": "fedadam", "fedadam": {"learning_rate": 0.01, "beta1": 0.99, "beta2": 0.999}},
 }
 
 
 def plan_of(rule, server, *, schedule="cosine", rounds=6, unit=0):
     made = secagg_plan(rounds=rounds, first_range=0.1, weight_unit=unit).model_dump()
-    made["aggregate"] |= RULES[rule]
+    made["aggregate"] = {"weighting": made["aggregate"]["weighting"], **RULES[rule]}
     made["server_optimizer"] = SERVERS[server]
     made["training"] |= {"lr_scheduler_type": schedule}
     return Plan.model_validate(made)

@@ -12,11 +12,11 @@ from flower.harness import descendants, running, until
 
 from fedlora import assemble as build
 from fedlora.core.messages import Reply, Request
-from fedlora.core.plan import load_site_file
 from fedlora.flower.site import up
 from fedlora.formats.envelope import parse
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.lab.testing import ToyLearner
+from fedlora.site.site_file import load_site_file
 
 
 def say_goodbye() -> None:

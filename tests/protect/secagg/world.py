@@ -61,7 +61,9 @@ def secagg_plan(
         min_sites=min_sites,
         training=Training(lr_scheduler_type="constant", warmup_ratio=0.0),
         evaluation=Evaluation(share=("train/loss", "eval/nll", "eval/tokens")),
-        protect=Protect(mode="secagg", profile=profile, weight_unit=weight_unit, first_range=first_range, **protect),
+        protect=Protect(
+            mode="secagg", secagg={"profile": profile, "weight_unit": weight_unit, "first_range": first_range, **protect}
+        ),
         aggregate=Aggregate(weighting=weighting),
     )
 

@@ -1,0 +1,159 @@
+"""Between the text of a file and its tables: what is wrong in words, and samples made from the models. Pure text."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from fedlora.core.errors import ConfigError
+from fedlora.core.section import Section
+from fedlora.core.tagged import Tagged
+
+__all__ = ["dump_toml", "parse_toml", "readable", "sample"]
+
+S = TypeVar("S", bound=Section)
+
+_MOVED = {
+    "training.max_steps": "it would mean one round's steps; say federation.local_steps",
+    "training.num_train_epochs": "it would mean one round's epochs; say federation.local_epochs",
+    "federation.max_steps": "say federation.local_steps",
+    "lora.rank": "say lora.r",
+    "lora.alpha": "say lora.lora_alpha",
+    "lora.use_dora": "DoRA's magnitudes are not linear in the update and cannot be averaged",
+    "lora.init_lora_weights": "the first adapter comes from run.seed so that every site has the same one",
+    "lora.modules_to_save": "only LoRA factors travel",
+    "aggregate.svd_every": "say every in [aggregate.fedsvd]",
+}
+
+
+def parse_toml(text: str, section: type[S], *, name: str) -> S:
+    """The table that a file says.
+
+    Args:
+        name: of the file, for errors.
+
+    Raises:
+        ConfigError: not TOML, or with every wrong key named.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{name} is not TOML: {e}") from None
+    try:
+        # By way of JSON, because strict validation then takes a list where a tuple is declared.
+        return section.model_validate_json(json.dumps(table, default=str))
+    except ValidationError as e:
+        raise readable(e, section, name) from None
+
+
+def readable(error: ValidationError, section: type[Section], name: str) -> ConfigError:
+    """Everything that validation has found, in words."""
+    lines = [_line(e, section) for e in error.errors(include_url=False, include_input=False)]
+    hint = "`fedlora new plan|site` prints every key with its meaning"
+    return ConfigError(f"{name}: " + "; ".join(dict.fromkeys(lines)), hint=hint)
+
+
+def _line(e: ErrorDetails, section: type[Section]) -> str:
+    at = [str(x) for x in e["loc"]]
+    dotted = ".".join(at)
+    if e["type"] != "extra_forbidden":
+        return f"{dotted or 'file'}: {e['msg'][0].lower()}{e['msg'][1:]}"
+    if dotted in _MOVED:
+        return f"{dotted}: {_MOVED[dotted]}"
+    table: type[Section] | None = section
+    for key in at[:-1]:
+        table = _below(table, key) if table is not None else None
+    if table is None:
+        return f"{dotted}: unknown key"
+    if issubclass(table, Tagged) and (owners := [n for n in table.registry if at[-1] in table.registry[n].Settings.model_fields]):
+        tables = " or ".join(f"[{'.'.join([*at[:-1], name])}]" for name in owners)
+        return f"{dotted}: say it in {tables}, the table of what is chosen"
+    known = sorted(set(table.model_fields) - {"settings"} if issubclass(table, Tagged) else table.model_fields)
+    near = difflib.get_close_matches(at[-1], known, n=1)
+    return f"{dotted}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})")
+
+
+def _below(table: type[Section], key: str) -> type[Section] | None:
+    if key in table.model_fields:
+        kind = table.model_fields[key].annotation
+        found = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, Section)]
+        return found[0] if found else None
+    if issubclass(table, Tagged) and key in table.registry:
+        settings: type[Section] = table.registry[key].Settings
+        return settings
+    return None
+
+
+# --- samples ---------------------------------------------------------------------------------------------------
+
+
+def sample(section: type[Section]) -> str:
+    """A commented TOML file with every key at its default, made from the model so that it cannot go stale.
+
+    Tables of what is not chosen stand in it as comments.
+    """
+    return _dump(section(), others=True)
+
+
+def dump_toml(value: Section) -> str:
+    """The same with this file's values, and only with the tables that it has."""
+    return _dump(value, others=False)
+
+
+def _dump(value: Section, *, others: bool) -> str:
+    section = type(value)
+    title = {"Plan": "plan.toml", "SiteFile": "site.toml"}.get(section.__name__, section.__name__)
+    lines = [f"# {title}: {section.__doc__ or ''}".rstrip(), "# A key that is left out stands at its default.", ""]
+    lines += _described(value, "", others=others)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _described(value: Section, prefix: str, *, others: bool) -> Iterator[str]:
+    for key, field in type(value).model_fields.items():
+        item = getattr(value, key)
+        if not isinstance(item, Section) and item is not None:
+            names = f": {', '.join(value.registry)}" if isinstance(value, Tagged) and key == value.chooses else ""
+            yield f"{key} = {_toml(item)}".ljust(56) + f"  # {field.description}{names}"
+    for key in type(value).model_fields:
+        item = getattr(value, key)
+        if isinstance(item, Section) and not (isinstance(value, Tagged) and key == "settings"):
+            yield from _table(item, f"{prefix}{key}", _first_line(type(item)), others=others)
+    if isinstance(value, Tagged):
+        yield from _chosen(value, prefix, others=others)
+
+
+def _first_line(kind: type[Any]) -> str:
+    return (kind.__doc__ or "").partition("\n")[0]
+
+
+def _table(item: Section, name: str, about: str, *, others: bool, mark: str = "") -> Iterator[str]:
+    yield ""
+    yield f"{mark}[{name}]  # {about}"
+    for line in _described(item, f"{name}.", others=others):
+        yield f"{mark}{line}" if line else line
+
+
+def _chosen(value: Tagged, prefix: str, *, others: bool) -> Iterator[str]:
+    chosen = getattr(value, value.chooses)
+    for name in value.registry:
+        entry = value.registry[name]
+        about = f"{value.chooses} = {name}: {_first_line(entry)}"
+        if not entry.Settings.model_fields:
+            yield from ["", f"# {about}"] if others else []
+        elif others or name == chosen:
+            item = value.settings if name == chosen else entry.Settings()
+            yield from _table(item, f"{prefix}{name}", about, others=others, mark="" if name == chosen else "#")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
+    return json.dumps(value)

@@ -1,0 +1,130 @@
+"""Secure aggregation as a mode that a plan may choose: what it says of a plan, and its two halves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from fedlora.core.adapter import Adapter, Layout
+from fedlora.core.errors import PlanRefused
+from fedlora.core.messages import Reveals
+from fedlora.core.plan import Plan
+from fedlora.core.section import Section
+from fedlora.protect.mode import Limits, Mode, ServerParts, SiteParts, Told
+from fedlora.protect.secagg.book import Book
+from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.secagg.planning import survival
+from fedlora.protect.secagg.server import SecAggServer
+from fedlora.protect.secagg.settings import Settings, first_range, settings_of
+from fedlora.protect.secagg.site import SecAggSite
+from fedlora.protect.secagg.terms import check_published
+from fedlora.rules.first import first_adapter
+
+__all__ = ["SecAgg"]
+
+
+class SecAgg(Mode):
+    """The aggregator learns the sum of a round's updates and nothing else."""
+
+    Settings: ClassVar[type[Section]] = Settings
+    reveals: ClassVar[Reveals] = "sum"
+    work = frozenset({"advertise"})
+    phases = work | {"share", "mask", "complain", "open", "vote", "unmask"}
+    steps = ("train", "share", "mask", "vote", "unmask")
+    needs_roster = True
+    once = True
+
+    @classmethod
+    def server(cls, parts: ServerParts) -> SecAggServer:
+        return SecAggServer(parts.link, parts.rosters(), parts.plan, Book(parts.memory), report=parts.report)
+
+    @classmethod
+    def site(cls, parts: SiteParts) -> SecAggSite:
+        return SecAggSite(parts.link, parts.roster, parts.entropy, parts.uncovers)
+
+    @classmethod
+    def misfits(cls, plan: Plan) -> Iterator[str]:
+        s, a, f = settings_of(plan), plan.aggregate, plan.federation
+        if f.min_sites < (least := max(3, 3 * s.max_colluding)):
+            yield (
+                f"protect.mode = 'secagg' needs federation.min_sites >= {least}: 3, and three times protect.secagg.max_colluding"
+            )
+        if (a.weighting == "uniform") == (s.weight_unit > 0):
+            yield (
+                "protect.mode = 'secagg': set protect.secagg.weight_unit (tokens or examples that make a weight of 1), or "
+                "aggregate.weighting = 'uniform'; not both"
+            )
+        if f.local_epochs and not s.first_range:
+            yield "protect.mode = 'secagg' with local_epochs needs protect.secagg.first_range"
+        if f.fraction_train < 1 and s.lone_change == "refuse":
+            yield (
+                "federation.fraction_train below 1 draws other sites for each round, protect.secagg.lone_change = 'refuse' wants "
+                "the same ones: choose federation.fraction_train = 1, or lone_change = 'allow' in the plan and in every site's "
+                "policy"
+            )
+        if "eval/coarse_match" in plan.evaluation.share and not plan.evaluation.coarse_chars:
+            yield (
+                "evaluation.share lists eval/coarse_match, which nobody measures without evaluation.coarse_chars: under "
+                "protect.mode = 'secagg' every site has to send all that is listed"
+            )
+
+    @classmethod
+    def refusals(cls, plan: Plan, limits: Limits) -> Iterator[str]:
+        if first_range(plan) > limits.max_first_range:
+            yield f"the first range {first_range(plan):g} is above max_first_range {limits.max_first_range:g}"
+        if settings_of(plan).lone_change == "allow" and limits.lone_change == "refuse":
+            yield "secagg.lone_change = 'allow': two sums may show one site's update, and policy.lone_change says 'refuse'"
+        if kept := sorted(set(plan.evaluation.share) - set(limits.share)):
+            yield (
+                f"evaluation.share lists {', '.join(kept)}, which policy.share does not: under secagg a number leaves from all "
+                "sites or from none, for what one site alone sends no sum hides"
+            )
+
+    @classmethod
+    def check_adapter(cls, plan: Plan, adapter: Adapter, *, layout: Layout, round: int) -> None:
+        if first_adapter(layout, seed=plan.run.seed).digest() != plan.lora.init_digest:
+            raise PlanRefused("the plan pins another first adapter than the one that follows from run.seed")
+        check_published(plan, adapter, round=round)
+
+    @classmethod
+    def talk_s(cls, plan: Plan) -> float:
+        return settings_of(plan).phase_deadline
+
+    @classmethod
+    def told(cls, plan: Plan) -> Told:
+        return Told(settings_of(plan).max_colluding, settings_of(plan).lone_change == "allow")
+
+    @classmethod
+    def words(cls, plan: Plan, said: Mapping[str, str]) -> dict[str, str]:
+        s, weight = settings_of(plan), said["weight of a site"]
+        return {
+            "weight of a site": f"{weight}, in units of {s.weight_unit}" if s.weight_unit else weight,
+            "who reads this site's update": "nobody. The aggregator learns the sum over the sites of a round",
+            "numbers that leave": said["numbers that leave"] + "; they too only as sums over all sites",
+            "sites in league": f"up to {s.max_colluding} may work together with the server without learning "
+            "another site's update",
+            "sums that differ": "differ by whole groups of the roster, never by one site"
+            if s.lone_change == "refuse"
+            else "ALLOWED by single sites: two sums on this base model may show the update of a site that is in only one of them",
+            "levels": f"{s.profile}, for changes of a value up to {first_range(plan):g} in the first round",
+        }
+
+    @classmethod
+    def survives(cls, plan: Plan) -> tuple[list[dict[str, Any]], str]:
+        rules, lone = Rules(settings_of(plan).max_colluding, plan.federation.min_sites), settings_of(plan).lone_change
+        first = rules.smallest
+        counts = sorted(n for n in {*range(first, first + 5), first + 7, 20, 100} if n >= first)
+        found = [survival(n, rules, lone_change=lone) for n in counts]
+        text = (
+            f"\nsecure aggregation: up to {rules.max_colluding} sites may work together with the server; a roster may ask for "
+            "more\n  sites   to its end   may be away from a round   may drop out during one"
+        )
+        text += "".join(f"\n  {s.sites:5}   {s.stay:10}   {s.away or 'none':>24}   {s.lost or 'none':>23}" for s in found)
+        if lone == "refuse":
+            text += (
+                "\n  lone_change = 'refuse': a sum is over whole groups of the roster; a site that is away takes the others of "
+                f"its group with it,\n  {rules.max_colluding + 1} or more. Where that leaves too few, the round waits for it to "
+                "come back"
+            )
+        return [asdict(s) for s in found], text

@@ -1,0 +1,74 @@
+"""B alone is trained; the product is split anew."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Self
+
+import numpy as np
+from pydantic import Field
+
+from fedlora.core.adapter import Adapter, Factors
+from fedlora.core.plan import Plan
+from fedlora.core.section import Section
+from fedlora.rules.factored import orthonormal_rows, svd_factored
+from fedlora.rules.means import add, factors, mean_move
+from fedlora.rules.protocol import Aggregated, Rule, State, check_reach
+from fedlora.rules.sums import Accumulator
+
+__all__ = ["FedSVD", "Settings"]
+
+
+class Settings(Section):
+    """For name = "fedsvd"."""
+
+    every: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """rounds from one decomposition to the next"""
+
+
+@dataclass(frozen=True, slots=True)
+class FedSVD(Rule):
+    """Sites train B alone; every so many rounds the server writes ``B @ A`` as ``(U S) @ V^T``, so that A has orthonormal rows.
+
+    Exact. Started from B = 0, A's row space never moves: what changes is how well B's gradient is conditioned.
+
+    Source: Lee et al., FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA, 2025; by QR and an r x r SVD.
+
+    Args:
+        every: rounds from one decomposition to the next.
+    """
+
+    every: int = 1
+    Settings: ClassVar[type[Section]] = Settings
+    regauges: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, plan: Plan, max_weight: int) -> Self:
+        return cls(max_weight, every=plan.aggregate.own(Settings).every)
+
+    def trains(self, round: int) -> Factors:
+        return "B"
+
+    def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
+        """A's rows are the first ones or orthonormal; B is no longer than what was added to it, seen through the longest A."""
+        for old, new in zip(first.layout.pairs(), now.layout.pairs(), strict=True):
+            (_, a0), (b, a) = factors(first.vector, old), factors(now.vector, new)
+            longest = max(1.0, float(np.linalg.norm(a0, 2)))
+            check_reach(f"{new.module}.lora_A.weight", float(np.linalg.norm(a, 2)), longest)
+            check_reach(f"{new.module}.lora_B.weight", float(np.linalg.norm(b)), moved * math.sqrt(b.size) * longest)
+
+    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
+        mean = mean_move(sums, adapter, scale=scale)
+        if mean.move is None:
+            raise ValueError("a mean of factors is a move")
+        after = add(adapter, mean.move)
+        if round % self.every:
+            return Aggregated(mean.record, adapter=after)
+        out = np.empty_like(after.vector)
+        for pair in after.layout.pairs():
+            b, a = factors(after.vector, pair)
+            b, a = orthonormal_rows(*svd_factored(b, a), rank=pair.rank, spare=a)
+            out[pair.b], out[pair.a] = b.reshape(-1), a.reshape(-1)
+        return Aggregated(mean.record, adapter=Adapter(out, after.layout))

@@ -1,0 +1,31 @@
+"""B and A in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedlora.core.adapter import Adapter, Factors
+from fedlora.rules.means import mean_move
+from fedlora.rules.protocol import Aggregated, Rule, State
+from fedlora.rules.sums import Accumulator
+
+__all__ = ["RoLoRA"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoLoRA(Rule):
+    """B in odd rounds, A in even ones, the other one frozen. Exact in every round.
+
+    B goes first: while B is zero, A has no gradient. Both factors travel down every round, for sites that were away.
+
+    Source: Chen et al., Robust Federated Finetuning of Foundation Models via Alternating Minimization of LoRA (RoLoRA), 2025.
+    """
+
+    carries: ClassVar[bool] = False
+
+    def trains(self, round: int) -> Factors:
+        return "B" if round % 2 else "A"
+
+    def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
+        return mean_move(sums, adapter, scale=scale)

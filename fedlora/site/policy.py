@@ -1,0 +1,97 @@
+"""What a site agrees to."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from fedlora.core.errors import PlanRefused
+from fedlora.core.plan import Metric, Plan
+from fedlora.core.registry import MODES
+from fedlora.core.section import Section
+from fedlora.protect.modes import mode_of
+
+__all__ = ["Policy"]
+
+Count = Annotated[int, Field(ge=1)]
+
+
+def _mode(name: str) -> str:
+    if name not in MODES:
+        raise PydanticCustomError("mode", "{text}", {"text": MODES.unknown(name)})
+    return name
+
+
+class Policy(Section):
+    """What this site agrees to. It wins over every plan."""
+
+    approve: Literal["by-digest", "any-within-policy"] = "by-digest"
+    """by-digest: only runs of `plans` above; any-within-policy: all within this table, in which then every key has to stand"""
+    allowed_models: tuple[str, ...] = ()
+    """base models by id; empty: only those under [models]"""
+    protect: tuple[Annotated[str, AfterValidator(_mode)], ...] = ()
+    """accepted protections; empty: secagg alone where `roster` is set, else sealed"""
+    min_sites: Count = 2
+    """smallest min_sites of a plan"""
+    max_rounds: Count = 1000
+    """most rounds in a run"""
+    max_local_steps: Count = 100_000
+    """most steps in a round"""
+    max_request_bytes: Annotated[int, Field(ge=1 << 16, le=1 << 34)] = 1 << 30
+    """largest message from the server"""
+    max_first_range: Annotated[float, Field(gt=0, le=64)] = 1.0
+    """secagg: largest change of a value for which a plan's first round may set its levels; the larger, the coarser they are"""
+    lone_change: Literal["refuse", "allow"] = "refuse"
+    """secagg: refuse: only plans that say so too; allow: also those whose sums may differ by one site"""
+    share: tuple[Metric, ...] = get_args(Metric)
+    """numbers that may leave; sealed: others are dropped without a word to the server; secagg: a plan with others is refused"""
+
+    @model_validator(mode="after")
+    def _all_said(self) -> Self:
+        if self.approve == "any-within-policy" and (missing := self._unsaid()):
+            raise PydanticCustomError(
+                "unsaid",
+                "approve = 'any-within-policy' takes every plan within these limits, so each of them has to stand here; missing: "
+                "{keys}",
+                {"keys": ", ".join(missing)},
+            )
+        return self
+
+    def _unsaid(self) -> list[str]:
+        return [
+            key for key in type(self).model_fields if key not in self.model_fields_set or (key == "protect" and not self.protect)
+        ]
+
+    def refusals(self, plan: Plan, *, models: frozenset[str]) -> list[str]:
+        """Why this site would not take part in a plan, each in a sentence; none if it would.
+
+        Args:
+            models: ids of the base models that lie here.
+        """
+        f, p, accepted = plan.federation, plan.protect, self.protect or ("secagg",)
+        allowed = frozenset(self.allowed_models) or models
+        no = []
+        if plan.model.model_name_or_path not in allowed:
+            no.append(f"base model {plan.model.model_name_or_path!r} is not among {sorted(allowed)}")
+        if p.mode not in accepted:
+            no.append(f"protection {p.mode!r} is not among {list(accepted)}")
+        if f.min_sites < self.min_sites:
+            no.append(f"min_sites {f.min_sites} is below {self.min_sites}")
+        if f.num_rounds > self.max_rounds:
+            no.append(f"{f.num_rounds} rounds are more than {self.max_rounds}")
+        if f.local_steps > self.max_local_steps:
+            no.append(f"{f.local_steps} steps a round are more than {self.max_local_steps}")
+        if not plan.model.digest or not plan.lora.init_digest:
+            no.append("the plan pins neither base nor first adapter by content")
+        return [*no, *mode_of(plan).refusals(plan, self)]
+
+    def check(self, plan: Plan, *, models: frozenset[str]) -> None:
+        """Agrees to a plan or says why not.
+
+        Raises:
+            PlanRefused: with every reason.
+        """
+        if no := self.refusals(plan, models=models):
+            raise PlanRefused("; ".join(no), hint="change [policy] in the site file, or talk to the coordinator")
