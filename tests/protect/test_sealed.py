@@ -230,7 +230,9 @@ def test_a_site_refuses_what_is_not_from_its_server_or_not_for_it(changes, code)
     assert error.value.code == code
 
 
-SECRET = toy_plan(min_sites=3, aggregate=Aggregate(weighting="uniform"), protect=Protect(mode="secagg", first_range=1.0))
+SECRET = toy_plan(
+    min_sites=3, aggregate=Aggregate(weighting="uniform"), protect=Protect(mode="secagg", secagg={"first_range": 1.0})
+)
 LIES = {
     "run": {"run": "2" * 64},
     "plan": {"plan": toy_plan(rounds=9).canonical()},
