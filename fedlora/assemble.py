@@ -33,7 +33,8 @@ from fedlora.formats.files import set_aside
 from fedlora.formats.journal import REPAIR
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.formats.plans import load_plan
-from fedlora.formats.roster import NEWEST, RosterKeeper, SignedRoster, load_roster
+from fedlora.formats.roster import NEWEST, SignedRoster, load_roster
+from fedlora.formats.trust import RosterKeeper
 from fedlora.protect import Protection
 from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.protect.mode import ServerParts, SiteParts

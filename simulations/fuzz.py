@@ -36,8 +36,9 @@ from fedlora.core.errors import BadShare, FedLoRAError
 from fedlora.core.messages import Task
 from fedlora.core.plan import Protect
 from fedlora.formats import update as wire
+from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.formats.roster import SignedRoster, first_epoch
+from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_adapter, toy_plan
 from fedlora.protect.secagg.cohort import (
     COMMIT,

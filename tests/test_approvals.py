@@ -16,8 +16,9 @@ from fedlora.core.plan import Evaluation, Plan, Protect
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_site_keys
 from fedlora.formats import update as wire
+from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, load_identity
-from fedlora.formats.roster import SignedRoster, first_epoch
+from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.secagg.settings import Settings

@@ -20,8 +20,9 @@ from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Wire
 from fedlora.core.toml import dump_toml
 from fedlora.formats.envelope import open_envelope, parse
+from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import load_identity, load_public
-from fedlora.formats.roster import SignedRoster, first_epoch
+from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
 from fedlora.rounds.store import FileMemory, Journal, RunStore, load_adapter, save_adapter, write_atomic
 from fedlora.rounds.transport import LocalTransport

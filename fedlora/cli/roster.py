@@ -61,8 +61,9 @@ def new(
     Example: fedlora roster new roster.json --server server.pub --coordinator carol.pub a.pub b.pub c.pub
     """
     from fedlora.core.errors import StoreError
+    from fedlora.formats.epochs import first_epoch
     from fedlora.formats.keys import load_public
-    from fedlora.formats.roster import SignedRoster, first_epoch
+    from fedlora.formats.roster import SignedRoster
 
     if file.exists():
         raise StoreError(f"{file} exists", hint="`fedlora roster add` and `revoke` make its next epoch")
@@ -194,7 +195,8 @@ def _turn(
 ) -> None:
     """Puts the next epoch in the place of this one, which stays beside it."""
     from fedlora.core.errors import StoreError
-    from fedlora.formats.roster import SignedRoster, load_roster, next_epoch
+    from fedlora.formats.epochs import next_epoch
+    from fedlora.formats.roster import SignedRoster, load_roster
 
     old = load_roster(file)
     # No site would ever take an epoch that follows an unsigned one.

@@ -14,9 +14,10 @@ from fedlora.core.errors import KeyFileError, StoreError
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.core.plan import Plan
 from fedlora.core.toml import dump_toml
+from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.plans import load_plan
-from fedlora.formats.roster import SignedRoster, first_epoch, load_roster
+from fedlora.formats.roster import SignedRoster, load_roster
 from fedlora.rounds.store import save_adapter, write_atomic
 
 __all__ = ["make_roster", "make_server_home", "make_site_keys", "pin_plan"]

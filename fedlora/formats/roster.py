@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,31 +26,24 @@ from fedlora.core.errors import (
     RevokedSite,
     RosterExpired,
     RosterInvalid,
-    RosterRollback,
     StoreError,
-    SuiteDowngrade,
     UnknownSite,
     VersionUnsupported,
     WireError,
 )
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.formats import update as wire
-from fedlora.formats.envelope import MAX_RECIPIENTS, NONE, SUITE
-from fedlora.formats.files import Memory
+from fedlora.formats.envelope import MAX_RECIPIENTS, NONE
 from fedlora.formats.keys import Identity, PublicIdentity
 
 __all__ = [
     "NEWEST",
     "Member",
     "Roster",
-    "RosterKeeper",
     "SignedRoster",
     "Status",
-    "accept",
     "federation",
-    "first_epoch",
     "load_roster",
-    "next_epoch",
 ]
 
 Status = Literal["active", "revoked"]
@@ -63,13 +56,11 @@ MAX_SUITES = 16
 SKEW_S = 900
 """How wrong a clock may be, seconds, where a roster begins or ends."""
 
-_DAY_S = 86_400
 _LAST_S = 253_402_300_799  # the end of the year 9999: later times cannot be shown
 _LINE = 2048  # a public key is 1 line of at most 1747 characters
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RELEASE = re.compile(r"(0|[1-9][0-9]{0,4})(\.(0|[1-9][0-9]{0,4})){2}")
-VALID_DAYS = 30
-"""How long a roster holds unless somebody says otherwise: a server can keep a revocation from sites for no longer."""
+
 
 _SCALARS = ("fed", "epoch", "previous", "not_before", "not_after", "min_version", "max_colluding", "min_cohort", "needed")
 
@@ -330,242 +321,6 @@ def load_roster(path: Path) -> SignedRoster:
 
 NEWEST = "restore it from a backup: a copy of the newest signed roster, which the coordinators have too"
 """The way on where a roster file is damaged."""
-
-
-# --- what is trusted -------------------------------------------------------------------------------------------------
-
-
-def accept(new: SignedRoster, *, current: SignedRoster | None, pinned: str, now: int) -> SignedRoster:
-    """The roster that is in force once ``new`` has arrived. Keep what it returns as the next ``current``, durably, first.
-
-    Args:
-        new: from anywhere.
-        current: what was accepted last; None if nothing ever was.
-        pinned: digest that the operator approved, hex.
-        now: seconds since 1970.
-
-    Returns:
-        ``current`` if ``new`` is the same, else ``new``; every signature in it has been checked.
-
-    Raises:
-        RosterInvalid: not approved, of another federation, an epoch was left out, or signatures are missing or not valid.
-        RosterRollback: older than ``current``, or another one of its epoch.
-        RosterExpired: all is well but the time.
-    """
-    if current is None:
-        accepted = _approved(new, pinned)
-    elif new.roster.digest() == current.roster.digest():
-        accepted = current
-    else:
-        accepted = _follows(new, current, pinned)
-    accepted.roster.check_time(now)
-    return accepted
-
-
-def _approved(new: SignedRoster, pinned: str) -> SignedRoster:
-    digest, own = new.roster.digest(), new.roster.coordinators
-    if digest != pinned:
-        raise RosterInvalid(
-            f"the roster {digest[:16]} is not the one that was approved here ({pinned[:16] or 'none'})",
-            hint="compare the digest that `fedlora roster show` prints with the coordinators over the telephone, then pin it",
-        )
-    # The epoch before may have had other coordinators, whose keys are not known here: what they signed says nothing.
-    names = {c.name for c in own}
-    checked = replace(new, signatures={n: s for n, s in new.signatures.items() if n in names})
-    checked.verify(own, new.roster.needed)
-    return checked
-
-
-def _follows(new: SignedRoster, current: SignedRoster, pinned: str) -> SignedRoster:
-    old, at = current.roster, new.roster
-    if at.fed != old.fed:
-        raise RosterInvalid("the roster of another federation")
-    if at.epoch <= old.epoch:
-        what = "another roster" if at.epoch == old.epoch else "a roster"
-        raise RosterRollback(f"{what} of epoch {at.epoch}; epoch {old.epoch} is in force", hint="ask for the newest roster")
-    if at.digest() == pinned:  # approved by hand: the way over a gap, and out of the loss of the coordinators' keys
-        return _approved(new, pinned)
-    if at.epoch != old.epoch + 1:
-        raise RosterInvalid(
-            f"a roster of epoch {at.epoch}; epoch {old.epoch} is in force and those between are missing",
-            hint="give the epochs between one by one, or approve this one by hand: compare its digest, then pin it",
-        )
-    if at.previous != old.digest():
-        raise RosterInvalid(f"epoch {at.epoch} does not follow the roster that is in force here")
-    new.verify(old.coordinators, old.needed, others=at.coordinators)
-    new.verify(at.coordinators, at.needed, others=old.coordinators)
-    return new
-
-
-@dataclass(slots=True, eq=False)
-class RosterKeeper:
-    """What one end of a federation has accepted, durably. Law: an epoch never falls.
-
-    Args:
-        memory: durable.
-        server: the aggregator's keys, pinned; a roster with others is not this federation's.
-        pinned: digest that the operator approved, hex.
-        clock: seconds since 1970.
-        version: of this release.
-    """
-
-    memory: Memory
-    server: PublicIdentity
-    pinned: str
-    clock: Callable[[], int]
-    version: str
-    _current: SignedRoster | None = field(default=None, init=False)
-
-    @property
-    def current(self) -> Roster:
-        """The roster in force here.
-
-        Raises:
-            RosterInvalid: none has been accepted yet.
-        """
-        if self._current is None:
-            blob = self.memory.get("roster")
-            if not blob:
-                raise RosterInvalid("no roster has been accepted here", hint="it comes with the first task of a run")
-            self._current = SignedRoster.parse(blob)
-        return self._current.roster
-
-    def take(self, blob: bytes) -> SignedRoster:
-        """Accepts what has arrived, or says why not; what is accepted is on the disk before this returns.
-
-        Raises:
-            RosterInvalid, RosterRollback, RosterExpired: see :func:`accept`.
-            VersionUnsupported, SuiteDowngrade: the roster asks for a newer release, or for other suites than this one has.
-        """
-        known = self.memory.get("roster")
-        new, current = SignedRoster.parse(blob), SignedRoster.parse(known) if known else None
-        accepted = accept(new, current=current, pinned=self.pinned, now=self.clock())
-        roster = accepted.roster
-        if (roster.server.signing, roster.server.kem) != (self.server.signing, self.server.kem):
-            raise RosterInvalid("the roster names another server than the one that is pinned here")
-        if _release(self.version) < _release(roster.min_version):
-            raise VersionUnsupported(
-                f"this is FedLoRA {self.version}, the roster asks for {roster.min_version}", hint="update FedLoRA"
-            )
-        if SUITE not in roster.suites:
-            raise SuiteDowngrade(f"the roster allows suites {list(roster.suites)}, this release has {SUITE}")
-        if accepted is not current:
-            self.memory.put("roster", accepted.dump())
-        self._current = accepted
-        return accepted
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in re.findall(r"\d+", version)[:3])
-
-
-def first_epoch(
-    server: PublicIdentity,
-    sites: Sequence[PublicIdentity],
-    coordinators: Sequence[PublicIdentity],
-    *,
-    needed: int = 1,
-    days: int = VALID_DAYS,
-    max_colluding: int = 1,
-    min_cohort: int = 3,
-    min_version: str = "0.1.0",
-    group_size: int | None = None,
-    now: int,
-) -> Roster:
-    """The first roster of a federation, in force from ``now`` (seconds since 1970).
-
-    Args:
-        group_size: fewest sites of a group; None: ``max_colluding + 2``, the least.
-
-    Raises:
-        RosterInvalid: see :class:`Roster`.
-    """
-    if group_size and group_size > len(sites):
-        raise RosterInvalid(f"{group_size} sites a group are more than there are")
-    return Roster(
-        fed=federation(server),
-        epoch=1,
-        previous=NONE,
-        not_before=now,
-        not_after=now + days * _DAY_S,
-        min_version=min_version,
-        suites=(SUITE,),
-        max_colluding=max_colluding,
-        min_cohort=min_cohort,
-        server=server,
-        coordinators=tuple(sorted(coordinators, key=lambda c: c.name)),
-        needed=needed,
-        sites=_in_groups(
-            [Member(s, "active") for s in sorted(sites, key=lambda s: s.name)], size=_size(max_colluding, group_size), first=1
-        ),
-    )
-
-
-def next_epoch(
-    roster: Roster,
-    *,
-    add: Sequence[PublicIdentity] = (),
-    revoke: Collection[str] = (),
-    days: int | None = None,
-    regroup: bool = False,
-    group_size: int | None = None,
-    now: int,
-) -> Roster:
-    """The roster after this one.
-
-    Groups stay as they are: a group of whose sites one is revoked is whole no more, and new sites wait until they are enough for
-    a group of their own.
-
-    Args:
-        add: new sites; names and keys that were never on the roster.
-        revoke: names of sites that no longer take part.
-        days: it ends this many days from ``now``; None keeps the end.
-        regroup: put all active sites into new groups. Sites that have given to sums refuse another group than their old one on
-            that base model, unless a person there names whose update that may show.
-        group_size: fewest sites of a new group; None: ``max_colluding + 2``, the least.
-        now: seconds since 1970, when it begins.
-
-    Raises:
-        RosterInvalid: a name or key that is or was on the roster, too many sites, an end that has passed.
-        UnknownSite, RevokedSite: a site to revoke that is not there, or no longer.
-    """
-    known = {m.identity.name for m in roster.sites}
-    for name in (p.name for p in add if p.name in known):
-        raise RosterInvalid(f"{name} is or was on the roster", hint="a site that comes back needs new keys and a new name")
-    for name in revoke:
-        roster.site(name)
-    stay = [replace(m, status="revoked") if m.identity.name in revoke else m for m in roster.sites]
-    everybody = sorted([*stay, *(Member(p, "active") for p in add)], key=lambda m: m.identity.name)
-    if not roster.grouped and len(roster.active()) >= roster.max_colluding + 2:  # all of them were one group
-        everybody = [replace(m, group=int(m.identity.name in roster.active())) for m in everybody]
-    if regroup:
-        everybody = [replace(m, group=0) for m in everybody]
-    size, first = _size(roster.max_colluding, group_size), 1 + max(m.group for m in everybody)
-    if regroup and group_size and sum(m.status == "active" for m in everybody) < size:
-        raise RosterInvalid(f"{size} sites a group are more than there are")
-    return replace(
-        roster,
-        epoch=roster.epoch + 1,
-        previous=roster.digest(),
-        not_before=now,
-        not_after=roster.not_after if days is None else now + days * _DAY_S,
-        sites=_in_groups(everybody, size=size, first=first),
-    )
-
-
-def _size(colluding: int, wanted: int | None) -> int:
-    least = colluding + 2
-    if wanted is not None and wanted < least:
-        raise RosterInvalid(f"a group of {wanted} sites; with {colluding} that may collude it has {least} at the least")
-    return wanted or least
-
-
-def _in_groups(members: Sequence[Member], *, size: int, first: int) -> tuple[Member, ...]:
-    """Puts active members that are in no group into as many groups of ``size`` or more as they make, numbered from ``first``."""
-    free = [m.identity.name for m in members if m.status == "active" and not m.group]
-    count = len(free) // size
-    group = {name: first + at % count for at, name in enumerate(free)} if count else {}
-    return tuple(replace(m, group=group.get(m.identity.name, m.group)) for m in members)
 
 
 # --- what may stand in a roster ----------------------------------------------------------------------------------------

@@ -15,18 +15,10 @@ from vectors.make import identities, read_vector
 
 from fedlora.core.errors import FedLoRAError, RosterInvalid
 from fedlora.formats import roster as module
+from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.formats.keys import Identity
-from fedlora.formats.roster import (
-    Member,
-    Roster,
-    RosterKeeper,
-    SignedRoster,
-    accept,
-    federation,
-    first_epoch,
-    load_roster,
-    next_epoch,
-)
+from fedlora.formats.roster import Member, Roster, SignedRoster, federation, load_roster
+from fedlora.formats.trust import RosterKeeper, accept
 from fedlora.lab.testing import DictMemory
 
 ROOT = Path(__file__).resolve().parents[1]

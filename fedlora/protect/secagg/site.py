@@ -28,7 +28,7 @@ from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import PublicIdentity
-from fedlora.formats.roster import RosterKeeper
+from fedlora.formats.trust import RosterKeeper
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import check_mode
 from fedlora.protect.sealed import check_task

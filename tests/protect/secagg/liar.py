@@ -28,7 +28,8 @@ from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.plan import Plan, Run
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import open_envelope, parse
-from fedlora.formats.roster import SignedRoster, first_epoch
+from fedlora.formats.epochs import first_epoch
+from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context, ServerLink, pinned
 from fedlora.protect.sealed import PHASES

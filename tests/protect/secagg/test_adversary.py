@@ -17,8 +17,9 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.errors import VotesMissing, WrongContext
 from fedlora.core.messages import Request
 from fedlora.formats.envelope import HPKE
+from fedlora.formats.epochs import next_epoch
 from fedlora.formats.keys import Identity
-from fedlora.formats.roster import SignedRoster, next_epoch
+from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import DictMemory
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.modes import SiteModes

@@ -17,8 +17,9 @@ from fedlora import assemble as build
 from fedlora.core.errors import ConfigError, QuorumNotReached, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Evaluation, Plan, Wire
+from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.formats.keys import load_identity
-from fedlora.formats.roster import SignedRoster, first_epoch, next_epoch
+from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
 from fedlora.rounds.store import RunStore, write_atomic
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts

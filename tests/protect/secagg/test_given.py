@@ -12,7 +12,7 @@ from protect.secagg.adversary import Adversary
 from protect.secagg.world import NOW, World, at_phase, identity, names, secagg_plan, signed_roster
 
 from fedlora.core.errors import CohortTooSmall, FedLoRAError, LoneChange, StoreError
-from fedlora.formats.roster import first_epoch, next_epoch
+from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.lab.testing import DictMemory
 from fedlora.protect.secagg.cohort import Cohort, Rules
 from fedlora.protect.secagg.given import Given, Ledger

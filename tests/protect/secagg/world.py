@@ -14,8 +14,10 @@ from fedlora.core.adapter import Adapter, Update
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.plan import Aggregate, Evaluation, Plan, Protect, Training
+from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity
-from fedlora.formats.roster import RosterKeeper, SignedRoster, first_epoch
+from fedlora.formats.roster import SignedRoster
+from fedlora.formats.trust import RosterKeeper
 from fedlora.lab.testing import DictMemory, toy_layout, toy_plan
 from fedlora.protect.link import ServerLink, SiteLink
 from fedlora.protect.secagg import SecAggServer, SecAggSite
