@@ -76,7 +76,8 @@ def test_after_a_good_end_the_pause_is_short(supervise, tmp_path):
     supervisor = supervise(service("node", ends, after_crash_s=65.0, after_exit_s=1.0))
     supervisor.start()
     pid = supervisor.pids()["node"]
-    until(lambda: "up" in (tmp_path / "node.log").read_text())  # it listens to signals
+    log = tmp_path / "node.log"
+    until(lambda: log.exists() and "up" in log.read_text())  # it listens to signals
     os.kill(pid, signal.SIGTERM)
     until(lambda: not running(pid))
     supervisor.check(1000.0)

@@ -274,7 +274,8 @@ class Liar:
             keys: which of its reply keys each site is told.
         """
         plan = plan or self.plan
-        talk = Talk(task, plan, Terms.of(plan, self.signed.roster))
+        secret = plan if plan.protect.mode == "secagg" else self.plan  # it may offer a sealed plan; terms are of a secret one
+        talk = Talk(task, plan, Terms.of(secret, self.signed.roster))
         for site in sites:
             if site in self.colluders:
                 talk.roots[site] = os.urandom(32)

@@ -273,7 +273,7 @@ def test_an_adapter_in_other_factors_does_not_move_the_scales(liar, c):
 def disk(a: Liar, session: Session, number: int) -> bytes:
     """The root of a site's secrets in its last session of this run, from its disk and its key; empty if it is deleted."""
     site = session.cohort.advert(number).name
-    memory = a.hospitals[site].site.protection.secagg.link.memory
+    memory = a.hospitals[site].site.protection.halves["secagg"].link.memory
     found = Records(memory, session.talk.task.run, identity(site), bytes).session()
     return found.root if found is not None and found.t1 == session.cohort.t1 else b""
 

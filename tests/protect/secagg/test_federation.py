@@ -369,8 +369,9 @@ def test_a_lying_dealer_is_left_out_of_the_next_round_and_stops_no_run(tmp_path,
     plan = plan.model_copy(update={"federation": plan.federation.model_copy(update={"round_attempts": 2})})
     federation = Ruled(tmp_path, plan)
     modes = federation.sites["b"].protection
-    false = FalseDealer(modes.secagg.link, modes.secagg.roster, modes.secagg.entropy)
-    federation.sites["b"].protection = replace(modes, secagg=false)
+    honest = modes.halves["secagg"]
+    false = FalseDealer(honest.link, honest.roster, honest.entropy)
+    federation.sites["b"].protection = replace(modes, halves={**modes.halves, "secagg": false})
     _, store = federation.run()
     records = store.records()
     assert [(r["round"], r.get("void", "")) for r in records] == [(1, "bad-dealer"), (2, ""), (3, "bad-dealer"), (4, "")]
