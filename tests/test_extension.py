@@ -300,3 +300,8 @@ def test_a_decorator_registers_and_gives_back_what_it_was_given():
 
     assert registry["mine"] is Mine
     assert registry.names()[-1] == "mine"
+
+
+def test_a_mode_without_both_halves_is_refused_when_its_class_is_made():
+    with pytest.raises(TypeError, match="Half lacks server, words"):
+        type("Half", (Mode,), {"site": Veil.site})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -80,7 +81,7 @@ def check_mode(plan: Plan, name: str) -> None:
 
 
 class Mode:
-    """A mode. No two share a phase.
+    """A mode. No two share a phase. One that lacks a half, or the words for it, is refused when its class is made.
 
     Attributes:
         Settings: its own table of the plan.
@@ -100,28 +101,32 @@ class Mode:
     needs_roster: ClassVar[bool] = False
     once: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        if lacking := [m for m in ("server", "site", "words") if getattr(getattr(cls, m), "__isabstractmethod__", False)]:
+            raise TypeError(f"the mode {cls.__name__} lacks {', '.join(lacking)}")
+
     @classmethod
+    @abstractmethod
     def server(cls, parts: ServerParts) -> Protection:
         """The server's half.
 
         Raises:
             StoreError, RosterInvalid, RosterExpired: it needs a roster, and there is none in force.
         """
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def site(cls, parts: SiteParts) -> SiteProtection:
         """The site's half."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def words(cls, plan: Plan, said: Mapping[str, str]) -> dict[str, str]:
         """What a person who approves the plan is told, by topic: above all who reads a site's update.
 
         Args:
             said: what is told of every plan; a topic of the same name replaces it.
         """
-        raise NotImplementedError
 
     @classmethod
     def misfits(cls, plan: Plan) -> Iterator[str]:
