@@ -29,8 +29,8 @@ from fedlora.core.events import Report
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.core.plan import Plan
 from fedlora.formats.envelope import MAX_RECIPIENTS
-from fedlora.formats.files import set_aside
-from fedlora.formats.journal import REPAIR
+from fedlora.formats.files import FileMemory, load_adapter, set_aside, write_atomic
+from fedlora.formats.journal import REPAIR, Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.formats.plans import load_plan
 from fedlora.formats.roster import NEWEST, SignedRoster, load_roster
@@ -40,7 +40,7 @@ from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.protect.mode import ServerParts, SiteParts
 from fedlora.protect.modes import SiteModes, mode_of
 from fedlora.rounds.loop import run as run_rounds
-from fedlora.rounds.store import Checkpoint, FileMemory, Journal, RunStore, load_adapter, write_atomic
+from fedlora.rounds.store import Checkpoint, RunStore
 from fedlora.rounds.transport import Transport
 from fedlora.rules import rule_of
 from fedlora.site.admission import Approvals
@@ -49,35 +49,12 @@ from fedlora.site.work import Learner, Site
 
 if TYPE_CHECKING:
     from fedlora.data import Conversation, Tokenizer, Tokens
-    from fedlora.learn.base import BaseOptions
     from fedlora.learn.fast.workers import Team
     from fedlora.learn.hooks import MicroBatches
-    from fedlora.learn.learner import HFLearner, TrainOptions
-    from fedlora.learn.lora import LoraModel, LoraOptions
-    from fedlora.learn.options import Dial
+    from fedlora.learn.learner import HFLearner
+    from fedlora.learn.lora import LoraModel
+    from fedlora.learn.options import BaseOptions, Dial, LoraOptions, TrainOptions
 
-__all__ = [
-    "WORKER",
-    "base_options",
-    "devices_of",
-    "enrolled",
-    "forecast",
-    "learner",
-    "learner_of",
-    "load_lora",
-    "lora_options",
-    "open_site",
-    "pace",
-    "rows",
-    "serve",
-    "serve_run",
-    "simulated_run",
-    "site",
-    "site_learner",
-    "start_run",
-    "tokens",
-    "train_options",
-]
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +74,7 @@ def base_options(
     Args:
         fused: adapters computed in the base's type; None: where that is faster, on CUDA.
     """
-    from fedlora.learn.base import BaseOptions
+    from fedlora.learn.options import BaseOptions
 
     m, found = plan.model, _fused(plan, device) if fused is None else fused
     return BaseOptions(
@@ -134,7 +111,7 @@ def _attention(device: str, max_length: int) -> Literal["sdpa", "eager"]:
 
 def lora_options(plan: Plan) -> LoraOptions:
     """The plan's adapter settings."""
-    from fedlora.learn.lora import LoraOptions
+    from fedlora.learn.options import LoraOptions
 
     o = plan.lora
     return LoraOptions(
@@ -149,7 +126,7 @@ def lora_options(plan: Plan) -> LoraOptions:
 
 def train_options(plan: Plan) -> TrainOptions:
     """The plan's local training."""
-    from fedlora.learn.learner import TrainOptions
+    from fedlora.learn.options import TrainOptions
 
     t, f = plan.training, plan.federation
     return TrainOptions(

@@ -14,8 +14,6 @@ from fedlora.core.errors import DataError, NonFiniteUpdate
 from fedlora.core.plan import parse_plan
 from fedlora.processes.parent import die_with_parent
 
-__all__ = ["work"]
-
 log = logging.getLogger(__name__)
 _SAME_EVERYWHERE = (NonFiniteUpdate, DataError)
 """What goes wrong at all ranks in the same step, because all of them have the same numbers: nobody is left waiting."""

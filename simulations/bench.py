@@ -241,9 +241,9 @@ def _learner_fixed() -> None:
 
     from fedlora.data import read, tokenise
     from fedlora.learn import learner as learning
-    from fedlora.learn.base import BaseOptions, load_base
-    from fedlora.learn.lora import LoraOptions, attach
-    from fedlora.learn.options import TrainOptions
+    from fedlora.learn.base import load_base
+    from fedlora.learn.lora import attach
+    from fedlora.learn.options import BaseOptions, LoraOptions, TrainOptions
     from fedlora.learn.toy import toy_base, toy_data
 
     steps, loop = [], learning.train_steps  # type: ignore[attr-defined]

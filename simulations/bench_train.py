@@ -31,8 +31,8 @@ from fedlora.data import IGNORE, Tokens
 from fedlora.learn.base import Base, find_device, load_base
 from fedlora.learn.fast.pacing import Pace
 from fedlora.learn.learner import HFLearner
-from fedlora.learn.lora import LoraOptions, attach
-from fedlora.learn.options import BaseOptions, TrainOptions
+from fedlora.learn.lora import attach
+from fedlora.learn.options import BaseOptions, LoraOptions, TrainOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_FLOPS = 790e12

@@ -17,13 +17,13 @@ from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_site_keys
 from fedlora.formats import update as wire
 from fedlora.formats.epochs import first_epoch
+from fedlora.formats.files import FileMemory
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.secagg.settings import Settings
 from fedlora.protect.secagg.terms import Offer, codec
-from fedlora.rounds.store import FileMemory
 from fedlora.rules.first import first_adapter
 from fedlora.site.admission import RUNS, Approvals, Begun, Runs, admit
 from fedlora.site.policy import Policy

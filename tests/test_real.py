@@ -67,7 +67,7 @@ def place(tmp_path_factory):
 
 
 def test_two_rounds_lower_the_loss_and_move_every_factor(place):
-    from fedlora.rounds.store import load_adapter
+    from fedlora.formats.files import load_adapter
 
     found = json.loads((place / "out" / "seed-0" / "results.json").read_text())
     nll = {name: np.mean([s["nll"] for s in arm["sites"].values()]) for name, arm in found["arms"].items()}

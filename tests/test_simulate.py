@@ -57,7 +57,7 @@ def test_a_run_directory_describes_itself(simulated):
 @pytest.mark.torch
 def test_the_update_moved_every_factor(simulated):
     """Pitfall 27: without input gradients under checkpointing, B stays zero silently."""
-    from fedlora.rounds.store import load_adapter
+    from fedlora.formats.files import load_adapter
 
     adapter, _ = load_adapter(simulated / "seed-0" / "adapter.safetensors")
     assert all(np.linalg.norm(t) > 0 for t in adapter.tensors().values())

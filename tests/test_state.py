@@ -21,10 +21,12 @@ from fedlora.core.plan import Aggregate, Wire
 from fedlora.core.toml import dump_toml
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.epochs import first_epoch
+from fedlora.formats.files import FileMemory, load_adapter, save_adapter, write_atomic
+from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
-from fedlora.rounds.store import FileMemory, Journal, RunStore, load_adapter, save_adapter, write_atomic
+from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import LocalTransport
 from fedlora.rules.first import first_adapter
 from fedlora.site.site_file import SiteFile

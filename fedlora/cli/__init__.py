@@ -9,9 +9,6 @@ import traceback
 
 from fedlora.cli.output import fail
 
-__all__ = ["main"]
-
-
 _TRAIN = frozenset(["accelerate", "bitsandbytes", "gguf", "peft", "pyarrow", "tokenizers", "torch", "transformers"])
 _SIGNALLED = 130
 _INTERRUPTED = {

@@ -10,8 +10,6 @@ import typer
 
 from fedlora.cli.output import emit
 
-__all__ = ["approve"]
-
 
 def approve(
     plan: Annotated[Path, typer.Argument(help="The pinned plan (TOML), as the coordinator sent it.", show_default=False)],

@@ -15,7 +15,6 @@ from fedlora.cli.roster import roster
 if TYPE_CHECKING:
     pass
 
-__all__ = ["app"]
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Screen", "emit", "fail"]
-
 
 def emit(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """One result: for people, or one JSON object for programs."""

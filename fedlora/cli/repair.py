@@ -14,7 +14,6 @@ from fedlora.cli.output import emit
 if TYPE_CHECKING:
     from fedlora.site.repair import Finding
 
-__all__ = ["server_repair", "site_repair"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 _RUN_START = "the first digits of a run's id are enough"

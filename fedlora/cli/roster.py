@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from fedlora.formats.keys import PublicIdentity
     from fedlora.formats.roster import Roster, SignedRoster
 
-__all__ = ["roster"]
 
 roster = typer.Typer(no_args_is_help=True, help="For the coordinators: say who takes part, and sign it.")
 
@@ -227,7 +226,7 @@ def _coordinators_before(file: Path, now: Roster) -> tuple[PublicIdentity, ...]:
 
 
 def _save(file: Path, signed: SignedRoster) -> None:
-    from fedlora.rounds.store import write_atomic
+    from fedlora.formats.files import write_atomic
 
     write_atomic(file, signed.dump(), mode=0o644)
 

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import NonFiniteUpdate, WrongLayout
 
-__all__ = ["F32", "MAX_ENTRIES", "MAX_PARAMETERS", "Adapter", "Factors", "Layout", "Pair", "Update"]
-
 F32: TypeAlias = NDArray[np.float32]
 Factors: TypeAlias = Literal["A", "B", "AB"]
 """Which factors of the LoRA pairs."""

@@ -10,8 +10,6 @@ from typing import Literal
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.errors import ConfigError
 
-__all__ = ["EVALUATION", "SERVER", "Kind", "Reply", "Request", "Reveals", "Task", "check_site_name"]
-
 Reveals = Literal["sum", "each"]
 """What a protection shows to the aggregator, and what an aggregator needs: single updates, or only their weighted sum."""
 

@@ -15,8 +15,6 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.messages import Reveals
 from fedlora.core.section import Section
 
-__all__ = ["MODES", "OPTIMIZERS", "RULES", "Entry", "ModeEntry", "Registry", "RuleEntry"]
-
 T = TypeVar("T")
 
 

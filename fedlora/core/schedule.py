@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["height", "learning_rate"]
-
 _POINTS = 16
 
 

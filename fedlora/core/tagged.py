@@ -18,8 +18,6 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from fedlora.core.registry import Entry, Registry
 from fedlora.core.section import Section
 
-__all__ = ["Tagged"]
-
 S = TypeVar("S", bound=Section)
 
 

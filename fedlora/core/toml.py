@@ -15,8 +15,6 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.section import Section
 from fedlora.core.tagged import Tagged
 
-__all__ = ["dump_toml", "parse_toml", "readable", "sample"]
-
 S = TypeVar("S", bound=Section)
 
 _MOVED = {

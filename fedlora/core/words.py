@@ -8,25 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = [
-    "HONEST",
-    "TOGETHER",
-    "finite",
-    "label",
-    "majority_line",
-    "number",
-    "percent",
-    "plain",
-    "reference_points",
-    "reported",
-    "round_count",
-    "size",
-    "state",
-    "training_rounds",
-    "with_interval",
-    "with_sd",
-]
-
 TOGETHER = "all together"
 """Under this name stand numbers that are known of all sites together, and of none alone."""
 HONEST = "A test of federated learning, not of clinical skill."

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from fedlora.core.errors import DataError
 from fedlora.data.tokens import IGNORE, Tokens
 
-__all__ = ["Batch", "Cursor", "Stream", "by_rows", "in_order", "regroup", "share"]
-
 I64: TypeAlias = NDArray[np.int64]
 
 

@@ -12,8 +12,6 @@ from fedlora.core.errors import DataError
 from fedlora.data.readers import READERS, Row, format_of
 from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, BadRow, Turn, plain_text, shape_of
 
-__all__ = ["Conversation", "ReadReport", "Turn", "numbered", "read"]
-
 _SHOWN = 20
 
 

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from fedlora.core.errors import DataError
 from fedlora.data.conversations import Conversation, numbered
 
-__all__ = ["check_apart", "split"]
-
 
 def split(conversations: Sequence[Conversation], *, fraction: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
     """Splits by group. Rows with the same text count as one group even if their groups differ.

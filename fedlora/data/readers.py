@@ -12,8 +12,6 @@ from typing import Any, TypeAlias
 from fedlora.core.errors import DataError
 from fedlora.core.registry import Registry
 
-__all__ = ["BUILT_IN", "NOT_TEXT", "READERS", "Reader", "Row", "format_of"]
-
 Row: TypeAlias = Mapping[str, object] | str
 """Column -> value, or the reason why this row cannot be read."""
 Reader: TypeAlias = Callable[[Path], Iterator[tuple[int, Row]]]

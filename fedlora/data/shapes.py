@@ -9,8 +9,6 @@ from typing import TypeAlias
 
 from fedlora.data.readers import NOT_TEXT
 
-__all__ = ["COLUMNS", "PREFERENCE", "SHAPES", "BadRow", "Shape", "Turn", "plain_text", "shape_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Turn:

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from fedlora.core.errors import DataError
 from fedlora.data.conversations import Conversation, numbered
 
-__all__ = ["IGNORE", "TokenReport", "Tokenizer", "Tokens", "tokenise"]
-
 I32: TypeAlias = NDArray[np.int32]
 
 IGNORE = -100

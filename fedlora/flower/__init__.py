@@ -13,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fedlora.core.errors import VersionUnsupported
 
-__all__ = ["FLWR_VERSION", "check_flwr"]
-
 FLWR_VERSION = "1.41"
 """The one minor version whose non-public parts ``_internals`` was written and tested against."""
 

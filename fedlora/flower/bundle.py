@@ -11,9 +11,7 @@ import io
 import zipfile
 from pathlib import Path
 
-from fedlora.rounds.store import write_atomic
-
-__all__ = ["BUNDLE_SHA256", "BUNDLE_VERSION", "build_bundle", "bundle_bytes"]
+from fedlora.formats.files import write_atomic
 
 BUNDLE_VERSION = "1.0.0"
 """Version of the bundle's own content, not of FedLoRA: it changes only if these bytes must."""

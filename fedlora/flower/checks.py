@@ -12,8 +12,6 @@ from fedlora.data.readers import READERS, format_of
 from fedlora.gateway.certificates import node_key_pem, node_key_public
 from fedlora.site.site_file import SiteFile
 
-__all__ = ["check_bases", "check_data", "check_keys"]
-
 _WEIGHTS = ("*.safetensors", "*.gguf")
 
 

@@ -6,8 +6,6 @@ from flwr.clientapp import ClientApp
 
 from fedlora.core.errors import PlanRefused
 
-__all__ = ["app"]
-
 
 class _Refuses(ClientApp):  # type: ignore[misc]  # flwr is untyped here
     def __call__(self, message: object, context: object) -> object:

@@ -6,10 +6,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 
 from fedlora.core.errors import FedLoRAError
-from fedlora.flower._internals import Control, Node, RunState
+from fedlora.flower._internals import Control, Node
 from fedlora.flower.bundle import bundle_bytes
-
-__all__ = ["Control", "Node", "RunState", "nodes_by_site", "register_sites", "start_job"]
 
 
 def _live(nodes: list[Node]) -> list[Node]:

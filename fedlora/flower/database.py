@@ -13,8 +13,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-__all__ = ["OBJECT_TABLES", "shrink"]
-
 log = logging.getLogger("fedlora.database")
 
 OBJECT_TABLES: Final = (

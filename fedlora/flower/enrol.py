@@ -15,12 +15,10 @@ from fedlora.core.messages import SERVER, check_site_name
 from fedlora.core.plan import Plan
 from fedlora.core.toml import dump_toml
 from fedlora.formats.epochs import first_epoch
+from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.plans import load_plan
 from fedlora.formats.roster import SignedRoster, load_roster
-from fedlora.rounds.store import save_adapter, write_atomic
-
-__all__ = ["make_roster", "make_server_home", "make_site_keys", "pin_plan"]
 
 
 def make_site_keys(name: str, out: Path, *, identity: Identity | None = None) -> tuple[Path, str]:

@@ -26,8 +26,6 @@ from fedlora.flower.server_app import Handover
 from fedlora.gateway.addresses import LOOPBACK
 from fedlora.processes.parent import die_with_parent
 
-__all__ = ["execute", "main"]
-
 log = logging.getLogger("fedlora.executor")
 
 _POLL_S = 0.25

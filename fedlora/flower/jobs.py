@@ -17,23 +17,6 @@ from fedlora.core.errors import ConnectionFailed, FedLoRAError, ResourceError, R
 from fedlora.core.events import Report
 from fedlora.formats.files import dump_facts, parse_facts, read_file, write_atomic
 
-__all__ = [
-    "Address",
-    "Events",
-    "Job",
-    "Outcome",
-    "full",
-    "going_on",
-    "load_address",
-    "load_job",
-    "load_outcome",
-    "new_job",
-    "only_run",
-    "pass_on",
-    "save_address",
-    "save_outcome",
-]
-
 _JOB = re.compile(r"[0-9a-f]{32}")
 
 

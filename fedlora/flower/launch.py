@@ -9,8 +9,6 @@ from pathlib import Path
 from fedlora.core.errors import ConfigError
 from fedlora.gateway.addresses import LOOPBACK
 
-__all__ = ["executable", "executor", "gateway", "superlink", "supernode"]
-
 
 def executable(name: str) -> str:
     """Path of a console script of this very environment, never one that PATH happens to find.

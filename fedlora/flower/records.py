@@ -15,8 +15,6 @@ from fedlora.core.errors import Oversized, WireError
 from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import BROKEN, TOO_LARGE
 
-__all__ = ["STYPE", "dump_reply", "dump_request", "flower_error", "parse_reply", "parse_request", "safe_code"]
-
 STYPE = "fedlora.sealed.v1"
 
 _FLOWER_ERRORS = {

@@ -22,8 +22,6 @@ from fedlora.flower.bundle import BUNDLE_SHA256
 from fedlora.flower.records import dump_reply, flower_error, parse_request
 from fedlora.gateway.addresses import LOOPBACK
 
-__all__ = ["Handle", "Runner"]
-
 log = logging.getLogger("fedlora.runner")
 
 Handle = Callable[[Request], Reply]

@@ -14,7 +14,8 @@ from queue import SimpleQueue
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed, Stopped
 from fedlora.core.events import Report
 from fedlora.flower import launch
-from fedlora.flower.control import Control, RunState, register_sites, start_job
+from fedlora.flower._internals import Control, RunState
+from fedlora.flower.control import register_sites, start_job
 from fedlora.flower.database import shrink
 from fedlora.flower.environment import join_flower
 from fedlora.flower.jobs import (
@@ -37,8 +38,6 @@ from fedlora.gateway.certificates import certificate_hosts, check_tls, load_node
 from fedlora.gateway.doors import Refusal, key_name, parse_refusal
 from fedlora.gateway.exposure import check_loopback, check_public, dialled, free_port, healthy
 from fedlora.processes.supervisor import Service, Supervisor, signals
-
-__all__ = ["Refusals", "start", "stop_run", "sync_sites", "up"]
 
 _PATIENCE_S = 10.0
 _LOOK_S = 1.0

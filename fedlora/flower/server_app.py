@@ -26,8 +26,6 @@ from fedlora.gateway.allowance import Allowance
 from fedlora.gateway.certificates import load_node_keys
 from fedlora.rounds.transport import Transport
 
-__all__ = ["Handover", "Serve", "app", "main", "run_server_app"]
-
 log = logging.getLogger("fedlora.server_app")
 
 _PATIENCE_S = 900.0

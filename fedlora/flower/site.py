@@ -22,14 +22,12 @@ from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower
 from fedlora.flower.runner import Handle, Runner
 from fedlora.flower.standing import Standing
+from fedlora.formats.files import write_atomic
 from fedlora.formats.lock import hold
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.probe import probe
 from fedlora.processes.supervisor import Service, Supervisor, rotating_log, signals
-from fedlora.rounds.store import write_atomic
 from fedlora.site.site_file import SiteFile, load_site_file
-
-__all__ = ["PortTaken", "up"]
 
 _FAREWELL_S = 2.0
 _LOOK_S = 0.1

@@ -18,8 +18,6 @@ from fedlora.gateway.clock import MAX_CORRECTION_S
 from fedlora.gateway.probe import Finding
 from fedlora.processes.causes import CAUSES, PARTS, Part, cause_of, telling
 
-__all__ = ["Standing", "State"]
-
 State = Literal["connecting", "lost", "refused", "connected", "ready", "stopped"]
 """connecting: not accepted yet; lost: was accepted, and the server is away; refused: the server is there and does not let this
 site in; connected: accepted, but something here is missing; ready: will train what it is asked to."""

@@ -23,8 +23,6 @@ import httpx
 from fedlora.gateway.clock import Clock
 from fedlora.gateway.doors import PROCESS_HEADER, WHY_HEADER
 
-__all__ = ["SAYS", "Doorman", "Pace", "main"]
-
 SAYS = "fedlora: "
 """How a line of the log begins that is ours: ``accepted``, ``lost CAUSE``, ``back``, ``refused WHY`` or ``clock SECONDS``."""
 

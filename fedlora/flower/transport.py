@@ -15,8 +15,6 @@ from fedlora.flower._internals import Channel
 from fedlora.flower.records import dump_request, flower_error, parse_reply
 from fedlora.gateway.allowance import Allowance
 
-__all__ = ["FlowerTransport"]
-
 log = logging.getLogger(__name__)
 
 _FIRST_WAIT_S = 0.25

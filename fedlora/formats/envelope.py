@@ -44,22 +44,6 @@ from fedlora.core.errors import (
 )
 from fedlora.formats.keys import Identity, PublicIdentity
 
-__all__ = [
-    "BROADCAST",
-    "HPKE",
-    "MAX_RECIPIENTS",
-    "NONE",
-    "SUITE",
-    "Envelope",
-    "Header",
-    "match",
-    "open_envelope",
-    "overhead",
-    "parse",
-    "seal",
-    "verify",
-]
-
 VERSION = 1
 SUITE = 1
 """HPKE MLKEM768-X25519 + HKDF-SHA256 + AES-256-GCM; signature Ed25519. There is no other in version 1."""

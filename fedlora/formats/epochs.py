@@ -11,8 +11,6 @@ from fedlora.formats.envelope import NONE, SUITE
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.roster import Member, Roster, federation
 
-__all__ = ["VALID_DAYS", "first_epoch", "next_epoch"]
-
 _DAY_S: Final = 86_400
 VALID_DAYS: Final = 30
 """How long a roster holds unless somebody says otherwise: a server can keep a revocation from sites for no longer."""

@@ -26,23 +26,6 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.errors import FedLoRAError, ResourceError, StoreError
 from fedlora.core.plan import canonical
 
-__all__ = [
-    "Damaged",
-    "FileMemory",
-    "Kept",
-    "check_facts",
-    "dump_facts",
-    "load_adapter",
-    "load_vectors",
-    "named_disk_errors",
-    "parse_facts",
-    "read_file",
-    "save_adapter",
-    "set_aside",
-    "words",
-    "write_atomic",
-]
-
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

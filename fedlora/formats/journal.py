@@ -29,8 +29,6 @@ from fedlora.formats.files import (
     write_atomic,
 )
 
-__all__ = ["REPAIR", "Entry", "Journal"]
-
 log = logging.getLogger(__name__)
 
 REPAIR = "stop the site, then `fedlora site repair SITE.TOML` shows what is lost and the choices"

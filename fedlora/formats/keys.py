@@ -22,8 +22,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from fedlora.core.errors import BadSignature, FedLoRAError, KeyFileError
 
-__all__ = ["KEM_BYTES", "Identity", "PublicIdentity", "key_id", "load_identity", "load_public"]
-
 KEM_BYTES = 1184 + 32
 """A public sealing key: ML-KEM-768 then X25519, raw."""
 

@@ -20,8 +20,6 @@ from pathlib import Path
 
 from fedlora.core.errors import ConfigError, ResourceError, StoreError
 
-__all__ = ["Held", "Holder", "hold", "holder"]
-
 _FILE = "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -10,8 +10,6 @@ from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 from fedlora.core.toml import parse_toml
 
-__all__ = ["load_plan", "load_toml"]
-
 S = TypeVar("S", bound=Section)
 
 

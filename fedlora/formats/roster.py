@@ -36,16 +36,6 @@ from fedlora.formats import update as wire
 from fedlora.formats.envelope import MAX_RECIPIENTS, NONE
 from fedlora.formats.keys import Identity, PublicIdentity
 
-__all__ = [
-    "NEWEST",
-    "Member",
-    "Roster",
-    "SignedRoster",
-    "Status",
-    "federation",
-    "load_roster",
-]
-
 Status = Literal["active", "revoked"]
 
 VERSIONS = (1, 2)

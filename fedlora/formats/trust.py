@@ -12,8 +12,6 @@ from fedlora.formats.files import Memory
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.roster import Roster, SignedRoster
 
-__all__ = ["RosterKeeper", "accept"]
-
 
 def accept(new: SignedRoster, *, current: SignedRoster | None, pinned: str, now: int) -> SignedRoster:
     """The roster that is in force once ``new`` has arrived. Keep what it returns as the next ``current``, durably, first.

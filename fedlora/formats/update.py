@@ -27,21 +27,6 @@ from fedlora.core.errors import NonFiniteUpdate, VersionUnsupported, WireError, 
 from fedlora.core.messages import Kind, Task
 from fedlora.formats.values import Bytes, dump_bfloat16, dump_float32, dump_int8, parse_bfloat16, parse_float32, parse_int8
 
-__all__ = [
-    "DTYPES",
-    "MAX_HEADER_BYTES",
-    "VERSION",
-    "blob_size",
-    "canonical",
-    "dump_task",
-    "dump_update",
-    "fill",
-    "max_update_bytes",
-    "parse_canonical",
-    "parse_task",
-    "parse_update",
-]
-
 DTYPES: Final = ("float32", "bfloat16", "int8")
 """Types that the values of an update may have on their way; the position is the code in the blob."""
 VERSION: Final = 1

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from fedlora.core.adapter import F32, Layout
 from fedlora.core.errors import NonFiniteUpdate, WireError
 
-__all__ = ["Bytes", "dump_bfloat16", "dump_float32", "dump_int8", "parse_bfloat16", "parse_float32", "parse_int8"]
-
 Bytes: TypeAlias = NDArray[np.uint8]
 
 _CHUNK: Final = 1 << 18  # values; 1 MiB of float32 stays in the second-level cache

@@ -1,3 +1,1 @@
 """The server's only open door: who may call, how often, and with what certificate."""
-
-__all__: list[str] = []

@@ -16,8 +16,6 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["HttpConnection", "Listener", "Server"]
-
 
 class HttpConnection(H11Protocol):
     """uvicorn's connection, which parses calls and hands them on. Asyncio tells it of its begin, its bytes and its end."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from fedlora.core.errors import ConfigError
 
-__all__ = ["LOOPBACK", "join_address", "split_address"]
-
 LOOPBACK = "127.0.0.1"
 
 

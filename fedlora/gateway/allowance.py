@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.core.errors import FedLoRAError
-from fedlora.rounds.store import write_atomic
-
-__all__ = ["Allowance", "Quota"]
+from fedlora.formats.files import write_atomic
 
 log = logging.getLogger("fedlora.gateway")
 

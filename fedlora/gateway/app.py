@@ -34,8 +34,6 @@ from fedlora.gateway.connections import Client, Guests, listen, protocol
 from fedlora.gateway.doors import Doors
 from fedlora.gateway.limits import Buckets
 
-__all__ = ["FLEET_CALLS", "NOT_ENROLLED", "Gateway", "end_to_end", "main", "upstream_client"]
-
 log = logging.getLogger("fedlora.gateway")
 
 FLEET_CALLS = frozenset(

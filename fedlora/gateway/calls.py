@@ -26,8 +26,6 @@ from fedlora.core.errors import FedLoRAError
 from fedlora.gateway.certificates import load_node_keys
 from fedlora.gateway.clock import ACCEPTED_AHEAD_S, ACCEPTED_BEHIND_S
 
-__all__ = ["AHEAD_S", "BEHIND_S", "CALL", "KEY", "TIME", "Caller", "Callers", "Refused", "dump_call", "sign_call"]
-
 CALL: Final = "fedlora-call"
 KEY: Final = "flwr-public-key"
 TIME: Final = "flwr-timestamp"

@@ -21,18 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedlora.core.errors import ConfigError, KeyFileError
 from fedlora.core.messages import check_site_name
-from fedlora.rounds.store import write_atomic
-
-__all__ = [
-    "certificate_hosts",
-    "check_tls",
-    "load_node_keys",
-    "make_node_key",
-    "make_secret",
-    "make_tls",
-    "node_key_pem",
-    "node_key_public",
-]
+from fedlora.formats.files import write_atomic
 
 _SKEW = timedelta(hours=1)
 

@@ -12,8 +12,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-__all__ = ["ACCEPTED_AHEAD_S", "ACCEPTED_BEHIND_S", "MAX_CORRECTION_S", "TIME_HEADER", "Clock", "server_time"]
-
 TIME_HEADER = "x-fedlora-time"
 """On every answer of the gateway: its clock, seconds since 1970, as a decimal number."""
 

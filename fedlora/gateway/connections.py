@@ -18,8 +18,6 @@ import uvicorn
 from fedlora.gateway._internals import HttpConnection
 from fedlora.gateway.limits import Buckets
 
-__all__ = ["Client", "Guests", "listen", "protocol"]
-
 log = logging.getLogger("fedlora.gateway")
 
 _HEAD_S = 20.0  # from a connection's opening, or a call's first byte, to the end of its head; and for TLS before it

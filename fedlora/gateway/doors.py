@@ -24,18 +24,6 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from fedlora.gateway.calls import KEY, TIME
 from fedlora.gateway.clock import ACCEPTED_AHEAD_S, ACCEPTED_BEHIND_S, TIME_HEADER
 
-__all__ = [
-    "KEY_HEADER",
-    "PROCESS_HEADER",
-    "SIGNATURE_HEADER",
-    "STAMP_HEADER",
-    "WHY_HEADER",
-    "Doors",
-    "Refusal",
-    "key_name",
-    "parse_refusal",
-]
-
 WHY_HEADER = "x-fedlora-why"
 """On a refusal: ``clock SECONDS`` (the caller's clock ahead), ``withdrawn``, ``in-use`` or ``unknown``. ``in-use`` also on
 answers to two processes that take turns with one key."""

@@ -10,8 +10,6 @@ from pathlib import Path
 from fedlora.core.errors import ConnectionFailed
 from fedlora.gateway.addresses import LOOPBACK, split_address
 
-__all__ = ["FORBIDDEN", "ServerExposed", "check_loopback", "check_public", "dialled", "free_port", "healthy", "public_status"]
-
 FORBIDDEN = (
     "/v1/control/list-nodes",
     "/v1/control/start-run",

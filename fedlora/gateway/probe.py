@@ -24,8 +24,6 @@ from cryptography import x509
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.clock import TIME_HEADER, Clock
 
-__all__ = ["Finding", "probe"]
-
 _TIMEOUT_S = 5.0
 _PROXY_PORT = 3128
 _EXPIRED, _NOT_YET, _HOSTS = 10, 9, (62, 64)  # X509_V_ERR_*

@@ -20,8 +20,6 @@ import vl_convert
 from fedlora.core.words import number, percent, plain, state
 from fedlora.formats.files import write_atomic
 
-__all__ = ["COLORS", "MEAN", "PALETTE", "Bar", "Figure", "Table", "bars", "lines", "participation", "stack"]
-
 COLORS: Final = {
     "paper": ("#fcfcfa", "#14171a"),
     "card": ("#ffffff", "#1b1f23"),

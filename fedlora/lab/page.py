@@ -32,8 +32,6 @@ from fedlora.core.words import (
 )
 from fedlora.lab.figures import COLORS, MEAN, PALETTE, Bar, Figure, Table, bars, lines, participation, stack
 
-__all__ = ["Section", "contents", "document", "figures"]
-
 _BLUE, _, _GREEN, _, _ORANGE, _SKY, _GRAY = PALETTE
 _BARS = {"alone": _ORANGE, "federated": _BLUE, "pooled-steps": _GREEN, "pooled-tokens": _SKY}
 

@@ -21,13 +21,12 @@ from fedlora.core.events import Report
 from fedlora.core.plan import Plan, Simulation
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
+from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.formats.roster import load_roster
-from fedlora.rounds.store import RunStore, save_adapter, write_atomic
+from fedlora.rounds.store import RunStore
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteData, SiteFile
-
-__all__ = ["over_flower", "rehearsed", "run_directory"]
 
 _READY_S = 120.0
 

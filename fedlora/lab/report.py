@@ -18,8 +18,6 @@ from fedlora.core.errors import ConfigError, NotInstalled, StoreError, VersionUn
 from fedlora.core.words import finite, plain
 from fedlora.formats.files import read_file, write_atomic
 
-__all__ = ["METRICS", "Results", "across", "interval", "load", "spread", "summarise", "write_figures", "write_html"]
-
 Results: TypeAlias = Mapping[str, Any]
 """``results.json`` of one seed, format 1."""
 

@@ -27,11 +27,13 @@ from fedlora.core.plan import Arm, Plan, Simulation, canonical
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster
 from fedlora.formats import update as wire
+from fedlora.formats.files import load_adapter, save_adapter, write_atomic
+from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.lab.report import write_html
 from fedlora.lab.tables import table, table_across
 from fedlora.protect.modes import mode_of
-from fedlora.rounds.store import Entry, Journal, RunStore, load_adapter, save_adapter, write_atomic
+from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules import rule_of
 from fedlora.site.policy import Policy
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from fedlora.learn.hooks import MicroBatches
     from fedlora.learn.lora import LoraModel
 
-__all__ = ["Lab", "arms_of", "federated", "load_rows", "open_lab", "parse_seeds", "scores", "simulate"]
 
 Lost: TypeAlias = frozenset[tuple[str, str, int]]
 Trained: TypeAlias = Adapter | Mapping[str, Adapter]

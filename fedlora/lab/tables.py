@@ -21,8 +21,6 @@ from fedlora.core.words import (
 )
 from fedlora.lab.report import Results, across, summarise
 
-__all__ = ["table", "table_across"]
-
 
 def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
     """A row: the first cell to the left, its middle cut out if it is too long, the others to the right."""

@@ -18,18 +18,6 @@ from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.site.policy import Policy
 from fedlora.site.work import Trained
 
-__all__ = [
-    "TOY_BASE",
-    "DictMemory",
-    "ToyLearner",
-    "open_policy",
-    "server_link",
-    "site_link",
-    "toy_adapter",
-    "toy_layout",
-    "toy_plan",
-]
-
 TOY_BASE = hashlib.sha256(b"toy base").hexdigest()
 
 

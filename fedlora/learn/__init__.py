@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import os
 
-__all__: list[str] = []
-
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(_name, "1")
 # Micro-batches differ in length: without this, memory falls to pieces that none of them fits into.

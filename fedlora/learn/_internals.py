@@ -14,21 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = [
-    "abort",
-    "attention_of",
-    "copy_all",
-    "gguf_processor",
-    "gguf_text_splits",
-    "is_paged",
-    "keep_as_packed",
-    "multiplies",
-    "replace_layers",
-    "reshaped",
-    "take_pages",
-    "zero_all",
-]
-
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 

@@ -21,18 +21,6 @@ from fedlora.learn.hooks import fast
 from fedlora.learn.options import BaseOptions, DType
 from fedlora.learn.shards import file_digest
 
-__all__ = [
-    "Base",
-    "BaseOptions",
-    "DequantisedLinear",
-    "can_fuse",
-    "cuda_devices",
-    "find_device",
-    "has_products",
-    "load_base",
-    "use_device",
-]
-
 log = logging.getLogger(__name__)
 
 

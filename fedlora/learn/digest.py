@@ -11,8 +11,6 @@ from fedlora.core.plan import canonical
 from fedlora.learn.options import BaseOptions
 from fedlora.learn.shards import chunks, load_json, scan, weight_files
 
-__all__ = ["base_digest", "read_config"]
-
 _COSMETIC_CONFIG = frozenset({
     "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "_model_name_or_path", "chunk_size_feed_forward", "dtype",
     "id2label", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",

@@ -16,8 +16,6 @@ from fedlora.learn.lora import LoraModel
 from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.options import TrainOptions
 
-__all__ = ["Scores", "evaluate", "evaluated_at_once"]
-
 _AT_ONCE = 16_384
 """Tokens of a batch in evaluation, at most, where nothing was measured."""
 

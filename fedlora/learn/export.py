@@ -20,8 +20,6 @@ from fedlora.learn.digest import read_config
 from fedlora.learn.options import LoraOptions
 from fedlora.learn.shards import Entry, chunks, file_digest, new_directory, scan, weight_files, write
 
-__all__ = ["Card", "export_adapter", "merge"]
-
 _PREFIX = "base_model.model."
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",

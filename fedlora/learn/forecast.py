@@ -17,8 +17,6 @@ from fedlora.learn.lora import LoraModel
 from fedlora.learn.optimizer import make_optimiser
 from fedlora.learn.options import TrainOptions
 
-__all__ = ["Forecast", "forecast"]
-
 _LOOKED_AT = 32
 """Steps whose tokens are counted to know what a step holds on the average."""
 

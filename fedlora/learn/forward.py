@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from fedlora.data import IGNORE, Batch
 from fedlora.learn._internals import attention_of
 
-__all__ = ["HEAD_ROWS", "Forward", "Scored", "block_mask", "supervised"]
-
 HEAD_ROWS = 2048
 """Supervised tokens whose logits are held at once while training: 0.4 GB in float32 for a vocabulary of 49,152."""
 I64: TypeAlias = NDArray[np.int64]

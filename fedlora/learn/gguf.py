@@ -20,8 +20,6 @@ from fedlora.core.plan import canonical
 from fedlora.learn._internals import gguf_processor, gguf_text_splits
 from fedlora.learn.shards import file_digest, new_directory, write
 
-__all__ = ["ARCHITECTURES", "convert_gguf"]
-
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """Architectures whose conversion is tested, by GGUF's names."""
 

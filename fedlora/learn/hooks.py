@@ -17,8 +17,6 @@ from fedlora.data import Batch
 from fedlora.learn.forward import Forward
 from fedlora.learn.options import Dial
 
-__all__ = ["Fast", "MicroBatches", "ProcessGroup", "fast"]
-
 _FAST = "fedlora.learn.fast"
 
 

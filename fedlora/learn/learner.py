@@ -25,8 +25,6 @@ from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, 
 from fedlora.learn.options import Dial, TrainOptions
 from fedlora.site.work import Trained
 
-__all__ = ["HFLearner", "TrainOptions", "dump_state", "parse_state"]
-
 
 class HFLearner:
     """Trains and evaluates adapters on one site's rows; implements :class:`fedlora.site.work.Learner`.

@@ -17,8 +17,6 @@ from fedlora.learn.lora import LoraModel
 from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.options import Dial
 
-__all__ = ["OnStep", "PlanBatches", "Spent", "derived_seed", "pull_back", "train_steps"]
-
 OnStep = Callable[[int, int, float], None]
 """Told (step from 1, steps, loss in nats per supervised token) after each step."""
 

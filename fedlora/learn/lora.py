@@ -23,8 +23,6 @@ from fedlora.learn.hooks import fast
 from fedlora.learn.options import Dial, LoraOptions
 from fedlora.rules.first import first_adapter
 
-__all__ = ["LoraModel", "LoraOptions", "attach"]
-
 _ADAPTER = "default"  # PEFT's own name for the first adapter; it stands in parameter names, not in saved ones
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["is_out_of_memory"]
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Torch's own error, or one of the many that the driver, Triton, cuBLAS and the allocator on a CPU have for it."""

@@ -16,8 +16,6 @@ from fedlora.learn._internals import is_paged, take_pages, zero_all
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.options import TrainOptions
 
-__all__ = ["dump_moments", "forget_moments", "load_moments", "make_optimiser"]
-
 
 def make_optimiser(model: LoraModel, options: TrainOptions, *, factors: Factors = "AB") -> torch.optim.Optimizer:
     """A fresh optimiser over the adapter's factors, or these of them, and nothing else.

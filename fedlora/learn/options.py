@@ -9,8 +9,6 @@ from typing import Any, Literal, TypeAlias
 
 from fedlora.core.errors import ConfigError
 
-__all__ = ["BaseOptions", "DType", "Dial", "LoraOptions", "TrainOptions"]
-
 DType: TypeAlias = Literal["bfloat16", "float16", "float32"]
 Dial: TypeAlias = Literal["none", "selective", "full"]
 """What is computed again on the way back instead of being kept: nothing; what costs no matrix product (norms, gated products);

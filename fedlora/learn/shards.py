@@ -17,8 +17,6 @@ from typing import Any, BinaryIO
 
 from fedlora.core.errors import ModelError
 
-__all__ = ["Entry", "chunks", "file_digest", "load_json", "new_directory", "scan", "weight_files", "write"]
-
 CHUNK_BYTES = 4 << 20
 MAX_HEADER_BYTES = 100 << 20
 WIDTH = {

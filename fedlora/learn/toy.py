@@ -16,8 +16,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["toy_base", "toy_data"]
-
 _COLOURS = ("red", "blue", "green", "black", "white", "brown")
 _THINGS = ("apple", "stone", "river", "cloud", "table", "horse", "paper", "glass", "bread", "chair", "lemon", "metal")
 

@@ -10,12 +10,11 @@ from typing import Any
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError, WrongBase
 from fedlora.core.plan import Plan, parse_plan
+from fedlora.formats.files import load_adapter
 from fedlora.formats.plans import load_plan
 from fedlora.formats.roster import load_roster
-from fedlora.rounds.store import RunStore, load_adapter
+from fedlora.rounds.store import RunStore
 from fedlora.rules import rule_of
-
-__all__ = ["describe", "export_run", "outcome"]
 
 
 def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | None) -> None:

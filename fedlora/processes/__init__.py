@@ -1,3 +1,1 @@
 """Child processes: kept running, ended with their parent, and why one is not there."""
-
-__all__: list[str] = []

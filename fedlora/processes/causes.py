@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-__all__ = ["CAUSES", "PARTS", "Cause", "Part", "cause_of", "telling"]
-
 Part = Literal["process", "server", "accepted", "clock", "base", "data"]
 
 PARTS: Final[Mapping[Part, str]] = {

@@ -22,8 +22,6 @@ from fedlora.core.events import Report
 from fedlora.processes.causes import telling
 from fedlora.processes.parent import die_with_parent
 
-__all__ = ["Service", "Supervisor", "end_with", "rotating_log", "signals"]
-
 log = logging.getLogger(__name__)
 
 _LOG_BYTES = 8 << 20

@@ -16,8 +16,6 @@ from fedlora.core.adapter import Update
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Reply, Request, Reveals, Task
 
-__all__ = ["Protection", "SiteProtection", "Talk", "Tally"]
-
 Talk = Generator[Sequence[Request], Iterator[Reply], None]
 """Yields requests, is sent the replies as they come, returns when the exchange is over."""
 

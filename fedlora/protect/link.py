@@ -17,8 +17,6 @@ from fedlora.formats.keys import Identity, PublicIdentity, key_id
 from fedlora.formats.roster import federation
 from fedlora.protect import Tally
 
-__all__ = ["Context", "ServerLink", "SiteLink", "hear", "pinned", "raise_number", "reply_bytes"]
-
 log = logging.getLogger(__name__)
 
 

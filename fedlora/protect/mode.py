@@ -19,8 +19,6 @@ from fedlora.formats.trust import RosterKeeper
 from fedlora.protect import Protection, SiteProtection
 from fedlora.protect.link import ServerLink, SiteLink
 
-__all__ = ["Limits", "Mode", "ServerParts", "SiteParts", "Told", "check_mode"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServerParts:

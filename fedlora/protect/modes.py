@@ -16,8 +16,6 @@ from fedlora.protect.mode import Mode, SiteParts
 from fedlora.protect.sealed import Sealed
 from fedlora.protect.secagg.mode import SecAgg
 
-__all__ = ["BUILT_IN", "SiteModes", "brings_work", "mode_of"]
-
 BUILT_IN: dict[str, type[Mode]] = {"sealed": Sealed, "secagg": SecAgg}
 """Modes by the name that a plan uses."""
 

@@ -11,8 +11,6 @@ from fedlora.core.messages import Request, Reveals, Task
 from fedlora.formats import update as wire
 from fedlora.protect import Talk, Tally
 
-__all__ = ["PlainServer", "PlainSite"]
-
 
 @dataclass(frozen=True, slots=True)
 class PlainServer:

@@ -20,8 +20,6 @@ from fedlora.protect import Talk, Tally
 from fedlora.protect.link import Context, ServerLink, SiteLink, hear, pinned, reply_bytes
 from fedlora.protect.mode import Mode, ServerParts, SiteParts, check_mode
 
-__all__ = ["PHASES", "Sealed", "SealedServer", "SealedSite", "check_task"]
-
 PHASES = {"train": "train", "evaluate": "global"}
 """The phase of the envelope that brings a task, by its kind."""
 

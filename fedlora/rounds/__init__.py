@@ -1,3 +1,1 @@
 """The server's half of a run."""
-
-__all__: list[str] = []

@@ -36,8 +36,6 @@ from fedlora.rounds.store import Checkpoint, RunStore
 from fedlora.rounds.transport import Transport, drive
 from fedlora.rules import Accumulator, Aggregator, ServerOptimiser, State, add, largest_weight, optimiser_of
 
-__all__ = ["run"]
-
 
 def run(
     plan: Plan,

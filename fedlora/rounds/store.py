@@ -20,7 +20,6 @@ from fedlora.formats.files import (
     FileMemory,
     check_facts,
     dump_facts,
-    load_adapter,
     load_vectors,
     named_disk_errors,
     parse_facts,
@@ -29,10 +28,7 @@ from fedlora.formats.files import (
     set_aside,
     write_atomic,
 )
-from fedlora.formats.journal import Entry, Journal
 from fedlora.protect.modes import mode_of
-
-__all__ = ["Checkpoint", "Entry", "FileMemory", "Journal", "RunStore", "load_adapter", "save_adapter", "write_atomic"]
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,6 @@ from fedlora.core.plan import Plan
 from fedlora.protect import Talk
 from fedlora.protect.modes import brings_work, mode_of
 
-__all__ = ["Dropouts", "LocalTransport", "Transport", "drive", "parse_dropouts"]
-
 
 class Transport(Protocol):
     """Law: ``exchange`` yields at most one reply for each request, as it comes, and ends once all came or the deadline passed.

@@ -8,8 +8,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["F64", "Gauge", "aligned", "balanced", "orthonormal_rows", "product_norm", "rank_for", "svd_factored"]
-
 F64: TypeAlias = NDArray[np.float64]
 Gauge: TypeAlias = Literal["balanced", "procrustes"]
 """How a product is split into B and A: half of each singular value to either; or that, turned towards the mean factors."""

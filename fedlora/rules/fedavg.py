@@ -12,8 +12,6 @@ from fedlora.rules.means import mean_move
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator
 
-__all__ = ["FedAvg", "Settings"]
-
 
 class Settings(Section):
     """For name = "fedavg"."""

@@ -17,8 +17,6 @@ from fedlora.rules.means import add, factors, mean_move
 from fedlora.rules.protocol import Aggregated, Rule, State, check_reach
 from fedlora.rules.sums import Accumulator
 
-__all__ = ["FedSVD", "Settings"]
-
 
 class Settings(Section):
     """For name = "fedsvd"."""

@@ -9,8 +9,6 @@ from fedlora.rules.means import mean_move
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator
 
-__all__ = ["FFA"]
-
 
 @dataclass(frozen=True, slots=True)
 class FFA(Rule):

@@ -10,8 +10,6 @@ import numpy as np
 from fedlora.core.adapter import F32, Adapter, Layout
 from fedlora.core.errors import WrongLayout
 
-__all__ = ["first_adapter", "first_of"]
-
 
 def first_adapter(layout: Layout, *, seed: int) -> Adapter:
     """A drawn uniformly from +-1/sqrt(d_in), B zero: PEFT's distribution, without any process's generator.

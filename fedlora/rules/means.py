@@ -9,8 +9,6 @@ from fedlora.rules.factored import F64
 from fedlora.rules.protocol import Aggregated
 from fedlora.rules.sums import Accumulator, Sums, gap
 
-__all__ = ["add", "factors", "mean_move"]
-
 
 def add(adapter: Adapter, move: Adapter) -> Adapter:
     """The adapter with this change to some of its tensors."""

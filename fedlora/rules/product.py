@@ -19,8 +19,6 @@ from fedlora.rules.means import factors
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator, Each
 
-__all__ = ["MAX_RANK", "Product", "Rank", "Settings"]
-
 Rank: TypeAlias = Literal["r", "r_max", "energy", "full"]
 MAX_RANK = 512
 """Largest rank of an adapter."""

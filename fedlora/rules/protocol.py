@@ -16,8 +16,6 @@ from fedlora.core.registry import MODES
 from fedlora.core.section import Section
 from fedlora.rules.sums import MAX_WEIGHT, Accumulator, Each, Sums
 
-__all__ = ["Aggregated", "Aggregator", "Rule", "State", "check_reach"]
-
 State: TypeAlias = Mapping[str, Adapter]
 """What the server remembers from one round to the next besides the adapter: named vectors, in the checkpoint. Never sent."""
 

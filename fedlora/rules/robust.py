@@ -19,8 +19,6 @@ from fedlora.rules.factored import F64
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator, Each
 
-__all__ = ["Robust", "Settings", "Statistic"]
-
 Statistic: TypeAlias = Literal["median", "trimmed", "multi-krum", "clip"]
 
 _BLOCK = 1 << 16  # values of all sites at a time

@@ -10,8 +10,6 @@ from fedlora.rules.means import mean_move
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator
 
-__all__ = ["RoLoRA"]
-
 
 @dataclass(frozen=True, slots=True)
 class RoLoRA(Rule):

@@ -15,8 +15,6 @@ from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 from fedlora.rules.protocol import State
 
-__all__ = ["BUILT_IN", "ServerOptimiser", "optimiser_of"]
-
 Moment = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -17,8 +17,6 @@ from fedlora.core.adapter import F32, Adapter, Layout, Update
 from fedlora.core.errors import UpdateRejected, WeightTooLarge
 from fedlora.rules.factored import product_norm
 
-__all__ = ["MAX_COHORT", "MAX_DELTA", "MAX_WEIGHT", "MOST_TOGETHER", "Accumulator", "Each", "Sums", "check", "gap", "squares_of"]
-
 MAX_DELTA = 64.0
 """Largest change of one value that is believed. LoRA factors move by less than 1."""
 MAX_WEIGHT = 1 << 26

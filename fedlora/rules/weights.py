@@ -5,8 +5,6 @@ from __future__ import annotations
 from fedlora.core.plan import Plan
 from fedlora.rules.sums import MAX_WEIGHT
 
-__all__ = ["largest_weight"]
-
 
 def largest_weight(plan: Plan) -> int:
     """Most that one site may weigh in a round, as both ends read it from the plan: 1 .. 2^26.

@@ -1,3 +1,1 @@
 """A site's half of a run."""
-
-__all__: list[str] = []

@@ -11,8 +11,6 @@ from fedlora.core.plan import canonical
 from fedlora.formats.files import Memory
 from fedlora.site.site_file import SiteFile
 
-__all__ = ["RUNS", "Approvals", "Begun", "Runs", "admit"]
-
 RUNS = "runs"
 """Where a site's memory keeps them."""
 

@@ -14,16 +14,14 @@ from tomlkit.exceptions import TOMLKitError
 
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange
 from fedlora.core.plan import Plan, parse_plan
+from fedlora.formats.files import FileMemory, write_atomic
 from fedlora.formats.keys import load_identity
 from fedlora.formats.roster import SignedRoster
 from fedlora.protect.mode import Told
 from fedlora.protect.modes import mode_of
 from fedlora.protect.secagg.given import Given, Ledger
-from fedlora.rounds.store import FileMemory, write_atomic
 from fedlora.site.admission import Runs
 from fedlora.site.site_file import SiteFile, load_site_file
-
-__all__ = ["Question", "approve", "in_words", "question", "with_approval"]
 
 
 def in_words(plan: Plan) -> dict[str, str]:

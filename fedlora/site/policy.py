@@ -13,8 +13,6 @@ from fedlora.core.registry import MODES
 from fedlora.core.section import Section
 from fedlora.protect.modes import mode_of
 
-__all__ = ["Policy"]
-
 Count = Annotated[int, Field(ge=1)]
 
 

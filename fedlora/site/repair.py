@@ -26,8 +26,6 @@ from fedlora.protect.link import raise_number
 from fedlora.rounds.store import RunStore
 from fedlora.site.site_file import load_site_file
 
-__all__ = ["Finding", "ServerRepair", "SiteRepair"]
-
 log = logging.getLogger(__name__)
 
 _RUN = re.compile(r"[0-9a-f]{64}")

@@ -15,8 +15,6 @@ from fedlora.data.shapes import SHAPES
 from fedlora.formats.plans import load_toml
 from fedlora.site.policy import Policy
 
-__all__ = ["SiteData", "SiteFile", "load_site_file"]
-
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

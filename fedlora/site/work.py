@@ -24,16 +24,14 @@ from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats import update as wire
 from fedlora.formats.files import FileMemory
+from fedlora.formats.journal import Entry, Journal
 from fedlora.protect import SiteProtection
 from fedlora.protect.modes import mode_of
-from fedlora.rounds.store import Entry, Journal
 from fedlora.rules import Aggregator, largest_weight, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.rules.product import MAX_RANK
 from fedlora.site.admission import Approvals, Begun, Runs, admit
 from fedlora.site.policy import Policy
-
-__all__ = ["Learner", "Site", "Trained", "safely"]
 
 log = logging.getLogger(__name__)
 

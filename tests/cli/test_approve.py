@@ -12,10 +12,10 @@ from fedlora.cli import main
 from fedlora.core.plan import Plan, Protect
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_site_keys
+from fedlora.formats.files import FileMemory
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.lab.testing import TOY_BASE, toy_plan
 from fedlora.protect.secagg.given import Given, Ledger
-from fedlora.rounds.store import FileMemory
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.approve import in_words, question, with_approval
 from fedlora.site.policy import Policy

@@ -27,8 +27,9 @@ def load(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     It computes in the type that it is asked for on every machine, also where that is slow: see test_arithmetic.py.
     """
     from fedlora.learn import base
-    from fedlora.learn.base import BaseOptions, load_base
+    from fedlora.learn.base import load_base
     from fedlora.learn.hooks import fast
+    from fedlora.learn.options import BaseOptions
 
     monkeypatch.setattr(base, "has_products", lambda device, dtype: True)
 
@@ -43,7 +44,8 @@ def load(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.fixture
 def lora(load: Callable[..., Any]) -> Callable[..., Any]:
     """A LoraModel of rank 4 on the tiny base; ``base`` holds BaseOptions' arguments, the rest are LoraOptions'."""
-    from fedlora.learn.lora import LoraOptions, attach
+    from fedlora.learn.lora import attach
+    from fedlora.learn.options import LoraOptions
 
     def make(base: dict[str, Any] | None = None, **options: Any) -> Any:
         return attach(load(**(base or {})), LoraOptions(**{"r": 4, "lora_alpha": 6, **options}))

@@ -12,7 +12,8 @@ import torch
 from fedlora.data import Tokens, in_order
 from fedlora.learn import base as module
 from fedlora.learn.base import has_products
-from fedlora.learn.learner import HFLearner, TrainOptions
+from fedlora.learn.learner import HFLearner
+from fedlora.learn.options import TrainOptions
 
 pytestmark = pytest.mark.torch
 HELD: list[dict[str, Any]] = [

@@ -12,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora.core.errors import ConfigError, ModelError
-from fedlora.learn.base import BaseOptions, DequantisedLinear, load_base
+from fedlora.learn.base import DequantisedLinear, load_base
+from fedlora.learn.options import BaseOptions
 
 pytestmark = pytest.mark.torch
 IDS = torch.tensor([[1, 70, 33, 250, 9, 9, 120, 4]])

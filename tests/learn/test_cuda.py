@@ -13,7 +13,8 @@ import torch
 from fedlora.data import Tokens, in_order, regroup
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.fast.pacing import Pace
-from fedlora.learn.learner import HFLearner, TrainOptions
+from fedlora.learn.learner import HFLearner
+from fedlora.learn.options import TrainOptions
 from fedlora.rules.first import first_adapter
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
@@ -136,7 +137,8 @@ def test_paged_32_bit_is_plain_adamw(learner: Callable[..., Any]):
 
 def test_a_4_bit_base_is_never_held_in_float32(wide: Path):
     """The most that loading ever holds is less than a float32 copy would be."""
-    from fedlora.learn.base import BaseOptions, load_base
+    from fedlora.learn.base import load_base
+    from fedlora.learn.options import BaseOptions
 
     values = (wide / "model.safetensors").stat().st_size // 2
     torch.cuda.empty_cache()

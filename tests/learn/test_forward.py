@@ -73,7 +73,8 @@ def test_losses_are_those_of_the_models_own_logits(lora: Callable[..., Any], mov
 def test_a_model_that_scales_its_logits_goes_through_its_own_head(
     load: Callable[..., Any], toy: Path, tmp_path: Path, rows: Sequence[Tokens]
 ):
-    from fedlora.learn.lora import LoraOptions, attach
+    from fedlora.learn.lora import attach
+    from fedlora.learn.options import LoraOptions
 
     copy = Path(shutil.copytree(toy, tmp_path / "granite"))
     config = json.loads((copy / "config.json").read_text())

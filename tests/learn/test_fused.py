@@ -15,8 +15,8 @@ from fedlora.data import IGNORE, Tokens, in_order, regroup
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.fast.attention import VARLEN, document_ends, use_varlen
 from fedlora.learn.fast.fused import FusedLora, note_made
-from fedlora.learn.learner import HFLearner, TrainOptions
-from fedlora.learn.options import BaseOptions
+from fedlora.learn.learner import HFLearner
+from fedlora.learn.options import BaseOptions, TrainOptions
 
 pytestmark = pytest.mark.torch
 FUSED: dict[str, Any] = {"fused": True, "attn_implementation": "varlen"}
@@ -282,7 +282,8 @@ def test_dropout_leaves_the_bases_product_whole(lora: Callable[..., Any], rows: 
 
 
 def test_a_linear_layer_of_a_models_own_is_not_taken_for_a_plain_one(load: Callable[..., Any]):
-    from fedlora.learn.lora import LoraOptions, attach
+    from fedlora.learn.lora import attach
+    from fedlora.learn.options import LoraOptions
 
     class Doubled(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

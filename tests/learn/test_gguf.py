@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 from fedlora.core.errors import ModelError
-from fedlora.learn.base import BaseOptions, load_base
+from fedlora.learn.base import load_base
 from fedlora.learn.digest import base_digest
 from fedlora.learn.gguf import convert_gguf
+from fedlora.learn.options import BaseOptions
 
 pytestmark = pytest.mark.torch
 IDS = torch.tensor([[1, 70, 33, 20, 9, 9, 12, 4]])

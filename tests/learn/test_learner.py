@@ -8,7 +8,8 @@ import pytest
 from fedlora.core.errors import ConfigError, DataError, StoreError
 from fedlora.data import Stream, Tokens
 from fedlora.learn import learner as learning
-from fedlora.learn.learner import HFLearner, TrainOptions
+from fedlora.learn.learner import HFLearner
+from fedlora.learn.options import TrainOptions
 from fedlora.site.work import Learner
 
 pytestmark = pytest.mark.torch

@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 import fedlora.learn
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongLayout
-from fedlora.learn.lora import LoraOptions, attach
+from fedlora.learn.lora import attach
 from fedlora.learn.optimizer import make_optimiser
-from fedlora.learn.options import TrainOptions
+from fedlora.learn.options import LoraOptions, TrainOptions
 
 pytestmark = pytest.mark.torch
 

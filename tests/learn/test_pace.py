@@ -20,9 +20,10 @@ from fedlora.cli import main
 from fedlora.core.errors import ResourceError
 from fedlora.data import IGNORE, Tokens, in_order, regroup, share
 from fedlora.learn.fast.pacing import _ROOM, Pace, _Probe
-from fedlora.learn.learner import HFLearner, TrainOptions
+from fedlora.learn.learner import HFLearner
 from fedlora.learn.loop import PlanBatches
 from fedlora.learn.memory import is_out_of_memory
+from fedlora.learn.options import TrainOptions
 from fedlora.rules.first import first_adapter
 
 pytestmark = pytest.mark.torch

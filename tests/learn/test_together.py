@@ -11,7 +11,8 @@ import pytest
 from fedlora.core.errors import ConfigError
 from fedlora.data import IGNORE, Tokens
 from fedlora.learn.fast.together import Together, side_by_side
-from fedlora.learn.learner import HFLearner, TrainOptions
+from fedlora.learn.learner import HFLearner
+from fedlora.learn.options import TrainOptions
 from fedlora.site.work import Learner
 
 pytestmark = pytest.mark.torch

@@ -32,8 +32,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedlora.core.errors import ConnectionFailed, Oversized, WireError
 from fedlora.gateway.addresses import LOOPBACK
 
-__all__ = ["BROKEN", "TOO_LARGE", "Channel", "Claim", "Claimer", "Control", "Node", "RunState", "TaskClient", "WrongSecret"]
-
 T = TypeVar("T")
 
 BROKEN, TOO_LARGE = 1000, 1001

@@ -16,8 +16,6 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from fedlora.gateway.calls import CALL, TIME, sign_call
 
-__all__ = ["Calls", "Rest", "run", "signing"]
-
 _LONGEST_RETRY_S = 5  # Flower's 20 s keep a site out of a round that a server which is back has begun
 
 

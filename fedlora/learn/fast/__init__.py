@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     _: Fast = fast  # a type checker compares them
 
-__all__ = ["forward", "fused_layer", "pace", "use_varlen"]
-
 
 def use_varlen(model: Any) -> bool:
     """See :func:`fedlora.learn.fast.attention.use_varlen`."""

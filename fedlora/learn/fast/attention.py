@@ -14,8 +14,6 @@ from transformers import AttentionInterface
 
 from fedlora.learn._internals import attention_of
 
-__all__ = ["VARLEN", "arguments", "document_ends", "use_varlen"]
-
 log = logging.getLogger(__name__)
 Tensor: TypeAlias = torch.Tensor
 VARLEN = "fedlora_varlen"

@@ -12,8 +12,6 @@ from fedlora.learn.fast.attention import VARLEN, arguments, document_ends
 from fedlora.learn.fast.loss import Nats
 from fedlora.learn.forward import Forward, Scored, supervised
 
-__all__ = ["LENGTH_MULTIPLE", "DocumentForward", "takes_documents"]
-
 LENGTH_MULTIPLE = 64
 """Tokens to whose multiple a row of documents is padded."""
 _HEAD_BYTES = 1 << 29

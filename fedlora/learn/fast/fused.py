@@ -18,8 +18,6 @@ from torch.nn import functional
 
 from fedlora.learn._internals import reshaped
 
-__all__ = ["FusedLora", "note_made"]
-
 Tensor: TypeAlias = torch.Tensor
 
 

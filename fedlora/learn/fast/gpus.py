@@ -24,8 +24,6 @@ from fedlora.core.errors import ResourceError
 from fedlora.data import Batch, share
 from fedlora.learn._internals import abort
 
-__all__ = ["Ranks", "Word"]
-
 _FACTORS: tuple[Factors, ...] = ("AB", "A", "B")
 _MEETING = timedelta(minutes=5)  # they meet once all have loaded the base
 _STEP = timedelta(minutes=30)

@@ -20,8 +20,6 @@ import torch
 
 from fedlora.learn.fast.fused import note_made
 
-__all__ = ["install_kernels"]
-
 log = logging.getLogger(__name__)
 Tensor: TypeAlias = torch.Tensor
 _CLOSE = 0.02

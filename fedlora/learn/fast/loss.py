@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-__all__ = ["Nats"]
-
 
 class Nats(torch.autograd.Function):
     """Hidden states (n, d) and targets (n,) -> nats (n,) float32 and whether each target is the most likely token (n,) bool.

@@ -21,8 +21,6 @@ from fedlora.learn.lora import LoraModel
 from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.options import Dial
 
-__all__ = ["Measured", "Pace"]
-
 log = logging.getLogger(__name__)
 _ROOM = 0.94
 """Share of the memory at hand that is planned for; the rest is for what the allocator cannot join."""

@@ -28,8 +28,6 @@ from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import make_optimiser
 from fedlora.site.work import Trained
 
-__all__ = ["Together", "side_by_side"]
-
 I64: TypeAlias = NDArray[np.int64]
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,6 @@ from fedlora.core.plan import Plan, canonical
 if TYPE_CHECKING:
     from fedlora.learn.fast.gpus import Ranks
 
-__all__ = ["Team", "ready"]
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.5

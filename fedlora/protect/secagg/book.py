@@ -20,8 +20,6 @@ from fedlora.protect.secagg.cohort import Cohort, Delivered, Reader, Rules, cert
 from fedlora.protect.secagg.opening import Deal, deal_bytes
 from fedlora.protect.secagg.rings import Profile, Words
 
-__all__ = ["Book", "Ended", "ServerSession", "Stage"]
-
 Stage = Literal["mask", "vote", "unmask", "done", "abort", "aborted", "void"]
 """What comes next. ``done``: the masks can be taken off. ``aborted``: it is proved that they never will be."""
 

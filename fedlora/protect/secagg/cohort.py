@@ -30,28 +30,6 @@ from fedlora.core.errors import (
 )
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 
-__all__ = [
-    "ABORT",
-    "BURNT",
-    "COMMIT",
-    "MAX_SITES",
-    "SIGNATURE",
-    "Advert",
-    "Cohort",
-    "Delivered",
-    "Reader",
-    "Rules",
-    "certificate",
-    "check_certificate",
-    "check_signature",
-    "check_vote",
-    "leads",
-    "read_certificate",
-    "sign",
-    "sign_vote",
-    "vote_text",
-]
-
 COMMIT: Final = 1
 ABORT: Final = 2
 BURNT: Final = 3

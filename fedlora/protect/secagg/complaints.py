@@ -19,17 +19,6 @@ from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Reader, check_signature, leads, sign
 from fedlora.protect.secagg.dealing import Opened, Statement
 
-__all__ = [
-    "Complaint",
-    "dump_complaints",
-    "dump_opened",
-    "most_complaint_bytes",
-    "opened_bytes",
-    "read_complaints",
-    "read_opened",
-    "read_settled",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Complaint:

@@ -30,30 +30,6 @@ from fedlora.protect.secagg.masks import Stream, add_masks, derive
 from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room
 from fedlora.protect.secagg.shamir import SHARE_BYTES, split
 
-__all__ = [
-    "BUNDLE_BYTES",
-    "HEAD_BYTES",
-    "PAIR_BYTES",
-    "Dealt",
-    "Inbox",
-    "MaskKeys",
-    "Opened",
-    "Received",
-    "Secrets",
-    "Statement",
-    "advertise",
-    "check_deliveries",
-    "deal",
-    "dealt_bytes",
-    "mask",
-    "masked",
-    "opened",
-    "promise",
-    "receive",
-    "reveal",
-    "self_keys",
-]
-
 BUNDLE_BYTES: Final = 2 * SHARE_BYTES + 1136
 """The two shares for one peer, sealed to it."""
 HEAD_BYTES: Final = 32 + SIGNATURE

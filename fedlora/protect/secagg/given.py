@@ -28,8 +28,6 @@ from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity
 from fedlora.protect.secagg.masks import derive
 
-__all__ = ["Given", "Groups", "Ledger"]
-
 Groups: TypeAlias = tuple[frozenset[str], ...]
 """Names of sites; none empty, each once, in order of their names."""
 

@@ -15,8 +15,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-__all__ = ["Stream", "add_masks", "derive"]
-
 _CHUNK: Final = 1 << 18  # bytes at a time
 _ZEROS: Final = memoryview(bytes(_CHUNK))
 

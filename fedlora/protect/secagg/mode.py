@@ -21,8 +21,6 @@ from fedlora.protect.secagg.site import SecAggSite
 from fedlora.protect.secagg.terms import check_published
 from fedlora.rules.first import first_adapter
 
-__all__ = ["SecAgg"]
-
 
 class SecAgg(Mode):
     """The aggregator learns the sum of a round's updates and nothing else."""

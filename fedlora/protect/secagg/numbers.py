@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import SessionError
 
-__all__ = ["Numbers", "Totals"]
-
 _FINE: Final = 2.0**16  # of a metric
 _MOST_METRIC: Final = 2.0**12
 _MOST_COUNT: Final = 1 << 26

@@ -25,8 +25,6 @@ from fedlora.protect.secagg.dealing import (
 from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
 
-__all__ = ["Deal", "deal_bytes", "parse_reveal", "relay", "reveal_bytes", "unmask"]
-
 
 @dataclass(frozen=True, slots=True)
 class Deal:

@@ -8,8 +8,6 @@ from typing import Literal
 
 from fedlora.protect.secagg.cohort import Rules
 
-__all__ = ["Survival", "survival", "survival_table"]
-
 
 @dataclass(frozen=True, slots=True)
 class Survival:

@@ -25,8 +25,6 @@ from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.rings import Words
 
-__all__ = ["Encoded", "Records", "Session", "Used"]
-
 _OPEN = "secagg/open"
 """Runs in which a session may still have its secrets."""
 

@@ -18,22 +18,6 @@ from numpy.typing import NDArray
 from fedlora.core.adapter import F32, Layout
 from fedlora.core.errors import UpdateRejected
 
-__all__ = [
-    "PROFILES",
-    "Profile",
-    "Words",
-    "encode",
-    "most_levels",
-    "pack",
-    "pack_into",
-    "packed_bytes",
-    "room",
-    "scales_for",
-    "sum_to_mean",
-    "tensor_slices",
-    "unpack",
-]
-
 Words: TypeAlias = NDArray[Any]
 """Ring elements in machine words: uint16 for rings of up to 16 bits, uint32 above."""
 

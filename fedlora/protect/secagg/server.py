@@ -66,8 +66,6 @@ from fedlora.protect.secagg.opening import Deal, deal_bytes, parse_reveal, relay
 from fedlora.protect.secagg.rings import packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 
-__all__ = ["SecAggServer"]
-
 log = logging.getLogger(__name__)
 
 _ADVERT_BYTES = 4096

@@ -9,8 +9,6 @@ from pydantic import Field
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 
-__all__ = ["Settings", "first_range", "settings_of"]
-
 
 class Settings(Section):
     """For mode = "secagg"."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["PRIME", "SHARE_BYTES", "join", "split", "weights"]
-
 PRIME = 2**256 + 297
 """The smallest prime above 2^256: any 32 bytes are an element, and a sum of shares never needs a second limb."""
 SHARE_BYTES = 33

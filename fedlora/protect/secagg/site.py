@@ -66,8 +66,6 @@ from fedlora.protect.secagg.rings import encode
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 from fedlora.rules.sums import squares_of
 
-__all__ = ["SecAggSite"]
-
 log = logging.getLogger(__name__)
 
 _Step: TypeAlias = Callable[[bytes, Records, Session], bytes | memoryview]

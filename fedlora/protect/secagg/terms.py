@@ -26,8 +26,6 @@ from fedlora.protect.secagg.settings import first_range, settings_of
 from fedlora.rules import Aggregator, optimiser_of, rule_of
 from fedlora.rules.first import first_of
 
-__all__ = ["MAX_WEIGHT", "Offer", "Terms", "check_published", "codec", "reach"]
-
 MAX_WEIGHT = 16
 """Largest weight of a site: a larger one would cost the others' updates too many bits."""
 

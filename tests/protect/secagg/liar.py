@@ -29,6 +29,7 @@ from fedlora.core.plan import Plan, Run
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.epochs import first_epoch
+from fedlora.formats.files import FileMemory
 from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context, ServerLink, pinned
@@ -49,7 +50,6 @@ from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_o
 from fedlora.protect.secagg.dealing import Secrets, advertise, deal
 from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.terms import Offer, Terms, codec
-from fedlora.rounds.store import FileMemory
 from fedlora.rules.first import first_adapter
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteFile

@@ -17,10 +17,11 @@ from fedlora.core.messages import Reply
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.flower.server import start
+from fedlora.formats.files import save_adapter
 from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.gateway.exposure import free_port
 from fedlora.processes.parent import die_with_parent
-from fedlora.rounds.store import RunStore, save_adapter
+from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import LocalTransport
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteFile

@@ -13,12 +13,12 @@ from protect.secagg.world import NOW, World, at_phase, identity, names, secagg_p
 
 from fedlora.core.errors import CohortTooSmall, FedLoRAError, LoneChange, StoreError
 from fedlora.formats.epochs import first_epoch, next_epoch
+from fedlora.formats.files import FileMemory
 from fedlora.lab.testing import DictMemory
 from fedlora.protect.secagg.cohort import Cohort, Rules
 from fedlora.protect.secagg.given import Given, Ledger
 from fedlora.protect.secagg.planning import survival, survival_table
 from fedlora.protect.secagg.terms import Terms
-from fedlora.rounds.store import FileMemory
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,10 @@ from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.errors import ImpossibleAdapter
 from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
+from fedlora.formats.journal import Journal
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
 from fedlora.protect.plain import PlainSite
 from fedlora.protect.secagg.terms import MAX_WEIGHT, check_published, reach
-from fedlora.rounds.store import Journal
 from fedlora.rules import add, optimiser_of, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.work import Site

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from fedlora.protect.link import ServerLink, SiteLink
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
 from fedlora.protect.secagg.masks import derive
-from fedlora.protect.secagg.rings import PROFILES, encode, sum_to_mean
+from fedlora.protect.secagg.rings import encode, sum_to_mean
 from fedlora.protect.secagg.terms import Terms
 from fedlora.rules.sums import squares_of
 from fedlora.site.work import safely
@@ -219,6 +219,3 @@ def signed_digest(signed: SignedRoster) -> str:
 def at_phase(**phases: str) -> Callable[[Request], bool]:
     """Loses the request of a phase for each site: ``at_phase(**{"site-1": "mask"})``."""
     return lambda request: phases.get(request.site) == request.phase
-
-
-__all__ = ["NOW", "PROFILES", "Heard", "World", "at_phase", "identity", "names", "replace", "secagg_plan", "signed_roster"]
