@@ -135,8 +135,7 @@ def site(name: str, peers: int) -> dict[str, Any]:
         lap("receive")
         one.check(shape.size)
         lap("check")
-        delta = one.delta.copy()
-        delta += left
+        delta = one.delta + left
         levels, cut = encode(delta, shape, profile, scales, share=1.0, key=bytes(32))
         left = delta
         lap("encode")

@@ -12,7 +12,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -385,16 +385,19 @@ def open_ingredient(cohort: Cohort, keys: MaskKeys, sealed: bytes, *, dealer: in
     return _open(sealed, keys.private, _info("ingredient", cohort, dealer, holder))
 
 
-def mask(cohort: Cohort, own: int, secrets: Secrets, inbox: Inbox, vector: NDArray[Any], numbers: NDArray[Any]) -> None:
-    """Hides the update, in place: its own mask, plus the pair's with each later peer, minus the pair's with each earlier one."""
+_Masks: TypeAlias = list[tuple[bytes, Literal[1, -1]]]
+
+
+def masks_of(cohort: Cohort, own: int, secrets: Secrets, inbox: Inbox) -> tuple[_Masks, _Masks]:
+    """Keys and signs of what hides an update, for its vector and for its numbers: its own mask, plus the pair's with each later
+    peer, minus the pair's with each earlier one."""
     keys = secrets.mask_keys
     masks: list[tuple[tuple[bytes, bytes], Literal[1, -1]]] = [(self_keys(secrets.self_seed, cohort), 1)]
     for peer in inbox.shares:
         if peer != own:
             ingredient = inbox.ingredients[peer] if leads(peer, own) else keys.ingredient(cohort, dealer=own, holder=peer)
             masks.append((keys.pair(cohort, own=own, peer=peer, ingredient=ingredient), 1 if own < peer else -1))
-    for i, target in enumerate((vector, numbers)):
-        add_masks(target, [(pair[i], sign) for pair, sign in masks])
+    return [(pair[0], sign) for pair, sign in masks], [(pair[1], sign) for pair, sign in masks]
 
 
 def masked(
@@ -422,9 +425,17 @@ def masked(
     out = memoryview(bytearray(at + more))
     counts, vector = np.frombuffer(out[HEAD_BYTES:at], "<u8"), room(out[at:], levels.size, bits)
     counts[:], vector[:] = numbers, levels
-    mask(cohort, own, secrets, inbox, vector, counts)
-    pack_into(out[at:], vector, bits)
-    digest = hashlib.sha256(out[HEAD_BYTES:]).digest()
+    of_vector, of_numbers = masks_of(cohort, own, secrets, inbox)
+    add_masks(counts, of_numbers)
+    body = hashlib.sha256(out[HEAD_BYTES:at])
+
+    def pack_and_hash(part: slice) -> None:  # while the next parts are masked
+        packed = out[at + packed_bytes(part.start, bits) : at + packed_bytes(part.stop, bits)]
+        pack_into(packed, vector[part], bits)
+        body.update(packed)
+
+    add_masks(vector, of_vector, done=pack_and_hash)
+    digest = body.digest()
     out[:HEAD_BYTES] = cohort.t1 + Delivered.make(cohort, own, digest, key=key).signature
     return out, digest
 

@@ -206,9 +206,9 @@ class SecAggSite:
         if update.weight < 1:
             raise UpdateRejected("this site used no tokens; it does not take part in the round")
         weight = terms.weight(update.weight)
-        left = update.delta.copy()
-        if terms.rule.carries and known is not None and known.round < task.round and known.left.size == left.size:
-            left += known.left  # what rounding and cutting kept back before
+        held_back = terms.rule.carries and known is not None and known.round < task.round and known.left.size == layout.size
+        # What rounding and cutting kept back before is added.
+        left = update.delta + known.left if known is not None and held_back else update.delta.copy()
         # Secret, or whoever knows which way a value was rounded knows whose it was that tipped the sum.
         secret = self.link.identity.signing.private_bytes_raw()
         noise = derive(secret, "rounding", context=f"{task.run}/{task.round}/{key}".encode())

@@ -7,7 +7,8 @@ import pytest
 from protect.secagg.world import identity, names
 
 from fedlora.protect.secagg.cohort import Cohort, Reader, Rules
-from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, mask, receive, reveal
+from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, masks_of, receive, reveal
+from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.rings import PROFILES, pack, unpack
 
@@ -45,7 +46,7 @@ def values(number, profile):
 
 def masked(number, profile, *, cohort=COHORT, inbox=None):
     vector = (values(number, profile) % (1 << profile.bits)).astype(profile.word)
-    mask(cohort, number, SECRETS[number], inbox or INBOXES[number], vector, np.zeros(3, np.uint64))
+    add_masks(vector, masks_of(cohort, number, SECRETS[number], inbox or INBOXES[number])[0])
     return unpack(pack(vector, profile.bits), SIZE, profile.bits)
 
 

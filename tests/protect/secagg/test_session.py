@@ -10,7 +10,8 @@ from protect.secagg.world import World, at_phase, identity, names, secagg_plan
 
 from fedlora.core.errors import CohortTooSmall
 from fedlora.protect.secagg.cohort import Cohort, Delivered, Reader, Rules, leads
-from fedlora.protect.secagg.dealing import Secrets, advertise, check_deliveries, deal, mask, receive, reveal
+from fedlora.protect.secagg.dealing import Secrets, advertise, check_deliveries, deal, masks_of, receive, reveal
+from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.rings import PROFILES, pack, unpack
 
@@ -41,7 +42,8 @@ class Dealt:
             self.inbox[i] = receive(self.cohort, i, self.secrets[i], reader, rules=RULES, known=known).inbox
             reader.end()
             vector, numbers = (self.plain[i] % (1 << profile.bits)).astype(profile.word), self.counts[i].copy()
-            mask(self.cohort, i, self.secrets[i], self.inbox[i], vector, numbers)
+            for target, masks in zip((vector, numbers), masks_of(self.cohort, i, self.secrets[i], self.inbox[i]), strict=True):
+                add_masks(target, masks)
             wire = pack(vector, profile.bits)
             self.masked[i], self.numbers[i] = unpack(wire, vector.size, profile.bits), numbers
             self.delivered[i] = Delivered.make(self.cohort, i, hashlib.sha256(wire).digest(), key=self.keys[i])
