@@ -33,35 +33,35 @@ def canonical(value: Any) -> bytes:
 
 
 class Run(Section):
-    """What this run is called, and the seed from which all its randomness comes."""
+    """Name of the run, and the seed of all its randomness."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "my-run"
-    """names directories and pages; a-z, 0-9 and -"""
+    """names directories and report pages: a-z, 0-9 and -"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """public; first adapter, data order and dropout are derived from it"""
+    """public; initial adapter, data order, dropout and the draw of sites are derived from it"""
 
 
 class Model(Section):
-    """The base model, which never changes."""
+    """The base model. It never changes during a run."""
 
     model_name_or_path: Annotated[str, Field(min_length=1, max_length=200)] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """public id; each site says in its own file where its copy lies"""
+    """public model id; each site names its local copy in its site file"""
     revision: str = "main"
-    """commit or tag, written into the published adapter"""
+    """commit or tag of the model; recorded in the published adapter"""
     digest: Hex = ""
-    """content digest over weights, tokenizer, chat template and quantisation; `fedlora pin` fills it in"""
+    """content digest of weights, tokenizer, chat template and quantization; `fedlora pin` fills it in"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """type in which weights that are not quantised are held"""
+    """data type of the weights that are not quantized"""
     load_in_4bit: bool = True
-    """hold the linear layers in 4 bits"""
+    """quantize the linear layers to 4 bits"""
     load_in_8bit: bool = False
-    """hold them in 8 bits instead"""
+    """quantize the linear layers to 8 bits instead"""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit code"""
+    """4-bit data type"""
     bnb_4bit_use_double_quant: bool = True
-    """quantise the block scales too"""
+    """quantize the block scales too (double quantization)"""
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """type in which products are computed; float32 on a CPU that has no others"""
+    """data type of matrix products; use float32 on CPUs without bfloat16"""
 
     @model_validator(mode="after")
     def _one_width(self) -> Self:
@@ -73,16 +73,16 @@ class Model(Section):
 
 
 class Lora(Section):
-    """The adapter, by PEFT's names."""
+    """The adapter. Keys have PEFT's names."""
 
     r: Annotated[int, Field(ge=1, le=512)] = 16
     """rank"""
     lora_alpha: Annotated[int, Field(ge=1, le=4096)] = 32
-    """the product is scaled by lora_alpha / r"""
+    """scaling: B @ A is multiplied by lora_alpha / r"""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """dropout on the adapter's input while training"""
+    """dropout probability on the adapter's input during training"""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """module names, or all-linear"""
+    """names of the modules that get an adapter, or all-linear"""
     use_rslora: bool = False
     """scale by lora_alpha / sqrt(r) instead"""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
@@ -90,9 +90,9 @@ class Lora(Section):
     alpha_pattern: dict[str, int] = Field(default_factory=dict)
     """refused for now"""
     ranks: dict[str, Annotated[int, Field(ge=1, le=512)]] = Field(default_factory=dict)
-    """site = rank, for sites that train only the first slots; aggregate.name product, protect.mode sealed"""
+    """site = rank, for sites that train fewer rank components than r; needs aggregate.name product and protect.mode sealed"""
     init_digest: Hex = ""
-    """digest of the first adapter; `fedlora pin` fills it in"""
+    """digest of the initial adapter; `fedlora pin` fills it in"""
 
     @model_validator(mode="after")
     def _one_rank(self) -> Self:
@@ -115,53 +115,53 @@ class Lora(Section):
 
 
 class Training(Section):
-    """Local training, by transformers' and TRL's names. The schedule spans the whole run, not a round."""
+    """Local training. Keys have the names of transformers and TRL. The schedule spans the whole run, not one round."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    """peak"""
+    """peak learning rate"""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """course of the learning rate over the whole run"""
+    """learning rate schedule over the whole run"""
     warmup_ratio: Share = 0.03
-    """share of the whole run in which it rises from zero"""
+    """fraction of the run's steps over which the learning rate rises linearly from zero"""
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
-    """rows in a batch; with packing, a row holds max_length tokens of several examples"""
+    """rows in a batch; with packing, each row holds up to max_length tokens of several examples"""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 1
-    """batches in a step"""
+    """batches in one optimizer step"""
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] = 1024
-    """tokens in a row; longer examples are cut on the right"""
+    """tokens in a row; longer examples are truncated on the right"""
     packing: bool = True
-    """fill rows with several examples that do not see each other"""
+    """fill each row with several examples, which do not attend to each other"""
     optim: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
-    """optimiser, by transformers' names; the paged ones need CUDA"""
+    """optimizer; the paged ones need CUDA"""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """of the factors"""
+    """weight decay on the factors A and B"""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """gradients are clipped to this norm"""
     gradient_checkpointing: bool = False
-    """recompute all activations wherever a site does not say otherwise: less memory, more time"""
+    """minimum for sites with activation_checkpointing = auto: recompute all activations. Less memory, more time"""
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """Adam's moments at the start of a round: fresh, or this site's own of its last round"""
+    """Adam's moments at the start of a round: reset to zero, or kept from this site's last round"""
     proximal_mu: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """FedProx: mu / 2 times the squared distance from the round's first factors is added to the loss"""
+    """FedProx: adds mu / 2 times the squared distance from the round's initial factors to the loss; 0: off"""
 
 
 class Federation(Section):
-    """Rounds and who must take part."""
+    """Rounds, and the sites that must take part in one."""
 
     num_rounds: Annotated[int, Field(ge=1, le=100_000)] = 10
     """rounds in the run"""
     local_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 10
-    """optimiser steps a site takes in a round; 0: use local_epochs"""
+    """optimizer steps of a site in one round; 0: use local_epochs"""
     local_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
-    """passes over its data a site makes in a round instead"""
+    """passes over a site's own data in one round; 0: use local_steps"""
     min_sites: Annotated[int, Field(ge=1, le=256)] = 2
     """a round with fewer valid updates is void"""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """share of the sites at hand that train in a round, min_sites at least, drawn anew from run.seed each round"""
+    """fraction of the connected sites drawn to train in each round, but min_sites at least"""
     round_deadline: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
     """seconds from the request to the last update that counts"""
     round_attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    """how often a void round is asked again before the run stops (and can be resumed)"""
+    """attempts at a round before the run stops; it can be resumed"""
 
     @model_validator(mode="after")
     def _steps(self) -> Self:
@@ -171,19 +171,19 @@ class Federation(Section):
 
 
 class Aggregate(Tagged):
-    """How updates become the next adapter; which rule when: the documentation."""
+    """How updates are combined into the next adapter. RULES.md says which rule suits what."""
 
     registry = RULES
     name: str = "fedavg"
-    """rule, one of"""
+    """aggregation rule, one of"""
     weighting: Literal["tokens", "examples", "uniform"] = "tokens"
-    """a site's weight: supervised tokens used in the round, examples used, or 1"""
+    """a site's weight: supervised tokens used in the round, examples used, or 1 for every site"""
     max_weight: Annotated[int, Field(ge=0, le=1 << 26)] = 0
-    """most tokens or examples that one site may weigh in a round; 0: all that the steps can use; lower: none decides alone"""
+    """upper limit of one site's weight in tokens or examples; lower: large sites count less; 0: what the round's steps can use"""
 
 
 class ServerOptimizer(Tagged):
-    """A step of the server along what the sites moved."""
+    """Optimizer of the server. Its gradient is the aggregated update of the sites."""
 
     registry = OPTIMIZERS
     name: str = "none"
@@ -191,10 +191,10 @@ class ServerOptimizer(Tagged):
 
 
 class Wire(Section):
-    """Numbers that weigh less."""
+    """Data types of what is sent."""
 
     dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """type of the values of an update on its way to the server"""
+    """data type of an update's values on the way to the server; int8 is the smallest"""
 
 
 class Protect(Tagged):
@@ -207,39 +207,39 @@ class Protect(Tagged):
 
 
 class Evaluation(Section):
-    """What sites measure on their own held-out rows."""
+    """Metrics that sites compute on their own held-out rows."""
 
     every: Annotated[int, Field(ge=0)] = 1
-    """evaluate the global adapter in every n-th round, before training; 0: only at the end"""
+    """evaluate the global adapter every n rounds, before training; 0: only after the last round"""
     coarse_chars: Annotated[int, Field(ge=0, le=64)] = 0
-    """also count completions whose first n characters are right; 0: do not"""
+    """also count completions whose first n characters match; 0: off"""
     share: tuple[Metric, ...] = (
         "train/loss",
         "eval/nll",
         "eval/exact_match",
         "eval/tokens",
     )
-    """numbers that travel with an update; a site's policy may strike some out"""
+    """metrics that are sent with an update; a site's policy may withhold some"""
 
 
 class Arm(Section):
-    """Settings that one arm of a comparison has for itself."""
+    """Settings of one arm of a comparison."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    """peak, tuned for this arm on validation"""
+    """peak learning rate, tuned for this arm on the validation split"""
 
 
 class Simulation(Section):
-    """For `fedlora simulate` only: never part of the digest, refused in a deployment."""
+    """For `fedlora simulate` only: not part of the plan's digest, refused in a deployment."""
 
     data: str = "toy"
-    """directory with SITE.train.jsonl, SITE.test.jsonl ..., relative to the plan file; or toy: made on the spot"""
+    """directory with SITE.train.jsonl, SITE.test.jsonl ..., relative to the plan file; toy: generated data"""
     sites: tuple[SiteName, ...] = ("site-1", "site-2", "site-3")
-    """virtual sites; a name is the stem of its files"""
+    """virtual sites; a name is the stem of the site's files"""
     base: str = "toy"
-    """directory or GGUF file with the base model, relative to the plan file; or toy: a tiny random model, made on the spot"""
+    """directory or GGUF file of the base model, relative to the plan file; toy: a tiny random model"""
     keep_dequantised: bool = False
-    """hold the 4-bit values dequantised in the compute type: same bits, faster on a CPU, four times the memory"""
+    """keep the dequantized 4-bit weights in memory: same bits, faster on a CPU, four times the memory"""
     arms: tuple[Literal["base", "local", "federated", "pooled-steps", "pooled-tokens"], ...] = (
         "base",
         "local",
@@ -247,21 +247,21 @@ class Simulation(Section):
         "pooled-steps",
         "pooled-tokens",
     )
-    """what to train and compare, at equal tokens"""
+    """what is trained and compared, at equal numbers of tokens"""
     local: Arm | None = None
-    """own settings of the arms `local`"""
+    """settings of the arm `local`: each site trains alone"""
     pooled_steps: Arm | None = None
-    """own settings of the arm `pooled-steps`: as many steps as a site, batches of all sites' size"""
+    """settings of the arm `pooled-steps`: as many steps as one site, on batches as large as those of all sites together"""
     pooled_tokens: Arm | None = None
-    """own settings of the arm `pooled-tokens`: as many steps as all sites together"""
+    """settings of the arm `pooled-tokens`: as many steps as all sites together"""
     evaluate_on: Literal["validation", "test"] = "test"
-    """split for the table of arms; tune on validation, read test once"""
+    """split that the table of arms reports; tune on validation, read test once"""
     examples_per_site: Annotated[int, Field(ge=0)] = 0
     """evaluate on the first n examples of each site's split; 0: all"""
 
 
 class Plan(Section):
-    """Everything the federation agrees on. Its SHA-256 names it; it holds no path, no device and no secret."""
+    """Everything that the sites agree on. The plan's SHA-256 identifies it. It holds no path, no device and no secret."""
 
     run: Run = Run()
     model: Model = Model()

@@ -107,7 +107,7 @@ def dump_toml(value: Section) -> str:
 def _dump(value: Section, *, others: bool) -> str:
     section = type(value)
     title = {"Plan": "plan.toml", "SiteFile": "site.toml"}.get(section.__name__, section.__name__)
-    lines = [f"# {title}: {section.__doc__ or ''}".rstrip(), "# A key that is left out stands at its default.", ""]
+    lines = [f"# {title}: {section.__doc__ or ''}".rstrip(), "# A key that is left out has its default.", ""]
     lines += _described(value, "", others=others)
     return "\n".join(lines).rstrip() + "\n"
 

@@ -17,7 +17,7 @@ class Settings(Section):
     """For name = "fedavg"."""
 
     share: Factors = "AB"
-    """factors that travel; A: each site keeps a B of its own, and there is no global adapter"""
+    """factors that are sent; A: each site keeps its own B, and there is no global adapter"""
 
 
 @dataclass(frozen=True, slots=True)

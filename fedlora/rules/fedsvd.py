@@ -22,12 +22,12 @@ class Settings(Section):
     """For name = "fedsvd"."""
 
     every: Annotated[int, Field(ge=1, le=100_000)] = 1
-    """rounds from one decomposition to the next"""
+    """rounds between two decompositions"""
 
 
 @dataclass(frozen=True, slots=True)
 class FedSVD(Rule):
-    """Sites train B alone; every so many rounds the server writes ``B @ A`` as ``(U S) @ V^T``, so that A has orthonormal rows.
+    """Sites train B only; every few rounds the server rewrites ``B @ A`` as ``(U S) @ V^T``, which gives A orthonormal rows.
 
     Exact. Started from B = 0, A's row space never moves: what changes is how well B's gradient is conditioned.
 

@@ -12,7 +12,7 @@ from fedlora.rules.sums import Accumulator
 
 @dataclass(frozen=True, slots=True)
 class FFA(Rule):
-    """A stays as the run's seed made it and never travels; next B = mean of the sites' B. Exact: the mean of the products.
+    """A stays as initialized and is never sent; next B = mean of the sites' B. Exact: equals the mean of the products.
 
     Source: Sun et al., Improving LoRA in Privacy-preserving Federated Learning (FFA-LoRA), 2024. Wants a larger learning rate.
     """

@@ -28,13 +28,13 @@ class Settings(Section):
     """For name = "product"."""
 
     rank: Rank = "r"
-    """rank of the next adapter: lora.r (r), up to max_rank (r_max), what keeps the share energy (energy), or all of it (full)"""
+    """rank of the next adapter: lora.r (r), at most max_rank (r_max), what keeps the energy (energy), or the exact rank (full)"""
     max_rank: Annotated[int, Field(ge=0, le=512)] = 0
-    """for rank r_max and energy; 0: twice lora.r"""
+    """limit for rank = r_max and energy; 0: twice lora.r"""
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    """share of squared singular values that rank = energy keeps in every module"""
+    """fraction of the squared singular values that rank = energy keeps in every module"""
     gauge: Gauge = "balanced"
-    """how the product is split; procrustes: turned towards the mean factors"""
+    """factorization of the product: balanced, or rotated towards the mean factors (procrustes); procrustes needs rank = r"""
 
 
 @dataclass(frozen=True, slots=True)

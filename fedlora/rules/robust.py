@@ -30,11 +30,11 @@ class Settings(Section):
     """For name = "robust"."""
 
     statistic: Statistic = "clip"
-    """what takes the place of the mean: median, trimmed, multi-krum or clip"""
+    """what replaces the mean: coordinate-wise median, trimmed mean, multi-krum, or the mean of norm-clipped changes (clip)"""
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """for trimmed: share of the sites left out at either end of each value"""
+    """for trimmed: fraction of the sites dropped at each end of every value"""
     byzantine: Annotated[int, Field(ge=1, le=126)] = 1
-    """for multi-krum: how many sites may lie"""
+    """for multi-krum: number of sites that may be malicious"""
 
 
 @dataclass(frozen=True, slots=True)

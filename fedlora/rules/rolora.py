@@ -13,7 +13,7 @@ from fedlora.rules.sums import Accumulator
 
 @dataclass(frozen=True, slots=True)
 class RoLoRA(Rule):
-    """B in odd rounds, A in even ones, the other one frozen. Exact in every round.
+    """Sites train B in odd rounds and A in even rounds; the other factor is frozen. Exact in every round.
 
     B goes first: while B is zero, A has no gradient. Both factors travel down every round, for sites that were away.
 

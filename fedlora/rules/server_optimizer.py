@@ -22,14 +22,14 @@ class Sgd(Section):
     """For name = "sgd"."""
 
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """of the server"""
+    """learning rate of the server"""
 
 
 class FedAvgM(Sgd):
     """For name = "fedavgm"."""
 
     momentum: Moment = 0.9
-    """share of the last step that goes on"""
+    """fraction of the last step that is added to the next"""
 
 
 class Nesterov(FedAvgM):
@@ -40,13 +40,13 @@ class FedAdam(Sgd):
     """For name = "fedadam"."""
 
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """of the server: about the size of a typical change, 1e-3 to 1e-2"""
+    """learning rate of the server; choose about the size of a typical change of a parameter, 1e-3 to 1e-2"""
     beta1: Moment = 0.9
-    """decay of the mean of moves"""
+    """decay of the first moment"""
     beta2: Moment = 0.99
-    """decay of the mean of their squares"""
+    """decay of the second moment"""
     tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    """keeps the division finite"""
+    """added to the denominator; larger: smaller steps for parameters that hardly change"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def optimiser_of(plan: Plan) -> ServerOptimiser:
 
 
 class _None:
-    """The sites' mean as it is; the only one for rules that split the product anew."""
+    """The aggregated update is applied as it is; the only choice for rules that factorize the product anew."""
 
     Settings: ClassVar[type[Section]] = Section
 
@@ -163,7 +163,7 @@ class _FedAvgM(_None):
 
 
 class _Nesterov(_None):
-    """Momentum that looks ahead (DiLoCo, Douillard et al., 2023)."""
+    """Nesterov momentum (DiLoCo, Douillard et al., 2023)."""
 
     Settings = Nesterov
 

@@ -23,28 +23,28 @@ def _mode(name: str) -> str:
 
 
 class Policy(Section):
-    """What this site agrees to. It wins over every plan."""
+    """Limits of what this site takes part in. They override every plan."""
 
     approve: Literal["by-digest", "any-within-policy"] = "by-digest"
-    """by-digest: only runs of `plans` above; any-within-policy: all within this table, in which then every key has to stand"""
+    """by-digest: only plans listed in `plans` above; any-within-policy: all within this table, whose keys must all be set"""
     allowed_models: tuple[str, ...] = ()
-    """base models by id; empty: only those under [models]"""
+    """accepted base models by id; empty: those under [models]"""
     protect: tuple[Annotated[str, AfterValidator(_mode)], ...] = ()
-    """accepted protections; empty: secagg alone where `roster` is set, else sealed"""
+    """accepted modes of protection; empty: secagg if `roster` is set, else sealed"""
     min_sites: Count = 2
-    """smallest min_sites of a plan"""
+    """smallest min_sites accepted in a plan"""
     max_rounds: Count = 1000
     """most rounds in a run"""
     max_local_steps: Count = 100_000
-    """most steps in a round"""
+    """most optimizer steps in a round"""
     max_request_bytes: Annotated[int, Field(ge=1 << 16, le=1 << 34)] = 1 << 30
-    """largest message from the server"""
+    """largest message accepted from the server, bytes"""
     max_first_range: Annotated[float, Field(gt=0, le=64)] = 1.0
-    """secagg: largest change of a value for which a plan's first round may set its levels; the larger, the coarser they are"""
+    """secagg: largest first_range accepted; a larger range makes the quantization of round 1 coarser"""
     lone_change: Literal["refuse", "allow"] = "refuse"
-    """secagg: refuse: only plans that say so too; allow: also those whose sums may differ by one site"""
+    """secagg: refuse: only plans that guard against sums that differ by one site; allow: also plans that do not"""
     share: tuple[Metric, ...] = get_args(Metric)
-    """numbers that may leave; sealed: others are dropped without a word to the server; secagg: a plan with others is refused"""
+    """metrics that may leave this site. sealed: others are withheld silently; secagg: a plan that asks for others is refused"""
 
     @model_validator(mode="after")
     def _all_said(self) -> Self:

@@ -33,12 +33,12 @@ def _shape(name: str) -> str:
 
 
 class SiteData(Section):
-    """The site's own rows. Nothing of this table ever leaves."""
+    """This site's own rows. Nothing in this table is ever sent."""
 
     path: str = "data/train.jsonl"
-    """JSONL, JSON, CSV, TSV or Parquet; relative to this file"""
+    """JSONL, JSON, CSV, TSV or Parquet file with the training rows, relative to this file"""
     held_out_path: str = ""
-    """rows for evaluation; empty: a share of path is held out by group"""
+    """file with rows for evaluation; empty: a fraction of path is held out by group"""
     format: Annotated[
         str, AfterValidator(_format), Field(description=f"file format: {', '.join(BUILT_IN)}; auto: what the suffix says")
     ] = "auto"
@@ -46,52 +46,52 @@ class SiteData(Section):
         str, AfterValidator(_shape), Field(description=f"how a row is laid out: {', '.join(SHAPES)}; auto: by its columns")
     ] = "auto"
     columns: dict[str, str] = Field(default_factory=dict)
-    """our name = the file's name, e.g. { prompt = "question", completion = "answer" }"""
+    """our column name = the file's column name, e.g. { prompt = "question", completion = "answer" }"""
     group_key: str = ""
-    """column that names the patient or customer: no group stands on both sides of the split"""
+    """column that identifies the patient or customer; all rows of one group stay on the same side of the split"""
     held_out_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.1
-    """share of groups held out for evaluation"""
+    """fraction of groups held out for evaluation"""
 
 
 class SiteFile(Section):
-    """One site's own file. It never leaves."""
+    """Settings of one site. This file is never sent."""
 
     name: str = "st-marys"
-    """this site's name, as enrolled: a-z, 0-9 and -"""
+    """this site's name as enrolled: a-z, 0-9 and -"""
     server: str = "fed.example.org:8443"
-    """host and port of the aggregation server: the only address this site ever connects to"""
+    """host:port of the aggregation server, the only address this site connects to"""
     ca: str = "keys/ca.crt"
-    """certificate authority of the server; relative to this file, like every path here"""
+    """certificate authority of the server; paths are relative to this file"""
     server_key: str = "keys/server.pub"
-    """the server's public key, pinned; compare its fingerprint over the telephone"""
+    """public key of the server, pinned; compare its fingerprint by telephone"""
     roster: Hex = ""
-    """digest of the federation's roster that you have approved, compared over the telephone; secagg needs it"""
+    """digest of the roster that you approved after comparing it by telephone; secagg needs it"""
     plans: tuple[Digest, ...] = ()
-    """plans that you have approved, by digest; each entry is for one run. `fedlora site approve` shows a plan and adds it"""
+    """digests of the plans that you approved, one entry for each run; `fedlora site approve` shows a plan and adds it"""
     uncovers: dict[Digest, tuple[SiteName, ...]] = Field(default_factory=dict)
-    """plan = sites whose update its sums may show beside sums of earlier plans; `fedlora site approve --uncovers` adds them"""
+    """plan digest = sites whose single update may become visible, as you accepted with `fedlora site approve --uncovers`"""
     key: str = "keys/st-marys.key"
-    """this site's private key"""
+    """private key of this site"""
     node_key: str = "keys/st-marys.node.key"
-    """this site's private key for the connection"""
+    """private key of this site's connection"""
     state: str = "state"
-    """directory for the journal"""
+    """directory for the journal and all else that must survive a restart"""
     models: dict[str, str] = Field(default={"HuggingFaceTB/SmolLM2-135M-Instruct": "models/SmolLM2-135M-Instruct"})
-    """where the base models lie: public id = directory or GGUF file"""
+    """base models: public id = local directory or GGUF file"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to train"""
+    """device for training; auto: cuda if there is one"""
     gpus: Annotated[int, Field(ge=0, le=64)] = 0
-    """GPUs of this machine that train together; 0: all that are visible"""
+    """number of GPUs of this machine that train together; 0: all visible ones"""
     gpu_memory_gib: Annotated[float, Field(ge=0, le=1024)] = 0.0
-    """most memory to take on each of them, GiB; 0: what is free"""
+    """memory limit on each GPU, GiB; 0: all that is free"""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """computed again instead of kept: nothing, all but products, all; auto: measured. More if memory runs out"""
+    """none: keep all; selective: recompute norms and gates; full: recompute layers; auto: measure. Raised if memory runs out"""
     micro_batch_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    """most tokens at once, an example at least; a step stays what it is; 0: measured on a GPU"""
+    """most tokens in one forward pass, one example at least; does not change the optimizer step; 0: measured on a GPU"""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """CPU threads; 0: all"""
+    """CPU threads; 0: all cores"""
     keep_dequantised: bool = False
-    """hold the 4-bit values dequantised in the compute type: same bits, faster on a CPU, four times the memory"""
+    """keep the dequantized 4-bit weights in memory: same bits, faster on a CPU, four times the memory"""
     local_port: Annotated[int, Field(ge=1024, le=65535)] = 9094
     """loopback port between the connection process and the training process"""
     data: SiteData = SiteData()

@@ -14,17 +14,17 @@ class Settings(Section):
     """For mode = "secagg"."""
 
     profile: Literal["int4", "int8", "int12", "int16", "int24"] = "int8"
-    """levels of a value; in 12, 16, 20, 24 or 32 bits on the wire. int12 or more if weights differ; int24 for audits"""
+    """quantization of a value: 12, 16, 20, 24 or 32 bits on the wire. Use int12 or more if weights differ, int24 for audits"""
     weight_unit: Annotated[int, Field(ge=0, le=1 << 26)] = 0
-    """tokens or examples that make a weight of 1; weights are whole, at most 16. 0: weighting is uniform"""
+    """tokens or examples that count as weight 1; weights are whole numbers of at most 16; 0: for weighting = uniform"""
     first_range: Annotated[float, Field(ge=0, le=64)] = 0.0
-    """largest change of a value that the first round expects; 0: learning_rate x local_steps. Later ones know better"""
+    """quantization range of round 1: largest expected change of a parameter; 0: learning_rate x local_steps. Later: measured"""
     max_colluding: Annotated[int, Field(ge=1, le=85)] = 1
-    """so many sites in league with the server learn nothing of the others; a round needs three times as many"""
+    """up to this many sites may collude with the server and not learn another's update; a round needs three times as many"""
     lone_change: Literal["refuse", "allow"] = "refuse"
-    """refuse: no two sums of this plan from which, with max_colluding sites, one site's update follows; allow: any"""
+    """refuse: sums are over whole groups of the roster, so that no difference of sums shows one site; allow: no such guard"""
     phase_deadline: Annotated[float, Field(gt=0, le=86400)] = 300.0
-    """seconds for each step after training; the longest one sends the masked update"""
+    """time limit of each step after training, seconds; the step that sends the masked update takes longest"""
 
 
 def settings_of(plan: Plan) -> Settings:
