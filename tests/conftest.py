@@ -21,6 +21,9 @@ if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM_BYTE
     # Nearly every test flushes files to the disk, which takes milliseconds each time; memory forgets nothing while a test runs.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
+# As fedlora.learn does: some tests import torch before it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 _WHOLE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", re.MULTILINE)
 
 _PASSED: dict[str, bool] = {}  # test -> whether all its cases passed

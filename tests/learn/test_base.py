@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,3 +172,15 @@ def test_cuda_where_there_is_none_is_a_config_error(toy: Path):
 def test_loading_prints_nothing(load: Callable[..., Any], capfd: pytest.CaptureFixture[str]):
     load(load_in_4bit=True)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("said", "spins"), [(None, False), ("active", True)])
+def test_torch_waits_asleep_unless_the_operator_says_otherwise(said: str | None, spins: bool):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | {"OMP_DISPLAY_ENV": "verbose"}
+    environment |= {"OMP_WAIT_POLICY": said} if said else {}
+    code = "import fedlora.learn, torch"
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stderr
+    counts = re.findall(r"GOMP_SPINCOUNT = '(\w+)'", shown)
+    if not counts:
+        pytest.skip("torch's OpenMP runtime is not libgomp here")
+    assert (counts[-1] != "0") == spins
