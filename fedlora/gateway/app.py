@@ -19,7 +19,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ import uvicorn
 from fedlora.gateway._internals import Server
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.allowance import Quota
-from fedlora.gateway.calls import CALL, Caller, Callers, Refused
+from fedlora.gateway.bodies import Gone, Header, Receive, Stop, end_to_end, timed, verified
+from fedlora.gateway.calls import Caller, Callers, Refused
 from fedlora.gateway.connections import Client, Guests, listen, protocol
 from fedlora.gateway.doors import Doors
 from fedlora.gateway.limits import Buckets
@@ -54,17 +54,9 @@ FLEET_CALLS = frozenset(
 """What a SuperNode with a registered key calls. register-node and unregister-node are for keyless nodes and stay closed."""
 
 _ROUTES = frozenset({("GET", b"/health"), *(("POST", path.encode()) for path in FLEET_CALLS)})
-_HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade".split()
-)
-_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"forwarded", b"date", b"server", CALL.encode()}
-
 _PUSHES = frozenset({"/v1/fleet/push-object", "/v1/fleet/push-messages"})  # what the relay stores
 _SMALL_BYTES = 1 << 19  # bodies of all calls but push-object
 _WHOLE_BYTES = 1 << 16  # up to this a body is read and compared before the SuperLink hears of it
-
-_PATIENCE_S = 10.0  # a body may pause so long at its beginning,
-_SLOWEST = 4096  # and then has to bring so many bytes a second
 
 _STRANGER_RATE, _STRANGER_BURST, _LONGEST_S = 20.0, 60.0, 15.0  # answers a second to an address's unsigned calls; longest wait
 _SITE_RATE, _SITE_BURST, _SITE_WAIT_S = 50.0, 500.0, 10.0  # a site makes four calls a second, and one for each chunk
@@ -74,21 +66,7 @@ NOT_ENROLLED = b'{"code": 2004, "public_message": "Failed to activate SuperNode.
 """Flower's own answer to a key that it does not know."""
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Header = tuple[bytes, bytes]
-
-
-class _Stop(Exception):
-    """The call ends with this status."""
-
-    def __init__(self, status: int, why: str = "") -> None:
-        super().__init__(why)
-        self.status = status
-
-
-class _Gone(Exception):
-    pass
 
 
 class Gateway:
@@ -153,7 +131,7 @@ class Gateway:
         try:
             call = _Call("POST", raw.decode(), headers, self._stated(raw.decode(), headers), caller, client[0])
             await self._admit(caller.site)
-        except _Stop as e:
+        except Stop as e:
             log.warning("refused %s of %s: %s", raw.decode(), caller.site, e)
             await _answer(send, e.status, added=self._doors.answer(raw.decode(), (), e.status, peer="-"))
             return
@@ -166,22 +144,22 @@ class Gateway:
         """A body's length, as stated; none without."""
         stated = dict(headers).get(b"content-length", b"")
         if not stated.isdigit() or len(stated) > 12:
-            raise _Stop(411, "a body without a length")
+            raise Stop(411, "a body without a length")
         limit = self._body_limit_bytes if path == "/v1/fleet/push-object" else min(_SMALL_BYTES, self._body_limit_bytes)
         if int(stated) > limit:
-            raise _Stop(413, f"a body of {int(stated)} bytes, at most {limit} are taken")
+            raise Stop(413, f"a body of {int(stated)} bytes, at most {limit} are taken")
         return int(stated)
 
     async def _admit(self, site: str) -> None:
         """Keeps a site to its rate and to so many calls at a time."""
         if self._calls.get(site, 0) >= _SITE_CALLS:
-            raise _Stop(503, f"{_SITE_CALLS} calls at a time")
+            raise Stop(503, f"{_SITE_CALLS} calls at a time")
         self._calls[site] = self._calls.get(site, 0) + 1
         wait_s = self._sites.of(site).wait_s()
         if wait_s > _SITE_WAIT_S:
             self._sites.of(site).put_back()
             self._leave(site)
-            raise _Stop(503, f"more than {_SITE_RATE:g} calls a second")
+            raise Stop(503, f"more than {_SITE_RATE:g} calls a second")
         try:
             await asyncio.sleep(wait_s)
         except asyncio.CancelledError:
@@ -228,7 +206,7 @@ class Gateway:
         try:
             await self._forward(call, receive, send_noting)
             return started[0]
-        except _Stop as e:
+        except Stop as e:
             log.warning("refused %s of %s: %s", call.path, call.caller.site if call.caller else "?", e)
             status = e.status
         except TimeoutError:
@@ -236,7 +214,7 @@ class Gateway:
         except httpx.HTTPError as e:
             log.warning("SuperLink: %s", type(e).__name__)
             status = 503  # a SuperNode tries again
-        except _Gone:
+        except Gone:
             return 0
         # Once the answer's head is out, only cutting the connection can say that it is incomplete.
         if started[0]:
@@ -249,9 +227,9 @@ class Gateway:
         content: bytes | AsyncIterator[bytes] | None = None
         async with asyncio.timeout(None) as limit:
             if call.caller is not None:
-                body = _verified(receive, call.caller.body)
+                body = verified(receive, call.caller.body)
                 content = (
-                    b"".join([part async for part in body]) if call.size <= _WHOLE_BYTES else _timed(body, limit, self._timeout_s)
+                    b"".join([part async for part in body]) if call.size <= _WHOLE_BYTES else timed(body, limit, self._timeout_s)
                 )
                 headers.append((b"content-length", str(call.size).encode()))
             limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
@@ -274,53 +252,6 @@ class _Call:
     size: int
     caller: Caller | None
     peer: str
-
-
-async def _verified(receive: Receive, digest: str) -> AsyncIterator[bytes]:
-    """A body as it comes, but for its last piece, which is passed on only if the whole is what was signed.
-
-    So the SuperLink never has a body whole that is not. Only the time that the client takes is counted.
-    """
-    seen, held, waited = sha256(), b"", 0.0
-    got, more, clock = 0, True, asyncio.get_running_loop().time
-    while more:
-        left_s, began = _PATIENCE_S + got / _SLOWEST - waited, clock()
-        try:
-            async with asyncio.timeout(left_s):
-                message = await receive()
-        except TimeoutError:
-            raise _Stop(408, f"a body that stopped after {got} bytes") from None
-        waited += clock() - began
-        if message["type"] == "http.disconnect":
-            raise _Gone
-        chunk, more = message.get("body", b""), message.get("more_body", False)
-        got += len(chunk)
-        seen.update(chunk)
-        if chunk:
-            if held:
-                yield held
-            held = chunk
-    if seen.hexdigest() != digest:
-        raise _Stop(401, "another body than the one that was signed")
-    yield held
-
-
-async def _timed(body: AsyncIterator[bytes], limit: asyncio.Timeout, timeout_s: float) -> AsyncIterator[bytes]:
-    """The same; the call's time begins anew with each piece, because a body has its own limit."""
-    async for part in body:
-        limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
-        yield part
-
-
-def end_to_end(headers: Iterable[Header]) -> list[Header]:
-    """Headers that may pass: not hop by hop, not named by ``Connection`` (RFC 9110, 7.6.1), none that frames a message."""
-    pairs = [(name.lower(), value) for name, value in headers]
-    named = {token.strip().lower() for name, value in pairs if name == b"connection" for token in value.split(b",")}
-    return [
-        (name, value)
-        for name, value in pairs
-        if name not in _NOT_FORWARDED and name not in named and not name.startswith((b"x-forwarded-", b"sec-"))
-    ]
 
 
 def _say(line: str) -> None:

@@ -25,7 +25,8 @@ from flower.signed import Node
 from fedlora.core.errors import ConnectionFailed
 from fedlora.flower import launch
 from fedlora.gateway.allowance import Allowance
-from fedlora.gateway.app import end_to_end, upstream_client
+from fedlora.gateway.app import upstream_client
+from fedlora.gateway.bodies import end_to_end
 from fedlora.gateway.certificates import make_tls
 from fedlora.gateway.exposure import FORBIDDEN, ServerExposed, check_public, free_port, healthy, public_status
 from fedlora.processes.parent import die_with_parent

@@ -91,7 +91,7 @@ def test_a_site_that_calls_too_often_waits_and_is_then_told_to_try_again(tmp_pat
         for count in range(2000):
             try:
                 await one._admit("alpha")
-            except gate._Stop as e:
+            except gate.Stop as e:
                 return count if (e.status, one._calls) == (503, {}) else -1
             one._leave("alpha")
         return 2000

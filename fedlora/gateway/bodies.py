@@ -1,0 +1,80 @@
+"""Bodies of calls on their way through the gateway, and the headers that go with them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from hashlib import sha256
+from typing import Any
+
+from fedlora.gateway.calls import CALL
+
+_HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade".split()
+)
+_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"forwarded", b"date", b"server", CALL.encode()}
+
+_PATIENCE_S = 10.0  # a body may pause so long at its beginning,
+_SLOWEST = 4096  # and then has to bring so many bytes a second
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Header = tuple[bytes, bytes]
+
+
+class Stop(Exception):
+    """The call ends with this status."""
+
+    def __init__(self, status: int, why: str = "") -> None:
+        super().__init__(why)
+        self.status = status
+
+
+class Gone(Exception):
+    """The client has hung up."""
+
+
+async def verified(receive: Receive, digest: str) -> AsyncIterator[bytes]:
+    """A body as it comes, but for its last piece, which is passed on only if the whole is what was signed.
+
+    So the SuperLink never has a body whole that is not. Only the time that the client takes is counted.
+    """
+    seen, held, waited = sha256(), b"", 0.0
+    got, more, clock = 0, True, asyncio.get_running_loop().time
+    while more:
+        left_s, began = _PATIENCE_S + got / _SLOWEST - waited, clock()
+        try:
+            async with asyncio.timeout(left_s):
+                message = await receive()
+        except TimeoutError:
+            raise Stop(408, f"a body that stopped after {got} bytes") from None
+        waited += clock() - began
+        if message["type"] == "http.disconnect":
+            raise Gone
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        got += len(chunk)
+        seen.update(chunk)
+        if chunk:
+            if held:
+                yield held
+            held = chunk
+    if seen.hexdigest() != digest:
+        raise Stop(401, "another body than the one that was signed")
+    yield held
+
+
+async def timed(body: AsyncIterator[bytes], limit: asyncio.Timeout, timeout_s: float) -> AsyncIterator[bytes]:
+    """The same; the call's time begins anew with each piece, because a body has its own limit."""
+    async for part in body:
+        limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+        yield part
+
+
+def end_to_end(headers: Iterable[Header]) -> list[Header]:
+    """Headers that may pass: not hop by hop, not named by ``Connection`` (RFC 9110, 7.6.1), none that frames a message."""
+    pairs = [(name.lower(), value) for name, value in headers]
+    named = {token.strip().lower() for name, value in pairs if name == b"connection" for token in value.split(b",")}
+    return [
+        (name, value)
+        for name, value in pairs
+        if name not in _NOT_FORWARDED and name not in named and not name.startswith((b"x-forwarded-", b"sec-"))
+    ]
