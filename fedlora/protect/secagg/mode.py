@@ -14,6 +14,7 @@ from fedlora.core.section import Section
 from fedlora.protect.mode import Limits, Mode, ServerParts, SiteParts, Told
 from fedlora.protect.secagg.book import Book
 from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.secagg.numbers import with_counts
 from fedlora.protect.secagg.planning import survival
 from fedlora.protect.secagg.server import SecAggServer
 from fedlora.protect.secagg.settings import Settings, first_range, settings_of
@@ -73,10 +74,10 @@ class SecAgg(Mode):
             yield f"the first range {first_range(plan):g} is above max_first_range {limits.max_first_range:g}"
         if settings_of(plan).lone_change == "allow" and limits.lone_change == "refuse":
             yield "secagg.lone_change = 'allow': two sums may show one site's update, and policy.lone_change says 'refuse'"
-        if kept := sorted(set(plan.evaluation.share) - set(limits.share)):
+        if kept := sorted(with_counts(plan.evaluation.share) - set(limits.share)):
             yield (
-                f"evaluation.share lists {', '.join(kept)}, which policy.share does not: under secagg a number leaves from all "
-                "sites or from none, for what one site alone sends no sum hides"
+                f"evaluation.share asks for {', '.join(kept)}, which policy.share does not list: under secagg a number leaves "
+                "from all sites or from none, for what one site alone sends no sum hides; and a mean leaves with its count"
             )
 
     @classmethod
@@ -99,7 +100,7 @@ class SecAgg(Mode):
         return {
             "weight of a site": f"{weight}, in units of {s.weight_unit}" if s.weight_unit else weight,
             "who reads this site's update": "nobody. The aggregator learns the sum over the sites of a round",
-            "numbers that leave": said["numbers that leave"] + "; they too only as sums over all sites",
+            "numbers that leave": said["numbers that leave"] + "; they too only as sums over all sites, each mean with its count",
             "sites in league": f"up to {s.max_colluding} may work together with the server without learning "
             "another site's update",
             "sums that differ": "differ by whole groups of the roster, never by one site"

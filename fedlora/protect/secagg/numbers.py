@@ -5,7 +5,7 @@ Whole numbers modulo 2^64, one mask of their own. What the server reads is their
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import SessionError
 
-_FINE: Final = 2.0**16  # of a metric
+_PART: Final = 2.0**10  # of a nat
 _MOST_METRIC: Final = 2.0**12
 _MOST_COUNT: Final = 1 << 26
 _SQUARE: Final = 2.0**30
 _MOST_SQUARE: Final = 2.0**20
 _TOTALS: Final = frozenset({"eval/tokens", "eval/examples"})  # added up; every other metric is a mean
+_PER: Final = {"eval/nll": "eval/tokens", "eval/exact_match": "eval/examples", "eval/coarse_match": "eval/examples"}
+"""What a mean is over. One that is not here is over what the plan weighs by."""
 
-# Widest sum: 12 + 16 + 26 bits of a metric and 8 of 256 sites, or 20 + 30 of a square, 4 of a weight and 8: below 63.
+# Widest sum: 12 + 10 + 26 bits of a metric and 8 of 256 sites, or 20 + 30 of a square, 4 of a weight and 8: below 63.
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Totals:
         weight: sum of the weights in the mean.
         sites: number of sites in it, as they counted themselves.
         counted: sum of what the plan weighs by (tokens, examples), before it was made a weight.
-        metrics: means over the sites: ``eval/...`` by supervised tokens evaluated, others by what they were trained on.
+        metrics: means over the sites' tokens or examples evaluated, or over what they were trained on.
         squares: weighted mean of the squared norm of each tensor, (tensors,); for the gap certificate.
         cut: values beyond the range, per tensor.
     """
@@ -47,7 +49,10 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Order of the numbers: weight, sites, counted | squares | cut | per metric: sum of count x value, sum of counts.
+    """Order of the numbers: weight, sites, counted | squares | cut | per metric: sum of totals, sum of counts.
+
+    A mean rides as its total, rounded after it is one: nats, or right examples. A product of a rounded mean with the site's count
+    would show that count, which stays the same over rounds, as the common factor of its numbers; and with it each site's mean.
 
     Args:
         tensors: tensors of the vector.
@@ -66,7 +71,6 @@ class Numbers:
     ) -> NDArray[np.uint64]:
         """One site's numbers, (size,) uint64. Values out of range are cut to it: a site can only spoil its own."""
         counted = min(counted, _MOST_COUNT)
-        tokens = min(int(metrics.get("eval/tokens", 1.0)), _MOST_COUNT)
         listed: list[int] = []
         for name in self.metrics:
             if name not in metrics:
@@ -74,10 +78,10 @@ class Numbers:
             elif name in _TOTALS:
                 listed += [min(int(metrics[name]), _MOST_COUNT), 1]
             else:
-                count = max(tokens if name.startswith("eval/") else counted, 1)
+                count = max(min(int(metrics[_PER[name]]), _MOST_COUNT) if name in _PER else counted, 1)
                 value = min(max(metrics[name], -_MOST_METRIC), _MOST_METRIC)
-                listed += [round(value * _FINE) * count, count]
-        squared = np.rint(np.minimum(squares, _MOST_SQUARE) * _SQUARE).astype(np.int64) * weight
+                listed += [round(value * count * _unit(name)), count]
+        squared = np.rint(np.minimum(squares, _MOST_SQUARE) * weight * _SQUARE).astype(np.int64)
         whole = np.concatenate([np.array([weight, 1, counted], np.int64), squared, cut, np.array(listed, np.int64)])
         return whole.view(np.uint64)
 
@@ -96,11 +100,16 @@ class Numbers:
         for i, name in enumerate(self.metrics):
             value, by = int(listed[2 * i]), int(listed[2 * i + 1])
             if by > 0:
-                metrics[name] = float(value) if name in _TOTALS else value / _FINE / by
+                metrics[name] = float(value) if name in _TOTALS else value / _unit(name) / by
         mean = squares / _SQUARE / max(weight, 1)
         return Totals(weight, count, counted, metrics, mean, cut)
 
 
-def metric_names(share: Sequence[str]) -> tuple[str, ...]:
-    """The order in which a plan's metrics ride."""
-    return tuple(sorted(share))
+def _unit(name: str) -> float:
+    """Parts of a whole in which a metric's total is counted: examples are whole ones."""
+    return 1.0 if _PER.get(name) == "eval/examples" else _PART
+
+
+def with_counts(names: Collection[str]) -> frozenset[str]:
+    """These metrics, and the counts that they are means over: a sum shows both."""
+    return frozenset(names) | {_PER[name] for name in names if name in _PER}

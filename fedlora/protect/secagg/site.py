@@ -61,6 +61,7 @@ from fedlora.protect.secagg.dealing import (
 )
 from fedlora.protect.secagg.given import Given
 from fedlora.protect.secagg.masks import derive
+from fedlora.protect.secagg.numbers import with_counts
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import encode
 from fedlora.protect.secagg.terms import Offer, Terms, codec
@@ -424,11 +425,13 @@ class SecAggSite:
 
 
 def _with_metrics(update: Update, due: Collection[str]) -> Update:
-    """The update with the metrics that every site of the round sends, and no other: one that is sent alone is that site's number.
+    """The update with the metrics that every site of the round sends and the counts that they are means over, and no other: one
+    that is sent alone is that site's number.
 
     Raises:
         MetricMissing: one is not here.
     """
+    due = with_counts(due)
     missing = sorted(name for name in due if name not in update.metrics)
     if missing:
         raise MetricMissing(

@@ -281,6 +281,8 @@ def test_the_numbers_of_all_sites_add_up_to_their_means(sites):
     ride = Numbers(2, METRICS)
     total, cut = np.zeros(ride.size, np.uint64), np.array([3, 4])
     for w, counted, square, metrics in sites:
+        if "eval/nll" in metrics:
+            metrics.setdefault("eval/tokens", 7.0)
         total += ride.pack(weight=w, counted=counted, squares=np.full(2, square), cut=cut, metrics=metrics)
     found = ride.unpack(total, sites=len(sites))
     assert found.weight == sum(w for w, *_ in sites)
@@ -292,7 +294,7 @@ def test_the_numbers_of_all_sites_add_up_to_their_means(sites):
     assert ("train/loss" in found.metrics) == bool(losses)
     if losses:
         mean = sum(loss * by for loss, by in losses) / sum(by for _, by in losses)
-        assert found.metrics["train/loss"] == pytest.approx(mean, abs=2.0**-16)
+        assert found.metrics["train/loss"] == pytest.approx(mean, abs=2.0**-10)
 
 
 def test_the_numbers_of_256_sites_never_wrap():

@@ -488,15 +488,15 @@ def test_the_body_holds_what_the_format_says():
     update, share = world.updates["site-2"], 2 / 16  # 101 of 50 a piece
     names = sorted(world.plan.evaluation.share)
     squares = [sum(float(x) ** 2 for x in p) for p in (update.delta[:6], update.delta[6:])]
-    listed = [2, 1, 101, *(2 * round(2**30 * x) for x in squares), 0, 0]
+    listed = [2, 1, 101, *(round(2**30 * 2 * x) for x in squares), 0, 0]
     for name in names:
         if name not in update.metrics:
             listed += [0, 0]
         elif name in ("eval/tokens", "eval/examples"):
             listed += [int(update.metrics[name]), 1]
         else:
-            count = 10 if name.startswith("eval/") else 101
-            listed += [count * round(2**16 * update.metrics[name]), count]
+            count, unit = {"eval/nll": (10, 2**10), "eval/exact_match": (4, 1)}.get(name, (101, 2**10))
+            listed += [round(unit * count * update.metrics[name]), count]
     site = world.__dict__["sites"]["site-2"]
     heard = world.collect(task)
     encoded = site._encoded
