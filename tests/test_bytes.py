@@ -91,6 +91,9 @@ def one(reader, step, size):
     return bytes(found)
 
 
+@example(b"abc", [("take", 1), ("take", -1)], WireError)
+@example(b"abc", [("take", 4)], StoreError)
+@example(b"abc", [("take", 1 << 70)], WireError)
 @given(st.binary(max_size=64), st.lists(STEPS, max_size=8), st.sampled_from([WireError, StoreError]))
 def test_a_reader_gives_the_bytes_in_their_order_or_the_named_error(blob, steps, error):
     """Never an IndexError, a struct.error or a MemoryError; what was given are the first bytes; ``end`` says what is left."""
