@@ -26,9 +26,9 @@ from fedlora.core.errors import (
     StoreError,
 )
 from fedlora.core.events import Report
+from fedlora.core.limits import MAX_SITES
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.core.plan import Plan
-from fedlora.formats.envelope import MAX_RECIPIENTS
 from fedlora.formats.files import FileMemory, load_adapter, set_aside, write_atomic
 from fedlora.formats.journal import REPAIR, Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
@@ -431,8 +431,8 @@ def enrolled(home: Path) -> dict[str, PublicIdentity]:
                     f"{public.name} and {other.name} share a key", hint="one of them copied it: ask both for their fingerprints"
                 )
         found[public.name] = public
-    if len(found) > MAX_RECIPIENTS:
-        raise ConfigError(f"{len(found)} sites are enrolled in {home / 'sites'}; a task can be sealed to {MAX_RECIPIENTS}")
+    if len(found) > MAX_SITES:
+        raise ConfigError(f"{len(found)} sites are enrolled in {home / 'sites'}; a task can be sealed to {MAX_SITES}")
     if not found:
         raise ConfigError(
             f"no site is enrolled in {home / 'sites'}", hint="each site sends the .pub file that `fedlora keygen` made"

@@ -29,9 +29,10 @@ from typing import Any
 import numpy as np
 from bench import ROOT, _sealed_parts, layout, median_s, peak_bytes, row, update
 
+from fedlora.core.reader import Reader
 from fedlora.formats.envelope import overhead, parse, seal
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Delivered, Reader, Rules
+from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Delivered, Rules, read_session
 from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, masked, receive, reveal
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
@@ -223,7 +224,7 @@ def server(n: int) -> dict[str, Any]:
         began = time.perf_counter()
         reader = Reader(parts["open"](parse(blob, max_bytes=1 << 30)), "masked update")
         del blob
-        reader.session(session.cohort.t1)
+        read_session(reader, session.cohort.t1)
         signature, body = reader.take(SIGNATURE), reader.view(numbers.nbytes + packed_bytes(shape.size, profile.bits))
         one = Delivered(i, hashlib.sha256(body).digest(), signature)
         one.verify(session.cohort, session.publics.__getitem__)

@@ -31,8 +31,9 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Final
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import FedLoRAError
-from fedlora.core.plan import Arm, Plan, canonical
+from fedlora.core.plan import Arm, Plan
 from fedlora.core.words import number, with_interval, with_sd
 from fedlora.formats.plans import load_plan
 from fedlora.lab import simulate

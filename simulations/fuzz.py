@@ -32,9 +32,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import BadShare, FedLoRAError
 from fedlora.core.messages import Task
 from fedlora.core.plan import Protect
+from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, PublicIdentity
@@ -46,7 +48,6 @@ from fedlora.protect.secagg.cohort import (
     Advert,
     Cohort,
     Delivered,
-    Reader,
     Rules,
     certificate,
     read_certificate,
@@ -402,7 +403,7 @@ def _signed_roster() -> Parser:
         at: Any = rng.choice((value, value["roster"], value["signatures"], *value["roster"]["sites"]))
         key = rng.choice(sorted(at) or ["carol"])
         at[key] = rng.choice((rng.choice((*_ODD, *at.values())), _other_key(at.get(key), rng)))
-        return wire.canonical(value)
+        return canonical(value)
 
     more = first_epoch(identity("server").public, [identity(s).public for s in SITES[:3]], [identity("dave").public], now=9)
     samples = [_roster().dump(), SignedRoster(more).dump()]

@@ -230,7 +230,7 @@ def test_more_sites_than_a_task_can_be_sealed_to_are_refused_before_it_is(tmp_pa
     for name in ("a", "b"):
         (tmp_path / "sites" / f"{name}.pub").write_text(KEYS[name].public.line() + "\n")
     assert set(build.enrolled(tmp_path)) == {"a", "b"}
-    monkeypatch.setattr(build, "MAX_RECIPIENTS", 1)
+    monkeypatch.setattr(build, "MAX_SITES", 1)
     with pytest.raises(ConfigError, match="2 sites"):
         build.enrolled(tmp_path)
 

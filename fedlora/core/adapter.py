@@ -7,7 +7,6 @@ when B @ A matters.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.core.canonical import canonical, parse_canonical
 from fedlora.core.errors import NonFiniteUpdate, WrongLayout
 
 F32: TypeAlias = NDArray[np.float32]
@@ -90,17 +90,16 @@ class Layout:
             WrongLayout: not canonical.
         """
         try:
-            rows = json.loads(text)
-            layout = cls(tuple((str(n), tuple(s)) for n, s in rows))
-        except (ValueError, TypeError, RecursionError):
-            raise WrongLayout("the layout is not a list of [name, shape]") from None
-        if layout.dump() != text:
-            raise WrongLayout("the layout is not canonical")
-        return layout
+            rows = [(name, tuple(shape)) for name, shape in parse_canonical(text)]
+        except (ValueError, TypeError):
+            raise WrongLayout("the layout is not a canonical list of [name, shape]") from None
+        if not all(isinstance(name, str) for name, _ in rows):
+            raise WrongLayout("a tensor is named by a string")
+        return cls(tuple(rows))
 
     def dump(self) -> bytes:
         """Canonical JSON: ``[["name",[r,c]],...]`` without spaces."""
-        return json.dumps([[n, list(s)] for n, s in self.entries], separators=(",", ":")).encode()
+        return canonical([[n, list(s)] for n, s in self.entries])
 
     @property
     def size(self) -> int:

@@ -7,14 +7,15 @@ rounds is ours. A field's docstring is its comment in the sample file that ``fed
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError
+from fedlora.core.limits import MAX_PLAN_BYTES, MAX_RANK, MAX_SITES
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
 from fedlora.core.section import Section
 from fedlora.core.tagged import Tagged
@@ -24,12 +25,6 @@ Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["train/loss", "eval/nll", "eval/exact_match", "eval/coarse_match", "eval/tokens", "eval/examples"]
-MAX_PLAN_BYTES = 65_536
-
-
-def canonical(value: Any) -> bytes:
-    """JSON with one spelling: sorted keys, no spaces, ASCII, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 class Run(Section):
@@ -75,7 +70,7 @@ class Model(Section):
 class Lora(Section):
     """The adapter. Keys have PEFT's names."""
 
-    r: Annotated[int, Field(ge=1, le=512)] = 16
+    r: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16
     """rank"""
     lora_alpha: Annotated[int, Field(ge=1, le=4096)] = 32
     """scaling: B @ A is multiplied by lora_alpha / r"""
@@ -89,7 +84,7 @@ class Lora(Section):
     """refused for now"""
     alpha_pattern: dict[str, int] = Field(default_factory=dict)
     """refused for now"""
-    ranks: dict[str, Annotated[int, Field(ge=1, le=512)]] = Field(default_factory=dict)
+    ranks: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default_factory=dict)
     """site = rank, for sites that train fewer rank components than r; needs aggregate.name product and protect.mode sealed"""
     init_digest: Hex = ""
     """digest of the initial adapter; `fedlora pin` fills it in"""
@@ -154,7 +149,7 @@ class Federation(Section):
     """optimizer steps of a site in one round; 0: use local_epochs"""
     local_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
     """passes over a site's own data in one round; 0: use local_steps"""
-    min_sites: Annotated[int, Field(ge=1, le=256)] = 2
+    min_sites: Annotated[int, Field(ge=1, le=MAX_SITES)] = 2
     """a round with fewer valid updates is void"""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     """fraction of the connected sites drawn to train in each round, but min_sites at least"""

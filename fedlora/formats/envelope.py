@@ -9,7 +9,6 @@ Misuse-Resistance, 2015) for the body.
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fedlora.core.canonical import canonical, parse_object
 from fedlora.core.errors import (
     BadSignature,
     CannotOpen,
@@ -42,6 +42,8 @@ from fedlora.core.errors import (
     WrongRound,
     WrongRun,
 )
+from fedlora.core.limits import MAX_SITES
+from fedlora.core.reader import Reader
 from fedlora.formats.keys import Identity, PublicIdentity
 
 VERSION = 1
@@ -52,7 +54,6 @@ NONE = "0" * 64
 """Stands for a digest that does not exist yet."""
 
 MAX_HEADER = 65_536
-MAX_RECIPIENTS = 256
 _PREFIX = struct.Struct(">4sBBHIHQ")  # FLSE, version, suite, flags, header length, recipients, body length
 _CHUNK, _TAG = 1 << 20, 16
 _WRAP = 1088 + 32 + 32 + _TAG  # X-Wing ciphertext, sealed file key
@@ -100,7 +101,7 @@ class Header:
 
     def dump(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, ASCII."""
-        return json.dumps(self.fields(), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+        return canonical(self.fields())
 
     @classmethod
     def parse(cls, raw: bytes) -> Header:
@@ -110,22 +111,23 @@ class Header:
             MalformedHeader: not canonical, a field missing, unknown or of the wrong kind.
         """
         try:
-            value = json.loads(raw)
-            header = cls(**{_FIELD_NAMES.get(k, k): v for k, v in value.items()})
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise MalformedHeader("the header is not JSON with exactly the fields of version 1") from None
+            value = parse_object(raw)
+            if value.keys() != _NAMES:
+                raise ValueError
+        except ValueError:
+            raise MalformedHeader("the header is not canonical JSON with exactly the fields of version 1") from None
+        header = cls(**{_FIELD_NAMES.get(k, k): v for k, v in value.items()})
         for name, kind in _KINDS.items():
             found = getattr(header, name)
             size = len(found) if isinstance(found, str) else found
             if type(found) is not kind or not 0 <= size <= _LIMITS[kind] or (name in _DIGESTS and not _is_digest(found)):
                 raise MalformedHeader(f"field {name} is malformed")
-        if header.dump() != raw:
-            raise MalformedHeader("the header is not canonical")
         return header
 
 
 _WIRE_NAMES = {"sender": "from", "adapter": "global"}  # words that Python keeps for itself
 _FIELD_NAMES = {v: k for k, v in _WIRE_NAMES.items()}
+_NAMES = {_WIRE_NAMES.get(f.name, f.name) for f in fields(Header)}
 _KINDS = {f.name: {"int": int, "str": str}[str(f.type)] for f in fields(Header)}
 _LIMITS = {int: (1 << 63) - 1, str: 128}  # largest number, longest text
 _DIGESTS = frozenset({"fed", "run", "plan", "from_key", "to_key", "roster", "base", "adapter", "layout", "prev", "sha"})
@@ -182,7 +184,7 @@ def seal(
     Raises:
         ValueError: no recipient, too many, or a header that does not describe the payload.
     """
-    if not 0 < len(recipients) <= MAX_RECIPIENTS or header.len != len(payload):
+    if not 0 < len(recipients) <= MAX_SITES or header.len != len(payload):
         raise ValueError("recipients or header.len")
     raw = header.dump()
     file_key = entropy(32)
@@ -216,16 +218,15 @@ def parse(blob: bytes | memoryview, *, max_bytes: int) -> Envelope:
     view = memoryview(blob)
     if len(view) > max_bytes:
         raise Oversized(f"{len(view)} bytes, at most {max_bytes} are expected here")
-    if len(view) < _PREFIX.size:
-        raise Truncated("no room for the prefix")
-    magic, version, suite, flags, header_len, n, body_len = _PREFIX.unpack_from(view)
+    reader = Reader(view, "envelope", error=Truncated)
+    magic, version, suite, flags, header_len, n, body_len = reader.unpack(_PREFIX)
     if magic != b"FLSE":
         raise MalformedHeader("not an envelope")
     if version != VERSION:
         raise VersionUnsupported(f"envelope version {version}, this is {VERSION}")
     if suite != SUITE:
         raise SuiteDowngrade(f"suite {suite}; only {SUITE} is allowed")
-    if flags or not 0 < n <= MAX_RECIPIENTS or not 0 < header_len <= MAX_HEADER:
+    if flags or not 0 < n <= MAX_SITES or not 0 < header_len <= MAX_HEADER:
         raise MalformedHeader("flags, recipients or header length out of range")
     if body_len > max_bytes:
         raise Oversized(f"a body of {body_len} bytes is announced, at most {max_bytes} are expected here")
@@ -234,19 +235,16 @@ def parse(blob: bytes | memoryview, *, max_bytes: int) -> Envelope:
         raise Truncated(f"{total - len(view)} bytes are missing")
     if len(view) > total:
         raise TrailingBytes(f"{len(view) - total} bytes too many")
-    at = _PREFIX.size
-    raw = bytes(view[at : at + header_len])
-    at += header_len
+    raw = reader.take(header_len)
     stanzas = {}
     for _ in range(n):
-        key, size = bytes(view[at : at + 32]).hex(), int.from_bytes(view[at + 32 : at + 34], "big")
-        if size != _WRAP or key in stanzas:
+        key = reader.take(32).hex()
+        if reader.number() != _WRAP or key in stanzas:
             raise MalformedHeader("a stanza is malformed or repeated")
-        stanzas[key] = bytes(view[at + 34 : at + _STANZA])
-        at += _STANZA
-    body = view[at : at + body_len]
-    at += body_len
-    if bytes(view[at : at + 4]) != struct.pack(">BBH", 1, 1, 64):
+        stanzas[key] = reader.take(_WRAP)
+    body = reader.view(body_len)
+    signed = len(view) - reader.left
+    if reader.take(4) != struct.pack(">BBH", 1, 1, 64):
         raise SuiteDowngrade("exactly one Ed25519 signature is expected")
     header = Header.parse(raw)
     if header.v != VERSION or header.suite != SUITE:
@@ -254,7 +252,7 @@ def parse(blob: bytes | memoryview, *, max_bytes: int) -> Envelope:
     chunks = max(1, -(-header.len // _CHUNK))
     if body_len != header.len + chunks * _TAG:
         raise MalformedHeader("the body is not as long as the header says")
-    return Envelope(header, raw, stanzas, body, bytes(view[at + 4 :]), _signed_digest(view[:at]))
+    return Envelope(header, raw, stanzas, body, reader.rest(), _signed_digest(view[:signed]))
 
 
 def verify(envelope: Envelope, sender: PublicIdentity) -> None:

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as dump_tensors
 
 from fedlora.core.adapter import Adapter
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import FedLoRAError, ResourceError, StoreError
-from fedlora.core.plan import canonical
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import SitsOut, StateLost, StoreError
-from fedlora.core.plan import Plan, canonical
+from fedlora.core.plan import Plan
 from fedlora.formats.files import (
     Damaged,
     FileMemory,

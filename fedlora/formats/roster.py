@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from cryptography.exceptions import InvalidSignature
 
+from fedlora.core.canonical import canonical, parse_object
 from fedlora.core.errors import (
     ConfigError,
     FedLoRAError,
@@ -29,11 +30,10 @@ from fedlora.core.errors import (
     StoreError,
     UnknownSite,
     VersionUnsupported,
-    WireError,
 )
+from fedlora.core.limits import MAX_SITES
 from fedlora.core.messages import SERVER, check_site_name
-from fedlora.formats import update as wire
-from fedlora.formats.envelope import MAX_RECIPIENTS, NONE
+from fedlora.formats.envelope import NONE
 from fedlora.formats.keys import Identity, PublicIdentity
 
 Status = Literal["active", "revoked"]
@@ -115,7 +115,7 @@ class Roster:
 
     def dump(self) -> bytes:
         """Canonical JSON; law: ``parse(r.dump()) == r``."""
-        return wire.canonical(self._fields())
+        return canonical(self._fields())
 
     @classmethod
     def parse(cls, raw: bytes) -> Roster:
@@ -230,7 +230,7 @@ class SignedRoster:
     def dump(self) -> bytes:
         """Canonical JSON; law: ``parse(s.dump()) == s``."""
         signatures = {name: base64.b64encode(s).decode() for name, s in self.signatures.items()}
-        return wire.canonical({"roster": self.roster._fields(), "signatures": signatures})
+        return canonical({"roster": self.roster._fields(), "signatures": signatures})
 
     @classmethod
     def parse(cls, raw: bytes) -> SignedRoster:
@@ -319,8 +319,8 @@ _RANGES = {
     "epoch": (1, (1 << 53) - 1),
     "not_before": (0, _LAST_S),
     "not_after": (0, _LAST_S),
-    "max_colluding": (1, MAX_RECIPIENTS),
-    "min_cohort": (3, MAX_RECIPIENTS),
+    "max_colluding": (1, MAX_SITES),
+    "min_cohort": (3, MAX_SITES),
     "needed": (1, MAX_COORDINATORS),
 }
 
@@ -351,7 +351,7 @@ def _check_members(r: Roster) -> None:
     """Counts, names and keys. A key in two places would let one count for two, or the server sign for a coordinator."""
     for what, people, most in (
         ("coordinators", r.coordinators, MAX_COORDINATORS),
-        ("sites", tuple(m.identity for m in r.sites), MAX_RECIPIENTS),
+        ("sites", tuple(m.identity for m in r.sites), MAX_SITES),
     ):
         _check_count(what, people, most=most)
         names = [_check_name(p.name) for p in people]
@@ -361,8 +361,8 @@ def _check_members(r: Roster) -> None:
         raise RosterInvalid(f"{r.needed} signatures are needed and there are {len(r.coordinators)} coordinators")
     if any(m.status not in ("active", "revoked") for m in r.sites):
         raise RosterInvalid("a site is active or revoked")
-    if any(type(m.group) is not int or not 0 <= m.group <= MAX_RECIPIENTS for m in r.sites):
-        raise RosterInvalid(f"the group of a site is a number from 0 to {MAX_RECIPIENTS}")
+    if any(type(m.group) is not int or not 0 <= m.group <= MAX_SITES for m in r.sites):
+        raise RosterInvalid(f"the group of a site is a number from 0 to {MAX_SITES}")
     if r.server.name != SERVER or r.fed != federation(r.server):
         raise RosterInvalid(f"the server is named {SERVER!r}, and fed is the digest of its key")
     everybody = [r.server, *r.coordinators, *(m.identity for m in r.sites)]
@@ -393,8 +393,8 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise Oversized(f"longer than a roster may be: {MAX_BYTES} bytes", hint="this is another file; see `fedlora inspect`")
     try:
-        return wire.parse_canonical(raw)
-    except WireError:
+        return parse_object(raw)
+    except ValueError:
         raise RosterInvalid("not a roster: not canonical JSON", hint="copy the file whole and do not edit it") from None
 
 
@@ -407,7 +407,7 @@ def _roster(value: object) -> Roster:
     if set(value) != {*_SCALARS, "v", "suites", "server", "coordinators", "sites"} or type(version) is not int:
         raise RosterInvalid(f"a roster has exactly the fields of version {max(VERSIONS)}")
     coordinators = _list(value["coordinators"], "coordinators", most=MAX_COORDINATORS)
-    sites = _list(value["sites"], "sites", most=MAX_RECIPIENTS)
+    sites = _list(value["sites"], "sites", most=MAX_SITES)
     found = Roster(
         **{name: value[name] for name in _SCALARS},
         suites=tuple(_list(value["suites"], "suites", most=MAX_SUITES)),

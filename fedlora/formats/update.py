@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import re
 import struct
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 
 from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.canonical import canonical, parse_object
 from fedlora.core.errors import NonFiniteUpdate, VersionUnsupported, WireError, WrongLayout
+from fedlora.core.limits import MAX_PLAN_BYTES
 from fedlora.core.messages import Kind, Task
+from fedlora.core.reader import Reader
 from fedlora.formats.values import Bytes, dump_bfloat16, dump_float32, dump_int8, parse_bfloat16, parse_float32, parse_int8
 
 DTYPES: Final = ("float32", "bfloat16", "int8")
@@ -33,7 +34,6 @@ VERSION: Final = 1
 MAX_HEADER_BYTES: Final = 8192
 """Longest header of an update."""
 MAX_METRICS: Final = 64
-MAX_PLAN_BYTES: Final = 65_536
 MAX_LAYOUT_BYTES: Final = 8 << 20
 MAX_KEY_BYTES: Final = 4096
 MAX_INTEGER: Final = (1 << 53) - 1
@@ -120,23 +120,21 @@ def parse_update(blob: bytes, layout: Layout, *, dtype: str | None = None) -> Up
         NonFiniteUpdate: NaN or infinity among the values.
         WireError: anything else that is not exactly what :func:`dump_update` gives.
     """
-    if len(blob) < _UPDATE.size + _DIGEST:
-        raise WireError(f"{len(blob)} bytes are too few for an update")
-    magic, version, code, flags, n, header_bytes = _UPDATE.unpack_from(blob)
+    reader = Reader(blob, "update")
+    magic, version, code, flags, n, header_bytes = reader.unpack(_UPDATE)
     _check_kind(magic, version, b"FLUP")
     if code >= len(DTYPES) or (dtype is not None and DTYPES[code] != dtype):
         raise WireError(f"values of type {code}, expected {dtype or 'one of ' + ', '.join(DTYPES)}")
     size = blob_size(layout, DTYPES[code], header_bytes=header_bytes)
     if header_bytes > MAX_HEADER_BYTES or len(blob) != size:
         raise WireError(f"{len(blob)} bytes, expected {size}: the blob says {n} values, the layout {layout.size}")
-    raw = _checked(blob)
+    _check_digest(blob)
     if flags:
         raise WireError("unknown flags")
     if n != layout.size:
         raise WrongLayout(f"expected {layout.size} values, got {n}")
-    at = _UPDATE.size + header_bytes
-    weight, metrics = _parse_update_header(blob[_UPDATE.size : at])
-    values = raw[at:-_DIGEST]
+    weight, metrics = _parse_update_header(reader.take(header_bytes))
+    values = _values(reader, reader.left - _DIGEST)
     vector = np.empty(n, np.float32)
     if code == 2:
         rows = 4 * layout.rows()
@@ -162,7 +160,7 @@ def _dump_update_header(update: Update) -> bytes:
 
 
 def _parse_update_header(text: bytes) -> tuple[int, dict[str, float]]:
-    head = parse_canonical(text)
+    head = _parse_head(text)
     if head.keys() != {"metrics", "weight"} or not _is_integer(head["weight"]) or not isinstance(head["metrics"], dict):
         raise WireError("the header has not exactly the fields metrics and weight")
     if len(head["metrics"]) > MAX_METRICS:
@@ -224,31 +222,27 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
         NonFiniteUpdate: NaN or infinity in the adapter.
         WireError: anything else that is not exactly what :func:`dump_task` gives.
     """
-    if len(blob) < _TASK.size + _DIGEST:
-        raise WireError(f"{len(blob)} bytes are too few for a task")
-    magic, version, reserved, flags, n, *lengths = _TASK.unpack_from(blob)
+    reader = Reader(blob, "task")
+    magic, version, reserved, flags, n, *lengths = reader.unpack(_TASK)
     _check_kind(magic, version, b"FLTK")
     _check_lengths(tuple(lengths))
     if n > max_parameters:
         raise WireError(f"{n} values, this site takes at most {max_parameters}")
     if reserved or flags & ~_SENDS:
         raise WireError("unknown flags")
-    end = _TASK.size + sum(lengths) + 4 * n
-    sends_text = _sends(blob, end) if flags & _SENDS else b""
-    size = end + (4 + len(sends_text) if sends_text else 0) + _DIGEST
-    if len(blob) != size:
-        raise WireError(f"{len(blob)} bytes, expected {size}")
-    raw = _checked(blob)
-    cuts = [_TASK.size]
-    for length in lengths:
-        cuts.append(cuts[-1] + length)
-    text, plan, layout_text, reply_key = (blob[a:b] for a, b in pairwise(cuts))
-    head = _check_task_head(parse_canonical(text))
+    parts = [reader.view(length) for length in lengths]
+    values = _values(reader, 4 * n)
+    sends_text = _sends(reader) if flags & _SENDS else b""
+    if reader.left != _DIGEST:
+        raise WireError(f"{len(blob)} bytes, expected {len(blob) - reader.left + _DIGEST}")
+    _check_digest(blob)
+    text, plan, layout_text, reply_key = (bytes(part) for part in parts)
+    head = _check_task_head(_parse_head(text))
     layout = Layout.parse(layout_text)
     if layout.size != n:
         raise WrongLayout(f"the layout has {layout.size} values, the vector {n}")
     vector = np.empty(n, np.float32)
-    parse_float32(raw[cuts[-1] : end], vector, "the adapter")
+    parse_float32(values, vector, "the adapter")
     sends = Layout.parse(sends_text) if sends_text else None
     if sends == layout:
         raise WrongLayout("the layout of the answer is the task's own, which goes without saying")
@@ -266,14 +260,12 @@ def _dump_layout(layout: Layout | None) -> bytes:
     return struct.pack("<I", len(text)) + text
 
 
-def _sends(blob: bytes, at: int) -> bytes:
+def _sends(reader: Reader) -> bytes:
     """The text of the layout that the flag announces. Its length is compared before anything is copied."""
-    if at + 4 > len(blob):
-        raise WireError("the task ends early")
-    (length,) = struct.unpack_from("<I", blob, at)
+    length = reader.number(4, order="little")
     if not 0 < length <= MAX_LAYOUT_BYTES:
         raise WireError(f"layout of {length} bytes, at most {MAX_LAYOUT_BYTES}")
-    return blob[at + 4 : at + 4 + length]
+    return reader.take(length)
 
 
 def _check_task_head(head: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -299,25 +291,11 @@ def _check_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
 # --- what both share ------------------------------------------------------------------------------------------------
 
 
-def canonical(value: Mapping[str, Any]) -> bytes:
-    """JSON in the one form that counts: ASCII, keys sorted, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
-
-
-def parse_canonical(text: bytes) -> dict[str, Any]:
-    """Inverse of :func:`canonical`.
-
-    Raises:
-        WireError: not an object, or not byte for byte what :func:`canonical` gives (so: no repeated key, no NaN).
-    """
+def _parse_head(text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-        same = isinstance(value, dict) and canonical(value) == text
-    except (ValueError, TypeError, RecursionError):
-        same = False
-    if not same:
-        raise WireError("not canonical JSON")
-    return dict(value)
+        return parse_object(text)
+    except ValueError:
+        raise WireError("not a canonical JSON object") from None
 
 
 def fill(size: int, write: Callable[[Bytes], None]) -> bytes:
@@ -348,11 +326,14 @@ def _digest(body: Bytes) -> bytes:
     return hashlib.sha256(body.data).digest()[:_DIGEST]
 
 
-def _checked(blob: bytes) -> Bytes:
-    raw = np.frombuffer(blob, np.uint8)
-    if _digest(raw[:-_DIGEST]) != blob[-_DIGEST:]:
+def _check_digest(blob: bytes) -> None:
+    if _digest(np.frombuffer(blob, np.uint8)[:-_DIGEST]) != blob[-_DIGEST:]:
         raise WireError("the digest at the end does not fit: the bytes have changed")
-    return raw
+
+
+def _values(reader: Reader, size: int) -> Bytes:
+    """The next bytes, not copied."""
+    return np.frombuffer(reader.view(size), np.uint8)
 
 
 def _put(out: Bytes, at: int, *parts: bytes) -> int:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedlora import assemble as build
 from fedlora.core.adapter import Adapter, Update
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, NotInstalled, StoreError
 from fedlora.core.events import Report
-from fedlora.core.plan import Arm, Plan, Simulation, canonical
+from fedlora.core.plan import Arm, Plan, Simulation
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster
 from fedlora.formats import update as wire

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import ModelError
-from fedlora.core.plan import canonical
 from fedlora.learn.options import BaseOptions
 from fedlora.learn.shards import chunks, load_json, scan, weight_files
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import ModelError
-from fedlora.core.plan import canonical
 from fedlora.learn._internals import gguf_processor, gguf_text_splits
 from fedlora.learn.shards import file_digest, new_directory, write
 

@@ -11,8 +11,8 @@ from dataclasses import asdict
 import torch
 
 from fedlora.core.adapter import Adapter, Factors, Layout
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, ResourceError, StoreError
-from fedlora.core.plan import canonical
 from fedlora.core.schedule import learning_rate
 from fedlora.data import Batch, Cursor, Stream, Tokens
 from fedlora.learn.evaluate import evaluate, evaluated_at_once

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from fedlora.core.adapter import F32, Adapter, Pair
 from fedlora.core.errors import UpdateRejected
+from fedlora.core.limits import MAX_RANK
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
@@ -20,8 +21,6 @@ from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator, Each
 
 Rank: TypeAlias = Literal["r", "r_max", "energy", "full"]
-MAX_RANK = 512
-"""Largest rank of an adapter."""
 
 
 class Settings(Section):
@@ -29,7 +28,7 @@ class Settings(Section):
 
     rank: Rank = "r"
     """rank of the next adapter: lora.r (r), at most max_rank (r_max), what keeps the energy (energy), or the exact rank (full)"""
-    max_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    max_rank: Annotated[int, Field(ge=0, le=MAX_RANK)] = 0
     """limit for rank = r_max and energy; 0: twice lora.r"""
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.99
     """fraction of the squared singular values that rank = energy keeps in every module"""

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from fedlora.core.adapter import F32, Adapter, Layout, Update
 from fedlora.core.errors import UpdateRejected, WeightTooLarge
+from fedlora.core.limits import MAX_SITES
 from fedlora.rules.factored import product_norm
 
 MAX_DELTA = 64.0
 """Largest change of one value that is believed. LoRA factors move by less than 1."""
 MAX_WEIGHT = 1 << 26
-MOST_TOGETHER = 16 * 256
-"""Weight of an update that is the sum of all: 16 each, of at most 256 sites."""
 """Largest weight: 67 million supervised tokens in a round."""
+MOST_TOGETHER = 16 * MAX_SITES
+"""Weight of an update that is the sum of all: 16 for each site."""
 MAX_COHORT = 1024
 
 _CHUNK = 1 << 16  # values at a time: the temporaries stay in the cache

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import PlanNotApproved, RunNotApproved, StoreError, WrongPlan
-from fedlora.core.plan import canonical
 from fedlora.formats.files import Memory
 from fedlora.site.site_file import SiteFile
 

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
-from fedlora.core.plan import canonical
 from fedlora.formats.files import FileMemory, load_adapter, set_aside, words
 from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public

@@ -20,6 +20,7 @@ from fedlora.core.errors import (
     WrongLayout,
     WrongRound,
 )
+from fedlora.core.limits import MAX_RANK
 from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats import update as wire
@@ -29,7 +30,6 @@ from fedlora.protect import SiteProtection
 from fedlora.protect.modes import mode_of
 from fedlora.rules import Aggregator, largest_weight, rule_of
 from fedlora.rules.first import first_adapter
-from fedlora.rules.product import MAX_RANK
 from fedlora.site.admission import Approvals, Begun, Runs, admit
 from fedlora.site.policy import Policy
 

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import EVALUATION, Task
 from fedlora.formats import update as wire
@@ -182,7 +183,7 @@ def updates() -> Iterator[Vector]:
     ):
         yield bad(name, "wire", "header-fields", why, with_header(new))
     zero = "0" * 16
-    many = wire.canonical({"metrics": {f"m{i}": zero for i in range(65)}, "weight": 3})
+    many = canonical({"metrics": {f"m{i}": zero for i in range(65)}, "weight": 3})
     yield bad("metrics_65", "wire", "metrics-count", "65 metrics", with_header(many))
     for name, why, metric in (
         ("metric_name", "a capital letter", {"Loss": zero}),
@@ -191,9 +192,9 @@ def updates() -> Iterator[Vector]:
         ("metric_capitals", "capital hex digits", {"loss": "3FF0000000000000"}),
         ("metric_number", "a JSON number", {"loss": 1}),
     ):
-        yield bad(name, "wire", "metric-form", why, with_header(wire.canonical({"metrics": metric, "weight": 3})))
+        yield bad(name, "wire", "metric-form", why, with_header(canonical({"metrics": metric, "weight": 3})))
     for name, bits in (("metric_nan", "7ff8000000000000"), ("metric_infinity", "fff0000000000000")):
-        text_of = wire.canonical({"metrics": {"loss": bits}, "weight": 3})
+        text_of = canonical({"metrics": {"loss": bits}, "weight": 3})
         yield bad(name, "non-finite", "metric-non-finite", name.replace("_", " "), with_header(text_of))
     for name, bits in (
         ("scale_negative", 0xBF800000),

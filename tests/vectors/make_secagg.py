@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import (
     ABORT,
@@ -27,7 +28,6 @@ from fedlora.protect.secagg.cohort import (
     Advert,
     Cohort,
     Delivered,
-    Reader,
     Rules,
     certificate,
     read_certificate,

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import ResourceError
-from fedlora.core.plan import Plan, canonical
+from fedlora.core.plan import Plan
 
 if TYPE_CHECKING:
     from fedlora.learn.fast.gpus import Ranks

@@ -10,13 +10,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import SessionError
 from fedlora.core.messages import Kind, Task
-from fedlora.core.plan import canonical
+from fedlora.core.reader import Reader
 from fedlora.formats.files import Memory
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.roster import SignedRoster
-from fedlora.protect.secagg.cohort import Cohort, Delivered, Reader, Rules, certificate, read_certificate
+from fedlora.protect.secagg.cohort import Cohort, Delivered, Rules, certificate, read_certificate
 from fedlora.protect.secagg.opening import Deal, deal_bytes
 from fedlora.protect.secagg.rings import Profile, Words
 

@@ -28,13 +28,14 @@ from fedlora.core.errors import (
     WireError,
     WrongContext,
 )
+from fedlora.core.limits import MAX_SITES
+from fedlora.core.reader import Reader
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 
 COMMIT: Final = 1
 ABORT: Final = 2
 BURNT: Final = 3
 """Never sent: what a site notes after the server tried to get two votes from it. It then gives neither."""
-MAX_SITES: Final = 256
 
 SIGNATURE: Final = 64
 """Bytes of an Ed25519 signature."""
@@ -106,56 +107,14 @@ class Rules:
         return max(self.threshold(n), self.max_colluding + 2, self.min_cohort)
 
 
-class Reader:
-    """Takes a message apart, front to back; lengths are compared before anything is copied."""
+def read_session(reader: Reader, t1: bytes) -> None:
+    """Reads a session's name, which must be this one.
 
-    def __init__(self, blob: bytes | memoryview, what: str) -> None:
-        self._view, self._at, self._what = memoryview(blob), 0, what
-
-    def take(self, n: int) -> bytes:
-        """The next n bytes.
-
-        Raises:
-            WireError: there are fewer.
-        """
-        return bytes(self.view(n))
-
-    def view(self, n: int) -> memoryview:
-        """The next n bytes, not copied."""
-        if n > self.left:
-            raise WireError(f"{self._what}: cut short")
-        self._at += n
-        return self._view[self._at - n : self._at]
-
-    def number(self) -> int:
-        """The next two bytes as an unsigned number, big-endian."""
-        return int.from_bytes(self.take(2), "big")
-
-    def session(self, t1: bytes) -> None:
-        """Reads the session's name.
-
-        Raises:
-            WrongContext: of another session.
-        """
-        if self.take(32) != t1:
-            raise WrongContext(f"{self._what}: of another session")
-
-    @property
-    def left(self) -> int:
-        """Bytes not read yet."""
-        return len(self._view) - self._at
-
-    def rest(self) -> bytes:
-        """All that is left."""
-        return self.take(self.left)
-
-    def end(self) -> None:
-        """
-        Raises:
-            WireError: something is left.
-        """
-        if self.left:
-            raise WireError(f"{self._what}: {self.left} bytes too many")
+    Raises:
+        WrongContext: of another session.
+    """
+    if reader.take(32) != t1:
+        raise WrongContext("a message of another session")
 
 
 def sign(key: Ed25519PrivateKey, label: str, text: bytes) -> bytes:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedlora.core.errors import BadShare, WireError
+from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Reader, check_signature, leads, sign
+from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, check_signature, leads, read_session, sign
 from fedlora.protect.secagg.dealing import Opened, Statement
 
 
@@ -99,7 +100,7 @@ def read_complaints(cohort: Cohort, dealer: int, blob: bytes, known: Callable[[s
         BadSignature: a holder has not signed its complaint, or the dealer not what it is said to have dealt.
     """
     reader, holders = Reader(blob, "complaints"), list[int]()
-    reader.session(cohort.t1)
+    read_session(reader, cohort.t1)
     for _ in range(reader.number()):
         one = Complaint.read(reader, cohort)
         if dealer not in one.lies or one.holder <= max(holders, default=0):
@@ -132,7 +133,7 @@ def read_opened(cohort: Cohort, dealer: int, blob: bytes, due: Mapping[int, tupl
         BadShare: it does not show what it has committed to.
     """
     reader = Reader(blob, "opened shares")
-    reader.session(cohort.t1)
+    read_session(reader, cohort.t1)
     shown: dict[int, Opened] = {}
     for _ in range(reader.number()):
         holder = reader.number()
@@ -152,7 +153,7 @@ def read_settled(cohort: Cohort, own: int, reader: Reader) -> dict[int, Opened]:
     Raises:
         WireError, WrongContext: malformed, or of another session.
     """
-    reader.session(cohort.t1)
+    read_session(reader, cohort.t1)
     shown: dict[int, Opened] = {}
     for _ in range(reader.number()):
         dealer = reader.number()

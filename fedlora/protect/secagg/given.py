@@ -22,8 +22,8 @@ from typing import Final, TypeAlias
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import LoneChange, StoreError
-from fedlora.core.plan import canonical
 from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity
 from fedlora.protect.secagg.masks import derive

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from fedlora.core.errors import BadShare, CannotOpen, DealerLied, WireError
+from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import Cohort, Reader, leads
+from fedlora.protect.secagg.cohort import Cohort, leads, read_session
 from fedlora.protect.secagg.dealing import (
     BUNDLE_BYTES,
     Dealt,
@@ -46,7 +47,7 @@ class Deal:
             WireError, WrongContext: malformed, or of another session.
         """
         reader, n = Reader(blob, "shares"), len(cohort.adverts)
-        reader.session(cohort.t1)
+        read_session(reader, cohort.t1)
         commitments = {j: (reader.take(32), reader.take(32)) for j in range(1, n + 1)}
         dealt = {}
         for j in range(1, n + 1):
@@ -91,7 +92,7 @@ def parse_reveal(cohort: Cohort, deals: Mapping[int, Deal], counted: Iterable[in
         BadShare: this site does not give the share that it was dealt.
     """
     reader, kinds = Reader(blob, "revealed shares"), {n: 1 for n in counted}
-    reader.session(cohort.t1)
+    read_session(reader, cohort.t1)
     if reader.number() != len(deals):
         raise WireError("revealed shares: one for each site that dealt is expected")
     out = {}

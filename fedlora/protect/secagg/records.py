@@ -17,8 +17,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as dump_tensors
 
 from fedlora.core.adapter import F32
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import StoreError
-from fedlora.core.plan import canonical
 from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity
 from fedlora.protect.secagg.cohort import Rules

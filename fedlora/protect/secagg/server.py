@@ -34,6 +34,7 @@ from fedlora.core.errors import (
 )
 from fedlora.core.messages import Reply, Request, Reveals, Task
 from fedlora.core.plan import Plan
+from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.roster import SignedRoster
@@ -47,10 +48,10 @@ from fedlora.protect.secagg.cohort import (
     Advert,
     Cohort,
     Delivered,
-    Reader,
     Rules,
     certificate,
     check_vote,
+    read_session,
     vote_text,
 )
 from fedlora.protect.secagg.complaints import (
@@ -277,7 +278,7 @@ class SecAggServer:
         def take(reply: Reply) -> None:
             """Adds it; when it comes a second time, takes it out again."""
             reader = Reader(self._answer(task, session.attempt, reply, "mask", max_payload=limit), "masked update")
-            reader.session(cohort.t1)
+            read_session(reader, cohort.t1)
             signature, body = reader.take(SIGNATURE), reader.view(numbers.nbytes + packed)
             reader.end()
             one = Delivered(cohort.number(reply.site), hashlib.sha256(body).digest(), signature)
@@ -459,7 +460,7 @@ class SecAggServer:
     ) -> Talk:
         def take(reply: Reply) -> None:
             reader = Reader(self._answer(task, session.attempt, reply, "vote", max_payload=_VOTE_BYTES), "vote")
-            reader.session(session.cohort.t1)
+            read_session(reader, session.cohort.t1)
             verdict, signature, number = reader.take(1), reader.take(SIGNATURE), session.cohort.number(reply.site)
             reader.end()
             if verdict != payload[32:33]:

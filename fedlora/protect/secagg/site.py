@@ -26,6 +26,7 @@ from fedlora.core.errors import (
 )
 from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.reader import Reader
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.trust import RosterKeeper
@@ -38,10 +39,10 @@ from fedlora.protect.secagg.cohort import (
     COMMIT,
     Cohort,
     Delivered,
-    Reader,
     Rules,
     check_certificate,
     read_certificate,
+    read_session,
     sign_vote,
     vote_text,
 )
@@ -314,7 +315,7 @@ class SecAggSite:
         """Session (32) | verdict (u8) | for COMMIT: who has delivered."""
         cohort = self._open_cohort(records, session)
         reader = Reader(payload, "vote")
-        reader.session(cohort.t1)
+        read_session(reader, cohort.t1)
         verdict = reader.take(1)[0]
         listed = reader.rest()
         if verdict not in (COMMIT, ABORT) or (verdict == ABORT and listed):
@@ -373,7 +374,7 @@ class SecAggSite:
         """Session (32) | the COMMIT votes."""
         cohort = self._open_cohort(records, session)
         reader = Reader(payload, "unmask")
-        reader.session(cohort.t1)
+        read_session(reader, cohort.t1)
         votes = read_certificate(reader)
         reader.end()
         if session.verdict != COMMIT:

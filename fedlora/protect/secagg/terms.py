@@ -11,15 +11,17 @@ from functools import partial
 import numpy as np
 
 from fedlora.core.adapter import F32, MAX_PARAMETERS, Adapter, Layout
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import WrongLayout, WrongRound
 from fedlora.core.messages import EVALUATION, Task
-from fedlora.core.plan import Plan, canonical
+from fedlora.core.plan import Plan
+from fedlora.core.reader import Reader
 from fedlora.core.schedule import height
 from fedlora.formats.keys import key_id
 from fedlora.formats.roster import Roster
 from fedlora.formats.update import parse_task
 from fedlora.protect.link import Context
-from fedlora.protect.secagg.cohort import Reader, Rules
+from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
 from fedlora.protect.secagg.settings import first_range, settings_of

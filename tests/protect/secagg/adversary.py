@@ -14,6 +14,7 @@ from protect.secagg.world import World, identity, names
 
 from fedlora.core.errors import CannotOpen, RemoteError
 from fedlora.core.messages import Request, Task
+from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.link import Context
@@ -23,9 +24,9 @@ from fedlora.protect.secagg.cohort import (
     Advert,
     Cohort,
     Delivered,
-    Reader,
     certificate,
     leads,
+    read_session,
     sign_vote,
     vote_text,
 )
@@ -146,7 +147,7 @@ class Adversary:
         answer = self.say(site, "unmask", self.cohort.t1 + certificate(votes))
         if isinstance(answer, bytes):
             counted, reader = {d.number for d in listed}, Reader(answer, "reveal")
-            reader.session(self.cohort.t1)
+            read_session(reader, self.cohort.t1)
             for _ in range(reader.number()):
                 dealer = reader.number()
                 kind = "self" if dealer in counted else "mask"

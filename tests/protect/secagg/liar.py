@@ -26,6 +26,7 @@ from fedlora.core.adapter import Adapter, Factors, Layout, Update
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.plan import Plan, Run
+from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.epochs import first_epoch
@@ -34,18 +35,7 @@ from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context, ServerLink, pinned
 from fedlora.protect.sealed import PHASES
-from fedlora.protect.secagg.cohort import (
-    ABORT,
-    COMMIT,
-    Advert,
-    Cohort,
-    Delivered,
-    Reader,
-    Rules,
-    certificate,
-    sign_vote,
-    vote_text,
-)
+from fedlora.protect.secagg.cohort import ABORT, COMMIT, Advert, Cohort, Delivered, Rules, certificate, sign_vote, vote_text
 from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened
 from fedlora.protect.secagg.dealing import Secrets, advertise, deal
 from fedlora.protect.secagg.opening import Deal, relay

@@ -21,8 +21,9 @@ from protect.secagg.world import identity
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
+from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import Advert, Cohort, Delivered, Reader, Rules, leads
+from fedlora.protect.secagg.cohort import Advert, Cohort, Delivered, Rules, leads, read_session
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, MaskKeys, Opened, Secrets, open_ingredient, promise, receive, self_keys
 from fedlora.protect.secagg.masks import add_masks, derive
 from fedlora.protect.secagg.opening import Deal, relay
@@ -159,7 +160,7 @@ class Session:
 
     def hear_reveal(self, holder: int, raw: bytes) -> None:
         reader = Reader(raw, "reveal")
-        reader.session(self.cohort.t1)
+        read_session(reader, self.cohort.t1)
         for _ in range(reader.number()):
             dealer = reader.number()
             self.revealed.setdefault(dealer, {}).setdefault(holder, set()).add(reader.take(SHARE_BYTES))
@@ -168,7 +169,7 @@ class Session:
     def hear_opened(self, dealer: int, raw: bytes) -> None:
         """What a dealer has shown to settle complaints: shares of both kinds, and ingredients."""
         reader = Reader(raw, "opened")
-        reader.session(self.cohort.t1)
+        read_session(reader, self.cohort.t1)
         for _ in range(reader.number()):
             holder = reader.number()
             one = Opened.read(reader, leads=leads(dealer, holder))

@@ -9,8 +9,9 @@ from protect.secagg.adversary import Adversary, known
 from protect.secagg.world import World, at_phase, identity, names, secagg_plan
 
 from fedlora.core.errors import BadShare, FedLoRAError, WireError
+from fedlora.core.reader import Reader
 from fedlora.protect.secagg import SecAggSite
-from fedlora.protect.secagg.cohort import Reader, leads, sign
+from fedlora.protect.secagg.cohort import leads, sign
 from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened, read_complaints, read_opened
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Dealt, Secrets, opened
 from fedlora.protect.secagg.opening import Deal, relay

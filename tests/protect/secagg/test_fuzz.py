@@ -22,11 +22,12 @@ from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.errors import FedLoRAError, WireError
 from fedlora.core.messages import Reply, Request, Task
 from fedlora.core.plan import Protect
+from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, open_envelope, parse, seal, verify
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context
-from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Delivered, Reader, certificate, read_certificate
+from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Delivered, certificate, read_certificate
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, encode, most_levels, pack, packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.shamir import PRIME, join, split, weights

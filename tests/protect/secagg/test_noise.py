@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from protect.secagg.world import identity, names
 
-from fedlora.protect.secagg.cohort import Cohort, Reader, Rules
+from fedlora.core.reader import Reader
+from fedlora.protect.secagg.cohort import Cohort, Rules
 from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, masks_of, receive, reveal
 from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask

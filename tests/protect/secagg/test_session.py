@@ -9,7 +9,8 @@ import pytest
 from protect.secagg.world import World, at_phase, identity, names, secagg_plan
 
 from fedlora.core.errors import CohortTooSmall
-from fedlora.protect.secagg.cohort import Cohort, Delivered, Reader, Rules, leads
+from fedlora.core.reader import Reader
+from fedlora.protect.secagg.cohort import Cohort, Delivered, Rules, leads
 from fedlora.protect.secagg.dealing import Secrets, advertise, check_deliveries, deal, masks_of, receive, reveal
 from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask

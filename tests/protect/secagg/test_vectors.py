@@ -23,18 +23,9 @@ from protect.secagg.world import World, secagg_plan
 from test_vectors import hpke
 
 from fedlora.core.errors import BadShare, FedLoRAError, RevokedSite, UnknownSite
+from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import (
-    COMMIT,
-    Advert,
-    Cohort,
-    Delivered,
-    Reader,
-    Rules,
-    check_certificate,
-    read_certificate,
-    vote_text,
-)
+from fedlora.protect.secagg.cohort import COMMIT, Advert, Cohort, Delivered, Rules, check_certificate, read_certificate, vote_text
 from fedlora.protect.secagg.complaints import Complaint, read_complaints, read_opened
 from fedlora.protect.secagg.dealing import check_deliveries, receive
 from fedlora.protect.secagg.opening import Deal, parse_reveal
