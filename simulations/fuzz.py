@@ -42,6 +42,7 @@ from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_adapter, toy_plan
+from fedlora.protect.given import Gift, Given, Ledger
 from fedlora.protect.secagg.cohort import (
     COMMIT,
     SIGNATURE,
@@ -64,7 +65,6 @@ from fedlora.protect.secagg.complaints import (
     read_settled,
 )
 from fedlora.protect.secagg.dealing import Inbox, Opened, Secrets, advertise, deal, opened, receive, reveal
-from fedlora.protect.secagg.given import Given, Ledger
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
@@ -454,15 +454,18 @@ def _numbers() -> Parser:
                   cut=np.zeros(4, np.int64), metrics={})).tobytes()], again, [(8 * i, 8) for i in range(ride.size)])  # fmt: skip
 
 
+GIFT = Gift.of([identity(name).public for name in SITES], {"protect.secagg.profile": "int8"})
+
+
 def _records() -> list[Parser]:
     """A site's own files, damaged."""
     session = Session(
         1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, groups=[list(SITES)],
-        t1=bytes(32),
+        gift=GIFT.facts(), t1=bytes(32),
     )  # fmt: skip
     encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), np.ones(14, np.float32))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3)
-    ledger = Ledger().after("34" * 32, frozenset(SITES))
+    ledger = Ledger().after("34" * 32, GIFT)
 
     def records(memory: DictMemory) -> Records:
         return Records(memory, "run", identity(SITES[0]), lambda n: bytes(n))
@@ -486,7 +489,7 @@ def _records() -> list[Parser]:
         file("session", Records.save_session, Records.session, [session, later]),
         file("encoded", Records.save_encoded, Records.encoded, [encoded]),
         file("used", Records.save_used, Records.used, [mark]),
-        _ledger([ledger, ledger.after("56" * 32, None)]),
+        _ledger([ledger, ledger.after("56" * 32, None).after_sealed("78" * 32)]),
     ]
 
 

@@ -28,6 +28,13 @@ def site_repair(
     forget_roster: Annotated[
         bool, typer.Option("--forget-roster", help="Take the roster that the site file pins again.")
     ] = False,
+    forget_sums: Annotated[
+        bool,
+        typer.Option(
+            "--forget-sums",
+            help="Begin the record of this site's sums anew: a sum beside a forgotten one may show an update.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Say what is damaged in this site's state, and what can be chosen; without an option nothing is changed. Exit status 1 if
@@ -44,6 +51,8 @@ def site_repair(
         done.append(repair.sit_out(sit_out, now=now))
     if forget_roster:
         done.append(repair.forget_roster())
+    if forget_sums:
+        done.append(repair.forget_sums())
     _say(done, repair.look(), json=json)
 
 

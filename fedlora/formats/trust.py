@@ -70,6 +70,12 @@ def _follows(new: SignedRoster, current: SignedRoster, pinned: str) -> SignedRos
         )
     if at.previous != old.digest():
         raise RosterInvalid(f"epoch {at.epoch} does not follow the roster that is in force here")
+    keys = {m.identity.name: m.identity for m in at.sites}
+    if other := sorted(m.identity.name for m in old.sites if keys.get(m.identity.name) != m.identity):
+        raise RosterInvalid(
+            f"{', '.join(other)} would be gone from the roster or have other keys",
+            hint="a site is revoked and stays on it; one that comes back has a new name",
+        )
     new.verify(old.coordinators, old.needed, others=at.coordinators)
     new.verify(at.coordinators, at.needed, others=old.coordinators)
     return new

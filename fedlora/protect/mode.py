@@ -62,10 +62,17 @@ class Limits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the sums of a plan may tell: ``alone``: those of sets that differ by one site; ``colluding`` sites know their own."""
+    """What the sums of a plan may tell.
+
+    Attributes:
+        colluding: sites that may know their own updates.
+        alone: whether sums may differ by one site.
+        measure: keys of the plan -> values: how an update becomes what is added up.
+    """
 
     colluding: int
     alone: bool
+    measure: Mapping[str, Any]
 
 
 def check_mode(plan: Plan, name: str) -> None:

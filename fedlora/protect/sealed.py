@@ -6,7 +6,7 @@ The key is made when the run starts and deleted when it ends: later theft of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedlora.core.adapter import MAX_PARAMETERS, Update
@@ -17,6 +17,7 @@ from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 from fedlora.protect import Talk, Tally
+from fedlora.protect.given import Given
 from fedlora.protect.link import Context, ServerLink, SiteLink, hear, pinned, reply_bytes
 from fedlora.protect.mode import Mode, ServerParts, SiteParts, check_mode
 
@@ -73,13 +74,29 @@ class SealedServer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SealedSite:
-    """Site half. ``link`` has its keys, the pinned server and the sequence numbers."""
+    """Site half.
+
+    Args:
+        link: its keys, the pinned server and the sequence numbers.
+        uncovers: a plan's digest -> sites that a person here has named: beside sums it may show them.
+    """
 
     link: SiteLink
+    uncovers: Callable[[str], Collection[str]] = lambda plan: ()
 
     def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
+        """As :class:`fedlora.protect.SiteProtection`.
+
+        Raises:
+            LoneChange: this site has given to sums on this base model: its own update could show another one beside them.
+        """
         task, down, reply_key, dtype = self._open(request)
+        given = Given(self.link.memory, self.link.identity, self.link.entropy)
+        ledger = given.load()
+        ledger.check(task.base, None, uncovers=self.uncovers(task.plan_digest))
         update = work(task)
+        if task.base not in ledger.sealed:
+            given.save(ledger.after_sealed(task.base))  # on the disk before it is sent
         payload = wire.dump_update(update, task.reply_layout, dtype=dtype)
         return self.link.seal(down, payload, codec=f"update/1/{dtype}", n_params=task.reply_layout.size, to=reply_key)
 
@@ -104,7 +121,7 @@ class Sealed(Mode):
 
     @classmethod
     def site(cls, parts: SiteParts) -> SealedSite:
-        return SealedSite(parts.link)
+        return SealedSite(parts.link, parts.uncovers)
 
     @classmethod
     def words(cls, plan: Plan, said: Mapping[str, str]) -> dict[str, str]:

@@ -17,9 +17,9 @@ from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.files import FileMemory, write_atomic
 from fedlora.formats.keys import load_identity
 from fedlora.formats.roster import SignedRoster
+from fedlora.protect.given import Gift, Given, Ledger
 from fedlora.protect.mode import Told
 from fedlora.protect.modes import mode_of
-from fedlora.protect.secagg.given import Given, Ledger
 from fedlora.site.admission import Runs
 from fedlora.site.site_file import SiteFile, load_site_file
 
@@ -72,8 +72,8 @@ class Question:
         begun: runs of it that this site has taken part in.
         agreed: sites that people have agreed before to uncover by this plan.
         named: the same, and those to be added now.
-        uncovered: sites whose update this plan's sum over all sites of the roster could show beside earlier plans' sums; None if
-            no roster is known here yet.
+        before: what this site has given on this base model, as far as it matters, in sentences.
+        uncovered: sites whose update this plan could show beside what was given before; None if no roster is known here yet.
     """
 
     digest: str
@@ -85,6 +85,7 @@ class Question:
     begun: int
     agreed: Sequence[str]
     named: Sequence[str]
+    before: Sequence[str]
     uncovered: Sequence[str] | None
 
     def facts(self) -> dict[str, object]:
@@ -97,6 +98,7 @@ class Question:
             "refusals": list(self.refusals),
             "begun": self.begun,
             "uncovers": list(self.named),
+            "before": list(self.before),
             "uncovered": None if self.uncovered is None else list(self.uncovered),
         }
 
@@ -125,16 +127,16 @@ class Question:
         return out
 
     def _uncovered(self) -> list[str]:
+        out = list(self.before)
         if self.uncovered is None:
-            return ["whose update it could show beside earlier plans' sums cannot be said: no roster has come to this site yet"]
+            return [*out, "whose update it could show beside what was given before cannot be said: no roster has come here yet"]
         left = sorted(set(self.uncovered) - set(self.named))
-        out = (
-            [f"YOU AGREE that beside earlier plans' sums it may show the update of {', '.join(self.named)}"] if self.named else []
-        )
+        if self.named:
+            out.append(f"YOU AGREE that beside what was given before it may show the update of {', '.join(self.named)}")
         if left:
             out.append(
-                f"beside what this site has given on this base, its group on the roster could show the update of "
-                f"{', '.join(left)}: this site will refuse it, unless you add " + " ".join(f"--uncovers {n}" for n in left)
+                f"beside what this site has given on this base model, the plan could show the update of {', '.join(left)}: this "
+                "site will refuse it, unless you add " + " ".join(f"--uncovers {n}" for n in left)
             )
         return out
 
@@ -155,6 +157,7 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
     begun = Runs(FileMemory(state / "memory")).load()
     last = _last(file, state, but=digest)
     told = mode_of(plan).told(plan)
+    before, uncovered = _beside(plan, told, file, root)
     return Question(
         digest=digest,
         words=in_words(plan),
@@ -165,7 +168,8 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
         begun=sum(one.plan == digest for one in begun),
         agreed=file.uncovers.get(digest, ()),
         named=sorted({*file.uncovers.get(digest, ()), *uncovers}),
-        uncovered=_uncovered(plan, told, file, root) if told else (),
+        before=before,
+        uncovered=uncovered,
     )
 
 
@@ -219,15 +223,26 @@ def _unlike(plan: Plan, told: Told, file: SiteFile, root: Path) -> list[str]:
     return []
 
 
-def _uncovered(plan: Plan, told: Told, file: SiteFile, root: Path) -> list[str] | None:
-    memory, ledger = FileMemory(root / file.state / "memory"), _ledger(file, root)
-    if told.alone or not ledger.groups.get(plan.model.digest):
-        return []
+_ALIKE = (
+    "this site has given to sums on this base model before. Where the sites train alike, this plan's sums differ from those by "
+    "what has changed at the sites since: if only one site's rows have changed, by the change of that site's update"
+)
+
+
+def _beside(plan: Plan, told: Told | None, file: SiteFile, root: Path) -> tuple[list[str], list[str] | None]:
+    """What a plan says beside what this site has given on its base model, and the sites that it could show."""
+    memory, ledger, base = FileMemory(root / file.state / "memory"), _ledger(file, root), plan.model.digest
+    if told is None:
+        return ledger.unlike(base, None) if ledger.gifts.get(base) else [], sorted(ledger.shown(base, None))
+    if told.alone or not (ledger.gifts.get(base) or base in ledger.sealed):
+        return [], []
+    again = [_ALIKE] if ledger.gifts.get(base) else []
     if (blob := memory.get("roster")) is None:
-        return None
+        return again, None
     roster = SignedRoster.parse(blob).roster
-    own = next((group for group in roster.groups() if file.name in group), frozenset[str]())
-    return sorted(ledger.shown(plan.model.digest, own))
+    group = next((group for group in roster.groups() if file.name in group), frozenset[str]())
+    gift = Gift.of(map(roster.site, group), told.measure)
+    return [*again, *ledger.unlike(base, gift)], sorted(ledger.shown(base, gift))
 
 
 def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[str] = ()) -> int:

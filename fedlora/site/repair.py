@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
 from fedlora.formats.files import FileMemory, load_adapter, set_aside, words
 from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
+from fedlora.protect.given import KEY, Given, Ledger
 from fedlora.protect.link import raise_number
 from fedlora.rounds.store import RunStore
 from fedlora.site.site_file import load_site_file
@@ -110,6 +112,7 @@ class SiteRepair:
         root = site_file.resolve().parent
         self.state = root / file.state
         self._keys = [(root / file.key, load_identity), (root / file.server_key, load_public)]
+        self._load_identity = partial(load_identity, root / file.key)
         self.memory = FileMemory(self.state / "memory")
         self.journal = Journal(self.state / "journal", self.memory)
 
@@ -122,7 +125,7 @@ class SiteRepair:
             except FedLoRAError as e:
                 found.append(Finding(str(path), str(e), [e.hint]))
         runs = self._runs()
-        for file, key, problem, lost in _broken(self.memory, [*(k for run in runs for k in _keys(run)), "roster"]):
+        for file, key, problem, lost in _broken(self.memory, [*(k for run in runs for k in _keys(run)), "roster", KEY]):
             run = key.partition("/")[0] if _RUN.match(key) else ""
             if not lost:
                 found.append(
@@ -250,6 +253,19 @@ class SiteRepair:
         with _alone(self.state / "lock", "the site"):
             _drop(self.memory, "roster")
         return "the next roster must be the one whose digest stands in the site file"
+
+    def forget_sums(self) -> str:
+        """Begins the record of what this site has given anew; returns what follows.
+
+        Raises:
+            ConfigError: the site runs.
+            KeyFileError: its key cannot be read.
+        """
+        identity = self._load_identity()
+        with _alone(self.state / "lock", "the site"):
+            _drop(self.memory, KEY)
+            Given(self.memory, identity, os.urandom).save(Ledger())
+        return "a sum beside one that this site has forgotten may show its update, or that of another site of both"
 
     def _drop_lost(self, run: str) -> None:
         for _, key, _, gone in list(_broken(self.memory, _keys(run))):

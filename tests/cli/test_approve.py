@@ -15,7 +15,8 @@ from fedlora.flower.enrol import make_roster, make_site_keys
 from fedlora.formats.files import FileMemory
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.lab.testing import TOY_BASE, toy_plan
-from fedlora.protect.secagg.given import Given, Ledger
+from fedlora.protect.given import Gift, Given, Ledger
+from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.approve import in_words, question, with_approval
 from fedlora.site.policy import Policy
@@ -154,8 +155,8 @@ def grown(home):
     pinned = make_roster(home / "roster.json", server.public, publics, coordinator)
     memory = FileMemory(home / "state" / "memory")
     memory.put("roster", (home / "roster.json").read_bytes())
-    three = frozenset(["guys", "marys", "north"])
-    Given(memory, load_identity(home / "keys" / "guys.key"), lambda n: bytes(n)).save(Ledger().after(TOY_BASE, three))
+    gift = Gift.of(publics[:3], measure(SECAGG))
+    Given(memory, load_identity(home / "keys" / "guys.key"), lambda n: bytes(n)).save(Ledger().after(TOY_BASE, gift))
     write_site(home, roster=pinned)
     return home
 
@@ -170,7 +171,7 @@ def test_whose_update_could_be_uncovered_is_said_and_has_to_be_named(grown, caps
     named = [word for name in four for word in ("--uncovers", name)]
     assert " ".join(named) in out
     assert main(["site", "approve", "secret.toml", "--yes", *named]) == 0
-    assert "YOU AGREE that beside earlier plans' sums it may show the update of guys" in capsys.readouterr().out
+    assert "YOU AGREE that beside what was given before it may show the update of guys" in capsys.readouterr().out
     assert load_site_file(grown / "site.toml").uncovers == {SECAGG.digest(): four}
     assert plans(grown) == (SECAGG.digest(),)  # one entry still
     assert main(["site", "approve", "secret.toml", "--yes", "--uncovers", "Not A Site"]) == 3

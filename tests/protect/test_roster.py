@@ -198,6 +198,14 @@ def test_an_impossible_next_epoch_is_refused(change, code):
 OTHER_SERVER = Identity.generate("server")
 ELSEWHERE = replace(SECOND, server=OTHER_SERVER.public, fed=federation(OTHER_SERVER.public))
 BAD = replace(ONE, signatures={**ONE.signatures, "dave": ONE.signatures["carol"]})
+
+
+def with_site(roster, name, identity):
+    """This roster with another identity of a site's name, or without that site."""
+    sites = [replace(m, identity=identity) if m.identity.name == name else m for m in roster.sites]
+    return replace(roster, sites=tuple(m for m in sites if m.identity is not None))
+
+
 TRUST = {
     "fresh": (ONE, None, PIN, ""),
     "fresh, a later epoch": (signed(THIRD, CAROL, DAVE), None, THIRD.digest(), ""),
@@ -215,6 +223,11 @@ TRUST = {
                                          NEW_PEOPLE.digest(), "roster-rollback"),
     "gap": (signed(THIRD, CAROL, DAVE), ONE, PIN, "roster-invalid"),
     "chain": (signed(replace(SECOND, previous="3" * 64), CAROL, DAVE), ONE, PIN, "roster-invalid"),
+    "site-changed, other keys": (signed(with_site(SECOND, "a", Identity.generate("a").public), CAROL, DAVE), ONE, PIN,
+                                 "roster-invalid"),
+    "site-changed, gone": (signed(with_site(SECOND, "a", None), CAROL, DAVE), ONE, PIN, "roster-invalid"),
+    "site-changed, a revoked one": (signed(with_site(THIRD, "b", Identity.generate("b").public), CAROL, DAVE),
+                                      signed(SECOND, CAROL, DAVE), PIN, "roster-invalid"),
     "other-federation": (signed(ELSEWHERE, CAROL, DAVE), ONE, PIN, "roster-invalid"),
     "signature, none": (SignedRoster(FIRST), None, PIN, "roster-invalid"),
     "signature, too few": (signed(FIRST, CAROL), None, PIN, "roster-invalid"),

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
+from fedlora.protect.derive import derive
 from fedlora.protect.secagg.cohort import (
     ABORT,
     COMMIT,
@@ -48,7 +49,6 @@ from fedlora.protect.secagg.dealing import (
     receive,
     reveal,
 )
-from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.rings import PROFILES, unpack
 

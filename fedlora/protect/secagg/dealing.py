@@ -26,8 +26,9 @@ from fedlora.core.errors import CannotOpen, CohortTooSmall, WireError
 from fedlora.core.reader import Reader
 from fedlora.formats.envelope import HPKE
 from fedlora.formats.keys import PublicIdentity
+from fedlora.protect.derive import derive
 from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Delivered, Rules, check_signature, leads, sign
-from fedlora.protect.secagg.masks import Stream, add_masks, derive
+from fedlora.protect.secagg.masks import Stream, add_masks
 from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room
 from fedlora.protect.secagg.shamir import SHARE_BYTES, split
 

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fedlora.processes.threads import in_threads
@@ -20,12 +18,6 @@ from fedlora.processes.threads import in_threads
 _CHUNK: Final = 1 << 18  # bytes at a time
 _CHUNKS: Final = 4  # of a piece that one thread takes: its streams are set up once
 _ZEROS: Final = memoryview(bytes(_CHUNK))
-
-
-def derive(key: bytes, label: str, *, salt: bytes = b"", context: bytes = b"", length: int = 32) -> bytes:
-    """HKDF-SHA256 (RFC 5869) under one of our labels."""
-    info = b"fedlora/v1/sa/" + label.encode() + b"\0" + context
-    return HKDF(hashes.SHA256(), length, salt=salt or None, info=info).derive(key)
 
 
 def add_masks(

@@ -17,7 +17,7 @@ from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.numbers import with_counts
 from fedlora.protect.secagg.planning import survival
 from fedlora.protect.secagg.server import SecAggServer
-from fedlora.protect.secagg.settings import Settings, first_range, settings_of
+from fedlora.protect.secagg.settings import Settings, first_range, measure, settings_of
 from fedlora.protect.secagg.site import SecAggSite
 from fedlora.protect.secagg.terms import check_published
 from fedlora.rules.first import first_adapter
@@ -92,7 +92,7 @@ class SecAgg(Mode):
 
     @classmethod
     def told(cls, plan: Plan) -> Told:
-        return Told(settings_of(plan).max_colluding, settings_of(plan).lone_change == "allow")
+        return Told(settings_of(plan).max_colluding, settings_of(plan).lone_change == "allow", measure(plan))
 
     @classmethod
     def words(cls, plan: Plan, said: Mapping[str, str]) -> dict[str, str]:

@@ -21,8 +21,8 @@ from fedlora.core.canonical import canonical
 from fedlora.core.errors import StoreError
 from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity
+from fedlora.protect.derive import derive
 from fedlora.protect.secagg.cohort import Rules
-from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.rings import Words
 
 _OPEN = "secagg/open"
@@ -40,6 +40,7 @@ class Session:
         plan, base: digests of the plan and of the base model.
         groups: of the roster as the session began, see :class:`Rules`; None where the plan allows sums that differ by single
             sites.
+        gift: this site's part in the sum, see :meth:`fedlora.protect.given.Gift.facts`; None in the same case.
         t1: the session's name, once its sites are fixed.
         digest: of the masked update, once it has been made.
         verdict: of the vote, 0 before it.
@@ -59,6 +60,7 @@ class Session:
     plan: str
     base: str
     groups: Sequence[Sequence[str]] | None
+    gift: Mapping[str, Any] | None
     t1: bytes = b""
     digest: bytes = b""
     verdict: int = 0
@@ -169,6 +171,11 @@ class Records:
         except (InvalidTag, ValueError, TypeError):
             hint = "this site cannot take part in this run any more; what it has given away is not known here"
             raise StoreError("the record of what this site has given away is damaged", hint=hint) from None
+
+    def has_given(self) -> bool:
+        """Whether this site has given a masked update in this run, or in one whose session may still be open."""
+        runs = self._noted() | {self._run}
+        return any(Records(self._memory, run, self._identity, self._entropy).used() is not None for run in runs)
 
     def save_used(self, used: Used) -> None:
         self._save_facts("used", asdict(used))

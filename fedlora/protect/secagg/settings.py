@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -35,3 +35,18 @@ def settings_of(plan: Plan) -> Settings:
 def first_range(plan: Plan) -> float:
     """Change of a value for which the levels stand in the first round."""
     return settings_of(plan).first_range or plan.training.learning_rate * plan.federation.local_steps
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """How a site's update becomes its part of a sum, by the keys of the plan: its weight, its levels, where they are cut.
+
+    Two sums over the same updates by other measures are two equations for them, so that a site gives by one measure on a base.
+    """
+    s, a = settings_of(plan), plan.aggregate
+    return {
+        "aggregate.weighting": a.weighting,
+        "aggregate.max_weight": a.max_weight,
+        "protect.secagg.weight_unit": s.weight_unit,
+        "protect.secagg.profile": s.profile,
+        "protect.secagg.first_range": repr(float(first_range(plan))),
+    }

@@ -14,6 +14,7 @@ from fedlora.core.adapter import F32, Update
 from fedlora.core.errors import (
     BadShare,
     BothSecretsRequested,
+    LoneChange,
     MetricMissing,
     SecretsGone,
     SessionSpent,
@@ -30,6 +31,8 @@ from fedlora.core.reader import Reader
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.trust import RosterKeeper
+from fedlora.protect.derive import derive
+from fedlora.protect.given import Gift, Given
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import check_mode
 from fedlora.protect.sealed import check_task
@@ -60,11 +63,10 @@ from fedlora.protect.secagg.dealing import (
     receive,
     reveal,
 )
-from fedlora.protect.secagg.given import Given
-from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.numbers import with_counts
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import encode
+from fedlora.protect.secagg.settings import measure
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 from fedlora.rules.sums import squares_of
 
@@ -154,7 +156,8 @@ class SecAggSite:
         if used is not None and task.round < used.round:
             raise WrongRound(f"round {task.round} is over; this site has sent its update of round {used.round}")
         terms = Terms.of(plan, roster)
-        self._compare(terms.rules, task.base, task.plan_digest)  # before anything is trained
+        gift = self._gift(terms.rules, plan)
+        self._compare(gift, task.base, task.plan_digest, records)  # before anything is trained
         records.end_other_runs()
         session = records.session()
         if session is not None and session.root and session.round < task.round:
@@ -177,6 +180,7 @@ class SecAggSite:
                 plan=task.plan_digest,
                 base=task.base,
                 groups=None if terms.rules.groups is None else [sorted(g) for g in terms.rules.groups],
+                gift=None if gift is None else gift.facts(),
             )
             records.save_session(session)
         own = advertise(self._name, context, Secrets(session.root), key=self.link.identity.signing)
@@ -260,14 +264,16 @@ class SecAggSite:
         group = session.rules.group_of(self._name)
         if not session.digest:
             session.rules.check_whole((group or frozenset()) & {cohort.advert(n).name for n in dealers})
-            self._compare(session.rules, session.base, session.plan)
+            gift = None if session.gift is None else Gift.parse(session.gift)
+            self._compare(gift, session.base, session.plan, records)
         out, digest = self._masked(cohort, own, relayed, settled, session, records)
         if session.digest and digest != session.digest:
             raise SessionSpent("what this site has sent can not be made again")
         if not session.digest:
-            # On the disk before it is sent, and this first: the one masked update of the round.
+            # On the disk before it is sent, and the ledger first: it may say too much, and is missed where an update was used.
+            given = self._given(records)
+            given.save(given.load().after(session.base, gift))
             records.save_used(Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold))
-            self._given.save(self._given.load().after(session.base, group))
             records.save_blob("relay", relayed)
             records.save_blob("settled", dump_opened(cohort, settled))
             records.save_session(session.but(digest=digest))
@@ -353,22 +359,32 @@ class SecAggSite:
         check_deliveries(cohort, own, session.digest, delivered, dealers=list(dealers), rules=session.rules, known=self._known)
         return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
 
-    def _compare(self, rules: Rules, base: str, plan: str) -> None:
-        """Whether this site may give together with its group, beside what it has given before.
+    def _gift(self, rules: Rules, plan: Plan) -> Gift | None:
+        """This site's part in a sum of this plan, by the roster of now; None where sums may differ by single sites.
 
         Raises:
-            LoneChange.
+            LoneChange: it is in no whole group.
         """
-        ledger, group = self._given.load(), rules.group_of(self._name)
-        if group is None:
-            return ledger.check_alike(base, alone=True)
-        ledger.check(base, group, uncovers=self.uncovers(plan))
-        if shown := ledger.shown(base, group):
-            log.warning("beside earlier sums, those of this plan may show updates of %s", ", ".join(sorted(shown)))
+        group = rules.group_of(self._name)
+        return None if group is None else Gift.of(map(self._known, group), measure(plan))
 
-    @property
-    def _given(self) -> Given:
-        return Given(self.link.memory, self.link.identity, self.entropy)
+    def _compare(self, gift: Gift | None, base: str, plan: str, records: Records) -> None:
+        """Whether this site may give this, beside what it has given before.
+
+        Raises:
+            LoneChange: for single updates could show, or the keys of its group are not what they were as the session began.
+        """
+        ledger = self._given(records).load()
+        if gift is None:
+            return ledger.check_alike(base, alone=True)
+        if gift.members != Gift.of(map(self._known, gift.names), {}).members:
+            raise LoneChange("a site of this site's group has other keys than when the session began")
+        ledger.check(base, gift, uncovers=self.uncovers(plan))
+        if shown := ledger.shown(base, gift):
+            log.warning("beside what was given before, sums of this plan may show updates of %s", ", ".join(sorted(shown)))
+
+    def _given(self, records: Records) -> Given:
+        return Given(self.link.memory, self.link.identity, self.entropy, records.has_given)
 
     def _unmask(self, payload: bytes, records: Records, session: Session) -> bytes:
         """Session (32) | the COMMIT votes."""

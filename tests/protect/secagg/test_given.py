@@ -1,6 +1,7 @@
 """No sums together show one site's update: whole groups, a ledger over all runs, both halves of a session."""
 
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protect.secagg.adversary import Adversary
-from protect.secagg.world import NOW, World, at_phase, identity, names, secagg_plan, signed_roster
+from protect.secagg.world import NOW, Heard, World, at_phase, identity, names, secagg_plan, signed_roster
 
 from fedlora.core.errors import CohortTooSmall, FedLoRAError, LoneChange, StoreError
+from fedlora.core.plan import Protect
 from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.formats.files import FileMemory
 from fedlora.lab.testing import DictMemory
+from fedlora.protect.given import Gift, Given, Ledger
+from fedlora.protect.link import SiteLink, pinned
+from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg.cohort import Cohort, Rules
-from fedlora.protect.secagg.given import Given, Ledger
 from fedlora.protect.secagg.planning import survival, survival_table
 from fedlora.protect.secagg.terms import Terms
 
@@ -27,6 +31,12 @@ SITES = "abcdefghij"
 NINE = names(9)
 GROUPS = signed_roster(9).roster.groups()
 """Of nine sites: three of three, 1 4 7, 2 5 8 and 3 6 9."""
+
+
+def gift(group, weighting=0, keys=""):
+    """``keys``: members that have other ones than usual."""
+    members = [(name, "other" if name in keys else "usual") for name in sorted(group)]
+    return Gift(tuple(members), (("aggregate.weighting", weighting),))
 
 
 def shows(sums, colluders=""):
@@ -72,7 +82,7 @@ class Study:
     def ask(self):
         """A session of a plan over whom the server likes, and a sum over whom it likes of these."""
         active = sorted(self.roster.active())
-        other = int(self.rng.integers(1, self.colluding + 1))
+        other, weighting = int(self.rng.integers(1, self.colluding + 1)), int(self.rng.integers(0, 2))
         plan = secagg_plan(min_sites=3 * other, max_colluding=other)
         rules = Terms.of(plan, self.roster).rules
         liked = self.rng.random() < 0.7  # now and then it asks for what honest servers ask for
@@ -87,11 +97,12 @@ class Study:
             rules.check_whole(counted)
             for site in sorted(counted - self.bad):
                 ledger, group = self.ledgers.get(site, Ledger()), rules.group_of(site)
-                ledger.check(BASE, group, uncovers=())
-                self.ledgers[site] = ledger.after(BASE, group)  # it has given, whatever comes of the session
+                part = gift(group, weighting)
+                ledger.check(BASE, part, uncovers=())
+                self.ledgers[site] = ledger.after(BASE, part)  # it has given, whatever comes of the session
         except FedLoRAError:
             return
-        self.opened.append({group for group in rules.groups if group <= counted})
+        self.opened.append(({group for group in rules.groups if group <= counted}, weighting))
 
     def run(self, steps=40):
         for _ in range(steps):
@@ -108,18 +119,20 @@ class Study:
 @given(st.integers(0, 1 << 32), st.integers(1, 2), st.integers(2, 16))
 def test_a_server_that_does_anything_over_any_history_uncovers_nobody(seed, colluding, n):
     study = Study(np.random.default_rng(seed), n, colluding).run()
-    groups = set().union(*study.opened)
+    groups = set().union(*(of for of, _ in study.opened))
     for one in groups:
         assert len(one - study.bad) >= 2
         assert all(one == other or not (one & other) - study.bad for other in groups)
-    sums = [frozenset().union(*of) for of in study.opened]
+        assert len({weighting for of, weighting in study.opened if one in of}) == 1  # one equation for a group's updates
+    sums = [frozenset().union(*of) for of, _ in study.opened]
     assert (shows(sums, study.bad) if sums else []) == []
 
 
 def test_such_a_server_does_open_sums_and_changes_groups():
     """Else the test above says nothing."""
     studies = [Study(np.random.default_rng(seed), 9, 1).run() for seed in range(20)]
-    assert sum(len({frozenset().union(*of) for of in s.opened}) for s in studies) > 30
+    assert sum(len({frozenset().union(*of) for of, _ in s.opened}) for s in studies) > 30
+    assert {weighting for s in studies for _, weighting in s.opened} == {0, 1}
     assert sum(s.roster.epoch for s in studies) > 60
 
 
@@ -169,9 +182,10 @@ def test_groups_are_as_large_as_plan_and_roster_ask_for():
 # --- a site's ledger --------------------------------------------------------------------------------------------------
 
 
-def agreed(ledger, group, *, uncovers=()):
-    ledger.check(BASE, frozenset(group), uncovers=uncovers)
-    return ledger.after(BASE, frozenset(group))
+def agreed(ledger, group, *, uncovers=(), weighting=0, keys=""):
+    part = gift(group, weighting, keys)
+    ledger.check(BASE, part, uncovers=uncovers)
+    return ledger.after(BASE, part)
 
 
 @given(st.lists(st.sets(st.sampled_from(SITES), min_size=3), max_size=6))
@@ -191,13 +205,13 @@ def test_a_person_names_all_whose_update_another_group_may_show(group):
     """However large the groups: what shows an update may be a sum that this site knows nothing of."""
     ledger = agreed(agreed(Ledger(), "abc"), "abc")
     shown = {*"abc", *group}
-    assert ledger.shown(BASE, frozenset(group)) == shown
+    assert ledger.shown(BASE, gift(group)) == shown
     agreed(ledger, group, uncovers=shown)
     for left_out in shown:
         with pytest.raises(LoneChange) as refused:
             agreed(ledger, group, uncovers=shown - {left_out})
         assert refused.value.hint.endswith(f"--uncovers {left_out}")
-    ledger.check("cc" * 32, frozenset(group), uncovers=())  # another base
+    ledger.check("cc" * 32, gift(group), uncovers=())  # another base
 
 
 @pytest.mark.attack(
@@ -215,14 +229,97 @@ def test_a_site_that_was_named_for_one_plan_is_not_free_in_the_next():
 
 @pytest.mark.parametrize("first", [False, True])
 def test_plans_on_one_base_allow_lone_changes_or_none_does(first):
-    ledger = Ledger().after(BASE, None if first else frozenset("abc"))
+    ledger = Ledger().after(BASE, None if first else gift("abc"))
     with pytest.raises(LoneChange, match="lone_change = "):
         ledger.check_alike(BASE, alone=not first)
     ledger.check_alike(BASE, alone=first)
     ledger.check_alike("cc" * 32, alone=not first)
     if first:
         with pytest.raises(LoneChange, match="lone_change = "):
-            ledger.check(BASE, frozenset("abc"), uncovers="abc")
+            ledger.check(BASE, gift("abc"), uncovers="abc")
+
+
+def test_a_gift_is_the_same_in_all_that_it_says():
+    """The same sites by the same keys to the same sum, or a person names all of them."""
+    ledger = agreed(Ledger(), "abc")
+    for other, says in (({"weighting": 1}, "aggregate.weighting = 1"), ({"keys": "b"}, "b had other keys")):
+        with pytest.raises(LoneChange, match=says):
+            agreed(ledger, "abc", **other)
+        with pytest.raises(LoneChange, match="update of c"):
+            agreed(ledger, "abc", **other, uncovers="ab")
+        agreed(agreed(ledger, "abc", **other, uncovers="abc"), "abc", **other, uncovers="abc")
+    agreed(ledger, "abc")
+
+
+def other_plan(world, plan):
+    """The same sites with their memories, and a server with another plan, in another run and on one adapter."""
+    memory = world.memory | {"server": DictMemory()}
+    return World(world.n, plan=plan, signed=world.signed, updates=world.updates, memory=memory, globals=world.globals)
+
+
+MEASURES = [
+    {"weight_unit": 50},
+    {"first_range": 0.25},
+    {"profile": "int24"},
+    {"weight_unit": 50, "profile": "int12"},
+]
+
+
+@pytest.mark.attack(
+    "D1",
+    "two plans over one group that weigh its sites otherwise, or cut their values elsewhere: two equations for its updates",
+    stops="on one base model a site gives by one weighting and one quantization",
+)
+@pytest.mark.parametrize("first", MEASURES)
+@pytest.mark.parametrize("second", MEASURES)
+def test_one_group_gives_no_two_different_sums_of_its_updates(first, second):
+    world = World(3, plan=secagg_plan(**first))
+    assert world.collect(world.task()).sums
+    later = other_plan(world, secagg_plan(**second))
+    task = replace(later.task(), run="cd" * 32)
+    heard = later.collect(task)
+    if first == second:
+        assert heard.sums
+    else:
+        assert not heard.sums
+        assert set(heard.codes().values()) == {LoneChange.code}
+
+
+def sealed_site(world, site, **more):
+    """The sealed half of a site that has the memory of its other half, and a function that asks it for an update."""
+    server, memory = identity("server").public, world.memory[site]
+    half = SealedSite(SiteLink(identity(site), server, memory, 1 << 24, lambda: NOW, os.urandom), **more)
+    plan = secagg_plan()
+    task = replace(world.task(), plan=plan.model_copy(update={"protect": Protect()}).canonical(), run="ef" * 32)
+    heard, link = Heard(), replace(world.link(), sites={site: identity(site).public}, roster=pinned(server))
+    (request,) = next(talk := SealedServer(link, "float32").collect(task, [site], heard))
+    return task, lambda: half.answer(request, lambda task: world.updates[site]), talk
+
+
+@pytest.mark.attack(
+    "D3",
+    "after a sum, a site of it that takes sealed plans too is asked for its update alone: fewer hide the others",
+    stops="on one base model a site gives to sums or sends updates that the server reads, not both",
+)
+def test_a_site_that_has_given_to_sums_sends_no_update_that_the_server_reads():
+    world = World(3)
+    task, ask, _ = sealed_site(world, "site-2")
+    assert world.collect(world.task()).sums
+    with pytest.raises(LoneChange, match="the server read this site's update") as refused:
+        ask()
+    assert refused.value.hint.endswith("--uncovers site-1 --uncovers site-2 --uncovers site-3")
+    _, ask, _ = sealed_site(world, "site-2", uncovers=lambda plan: names(3) if plan == task.plan_digest else ())
+    assert ask()
+
+
+def test_a_site_whose_update_the_server_has_read_gives_to_no_sum():
+    world = World(3)
+    _, ask, _ = sealed_site(world, "site-2")
+    assert ask()
+    assert ask()  # its next rounds
+    heard = world.collect(world.task())
+    assert not heard.sums
+    assert heard.codes()["site-2"] == LoneChange.code
 
 
 # --- on the disk --------------------------------------------------------------------------------------------------------
@@ -238,7 +335,7 @@ def memory_of(blob):
 
 
 def test_the_ledger_comes_back_and_names_nobody_on_the_disk(tmp_path):
-    ledger = agreed(Ledger(), ["guys", "marys", "north"]).after("cc" * 32, None)
+    ledger = agreed(Ledger(), ["guys", "marys", "north"]).after("cc" * 32, None).after_sealed("dd" * 32)
     keeper(FileMemory(tmp_path)).save(ledger)
     assert keeper(FileMemory(tmp_path)).load() == ledger
     assert not any(b"guys" in file.read_bytes() for file in tmp_path.iterdir())
@@ -263,6 +360,26 @@ def test_every_damage_is_named_with_its_file(tmp_path):
     memory.put("secagg/given", sealed)
     with pytest.raises(StoreError, match="another key"):
         keeper(memory, "site-2").load()
+
+
+@pytest.mark.attack(
+    "D8",
+    "the site's record of what it has given is deleted, all else stays",
+    stops="where a run's own record says that something was given, it gives nothing until a person begins the record anew",
+)
+def test_a_ledger_that_is_gone_is_no_empty_one():
+    world = World(3)
+    assert world.collect(world.task()).sums
+    for site in names(3):
+        del world.memory[site].values["secagg/given"]
+    world.restart()
+    later = other_plan(world, secagg_plan())
+    heard = later.collect(replace(later.task(), run="cd" * 32))
+    assert not heard.sums
+    assert set(heard.codes().values()) == {StoreError.code}
+    for site in names(3):  # `fedlora site repair --forget-sums`
+        Given(world.memory[site], identity(site), os.urandom).save(Ledger())
+    assert later.collect(replace(later.task(attempt=1), run="cd" * 32)).sums
 
 
 # --- sessions -----------------------------------------------------------------------------------------------------------
@@ -354,7 +471,8 @@ def test_a_site_that_was_not_asked_for_its_vote_remembers_that_it_has_given():
     world.restart()
     for site in NINE:
         ledger = Given(world.memory[site], identity(site), lambda n: bytes(n)).load()
-        assert ledger.groups == {a.task.base: (next(g for g in GROUPS if site in g),)}
+        (part,) = ledger.gifts[a.task.base]
+        assert part.names == next(g for g in GROUPS if site in g)
 
 
 class Full(DictMemory):

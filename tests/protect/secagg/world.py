@@ -19,10 +19,10 @@ from fedlora.formats.keys import Identity
 from fedlora.formats.roster import SignedRoster
 from fedlora.formats.trust import RosterKeeper
 from fedlora.lab.testing import DictMemory, toy_layout, toy_plan
+from fedlora.protect.derive import derive
 from fedlora.protect.link import ServerLink, SiteLink
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.book import Book
-from fedlora.protect.secagg.masks import derive
 from fedlora.protect.secagg.rings import encode, sum_to_mean
 from fedlora.protect.secagg.terms import Terms
 from fedlora.rules.sums import squares_of
