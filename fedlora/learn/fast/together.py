@@ -23,7 +23,7 @@ from fedlora.core.schedule import learning_rate
 from fedlora.data import IGNORE, Batch, Cursor, regroup
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state, parse_state
-from fedlora.learn.loop import pull_back
+from fedlora.learn.loop import count_supervised, pull_back
 from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import make_optimiser
 from fedlora.site.work import Trained
@@ -155,9 +155,7 @@ def _step(
     """Gradients of one step of all sites, each clipped by its own norm; their losses."""
     model, o = together._model, together._options
     batch, owner = side_by_side(groups, pad_token_id=0)
-    totals = torch.tensor([sum(b.supervised for b in g) for g in groups], device=model.base.device)
-    if int(totals.min()) == 0:
-        raise DataError("no token with a loss in a whole step", hint="max_length may cut the completions off")
+    totals = torch.tensor([count_supervised(g) for g in groups], device=model.base.device)
     nll = model.forward(batch).nll
     of_site = torch.from_numpy(owner).to(nll.device)
     losses = torch.zeros(len(groups), dtype=torch.float32, device=nll.device).index_add(0, of_site, nll) / totals
