@@ -1,4 +1,4 @@
-"""Plans and site files become objects here, with flat arguments; the only place that chooses classes."""
+"""Plans and site files become objects here; the only place that chooses classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import (
@@ -53,117 +53,16 @@ if TYPE_CHECKING:
     from fedlora.learn.hooks import MicroBatches
     from fedlora.learn.learner import HFLearner
     from fedlora.learn.lora import LoraModel
-    from fedlora.learn.options import BaseOptions, Dial, LoraOptions, TrainOptions
+    from fedlora.learn.options import Dial
 
 
 log = logging.getLogger(__name__)
 
-Device = Literal["auto", "cpu", "cuda"]
 WORKER = (sys.executable, "-P", "-m", "fedlora.worker")
 """The command of a process for a further GPU. -P: nothing of the working directory is code."""
 
 
 # --- learning ---------------------------------------------------------------------------------------------------
-
-
-def base_options(
-    plan: Plan, path: Path, *, device: Device, threads: int, keep_dequantised: bool, fused: bool | None = None
-) -> BaseOptions:
-    """How to load the plan's base from ``path`` on this machine.
-
-    Args:
-        fused: adapters computed in the base's type; None: where that is faster, on CUDA.
-    """
-    from fedlora.learn.options import BaseOptions
-
-    m, found = plan.model, _fused(plan, device) if fused is None else fused
-    return BaseOptions(
-        path=path,
-        dtype=m.dtype,
-        load_in_4bit=m.load_in_4bit,
-        load_in_8bit=m.load_in_8bit,
-        bnb_4bit_quant_type=m.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=m.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=m.bnb_4bit_compute_dtype,
-        device=device,
-        threads=threads,
-        keep_dequantised=keep_dequantised,
-        fused=found,
-        attn_implementation="varlen" if found else _attention(device, plan.training.max_length),
-    )
-
-
-def _fused(plan: Plan, device: str) -> bool:
-    """On a GPU that can, unless the base is held in a way that the fused layers do not know."""
-    from fedlora.learn.base import can_fuse, find_device
-
-    m = plan.model
-    own_type = not m.load_in_4bit or m.bnb_4bit_compute_dtype == m.dtype
-    return can_fuse(find_device(device)) and own_type and not m.load_in_8bit
-
-
-def _attention(device: str, max_length: int) -> Literal["sdpa", "eager"]:
-    """Masked SDPA is slow on a CPU: for short rows the plain matrix products take two thirds of the time."""
-    from fedlora.learn.base import find_device
-
-    return "eager" if find_device(device).type == "cpu" and max_length <= 512 else "sdpa"
-
-
-def lora_options(plan: Plan) -> LoraOptions:
-    """The plan's adapter settings."""
-    from fedlora.learn.options import LoraOptions
-
-    o = plan.lora
-    return LoraOptions(
-        r=o.r,
-        lora_alpha=o.lora_alpha,
-        lora_dropout=o.lora_dropout,
-        target_modules=o.target_modules,
-        use_rslora=o.use_rslora,
-        init_seed=plan.run.seed,
-    )
-
-
-def train_options(plan: Plan) -> TrainOptions:
-    """The plan's local training."""
-    from fedlora.learn.options import TrainOptions
-
-    t, f = plan.training, plan.federation
-    return TrainOptions(
-        learning_rate=t.learning_rate,
-        lr_scheduler_type=t.lr_scheduler_type,
-        warmup_ratio=t.warmup_ratio,
-        weight_decay=t.weight_decay,
-        max_grad_norm=t.max_grad_norm,
-        per_device_train_batch_size=t.per_device_train_batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation_steps,
-        max_length=t.max_length,
-        packing=t.packing,
-        optim=t.optim,
-        optimizer_state=t.optimizer_state,
-        gradient_checkpointing=t.gradient_checkpointing,
-        proximal_mu=t.proximal_mu,
-        local_steps=f.local_steps,
-        local_epochs=f.local_epochs,
-        num_rounds=f.num_rounds,
-        seed=plan.run.seed,
-        coarse_chars=plan.evaluation.coarse_chars,
-    )
-
-
-def load_lora(
-    plan: Plan, path: Path, *, device: Device, threads: int, keep_dequantised: bool, fused: bool | None = None
-) -> LoraModel:
-    """Loads the base and puts the plan's adapter on it: seconds to minutes.
-
-    Raises:
-        ModelError: nothing usable at ``path``.
-    """
-    from fedlora.learn.base import load_base
-    from fedlora.learn.lora import attach
-
-    options = base_options(plan, path, device=device, threads=threads, keep_dequantised=keep_dequantised, fused=fused)
-    return attach(load_base(options), lora_options(plan))
 
 
 def devices_of(file: SiteFile) -> list[str]:
@@ -254,7 +153,7 @@ def learner_of(
     def on_step(step: int, steps: int, loss: float) -> None:
         report("step", {"site": name, "step": step, "steps": steps, "loss": loss})
 
-    return HFLearner(lora, train, held_out, train_options(plan), site=name, pace=pace, on_step=on_step)
+    return HFLearner(lora, train, held_out, plan, site=name, pace=pace, on_step=on_step)
 
 
 def pace(plan: Plan, lora: LoraModel, file: SiteFile | None = None, *, report: Report) -> MicroBatches:
@@ -308,12 +207,16 @@ def site_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
     Raises:
         ModelError, DataError: see the parts.
     """
+    from fedlora.learn.base import machine_for
+    from fedlora.learn.lora import load_lora
+
     file, root = load_site_file(site_file), site_file.resolve().parent
     where = file.models.get(plan.model.model_name_or_path)
     if where is None:
         raise ModelError(f"no copy of {plan.model.model_name_or_path} here", hint="name its directory under [models]")
     report("load", {"model": plan.model.model_name_or_path})
-    lora = load_lora(plan, root / where, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
+    machine = machine_for(plan, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
+    lora = load_lora(plan, root / where, machine)
     paced = pace(plan, lora, file, report=report)
     return learner(plan, lora, file.data, name=file.name, root=root, report=report, pace=paced)
 

@@ -204,6 +204,9 @@ def open_lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: 
     Raises:
         ConfigError, DataError, ModelError: something that the simulation table names is missing or unusable.
     """
+    from fedlora.learn.base import machine_for
+    from fedlora.learn.lora import load_lora
+
     simulation = plan.simulation
     if simulation is None:
         raise ConfigError("the plan has no [simulation] table")
@@ -216,9 +219,8 @@ def open_lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: 
     else:
         base, data = root / simulation.base, root / simulation.data
     report("load", {"model": plan.model.model_name_or_path})
-    lora = build.load_lora(
-        plan, base, device="auto", threads=0, keep_dequantised=simulation.keep_dequantised, fused=batch_sites or None
-    )
+    machine = machine_for(plan, keep_dequantised=simulation.keep_dequantised, fused=batch_sites or None)
+    lora = load_lora(plan, base, machine)
     rows, general = load_rows(plan, lora, data, simulation.sites, report)
     paced = build.pace(plan, lora, report=report)
     return Lab(
@@ -332,22 +334,27 @@ class _Alone:
 
         if not self.rounds:
             return lab.first, {"tokens": 0, "steps": 0, "seconds": 0.0, "learning_rate": None}
-        options = build.train_options(lab.plan)
-        rate = self.settings.learning_rate if self.settings else options.learning_rate
-        options = replace(
-            options,
-            learning_rate=rate,
-            num_rounds=self.rounds,
-            optimizer_state="keep",
-            gradient_accumulation_steps=options.gradient_accumulation_steps * self.batches,
-        )
+        plan = self._plan(lab.plan)
+        rate = plan.training.learning_rate
         rows = [t for s in self.sites for t in lab.rows[s]["train"]]
 
         def on_step(step: int, steps: int, loss: float) -> None:
             report("step", {"site": self.name, "step": step, "steps": steps, "loss": loss})
 
-        learner = HFLearner(lab.lora, rows, [], options, site=self.name, pace=lab.pace, on_step=on_step)
+        learner = HFLearner(lab.lora, rows, [], plan, site=self.name, pace=lab.pace, on_step=on_step)
         return _rounds_alone(lab, learner, self.rounds, out / "alone" / self.name.replace(":", "-"), report, rate)
+
+    def _plan(self, plan: Plan) -> Plan:
+        """What the plan's local training is in this arm."""
+        training, own = plan.training, {"learning_rate": self.settings.learning_rate} if self.settings else {}
+        batches = training.gradient_accumulation_steps * self.batches
+        changed = {"optimizer_state": "keep", "gradient_accumulation_steps": batches, **own}
+        return plan.model_copy(
+            update={
+                "training": training.model_copy(update=changed),
+                "federation": plan.federation.model_copy(update={"num_rounds": self.rounds}),
+            }
+        )
 
 
 def _rounds_alone(

@@ -11,6 +11,8 @@ import torch
 
 from fedlora.core.adapter import Factors
 from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError
+from fedlora.core.plan import Plan
+from fedlora.core.schedule import learning_rate
 from fedlora.data import Batch
 from fedlora.learn.hooks import MicroBatches, ProcessGroup
 from fedlora.learn.lora import LoraModel
@@ -69,6 +71,23 @@ def derived_seed(*key: object) -> int:
     """A seed of 63 bits for the purpose that ``key`` names: SHA-256, so that neighbours have nothing in common."""
     text = "\0".join(["fedlora", *map(str, key)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def rate_of(plan: Plan, *, round: int, step: int, steps: int) -> float:
+    """The learning rate of a step: the plan's schedule spans the whole run.
+
+    Args:
+        round: from 1.
+        step: from 0, of ``steps`` in this round.
+    """
+    training = plan.training
+    return learning_rate(
+        training.lr_scheduler_type,
+        # Mid-step, so that neither the first nor the last step of the run is wasted at a rate of zero.
+        (round - 1 + (step + 0.5) / steps) / plan.federation.num_rounds,
+        peak=training.learning_rate,
+        warmup_ratio=training.warmup_ratio,
+    )
 
 
 def train_steps(
