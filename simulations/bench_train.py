@@ -257,9 +257,9 @@ def gpus(shape: str, count: int) -> None:
     """One GPU against several, by the path that `fedlora site up` takes: files on disk, a team of processes."""
     import logging
 
-    from fedlora import assemble as build
     from fedlora.formats.plans import load_plan
     from fedlora.learn.fast.workers import Team
+    from fedlora.learn.local import WORKER, load_learner
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")  # the workers' too
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -272,7 +272,7 @@ def gpus(shape: str, count: int) -> None:
         def report(event: str, facts: Any) -> None:
             ends.append(time.perf_counter()) if event == "step" else events.append((event, facts))
 
-        learner = build.site_learner(home / "site.toml", plan, report=report)
+        learner = load_learner(home / "site.toml", plan, report=report)
         say("base loaded and hashed", seconds=time.perf_counter() - began)
         first, rates, step_s = learner.model.get(), {}, {}
         for number in (1, count):
@@ -280,7 +280,7 @@ def gpus(shape: str, count: int) -> None:
             if number > 1:
                 devices = [f"cuda:{i}" for i in range(number)]
                 team = Team(
-                    build.WORKER,
+                    WORKER,
                     home / "site.toml",
                     plan,
                     devices=devices,

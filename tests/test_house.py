@@ -262,6 +262,11 @@ def test_nothing_repeats_the_keys_of_a_plans_section():
     ) == ["TrainOptions"]
 
 
+def test_files_become_objects_in_three_functions():
+    tree = ast.parse((ROOT / "fedlora" / "assemble.py").read_text())
+    assert [n.name for n in tree.body if isinstance(n, ast.FunctionDef)] == ["server", "site", "lab"]
+
+
 def test_nothing_prints_but_the_command():
     for path in FILES:
         calls = [n for n in nodes(path) if isinstance(n, ast.Call)]

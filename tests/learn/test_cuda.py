@@ -326,10 +326,10 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
     import threading
     import time
 
-    from fedlora import assemble as build
     from fedlora.core.errors import ResourceError
     from fedlora.core.plan import Plan
     from fedlora.learn.fast.workers import Team
+    from fedlora.learn.local import WORKER, load_learner
 
     rows = [{"prompt": f"{'apple ' * (1 + i % 5)}{i} is", "completion": " red"} for i in range(64)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -339,9 +339,9 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
     def start(steps: int) -> tuple[Any, Team]:
         tables = {"training": {"max_length": 64, "per_device_train_batch_size": 4}, "federation": {"local_steps": steps}}
         plan = Plan.model_validate_json(json.dumps(tables))
-        learner = build.site_learner(site, plan, report=lambda *_: None)
+        learner = load_learner(site, plan, report=lambda *_: None)
         team = Team(
-            build.WORKER,
+            WORKER,
             site,
             plan,
             devices=["cuda:0", "cuda:1"],
