@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedlora.assemble import site_learner
 from fedlora.core.errors import DataError, NonFiniteUpdate
 from fedlora.core.plan import parse_plan
+from fedlora.learn.local import load_learner
 from fedlora.processes.parent import die_with_parent
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def work(order: dict[str, Any]) -> None:
     # By itself, not in a function between fork and exec: this process has threads, and the driver's memory.
     die_with_parent(signal.SIGKILL, parent=order["parent"])
     use_device(order["device"])
-    learner = site_learner(Path(order["site_file"]), parse_plan(order["plan"].encode()), report=lambda event, facts: None)
+    learner = load_learner(Path(order["site_file"]), parse_plan(order["plan"].encode()), report=lambda event, facts: None)
     ready(Path(order["meeting"]), order["rank"]).touch(mode=0o600)
     ranks = Ranks(
         rank=order["rank"], count=order["count"], meeting=Path(order["meeting"]), device=order["device"], facts=learner.facts()

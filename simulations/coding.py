@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlora import assemble
 from fedlora.core.adapter import F32, Adapter, Layout, Update
 from fedlora.core.plan import Aggregate, Plan, Protect, Wire
 from fedlora.core.registry import RULES
@@ -88,10 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lab = None
     for seed in simulate.parse_seeds(given.seeds, default=plan.run.seed):
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
-        if lab is None:
-            lab = simulate.open_lab(seeded, root=given.plan.parent, out=given.out, report=_tell)
-        else:
-            lab = lab.reseeded(seeded)
+        lab = lab.reseeded(seeded) if lab else assemble.lab(seeded, root=given.plan.parent, out=given.out, report=_tell)
         heard.clear()
         exact, _ = simulate.federated(lab, given.out / f"seed-{seed}", "local", frozenset(), _tell)
         rounds = [updates for updates in heard if updates]
@@ -106,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps({"seed": seed, "profile": name, **facts}), flush=True)
 
 
-def _test(lab: simulate.Lab, adapter: Adapter) -> tuple[float, float]:
+def _test(lab: assemble.Lab, adapter: Adapter) -> tuple[float, float]:
     """Loss per token and exact match, over all sites' test rows."""
     sites = simulate.scores(lab, adapter)["sites"].values()
     tokens, examples = sum(s["tokens"] for s in sites), sum(s["examples"] for s in sites)

@@ -31,6 +31,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Final
 
+from fedlora import assemble
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.plan import Arm, Plan
@@ -38,6 +39,7 @@ from fedlora.core.words import number, with_interval, with_sd
 from fedlora.formats.plans import load_plan
 from fedlora.lab import simulate
 from fedlora.lab.report import interval, spread
+from fedlora.learn.rows import load_splits
 
 SPLITS: Final = ("domain", "iid", "dirichlet")
 _ONE: Final = "all-rows"
@@ -212,17 +214,17 @@ class Worker:
             torch.set_num_threads(threads)
         self.plan, self.root, self.out, self.until = load_plan(plan_file), plan_file.resolve().parent, out, until
         self.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        self._labs: dict[str, simulate.Lab] = {}
+        self._labs: dict[str, assemble.Lab] = {}
 
-    def lab(self, split: str) -> simulate.Lab:
+    def lab(self, split: str) -> assemble.Lab:
         if split not in self._labs:
             first = next(iter(self._labs.values()), None)
             if first is None:
-                first = simulate.open_lab(self.plan, root=self.root, out=self.out, report=quiet)
+                first = assemble.lab(self.plan, root=self.root, out=self.out, report=quiet)
             plan = simulation(self.plan)
             sites = (_ONE,) if split == _ONE else plan.sites
             data = make_split(split, self.root / plan.data, plan.sites, self.out / "data" / split)
-            rows, general = simulate.load_rows(self.plan, first.lora, data, sites, quiet)
+            rows, general = load_splits(data, sites, tokenizer=first.lora.tokenizer, plan=self.plan, report=quiet)
             inner = plan.model_copy(update={"sites": sites})
             self._labs[split] = replace(first, rows=rows, general=general, data=data, simulation=inner)
         return self._labs[split]
@@ -279,7 +281,7 @@ def planned(plan: Plan, job: Job) -> Plan:
     return Plan.model_validate(table)
 
 
-def federation(lab: simulate.Lab, job: Job, scratch: Path) -> dict[str, Any]:
+def federation(lab: assemble.Lab, job: Job, scratch: Path) -> dict[str, Any]:
     trained, facts = simulate.federated(lab, scratch, "local", frozenset(), quiet)
     records = [json.loads(line) for line in (scratch / "federated" / "rounds.jsonl").read_bytes().splitlines()]
     out = measured(lab, trained) | {"tokens": facts["tokens"]}
@@ -293,7 +295,7 @@ def federation(lab: simulate.Lab, job: Job, scratch: Path) -> dict[str, Any]:
     return out
 
 
-def baseline(lab: simulate.Lab, job: Job, scratch: Path) -> dict[str, Any]:
+def baseline(lab: assemble.Lab, job: Job, scratch: Path) -> dict[str, Any]:
     """Pooled: one model. Local: the mean over the sites, each alone, of what it scores on all sites' rows."""
     found = []
     for name, arm in simulate.arms_of(lab).items():
@@ -304,7 +306,7 @@ def baseline(lab: simulate.Lab, job: Job, scratch: Path) -> dict[str, Any]:
     return {k: math.fsum(f[k] for f in found) / len(found) for k in keys}
 
 
-def measured(lab: simulate.Lab, trained: Any) -> dict[str, Any]:
+def measured(lab: assemble.Lab, trained: Any) -> dict[str, Any]:
     """Loss per token and exact match over all rows together, and the loss on the general hold-out."""
     facts = simulate.scores(lab, trained)
     sites = facts["sites"].values()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import assemble as build
+from fedlora import assemble
 from fedlora.core.errors import ConfigError, PlanNotApproved, RunNotApproved, StoreError, WrongPlan
 from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Evaluation, Plan, Protect
@@ -26,6 +26,7 @@ from fedlora.protect.secagg.settings import Settings
 from fedlora.protect.secagg.terms import Offer, codec
 from fedlora.rules.first import first_adapter
 from fedlora.site.admission import RUNS, Approvals, Begun, Runs, admit
+from fedlora.site.parts import site_of
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteFile, load_site_file
 
@@ -56,7 +57,7 @@ class One:
         self.restart()
 
     def restart(self):
-        self.site = build.site(
+        self.site = site_of(
             KEYS["a"],
             KEYS["server"].public,
             SiteFile(**self.keys),
@@ -333,7 +334,7 @@ def test_an_open_sites_approvals_are_those_in_its_file_now(tmp_path):
     (tmp_path / "keys" / "server.pub").write_text(KEYS["server"].public.line())
     file = tmp_path / "site.toml"
     file.write_text(dump_toml(SiteFile(name="a", key="keys/a.key", models={MODEL: "x"})))
-    site = build.open_site(file, report=lambda event, facts: None)
+    site = assemble.site(file, report=lambda event, facts: None)
     assert site.name == load_identity(tmp_path / "keys" / "a.key").name
     assert site.approvals() == Approvals()
     file.write_text(

@@ -47,9 +47,11 @@ def test_all_errors_come_at_once_with_suggestions(tmp_path):
         "[lora]\nuse_dora = true",
         "[lora]\ntarget_modules = []",
         '[protect]\nmode = "plain"',
-        "[model]\nload_in_8bit = true",
+        "[lora]\nmodules_to_save = ['lm_head']",
+        "[lora]\ninit_lora_weights = 'pissa'",
+        "[lora]\nbias = 'all'",
+        "[lora]\nlora_bias = true",
         '[model]\nmodel_name_or_path = "/home/alice/base"',
-        "[federation]\nlocal_epochs = 1",
         "[training]\nlearning_rate = inf",
         "[run]\nseed = -1",
         '[run]\nname = "../x"',
@@ -59,6 +61,19 @@ def test_all_errors_come_at_once_with_suggestions(tmp_path):
 )
 def test_a_wrong_plan_is_refused(tmp_path, text):
     with pytest.raises(ConfigError):
+        plan_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[model]\nload_in_8bit = true", "exclude each other"),
+        ("[federation]\nlocal_epochs = 1\n[aggregate]\nweighting = 'uniform'", "either local_steps or local_epochs"),
+        ("[federation]\nlocal_steps = 0", "either local_steps or local_epochs"),
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused_for_that(tmp_path, text, said):
+    with pytest.raises(ConfigError, match=said):
         plan_of(tmp_path, text)
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from pydantic import Field
 
-from fedlora import assemble as build
 from fedlora.core.adapter import MAX_PARAMETERS, Adapter
 from fedlora.core.errors import ConfigError, FedLoRAError, RemoteError
 from fedlora.core.messages import Request
@@ -32,10 +31,12 @@ from fedlora.formats.plans import load_plan
 from fedlora.lab.testing import TOY_BASE, ToyLearner, toy_adapter
 from fedlora.protect.mode import Mode, check_mode
 from fedlora.protect.modes import mode_of
+from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.transport import LocalTransport, parse_dropouts
 from fedlora.rules import Rule, Sums, rule_of
 from fedlora.rules.protocol import Aggregated
 from fedlora.site.approve import in_words
+from fedlora.site.parts import site_of
 from fedlora.site.site_file import load_site_file
 
 # --- a rule -------------------------------------------------------------------------------------------------------
@@ -198,15 +199,14 @@ def federated(tmp_path, plan):
         file = load_site_file(path)
         file = file.model_copy(update={"plans": (plan.digest(),)})
         learner = ToyLearner(float(len(rows_of(path, file))))
-        sites[name] = build.site(
+        sites[name] = site_of(
             identities[name], server.public, file, make_learner=lambda _, found=learner: found, state=tmp_path / name,
             report=lambda event, facts: None,
         )  # fmt: skip
-    store = build.start_run(tmp_path / "run", plan, toy_adapter())
-    at = build.serve_run(
-        store, server, {n: i.public for n, i in identities.items()}, LocalTransport({n: s.handle for n, s in sites.items()}),
-        roster=tmp_path / "none", report=lambda event, facts: None,
-    )  # fmt: skip
+    store = start_run(tmp_path / "run", plan, toy_adapter())
+    publics = {n: i.public for n, i in identities.items()}
+    serving = ServerRun(store, server, publics, tmp_path / "none", lambda event, facts: None)
+    at = serving.run(LocalTransport({n: s.handle for n, s in sites.items()}))
     assert all(record["sites"].keys() == LINES.keys() for record in store.records())
     return at.adapter
 

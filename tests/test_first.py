@@ -41,7 +41,11 @@ def test_another_seed_or_name_gives_other_values():
     assert not np.array_equal(t[q].reshape(-1)[:64] * 8, t[v].reshape(-1) * 4)
 
 
-@pytest.mark.parametrize("module", ["fedlora.learn", "fedlora.rules.first", "fedlora.learn.options", "fedlora.learn.digest"])
+@pytest.mark.parametrize(
+    "module",
+    ["fedlora.assemble", "fedlora.rules.first",
+     *(f"fedlora.learn{part}" for part in ("", ".options", ".digest", ".local", ".rows"))],
+)  # fmt: skip
 def test_what_a_server_needs_loads_no_torch(module: str):
     heavy = {"torch", "transformers", "peft", "bitsandbytes"}
     code = f"import sys, {module}; bad = {heavy!r} & set(sys.modules); sys.exit(str(bad) if bad else 0)"

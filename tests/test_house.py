@@ -239,6 +239,34 @@ def test_core_imports_a_home_by_a_constant_name_alone():
         assert all(isinstance(n.args[1], ast.Constant) and n.args[1].value.startswith("fedlora.") for n in made), path
 
 
+def repeated(source: str) -> list[str]:
+    """Classes that hold three keys or more of one of a plan's sections."""
+    sections = [
+        set(field.annotation.model_fields) for field in Plan.model_fields.values() if hasattr(field.annotation, "model_fields")
+    ]
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            held = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+            found += [node.name for keys in sections if len(held & keys) >= 3]
+    return found
+
+
+def test_nothing_repeats_the_keys_of_a_plans_section():
+    """Sections are the options: what takes them has no names, types, defaults and bounds of its own for them."""
+    for path in FILES:
+        if path.name != "plan.py":
+            assert not repeated(path.read_text()), path
+    assert repeated(
+        "class TrainOptions:\n    optim: str = 'adamw_torch'\n    packing: bool = True\n    max_length: int = 1024"
+    ) == ["TrainOptions"]
+
+
+def test_files_become_objects_in_three_functions():
+    tree = ast.parse((ROOT / "fedlora" / "assemble.py").read_text())
+    assert [n.name for n in tree.body if isinstance(n, ast.FunctionDef)] == ["server", "site", "lab"]
+
+
 def test_nothing_prints_but_the_command():
     for path in FILES:
         calls = [n for n in nodes(path) if isinstance(n, ast.Call)]

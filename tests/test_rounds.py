@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora import assemble as build
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, KeyFileError, QuorumNotReached, RunFailed, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Evaluation, Wire
+from fedlora.formats import enrolled
+from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import FileMemory
 from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.keys import Identity, load_identity
@@ -25,6 +26,7 @@ from fedlora.lab.testing import TOY_BASE, DictMemory, ToyLearner, open_policy, s
 from fedlora.protect.plain import PlainServer, PlainSite
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds.loop import run
+from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import LocalTransport
 from fedlora.rules import FedAvg, Sums, rule_of
@@ -71,7 +73,7 @@ class Federation:
         directory = self.path / "run"
         if (directory / "run.json").exists():
             return RunStore.open(directory, self.plan)
-        return build.start_run(directory, self.plan, toy_adapter())
+        return start_run(directory, self.plan, toy_adapter())
 
     def run(self, **changes):
         store = self.store()
@@ -222,17 +224,17 @@ def test_two_sites_with_one_key_are_not_enrolled(tmp_path):
     for public in (a, replace(b, kem=a.kem)):
         (tmp_path / "sites" / f"{public.name}.pub").write_text(public.line() + "\n")
     with pytest.raises(KeyFileError, match="share a key"):
-        build.enrolled(tmp_path)
+        load_enrolled(tmp_path / "sites")
 
 
 def test_more_sites_than_a_task_can_be_sealed_to_are_refused_before_it_is(tmp_path, monkeypatch):
     (tmp_path / "sites").mkdir()
     for name in ("a", "b"):
         (tmp_path / "sites" / f"{name}.pub").write_text(KEYS[name].public.line() + "\n")
-    assert set(build.enrolled(tmp_path)) == {"a", "b"}
-    monkeypatch.setattr(build, "MAX_SITES", 1)
+    assert set(load_enrolled(tmp_path / "sites")) == {"a", "b"}
+    monkeypatch.setattr(enrolled, "MAX_SITES", 1)
     with pytest.raises(ConfigError, match="2 sites"):
-        build.enrolled(tmp_path)
+        load_enrolled(tmp_path / "sites")
 
 
 def test_below_quorum_the_round_is_void_and_the_run_resumes(tmp_path):
@@ -362,7 +364,7 @@ def test_a_run_is_not_started_twice_nor_resumed_with_another_plan(tmp_path):
     fed = Federation(tmp_path, plan(rounds=1))
     fed.run()
     with pytest.raises(StoreError, match="already"):
-        build.start_run(tmp_path / "run", fed.plan, toy_adapter())
+        start_run(tmp_path / "run", fed.plan, toy_adapter())
     with pytest.raises(StoreError, match="another plan"):
         RunStore.open(tmp_path / "run", plan(rounds=2))
 
@@ -371,7 +373,7 @@ def test_a_run_begins_with_the_first_adapter_that_its_plan_pins_and_no_other(tmp
     for other in (plan(), plan().pinned(base="", init=toy_adapter().digest()), plan().pinned(base=TOY_BASE, init="")):
         first = toy_adapter(1.0) if other == plan() else toy_adapter()
         with pytest.raises(ConfigError, match="pins"):
-            build.start_run(tmp_path / "run", other, first)
+            start_run(tmp_path / "run", other, first)
     assert not (tmp_path / "run").exists()
 
 

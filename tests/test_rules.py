@@ -8,7 +8,6 @@ import pytest
 from pydantic import ValidationError
 from test_rounds import KEYS, TARGETS, Federation, interrupted
 
-from fedlora import assemble as build
 from fedlora.core.errors import ConfigError, StoreError
 from fedlora.core.messages import Reply, Request, Task
 from fedlora.core.plan import Aggregate, Lora, Plan, ServerOptimizer, Wire
@@ -18,6 +17,7 @@ from fedlora.formats.journal import Journal
 from fedlora.formats.keys import Identity
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout, toy_plan
 from fedlora.library.publish import export_run, outcome
+from fedlora.rounds.server import start_run
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules.first import first_adapter
 
@@ -44,7 +44,7 @@ class Run(Federation):
         directory = self.path / "run"
         if (directory / "run.json").exists():
             return super().store()
-        return build.start_run(directory, self.plan, START)
+        return start_run(directory, self.plan, START)
 
     def restart(self):
         """The sites' processes die; what they have on the disk stays."""

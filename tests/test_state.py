@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from protect.secagg.world import identity, secagg_plan
 
-from fedlora import assemble as build
+from fedlora import assemble
 from fedlora.cli import main
 from fedlora.core.errors import FedLoRAError, QuorumNotReached, StoreError
 from fedlora.core.messages import Reply
@@ -90,7 +90,7 @@ class Place:
         return self
 
     def site(self, name):
-        found = build.open_site(self.root / "sites" / name / "site.toml", report=lambda event, facts: None)
+        found = assemble.site(self.root / "sites" / name / "site.toml", report=lambda event, facts: None)
         found.learner = lambda plan: ToyLearner(TARGETS[name])
         return found
 
@@ -115,7 +115,7 @@ class Place:
                 raise Cut
 
         transport = LocalTransport(dict.fromkeys(TARGETS, handle))
-        return build.serve(self.home, self.root / "plan" / "plan.toml", transport, resume=resume, report=report)
+        return assemble.server(self.home, self.root / "plan" / "plan.toml", resume=resume, report=report).run(transport)
 
     def result(self):
         """Bits (the adapter's, and what each learner has seen), and who was in each round that was not done yet."""

@@ -166,7 +166,7 @@ def check(
         facts["survives"] = survives[0]
         text += survives[1]
     if site is not None:
-        from fedlora.assemble import forecast
+        from fedlora.learn.local import forecast
 
         with Screen(quiet=quiet or json) as screen:
             facts["round"] = here = forecast(site, found, report=screen)

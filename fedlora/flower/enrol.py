@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora import assemble as build
 from fedlora.core.errors import KeyFileError, StoreError
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.core.plan import Plan
@@ -91,12 +90,14 @@ def pin_plan(plan_file: Path, model: Path, out: Path) -> Plan:
         StoreError: ``out`` exists.
         ModelError: nothing usable at ``model``.
     """
+    from fedlora.learn.base import machine_for
+    from fedlora.learn.lora import load_lora
     from fedlora.rules.first import first_adapter
 
     if out.exists():
         raise StoreError(f"{out} exists", hint="choose another --out; a pinned plan is not changed under its run")
     plan = load_plan(plan_file).model_copy(update={"simulation": None})
-    lora = build.load_lora(plan, model, device="cpu", threads=0, keep_dequantised=False)
+    lora = load_lora(plan, model, machine_for(plan, device="cpu"))
     first = first_adapter(lora.layout, seed=plan.run.seed)
     pinned = plan.pinned(base=lora.base_digest, init=first.digest())
     new = out.with_name(f".{out.name}.{os.getpid()}.new")

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -84,37 +83,40 @@ def up(
     """
     _check_free(listen)
     home = home.resolve()
-    tls, flower = home / "tls", home / "flower"
     load_node_keys(home / "sites")  # a bad file is found before anything starts
     _check_files(home, hosts)
     stop = stop or threading.Event()
-    with hold(flower, what="fedlora server up"), signals(stop.set):
-        port = free_port()
-        gateway = partial(launch.gateway, body_limit_bytes=body_limit_bytes, timeout_s=timeout_s, connections=connections)
-        env = join_flower(flower / "home")
-        heard: SimpleQueue[Refusal] = SimpleQueue()
-        services = _services(
-            home,
-            port,
-            gateway=gateway(listen, superlink_port=port, home=home),
-            public=listen,
-            env=env,
-            executor=executor,
-            heard=heard,
+    with hold(home / "flower", what="fedlora server up"), signals(stop.set):
+        port, heard = free_port(), SimpleQueue[Refusal]()
+        gateway = launch.gateway(
+            listen,
+            superlink_port=port,
+            home=home,
+            body_limit_bytes=body_limit_bytes,
+            timeout_s=timeout_s,
+            connections=connections,
         )
-        shrink(flower / "state.db", now=time.time)  # whatever ran before has ended with its server
-        supervisor = Supervisor(services, log_directory=flower / "log", report=report)
-        supervisor.start()
-        try:
-            check_loopback(port)
-            check_public(listen, ca=tls / "ca.crt")
-            save_address(home, Address(listen, port))
-            sync_sites(home, report=report)
-            report("listening", {"address": listen})
-            _watch(home, supervisor, stop, report, heard)
-        finally:
-            (flower / "server.json").unlink(missing_ok=True)
-            supervisor.stop()
+        services = _services(home, port, gateway=gateway, public=listen, executor=executor, heard=heard)
+        _serve(home, Address(listen, port), services, stop, report, heard)
+
+
+def _serve(
+    home: Path, address: Address, services: list[Service], stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]
+) -> None:
+    """Starts the processes, probes that nothing but the gateway is open, and watches until ``stop``; ends them in any case."""
+    shrink(home / "flower" / "state.db", now=time.time)  # whatever ran before has ended with its server
+    supervisor = Supervisor(services, log_directory=home / "flower" / "log", report=report)
+    supervisor.start()
+    try:
+        check_loopback(address.superlink_port)
+        check_public(address.listen, ca=home / "tls" / "ca.crt")
+        save_address(home, address)
+        sync_sites(home, report=report)
+        report("listening", {"address": address.listen})
+        _watch(home, supervisor, stop, report, heard)
+    finally:
+        (home / "flower" / "server.json").unlink(missing_ok=True)
+        supervisor.stop()
 
 
 def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]) -> None:
@@ -195,7 +197,6 @@ def _services(
     *,
     gateway: list[str],
     public: str,
-    env: dict[str, str],
     executor: Sequence[str],
     heard: SimpleQueue[Refusal],
 ) -> list[Service]:
@@ -203,7 +204,7 @@ def _services(
         if refusal := parse_refusal(line):
             heard.put(refusal)
 
-    tls = home / "tls"
+    tls, env = home / "tls", join_flower(home / "flower" / "home")
     relay = launch.superlink(port, tls=tls, database=home / "flower" / "state.db", secret=home / "superexec.secret")
     claims = launch.executor(home, superlink_port=port, command=executor)
     return [

@@ -1,4 +1,4 @@
-"""The process of one run at the server: maps sites to nodes, opens the transport, lets ``build.serve`` run the rounds.
+"""The process of one run at the server: maps sites to nodes, opens the transport, runs the rounds.
 
 Started by the executor, which hands it the task's token on standard input, where no other user of the host sees it.
 """
@@ -32,7 +32,7 @@ _PATIENCE_S = 900.0
 
 
 class Serve(Protocol):
-    """``build.serve``: all rounds of a run."""
+    """All rounds of a run."""
 
     def __call__(self, home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> object: ...
 
@@ -71,7 +71,7 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
     Args:
         grid: the channel to the nodes.
         control: opens the Control API, to learn which node is which site.
-        serve: ``build.serve``, or a test's own.
+        serve: runs the rounds; a test has its own.
     """
     try:
         todo = load_job(home, job)
@@ -99,9 +99,9 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
 
 
 def _serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> object:
-    from fedlora import assemble as build  # in here, so that even a broken installation becomes an outcome
+    from fedlora import assemble  # in here, so that even a broken installation becomes an outcome
 
-    return build.serve(home, plan_file, transport, resume=resume, report=report)
+    return assemble.server(home, plan_file, resume=resume, report=report).run(transport)
 
 
 def main(serve: Serve = _serve) -> int:

@@ -69,8 +69,8 @@ def up(
     Args:
         site_file: the site's own file; paths in it are relative to it.
         report: told ``(event, facts)``; of ``site`` see :class:`fedlora.flower.standing.Standing`.
-        handle: answers requests; that of ``build.open_site`` by default, called before anything is connected. Only then bases
-            and data are looked for.
+        handle: answers requests; that of :func:`fedlora.assemble.site` by default, called before anything is connected. Only then
+            bases and data are looked for.
         stop: set it to stop from another thread.
         probe_s: shortest time between two probes of a server that is away, and the most that a step of one may take, seconds.
 
@@ -87,10 +87,10 @@ def up(
         pem = check_keys(file, root)
         checks: dict[str, Callable[[SiteFile, Path], None]] = {}
         if handle is None:
-            from fedlora.assemble import open_site
+            from fedlora import assemble
 
             checks = {"base": check_bases, "data": check_data}
-            handle = open_site(site_file, report=report).handle
+            handle = assemble.site(site_file, report=report).handle
         _await_port(file.local_port, secret=root / file.state / "flower" / "superexec.secret")
         _Up(file, root, handle, report, stop or threading.Event(), checks, pem, probe_s).run()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from fedlora.core.errors import RosterInvalid, RosterRollback, SuiteDowngrade, VersionUnsupported
+from fedlora.core.errors import BadSignature, RosterInvalid, RosterRollback, SuiteDowngrade, VersionUnsupported
 from fedlora.formats.envelope import SUITE
 from fedlora.formats.files import Memory
 from fedlora.formats.keys import PublicIdentity
-from fedlora.formats.roster import Roster, SignedRoster
+from fedlora.formats.roster import NEWEST, Roster, SignedRoster, load_roster
 
 
 def accept(new: SignedRoster, *, current: SignedRoster | None, pinned: str, now: int) -> SignedRoster:
@@ -100,6 +103,11 @@ class RosterKeeper:
     version: str
     _current: SignedRoster | None = field(default=None, init=False)
 
+    @classmethod
+    def here(cls, memory: Memory, server: PublicIdentity, pinned: str) -> RosterKeeper:
+        """With this machine's clock, for this release."""
+        return cls(memory, server, pinned, lambda: int(time.time()), importlib.metadata.version("fedlora"))
+
     @property
     def current(self) -> Roster:
         """The roster in force here.
@@ -141,3 +149,21 @@ class RosterKeeper:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(x) for x in re.findall(r"\d+", version)[:3])
+
+
+def rosters_in(file: Path, memory: Memory, server: PublicIdentity) -> Callable[[], SignedRoster]:
+    """Gives the roster of now, from a file of the server's own that may be replaced by its next epoch at any time.
+
+    Raises:
+        StoreError, RosterInvalid: no roster there. What is given raises what :meth:`RosterKeeper.take` does, naming the file.
+    """
+    keeper = RosterKeeper.here(memory, server, load_roster(file).roster.digest())
+
+    def newest() -> SignedRoster:
+        try:
+            return keeper.take(load_roster(file).dump())
+        except (BadSignature, RosterInvalid, RosterRollback) as e:
+            what = str(e).removeprefix(f"{file}: ")
+            raise type(e)(f"{file}: {what}", hint=f"{NEWEST}; {e.hint.removeprefix(NEWEST)}".rstrip("; ")) from None
+
+    return newest

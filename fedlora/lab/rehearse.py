@@ -5,6 +5,7 @@ What ``fedlora simulate --transport flower`` runs, to show that the deployed fed
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.formats.roster import load_roster
+from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteData, SiteFile
@@ -34,6 +36,11 @@ _READY_S = 120.0
 def rehearsed(name: str, plan: Plan) -> Identity:
     """Keys that protect nothing and repeat: under secure aggregation the bits of a run follow from them."""
     return Identity.derived(name, f"fedlora rehearsal\0{plan.run.seed}".encode())
+
+
+def simulated_run(plan: Plan) -> str:
+    """The run of a simulation or rehearsal: it follows from the plan, as what sites draw under it has to repeat bit for bit."""
+    return hashlib.sha256(b"fedlora simulated run\0" + plan.digest().encode()).hexdigest()
 
 
 def run_directory(plan: Plan, out: Path) -> Path:
@@ -50,7 +57,6 @@ def over_flower(
         ConnectionFailed: a process does not come up.
         FedLoRAError: the run failed; see :func:`fedlora.flower.server.start`.
     """
-    from fedlora.assemble import simulated_run, start_run
     from fedlora.flower.server import start
     from fedlora.gateway.exposure import free_port
 

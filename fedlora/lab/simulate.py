@@ -14,17 +14,18 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-from fedlora import assemble as build
+from fedlora import assemble
+from fedlora.assemble import Lab
 from fedlora.core.adapter import Adapter, Update
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, NotInstalled, StoreError
 from fedlora.core.events import Report
-from fedlora.core.plan import Arm, Plan, Simulation
+from fedlora.core.plan import Arm, Plan
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster
 from fedlora.formats import update as wire
@@ -34,25 +35,20 @@ from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.lab.report import write_html
 from fedlora.lab.tables import table, table_across
 from fedlora.protect.modes import mode_of
+from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules import rule_of
+from fedlora.site.parts import site_of
 from fedlora.site.policy import Policy
-from fedlora.site.site_file import SiteData, SiteFile
-from fedlora.site.work import Learner
-
-if TYPE_CHECKING:
-    from fedlora.data import Tokens
-    from fedlora.learn.hooks import MicroBatches
-    from fedlora.learn.lora import LoraModel
-
+from fedlora.site.site_file import SiteFile
+from fedlora.site.work import Learner, Site
 
 Lost: TypeAlias = frozenset[tuple[str, str, int]]
 Trained: TypeAlias = Adapter | Mapping[str, Adapter]
 """What an arm gave: one adapter, or one for each site where sites keep a part of it."""
 
 _SAVE_EVERY_S = 10.0  # an arm without federation saves a round of seconds less often than it ends one
-_GENERAL = "general.jsonl"  # hold-out that has nothing to do with the task: what does training make the model forget?
 
 
 def simulate(
@@ -107,7 +103,7 @@ def simulate(
     for seed in seeds:
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
         if lab is None:
-            lab = open_lab(seeded, root=root, out=out, report=report, batch_sites=batch_sites)
+            lab = assemble.lab(seeded, root=root, out=out, report=report, batch_sites=batch_sites)
         else:
             lab = lab.reseeded(seeded)
         results.append(_one_seed(lab, out / f"seed-{seed}", transport=transport, lost=lost, report=report))
@@ -154,104 +150,6 @@ def _write_summary(out: Path, results: list[dict[str, Any]]) -> None:
         write_html(results, out / "report.html")
     except NotInstalled:  # the numbers are what was asked; `fedlora report` makes the page later
         (out / "report.html").unlink(missing_ok=True)  # a page of fewer seeds would contradict them
-
-
-# --- the laboratory ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Lab:
-    """Everything that the arms share: one base, the rows of every site, the first adapter.
-
-    Attributes:
-        plan: pinned to base and first adapter.
-        rows: site -> split -> tokens.
-        general: tokens of the general hold-out; may be empty.
-        pace: how much is computed at once, the same for all learners of the base.
-        batch_sites: the federation's sites train in one pass.
-    """
-
-    plan: Plan
-    simulation: Simulation
-    data: Path
-    base: Path
-    lora: LoraModel
-    first: Adapter
-    rows: Mapping[str, Mapping[str, list[Tokens]]]
-    general: list[Tokens]
-    pace: MicroBatches
-    batch_sites: bool = False
-
-    def reseeded(self, plan: Plan) -> Lab:
-        """The same base and rows under another seed."""
-        return replace(self, **_first(plan, self.lora))
-
-    def tested(self, site: str) -> list[Tokens]:
-        """The rows on which the arms are compared."""
-        rows = self.rows[site][self.simulation.evaluate_on]
-        return rows[: self.simulation.examples_per_site or None]
-
-
-def _first(plan: Plan, lora: LoraModel) -> dict[str, Any]:
-    from fedlora.rules.first import first_adapter
-
-    first = first_adapter(lora.layout, seed=plan.run.seed)
-    return {"first": first, "plan": plan.pinned(base=lora.base_digest, init=first.digest())}
-
-
-def open_lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool = False) -> Lab:
-    """Loads base and rows.
-
-    Raises:
-        ConfigError, DataError, ModelError: something that the simulation table names is missing or unusable.
-    """
-    simulation = plan.simulation
-    if simulation is None:
-        raise ConfigError("the plan has no [simulation] table")
-    if "toy" in (simulation.base, simulation.data):
-        from fedlora.learn.toy import toy_base, toy_data
-
-        made = out.parent / "toy"  # beside the runs, not beside the plan: a checkout may be read-only
-        base = toy_base(made / "base") if simulation.base == "toy" else root / simulation.base
-        data = toy_data(made / "data", simulation.sites) if simulation.data == "toy" else root / simulation.data
-    else:
-        base, data = root / simulation.base, root / simulation.data
-    report("load", {"model": plan.model.model_name_or_path})
-    lora = build.load_lora(
-        plan, base, device="auto", threads=0, keep_dequantised=simulation.keep_dequantised, fused=batch_sites or None
-    )
-    rows, general = load_rows(plan, lora, data, simulation.sites, report)
-    paced = build.pace(plan, lora, report=report)
-    return Lab(
-        simulation=simulation,
-        data=data,
-        base=base,
-        lora=lora,
-        rows=rows,
-        general=general,
-        pace=paced,
-        batch_sites=batch_sites,
-        **_first(plan, lora),
-    )
-
-
-def load_rows(
-    plan: Plan, lora: LoraModel, data: Path, sites: Sequence[str], report: Report
-) -> tuple[dict[str, dict[str, list[Tokens]]], list[Tokens]]:
-    """Site -> split -> tokens, and the general hold-out; from ``SITE.train.jsonl`` and so on in a directory.
-
-    Raises:
-        ConfigError, DataError: a file is missing or unusable.
-    """
-
-    def tokens(path: Path, append_eos: bool = True) -> list[Tokens]:
-        if not path.exists():
-            raise ConfigError(f"{path} does not exist", hint="simulation.data names a directory with SITE.train.jsonl and so on")
-        found = build.rows(path, SiteData(), report)
-        return build.tokens(lora.tokenizer, found, max_length=plan.training.max_length, append_eos=append_eos, report=report)
-
-    rows = {s: {p: tokens(data / f"{s}.{p}.jsonl") for p in ("train", "validation", "test")} for s in sites}
-    return rows, tokens(data / _GENERAL, append_eos=False) if (data / _GENERAL).exists() else []
 
 
 # --- one seed ---------------------------------------------------------------------------------------------------
@@ -330,25 +228,28 @@ class _Alone:
     def train(self, lab: Lab, out: Path, report: Report) -> tuple[Adapter, dict[str, Any]]:
         """Trains, or goes on where the journal ends. The optimiser is kept throughout: nothing interrupts a site alone."""
         from fedlora.learn.learner import HFLearner
+        from fedlora.learn.local import step_reporter
 
         if not self.rounds:
             return lab.first, {"tokens": 0, "steps": 0, "seconds": 0.0, "learning_rate": None}
-        options = build.train_options(lab.plan)
-        rate = self.settings.learning_rate if self.settings else options.learning_rate
-        options = replace(
-            options,
-            learning_rate=rate,
-            num_rounds=self.rounds,
-            optimizer_state="keep",
-            gradient_accumulation_steps=options.gradient_accumulation_steps * self.batches,
-        )
+        plan = self._plan(lab.plan)
+        rate = plan.training.learning_rate
         rows = [t for s in self.sites for t in lab.rows[s]["train"]]
-
-        def on_step(step: int, steps: int, loss: float) -> None:
-            report("step", {"site": self.name, "step": step, "steps": steps, "loss": loss})
-
-        learner = HFLearner(lab.lora, rows, [], options, site=self.name, pace=lab.pace, on_step=on_step)
+        told = step_reporter(self.name, report)
+        learner = HFLearner(lab.lora, rows, [], plan, site=self.name, pace=lab.pace, on_step=told)
         return _rounds_alone(lab, learner, self.rounds, out / "alone" / self.name.replace(":", "-"), report, rate)
+
+    def _plan(self, plan: Plan) -> Plan:
+        """What the plan's local training is in this arm."""
+        training, own = plan.training, {"learning_rate": self.settings.learning_rate} if self.settings else {}
+        batches = training.gradient_accumulation_steps * self.batches
+        changed = {"optimizer_state": "keep", "gradient_accumulation_steps": batches, **own}
+        return plan.model_copy(
+            update={
+                "training": training.model_copy(update=changed),
+                "federation": plan.federation.model_copy(update={"num_rounds": self.rounds}),
+            }
+        )
 
 
 def _rounds_alone(
@@ -439,6 +340,8 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
 
 
 def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
+    from fedlora.lab.rehearse import simulated_run
+
     directory = out / "federated"
     server = _identity(out / "keys" / "server.key", "server", lab.plan)
     identities = {n: _identity(out / "keys" / f"{n}.key", n, lab.plan) for n in lab.simulation.sites}
@@ -455,7 +358,7 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
         store = RunStore.open(directory, lab.plan)
     else:
         shutil.rmtree(directory, ignore_errors=True)  # cut off before the run began
-        store = build.start_run(directory, lab.plan, lab.first, run=build.simulated_run(lab.plan))
+        store = start_run(directory, lab.plan, lab.first, run=simulated_run(lab.plan))
     if not store.complete:
         transport = Dropouts(LocalTransport({n: s.handle for n, s in sites.items()}), lost)
 
@@ -463,14 +366,19 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
             transport.listen(event, facts)
             report(event, facts)
 
-        build.serve_run(store, server, publics, transport, roster=roster, report=listen)
+        ServerRun(store, server, publics, roster, listen).run(transport)
     return store
 
 
 def _learners(lab: Lab, report: Report) -> Mapping[str, Learner]:
     """A learner for each site, on the base that all of them share."""
+    from fedlora.learn.learner import HFLearner
+    from fedlora.learn.local import step_reporter
+
     alone = {
-        name: build.learner_of(lab.plan, lab.lora, rows["train"], rows["validation"], name=name, report=report, pace=lab.pace)
+        name: HFLearner(
+            lab.lora, rows["train"], rows["validation"], lab.plan, site=name, pace=lab.pace, on_step=step_reporter(name, report)
+        )
         for name, rows in lab.rows.items()
     }
     if not lab.batch_sites:
@@ -483,7 +391,7 @@ def _learners(lab: Lab, report: Report) -> Mapping[str, Learner]:
 
 def _virtual_site(
     lab: Lab, identity: Identity, server: PublicIdentity, state: Path, roster: str, report: Report, learner: Learner
-) -> Any:
+) -> Site:
     file = SiteFile(
         name=identity.name,
         roster=roster,
@@ -491,7 +399,7 @@ def _virtual_site(
         policy=_policy(lab.plan),
     )
     quiet = partial(_named, identity.name, report)
-    return build.site(identity, server, file, make_learner=lambda plan: learner, state=state, report=quiet)
+    return site_of(identity, server, file, make_learner=lambda plan: learner, state=state, report=quiet)
 
 
 def _policy(plan: Plan) -> Policy:

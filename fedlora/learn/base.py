@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from fedlora.core.errors import ConfigError, FedLoRAError, ModelError, ResourceError
+from fedlora.core.plan import Model, Plan
 from fedlora.learn._internals import keep_as_packed, multiplies
 from fedlora.learn.digest import base_digest
 from fedlora.learn.hooks import fast
-from fedlora.learn.options import BaseOptions, DType
+from fedlora.learn.options import Device, Machine, one_type
 from fedlora.learn.shards import file_digest
 
 log = logging.getLogger(__name__)
@@ -29,16 +30,19 @@ class Base:
     """A loaded base model.
 
     Attributes:
+        settings: what the plan says of it.
+        machine: how it is held here.
         model: transformers' causal language model, in eval mode; no parameter asks for a gradient.
         tokenizer: transformers' tokenizer of the same directory.
         digest: content digest, hex; see :func:`fedlora.learn.digest.base_digest`.
         directory: where it was read from (for a GGUF file, the directory made of it).
     """
 
+    settings: Model
+    machine: Machine
     model: Any
     tokenizer: Any
     digest: str
-    options: BaseOptions
     device: torch.device
     directory: Path
 
@@ -47,24 +51,44 @@ class DequantisedLinear(torch.nn.Linear):
     """A linear layer whose weights are the values of a 4-bit code, written out in the compute type."""
 
 
-def load_base(options: BaseOptions) -> Base:
+def machine_for(
+    plan: Plan, *, device: Device = "auto", threads: int = 0, keep_dequantised: bool = False, fused: bool | None = None
+) -> Machine:
+    """How a plan's base is held here so that training it is fast.
+
+    Args:
+        fused: see :class:`Machine`; None: where it can be, on a GPU from 2020 on.
+    """
+    here, held = find_device(device), plan.model
+    if fused is None:
+        fused = can_fuse(here) and one_type(held) and not held.load_in_8bit
+    # Masked SDPA is slow on a CPU: for short rows the plain matrix products take two thirds of the time.
+    short = here.type == "cpu" and plan.training.max_length <= 512
+    return Machine(device, threads, keep_dequantised, fused, "varlen" if fused else "eager" if short else "sdpa")
+
+
+def load_base(settings: Model, path: Path, machine: Machine) -> Base:
     """Loads the model, its tokenizer and its digest.
 
     Weights go from disk to their final form one tensor at a time: no copy of the base in float32 is ever made.
 
+    Args:
+        path: a Hugging Face directory, or a GGUF file, which is converted once into such a directory in the user's cache.
+
     Raises:
         ModelError: files are missing, malformed, pickled, of an unknown architecture, or do not fit together.
-        ConfigError: CUDA is asked for and there is none.
+        ConfigError: CUDA is asked for and there is none, or the machine cannot hold this base as it is asked to.
         ResourceError: not enough memory.
     """
-    device = find_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    directory = _directory(options)
-    digest = base_digest(directory, options)
+    machine.check(settings)
+    device = find_device(machine.device)
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    directory = _directory(path)
+    digest = base_digest(directory, settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model, info = _quietly(directory, options, device)
+        model, info = _quietly(directory, settings, machine, device)
     except (torch.OutOfMemoryError, MemoryError):
         raise ResourceError(f"not enough memory for {directory}", hint="load_in_4bit, or a smaller base") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as e:
@@ -75,11 +99,19 @@ def load_base(options: BaseOptions) -> Base:
     if missing:
         raise ModelError(f"{directory}: {len(missing)} weights are missing or of another shape, first {missing[0]}")
     _check_untouched(model)
-    _settle(model, options, device)
+    _settle(model, settings, machine, device)
     model.requires_grad_(False)
-    if options.attn_implementation == "varlen" and (faster := fast()) is not None:
+    if machine.attn_implementation == "varlen" and (faster := fast()) is not None:
         faster.use_varlen(model)
-    return Base(model.eval(), tokenizer, digest, options, device, directory)
+    return Base(
+        settings=settings,
+        machine=machine,
+        model=model.eval(),
+        tokenizer=tokenizer,
+        digest=digest,
+        device=device,
+        directory=directory,
+    )
 
 
 def find_device(name: str) -> torch.device:
@@ -95,7 +127,7 @@ def can_fuse(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def has_products(device: torch.device, dtype: DType) -> bool:
+def has_products(device: torch.device, dtype: str) -> bool:
     """Whether matrix products of this type are worth asking for, by the processor's instructions: the same answer each time.
 
     A CPU without AVX-512 (most laptops) multiplies bfloat16 in plain loops. On the way back, where the weight is not transposed,
@@ -117,8 +149,7 @@ def use_device(name: str) -> None:
         torch.cuda.set_device(name)
 
 
-def _directory(options: BaseOptions) -> Path:
-    path = options.path
+def _directory(path: Path) -> Path:
     if not path.is_file():
         return path
     if path.suffix != ".gguf":
@@ -127,23 +158,23 @@ def _directory(options: BaseOptions) -> Path:
     try:
         from fedlora.learn.gguf import convert_gguf
 
-        return convert_gguf(path, options.converted or cache / "fedlora" / "gguf" / file_digest(path)[:32])
+        return convert_gguf(path, cache / "fedlora" / "gguf" / file_digest(path)[:32])
     except ImportError as e:  # transformers' own GGUF reader, which moves between its minor versions
         hint = "install gguf and transformers 5.23, or give the Hugging Face directory of this model"
         raise ModelError(f"GGUF files cannot be read here: {_first_line(e)}", hint=hint) from None
 
 
-def _quietly(directory: Path, options: BaseOptions, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def _quietly(directory: Path, settings: Model, machine: Machine, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """from_pretrained without its progress bar: printing belongs to the command line."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=getattr(torch, options.dtype),
-            quantization_config=_quantisation(options),
+            dtype=getattr(torch, settings.dtype),
+            quantization_config=_quantisation(settings),
             device_map={"": device},
-            attn_implementation="sdpa" if options.attn_implementation == "varlen" else options.attn_implementation,
+            attn_implementation="sdpa" if machine.attn_implementation == "varlen" else machine.attn_implementation,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -155,16 +186,16 @@ def _quietly(directory: Path, options: BaseOptions, device: torch.device) -> tup
     return model, info
 
 
-def _quantisation(options: BaseOptions) -> Any:
-    if options.load_in_8bit:
+def _quantisation(settings: Model) -> Any:
+    if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
-    if not options.load_in_4bit:
+    if not settings.load_in_4bit:
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=options.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=options.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, options.bnb_4bit_compute_dtype),
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, settings.bnb_4bit_compute_dtype),
     )
 
 
@@ -175,9 +206,9 @@ def _check_untouched(model: Any) -> None:
             raise ModelError("the embeddings or the output head would be quantised, or the model has none")
 
 
-def _settle(model: Any, options: BaseOptions, device: torch.device) -> None:
+def _settle(model: Any, settings: Model, machine: Machine, device: torch.device) -> None:
     """Makes layers compute in a type that the device multiplies, and 4-bit ones the same in training and evaluation."""
-    asked: set[DType] = {options.dtype, options.bnb_4bit_compute_dtype if options.load_in_4bit else options.dtype}
+    asked = {settings.dtype, settings.bnb_4bit_compute_dtype if settings.load_in_4bit else settings.dtype}
     if not all(has_products(device, dtype) for dtype in asked):
         log.info("no %s products on this processor: computing in float32", " or ".join(sorted(asked - {"float32"})))
         _compute_in_float32(model)
@@ -185,9 +216,9 @@ def _settle(model: Any, options: BaseOptions, device: torch.device) -> None:
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
         keep_as_packed(module)
-        if options.keep_dequantised:
+        if machine.keep_dequantised:
             model.set_submodule(name, _written_out(module))
-    if options.keep_dequantised and options.load_in_4bit:
+    if machine.keep_dequantised and settings.load_in_4bit:
         model.is_loaded_in_4bit = False  # for PEFT: these are plain layers now
 
 

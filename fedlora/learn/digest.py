@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ModelError
-from fedlora.learn.options import BaseOptions
+from fedlora.core.plan import Model
 from fedlora.learn.shards import chunks, load_json, scan, weight_files
 
 _COSMETIC_CONFIG = frozenset({
@@ -22,12 +22,12 @@ _COSMETIC_TOKENIZER = frozenset({"chat_template", "is_local", "local_files_only"
 _SPECIAL = ("bos_token", "cls_token", "eos_token", "mask_token", "pad_token", "sep_token", "unk_token")
 
 
-def base_digest(directory: Path, options: BaseOptions) -> str:
+def base_digest(directory: Path, model: Model) -> str:
     """SHA-256 over everything that changes what the base model computes, hex.
 
     That is: each tensor's name, type, shape and bytes in order of name, however they are split into shards; config.json
     without cosmetic keys; the tokenizer; special tokens; chat template; and how the weights are held
-    (:meth:`BaseOptions.arithmetic`). Where the files lie, the device and the attention kernel do not count.
+    (:func:`arithmetic`). Where the files lie, the device and the attention kernel do not count.
 
     Reads every weight once, a few MB at a time: 0.7 to 1.5 GB/s on a recent core, mostly SHA-256 itself.
 
@@ -36,13 +36,28 @@ def base_digest(directory: Path, options: BaseOptions) -> str:
     """
     config = read_config(directory)
     h = hashlib.sha256(b"fedlora base 1\0")
-    h.update(canonical({"arithmetic": options.arithmetic(), "config": _without(config, _COSMETIC_CONFIG)}) + b"\0")
+    h.update(canonical({"arithmetic": arithmetic(model), "config": _without(config, _COSMETIC_CONFIG)}) + b"\0")
     h.update(canonical(_tokenizer(directory)) + b"\0")
     for name, entry in scan(weight_files(directory)).items():
         h.update(canonical([name, entry.dtype, list(entry.shape)]) + b"\0")
         for chunk in chunks(entry):
             h.update(chunk)
     return h.hexdigest()
+
+
+def arithmetic(model: Model) -> dict[str, Any]:
+    """The settings that change the numbers a base computes, and no others."""
+    if model.load_in_8bit:
+        return {"dtype": model.dtype, "load_in_8bit": True}
+    if not model.load_in_4bit:
+        return {"dtype": model.dtype}
+    return {
+        "dtype": model.dtype,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": model.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": model.bnb_4bit_use_double_quant,
+        "bnb_4bit_compute_dtype": model.bnb_4bit_compute_dtype,
+    }
 
 
 def read_config(directory: Path) -> dict[str, Any]:

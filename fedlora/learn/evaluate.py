@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora.core.errors import ResourceError
+from fedlora.core.plan import Training
 from fedlora.data import IGNORE, Tokens, in_order
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.memory import is_out_of_memory
-from fedlora.learn.options import TrainOptions
 
 _AT_ONCE = 16_384
 """Tokens of a batch in evaluation, at most, where nothing was measured."""
@@ -49,13 +49,13 @@ class Scores:
         return found if self.coarse_match is None else {**found, "eval/coarse_match": self.coarse_match}
 
 
-def evaluated_at_once(options: TrainOptions, tokens: int) -> int:
+def evaluated_at_once(training: Training, tokens: int) -> int:
     """Rows of a batch in evaluation: a plan's batch may be larger than what a device computes at once.
 
     Args:
         tokens: most tokens of a micro-batch in training; 0: not measured.
     """
-    return max(1, min(options.per_device_train_batch_size, (tokens or _AT_ONCE) // options.max_length))
+    return max(1, min(training.per_device_train_batch_size, (tokens or _AT_ONCE) // training.max_length))
 
 
 def evaluate(

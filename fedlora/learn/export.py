@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, ModelError
+from fedlora.core.plan import Lora
 from fedlora.learn.digest import read_config
-from fedlora.learn.options import LoraOptions
 from fedlora.learn.shards import Entry, chunks, file_digest, new_directory, scan, weight_files, write
 
 _PREFIX = "base_model.model."
@@ -49,7 +49,7 @@ def export_adapter(
     adapter: Adapter,
     out: Path,
     *,
-    options: LoraOptions,
+    lora: Lora,
     base_model: str,
     revision: str,
     run: Mapping[str, Any],
@@ -64,12 +64,12 @@ def export_adapter(
 
     Args:
         out: must not exist; appears whole or not at all.
-        options: the plan's adapter settings.
+        lora: the plan's adapter settings.
         base_model: public id; a path is refused.
         revision: commit or tag of the base.
         run: facts for ``fedlora_run.json``: JSON values.
         quantisation: how the base was held in training, for the card.
-        scale: what the products B @ A are multiplied by; None: as ``options`` say.
+        scale: what the products B @ A are multiplied by; None: as ``lora`` says.
         dtype: bfloat16 or float16.
 
     Raises:
@@ -79,8 +79,8 @@ def export_adapter(
         raise ConfigError(f"base model {base_model!r} is a path", hint="published adapters name the base by its public id")
     _refuse_existing(out)
     target = _dtype(dtype)
-    scale = options.scale if scale is None else scale
-    config = _adapter_config(adapter, scale=scale, options=options, base_model=base_model, revision=revision)
+    scale = lora.scale if scale is None else scale
+    config = _adapter_config(adapter, scale=scale, lora=lora, base_model=base_model, revision=revision)
     rounded = {n: torch.from_numpy(t.copy()).to(target) for n, t in adapter.tensors().items()}
     if not all(bool(t.isfinite().all()) for t in rounded.values()):
         raise ConfigError(f"a value does not fit {dtype}", hint="dtype bfloat16 has float32's range")
@@ -102,16 +102,16 @@ def _refuse_existing(out: Path) -> None:
         raise ConfigError(f"{out} exists and is not overwritten", hint="name another directory, or move this one away")
 
 
-def _adapter_config(adapter: Adapter, *, scale: float, options: LoraOptions, base_model: str, revision: str) -> dict[str, Any]:
+def _adapter_config(adapter: Adapter, *, scale: float, lora: Lora, base_model: str, revision: str) -> dict[str, Any]:
     pairs = adapter.layout.pairs()
     ranks = sorted({p.rank for p in pairs})
     if len(ranks) != 1:
         raise ConfigError(f"an adapter is published at one rank, this one has {ranks}")
-    alpha = scale * (math.sqrt(ranks[0]) if options.use_rslora else ranks[0])
-    if options.target_modules == "all-linear":
+    alpha = scale * (math.sqrt(ranks[0]) if lora.use_rslora else ranks[0])
+    if lora.target_modules == "all-linear":
         targets: Sequence[str] = sorted({p.module.rpartition(".")[2] for p in pairs})
     else:
-        targets = sorted(options.target_modules)
+        targets = sorted(lora.target_modules)
     return {
         "peft_type": "LORA",
         "peft_version": peft.__version__,
@@ -121,9 +121,9 @@ def _adapter_config(adapter: Adapter, *, scale: float, options: LoraOptions, bas
         "revision": revision,
         "r": ranks[0],
         "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha,
-        "lora_dropout": options.lora_dropout,
+        "lora_dropout": lora.lora_dropout,
         "target_modules": list(targets),
-        "use_rslora": options.use_rslora,
+        "use_rslora": lora.use_rslora,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

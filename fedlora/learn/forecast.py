@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from fedlora.core.plan import Training
 from fedlora.data import Batch, Cursor, Tokens, share
 from fedlora.learn.evaluate import evaluate, evaluated_at_once
 from fedlora.learn.hooks import MicroBatches
 from fedlora.learn.loop import train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.optimizer import make_optimiser
-from fedlora.learn.options import TrainOptions
 
 _LOOKED_AT = 32
 """Steps whose tokens are counted to know what a step holds on the average."""
@@ -56,7 +56,7 @@ def forecast(
     model: LoraModel,
     group: Callable[[Cursor], tuple[list[Batch], Cursor]],
     held_out: Sequence[Tokens],
-    options: TrainOptions,
+    training: Training,
     *,
     steps: int,
     pace: MicroBatches,
@@ -81,7 +81,7 @@ def forecast(
         own.append(own[-1])
     held = _memory("VmRSS")
     model.set_trained("AB")
-    token_s = _token_s(model, own, options, pace)
+    token_s = _token_s(model, own, training, pace)
     return Forecast(
         device=torch.cuda.get_device_name(model.base.device) if on_gpu else _cpu(model),
         dial=pace.dial,
@@ -93,13 +93,13 @@ def forecast(
         steps=steps,
         token_s=token_s / processes,
         train_s=steps * step_tokens * token_s / processes,
-        evaluate_s=_evaluate_s(model, held_out, options, pace) if held_out else 0.0,
+        evaluate_s=_evaluate_s(model, held_out, training, pace) if held_out else 0.0,
     )
 
 
 def _cpu(model: LoraModel) -> str:
     words = f"CPU, {torch.get_num_threads()} threads"
-    asked, computed = model.base.options.dtype, _computed_in(model)
+    asked, computed = model.base.settings.dtype, _computed_in(model)
     return words if asked == computed else f"{words}, in {computed} because it has no {asked} products"
 
 
@@ -111,18 +111,18 @@ def _shares(group: Sequence[Batch], processes: int) -> list[list[Batch]]:
     return [share(group, part=k, parts=processes, pad_token_id=0) for k in range(processes)]
 
 
-def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], options: TrainOptions, pace: MicroBatches) -> float:
+def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], training: Training, pace: MicroBatches) -> float:
     """Seconds a token of the last of some whole steps. Their learning rate is zero, so that they change nothing."""
     ends: list[float] = []
     train_steps(
         model,
         iter(groups),
         steps=len(groups),
-        optimiser=make_optimiser(model, options),
+        optimiser=make_optimiser(model, training),
         rate=lambda step: 0.0,
         seed=lambda step: 0,
-        max_grad_norm=options.max_grad_norm,
-        proximal_mu=options.proximal_mu,
+        max_grad_norm=training.max_grad_norm,
+        proximal_mu=training.proximal_mu,
         pace=pace,
         on_step=lambda *_: _mark(model, ends),
     )
@@ -137,12 +137,12 @@ def _mark(model: LoraModel, ends: list[float]) -> None:
     ends.append(time.perf_counter())
 
 
-def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], options: TrainOptions, pace: MicroBatches) -> float:
-    some = held_out[: evaluated_at_once(options, pace.tokens) * (1 + options.max_length // max(map(len, held_out)))]
+def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], training: Training, pace: MicroBatches) -> float:
+    some = held_out[: evaluated_at_once(training, pace.tokens) * (1 + training.max_length // max(map(len, held_out)))]
     for _ in range(2):
         began = time.perf_counter()
         evaluate(
-            model, some, rows=evaluated_at_once(options, pace.tokens), max_length=options.max_length, packing=options.packing
+            model, some, rows=evaluated_at_once(training, pace.tokens), max_length=training.max_length, packing=training.packing
         )
         seconds = time.perf_counter() - began
     return seconds * sum(map(len, held_out)) / sum(map(len, some))

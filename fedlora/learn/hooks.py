@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
 
 from fedlora.core.adapter import Adapter, Factors
+from fedlora.core.plan import Plan
 from fedlora.data import Batch
 from fedlora.learn.forward import Forward
 from fedlora.learn.options import Dial
@@ -70,6 +72,20 @@ class ProcessGroup(Protocol):
         """This group is over: what the others wait for will not come."""
 
 
+class Team(Protocol):
+    """The processes of a site's further GPUs."""
+
+    def ranks(self) -> ProcessGroup:
+        """The group, all of it alive as far as is known; started when it is not.
+
+        Raises:
+            ResourceError: they did not start.
+        """
+
+    def close(self) -> None:
+        """Ends them."""
+
+
 class Fast(Protocol):
     """The package ``fedlora.learn.fast`` itself. Its functions import what they need when they are called."""
 
@@ -96,6 +112,19 @@ class Fast(Protocol):
         report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
     ) -> MicroBatches:
         """Micro-batches whose size is measured, see :class:`fedlora.learn.fast.pacing.Pace`."""
+
+    def team(
+        self,
+        spawn: Sequence[str],
+        site_file: Path,
+        plan: Plan,
+        *,
+        devices: Sequence[str],
+        state: Path,
+        facts: bytes,
+        report: Callable[[str, Mapping[str, Any]], None],
+    ) -> Team:
+        """Processes that train together, see :class:`fedlora.learn.fast.workers.Team`."""
 
 
 def fast() -> Fast | None:

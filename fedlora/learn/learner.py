@@ -13,16 +13,16 @@ import torch
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, ResourceError, StoreError
-from fedlora.core.schedule import learning_rate
+from fedlora.core.plan import Plan
 from fedlora.data import Batch, Cursor, Stream, Tokens
 from fedlora.learn.evaluate import evaluate, evaluated_at_once
 from fedlora.learn.forecast import Forecast, forecast
 from fedlora.learn.hooks import MicroBatches, ProcessGroup, fast
-from fedlora.learn.loop import OnStep, PlanBatches, derived_seed, train_steps
+from fedlora.learn.loop import OnStep, PlanBatches, derived_seed, rate_of, train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimiser
-from fedlora.learn.options import Dial, TrainOptions
+from fedlora.learn.options import Dial
 from fedlora.site.work import Trained
 
 
@@ -35,6 +35,7 @@ class HFLearner:
         model: base with adapter.
         train: this site's training examples.
         held_out: its examples for evaluation; may be empty.
+        plan: how it trains, and for how many rounds.
         site: this site's name: data order and dropout differ between sites.
         pace: how much is computed at once; shared by the learners of one model. None: one of its own.
         on_step: told about each step, on this machine only.
@@ -49,7 +50,7 @@ class HFLearner:
         model: LoraModel,
         train: Sequence[Tokens],
         held_out: Sequence[Tokens],
-        options: TrainOptions,
+        plan: Plan,
         *,
         site: str,
         pace: MicroBatches | None = None,
@@ -57,13 +58,13 @@ class HFLearner:
     ) -> None:
         if not train:
             raise DataError("no examples to train on")
-        _check_length(model, options.max_length)
-        tokenizer = model.tokenizer
+        training, tokenizer = plan.training, model.tokenizer
+        _check_length(model, training.max_length)
         self._model = model
         self._held_out = list(held_out)
-        self._options = options
+        self._plan = plan
         self._site = site
-        self._pace = pace or _pace(model, "full" if options.gradient_checkpointing else "none")
+        self._pace = pace or _pace(model, "full" if training.gradient_checkpointing else "none")
         self._on_step = on_step
         self._team: Callable[[], ProcessGroup] | None = None  # the processes of this site's other GPUs
         self._optimiser: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
@@ -71,11 +72,11 @@ class HFLearner:
         self._given: tuple[bytes, Cursor] | None = None  # the state that this optimiser is in
         self._stream = Stream(
             list(train),
-            seed=options.seed,
+            seed=plan.run.seed,
             site=site,
-            rows=options.per_device_train_batch_size,
-            max_length=options.max_length,
-            packing=options.packing,
+            rows=training.per_device_train_batch_size,
+            max_length=training.max_length,
+            packing=training.packing,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
 
@@ -85,9 +86,9 @@ class HFLearner:
         return self._model
 
     @property
-    def options(self) -> TrainOptions:
+    def plan(self) -> Plan:
         """How it trains."""
-        return self._options
+        return self._plan
 
     @property
     def base(self) -> str:
@@ -102,15 +103,15 @@ class HFLearner:
     @property
     def steps(self) -> int:
         """Optimiser steps in a round."""
-        o = self._options
-        if o.local_steps:
-            return o.local_steps
-        return o.local_epochs * -(-self._stream.steps_per_epoch() // o.gradient_accumulation_steps)
+        f = self._plan.federation
+        if f.local_steps:
+            return f.local_steps
+        return f.local_epochs * -(-self._stream.steps_per_epoch() // self._plan.training.gradient_accumulation_steps)
 
     def forecast(self, *, processes: int = 1) -> Forecast:
         """What a round will take here, from one measured step; nothing is changed."""
         return forecast(
-            self._model, self.group, self._held_out, self._options, steps=self.steps, pace=self._pace, processes=processes
+            self._model, self.group, self._held_out, self._plan.training, steps=self.steps, pace=self._pace, processes=processes
         )
 
     def join(self, team: Callable[[], ProcessGroup]) -> None:
@@ -126,14 +127,14 @@ class HFLearner:
         self._model.set(adapter)
         if not self._held_out:
             return {}
-        o = self._options
+        training = self._plan.training
         return evaluate(
             self._model,
             self._held_out,
-            rows=evaluated_at_once(o, self._pace.tokens),
-            max_length=o.max_length,
-            coarse_chars=o.coarse_chars,
-            packing=o.packing,
+            rows=evaluated_at_once(training, self._pace.tokens),
+            max_length=training.max_length,
+            coarse_chars=self._plan.evaluation.coarse_chars,
+            packing=training.packing,
         ).metrics()
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
@@ -146,9 +147,10 @@ class HFLearner:
             StoreError: ``state`` is damaged or another plan's.
             ResourceError: out of memory whatever is done about it, or the process of another GPU ended.
         """
-        o, steps, began = self._options, self.steps, time.perf_counter()
-        if not 1 <= round <= o.num_rounds:
-            raise ValueError(f"round {round} of {o.num_rounds}")
+        training, rounds = self._plan.training, self._plan.federation.num_rounds
+        steps, began = self.steps, time.perf_counter()
+        if not 1 <= round <= rounds:
+            raise ValueError(f"round {round} of {rounds}")
         self._model.set(adapter)
         self._model.set_trained(factors)
         optimiser = self._restored(state, factors)
@@ -161,18 +163,12 @@ class HFLearner:
                 self._groups(),
                 steps=steps,
                 optimiser=optimiser,
-                rate=lambda step: learning_rate(
-                    o.lr_scheduler_type,
-                    # Mid-step, so that neither the first nor the last step of the run is wasted at a rate of zero.
-                    (round - 1 + (step + 0.5) / steps) / o.num_rounds,
-                    peak=o.learning_rate,
-                    warmup_ratio=o.warmup_ratio,
-                ),
-                seed=lambda step: derived_seed("dropout", o.seed, self._site, round, step),
-                max_grad_norm=o.max_grad_norm,
+                rate=lambda step: rate_of(self._plan, round=round, step=step, steps=steps),
+                seed=lambda step: derived_seed("dropout", self._plan.run.seed, self._site, round, step),
+                max_grad_norm=training.max_grad_norm,
                 on_step=self._on_step,
                 factors=factors,
-                proximal_mu=o.proximal_mu,
+                proximal_mu=training.proximal_mu,
                 pace=self._pace,
                 ranks=ranks,
             )
@@ -184,14 +180,15 @@ class HFLearner:
             if is_out_of_memory(e):
                 raise ResourceError("out of memory", hint="gpu_memory_gib or micro_batch_tokens in the site file") from None
             raise
-        after = dump_state(self._cursor, dump_moments(optimiser) if o.optimizer_state == "keep" else b"")
-        self._given = (after, self._cursor) if o.optimizer_state == "keep" else None
+        keeps = training.optimizer_state == "keep"
+        after = dump_state(self._cursor, dump_moments(optimiser) if keeps else b"")
+        self._given = (after, self._cursor) if keeps else None
         metrics = {"train/loss": spent.loss, "train/steps": float(steps), "train/seconds": time.perf_counter() - began}
         return Trained(self._model.get(), spent.tokens, spent.examples, metrics, after)
 
     def _restored(self, state: bytes, factors: Factors) -> torch.optim.Optimizer:
         """The optimiser and the place in the data that ``state`` describes."""
-        o, given, self._given = self._options, self._given, None
+        training, given, self._given = self._plan.training, self._given, None
         over = (factors, self._model.current)
         if over != self._over:
             self._optimiser, self._over = None, over  # other parameters, or of another shape
@@ -200,12 +197,12 @@ class HFLearner:
             return self._optimiser  # what this learner gave out last: no need to read 8 bytes a value back
         self._cursor, moments = parse_state(state)
         self._model.check_trainable(factors)
-        if o.optimizer_state == "keep" or o.optim != "adamw_torch":
-            optimiser = self._optimiser = self._optimiser or make_optimiser(self._model, o, factors=factors)
+        if training.optimizer_state == "keep" or training.optim != "adamw_torch":
+            optimiser = self._optimiser = self._optimiser or make_optimiser(self._model, training, factors=factors)
         else:  # moments that no one keeps: one optimiser serves all learners of the model
-            key = (o.weight_decay, *over)
-            optimiser = self._model.spare_optimiser(key, lambda: make_optimiser(self._model, o, factors=factors))
-        if moments and o.optimizer_state == "keep":
+            key = (training.weight_decay, *over)
+            optimiser = self._model.spare_optimiser(key, lambda: make_optimiser(self._model, training, factors=factors))
+        if moments and training.optimizer_state == "keep":
             load_moments(optimiser, moments)
         else:
             forget_moments(optimiser)
@@ -220,7 +217,7 @@ class HFLearner:
     def group(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
         """The batches of the optimiser step at ``cursor``, and the place behind them."""
         batches = []
-        for _ in range(self._options.gradient_accumulation_steps):
+        for _ in range(self._plan.training.gradient_accumulation_steps):
             batch, cursor = self._stream.next(cursor)
             batches.append(batch)
         return batches, cursor
@@ -231,11 +228,11 @@ class HFLearner:
             self._on_step(step, steps, loss)
 
     def facts(self) -> bytes:
-        """SHA-256 of all that a step follows from besides adapter and place: base, rows, options; 32 bytes.
+        """SHA-256 of all that a step follows from besides adapter and place: base, rows, plan; 32 bytes.
 
         Processes that work together compare it: the same steps must mean the same to all of them.
         """
-        h = hashlib.sha256(canonical([self.base, self._site, asdict(self._options), asdict(self._model.options)]))
+        h = hashlib.sha256(canonical([self.base, self._site, self._plan.digest()]))
         for example in self._stream.examples:
             h.update(len(example).to_bytes(4, "little") + example.input_ids.tobytes() + example.labels.tobytes())
         return h.digest()

@@ -11,6 +11,8 @@ import torch
 
 from fedlora.core.adapter import Factors
 from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError
+from fedlora.core.plan import Plan
+from fedlora.core.schedule import learning_rate
 from fedlora.data import Batch
 from fedlora.learn.hooks import MicroBatches, ProcessGroup
 from fedlora.learn.lora import LoraModel
@@ -71,6 +73,23 @@ def derived_seed(*key: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
+def rate_of(plan: Plan, *, round: int, step: int, steps: int) -> float:
+    """The learning rate of a step: the plan's schedule spans the whole run.
+
+    Args:
+        round: from 1.
+        step: from 0, of ``steps`` in this round.
+    """
+    training = plan.training
+    return learning_rate(
+        training.lr_scheduler_type,
+        # Mid-step, so that neither the first nor the last step of the run is wasted at a rate of zero.
+        (round - 1 + (step + 0.5) / steps) / plan.federation.num_rounds,
+        peak=training.learning_rate,
+        warmup_ratio=training.warmup_ratio,
+    )
+
+
 def train_steps(
     model: LoraModel,
     groups: Iterator[Sequence[Batch]],
@@ -115,27 +134,50 @@ def train_steps(
     with torch.random.fork_rng(devices=_cuda(model.base.device)):
         for step in range(steps):
             batches = next(groups)
-            total = sum(b.supervised for b in batches)
-            if total == 0:
-                raise DataError("no token with a loss in a whole step", hint="max_length may cut the completions off")
+            total = count_supervised(batches)
             share = batches if ranks is None else ranks.share(batches)
             if pace is not None:
                 pace.prepare(share)
             part = _gradients(model, share, total, seed=seed(step) + rank, pace=pace)
             loss = float(part if ranks is None else ranks.add_up(parameters, part, total))
             pull_back(parameters, anchors, proximal_mu)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                optimiser.zero_grad(set_to_none=True)
-                raise NonFiniteUpdate(f"step {step + 1}: loss {loss}, gradient norm {norm}", hint="lower learning_rate")
-            for group in optimiser.param_groups:
-                group["lr"] = rate(step)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            _optimizer_step(optimiser, parameters, step=step, loss=loss, rate=rate(step), max_grad_norm=max_grad_norm)
             nats, tokens, examples = nats + loss * total, tokens + total, examples + sum(b.examples for b in batches)
             if on_step is not None:
                 on_step(step + 1, steps, loss)
     return Spent(nats / max(tokens, 1), tokens, examples)
+
+
+def count_supervised(batches: Sequence[Batch]) -> int:
+    """Tokens with a loss in a step.
+
+    Raises:
+        DataError: there is none.
+    """
+    total = sum(b.supervised for b in batches)
+    if total == 0:
+        raise DataError("no token with a loss in a whole step", hint="max_length may cut the completions off")
+    return total
+
+
+def _optimizer_step(
+    optimiser: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    *,
+    step: int,
+    loss: float,
+    rate: float,
+    max_grad_norm: float,
+) -> None:
+    """One step of the optimizer along the gradients, scaled down to the norm; they are dropped, whatever happens."""
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimiser.zero_grad(set_to_none=True)
+        raise NonFiniteUpdate(f"step {step + 1}: loss {loss}, gradient norm {norm}", hint="lower learning_rate")
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
 
 
 def pull_back(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor], mu: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,11 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongLayout
+from fedlora.core.plan import Lora, Plan
 from fedlora.learn._internals import copy_all, replace_layers
-from fedlora.learn.base import Base, DequantisedLinear
+from fedlora.learn.base import Base, DequantisedLinear, load_base
 from fedlora.learn.forward import Forward
 from fedlora.learn.hooks import fast
-from fedlora.learn.options import Dial, LoraOptions
+from fedlora.learn.options import Dial, Machine
 from fedlora.rules.first import first_adapter
 
 _ADAPTER = "default"  # PEFT's own name for the first adapter; it stands in parameter names, not in saved ones
@@ -47,6 +49,7 @@ class LoraModel:
     """A base with one adapter on it, which :meth:`set` overwrites as a whole. Several learners may share it.
 
     Attributes:
+        settings: what the plan says of the adapter.
         layout: PEFT's saved names (``base_model.model....lora_A.weight``), sorted, with the shapes of the plan's rank.
         current: the same with the shapes of the adapter that is set.
         scale: alpha / r, or alpha / sqrt(r), read from PEFT's layers; no unit.
@@ -55,9 +58,9 @@ class LoraModel:
         fused: whether its layers are those of :meth:`fedlora.learn.hooks.Fast.fused_layer`.
     """
 
-    def __init__(self, base: Base, options: LoraOptions, peft_model: Any) -> None:
+    def __init__(self, base: Base, settings: Lora, peft_model: Any) -> None:
         self.base = base
-        self.options = options
+        self.settings = settings
         self.peft_model = peft_model
         self._parameters = {
             name.replace(f".{_ADAPTER}.", "."): p for name, p in sorted(peft_model.named_parameters()) if _is_factor(name)
@@ -187,16 +190,29 @@ class LoraModel:
         self._dial = dial
 
 
-def attach(base: Base, options: LoraOptions) -> LoraModel:
-    """Puts an adapter on a base and gives it the first values of ``options.init_seed``. Changes ``base.model`` in place.
+def load_lora(plan: Plan, path: Path, machine: Machine) -> LoraModel:
+    """Loads the base and puts the plan's adapter on it: seconds to minutes.
+
+    Raises:
+        ModelError: nothing usable at ``path``.
+        ConfigError, ResourceError: see :func:`fedlora.learn.base.load_base` and :func:`attach`.
+    """
+    return attach(load_base(plan.model, path, machine), plan.lora, seed=plan.run.seed)
+
+
+def attach(base: Base, settings: Lora, *, seed: int) -> LoraModel:
+    """Puts an adapter on a base and gives it the first values. Changes ``base.model`` in place.
+
+    Args:
+        seed: of the run: the first adapter follows from it, equal at every site.
 
     Raises:
         ConfigError: a target does not exist, is an embedding or the head, or has no plain (d_out, d_in) weight.
     """
     if any(isinstance(m, LoraLayer) for m in base.model.modules()):
         raise ValueError("this base has an adapter already; load it again, or share the LoraModel")
-    config = _config(base, options)
-    faster = fast() if base.options.fused else None
+    config = _config(base, settings)
+    faster = fast() if base.machine.fused else None
     if faster is not None and _linear_types(base) <= {torch.nn.Linear, bnb.nn.Linear4bit, DequantisedLinear}:
         layers: dict[type, type] = {torch.nn.Linear: faster.fused_layer(base.model, base.device)}
     else:
@@ -208,24 +224,24 @@ def attach(base: Base, options: LoraOptions) -> LoraModel:
             peft_model = get_peft_model(base.model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=True)
     except ValueError as e:
         raise ConfigError(f"target_modules: {str(e)[:300]}", hint="name linear layers of this base, or say 'all-linear'") from e
-    model = LoraModel(base, options, peft_model)
+    model = LoraModel(base, settings, peft_model)
     for parameter in model.trainable():
         parameter.data = parameter.data.float()
-    model.set(first_adapter(model.layout, seed=options.init_seed))
+    model.set(first_adapter(model.layout, seed=seed))
     model.check_trainable()
     return model
 
 
 def _forward(base: Base, model: Any) -> Forward:
-    faster = fast() if base.options.attn_implementation == "varlen" else None
+    faster = fast() if base.machine.attn_implementation == "varlen" else None
     found = faster.forward(model, base.device) if faster is not None else None
     return found or Forward(model, base.device)
 
 
-def _config(base: Base, options: LoraOptions) -> LoraConfig:
+def _config(base: Base, settings: Lora) -> LoraConfig:
     linear = _linear_names(base)
-    if options.target_modules != "all-linear":
-        for target in options.target_modules:
+    if settings.target_modules != "all-linear":
+        for target in settings.target_modules:
             hit = [n for n, _ in base.model.named_modules() if n == target or n.endswith(f".{target}")]
             if not hit or not linear.issuperset(hit):
                 raise ConfigError(
@@ -233,11 +249,11 @@ def _config(base: Base, options: LoraOptions) -> LoraConfig:
                     hint=f"known: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}",
                 )
     return LoraConfig(
-        r=options.r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules),
-        use_rslora=options.use_rslora,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules),
+        use_rslora=settings.use_rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )

@@ -12,12 +12,12 @@ from safetensors.torch import load
 
 from fedlora.core.adapter import Factors
 from fedlora.core.errors import ConfigError, StoreError
+from fedlora.core.plan import Training
 from fedlora.learn._internals import is_paged, take_pages, zero_all
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.options import TrainOptions
 
 
-def make_optimiser(model: LoraModel, options: TrainOptions, *, factors: Factors = "AB") -> torch.optim.Optimizer:
+def make_optimiser(model: LoraModel, training: Training, *, factors: Factors = "AB") -> torch.optim.Optimizer:
     """A fresh optimiser over the adapter's factors, or these of them, and nothing else.
 
     Raises:
@@ -26,23 +26,23 @@ def make_optimiser(model: LoraModel, options: TrainOptions, *, factors: Factors 
     """
     model.check_trainable(factors)
     parameters = model.trainable(factors)
-    if options.optim == "adamw_torch":
+    if training.optim == "adamw_torch":
         # fused: one pass over the parameters instead of a dozen; the same formula.
-        return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     if model.base.device.type != "cuda":
         raise ConfigError(
-            f"optim {options.optim!r} pages its state between GPU and CPU memory and needs CUDA; this site computes on "
+            f"optim {training.optim!r} pages its state between GPU and CPU memory and needs CUDA; this site computes on "
             f"{model.base.device.type}",
             hint='optim = "adamw_torch" in the plan',
         )
-    return _paged(parameters, options)
+    return _paged(parameters, training)
 
 
-def _paged(parameters: Sequence[torch.nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
+def _paged(parameters: Sequence[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
     from bitsandbytes import optim
 
-    kind = {"paged_adamw_8bit": optim.PagedAdamW8bit, "paged_adamw_32bit": optim.PagedAdamW32bit}[options.optim]
-    made: torch.optim.Optimizer = kind(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    kind = {"paged_adamw_8bit": optim.PagedAdamW8bit, "paged_adamw_32bit": optim.PagedAdamW32bit}[training.optim]
+    made: torch.optim.Optimizer = kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     return made
 
 

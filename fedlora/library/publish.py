@@ -41,12 +41,10 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
         _check_base(plan, base)
         export.merge(adapter, base, out, scale=plan.lora.scale, dtype=dtype)
         return
-    from fedlora.assemble import lora_options
-
     export.export_adapter(
         adapter,
         out,
-        options=lora_options(plan),
+        lora=plan.lora,
         base_model=plan.model.model_name_or_path,
         revision=plan.model.revision,
         dtype=dtype,
@@ -56,10 +54,9 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
 
 
 def _check_base(plan: Plan, base: Path) -> None:
-    from fedlora.assemble import base_options
     from fedlora.learn.digest import base_digest
 
-    found = base_digest(base, base_options(plan, base, device="cpu", threads=0, keep_dequantised=False))
+    found = base_digest(base, plan.model)
     if found != plan.model.digest:
         raise WrongBase(
             f"the adapter was trained on base {plan.model.digest[:12]}, {base} holds {found[:12]}",

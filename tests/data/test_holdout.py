@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import assemble as build
 from fedlora.core.errors import DataError
 from fedlora.data import Conversation, Turn, check_apart, split
-from fedlora.lab.testing import toy_plan
+from fedlora.learn.rows import read_both
 from fedlora.site.site_file import SiteData
 
 
@@ -99,4 +98,4 @@ def test_a_site_whose_two_files_share_a_patient_does_not_train(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "completion": "y", "who": patient}) + "\n")
     data = SiteData(path="train.jsonl", held_out_path="held.jsonl", group_key="who")
     with pytest.raises(DataError, match="line 1 for evaluation"):
-        build.learner(toy_plan(), None, data, name="a", root=tmp_path, report=lambda event, facts: None)
+        read_both(data, tmp_path, seed=0, report=lambda event, facts: None)

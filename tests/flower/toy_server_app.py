@@ -1,4 +1,4 @@
-"""The server app with a toy in place of ``build.serve``: what it does is the plan's name."""
+"""The server app with a toy in place of a real run: what it does is the plan's name."""
 
 from __future__ import annotations
 

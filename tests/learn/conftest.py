@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedlora.core.plan import Lora, Model
 from fedlora.data import IGNORE, Tokens
 
 
@@ -22,33 +23,33 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Loads the tiny base; keyword arguments are BaseOptions'. Not quantised unless asked for.
+    """Loads the tiny base; keyword arguments are those of a plan's [model] and of Machine. Not quantised unless asked for.
 
     It computes in the type that it is asked for on every machine, also where that is slow: see test_arithmetic.py.
     """
     from fedlora.learn import base
     from fedlora.learn.base import load_base
     from fedlora.learn.hooks import fast
-    from fedlora.learn.options import BaseOptions
+    from fedlora.learn.options import Machine
 
     monkeypatch.setattr(base, "has_products", lambda device, dtype: True)
 
     def make(path: Path = toy, **options: Any) -> Any:
         if options.get("fused") and fast() is None:
             pytest.skip("needs fedlora/learn/fast")  # see test_plain.py, which takes it away
-        return load_base(BaseOptions(path, **{"load_in_4bit": False, "device": "cpu", "threads": 1, **options}))
+        model = {k: options.pop(k) for k in list(options) if k in Model.model_fields}
+        return load_base(Model(**{"load_in_4bit": False, **model}), path, Machine(**{"device": "cpu", "threads": 1, **options}))
 
     return make
 
 
 @pytest.fixture
 def lora(load: Callable[..., Any]) -> Callable[..., Any]:
-    """A LoraModel of rank 4 on the tiny base; ``base`` holds BaseOptions' arguments, the rest are LoraOptions'."""
+    """A LoraModel of rank 4 on the tiny base; ``base`` holds the arguments of ``load``, the rest are [lora]'s."""
     from fedlora.learn.lora import attach
-    from fedlora.learn.options import LoraOptions
 
-    def make(base: dict[str, Any] | None = None, **options: Any) -> Any:
-        return attach(load(**(base or {})), LoraOptions(**{"r": 4, "lora_alpha": 6, **options}))
+    def make(base: dict[str, Any] | None = None, *, seed: int = 0, **options: Any) -> Any:
+        return attach(load(**(base or {})), Lora(**{"r": 4, "lora_alpha": 6, **options}), seed=seed)
 
     return make
 

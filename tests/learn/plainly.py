@@ -11,13 +11,13 @@ from typing import Any
 
 def rounds(site_file: Path, plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Whether ``learn/fast`` is there, what each plan trained, and what is said of settings that need the folder."""
-    from fedlora import assemble
     from fedlora.core.errors import ConfigError
     from fedlora.core.plan import Plan
     from fedlora.learn.hooks import fast
+    from fedlora.learn.local import load_learner
 
     def learner_of(file: Path, tables: Mapping[str, Any]) -> Any:
-        return assemble.site_learner(file, Plan.model_validate_json(json.dumps(tables)), report=lambda *_: None)
+        return load_learner(file, Plan.model_validate_json(json.dumps(tables)), report=lambda *_: None)
 
     trained, refused = [], []
     for tables in plans:

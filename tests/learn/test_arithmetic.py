@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learn.plans import plan_of
 
 from fedlora.data import Tokens, in_order
 from fedlora.learn import base as module
 from fedlora.learn.base import has_products
 from fedlora.learn.learner import HFLearner
-from fedlora.learn.options import TrainOptions
 
 pytestmark = pytest.mark.torch
 HELD: list[dict[str, Any]] = [
@@ -90,7 +90,7 @@ def test_training_learns_and_says_what_it_computes_in(
     lora: Callable[..., Any], rows: Sequence[Tokens], without: Callable[[], None]
 ):
     without()
-    options = TrainOptions(local_steps=6, num_rounds=1, per_device_train_batch_size=4, max_length=96, learning_rate=1e-2)
+    options = plan_of(local_steps=6, num_rounds=1, per_device_train_batch_size=4, max_length=96, learning_rate=1e-2)
     model = lora({"load_in_4bit": True})
     learner = HFLearner(model, rows, rows[:4], options, site="a")
     first = model.get()

@@ -16,8 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora.core.errors import ConfigError, ModelError
+from fedlora.core.plan import Model
 from fedlora.learn.base import DequantisedLinear, load_base
-from fedlora.learn.options import BaseOptions
+from fedlora.learn.options import Machine
 
 pytestmark = pytest.mark.torch
 IDS = torch.tensor([[1, 70, 33, 250, 9, 9, 120, 4]])
@@ -127,12 +128,7 @@ def test_evaluating_does_not_change_what_a_4_bit_base_computes_or_how_it_learns(
 
 def test_written_out_weights_need_one_type():
     with pytest.raises(ConfigError, match="keep_dequantised"):
-        BaseOptions(Path("x"), keep_dequantised=True, bnb_4bit_compute_dtype="float32")
-
-
-def test_4_and_8_bits_exclude_each_other():
-    with pytest.raises(ConfigError, match="exclude"):
-        BaseOptions(Path("x"), load_in_4bit=True, load_in_8bit=True)
+        load_base(Model(bnb_4bit_compute_dtype="float32"), Path("x"), Machine(keep_dequantised=True))
 
 
 def test_a_missing_directory_is_a_model_error_with_a_hint(load: Callable[..., Any], tmp_path: Path):
@@ -166,7 +162,7 @@ def test_weights_that_do_not_fill_the_model_are_a_model_error(load: Callable[...
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none_is_a_config_error(toy: Path):
     with pytest.raises(ConfigError, match="cuda"):
-        load_base(BaseOptions(toy, device="cuda"))
+        load_base(Model(), toy, Machine(device="cuda"))
 
 
 def test_loading_prints_nothing(load: Callable[..., Any], capfd: pytest.CaptureFixture[str]):

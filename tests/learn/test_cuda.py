@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learn.plans import plan_of
 
 from fedlora.data import Tokens, in_order, regroup
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.fast.pacing import Pace
 from fedlora.learn.learner import HFLearner
-from fedlora.learn.options import TrainOptions
 from fedlora.rules.first import first_adapter
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
@@ -30,7 +30,7 @@ def learner(lora: Callable[..., Any], rows: Sequence[Tokens]) -> Callable[..., t
     def make(base: dict[str, Any] | None = None, **options: Any) -> tuple[Any, HFLearner]:
         model = lora({"device": "cuda", "load_in_4bit": True, **(base or {})}, r=64, lora_alpha=64)
         plan = {"local_steps": 4, "num_rounds": 8, "per_device_train_batch_size": 2, "max_length": 48, "learning_rate": 2e-3}
-        return model, HFLearner(model, rows, rows[:3], TrainOptions(**{**plan, **options}), site="a")
+        return model, HFLearner(model, rows, rows[:3], plan_of(**{**plan, **options}), site="a")
 
     return make
 
@@ -112,7 +112,7 @@ def test_pages_are_taken_once(wide: Path, lora: Callable[..., Any], rows: Sequen
     options = {"local_steps": 2, "num_rounds": 8, "per_device_train_batch_size": 2, "max_length": 48}
 
     def make() -> HFLearner:
-        return HFLearner(model, rows, (), TrainOptions(**options, optim="paged_adamw_8bit", optimizer_state=kept), site="a")
+        return HFLearner(model, rows, (), plan_of(**options, optim="paged_adamw_8bit", optimizer_state=kept), site="a")
 
     before, one = len(pages), make()
     done = one.train(model.get(), round=1, state=b"")
@@ -137,14 +137,15 @@ def test_paged_32_bit_is_plain_adamw(learner: Callable[..., Any]):
 
 def test_a_4_bit_base_is_never_held_in_float32(wide: Path):
     """The most that loading ever holds is less than a float32 copy would be."""
+    from fedlora.core.plan import Model
     from fedlora.learn.base import load_base
-    from fedlora.learn.options import BaseOptions
+    from fedlora.learn.options import Machine
 
     values = (wide / "model.safetensors").stat().st_size // 2
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    load_base(BaseOptions(wide, device="cuda"))
+    load_base(Model(), wide, Machine(device="cuda"))
     assert torch.cuda.memory_allocated() - before < 0.75 * values
     assert torch.cuda.max_memory_allocated() - before < 1.2 * values
 
@@ -268,7 +269,7 @@ def test_each_step_of_the_dial_needs_less_memory(wide: Path, lora: Callable[...,
 def test_out_of_memory_on_the_card_halves_the_micro_batch_and_goes_on(
     wide: Path, lora: Callable[..., Any], full_rows: Sequence[Tokens]
 ):
-    options = TrainOptions(local_steps=2, num_rounds=2, per_device_train_batch_size=64, max_length=128, learning_rate=1e-3)
+    options = plan_of(local_steps=2, num_rounds=2, per_device_train_batch_size=64, max_length=128, learning_rate=1e-3)
     model = lora({**FUSED, "path": wide, "load_in_4bit": True}, r=8)
     first = first_adapter(model.layout, seed=0)
 
@@ -293,7 +294,7 @@ def test_out_of_memory_on_the_card_halves_the_micro_batch_and_goes_on(
 
 
 def test_a_measured_pace_fits_and_says_what_it_takes(wide: Path, lora: Callable[..., Any], full_rows: Sequence[Tokens]):
-    options = TrainOptions(local_steps=2, num_rounds=2, per_device_train_batch_size=64, max_length=128, learning_rate=1e-3)
+    options = plan_of(local_steps=2, num_rounds=2, per_device_train_batch_size=64, max_length=128, learning_rate=1e-3)
     model = lora({**FUSED, "path": wide, "load_in_4bit": True}, r=8)
     torch.cuda.empty_cache()
     limit = torch.cuda.memory_allocated() + (800 << 20)
@@ -325,10 +326,10 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
     import threading
     import time
 
-    from fedlora import assemble as build
     from fedlora.core.errors import ResourceError
     from fedlora.core.plan import Plan
     from fedlora.learn.fast.workers import Team
+    from fedlora.learn.local import WORKER, load_learner
 
     rows = [{"prompt": f"{'apple ' * (1 + i % 5)}{i} is", "completion": " red"} for i in range(64)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -338,9 +339,9 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
     def start(steps: int) -> tuple[Any, Team]:
         tables = {"training": {"max_length": 64, "per_device_train_batch_size": 4}, "federation": {"local_steps": steps}}
         plan = Plan.model_validate_json(json.dumps(tables))
-        learner = build.site_learner(site, plan, report=lambda *_: None)
+        learner = load_learner(site, plan, report=lambda *_: None)
         team = Team(
-            build.WORKER,
+            WORKER,
             site,
             plan,
             devices=["cuda:0", "cuda:1"],

@@ -3,16 +3,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fedlora.core.errors import ModelError
+from fedlora.core.plan import Model
 from fedlora.learn.digest import base_digest
-from fedlora.learn.options import BaseOptions
 
 pytestmark = pytest.mark.torch
 
@@ -22,8 +22,8 @@ def copy(toy: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy, tmp_path / "copy"))
 
 
-def digest(directory: Path, **options: object) -> str:
-    return base_digest(directory, replace(BaseOptions(directory), **options))
+def digest(directory: Path, **options: Any) -> str:
+    return base_digest(directory, Model(**options))
 
 
 def edit(file: Path, change: Callable[[dict], object]) -> None:
@@ -79,12 +79,14 @@ def test_what_changes_the_numbers_changes_the_digest(copy: Path, file: str, chan
     assert digest(copy) != before
 
 
-def test_what_changes_no_number_leaves_the_digest(copy: Path):
+def test_what_changes_no_number_leaves_the_digest(copy: Path, load: Callable[..., Any]):
     before = digest(copy)
     edit(copy / "config.json", lambda t: t.update(transformers_version="9.9", use_cache=False, _name_or_path="/home/me"))
     edit(copy / "tokenizer_config.json", lambda t: t.update(name_or_path="/home/me", model_max_length=7))
-    for option in ({"device": "cpu"}, {"threads": 3}, {"keep_dequantised": True}, {"attn_implementation": "eager"}):
+    for option in ({"revision": "abc"}, {"model_name_or_path": "org/other"}, {"digest": "0" * 64}):
         assert digest(copy, **option) == before
+    for held in ({"threads": 3}, {"keep_dequantised": True}, {"attn_implementation": "eager"}):
+        assert load(copy, load_in_4bit=True, **held).digest == before
 
 
 def test_a_chat_template_counts_the_same_in_its_own_file(copy: Path):

@@ -36,7 +36,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.fixture
 def publish(tmp_path: Path) -> Callable[..., Path]:
     def make(model: Any, adapter: Adapter, out: Path | None = None, **options: Any) -> Path:
-        given = {"options": model.options, "base_model": "org/tiny", "revision": "abc123", "run": {"rounds": 3}, **options}
+        given = {"lora": model.settings, "base_model": "org/tiny", "revision": "abc123", "run": {"rounds": 3}, **options}
         return export_adapter(adapter, out or tmp_path / "final", **given)
 
     return make

@@ -73,14 +73,14 @@ def test_losses_are_those_of_the_models_own_logits(lora: Callable[..., Any], mov
 def test_a_model_that_scales_its_logits_goes_through_its_own_head(
     load: Callable[..., Any], toy: Path, tmp_path: Path, rows: Sequence[Tokens]
 ):
+    from fedlora.core.plan import Lora
     from fedlora.learn.lora import attach
-    from fedlora.learn.options import LoraOptions
 
     copy = Path(shutil.copytree(toy, tmp_path / "granite"))
     config = json.loads((copy / "config.json").read_text())
     extra = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "logits_scaling": 3.0}
     (copy / "config.json").write_text(json.dumps(config | extra))
-    model = attach(load(copy, **FULL), LoraOptions(r=2))
+    model = attach(load(copy, **FULL), Lora(r=2), seed=0)
     assert not model.forward.split
     example, (batch,) = rows[1], batches(rows[1:2], packing=False)
     with torch.no_grad():

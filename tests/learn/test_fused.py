@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learn.plans import plan_of
 
 from fedlora.core.errors import ConfigError
+from fedlora.core.plan import Lora, Model
 from fedlora.data import IGNORE, Tokens, in_order, regroup
+from fedlora.learn.base import load_base
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.fast.attention import VARLEN, document_ends, use_varlen
 from fedlora.learn.fast.fused import FusedLora, note_made
 from fedlora.learn.learner import HFLearner
-from fedlora.learn.options import BaseOptions, TrainOptions
+from fedlora.learn.options import Machine
 
 pytestmark = pytest.mark.torch
 FUSED: dict[str, Any] = {"fused": True, "attn_implementation": "varlen"}
@@ -245,14 +248,14 @@ def test_what_a_model_asks_and_the_kernel_lacks_is_refused_and_not_left_out(lora
 def test_fused_needs_one_type(tmp_path: Any):
     for wrong in ({"load_in_4bit": False, "load_in_8bit": True}, {"bnb_4bit_compute_dtype": "float32"}):
         with pytest.raises(ConfigError, match="fused"):
-            BaseOptions(tmp_path, fused=True, **wrong)
+            load_base(Model(**wrong), tmp_path, Machine(fused=True))
 
 
 def test_rounds_learn_what_pefts_layers_learn(lora: Callable[..., Any], rows: Sequence[Tokens]):
     ends = []
     for base in ({}, FUSED):
         model = lora({"dtype": "float32", **base})
-        options = TrainOptions(local_steps=4, num_rounds=2, per_device_train_batch_size=2, max_length=48, learning_rate=1e-2)
+        options = plan_of(local_steps=4, num_rounds=2, per_device_train_batch_size=2, max_length=48, learning_rate=1e-2)
         learner, first = HFLearner(model, rows, [], options, site="a"), model.get()
         done = learner.train(first, round=1, state=b"")
         done = learner.train(done.adapter, round=2, state=done.state)
@@ -283,7 +286,6 @@ def test_dropout_leaves_the_bases_product_whole(lora: Callable[..., Any], rows: 
 
 def test_a_linear_layer_of_a_models_own_is_not_taken_for_a_plain_one(load: Callable[..., Any]):
     from fedlora.learn.lora import attach
-    from fedlora.learn.options import LoraOptions
 
     class Doubled(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -295,6 +297,6 @@ def test_a_linear_layer_of_a_models_own_is_not_taken_for_a_plain_one(load: Calla
     given = {"cu_seq_lens_q": torch.tensor([0, 5], dtype=torch.int32), "max_length_q": 5}
     with torch.no_grad():
         before = base.model(input_ids=ids, **given).logits
-        model = attach(base, LoraOptions(r=4, lora_alpha=8))
+        model = attach(base, Lora(r=4, lora_alpha=8), seed=0)
         assert not model.fused
         torch.testing.assert_close(base.model(input_ids=ids, **given).logits, before)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 from fedlora.core.errors import ModelError
+from fedlora.core.plan import Model
 from fedlora.learn.base import load_base
 from fedlora.learn.digest import base_digest
 from fedlora.learn.gguf import convert_gguf
-from fedlora.learn.options import BaseOptions
+from fedlora.learn.options import Machine
 
 pytestmark = pytest.mark.torch
 IDS = torch.tensor([[1, 70, 33, 20, 9, 9, 12, 4]])
@@ -142,7 +143,7 @@ def test_a_second_conversion_finds_the_first_and_another_file_is_refused(tmp_pat
 
 def test_the_same_file_gives_the_same_digest_each_time(tmp_path: Path):
     file = save(tmp_path / "m.gguf", tiny("llama"))
-    digests = {base_digest(convert_gguf(file, tmp_path / d), BaseOptions(tmp_path / d)) for d in ("one", "two")}
+    digests = {base_digest(convert_gguf(file, tmp_path / d), Model()) for d in ("one", "two")}
     assert len(digests) == 1
 
 
@@ -187,10 +188,12 @@ def test_a_file_that_is_cut_off_is_a_model_error(tmp_path: Path):
 def test_a_base_loads_straight_from_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = save(tmp_path / "m.gguf", tiny("llama"))
-    base = load_base(BaseOptions(file, device="cpu", threads=1))
+    machine = Machine(device="cpu", threads=1)
+    base = load_base(Model(), file, machine)
     assert base.directory.parent == tmp_path / "cache" / "fedlora" / "gguf"
-    again = load_base(BaseOptions(file, device="cpu", threads=1, converted=tmp_path / "here"))
-    assert again.directory == tmp_path / "here"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    again = load_base(Model(), file, machine)
+    assert again.directory.parent == tmp_path / "here" / "fedlora" / "gguf"
     assert again.digest == base.digest
 
 

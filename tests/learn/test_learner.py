@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from learn.plans import plan_of
 
 from fedlora.core.errors import ConfigError, DataError, StoreError
 from fedlora.data import Stream, Tokens
 from fedlora.learn import learner as learning
 from fedlora.learn.learner import HFLearner
-from fedlora.learn.options import TrainOptions
 from fedlora.site.work import Learner
 
 pytestmark = pytest.mark.torch
@@ -29,7 +29,7 @@ def learner(lora: Callable[..., Any], rows: Sequence[Tokens]) -> Callable[..., H
     def make(
         model: Any = None, *, site: str = "a", data: Sequence[Tokens] = rows, on_step: Any = None, **options: Any
     ) -> HFLearner:
-        return HFLearner(model or lora(), data, data[:3], TrainOptions(**{**OPTIONS, **options}), site=site, on_step=on_step)
+        return HFLearner(model or lora(), data, data[:3], plan_of(**{**OPTIONS, **options}), site=site, on_step=on_step)
 
     return make
 
@@ -222,7 +222,7 @@ def test_pitfall_28_what_is_evaluated_is_the_adapter_that_was_given(learner: Cal
 
 def test_without_held_out_rows_there_are_no_metrics(lora: Callable[..., Any], rows: Sequence[Tokens]):
     model = lora()
-    assert HFLearner(model, rows, [], TrainOptions(**OPTIONS), site="a").evaluate(model.get()) == {}
+    assert HFLearner(model, rows, [], plan_of(**OPTIONS), site="a").evaluate(model.get()) == {}
 
 
 @pytest.mark.parametrize("state", [b"x", b"{}\n", b'{"cursor":{"epoch":-1,"examples":0,"position":0,"tokens":0},"version":1}\n',
@@ -255,8 +255,3 @@ def test_a_round_outside_the_run_is_a_programmers_mistake(learner: Callable[...,
     one = learner()
     with pytest.raises(ValueError, match="of 4"):
         one.train(one._model.get(), round=number, state=b"")
-
-
-def test_steps_and_epochs_exclude_each_other():
-    with pytest.raises(ConfigError, match="either"):
-        TrainOptions(local_steps=1, local_epochs=1)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, StoreError
+from fedlora.core.plan import Training
 from fedlora.core.schedule import learning_rate
 from fedlora.data import IGNORE, Batch, Tokens, in_order
 from fedlora.learn.loop import Spent, derived_seed, train_steps
 from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimiser
-from fedlora.learn.options import TrainOptions
 
 pytestmark = pytest.mark.torch
 
@@ -24,7 +24,7 @@ def batches(rows: Sequence[Tokens], *, size: int, length: int = 96, packing: boo
 
 
 def run(model: Any, group: Sequence[Batch], *, steps: int = 1, seed: int = 0, rate: float = 1e-2, **options: Any) -> Spent:
-    optimiser = make_optimiser(model, TrainOptions(**options))
+    optimiser = make_optimiser(model, Training(**options))
     return train_steps(
         model, repeat(group), steps=steps, optimiser=optimiser, rate=lambda s: rate, seed=lambda s: seed + s, max_grad_norm=1.0
     )
@@ -208,7 +208,7 @@ def test_derived_seeds_differ_and_fit():
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
 def test_a_paged_optimiser_on_a_cpu_is_a_config_error_that_says_why(lora: Callable[..., Any], optim: str):
     with pytest.raises(ConfigError, match=f"{optim}.*needs CUDA") as err:
-        make_optimiser(lora(), TrainOptions(optim=optim))
+        make_optimiser(lora(), Training(optim=optim))
     assert "adamw_torch" in err.value.hint
 
 
@@ -226,16 +226,16 @@ def test_moments_survive_as_bytes_bit_for_bit(lora: Callable[..., Any], rows: Se
         return model.get()
 
     model = lora()
-    optimiser = make_optimiser(model, TrainOptions())
+    optimiser = make_optimiser(model, Training())
     half = go_on(model, optimiser)
     blob = dump_moments(optimiser)
     uninterrupted = go_on(model, optimiser)
     other = lora()
     other.set(half)
-    load_moments(restored := make_optimiser(other, TrainOptions()), blob)
+    load_moments(restored := make_optimiser(other, Training()), blob)
     assert go_on(other, restored).digest() == uninterrupted.digest()
     other.set(half)
-    fresh = go_on(other, make_optimiser(other, TrainOptions()))
+    fresh = go_on(other, make_optimiser(other, Training()))
     assert fresh.digest() != uninterrupted.digest()
     other.set(half)
     forget_moments(restored)
@@ -244,12 +244,12 @@ def test_moments_survive_as_bytes_bit_for_bit(lora: Callable[..., Any], rows: Se
 
 def test_damaged_or_foreign_moments_are_a_store_error(lora: Callable[..., Any], rows: Sequence[Tokens]):
     model = lora()
-    optimiser = make_optimiser(model, TrainOptions())
+    optimiser = make_optimiser(model, Training())
     train_steps(
         model, repeat(batches(rows, size=4)), steps=1, optimiser=optimiser, rate=lambda s: 1e-2, seed=lambda s: 0, max_grad_norm=1
     )
     blob = dump_moments(optimiser)
     with pytest.raises(StoreError, match="damaged"):
-        load_moments(make_optimiser(model, TrainOptions()), blob[:-8])
+        load_moments(make_optimiser(model, Training()), blob[:-8])
     with pytest.raises(StoreError, match="another adapter"):
-        load_moments(make_optimiser(lora(target_modules=("q_proj",)), TrainOptions()), blob)
+        load_moments(make_optimiser(lora(target_modules=("q_proj",)), Training()), blob)

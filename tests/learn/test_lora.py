@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 import fedlora.learn
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongLayout
+from fedlora.core.plan import Lora, Training
 from fedlora.learn.lora import attach
 from fedlora.learn.optimizer import make_optimiser
-from fedlora.learn.options import LoraOptions, TrainOptions
 
 pytestmark = pytest.mark.torch
 
@@ -69,25 +69,25 @@ def test_pitfall_3_an_adapter_that_was_taken_does_not_follow_later_training(lora
 
 def test_pitfall_4_a_factor_that_is_switched_off_stops_the_round(lora: Callable[..., Any]):
     model = lora()
-    make_optimiser(model, TrainOptions())
+    make_optimiser(model, Training())
     model.trainable()[3].requires_grad_(False)
     with pytest.raises(RunFailed, match="trainable"):
-        make_optimiser(model, TrainOptions())
+        make_optimiser(model, Training())
 
 
 def test_pitfall_4_a_base_weight_that_is_switched_on_stops_the_round(lora: Callable[..., Any]):
     model = lora()
     model.base.model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(RunFailed, match="trainable"):
-        make_optimiser(model, TrainOptions())
+        make_optimiser(model, Training())
 
 
 def test_pitfall_6_the_first_adapter_does_not_depend_on_the_process(lora: Callable[..., Any]):
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        found.append(lora(init_seed=3).get().digest())
-    assert found[0] == found[1] != lora(init_seed=4).get().digest()
+        found.append(lora(seed=3).get().digest())
+    assert found[0] == found[1] != lora(seed=4).get().digest()
 
 
 def test_pitfall_7_a_starts_random_and_b_at_zero(lora: Callable[..., Any]):
@@ -102,7 +102,7 @@ def test_pitfall_8_scale_is_what_peft_multiplies_with(
     model = lora(use_rslora=rslora)
     model.set(moved(model.get()))
     assert model.scale == pytest.approx(scale)
-    assert model.scale == pytest.approx(model.options.scale)
+    assert model.scale == pytest.approx(model.settings.scale)
     tensors, checked = model.get().tensors(), 0
     for name, module in model.peft_model.named_modules():
         if isinstance(module, LoraLayer):
@@ -118,13 +118,13 @@ def test_pitfall_8_layers_of_different_scale_are_refused(lora: Callable[..., Any
     model = lora()
     next(m for m in model.peft_model.modules() if isinstance(m, LoraLayer)).scaling["default"] = 9.0
     with pytest.raises(ConfigError, match="different alpha"):
-        LoraModel(model.base, model.options, model.peft_model)
+        LoraModel(model.base, model.settings, model.peft_model)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "no_such_layer", "mlp"])
 def test_pitfall_9_only_linear_layers_below_the_head_are_adapted(load: Callable[..., Any], target: str):
     with pytest.raises(ConfigError, match=target):
-        attach(load(), LoraOptions(target_modules=("q_proj", target)))
+        attach(load(), Lora(target_modules=("q_proj", target)), seed=0)
 
 
 def test_pitfall_9_all_linear_leaves_embeddings_and_head_out(lora: Callable[..., Any]):
@@ -134,35 +134,6 @@ def test_pitfall_9_all_linear_leaves_embeddings_and_head_out(lora: Callable[...,
 def test_named_targets_are_adapted_and_no_others(lora: Callable[..., Any]):
     modules = {p.module.rpartition(".")[2] for p in lora(target_modules=("v_proj", "q_proj")).layout.pairs()}
     assert modules == {"q_proj", "v_proj"}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("use_dora", True),
-        ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}),
-        ("modules_to_save", ["lm_head"]),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "loftq"),
-        ("init_lora_weights", "olora"),
-        ("init_lora_weights", False),
-        ("bias", "all"),
-        ("lora_bias", True),
-    ],
-)
-def test_pitfall_10_what_is_not_linear_or_not_shared_is_refused_by_name(key: str, value: object):
-    with pytest.raises(ConfigError, match=key):
-        LoraOptions.of({"r": 4, key: value})
-
-
-def test_options_read_pefts_own_names():
-    found = LoraOptions.of(
-        {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"], "use_dora": False}
-    )
-    assert found == LoraOptions(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj"))
-    with pytest.raises(ConfigError, match="unknown"):
-        LoraOptions.of({"rank": 4})
 
 
 def test_pitfall_11_no_code_of_ours_averages_with_pefts_weighted_adapters():
@@ -180,7 +151,7 @@ def test_pitfall_11_transposed_layers_are_refused(load: Callable[..., Any]):
 
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(ConfigError, match="transposed"):
-        attach(replace(load(), model=gpt2), LoraOptions())
+        attach(replace(load(), model=gpt2), Lora(), seed=0)
 
 
 def test_factors_are_float32_on_every_base(lora: Callable[..., Any]):
@@ -196,7 +167,7 @@ def test_every_base_gives_the_same_layout_and_first_adapter(lora: Callable[..., 
 def test_a_second_adapter_on_the_same_base_is_a_programmers_mistake(lora: Callable[..., Any]):
     model = lora()
     with pytest.raises(ValueError, match="already"):
-        attach(model.base, LoraOptions())
+        attach(model.base, Lora(), seed=0)
 
 
 def test_the_trainable_list_is_in_the_layouts_order(lora: Callable[..., Any]):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from learn.plans import plan_of
 
 from fedlora.cli import main
 from fedlora.core.errors import ResourceError
@@ -23,7 +24,6 @@ from fedlora.learn.fast.pacing import _ROOM, Pace, _Probe
 from fedlora.learn.learner import HFLearner
 from fedlora.learn.loop import PlanBatches
 from fedlora.learn.memory import is_out_of_memory
-from fedlora.learn.options import TrainOptions
 from fedlora.rules.first import first_adapter
 
 pytestmark = pytest.mark.torch
@@ -54,7 +54,7 @@ class Full:
 
 
 def trained(model: Any, rows: Sequence[Tokens], pace: Pace | None = None, **options: Any) -> Any:
-    learner = HFLearner(model, rows, rows[:2], TrainOptions(**{**OPTIONS, "learning_rate": 1e-2, **options}), site="a", pace=pace)
+    learner = HFLearner(model, rows, rows[:2], plan_of(**{**OPTIONS, "learning_rate": 1e-2, **options}), site="a", pace=pace)
     first = first_adapter(model.layout, seed=0)
     return learner.train(first, round=1, state=b""), first
 
@@ -147,7 +147,7 @@ def test_a_forecast_changes_nothing(lora: Callable[..., Any], rows: Sequence[Tok
     model = lora(PADDED)
     whole, first = trained(model, rows)
     model.set(first)
-    learner = HFLearner(model, rows, rows[:2], TrainOptions(**OPTIONS, learning_rate=1e-2), site="a")
+    learner = HFLearner(model, rows, rows[:2], plan_of(**OPTIONS, learning_rate=1e-2), site="a")
     found = learner.forecast()
     assert model.get().digest() == first.digest()
     again = learner.train(first, round=1, state=b"")
@@ -231,7 +231,7 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
 
 def test_out_of_memory_in_evaluation_takes_fewer_rows(lora: Callable[..., Any], rows: Sequence[Tokens]):
     model = lora(PADDED)
-    learner = HFLearner(model, rows, rows, TrainOptions(**OPTIONS, learning_rate=1e-2), site="a")
+    learner = HFLearner(model, rows, rows, plan_of(**OPTIONS, learning_rate=1e-2), site="a")
     right = learner.evaluate(model.get())
     full = model.forward = Full(model.forward, 50, backward=False)
     assert learner.evaluate(model.get())["eval/nll"] == pytest.approx(right["eval/nll"], rel=1e-6)
@@ -278,7 +278,7 @@ def test_a_round_that_was_given_up_leaves_nothing_for_the_next(lora: Callable[..
         def abandon(self) -> None: ...
 
     model = lora(FUSED)
-    learner = HFLearner(model, rows, [], TrainOptions(**OPTIONS, learning_rate=1e-2), site="a")
+    learner = HFLearner(model, rows, [], plan_of(**OPTIONS, learning_rate=1e-2), site="a")
     first = first_adapter(model.layout, seed=0)
     right = learner.train(first, round=1, state=b"").adapter.digest()
     learner.join(Silent)  # type: ignore[arg-type]

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora import assemble as build
-from fedlora.assemble import WORKER
+from fedlora import assemble
 from fedlora.core.errors import ResourceError
 from fedlora.core.plan import Plan
+from fedlora.learn import local
 from fedlora.learn.fast.workers import Team
+from fedlora.learn.local import WORKER, load_learner
 
 pytestmark = pytest.mark.torch
 PLAN = {
@@ -49,7 +50,7 @@ def site(tmp_path: Path, toy: Path) -> Path:
 
 @pytest.fixture
 def learner(site: Path) -> Any:
-    return build.site_learner(site, plan(), report=silent)
+    return load_learner(site, plan(), report=silent)
 
 
 @pytest.fixture
@@ -119,11 +120,12 @@ def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_roun
 
 def test_kill_9_of_the_site_leaves_no_process_behind(site: Path, tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from fedlora import assemble; from fedlora.learn.fast.workers import Team\n"
+        "import sys, time; from pathlib import Path; from fedlora.learn.fast.workers import Team\n"
+        "from fedlora.learn.local import WORKER, load_learner\n"
         "from fedlora.core.plan import parse_plan\n"
         "site, plan, quiet = Path(sys.argv[1]), parse_plan(sys.argv[2].encode()), lambda *_: None\n"
-        "facts = assemble.site_learner(site, plan, report=quiet).facts()\n"
-        "team = Team(assemble.WORKER, site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), facts=facts, report=quiet)\n"
+        "facts = load_learner(site, plan, report=quiet).facts()\n"
+        "team = Team(WORKER, site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), facts=facts, report=quiet)\n"
         "team.ranks(); print(*team.pids(), flush=True); time.sleep(60)"
     )
     argv = [sys.executable, "-c", code, str(site), plan().canonical().decode(), str(tmp_path / "team")]
@@ -151,8 +153,8 @@ def test_a_site_with_several_gpus_starts_its_team_by_itself(site: Path, tmp_path
     (tmp_path / "keys").mkdir()
     Identity.generate("a").save(tmp_path / "keys" / "st-marys.key")
     (tmp_path / "keys" / "server.pub").write_text(Identity.generate("server").public.line())
-    monkeypatch.setattr(build, "devices_of", lambda file: ["cpu", "cpu"])
-    opened = build.open_site(site, report=silent)
+    monkeypatch.setattr(local, "devices_of", lambda file: ["cpu", "cpu"])
+    opened = assemble.site(site, report=silent)
     found: Any = opened.learner(plan())
     first = found.model.get()
     done = found.train(first, round=1, state=b"")

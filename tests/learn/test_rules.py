@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from learn.plans import plan_of
 from peft.tuners.lora import LoraLayer
 
 from fedlora.core.adapter import Adapter, Update
 from fedlora.core.errors import RunFailed, WrongLayout
 from fedlora.learn.learner import HFLearner
-from fedlora.learn.options import TrainOptions
 from fedlora.rules import FFA, FedSVD, Product, RoLoRA, add
 
 pytestmark = pytest.mark.torch
@@ -113,7 +113,7 @@ def test_an_adapter_of_mixed_ranks_is_refused(lora: Callable[..., Any]):
 def learner(lora: Callable[..., Any], rows: Any) -> Callable[..., HFLearner]:
     def make(**options: Any) -> HFLearner:
         made = {"local_steps": 3, "num_rounds": 2, "max_length": 64, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-        return HFLearner(lora(), rows, [], TrainOptions(**{**made, **options}), site="a")
+        return HFLearner(lora(), rows, [], plan_of(**{**made, **options}), site="a")
 
     return make
 

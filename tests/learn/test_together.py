@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from learn.plans import plan_of
 
 from fedlora.core.errors import ConfigError
 from fedlora.data import IGNORE, Tokens
 from fedlora.learn.fast.together import Together, side_by_side
 from fedlora.learn.learner import HFLearner
-from fedlora.learn.options import TrainOptions
 from fedlora.site.work import Learner
 
 pytestmark = pytest.mark.torch
@@ -25,7 +25,7 @@ def sites(lora: Callable[..., Any], rows: Sequence[Tokens]) -> Callable[..., dic
     def make(base: dict[str, Any] = FUSED, lora_options: dict[str, Any] | None = None, **options: Any) -> dict[str, HFLearner]:
         model = lora(base, **(lora_options or {}))
         plan = {"local_steps": 3, "num_rounds": 3, "per_device_train_batch_size": 2, "max_length": 48, "learning_rate": 1e-2}
-        train = TrainOptions(**{**plan, **options})
+        train = plan_of(**{**plan, **options})
         return {n: HFLearner(model, rows[at], rows[:2], train, site=n) for n, at in SITES.items()}
 
     return make
@@ -139,7 +139,7 @@ def test_a_site_without_a_label_fails_alone(lora: Callable[..., Any], rows: Sequ
 
     model = lora(FUSED)
     silent = [Tokens(r.input_ids, np.full_like(r.labels, IGNORE), 1) for r in rows[:4]]
-    train = TrainOptions(local_steps=2, num_rounds=2, per_device_train_batch_size=2, max_length=48)
+    train = plan_of(local_steps=2, num_rounds=2, per_device_train_batch_size=2, max_length=48)
     together = Together({n: HFLearner(model, data, [], train, site=n) for n, data in {"a": rows[:4], "b": silent}.items()})
     first = model.get()
     with pytest.raises(DataError):

@@ -5,15 +5,17 @@ What is here implements :class:`fedlora.learn.hooks.Fast`. It imports nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
+    from fedlora.core.plan import Plan
     from fedlora.learn import fast
     from fedlora.learn.forward import Forward
-    from fedlora.learn.hooks import Fast, MicroBatches
+    from fedlora.learn.hooks import Fast, MicroBatches, Team
     from fedlora.learn.options import Dial
 
     _: Fast = fast  # a type checker compares them
@@ -55,3 +57,19 @@ def pace(
     from fedlora.learn.fast.pacing import Pace
 
     return Pace(model, dial=dial, floor=floor, tokens=tokens, limit_bytes=limit_bytes, report=report)
+
+
+def team(
+    spawn: Sequence[str],
+    site_file: Path,
+    plan: Plan,
+    *,
+    devices: Sequence[str],
+    state: Path,
+    facts: bytes,
+    report: Callable[[str, Mapping[str, Any]], None],
+) -> Team:
+    """See :class:`fedlora.learn.fast.workers.Team`."""
+    from fedlora.learn.fast import workers
+
+    return workers.Team(spawn, site_file, plan, devices=devices, state=state, facts=facts, report=report)

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate
-from fedlora.core.schedule import learning_rate
 from fedlora.data import IGNORE, Batch, Cursor, regroup
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state, parse_state
-from fedlora.learn.loop import pull_back
+from fedlora.learn.loop import count_supervised, pull_back, rate_of
 from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import make_optimiser
 from fedlora.site.work import Trained
@@ -48,13 +47,13 @@ class Together:
     def __init__(self, learners: Mapping[str, HFLearner]) -> None:
         self._learners = dict(learners)
         some = next(iter(self._learners.values()))
-        self._model, self._options = some.model, some.options
-        o, wrong = self._options, []
-        if o.optimizer_state == "keep" or o.optim != "adamw_torch":
+        self._model, self._plan = some.model, some.plan
+        training, wrong = self._plan.training, []
+        if training.optimizer_state == "keep" or training.optim != "adamw_torch":
             wrong.append("optimizer_state = 'reset' and optim = 'adamw_torch'")
-        if self._model.options.lora_dropout:
+        if self._model.settings.lora_dropout:
             wrong.append("lora_dropout = 0")
-        if o.local_epochs:
+        if self._plan.federation.local_epochs:
             wrong.append("local_steps")
         if not self._model.fused or self._model.forward.padded:
             wrong.append("fused layers and attention over documents")
@@ -102,34 +101,33 @@ class Together:
         return {}
 
     def _train_all(self, adapter: Adapter, *, round: int, factors: Factors) -> dict[str, Trained]:
-        o, model, began = self._options, self._model, time.perf_counter()
+        training, model, began = self._plan.training, self._model, time.perf_counter()
+        steps = self._plan.federation.local_steps
         sites = [s for s in self._learners if self._expected[s] or round == 1]  # of the others nothing is known yet
         learners = [self._learners[s] for s in sites]
         model.set_trained(factors)
         model.set_checkpointing("none")
         model.set_stacked([adapter] * len(sites))
         places: Sequence[Cursor] = [parse_state(self._expected[s])[0] for s in sites]
-        optimiser = make_optimiser(model, o, factors=factors)
+        optimiser = make_optimiser(model, training, factors=factors)
         parameters = model.trainable(factors)
-        anchors = [p.detach().clone() for p in parameters] if o.proximal_mu else []
+        anchors = [p.detach().clone() for p in parameters] if training.proximal_mu else []
         spent = [_Spent() for _ in sites]
         model.peft_model.train()
-        for step in range(o.local_steps):
+        for step in range(steps):
             groups, places = zip(*(learner.group(at) for learner, at in zip(learners, places, strict=True)), strict=True)
             losses = _step(self, groups, parameters, anchors)
-            rate = learning_rate(o.lr_scheduler_type, (round - 1 + (step + 0.5) / o.local_steps) / o.num_rounds,
-                                 peak=o.learning_rate, warmup_ratio=o.warmup_ratio)  # fmt: skip
-            for options in optimiser.param_groups:
-                options["lr"] = rate
+            for group in optimiser.param_groups:
+                group["lr"] = rate_of(self._plan, round=round, step=step, steps=steps)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            for one, group, loss, learner in zip(spent, groups, losses, learners, strict=True):
-                one.add(group, loss)
-                learner.tell(step + 1, o.local_steps, loss)
+            for one, own, loss, learner in zip(spent, groups, losses, learners, strict=True):
+                one.add(own, loss)
+                learner.tell(step + 1, steps, loss)
         seconds = (time.perf_counter() - began) / len(sites)
         found = {}
         for site, local, one, place in zip(sites, model.get_stacked(), spent, places, strict=True):
-            metrics = {"train/loss": one.nats / max(one.tokens, 1), "train/steps": float(o.local_steps), "train/seconds": seconds}
+            metrics = {"train/loss": one.nats / max(one.tokens, 1), "train/steps": float(steps), "train/seconds": seconds}
             found[site] = Trained(local, one.tokens, one.examples, metrics, dump_state(place, b""))
         return found
 
@@ -153,22 +151,20 @@ def _step(
     anchors: Sequence[torch.Tensor],
 ) -> list[float]:
     """Gradients of one step of all sites, each clipped by its own norm; their losses."""
-    model, o = together._model, together._options
+    model, training = together._model, together._plan.training
     batch, owner = side_by_side(groups, pad_token_id=0)
-    totals = torch.tensor([sum(b.supervised for b in g) for g in groups], device=model.base.device)
-    if int(totals.min()) == 0:
-        raise DataError("no token with a loss in a whole step", hint="max_length may cut the completions off")
+    totals = torch.tensor([count_supervised(g) for g in groups], device=model.base.device)
     nll = model.forward(batch).nll
     of_site = torch.from_numpy(owner).to(nll.device)
     losses = torch.zeros(len(groups), dtype=torch.float32, device=nll.device).index_add(0, of_site, nll) / totals
     losses.sum().backward()  # type: ignore[no-untyped-call]
-    pull_back(parameters, anchors, o.proximal_mu)
+    pull_back(parameters, anchors, training.proximal_mu)
     squares = torch.stack([p.grad.flatten(1).square().sum(1) for p in parameters if p.grad is not None]).sum(0)
     norms = squares.sqrt()
     found = torch.stack([losses.detach(), norms]).tolist()
     if not all(math.isfinite(v) for row in found for v in row):
         raise NonFiniteUpdate("a loss or a gradient is not finite at one of the sites", hint="lower learning_rate")
-    scale = (o.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+    scale = (training.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
     for p in parameters:
         if p.grad is not None:
             p.grad.mul_(scale.view(-1, *[1] * (p.grad.ndim - 1)))

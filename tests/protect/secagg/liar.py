@@ -21,7 +21,6 @@ import numpy as np
 from protect.secagg.loot import Session, Talk
 from protect.secagg.world import identity, names, secagg_plan
 
-from fedlora import assemble as build
 from fedlora.core.adapter import Adapter, Factors, Layout, Update
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Kind, Reply, Request, Task
@@ -41,6 +40,8 @@ from fedlora.protect.secagg.dealing import Secrets, advertise, deal
 from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 from fedlora.rules.first import first_adapter
+from fedlora.site import parts
+from fedlora.site.parts import site_of
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Site, Trained
@@ -138,8 +139,8 @@ class Hospital:
 
     def restart(self) -> None:
         """New objects on the old files."""
-        with patch.object(build, "FileMemory", Mortal):
-            self.site = build.site(
+        with patch.object(parts, "FileMemory", Mortal):
+            self.site = site_of(
                 identity(self.name),
                 identity("server").public,
                 self.file,

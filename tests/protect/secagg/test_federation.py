@@ -13,7 +13,6 @@ from protect.secagg import world
 from protect.secagg.test_adversary import FalseDealer
 from protect.secagg.world import identity
 
-from fedlora import assemble as build
 from fedlora.core.errors import ConfigError, QuorumNotReached, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Evaluation, Plan, Wire
@@ -22,9 +21,11 @@ from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
 from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
+from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules.first import first_adapter
+from fedlora.site.parts import site_of
 from fedlora.site.site_file import SiteFile
 
 pytestmark = pytest.mark.slow
@@ -73,7 +74,7 @@ class Federation:
 
     def site(self, name):
         file = SiteFile(name=name, models={MODEL: "x"}, policy=self.policy, roster=self.pinned)
-        return build.site(
+        return site_of(
             self.keys[name],
             self.keys["server"].public,
             file,
@@ -86,7 +87,7 @@ class Federation:
         directory = self.path / "run"
         if (directory / "run.json").exists():
             return RunStore.open(directory, self.plan)
-        return build.start_run(directory, self.plan, START, run="ab" * 32)
+        return start_run(directory, self.plan, START, run="ab" * 32)
 
     def handle(self, request):
         return self.sites[request.site].handle(request)
@@ -101,7 +102,7 @@ class Federation:
 
         publics = {n: self.keys[n].public for n in self.sites}
         store = self.store()
-        at = build.serve_run(store, self.keys["server"], publics, drop, roster=self.roster, report=report)
+        at = ServerRun(store, self.keys["server"], publics, self.roster, report).run(drop)
         return at, store
 
 
@@ -320,9 +321,7 @@ class Ruled(Federation):
 
     def store(self):
         directory = self.path / "run"
-        return (
-            super().store() if (directory / "run.json").exists() else build.start_run(directory, self.plan, START, run="ab" * 32)
-        )
+        return super().store() if (directory / "run.json").exists() else start_run(directory, self.plan, START, run="ab" * 32)
 
 
 def products(adapter):

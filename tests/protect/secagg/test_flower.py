@@ -12,7 +12,6 @@ import pytest
 from protect.secagg.test_federation import START, Federation, secagg_plan
 
 import fedlora
-from fedlora import assemble as build
 from fedlora.core.messages import Reply
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
@@ -21,6 +20,7 @@ from fedlora.formats.files import save_adapter
 from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.gateway.exposure import free_port
 from fedlora.processes.parent import die_with_parent
+from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import LocalTransport
 from fedlora.site.policy import Policy
@@ -158,7 +158,7 @@ def replayed(path, deployment, store):
     for name in TARGETS:
         (path / "keys" / name).touch(mode=0o600)
         (path / "keys" / name).write_bytes((deployment.root / name / "keys" / f"{name}.key").read_bytes())
-    build.start_run(path / "run", deployment.plan, START, run=store.run)
+    start_run(path / "run", deployment.plan, START, run=store.run)
     federation, at = Federation(path, deployment.plan, targets=TARGETS), {"round": 0}
     records, worked = store.records(), deployment.worked()
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from flower.harness import descendants, running, until
 
-from fedlora import assemble as build
 from fedlora.core.messages import Reply, Request
 from fedlora.flower.site import up
 from fedlora.formats.envelope import parse
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.lab.testing import ToyLearner
+from fedlora.site.parts import site_of
 from fedlora.site.site_file import load_site_file
 
 
@@ -29,7 +29,7 @@ def say_goodbye() -> None:
 
 def main(path: Path, target: float, phase: str = "", round: int = 0) -> None:
     file, root = load_site_file(path), path.parent
-    site = build.site(
+    site = site_of(
         load_identity(root / file.key),
         load_public(root / file.server_key),
         file,

@@ -1,0 +1,155 @@
+"""What learns at one site: its base, its rows and its GPUs, as its site file says. Torch is imported when something is loaded."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlora.core.errors import ConfigError, ModelError
+from fedlora.core.events import Report
+from fedlora.core.plan import Plan
+from fedlora.learn.rows import read_both, to_tokens
+from fedlora.site.site_file import SiteFile, load_site_file
+
+if TYPE_CHECKING:
+    from fedlora.learn.hooks import MicroBatches, Team
+    from fedlora.learn.learner import HFLearner
+    from fedlora.learn.loop import OnStep
+    from fedlora.learn.lora import LoraModel
+    from fedlora.learn.options import Dial
+
+WORKER = (sys.executable, "-P", "-m", "fedlora.worker")
+"""The command of a process for a further GPU. -P: nothing of the working directory is code."""
+
+
+@dataclass(slots=True, eq=False)
+class LocalLearners:
+    """Makes the learner of each plan that a site takes part in, on all GPUs that it may use.
+
+    Args:
+        team: directory of the processes of further GPUs.
+    """
+
+    site_file: Path
+    team: Path
+    report: Report
+    _team: Team | None = field(default=None, init=False)
+
+    def __call__(self, plan: Plan) -> HFLearner:
+        """The plan's learner; the processes of the plan before end first.
+
+        Raises:
+            ConfigError, ModelError, DataError: see :func:`load_learner`.
+        """
+        from fedlora.learn.hooks import fast
+
+        before, self._team = self._team, None
+        if before is not None:
+            before.close()
+        devices = devices_of(load_site_file(self.site_file))
+        learner = load_learner(self.site_file, plan, report=self.report)
+        if len(devices) > 1 and (faster := fast()) is not None:
+            self._team = faster.team(
+                WORKER, self.site_file, plan, devices=devices, state=self.team, facts=learner.facts(), report=self.report
+            )
+            learner.join(self._team.ranks)
+        return learner
+
+
+def load_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
+    """What trains at a site, in its own process or in those of its further GPUs: base, adapter and rows.
+
+    Raises:
+        ModelError: the site file names no copy of the plan's base, or there is nothing usable.
+        DataError: see :func:`fedlora.learn.rows.read_both`.
+        ConfigError: the site file asks for what this installation or machine lacks.
+    """
+    from fedlora.learn.base import machine_for
+    from fedlora.learn.learner import HFLearner
+    from fedlora.learn.lora import load_lora
+
+    file, root, name = load_site_file(site_file), site_file.resolve().parent, plan.model.model_name_or_path
+    if name not in file.models:
+        raise ModelError(f"no copy of {name} here", hint="name its directory under [models]")
+    report("load", {"model": name})
+    machine = machine_for(plan, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
+    lora = load_lora(plan, root / file.models[name], machine)
+    pace = pace_of(plan, lora, file, report=report)
+    rows = read_both(file.data, root, seed=plan.run.seed, report=report)
+    train, held_out = [to_tokens(lora.tokenizer, part, plan=plan, report=report) for part in rows]
+    return HFLearner(lora, train, held_out, plan, site=file.name, pace=pace, on_step=step_reporter(file.name, report))
+
+
+def step_reporter(site: str, report: Report) -> OnStep:
+    """Reports each step of a site's learner."""
+
+    def on_step(step: int, steps: int, loss: float) -> None:
+        report("step", {"site": site, "step": step, "steps": steps, "loss": loss})
+
+    return on_step
+
+
+def devices_of(file: SiteFile) -> list[str]:
+    """Where this site trains: one device, or several GPUs of its machine.
+
+    Raises:
+        ConfigError: fewer GPUs than the site file asks for.
+    """
+    from fedlora.learn.base import cuda_devices, find_device
+    from fedlora.learn.hooks import fast
+
+    here = cuda_devices() if find_device(file.device).type == "cuda" else []
+    if fast() is None:
+        here = here[:1]  # processes that train together are in fedlora.learn.fast
+    if not here and file.gpus <= 1:
+        return ["cpu"]
+    if file.gpus > len(here):
+        raise ConfigError(
+            f"gpus = {file.gpus} in the site file, but {len(here)} can be used here", hint="gpus = 0: all there are"
+        )
+    return here[: file.gpus or None]
+
+
+def pace_of(plan: Plan, lora: LoraModel, file: SiteFile, *, report: Report) -> MicroBatches:
+    """How much of a step is computed at once: as the site file says, else measured.
+
+    Raises:
+        ConfigError: the site file asks for what this installation lacks.
+    """
+    from fedlora.learn.hooks import fast
+    from fedlora.learn.loop import PlanBatches
+
+    faster = fast()
+    floor: Dial = "full" if plan.training.gradient_checkpointing else "none"
+    if faster is None:
+        if file.micro_batch_tokens or file.gpu_memory_gib:
+            raise ConfigError(
+                "micro_batch_tokens and gpu_memory_gib need fedlora.learn.fast, which is not installed here",
+                hint="leave both out of the site file, or install fedlora as it is published",
+            )
+        wanted = file.activation_checkpointing
+        return PlanBatches(lora, wanted if wanted in lora.dials else floor)
+    return faster.pace(
+        lora,
+        dial=file.activation_checkpointing,
+        floor=floor,
+        tokens=file.micro_batch_tokens,
+        limit_bytes=int(file.gpu_memory_gib * 2**30),
+        report=report,
+    )
+
+
+def forecast(site_file: Path, plan: Plan, *, report: Report) -> dict[str, Any]:
+    """What a round of the plan would take at this site, by the names of :class:`fedlora.learn.forecast.Forecast`.
+
+    Raises:
+        PlanRefused: this site would not take part.
+        ConfigError, ModelError, DataError: see :func:`load_learner`.
+    """
+    file = load_site_file(site_file)
+    if plan.model.digest and plan.lora.init_digest:  # a plan that pins nothing yet is refused for that alone
+        file.agreed.check(plan, models=frozenset(file.models))
+    processes = len(devices_of(file))
+    return asdict(load_learner(site_file, plan, report=report).forecast(processes=processes))

@@ -1,0 +1,172 @@
+"""The server's half of one run: how it begins, what it runs with, what is deleted at its end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.core.adapter import Adapter
+from fedlora.core.errors import ConfigError, KeyFileError, StoreError
+from fedlora.core.events import Report
+from fedlora.core.messages import SERVER
+from fedlora.core.plan import Plan
+from fedlora.formats.files import set_aside, write_atomic
+from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
+from fedlora.formats.trust import rosters_in
+from fedlora.protect.link import ServerLink, pinned
+from fedlora.protect.mode import ServerParts
+from fedlora.protect.modes import mode_of
+from fedlora.rounds.loop import run as run_rounds
+from fedlora.rounds.store import Checkpoint, RunStore
+from fedlora.rounds.transport import Transport
+from fedlora.rules import rule_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServerRun:
+    """A run from its parts: the same for a deployment and for a simulation.
+
+    Attributes:
+        store: the run's directory.
+        identity: the server's keys.
+        sites: the enrolled sites, by name.
+        roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
+        report: told what happens.
+    """
+
+    store: RunStore
+    identity: Identity
+    sites: Mapping[str, PublicIdentity]
+    roster: Path
+    report: Report
+
+    def run(self, transport: Transport) -> Checkpoint:
+        """Runs what is left. The run's key is made at its start and deleted at its end, so that no one who takes the server's
+        keys later can read an update that he recorded.
+
+        Raises:
+            ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
+            StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
+            QuorumNotReached: see :func:`fedlora.rounds.loop.run`.
+        """
+        store, plan = self.store, self.store.plan
+        _check_sites(plan, self.sites)
+        _check_numbers(store)
+        link = ServerLink(
+            identity=self.identity,
+            reply_key=_run_key(store.directory, self.report),
+            sites=self.sites,
+            roster=pinned(self.identity.public),
+            memory=store.memory,
+            clock=lambda: int(time.time()),
+            entropy=os.urandom,
+        )
+        parts = ServerParts(
+            plan, link, store.memory, lambda: rosters_in(self.roster, store.memory, self.identity.public), self.report
+        )
+        last = run_rounds(
+            plan,
+            store=store,
+            aggregator=rule_of(plan),
+            protection=mode_of(plan).server(parts),
+            transport=transport,
+            enrolled=self.sites.keys(),
+            report=self.report,
+        )
+        for file in _run_key_files(store.directory):
+            file.unlink(missing_ok=True)
+        return last
+
+
+def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> RunStore:
+    """A new run in ``directory``.
+
+    Args:
+        run: 64 hex digits; empty: drawn.
+
+    Raises:
+        ConfigError: the plan is not pinned, or ``first`` is not the adapter that it pins.
+        StoreError: the directory holds a run.
+    """
+    if not plan.model.digest or not plan.lora.init_digest:
+        raise ConfigError(
+            "the plan pins neither base nor first adapter", hint="`fedlora pin` makes the pinned plan and the adapter"
+        )
+    if first.digest() != plan.lora.init_digest:
+        raise ConfigError("this is not the first adapter that the plan pins", hint="`fedlora pin` writes both together")
+    return RunStore.create(directory, plan, first, run=run or secrets.token_hex(32))
+
+
+def load_server_key(home: Path) -> Identity:
+    """The server's private key.
+
+    Raises:
+        KeyFileError: missing, malformed, or not the one whose public half lies beside it.
+    """
+    identity, public = load_identity(home / "server.key"), home / "server.pub"
+    if identity.name != SERVER or (public.exists() and load_public(public) != identity.public):
+        raise KeyFileError(
+            f"{home / 'server.key'} is not the key whose public half is {public}",
+            hint="restore it from a backup: sites pin that key",
+        )
+    return identity
+
+
+def _check_sites(plan: Plan, sites: Mapping[str, PublicIdentity]) -> None:
+    if len(sites) < plan.federation.min_sites:
+        raise ConfigError(
+            f"{len(sites)} sites are enrolled, the plan's federation.min_sites is {plan.federation.min_sites}",
+            hint="enrol more sites, or make a plan that needs fewer",
+        )
+    if strangers := sorted(plan.lora.ranks.keys() - sites.keys()):
+        raise ConfigError(
+            f"lora.ranks names {', '.join(strangers)}, not enrolled here", hint="correct the name, or enrol the site"
+        )
+
+
+def _check_numbers(store: RunStore) -> None:
+    """Sites take no message under a number that they have seen: a server that has lost its own must not begin at one again.
+
+    Raises:
+        StoreError: they are gone, though rounds were done.
+    """
+    if store.begun and not (store.directory / "final.json").exists() and store.memory.get(f"{store.run}/down") is None:
+        raise StoreError(
+            f"the numbers of this server's messages are gone from {store.memory.directory}, though rounds are done: "
+            "every site would take what it sends for replays",
+            hint=f"`{store.repair} --raise-numbers` lets it go on above all numbers that sites have seen; then resume the run",
+        )
+
+
+def _run_key_files(directory: Path) -> tuple[Path, Path]:
+    return directory / "run.key", directory / "run.key.copy"
+
+
+def _run_key(directory: Path, report: Report) -> Identity:
+    """The run's key: the one that was made, as long as one of its two files is whole, else a new one."""
+    found = []
+    for file in _run_key_files(directory):
+        if file.is_dir():
+            set_aside(file)
+        with suppress(KeyFileError):
+            found.append((file, load_identity(file)))
+    damaged = [f for f in _run_key_files(directory) if f.exists() and f not in [file for file, _ in found]]
+    if not found:
+        for file in damaged:
+            file.unlink()
+        new = directory / "run.new"
+        new.unlink(missing_ok=True)  # of a start that was cut off while it wrote
+        Identity.generate("run").save(new)
+        os.replace(new, directory / "run.key")
+        found.append((directory / "run.key", load_identity(directory / "run.key")))
+    for file in damaged:
+        report("mended", {"file": file.name})
+    for file in _run_key_files(directory):
+        if file != found[0][0]:
+            write_atomic(file, found[0][0].read_bytes())
+    return found[0][1]

@@ -1,0 +1,78 @@
+"""A site from its parts: the same for a deployment and for a simulation."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlora.core.errors import KeyFileError
+from fedlora.core.events import Report
+from fedlora.core.messages import check_site_name
+from fedlora.core.plan import Plan
+from fedlora.formats.files import FileMemory
+from fedlora.formats.journal import REPAIR, Journal
+from fedlora.formats.keys import Identity, PublicIdentity, load_identity
+from fedlora.formats.trust import RosterKeeper
+from fedlora.protect.link import SiteLink
+from fedlora.protect.mode import SiteParts
+from fedlora.protect.modes import SiteModes
+from fedlora.site.admission import Approvals
+from fedlora.site.site_file import SiteFile
+from fedlora.site.work import Learner, Site
+
+
+def site_of(
+    identity: Identity,
+    server: PublicIdentity,
+    file: SiteFile,
+    *,
+    make_learner: Callable[[Plan], Learner],
+    state: Path,
+    report: Report,
+    approvals: Callable[[], Approvals] | None = None,
+) -> Site:
+    """A site that answers with these keys, under its file's policy, and keeps what must last in ``state``.
+
+    Args:
+        approvals: what is approved by now; None: what ``file`` says.
+    """
+    approved = approvals or (lambda: Approvals.of(file))
+    memory = FileMemory(state / "memory", REPAIR)
+    link = SiteLink(
+        identity=identity,
+        server=server,
+        memory=memory,
+        max_request_bytes=file.policy.max_request_bytes,
+        clock=lambda: int(time.time()),
+        entropy=os.urandom,
+    )
+    roster = RosterKeeper.here(memory, server, file.roster)
+    return Site(
+        name=identity.name,
+        protection=SiteModes.of(SiteParts(link, roster, os.urandom, lambda plan: approved().uncovers.get(plan, ()))),
+        learner=make_learner,
+        policy=file.agreed,
+        models=frozenset(file.models),
+        journal=Journal(state / "journal", memory),
+        report=report,
+        approvals=approved,
+    )
+
+
+def load_site_key(file: SiteFile, root: Path) -> Identity:
+    """The private key that a site file names.
+
+    Args:
+        root: directory of the site file.
+
+    Raises:
+        KeyFileError: missing, malformed, or another site's.
+        ConfigError: the site file's name is none.
+    """
+    identity = load_identity(root / file.key)
+    if identity.name != check_site_name(file.name):
+        hint = "restore it from a backup, or correct name or key in the site file"
+        raise KeyFileError(f"{root / file.key} is the key of {identity.name!r}, the site file says {file.name!r}", hint=hint)
+    return identity
