@@ -29,9 +29,10 @@ from fedlora.core.events import Report
 from fedlora.core.limits import MAX_SITES
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.core.plan import Plan
-from fedlora.formats.files import FileMemory, load_adapter, set_aside, write_atomic
+from fedlora.formats.files import load_adapter, set_aside, write_atomic
 from fedlora.formats.journal import REPAIR, Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
+from fedlora.formats.memory import FileMemory
 from fedlora.formats.plans import load_plan
 from fedlora.formats.roster import NEWEST, SignedRoster, load_roster
 from fedlora.formats.trust import RosterKeeper

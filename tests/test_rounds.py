@@ -18,9 +18,9 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, KeyFileError, QuorumNotReached, RunFailed, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Evaluation, Wire
-from fedlora.formats.files import FileMemory
 from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.keys import Identity, load_identity
+from fedlora.formats.memory import FileMemory
 from fedlora.lab.testing import TOY_BASE, DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
 from fedlora.protect.plain import PlainServer, PlainSite
 from fedlora.protect.sealed import SealedServer, SealedSite

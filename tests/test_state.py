@@ -21,9 +21,10 @@ from fedlora.core.plan import Aggregate, Wire
 from fedlora.core.toml import dump_toml
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.epochs import first_epoch
-from fedlora.formats.files import FileMemory, load_adapter, save_adapter, write_atomic
+from fedlora.formats.files import load_adapter, save_adapter, write_atomic
 from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
+from fedlora.formats.memory import FileMemory, get_record
 from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
 from fedlora.rounds.store import RunStore
@@ -395,7 +396,7 @@ def test_a_site_whose_state_of_the_round_before_is_gone_refuses_until_its_operat
     assert repair(kept, "--go-on", run[:8])[0] == 0
     kept.go()
     assert rejected(kept) == [{}, {}]
-    assert json.loads(FileMemory(state_of(kept) / "memory").get(f"{run}/repaired"))[0]["choice"] == "go-on"
+    assert get_record(FileMemory(state_of(kept) / "memory"), f"{run}/repaired", "repaired")["choices"][0]["choice"] == "go-on"
     seen = json.loads(Journal(state_of(kept) / "journal").last(run)[1].state)
     assert 2 not in seen  # the toy's numbers do not depend on its state; a real learner's would
     assert RunStore.open(kept.run_directory).load().adapter.digest() == bits[0]

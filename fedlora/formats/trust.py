@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from fedlora.core.errors import RosterInvalid, RosterRollback, SuiteDowngrade, VersionUnsupported
 from fedlora.formats.envelope import SUITE
-from fedlora.formats.files import Memory
 from fedlora.formats.keys import PublicIdentity
+from fedlora.formats.memory import Memory
 from fedlora.formats.roster import Roster, SignedRoster
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,8 @@ from typing import Any
 from fedlora.core.errors import Equivocation, FedLoRAError, RemoteError, Replayed, StateLost, StoreError, UnknownSite
 from fedlora.core.messages import SERVER, Reply, Request, Task
 from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
-from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity, PublicIdentity, key_id
+from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.formats.roster import federation
 from fedlora.protect import Tally
 
@@ -71,14 +70,11 @@ class _Counter:
     path: str
 
     def last(self) -> tuple[int, str]:
-        found = self.memory.get(self.path)
-        if found is None:
-            return 0, NONE
-        seq, digest = json.loads(found)
-        return int(seq), str(digest)
+        found = get_record(self.memory, self.path, "counter")
+        return (0, NONE) if found is None else (int(found["seq"]), str(found["digest"]))
 
     def put(self, seq: int, digest: str) -> None:
-        self.memory.put(self.path, json.dumps([seq, digest]).encode())
+        put_record(self.memory, self.path, "counter", {"seq": seq, "digest": digest})
 
     def admit(self, seq: int, digest: str, *, again: bool) -> None:
         """Takes a number that is higher than all before; the very same message only if ``again``.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedlora.core.canonical import canonical
 from fedlora.core.errors import PlanNotApproved, RunNotApproved, StoreError, WrongPlan
-from fedlora.formats.files import Memory
+from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.site.site_file import SiteFile
 
 RUNS = "runs"
@@ -104,13 +102,11 @@ class Runs:
             StoreError: damaged.
         """
         try:
-            return [Begun(run, plan) for run, plan in json.loads(self.memory.get(RUNS) or b"[]")]
+            found = get_record(self.memory, RUNS, "runs") or {"begun": []}
         except StoreError as e:
             raise StoreError(f"the record of the runs that this site has taken part in: {e}", hint=_WAY) from None
-        except (ValueError, TypeError):
-            where = self.memory.where(RUNS)
-            raise StoreError(f"{where}, the record of the runs that this site has taken part in, is damaged", hint=_WAY) from None
+        return [Begun(run, plan) for run, plan in found["begun"]]
 
     def save(self, begun: Sequence[Begun]) -> None:
         """On the disk when this returns."""
-        self.memory.put(RUNS, canonical([[b.run, b.plan] for b in begun]))
+        put_record(self.memory, RUNS, "runs", {"begun": [[b.run, b.plan] for b in begun]})

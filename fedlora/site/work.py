@@ -24,8 +24,8 @@ from fedlora.core.limits import MAX_RANK
 from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats import update as wire
-from fedlora.formats.files import FileMemory
 from fedlora.formats.journal import Entry, Journal
+from fedlora.formats.memory import FileMemory
 from fedlora.protect import SiteProtection
 from fedlora.protect.modes import mode_of
 from fedlora.rules import Aggregator, largest_weight, rule_of

@@ -14,18 +14,14 @@ because a server can publish one adapter twice.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-from fedlora.core.canonical import canonical
 from fedlora.core.errors import LoneChange, StoreError
-from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity
+from fedlora.formats.memory import Memory
+from fedlora.protect.secagg.hidden import Hidden
 from fedlora.protect.secagg.masks import derive
 
 Groups: TypeAlias = tuple[frozenset[str], ...]
@@ -127,20 +123,18 @@ class Given:
         Raises:
             StoreError: damaged. This site then gives to no sum: it cannot know what it has given.
         """
-        blob = self.memory.get(_KEY)
-        if blob is None:
-            return Ledger()
         try:
-            facts = json.loads(self._cipher().decrypt(blob[:12], blob[12:], _KEY.encode()))
-            groups = {base: tuple(frozenset(one) for one in of) for base, of in facts["groups"]}
-            return Ledger(groups, frozenset(facts["alone"]))
-        except (InvalidTag, ValueError, KeyError, TypeError):
+            facts = self._hidden().get(_KEY, _KEY)
+        except ValueError:
             where = self.memory.where(_KEY)
             raise StoreError(
                 f"{where}, the record of the sums that this site has given to, is damaged or of another key",
                 hint="without it no sum can be compared with earlier ones. Put the file back as it was last; or, if you accept "
                 "that a new sum beside an old one on the same base model may show this site's update or another's, delete it",
             ) from None
+        if facts is None:
+            return Ledger()
+        return Ledger({base: tuple(frozenset(one) for one in of) for base, of in facts["groups"]}, frozenset(facts["alone"]))
 
     def save(self, ledger: Ledger) -> None:
         """Returns after it is on the disk."""
@@ -148,8 +142,7 @@ class Given:
             "groups": [[base, [sorted(one) for one in of]] for base, of in sorted(ledger.groups.items())],
             "alone": sorted(ledger.alone),
         }
-        nonce = self.entropy(12)
-        self.memory.put(_KEY, nonce + self._cipher().encrypt(nonce, canonical(facts), _KEY.encode()))
+        self._hidden().put(_KEY, _KEY, facts)
 
-    def _cipher(self) -> AESGCM:
-        return AESGCM(derive(self.identity.signing.private_bytes_raw(), "site-given"))
+    def _hidden(self) -> Hidden:
+        return Hidden(self.memory, derive(self.identity.signing.private_bytes_raw(), "site-given"), self.entropy)

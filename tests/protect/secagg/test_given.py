@@ -13,7 +13,7 @@ from protect.secagg.world import NOW, World, at_phase, identity, names, secagg_p
 
 from fedlora.core.errors import CohortTooSmall, FedLoRAError, LoneChange, StoreError
 from fedlora.formats.epochs import first_epoch, next_epoch
-from fedlora.formats.files import FileMemory
+from fedlora.formats.memory import FileMemory
 from fedlora.lab.testing import DictMemory
 from fedlora.protect.secagg.cohort import Cohort, Rules
 from fedlora.protect.secagg.given import Given, Ledger
