@@ -483,7 +483,7 @@ def serve_run(
     Raises:
         ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
         StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
-        QuorumNotReached: see :func:`fedlora.rounds.loop.run`.
+        RunFailed (quorum): see :func:`fedlora.rounds.loop.run`.
     """
     if len(sites) < store.plan.federation.min_sites:
         raise ConfigError(
@@ -585,7 +585,7 @@ def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, re
     The first adapter lies beside the plan as ``first.safetensors``.
 
     Raises:
-        ConfigError, StoreError, QuorumNotReached: see the parts.
+        ConfigError, StoreError, RunFailed (quorum): see the parts.
     """
     plan = load_plan(plan_file)
     if plan.simulation is not None:

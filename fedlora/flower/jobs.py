@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedlora.core.codes import is_code
 from fedlora.core.errors import ConnectionFailed, FedLoRAError, ResourceError, RunFailed, StoreError
 from fedlora.core.events import Report
 from fedlora.formats.files import dump_record, load_record, parse_record, read_file, save_record, write_atomic
@@ -43,17 +44,14 @@ class Outcome:
     code: str
     message: str
     hint: str
-    exit_status: int
 
     @classmethod
     def of(cls, error: FedLoRAError) -> Outcome:
-        return cls(error.code, str(error), error.hint, error.exit_status)
+        return cls(error.code, str(error), error.hint)
 
     def error(self) -> FedLoRAError:
         """The error again, for whoever waits in another process: same code, text, hint and exit status."""
-        error = RunFailed(self.message, hint=self.hint)
-        error.code, error.exit_status = self.code, self.exit_status
-        return error
+        return RunFailed(self.message, hint=self.hint, code=self.code if is_code(self.code) else "error")
 
 
 _RESERVED_BYTES = 4096

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import SitsOut, StateLost, StoreError, WireError
+from fedlora.core.errors import PlanRefused, StateLost, StoreError, WireError
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
 from fedlora.formats.files import (
@@ -199,13 +199,17 @@ class Journal:
         """Looks whether this site may work for a run at all.
 
         Raises:
-            SitsOut: its operator has decided that it does not.
+            PlanRefused (sits-out): its operator has decided that it does not.
             StateLost: the numbers and records of this run are gone, though the journal has it.
         """
         if self.memory is None:
             return
         if self.memory.get(f"{run}/sits-out") is not None:
-            raise SitsOut(f"this site sits out run {run[:12]}, as its operator has decided", hint="it takes part in the next run")
+            raise PlanRefused(
+                f"this site sits out run {run[:12]}, as its operator has decided",
+                hint="it takes part in the next run",
+                code="sits-out",
+            )
         if os.path.lexists(self._list_file(run)) and self._in_memory(run) is None:
             gone = f"the numbers and records of run {run[:12]} are gone from {self.memory.directory}"
             raise StateLost(f"{gone}, though the journal has the run", hint=REPAIR)

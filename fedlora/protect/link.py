@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedlora.core.errors import Equivocation, FedLoRAError, RemoteError, Replayed, StateLost, StoreError, UnknownSite
+from fedlora.core.errors import EnvelopeError, FedLoRAError, RemoteError, StateLost, StoreError
 from fedlora.core.messages import SERVER, Reply, Request, Task
 from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
 from fedlora.formats.keys import Identity, PublicIdentity, key_id
@@ -80,13 +80,13 @@ class _Counter:
         """Takes a number that is higher than all before; the very same message only if ``again``.
 
         Raises:
-            Replayed, Equivocation: not higher; other content under the same number.
+            EnvelopeError (replayed, equivocation): not higher; other content under the same number.
         """
         last, known = self.last()
         if seq == last and digest != known:
-            raise Equivocation(f"two messages under number {seq}")
+            raise EnvelopeError(f"two messages under number {seq}", code="equivocation")
         if seq < last or (seq == last and not again):
-            raise Replayed(f"number {seq} is not above {last}")
+            raise EnvelopeError(f"number {seq} is not above {last}", code="replayed")
         self.put(seq, digest)
 
 
@@ -134,7 +134,7 @@ class ServerLink:
     def known(self, sites: Sequence[str], tally: Tally) -> list[str]:
         """Those of ``sites`` that are enrolled; the others are rejected."""
         for stranger in (s for s in sites if s not in self.sites):
-            tally.reject(stranger, UnknownSite(f"{stranger} is not enrolled"))
+            tally.reject(stranger, EnvelopeError(f"{stranger} is not enrolled", code="unknown-site"))
         return [s for s in sites if s in self.sites]
 
     def seal(self, context: Context, payload: bytes, *, phase: str, codec: str, to: Sequence[str]) -> bytes:
@@ -183,7 +183,7 @@ class ServerLink:
         envelope = parse(reply.body, max_bytes=reply_bytes(max_payload))
         name = envelope.header.sender
         if name not in self.sites:
-            raise UnknownSite("the sender is not enrolled")
+            raise EnvelopeError("the sender is not enrolled", code="unknown-site")
         verify(envelope, self.sites[name])
         match(
             envelope.header,

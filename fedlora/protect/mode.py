@@ -144,7 +144,7 @@ class Mode:
             layout: of the whole adapter, as it is here.
 
         Raises:
-            PlanRefused, ImpossibleAdapter: it must not be trained from.
+            PlanRefused, PlanRefused (impossible-adapter): it must not be trained from.
         """
 
     @classmethod
