@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from raising import raising
 
 from fedlora.core.adapter import Adapter, Layout, Update
-from fedlora.core.errors import NonFiniteUpdate, WrongLayout
+from fedlora.core.errors import NonFiniteUpdate, WrongContext
 
 TENSORS = {"q.lora_A.weight": np.ones((2, 3)), "q.lora_B.weight": np.arange(8.0).reshape(4, 2)}
 
@@ -34,7 +35,7 @@ def test_a_layout_survives_its_own_bytes_and_no_others():
         b'[["a",[99999999,99999999]]]',
         b'[["a",["1"]]]',
     ):
-        with pytest.raises(WrongLayout):
+        with raising(WrongContext, code="wrong-layout"):
             Layout.parse(bad)
 
 
@@ -53,7 +54,7 @@ def test_pairs_know_ranks_and_sizes():
     ],
 )
 def test_a_tensor_outside_a_pair_is_refused(broken):
-    with pytest.raises(WrongLayout):
+    with raising(WrongContext, code="wrong-layout"):
         Layout.of(broken).pairs()
 
 

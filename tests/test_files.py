@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from fedlora.core.errors import StoreError
-from fedlora.formats.files import FileMemory, write_atomic
+from fedlora.formats.files import write_atomic
 from fedlora.formats.journal import Entry, Journal
+from fedlora.formats.memory import FileMemory
 
 RUN = "0" * 64
 

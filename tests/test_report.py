@@ -11,9 +11,10 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from raising import raising
 
 from fedlora.cli import main
-from fedlora.core.errors import ConfigError, NotInstalled, StoreError, VersionUnsupported
+from fedlora.core.errors import ConfigError, NotInstalled, StoreError, WireError
 from fedlora.lab import simulate
 from fedlora.lab.report import across, load, summarise, write_figures, write_html
 from fedlora.lab.tables import table, table_across
@@ -153,7 +154,7 @@ def test_runs_that_do_not_belong_together_are_not_averaged(other):
 
 
 def test_another_format_is_refused_by_name():
-    with pytest.raises(VersionUnsupported):
+    with raising(WireError, code="version-unsupported"):
         summarise({**run(), "format": 2})
 
 

@@ -23,6 +23,7 @@ from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Reply, Request
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import open_envelope, parse, verify
+from fedlora.formats.memory import put_record
 from fedlora.lab.testing import DictMemory, server_link, site_link
 from fedlora.protect.sealed import SealedServer, SealedSite
 
@@ -90,7 +91,9 @@ def remembered(head, path):
     if "seen" not in head:
         return DictMemory()
     seq, digest = head["seen"].split()
-    return DictMemory({path: json.dumps([int(seq), digest]).encode()})
+    memory = DictMemory()
+    put_record(memory, path, "counter", {"seq": int(seq), "digest": digest})
+    return memory
 
 
 def at_the_server(head, blob) -> Update:

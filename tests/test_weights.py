@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protect.secagg import test_federation as secagg
+from raising import raising
 from test_report import run as results
 from test_rounds import TARGETS, Federation, plan
 
 from fedlora.cli.output import Screen
 from fedlora.core.adapter import Update
-from fedlora.core.errors import WeightTooLarge
+from fedlora.core.errors import UpdateRejected
 from fedlora.core.messages import EVALUATION
 from fedlora.core.plan import Aggregate, Plan, Training
 from fedlora.core.plan import Federation as Rounds
@@ -91,7 +92,7 @@ def test_an_accumulator_names_site_claim_and_bound(kind):
     layout = toy_adapter().layout
     sums = kind(layout, cohort=2, max_weight=100)
     sums.add("a", Update(np.zeros(layout.size, np.float32), 100, {}))
-    with pytest.raises(WeightTooLarge, match="b: a weight of 101 is claimed, the plan allows 100"):
+    with raising(UpdateRejected, code="weight-too-large", match="b: a weight of 101 is claimed, the plan allows 100"):
         sums.add("b", Update(np.zeros(layout.size, np.float32), 101, {}))
     assert sums.weights == {"a": 100}
 

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from raising import raising
 from vectors.make import HERE, read_vector
 
 from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import FedLoRAError, NonFiniteUpdate, WireError, WrongLayout
+from fedlora.core.errors import FedLoRAError, NonFiniteUpdate, WireError, WrongContext
 from fedlora.core.messages import Task
 from fedlora.formats import update as wire
 
@@ -181,7 +182,7 @@ def test_what_bfloat16_cannot_hold_does_not_leave():
         ({"metrics": {"Loss": 1.0}}, WireError),
         ({"metrics": {f"m{i}": 1.0 for i in range(65)}}, WireError),
         ({"metrics": {"loss": math.nan}}, NonFiniteUpdate),
-        ({"values": range(13)}, WrongLayout),
+        ({"values": range(13)}, WrongContext),
     ],
 )
 def test_what_a_reader_would_refuse_is_not_written(changes, error):
@@ -312,7 +313,7 @@ def test_a_layout_that_lies_allocates_nothing(text):
     start = 32 + head[0] + head[1]
     body = TASK[:16] + struct.pack("<4I", head[0], head[1], len(text), head[3])
     body += TASK[32:start] + text + TASK[start + head[2] : -16]
-    with at_most(1 << 20), pytest.raises(WrongLayout):
+    with at_most(1 << 20), raising(WrongContext, code="wrong-layout"):
         parse_task(rehash(body))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.canonical import canonical, parse_canonical
-from fedlora.core.errors import NonFiniteUpdate, WrongLayout
+from fedlora.core.errors import NonFiniteUpdate, WrongContext
 
 F32: TypeAlias = NDArray[np.float32]
 Factors: TypeAlias = Literal["A", "B", "AB"]
@@ -57,8 +57,8 @@ class Layout:
         entries: ((name, shape), ...) in strictly rising order of name.
 
     Raises:
-        WrongLayout: a name is malformed, repeated or out of order, a shape is not of 1 to 4 positive sizes, or a limit
-            (MAX_ENTRIES, MAX_PARAMETERS) is exceeded.
+        WrongContext (wrong-layout): a name is malformed, repeated or out of order, a shape is not of 1 to 4 positive sizes, or a
+            limit (MAX_ENTRIES, MAX_PARAMETERS) is exceeded.
     """
 
     entries: tuple[tuple[str, tuple[int, ...]], ...]
@@ -66,16 +66,16 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not 0 < len(self.entries) <= MAX_ENTRIES:
-            raise WrongLayout(f"a layout has 1 to {MAX_ENTRIES} tensors, this one {len(self.entries)}")
+            raise WrongContext(f"a layout has 1 to {MAX_ENTRIES} tensors, this one {len(self.entries)}", code="wrong-layout")
         last = ""
         for name, shape in self.entries:
             if not _NAME.fullmatch(name) or name <= last:
-                raise WrongLayout(f"tensor names must be plain, unique and sorted: {name[:80]!r}")
+                raise WrongContext(f"tensor names must be plain, unique and sorted: {name[:80]!r}", code="wrong-layout")
             if not 1 <= len(shape) <= 4 or any(type(n) is not int or n < 1 for n in shape):
-                raise WrongLayout(f"{name}: not a shape: {shape}")
+                raise WrongContext(f"{name}: not a shape: {shape}", code="wrong-layout")
             last = name
         if self.size > MAX_PARAMETERS:
-            raise WrongLayout(f"{self.size} values are more than {MAX_PARAMETERS}")
+            raise WrongContext(f"{self.size} values are more than {MAX_PARAMETERS}", code="wrong-layout")
 
     @classmethod
     def of(cls, tensors: Mapping[str, tuple[int, ...]]) -> Layout:
@@ -87,14 +87,14 @@ class Layout:
         """Inverse of :meth:`dump`.
 
         Raises:
-            WrongLayout: not canonical.
+            WrongContext (wrong-layout): not canonical.
         """
         try:
             rows = [(name, tuple(shape)) for name, shape in parse_canonical(text)]
         except (ValueError, TypeError):
-            raise WrongLayout("the layout is not a canonical list of [name, shape]") from None
+            raise WrongContext("the layout is not a canonical list of [name, shape]", code="wrong-layout") from None
         if not all(isinstance(name, str) for name, _ in rows):
-            raise WrongLayout("a tensor is named by a string")
+            raise WrongContext("a tensor is named by a string", code="wrong-layout")
         return cls(tuple(rows))
 
     def dump(self) -> bytes:
@@ -128,7 +128,7 @@ class Layout:
         """The LoRA pairs, sorted by module.
 
         Raises:
-            WrongLayout: a tensor belongs to no pair, or the ranks of a pair differ.
+            WrongContext (wrong-layout): a tensor belongs to no pair, or the ranks of a pair differ.
         """
         where = {name: (at, shape) for name, at, shape in self.slices()}
         pairs = []
@@ -138,7 +138,7 @@ class Layout:
                 continue
             b = where.get(f"{module}.lora_B.weight")
             if factor != "A.weight" or b is None or len(shape) != 2 or len(b[1]) != 2 or shape[0] != b[1][1]:
-                raise WrongLayout(f"{name} is not part of a LoRA pair")
+                raise WrongContext(f"{name} is not part of a LoRA pair", code="wrong-layout")
             pairs.append(Pair(module, at, b[0], rank=shape[0], d_in=shape[1], d_out=b[1][0]))
         return pairs
 
@@ -146,7 +146,7 @@ class Layout:
         """The tensors of these factors.
 
         Raises:
-            WrongLayout: there is none.
+            WrongContext (wrong-layout): there is none.
         """
         suffixes = tuple(f".lora_{f}.weight" for f in factors)
         return self if factors == "AB" else Layout(tuple((n, s) for n, s in self.entries if n.endswith(suffixes)))
@@ -156,11 +156,11 @@ class Layout:
         """The one rank of all pairs.
 
         Raises:
-            WrongLayout: pairs of different ranks, or tensors that are no pair.
+            WrongContext (wrong-layout): pairs of different ranks, or tensors that are no pair.
         """
         ranks = {p.rank for p in self.pairs()}
         if len(ranks) != 1:
-            raise WrongLayout(f"pairs have different ranks: {sorted(ranks)}")
+            raise WrongContext(f"pairs have different ranks: {sorted(ranks)}", code="wrong-layout")
         return ranks.pop()
 
     def at_rank(self, rank: int) -> Layout:
@@ -209,14 +209,14 @@ class Adapter:
         """The tensors that ``layout`` names, copied.
 
         Raises:
-            WrongLayout: one is missing here or has another shape.
+            WrongContext (wrong-layout): one is missing here or has another shape.
         """
         if layout == self.layout:
             return self
         mine, out = {n: (at, s) for n, at, s in self.layout.slices()}, np.empty(layout.size, np.float32)
         for name, at, shape in layout.slices():
             if name not in mine or mine[name][1] != shape:
-                raise WrongLayout(f"{name} is not here, or has another shape")
+                raise WrongContext(f"{name} is not here, or has another shape", code="wrong-layout")
             out[at] = self.vector[mine[name][0]]
         return Adapter(out, layout)
 
@@ -224,14 +224,14 @@ class Adapter:
         """This adapter with the tensors of ``part`` in the place of its own.
 
         Raises:
-            WrongLayout: one is not here or has another shape.
+            WrongContext (wrong-layout): one is not here or has another shape.
         """
         if part.layout == self.layout:
             return part
         mine, out = {n: (at, s) for n, at, s in self.layout.slices()}, self.vector.copy()
         for name, at, shape in part.layout.slices():
             if name not in mine or mine[name][1] != shape:
-                raise WrongLayout(f"{name} is not here, or has another shape")
+                raise WrongContext(f"{name} is not here, or has another shape", code="wrong-layout")
             out[mine[name][0]] = part.vector[at]
         return Adapter(out, self.layout)
 
@@ -273,11 +273,11 @@ class Update:
         """Refuses what must not be added up.
 
         Raises:
-            WrongLayout: not ``size`` values.
+            WrongContext (wrong-layout): not ``size`` values.
             NonFiniteUpdate: NaN or infinity in the delta or in a metric.
         """
         if self.delta.shape != (size,):
-            raise WrongLayout(f"expected {size} values, got {self.delta.shape}")
+            raise WrongContext(f"expected {size} values, got {self.delta.shape}", code="wrong-layout")
         # NaN is the largest and the smallest of anything: no n-sized mask.
         if not (math.isfinite(self.delta.max()) and math.isfinite(self.delta.min())):
             raise NonFiniteUpdate("the delta holds NaN or infinity", hint="lower learning_rate, or look at the site's rows")

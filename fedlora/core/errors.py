@@ -1,18 +1,17 @@
-"""Everything that can go wrong in the world, each case with a name.
+"""Everything that can go wrong in the world, each case with a code.
 
 An error has a ``code``, which may leave the site, and a text, which may not: the text can quote a path, a
 tensor name or a setting. A programmer's mistake is a ``ValueError``; what is here is the world's.
 
-    FedLoRAError                                   exit status
-    +- ConfigError DataError ...                   3   the file, the data or the set-up must be changed
-    +- ConnectionFailed UnknownSite Roster... ...  4   connection, enrolment
-    +- PlanRefused WrongBase VersionUnsupported    5   refused by policy, or incompatible
-    +- QuorumNotReached                            6   too few sites before the deadline
-    +- ResourceError                               7   memory, disk
-    +- RunFailed ...                               1   everything else
+A class is for whoever has to tell one error from another, and for what has a field of its own; whatever else has a name is a
+code of the closed set in :mod:`fedlora.core.codes`, given at the raise. The code decides the exit status of a command.
 """
 
 from __future__ import annotations
+
+from typing import Self
+
+from fedlora.core.codes import Code, exit_status, is_code
 
 
 class FedLoRAError(Exception):
@@ -21,164 +20,123 @@ class FedLoRAError(Exception):
     Args:
         message: what was found and what was expected. Stays on this machine.
         hint: what to do next. Stays on this machine.
+        code: which case it is; the class's own by default.
+
+    Raises:
+        ValueError: a code that is none.
     """
 
-    code = "error"
-    exit_status = 1
+    code: Code = "error"
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", code: Code | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        if code is not None:
+            self.code = _known(code)
+
+    def __init_subclass__(cls) -> None:
+        _known(cls.code)
+
+    @property
+    def exit_status(self) -> int:
+        """With which a command ends."""
+        return exit_status(self.code)
 
 
-# --- 3: the set-up ---------------------------------------------------------------------------------------------
+def _known(code: str) -> Code:
+    if not is_code(code):
+        raise ValueError(f"{code!r} is no code of an error: see fedlora/core/codes.py")
+    return code
+
+
+# --- the set-up, and the other side --------------------------------------------------------------------------------
 
 
 class ConfigError(FedLoRAError):
-    """A plan, site or server file is wrong, or two of its choices do not fit together."""
+    """A plan, site or server file is wrong, or two of its choices do not fit together; a port is taken (local-port)."""
 
-    code = "config"
-    exit_status = 3
+    code: Code = "config"
 
 
 class DataError(FedLoRAError):
     """Site data cannot be used. The text names line numbers and reasons, never contents."""
 
-    code = "data"
-    exit_status = 3
+    code: Code = "data"
 
 
 class ModelError(FedLoRAError):
     """A base model or adapter on disk cannot be used."""
 
-    code = "model"
-    exit_status = 3
+    code: Code = "model"
 
 
 class KeyFileError(FedLoRAError):
     """A key file is missing, malformed or readable by others."""
 
-    code = "key-file"
-    exit_status = 3
+    code: Code = "key-file"
 
 
 class NotInstalled(FedLoRAError):
     """A part of FedLoRA needs packages of an extra that is not installed here."""
 
-    code = "not-installed"
-    exit_status = 3
+    code: Code = "not-installed"
 
     def __init__(self, module: str, *, extra: str, what: str) -> None:
         super().__init__(f"{module} is not installed; {what} need it", hint=f"pip install 'fedlora[{extra}]'")
 
 
-# --- 4: connection and enrolment --------------------------------------------------------------------------------
-
-
 class ConnectionFailed(FedLoRAError):
-    """The other side, or a process of ours, cannot be reached."""
+    """The other side, or a process of ours, cannot be reached; or somebody reaches what nobody should (exposed)."""
 
-    code = "connection"
-    exit_status = 4
-
-
-# --- 5: refused ---------------------------------------------------------------------------------------------
+    code: Code = "connection"
 
 
 class PlanRefused(FedLoRAError):
-    """This site's policy does not allow what the plan asks."""
+    """This site does not do what the plan or the server asks.
 
-    code = "plan-refused"
-    exit_status = 5
+    plan-refused: its policy does not allow it. plan-not-approved: no person at this site has approved this plan.
+    run-not-approved: it was approved, but for fewer runs. sits-out: its operator has taken it out of this run.
+    impossible-adapter: the published adapter has moved further than the sums of this plan's rounds can have moved it.
+    """
 
-
-class ImpossibleAdapter(FedLoRAError):
-    """The published adapter has moved further than the sums of this plan's rounds can have moved it."""
-
-    code = "impossible-adapter"
-    exit_status = 5
+    code: Code = "plan-refused"
 
 
-class PlanNotApproved(FedLoRAError):
-    """No person at this site has approved this plan."""
-
-    code = "plan-not-approved"
-    exit_status = 5
-
-
-class RunNotApproved(PlanNotApproved):
-    """The plan was approved, but for fewer runs than this one makes."""
-
-    code = "run-not-approved"
-
-
-class WrongBase(FedLoRAError):
-    """The base model here differs from the one the plan pins by content."""
-
-    code = "wrong-base"
-    exit_status = 5
-
-
-class VersionUnsupported(FedLoRAError):
-    """The other side speaks a format version that this one does not."""
-
-    code = "version-unsupported"
-    exit_status = 5
-
-
-# --- 6, 7, 1: the run -----------------------------------------------------------------------------------------
-
-
-class QuorumNotReached(FedLoRAError):
-    """Fewer than ``min_sites`` sites delivered a valid update before the deadline."""
-
-    code = "quorum"
-    exit_status = 6
+# --- the run -------------------------------------------------------------------------------------------------------
 
 
 class ResourceError(FedLoRAError):
     """Out of memory or disk."""
 
-    code = "resources"
-    exit_status = 7
+    code: Code = "resources"
 
 
 class RunFailed(FedLoRAError):
-    """The run cannot go on."""
+    """The run cannot go on.
 
-    code = "run-failed"
+    quorum: fewer than ``min_sites`` sites delivered a valid update before the deadline. stopped: the server, or the run
+    alone, was stopped in order.
+    """
+
+    code: Code = "run-failed"
 
 
 class StoreError(FedLoRAError):
     """A checkpoint, journal or run directory is missing, damaged, there already or another run's."""
 
-    code = "store"
-    exit_status = 3
+    code: Code = "store"
 
 
 class StateLost(StoreError):
     """What a site must know of the rounds before is gone; going on without it would give other bits than an undisturbed run."""
 
-    code = "state-lost"
-
-
-class SitsOut(FedLoRAError):
-    """The operator of this site has decided that it takes part in this run no more."""
-
-    code = "sits-out"
-    exit_status = 5
-
-
-class Stopped(RunFailed):
-    """The server, or the run alone, was stopped in order while the run went on."""
-
-    code = "stopped"
+    code: Code = "state-lost"
 
 
 class RemoteError(FedLoRAError):
     """A site answered with an error code instead of an update."""
 
-    code = "remote"
+    code: Code = "remote"
 
     def __init__(self, site: str, remote_code: str) -> None:
         super().__init__(f"site {site} answered {remote_code!r}", hint="the reason is in that site's own log")
@@ -188,234 +146,122 @@ class RemoteError(FedLoRAError):
 class UpdateRejected(FedLoRAError):
     """An update opened and parsed, but must not be aggregated."""
 
-    code = "update-rejected"
+    code: Code = "update-rejected"
+
+    @classmethod
+    def too_heavy(cls, who: str, claim: int, bound: int) -> Self:
+        """weight-too-large: a claimed weight is more than the plan allows: it would outweigh the others."""
+        return cls(
+            f"{who}: a weight of {claim} is claimed, the plan allows {bound}",
+            hint="aggregate.max_weight in the plan; 0 stands for what its steps and lengths can use",
+            code="weight-too-large",
+        )
 
 
 class NonFiniteUpdate(UpdateRejected):
     """An update holds NaN or infinity."""
 
-    code = "non-finite"
+    code: Code = "non-finite"
 
 
-class WeightTooLarge(UpdateRejected):
-    """A claimed weight is more than the plan allows: it would outweigh the others."""
-
-    code = "weight-too-large"
-
-    def __init__(self, who: str, claim: int, bound: int) -> None:
-        super().__init__(
-            f"{who}: a weight of {claim} is claimed, the plan allows {bound}",
-            hint="aggregate.max_weight in the plan; 0 stands for what its steps and lengths can use",
-        )
-
-
-# --- bytes: the payload (wire) and the envelope around it (protect) ------------------------------------------------
+# --- bytes: payload, envelope, roster ------------------------------------------------------------------------------
 
 
 class WireError(FedLoRAError):
-    """An update blob is malformed."""
+    """Bytes from elsewhere are malformed, or of a version that this one does not read (version-unsupported)."""
 
-    code = "wire"
+    code: Code = "wire"
 
 
 class EnvelopeError(FedLoRAError):
-    """An envelope is malformed, forged, replayed or meant for somebody else."""
+    """An envelope is malformed, forged, replayed or meant for somebody else. FORMAT.md, section 7, has a code for each condition.
 
-    code = "envelope"
+    unknown-site: the sender is not one of the enrolled sites.
+    """
 
-
-class MalformedHeader(EnvelopeError):
-    """The header is not canonical JSON with exactly the fields of this version."""
-
-    code = "malformed-header"
-
-
-class Truncated(EnvelopeError):
-    """Bytes are missing."""
-
-    code = "truncated"
+    code: Code = "envelope"
 
 
 class Oversized(EnvelopeError):
     """A length exceeds its limit; nothing was allocated."""
 
-    code = "oversized"
-
-
-class TrailingBytes(EnvelopeError):
-    """Bytes follow the end."""
-
-    code = "trailing-bytes"
+    code: Code = "oversized"
 
 
 class BadSignature(EnvelopeError):
     """No valid signature by the key that is pinned for the sender."""
 
-    code = "bad-signature"
-
-
-class SuiteDowngrade(EnvelopeError):
-    """A weaker or unknown cipher suite than the federation allows."""
-
-    code = "suite-downgrade"
-
-
-class UnknownSite(EnvelopeError):
-    """The sender is not one of the enrolled sites."""
-
-    code = "unknown-site"
-    exit_status = 4
-
-
-class RevokedSite(EnvelopeError):
-    """The site was enrolled once; the roster no longer counts it in."""
-
-    code = "revoked-site"
-    exit_status = 4
-
-
-class RosterInvalid(EnvelopeError):
-    """A roster is malformed, not approved, or not signed by enough of the coordinators who have to."""
-
-    code = "roster-invalid"
-    exit_status = 4
-
-
-class RosterRollback(EnvelopeError):
-    """A roster that is older than the one in force here, or another one of the same epoch."""
-
-    code = "roster-rollback"
-    exit_status = 4
-
-
-class RosterExpired(EnvelopeError):
-    """A roster outside the time for which it was signed, or a clock that is wrong."""
-
-    code = "roster-expired"
-    exit_status = 4
+    code: Code = "bad-signature"
 
 
 class CannotOpen(EnvelopeError):
     """Decryption failed. One text for all causes."""
 
-    code = "cannot-open"
-
-
-class PayloadMismatch(EnvelopeError):
-    """The opened payload does not have the digest or size that the header states."""
-
-    code = "payload-mismatch"
-
-
-class Replayed(EnvelopeError):
-    """A sequence number at or below the highest one seen."""
-
-    code = "replayed"
-
-
-class Equivocation(EnvelopeError):
-    """Two different bodies under one sequence number."""
-
-    code = "equivocation"
+    code: Code = "cannot-open"
 
 
 class WrongContext(EnvelopeError):
-    """The header is about something else than this exchange."""
+    """Something is about another federation, run, plan, round, base, adapter or layout than this exchange, or not for this
+    recipient: the code says which, as ``wrong-plan``."""
 
-    code = "wrong-context"
-
-
-class WrongFederation(WrongContext):
-    """Another federation."""
-
-    code = "wrong-federation"
+    code: Code = "wrong-context"
 
 
-class WrongRun(WrongContext):
-    """Another run."""
+class RevokedSite(EnvelopeError):
+    """The site was enrolled once; the roster no longer counts it in."""
 
-    code = "wrong-run"
-
-
-class WrongPlan(WrongContext):
-    """Another plan."""
-
-    code = "wrong-plan"
+    code: Code = "revoked-site"
 
 
-class WrongRound(WrongContext):
-    """Another round or attempt."""
+class RosterInvalid(EnvelopeError):
+    """A roster is malformed, not approved, or not signed by enough of the coordinators who have to."""
 
-    code = "wrong-round"
-
-
-class WrongDirection(WrongContext):
-    """A message of the other direction, or of another phase."""
-
-    code = "wrong-direction"
+    code: Code = "roster-invalid"
 
 
-class WrongRecipient(WrongContext):
-    """Not addressed to this key."""
+class RosterRollback(EnvelopeError):
+    """A roster that is older than the one in force here, or another one of the same epoch."""
 
-    code = "wrong-recipient"
-
-
-class WrongGlobal(WrongContext):
-    """Another global adapter."""
-
-    code = "wrong-global"
+    code: Code = "roster-rollback"
 
 
-class WrongLayout(WrongContext):
-    """Another set of names and shapes."""
+class RosterExpired(EnvelopeError):
+    """A roster outside the time for which it was signed, or a clock that is wrong."""
 
-    code = "wrong-layout"
+    code: Code = "roster-expired"
 
 
 # --- secure aggregation: a session of it went wrong -----------------------------------------------------------------
 
 
 class SessionError(FedLoRAError):
-    """Secure aggregation: a message does not fit the session."""
+    """Secure aggregation: a message does not fit the session. FORMAT.md, section 10.9, has a code for each condition.
 
-    code = "session"
+    session-spent: this site has given its masked update of the round already. secrets-gone: the secrets of the session are not
+    there (any more); the site counts as one that dropped out. both-secrets: somebody asked for both kinds of share of one site,
+    which would open its update; the session is burnt. votes-missing: not enough signed votes. metric-missing: one that every
+    site has to send, or one site's would be known. complaint-unanswered: a dealer did not show what it had dealt.
+    """
+
+    code: Code = "session"
 
 
 class CohortTooSmall(SessionError):
     """Fewer sites than the rules demand: the sum would say too much about one of them."""
 
-    code = "cohort-too-small"
+    code: Code = "cohort-too-small"
 
 
 class LoneChange(CohortTooSmall):
     """A sum that, beside earlier ones, would show the update of one site or of so few that colluders see the last of them."""
 
-    code = "lone-change"
-
-
-class SessionSpent(SessionError):
-    """This site has given its masked update of the round already; another session of it needs proof that the first ended."""
-
-    code = "session-spent"
-
-
-class SecretsGone(SessionError):
-    """The secrets of this session are not there (any more): this site counts as one that dropped out."""
-
-    code = "secrets-gone"
-
-
-class BothSecretsRequested(SessionError):
-    """Somebody asked for both kinds of share of one site, which would open its update. The session is burnt."""
-
-    code = "both-secrets"
+    code: Code = "lone-change"
 
 
 class BadShare(SessionError):
     """A share is not what its dealer has committed to."""
 
-    code = "bad-share"
+    code: Code = "bad-share"
 
 
 class DealerLied(SessionError):
@@ -425,26 +271,8 @@ class DealerLied(SessionError):
         site: the dealer.
     """
 
-    code = "bad-dealer"
+    code: Code = "bad-dealer"
 
     def __init__(self, message: str, *, site: str) -> None:
         super().__init__(message, hint="ask that site whether its copy of FedLoRA is intact")
         self.site = site
-
-
-class VotesMissing(SessionError):
-    """Not enough signed votes for what is asked."""
-
-    code = "votes-missing"
-
-
-class MetricMissing(SessionError):
-    """A metric that every site of the round has to send, or one site's would be known, is not here."""
-
-    code = "metric-missing"
-
-
-class ComplaintUnanswered(SessionError):
-    """A site says that it was dealt what does not open, and the dealer did not show it."""
-
-    code = "complaint-unanswered"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fedlora.core.errors import VersionUnsupported
+from fedlora.core.errors import WireError
 
 FLWR_VERSION = "1.41"
 """The one minor version whose non-public parts ``_internals`` was written and tested against."""
@@ -24,11 +24,13 @@ def check_flwr(installed: str | None) -> None:
         installed: the version found, None for not installed.
 
     Raises:
-        VersionUnsupported: another one, or none.
+        WireError (version-unsupported): another one, or none.
     """
     if installed is None or installed.split(".")[:2] != FLWR_VERSION.split("."):
-        raise VersionUnsupported(
-            f"flwr {FLWR_VERSION}.* is needed, found {installed or 'none'}", hint=f"pip install 'flwr=={FLWR_VERSION}.*'"
+        raise WireError(
+            f"flwr {FLWR_VERSION}.* is needed, found {installed or 'none'}",
+            hint=f"pip install 'flwr=={FLWR_VERSION}.*'",
+            code="version-unsupported",
         )
 
 

@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from fedlora.core.errors import ConnectionFailed, FedLoRAError, Stopped
+from fedlora.core.errors import ConnectionFailed, FedLoRAError, RunFailed
 from fedlora.flower._internals import Claim, Claimer, TaskClient
 from fedlora.flower.bundle import BUNDLE_SHA256
 from fedlora.flower.database import shrink
@@ -83,11 +83,13 @@ def _run(client: TaskClient, claim: Claim, token: str, *, home: Path, superlink_
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + _HEARTBEAT_S
                     if not client.heartbeat():
-                        return _stopped(home, job, Stopped("the run was stopped", hint=_RESUME))
+                        return _stopped(home, job, RunFailed("the run was stopped", hint=_RESUME, code="stopped"))
                 time.sleep(_POLL_S)
     except SystemExit:
         hint = f"start it again with `fedlora server up`; then {_RESUME}"
-        raise _Asked(_stopped(home, job, Stopped("the server was stopped while the run went on", hint=hint))) from None
+        raise _Asked(
+            _stopped(home, job, RunFailed("the server was stopped while the run went on", hint=hint, code="stopped"))
+        ) from None
     finally:
         _end(process)
     if process.returncode == 0:
@@ -110,7 +112,7 @@ class _Asked(SystemExit):
         self.error = code
 
 
-def _stopped(home: Path, job: str, error: Stopped) -> str:
+def _stopped(home: Path, job: str, error: RunFailed) -> str:
     """Has whoever follows the run know that it was stopped, unless it has ended by itself."""
     if load_outcome(home, job) is None:
         _said(home, job, Outcome.of(error))

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedlora.core.codes import is_code
 from fedlora.core.errors import ConnectionFailed, FedLoRAError, ResourceError, RunFailed, StoreError
 from fedlora.core.events import Report
-from fedlora.formats.files import dump_facts, parse_facts, read_file, write_atomic
+from fedlora.formats.files import dump_record, load_record, parse_record, read_file, save_record, write_atomic
 
 _JOB = re.compile(r"[0-9a-f]{32}")
 
@@ -43,21 +44,14 @@ class Outcome:
     code: str
     message: str
     hint: str
-    exit_status: int
 
     @classmethod
     def of(cls, error: FedLoRAError) -> Outcome:
-        return cls(error.code, str(error), error.hint, error.exit_status)
+        return cls(error.code, str(error), error.hint)
 
     def error(self) -> FedLoRAError:
         """The error again, for whoever waits in another process: same code, text, hint and exit status."""
-        error = RunFailed(self.message, hint=self.hint)
-        error.code, error.exit_status = self.code, self.exit_status
-        return error
-
-
-def _save(path: Path, value: Address | Job | Outcome) -> None:
-    write_atomic(path, dump_facts(asdict(value)))
+        return RunFailed(self.message, hint=self.hint, code=self.code if is_code(self.code) else "error")
 
 
 _RESERVED_BYTES = 4096
@@ -75,7 +69,7 @@ def full(home: Path) -> ResourceError | None:
 
 def save_address(home: Path, address: Address) -> None:
     """Writes where the server listens."""
-    _save(home / "flower" / "server.json", address)
+    save_record(home / "flower" / "server.json", "server", asdict(address))
 
 
 def load_address(home: Path) -> Address:
@@ -86,10 +80,10 @@ def load_address(home: Path) -> Address:
         StoreError: the file that says so is damaged.
     """
     path, hint = home / "flower" / "server.json", "stop `fedlora server up` and start it again: it writes the file anew"
-    blob = read_file(path, hint=hint)
-    if blob is None:
+    found = load_record(path, "server", hint=hint)
+    if found is None:
         raise ConnectionFailed(f"no server runs in {home}", hint="`fedlora server up` starts one")
-    return Address(**parse_facts(blob, path, hint=hint))
+    return Address(**found)
 
 
 def new_job(home: Path, job: Job) -> str:
@@ -98,7 +92,7 @@ def new_job(home: Path, job: Job) -> str:
     Room for its outcome is taken now: a disk that is full then must not keep it from being said.
     """
     name = secrets.token_hex(16)
-    _save(_path(home, name, "job"), job)
+    save_record(_path(home, name, "job"), "job", asdict(job))
     write_atomic(_path(home, name, "outcome"), b" " * _RESERVED_BYTES)
     return name
 
@@ -111,20 +105,20 @@ def load_job(home: Path, name: object) -> Job:
     """
     hint = "start the run again with `fedlora server start`: it writes a new job"
     path = _path(home, name, "job") if isinstance(name, str) and _JOB.fullmatch(name) else None
-    blob = read_file(path, hint=hint) if path is not None else None
-    if path is None or blob is None:
+    found = load_record(path, "job", hint=hint) if path is not None else None
+    if found is None:
         raise StoreError("the run names no job of this server", hint="runs are started with `fedlora server start`")
-    return Job(**parse_facts(blob, path, hint=hint))
+    return Job(**found)
 
 
 def save_outcome(home: Path, name: str, outcome: Outcome) -> None:
     """Writes how a job ended, on a full disk into the room that was taken before."""
     path = _path(home, name, "outcome")
     try:
-        _save(path, outcome)
+        save_record(path, "outcome", asdict(outcome))
     except ResourceError:
         short = replace(outcome, message=outcome.message[:1000], hint=outcome.hint[:1000])
-        blob = dump_facts(asdict(short))
+        blob = dump_record("outcome", asdict(short))
         if len(blob) > _RESERVED_BYTES or not path.is_file():
             raise
         with path.open("r+b") as file:
@@ -138,7 +132,7 @@ def load_outcome(home: Path, name: str) -> Outcome | None:
     path = _path(home, name, "outcome")
     with suppress(StoreError):
         blob = (read_file(path) or b"").strip()
-        return Outcome(**parse_facts(blob, path, hint="")) if blob else None
+        return Outcome(**parse_record(blob, "outcome", path)) if blob else None
     return None
 
 

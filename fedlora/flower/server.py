@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 
-from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed, Stopped
+from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed
 from fedlora.core.events import Report
 from fedlora.flower import launch
 from fedlora.flower._internals import Control, RunState
@@ -304,7 +304,7 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
     if outcome is not None and outcome.code:
         raise outcome.error()
     if outcome is None and state is not None and state.outcome == "stopped":
-        raise Stopped("the run was stopped", hint=goes_on)
+        raise RunFailed("the run was stopped", hint=goes_on, code="stopped")
     if outcome is None and state is not None and state.outcome != "completed":
         hint = f"see flower/log/executor.log; {goes_on}"
         raise full(home) or RunFailed(f"the run ended as {state.outcome}: {safe_code(state.error)}", hint=hint)
@@ -341,8 +341,10 @@ def _name_of(home: Path, job: str) -> str:
 def _gone(home: Path, error: ConnectionFailed, goes_on: str) -> FedLoRAError:
     """What it means that Flower does not answer any more."""
     if not (home / "flower" / "server.json").exists():
-        return Stopped(
-            "the server was stopped while the run went on", hint=f"start it again with `fedlora server up`; then {goes_on}"
+        return RunFailed(
+            "the server was stopped while the run went on",
+            hint=f"start it again with `fedlora server up`; then {goes_on}",
+            code="stopped",
         )
     return ConnectionFailed(
         f"the server died, or was started anew, while the run went on ({error})", hint=f"when `fedlora server up` runs, {goes_on}"

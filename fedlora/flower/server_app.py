@@ -94,8 +94,8 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
         log.exception("internal error")
         if error := full(home):
             return Outcome.of(error)
-        return Outcome("internal", f"internal error: {type(e).__name__}: {e}", "see flower/log/executor.log", 1)
-    return Outcome("", "", "", 0)
+        return Outcome("internal", f"internal error: {type(e).__name__}: {e}", "see flower/log/executor.log")
+    return Outcome("", "", "")
 
 
 def _serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> object:

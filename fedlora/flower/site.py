@@ -40,18 +40,6 @@ _NEW_SECRET_S = 10.0
 _STATE_S = 5.0
 
 
-class PortTaken(ConfigError):
-    """Another program listens on this site's loopback port."""
-
-    code = "local-port"
-
-    def __init__(self, port: int) -> None:
-        super().__init__(
-            f"port {port} on loopback is taken by another program",
-            hint="choose another `local_port` in the site file (a second site on this machine needs one), or stop that program",
-        )
-
-
 def up(
     site_file: Path,
     *,
@@ -77,7 +65,7 @@ def up(
     Raises:
         ConfigError: the file is wrong.
         Held: another process works in the state directory; nothing was written there.
-        PortTaken: the loopback port is taken.
+        ConfigError (local-port): the loopback port is taken.
         StoreError: the state directory cannot be written.
         KeyFileError: a key or the authority's certificate is missing, or another site's.
     """
@@ -269,12 +257,17 @@ def _await_port(port: int, *, secret: Path) -> None:
     """Waits for the loopback port while a predecessor's SuperNode leaves it.
 
     Raises:
-        PortTaken: another program keeps it.
+        ConfigError (local-port): another program keeps it.
     """
     end = time.monotonic() + _LEAVING_S
     while not _free(port):
         if time.monotonic() > end or not _leaving(secret):
-            raise PortTaken(port)
+            raise ConfigError(
+                f"port {port} on loopback is taken by another program",
+                hint="choose another `local_port` in the site file (a second site on this machine needs one), "
+                "or stop that program",
+                code="local-port",
+            )
         time.sleep(_LOOK_S)
 
 

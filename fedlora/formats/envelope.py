@@ -21,27 +21,8 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedlora.core.canonical import canonical, parse_object
-from fedlora.core.errors import (
-    BadSignature,
-    CannotOpen,
-    MalformedHeader,
-    Oversized,
-    PayloadMismatch,
-    SuiteDowngrade,
-    TrailingBytes,
-    Truncated,
-    VersionUnsupported,
-    WrongBase,
-    WrongContext,
-    WrongDirection,
-    WrongFederation,
-    WrongGlobal,
-    WrongLayout,
-    WrongPlan,
-    WrongRecipient,
-    WrongRound,
-    WrongRun,
-)
+from fedlora.core.codes import Code
+from fedlora.core.errors import BadSignature, CannotOpen, EnvelopeError, Oversized, WireError, WrongContext
 from fedlora.core.limits import MAX_SITES
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import Identity, PublicIdentity
@@ -108,20 +89,22 @@ class Header:
         """Inverse of :meth:`dump`.
 
         Raises:
-            MalformedHeader: not canonical, a field missing, unknown or of the wrong kind.
+            EnvelopeError (malformed-header): not canonical, a field missing, unknown or of the wrong kind.
         """
         try:
             value = parse_object(raw)
             if value.keys() != _NAMES:
                 raise ValueError
         except ValueError:
-            raise MalformedHeader("the header is not canonical JSON with exactly the fields of version 1") from None
+            raise EnvelopeError(
+                "the header is not canonical JSON with exactly the fields of version 1", code="malformed-header"
+            ) from None
         header = cls(**{_FIELD_NAMES.get(k, k): v for k, v in value.items()})
         for name, kind in _KINDS.items():
             found = getattr(header, name)
             size = len(found) if isinstance(found, str) else found
             if type(found) is not kind or not 0 <= size <= _LIMITS[kind] or (name in _DIGESTS and not _is_digest(found)):
-                raise MalformedHeader(f"field {name} is malformed")
+                raise EnvelopeError(f"field {name} is malformed", code="malformed-header")
         return header
 
 
@@ -209,49 +192,53 @@ def seal(
     return bytes(out), digest.hex()
 
 
+def _truncated(text: str) -> EnvelopeError:
+    return EnvelopeError(text, code="truncated")
+
+
 def parse(blob: bytes | memoryview, *, max_bytes: int) -> Envelope:
     """Sizes and syntax only; compares lengths before it copies anything.
 
     Raises:
-        Oversized, Truncated, TrailingBytes, MalformedHeader, SuiteDowngrade, VersionUnsupported: see FORMAT.md.
+        Oversized, EnvelopeError, WireError: each with the code of FORMAT.md, section 7.
     """
     view = memoryview(blob)
     if len(view) > max_bytes:
         raise Oversized(f"{len(view)} bytes, at most {max_bytes} are expected here")
-    reader = Reader(view, "envelope", error=Truncated)
+    reader = Reader(view, "envelope", error=_truncated)
     magic, version, suite, flags, header_len, n, body_len = reader.unpack(_PREFIX)
     if magic != b"FLSE":
-        raise MalformedHeader("not an envelope")
+        raise EnvelopeError("not an envelope", code="malformed-header")
     if version != VERSION:
-        raise VersionUnsupported(f"envelope version {version}, this is {VERSION}")
+        raise WireError(f"envelope version {version}, this is {VERSION}", code="version-unsupported")
     if suite != SUITE:
-        raise SuiteDowngrade(f"suite {suite}; only {SUITE} is allowed")
+        raise EnvelopeError(f"suite {suite}; only {SUITE} is allowed", code="suite-downgrade")
     if flags or not 0 < n <= MAX_SITES or not 0 < header_len <= MAX_HEADER:
-        raise MalformedHeader("flags, recipients or header length out of range")
+        raise EnvelopeError("flags, recipients or header length out of range", code="malformed-header")
     if body_len > max_bytes:
         raise Oversized(f"a body of {body_len} bytes is announced, at most {max_bytes} are expected here")
     total = _PREFIX.size + header_len + n * _STANZA + body_len + _SIGNATURE
     if len(view) < total:
-        raise Truncated(f"{total - len(view)} bytes are missing")
+        raise EnvelopeError(f"{total - len(view)} bytes are missing", code="truncated")
     if len(view) > total:
-        raise TrailingBytes(f"{len(view) - total} bytes too many")
+        raise EnvelopeError(f"{len(view) - total} bytes too many", code="trailing-bytes")
     raw = reader.take(header_len)
     stanzas = {}
     for _ in range(n):
         key = reader.take(32).hex()
         if reader.number() != _WRAP or key in stanzas:
-            raise MalformedHeader("a stanza is malformed or repeated")
+            raise EnvelopeError("a stanza is malformed or repeated", code="malformed-header")
         stanzas[key] = reader.take(_WRAP)
     body = reader.view(body_len)
     signed = len(view) - reader.left
     if reader.take(4) != struct.pack(">BBH", 1, 1, 64):
-        raise SuiteDowngrade("exactly one Ed25519 signature is expected")
+        raise EnvelopeError("exactly one Ed25519 signature is expected", code="suite-downgrade")
     header = Header.parse(raw)
     if header.v != VERSION or header.suite != SUITE:
-        raise SuiteDowngrade("header and prefix name different versions or suites")
+        raise EnvelopeError("header and prefix name different versions or suites", code="suite-downgrade")
     chunks = max(1, -(-header.len // _CHUNK))
     if body_len != header.len + chunks * _TAG:
-        raise MalformedHeader("the body is not as long as the header says")
+        raise EnvelopeError("the body is not as long as the header says", code="malformed-header")
     return Envelope(header, raw, stanzas, body, reader.rest(), _signed_digest(view[:signed]))
 
 
@@ -269,19 +256,19 @@ def verify(envelope: Envelope, sender: PublicIdentity) -> None:
         raise BadSignature(f"not signed by the pinned key of {sender.name}") from None
 
 
-_CONTEXT: dict[str, type[Exception]] = {
-    "fed": WrongFederation,
-    "run": WrongRun,
-    "plan": WrongPlan,
-    "dir": WrongDirection,
-    "phase": WrongDirection,
-    "round": WrongRound,
-    "attempt": WrongRound,
-    "to": WrongRecipient,
-    "to_key": WrongRecipient,
-    "base": WrongBase,
-    "adapter": WrongGlobal,
-    "layout": WrongLayout,
+_CONTEXT: dict[str, Code] = {
+    "fed": "wrong-federation",
+    "run": "wrong-run",
+    "plan": "wrong-plan",
+    "dir": "wrong-direction",
+    "phase": "wrong-direction",
+    "round": "wrong-round",
+    "attempt": "wrong-round",
+    "to": "wrong-recipient",
+    "to_key": "wrong-recipient",
+    "base": "wrong-base",
+    "adapter": "wrong-global",
+    "layout": "wrong-layout",
 }
 
 
@@ -289,25 +276,24 @@ def match(header: Header, **expected: object) -> None:
     """Compares fields with what this exchange is about.
 
     Raises:
-        WrongFederation, WrongRun, WrongPlan, WrongDirection, WrongRound, WrongRecipient, WrongBase, WrongGlobal, WrongLayout,
-        WrongContext: the first field that differs.
+        WrongContext: the first field that differs, by its code.
     """
     for name in [*_CONTEXT, *sorted(expected.keys() - _CONTEXT.keys())]:
         if name in expected and getattr(header, name) != expected[name]:
-            raise _CONTEXT.get(name, WrongContext)(f"field {name!r} is not this exchange's")
+            raise WrongContext(f"field {name!r} is not this exchange's", code=_CONTEXT.get(name, "wrong-context"))
 
 
 def open_envelope(envelope: Envelope, recipient: Identity) -> bytes:
     """Decrypts a verified envelope.
 
     Raises:
-        WrongRecipient: no stanza for this key.
+        WrongContext (wrong-recipient): no stanza for this key.
         CannotOpen: any cryptographic failure.
-        PayloadMismatch: the payload's digest is not the header's.
+        EnvelopeError (payload-mismatch): the payload's digest is not the header's.
     """
     stanza = envelope.stanzas.get(recipient.public.kem_id)
     if stanza is None:
-        raise WrongRecipient("not addressed to this key")
+        raise WrongContext("not addressed to this key", code="wrong-recipient")
     try:
         file_key = HPKE.decrypt(stanza, recipient.kem_key(), info=_info(envelope.raw_header))
         if len(file_key) != 32:
@@ -317,7 +303,7 @@ def open_envelope(envelope: Envelope, recipient: Identity) -> bytes:
     except (InvalidTag, ValueError, TypeError):
         raise CannotOpen("cannot be opened") from None
     if hashlib.sha256(out).hexdigest() != envelope.header.sha:
-        raise PayloadMismatch("the payload does not have the digest that the header states")
+        raise EnvelopeError("the payload does not have the digest that the header states", code="payload-mismatch")
     return bytes(out)
 
 

@@ -84,7 +84,7 @@ def next_epoch(
 
     Raises:
         RosterInvalid: a name or key that is or was on the roster, too many sites, an end that has passed.
-        UnknownSite, RevokedSite: a site to revoke that is not there, or no longer.
+        EnvelopeError (unknown-site), RevokedSite: a site to revoke that is not there, or no longer.
     """
     known = {m.identity.name for m in roster.sites}
     for name in (p.name for p in add if p.name in known):

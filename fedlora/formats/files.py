@@ -9,24 +9,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as dump_tensors
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.canonical import canonical
+from fedlora.core.canonical import canonical, parse_canonical
 from fedlora.core.errors import FedLoRAError, ResourceError, StoreError
-
-log = logging.getLogger(__name__)
+from fedlora.core.reader import Reader
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -118,9 +114,14 @@ def set_aside(path: Path) -> Path:
     return free
 
 
-# --- facts: small JSON that knows its own digest ------------------------------------------------------------------------
+# --- records: the one form of all small durable state ------------------------------------------------------------------
+#
+# For people and other programs canonical JSON with its own digest; for bytes a frame with a digest at the end. Either is
+# written by write_atomic, so that a torn write leaves the old record, and read whole or refused by name.
 
 _DIGEST = "sha256"
+_VERSION = 1
+_SHA256 = 32
 
 
 def dump_facts(facts: Mapping[str, Any]) -> bytes:
@@ -142,175 +143,77 @@ def check_facts(found: object) -> dict[str, Any]:
     return facts
 
 
-def parse_facts(blob: bytes, path: Path, *, hint: str) -> dict[str, Any]:
+def parse_facts(blob: bytes, where: object, *, hint: str) -> dict[str, Any]:
     """Inverse of :func:`dump_facts`.
 
     Raises:
-        Damaged: names ``path``.
+        Damaged: names ``where``.
     """
     try:
-        return check_facts(json.loads(blob))
-    except (ValueError, TypeError, RecursionError):
-        raise Damaged(f"{path} is damaged: it is not what was written there", hint=hint) from None
+        return check_facts(parse_canonical(blob))
+    except (ValueError, TypeError):
+        raise Damaged(f"{where} is damaged: it is not what was written there", hint=hint) from None
 
 
-# --- memory --------------------------------------------------------------------------------------------------------------
+def dump_record(kind: str, facts: Mapping[str, Any]) -> bytes:
+    """Facts that also say what they are a record of, and in which version of this form."""
+    return dump_facts({**facts, "record": kind, "version": _VERSION})
 
-_HEAD = struct.Struct("<4sH")
-_MAGIC = b"FLM1"
 
+def parse_record(blob: bytes, kind: str, where: object, *, hint: str = "") -> dict[str, Any]:
+    """Inverse of :func:`dump_record`.
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """One value of a memory as it lies on the disk.
-
-    Attributes:
-        key: its name; empty if no copy says so.
-        problem: what is wrong with each copy that is not whole, by file.
-        lost: no copy is whole.
+    Raises:
+        Damaged: names ``where``. Any truncation and any changed byte is; so is a record of something else.
     """
-
-    key: str
-    problem: Mapping[Path, str]
-    lost: bool
-
-
-class Memory(Protocol):
-    """A few small values that survive a power cut. ``put`` returns after fsync."""
-
-    def get(self, key: str) -> bytes | None: ...
-    def put(self, key: str, value: bytes) -> None: ...
-    def where(self, key: str) -> str:
-        """Where a value lies, for a message to this end's operator."""
-        ...
+    facts = parse_facts(blob, where, hint=hint)
+    if (facts.pop("record", None), facts.pop("version", None)) != (kind, _VERSION):
+        raise Damaged(f"{where} is no record of {kind!r} in version {_VERSION}", hint=hint)
+    return facts
 
 
-@dataclass(frozen=True, slots=True)
-class FileMemory:
-    """:class:`fedlora.protect.Memory` in a directory: two files a key, with key and digest inside.
+def save_record(path: Path, kind: str, facts: Mapping[str, Any]) -> None:
+    """On the disk when this returns; a power cut before leaves the record that was there.
 
-    The copy is written before the file itself. Law: whatever happens to one of the two, the value is the one last put; if both
-    are damaged, the error names them. A value that was never put is None.
+    Raises:
+        ResourceError, StoreError: as :func:`write_atomic`.
+    """
+    write_atomic(path, dump_record(kind, facts))
+
+
+def load_record(path: Path, kind: str, *, hint: str = "") -> dict[str, Any] | None:
+    """Inverse of :func:`save_record`; None only where no file is.
+
+    Raises:
+        Damaged: as :func:`parse_record`.
+        StoreError: it cannot be read.
+    """
+    blob = read_file(path, hint=hint)
+    return None if blob is None else parse_record(blob, kind, path, hint=hint)
+
+
+def frame(magic: bytes, *parts: bytes) -> tuple[bytes, ...]:
+    """Magic, parts and the SHA-256 of both, for :func:`write_atomic`.
 
     Args:
-        hint: the way on where both copies of a value are damaged.
+        magic: 4 bytes: of what, and in which version.
     """
-
-    directory: Path
-    hint: str = ""
-
-    def get(self, key: str) -> bytes | None:
-        """
-        Raises:
-            StoreError: neither copy is whole.
-        """
-        path, copy = self._paths(key)
-        problem: dict[Path, str] = {}
-        value = _whole(path, key, problem)
-        if value is not None or (path not in problem and not os.path.lexists(copy)):
-            return value
-        value = _whole(copy, key, problem)
-        if value is None:
-            what = "; ".join(f"{p} {why}" for p, why in problem.items()) or f"{path} is damaged and {copy} is missing"
-            raise Damaged(f"{words(key)} is lost: {what}", hint=self.hint)
-        log.warning("%s is damaged or missing; its copy is whole and takes its place", path)
-        with suppress(StoreError, ResourceError):  # the next put tries again
-            self._replace(path, _frame(key, value))
-        return value
-
-    def put(self, key: str, value: bytes) -> None:
-        path, copy = self._paths(key)
-        blob = _frame(key, value)
-        for place in (copy, path):
-            self._replace(place, blob, flush=place == path)  # one flush of the directory is for both
-
-    def kept(self) -> list[Kept]:
-        """All values, and what is wrong with them. Changes nothing."""
-        names = {p.name.removesuffix(".copy") for p in _listed(self.directory) if _is_name(p.name.removesuffix(".copy"))}
-        found = []
-        for name in sorted(names):
-            problem: dict[Path, str] = {}
-            both = [self.directory / name, self.directory / f"{name}.copy"]
-            keys = [k for k in (_key_of(p, problem) for p in both) if k]
-            found.append(Kept(keys[0] if keys else "", problem, lost=not keys))
-        return found
-
-    def where(self, key: str) -> str:
-        """The file of a value, for a message to this end's operator."""
-        return str(self._paths(key)[0])
-
-    def files(self, key: str) -> tuple[Path, Path]:
-        """Where a value and its copy lie; they need not exist."""
-        return self._paths(key)
-
-    def _paths(self, key: str) -> tuple[Path, Path]:
-        name = hashlib.sha256(key.encode()).hexdigest()
-        return self.directory / name, self.directory / f"{name}.copy"
-
-    def _replace(self, path: Path, blob: bytes, *, flush: bool = True) -> None:
-        if path.is_dir() and not path.is_symlink():
-            log.warning("a directory stands in place of %s; it is now %s", path, set_aside(path))
-        write_atomic(path, blob, flush=flush)
+    digest = hashlib.sha256(magic)
+    for part in parts:
+        digest.update(part)
+    return magic, *parts, digest.digest()
 
 
-def words(key: str) -> str:
-    """What a key of a memory is about, for an operator: the run is shortened."""
-    run, _, rest = key.partition("/")
-    return f"what is kept as {rest!r} of run {run[:12]}" if rest and len(run) == 64 else f"what is kept as {key!r}"
+def unframe(blob: bytes, magic: bytes, where: object) -> Reader:
+    """Inverse of :func:`frame`: reads what stands between magic and digest, and says :class:`Damaged` beyond it.
 
-
-def _frame(key: str, value: bytes) -> bytes:
-    name = key.encode()
-    body = _HEAD.pack(_MAGIC, len(name)) + name + value
-    return body + hashlib.sha256(body).digest()
-
-
-def _unframe(path: Path, problem: dict[Path, str]) -> tuple[str, bytes] | None:
-    """Key and value; None if there is no file, or it is not whole, which ``problem`` then says."""
-    try:
-        blob = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        problem[path] = f"cannot be read ({e.strerror})"
-        return None
-    body, digest = blob[:-32], blob[-32:]
-    if len(body) < _HEAD.size or hashlib.sha256(body).digest() != digest or body[:4] != _MAGIC:
-        problem[path] = "is damaged"
-        return None
-    end = _HEAD.size + _HEAD.unpack_from(body)[1]
-    return body[_HEAD.size : end].decode(errors="replace"), body[end:]
-
-
-def _whole(path: Path, key: str, problem: dict[Path, str]) -> bytes | None:
-    found = _unframe(path, problem)
-    if found is not None and found[0] != key:
-        problem[path] = "holds what belongs into another file"
-        return None
-    return None if found is None else found[1]
-
-
-def _key_of(path: Path, problem: dict[Path, str]) -> str:
-    found = _unframe(path, problem)
-    if found is None:
-        if path not in problem:
-            problem[path] = "is missing"
-        return ""
-    if hashlib.sha256(found[0].encode()).hexdigest() != path.name.removesuffix(".copy"):
-        problem[path] = "holds what belongs into another file"
-        return ""
-    return found[0]
-
-
-def _listed(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir())
-    except OSError:
-        return []
-
-
-def _is_name(name: str) -> bool:
-    return len(name) == 64 and set(name) <= set("0123456789abcdef")
+    Raises:
+        Damaged: names ``where``.
+    """
+    body = memoryview(blob)[: max(len(blob) - _SHA256, 0)]
+    if hashlib.sha256(body).digest() != blob[len(body) :] or body[: len(magic)] != magic:
+        raise Damaged(f"{where} is damaged")
+    return Reader(body[len(magic) :], str(where), error=Damaged)
 
 
 # --- adapters in files -----------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -15,20 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.canonical import canonical
-from fedlora.core.errors import SitsOut, StateLost, StoreError
+from fedlora.core.errors import PlanRefused, StateLost, StoreError, WireError
 from fedlora.core.plan import Plan
+from fedlora.core.reader import Reader
 from fedlora.formats.files import (
     Damaged,
-    FileMemory,
-    dump_facts,
+    frame,
+    load_record,
     named_disk_errors,
-    parse_facts,
     read_file,
     save_adapter,
+    save_record,
     set_aside,
+    unframe,
     write_atomic,
 )
+from fedlora.formats.memory import FileMemory, get_record, put_record
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class Entry:
 
 _RUN = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"round-(\d{6,9})\.journal")
-_ENTRY = struct.Struct("<4s32sQ4Q")
 _MAGIC = b"FLJ3"
+_ENTRY = struct.Struct("<32sQ4Q")  # run, round, bytes of key, update, state, what is kept
 _LISTED = 64
 """Rounds that the lists of what was trained go back. A run goes back two at most by itself."""
 
@@ -112,33 +112,24 @@ class Journal:
         blob = read_file(path)
         if blob is None:
             return None
-        body, digest = blob[:-32], blob[-32:]
-        if len(blob) < _ENTRY.size + 32 or hashlib.sha256(body).digest() != digest:
-            raise Damaged(f"{path} is damaged")
-        magic, owner, number, *sizes = _ENTRY.unpack_from(body)
-        if magic != _MAGIC or _ENTRY.size + sum(sizes) != len(body):
-            raise Damaged(f"{path} is not a journal entry")
+        reader = unframe(blob, _MAGIC, path)
+        owner, number, *sizes = reader.unpack(_ENTRY)
         if (owner.hex(), number) != (run, round):
             raise Damaged(f"{path} holds the entry of another run or round")
-        at, parts = _ENTRY.size, []
-        for size in sizes:
-            parts.append(body[at : at + size])
-            at += size
-        return Entry(parts[0].decode(), parts[1], parts[2], parts[3])
+        key, update, state, kept = (reader.take(size) for size in sizes)
+        reader.end()
+        return Entry(key.decode(), update, state, kept)
 
     def save(self, run: str, round: int, entry: Entry) -> None:
         """Makes a finished update permanent, before anything of it is sent."""
         key = entry.key.encode()
         blobs = (key, entry.update, entry.state, entry.kept)
-        parts = (_ENTRY.pack(_MAGIC, bytes.fromhex(run), round, *(len(b) for b in blobs)), *blobs)
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
+        parts = frame(_MAGIC, _ENTRY.pack(bytes.fromhex(run), round, *(len(b) for b in blobs)), *blobs)
         path, begins = self._path(run, round), not self._rounds(run)
         with named_disk_errors(path):
             self.directory.mkdir(parents=True, exist_ok=True)
             self.directory.chmod(0o700)
-        write_atomic(path, *parts, digest.digest())
+        write_atomic(path, *parts)
         if entry.key.startswith("train/"):
             self._list(run, [*self.trained(run), round])
         for old in self._rounds(run)[:-2]:
@@ -159,38 +150,47 @@ class Journal:
         """What an entry says it is about; empty if that cannot be read. Its digest is not checked."""
         try:
             with self._path(run, round).open("rb") as file:
-                head = file.read(_ENTRY.size)
-                return file.read(min(_ENTRY.unpack(head)[3], 1024)) if len(head) == _ENTRY.size else b""
-        except OSError:
+                reader = Reader(file.read(len(_MAGIC) + _ENTRY.size + 1024), str(file.name))
+            reader.take(len(_MAGIC))
+            _, _, size, *_ = reader.unpack(_ENTRY)
+            return reader.take(size)
+        except (OSError, WireError):
             return b""
 
     # --- what was trained ---------------------------------------------------------------------------------------------
 
     def trained(self, run: str) -> list[int]:
-        """The rounds that this site has trained, rising; the last ones, if they are many."""
-        return sorted({*(self._beside(run) or ()), *(self._in_memory(run) or ())})[-_LISTED:]
+        """The rounds that this site has trained, rising; the last ones, if they are many.
+
+        Raises:
+            StoreError: no list of them is whole, though there is one.
+        """
+        listed = self._in_memory(run)
+        try:
+            beside = self._beside(run)
+        except StoreError as e:
+            if listed is None:
+                raise
+            log.warning("%s; the list in memory/ takes its place", e)
+            beside = None
+        return sorted({*(beside or ()), *(listed or ())})[-_LISTED:]
 
     def _list(self, run: str, rounds: Sequence[int]) -> None:
         listed, path = sorted({*rounds})[-_LISTED:], self._list_file(run)
         if self.memory is not None:  # first: see check
-            self.memory.put(f"{run}/trained", canonical(listed))
+            put_record(self.memory, f"{run}/trained", "trained", {"rounds": listed})
         if path.is_dir() and not path.is_symlink():
             set_aside(path)
-        write_atomic(path, dump_facts({"rounds": listed}))
+        save_record(path, "trained", {"rounds": listed})
 
     def _beside(self, run: str) -> list[int] | None:
-        """The list beside the entries; None if there is none, or it is damaged: the other one is kept twice."""
-        path = self._list_file(run)
-        try:
-            blob = read_file(path)
-            return None if blob is None else [int(r) for r in parse_facts(blob, path, hint="")["rounds"]]
-        except StoreError as e:
-            log.warning("%s; the list in memory/ takes its place", e)
-            return None
+        """The list beside the entries; None if there is none."""
+        found = load_record(self._list_file(run), "trained", hint=REPAIR)
+        return None if found is None else [int(r) for r in found["rounds"]]
 
     def _in_memory(self, run: str) -> list[int] | None:
-        blob = self.memory.get(f"{run}/trained") if self.memory is not None else None
-        return None if blob is None else [int(r) for r in json.loads(blob)]
+        found = get_record(self.memory, f"{run}/trained", "trained", hint=REPAIR) if self.memory is not None else None
+        return None if found is None else [int(r) for r in found["rounds"]]
 
     def _list_file(self, run: str) -> Path:
         return self._path(run, 0).with_name("trained.json")
@@ -199,14 +199,18 @@ class Journal:
         """Looks whether this site may work for a run at all.
 
         Raises:
-            SitsOut: its operator has decided that it does not.
+            PlanRefused (sits-out): its operator has decided that it does not.
             StateLost: the numbers and records of this run are gone, though the journal has it.
         """
         if self.memory is None:
             return
         if self.memory.get(f"{run}/sits-out") is not None:
-            raise SitsOut(f"this site sits out run {run[:12]}, as its operator has decided", hint="it takes part in the next run")
-        if self._beside(run) is not None and self._in_memory(run) is None:
+            raise PlanRefused(
+                f"this site sits out run {run[:12]}, as its operator has decided",
+                hint="it takes part in the next run",
+                code="sits-out",
+            )
+        if os.path.lexists(self._list_file(run)) and self._in_memory(run) is None:
             gone = f"the numbers and records of run {run[:12]} are gone from {self.memory.directory}"
             raise StateLost(f"{gone}, though the journal has the run", hint=REPAIR)
 

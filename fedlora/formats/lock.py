@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedlora.core.codes import Code
 from fedlora.core.errors import ConfigError, ResourceError, StoreError
 
 _FILE = "lock"
@@ -49,7 +50,7 @@ class Holder:
 class Held(ConfigError):
     """Another process works in this directory of state."""
 
-    code = "held"
+    code: Code = "held"
 
     def __init__(self, directory: Path, by: Holder | None) -> None:
         super().__init__(

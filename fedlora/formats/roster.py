@@ -21,6 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from fedlora.core.canonical import canonical, parse_object
 from fedlora.core.errors import (
     ConfigError,
+    EnvelopeError,
     FedLoRAError,
     KeyFileError,
     Oversized,
@@ -28,8 +29,7 @@ from fedlora.core.errors import (
     RosterExpired,
     RosterInvalid,
     StoreError,
-    UnknownSite,
-    VersionUnsupported,
+    WireError,
 )
 from fedlora.core.limits import MAX_SITES
 from fedlora.core.messages import SERVER, check_site_name
@@ -122,7 +122,7 @@ class Roster:
         """Inverse of :meth:`dump`.
 
         Raises:
-            Oversized, RosterInvalid, VersionUnsupported: too long; malformed; of another version.
+            Oversized, RosterInvalid, WireError (version-unsupported): too long; malformed; of another version.
             BadSignature: it holds a key for which anybody can sign.
         """
         return _roster(_parse_object(raw))
@@ -155,18 +155,18 @@ class Roster:
         Another epoch may count otherwise.
 
         Raises:
-            UnknownSite: not on the roster.
+            EnvelopeError (unknown-site): not on the roster.
         """
         for place, member in enumerate(self.sites, 1):
             if member.identity.name == name:
                 return place
-        raise UnknownSite("the site is not on the roster")
+        raise EnvelopeError("the site is not on the roster", code="unknown-site")
 
     def site(self, name: str) -> PublicIdentity:
         """The keys of a site that takes part.
 
         Raises:
-            UnknownSite, RevokedSite: it is not on the roster, or no longer.
+            EnvelopeError (unknown-site), RevokedSite: it is not on the roster, or no longer.
         """
         member = self.sites[self.index(name) - 1]
         if member.status == "revoked":
@@ -237,7 +237,7 @@ class SignedRoster:
         """Inverse of :meth:`dump`. Checks no signature.
 
         Raises:
-            Oversized, RosterInvalid, VersionUnsupported, BadSignature: as :meth:`Roster.parse`.
+            Oversized, RosterInvalid, WireError (version-unsupported), BadSignature: as :meth:`Roster.parse`.
         """
         value = _parse_object(raw)
         if set(value) != {"roster", "signatures"} or not isinstance(value["signatures"], dict):
@@ -297,7 +297,7 @@ def load_roster(path: Path) -> SignedRoster:
 
     Raises:
         StoreError: it cannot be read.
-        Oversized, RosterInvalid, VersionUnsupported, BadSignature: as :meth:`SignedRoster.parse`.
+        Oversized, RosterInvalid, WireError (version-unsupported), BadSignature: as :meth:`SignedRoster.parse`.
     """
     try:
         with path.open("rb") as file:
@@ -403,7 +403,11 @@ def _roster(value: object) -> Roster:
         raise RosterInvalid("a roster is a JSON object")
     version = value.get("v")
     if type(version) is int and version not in VERSIONS:
-        raise VersionUnsupported(f"a roster of version {version}, this release reads {max(VERSIONS)}", hint="update FedLoRA")
+        raise WireError(
+            f"a roster of version {version}, this release reads {max(VERSIONS)}",
+            hint="update FedLoRA",
+            code="version-unsupported",
+        )
     if set(value) != {*_SCALARS, "v", "suites", "server", "coordinators", "sites"} or type(version) is not int:
         raise RosterInvalid(f"a roster has exactly the fields of version {max(VERSIONS)}")
     coordinators = _list(value["coordinators"], "coordinators", most=MAX_COORDINATORS)

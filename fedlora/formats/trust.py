@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedlora.core.errors import BadSignature, RosterInvalid, RosterRollback, SuiteDowngrade, VersionUnsupported
+from fedlora.core.errors import BadSignature, EnvelopeError, RosterInvalid, RosterRollback, WireError
 from fedlora.formats.envelope import SUITE
-from fedlora.formats.files import Memory
 from fedlora.formats.keys import PublicIdentity
+from fedlora.formats.memory import Memory
 from fedlora.formats.roster import NEWEST, Roster, SignedRoster, load_roster
 
 
@@ -127,7 +127,8 @@ class RosterKeeper:
 
         Raises:
             RosterInvalid, RosterRollback, RosterExpired: see :func:`accept`.
-            VersionUnsupported, SuiteDowngrade: the roster asks for a newer release, or for other suites than this one has.
+            WireError (version-unsupported): the roster asks for a newer release.
+            EnvelopeError (suite-downgrade): or for other suites than this one has.
         """
         known = self.memory.get("roster")
         new, current = SignedRoster.parse(blob), SignedRoster.parse(known) if known else None
@@ -136,11 +137,15 @@ class RosterKeeper:
         if (roster.server.signing, roster.server.kem) != (self.server.signing, self.server.kem):
             raise RosterInvalid("the roster names another server than the one that is pinned here")
         if _release(self.version) < _release(roster.min_version):
-            raise VersionUnsupported(
-                f"this is FedLoRA {self.version}, the roster asks for {roster.min_version}", hint="update FedLoRA"
+            raise WireError(
+                f"this is FedLoRA {self.version}, the roster asks for {roster.min_version}",
+                hint="update FedLoRA",
+                code="version-unsupported",
             )
         if SUITE not in roster.suites:
-            raise SuiteDowngrade(f"the roster allows suites {list(roster.suites)}, this release has {SUITE}")
+            raise EnvelopeError(
+                f"the roster allows suites {list(roster.suites)}, this release has {SUITE}", code="suite-downgrade"
+            )
         if accepted is not current:
             self.memory.put("roster", accepted.dump())
         self._current = accepted

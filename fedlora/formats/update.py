@@ -22,7 +22,7 @@ import numpy as np
 
 from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.canonical import canonical, parse_object
-from fedlora.core.errors import NonFiniteUpdate, VersionUnsupported, WireError, WrongLayout
+from fedlora.core.errors import NonFiniteUpdate, WireError, WrongContext
 from fedlora.core.limits import MAX_PLAN_BYTES
 from fedlora.core.messages import Kind, Task
 from fedlora.core.reader import Reader
@@ -77,14 +77,14 @@ def dump_update(update: Update, layout: Layout, *, dtype: str) -> bytes:
             float32; a row whose scale would be below 2^-126 becomes zero.
 
     Raises:
-        WrongLayout: the delta has not ``layout.size`` values.
+        WrongContext (wrong-layout): the delta has not ``layout.size`` values.
         NonFiniteUpdate: NaN or infinity in the delta or in a metric, or a value beyond what bfloat16 can hold.
         WireError: weight, or names or number of metrics, out of range.
     """
     if update.delta.dtype != np.float32:
         raise ValueError(f"a delta is float32, not {update.delta.dtype}")
     if update.delta.shape != (layout.size,):
-        raise WrongLayout(f"expected {layout.size} values, got {update.delta.shape}")
+        raise WrongContext(f"expected {layout.size} values, got {update.delta.shape}", code="wrong-layout")
     code = _code(dtype)
     header = _dump_update_header(update)
     prefix = _UPDATE.pack(b"FLUP", VERSION, code, 0, layout.size, len(header))
@@ -115,8 +115,8 @@ def parse_update(blob: bytes, layout: Layout, *, dtype: str | None = None) -> Up
         The update; its delta is a new (n,) float32 array.
 
     Raises:
-        VersionUnsupported: another version of the format.
-        WrongLayout: an intact blob with another number of values.
+        WireError (version-unsupported): another version of the format.
+        WrongContext (wrong-layout): an intact blob with another number of values.
         NonFiniteUpdate: NaN or infinity among the values.
         WireError: anything else that is not exactly what :func:`dump_update` gives.
     """
@@ -132,7 +132,7 @@ def parse_update(blob: bytes, layout: Layout, *, dtype: str | None = None) -> Up
     if flags:
         raise WireError("unknown flags")
     if n != layout.size:
-        raise WrongLayout(f"expected {layout.size} values, got {n}")
+        raise WrongContext(f"expected {layout.size} values, got {n}", code="wrong-layout")
     weight, metrics = _parse_update_header(reader.take(header_bytes))
     values = _values(reader, reader.left - _DIGEST)
     vector = np.empty(n, np.float32)
@@ -217,8 +217,8 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
         The task, and the public key for the reply.
 
     Raises:
-        VersionUnsupported: another version of the format.
-        WrongLayout: the layout is not canonical, or has another size than the vector.
+        WireError (version-unsupported): another version of the format.
+        WrongContext (wrong-layout): the layout is not canonical, or has another size than the vector.
         NonFiniteUpdate: NaN or infinity in the adapter.
         WireError: anything else that is not exactly what :func:`dump_task` gives.
     """
@@ -240,12 +240,12 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
     head = _check_task_head(_parse_head(text))
     layout = Layout.parse(layout_text)
     if layout.size != n:
-        raise WrongLayout(f"the layout has {layout.size} values, the vector {n}")
+        raise WrongContext(f"the layout has {layout.size} values, the vector {n}", code="wrong-layout")
     vector = np.empty(n, np.float32)
     parse_float32(values, vector, "the adapter")
     sends = Layout.parse(sends_text) if sends_text else None
     if sends == layout:
-        raise WrongLayout("the layout of the answer is the task's own, which goes without saying")
+        raise WrongContext("the layout of the answer is the task's own, which goes without saying", code="wrong-layout")
     kind: Kind = "train" if head["kind"] == "train" else "evaluate"
     task = Task(head["run"], plan, head["base"], kind, head["round"], head["attempt"], Adapter(vector, layout), sends)
     return task, reply_key
@@ -319,7 +319,7 @@ def _check_kind(magic: bytes, version: int, expected: bytes) -> None:
     if magic != expected:
         raise WireError(f"not a {expected.decode()} blob")
     if version != VERSION:
-        raise VersionUnsupported(f"{expected.decode()} version {version}, this one reads {VERSION}")
+        raise WireError(f"{expected.decode()} version {version}, this one reads {VERSION}", code="version-unsupported")
 
 
 def _digest(body: Bytes) -> bytes:

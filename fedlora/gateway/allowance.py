@@ -7,17 +7,15 @@ that the run need not wait for the rest of such a reply.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fedlora.core.errors import FedLoRAError
-from fedlora.formats.files import write_atomic
+from fedlora.core.errors import FedLoRAError, StoreError
+from fedlora.formats.files import load_record, save_record
 
 log = logging.getLogger("fedlora.gateway")
 
@@ -37,12 +35,14 @@ def _refused(directory: Path) -> Path:
     return directory / "refused.json"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_refused(directory: Path) -> dict[str, str]:
+    """Site -> the grant of which something was refused. What cannot be read is said: the run then waits for its deadline."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = load_record(_refused(directory), "refused")
+    except StoreError as e:
+        log.warning("%s", e)
+        found = None
+    return {} if found is None else dict(found["sites"])
 
 
 class Allowance:
@@ -63,12 +63,12 @@ class Allowance:
         for site, size in due.items():
             self._count += 1
             self._due[site] = f"{self._run}-{self._count}", size
-        write_atomic(_due(self._directory), json.dumps({"run": self._run, "due": self._due}).encode())
+        save_record(_due(self._directory), "due", {"run": self._run, "due": self._due})
 
     def refused(self, site: str) -> bool:
         """Whether the gateway has refused something of the reply that was granted last."""
         grant = self._due.get(site)
-        return grant is not None and _read(_refused(self._directory)).get(site) == grant[0]
+        return grant is not None and _read_refused(self._directory).get(site) == grant[0]
 
 
 @dataclass(slots=True)
@@ -130,12 +130,19 @@ class Quota:
             stat = _due(self.directory).stat()
             if (seen := (stat.st_mtime_ns, stat.st_ino)) == self._seen:
                 return
-            found, self._seen = _read(_due(self.directory)), seen
-            if found.get("run") != self._run:
-                self._run = str(found.get("run"))
+            self._seen = seen
+            try:
+                found = load_record(_due(self.directory), "due")
+            except StoreError as e:
+                log.warning("%s; nothing more is granted until the run says it anew", e)
+                found = None
+            if found is None:
+                return
+            if found["run"] != self._run:
+                self._run = str(found["run"])
                 for one in self._sites.values():
                     one.credit = one.largest = 0
-            for name, (grant, size) in found.get("due", {}).items():
+            for name, (grant, size) in found["due"].items():
                 self._grant(self._site(name), str(grant), int(size))
 
     def _grant(self, one: _Site, grant: str, size: int) -> None:
@@ -146,11 +153,11 @@ class Quota:
         one.credit = min(one.credit + whole, _ROUNDS * one.largest)
 
     def _note(self, site: str, one: _Site) -> None:
-        refused = _read(_refused(self.directory))
+        refused = _read_refused(self.directory)
         if refused.get(site) == one.grant:
             return
         log.warning("%s pushes more than its reply may have", site)
         try:
-            write_atomic(_refused(self.directory), json.dumps({**refused, site: one.grant}).encode())
+            save_record(_refused(self.directory), "refused", {"sites": {**refused, site: one.grant}})
         except FedLoRAError as e:  # a full disk: the round then waits for its deadline
             log.warning("%s", e)

@@ -31,12 +31,6 @@ _LISTEN = "0A"
 _LOCAL = {"0100007F", "00000000000000000000000001000000"}
 
 
-class ServerExposed(ConnectionFailed):
-    """The SuperLink's Control or Runtime API can be reached from outside; anybody could command the server."""
-
-    code = "exposed"
-
-
 def dialled(listen: str) -> tuple[str, int]:
     """Where to reach our own listening address: a wildcard is dialled on loopback."""
     host, port = split_address(listen)
@@ -77,7 +71,7 @@ def check_public(listen: str, *, ca: Path) -> None:
     """Probes every path of :data:`FORBIDDEN` through the public port, an unsigned call, and that the SuperLink is behind it.
 
     Raises:
-        ServerExposed: a path answers something else than 404, or the call something else than 401.
+        ConnectionFailed (exposed): a path answers something else than 404, or the call something else than 401.
         ConnectionFailed: the port does not answer, or passes nothing on.
     """
     address = dialled(listen)
@@ -85,15 +79,17 @@ def check_public(listen: str, *, ca: Path) -> None:
         for path in FORBIDDEN:
             status = public_status("POST", path, address=address, ca=ca)
             if status != 404:
-                raise ServerExposed(
+                raise ConnectionFailed(
                     f"{path} answers {status} on the public port {listen}",
                     hint="nothing but the gateway may listen there; look for another process or proxy",
+                    code="exposed",
                 )
         status = public_status("POST", "/v1/fleet/pull-messages", address=address, ca=ca)
         if status != 401:
-            raise ServerExposed(
+            raise ConnectionFailed(
                 f"a call that nobody has signed is answered {status} on the public port {listen}",
                 hint="nothing but the gateway may listen there; look for another process or proxy",
+                code="exposed",
             )
         if not healthy(address, ca=ca):
             raise ConnectionFailed(f"the gateway on {listen} does not reach the SuperLink", hint="see flower/log/gateway.log")
@@ -105,7 +101,7 @@ def check_loopback(port: int, *, tables: tuple[Path, ...] = (Path("/proc/net/tcp
     """Asks the kernel whether anything listens on ``port`` beyond loopback. Passes where there is no such table.
 
     Raises:
-        ServerExposed: something does.
+        ConnectionFailed (exposed): something does.
     """
     for table in tables:
         if not table.exists():
@@ -114,8 +110,10 @@ def check_loopback(port: int, *, tables: tuple[Path, ...] = (Path("/proc/net/tcp
             columns = line.split()
             address, _, number = columns[1].partition(":")
             if columns[3] == _LISTEN and int(number, 16) == port and address not in _LOCAL:
-                raise ServerExposed(
-                    f"the SuperLink's port {port} is open beyond loopback", hint="start it with `fedlora server up`"
+                raise ConnectionFailed(
+                    f"the SuperLink's port {port} is open beyond loopback",
+                    hint="start it with `fedlora server up`",
+                    code="exposed",
                 )
 
 

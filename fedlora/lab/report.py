@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedlora.core.errors import ConfigError, NotInstalled, StoreError, VersionUnsupported
+from fedlora.core.errors import ConfigError, NotInstalled, StoreError, WireError
 from fedlora.core.words import finite, plain
 from fedlora.formats.files import read_file, write_atomic
 
@@ -55,10 +55,12 @@ def summarise(results: Results) -> dict[str, Any]:
         tax: the same arms -> union_nll (federated minus pooled, nats) and perplexity_ratio, its exponential.
 
     Raises:
-        VersionUnsupported: not format 1.
+        WireError (version-unsupported): not format 1.
     """
     if results.get("format") != 1:
-        raise VersionUnsupported(f"results of format {plain(results.get('format'))}; this version reads format 1")
+        raise WireError(
+            f"results of format {plain(results.get('format'))}; this version reads format 1", code="version-unsupported"
+        )
     sites = list(results["sites"])
     arms = {name: _arm(name, results["arms"][name], sites) for name in sorted(results["arms"], key=_order)}
     alone = [name for name in arms if name.startswith("local:")]
@@ -194,7 +196,7 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
 
     Raises:
         ConfigError: no results, a seed twice, or runs of different names, sites or splits.
-        VersionUnsupported: not format 1.
+        WireError (version-unsupported): not format 1.
     """
     _check_comparable(runs)
     each = [summarise(run) for run in runs]
@@ -274,7 +276,7 @@ def load(run: Path) -> list[dict[str, Any]]:
 
     Raises:
         StoreError: there are none, or a file of them is damaged.
-        VersionUnsupported: not format 1.
+        WireError (version-unsupported): not format 1.
     """
     found = [run] if (run / "results.json").exists() else sorted(run.glob("seed-*"), key=lambda p: (len(p.name), p.name))
     read = [(f, blob) for seed in found if (blob := read_file(f := seed / "results.json")) is not None]

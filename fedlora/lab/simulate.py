@@ -29,7 +29,7 @@ from fedlora.core.plan import Arm, Plan
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster
 from fedlora.formats import update as wire
-from fedlora.formats.files import load_adapter, save_adapter, write_atomic
+from fedlora.formats.files import load_adapter, parse_record, read_file, save_adapter, save_record, write_atomic
 from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.lab.report import write_html
@@ -168,8 +168,9 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         if not path.exists():
             trained, facts = federated(lab, out, transport, lost, report) if name == "federated" else arm.train(lab, out, report)
             facts |= scores(lab, trained)
-            write_atomic(path, canonical(facts))
-        arms[name] = json.loads(path.read_bytes())
+            save_record(path, "arm", facts)
+        hint = "delete it and resume: this arm is then done again"
+        arms[name] = parse_record(read_file(path) or b"", "arm", path, hint=hint)
         report("arm-done", {"name": name})
     if "federated" in arms:
         store = RunStore.open(_run_directory(lab, out, transport), lab.plan)

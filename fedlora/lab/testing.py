@@ -12,8 +12,8 @@ import numpy as np
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.plan import Federation, Plan, Run
-from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity, PublicIdentity
+from fedlora.formats.memory import Memory
 from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.site.policy import Policy
 from fedlora.site.work import Trained

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.adapter import Adapter, Factors, Layout
-from fedlora.core.errors import ConfigError, RunFailed, WrongLayout
+from fedlora.core.errors import ConfigError, RunFailed, WrongContext
 from fedlora.core.plan import Lora, Plan
 from fedlora.learn._internals import copy_all, replace_layers
 from fedlora.learn.base import Base, DequantisedLinear, load_base
@@ -99,10 +99,13 @@ class LoraModel:
         """Overwrites every factor. Another rank than the last one is as good: the product is scaled by the same number.
 
         Raises:
-            WrongLayout: the adapter's modules or their widths are not exactly this model's. Nothing is changed then.
+            WrongContext (wrong-layout): the adapter's modules or their widths are not exactly this model's;
+                nothing is changed then.
         """
         if adapter.layout != self.current and adapter.layout != self.layout.at_rank(adapter.layout.rank):
-            raise WrongLayout("the adapter does not fit this base and these LoRA settings", hint="compare base and [lora]")
+            raise WrongContext(
+                "the adapter does not fit this base and these LoRA settings", hint="compare base and [lora]", code="wrong-layout"
+            )
         flat = torch.from_numpy(adapter.vector.copy()).to(self.base.device)
         with torch.no_grad():
             for name, _, shape in adapter.layout.slices():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import ConfigError, FedLoRAError, StoreError, WrongBase
+from fedlora.core.errors import ConfigError, FedLoRAError, StoreError, WrongContext
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.files import load_adapter
 from fedlora.formats.plans import load_plan
@@ -30,7 +30,7 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
         StoreError: no run there, or ``out`` exists.
         ConfigError: ``merge`` without ``base``, or the run has no adapter for everybody.
         ModelError: the base is quantised.
-        WrongBase: it is another one than the plan pins.
+        WrongContext (wrong-base): it is another one than the plan pins.
     """
     plan, adapter, facts = _finished(run)
     from fedlora.learn import export
@@ -58,9 +58,10 @@ def _check_base(plan: Plan, base: Path) -> None:
 
     found = base_digest(base, plan.model)
     if found != plan.model.digest:
-        raise WrongBase(
+        raise WrongContext(
             f"the adapter was trained on base {plan.model.digest[:12]}, {base} holds {found[:12]}",
             hint=f"--base takes the directory of {plan.model.model_name_or_path} that `fedlora pin` read, or made of a GGUF file",
+            code="wrong-base",
         )
 
 

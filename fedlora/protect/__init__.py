@@ -27,7 +27,7 @@ class Tally(Protocol):
         """Takes a verified update.
 
         Raises:
-            UpdateRejected, WrongLayout: it must not be aggregated; the caller passes that on to :meth:`reject`.
+            UpdateRejected, WrongContext (wrong-layout): it must not be aggregated; the caller passes that on to :meth:`reject`.
         """
 
     def accept_sum(self, sites: Sequence[str], update: Update, *, squares: NDArray[np.float64], counted: int) -> None:
@@ -39,7 +39,7 @@ class Tally(Protocol):
             counted: sum of what the plan weighs by.
 
         Raises:
-            UpdateRejected, WrongLayout: it must not be aggregated.
+            UpdateRejected, WrongContext (wrong-layout): it must not be aggregated.
         """
 
     def reject(self, site: str, error: FedLoRAError) -> None:

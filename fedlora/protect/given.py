@@ -20,27 +20,19 @@ group is the change of its update (server/SECURITY.md).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import LoneChange, StoreError
-from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity, PublicIdentity
+from fedlora.formats.memory import Memory
 from fedlora.protect.derive import derive
+from fedlora.protect.hidden import Hidden
 
 KEY: Final = "secagg/given"
 """Where a site's memory keeps it."""
-_ANEW: Final = (
-    "without it no sum can be compared with earlier ones. Put the file back as it was last; or, if you accept that a new sum "
-    "beside an old one on the same base model may show this site's update or another's: `fedlora site repair site.toml "
-    "--forget-sums`"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,23 +190,24 @@ class Given:
         Raises:
             StoreError: damaged, or gone though this site has given. It then gives to no sum: it cannot know what it has given.
         """
-        blob = self.memory.get(KEY)
-        if blob is None:
-            if self.has_given():
-                raise StoreError(
-                    f"{self.memory.where(KEY)}, the record of the sums that this site has given to, is gone", hint=_ANEW
-                )
-            return Ledger()
         try:
-            facts = json.loads(self._cipher().decrypt(blob[:12], blob[12:], KEY.encode()))
+            facts = self._hidden().get(KEY, KEY)
+        except ValueError:
+            raise self._unknown("damaged or of another key") from None
+        if facts is not None:
             gifts = {base: tuple(Gift.parse(one) for one in of) for base, of in facts["gifts"].items()}
             return Ledger(gifts, frozenset(facts["alone"]), frozenset(facts["sealed"]))
-        except (InvalidTag, ValueError, KeyError, TypeError, AttributeError):
-            where = self.memory.where(KEY)
-            raise StoreError(
-                f"{where}, the record of the sums that this site has given to, is damaged or of another key",
-                hint=_ANEW,
-            ) from None
+        if self.has_given():
+            raise self._unknown("gone")
+        return Ledger()
+
+    def _unknown(self, what: str) -> StoreError:
+        return StoreError(
+            f"{self.memory.where(KEY)}, the record of the sums that this site has given to, is {what}",
+            hint="without it no sum can be compared with earlier ones. Put the file back as it was last; or, if you accept that "
+            "a new sum beside an old one on the same base model may show this site's update or another's: `fedlora site repair "
+            "site.toml --forget-sums`",
+        )
 
     def save(self, ledger: Ledger) -> None:
         """Returns after it is on the disk."""
@@ -223,8 +216,7 @@ class Given:
             "alone": sorted(ledger.alone),
             "sealed": sorted(ledger.sealed),
         }
-        nonce = self.entropy(12)
-        self.memory.put(KEY, nonce + self._cipher().encrypt(nonce, canonical(facts), KEY.encode()))
+        self._hidden().put(KEY, KEY, facts)
 
-    def _cipher(self) -> AESGCM:
-        return AESGCM(derive(self.identity.signing.private_bytes_raw(), "site-given"))
+    def _hidden(self) -> Hidden:
+        return Hidden(self.memory, derive(self.identity.signing.private_bytes_raw(), "site-given"), self.entropy)

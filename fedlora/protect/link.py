@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedlora.core.errors import Equivocation, FedLoRAError, RemoteError, Replayed, StateLost, StoreError, UnknownSite
+from fedlora.core.errors import EnvelopeError, FedLoRAError, RemoteError, StateLost, StoreError
 from fedlora.core.messages import SERVER, Reply, Request, Task
 from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
-from fedlora.formats.files import Memory
 from fedlora.formats.keys import Identity, PublicIdentity, key_id
+from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.formats.roster import federation
 from fedlora.protect import Tally
 
@@ -71,26 +70,23 @@ class _Counter:
     path: str
 
     def last(self) -> tuple[int, str]:
-        found = self.memory.get(self.path)
-        if found is None:
-            return 0, NONE
-        seq, digest = json.loads(found)
-        return int(seq), str(digest)
+        found = get_record(self.memory, self.path, "counter")
+        return (0, NONE) if found is None else (int(found["seq"]), str(found["digest"]))
 
     def put(self, seq: int, digest: str) -> None:
-        self.memory.put(self.path, json.dumps([seq, digest]).encode())
+        put_record(self.memory, self.path, "counter", {"seq": seq, "digest": digest})
 
     def admit(self, seq: int, digest: str, *, again: bool) -> None:
         """Takes a number that is higher than all before; the very same message only if ``again``.
 
         Raises:
-            Replayed, Equivocation: not higher; other content under the same number.
+            EnvelopeError (replayed, equivocation): not higher; other content under the same number.
         """
         last, known = self.last()
         if seq == last and digest != known:
-            raise Equivocation(f"two messages under number {seq}")
+            raise EnvelopeError(f"two messages under number {seq}", code="equivocation")
         if seq < last or (seq == last and not again):
-            raise Replayed(f"number {seq} is not above {last}")
+            raise EnvelopeError(f"number {seq} is not above {last}", code="replayed")
         self.put(seq, digest)
 
 
@@ -138,7 +134,7 @@ class ServerLink:
     def known(self, sites: Sequence[str], tally: Tally) -> list[str]:
         """Those of ``sites`` that are enrolled; the others are rejected."""
         for stranger in (s for s in sites if s not in self.sites):
-            tally.reject(stranger, UnknownSite(f"{stranger} is not enrolled"))
+            tally.reject(stranger, EnvelopeError(f"{stranger} is not enrolled", code="unknown-site"))
         return [s for s in sites if s in self.sites]
 
     def seal(self, context: Context, payload: bytes, *, phase: str, codec: str, to: Sequence[str]) -> bytes:
@@ -187,7 +183,7 @@ class ServerLink:
         envelope = parse(reply.body, max_bytes=reply_bytes(max_payload))
         name = envelope.header.sender
         if name not in self.sites:
-            raise UnknownSite("the sender is not enrolled")
+            raise EnvelopeError("the sender is not enrolled", code="unknown-site")
         verify(envelope, self.sites[name])
         match(
             envelope.header,

@@ -13,7 +13,7 @@ from fedlora.core.events import Report
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
-from fedlora.formats.files import Memory
+from fedlora.formats.memory import Memory
 from fedlora.formats.roster import SignedRoster
 from fedlora.formats.trust import RosterKeeper
 from fedlora.protect import Protection, SiteProtection
@@ -151,7 +151,7 @@ class Mode:
             layout: of the whole adapter, as it is here.
 
         Raises:
-            PlanRefused, ImpossibleAdapter: it must not be trained from.
+            PlanRefused, PlanRefused (impossible-adapter): it must not be trained from.
         """
 
     @classmethod

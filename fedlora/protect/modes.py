@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from fedlora.core.adapter import Update
-from fedlora.core.errors import WrongDirection
+from fedlora.core.errors import WrongContext
 from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Plan
 from fedlora.core.registry import MODES
@@ -53,9 +53,9 @@ class SiteModes:
         """As :class:`fedlora.protect.SiteProtection`.
 
         Raises:
-            WrongDirection: no mode has such a phase.
+            WrongContext (wrong-direction): no mode has such a phase.
         """
         for name, half in self.halves.items():
             if request.phase in _mode(name).phases:
                 return half.answer(request, work)
-        raise WrongDirection("no phase of any protection")
+        raise WrongContext("no phase of any protection", code="wrong-direction")

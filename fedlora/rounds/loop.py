@@ -15,17 +15,12 @@ from numpy.typing import NDArray
 
 from fedlora.core.adapter import Update
 from fedlora.core.errors import (
-    ComplaintUnanswered,
     DealerLied,
-    Equivocation,
     FedLoRAError,
-    QuorumNotReached,
     RemoteError,
-    Replayed,
     RunFailed,
     StateLost,
-    WeightTooLarge,
-    WrongRound,
+    UpdateRejected,
 )
 from fedlora.core.events import Report
 from fedlora.core.messages import Kind, Reply, Request, Task
@@ -53,7 +48,7 @@ def run(
         enrolled: the sites that belong to the federation: a round without one of them is partial, and says so.
 
     Raises:
-        QuorumNotReached: a round stayed below ``min_sites`` in every attempt, or as many rounds on end were void. The run can
+        RunFailed (quorum): a round stayed below ``min_sites`` in every attempt, or as many rounds on end were void. The run can
             be resumed.
     """
     void, rounds = 0, plan.federation.num_rounds
@@ -70,7 +65,7 @@ def run(
             report("majority", {"site": site, "percent": 100 * share})
         if void >= plan.federation.round_attempts and tally.voided is not None:
             hint = "look at the sites, then resume the run"
-            raise QuorumNotReached(f"{void} rounds on end were void: {tally.voided}", hint=hint)
+            raise RunFailed(f"{void} rounds on end were void: {tally.voided}", hint=hint, code="quorum")
     if store.final() is None:
         task = _task(plan, store, at, "evaluate", aggregator)
         _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None)
@@ -164,27 +159,28 @@ def _attempts(
         if len(tally.accepted) >= need or tally.voided is not None:
             return tally, record
         report("void", record)
-        named = {site for site, code in tally.rejected.items() if code in (DealerLied.code, ComplaintUnanswered.code)}
+        named = {site for site, code in tally.rejected.items() if code in (DealerLied.code, "complaint-unanswered")}
         left += bool(named - liars)  # left out from now on: there are only so many
         liars |= named
     said = {tally.rejected.get(s, "late") for s in sites}
     means, hint = next(((m, h) for codes, m, h in _ALL_SAY if said and said <= codes), ("", _BRING_BACK))
-    raise QuorumNotReached(
+    raise RunFailed(
         f"round {task.round}: {len(tally.accepted)} of {need} sites delivered in {plan.federation.round_attempts} attempts"
         + means,
         hint=hint,
+        code="quorum",
     )
 
 
 _BRING_BACK = "nothing is lost; bring the sites back and resume the run"
 _ALL_SAY = (
     (
-        {Replayed.code, Equivocation.code},
+        {"replayed", "equivocation"},
         "; every site that was asked has seen later messages of this server: its numbers are those of an old backup",
         "stop the server, then `fedlora server repair HOME RUN --raise-numbers` lets it go on above them; then resume the run",
     ),
     (
-        {StateLost.code, WrongRound.code},
+        {StateLost.code, "wrong-round"},
         "; every site that was asked is further on in this run: the checkpoints here are those of an old backup",
         "restore newer checkpoints of the run and resume it; without them, export this one or start anew under another name",
     ),
@@ -258,7 +254,7 @@ class _Round:
 
     def accept(self, site: str, update: Update) -> None:
         if update.weight > self.max_weight:
-            raise WeightTooLarge(site, update.weight, self.max_weight)
+            raise UpdateRejected.too_heavy(site, update.weight, self.max_weight)
         if self.sums is not None:
             self.sums.add(site, update)
         listed = {k: v for k, v in update.metrics.items() if k in self.share}  # a site may send more than it was asked for
@@ -272,7 +268,7 @@ class _Round:
 
     def accept_sum(self, sites: Sequence[str], update: Update, *, squares: NDArray[np.float64], counted: int) -> None:
         if counted > len(sites) * self.max_weight:
-            raise WeightTooLarge(f"{len(sites)} sites together", counted, len(sites) * self.max_weight)
+            raise UpdateRejected.too_heavy(f"{len(sites)} sites together", counted, len(sites) * self.max_weight)
         if self.sums is not None:
             self.sums.add("*", update, squares=squares)
         listed = {k: v for k, v in update.metrics.items() if k in self.share or k.startswith("secagg/")}

@@ -17,17 +17,19 @@ from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.files import (
     Damaged,
-    FileMemory,
     check_facts,
     dump_facts,
+    dump_record,
     load_vectors,
     named_disk_errors,
     parse_facts,
+    parse_record,
     read_file,
     save_adapter,
     set_aside,
     write_atomic,
 )
+from fedlora.formats.memory import FileMemory
 from fedlora.protect.modes import mode_of
 
 log = logging.getLogger(__name__)
@@ -333,13 +335,13 @@ def _copy(path: Path) -> Path:
 
 
 def _run_facts(run: str, plan: Plan) -> bytes:
-    return dump_facts({"format": 1, "run": run, "plan": plan.digest()})
+    return dump_record("run", {"run": run, "plan": plan.digest()})
 
 
 def _facts_of(mark: Path) -> dict[str, str]:
     """``run`` and ``plan`` of a run.json; empty if it is damaged or missing."""
     with suppress(StoreError):
-        facts = parse_facts(read_file(mark) or b"", mark, hint="")
+        facts = parse_record(read_file(mark) or b"", "run", mark)
         found = {k: str(facts.get(k)) for k in ("run", "plan")}
         if all(_DIGEST.fullmatch(v) for v in found.values()):
             return found

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Layout
-from fedlora.core.errors import WrongLayout
+from fedlora.core.errors import WrongContext
 
 
 def first_adapter(layout: Layout, *, seed: int) -> Adapter:
@@ -19,7 +19,7 @@ def first_adapter(layout: Layout, *, seed: int) -> Adapter:
     numpy keeps stable, keyed by SHA-256 of the seed and the tensor's name.
 
     Raises:
-        WrongLayout: a tensor is not part of a LoRA pair.
+        WrongContext (wrong-layout): a tensor is not part of a LoRA pair.
     """
     layout.pairs()
     return first_of(layout, seed=seed)
@@ -29,12 +29,12 @@ def first_of(layout: Layout, *, seed: int) -> Adapter:
     """The same for some of an adapter's tensors.
 
     Raises:
-        WrongLayout: a tensor is no factor of a LoRA pair.
+        WrongContext (wrong-layout): a tensor is no factor of a LoRA pair.
     """
     vector = np.zeros(layout.size, np.float32)
     for name, at, shape in layout.slices():
         if not name.endswith((".lora_A.weight", ".lora_B.weight")) or len(shape) != 2:
-            raise WrongLayout(f"{name} is no factor of a LoRA pair")
+            raise WrongContext(f"{name} is no factor of a LoRA pair", code="wrong-layout")
         if name.endswith(".lora_A.weight"):
             vector[at] = _uniform(name, shape[0] * shape[1], seed=seed) / math.sqrt(shape[1])
     return Adapter(vector, layout)

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, Self, TypeAlias
 import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Factors, Layout
-from fedlora.core.errors import ImpossibleAdapter
+from fedlora.core.errors import PlanRefused
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.registry import MODES
@@ -96,7 +96,7 @@ class Aggregator(Protocol):
             moved: most that all rounds so far together can have changed a value of a factor.
 
         Raises:
-            ImpossibleAdapter: it has gone further.
+            PlanRefused (impossible-adapter): it has gone further.
         """
         ...
 
@@ -116,11 +116,12 @@ class Aggregator(Protocol):
 
 
 def check_reach(tensor: str, found: float, most: float) -> None:
-    """Raises: ImpossibleAdapter: more than ``most``, but for the rounding of float32."""
+    """Raises: PlanRefused (impossible-adapter): more than ``most``, but for the rounding of float32."""
     if not found <= most * (1 + 1e-3) + 1e-6:
-        raise ImpossibleAdapter(
+        raise PlanRefused(
             f"{tensor} has moved by {found:.3g} since the first adapter; all rounds so far can have moved it by {most:.3g}",
             hint="the server has published what this plan's sums cannot give: treat it as an incident and ask the coordinator",
+            code="impossible-adapter",
         )
 
 

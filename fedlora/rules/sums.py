@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.adapter import F32, Adapter, Layout, Update
-from fedlora.core.errors import UpdateRejected, WeightTooLarge
+from fedlora.core.errors import UpdateRejected
 from fedlora.core.limits import MAX_SITES
 from fedlora.rules.factored import product_norm
 
@@ -53,8 +53,8 @@ class Accumulator(Protocol):
             squares: weighted mean of what :func:`squares_of` gives for each of them; None: of the update itself.
 
         Raises:
-            WrongLayout, NonFiniteUpdate: see :meth:`Update.check`.
-            WeightTooLarge: more than one site may weigh.
+            WrongContext (wrong-layout), NonFiniteUpdate: see :meth:`Update.check`.
+            UpdateRejected (weight-too-large): more than one site may weigh.
             UpdateRejected: no weight, a value out of range, or the site has been added already.
         """
         ...
@@ -64,13 +64,13 @@ def check(site: str, update: Update, *, layout: Layout, max_weight: int) -> None
     """Refuses an update that no rule may see.
 
     Raises:
-        WrongLayout, NonFiniteUpdate, WeightTooLarge, UpdateRejected: see :meth:`Accumulator.add`.
+        WrongContext (wrong-layout), NonFiniteUpdate, UpdateRejected: see :meth:`Accumulator.add`.
     """
     update.check(layout.size)
     if update.weight < 1:  # zero would count as a site for the quorum and bring nothing
         raise UpdateRejected(f"weight {update.weight} is below 1")
     if update.weight > max_weight:
-        raise WeightTooLarge(site, update.weight, max_weight)
+        raise UpdateRejected.too_heavy(site, update.weight, max_weight)
     if max(-float(update.delta.min()), float(update.delta.max())) > MAX_DELTA:
         raise UpdateRejected(f"a value changed by more than {MAX_DELTA:g}", hint="training diverged at that site")
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedlora.core.canonical import canonical
-from fedlora.core.errors import PlanNotApproved, RunNotApproved, StoreError, WrongPlan
-from fedlora.formats.files import Memory
+from fedlora.core.errors import PlanRefused, StoreError, WrongContext
+from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.site.site_file import SiteFile
 
 RUNS = "runs"
@@ -59,28 +57,31 @@ def admit(begun: Sequence[Begun], one: Begun, *, plans: Sequence[str] | None) ->
         ``begun``, with the new run if it is one.
 
     Raises:
-        WrongPlan: the run began with another plan.
-        PlanNotApproved, RunNotApproved.
+        WrongContext (wrong-plan): the run began with another plan.
+        PlanRefused (plan-not-approved, run-not-approved).
     """
     for known in begun:
         if known.run == one.run and known.plan != one.plan:
-            raise WrongPlan(
+            raise WrongContext(
                 f"run {one.run[:12]} began here with plan {known.plan[:12]}; plan {one.plan[:12]} has no place in it",
                 hint="a run keeps its plan and its protection to its end; another plan needs another run",
+                code="wrong-plan",
             )
     after = begun if one in begun else (*begun, one)
     if plans is None:
         return after
     allowed, number = plans.count(one.plan), [b for b in after if b.plan == one.plan].index(one) + 1
     if not allowed:
-        raise PlanNotApproved(
+        raise PlanRefused(
             f"nobody at this site has approved plan {one.plan}",
             hint="`fedlora site approve PLAN.toml --site site.toml` shows what it asks for, and approves one run of it",
+            code="plan-not-approved",
         )
     if number > allowed:
-        raise RunNotApproved(
+        raise PlanRefused(
             f"plan {one.plan} is approved for {allowed} of its runs, and this is number {number}",
             hint=f"{_SHOWS}. If that may be: `fedlora site approve PLAN.toml --site site.toml --again` allows one more run",
+            code="run-not-approved",
         )
     return after
 
@@ -104,13 +105,11 @@ class Runs:
             StoreError: damaged.
         """
         try:
-            return [Begun(run, plan) for run, plan in json.loads(self.memory.get(RUNS) or b"[]")]
+            found = get_record(self.memory, RUNS, "runs") or {"begun": []}
         except StoreError as e:
             raise StoreError(f"the record of the runs that this site has taken part in: {e}", hint=_WAY) from None
-        except (ValueError, TypeError):
-            where = self.memory.where(RUNS)
-            raise StoreError(f"{where}, the record of the runs that this site has taken part in, is damaged", hint=_WAY) from None
+        return [Begun(run, plan) for run, plan in found["begun"]]
 
     def save(self, begun: Sequence[Begun]) -> None:
         """On the disk when this returns."""
-        self.memory.put(RUNS, canonical([[b.run, b.plan] for b in begun]))
+        put_record(self.memory, RUNS, "runs", {"begun": [[b.run, b.plan] for b in begun]})

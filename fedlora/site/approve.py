@@ -14,8 +14,9 @@ from tomlkit.exceptions import TOMLKitError
 
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange
 from fedlora.core.plan import Plan, parse_plan
-from fedlora.formats.files import FileMemory, write_atomic
+from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
+from fedlora.formats.memory import FileMemory
 from fedlora.formats.roster import SignedRoster
 from fedlora.protect.given import Gift, Given, Ledger
 from fedlora.protect.mode import Told

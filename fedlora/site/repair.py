@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
@@ -18,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
-from fedlora.formats.files import FileMemory, load_adapter, set_aside, words
+from fedlora.formats.files import load_adapter, set_aside
 from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
+from fedlora.formats.memory import FileMemory, get_record, put_record, words
 from fedlora.protect.given import KEY, Given, Ledger
 from fedlora.protect.link import raise_number
 from fedlora.rounds.store import RunStore
@@ -274,8 +273,8 @@ class SiteRepair:
 
     def _note(self, run: str, fact: dict[str, Any]) -> None:
         with suppress(StoreError):
-            before = json.loads(self.memory.get(f"{run}/repaired") or b"[]")
-            self.memory.put(f"{run}/repaired", canonical([*before, fact]))
+            before = get_record(self.memory, f"{run}/repaired", "repaired") or {"choices": []}
+            put_record(self.memory, f"{run}/repaired", "repaired", {"choices": [*before["choices"], fact]})
 
 
 class ServerRepair:

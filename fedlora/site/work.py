@@ -10,22 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from fedlora.core.adapter import Adapter, Factors, Layout, Update
-from fedlora.core.errors import (
-    FedLoRAError,
-    PlanRefused,
-    ResourceError,
-    StateLost,
-    WeightTooLarge,
-    WrongBase,
-    WrongLayout,
-    WrongRound,
-)
+from fedlora.core.errors import FedLoRAError, PlanRefused, ResourceError, StateLost, UpdateRejected, WrongContext
 from fedlora.core.limits import MAX_RANK
 from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats import update as wire
-from fedlora.formats.files import FileMemory
 from fedlora.formats.journal import Entry, Journal
+from fedlora.formats.memory import FileMemory
 from fedlora.protect import SiteProtection
 from fedlora.protect.modes import mode_of
 from fedlora.rules import Aggregator, largest_weight, rule_of
@@ -144,11 +135,12 @@ class Site:
         """Does a task that has been found genuine, or finds it done in the journal.
 
         Raises:
-            PlanNotApproved, RunNotApproved, WrongPlan: no person here has agreed to this run. Nothing has been loaded.
-            PlanRefused, WrongBase, WrongLayout, SitsOut: this site does not take part in that.
+            PlanRefused (plan-not-approved, run-not-approved), WrongContext (wrong-plan): no person here has agreed to this run.
+                Nothing has been loaded.
+            PlanRefused, WrongContext (wrong-base, wrong-layout): this site does not take part in that.
             StateLost: what it would have to go on from is gone.
             NonFiniteUpdate: training diverged.
-            WeightTooLarge: this site used more than the plan lets one site weigh; the server would refuse it.
+            UpdateRejected (weight-too-large): this site used more than the plan lets one site weigh; the server would refuse it.
         """
         self._admit(task)
         plan, rule, learner, adapter = self._prepare(task)
@@ -213,7 +205,7 @@ class Site:
         delta = rule.encode(adapter, trained.adapter, round=task.round)
         weight = {"tokens": trained.tokens, "examples": trained.examples, "uniform": 1}[plan.aggregate.weighting]
         if weight > (most := largest_weight(plan)):
-            raise WeightTooLarge(self.name, weight, most)
+            raise UpdateRejected.too_heavy(self.name, weight, most)
         return Update(delta, weight, self._shared(plan, metrics)), trained.state, trained.adapter
 
     def _rank(self, plan: Plan) -> int:
@@ -231,27 +223,30 @@ class Site:
             self._ready = (task.plan_digest, plan, rule_of(plan), self.learner(plan))
         _, plan, rule, learner = self._ready
         if not learner.base == task.base == plan.model.digest:
-            raise WrongBase(
+            raise WrongContext(
                 f"the plan pins base {plan.model.digest[:12]}, this site's copy is {learner.base[:12]}",
                 hint="compare weights, tokenizer, chat template and quantisation; `fedlora pin` prints each digest",
+                code="wrong-base",
             )
         if learner.steps > self.policy.max_local_steps:
             raise PlanRefused(f"a round takes {learner.steps} steps here, more than {self.policy.max_local_steps}")
         if not 1 <= task.round <= plan.federation.num_rounds + (task.kind == "evaluate"):
-            raise WrongRound(f"round {task.round} of {plan.federation.num_rounds}")
+            raise WrongContext(f"round {task.round} of {plan.federation.num_rounds}", code="wrong-round")
         adapter = self._whole(task, plan, rule, learner)
         if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
             raise PlanRefused("the first adapter is not the one that the plan pins")
         mode_of(plan).check_adapter(plan, task.adapter, layout=learner.layout, round=task.round)
         if task.kind == "train" and task.reply_layout != rule.reply(adapter.layout, task.round):
-            raise WrongLayout("the server asks for other tensors than the plan's rule sends")
+            raise WrongContext("the server asks for other tensors than the plan's rule sends", code="wrong-layout")
         return plan, rule, learner, adapter
 
     def _whole(self, task: Task, plan: Plan, rule: Aggregator, learner: Learner) -> Adapter:
         """The whole adapter: what the server does not send follows from the seed, or is this site's own."""
         layout = learner.layout.at_rank(task.adapter.layout.rank) if rule.varies_rank else learner.layout
         if task.adapter.layout != layout.only(rule.down()) or layout.rank > MAX_RANK:
-            raise WrongLayout("the adapter that the server sent does not fit this base and the plan's LoRA settings")
+            raise WrongContext(
+                "the adapter that the server sent does not fit this base and the plan's LoRA settings", code="wrong-layout"
+            )
         if rule.down() == "AB":
             return task.adapter
         before = self._before(task) if rule.keeps else None

@@ -12,8 +12,8 @@ from fedlora.cli import main
 from fedlora.core.plan import Plan, Protect
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_site_keys
-from fedlora.formats.files import FileMemory
 from fedlora.formats.keys import Identity, load_identity
+from fedlora.formats.memory import FileMemory
 from fedlora.lab.testing import TOY_BASE, toy_plan
 from fedlora.protect.given import Gift, Given, Ledger
 from fedlora.protect.secagg.settings import measure

@@ -19,7 +19,7 @@ from flower.harness import PATIENCE_S, Federation, descendants, running, until
 from flower.toy_parts import BLOB_BYTES, CANARY, blob
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, QuorumNotReached, RunFailed
+from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, RunFailed
 from fedlora.core.messages import Reply, Request
 from fedlora.flower import launch
 from fedlora.flower._internals import Claimer, Control, TaskClient
@@ -126,7 +126,7 @@ def test_twelve_megabytes_go_to_both_sites_and_come_back(federation):
 def test_what_ends_a_run_reaches_who_started_it_with_code_and_status(federation):
     with pytest.raises(FedLoRAError, match="one site of two") as error:
         start(federation.home, federation.plan("quorum"), resume=False, report=lambda e, f: None)
-    assert (error.value.code, error.value.exit_status) == (QuorumNotReached.code, QuorumNotReached.exit_status)
+    assert (error.value.code, error.value.exit_status) == ("quorum", 6)
     with pytest.raises(FedLoRAError) as error:
         start(federation.home, federation.plan("bug"), resume=False, report=lambda e, f: None)
     assert error.value.code == "internal"

@@ -21,6 +21,7 @@ import httpx
 import pytest
 from flower.harness import environment, until
 from flower.signed import Node
+from raising import raising
 
 from fedlora.core.errors import ConnectionFailed
 from fedlora.flower import launch
@@ -28,7 +29,7 @@ from fedlora.gateway.allowance import Allowance
 from fedlora.gateway.app import upstream_client
 from fedlora.gateway.bodies import end_to_end
 from fedlora.gateway.certificates import make_tls
-from fedlora.gateway.exposure import FORBIDDEN, ServerExposed, check_public, free_port, healthy, public_status
+from fedlora.gateway.exposure import FORBIDDEN, check_public, free_port, healthy, public_status
 from fedlora.processes.parent import die_with_parent
 
 pytestmark = pytest.mark.flower
@@ -365,7 +366,7 @@ def test_the_gateway_believes_our_authority_only(place, tmp_path):
 
 def test_the_self_check_passes_behind_the_gateway_and_fails_without_it(place):
     check_public(f"127.0.0.1:{place.address[1]}", ca=place.tls / "ca.crt")
-    with pytest.raises(ServerExposed, match="list-nodes answers 200"):
+    with raising(ConnectionFailed, code="exposed", match="list-nodes answers 200"):
         check_public(f"127.0.0.1:{place.upstream.port}", ca=place.tls / "ca.crt")
     with pytest.raises(ConnectionFailed, match="does not answer"):
         check_public(f"127.0.0.1:{free_port()}", ca=place.tls / "ca.crt")

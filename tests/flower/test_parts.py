@@ -20,6 +20,7 @@ from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 from hypothesis import given
 from hypothesis import strategies as st
+from raising import raising
 
 from fedlora.core.errors import (
     ConfigError,
@@ -29,7 +30,6 @@ from fedlora.core.errors import (
     Oversized,
     PlanRefused,
     StoreError,
-    VersionUnsupported,
     WireError,
 )
 from fedlora.core.messages import Reply, Request
@@ -41,7 +41,7 @@ from fedlora.flower.records import STYPE, dump_reply, dump_request, parse_reply,
 from fedlora.flower.supernode import Pace
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import certificate_hosts, load_node_keys, make_node_key, make_secret, make_tls, node_key_pem
-from fedlora.gateway.exposure import ServerExposed, check_loopback
+from fedlora.gateway.exposure import check_loopback
 
 pytestmark = pytest.mark.slow  # to import flwr, that is
 
@@ -58,7 +58,7 @@ def mode(path: Path) -> int:
 @pytest.mark.parametrize("found", [None, "1.40.9", "1.42.0", "2.41.0", "1.4"])
 def test_another_flwr_is_refused_by_name(found):
     check_flwr("1.41.7")
-    with pytest.raises(VersionUnsupported, match=r"1\.41"):
+    with raising(WireError, code="version-unsupported", match=r"1\.41"):
         check_flwr(found)
 
 
@@ -255,7 +255,7 @@ def test_a_public_file_without_a_node_key_is_named(tmp_path, text):
 def test_a_port_that_is_open_beyond_loopback_is_found():
     with socket.create_server(("127.0.0.1", 0)) as closed, socket.create_server(("0.0.0.0", 0)) as exposed:
         check_loopback(closed.getsockname()[1])
-        with pytest.raises(ServerExposed):
+        with raising(ConnectionFailed, code="exposed"):
             check_loopback(exposed.getsockname()[1])
 
 
@@ -272,12 +272,12 @@ def test_a_job_is_found_under_its_random_name_only(tmp_path):
             load_job(tmp_path, other)
     for other in ("../../../elsewhere/x", "", "0" * 31):
         with pytest.raises(StoreError):  # the name comes with a run: it must not choose where a file is written
-            save_outcome(tmp_path, other, Outcome("", "", "", 0))
+            save_outcome(tmp_path, other, Outcome("", "", ""))
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_an_outcome_becomes_the_same_error_again(tmp_path):
-    error = ServerExposed("open", hint="close it")
+    error = ConnectionFailed("open", hint="close it", code="exposed")
     save_outcome(tmp_path, "0" * 32, Outcome.of(error))
     again = load_outcome(tmp_path, "0" * 32).error()
     assert (again.code, str(again), again.hint, again.exit_status) == ("exposed", "open", "close it", 4)

@@ -186,7 +186,7 @@ def test_the_outcome_of_a_job_is_said_on_a_disk_that_is_full(tmp_path, small_dis
     fill(small_disk, leave=0)
     for number in range(200):
         events("step", {"number": number, "text": "x" * 200})  # dropped, and the run goes on
-    save_outcome(home, name, Outcome("resources", "no space left " + "x" * 5000, "free some", 7))
+    save_outcome(home, name, Outcome("resources", "no space left " + "x" * 5000, "free some"))
     (small_disk / "filler").unlink()
     events("end", {})
     seen = []
@@ -198,7 +198,7 @@ def test_the_outcome_of_a_job_is_said_on_a_disk_that_is_full(tmp_path, small_dis
 @pytest.mark.parametrize("kind", ["job", "outcome"])
 def test_damaged_files_between_the_servers_processes_are_named_or_count_as_missing(tmp_path, kind):
     name = new_job(tmp_path, Job("/srv/plan.toml", True))
-    save_outcome(tmp_path, name, Outcome("quorum", "too few", "wait", 6))
+    save_outcome(tmp_path, name, Outcome("quorum", "too few", "wait"))
     file = tmp_path / "flower" / "jobs" / f"{name}.{kind}.json"
     whole = file.read_bytes()
     for blob in (b"", whole[:-1], whole.replace(b"plan", b"pl4n").replace(b"quorum", b"quarum"), b"{}", b"\xff" * 40):

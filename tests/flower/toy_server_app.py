@@ -12,7 +12,7 @@ from typing import Any
 
 from toy_parts import BLOB_BYTES, DUE, blob
 
-from fedlora.core.errors import QuorumNotReached
+from fedlora.core.errors import RunFailed
 from fedlora.core.messages import Request
 from fedlora.flower.server_app import main
 from fedlora.formats.plans import load_plan
@@ -25,7 +25,7 @@ def serve(
     name = load_plan(plan_file).run.name
     report("start", {"argv": sys.argv, "resume": resume})
     if name == "quorum":
-        raise QuorumNotReached("one site of two", hint="wait for the other")
+        raise RunFailed("one site of two", hint="wait for the other", code="quorum")
     if name == "bug":
         raise ZeroDivisionError
     if name == "wait":
@@ -40,7 +40,7 @@ def serve(
         facts = {"site": reply.site, "error": reply.error, "sha256": digest, "seconds": time.monotonic() - began}
         report("reply", facts)
         if name == "full" and reply.error:
-            raise QuorumNotReached("what the rounds say of it", hint="bring the sites back")
+            raise RunFailed("what the rounds say of it", hint="bring the sites back", code="quorum")
 
 
 def rounds(file: Path, transport: Transport, report: Callable[[str, Mapping[str, Any]], None]) -> None:

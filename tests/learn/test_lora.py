@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from raising import raising
 
 import fedlora.learn
 from fedlora.core.adapter import Adapter, Layout
-from fedlora.core.errors import ConfigError, RunFailed, WrongLayout
+from fedlora.core.errors import ConfigError, RunFailed, WrongContext
 from fedlora.core.plan import Lora, Training
 from fedlora.learn.lora import attach
 from fedlora.learn.optimizer import make_optimiser
@@ -37,7 +38,7 @@ def test_pitfall_2_another_layout_is_refused_and_changes_nothing(lora: Callable[
     renamed = {n.replace("layers.0", "layers.7") if n == name else n: t + 1 for n, t in tensors.items()}
     fewer = {n: t + 1 for n, t in tensors.items() if ".layers.0." in n}
     for wrong in (renamed, fewer):
-        with pytest.raises(WrongLayout):
+        with raising(WrongContext, code="wrong-layout"):
             model.set(Adapter.of(wrong))
     assert model.get().digest() == before.digest()
 

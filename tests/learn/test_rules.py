@@ -10,9 +10,10 @@ import pytest
 import torch
 from learn.plans import plan_of
 from peft.tuners.lora import LoraLayer
+from raising import raising
 
 from fedlora.core.adapter import Adapter, Update
-from fedlora.core.errors import RunFailed, WrongLayout
+from fedlora.core.errors import RunFailed, WrongContext
 from fedlora.learn.learner import HFLearner
 from fedlora.rules import FFA, FedSVD, Product, RoLoRA, add
 
@@ -105,7 +106,7 @@ def test_an_adapter_of_mixed_ranks_is_refused(lora: Callable[..., Any]):
     module = next(iter(tensors)).removesuffix(".lora_A.weight")
     for factor, keep in (("A", np.s_[:2]), ("B", np.s_[:, :2])):
         tensors[f"{module}.lora_{factor}.weight"] = tensors[f"{module}.lora_{factor}.weight"][keep]
-    with pytest.raises(WrongLayout):
+    with raising(WrongContext, code="wrong-layout"):
         model.set(Adapter.of(tensors))
 
 

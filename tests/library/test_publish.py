@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from raising import raising
 from test_rounds import TARGETS, Federation, interrupted, plan
 
 from fedlora.cli import main
-from fedlora.core.errors import QuorumNotReached
+from fedlora.core.errors import RunFailed
 from fedlora.core.messages import Reply
 from fedlora.rounds.store import RunStore
 
@@ -23,7 +24,7 @@ def facts(directory, out):
 def test_a_run_is_called_complete_when_all_its_rounds_are_done_and_not_before(tmp_path):
     fed = Federation(tmp_path, plan(rounds=3, min_sites=3))
     fed.answers["b"] = lambda request: Reply("b", error="resources")
-    with pytest.raises(QuorumNotReached):
+    with raising(RunFailed, code="quorum"):
         fed.run()
     said = [facts(tmp_path / "run", tmp_path / "none")]
     fed.answers["b"] = fed.sites["b"].handle

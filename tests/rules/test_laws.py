@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.core.adapter import Adapter, Layout, Update
-from fedlora.core.errors import FedLoRAError, NonFiniteUpdate, UpdateRejected, WrongLayout
+from fedlora.core.errors import FedLoRAError, NonFiniteUpdate, UpdateRejected, WrongContext
 from fedlora.core.plan import Aggregate, Federation, Plan, Protect
 from fedlora.core.registry import MODES, RULES
 from fedlora.rules import (
@@ -188,7 +188,7 @@ def test_a_bad_update_is_refused_alone(rule, value, seed):
         update = Update(rule.encode(start, local, round=1), weight, {})
         good.add(name, update)
         for wrong in (bad, Update(update.delta, 0, {}), Update(update.delta[:-1], 1, {}), Update(update.delta, 1 << 40, {})):
-            with pytest.raises((NonFiniteUpdate, WrongLayout, UpdateRejected)):
+            with pytest.raises((NonFiniteUpdate, WrongContext, UpdateRejected)):
                 mixed.add("bad", wrong)
         mixed.add(name, update)
         with pytest.raises(UpdateRejected, match="already"):

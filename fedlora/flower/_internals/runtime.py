@@ -29,6 +29,7 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedlora.core.codes import Code
 from fedlora.core.errors import ConnectionFailed, Oversized, WireError
 from fedlora.gateway.addresses import LOOPBACK
 
@@ -47,7 +48,7 @@ _STRAGGLING_PART_S = 10.0
 class WrongSecret(ConnectionFailed):
     """A Flower process on this host does not take the secret that it was started with."""
 
-    code = "wrong-secret"
+    code: Code = "wrong-secret"
 
 
 class Channel(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -10,12 +9,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.canonical import canonical
 from fedlora.core.errors import SessionError
 from fedlora.core.messages import Kind, Task
 from fedlora.core.reader import Reader
-from fedlora.formats.files import Memory
 from fedlora.formats.keys import PublicIdentity
+from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.formats.roster import SignedRoster
 from fedlora.protect.secagg.cohort import Cohort, Delivered, Rules, certificate, read_certificate
 from fedlora.protect.secagg.opening import Deal, deal_bytes
@@ -106,7 +104,7 @@ class Book:
             "gone": sorted(session.gone),
             "tries": session.tries,
         }
-        self._put("session", canonical(facts))
+        put_record(self.memory, "secagg/session", "session", facts)
 
     def roster(self, task: Task) -> SignedRoster | None:
         """The roster under which a session of this round has begun that has not ended; None if there is none."""
@@ -145,34 +143,34 @@ class Book:
         return session
 
     def _facts(self, task: Task) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads(self.memory.get("secagg/session") or b"{}")
+        facts = get_record(self.memory, "secagg/session", "session") or {}
         this = (facts.get("round"), facts.get("kind")) == (task.round, task.kind)
         return facts if this and facts["stage"] != "aborted" else {}
 
     def ended(self, task: Task) -> Ended:
         """Sessions of this round that have ended without a sum."""
-        facts = json.loads(self.memory.get("secagg/ended") or b"{}")
+        facts = get_record(self.memory, "secagg/ended", "ended") or {}
         if (facts.get("round"), facts.get("kind")) != (task.round, task.kind):
             return []
         return [(bytes.fromhex(t1), bytes.fromhex(proof)) for t1, proof in facts["ended"]]
 
     def save_ended(self, task: Task, ended: Ended) -> None:
         facts = {"round": task.round, "kind": task.kind, "ended": [[t1.hex(), proof.hex()] for t1, proof in ended]}
-        self._put("ended", canonical(facts))
+        put_record(self.memory, "secagg/ended", "ended", facts)
 
     def exclude(self, site: str, *, round: int, code: str) -> None:
         """Leaves a site out of the sessions of one round that are still to begin. What is known of earlier rounds goes."""
         known = {r: sites for r, sites in self._excluded().items() if int(r) >= round - 1}
         known[str(round)] = known.get(str(round), {}) | {site: code}
-        self._put("excluded", canonical(known))
+        put_record(self.memory, "secagg/excluded", "excluded", {"rounds": known})
 
     def excluded(self, site: str, *, round: int) -> str:
         """The code of why this site is left out of this round; empty if it is not."""
         return self._excluded().get(str(round), {}).get(site, "")
 
     def _excluded(self) -> dict[str, dict[str, str]]:
-        found: dict[str, dict[str, str]] = json.loads(self.memory.get("secagg/excluded") or b"{}")
-        return found
+        found = get_record(self.memory, "secagg/excluded", "excluded") or {"rounds": {}}
+        return dict(found["rounds"])
 
     def _put(self, kind: str, blob: bytes) -> None:
         self.memory.put(f"secagg/{kind}", blob)

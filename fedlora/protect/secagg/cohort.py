@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.hpke import MLKEM768X25519PublicKey
 from fedlora.core.errors import (
     BadSignature,
     CohortTooSmall,
+    EnvelopeError,
     LoneChange,
     RevokedSite,
-    UnknownSite,
-    VotesMissing,
+    SessionError,
     WireError,
     WrongContext,
 )
@@ -254,10 +254,10 @@ class Cohort:
         """Inverse of :meth:`dump`; every advertisement is checked against the roster.
 
         Args:
-            known: the roster's word on a site; raises UnknownSite or RevokedSite.
+            known: the roster's word on a site; raises EnvelopeError (unknown-site) or RevokedSite.
 
         Raises:
-            WireError, BadSignature, UnknownSite, CohortTooSmall, WrongContext.
+            WireError, BadSignature, EnvelopeError (unknown-site), CohortTooSmall, WrongContext.
         """
         reader = Reader(blob, "cohort")
         count = reader.number()
@@ -273,12 +273,12 @@ class Cohort:
         """A site's place, from 1: the point at which its shares lie.
 
         Raises:
-            UnknownSite: not in this session.
+            EnvelopeError (unknown-site): not in this session.
         """
         for i, advert in enumerate(self.adverts, 1):
             if advert.name == name:
                 return i
-        raise UnknownSite("not in this session")
+        raise EnvelopeError("not in this session", code="unknown-site")
 
     def advert(self, number: int) -> Advert:
         """The site at a place.
@@ -393,15 +393,15 @@ def check_certificate(
     not count.
 
     Raises:
-        VotesMissing: fewer.
+        SessionError (votes-missing): fewer.
         BadSignature: one is not what it says.
     """
     if any(not 1 <= n <= len(names) for n in votes):
-        raise VotesMissing(f"a vote of a site that is none of {len(names)}")
+        raise SessionError(f"a vote of a site that is none of {len(names)}", code="votes-missing")
     counted = 0
     for number, signature in votes.items():
         with suppress(RevokedSite):
             check_signature(known(names[number - 1]), "vote", text, signature)
             counted += 1
     if counted < threshold:
-        raise VotesMissing(f"{counted} votes, {threshold} are needed")
+        raise SessionError(f"{counted} votes, {threshold} are needed", code="votes-missing")

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as dump_tensors
 
 from fedlora.core.adapter import F32
-from fedlora.core.canonical import canonical
 from fedlora.core.errors import StoreError
-from fedlora.formats.files import Memory
+from fedlora.formats.files import Damaged, frame, unframe
 from fedlora.formats.keys import Identity
+from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.protect.derive import derive
+from fedlora.protect.hidden import Hidden
 from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.rings import Words
 
+_ENCODED = b"FLE1"
 _OPEN = "secagg/open"
 """Runs in which a session may still have its secrets."""
 
@@ -121,22 +119,25 @@ class Records:
 
     def __init__(self, memory: Memory, run: str, identity: Identity, entropy: Callable[[int], bytes]) -> None:
         self._memory, self._run, self._identity, self._entropy = memory, run, identity, entropy
-        self._cipher = AESGCM(derive(identity.signing.private_bytes_raw(), "site-records", context=run.encode()))
+        self._hidden = Hidden(memory, derive(identity.signing.private_bytes_raw(), "site-records", context=run.encode()), entropy)
 
     def session(self) -> Session | None:
         """The session that was opened last; None if there is none, or its file is damaged: the site then counts as gone."""
         try:
-            found = self._facts("session")
-            known = {f.name: f.type for f in fields(Session)}
-            values: dict[str, Any] = {k: bytes.fromhex(v) if known[k] == "bytes" else v for k, v in found.items()}
-            return Session(**values) if values else None
-        except (InvalidTag, ValueError, KeyError, TypeError):
+            found = self._hidden.get(self._name("session"), "session")
+        except ValueError:
             return None
+        if found is None:
+            return None
+        known = {f.name: f.type for f in fields(Session)}
+        values: dict[str, Any] = {k: bytes.fromhex(v) if known[k] == "bytes" else v for k, v in found.items()}
+        return Session(**values)
 
     def save_session(self, session: Session) -> None:
         if session.root:
             self._note(self._run)  # before the secrets are there to be forgotten
-        self._save_facts("session", {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(session).items()})
+        facts = {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(session).items()}
+        self._hidden.put(self._name("session"), "session", facts)
 
     def end_other_runs(self) -> None:
         """Deletes the secrets of sessions that were never ended, of all runs but this one: nobody shall open them later."""
@@ -146,19 +147,17 @@ class Records:
             if session is not None and session.root:
                 other.save_session(session.but(root=b""))
         if self._noted() - {self._run}:
-            self._memory.put(_OPEN, canonical([self._run]))
+            put_record(self._memory, _OPEN, "open", {"runs": [self._run]})
 
     def _noted(self) -> set[str]:
-        try:
-            return set(json.loads(self._memory.get(_OPEN) or b"[]"))
-        except ValueError:
-            hint = "delete it; secrets of sessions that were not ended then stay on this disk, encrypted, as long as their files"
-            raise StoreError(f"the list {_OPEN} of runs with open sessions is damaged", hint=hint) from None
+        hint = "delete it; secrets of sessions that were not ended then stay on this disk, encrypted, as long as their files"
+        found = get_record(self._memory, _OPEN, "open", hint=hint) or {"runs": []}
+        return set(found["runs"])
 
     def _note(self, run: str) -> None:
         noted = self._noted()
         if run not in noted:
-            self._memory.put(_OPEN, canonical(sorted({*noted, run})))
+            put_record(self._memory, _OPEN, "open", {"runs": sorted({*noted, run})})
 
     def used(self) -> Used | None:
         """
@@ -166,11 +165,11 @@ class Records:
             StoreError: damaged. The site then takes part in nothing: it cannot know what it has given.
         """
         try:
-            found = self._facts("used")
-            return Used(**found) if found else None
-        except (InvalidTag, ValueError, TypeError):
+            found = self._hidden.get(self._name("used"), "used")
+        except ValueError:
             hint = "this site cannot take part in this run any more; what it has given away is not known here"
             raise StoreError("the record of what this site has given away is damaged", hint=hint) from None
+        return None if found is None else Used(**found)
 
     def has_given(self) -> bool:
         """Whether this site has given a masked update in this run, or in one whose session may still be open."""
@@ -178,18 +177,7 @@ class Records:
         return any(Records(self._memory, run, self._identity, self._entropy).used() is not None for run in runs)
 
     def save_used(self, used: Used) -> None:
-        self._save_facts("used", asdict(used))
-
-    def _facts(self, kind: str) -> dict[str, Any]:
-        blob = self._memory.get(self._name(kind))
-        if blob is None:
-            return {}
-        found: dict[str, Any] = json.loads(self._cipher.decrypt(blob[:12], blob[12:], kind.encode()))
-        return found
-
-    def _save_facts(self, kind: str, facts: Mapping[str, Any]) -> None:
-        nonce = self._entropy(12)
-        self._memory.put(self._name(kind), nonce + self._cipher.encrypt(nonce, canonical(facts), kind.encode()))
+        self._hidden.put(self._name("used"), "used", asdict(used))
 
     def blob(self, kind: str) -> bytes:
         """``cohort`` or ``relay`` as they came; empty if there is none."""
@@ -203,12 +191,9 @@ class Records:
         blob = self._memory.get(self._name("encoded"))
         if not blob:
             return None
-        body, digest = blob[:-32], blob[-32:]
-        if hashlib.sha256(body).digest() != digest:
-            return None
         try:
-            parts = load_tensors(body)
-        except SafetensorError:
+            parts = load_tensors(unframe(blob, _ENCODED, "encoded").rest())
+        except (Damaged, SafetensorError):
             return None
         key, round_ = bytes(parts["key"]).decode(), int(parts["round"][0])
         return Encoded(key, round_, parts["levels"], parts["numbers"], parts["left"])
@@ -223,7 +208,7 @@ class Records:
                 "left": e.left,
             }
         )
-        self._memory.put(self._name("encoded"), body + hashlib.sha256(body).digest())
+        self._memory.put(self._name("encoded"), b"".join(frame(_ENCODED, body)))
 
     def _name(self, kind: str) -> str:
         return f"{self._run}/secagg/{kind}"

@@ -18,16 +18,12 @@ from fedlora.core.adapter import F32, Update
 from fedlora.core.errors import (
     BadShare,
     BadSignature,
-    BothSecretsRequested,
     CohortTooSmall,
-    ComplaintUnanswered,
     DealerLied,
     FedLoRAError,
     LoneChange,
     RemoteError,
-    SecretsGone,
     SessionError,
-    SessionSpent,
     UpdateRejected,
     WireError,
     WrongContext,
@@ -75,7 +71,7 @@ _VOTE_BYTES = 33 + SIGNATURE
 _LIED_TO = frozenset({BadShare.code})
 """What a site says when what a dealer has signed for it does not open to what that dealer has committed to."""
 
-_FINAL = frozenset({SecretsGone.code, SessionSpent.code, BothSecretsRequested.code, LoneChange.code})
+_FINAL = frozenset({"secrets-gone", "session-spent", "both-secrets", LoneChange.code})
 """What a site says when it can never answer in this session."""
 
 Exchange = Generator[Sequence[Request], Iterator[Reply], None]
@@ -412,8 +408,10 @@ class SecAggServer:
         for dealer in silent:
             name = cohort.advert(dealer).name
             if name not in liars:
-                self.book.exclude(name, round=task.round, code=ComplaintUnanswered.code)
-                errors[name] = ComplaintUnanswered("it did not show what it had dealt to a site that says it does not open")
+                self.book.exclude(name, round=task.round, code="complaint-unanswered")
+                errors[name] = SessionError(
+                    "it did not show what it had dealt to a site that says it does not open", code="complaint-unanswered"
+                )
         return None if silent else settled
 
     def _caught(self, task: Task, site: str) -> None:
@@ -607,8 +605,9 @@ class SecAggServer:
             if code == DealerLied.code:
                 caught[site] = DealerLied("left out: what it dealt is not what it had signed for", site=site)
             elif code:
-                caught[site] = ComplaintUnanswered(
-                    "left out of this round: it did not show what it had dealt to a site that complained"
+                caught[site] = SessionError(
+                    "left out of this round: it did not show what it had dealt to a site that complained",
+                    code="complaint-unanswered",
                 )
             else:
                 admitted.append(site)

@@ -11,20 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from fedlora.core.adapter import F32, Update
-from fedlora.core.errors import (
-    BadShare,
-    BothSecretsRequested,
-    LoneChange,
-    MetricMissing,
-    SecretsGone,
-    SessionSpent,
-    UpdateRejected,
-    VotesMissing,
-    WireError,
-    WrongContext,
-    WrongDirection,
-    WrongRound,
-)
+from fedlora.core.errors import BadShare, LoneChange, SessionError, UpdateRejected, WireError, WrongContext
 from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.reader import Reader
@@ -116,7 +103,7 @@ class SecAggSite:
         }
         offered = request.phase == "advertise"  # an offer brings the roster itself
         if not offered and request.phase not in steps:
-            raise WrongDirection("no phase of this protection")
+            raise WrongContext("no phase of this protection", code="wrong-direction")
         digest = None if offered else self.roster.current.digest()
         header, payload = self.link.open(request, codec=codec(request.phase), roster=digest)
         if header.run != self._run:
@@ -126,7 +113,7 @@ class SecAggSite:
             return self._advertise(header, payload, records, work)
         session = records.session()
         if session is None or (session.round, session.attempt) != (header.round, header.attempt):
-            raise SecretsGone("no session of this round and attempt is open here")
+            raise SessionError("no session of this round and attempt is open here", code="secrets-gone")
         return self._reply(header, session.reply_key, steps[request.phase](payload, records, session))
 
     def _reply(self, header: Header, reply_key: bytes, payload: bytes | memoryview) -> bytes:
@@ -154,7 +141,9 @@ class SecAggSite:
         check_mode(plan, "secagg")
         used = records.used()
         if used is not None and task.round < used.round:
-            raise WrongRound(f"round {task.round} is over; this site has sent its update of round {used.round}")
+            raise WrongContext(
+                f"round {task.round} is over; this site has sent its update of round {used.round}", code="wrong-round"
+            )
         terms = Terms.of(plan, roster)
         gift = self._gift(terms.rules, plan)
         self._compare(gift, task.base, task.plan_digest, records)  # before anything is trained
@@ -228,13 +217,13 @@ class SecAggSite:
 
     def _share(self, payload: bytes, records: Records, session: Session) -> bytes:
         if not session.root:
-            raise SecretsGone("the secrets of this session are deleted")
+            raise SessionError("the secrets of this session are deleted", code="secrets-gone")
         cohort = Cohort.parse(payload, session.rules, self._known)
         own = cohort.number(self._name)
         if cohort.advert(own) != advertise(self._name, session.context, Secrets(session.root), key=self.link.identity.signing):
             raise WrongContext("this site's own advertisement is not the one that it made")
         if session.t1 and session.t1 != cohort.t1:
-            raise SessionSpent("these keys are bound to a session with other sites")
+            raise SessionError("these keys are bound to a session with other sites", code="session-spent")
         if not session.t1:
             records.save_blob("cohort", payload)
             records.save_session(session.but(t1=cohort.t1))
@@ -252,14 +241,17 @@ class SecAggSite:
         if used is not None and used.round == session.round and used.t1 != cohort.t1.hex():
             t1 = bytes.fromhex(used.t1)
             if t1 not in ended:
-                raise SessionSpent("this site has given its update of this round to another session, and nothing proves its end")
+                raise SessionError(
+                    "this site has given its update of this round to another session, and nothing proves its end",
+                    code="session-spent",
+                )
             text = vote_text(t1, ABORT)
             check_certificate(ended[t1], text, names=used.names, threshold=used.threshold, known=self._known)
         if session.verdict:
-            raise SessionSpent("this site has voted in this session; it masks nothing more")
+            raise SessionError("this site has voted in this session; it masks nothing more", code="session-spent")
         relayed = reader.rest()
         if session.digest and relayed != records.blob("relay"):
-            raise SessionSpent("this site has masked its update for another set of sites; it does so once")
+            raise SessionError("this site has masked its update for another set of sites; it does so once", code="session-spent")
         dealers = self._open_inbox(cohort, own, relayed, settled, session).shares.keys()
         group = session.rules.group_of(self._name)
         if not session.digest:
@@ -268,7 +260,7 @@ class SecAggSite:
             self._compare(gift, session.base, session.plan, records)
         out, digest = self._masked(cohort, own, relayed, settled, session, records)
         if session.digest and digest != session.digest:
-            raise SessionSpent("what this site has sent can not be made again")
+            raise SessionError("what this site has sent can not be made again", code="session-spent")
         if not session.digest:
             # On the disk before it is sent, and the ledger first: it may say too much, and is missed where an update was used.
             given = self._given(records)
@@ -285,7 +277,7 @@ class SecAggSite:
         inbox = self._open_inbox(cohort, own, relayed, settled, session)
         encoded = self._encoded or records.encoded()
         if encoded is None or encoded.round != session.round:
-            raise SecretsGone("the update of this round is not here any more")
+            raise SessionError("the update of this round is not here any more", code="secrets-gone")
         secrets, key = Secrets(session.root), self.link.identity.signing
         return masked(cohort, own, secrets, inbox, encoded.levels, encoded.numbers, bits=session.bits, key=key)
 
@@ -307,11 +299,14 @@ class SecAggSite:
         cohort = self._open_cohort(records, session)
         own = cohort.number(self._name)
         if not session.root or session.verdict:
-            raise SecretsGone("the secrets of this session are deleted, or this site has voted in it")
+            raise SessionError("the secrets of this session are deleted, or this site has voted in it", code="secrets-gone")
         holders = read_complaints(cohort, own, payload, self._known)
         shown = sorted({*session.opened, *holders})
         if len(shown) > session.max_colluding:
-            raise SessionSpent("more sites complain of this one than may be in league with the server; it shows nothing more")
+            raise SessionError(
+                "more sites complain of this one than may be in league with the server; it shows nothing more",
+                code="session-spent",
+            )
         if shown != list(session.opened):
             records.save_session(session.but(opened=shown))  # on the disk before it is sent
         log.warning("%s complain of what this site has dealt", ", ".join(cohort.advert(j).name for j in holders))
@@ -330,9 +325,9 @@ class SecAggSite:
             # Votes on two sets would have both kinds of share of the sites between them revealed.
             records.save_session(session.but(root=b"", final=b"", verdict=BURNT))
             log.error("INCIDENT: the server asked for a vote on two sets of updates in one session; the session is burnt")
-            raise BothSecretsRequested("a second, different vote in one session is refused; the session is burnt")
+            raise SessionError("a second, different vote in one session is refused; the session is burnt", code="both-secrets")
         if session.verdict and session.verdict != verdict:
-            raise SessionSpent("this site has voted in this session, and votes once")
+            raise SessionError("this site has voted in this session, and votes once", code="session-spent")
         if verdict == ABORT:
             return self._abort(cohort, records, session)
         text = self._agree(cohort, listed, records, session)
@@ -354,7 +349,7 @@ class SecAggSite:
         if session.verdict == COMMIT:
             return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))  # agreed before
         if not session.digest:
-            raise SecretsGone("this site has sent no update in this session")
+            raise SessionError("this site has sent no update in this session", code="secrets-gone")
         dealers = self._kept_inbox(cohort, own, records, session).shares.keys()
         check_deliveries(cohort, own, session.digest, delivered, dealers=list(dealers), rules=session.rules, known=self._known)
         return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
@@ -394,7 +389,7 @@ class SecAggSite:
         votes = read_certificate(reader)
         reader.end()
         if session.verdict != COMMIT:
-            raise VotesMissing("this site has not agreed to any set of updates in this session")
+            raise SessionError("this site has not agreed to any set of updates in this session", code="votes-missing")
         listed = Reader(session.delivered, "deliveries")
         delivered = Delivered.read_all(listed)
         text = vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
@@ -412,7 +407,7 @@ class SecAggSite:
             blob = records.blob("cohort")
             cohort = Cohort.parse(blob, session.rules, self._known) if session.t1 and blob else None
             if cohort is None or cohort.t1 != session.t1:
-                raise SecretsGone("the sites of this session are not known here")
+                raise SessionError("the sites of this session are not known here", code="secrets-gone")
             self._cohort = cohort
         return self._cohort
 
@@ -433,7 +428,7 @@ class SecAggSite:
 
     def _receive(self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session) -> Received:
         if not session.root:
-            raise SecretsGone("the secrets of this session are deleted")
+            raise SessionError("the secrets of this session are deleted", code="secrets-gone")
         reader = Reader(relayed, "shares")
         secrets = Secrets(session.root)
         received = receive(cohort, own, secrets, reader, rules=session.rules, known=self._known, settled=settled)
@@ -446,13 +441,14 @@ def _with_metrics(update: Update, due: Collection[str]) -> Update:
     that is sent alone is that site's number.
 
     Raises:
-        MetricMissing: one is not here.
+        SessionError (metric-missing): one is not here.
     """
     due = with_counts(due)
     missing = sorted(name for name in due if name not in update.metrics)
     if missing:
-        raise MetricMissing(
+        raise SessionError(
             f"this site has no {', '.join(missing)}, and under secure aggregation every site sends all that the plan lists",
             hint="policy.share in the site file strikes it out, or there are no held-out rows; or the plan lists less",
+            code="metric-missing",
         )
     return replace(update, metrics={name: update.metrics[name] for name in due})

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedlora.core.adapter import F32, MAX_PARAMETERS, Adapter, Layout
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import WrongLayout, WrongRound
+from fedlora.core.errors import WrongContext
 from fedlora.core.messages import EVALUATION, Task
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
@@ -62,7 +62,7 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
         round: of the task.
 
     Raises:
-        ImpossibleAdapter.
+        PlanRefused (impossible-adapter).
     """
     weighted = plan.aggregate.weighting != "uniform"
     more = MAX_WEIGHT / PROFILES[settings_of(plan).profile].levels if weighted else 0.0  # parts of a level are rounded up
@@ -127,16 +127,16 @@ class Terms:
         """Scales of the reply to this task; one for an evaluation, whose vector is a zero.
 
         Raises:
-            WrongLayout: the task asks for other tensors than the rule sends.
-            WrongRound: the plan has no such round.
+            WrongContext (wrong-layout): the task asks for other tensors than the rule sends.
+            WrongContext (wrong-round): the plan has no such round.
         """
         if task.kind == "evaluate":
             return np.ones(1, np.float32)
         layout = task.reply_layout
         if layout != self.rule.reply(task.adapter.layout, task.round):
-            raise WrongLayout("the server asks for other tensors than the plan's rule sends")
+            raise WrongContext("the server asks for other tensors than the plan's rule sends", code="wrong-layout")
         if not 1 <= task.round <= self.num_rounds:
-            raise WrongRound(f"round {task.round} of {self.num_rounds}")
+            raise WrongContext(f"round {task.round} of {self.num_rounds}", code="wrong-round")
         return scales_for(layout, self.profile, reach=self.reach(task.round))
 
     def share(self, weight: int) -> float:

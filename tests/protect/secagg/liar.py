@@ -29,7 +29,7 @@ from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.epochs import first_epoch
-from fedlora.formats.files import FileMemory
+from fedlora.formats.memory import FileMemory
 from fedlora.formats.roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context, ServerLink, pinned

@@ -12,8 +12,9 @@ import pytest
 from protect.secagg import world
 from protect.secagg.test_adversary import FalseDealer
 from protect.secagg.world import identity
+from raising import raising
 
-from fedlora.core.errors import ConfigError, QuorumNotReached, StoreError
+from fedlora.core.errors import ConfigError, RunFailed, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Evaluation, Plan, Wire
 from fedlora.formats.epochs import first_epoch, next_epoch
@@ -149,7 +150,7 @@ def test_dropouts_in_every_step_leave_the_right_rounds(tmp_path):
 
 def test_void_rounds_are_said_and_end_the_run_in_the_end_but_lose_nothing(tmp_path):
     federation = Federation(tmp_path, secagg_plan(rounds=6))
-    with pytest.raises(QuorumNotReached, match="void"):
+    with raising(RunFailed, code="quorum", match="void"):
         federation.run(a="vote", b="vote")
     records = federation.store().records()
     assert [r["void"] for r in records] == ["cohort-too-small"] * 3
@@ -170,7 +171,7 @@ def test_without_a_roster_there_is_no_run(tmp_path):
 def test_sites_that_have_approved_another_roster_or_none_take_part_in_nothing(tmp_path):
     for i, pinned in enumerate(("", "12" * 32)):
         federation = Federation(tmp_path / str(i), secagg_plan(rounds=1), pinned=pinned)
-        with pytest.raises(QuorumNotReached):
+        with raising(RunFailed, code="quorum"):
             federation.run()
         rejected = [f["code"] for e, f in federation.events if e == "rejected"]
         assert set(rejected) == {"roster-invalid"}
@@ -181,7 +182,7 @@ def test_a_site_whose_policy_wants_secure_aggregation_refuses_less_and_never_tra
     plan = secagg_plan(rounds=1)
     sealed = plan.model_copy(update={"protect": type(plan.protect)()})
     federation = Federation(tmp_path, sealed, policy=open_policy(protect=("secagg",)))
-    with pytest.raises(QuorumNotReached):
+    with raising(RunFailed, code="quorum"):
         federation.run()
     assert {f["code"] for e, f in federation.events if e == "rejected"} == {"plan-refused"}
 
@@ -212,7 +213,7 @@ def test_a_site_that_was_revoked_does_not_work_for_a_server_that_asks_it_all_the
         return Reply(request.site, error="late")
 
     federation.turn(revoke=["b"], regroup=True)
-    with pytest.raises(QuorumNotReached):
+    with raising(RunFailed, code="quorum"):
         federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
     assert {r.site for r in captured} == {"a", "c", "d"}
 
@@ -278,7 +279,7 @@ def test_a_round_without_a_site_of_the_first_sum_is_not_done_and_goes_on_when_it
             return Reply("d", error="late")
         return real(request)
 
-    with pytest.raises(QuorumNotReached, match="round 2"):
+    with raising(RunFailed, code="quorum", match="round 2"):
         federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
     records = federation.store().records()
     assert [list(r["sites"]) for r in records] == [list("abcd")]

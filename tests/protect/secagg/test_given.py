@@ -15,7 +15,7 @@ from protect.secagg.world import NOW, Heard, World, at_phase, identity, names, s
 from fedlora.core.errors import CohortTooSmall, FedLoRAError, LoneChange, StoreError
 from fedlora.core.plan import Protect
 from fedlora.formats.epochs import first_epoch, next_epoch
-from fedlora.formats.files import FileMemory
+from fedlora.formats.memory import FileMemory
 from fedlora.lab.testing import DictMemory
 from fedlora.protect.given import Gift, Given, Ledger
 from fedlora.protect.link import SiteLink, pinned

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protect.secagg.world import secagg_plan
+from raising import raising
 
 from fedlora.core.adapter import Adapter, Layout, Update
-from fedlora.core.errors import ImpossibleAdapter
+from fedlora.core.errors import PlanRefused
 from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.formats.journal import Journal
@@ -101,7 +102,7 @@ def test_a_factor_that_was_scaled_up_is_refused(pair, c):
         made = {n: t * np.float32(min(c, 1e30)) if n.endswith(f"lora_{factor}.weight") else t / np.float32(min(c, 1e30))
                 for n, t in tensors.items()}  # fmt: skip
         sent = Adapter.of(made).part(LAYOUT.only(rule_of(plan).down()))
-        with pytest.raises(ImpossibleAdapter):
+        with raising(PlanRefused, code="impossible-adapter"):
             check_published(plan, sent, round=6)
 
 
@@ -110,7 +111,7 @@ def test_in_the_first_round_only_the_first_adapter_is_taken():
     first = first_adapter(LAYOUT, seed=plan.run.seed)
     check_published(plan, first, round=1)
     other = Adapter(first.vector + np.float32(1e-3), LAYOUT)
-    with pytest.raises(ImpossibleAdapter):
+    with raising(PlanRefused, code="impossible-adapter"):
         check_published(plan, other, round=1)
     check_published(plan, other, round=2)
 
@@ -123,7 +124,7 @@ def test_the_bound_grows_with_the_rounds_by_their_reach_and_where_weights_differ
         for round in (2, 5, 7, 100):
             far = more * sum(reach(plan, r) for r in range(1, min(round, 7)))
             check_published(plan, Adapter(first + np.float32(far), LAYOUT), round=round)
-            with pytest.raises(ImpossibleAdapter):
+            with raising(PlanRefused, code="impossible-adapter"):
                 check_published(plan, Adapter(first + np.float32(1.01 * far), LAYOUT), round=round)
 
 
@@ -139,7 +140,7 @@ def test_a_site_trains_on_nothing_that_no_sums_lead_to(tmp_path):
         moved = Adapter(start.vector + np.float32(by), start.layout)
         return site.work(Task("ab" * 32, plan.canonical(), TOY_BASE, "train", 2, 0, moved))
 
-    with pytest.raises(ImpossibleAdapter):
+    with raising(PlanRefused, code="impossible-adapter"):
         asked(1000.0)
     assert learner.trained == []
     asked(0.5)

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from protect.secagg.world import World, secagg_plan
 from test_vectors import hpke
 
-from fedlora.core.errors import BadShare, FedLoRAError, RevokedSite, UnknownSite
+from fedlora.core.errors import BadShare, EnvelopeError, FedLoRAError, RevokedSite
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.secagg.cohort import COMMIT, Advert, Cohort, Delivered, Rules, check_certificate, read_certificate, vote_text
@@ -290,7 +290,7 @@ def known(name):
     if name == "r":
         raise RevokedSite("revoked")
     if name not in FOUR["sites"]:
-        raise UnknownSite("unknown")
+        raise EnvelopeError("unknown", code="unknown-site")
     key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(FOUR["sites"][name]["ed25519 private"]))
     return PublicIdentity(name, key.public_key().public_bytes_raw(), COHORT.adverts[0].seal)
 

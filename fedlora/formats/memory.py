@@ -1,0 +1,184 @@
+"""A few small values that survive a power cut, each in two files, so that the damage of one of them costs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedlora.core.errors import ResourceError, StoreError
+from fedlora.formats.files import Damaged, dump_record, frame, parse_record, set_aside, unframe, write_atomic
+
+log = logging.getLogger(__name__)
+
+_MAGIC = b"FLM1"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One value of a memory as it lies on the disk.
+
+    Attributes:
+        key: its name; empty if no copy says so.
+        problem: what is wrong with each copy that is not whole, by file.
+        lost: no copy is whole.
+    """
+
+    key: str
+    problem: Mapping[Path, str]
+    lost: bool
+
+
+class Memory(Protocol):
+    """A few small values that survive a power cut. ``put`` returns after fsync."""
+
+    def get(self, key: str) -> bytes | None: ...
+    def put(self, key: str, value: bytes) -> None: ...
+    def where(self, key: str) -> str:
+        """Where a value lies, for a message to this end's operator."""
+        ...
+
+
+def get_record(memory: Memory, key: str, kind: str, *, hint: str = "") -> dict[str, Any] | None:
+    """What :func:`put_record` put last; None only if nothing was ever put.
+
+    Raises:
+        StoreError: damaged: names where it lies.
+    """
+    blob = memory.get(key)
+    return None if blob is None else parse_record(blob, kind, memory.where(key), hint=hint)
+
+
+def put_record(memory: Memory, key: str, kind: str, facts: Mapping[str, Any]) -> None:
+    """On the disk when this returns."""
+    memory.put(key, dump_record(kind, facts))
+
+
+@dataclass(frozen=True, slots=True)
+class FileMemory:
+    """:class:`fedlora.protect.Memory` in a directory: two files a key, with key and digest inside.
+
+    The copy is written before the file itself. Law: whatever happens to one of the two, the value is the one last put; if both
+    are damaged, the error names them. A value that was never put is None.
+
+    Args:
+        hint: the way on where both copies of a value are damaged.
+    """
+
+    directory: Path
+    hint: str = ""
+
+    def get(self, key: str) -> bytes | None:
+        """
+        Raises:
+            StoreError: neither copy is whole.
+        """
+        path, copy = self._paths(key)
+        problem: dict[Path, str] = {}
+        value = _whole(path, key, problem)
+        if value is not None or (path not in problem and not os.path.lexists(copy)):
+            return value
+        value = _whole(copy, key, problem)
+        if value is None:
+            what = "; ".join(f"{p} {why}" for p, why in problem.items()) or f"{path} is damaged and {copy} is missing"
+            raise Damaged(f"{words(key)} is lost: {what}", hint=self.hint)
+        log.warning("%s is damaged or missing; its copy is whole and takes its place", path)
+        with suppress(StoreError, ResourceError):  # the next put tries again
+            self._replace(path, _frame(key, value))
+        return value
+
+    def put(self, key: str, value: bytes) -> None:
+        path, copy = self._paths(key)
+        parts = _frame(key, value)
+        for place in (copy, path):
+            self._replace(place, parts, flush=place == path)  # one flush of the directory is for both
+
+    def kept(self) -> list[Kept]:
+        """All values, and what is wrong with them. Changes nothing."""
+        names = {p.name.removesuffix(".copy") for p in _listed(self.directory) if _is_name(p.name.removesuffix(".copy"))}
+        found = []
+        for name in sorted(names):
+            problem: dict[Path, str] = {}
+            both = [self.directory / name, self.directory / f"{name}.copy"]
+            keys = [k for k in (_key_of(p, problem) for p in both) if k]
+            found.append(Kept(keys[0] if keys else "", problem, lost=not keys))
+        return found
+
+    def where(self, key: str) -> str:
+        """The file of a value, for a message to this end's operator."""
+        return str(self._paths(key)[0])
+
+    def files(self, key: str) -> tuple[Path, Path]:
+        """Where a value and its copy lie; they need not exist."""
+        return self._paths(key)
+
+    def _paths(self, key: str) -> tuple[Path, Path]:
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return self.directory / name, self.directory / f"{name}.copy"
+
+    def _replace(self, path: Path, parts: Sequence[bytes], *, flush: bool = True) -> None:
+        if path.is_dir() and not path.is_symlink():
+            log.warning("a directory stands in place of %s; it is now %s", path, set_aside(path))
+        write_atomic(path, *parts, flush=flush)
+
+
+def words(key: str) -> str:
+    """What a key of a memory is about, for an operator: the run is shortened."""
+    run, _, rest = key.partition("/")
+    return f"what is kept as {rest!r} of run {run[:12]}" if rest and len(run) == 64 else f"what is kept as {key!r}"
+
+
+def _frame(key: str, value: bytes) -> tuple[bytes, ...]:
+    name = key.encode()
+    return frame(_MAGIC, len(name).to_bytes(2, "little"), name, value)
+
+
+def _unframe(path: Path, problem: dict[Path, str]) -> tuple[str, bytes] | None:
+    """Key and value; None if there is no file, or it is not whole, which ``problem`` then says."""
+    try:
+        reader = unframe(path.read_bytes(), _MAGIC, path)
+        name = reader.take(reader.number(order="little"))
+        return name.decode(errors="replace"), reader.rest()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        problem[path] = f"cannot be read ({e.strerror})"
+    except Damaged:
+        problem[path] = "is damaged"
+    return None
+
+
+def _whole(path: Path, key: str, problem: dict[Path, str]) -> bytes | None:
+    found = _unframe(path, problem)
+    if found is not None and found[0] != key:
+        problem[path] = "holds what belongs into another file"
+        return None
+    return None if found is None else found[1]
+
+
+def _key_of(path: Path, problem: dict[Path, str]) -> str:
+    found = _unframe(path, problem)
+    if found is None:
+        if path not in problem:
+            problem[path] = "is missing"
+        return ""
+    if hashlib.sha256(found[0].encode()).hexdigest() != path.name.removesuffix(".copy"):
+        problem[path] = "holds what belongs into another file"
+        return ""
+    return found[0]
+
+
+def _listed(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def _is_name(name: str) -> bool:
+    return len(name) == 64 and set(name) <= set("0123456789abcdef")
