@@ -25,7 +25,7 @@ from fedlora.core.errors import (
     RosterRollback,
     StoreError,
 )
-from fedlora.core.events import Report
+from fedlora.core.events import Data, Event, Load, Report, StateFile, Step
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.core.plan import Plan
 from fedlora.formats.envelope import MAX_RECIPIENTS
@@ -196,7 +196,7 @@ def rows(path: Path, data: SiteData, report: Report) -> list[Conversation]:
     from fedlora.data import read
 
     found, count = read(path, format=data.format, shape=data.shape, columns=data.columns, group_key=data.group_key)
-    report("data", {"file": path.name, "lines": list(count.lines())})
+    report(Event.DATA, Data(file=path.name, lines=list(count.lines())))
     return found
 
 
@@ -211,7 +211,7 @@ def tokens(
     from fedlora.data import tokenise
 
     found, count = tokenise(conversations, tokenizer, max_length=max_length, append_eos=append_eos)
-    report("data", {"file": "tokens", "lines": list(count.lines())})
+    report(Event.DATA, Data(file="tokens", lines=list(count.lines())))
     return found
 
 
@@ -252,7 +252,7 @@ def learner_of(
     from fedlora.learn.learner import HFLearner
 
     def on_step(step: int, steps: int, loss: float) -> None:
-        report("step", {"site": name, "step": step, "steps": steps, "loss": loss})
+        report(Event.STEP, Step(site=name, step=step, steps=steps, loss=loss))
 
     return HFLearner(lora, train, held_out, train_options(plan), site=name, pace=pace, on_step=on_step)
 
@@ -312,7 +312,7 @@ def site_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
     where = file.models.get(plan.model.model_name_or_path)
     if where is None:
         raise ModelError(f"no copy of {plan.model.model_name_or_path} here", hint="name its directory under [models]")
-    report("load", {"model": plan.model.model_name_or_path})
+    report(Event.LOAD, Load(model=plan.model.model_name_or_path))
     lora = load_lora(plan, root / where, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
     paced = pace(plan, lora, file, report=report)
     return learner(plan, lora, file.data, name=file.name, root=root, report=report, pace=paced)
@@ -539,7 +539,7 @@ def _run_key(directory: Path, report: Report) -> Identity:
         os.replace(new, directory / "run.key")
         found.append((directory / "run.key", load_identity(directory / "run.key")))
     for file in damaged:
-        report("mended", {"file": file.name})
+        report(Event.MENDED, StateFile(file=file.name))
     for file in _run_key_files(directory):
         if file != found[0][0]:
             write_atomic(file, found[0][0].read_bytes())

@@ -207,7 +207,7 @@ def federated(tmp_path, plan):
         store, server, {n: i.public for n, i in identities.items()}, LocalTransport({n: s.handle for n, s in sites.items()}),
         roster=tmp_path / "none", report=lambda event, facts: None,
     )  # fmt: skip
-    assert all(record["sites"].keys() == LINES.keys() for record in store.records())
+    assert all(record.sites.keys() == LINES.keys() for record in store.records())
     return at.adapter
 
 

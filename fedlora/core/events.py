@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import ConfigDict, TypeAdapter, with_config
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from fedlora.core.messages import Kind
 from fedlora.core.records import RoundRecord
@@ -473,7 +473,7 @@ def facts_of(event: Event) -> TypeAdapter[Any]:
 
 def dump_facts_of(event: Event, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts as JSON values."""
-    found: dict[str, Any] = facts_of(event).dump_python(facts, mode="json", warnings=False)  # type: ignore[arg-type]
+    found: dict[str, Any] = facts_of(event).dump_python(facts, mode="json", warnings=False)
     return found
 
 

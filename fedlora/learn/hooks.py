@@ -7,12 +7,13 @@ form, and training on a CPU gives the same bits.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast
 
 import torch
 
 from fedlora.core.adapter import Adapter, Factors
+from fedlora.core.events import Report
 from fedlora.data import Batch
 from fedlora.learn.forward import Forward
 from fedlora.learn.options import Dial
@@ -93,7 +94,7 @@ class Fast(Protocol):
         floor: Dial = "none",
         tokens: int = 0,
         limit_bytes: int = 0,
-        report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+        report: Report = lambda event, facts: None,
     ) -> MicroBatches:
         """Micro-batches whose size is measured, see :class:`fedlora.learn.fast.pacing.Pace`."""
 

@@ -5,12 +5,12 @@ What is here implements :class:`fedlora.learn.hooks.Fast`. It imports nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
+    from fedlora.core.events import Report
     from fedlora.learn import fast
     from fedlora.learn.forward import Forward
     from fedlora.learn.hooks import Fast, MicroBatches
@@ -49,7 +49,7 @@ def pace(
     floor: Dial = "none",
     tokens: int = 0,
     limit_bytes: int = 0,
-    report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+    report: Report = lambda event, facts: None,
 ) -> MicroBatches:
     """See :class:`fedlora.learn.fast.pacing.Pace`."""
     from fedlora.learn.fast.pacing import Pace
