@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from pydantic import BaseModel
+from vectors import make_records
+from vectors.make_records import read_record
 
+from fedlora.cli.schema import schema_of
+from fedlora.core.answers import ANSWERS
 from fedlora.core.errors import FedLoRAError, StoreError, VersionUnsupported
+from fedlora.core.events import FACTS, Event, dump_facts_of, parse_event
 from fedlora.core.records import (
     ArmRecord,
     ArmSeconds,
@@ -170,14 +176,6 @@ RECORD = RoundRecord(
 )
 
 
-def paths(facts, before=()):
-    """Where a value may be taken out."""
-    for key, value in facts.items():
-        yield (*before, key)
-        if isinstance(value, dict):
-            yield from paths(value, (*before, key))
-
-
 def fields(kind, before=()):
     """All fields of a record, nested ones by their path."""
     for name, field in kind.model_fields.items():
@@ -247,12 +245,11 @@ def test_a_value_of_another_type_is_refused(path, value):
 def test_what_is_no_number_is_refused(value):
     blob = json.dumps(facts_of(ARM)).replace("0.25", value).encode()
     with pytest.raises(Damaged):
-        parse_text(ARM_KIND, blob, **IN_WORDS)
+        parse_text(ArmRecord, blob, **IN_WORDS)
     with pytest.raises(ValueError, match="finite"):
         Score(nll=math.inf, exact_match=None, coarse_match=None, tokens=0, examples=0)
 
 
-ARM_KIND = ArmRecord
 ARM = ArmRecord(
     sites={"a": Score(nll=0.25, exact_match=0.5, coarse_match=None, tokens=10, examples=5)},
     general=General(nll=2.0),
@@ -260,6 +257,41 @@ ARM = ArmRecord(
     steps=4,
     learning_rate=0.001,
     seconds=ArmSeconds(train=2.0, steps=1.0, evaluate=0.5),
+)
+
+
+def results_of_a_simulation():
+    """One seed with the arm ``federated`` alone."""
+    return Results(
+        name="toy",
+        seed=0,
+        plan="1a" * 32,
+        split="test",
+        sites=("a", "b", "c"),
+        arms={"federated": ARM},
+        rounds=(RECORD, RECORD.model_copy(update={"kind": "evaluate", "round": 3, "outcome": None, "majority": {}})),
+        traffic=Traffic(up=200, down=1200, base=10_000, adapter=400),
+        seconds={"train federated": 2.0, "aggregate": 0.25, "evaluate arms": 0.5},
+        environment={"fedlora": "0.1.0", "cores": 2},
+        dataset={"name": "made up", "rows": 12},
+    )
+
+
+PUBLISHED = Published(
+    of="federation",
+    run="2b" * 32,
+    plan="1a" * 32,
+    base="3c" * 32,
+    adapter="0f" * 32,
+    aggregate="fedavg",
+    protection="sealed",
+    seed=0,
+    rounds=2,
+    complete=True,
+    sites=2,
+    share="AB",
+    dtype="bfloat16",
+    scale=2.0,
 )
 
 
@@ -298,3 +330,72 @@ def test_what_is_no_record_is_damaged(blob):
 def test_a_record_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         RECORD.round = 3
+
+
+# --- vectors and FORMAT.md -----------------------------------------------------------------------------------------------
+
+
+VECTORS = sorted((Path(__file__).parent / "vectors" / "records").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)
+def test_a_record_does_what_its_vector_says(path):
+    head, text = read_record(path)
+    file, where = head["file"], {"where": "the file", "hint": ""}
+    if head["expect"] != "success":
+        with pytest.raises(FedLoRAError) as error:
+            read_as(file, text, where)
+        assert error.value.code == head["expect"]
+        return
+    found = read_as(file, text, where)
+    assert found if file in ("events", "answer") else (dump_round(found) if file == "rounds.jsonl" else dump_text(found)) == text
+
+
+def read_as(file, text, where):
+    if file == "rounds.jsonl":
+        return parse_round(text, **where)
+    if file == "events":
+        line = json.loads(text)
+        event, facts = parse_event(line["event"], json.dumps(line["data"]))
+        assert event == Event.OTHER or dump_facts_of(event, facts) == line["data"]
+        return event
+    if file == "answer":
+        Draft202012Validator(schema_of(json.loads(text)["command"].replace(" ", "-"))).validate(json.loads(text))
+        return True
+    return parse_text({"results.json": Results, "fedlora_run.json": Published}[file], text, **where)
+
+
+def test_making_the_vectors_again_changes_none():
+    for name, text in make_records.vectors():
+        assert (VECTORS[0].parent / f"{name}.txt").read_bytes() == text, name
+    assert {name for name, _ in make_records.vectors()} == {p.stem for p in VECTORS}
+
+
+def test_every_condition_of_the_format_has_a_vector_with_its_code():
+    table = set(re.findall(r"^\| `(record-[a-z-]+)`: .* \| `([a-z-]+)` \|$", FORMAT, re.MULTILINE))
+    heads = [read_record(p)[0] for p in VECTORS]
+    assert {(h["condition"], h["expect"]) for h in heads if h["expect"] != "success"} == table
+    assert len(table) >= 6
+
+
+def described(kind):
+    """The fields of a record that FORMAT.md lists, in order."""
+    section = FORMAT.split(f"\n**`{kind.__name__}`**")[1].split("\n**`")[0].split("\n###")[0]
+    return re.findall(r"^\| `([a-z_]+)` \|", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "kind", [RoundRecord, Numbers, Outcome, Results, ArmRecord, Score, Traffic, Published], ids=lambda k: k.__name__
+)
+def test_the_format_lists_the_fields_of_every_record(kind):
+    assert described(kind) == list(kind.model_fields)
+
+
+def test_the_format_lists_every_event_with_its_facts_and_every_command():
+    table = dict(
+        re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \| (.*?) \|", FORMAT.split("\n### 11.5")[1].split("\n### ")[0], re.MULTILINE)
+    )
+    found = {e: re.findall(r"`([a-z_]+)`", facts) for events, facts in table.items() for e in re.findall(r"`([a-z-]+)`", events)}
+    assert found == {str(e): list(kind.__annotations__) for e, kind in FACTS.items()}
+    answers = FORMAT.split("\n### 11.6")[1]
+    assert all(f"`{command}`" in answers for command in ANSWERS)

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NotRequired
 
 from pydantic import ConfigDict, TypeAdapter, with_config
+from pydantic_core import from_json
 from typing_extensions import TypedDict
 
 from fedlora.core.messages import Kind
@@ -416,6 +417,8 @@ class Other(TypedDict):
 
     name: str
     """the event's name"""
+    facts: Any
+    """what it brought, any JSON value"""
 
 
 FACTS: Mapping[Event, type[Any]] = {
@@ -478,17 +481,18 @@ def dump_facts_of(event: Event, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_event(name: str, facts: bytes | str) -> tuple[Event, Mapping[str, Any]]:
-    """An event as another process has written it; one that is not known here is :attr:`Event.OTHER`, never nothing.
+    """An event as another process has written it; one that is not known here, or that has other facts, is
+    :attr:`Event.OTHER`, never nothing.
 
     Args:
         facts: a JSON object.
 
     Raises:
-        ValueError: not the facts of this event.
+        ValueError: not JSON.
     """
     try:
         event = Event(name)
+        found: Mapping[str, Any] = facts_of(event).validate_json(facts)
     except ValueError:
-        return Event.OTHER, Other(name=name)
-    found: Mapping[str, Any] = facts_of(event).validate_json(facts)
+        return Event.OTHER, Other(name=name, facts=from_json(facts))
     return event, found
