@@ -71,7 +71,8 @@ def test_every_report_names_a_member_of_the_enum_and_builds_its_own_facts():
     """That the facts are exactly those of the type is the type checker's part: they are made by its constructor."""
     told, count = set(), 0
     for path in FILES:
-        wrong, right, events = strange_calls(path.read_text())
+        source = path.read_text()
+        wrong, right, events = strange_calls(source) if "report(" in source else ([], 0, set())
         assert wrong == [], path
         told |= events
         count += right

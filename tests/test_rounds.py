@@ -531,6 +531,8 @@ def test_records_of_another_version_are_refused_and_stay_as_they_are(tmp_path, w
     else:
         file = tmp_path / "run" / where
         file.write_bytes(dump_facts(record) + b"\n")
+    if where == "rounds.jsonl":
+        damage(tmp_path / "run" / "final.json")  # which is not set aside, either
     before = {f: f.read_bytes() for f in (tmp_path / "run").iterdir() if f.is_file()}
     with pytest.raises(VersionUnsupported, match="format"):
         fed.store().resume()

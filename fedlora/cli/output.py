@@ -7,6 +7,7 @@ Under ``--json`` stdout has one envelope a line: events while work goes on, then
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ def emit(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
         data: of the command's type in :data:`fedlora.core.answers.ANSWERS`.
     """
     if as_json:
-        _envelope(_command(), ok=True, data=data)
+        _said(_command(), ok=True, data=data)
     elif text:
         print(text)
 
@@ -54,10 +55,24 @@ def fail(message: str, *, hint: str, code: str, status: int, command: str | None
     return status
 
 
-def _envelope(command: str, **more: Any) -> None:
+def _said(command: str, **more: Any) -> None:
+    """An envelope for whoever reads it; if nobody does any more, the same as Ctrl-C."""
+    if not _envelope(command, **more):
+        raise KeyboardInterrupt
+
+
+def _envelope(command: str, **more: Any) -> bool:
+    """Prints one; False if whoever read them has gone."""
     from fedlora.core.answers import ENVELOPE
 
-    print(json.dumps({"fedlora": ENVELOPE, "command": command, **more}, allow_nan=False, default=_dumped), flush=True)
+    line = json.dumps({"fedlora": ENVELOPE, "command": command, **more}, allow_nan=False, default=_dumped)
+    try:
+        sys.stdout.write(f"{line}\n")  # at once: other threads report, too
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _dumped(value: Any) -> Any:
@@ -119,7 +134,7 @@ class Screen:
         if self._command is not None:
             from fedlora.core.events import dump_facts_of
 
-            _envelope(self._command, event=event, data=dump_facts_of(event, facts))
+            _said(self._command, event=event, data=dump_facts_of(event, facts))
             return
         if event == "arm":
             self._arm = str(facts["name"])

@@ -475,8 +475,8 @@ def facts_of(event: Event) -> TypeAdapter[Any]:
 
 
 def dump_facts_of(event: Event, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts as JSON values."""
-    found: dict[str, Any] = facts_of(event).dump_python(facts, mode="json", warnings=False)
+    """Facts as JSON values; a number that is not finite becomes null: what is for a screen ends no run."""
+    found: dict[str, Any] = from_json(facts_of(event).dump_json(facts, warnings=False))
     return found
 
 

@@ -13,6 +13,7 @@ from fedlora.formats.keys import PublicIdentity
 
 COMMANDS = [
     ["version"],
+    ["schema"],
     ["new", "plan"],
     ["new", "site"],
     ["new", "simulation"],

@@ -90,6 +90,7 @@ CASES = {
     "roster show": [["roster.json"], ["unsigned.json"]],
 }  # fmt: skip
 """Commands that need neither a model nor a network, and the ways in which each is run here."""
+ONLY_READ = {"version", "schema", "new plan", "new site", "new simulation", "check", "inspect", "roster show"}
 WITH_A_MODEL = {"pin", "check", "simulate", "report", "export", "inspect"}
 DEPLOYED = {"keygen server", "keygen site", "pin", "site approve", "server up", "site up", "server start", "export",
             "site repair", "server repair"}  # fmt: skip
@@ -150,9 +151,9 @@ def study(tmp_path_factory):
 def test_what_a_command_answers_is_what_its_schema_says(command, study, tmp_path, monkeypatch, capsys):
     for number, words in enumerate(CASES[command]):
         place = tmp_path / str(number) if command != "site approve" else tmp_path / "0"  # there each builds on the one before
-        if not place.exists():
+        if command not in ONLY_READ and not place.exists():
             shutil.copytree(study, place)
-        monkeypatch.chdir(place)
+        monkeypatch.chdir(study if command in ONLY_READ else place)
         capsys.readouterr()
         status = main([*command.split(), *words, "--json"])
         out = capsys.readouterr().out
@@ -218,6 +219,24 @@ def test_programs_that_name_no_command_get_an_envelope_without_one(capsys):
     assert main(["--json"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert (found["command"], found["ok"], found["error"]["code"]) == ("", False, "usage")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"), [("version", 130, "error: interrupted"), ("check none.toml", 3, "error: cannot read none.toml")]
+)
+def test_an_answer_that_nobody_reads_is_an_interruption_and_no_bug(words, status, said):
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, "-m", "fedlora", *words.split(), "--json"]
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    os.close(write)
+    assert (done.returncode, done.stderr.splitlines()[0][: len(said)]) == (status, said)
+
+
+def test_what_is_no_number_ends_no_run(capsys):
+    from fedlora.core.events import dump_facts_of
+
+    assert dump_facts_of(Event.STEP, {"site": "a", "step": 1, "steps": 2, "loss": float("nan")})["loss"] is None
 
 
 # --- the schemas say no ------------------------------------------------------------------------------------------------
