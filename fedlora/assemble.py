@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError
-from fedlora.core.events import Report
+from fedlora.core.events import Event, Load, Report
 from fedlora.core.plan import Plan, Simulation
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import load_adapter
@@ -133,7 +133,7 @@ def lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool 
     base = toy_base(toys / "base") if simulation.base == "toy" else root / simulation.base
     data = toy_data(toys / "data", simulation.sites) if simulation.data == "toy" else root / simulation.data
     machine = machine_for(plan, keep_dequantised=simulation.keep_dequantised, fused=batch_sites or None)
-    report("load", {"model": plan.model.model_name_or_path})
+    report(Event.LOAD, Load(model=plan.model.model_name_or_path))
     lora = load_lora(plan, base, machine)
     rows, general = load_splits(data, simulation.sites, tokenizer=lora.tokenizer, plan=plan, report=report)
     first = first_adapter(lora.layout, seed=plan.run.seed)

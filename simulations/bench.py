@@ -230,7 +230,7 @@ def bench_rounds() -> None:
         fed.sites = {n: _roomy(fed, n) for n in learners}
         fed.answers = {n: s.handle for n, s in fed.sites.items()}
         fed.run()
-        seconds = [r["seconds/round"] + r["seconds/aggregate"] for r in fed.store().records()]
+        seconds = [r.seconds.round + r.seconds.aggregate for r in fed.store().records()]
     row("rounds", sites=3, values=shape.size, median_s=statistics.median(seconds), s_per_site=statistics.median(seconds) / 3)
     _learner_fixed()
 
@@ -292,6 +292,7 @@ def _roomy(fed: Any, name: str) -> Any:
 def bench_sim() -> None:
     """The simulated federation against its training steps alone, on the toy plan with more steps."""
     from fedlora.cli import main
+    from fedlora.lab.report import load
 
     text = (ROOT / "simulations" / "plans" / "toy.toml").read_text()
     text = (
@@ -301,9 +302,9 @@ def bench_sim() -> None:
         plan = Path(directory) / "plan.toml"
         plan.write_text(text)
         main(["simulate", str(plan), "--out", directory + "/runs", "-q"])
-        found = json.loads((Path(directory) / "runs" / "seed-0" / "results.json").read_text())
-        whole = sum(r["seconds/round"] + r.get("seconds/aggregate", 0) for r in found["rounds"][:-1])
-        steps = found["arms"]["federated"]["seconds/steps"]
+        (found,) = load(Path(directory) / "runs")
+        whole = sum(r.seconds.round + r.seconds.aggregate for r in found.rounds[:-1])
+        steps = found.arms["federated"].seconds.steps or 0.0
     row("sim", rounds=5, local_steps=40, federated_s=whole, steps_alone_s=steps, ratio=whole / steps)
 
 

@@ -19,11 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "flower")]
 
-from flower.harness import Federation, descendants, opened  # noqa: E402
+from flower.harness import Federation, descendants, opened, toys  # noqa: E402
 from flower.toy_parts import DUE  # noqa: E402
 
 from fedlora.flower.server import start  # noqa: E402
@@ -68,9 +69,9 @@ def rounds(federation: Federation, asked: list[dict[str, int]], name: str) -> tu
     """Seconds of each round, and the replies, in which each site sends so many bytes."""
     plan = federation.plan(name)
     plan.with_suffix(".json").write_text(json.dumps(asked))
-    events: list[tuple[str, dict[str, object]]] = []
+    events: list[tuple[str, dict[str, Any]]] = []
     start(federation.home, plan, resume=False, report=lambda e, f: events.append((e, dict(f))))
-    return [float(str(f["seconds"])) for e, f in events if e == "round"], [f for e, f in events if e == "reply"]
+    return [f["seconds"] for f in toys(events, "exchange")], toys(events, "reply")
 
 
 def large(federation: Federation) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from fedlora import assemble
 from fedlora.core.adapter import F32, Adapter, Layout, Update
+from fedlora.core.events import Event
 from fedlora.core.plan import Aggregate, Plan, Protect, Wire
 from fedlora.core.registry import RULES
 from fedlora.formats.plans import load_plan
@@ -106,15 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _test(lab: assemble.Lab, adapter: Adapter) -> tuple[float, float]:
     """Loss per token and exact match, over all sites' test rows."""
-    sites = simulate.scores(lab, adapter)["sites"].values()
-    tokens, examples = sum(s["tokens"] for s in sites), sum(s["examples"] for s in sites)
-    nll, hits = sum(s["nll"] * s["tokens"] for s in sites), sum(s["exact_match"] * s["examples"] for s in sites)
-    return nll / tokens, hits / examples
+    sites = simulate.scores(lab, adapter)[0].values()
+    tokens, examples = sum(s.tokens for s in sites), sum(s.examples for s in sites)
+    nll = sum((s.nll or 0.0) * s.tokens for s in sites)
+    return nll / tokens, sum((s.exact_match or 0.0) * s.examples for s in sites) / examples
 
 
-def _tell(event: str, facts: Mapping[str, Any]) -> None:
-    if event == "round":
-        print(f"round {facts['round']}", file=sys.stderr)
+def _tell(event: Event, facts: Mapping[str, Any]) -> None:
+    if event == Event.ROUND:
+        print(f"round {facts['record'].round}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,14 @@ from typing import Any, Final
 from fedlora import assemble
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import FedLoRAError
+from fedlora.core.events import Event
 from fedlora.core.plan import Arm, Plan
 from fedlora.core.words import number, with_interval, with_sd
 from fedlora.formats.plans import load_plan
 from fedlora.lab import simulate
 from fedlora.lab.report import interval, spread
 from fedlora.learn.rows import load_splits
+from fedlora.rounds.store import RunStore
 
 SPLITS: Final = ("domain", "iid", "dirichlet")
 _ONE: Final = "all-rows"
@@ -282,14 +284,15 @@ def planned(plan: Plan, job: Job) -> Plan:
 
 
 def federation(lab: assemble.Lab, job: Job, scratch: Path) -> dict[str, Any]:
-    trained, facts = simulate.federated(lab, scratch, "local", frozenset(), quiet)
-    records = [json.loads(line) for line in (scratch / "federated" / "rounds.jsonl").read_bytes().splitlines()]
-    out = measured(lab, trained) | {"tokens": facts["tokens"]}
+    trained, cost = simulate.federated(lab, scratch, "local", frozenset(), quiet)
+    records = RunStore.open(scratch / "federated", lab.plan).records()
+    out = measured(lab, trained) | {"tokens": cost.tokens}
     for way in ("up", "down"):
-        total = sum(sum(r[f"bytes/{way}"].values()) for r in records)
+        total = sum(sum(getattr(r.bytes, way).values()) for r in records)
         out[way] = total / len(lab.simulation.sites) / lab.plan.federation.num_rounds
+    rules = [r.outcome.rule for r in records if r.outcome]
     for name in ("gap/ratio", "drift", "product/kept"):
-        values = [r[name] for r in records if name in r]
+        values = [rule[name] for rule in rules if name in rule]
         if values:
             out[name] = math.fsum(values) / len(values)
     return out
@@ -300,26 +303,26 @@ def baseline(lab: assemble.Lab, job: Job, scratch: Path) -> dict[str, Any]:
     found = []
     for name, arm in simulate.arms_of(lab).items():
         if name.partition(":")[0] == job.name:
-            trained, facts = arm.train(lab, scratch, quiet)
-            found.append(measured(lab, trained) | {"tokens": facts["tokens"]})
+            trained, cost = arm.train(lab, scratch, quiet)
+            found.append(measured(lab, trained) | {"tokens": cost.tokens})
     keys = [k for k in found[0] if found[0][k] is not None]
     return {k: math.fsum(f[k] for f in found) / len(found) for k in keys}
 
 
 def measured(lab: assemble.Lab, trained: Any) -> dict[str, Any]:
     """Loss per token and exact match over all rows together, and the loss on the general hold-out."""
-    facts = simulate.scores(lab, trained)
-    sites = facts["sites"].values()
-    tokens, examples = sum(s["tokens"] for s in sites), sum(s["examples"] for s in sites)
+    scored, general = simulate.scores(lab, trained)
+    sites = scored.values()
+    tokens, examples = sum(s.tokens for s in sites), sum(s.examples for s in sites)
     return {
-        "nll": sum(s["nll"] * s["tokens"] for s in sites) / tokens,
-        "exact": sum(s["exact_match"] * s["examples"] for s in sites) / examples,
-        "worst": max(s["nll"] for s in sites),
-        "general": facts["general"]["nll"] if facts["general"] and not isinstance(trained, Mapping) else None,
+        "nll": sum((s.nll or 0.0) * s.tokens for s in sites) / tokens,
+        "exact": sum((s.exact_match or 0.0) * s.examples for s in sites) / examples,
+        "worst": max(s.nll or 0.0 for s in sites),
+        "general": general.nll if general and not isinstance(trained, Mapping) else None,
     }
 
 
-def quiet(event: str, facts: Mapping[str, Any]) -> None:
+def quiet(event: Event, facts: Mapping[str, Any]) -> None:
     """Every run is told in one line when it is done."""
 
 

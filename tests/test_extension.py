@@ -207,7 +207,7 @@ def federated(tmp_path, plan):
     publics = {n: i.public for n, i in identities.items()}
     serving = ServerRun(store, server, publics, tmp_path / "none", lambda event, facts: None)
     at = serving.run(LocalTransport({n: s.handle for n, s in sites.items()}))
-    assert all(record["sites"].keys() == LINES.keys() for record in store.records())
+    assert all(record.sites.keys() == LINES.keys() for record in store.records())
     return at.adapter
 
 

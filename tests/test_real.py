@@ -79,7 +79,7 @@ def test_two_rounds_lower_the_loss_and_move_every_factor(place):
 
 
 def test_what_is_sent_is_small_beside_the_base(place):
-    found = json.loads((place / "out" / "seed-0" / "results.json").read_text())["bytes"]
+    found = json.loads((place / "out" / "seed-0" / "results.json").read_text())["traffic"]
     assert found["base"] > 250e6
     assert found["up"] / 4 < 0.01 * found["base"]  # one update: four were sent
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_run_records import RECORD
 
 from fedlora.core.errors import StoreError
 from fedlora.core.messages import Task
@@ -102,7 +103,7 @@ DURABLE = {
         strict=False,  # the checkpoints say it too
     ),
     "final.json": Durable(
-        lambda d: RunStore(d, toy_plan(), RUN).finish({"a": 1}), lambda d: RunStore(d, toy_plan(), RUN).final()
+        lambda d: RunStore(d, toy_plan(), RUN).finish(RECORD), lambda d: RunStore(d, toy_plan(), RUN).final()
     ),
     "an adapter": Durable(
         lambda d: save_adapter(d / "x", toy_adapter(), {"a": 1}),

@@ -15,9 +15,10 @@ from raising import raising
 
 from fedlora.cli import main
 from fedlora.core.errors import ConfigError, NotInstalled, StoreError, WireError
-from fedlora.lab import simulate
-from fedlora.lab.report import across, load, summarise, write_figures, write_html
-from fedlora.lab.tables import table, table_across
+from fedlora.core.records import Results
+from fedlora.formats.records import parse_text
+from fedlora.lab import report, simulate, tables
+from fedlora.lab.report import load
 
 pytestmark = pytest.mark.slow  # figures
 
@@ -29,32 +30,38 @@ def arm(north, south, *, general=2.0, seconds=10.0):
     scores = {}
     for site, (nll, exact), tokens in (("north", north, 30), ("south", south, 10)):
         scores[site] = {"nll": nll, "exact_match": exact, "coarse_match": None, "tokens": tokens, "examples": 10}
-    facts = {"tokens": 100, "steps": 4, "seconds": seconds, "learning_rate": 1e-3, "seconds/evaluate": 1.0}
-    return {"sites": scores, "general": {"nll": general}, **facts}
+    facts = {"tokens": 100, "steps": 4, "learning_rate": 1e-3, "seconds": {"train": seconds, "steps": None, "evaluate": 1.0}}
+    return {"format": 1, "sites": scores, "general": {"nll": general}, **facts}
+
+
+def site(weight, **metrics):
+    return {"weight": weight, "metrics": {name.replace("_", "/", 1): value for name, value in metrics.items()}}
 
 
 def run(seed=0, *, better=0.0, name="toy"):
     """One run; ``better`` lowers the federated loss everywhere."""
     record = {
+        "format": 1,
+        "kind": "train",
         "round": 1,
-        "asked": list(SITES),
         "attempt": 0,
+        "asked": list(SITES),
+        "sites": {"north": site(30, train_loss=2.0, eval_nll=3.0), "south": site(10, eval_nll=3.5)},
+        "missing": {},
+        "together": None,
+        "majority": {},
         "partial": False,
-        "rejected": {},
-        "adapter": "a" * 64,
-        "bytes/up": {"north": 100, "south": 100},
-        "bytes/down": {"north": 400, "south": 400},
-        "sites": {"north": {"train/loss": 2.0, "eval/nll": 3.0, "weight": 30}, "south": {"eval/nll": 3.5, "weight": 10}},
-        "weight": 40,
-        "drift": 1.5,
-        "gap/bound": 0.1,
-        "gap/ratio": 0.05,
-        "gap/update": 0.6,
-        "seconds/aggregate": 0.1,
-        "seconds/round": 1.0,
+        "void": None,
+        "bytes": {"up": {"north": 100, "south": 100}, "down": {"north": 400, "south": 400}},
+        "seconds": {"round": 1.0, "aggregate": 0.1},
+        "outcome": {
+            "weight": 40,
+            "adapter": "a" * 64,
+            "rule": {"drift": 1.5, "gap/bound": 0.1, "gap/ratio": 0.05, "gap/update": 0.6},
+        },
     }
     return {
-        "format": 1,
+        "format": 2,
         "name": name,
         "seed": seed,
         "plan": "b" * 64,
@@ -69,11 +76,42 @@ def run(seed=0, *, better=0.0, name="toy"):
             "pooled-tokens": arm((0.8, 0.5), (1.2, 0.5), general=2.75),
         },
         "rounds": [record],
-        "bytes": {"up": 200, "down": 800, "base": 10_000, "adapter": 400},
+        "traffic": {"up": 200, "down": 800, "base": 10_000, "adapter": 400},
         "seconds": {"train federated": 10.0, "aggregate": 0.1, "evaluate arms": 5.0},
         "environment": {"python": "3.11", "cores": 2, "transport": "local"},
         "dataset": None,
     }
+
+
+def typed(facts):
+    """Results as their reader gives them; a test writes them down as JSON values."""
+    if isinstance(facts, list):
+        return [typed(one) for one in facts]
+    return parse_text(Results, json.dumps(facts).encode(), where="results.json", hint="")
+
+
+def summarise(facts):
+    return report.summarise(typed(facts))
+
+
+def across(facts):
+    return report.across(typed(facts))
+
+
+def table(facts):
+    return tables.table(typed(facts))
+
+
+def table_across(facts):
+    return tables.table_across(typed(facts))
+
+
+def write_html(facts, path):
+    return report.write_html(typed(facts), path)
+
+
+def write_figures(facts, directory):
+    return report.write_figures(typed(facts), directory)
 
 
 def test_union_loss_weighs_every_token_the_same_and_means_weigh_sites():
@@ -117,7 +155,7 @@ def test_a_missing_score_leaves_a_gap_not_a_mean_of_the_rest():
     del results["arms"]["federated"]["sites"]["south"]
     found = summarise(results)["arms"]["federated"]
     assert (found["union_nll"], found["nll"], found["exact_match"]) == (None, None, None)
-    results["arms"]["base"]["sites"]["north"]["nll"] = math.nan
+    results["arms"]["base"]["sites"]["north"]["nll"] = None
     assert summarise(results)["arms"]["base"]["nll"] is None
     assert "nan" not in table(results)
 
@@ -155,7 +193,7 @@ def test_runs_that_do_not_belong_together_are_not_averaged(other):
 
 def test_another_format_is_refused_by_name():
     with raising(WireError, code="version-unsupported"):
-        summarise({**run(), "format": 2})
+        summarise({**run(), "format": 3})
 
 
 def test_tables_fit_a_terminal():
@@ -210,9 +248,10 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
         one["sites"][bad] = one["sites"].pop("south")
         if name == "local:south":
             hostile["arms"][f"local:{bad}"] = hostile["arms"].pop(name)
-    for row in (hostile["rounds"][0][k] for k in ("sites", "bytes/up", "bytes/down")):
+    record = hostile["rounds"][0]
+    for row in (record["sites"], *record["bytes"].values()):
         row[bad] = row.pop("south")
-    hostile["rounds"][0]["rejected"] = {bad: bad}
+    record["missing"] = {bad: bad}
     write_html(hostile, tmp_path / "report.html")
     page = read(tmp_path / "report.html")
     assert "script" not in page.names
@@ -228,8 +267,8 @@ def test_any_name_stands_on_the_page_as_it_is(tmp_path):
     odd["arms"] = {name: {**one, "sites": scores} for name, one in arms.items()}
     odd["rounds"] = [odd["rounds"][0], {**odd["rounds"][0], "round": 2}]
     for record in odd["rounds"]:
-        record |= {"asked": words, "sites": {w: {"train/loss": 2.0, "eval/nll": 1.0, "weight": 1} for w in words}}
-        record |= {k: dict.fromkeys(words, 100) for k in ("bytes/up", "bytes/down")}
+        record |= {"asked": words, "sites": {w: site(1, train_loss=2.0, eval_nll=1.0) for w in words}}
+        record["bytes"] = {k: dict.fromkeys(words, 100) for k in ("up", "down")}
     write_html(odd, tmp_path / "report.html")
     read(tmp_path / "report.html")
     text = html.unescape(re.sub("<[^>]*>", "\n", (tmp_path / "report.html").read_text()))
@@ -310,7 +349,7 @@ def test_every_figure_has_its_words_its_numbers_and_colors_for_the_dark(tmp_path
     from fedlora.lab.figures import COLORS, PALETTE
 
     results = run()
-    second = {**results["rounds"][0], "round": 2, "rejected": {"south": "late"}, "sites": {"north": {"eval/nll": 1.25}}}
+    second = {**results["rounds"][0], "round": 2, "missing": {"south": "late"}, "sites": {"north": site(1, eval_nll=1.25)}}
     results["rounds"].append(second)
     write_html(results, tmp_path / "report.html")
     parser = Figures()
@@ -374,7 +413,7 @@ def test_a_pdf_does_not_depend_on_the_order_of_a_hash_table(tmp_path):
 
 @pytest.mark.parametrize(
     "blob",
-    [b"", b"{", b"[]", b"null", b"\xff", b'{"format": 1}', b"[" * 100_000, json.dumps({**run(), "seed": "../../x"}).encode()],
+    [b"", b"{", b"[]", b"null", b"\xff", b'{"format": 2}', b"[" * 100_000, json.dumps({**run(), "seed": "../../x"}).encode()],
     ids=["empty", "cut", "list", "null", "not-utf-8", "no-arms", "deep", "seed"],
 )
 def test_damaged_results_are_named(tmp_path, blob):
@@ -391,8 +430,8 @@ def test_results_are_found_in_the_order_of_their_seeds_or_their_absence_is_named
     for seed in (10, 2):
         (tmp_path / f"seed-{seed}").mkdir()
         (tmp_path / f"seed-{seed}" / "results.json").write_text(json.dumps(run(seed)))
-    assert [r["seed"] for r in load(tmp_path)] == [2, 10]
-    assert [r["seed"] for r in load(tmp_path / "seed-10")] == [10]
+    assert [r.seed for r in load(tmp_path)] == [2, 10]
+    assert [r.seed for r in load(tmp_path / "seed-10")] == [10]
 
 
 @pytest.mark.parametrize("module", ["jinja2", "altair", "vl_convert"])
@@ -406,7 +445,7 @@ def test_without_the_extra_the_numbers_are_kept_and_the_page_is_a_named_error(tm
     assert main(["report", str(tmp_path)]) == 3
     assert "hint: pip install 'fedlora[report]'" in capsys.readouterr().err
     (tmp_path / "report.html").write_text("of an earlier seed")
-    simulate._write_summary(tmp_path, [run()])
+    simulate._write_summary(tmp_path, typed([run()]))
     assert (tmp_path / "summary.txt").read_text() == table(run()) + "\n"
     assert not (tmp_path / "report.html").exists()
 

@@ -15,11 +15,12 @@ import pytest
 from raising import raising
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import ConfigError, KeyFileError, RunFailed, StoreError
+from fedlora.core.errors import ConfigError, KeyFileError, RunFailed, StoreError, WireError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Evaluation, Wire
 from fedlora.formats import enrolled
 from fedlora.formats.enrolled import load_enrolled
+from fedlora.formats.files import dump_facts, save_adapter
 from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.formats.memory import FileMemory
@@ -112,8 +113,8 @@ def test_one_bad_site_never_ends_the_run(tmp_path):
     fed = Federation(tmp_path, plan(rounds=2), learners=learners)
     assert fed.run().adapter.vector == pytest.approx(3.0 * 0.75)
     records = fed.store().records()
-    assert [r["rejected"] for r in records] == [{"b": "non-finite"}] * 2
-    assert all(r["partial"] and sorted(r["sites"]) == ["a", "c"] for r in records)
+    assert [r.missing for r in records] == [{"b": "non-finite"}] * 2
+    assert all(r.partial and sorted(r.sites) == ["a", "c"] for r in records)
 
 
 def test_a_late_site_is_said_to_be_late(tmp_path):
@@ -123,7 +124,7 @@ def test_a_late_site_is_said_to_be_late(tmp_path):
 
     fed = Federation(tmp_path, plan(rounds=1))
     fed.run(transport=Deaf(fed.answers))
-    assert fed.store().records()[0]["rejected"] == {"b": "late"}
+    assert fed.store().records()[0].missing == {"b": "late"}
 
 
 def test_a_round_without_an_enrolled_site_is_partial_and_says_who_was_away(tmp_path):
@@ -131,7 +132,7 @@ def test_a_round_without_an_enrolled_site_is_partial_and_says_who_was_away(tmp_p
     del fed.answers["b"]
     fed.run()
     (record,) = fed.store().records()
-    assert (record["partial"], record["asked"], record["rejected"]) == (True, ["a", "c"], {"b": "offline"})
+    assert (record.partial, record.asked, record.missing) == (True, ("a", "c"), {"b": "offline"})
 
 
 def test_waiting_for_the_sites_does_not_use_up_the_deadline(tmp_path, monkeypatch):
@@ -158,10 +159,11 @@ def test_every_round_carries_the_gap_certificate(tmp_path):
     fed = Federation(tmp_path, plan(rounds=3))
     fed.run()
     for record in fed.store().records():
-        assert record["gap/bound"] > 0
-        assert record["gap/update"] > 0
-        assert record["gap/ratio"] == pytest.approx(record["gap/bound"] / record["gap/update"])
-        assert record["drift"] >= 1
+        rule = record.outcome.rule
+        assert rule["gap/bound"] > 0
+        assert rule["gap/update"] > 0
+        assert rule["gap/ratio"] == pytest.approx(rule["gap/bound"] / rule["gap/update"])
+        assert rule["drift"] >= 1
 
 
 def test_one_update_is_in_memory_at_a_time(tmp_path):
@@ -187,14 +189,14 @@ def test_one_update_is_in_memory_at_a_time(tmp_path):
 def test_numbers_that_the_plan_does_not_list_are_not_recorded(tmp_path):
     fed = Federation(tmp_path, plan(rounds=1, evaluation=Evaluation(share=("train/loss",))))
     fed.run()
-    assert all(set(s) == {"weight", "train/loss"} for s in fed.store().records()[0]["sites"].values())
+    assert all(s.metrics.keys() == {"train/loss"} for s in fed.store().records()[0].sites.values())
 
 
 def test_numbers_that_a_site_sends_unasked_are_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(Site, "_shared", lambda site, plan, metrics: dict(metrics))
     fed = Federation(tmp_path, plan(rounds=1, evaluation=Evaluation(share=("train/loss",))))
     fed.run()
-    assert all(set(s) == {"weight", "train/loss"} for s in fed.store().records()[0]["sites"].values())
+    assert all(s.metrics.keys() == {"train/loss"} for s in fed.store().records()[0].sites.values())
 
 
 def test_bytes_of_void_attempts_count(tmp_path):
@@ -207,14 +209,14 @@ def test_bytes_of_void_attempts_count(tmp_path):
 
     fed.answers["b"] = second_time
     fed.run()
-    assert fed.store().records()[0]["bytes/down"]["b"] == sum(size[:2])
+    assert fed.store().records()[0].bytes.down["b"] == sum(size[:2])
 
 
 def test_a_site_does_not_take_more_steps_than_its_policy_allows(tmp_path):
     learners = {"a": ToyLearner(1.0, steps=11), "b": ToyLearner(1.0)}
     fed = Federation(tmp_path, plan(rounds=1), learners=learners, policy=open_policy(max_local_steps=10))
     fed.run()
-    assert fed.store().records()[0]["rejected"] == {"a": "plan-refused"}
+    assert fed.store().records()[0].missing == {"a": "plan-refused"}
     assert learners["a"].trained == []
 
 
@@ -243,7 +245,7 @@ def test_below_quorum_the_round_is_void_and_the_run_resumes(tmp_path):
     fed.answers["b"] = lambda r: Reply("b", error="resources")
     with raising(RunFailed, code="quorum", match="2 of 3"):
         fed.run()
-    assert [f["attempt"] for e, f in fed.events if e == "void"] == [0, 1, 2]
+    assert [f["record"].attempt for e, f in fed.events if e == "void"] == [0, 1, 2]
     assert fed.learners["a"].trained == [1]  # later attempts were answered from the journal
     fed.answers["b"] = fed.sites["b"].handle
     assert fed.run().adapter.vector == pytest.approx(3.0 * 0.75)
@@ -285,7 +287,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, dtype, after):
     fed.sites = {n: fed.site(n) for n in fed.learners}  # the sites' processes died, too
     fed.answers = {n: s.handle for n, s in fed.sites.items()}
     assert fed.run().adapter.vector.tobytes() == whole.adapter.vector.tobytes()
-    assert [r["round"] for r in fed.store().records()] == [1, 2, 3, 4]
+    assert [r.round for r in fed.store().records()] == [1, 2, 3, 4]
 
 
 def test_a_site_killed_after_training_sends_from_its_journal(tmp_path):
@@ -315,14 +317,14 @@ def test_only_shared_metrics_leave(tmp_path):
     policy = open_policy(share=("eval/nll",))
     fed = Federation(tmp_path, plan(rounds=1, evaluation=Evaluation(share=("train/loss", "eval/nll"))), policy=policy)
     fed.run()
-    assert set(fed.store().records()[0]["sites"]["a"]) == {"weight", "eval/nll"}
+    assert fed.store().records()[0].sites["a"].metrics.keys() == {"eval/nll"}
 
 
 def test_evaluation_comes_before_training_every_nth_round_and_at_the_end(tmp_path):
     fed = Federation(tmp_path, plan(rounds=3, evaluation=Evaluation(every=2)))
     fed.run()
-    assert ["eval/nll" in r["sites"]["a"] for r in fed.store().records()] == [True, False, True]
-    assert fed.store().final()["sites"]["a"]["eval/nll"] == pytest.approx(abs(3.0 * 0.875 - 1.0))
+    assert ["eval/nll" in r.sites["a"].metrics for r in fed.store().records()] == [True, False, True]
+    assert fed.store().final().sites["a"].metrics["eval/nll"] == pytest.approx(abs(3.0 * 0.875 - 1.0))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def test_a_site_that_differs_is_not_ready(tmp_path, change, code):
     learners["b"] = replace(learners["b"], **change)
     fed = Federation(tmp_path, plan(rounds=1), learners=learners)
     fed.run()
-    assert fed.store().records()[0]["rejected"] == {"b": code}
+    assert fed.store().records()[0].missing == {"b": code}
 
 
 @pytest.mark.parametrize("policy", [{"max_rounds": 1}, {"min_sites": 9}, {"allowed_models": ("other",)}])
@@ -426,7 +428,7 @@ def test_a_resumed_run_goes_back_behind_a_damaged_checkpoint(tmp_path):
     assert fed.run().adapter.vector.tobytes() == whole.adapter.vector.tobytes()
     assert next(f for e, f in fed.events if e in ("damaged", "start")) == {"file": "round-000003.safetensors"}
     assert (tmp_path / "cut" / "run" / "round-000003.damaged").exists()
-    assert [r["round"] for r in fed.store().records()] == [1, 2, 3, 4, 5]
+    assert [r.round for r in fed.store().records()] == [1, 2, 3, 4, 5]
     assert fed.learners["a"].trained == [1, 2, 3, 4, 5]  # round 3 came out of the journal the second time
 
 
@@ -504,7 +506,41 @@ def test_the_record_of_a_round_that_was_cut_off_is_mended(tmp_path):
     lines = (tmp_path / "run" / "rounds.jsonl").read_bytes().splitlines()
     (tmp_path / "run" / "rounds.jsonl").write_bytes(lines[0] + b"\n" + lines[1][:10])
     fed.store().resume()
-    assert [r["round"] for r in fed.store().records()] == [1, 2]
+    assert [r.round for r in fed.store().records()] == [1, 2]
+
+
+def test_a_damaged_line_of_the_records_is_named_and_then_made_anew(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=3))
+    fed.run()
+    file, records = tmp_path / "run" / "rounds.jsonl", fed.store().records()
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + lines[1].replace(b'"partial":false', b'"partial":true') + lines[2])
+    with pytest.raises(StoreError, match=r"rounds\.jsonl, line 2 is damaged") as error:
+        fed.store().records()
+    assert (error.value.code, error.value.hint[:14]) == ("store", "resume the run")
+    assert "line 2" in fed.store().problems()[file]
+    fed.store().resume()
+    assert (fed.store().records(), fed.store().problems()) == (records, {})
+
+
+@pytest.mark.parametrize("where", ["rounds.jsonl", "final.json", "checkpoint"])
+@pytest.mark.parametrize("record", [{"format": 2}, {"round": 3, "seconds/round": 1.0}])
+def test_records_of_another_version_are_refused_and_stay_as_they_are(tmp_path, where, record):
+    fed = Federation(tmp_path, plan(rounds=3))
+    fed.run()
+    if where == "checkpoint":
+        file = tmp_path / "run" / "round-000003.safetensors"
+        at = fed.store().load()
+        save_adapter(file, at.adapter, {"run": fed.store().run, "round": 3, "record": record}, at.state)
+    else:
+        file = tmp_path / "run" / where
+        file.write_bytes(dump_facts(record) + b"\n")
+    if where == "rounds.jsonl":
+        damage(tmp_path / "run" / "final.json")  # which is not set aside, either
+    before = {f: f.read_bytes() for f in (tmp_path / "run").iterdir() if f.is_file()}
+    with raising(WireError, code="version-unsupported", match="format"):
+        fed.store().resume()
+    assert {f: f.read_bytes() for f in (tmp_path / "run").iterdir() if f.is_file()} == before
 
 
 DIES = """
@@ -538,7 +574,7 @@ def test_kill_9_anywhere_loses_nothing(tmp_path, after):
     assert subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}).returncode == -signal.SIGKILL
     fed = Federation(tmp_path / "cut", plan(rounds=6), durable=True)
     assert fed.run().adapter.vector.tobytes() == whole.adapter.vector.tobytes()
-    assert [r["round"] for r in fed.store().records()] == [1, 2, 3, 4, 5, 6]
+    assert [r.round for r in fed.store().records()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_mean_of_nothing_learned_changes_nothing(tmp_path):

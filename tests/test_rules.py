@@ -132,17 +132,17 @@ def test_a_seeded_share_of_the_sites_trains_and_weights_are_of_those_alone(tmp_p
     fed = eight(tmp_path / "a", rounds=6, fraction=0.4, min_sites=2)
     fed.run()
     records = fed.store().records()
-    drawn = [tuple(r["asked"]) for r in records]
+    drawn = [tuple(r.asked) for r in records]
     assert {len(d) for d in drawn} == {4}  # 0.4 x 8, rounded up
     assert len(set(drawn)) > 1
     assert len({s for d in drawn for s in d}) > 4
     for record in records:
-        assert sorted(record["sites"]) == record["asked"]
-        assert set(record["rejected"].values()) == {"not-drawn"}
-        assert not record["partial"]  # everybody who was to take part did
-        assert record["weight"] == sum(int(s[1:]) + 1 for s in record["asked"])
+        assert sorted(record.sites) == list(record.asked)
+        assert set(record.missing.values()) == {"not-drawn"}
+        assert not record.partial  # everybody who was to take part did
+        assert record.outcome.weight == sum(int(s[1:]) + 1 for s in record.asked)
     trained = {n: learner.trained for n, learner in fed.learners.items()}
-    assert all(trained[s] == [r["round"] for r in records if s in r["asked"]] for s in trained)
+    assert all(trained[s] == [r.round for r in records if s in r.asked] for s in trained)
     mean = START.vector.astype(np.float64)
     for d in drawn:
         total = sum(int(s[1:]) + 1 for s in d)
@@ -150,8 +150,8 @@ def test_a_seeded_share_of_the_sites_trains_and_weights_are_of_those_alone(tmp_p
     assert fed.store().load().adapter.vector == pytest.approx(mean, abs=1e-5)
     again = eight(tmp_path / "b", rounds=6, fraction=0.4, min_sites=2)
     again.run()
-    assert [tuple(r["asked"]) for r in again.store().records()] == drawn
-    assert set(fed.store().final()["sites"]) == set(fed.learners)  # the last evaluation asks everybody
+    assert [tuple(r.asked) for r in again.store().records()] == drawn
+    assert set(fed.store().final().sites) == set(fed.learners)  # the last evaluation asks everybody
 
 
 def test_who_is_drawn_follows_from_the_seed_of_the_plan(tmp_path):
@@ -160,7 +160,7 @@ def test_who_is_drawn_follows_from_the_seed_of_the_plan(tmp_path):
     def drawn(name, seed):
         fed = eight(tmp_path / name, rounds=4, fraction=0.5, seed=seed)
         fed.run()
-        return [tuple(r["asked"]) for r in fed.store().records()]
+        return [tuple(r.asked) for r in fed.store().records()]
 
     found = {seed: drawn(f"seed-{seed}", seed) for seed in (0, 1, 2)}
     assert len({tuple(d) for d in found.values()}) == 3
@@ -170,7 +170,7 @@ def test_who_is_drawn_follows_from_the_seed_of_the_plan(tmp_path):
 def test_never_fewer_are_drawn_than_a_round_needs(tmp_path):
     fed = eight(tmp_path, rounds=2, fraction=0.1, min_sites=3)
     fed.run()
-    assert [len(r["asked"]) for r in fed.store().records()] == [3, 3]
+    assert [len(r.asked) for r in fed.store().records()] == [3, 3]
 
 
 def test_a_drawn_site_that_fails_is_asked_again_with_the_same_others(tmp_path):
@@ -187,8 +187,8 @@ def test_a_drawn_site_that_fails_is_asked_again_with_the_same_others(tmp_path):
         fed.answers[name] = lambda request, answer=answer: fails_once(request, answer)
     fed.run()
     (record,) = fed.store().records()
-    assert record["attempt"] == 1
-    assert failed[0] in record["sites"]
+    assert record.attempt == 1
+    assert failed[0] in record.sites
     assert all(learner.trained in ([], [1]) for learner in fed.learners.values())
 
 
@@ -435,9 +435,9 @@ def test_every_rule_has_as_many_rounds_as_the_plan_says_and_each_can_be_lost_by_
         records, first = lost_in(tmp_path / str(lost[2]), todo, lost)
         assert first[0] == "start"
         assert first[1]["rounds"] == 2
-        assert [r["round"] for r in records] == [1, 2, 3]
-        due = [lost[2]] if "b" in records[lost[2] - 1]["asked"] else []  # not drawn, in a run that draws
-        assert [r["round"] for r in records if r["rejected"].get("b") == "late"] == due
+        assert [r.round for r in records] == [1, 2, 3]
+        due = [lost[2]] if "b" in records[lost[2] - 1].asked else []  # not drawn, in a run that draws
+        assert [r.round for r in records if r.missing.get("b") == "late"] == due
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])

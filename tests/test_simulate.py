@@ -21,7 +21,7 @@ def results(out):
 
 
 def adapters(out):
-    return [r["adapter"] for r in results(out)["rounds"] if "adapter" in r]
+    return [r["outcome"]["adapter"] for r in results(out)["rounds"] if r["outcome"]]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_under_secure_aggregation_with_dropouts_the_report_knows_only_all_togeth
     assert adapters(outs[0]) == adapters(outs[1])  # other keys, other masks, the same sums
     rounds = results(outs[0])["rounds"]
     assert [list(r["sites"]) for r in rounds] == [list("acde"), list("abcde"), list("abce"), list("abcde")]
-    assert all(metrics == {} for r in rounds for metrics in r["sites"].values())
+    assert all(known == {"weight": None, "metrics": {}} for r in rounds for known in r["sites"].values())
     assert "all together" in (outs[0] / "report.html").read_text()
     assert main(["simulate", str(plan), "--out", str(outs[0]), "--resume", "-q"]) == 3  # with other dropouts it is another run
     assert main(["simulate", str(plan), "--drop", "b@lunch", "--out", str(tmp_path / "no"), "-q"]) == 3
@@ -229,7 +229,7 @@ def test_sites_in_one_pass_give_the_same_federation_but_for_rounding(tmp_path, s
         assert a["sites"].keys() == b["sites"].keys()
         for site, facts in a["sites"].items():
             assert facts["weight"] == b["sites"][site]["weight"]
-            assert facts["train/loss"] == pytest.approx(b["sites"][site]["train/loss"], rel=0.05)
+            assert facts["metrics"]["train/loss"] == pytest.approx(b["sites"][site]["metrics"]["train/loss"], rel=0.05)
     assert one["arms"]["federated"]["tokens"] == other["arms"]["federated"]["tokens"]
     assert (
         main(["simulate", str(plan), "--out", str(tmp_path / "one"), "--resume", "-q"]) != 0

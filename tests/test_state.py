@@ -125,7 +125,7 @@ class Place:
         assert store.final() is not None
         last = {n: Journal(state_of(self, n) / "journal").last(store.run) for n in TARGETS}
         seen = {n: entry[1].state for n, entry in last.items() if entry is not None}
-        return (store.load().adapter.digest(), seen), [list(r["sites"]) for r in store.records() if r["round"] > 2]
+        return (store.load().adapter.digest(), seen), [list(r.sites) for r in store.records() if r.round > 2]
 
     def copy(self, to):
         shutil.copytree(self.root, to, symlinks=True)
@@ -356,8 +356,12 @@ def repair(place, *words, name="a"):
     return status, json.loads(text.splitlines()[-1]) if text else {}
 
 
+def answered(data):
+    return {"fedlora": 1, "command": "site repair", "ok": True, "data": data}
+
+
 def rejected(place):
-    return [r["rejected"] for r in RunStore.open(place.run_directory).records() if r["round"] > 2]
+    return [r.missing for r in RunStore.open(place.run_directory).records() if r.round > 2]
 
 
 @pytest.mark.parametrize("how", ["damaged", "deleted", "with the journal", "with memory"])
@@ -389,7 +393,7 @@ def test_a_site_whose_state_of_the_round_before_is_gone_refuses_until_its_operat
     assert options == (["--sit-out"] if how == "with memory" else ["--go-on", "--sit-out"])
     run = finding["run"]
     if how == "with memory":  # the numbers that it has heard are gone: they are not begun anew
-        assert repair(kept, "--go-on", run)[1]["error_code"] == "store"
+        assert repair(kept, "--go-on", run)[1]["error"]["code"] == "store"
         assert repair(kept, "--sit-out", run)[0] == 0
         kept.go()
         assert rejected(kept) == [{"a": "sits-out"}] * 2
@@ -540,7 +544,7 @@ def test_records_that_are_gone_are_said_to_be(tmp_path):
     (place.run_directory / "rounds.jsonl").unlink()
     place.go()
     assert ("records-gone", {"rounds": [1, 2]}) in place.events
-    assert [r["round"] for r in RunStore.open(place.run_directory).records()] == [3, 4, 5, 6]
+    assert [r.round for r in RunStore.open(place.run_directory).records()] == [3, 4, 5, 6]
 
 
 @pytest.mark.fault(
@@ -619,7 +623,7 @@ def test_a_counter_is_lost_only_with_its_copy_and_is_never_begun_anew(left, tmp_
     assert "'down'" in str(place.errors[0])
     status, found = repair(place)
     assert (status, [c.split(" ")[0] for c in found["data"]["findings"][0]["choices"]]) == (1, ["--sit-out"])
-    assert repair(place, "--go-on", run)[1]["error_code"] == "store"
+    assert repair(place, "--go-on", run)[1]["error"]["code"] == "store"
     assert repair(place, "--sit-out", run)[0] == 0
 
 
@@ -648,7 +652,7 @@ def test_looking_changes_nothing_and_choosing_needs_the_site_to_be_stopped(left,
 
 def test_a_state_without_damage_is_said_to_be_whole(left, capsys):
     place = left["sealed"][0]
-    assert repair(place) == (0, {"schema_version": 1, "status": "ok", "data": {"done": [], "wrong": False, "findings": []}})
+    assert repair(place) == (0, answered({"done": [], "wrong": False, "findings": []}))
     assert main(["server", "repair", str(place.home), RUN]) == 0
     assert capsys.readouterr().out == "nothing is damaged\n"
 
@@ -725,10 +729,11 @@ def test_no_flipped_bit_in_a_record_or_last_evaluation_gives_another_number(left
     store = RunStore.open(place.run_directory)
     final, records = store.final(), store.records()
     for _ in flipped(place.run_directory / "rounds.jsonl"):
-        assert all(r in records for r in store.records())
+        with suppress(StoreError):
+            assert store.records() in (records, records[:-1])  # without its end the last line is torn
     for _ in flipped(place.run_directory / "final.json"):
         with suppress(StoreError):
             assert store.final() == final
     for _ in flipped(place.run_directory / "round-000004.safetensors"):
         with suppress(StoreError):
-            assert dict(store.load().record) == records[-1]
+            assert store.load().record == records[-1]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from protect.secagg import test_federation as secagg
 from raising import raising
 from test_report import run as results
+from test_report import table, write_html
 from test_rounds import TARGETS, Federation, plan
 
 from fedlora.cli.output import Screen
@@ -20,8 +21,6 @@ from fedlora.core.plan import Federation as Rounds
 from fedlora.core.words import majority_line
 from fedlora.data.batches import Cursor, Stream
 from fedlora.data.tokens import IGNORE, Tokens
-from fedlora.lab.report import write_html
-from fedlora.lab.tables import table
 from fedlora.lab.testing import ToyLearner, toy_adapter
 from fedlora.rules import Each, Sums, largest_weight, rule_of
 from fedlora.site import work as site_module
@@ -120,21 +119,21 @@ def test_a_weight_above_the_plans_is_refused_and_the_others_go_on(tmp_path, weig
     fed = Federation(tmp_path, plan(rounds=2, aggregate=Aggregate(weighting=weighting)))
     lies(fed, "b", bound + beyond)
     assert fed.run().adapter.vector == pytest.approx(3.0 * 0.75)  # the mean of a and c
-    assert [r["rejected"] for r in fed.store().records()] == [{"b": "weight-too-large"}] * 2
+    assert [r.missing for r in fed.store().records()] == [{"b": "weight-too-large"}] * 2
 
 
 def test_the_bound_itself_counts(tmp_path):
     fed = Federation(tmp_path, plan(rounds=1))
     lies(fed, "b", BOUND)
     fed.run()
-    assert fed.store().records()[0]["sites"]["b"]["weight"] == BOUND
+    assert fed.store().records()[0].sites["b"].weight == BOUND
 
 
 def test_a_weight_in_an_evaluation_is_refused(tmp_path):
     fed = Federation(tmp_path, plan(rounds=1))
     lies(fed, "b", 1, kind="evaluate")
     fed.run()
-    assert fed.store().final()["rejected"] == {"b": "weight-too-large"}
+    assert fed.store().final().missing == {"b": "weight-too-large"}
     assert EVALUATION.size == 1
 
 
@@ -146,7 +145,7 @@ def test_a_site_that_used_more_than_the_plan_allows_refuses_instead_of_sending(t
     fed.answers["b"] = lambda request: sent.append(handle(request)) or sent[-1]
     fed.run()
     assert (sent[0].error, sent[0].body) == ("weight-too-large", b"")
-    assert fed.store().records()[0]["rejected"] == {"b": "weight-too-large"}
+    assert fed.store().records()[0].missing == {"b": "weight-too-large"}
 
 
 @pytest.mark.attack(
@@ -160,11 +159,11 @@ def test_under_secure_aggregation_the_sum_of_all_claims_is_bounded(tmp_path, mon
     monkeypatch.setattr(site_module, "largest_weight", lambda plan: 1 << 40)  # the site's own check, which a liar leaves out
     fed.learners["b"].tokens = 4 * BOUND
     at, store = fed.run()
-    assert store.records()[0]["void"] == "weight-too-large"
+    assert store.records()[0].void == "weight-too-large"
     assert at.adapter.digest() == secagg.START.digest()
     fed = secagg.Federation(tmp_path / "within", asked)
     fed.learners["b"].tokens = 4 * BOUND - 3 * 10
-    assert "void" not in fed.run()[1].records()[0]
+    assert fed.run()[1].records()[0].void is None
 
 
 # --- who decides alone ----------------------------------------------------------------------------------------------
@@ -181,8 +180,8 @@ def test_a_site_with_more_than_half_of_a_round_is_said_in_the_record(tmp_path, t
     fed = Federation(tmp_path, plan(rounds=2), learners=learners)
     fed.run()
     records = fed.store().records()
-    assert [r.get("majority", {}) for r in records] == [pytest.approx(said)] * 2
-    assert "majority" not in fed.store().final()
+    assert [r.majority for r in records] == [pytest.approx(said)] * 2
+    assert fed.store().final().majority == {}
     assert [f for e, f in fed.events if e == "majority"] == [
         {"site": s, "percent": pytest.approx(100 * share)} for s, share in said.items()
     ] * 2
@@ -196,10 +195,12 @@ def test_the_screen_and_the_report_say_it(tmp_path, capsys):
         screen("majority", {"site": "beta", "percent": 61.25})
     assert "beta has 61.25 % of the round's weight" in capsys.readouterr().err
     record = {**results()["rounds"][0], "majority": {"north": 0.75}}
+    whole = {"weight": 4, "metrics": {}}
+    unknown = {**record, "sites": {"north": {"weight": None, "metrics": {}}}, "together": whole}
     for found, said in (
         ({**results(), "rounds": [record]}, "ore than half of a round's weight: north in 1 of 1 rounds"),
         (results(), "ore than half of a round's weight: no site"),
-        ({**results(), "rounds": [{**record, "sites": {"north": {}}, "together": {"weight": 4}}]}, "eights of single sites: not"),
+        ({**results(), "rounds": [unknown]}, "eights of single sites: not"),
     ):
         assert said in table(found)
         write_html(found, tmp_path / "page.html")
@@ -209,4 +210,4 @@ def test_the_screen_and_the_report_say_it(tmp_path, capsys):
 def test_under_secure_aggregation_single_weights_are_said_to_be_unknown(tmp_path):
     _, store = secagg.Federation(tmp_path, secagg.secagg_plan(rounds=1, weight_unit=10)).run()
     assert "not known under secure aggregation" in majority_line(store.records())
-    assert "majority" not in store.records()[0]
+    assert store.records()[0].majority == {}

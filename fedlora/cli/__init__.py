@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 
-from fedlora.cli.output import fail
+from fedlora.cli.output import command_of, fail
 
 _TRAIN = frozenset(["accelerate", "bitsandbytes", "gguf", "peft", "pyarrow", "tokenizers", "torch", "transformers"])
 _SIGNALLED = 130
@@ -31,41 +31,50 @@ def main(argv: list[str] | None = None) -> int:
         TOKENIZERS_PARALLELISM="false",
     )
     import click
+    import typer
 
     from fedlora.cli.commands import app
     from fedlora.core.errors import FedLoRAError
 
     words = sys.argv[1:] if argv is None else argv
+    program = typer.main.get_command(app)
+    command = command_of(words, program) if "--json" in _options(words) else None  # as which a program is answered
     try:
-        status = int(app(words, standalone_mode=False, prog_name="fedlora") or 0)
-        return _interrupted(words) if status == _SIGNALLED else status  # typer has swallowed Ctrl-C by then
+        status = int(program.main(words, standalone_mode=False, prog_name="fedlora") or 0)
+        return _interrupted(words, command) if status == _SIGNALLED else status  # typer has swallowed Ctrl-C by then
     except FedLoRAError as e:
-        return fail(str(e), hint=e.hint, code=e.code, status=e.exit_status, as_json="--json" in words)
+        return fail(str(e), hint=e.hint, code=e.code, status=e.exit_status, command=command)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        return _interrupted(words)
+        return _interrupted(words, command)
     except click.ClickException as e:
-        e.show()
-        return e.exit_code
+        if command is None:
+            e.show()
+            return e.exit_code
+        hint = f"fedlora {command} --help".replace("  ", " ")
+        return fail(e.format_message(), hint=hint, code="usage", status=e.exit_code, command=command)
     except MemoryError:
-        return fail(
-            "out of memory", hint="a smaller batch or a shorter max_length", code="resources", status=7, as_json="--json" in words
-        )
+        return fail("out of memory", hint="a smaller batch or a shorter max_length", code="resources", status=7, command=command)
     except ImportError as e:
         if (e.name or "").partition(".")[0] not in _TRAIN:
             raise
         hint = "pip install 'fedlora[train]', or run this where it is installed: a server needs it for nothing else"
-        return fail(f"{e.name} is not installed", hint=hint, code="not-installed", status=3, as_json="--json" in words)
+        return fail(f"{e.name} is not installed", hint=hint, code="not-installed", status=3, command=command)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         where = f"{e.filename}: " if e.filename else ""
         hint = "make room and run the command again" if full else "check the path and its permissions"
-        return fail(f"{where}{e.strerror or e}", hint=hint, code="os", status=7 if full else 3, as_json="--json" in words)
+        return fail(f"{where}{e.strerror or e}", hint=hint, code="os", status=7 if full else 3, command=command)
     except Exception as e:  # the end of the road: whatever it is, it is ours, and it has its own exit status
         traceback.print_exc()
         hint = "this is a bug of FedLoRA; the lines above name no data unless the last one does: read it before you send it"
-        return fail(f"unexpected {type(e).__name__}", hint=hint, code="bug", status=70, as_json="--json" in words)
+        return fail(f"unexpected {type(e).__name__}", hint=hint, code="bug", status=70, command=command)
 
 
-def _interrupted(words: list[str]) -> int:
+def _options(words: list[str]) -> list[str]:
+    """What may be an option: after ``--`` there are only arguments."""
+    return words[: words.index("--")] if "--" in words else words
+
+
+def _interrupted(words: list[str], command: str | None) -> int:
     hint = _INTERRUPTED.get(words[0] if words else "", "")
-    return fail("interrupted", hint=hint, code="interrupted", status=_SIGNALLED, as_json="--json" in words)
+    return fail("interrupted", hint=hint, code="interrupted", status=_SIGNALLED, command=command)

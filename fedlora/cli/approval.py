@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedlora.cli.output import emit
+from fedlora.cli.output import Json, emit
 
 
 def approve(
@@ -22,11 +22,11 @@ def approve(
             help="A site whose update this plan's sums may show beside earlier plans' sums; may be repeated.", show_default=False
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text; needs --yes.")] = False,
+    json: Json = False,
 ) -> None:
     """Show what a plan asks of this site, beside the last one approved, and approve one run of it.
 
-    A `site up` that is running needs no restart.
+    A `site up` that is running needs no restart. --json needs --yes.
 
     Example: fedlora site approve plan.toml --site site.toml
     """
@@ -57,4 +57,4 @@ def approve(
 
 
 def _said(asked: Any, count: int, *, json: bool, text: str) -> None:
-    emit(asked.facts() | {"approved": count}, text, as_json=json)
+    emit(asked.facts(approved=count), text, as_json=json)

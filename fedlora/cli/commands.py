@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from fedlora.cli.approval import approve
-from fedlora.cli.output import Screen, emit
+from fedlora.cli.output import Json, Quiet, Screen, emit
 from fedlora.cli.repair import server_repair, site_repair
 from fedlora.cli.roster import roster
+from fedlora.cli.schema import schema
 
 if TYPE_CHECKING:
-    pass
-
+    from fedlora.core.answers import Forecast
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,10 +32,9 @@ app.add_typer(keygen, name="keygen")
 app.add_typer(server, name="server")
 app.add_typer(site, name="site")
 app.add_typer(roster, name="roster")
+app.command()(schema)
 site.command("approve")(approve)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 PlanFile = Annotated[Path, typer.Argument(help="Plan file (TOML).", show_default=False)]
 
 
@@ -47,44 +46,52 @@ def version(json: Json = False) -> None:
     """
     from importlib.metadata import version as installed
 
-    found = {"fedlora": installed("fedlora"), "flwr": installed("flwr")}
+    from fedlora.core.answers import Version
+
+    found = Version(fedlora=installed("fedlora"), flwr=installed("flwr"))
     emit(found, f"fedlora {found['fedlora']} (flwr {found['flwr']})", as_json=json)
 
 
 @new.command("plan")
-def new_plan() -> None:
+def new_plan(json: Json = False) -> None:
     """Print a plan with every key at its default and a comment.
 
     Example: fedlora new plan > plan.toml
     """
+    from fedlora.core.answers import Sample
     from fedlora.core.plan import Plan
     from fedlora.core.toml import sample
 
-    emit({}, sample(Plan).rstrip(), as_json=False)
+    text = sample(Plan).rstrip()
+    emit(Sample(text=text), text, as_json=json)
 
 
 @new.command("site")
-def new_site() -> None:
+def new_site(json: Json = False) -> None:
     """Print a site file with every key at its default and a comment.
 
     Example: fedlora new site > site.toml
     """
+    from fedlora.core.answers import Sample
     from fedlora.core.toml import sample
     from fedlora.site.site_file import SiteFile
 
-    emit({}, sample(SiteFile).rstrip(), as_json=False)
+    text = sample(SiteFile).rstrip()
+    emit(Sample(text=text), text, as_json=json)
 
 
 @new.command("simulation")
-def new_simulation() -> None:
+def new_simulation(json: Json = False) -> None:
     """Print a plan for `fedlora simulate`: needs no data and no download.
 
     Example: fedlora new simulation > toy.toml && fedlora simulate toy.toml
     """
+    from fedlora.core.answers import Sample
     from fedlora.core.plan import Plan, Simulation
     from fedlora.core.toml import dump_toml
 
-    emit({}, dump_toml(Plan(simulation=Simulation())).rstrip(), as_json=False)
+    text = dump_toml(Plan(simulation=Simulation())).rstrip()
+    emit(Sample(text=text), text, as_json=json)
 
 
 # --- keys ---------------------------------------------------------------------------------------------------
@@ -100,11 +107,12 @@ def keygen_site(
 
     Example: fedlora keygen site st-marys --out keys
     """
+    from fedlora.core.answers import SiteKeys
     from fedlora.flower.enrol import make_site_keys
 
     public, fingerprint = make_site_keys(name, out)
     emit(
-        {"public": str(public), "fingerprint": fingerprint},
+        SiteKeys(public=str(public), fingerprint=fingerprint),
         f"send to the coordinator: {public}\nfingerprint, to compare over the telephone: {fingerprint}",
         as_json=json,
     )
@@ -120,11 +128,12 @@ def keygen_server(
 
     Example: fedlora keygen server study --host fed.example.org
     """
+    from fedlora.core.answers import ServerKeys
     from fedlora.flower.enrol import make_server_home
 
     fingerprint = make_server_home(home, hosts=host)
     emit(
-        {"home": str(home), "fingerprint": fingerprint},
+        ServerKeys(home=str(home), fingerprint=fingerprint),
         f"send to every site: {home / 'server.pub'} and {home / 'tls' / 'ca.crt'}\n"
         f"put each site's .pub file into: {home / 'sites'}\nfingerprint, to compare over the telephone: {fingerprint}",
         as_json=json,
@@ -147,20 +156,18 @@ def check(
 
     Example: fedlora check plan.toml --site site.toml
     """
+    from fedlora.core.answers import Checked
     from fedlora.formats.plans import load_plan
     from fedlora.protect.modes import mode_of
 
     found = load_plan(plan)
     f = found.federation
-    facts: dict[str, Any] = {
-        "digest": found.digest(),
-        "rounds": f.num_rounds,
-        "pinned": bool(found.model.digest and found.lora.init_digest),
-    }
+    pinned = bool(found.model.digest and found.lora.init_digest)
+    facts = Checked(digest=found.digest(), rounds=f.num_rounds, pinned=pinned)
     text = (
         f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
         f"{found.wire.dtype} updates, {found.protect.mode}\n"
-        + ("pinned to base and first adapter" if facts["pinned"] else "not pinned yet: `fedlora pin` fills in the digests")
+        + ("pinned to base and first adapter" if pinned else "not pinned yet: `fedlora pin` fills in the digests")
     )
     if (survives := mode_of(found).survives(found)) is not None:
         facts["survives"] = survives[0]
@@ -168,8 +175,8 @@ def check(
     if site is not None:
         from fedlora.learn.local import forecast
 
-        with Screen(quiet=quiet or json) as screen:
-            facts["round"] = here = forecast(site, found, report=screen)
+        with Screen(quiet=quiet, as_json=json) as screen:
+            facts["round"] = here = cast("Forecast", forecast(site, found, report=screen))
         text += (
             f"\na round here ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
             f"{here['train_s']:.0f} s at {1 / here['token_s']:.0f} tokens/s, and {here['evaluate_s']:.0f} s for an evaluation; "
@@ -196,10 +203,11 @@ def pin(
 
     Example: fedlora pin plan.toml --model models/SmolLM2 --out study/plan
     """
+    from fedlora.core.answers import Pinned
     from fedlora.flower.enrol import pin_plan
 
     pinned = pin_plan(plan, model, out)
-    facts = {"plan": pinned.digest(), "base": pinned.model.digest, "init": pinned.lora.init_digest}
+    facts = Pinned(plan=pinned.digest(), base=pinned.model.digest, init=pinned.lora.init_digest)
     emit(facts, f"{out / 'plan.toml'}: plan {facts['plan'][:12]}, base {facts['base'][:12]}", as_json=json)
 
 
@@ -231,13 +239,14 @@ def simulate(
 
     Example: fedlora simulate simulations/plans/toy.toml --seeds 0,1,2
     """
+    from fedlora.core.answers import Simulated
     from fedlora.formats.plans import load_plan
     from fedlora.lab.simulate import parse_seeds
     from fedlora.lab.simulate import simulate as run
 
     found = load_plan(plan)
     where = out or Path("runs") / found.run.name
-    with Screen(quiet=quiet) as screen:
+    with Screen(quiet=quiet, as_json=json) as screen:
         results = run(
             found,
             root=plan.resolve().parent,
@@ -252,7 +261,7 @@ def simulate(
     page = where / "report.html"
     later = f"\nno report.html: pip install 'fedlora[report]', then fedlora report {where}"
     text = (where / "summary.txt").read_text() + (f"\nreport: {page}" if page.exists() else later)
-    emit({"out": str(where), "results": results}, text, as_json=json)
+    emit(Simulated(out=str(where), results=results), text, as_json=json)
 
 
 @app.command()
@@ -267,13 +276,14 @@ def report(
 
     Example: fedlora report runs/clinical --figures figures
     """
+    from fedlora.core.answers import Reported
     from fedlora.lab.report import load, write_figures, write_html
 
     results, page = load(run), run / "report.html"
     write_html(results, page)
     files = write_figures(results, figures) if figures is not None else []
     text = f"report: {page}" + f"\nfigures: {len(files)} files in {figures}" * bool(files)
-    emit({"report": str(page), "figures": [str(f) for f in files]}, text, as_json=json)
+    emit(Reported(report=str(page), figures=[str(f) for f in files]), text, as_json=json)
 
 
 @app.command()
@@ -291,11 +301,12 @@ def export(
 
     Example: fedlora export runs/clinical/seed-0 adapter/
     """
+    from fedlora.core.answers import Exported
     from fedlora.library.publish import export_run
 
     export_run(run, out, dtype=dtype, merge=merge, base=base)
     text = f'{out}\n\n  from peft import PeftModel\n  model = PeftModel.from_pretrained(base, "{out}")'
-    emit({"out": str(out)}, str(out) if merge else text, as_json=json)
+    emit(Exported(out=str(out)), str(out) if merge else text, as_json=json)
 
 
 @app.command()
@@ -306,8 +317,9 @@ def inspect(file: Annotated[Path, typer.Argument(help="Any file of FedLoRA.")], 
     """
     from fedlora.library.publish import describe
 
-    facts = describe(file)
-    emit(facts, "\n".join(f"{k}: {v}" for k, v in facts.items()), as_json=json)
+    found = describe(file)
+    lines = [f"kind: {found['kind']}", *(f"{k}: {v}" for k, v in found["facts"].items())]
+    emit(found, "\n".join(lines), as_json=json)
 
 
 # --- deployment -----------------------------------------------------------------------------------------------
@@ -318,16 +330,19 @@ def server_up(
     home: Annotated[Path, typer.Argument(help="The server's directory, from `fedlora keygen server`.")],
     listen: Annotated[str, typer.Option(help="Address and port for the sites.")] = "0.0.0.0:8443",
     max_body: Annotated[int, typer.Option(help="Largest request body, bytes.")] = 64 << 20,
+    json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Start the server and keep it up: relay on loopback, gateway to the sites over TLS.
 
     Example: fedlora server up study --listen 0.0.0.0:8443
     """
+    from fedlora.core.answers import ServerUp
     from fedlora.flower.server import up
 
-    with Screen(quiet=quiet) as screen:
+    with Screen(quiet=quiet, as_json=json) as screen:
         up(home, listen=listen, body_limit_bytes=max_body, report=screen)
+    emit(ServerUp(home=str(home)), "", as_json=json)
 
 
 @server.command("start")
@@ -345,7 +360,7 @@ def server_start(
     from fedlora.flower.server import start
     from fedlora.library.publish import outcome
 
-    with Screen(quiet=quiet) as screen:
+    with Screen(quiet=quiet, as_json=json) as screen:
         directory = start(home, plan, resume=resume, report=screen)
     emit(*outcome(directory), as_json=json)
 
@@ -353,16 +368,19 @@ def server_start(
 @site.command("up")
 def site_up(
     file: Annotated[Path, typer.Argument(help="Site file (TOML).")],
+    json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Take part: connect to the server and answer its tasks until stopped. Only outbound connections.
 
     Example: fedlora site up site.toml
     """
+    from fedlora.core.answers import SiteUp
     from fedlora.flower.site import up
 
-    with Screen(quiet=quiet) as screen:
+    with Screen(quiet=quiet, as_json=json) as screen:
         up(file, report=screen)
+    emit(SiteUp(file=str(file)), "", as_json=json)
 
 
 server.command("repair")(server_repair)

@@ -1,47 +1,123 @@
-"""What the command prints: results on stdout, everything else on stderr."""
+"""What the command prints: answers on stdout, everything else on stderr.
+
+Under ``--json`` stdout has one envelope a line: events while work goes on, then one answer, which is the last line
+(FORMAT.md, section 11.6).
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from fedlora.core.answers import Failure
+    from fedlora.core.events import Event
+
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead of text: one object a line, the last one is the answer; see `schema`.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
 
 def emit(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
-    """One result: for people, or one JSON object for programs."""
+    """One answer: for people, or for programs.
+
+    Args:
+        data: of the command's type in :data:`fedlora.core.answers.ANSWERS`.
+    """
     if as_json:
-        print(json.dumps({"schema_version": 1, "status": "ok", "data": data}, allow_nan=False))
+        _said(_command(), ok=True, data=data)
     elif text:
         print(text)
 
 
-def fail(message: str, *, hint: str, code: str, status: int, as_json: bool = False) -> int:
-    """An error in the form that every command has; returns the exit status."""
-    if as_json:
-        print(json.dumps({"schema_version": 1, "status": "error", "error_code": code, "message": message, "hint": hint}))
+def fail(message: str, *, hint: str, code: str, status: int, command: str | None = None) -> int:
+    """An error in the form that every command has; returns the exit status.
+
+    Args:
+        command: as which to answer with an envelope; None: for people only.
+    """
+    if command is not None:
+        error: Failure = {"code": code, "message": message, "hint": hint}
+        _envelope(command, ok=False, error=error)
     print(f"error: {message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
     return status
 
 
-class Screen:
-    """Progress of long work, told by events. Bars on a terminal, one line an event elsewhere, nothing when quiet."""
+def _said(command: str, **more: Any) -> None:
+    """An envelope for whoever reads it; if nobody does any more, the same as Ctrl-C."""
+    if not _envelope(command, **more):
+        raise KeyboardInterrupt
 
-    def __init__(self, *, quiet: bool = False) -> None:
+
+def _envelope(command: str, **more: Any) -> bool:
+    """Prints one; False if whoever read them has gone."""
+    from fedlora.core.answers import ENVELOPE
+
+    line = json.dumps({"fedlora": ENVELOPE, "command": command, **more}, allow_nan=False, default=_dumped)
+    try:
+        sys.stdout.write(f"{line}\n")  # at once: other threads report, too
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def _dumped(value: Any) -> Any:
+    """A record among JSON values."""
+    return value.model_dump(mode="json")
+
+
+def _command() -> str:
+    """The command that runs, without the program's name."""
+    import click
+
+    return click.get_current_context().command_path.partition(" ")[2]
+
+
+def command_of(words: Sequence[str], app: Any) -> str:
+    """The command that a command line names, as far as there is one of that name.
+
+    Args:
+        app: click's command of the whole program.
+    """
+    found: list[str] = []
+    for word in words:
+        app = getattr(app, "commands", {}).get(word)
+        if app is None:
+            break
+        found.append(word)
+    return " ".join(found)
+
+
+class Screen:
+    """Progress of long work, told by events. Bars on a terminal, one line an event elsewhere, nothing when quiet.
+
+    Args:
+        as_json: one envelope an event on stdout instead.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self._quiet = quiet
+        self._command = _command() if as_json and not quiet else None
         self._began = time.monotonic()
         self._bars: Progress | None = None
         self._arm = ""
-        self._round = ""
 
     def __enter__(self) -> Screen:
-        if not self._quiet and sys.stderr.isatty():
+        if not self._quiet and self._command is None and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -54,15 +130,21 @@ class Screen:
         if self._bars is not None:
             self._bars.stop()
 
-    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event, facts: Mapping[str, Any]) -> None:
+        if self._command is not None:
+            from fedlora.core.events import dump_facts_of
+
+            _said(self._command, event=event, data=dump_facts_of(event, facts))
+            return
         if event == "arm":
             self._arm = str(facts["name"])
         if event == "step":
             self._step(facts)
-            return
-        line = _LINES.get(event)
-        if line is not None and not self._quiet:
-            self._print(line.format_map(_Gentle(facts, arm=self._arm)))
+        elif event not in QUIET and not self._quiet:
+            known = event in LINES
+            self._print(
+                LINES[event if known else "other"].format_map(_Gentle(facts if known else {"name": event}, arm=self._arm))
+            )
 
     def _print(self, text: str) -> None:
         stamped = f"{time.monotonic() - self._began:7.1f} s  {text}"
@@ -85,13 +167,21 @@ class Screen:
 
 
 class _Gentle(dict[str, Any]):
-    """Facts for a format string; what is missing prints as a dash."""
+    """Facts for a format string, nested ones by their own names; what is missing prints as a dash."""
 
     def __init__(self, facts: Mapping[str, Any], **more: Any) -> None:
-        super().__init__({k.replace("/", "_"): _short(v) for k, v in {**facts, **more}.items()})
+        super().__init__({k.replace("/", "_"): _short(v) for k, v in {**_flat(facts), **more}.items()})
 
     def __missing__(self, key: str) -> str:
         return "-"
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts beside the numbers that they hold, and beside what a round's record says."""
+    found = {**facts, **facts.get("metrics", {})}
+    if (record := facts.get("record")) is not None:
+        found |= {**dict(record), "seconds": record.seconds.round, **(record.outcome.rule if record.outcome else {})}
+    return found
 
 
 def _short(value: Any) -> Any:
@@ -104,10 +194,10 @@ def _short(value: Any) -> Any:
     return value
 
 
-_LINES = {
+LINES: Mapping[str, str] = {
     "load": "loading {model}",
     "arm": "arm {name}",
-    "pace": "{tokens} tokens at once, activation checkpointing {dial}: {gib} GiB, {tokens_s} tokens/s (measured in {seconds} s)",
+    "pace": "{tokens} tokens at once, activation checkpointing {dial}: {gib} GiB, {tokens_per_s} tokens/s (took {seconds} s)",
     "out-of-memory": "out of memory: going on with {tokens} tokens at once, activation checkpointing {dial}",
     "data": "data {file}: {lines}",
     "listening": "listening on {address}",
@@ -123,10 +213,11 @@ _LINES = {
     "rejected": "  {site}: not counted ({code})",
     "session": "  {sites} open a session; {threshold} of them have to stay to its end",
     "masked": "  masked updates of {sites}",
+    "complaint": "  {sites} cannot open what {about} has dealt to them",
     "lone-change": "  of {sites} too few are in whole groups; missing: {missing}",
     "sum": "  the sum over {sites}: weight {weight} (of one site: unknown), training loss {train_loss}, held-out NLL {eval_nll}",
     "unheard": "  {site} was counted and then gave no answer ({code})",
-    "round": "round {round} done in {seconds_round} s; partial: {partial}; rejected: {rejected}; gap {gap_ratio}",
+    "round": "round {round} done in {seconds} s; partial: {partial}; not counted: {missing}; gap {gap_ratio}",
     "majority": "  {site} has {percent} % of the round's weight: it alone decides more than all others together",
     "round-void": "round {round} is void ({void}): too few sites stayed to the end of its session; the adapter stays as it was",
     "void": "round {round}, attempt {attempt}: too few sites; asking again",
@@ -141,4 +232,7 @@ _LINES = {
     "process": "{name}: {state}",
     "site": "{site}: {said}",
     "clock": "this machine's clock is {seconds} s {way} of the server's: corrected in what is signed for it; set the clock (NTP)",
+    "other": "{name}: told by another version of FedLoRA",
 }
+QUIET = frozenset(["step", "train", "trained", "evaluate", "arm-done"])
+"""Events that are not printed: the bars show what matters of them, or another line does. A test wants all others above."""

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli.output import emit
+from fedlora.cli.output import Json, emit
 
 if TYPE_CHECKING:
     from fedlora.site.repair import Finding
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 _RUN_START = "the first digits of a run's id are enough"
 
 
@@ -84,9 +83,11 @@ def server_repair(
 
 
 def _say(done: Sequence[str], found: Sequence[Finding], *, json: bool) -> None:
+    from fedlora.core.answers import Repaired
+
     wrong = any(f.wrong for f in found)
     lines = [*done, *(line for f in found for line in f.lines())]
-    facts = {"done": list(done), "wrong": wrong, "findings": [f.facts() for f in found]}
+    facts = Repaired(done=list(done), wrong=wrong, findings=[f.facts() for f in found])
     emit(facts, "\n".join(lines) or "nothing is damaged", as_json=json)
     if wrong:
         raise typer.Exit(1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedlora.cli.output import emit
+from fedlora.cli.output import Json, emit
 
 if TYPE_CHECKING:
+    from fedlora.core.answers import RosterFacts
     from fedlora.formats.keys import PublicIdentity
     from fedlora.formats.roster import Roster, SignedRoster
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 roster = typer.Typer(no_args_is_help=True, help="For the coordinators: say who takes part, and sign it.")
 
 RosterFile = Annotated[Path, typer.Argument(help="Roster file (JSON).", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 GroupSize = Annotated[
@@ -246,7 +246,7 @@ def _to_sign(file: Path, signed: SignedRoster, *, json: bool) -> None:
     emit(facts, "\n".join(lines), as_json=json)
 
 
-def _idle(facts: dict[str, Any]) -> list[str]:
+def _idle(facts: RosterFacts) -> list[str]:
     """Who takes no part under secure aggregation, and why."""
     waiting, out = ", ".join(facts["waiting"]), ", ".join(facts["sitting_out"])
     return [
@@ -255,49 +255,49 @@ def _idle(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _facts(signed: SignedRoster) -> dict[str, Any]:
+def _facts(signed: SignedRoster) -> RosterFacts:
     from datetime import UTC, datetime
 
+    from fedlora.core.answers import Coordinator, RosterFacts, RosterSite
     from fedlora.core.errors import RosterExpired
 
     r, valid = signed.roster, signed.signers(signed.roster.coordinators)
     group = {name: n for n, names in enumerate(r.groups(), 1) for name in names}
     idle = [m for m in r.sites if m.status == "active" and m.identity.name not in group]
+    state: Literal["in force", "not in force yet", "expired"] = "in force"
     try:
         r.check_time(int(time.time()))
-        state = "in force"
     except RosterExpired:
         state = "expired" if time.time() > r.not_after else "not in force yet"
     first, last = (datetime.fromtimestamp(s, UTC).strftime("%Y-%m-%d %H:%M UTC") for s in (r.not_before, r.not_after))
-    signature = {
-        c.name: "signed" if c.name in valid else "NOT VALID" if c.name in signed.signatures else "-" for c in r.coordinators
-    }
-    return {
-        "epoch": r.epoch,
-        "digest": r.digest(),
-        "previous": r.previous,
-        "fed": r.fed,
-        "valid_from": first,
-        "valid_until": last,
-        "state": state,
-        "min_version": r.min_version,
-        "max_colluding": r.max_colluding,
-        "min_cohort": r.min_cohort,
-        "needed": r.needed,
-        "signatures": len(valid),
-        "server": r.server.fingerprint(),
-        "coordinators": [
-            {"name": c.name, "signature": signature[c.name], "fingerprint": c.fingerprint()} for c in r.coordinators
-        ],
-        "waiting": [m.identity.name for m in idle if not m.group],
-        "sitting_out": [m.identity.name for m in idle if m.group],
-        "sites": [
-            {
-                "name": m.identity.name,
-                "status": m.status,
-                "group": group.get(m.identity.name),
-                "fingerprint": m.identity.fingerprint(),
-            }
+
+    def signature(name: str) -> Literal["signed", "NOT VALID", "-"]:
+        return "signed" if name in valid else "NOT VALID" if name in signed.signatures else "-"
+
+    return RosterFacts(
+        epoch=r.epoch,
+        digest=r.digest(),
+        previous=r.previous,
+        fed=r.fed,
+        valid_from=first,
+        valid_until=last,
+        state=state,
+        min_version=r.min_version,
+        max_colluding=r.max_colluding,
+        min_cohort=r.min_cohort,
+        needed=r.needed,
+        signatures=len(valid),
+        server=r.server.fingerprint(),
+        coordinators=[Coordinator(name=c.name, signature=signature(c.name), fingerprint=c.fingerprint()) for c in r.coordinators],
+        waiting=[m.identity.name for m in idle if not m.group],
+        sitting_out=[m.identity.name for m in idle if m.group],
+        sites=[
+            RosterSite(
+                name=m.identity.name,
+                status=m.status,
+                group=group.get(m.identity.name),
+                fingerprint=m.identity.fingerprint(),
+            )
             for m in r.sites
         ],
-    }
+    )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedlora.core.records import Numbers, Results, RoundRecord
+
 TOGETHER = "all together"
 """Under this name stand numbers that are known of all sites together, and of none alone."""
 HONEST = "A test of federated learning, not of clinical skill."
@@ -73,27 +75,28 @@ def _shown(value: Any, unit: str, *, sign: str = "") -> str:
 def reference_points(dataset: Mapping[str, Any]) -> list[tuple[str, float]]:
     """What exact match is without learning: (name, share)."""
     names = {"chance": "chance", "majority": "majority label", "nearest_neighbour": "word-overlap 1-NN"}
-    found = dataset.get("reference") or {}
+    said = dataset.get("reference")
+    found = said if isinstance(said, Mapping) else {}
     return [(n, v) for k, n in names.items() if (v := finite(found.get(k))) is not None]
 
 
-def training_rounds(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The records of rounds that changed the adapter: all but the last evaluation."""
-    return [r for r in run.get("rounds") or [] if any(k in r for k in ("adapter", "gap/ratio", "seconds/aggregate"))]
+def training_rounds(run: Results) -> list[RoundRecord]:
+    """The records of rounds of training: all but the last evaluation."""
+    return [r for r in run.rounds if r.kind == "train"]
 
 
-def round_count(run: Mapping[str, Any]) -> int:
+def round_count(run: Results) -> int:
     """Rounds of training."""
     return len(training_rounds(run))
 
 
-def majority_line(rounds: Sequence[Mapping[str, Any]]) -> str:
+def majority_line(rounds: Sequence[RoundRecord]) -> str:
     """Whether one site decided more than all others together, and in how many rounds; empty without rounds of training."""
-    known = [r for r in rounds if any("weight" in numbers for numbers in (r.get("sites") or {}).values())]
+    known = [r for r in rounds if any(numbers.weight is not None for numbers in r.sites.values())]
     counts: dict[str, int] = {}
-    for site in (s for r in known for s in r.get("majority") or {}):
+    for site in (s for r in known for s in r.majority):
         counts[site] = counts.get(site, 0) + 1
-    if any(r.get("together") for r in rounds):
+    if any(r.together for r in rounds):
         return "weights of single sites: not known under secure aggregation, so nobody can say whether one had more than half"
     if not known:
         return ""
@@ -101,17 +104,13 @@ def majority_line(rounds: Sequence[Mapping[str, Any]]) -> str:
     return f"more than half of a round's weight: {said or 'no site'}"
 
 
-def reported(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def reported(record: RoundRecord) -> dict[str, Numbers]:
     """What is known of each site, and of all together where single ones are not known."""
-    together = record.get("together")
-    return {**(record.get("sites") or {}), **({TOGETHER: together} if together else {})}
+    return {**record.sites, **({TOGETHER: record.together} if record.together else {})}
 
 
-def state(record: Mapping[str, Any], site: str) -> str:
+def state(record: RoundRecord, site: str) -> str:
     """counted, late, not asked, or the code of the rejection."""
-    accepted, rejected = record.get("sites") or {}, record.get("rejected") or {}
-    if site in accepted:
+    if site in record.sites:
         return "counted"
-    if site in rejected:
-        return plain(rejected[site])
-    return "not asked"
+    return plain(record.missing.get(site, "not asked"))

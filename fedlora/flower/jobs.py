@@ -15,7 +15,7 @@ from typing import Any
 
 from fedlora.core.codes import is_code
 from fedlora.core.errors import ConnectionFailed, FedLoRAError, ResourceError, RunFailed, StoreError
-from fedlora.core.events import Report
+from fedlora.core.events import Event, Report, dump_facts_of, parse_event
 from fedlora.formats.files import dump_record, load_record, parse_record, read_file, save_record, write_atomic
 
 _JOB = re.compile(r"[0-9a-f]{32}")
@@ -146,8 +146,8 @@ class Events:
         self._path = _path(home, name, "events")
         self._torn = False
 
-    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        line = ("\n" if self._torn else "") + json.dumps({"event": event, "facts": facts}, default=str) + "\n"
+    def __call__(self, event: Event, facts: Mapping[str, Any]) -> None:
+        line = ("\n" if self._torn else "") + json.dumps({"event": event, "facts": dump_facts_of(event, facts)}) + "\n"
         try:
             with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8") as file:
                 file.write(line)
@@ -168,8 +168,7 @@ def pass_on(home: Path, name: str, report: Report, *, offset: int) -> int:
     for line in whole.splitlines():
         with suppress(ValueError, KeyError, TypeError):  # torn or damaged: one line less on the screen
             entry = json.loads(line)
-            event, facts = str(entry["event"]), dict(entry["facts"])
-            report(event, facts)
+            report(*parse_event(entry["event"], json.dumps(entry["facts"])))
     return offset + len(whole)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed
-from fedlora.core.events import Report
+from fedlora.core.events import AnotherRun, Event, Listening, Process, Report, SiteName, SiteRefused
 from fedlora.flower import launch
 from fedlora.flower._internals import Control, RunState
 from fedlora.flower.control import register_sites, start_job
@@ -112,7 +112,7 @@ def _serve(
         check_public(address.listen, ca=home / "tls" / "ca.crt")
         save_address(home, address)
         sync_sites(home, report=report)
-        report("listening", {"address": address.listen})
+        report(Event.LISTENING, Listening(address=address.listen))
         _watch(home, supervisor, stop, report, heard)
     finally:
         (home / "flower" / "server.json").unlink(missing_ok=True)
@@ -127,7 +127,7 @@ def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Re
 
     def refuse(site: str, error: FedLoRAError) -> None:
         if site not in refused:
-            report("site-refused", {"site": site, "why": _removed(error)})
+            report(Event.SITE_REFUSED, _removed(site, error))
         refused.add(site)
 
     while not stop.wait(_LOOK_S):
@@ -138,9 +138,9 @@ def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Re
             status = {n.id: n.status for n in control.nodes()}
             now = {site for site, node_id in ids.items() if status.get(node_id) == "online"}
             for site in sorted(now - online):
-                report("site-online", {"site": site})
+                report(Event.SITE_ONLINE, SiteName(site=site))
             for site in sorted(online - now):
-                report("site-offline", {"site": site})
+                report(Event.SITE_OFFLINE, SiteName(site=site))
             online = now
             while not heard.empty():
                 refusals.hear(heard.get(), {key_name(pem): site for site, pem in keys.items()}, time.monotonic())
@@ -172,11 +172,12 @@ class Refusals:
                 del self._open[site, cause]
                 if now - self._said.get((site, cause), float("-inf")) > _SAID_AGAIN_S:
                     self._said[site, cause] = now
-                    self._report("site-refused", {"site": site, "cause": cause, "why": _why(site, refusal)})
+                    self._report(Event.SITE_REFUSED, SiteRefused(site=site, cause=cause, why=_why(site, refusal)))
 
 
-def _removed(error: FedLoRAError) -> str:
-    return f"{error}; a key that was removed once needs a new one (`fedlora keygen site`)"
+def _removed(site: str, error: FedLoRAError) -> SiteRefused:
+    why = f"{error}; a key that was removed once needs a new one (`fedlora keygen site`)"
+    return SiteRefused(site=site, cause="removed", why=why)
 
 
 def _why(site: str, refusal: Refusal) -> str:
@@ -262,9 +263,7 @@ def sync_sites(home: Path, *, report: Report) -> dict[str, str]:
     """
     keys = load_node_keys(home / "sites")
     with _control(home) as control:
-        ids = register_sites(
-            control, keys, refused=lambda site, error: report("site-refused", {"site": site, "why": _removed(error)})
-        )
+        ids = register_sites(control, keys, refused=lambda site, error: report(Event.SITE_REFUSED, _removed(site, error)))
         status = {n.id: n.status for n in control.nodes()}
     return {site: status[node_id] for site, node_id in ids.items()}
 
@@ -319,12 +318,12 @@ def _followed(control: Control, run_id: int, home: Path, job: str, report: Repor
         offset = pass_on(home, job, report, offset=offset)
         if state.status != said:
             said = state.status
-            report("process", {"name": f"run {run_id}", "state": said})
+            report(Event.PROCESS, Process(name=f"run {run_id}", state=said))
         if said == "finished":
             return state
         if not waits and (other := going_on(home)) not in ("", job):
             waits = True
-            report("another-run", {"name": _name_of(home, other)})
+            report(Event.ANOTHER_RUN, AnotherRun(name=_name_of(home, other)))
         if load_outcome(home, job) is not None:
             over_s += poll_s
             if over_s > _OVER_S:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.core.errors import ConfigError, FedLoRAError
-from fedlora.core.events import Report
+from fedlora.core.events import Event, Process, Report
 from fedlora.flower import launch
 from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower
@@ -178,7 +178,7 @@ class _Up:
             try:
                 runner.run(self.stop)
             except KeyboardInterrupt:
-                self.report("process", {"name": "runner", "state": "interrupted; the work in progress was given up"})
+                self.report(Event.PROCESS, Process(name="runner", state="interrupted; the work in progress was given up"))
                 self.stop.set()
                 threading.Event().wait(_FAREWELL_S)  # the SuperNode passes the last reply on
             self.standing.stop()

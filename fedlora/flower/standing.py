@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from fedlora.core.events import Report
+from fedlora.core.events import Clock, Event, Report
+from fedlora.core.events import Standing as StandingFacts
 from fedlora.flower.supernode import SAYS
 from fedlora.gateway.clock import MAX_CORRECTION_S
 from fedlora.gateway.probe import Finding
@@ -176,7 +177,8 @@ class Standing:
             changed = abs(ahead_s - self._said_ahead_s) > max(_AMISS_S, abs(self._said_ahead_s) / 5)
             if changed and max(abs(ahead_s), abs(self._said_ahead_s)) > _AMISS_S:
                 self._said_ahead_s = ahead_s
-                self._report("clock", {"site": self._site, "ahead_s": ahead_s, **facts})
+                way, seconds = ("ahead" if ahead_s > 0 else "behind"), round(abs(ahead_s))
+                self._report(Event.CLOCK, Clock(site=self._site, ahead_s=ahead_s, seconds=seconds, way=way))
 
     def ended(self, status: int, lines: list[str]) -> tuple[str, float]:
         """The SuperNode ended. Says why, and how long to wait before the next one, seconds."""
@@ -256,17 +258,20 @@ class Standing:
             if part:
                 self._told[part] = words["cause"]
             next_s = self.retry_s(words["cause"]) if part else 0.0
-            facts = {"site": self._site, "state": state, "part": part or "", **words, "next_s": next_s}
-            self._report("site", facts | {"said": self._line(facts)})
+            why, cure = words["why"], words["cure"]
+            facts = StandingFacts(
+                site=self._site, state=state, part=part or "", cause=words["cause"], why=why, cure=cure, next_s=next_s,
+                said=self._line(state, why=why, cure=cure, next_s=next_s),
+            )  # fmt: skip
+            self._report(Event.SITE, facts)
 
-    def _line(self, facts: Mapping[str, Any]) -> str:
-        if not facts["why"]:
+    def _line(self, state: State, *, why: str, cure: str, next_s: float) -> str:
+        if not why:
             return {
                 "connecting": f"connecting to {self._facts['server']}",
                 "ready": f"ready: connected to {self._facts['server']}",
-            }.get(facts["state"], str(facts["state"]))
-        cure = f"; {facts['cure']}" if facts["cure"] else ""
-        return f"{facts['state']}: {facts['why']}{cure}; next try in {facts['next_s']:g} s"
+            }.get(state, str(state))
+        return f"{state}: {why}{f'; {cure}' if cure else ''}; next try in {next_s:g} s"
 
 
 def _number(text: str) -> float | None:

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeAlias
 import altair as alt
 import vl_convert
 
+from fedlora.core.records import RoundRecord
 from fedlora.core.words import number, percent, plain, state
 from fedlora.formats.files import write_atomic
 
@@ -280,7 +281,7 @@ def stack(key: str, title: str, note: str, parts: Sequence[tuple[str, float]]) -
     return Figure(key, title, note, words, _layers(bar, height=34), table, keys, shown=True)
 
 
-def participation(key: str, sites: Sequence[str], rounds: Sequence[Mapping[str, Any]]) -> Figure | None:
+def participation(key: str, sites: Sequence[str], rounds: Sequence[RoundRecord]) -> Figure | None:
     """Site by round; every state has its own sign besides its color."""
     if not rounds:
         return None
@@ -291,8 +292,8 @@ def participation(key: str, sites: Sequence[str], rounds: Sequence[Mapping[str, 
             found = state(record, site)
             kind = found if found in _STATES else "rejected"
             sign = _SIGNS.get(kind, "") if width / len(rounds) > 9 else ""
-            tip = f"{plain(site)}, round {record['round']}: {found}"
-            rows.append({"site": plain(site), "round": record["round"], "state": kind, "sign": sign, "tip": tip})
+            tip = f"{plain(site)}, round {record.round}: {found}"
+            rows.append({"site": plain(site), "round": record.round, "state": kind, "sign": sign, "tip": tip})
     axis = alt.Axis(title=None, labelAngle=0, labelOverlap="parity")
     x = alt.X("round:O", axis=axis, scale=alt.Scale(range=[0, width], padding=0.07))
     y = alt.Y("site:N", sort=None, axis=alt.Axis(title=None, labelLimit=124), scale=alt.Scale(padding=0.07))
@@ -306,8 +307,6 @@ def participation(key: str, sites: Sequence[str], rounds: Sequence[Mapping[str, 
     counts = {kind: sum(r["state"] == kind for r in rows) for kind in _STATES}
     words = f"Who took part: {_count(len(sites), 'site')} in {_count(len(rounds), 'round')}. "
     words += ", ".join(f"{kind}: {n}" for kind, n in counts.items() if n) + "."
-    table = Table(
-        "Who took part", ["round", *map(plain, sites)], [[str(r["round"]), *(state(r, s) for s in sites)] for r in rounds]
-    )
+    table = Table("Who took part", ["round", *map(plain, sites)], [[str(r.round), *(state(r, s) for s in sites)] for r in rounds])
     note = "Filled: counted. L: late. R: rejected. Outline: not asked."
     return Figure(key, "Who took part", note, words, _layers(cell, sign, height=24 * len(sites)), table)

@@ -1,4 +1,4 @@
-"""What the page about a simulation says: sections of figures and tables for ``page.html.j2``. Pure: dicts in, HTML out."""
+"""What the page about a simulation says: sections of figures and tables for ``page.html.j2``. Pure: results in, HTML out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedlora.core.records import Results, RoundRecord
 from fedlora.core.words import (
     HONEST,
     finite,
@@ -71,9 +72,7 @@ def document(title: str, sections: Sequence[Section], **more: Any) -> str:
     return environment.get_template("page.html.j2").render({**empty, **more, "title": title, "sections": shown, "colors": COLORS})
 
 
-def contents(
-    runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]], over: Mapping[str, Any]
-) -> dict[str, Any]:
+def contents(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]], over: Mapping[str, Any]) -> dict[str, Any]:
     """All that :func:`document` shows of a simulation.
 
     Args:
@@ -84,22 +83,22 @@ def contents(
     run, several = runs[0], len(runs) > 1
     arms = _arms_spread(over) if several else _arms(summaries[0])
     sections = [arms, Section("On each site's own test", _site_bars(runs, summaries), [_own_sites(summaries, over["seeds"])])]
-    each = [_one_run(r, f"seed-{r['seed']}") for r in runs]
-    parts = [{"seed": r["seed"], "sections": _shown([_arms(s), *e])} for r, s, e in zip(runs, summaries, each, strict=True)]
-    data = run.get("dataset") or {}
+    each = [_one_run(r, f"seed-{r.seed}") for r in runs]
+    parts = [{"seed": r.seed, "sections": _shown([_arms(s), *e])} for r, s, e in zip(runs, summaries, each, strict=True)]
+    data = run.dataset or {}
     facts = [(k, data[k]) for k in ("name", "title", "source", "licence", "note") if isinstance(data.get(k), str)]
     facts += [(f"exact match of {name}", percent(v)) for name, v in reference_points(data)]
     return {
-        "title": f"{run['name']}: federated fine-tuning",
-        "heading": run["name"],
+        "title": f"{run.name}: federated fine-tuning",
+        "heading": run.name,
         "lead": _lead(runs),
         "honest": HONEST if data.get("note") else "",
         "tiles": _tiles(runs, summaries, over),
         "sections": sections if several else [*sections, *each[0]],
         "seeds": parts if several else [],
-        "facts": {"Data": facts, "Environment": list((run.get("environment") or {}).items())},
-        "command": f"fedlora simulate plan.toml --seeds {','.join(str(r['seed']) for r in runs)} --out again",
-        "plan": run["plan"],
+        "facts": {"Data": facts, "Environment": list(run.environment.items())},
+        "command": f"fedlora simulate plan.toml --seeds {','.join(str(r.seed) for r in runs)} --out again",
+        "plan": run.plan,
     }
 
 
@@ -120,11 +119,11 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _lead(runs: Sequence[Mapping[str, Any]]) -> str:
+def _lead(runs: Sequence[Results]) -> str:
     run, several = runs[0], len(runs) > 1
-    seeds = f"seed{'s' * several} {', '.join(str(r['seed']) for r in runs)}"
-    words = [_count(len(run["sites"]), "site"), _count(round_count(run), "round"), f"{run['split']} split", seeds]
-    return " · ".join(words if several else [*words, f"plan {plain(run['plan'])[:12]}"])  # the seed is part of the plan
+    seeds = f"seed{'s' * several} {', '.join(str(r.seed) for r in runs)}"
+    words = [_count(len(run.sites), "site"), _count(round_count(run), "round"), f"{run.split} split", seeds]
+    return " · ".join(words if several else [*words, f"plan {plain(run.plan)[:12]}"])  # the seed is part of the plan
 
 
 def _sd(spread: Mapping[str, Any], unit: str = "") -> str:
@@ -132,7 +131,7 @@ def _sd(spread: Mapping[str, Any], unit: str = "") -> str:
 
 
 def _tiles(
-    runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]], over: Mapping[str, Any]
+    runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]], over: Mapping[str, Any]
 ) -> list[tuple[str, str, str]]:
     """Four numbers to remember: (name, number, note); those that cannot be said are left out."""
     tiles, arms, one_seed = [], over["arms"], ", one seed" * (len(runs) > 1)
@@ -152,10 +151,10 @@ def _tiles(
     if summaries[0]["own_site"]:
         worse = [s for s in summaries[0]["own_site"] if any(s in x["worse"] for x in summaries)]
         note = ", ".join(worse) if worse else "every site gains on its own test"
-        tiles.append(("Worse off than alone, by loss", f"{len(worse)} of {_count(len(runs[0]['sites']), 'site')}", note))
-    sent = runs[0].get("bytes") or {}
-    if sent.get("up"):
-        both, base = sent["up"] + sent["down"], finite(sent.get("base"))
+        tiles.append(("Worse off than alone, by loss", f"{len(worse)} of {_count(len(runs[0].sites), 'site')}", note))
+    sent = runs[0].traffic
+    if sent and sent.up:
+        both, base = sent.up + sent.down, finite(sent.base)
         note = f"{both / base:.2g} times the base model ({size(base)})" if base else ""
         tiles.append((f"Sent, both ways, all sites{one_seed}", size(both), note))
     return tiles
@@ -240,7 +239,7 @@ def _quoted(spread: Mapping[str, Any]) -> str:
 # --- sites ------------------------------------------------------------------------------------------------------
 
 
-def _site_bars(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]]) -> list[Figure | None]:
+def _site_bars(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]]) -> list[Figure | None]:
     """Two figures: loss and exact match on each site's own test, of its own arm, the federated and the pooled ones."""
     several, drawn = len(runs) > 1, []
     shown: tuple[tuple[str, str, str, str, Callable[[Any], str]], ...] = (
@@ -249,7 +248,7 @@ def _site_bars(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[st
     )
     for metric, name, note, gain, words in shown:
         groups = []
-        for site in runs[0]["sites"]:
+        for site in runs[0].sites:
             worse = sum((finite(s["own_site"].get(site, {}).get(gain)) or 0.0) < 0 for s in summaries)
             mark = "" if not worse else "better off alone" + f" in {worse} of {len(runs)} seeds" * several
             group = []
@@ -264,8 +263,9 @@ def _site_bars(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[st
     return drawn
 
 
-def _score(run: Mapping[str, Any], arm: str, site: str, metric: str) -> float | None:
-    return finite(run["arms"].get(arm, {}).get("sites", {}).get(site, {}).get(metric))
+def _score(run: Results, arm: str, site: str, metric: str) -> float | None:
+    found = run.arms.get(arm)
+    return finite(getattr(found.sites.get(site), metric, None)) if found else None
 
 
 def _own_sites(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[Any]) -> Table:
@@ -284,24 +284,29 @@ def _own_sites(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[Any]) -> 
 # --- one seed: rounds, bytes, time --------------------------------------------------------------------------------
 
 
-def _one_run(run: Mapping[str, Any], key: str) -> list[Section]:
+def _one_run(run: Results, key: str) -> list[Section]:
     return [_training(run, key), _traffic(run, key), _time(run, key)]
 
 
-def _names(rounds: Sequence[Mapping[str, Any]], sites: Sequence[str]) -> list[str]:
+def _names(rounds: Sequence[RoundRecord], sites: Sequence[str]) -> list[str]:
     """The run's sites, then whatever else reported."""
     return [*sites, *sorted({s for r in rounds for s in reported(r)} - set(sites))]
 
 
-def _known(record: Mapping[str, Any], metric: str) -> dict[str, float]:
-    return {s: v for s, m in reported(record).items() if (v := finite(m.get(metric))) is not None}
+def _known(record: RoundRecord, metric: str) -> dict[str, float]:
+    return {s: v for s, m in reported(record).items() if (v := finite(m.metrics.get(metric))) is not None}
+
+
+def _rule(record: RoundRecord, name: str) -> float | None:
+    """One of the rule's own numbers."""
+    return finite(record.outcome.rule.get(name)) if record.outcome else None
 
 
 def _series(
-    rounds: Sequence[Mapping[str, Any]], sites: Sequence[str], metric: str, *, shift: int
+    rounds: Sequence[RoundRecord], sites: Sequence[str], metric: str, *, shift: int
 ) -> dict[str, list[tuple[int, float | None]]]:
     """A line for each site that reported ``metric``, and their mean, at round + shift."""
-    rows = [(r["round"] + shift, known) for r in rounds if (known := _known(r, metric))]
+    rows = [(r.round + shift, known) for r in rounds if (known := _known(r, metric))]
     mean = {MEAN: [(x, _mean(row)) for x, row in rows]}
     found = {plain(n): [(x, row.get(n)) for x, row in rows] for n in _names(rounds, sites) if any(n in row for _, row in rows)}
     return {**mean, **found} if len(found) > 1 else found
@@ -311,13 +316,13 @@ def _mean(row: Mapping[str, float]) -> float | None:
     return math.fsum(row.values()) / len(row) if row else None
 
 
-def _training(run: Mapping[str, Any], key: str) -> Section:
-    every, rounds, sites = run.get("rounds") or [], training_rounds(run), run["sites"]
+def _training(run: Results, key: str) -> Section:
+    every, rounds, sites = run.rounds, training_rounds(run), run.sites
     if not every:
         return Section("Rounds", notes=["No rounds were recorded."])
     after = "Nats per token of the shared adapter after so many rounds; 0 is the first adapter."
     gap = "Greatest possible difference to averaging the products B·A, as a share of the round's change."
-    ratio = {"bound / update": [(r["round"], finite(r.get("gap/ratio"))) for r in rounds]}
+    ratio = {"bound / update": [(r.round, _rule(r, "gap/ratio")) for r in rounds]}
     within = "Nats per token within each round."
     drawn = [
         lines(f"{key}-held-out-loss", "Held-out loss", after, _series(every, sites, "eval/nll", shift=-1)),
@@ -328,34 +333,34 @@ def _training(run: Mapping[str, Any], key: str) -> Section:
     return Section("Rounds", drawn, [_round_table(run, every)])
 
 
-def _round_table(run: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> Table:
-    rows, trained = [], training_rounds(run)
+def _round_table(run: Results, every: Sequence[RoundRecord]) -> Table:
+    rows = []
     for r in every:
-        missing = [f"{s}: {state(r, s)}" for s in run["sites"] if state(r, s) != "counted"]
+        missing = [f"{s}: {state(r, s)}" for s in run.sites if state(r, s) != "counted"]
         cells = [
             *(number(_mean(_known(r, metric))) for metric in ("train/loss", "eval/nll")),
-            f"{len(run['sites']) - len(missing)} of {len(r.get('asked') or [])}",
-            *(number(r.get(k)) for k in ("gap/ratio", "drift")),
-            f"{finite(r.get('seconds/round')) or 0:.1f}",
-            *(size(sum(r.get(k, {}).values())) for k in ("bytes/down", "bytes/up")),
+            f"{len(run.sites) - len(missing)} of {len(r.asked)}",
+            *(number(_rule(r, k)) for k in ("gap/ratio", "drift")),
+            f"{finite(r.seconds.round) or 0:.1f}",
+            *(size(sum(way.values())) for way in (r.bytes.down, r.bytes.up)),
             "; ".join(missing) or "-",
         ]
-        rows.append([str(r["round"]) if r in trained else f"{r['round']} (evaluation)", *cells])
+        rows.append([f"{r.round}" + " (evaluation)" * (r.kind == "evaluate"), *cells])
     head = [
         "round", "training loss", "held-out before", "counted", "gap", "drift", "seconds", "to sites", "from sites",
         "missing",
     ]  # fmt: skip
-    said = majority_line(trained)
+    said = majority_line(training_rounds(run))
     note = "Round by round. Losses are means over the sites that reported." + (f" {said[0].upper()}{said[1:]}." if said else "")
     return Table(note, head, rows)
 
 
-def _traffic(run: Mapping[str, Any], key: str) -> Section:
-    every, sent = run.get("rounds") or [], run.get("bytes") or {}
-    base = finite(sent.get("base")) or 0.0
+def _traffic(run: Results, key: str) -> Section:
+    every, sent = run.rounds, run.traffic
+    base = (finite(sent.base) if sent else None) or 0.0
     rows, groups = [], []
-    for site in _names(every, run["sites"]):
-        down, up = (sum(r.get(k, {}).get(site, 0) for r in every) for k in ("bytes/down", "bytes/up"))
+    for site in _names(every, run.sites):
+        down, up = sum(r.bytes.down.get(site, 0) for r in every), sum(r.bytes.up.get(site, 0) for r in every)
         if down + up:
             share = f"{(down + up) / base:.2g}" if base else "-"
             rows.append([site, size(down), size(up), size((down + up) / len(every)), share])
@@ -366,10 +371,10 @@ def _traffic(run: Mapping[str, Any], key: str) -> Section:
     if base:
         groups.append(("The base model, once", "", [Bar("base model", _GRAY, base, size(base))]))
     by_round: dict[str, list[tuple[int, float | None]]] = {
-        name: [(r["round"], sum(r.get(k, {}).values()) / 1e6) for r in training_rounds(run)]
-        for k, name in (("bytes/down", "to the sites"), ("bytes/up", "from the sites"))
+        "to the sites": [(r.round, sum(r.bytes.down.values()) / 1e6) for r in training_rounds(run)],
+        "from the sites": [(r.round, sum(r.bytes.up.values()) / 1e6) for r in training_rounds(run)],
     }
-    note = f"All sites together, in MB. The adapter is {size(sent.get('adapter'))} as float32."
+    note = f"All sites together, in MB. The adapter is {size(sent.adapter if sent else None)} as float32."
     drawn = [
         bars(f"{key}-bytes-by-site", "Whole run, by site", "Bytes as sent, against the size of the base model.", groups),
         lines(f"{key}-bytes-by-round", "By round", note, by_round, colors=(_SKY, _BLUE)),
@@ -378,9 +383,9 @@ def _traffic(run: Mapping[str, Any], key: str) -> Section:
     return Section("Bytes", drawn, [Table("Sent over the whole run.", head, rows)])
 
 
-def _time(run: Mapping[str, Any], key: str) -> Section:
+def _time(run: Results, key: str) -> Section:
     phases: dict[str, float] = {}
-    for name, value in (run.get("seconds") or {}).items():
+    for name, value in run.seconds.items():
         kind = "train the sites alone" if name.startswith("train local:") else plain(name)
         phases[kind] = phases.get(kind, 0.0) + max(finite(value) or 0.0, 0.0)
     parts = [(n, s) for n, s in phases.items() if s > 0]

@@ -6,20 +6,18 @@ when higher. A mean of which one part is missing is None, never the mean of the 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from fedlora.core.errors import ConfigError, NotInstalled, StoreError, WireError
-from fedlora.core.words import finite, plain
+from fedlora.core.errors import ConfigError, NotInstalled, StoreError
+from fedlora.core.records import ArmRecord, Results, Score
+from fedlora.core.words import finite
 from fedlora.formats.files import read_file, write_atomic
-
-Results: TypeAlias = Mapping[str, Any]
-"""``results.json`` of one seed, format 1."""
+from fedlora.formats.records import parse_text
 
 METRICS = ("union_nll", "nll", "exact_match", "coarse_match", "general_nll", "forgetting")
 """What :func:`across` averages: loss over all test tokens together, then means over the sites, then the general hold-out."""
@@ -53,16 +51,9 @@ def summarise(results: Results) -> dict[str, Any]:
             alone to pooled that federation covers, ``(local - federated) / (local - pooled)``; None where that way is
             shorter than 0.02 nats or 2 points. Quote ``better``: against the weaker arm any federation looks good.
         tax: the same arms -> union_nll (federated minus pooled, nats) and perplexity_ratio, its exponential.
-
-    Raises:
-        WireError (version-unsupported): not format 1.
     """
-    if results.get("format") != 1:
-        raise WireError(
-            f"results of format {plain(results.get('format'))}; this version reads format 1", code="version-unsupported"
-        )
-    sites = list(results["sites"])
-    arms = {name: _arm(name, results["arms"][name], sites) for name in sorted(results["arms"], key=_order)}
+    sites = list(results.sites)
+    arms = {name: _arm(name, results.arms[name], sites) for name in sorted(results.arms, key=_order)}
     alone = [name for name in arms if name.startswith("local:")]
     if alone:
         arms["local"] = _mean_arm([arms[n] for n in alone])
@@ -71,7 +62,7 @@ def summarise(results: Results) -> dict[str, Any]:
     for arm in arms.values():
         arm["forgetting"] = _minus(arm["general_nll"], base)
     ranked = [n for n in alone if arms[n]["union_nll"] is not None]
-    own = _own_site(results["arms"], sites)
+    own = _own_site(results.arms, sites)
     return {
         "arms": arms,
         "best_local": min(ranked, key=lambda n: arms[n]["union_nll"], default=None),
@@ -101,25 +92,29 @@ def _minus(a: Any, b: Any) -> float | None:
     return None if x is None or y is None else x - y
 
 
-def _union(scores: Sequence[Mapping[str, Any]]) -> float | None:
+_NONE = Score(nll=None, exact_match=None, coarse_match=None, tokens=0, examples=0)
+"""Of a site that was not scored."""
+
+
+def _union(scores: Sequence[Score]) -> float | None:
     """Mean over all test tokens: the sum of nats over the sum of tokens."""
-    tokens = [s.get("tokens") or 0 for s in scores]
-    if _mean([s.get("nll") for s in scores]) is None or not sum(tokens):
+    tokens = sum(s.tokens for s in scores)
+    if _mean([s.nll for s in scores]) is None or not tokens:
         return None
-    return math.fsum(s["nll"] * n for s, n in zip(scores, tokens, strict=True)) / sum(tokens)
+    return math.fsum((s.nll or 0.0) * s.tokens for s in scores) / tokens
 
 
-def _arm(name: str, arm: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
-    scores = {s: arm["sites"].get(s, {}) for s in sites}
-    means: dict[str, Any] = {m: _mean([s.get(m) for s in scores.values()]) for m in ("nll", "exact_match", "coarse_match")}
-    nll = [v for s in scores.values() if (v := finite(s.get("nll"))) is not None]
+def _arm(name: str, arm: ArmRecord, sites: Sequence[str]) -> dict[str, Any]:
+    scores = {s: arm.sites.get(s, _NONE) for s in sites}
+    means: dict[str, Any] = {m: _mean([getattr(s, m) for s in scores.values()]) for m in ("nll", "exact_match", "coarse_match")}
+    nll = [v for s in scores.values() if (v := finite(s.nll)) is not None]
     means |= {"union_nll": _union(list(scores.values())), "worst_nll": max(nll) if len(nll) == len(sites) and nll else None}
-    means["general_nll"] = finite((arm.get("general") or {}).get("nll"))
-    means |= {k: finite(arm.get(k)) for k in ("tokens", "steps", "seconds", "learning_rate")}
+    means["general_nll"] = finite(arm.general.nll) if arm.general else None
+    means |= {"tokens": arm.tokens, "steps": arm.steps, "seconds": arm.seconds.train, "learning_rate": arm.learning_rate}
     home = name.removeprefix("local:")
     if name.startswith("local:") and home in scores:
         for key, among in (("own", [home]), ("others", [s for s in sites if s != home])):
-            means[key] = {m: _mean([scores[s].get(m) for s in among]) for m in ("nll", "exact_match")}
+            means[key] = {m: _mean([getattr(scores[s], m) for s in among]) for m in ("nll", "exact_match")}
     return means
 
 
@@ -131,18 +126,20 @@ def _mean_arm(arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def _own_site(arms: Mapping[str, Any], sites: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _own_site(arms: Mapping[str, ArmRecord], sites: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def score(arm: str, site: str) -> Score:
+        return arms[arm].sites.get(site, _NONE) if arm in arms else _NONE
+
     rows = {}
     for site in sites:
-        alone = arms.get(f"local:{site}", {}).get("sites", {}).get(site, {})
-        together = arms.get("federated", {}).get("sites", {}).get(site, {})
-        benefit = _minus(alone.get("nll"), together.get("nll"))
+        alone, together = score(f"local:{site}", site), score("federated", site)
+        benefit = _minus(alone.nll, together.nll)
         if benefit is not None:
             rows[site] = {
-                "local": alone["nll"],
-                "federated": together["nll"],
+                "local": alone.nll,
+                "federated": together.nll,
                 "benefit": benefit,
-                "exact_match_benefit": _minus(together.get("exact_match"), alone.get("exact_match")),
+                "exact_match_benefit": _minus(together.exact_match, alone.exact_match),
             }
     return rows
 
@@ -196,7 +193,6 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
 
     Raises:
         ConfigError: no results, a seed twice, or runs of different names, sites or splits.
-        WireError (version-unsupported): not format 1.
     """
     _check_comparable(runs)
     each = [summarise(run) for run in runs]
@@ -209,7 +205,7 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
     pairs = {n: {m: [_minus(f, o) for f, o in zip(fed[m], columns[n][m], strict=True)] for m in METRICS} for n in compared}
     means = {n: {m: _mean(row[m]) for m in METRICS} for n, row in columns.items()}
     return {
-        "seeds": [run["seed"] for run in runs],
+        "seeds": [run.seed for run in runs],
         "arms": {n: {m: spread(v) for m, v in row.items()} for n, row in columns.items()},
         "differences": {n: {m: {**spread(v), **interval(v)} for m, v in row.items()} for n, row in pairs.items()},
         "beats_alone": {m: _beats(pairs, m) for m in _SIGN},
@@ -222,9 +218,9 @@ def _check_comparable(runs: Sequence[Results]) -> None:
     if not runs:
         raise ConfigError("no results to compare")
     for what in ("name", "split", "sites"):
-        if any(run[what] != runs[0][what] for run in runs):
+        if any(getattr(run, what) != getattr(runs[0], what) for run in runs):
             raise ConfigError(f"these results differ in {what}", hint="average over seeds of one plan only")
-    seeds = [run["seed"] for run in runs]
+    seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
         raise ConfigError("a seed occurs twice", hint="the same seed again is not another sample")
 
@@ -265,10 +261,13 @@ def _recovered(each: Sequence[Mapping[str, Any]], pooled: str, metric: str) -> d
     return {**spread([s["recovery"][pooled][metric] for s in each]), "firm": firm}
 
 
+REWRITE = "delete it; the same `fedlora simulate` with --resume writes it again"
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def load(run: Path) -> list[dict[str, Any]]:
+def load(run: Path) -> list[Results]:
     """The results of a simulation, seed by seed, or of one seed.
 
     Args:
@@ -276,25 +275,13 @@ def load(run: Path) -> list[dict[str, Any]]:
 
     Raises:
         StoreError: there are none, or a file of them is damaged.
-        WireError (version-unsupported): not format 1.
+        WireError (version-unsupported): of another format.
     """
     found = [run] if (run / "results.json").exists() else sorted(run.glob("seed-*"), key=lambda p: (len(p.name), p.name))
     read = [(f, blob) for seed in found if (blob := read_file(f := seed / "results.json")) is not None]
     if not read:
         raise StoreError(f"{run} holds no results.json", hint="name the directory that `fedlora simulate` has written")
-    return [_parse(blob, file) for file, blob in read]
-
-
-def _parse(blob: bytes, file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(blob)
-        summarise(found)
-        if type(found["seed"]) is int and found.keys() >= {"name", "plan", "split"}:
-            return dict(found)
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        pass
-    hint = "delete it; the same `fedlora simulate` with --resume writes it again"
-    raise StoreError(f"{file} is damaged: no results of a simulation", hint=hint)
+    return [parse_text(Results, blob, where=str(file), hint=REWRITE) for file, blob in read]
 
 
 def write_html(results: Results | Sequence[Results], path: Path) -> None:
@@ -326,7 +313,7 @@ def write_figures(results: Results | Sequence[Results], directory: Path) -> list
 
 
 def _contents(results: Results | Sequence[Results]) -> dict[str, Any]:
-    runs = [results] if isinstance(results, Mapping) else list(results)
+    runs = [results] if isinstance(results, Results) else list(results)
     over = across(runs)  # first: it refuses what does not belong together
     try:
         from fedlora.lab.page import contents

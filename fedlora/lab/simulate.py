@@ -24,15 +24,18 @@ from fedlora.assemble import Lab
 from fedlora.core.adapter import Adapter, Update
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, NotInstalled, StoreError
-from fedlora.core.events import Report
+from fedlora.core.events import Arm as ArmName
+from fedlora.core.events import Event, Report, Train
 from fedlora.core.plan import Arm, Plan
+from fedlora.core.records import ArmRecord, ArmSeconds, General, Results, RoundRecord, Score, Traffic
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster
 from fedlora.formats import update as wire
-from fedlora.formats.files import load_adapter, parse_record, read_file, save_adapter, save_record, write_atomic
+from fedlora.formats.files import load_adapter, read_file, save_adapter, write_atomic
 from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
-from fedlora.lab.report import write_html
+from fedlora.formats.records import dump_text, parse_text
+from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.tables import table, table_across
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
@@ -62,7 +65,7 @@ def simulate(
     report: Report,
     drop: Sequence[str] = (),
     batch_sites: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[Results]:
     """Runs the plan once for each seed and writes a directory that describes itself.
 
     ::
@@ -98,7 +101,7 @@ def simulate(
             hint="leave --batch-sites out",
         )
     _claim(out, plan, transport=transport, drop=drop, resume=resume, batch_sites=batch_sites)
-    results = []
+    results: list[Results] = []
     lab: Lab | None = None
     for seed in seeds:
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
@@ -143,7 +146,7 @@ def _claim(out: Path, plan: Plan, *, transport: str, drop: Sequence[str], resume
     write_atomic(out / "plan.toml", dump_toml(plan).encode(), mode=0o644)
 
 
-def _write_summary(out: Path, results: list[dict[str, Any]]) -> None:
+def _write_summary(out: Path, results: Sequence[Results]) -> None:
     text = table(results[0]) if len(results) == 1 else table_across(results)
     write_atomic(out / "summary.txt", text.encode() + b"\n", mode=0o644)
     try:
@@ -155,65 +158,93 @@ def _write_summary(out: Path, results: list[dict[str, Any]]) -> None:
 # --- one seed ---------------------------------------------------------------------------------------------------
 
 
-def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an arm cost: the fields of its record but for the scores.
+
+    Attributes:
+        seconds: of the whole arm.
+        steps_s: of training steps alone; 0 where other processes trained; None in an arm without federation.
+    """
+
+    tokens: int
+    steps: int | None
+    seconds: float
+    learning_rate: float | None
+    steps_s: float | None = None
+
+
+def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report) -> Results:
     done = out / "results.json"
-    if done.exists():
-        found: dict[str, Any] = json.loads(done.read_bytes())
-        return found
-    arms: dict[str, dict[str, Any]] = {}
-    extra: dict[str, Any] = {"rounds": [], "bytes": {}}
+    if (blob := read_file(done)) is not None:
+        return parse_text(Results, blob, where=str(done), hint=REWRITE)
+    arms: dict[str, ArmRecord] = {}
     for name, arm in arms_of(lab).items():
-        report("arm", {"name": name})
+        report(Event.ARM, ArmName(name=name))
         path = out / "arms" / f"{name.replace(':', '-')}.json"
-        if not path.exists():
-            trained, facts = federated(lab, out, transport, lost, report) if name == "federated" else arm.train(lab, out, report)
-            facts |= scores(lab, trained)
-            save_record(path, "arm", facts)
-        hint = "delete it and resume: this arm is then done again"
-        arms[name] = parse_record(read_file(path) or b"", "arm", path, hint=hint)
-        report("arm-done", {"name": name})
+        if (blob := read_file(path)) is not None:
+            arms[name] = parse_text(ArmRecord, blob, where=str(path), hint="delete it; the arm's scores are then made again")
+        else:
+            trained, cost = federated(lab, out, transport, lost, report) if name == "federated" else arm.train(lab, out, report)
+            arms[name] = _record(lab, trained, cost)
+            write_atomic(path, dump_text(arms[name]))
+        report(Event.ARM_DONE, ArmName(name=name))
+    rounds: tuple[RoundRecord, ...] = ()
+    traffic: Traffic | None = None
     if "federated" in arms:
         store = RunStore.open(_run_directory(lab, out, transport), lab.plan)
         if not rule_of(lab.plan).keeps:
             save_adapter(out / "adapter.safetensors", store.load().adapter, {"run": store.run})
-        extra = _federation_facts(lab, store)
-    results = {
-        "format": 1,
-        "name": lab.plan.run.name,
-        "seed": lab.plan.run.seed,
-        "plan": lab.plan.digest(),
-        "split": lab.simulation.evaluate_on,
-        "sites": list(lab.simulation.sites),
-        "arms": arms,
-        "seconds": _phases(arms, extra["rounds"]),
-        "environment": _environment(transport),
-        "dataset": _dataset(lab.data),
-        **extra,
-    }
-    write_atomic(done, json.dumps(results, indent=1, allow_nan=False).encode(), mode=0o644)
+        rounds, traffic = _federation(lab, store)
+    results = Results(
+        name=lab.plan.run.name,
+        seed=lab.plan.run.seed,
+        plan=lab.plan.digest(),
+        split=lab.simulation.evaluate_on,
+        sites=tuple(lab.simulation.sites),
+        arms=arms,
+        rounds=rounds,
+        traffic=traffic,
+        seconds=_phases(arms, rounds),
+        environment=_environment(transport),
+        dataset=_dataset(lab.data),
+    )
+    write_atomic(done, dump_text(results), mode=0o644)
     return results
 
 
-def scores(lab: Lab, trained: Trained) -> dict[str, Any]:
+def _record(lab: Lab, trained: Trained, cost: Cost) -> ArmRecord:
+    began = time.monotonic()
+    sites, general = scores(lab, trained)
+    return ArmRecord(
+        sites=sites,
+        general=general,
+        tokens=cost.tokens,
+        steps=cost.steps,
+        learning_rate=cost.learning_rate,
+        seconds=ArmSeconds(train=cost.seconds, steps=cost.steps_s, evaluate=time.monotonic() - began),
+    )
+
+
+def scores(lab: Lab, trained: Trained) -> tuple[dict[str, Score], General | None]:
     """How an adapter, or each site's own, does on every site's rows and on the general hold-out."""
     from fedlora.learn.evaluate import evaluate
 
-    began = time.monotonic()
     chars = lab.plan.evaluation.coarse_chars
     length = lab.plan.training.max_length
     sites = {}
     for site in lab.simulation.sites:
         lab.lora.set(trained if isinstance(trained, Adapter) else trained[site])
         s = evaluate(lab.lora, lab.tested(site), max_length=length, coarse_chars=chars)
-        sites[site] = {
-            "nll": s.nll,
-            "exact_match": s.exact_match,
-            "coarse_match": s.coarse_match if chars else None,
-            "tokens": s.tokens,
-            "examples": s.examples,
-        }
-    general = {"nll": evaluate(lab.lora, lab.general, max_length=length).nll} if lab.general else None
-    return {"sites": sites, "general": general, "seconds/evaluate": time.monotonic() - began}
+        sites[site] = Score(
+            nll=s.nll,
+            exact_match=s.exact_match,
+            coarse_match=s.coarse_match if chars else None,
+            tokens=s.tokens,
+            examples=s.examples,
+        )
+    general = General(nll=evaluate(lab.lora, lab.general, max_length=length).nll) if lab.general else None
+    return sites, general
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,13 +257,13 @@ class _Alone:
     batches: int
     settings: Arm | None
 
-    def train(self, lab: Lab, out: Path, report: Report) -> tuple[Adapter, dict[str, Any]]:
+    def train(self, lab: Lab, out: Path, report: Report) -> tuple[Adapter, Cost]:
         """Trains, or goes on where the journal ends. The optimiser is kept throughout: nothing interrupts a site alone."""
         from fedlora.learn.learner import HFLearner
         from fedlora.learn.local import step_reporter
 
         if not self.rounds:
-            return lab.first, {"tokens": 0, "steps": 0, "seconds": 0.0, "learning_rate": None}
+            return lab.first, Cost(tokens=0, steps=0, seconds=0.0, learning_rate=None)
         plan = self._plan(lab.plan)
         rate = plan.training.learning_rate
         rows = [t for s in self.sites for t in lab.rows[s]["train"]]
@@ -253,9 +284,7 @@ class _Alone:
         )
 
 
-def _rounds_alone(
-    lab: Lab, learner: Learner, rounds: int, directory: Path, report: Report, rate: float
-) -> tuple[Adapter, dict[str, Any]]:
+def _rounds_alone(lab: Lab, learner: Learner, rounds: int, directory: Path, report: Report, rate: float) -> tuple[Adapter, Cost]:
     journal, key, run = Journal(directory), lab.plan.digest(), "0" * 64
     adapter, state, facts = lab.first, b"", {"tokens": 0, "steps": 0, "seconds": 0.0}
     done, entry = journal.last(run) or (0, None)
@@ -267,7 +296,7 @@ def _rounds_alone(
     saved = time.monotonic()
     for number in range(done + 1, rounds + 1):
         began = time.monotonic()
-        report("train", {"round": number, "rounds": rounds})
+        report(Event.TRAIN, Train(round=number, rounds=rounds))
         trained = learner.train(adapter, round=number, state=state)
         adapter, state = trained.adapter, trained.state
         facts["tokens"] += trained.tokens
@@ -277,7 +306,7 @@ def _rounds_alone(
             update = Update(adapter.vector, 0, dict(facts))
             journal.save(run, number, Entry(key, wire.dump_update(update, lab.first.layout, dtype="float32"), state))
             saved = time.monotonic()
-    return adapter, {**facts, "learning_rate": rate}
+    return adapter, Cost(int(facts["tokens"]), int(facts["steps"]), facts["seconds"], rate)
 
 
 def arms_of(lab: Lab) -> dict[str, _Alone]:
@@ -309,12 +338,12 @@ def _run_directory(lab: Lab, out: Path, transport: str) -> Path:
     return run_directory(lab.plan, out) if transport == "flower" else out / "federated"
 
 
-def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -> tuple[Trained, dict[str, Any]]:
+def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -> tuple[Trained, Cost]:
     """The federated arm, in this process or over real Flower processes."""
     began, steps = time.monotonic(), [0.0]
 
-    def listen(event: str, facts: Mapping[str, Any]) -> None:
-        steps[0] += facts["train/seconds"] if event == "trained" else 0.0
+    def listen(event: Event, facts: Mapping[str, Any]) -> None:
+        steps[0] += facts["metrics"]["train/seconds"] if event == Event.TRAINED else 0.0
         report(event, facts)
 
     if transport == "flower":
@@ -324,20 +353,20 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
     else:
         store = _in_process(lab, out, lost, listen)
     records, f, weighed = store.records(), lab.plan.federation, lab.plan.aggregate.weighting
-    facts = {
-        "tokens": sum(int(r["weight"]) for r in records) if weighed == "tokens" else 0,
-        "steps": f.num_rounds * f.local_steps or None,  # passes over the data differ in steps between sites
-        "seconds": time.monotonic() - began,
-        "seconds/steps": steps[0],  # local training alone; 0 over Flower, where other processes train
-        "learning_rate": lab.plan.training.learning_rate,
-    }
+    cost = Cost(
+        tokens=sum(r.outcome.weight for r in records if r.outcome) if weighed == "tokens" else 0,
+        steps=f.num_rounds * f.local_steps or None,  # passes over the data differ in steps between sites
+        seconds=time.monotonic() - began,
+        learning_rate=lab.plan.training.learning_rate,
+        steps_s=steps[0],
+    )
     rule = rule_of(lab.plan)
     if not rule.keeps:
-        return store.load().adapter, facts
+        return store.load().adapter, cost
     home = out / "flower" if transport == "flower" else out / "sites"
     state = "state/journal" if transport == "flower" else "journal"
     own = {n: Journal(home / n / state).own(store.run) for n in lab.simulation.sites}
-    return {n: load_adapter(path)[0] for n, path in own.items()}, facts
+    return {n: load_adapter(path)[0] for n, path in own.items()}, cost
 
 
 def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
@@ -363,7 +392,7 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
     if not store.complete:
         transport = Dropouts(LocalTransport({n: s.handle for n, s in sites.items()}), lost)
 
-        def listen(event: str, facts: Mapping[str, Any]) -> None:
+        def listen(event: Event, facts: Mapping[str, Any]) -> None:
             transport.listen(event, facts)
             report(event, facts)
 
@@ -415,7 +444,7 @@ def _policy(plan: Plan) -> Policy:
     return Policy(**{**Policy().model_dump(), **limits})
 
 
-def _named(site: str, report: Report, event: str, facts: Mapping[str, object]) -> None:
+def _named(site: str, report: Report, event: Event, facts: Mapping[str, Any]) -> None:
     report(event, {"site": site, **facts})
 
 
@@ -431,19 +460,18 @@ def _identity(path: Path, name: str, plan: Plan) -> Identity:
 # --- facts ------------------------------------------------------------------------------------------------------
 
 
-def _federation_facts(lab: Lab, store: RunStore) -> dict[str, Any]:
-    records = store.records()
-    final = store.final()
-    up = sum(sum(r["bytes/up"].values()) for r in records)
-    down = sum(sum(r["bytes/down"].values()) for r in records)
-    sizes = {"up": up, "down": down, "base": lab.lora.base_bytes, "adapter": 4 * lab.first.layout.size}
-    return {"rounds": [*records, *([final] if final else [])], "bytes": sizes}
+def _federation(lab: Lab, store: RunStore) -> tuple[tuple[RoundRecord, ...], Traffic]:
+    records, final = store.records(), store.final()
+    up = sum(sum(r.bytes.up.values()) for r in records)
+    down = sum(sum(r.bytes.down.values()) for r in records)
+    traffic = Traffic(up=up, down=down, base=lab.lora.base_bytes, adapter=4 * lab.first.layout.size)
+    return (*records, *([final] if final else [])), traffic
 
 
-def _phases(arms: Mapping[str, Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    phases = {f"train {name}": arm["seconds"] for name, arm in arms.items() if arm["seconds"]}
-    phases["aggregate"] = sum(r.get("seconds/aggregate", 0.0) for r in rounds)
-    phases["evaluate arms"] = sum(a["seconds/evaluate"] for a in arms.values())
+def _phases(arms: Mapping[str, ArmRecord], rounds: Sequence[RoundRecord]) -> dict[str, float]:
+    phases = {f"train {name}": arm.seconds.train for name, arm in arms.items() if arm.seconds.train}
+    phases["aggregate"] = sum(r.seconds.aggregate for r in rounds)
+    phases["evaluate arms"] = sum(a.seconds.evaluate for a in arms.values())
     return phases
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedlora.core.records import Results
 from fedlora.core.words import (
     HONEST,
     label,
@@ -19,7 +20,7 @@ from fedlora.core.words import (
     with_interval,
     with_sd,
 )
-from fedlora.lab.report import Results, across, summarise
+from fedlora.lab.report import across, summarise
 
 
 def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
@@ -29,15 +30,15 @@ def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
 
 
 def _title(run: Results, seeds: str) -> str:
-    about = f"{plain(run['split'])} split, {len(run['sites'])} sites, {round_count(run)} rounds"
-    return f"{plain(run['name'])[:36]}: {about}, {seeds}"[:100]
+    about = f"{plain(run.split)} split, {len(run.sites)} sites, {round_count(run)} rounds"
+    return f"{plain(run.name)[:36]}: {about}, {seeds}"[:100]
 
 
 def table(results: Results) -> str:
     """The arms of one run as plain text, at most 100 columns wide."""
     s = summarise(results)
     lines = [
-        _title(results, f"seed {results['seed']}, plan {plain(results['plan'])[:12]}"),
+        _title(results, f"seed {results.seed}, plan {plain(results.plan)[:12]}"),
         "",
         _line("", "nats per token (less is better)", "exact match (more is better)", "", width=32)[:98],
         _line("arm", "all", "mean", "own", "others", "mean", "own", "others", "coarse", "forgets", width=8),
@@ -86,14 +87,13 @@ def _worse_lines(s: Mapping[str, Any]) -> list[str]:
 
 def _fact_lines(run: Results) -> list[str]:
     lines = [""]
-    sent = run.get("bytes") or {}
-    if "up" in sent:
-        total, base = sent["up"] + sent["down"], sent.get("base") or 0
-        share = f"; together {total / base:.3g} x the base ({size(base)})" if base else ""
-        lines.append(f"bytes: {size(sent['up'])} from the sites, {size(sent['down'])} to them{share}")
+    if sent := run.traffic:
+        total = sent.up + sent.down
+        share = f"; together {total / sent.base:.3g} x the base ({size(sent.base)})" if sent.base else ""
+        lines.append(f"bytes: {size(sent.up)} from the sites, {size(sent.down)} to them{share}")
     if said := majority_line(training_rounds(run)):
         lines.append(said)
-    data = run.get("dataset") or {}
+    data = run.dataset or {}
     if reference := reference_points(data):
         lines.append("reference points, exact match: " + ", ".join(f"{name} {percent(v)}" for name, v in reference))
     return [*lines, *([HONEST] if data.get("note") else [])]

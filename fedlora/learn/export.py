@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.plan import Lora
+from fedlora.core.records import Published, RunFacts
+from fedlora.formats.records import dump_text
 from fedlora.learn.digest import read_config
 from fedlora.learn.shards import Entry, chunks, file_digest, new_directory, scan, weight_files, write
 
@@ -52,7 +54,7 @@ def export_adapter(
     lora: Lora,
     base_model: str,
     revision: str,
-    run: Mapping[str, Any],
+    run: RunFacts,
     quantisation: str = "none",
     scale: float | None = None,
     card: Card = Card(),
@@ -67,7 +69,7 @@ def export_adapter(
         lora: the plan's adapter settings.
         base_model: public id; a path is refused.
         revision: commit or tag of the base.
-        run: facts for ``fedlora_run.json``: JSON values.
+        run: how it was trained, for ``fedlora_run.json``.
         quantisation: how the base was held in training, for the card.
         scale: what the products B @ A are multiplied by; None: as ``lora`` says.
         dtype: bfloat16 or float16.
@@ -88,10 +90,8 @@ def export_adapter(
         (made / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(rounded, made / "adapter_model.safetensors", metadata={"format": "pt"})
         (made / "adapter_model.safetensors").chmod(0o644)
-        facts = {**run, "adapter_digest": adapter.digest(), "dtype": dtype, "scale": scale}
-        (made / "fedlora_run.json").write_text(
-            json.dumps(facts, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        facts = run.model_dump() | {"adapter": adapter.digest(), "dtype": dtype, "scale": scale}
+        (made / "fedlora_run.json").write_bytes(dump_text(Published.model_validate(facts)))
         (made / "README.md").write_text(_card(card, config, dtype=dtype, quantisation=quantisation), encoding="utf-8")
         _sums(made)
     return out

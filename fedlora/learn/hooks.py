@@ -7,13 +7,14 @@ form, and training on a CPU gives the same bits.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
 
 from fedlora.core.adapter import Adapter, Factors
+from fedlora.core.events import Report
 from fedlora.core.plan import Plan
 from fedlora.data import Batch
 from fedlora.learn.forward import Forward
@@ -109,7 +110,7 @@ class Fast(Protocol):
         floor: Dial = "none",
         tokens: int = 0,
         limit_bytes: int = 0,
-        report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+        report: Report = lambda event, facts: None,
     ) -> MicroBatches:
         """Micro-batches whose size is measured, see :class:`fedlora.learn.fast.pacing.Pace`."""
 
@@ -122,7 +123,7 @@ class Fast(Protocol):
         devices: Sequence[str],
         state: Path,
         facts: bytes,
-        report: Callable[[str, Mapping[str, Any]], None],
+        report: Report,
     ) -> Team:
         """Processes that train together, see :class:`fedlora.learn.fast.workers.Team`."""
 

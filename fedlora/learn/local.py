@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.core.errors import ConfigError, ModelError
-from fedlora.core.events import Report
+from fedlora.core.events import Event, Load, Report, Step
 from fedlora.core.plan import Plan
 from fedlora.learn.rows import read_both, to_tokens
 from fedlora.site.site_file import SiteFile, load_site_file
@@ -73,7 +73,7 @@ def load_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
     file, root, name = load_site_file(site_file), site_file.resolve().parent, plan.model.model_name_or_path
     if name not in file.models:
         raise ModelError(f"no copy of {name} here", hint="name its directory under [models]")
-    report("load", {"model": name})
+    report(Event.LOAD, Load(model=name))
     machine = machine_for(plan, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
     lora = load_lora(plan, root / file.models[name], machine)
     pace = pace_of(plan, lora, file, report=report)
@@ -86,7 +86,7 @@ def step_reporter(site: str, report: Report) -> OnStep:
     """Reports each step of a site's learner."""
 
     def on_step(step: int, steps: int, loss: float) -> None:
-        report("step", {"site": site, "step": step, "steps": steps, "loss": loss})
+        report(Event.STEP, Step(site=site, step=step, steps=steps, loss=loss))
 
     return on_step
 

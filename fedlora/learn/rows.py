@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.core.errors import ConfigError, DataError
-from fedlora.core.events import Report
+from fedlora.core.events import Data, Event, Report
 from fedlora.core.plan import Plan
 from fedlora.data import Conversation, Tokenizer, Tokens, check_apart, read, split, tokenise
 from fedlora.site.site_file import SiteData
@@ -22,7 +22,7 @@ def read_rows(path: Path, data: SiteData, report: Report) -> list[Conversation]:
         DataError: see :func:`fedlora.data.read`.
     """
     found, count = read(path, format=data.format, shape=data.shape, columns=data.columns, group_key=data.group_key)
-    report("data", {"file": path.name, "lines": list(count.lines())})
+    report(Event.DATA, Data(file=path.name, lines=list(count.lines())))
     return found
 
 
@@ -56,7 +56,7 @@ def to_tokens(
         DataError: see :func:`fedlora.data.tokenise`.
     """
     found, count = tokenise(conversations, tokenizer, max_length=plan.training.max_length, append_eos=append_eos)
-    report("data", {"file": "tokens", "lines": list(count.lines())})
+    report(Event.DATA, Data(file="tokens", lines=list(count.lines())))
     return found
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from fedlora.core.adapter import Adapter
+from fedlora.core.answers import Inspected, RunDone
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError, WrongContext
 from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.records import Published, Results, RunFacts
 from fedlora.formats.files import load_adapter
 from fedlora.formats.plans import load_plan
+from fedlora.formats.records import facts_of, parse_text
 from fedlora.formats.roster import load_roster
 from fedlora.rounds.store import RunStore
 from fedlora.rules import rule_of
+
+log = logging.getLogger(__name__)
 
 
 def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | None) -> None:
@@ -65,8 +70,8 @@ def _check_base(plan: Plan, base: Path) -> None:
         )
 
 
-def _finished(run: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
-    """The plan, the last adapter, and the facts for ``fedlora_run.json``: sites by number, not by name."""
+def _finished(run: Path) -> tuple[Plan, Adapter, RunFacts]:
+    """The plan, the last adapter, and how it came to be."""
     if run.is_file():
         return _own(run)
     inside = [run / "federated", *sorted((run / "flower" / "server" / "runs").glob("*"))]  # of a simulation; which kind
@@ -77,22 +82,34 @@ def _finished(run: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
             hint="at a site: `fedlora export STATE/journal/RUN.safetensors OUT` makes a PEFT adapter of its own",
         )
     at = store.load()
-    facts: dict[str, Any] = {
-        "run": store.run,
-        "plan": store.plan.digest(),
-        "base": store.plan.model.digest,
-        "adapter": at.adapter.digest(),
-        "rounds": at.round,
-        "complete": at.round == store.plan.federation.num_rounds,
-        "protection": store.plan.protect.mode,
-        "aggregate": store.plan.aggregate.name,
-        "sites": len({s for r in store.records() for s in r["sites"]}),
-        "seed": store.plan.run.seed,
-    }
+    facts = RunFacts(
+        of="federation",
+        run=store.run,
+        plan=store.plan.digest(),
+        base=store.plan.model.digest,
+        adapter=at.adapter.digest(),
+        aggregate=store.plan.aggregate.name,
+        protection=store.plan.protect.mode,
+        seed=store.plan.run.seed,
+        rounds=at.round,
+        complete=at.round == store.plan.federation.num_rounds,
+        sites=_sites(store, at.round),
+        share=rule_of(store.plan).down(),
+    )
     return store.plan, at.adapter, facts
 
 
-def _own(file: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
+def _sites(store: RunStore, rounds: int) -> int | None:
+    """How many sites counted in some round; None where the record of a round is gone: a smaller number would be wrong."""
+    try:
+        records = [r for r in store.records() if r.round <= rounds]
+    except StoreError as e:
+        log.warning("%s; the number of sites is not known", e)
+        return None
+    return len({site for r in records for site in r.sites}) if {r.round for r in records} == {*range(1, rounds + 1)} else None
+
+
+def _own(file: Path) -> tuple[Plan, Adapter, RunFacts]:
     """The same from what a site keeps for itself."""
     adapter, stored = load_adapter(file)
     if not isinstance(stored.get("plan"), str) or "run" not in stored:
@@ -102,11 +119,24 @@ def _own(file: Path) -> tuple[Plan, Adapter, dict[str, Any]]:
             f"{file} holds the adapter of another run", hint="a site names the file after the run: ask for the right one"
         )
     plan = parse_plan(stored["plan"].encode())
-    facts = {"run": stored["run"], "plan": plan.digest(), "base": plan.model.digest, "aggregate": plan.aggregate.name}
-    return plan, adapter, facts | {"share": rule_of(plan).down(), "seed": plan.run.seed, "adapter": adapter.digest()}
+    facts = RunFacts(
+        of="site",
+        run=str(stored["run"]),
+        plan=plan.digest(),
+        base=plan.model.digest,
+        adapter=adapter.digest(),
+        aggregate=plan.aggregate.name,
+        protection=plan.protect.mode,
+        seed=plan.run.seed,
+        rounds=None,
+        complete=None,
+        sites=None,
+        share=rule_of(plan).down(),
+    )
+    return plan, adapter, facts
 
 
-def outcome(run: Path) -> tuple[dict[str, Any], str]:
+def outcome(run: Path) -> tuple[RunDone, str]:
     """What came of a run: the rounds that were done and those of them without some site, for programs and in words.
 
     Raises:
@@ -116,15 +146,15 @@ def outcome(run: Path) -> tuple[dict[str, Any], str]:
 
     store = RunStore.open(run)
     rounds, records = store.load().round, store.records()
-    partial = [r["round"] for r in records if r["partial"]]
+    partial = [r.round for r in records if r.partial]
     said = f"{len(partial)} of {rounds} rounds without some site" if partial else f"{rounds} rounds, every site in each"
     text = (
         f"done: {run} ({said})\n{majority_line(records)}\nnext, where fedlora[train] is installed: fedlora export {run} adapter/"
     )
-    return {"run": str(run), "rounds": rounds, "partial_rounds": partial}, text
+    return RunDone(run=str(run), rounds=rounds, partial_rounds=partial), text
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> Inspected:
     """Names and sizes of one of our files; never values.
 
     Raises:
@@ -132,29 +162,43 @@ def describe(path: Path) -> dict[str, Any]:
     """
     with suppress(FedLoRAError):
         adapter, facts = load_adapter(path)
-        return {"kind": "adapter", "values": adapter.layout.size, "tensors": len(adapter.layout.entries), **facts}
+        return Inspected(kind="adapter", facts={"values": adapter.layout.size, "tensors": len(adapter.layout.entries), **facts})
     try:
         with path.open("rb") as file:
             head = file.read(4)
-            rest = file.read() if head in (b"FLSE", b"{") or path.suffix == ".json" else b""
+            rest = file.read() if head == b"FLSE" or path.suffix == ".json" else b""
     except OSError as e:
         raise StoreError(f"cannot read {path}: {e.strerror}") from None
     if head == b"FLSE":
         from fedlora.formats.envelope import parse
 
         header = parse(head + rest, max_bytes=1 << 34).header
-        return {"kind": "envelope", **header.fields()}
-    kinds = {b"FLUP": "update", b"FLTK": "task", b"FLJ3": "journal entry"}
-    if head in kinds:
-        return {"kind": kinds[head], "bytes": path.stat().st_size}
+        return Inspected(kind="envelope", facts=header.fields())
+    size = {"bytes": path.stat().st_size}
+    if head == b"FLUP":
+        return Inspected(kind="update", facts=size)
+    if head == b"FLTK":
+        return Inspected(kind="task", facts=size)
+    if head == b"FLJ3":
+        return Inspected(kind="journal entry", facts=size)
+    return _described_text(path, head + rest)
+
+
+def _described_text(path: Path, blob: bytes) -> Inspected:
     with suppress(FedLoRAError, ValueError):
-        plan = load_plan(path) if path.suffix == ".toml" else parse_plan(head + rest)
-        return {"kind": "plan", "digest": plan.digest(), "name": plan.run.name}
+        plan = load_plan(path) if path.suffix == ".toml" else parse_plan(blob)
+        return Inspected(kind="plan", facts={"digest": plan.digest(), "name": plan.run.name})
     with suppress(FedLoRAError):
         signed = load_roster(path)
-        active = list(signed.roster.active())
-        return {"kind": "roster", "digest": signed.roster.digest(), "epoch": signed.roster.epoch, "sites": active}
+        facts = {"digest": signed.roster.digest(), "epoch": signed.roster.epoch, "sites": list(signed.roster.active())}
+        return Inspected(kind="roster", facts=facts)
+    with suppress(FedLoRAError):
+        run = parse_text(Results, blob, where=str(path), hint="")
+        return Inspected(kind="results", facts={"name": run.name, "seed": run.seed, "plan": run.plan, "arms": [*run.arms]})
+    with suppress(FedLoRAError):
+        published = parse_text(Published, blob, where=str(path), hint="")
+        return Inspected(kind="published run", facts=facts_of(published))
     with suppress(ValueError):
-        found = json.loads(head + rest)
-        return {"kind": "JSON", "keys": sorted(found) if isinstance(found, dict) else type(found).__name__}
+        found = json.loads(blob)
+        return Inspected(kind="JSON", facts={"keys": sorted(found) if isinstance(found, dict) else type(found).__name__})
     raise StoreError(f"{path} is not a file of FedLoRA")

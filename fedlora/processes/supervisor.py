@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedlora.core.errors import ConnectionFailed
-from fedlora.core.events import Report
+from fedlora.core.events import Event, Process, Report
 from fedlora.processes.causes import telling
 from fedlora.processes.parent import die_with_parent
 
@@ -185,7 +185,7 @@ class Supervisor:
         return {r.service.name: r.process.pid for r in self._running if r.process is not None}
 
     def _say(self, name: str, state: str) -> None:
-        self._report("process", {"name": name, "state": state})
+        self._report(Event.PROCESS, Process(name=name, state=state))
 
     def _spawn(self, running: _Running, now: float) -> None:
         service = running.service

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 from fedlora.core.adapter import Adapter, Layout
+from fedlora.core.answers import Survives
 from fedlora.core.errors import WrongContext
 from fedlora.core.events import Report
 from fedlora.core.messages import Reveals
@@ -165,6 +166,6 @@ class Mode:
         return None
 
     @classmethod
-    def survives(cls, plan: Plan) -> tuple[list[dict[str, Any]], str] | None:
+    def survives(cls, plan: Plan) -> tuple[list[Survives], str] | None:
         """How many absences a round survives, for programs and in words; None: any that leave ``min_sites``."""
         return None

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +21,10 @@ from fedlora.core.errors import (
     StateLost,
     UpdateRejected,
 )
-from fedlora.core.events import Report
+from fedlora.core.events import Ask, Event, Majority, Recorded, Rejected, Report, SiteUpdate, Start, Sum, Waiting
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.plan import Plan
+from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
 from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.store import Checkpoint, RunStore
@@ -53,16 +53,16 @@ def run(
     """
     void, rounds = 0, plan.federation.num_rounds
     at = store.resume(report)
-    report("start", {"run": store.run, "round": at.round, "rounds": rounds})
+    report(Event.START, Start(run=store.run, round=at.round, rounds=rounds))
     while at.round < rounds:
         task = _task(plan, store, at, "train", aggregator)
-        tally, record = _attempts(task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at))
+        tally, asked = _attempts(task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at))
         void = 0 if tally.voided is None else void + 1
-        at = _next(aggregator, optimiser_of(plan), at, tally, record, scale=plan.lora.scale)
+        at, record = _next(aggregator, optimiser_of(plan), at, tally, asked, scale=plan.lora.scale)
         store.save(at)
-        report("round" if tally.voided is None else "round-void", record)
+        report(Event.ROUND if tally.voided is None else Event.ROUND_VOID, Recorded(record=record))
         for site, share in tally.majority().items():
-            report("majority", {"site": site, "percent": 100 * share})
+            report(Event.MAJORITY, Majority(site=site, percent=100 * share))
         if void >= plan.federation.round_attempts and tally.voided is not None:
             hint = "look at the sites, then resume the run"
             raise RunFailed(f"{void} rounds on end were void: {tally.voided}", hint=hint, code="quorum")
@@ -70,7 +70,7 @@ def run(
         task = _task(plan, store, at, "evaluate", aggregator)
         _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None)
         store.finish(record)
-        report("final", record)
+        report(Event.FINAL, Recorded(record=record))
     return at
 
 
@@ -83,13 +83,15 @@ def _next(
     optimiser: ServerOptimiser,
     at: Checkpoint,
     tally: _Round,
-    record: dict[str, Any],
+    record: RoundRecord,
     *,
     scale: float,
-) -> Checkpoint:
+) -> tuple[Checkpoint, RoundRecord]:
+    """The state after the round, and the round's record with what came of it."""
     began, round = time.monotonic(), at.round + 1
     if tally.voided is not None:  # the sites have trained and go on; the adapter stays as it was
-        return Checkpoint(round, at.adapter, record | {"weight": 0, "adapter": at.adapter.digest()}, at.state)
+        record = record.model_copy(update={"outcome": Outcome(weight=0, adapter=at.adapter.digest(), rule={})})
+        return Checkpoint(round, at.adapter, record, at.state), record
     if tally.sums is None:
         raise ValueError("a round of training needs sums")
     result = aggregator.finish(tally.sums, at.adapter, scale=scale, round=round, state=at.state)
@@ -103,9 +105,10 @@ def _next(
         raise ValueError("a rule gives a move or an adapter")
     if not np.isfinite(after.vector).all():
         raise RunFailed("the next adapter is not finite", hint="a smaller server_optimizer.learning_rate, or look at the sites")
-    record |= {**result.record, "weight": tally.weight, "adapter": after.digest()}
-    record["seconds/aggregate"] = time.monotonic() - began
-    return Checkpoint(round, after, record, state)
+    outcome = Outcome(weight=tally.weight, adapter=after.digest(), rule=dict(result.record))
+    seconds = Seconds(round=record.seconds.round, aggregate=time.monotonic() - began)
+    record = record.model_copy(update={"outcome": outcome, "seconds": seconds})
+    return Checkpoint(round, after, record, state), record
 
 
 def _task(plan: Plan, store: RunStore, at: Checkpoint, kind: Kind, aggregator: Aggregator) -> Task:
@@ -126,7 +129,7 @@ def _attempts(
     enrolled: Collection[str],
     report: Report,
     start: Callable[[int], Accumulator | None],
-) -> tuple[_Round, dict[str, Any]]:
+) -> tuple[_Round, RoundRecord]:
     """Asks for a round until enough sites delivered. A site that did answers again from its journal."""
     need, meter = plan.federation.min_sites, _Meter(transport)
     attempt, left, liars = -1, plan.federation.round_attempts, set[str]()
@@ -138,27 +141,28 @@ def _attempts(
         sites = _drawn(at_hand, plan, task) if task.kind == "train" else at_hand
         tally = _Round(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
         tally.max_weight = largest_weight(plan) if task.kind == "train" else 0
-        report("ask", {"round": task.round, "attempt": attempt, "kind": task.kind, "sites": sites})
+        report(Event.ASK, Ask(round=task.round, attempt=attempt, kind=task.kind, sites=sites))
         began = time.monotonic()
         deadline = began + plan.federation.round_deadline  # waiting for the sites to come does not count
         drive(protection.collect(task, sites, tally), meter, deadline_s=partial(_deadline_s, plan, deadline))
-        record = {
-            "round": task.round,
-            "attempt": attempt,
-            "asked": sites,
-            "sites": tally.accepted,
-            "rejected": tally.missing(sites, at_hand, enrolled),
-            **({"together": tally.together} if tally.together else {}),
-            **({"void": tally.voided.code} if tally.voided is not None else {}),
-            **({"majority": majority} if (majority := tally.majority()) else {}),
-            "partial": len(tally.accepted) < len({*sites, *enrolled} - ({*at_hand} - {*sites})),
-            "bytes/down": meter.down,
-            "bytes/up": meter.up,
-            "seconds/round": time.monotonic() - began,
-        }
+        record = RoundRecord(
+            kind=task.kind,
+            round=task.round,
+            attempt=attempt,
+            asked=tuple(sites),
+            sites=tally.accepted,
+            missing=tally.missing(sites, at_hand, enrolled),
+            together=tally.together,
+            majority=tally.majority(),
+            partial=len(tally.accepted) < len({*sites, *enrolled} - ({*at_hand} - {*sites})),
+            void=tally.voided.code if tally.voided is not None else None,
+            bytes=Bytes(down=meter.down, up=meter.up),
+            seconds=Seconds(round=time.monotonic() - began, aggregate=0.0),
+            outcome=None,
+        )
         if len(tally.accepted) >= need or tally.voided is not None:
             return tally, record
-        report("void", record)
+        report(Event.VOID, Recorded(record=record))
         named = {site for site, code in tally.rejected.items() if code in (DealerLied.code, "complaint-unanswered")}
         left += bool(named - liars)  # left out from now on: there are only so many
         liars |= named
@@ -221,8 +225,8 @@ def _await_sites(
     waiting = False
     while (len(sites := list(transport.sites())) < need or missing(sites)) and time.monotonic() < deadline:
         if not waiting:
-            facts = {"sites": sites, "need": need, "missing": missing(sites)}
-            report("waiting" if len(sites) < need else "waiting-for", facts)
+            event = Event.WAITING if len(sites) < need else Event.WAITING_FOR
+            report(event, Waiting(sites=sites, need=need, missing=missing(sites)))
             waiting = True
         time.sleep(min(1.0, _left(deadline)))
     return sites
@@ -242,15 +246,17 @@ class _Round:
     report: Report
     share: frozenset[str]
     max_weight: int = 0
-    accepted: dict[str, dict[str, float]] = field(default_factory=dict)
+    accepted: dict[str, Numbers] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
-    together: dict[str, float] = field(default_factory=dict)
+    together: Numbers | None = None
     voided: FedLoRAError | None = None
 
     @property
     def weight(self) -> int:
         """What the sites' updates were weighed by, all together."""
-        return int(self.together.get("weight", self.sums.weight if self.sums else 0))
+        if self.together is not None and self.together.weight is not None:
+            return self.together.weight
+        return self.sums.weight if self.sums else 0
 
     def accept(self, site: str, update: Update) -> None:
         if update.weight > self.max_weight:
@@ -258,13 +264,14 @@ class _Round:
         if self.sums is not None:
             self.sums.add(site, update)
         listed = {k: v for k, v in update.metrics.items() if k in self.share}  # a site may send more than it was asked for
-        self.accepted[site] = {"weight": update.weight, **listed}
-        self.report("update", {"site": site, **self.accepted[site]})
+        self.accepted[site] = Numbers(weight=update.weight, metrics=listed)
+        self.report(Event.UPDATE, SiteUpdate(site=site, weight=update.weight, metrics=listed))
 
     def majority(self) -> dict[str, float]:
         """The site that has more than half of the weight, and its share; empty if none has or single weights are not known."""
-        whole = sum(numbers.get("weight", 0) for numbers in self.accepted.values())
-        return {s: m["weight"] / whole for s, m in self.accepted.items() if 2 * m.get("weight", 0) > whole}
+        weights = {site: numbers.weight or 0 for site, numbers in self.accepted.items()}
+        whole = sum(weights.values())
+        return {site: weight / whole for site, weight in weights.items() if 2 * weight > whole}
 
     def accept_sum(self, sites: Sequence[str], update: Update, *, squares: NDArray[np.float64], counted: int) -> None:
         if counted > len(sites) * self.max_weight:
@@ -272,9 +279,9 @@ class _Round:
         if self.sums is not None:
             self.sums.add("*", update, squares=squares)
         listed = {k: v for k, v in update.metrics.items() if k in self.share or k.startswith("secagg/")}
-        self.accepted = {site: {} for site in sites}
-        self.together = {"weight": counted, **listed}
-        self.report("sum", {"sites": list(sites), **self.together})
+        self.accepted = {site: Numbers(weight=None, metrics={}) for site in sites}
+        self.together = Numbers(weight=counted, metrics=listed)
+        self.report(Event.SUM, Sum(sites=list(sites), weight=counted, metrics=listed))
 
     def void(self, error: FedLoRAError) -> None:
         self.voided = error
@@ -282,7 +289,7 @@ class _Round:
     def reject(self, site: str, error: FedLoRAError) -> None:
         code = error.remote_code if isinstance(error, RemoteError) else error.code
         self.rejected[site] = code
-        self.report("rejected", {"site": site, "code": code})
+        self.report(Event.REJECTED, Rejected(site=site, code=code))
 
     def missing(self, asked: Sequence[str], at_hand: Sequence[str], enrolled: Collection[str]) -> dict[str, str]:
         """Why each site that belongs to the federation does not count: a code, ``late``, ``not-drawn`` or ``offline``."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, KeyFileError, StoreError
-from fedlora.core.events import Report
+from fedlora.core.events import Event, Report, StateFile
 from fedlora.core.messages import SERVER
 from fedlora.core.plan import Plan
 from fedlora.formats.files import set_aside, write_atomic
@@ -165,7 +165,7 @@ def _run_key(directory: Path, report: Report) -> Identity:
         os.replace(new, directory / "run.key")
         found.append((directory / "run.key", load_identity(directory / "run.key")))
     for file in damaged:
-        report("mended", {"file": file.name})
+        report(Event.MENDED, StateFile(file=file.name))
     for file in _run_key_files(directory):
         if file != found[0][0]:
             write_atomic(file, found[0][0].read_bytes())

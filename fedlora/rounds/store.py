@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import FedLoRAError, StoreError
+from fedlora.core.events import Event, RecordsGone, Report, StateFile
 from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.records import RoundRecord
 from fedlora.formats.files import (
     Damaged,
-    check_facts,
-    dump_facts,
     dump_record,
     load_vectors,
     named_disk_errors,
-    parse_facts,
     parse_record,
     read_file,
     save_adapter,
@@ -30,6 +27,7 @@ from fedlora.formats.files import (
     write_atomic,
 )
 from fedlora.formats.memory import FileMemory
+from fedlora.formats.records import dump_round, facts_of, parse_facts_as, parse_round, scan_rounds
 from fedlora.protect.modes import mode_of
 
 log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ class Checkpoint:
 
     round: int
     adapter: Adapter
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: RoundRecord | None = None
     state: Mapping[str, Adapter] = field(default_factory=dict)
 
 
@@ -132,12 +130,13 @@ class RunStore:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Makes a round permanent. After this returns, a power cut loses nothing of it."""
-        facts = {"run": self.run, "round": checkpoint.round, "record": dict(checkpoint.record)}
+        record = checkpoint.record
+        facts = {"run": self.run, "round": checkpoint.round, "record": facts_of(record) if record is not None else None}
         for path in reversed(self._files(checkpoint.round)):
             save_adapter(path, checkpoint.adapter, facts, checkpoint.state)
-        if checkpoint.record:
+        if record is not None:
             with named_disk_errors(self._records), self._records.open("ab") as file:
-                file.write(dump_facts(checkpoint.record) + b"\n")
+                file.write(dump_round(record) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         for old in _numbers(self.directory)[: -self._keep]:
@@ -155,7 +154,7 @@ class RunStore:
             return self._read(number)
         raise StoreError(f"no checkpoint in {self.directory}", hint=_LAST)
 
-    def resume(self, report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None) -> Checkpoint:
+    def resume(self, report: Report = lambda event, facts: None) -> Checkpoint:
         """The last complete round, for whoever goes on from there; brings ``rounds.jsonl`` up to it.
 
         If the disk has damaged the last checkpoints of an unfinished run, the run goes back to the last whole one: the files are
@@ -166,21 +165,23 @@ class RunStore:
 
         Raises:
             StoreError: no checkpoint that is whole and of this run.
+            WireError (version-unsupported): another version of FedLoRA has written it. Nothing is changed.
         """
+        self._check_format()
         for file in self._mended:
-            report("mended", {"file": file.name})
+            report(Event.MENDED, StateFile(file=file.name))
         try:
             finished = self.final() is not None
         except StoreError as e:
             log.warning("%s; the last evaluation is done again", e)
             set_aside(self.directory / "final.json")
-            report("evaluation-again", {"file": "final.json"})
+            report(Event.EVALUATION_AGAIN, StateFile(file="final.json"))
             finished = False
         for number in () if finished else self._behind():
             for file in (self._path(number), _copy(self._path(number))):
                 if os.path.lexists(file):
                     set_aside(file)
-                    report("damaged", {"file": file.name})
+                    report(Event.DAMAGED, StateFile(file=file.name))
         at = self.load()
         self._mend_records(at, report)
         return at
@@ -198,21 +199,34 @@ class RunStore:
                 return found
         return []
 
-    def _mend_records(self, at: Checkpoint, report: Callable[[str, Mapping[str, Any]], None]) -> None:
+    def _check_format(self) -> None:
+        """
+        Raises:
+            WireError (version-unsupported): a record is of another version of FedLoRA, which then has to go on with this run.
+        """
+        for read in (self.records, self.final, self.load):
+            with suppress(StoreError):
+                read()
+
+    def _mend_records(self, at: Checkpoint, report: Report) -> None:
+        known: dict[int, RoundRecord] = {}
         try:
-            known = {int(r["round"]): r for r in self.records() if int(r["round"]) <= at.round}
+            for found in self._scan():
+                if isinstance(found, Damaged):
+                    log.warning("%s; it is left out", found)
+                elif found.round <= at.round:
+                    known[found.round] = found
         except StoreError as e:
             log.warning("%s; it is set aside", e)
             set_aside(self._records)
-            known = {}
         for number in _numbers(self.directory):
             with suppress(StoreError):
-                record = dict(self._read(number).record) if number <= at.round and number not in known else {}
-                known |= {number: record} if record else {}
+                record = self._read(number).record if number <= at.round and number not in known else None
+                known |= {number: record} if record is not None else {}
         gone = [n for n in range(1, at.round + 1) if n not in known]
-        write_atomic(self._records, *(dump_facts(known[n]) + b"\n" for n in sorted(known)))
+        write_atomic(self._records, *(dump_round(known[n]) + b"\n" for n in sorted(known)))
         if gone:
-            report("records-gone", {"rounds": gone})
+            report(Event.RECORDS_GONE, RecordsGone(rounds=gone))
 
     def adapter(self, round: int) -> Adapter:
         """The global adapter after a round that is still kept (the last three are); a void round changed nothing.
@@ -243,38 +257,48 @@ class RunStore:
         adapter, facts, state = load_vectors(path)
         if facts.get("run") != self.run or facts.get("round") != number:
             raise StoreError(f"{path} belongs to another run or round")
-        return Checkpoint(number, adapter, facts["record"], state)
+        record = facts.get("record")
+        if record or number:  # the first adapter has none; an earlier version wrote an empty one
+            record = parse_facts_as(RoundRecord, record, where=f"the record in {path}", hint=_LAST)
+        return Checkpoint(number, adapter, record or None, state)
 
     def _files(self, number: int) -> list[Path]:
         """Where a checkpoint is kept: twice where no round can be done twice."""
         path = self._path(number)
         return [path, _copy(path)] if mode_of(self.plan).once else [path]
 
-    def records(self) -> list[dict[str, Any]]:
-        """The records of all rounds so far; lines that are torn or damaged are left out.
+    def records(self) -> list[RoundRecord]:
+        """The records of all rounds so far. A last line that a power cut has torn is not there.
 
         Raises:
+            Damaged: a line is not what was written; the error names it.
             StoreError: the file cannot be read.
+            WireError (version-unsupported): a line is of another format.
         """
         whole = []
-        for line in (read_file(self._records, hint="move it away and resume the run: it is written anew") or b"").split(b"\n"):
-            with suppress(ValueError, TypeError, RecursionError):
-                whole.append(check_facts(json.loads(line)))
+        for found in self._scan():
+            if isinstance(found, Damaged):
+                raise found
+            whole.append(found)
         return whole
 
-    def finish(self, final: Mapping[str, Any]) -> None:
-        """Notes the last evaluation; from here on the run is complete."""
-        write_atomic(self.directory / "final.json", dump_facts(final))
+    def _scan(self) -> Iterator[RoundRecord | Damaged]:
+        return scan_rounds(read_file(self._records, hint=_LOG) or b"", self._records, hint=_LOG)
 
-    def final(self) -> dict[str, Any] | None:
+    def finish(self, final: RoundRecord) -> None:
+        """Notes the last evaluation; from here on the run is complete."""
+        write_atomic(self.directory / "final.json", dump_round(final))
+
+    def final(self) -> RoundRecord | None:
         """What :meth:`finish` noted, or None.
 
         Raises:
             StoreError: damaged.
+            WireError (version-unsupported): of another format.
         """
         path, hint = self.directory / "final.json", "resume the run: the last evaluation is then done again"
         blob = read_file(path, hint=hint)
-        return None if blob is None else parse_facts(blob, path, hint=hint)
+        return None if blob is None else parse_round(blob, where=str(path), hint=hint)
 
     def problems(self) -> dict[Path, str]:
         """What is wrong with checkpoints, records and last evaluation, by file. Changes nothing."""
@@ -289,9 +313,6 @@ class RunStore:
                 read()
             except StoreError as e:
                 found[path] = str(e)
-        lines = [x for x in (self._records.read_bytes() if self._records.is_file() else b"").split(b"\n") if x]
-        if self._records not in found and len(lines) > len(self.records()):
-            found[self._records] = f"{self._records} has damaged lines"
         return found
 
     @property
@@ -319,6 +340,7 @@ class RunStore:
         return self.directory / f"round-{number:06d}.safetensors"
 
 
+_LOG = "resume the run: what is damaged there is then made anew from the checkpoints, as far as they are kept"
 _LAST = "restore the directory from a backup; without one start the run anew under another run.name"
 _CHECKPOINT = re.compile(r"round-(\d{6,9})\.safetensors(\.copy)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")

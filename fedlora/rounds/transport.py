@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedlora.core.errors import ConfigError, Oversized
+from fedlora.core.events import Event
 from fedlora.core.messages import Reply, Request
 from fedlora.core.plan import Plan
 from fedlora.protect import Talk
@@ -59,9 +60,9 @@ class Dropouts:
     _round: int = 0
     _gone: set[str] = field(default_factory=set)
 
-    def listen(self, event: str, facts: Mapping[str, Any]) -> None:
+    def listen(self, event: Event, facts: Mapping[str, Any]) -> None:
         """To be told what the rounds report: which one it is."""
-        if event == "ask":
+        if event == Event.ASK:
             self._round = facts["round"]
             self._gone.clear()
 

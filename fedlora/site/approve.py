@@ -12,6 +12,7 @@ from typing import Any
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
+from fedlora.core.answers import Approved
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.files import write_atomic
@@ -89,19 +90,20 @@ class Question:
     before: Sequence[str]
     uncovered: Sequence[str] | None
 
-    def facts(self) -> dict[str, object]:
-        """For a program."""
-        return {
-            "plan": self.digest,
-            "asks": dict(self.words),
-            "last": dict(self.last),
-            "changed": list(self.changed),
-            "refusals": list(self.refusals),
-            "begun": self.begun,
-            "uncovers": list(self.named),
-            "before": list(self.before),
-            "uncovered": None if self.uncovered is None else list(self.uncovered),
-        }
+    def facts(self, *, approved: int) -> Approved:
+        """For a program, once ``approved`` runs of the plan are."""
+        return Approved(
+            plan=self.digest,
+            asks=dict(self.words),
+            last=dict(self.last),
+            changed=list(self.changed),
+            refusals=list(self.refusals),
+            begun=self.begun,
+            uncovers=list(self.named),
+            before=list(self.before),
+            uncovered=None if self.uncovered is None else list(self.uncovered),
+            approved=approved,
+        )
 
     def lines(self, *, again: bool) -> list[str]:
         """For a person, in sentences."""

@@ -12,11 +12,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedlora.core import answers
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
 from fedlora.formats.files import load_adapter, set_aside
 from fedlora.formats.journal import Journal
@@ -54,8 +55,9 @@ class Finding:
     wrong: bool = True
     run: str = ""
 
-    def facts(self) -> dict[str, Any]:
-        return asdict(self)
+    def facts(self) -> answers.Finding:
+        """For a program."""
+        return answers.Finding(file=self.file, what=self.what, choices=list(self.choices), wrong=self.wrong, run=self.run)
 
     def lines(self) -> list[str]:
         head = self.what if self.file in self.what else f"{self.file}: {self.what}"

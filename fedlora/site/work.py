@@ -11,6 +11,8 @@ import numpy as np
 
 from fedlora.core.adapter import Adapter, Factors, Layout, Update
 from fedlora.core.errors import FedLoRAError, PlanRefused, ResourceError, StateLost, UpdateRejected, WrongContext
+from fedlora.core.events import Evaluate, Event, Failed, FromJournal, Own, Report, Train
+from fedlora.core.events import Trained as TrainedFacts
 from fedlora.core.limits import MAX_RANK
 from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.plan import Plan, parse_plan
@@ -119,7 +121,7 @@ class Site:
     policy: Policy
     models: frozenset[str]
     journal: Journal
-    report: Callable[[str, Mapping[str, object]], None] = lambda event, facts: None
+    report: Report = lambda event, facts: None
     approvals: Callable[[], Approvals] = Approvals
     _ready: tuple[str, Plan, Aggregator, Learner] | None = field(default=None, init=False)
     _last: tuple[str, int, Entry] | None = field(default=None, init=False)  # run, round: saves reading the journal
@@ -128,7 +130,7 @@ class Site:
         """Answers a request. Raises nothing: an error becomes its code."""
         reply = safely(self.name, lambda: self.protection.answer(request, self.work))
         if reply.error:
-            self.report("failed", {"code": reply.error})
+            self.report(Event.FAILED, Failed(code=reply.error))
         return reply
 
     def work(self, task: Task) -> Update:
@@ -148,7 +150,7 @@ class Site:
         self.journal.check(task.run)
         done = self.journal.find(task.run, task.round)
         if done is not None and done.key == key:
-            self.report("from-journal", {"round": task.round})
+            self.report(Event.FROM_JOURNAL, FromJournal(round=task.round))
             return wire.parse_update(done.update, task.reply_layout)
         update, state, kept = self._learn(task, plan, rule, learner, adapter)
         update.check(task.reply_layout.size)
@@ -157,7 +159,7 @@ class Site:
         if rule.keeps:
             self.journal.save_own(task.run, kept, plan)
             if task.kind == "evaluate":
-                self.report("own", {"file": str(self.journal.own(task.run))})
+                self.report(Event.OWN, Own(file=str(self.journal.own(task.run))))
         self.journal.save(task.run, task.round, entry)
         self._last = (task.run, task.round, entry)
         return update
@@ -190,18 +192,18 @@ class Site:
             before = None  # a last evaluation says the same without it, and no round follows
         state = before[1].state if before else b""
         if task.kind == "evaluate":
-            self.report("evaluate", {"round": task.round})
+            self.report(Event.EVALUATE, Evaluate(round=task.round))
             metrics |= learner.evaluate(adapter)
             return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, metrics)), state, adapter
         every = plan.evaluation.every
         if every and (task.round - 1) % every == 0:
-            self.report("evaluate", {"round": task.round})
+            self.report(Event.EVALUATE, Evaluate(round=task.round))
             metrics |= learner.evaluate(adapter)
-        self.report("train", {"round": task.round, "rounds": plan.federation.num_rounds})
+        self.report(Event.TRAIN, Train(round=task.round, rounds=plan.federation.num_rounds))
         own = adapter.at_rank(min(self._rank(plan), adapter.layout.rank))
         trained = learner.train(own, round=task.round, state=state, factors=rule.trains(task.round))
         metrics |= trained.metrics
-        self.report("trained", {"round": task.round, **metrics})
+        self.report(Event.TRAINED, TrainedFacts(round=task.round, metrics=metrics))
         delta = rule.encode(adapter, trained.adapter, round=task.round)
         weight = {"tokens": trained.tokens, "examples": trained.examples, "uniform": 1}[plan.aggregate.weighting]
         if weight > (most := largest_weight(plan)):

@@ -13,6 +13,7 @@ from fedlora.formats.keys import PublicIdentity
 
 COMMANDS = [
     ["version"],
+    ["schema"],
     ["new", "plan"],
     ["new", "site"],
     ["new", "simulation"],
@@ -70,8 +71,8 @@ def test_an_error_is_one_json_object_for_programs_and_two_lines_for_people(tmp_p
     assert main(["check", missing, "--json"]) == 3
     out = capsys.readouterr()
     found = json.loads(out.out)
-    assert found["status"] == "error"
-    assert found["error_code"]
+    assert found["ok"] is False
+    assert found["error"]["code"]
     assert out.err.startswith("error: ")
     assert main(["check", missing]) == 3
     assert capsys.readouterr().out == ""
@@ -110,7 +111,7 @@ def test_what_the_world_does_is_no_bug(raised, status, said, monkeypatch, capsys
     assert main(["check", "plan.toml", "--json"]) == status
     out = capsys.readouterr()
     assert said in out.err
-    assert json.loads(out.out)["status"] == "error"
+    assert json.loads(out.out)["ok"] is False
 
 
 def test_inspect_shows_no_values_of_a_list(tmp_path, capsys):
@@ -180,13 +181,14 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
     with Screen() as screen:
         screen("site-offline", {"site": "north"})
         screen("rejected", {"site": "north", "code": "late"})
-        screen("update", {"site": "south", "weight": 3})
+        screen("update", {"site": "south", "weight": 3, "metrics": {}})
         screen("no-such-event", {})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("s  ", 1)[1].strip() for line in lines] == [
         "north is offline",
         "north: not counted (late)",
         "south: weight 3, training loss -, held-out NLL -",
+        "no-such-event: told by another version of FedLoRA",
     ]
     with Screen(quiet=True) as screen:
         screen("site-offline", {"site": "north"})

@@ -42,7 +42,7 @@ def say(study, capsys):
         paths = [str(study / w) if "." in w and not w.startswith("-") else w for w in words]
         assert main(["roster", word, *paths, "--json"]) == status
         found = json.loads(capsys.readouterr().out)
-        return found["data"] if status == 0 else found
+        return found["data"] if status == 0 else found["error"]
 
     return run
 
@@ -110,11 +110,11 @@ def test_only_a_coordinator_signs_and_the_file_stays_as_it_was(say, study):
     before = (study / "r.json").read_bytes()
     for name in ("mallory", "a", "server"):
         error = say("sign", "r.json", "--key", f"{name}.key", status=4)
-        assert error["error_code"] == "roster-invalid"
+        assert error["code"] == "roster-invalid"
         assert "carol" in error["hint"]
     namesake = Identity.generate("carol")
     namesake.save(study / "other.key")
-    assert say("sign", "r.json", "--key", "other.key", status=4)["error_code"] == "roster-invalid"
+    assert say("sign", "r.json", "--key", "other.key", status=4)["code"] == "roster-invalid"
     assert (study / "r.json").read_bytes() == before
 
 
@@ -134,7 +134,7 @@ def test_a_coordinator_of_the_epoch_before_may_sign_the_change(say, study):
     assert accept(second, current=first, pinned=pinned, now=now) == second
     say("add", "r.json", "d.pub")  # carol's signature, of the epoch before, is no stranger's
     (study / "r.epoch-2.json").unlink()
-    assert say("sign", "r.json", "--key", "carol.key", status=4)["error_code"] == "roster-invalid"
+    assert say("sign", "r.json", "--key", "carol.key", status=4)["code"] == "roster-invalid"
 
 
 def test_signing_beside_a_damaged_signature_is_refused(say, study):
@@ -158,7 +158,7 @@ def test_signing_twice_is_signing_once(say, study):
 def test_no_epoch_follows_one_that_is_not_signed(words, say, study):
     say("new", *NEW)
     error = say(*words, status=4)
-    assert error["error_code"] == "roster-invalid"
+    assert error["code"] == "roster-invalid"
     assert "roster sign" in error["hint"]
     assert [p.name for p in study.glob("r*.json")] == ["r.json"]
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_done_changes_no_file(words, status, code, say, study):
     say("sign", "r.json", "--key", "carol.key")
     before = {p: p.read_bytes() for p in study.iterdir()}
     (study / "carol.pub").chmod(0o600)
-    assert say(*words, status=status)["error_code"] == code
+    assert say(*words, status=status)["code"] == code
     assert {p: p.read_bytes() for p in study.iterdir()} == before
 
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_done_changes_no_file(words, status, code, say, study):
     ],
 )
 def test_terms_that_do_not_fit_make_no_file(more, say, study):
-    assert say("new", *NEW, *more, status=4)["error_code"] == "roster-invalid"
+    assert say("new", *NEW, *more, status=4)["code"] == "roster-invalid"
     assert not (study / "r.json").exists()
 
 
@@ -208,7 +208,7 @@ def test_an_epoch_that_was_kept_is_not_overwritten_by_another(say, study):
     (study / "r.json").unlink()
     say("new", *NEW, "--days", "9")
     say("sign", "r.json", "--key", "carol.key")
-    assert say("add", "r.json", "d.pub", status=3)["error_code"] == "store"
+    assert say("add", "r.json", "d.pub", status=3)["code"] == "store"
 
 
 def test_a_site_revoked_stays_out(say, study):
@@ -216,7 +216,7 @@ def test_a_site_revoked_stays_out(say, study):
     say("sign", "r.json", "--key", "carol.key")
     say("revoke", "r.json", "b")
     say("sign", "r.json", "--key", "carol.key")
-    assert say("add", "r.json", "b.pub", status=4)["error_code"] == "roster-invalid"
-    assert say("revoke", "r.json", "b", status=4)["error_code"] == "revoked-site"
+    assert say("add", "r.json", "b.pub", status=4)["code"] == "roster-invalid"
+    assert say("revoke", "r.json", "b", status=4)["code"] == "revoked-site"
     with pytest.raises(FedLoRAError):
         load_roster(study / "r.json").roster.site("b")

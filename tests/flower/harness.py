@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,11 @@ def opened(root: Path, *names: str) -> Iterator[Federation]:
         for name in files:
             server.wait_for(lambda e, f, name=name: e == "site-online" and f["site"] == name)
         yield found
+
+
+def toys(events: Sequence[tuple[str, Any]], name: str) -> list[dict[str, Any]]:
+    """What the toy server app has reported under this name."""
+    return [f["facts"] for e, f in events if e == "other" and f["name"] == name]
 
 
 def running(pid: int) -> bool:

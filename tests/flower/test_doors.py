@@ -23,7 +23,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flower.harness import PATIENCE_S, Child, descendants, environment, make_home, until, write_site
+from flower.harness import PATIENCE_S, Child, descendants, environment, make_home, toys, until, write_site
 from flower.toy_parts import blob
 
 from fedlora.core.plan import Plan
@@ -189,7 +189,7 @@ def test_a_clock_that_is_wrong_is_said_and_corrected(server, ahead_s):
         events: list[tuple[str, Any]] = []
         start(server.home, plan, resume=False, report=lambda e, f: events.append((e, f)))
         sent = hashlib.sha256(blob("broadcast")).hexdigest()
-        replies = {f["site"]: (f["error"], f["sha256"]) for e, f in events if e == "reply"}
+        replies = {f["site"]: (f["error"], f["sha256"]) for f in toys(events, "reply")}
         assert replies[name] == ("", hashlib.sha256(blob(f"{name} {sent}")).hexdigest())
         assert [e for e, _ in site.events].count("clock") == 1
         assert not [f for e, f in server.child.events[since:] if e == "site-refused"]

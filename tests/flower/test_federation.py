@@ -15,7 +15,7 @@ from functools import partial
 
 import httpx
 import pytest
-from flower.harness import PATIENCE_S, Federation, descendants, running, until
+from flower.harness import PATIENCE_S, Federation, descendants, running, toys, until
 from flower.toy_parts import BLOB_BYTES, CANARY, blob
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -113,11 +113,11 @@ def test_twelve_megabytes_go_to_both_sites_and_come_back(federation):
     directory = start(federation.home, plan, resume=True, report=lambda e, f: events.append((e, f)))
     assert directory == federation.home / "runs" / "exchange"
     sent = hashlib.sha256(blob("broadcast")).hexdigest()
-    replies = {f["site"]: f for e, f in events if e == "reply"}
+    replies = {f["site"]: f for f in toys(events, "reply")}
     assert {s: (f["error"], f["sha256"]) for s, f in replies.items()} == {
         s: ("", hashlib.sha256(blob(f"{s} {sent}")).hexdigest()) for s in ("alpha", "beta")
     }
-    (started,) = [f for e, f in events if e == "start"]
+    (started,) = toys(events, "started")
     assert started["resume"] is True
     assert len(started["argv"]) == 1  # the task's token came another way
     print(f"round trip of 2 x 12 MB both ways: {max(f['seconds'] for f in replies.values()):.1f} s")

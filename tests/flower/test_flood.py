@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flower.harness import Federation, descendants
+from flower.harness import Federation, descendants, toys
 from flower.harness import opened as federation_of
 from flower.signed import Node
 from flower.test_gateway import CALL, Place, opened
@@ -222,16 +222,10 @@ def rounds(server: Federation, name: str, asked: list[dict[str, int]]) -> tuple[
 
     plan = server.plan(name)
     plan.with_suffix(".json").write_text(json.dumps(asked))
-    took, replies = [], []
-
-    def report(event: str, facts: dict[str, object]) -> None:
-        if event == "round":
-            took.append(float(str(facts["seconds"])))
-        elif event == "reply":
-            replies.append((facts["round"], facts["site"], facts["error"]))
-
-    start(server.home, plan, resume=False, report=report)
-    return took, sorted(replies)
+    events: list[tuple[str, Any]] = []
+    start(server.home, plan, resume=False, report=lambda e, f: events.append((e, f)))
+    took = [f["seconds"] for f in toys(events, "exchange")]
+    return took, sorted((f["round"], f["site"], f["error"]) for f in toys(events, "reply"))
 
 
 def memory(server: Federation, word: str) -> int:

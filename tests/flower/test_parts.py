@@ -32,6 +32,7 @@ from fedlora.core.errors import (
     StoreError,
     WireError,
 )
+from fedlora.core.events import Arm, Event
 from fedlora.core.messages import Reply, Request
 from fedlora.flower import check_flwr, launch
 from fedlora.flower.bundle import BUNDLE_SHA256, build_bundle, bundle_bytes
@@ -288,12 +289,12 @@ def test_events_are_passed_on_once_and_only_when_whole(tmp_path):
     (tmp_path / "flower" / "jobs").mkdir(parents=True)
     seen, events = [], Events(tmp_path, "0" * 32)
     assert pass_on(tmp_path, "0" * 32, lambda e, f: seen.append(e), offset=0) == 0
-    events("one", {"n": 1})
+    events(Event.ARM, Arm(name="base"))
     offset = pass_on(tmp_path, "0" * 32, lambda e, f: seen.append((e, f)), offset=0)
     with (tmp_path / "flower" / "jobs" / f"{'0' * 32}.events.json").open("a") as file:
         file.write('{"event": "half')
     assert pass_on(tmp_path, "0" * 32, lambda e, f: seen.append((e, f)), offset=offset) == offset
-    assert seen == [("one", {"n": 1})]
+    assert seen == [("arm", {"name": "base"})]
 
 
 def test_a_home_without_a_server_says_so(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from flower.harness import PATIENCE_S, Child, Federation, descendants, environment, make_home, running, until, write_site
 
 from fedlora.core.errors import ConnectionFailed, FedLoRAError
+from fedlora.core.events import Arm, Event, Other
 from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.server import start, stop_run, up
 from fedlora.gateway.exposure import free_port
@@ -182,16 +183,16 @@ def test_the_outcome_of_a_job_is_said_on_a_disk_that_is_full(tmp_path, small_dis
     name = new_job(home, Job("/srv/plan.toml", False))
     assert load_outcome(home, name) is None
     events = Events(home, name)
-    events("start", {})
+    events(Event.ARM, Arm(name="base"))
     fill(small_disk, leave=0)
     for number in range(200):
-        events("step", {"number": number, "text": "x" * 200})  # dropped, and the run goes on
-    save_outcome(home, name, Outcome("resources", "no space left " + "x" * 5000, "free some"))
+        events(Event.OTHER, Other(name=str(number), facts="x" * 200))  # dropped, and the run goes on
+    save_outcome(home, name, Outcome("resources", "no space left " + "x" * 5000, "free some", 7))
     (small_disk / "filler").unlink()
-    events("end", {})
+    events(Event.ARM_DONE, Arm(name="base"))
     seen = []
     pass_on(home, name, lambda e, f: seen.append(e), offset=0)
-    assert (seen[0], seen[-1]) == ("start", "end")
+    assert (seen[0], seen[-1]) == ("arm", "arm-done")
     assert load_outcome(home, name).code == "resources"
 
 

@@ -6,24 +6,22 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from toy_parts import BLOB_BYTES, DUE, blob
 
 from fedlora.core.errors import RunFailed
+from fedlora.core.events import Event, Other, Report, Start
 from fedlora.core.messages import Request
 from fedlora.flower.server_app import main
 from fedlora.formats.plans import load_plan
 from fedlora.rounds.transport import Transport
 
 
-def serve(
-    home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Callable[[str, Mapping[str, Any]], None]
-) -> None:
+def serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> None:
     name = load_plan(plan_file).run.name
-    report("start", {"argv": sys.argv, "resume": resume})
+    report(Event.START, Start(run="0" * 64, round=0, rounds=1))
+    report(Event.OTHER, Other(name="started", facts={"argv": sys.argv, "resume": resume}))
     if name == "quorum":
         raise RunFailed("one site of two", hint="wait for the other", code="quorum")
     if name == "bug":
@@ -38,19 +36,20 @@ def serve(
     for reply in transport.exchange([Request(s, "train", body, BLOB_BYTES) for s in transport.sites()], deadline_s=30):
         digest = hashlib.sha256(reply.body).hexdigest()
         facts = {"site": reply.site, "error": reply.error, "sha256": digest, "seconds": time.monotonic() - began}
-        report("reply", facts)
+        report(Event.OTHER, Other(name="reply", facts=facts))
         if name == "full" and reply.error:
             raise RunFailed("what the rounds say of it", hint="bring the sites back", code="quorum")
 
 
-def rounds(file: Path, transport: Transport, report: Callable[[str, Mapping[str, Any]], None]) -> None:
+def rounds(file: Path, transport: Transport, report: Report) -> None:
     """Exchanges in which each site sends as many bytes as the file says for each; ``DUE`` are asked for."""
     for number, sizes in enumerate(json.loads(file.read_text())):
         began = time.monotonic()
         requests = [Request(s, "sized", str(size).encode(), DUE) for s, size in sizes.items()]
         for reply in transport.exchange(requests, deadline_s=55):
-            report("reply", {"round": number, "site": reply.site, "error": reply.error, "size": len(reply.body)})
-        report("round", {"round": number, "seconds": time.monotonic() - began})
+            facts = {"round": number, "site": reply.site, "error": reply.error, "size": len(reply.body)}
+            report(Event.OTHER, Other(name="reply", facts=facts))
+        report(Event.OTHER, Other(name="exchange", facts={"seconds": time.monotonic() - began}))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,24 @@ from transformers import AutoModelForCausalLM
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, ModelError
+from fedlora.core.records import RunFacts
 from fedlora.learn.export import Card, export_adapter, merge
 
 pytestmark = pytest.mark.torch
+FACTS = RunFacts(
+    of="federation",
+    run="1" * 64,
+    plan="2" * 64,
+    base="3" * 64,
+    adapter="4" * 64,
+    aggregate="fedavg",
+    protection="sealed",
+    seed=0,
+    rounds=3,
+    complete=True,
+    sites=2,
+    share="AB",
+)
 IDS = torch.tensor([[1, 70, 33, 250, 9, 9, 120, 4]])
 
 
@@ -36,7 +51,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.fixture
 def publish(tmp_path: Path) -> Callable[..., Path]:
     def make(model: Any, adapter: Adapter, out: Path | None = None, **options: Any) -> Path:
-        given = {"lora": model.settings, "base_model": "org/tiny", "revision": "abc123", "run": {"rounds": 3}, **options}
+        given = {"lora": model.settings, "base_model": "org/tiny", "revision": "abc123", "run": FACTS, **options}
         return export_adapter(adapter, out or tmp_path / "final", **given)
 
     return make
@@ -113,7 +128,9 @@ def test_checksums_cover_every_other_file(lora: Any, publish: Any):
 def test_the_run_is_named_beside_the_adapter(lora: Any, publish: Any):
     model = lora()
     facts = json.loads((publish(model, model.get()) / "fedlora_run.json").read_text())
-    assert facts == {"rounds": 3, "adapter_digest": model.get().digest(), "dtype": "bfloat16", "scale": 1.5}
+    known = {"adapter": model.get().digest(), "dtype": "bfloat16", "scale": 1.5}
+    assert facts == FACTS.model_dump() | known
+    assert (facts["format"], facts["rounds"]) == (1, 3)
 
 
 def test_the_same_adapter_gives_the_same_bytes(lora: Any, publish: Any, tmp_path: Path):

@@ -46,3 +46,15 @@ def test_what_is_published_names_the_run_the_plan_the_base_and_the_adapter(tmp_p
     assert said["adapter"] == last.adapter.digest()
     assert (said["sites"], said["protection"], said["aggregate"], said["seed"]) == (len(TARGETS), "sealed", "fedavg", 0)
     assert not any(f'"{name}"' in json.dumps(said) for name in TARGETS)  # sites by number, never by name
+
+
+def test_the_number_of_sites_is_not_said_where_a_record_is_gone(tmp_path):
+    fed = Federation(tmp_path, plan(rounds=2))
+    fed.run()
+    file = tmp_path / "run" / "rounds.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    for number, blob in enumerate((lines[0], b"", lines[0][:-9] + b"\n" + lines[1])):
+        file.write_bytes(blob)
+        assert facts(tmp_path / "run", tmp_path / f"out-{number}")["sites"] is None
+    file.write_bytes(b"".join(lines))
+    assert facts(tmp_path / "run", tmp_path / "whole")["sites"] == len(TARGETS)

@@ -5,13 +5,14 @@ What is here implements :class:`fedlora.learn.hooks.Fast`. It imports nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
+    from fedlora.core.events import Report
     from fedlora.core.plan import Plan
     from fedlora.learn import fast
     from fedlora.learn.forward import Forward
@@ -51,7 +52,7 @@ def pace(
     floor: Dial = "none",
     tokens: int = 0,
     limit_bytes: int = 0,
-    report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+    report: Report = lambda event, facts: None,
 ) -> MicroBatches:
     """See :class:`fedlora.learn.fast.pacing.Pace`."""
     from fedlora.learn.fast.pacing import Pace
@@ -67,7 +68,7 @@ def team(
     devices: Sequence[str],
     state: Path,
     facts: bytes,
-    report: Callable[[str, Mapping[str, Any]], None],
+    report: Report,
 ) -> Team:
     """See :class:`fedlora.learn.fast.workers.Team`."""
     from fedlora.learn.fast import workers

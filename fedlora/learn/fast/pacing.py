@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from fedlora.core.errors import ResourceError
+from fedlora.core.events import Event, OutOfMemory, Report
+from fedlora.core.events import Pace as PaceFacts
 from fedlora.data import Batch, by_rows, regroup
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.lora import LoraModel
@@ -80,7 +82,7 @@ class Pace:
         floor: Dial = "none",
         tokens: int = 0,
         limit_bytes: int = 0,
-        report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+        report: Report = lambda event, facts: None,
     ) -> None:
         self._model = model
         self._wanted_dial = dial
@@ -162,7 +164,7 @@ class Pace:
                 f"out of memory on one example of {longest} tokens with everything computed again",
                 hint="a smaller max_length in the plan, a smaller base, or a larger GPU",
             )
-        self._report("out-of-memory", {"tokens": self._tokens, "dial": self._dial})
+        self._report(Event.OUT_OF_MEMORY, OutOfMemory(tokens=self._tokens, dial=self.dial))
         log.warning("out of memory: micro-batches of %d tokens, activation checkpointing %s", self._tokens, self._dial)
 
     def _dials(self) -> tuple[Dial, ...]:
@@ -184,12 +186,13 @@ class Pace:
         if not found:
             self._dial, self._tokens = dials[-1], self._least(batches)  # the step itself will say what is wrong
             self.chosen = Measured(self._dial, self._tokens, 0, 0.0)
-            self._report("out-of-memory", {"tokens": self._tokens, "dial": self._dial})
+            self._report(Event.OUT_OF_MEMORY, OutOfMemory(tokens=self._tokens, dial=self.dial))
             return
         best = min(found, key=lambda m: m.token_s)
         self.chosen, self._dial, self._tokens = best, best.dial, best.tokens
-        facts = {"dial": best.dial, "tokens": best.tokens, "gib": best.peak_bytes / 2**30, "tokens/s": 1 / best.token_s}
-        self._report("pace", {**facts, "seconds": time.perf_counter() - began})
+        gib, took = best.peak_bytes / 2**30, time.perf_counter() - began
+        facts = PaceFacts(dial=best.dial, tokens=best.tokens, gib=gib, tokens_per_s=1 / best.token_s, seconds=took)
+        self._report(Event.PACE, facts)
         for m in found:
             log.info(
                 "pace: %s, %d tokens at once: %.1f GiB, %.0f tokens/s", m.dial, m.tokens, m.peak_bytes / 2**30, 1 / m.token_s

@@ -14,12 +14,13 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ResourceError
+from fedlora.core.events import Event, Process, Report
 from fedlora.core.plan import Plan
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Team:
         devices: ``cuda:0`` and so on, or ``cpu`` as often as there are to be processes; this process computes on the first.
         state: a directory of the site's own.
         facts: what all processes must agree on, see :meth:`fedlora.learn.learner.HFLearner.facts`.
-        report: told ``("process", {"name", "state"})``.
+        report: told of :attr:`Event.PROCESS`.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Team:
         devices: Sequence[str],
         state: Path,
         facts: bytes,
-        report: Callable[[str, dict[str, Any]], None],
+        report: Report,
     ) -> None:
         self._command, self._site_file, self._plan, self._devices = list(spawn), site_file.resolve(), plan, list(devices)
         self._state, self._report, self._facts = state, report, facts
@@ -109,7 +110,7 @@ class Team:
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._sweep()  # what a killed process left
         meeting = self._state.resolve() / f"meeting-{secrets.token_hex(8)}"
-        self._report("process", {"name": "training", "state": f"starting on {', '.join(self._devices)}"})
+        self._report(Event.PROCESS, Process(name="training", state=f"starting on {', '.join(self._devices)}"))
         try:
             for rank in range(1, len(self._devices)):
                 self._processes.append(self._spawn(rank, meeting))
@@ -122,7 +123,7 @@ class Team:
             self._watched.set()
             self._kill()
             raise
-        self._report("process", {"name": "training", "state": f"{len(self._devices)} processes are ready"})
+        self._report(Event.PROCESS, Process(name="training", state=f"{len(self._devices)} processes are ready"))
 
     def _await(self, meeting: Path) -> None:
         """Until every worker has loaded its base: only then does anybody wait for anybody in a way that cannot be given up."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fedlora.core.adapter import Adapter, Layout
+from fedlora.core.answers import Survives
 from fedlora.core.errors import PlanRefused
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
@@ -110,7 +110,7 @@ class SecAgg(Mode):
         }
 
     @classmethod
-    def survives(cls, plan: Plan) -> tuple[list[dict[str, Any]], str]:
+    def survives(cls, plan: Plan) -> tuple[list[Survives], str]:
         rules, lone = Rules(settings_of(plan).max_colluding, plan.federation.min_sites), settings_of(plan).lone_change
         first = rules.smallest
         counts = sorted(n for n in {*range(first, first + 5), first + 7, 20, 100} if n >= first)
@@ -126,4 +126,5 @@ class SecAgg(Mode):
                 f"its group with it,\n  {rules.max_colluding + 1} or more. Where that leaves too few, the round waits for it to "
                 "come back"
             )
-        return [asdict(s) for s in found], text
+        facts = [Survives(sites=s.sites, stay=s.stay, away=s.away, lost=s.lost, left_out=s.left_out) for s in found]
+        return facts, text

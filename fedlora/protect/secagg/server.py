@@ -28,6 +28,10 @@ from fedlora.core.errors import (
     WireError,
     WrongContext,
 )
+from fedlora.core.events import Complaint as ComplaintFacts
+from fedlora.core.events import Event, Masked, Rejected, Report
+from fedlora.core.events import LoneChange as LoneChangeFacts
+from fedlora.core.events import Session as SessionFacts
 from fedlora.core.messages import Reply, Request, Reveals, Task
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
@@ -100,7 +104,7 @@ class SecAggServer:
     roster: Callable[[], SignedRoster]
     plan: Plan
     book: Book
-    report: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None
+    report: Report = lambda event, facts: None
     terms: Terms = field(init=False)
     _signed: SignedRoster = field(init=False)
 
@@ -141,7 +145,7 @@ class SecAggServer:
             if session is None or session.stage != "done" or site not in session.names(session.counted):
                 tally.reject(site, error)
             else:
-                self.report("unheard", {"site": site, "code": _code(error)})  # its update counts
+                self.report(Event.UNHEARD, Rejected(site=site, code=_code(error)))  # its update counts
 
     def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
         """The others of groups of which some are at hand, where too few groups are whole; none once a session has begun."""
@@ -167,7 +171,7 @@ class SecAggServer:
         if len(names) < least:
             raise CohortTooSmall(f"{len(names)} sites are ready, {least} are needed")
         if len(whole) < least:
-            self.report("lone-change", {"sites": sorted(names), "missing": away})
+            self.report(Event.LONE_CHANGE, LoneChangeFacts(sites=sorted(names), missing=away))
             raise LoneChange(
                 f"of {', '.join(sorted(names))} too few are in whole groups; missing: {', '.join(away) or 'new sites'}",
                 hint="bring the others of their groups back; `fedlora roster show` prints the groups. Or agree on a plan and "
@@ -181,7 +185,7 @@ class SecAggServer:
 
     def _open(self, task: Task, asked: Sequence[str], scales: F32, errors: Errors) -> Generator[Any, Any, ServerSession]:
         cohort = yield from self._advertised(task, asked, scales, errors)
-        self.report("session", {"round": task.round, "sites": cohort.names, "threshold": cohort.threshold})
+        self.report(Event.SESSION, SessionFacts(round=task.round, sites=cohort.names, threshold=cohort.threshold))
         deals = yield from self._dealt(task, cohort, errors)
         fewest = self.terms.rules.fewest_inputs(len(cohort.adverts))
         if len(deals) < fewest:
@@ -245,7 +249,7 @@ class SecAggServer:
         if session.stage == "mask":
             yield from self._masked(task, session, ended, errors)
             if session.delivered:
-                self.report("masked", {"round": task.round, "sites": session.names(session.counted)})
+                self.report(Event.MASKED, Masked(round=task.round, sites=session.names(session.counted)))
         if session.stage == "vote":
             yield from self._voted(task, session, errors)
             if session.stage == "vote" and self._too_few_left(session, session.votes):
@@ -379,7 +383,8 @@ class SecAggServer:
         by_dealer = {d: [c for _, c in sorted(complaints.items()) if d in c.lies] for d in deals}
         by_dealer = {d: found for d, found in by_dealer.items() if found}
         for dealer, found in by_dealer.items():
-            self.report("complaint", {"about": cohort.advert(dealer).name, "sites": session.names([c.holder for c in found])})
+            holders = session.names([c.holder for c in found])
+            self.report(Event.COMPLAINT, ComplaintFacts(about=cohort.advert(dealer).name, sites=holders))
         liars: Errors = {}
         most = self.terms.rules.max_colluding  # so many may lie about a dealer, and it shows nothing to more
 

@@ -17,6 +17,7 @@ from raising import raising
 from fedlora.core.errors import ConfigError, RunFailed, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Evaluation, Plan, Wire
+from fedlora.core.records import Numbers
 from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
@@ -111,12 +112,14 @@ class Federation:
 def test_every_round_halves_the_distance_to_the_mean_of_the_targets(tmp_path, profile):
     at, store = Federation(tmp_path, secagg_plan(profile=profile, rounds=6)).run()
     assert at.adapter.vector == pytest.approx(4.0 + (START.vector - 4.0) * 0.5**6, abs=0.5 if profile == "int4" else 0.05)
-    assert [list(r["sites"]) for r in store.records()] == [list(TARGETS)] * 6
-    assert all(r["sites"] == {n: {} for n in TARGETS} for r in store.records())  # no number of a single site
-    assert store.records()[0]["together"]["eval/nll"] == pytest.approx(
+    assert [list(r.sites) for r in store.records()] == [list(TARGETS)] * 6
+    assert all(
+        r.sites == {n: Numbers(weight=None, metrics={}) for n in TARGETS} for r in store.records()
+    )  # no number of a single site
+    assert store.records()[0].together.metrics["eval/nll"] == pytest.approx(
         np.mean([np.abs(START.vector - t).mean() for t in TARGETS.values()]), abs=1e-3
     )
-    assert store.final()["together"]["eval/nll"] < 2.5
+    assert store.final().together.metrics["eval/nll"] < 2.5
 
 
 def test_the_sum_is_what_sealed_updates_give_within_a_level(tmp_path):
@@ -143,8 +146,8 @@ def test_dropouts_in_every_step_leave_the_right_rounds(tmp_path):
         one = Federation(tmp_path / step, secagg_plan(rounds=1, lone_change="allow"))
         _, store = one.run(b=step)
         (record,) = store.records()
-        assert list(record["sites"]) == list(counted), step
-        assert record["partial"] == (len(counted) < 4)
+        assert list(record.sites) == list(counted), step
+        assert record.partial == (len(counted) < 4)
     assert federation.events == []
 
 
@@ -153,11 +156,11 @@ def test_void_rounds_are_said_and_end_the_run_in_the_end_but_lose_nothing(tmp_pa
     with raising(RunFailed, code="quorum", match="void"):
         federation.run(a="vote", b="vote")
     records = federation.store().records()
-    assert [r["void"] for r in records] == ["cohort-too-small"] * 3
+    assert [r.void for r in records] == ["cohort-too-small"] * 3
     assert federation.store().load().adapter.digest() == START.digest()
     at, store = federation.run()
     assert at.round == 6
-    assert [bool(r["sites"]) for r in store.records()] == [False] * 3 + [True] * 3
+    assert [bool(r.sites) for r in store.records()] == [False] * 3 + [True] * 3
     assert at.adapter.vector == pytest.approx(4.0 * (1 - 0.5**3), abs=0.1)
 
 
@@ -199,8 +202,8 @@ def test_a_revoked_site_is_out_from_the_next_round_on_and_a_new_epoch_travels_by
 
     federation.handle = handle
     _, store = federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
-    assert [list(r["sites"]) for r in store.records()] == [list("abcd"), list("acd"), list("acd")]
-    assert store.records()[1]["rejected"] == {"b": "revoked-site"}
+    assert [list(r.sites) for r in store.records()] == [list("abcd"), list("acd"), list("acd")]
+    assert store.records()[1].missing == {"b": "revoked-site"}
     assert federation.learners["b"].trained == [1]
 
 
@@ -255,7 +258,7 @@ def test_everything_killed_with_9_at_once_goes_on_to_the_same_bits(tmp_path, eve
     federation = Federation(tmp_path / "storm", secagg_plan(rounds=3))
     at, store = federation.run()
     assert at.adapter.digest() == undisturbed.adapter.digest()
-    assert [list(r["sites"]) for r in store.records()] == [list(TARGETS)] * 3
+    assert [list(r.sites) for r in store.records()] == [list(TARGETS)] * 3
     trained = [r for learner in federation.learners.values() for r in learner.trained]
     assert trained.count(1) == 0  # the updates of the first round came from the journals
 
@@ -263,8 +266,8 @@ def test_everything_killed_with_9_at_once_goes_on_to_the_same_bits(tmp_path, eve
 def test_metrics_that_the_plan_does_not_share_do_not_ride(tmp_path):
     plan = secagg_plan(rounds=1).model_copy(update={"evaluation": Evaluation(share=("train/loss",))})
     _, store = Federation(tmp_path, plan).run()
-    together = store.records()[0]["together"]
-    assert set(together) == {"weight", "train/loss", "secagg/cut"}
+    together = store.records()[0].together
+    assert together.metrics.keys() == {"train/loss", "secagg/cut"}
 
 
 def test_a_round_without_a_site_of_the_first_sum_is_not_done_and_goes_on_when_it_is_back(tmp_path):
@@ -282,7 +285,7 @@ def test_a_round_without_a_site_of_the_first_sum_is_not_done_and_goes_on_when_it
     with raising(RunFailed, code="quorum", match="round 2"):
         federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)))
     records = federation.store().records()
-    assert [list(r["sites"]) for r in records] == [list("abcd")]
+    assert [list(r.sites) for r in records] == [list("abcd")]
     said = [f for e, f in federation.events if e == "lone-change"]
     assert said == [{"sites": list("abc"), "missing": ["d"]}] * 3
     rejected = {(f["site"], f["code"]) for e, f in federation.events if e == "rejected"}
@@ -352,8 +355,8 @@ def test_every_rule_that_adds_up_gives_in_secret_what_it_gives_in_the_open(tmp_p
         assert secret.adapter.vector == pytest.approx(sealed.adapter.vector, abs=2e-5)
     records = store.records()
     assert len(records) == plan.federation.num_rounds
-    assert all(r["sites"] == {n: {} for n in NEAR} for r in records)
-    assert all(r["together"]["secagg/cut"] == 0 for r in records)
+    assert all(r.sites == {n: {} for n in NEAR} for r in records)
+    assert all(r.together.metrics["secagg/cut"] == 0 for r in records)
 
 
 # --- liars -----------------------------------------------------------------------------------------------------
@@ -375,7 +378,7 @@ def test_a_lying_dealer_is_left_out_of_the_next_round_and_stops_no_run(tmp_path,
     federation.sites["b"].protection = replace(modes, halves={**modes.halves, "secagg": false})
     _, store = federation.run()
     records = store.records()
-    assert [(r["round"], r.get("void", "")) for r in records] == [(1, "bad-dealer"), (2, ""), (3, "bad-dealer"), (4, "")]
+    assert [(r.round, r.void or "") for r in records] == [(1, "bad-dealer"), (2, ""), (3, "bad-dealer"), (4, "")]
     for void, good in zip(records[::2], records[1::2], strict=True):
-        assert void["rejected"]["b"] == good["rejected"]["b"] == "bad-dealer"
-        assert list(good["sites"]) == ["a", "c", "d"]
+        assert void.missing["b"] == good.missing["b"] == "bad-dealer"
+        assert list(good.sites) == ["a", "c", "d"]

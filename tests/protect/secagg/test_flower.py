@@ -141,14 +141,14 @@ def test_five_sites_one_killed_in_each_step_of_five_rounds(tmp_path):
     store = RunStore.open(deployment.root / "server" / "runs" / plan.run.name)
     records = store.records()
     assert all((deployment.root / name / "killed").exists() for name in TARGETS)
-    assert [r["round"] for r in records] == [1, 2, 3, 4, 5]
-    assert not any("void" in r for r in records)
-    assert "b" not in records[1]["sites"]
-    assert "c" not in records[2]["sites"]
-    assert "d" in records[3]["sites"]  # killed after its update was in the sum
-    assert "e" in records[4]["sites"]
+    assert [r.round for r in records] == [1, 2, 3, 4, 5]
+    assert not any(r.void for r in records)
+    assert "b" not in records[1].sites
+    assert "c" not in records[2].sites
+    assert "d" in records[3].sites  # killed after its update was in the sum
+    assert "e" in records[4].sites
     assert store.load().adapter.digest() == replayed(tmp_path / "again", deployment, store).digest()
-    print([round(r["seconds/round"], 1) for r in records])
+    print([round(r.seconds.round, 1) for r in records])
 
 
 def replayed(path, deployment, store):

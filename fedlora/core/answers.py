@@ -1,0 +1,281 @@
+"""What each command answers under ``--json``: the field ``data`` of its envelope. FORMAT.md, section 11.6."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from fedlora.core.records import Results
+
+ENVELOPE = 1
+"""Version of the envelope: the field ``fedlora``."""
+
+_exact = with_config(ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False))
+
+
+@_exact
+class Failure(TypedDict):
+    """Why a command could not do its work: the field ``error`` of its envelope."""
+
+    code: str
+    """error code, or ``usage``, ``os``, ``bug``, ``not-installed`` or ``interrupted``"""
+    message: str
+    hint: str
+    """the way out; may be empty"""
+
+
+@_exact
+class Version(TypedDict):
+    fedlora: str
+    flwr: str
+
+
+@_exact
+class Sample(TypedDict):
+    text: str
+    """the file, TOML"""
+
+
+@_exact
+class Schema(TypedDict):
+    names: list[str]
+    """what there is a schema of"""
+    schema: Mapping[str, Any] | None
+    """the one that was asked for, JSON Schema 2020-12; null if none was"""
+
+
+@_exact
+class SiteKeys(TypedDict):
+    public: str
+    """path of what goes to the coordinator"""
+    fingerprint: str
+
+
+@_exact
+class ServerKeys(TypedDict):
+    home: str
+    fingerprint: str
+
+
+@_exact
+class Survives(TypedDict):
+    """How many absences a round under secure aggregation survives."""
+
+    sites: int
+    stay: int
+    """so many have to stay to the end"""
+    lost: int
+    """so many may drop out during a round"""
+    away: int
+    """so many may be away from it"""
+    left_out: int
+    """so many healthy ones a single absence costs a round at the most"""
+
+
+@_exact
+class Forecast(TypedDict):
+    """One round at a site on its device."""
+
+    device: str
+    dial: str
+    """what activation checkpointing computes again"""
+    micro_batch_tokens: int
+    """tokens computed at once; 0: the plan's own batches"""
+    peak_bytes: int
+    step_tokens: float
+    steps: int
+    token_s: float
+    """seconds of a step for each of its tokens"""
+    train_s: float
+    evaluate_s: float
+
+
+@_exact
+class Checked(TypedDict):
+    digest: str
+    """plan digest"""
+    rounds: int
+    pinned: bool
+    survives: NotRequired[list[Survives]]
+    """only under secure aggregation"""
+    round: NotRequired[Forecast]
+    """only with --site"""
+
+
+@_exact
+class Pinned(TypedDict):
+    plan: str
+    """plan digest"""
+    base: str
+    """base digest"""
+    init: str
+    """adapter digest of the first adapter"""
+
+
+@_exact
+class Simulated(TypedDict):
+    out: str
+    """path"""
+    results: list[Results]
+    """of each seed"""
+
+
+@_exact
+class Reported(TypedDict):
+    report: str
+    """path of the page"""
+    figures: list[str]
+    """paths"""
+
+
+@_exact
+class Exported(TypedDict):
+    out: str
+    """path"""
+
+
+@_exact
+class Inspected(TypedDict):
+    kind: Literal["adapter", "envelope", "update", "task", "journal entry", "plan", "roster", "results", "published run", "JSON"]
+    facts: Mapping[str, Any]
+    """names and sizes, never values; which, depends on the kind"""
+
+
+@_exact
+class ServerUp(TypedDict):
+    home: str
+    """of the server that was stopped"""
+
+
+@_exact
+class SiteUp(TypedDict):
+    file: str
+    """of the site that was stopped"""
+
+
+@_exact
+class RunDone(TypedDict):
+    run: str
+    """the run's directory"""
+    rounds: int
+    partial_rounds: list[int]
+    """rounds without some site"""
+
+
+@_exact
+class Approved(TypedDict):
+    plan: str
+    """plan digest"""
+    asks: Mapping[str, str]
+    """topic -> sentence"""
+    last: Mapping[str, str]
+    """the same of the plan that was approved before"""
+    changed: list[str]
+    refusals: list[str]
+    begun: int
+    """runs of the plan that this site has taken part in"""
+    uncovers: list[str]
+    """sites that people have agreed to uncover by this plan"""
+    before: list[str]
+    """what this site has given on this base model, as far as it matters, in sentences"""
+    uncovered: list[str] | None
+    """sites whose update it could show beside what was given before; null if no roster is known yet"""
+    approved: int
+    """runs of the plan that are approved now"""
+
+
+@_exact
+class Finding(TypedDict):
+    """Something that is not as it was written."""
+
+    file: str
+    what: str
+    choices: list[str]
+    """options of the command, each with its cost"""
+    wrong: bool
+    """false if it mends itself"""
+    run: str
+    """run id, or empty"""
+
+
+@_exact
+class Repaired(TypedDict):
+    done: list[str]
+    """what was changed, in sentences"""
+    wrong: bool
+    """whether something is wrong still; the exit status is then 1"""
+    findings: list[Finding]
+
+
+@_exact
+class Coordinator(TypedDict):
+    name: str
+    signature: Literal["signed", "NOT VALID", "-"]
+    fingerprint: str
+
+
+@_exact
+class RosterSite(TypedDict):
+    name: str
+    status: Literal["active", "revoked"]
+    group: int | None
+    fingerprint: str
+
+
+@_exact
+class RosterFacts(TypedDict):
+    epoch: int
+    digest: str
+    previous: str
+    fed: str
+    valid_from: str
+    """YYYY-MM-DD HH:MM UTC"""
+    valid_until: str
+    state: Literal["in force", "not in force yet", "expired"]
+    min_version: str
+    max_colluding: int
+    min_cohort: int
+    needed: int
+    """signatures that are needed"""
+    signatures: int
+    """valid ones"""
+    server: str
+    """fingerprint"""
+    coordinators: list[Coordinator]
+    waiting: list[str]
+    """sites that wait for a group"""
+    sitting_out: list[str]
+    """sites of a group of which one was revoked"""
+    sites: list[RosterSite]
+
+
+ANSWERS: Mapping[str, type[Any]] = {
+    "version": Version,
+    "schema": Schema,
+    "new plan": Sample,
+    "new site": Sample,
+    "new simulation": Sample,
+    "keygen site": SiteKeys,
+    "keygen server": ServerKeys,
+    "check": Checked,
+    "pin": Pinned,
+    "simulate": Simulated,
+    "report": Reported,
+    "export": Exported,
+    "inspect": Inspected,
+    "server up": ServerUp,
+    "server start": RunDone,
+    "server repair": Repaired,
+    "site up": SiteUp,
+    "site approve": Approved,
+    "site repair": Repaired,
+    "roster new": RosterFacts,
+    "roster add": RosterFacts,
+    "roster revoke": RosterFacts,
+    "roster sign": RosterFacts,
+    "roster show": RosterFacts,
+}
+"""Command -> the type of ``data``. A test compares the names with the commands that there are."""

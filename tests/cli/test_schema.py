@@ -1,0 +1,432 @@
+"""What programs read: every command answers under --json as `fedlora schema` says, in success and in failure."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+from test_rounds import Federation, interrupted
+from test_rounds import plan as toy_plan
+from test_run_records import PUBLISHED, RECORD, results_of_a_simulation
+
+from fedlora.cli import main
+from fedlora.cli.commands import app
+from fedlora.cli.output import command_of
+from fedlora.cli.schema import schema_of
+from fedlora.core.answers import ANSWERS, Forecast
+from fedlora.core.events import Event
+from fedlora.core.plan import Plan
+from fedlora.core.toml import dump_toml
+from fedlora.flower.enrol import make_server_home, make_site_keys
+from fedlora.formats.records import dump_round, dump_text
+from fedlora.gateway.exposure import free_port
+from fedlora.processes.parent import die_with_parent
+from fedlora.site.site_file import SiteFile
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DIGESTS = {"model": {"digest": "a" * 64}, "lora": {"init_digest": "b" * 64}}
+
+
+@functools.cache
+def validator(name):
+    schema = schema_of(name)
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def answered(out, command, *, ok=True):
+    """The answer in what a command printed: each line is checked against its schema."""
+    *before, last = [json.loads(line) for line in out.splitlines()]
+    for line in before:
+        validator("events").validate(line)
+        assert line["command"] == command
+    validator(command.replace(" ", "-")).validate(last)
+    assert (last["command"], last["ok"]) == (command, ok)
+    return last["data" if ok else "error"]
+
+
+def commands(group=None, before=()):
+    """All commands of the program, by walking it."""
+    for name, found in sorted((group or typer.main.get_command(app)).commands.items()):
+        if hasattr(found, "commands"):
+            yield from commands(found, (*before, name))
+        else:
+            yield " ".join((*before, name)), found
+
+
+COMMANDS = dict(commands())
+NEW = ["new.json", "keys/a.pub", "keys/b.pub", "keys/c.pub", "--server", "server/server.pub", "--coordinator", "keys/carol.pub"]
+CASES = {
+    "version": [[]],
+    "schema": [[], *([name.replace(" ", "-")] for name in ANSWERS), ["rounds.jsonl"], ["results.json"], ["events"]],
+    "new plan": [[]],
+    "new site": [[]],
+    "new simulation": [[]],
+    "keygen site": [["north", "--out", "more"]],
+    "keygen server": [["another", "--host", "127.0.0.1"]],
+    "check": [["sealed.toml"], ["secret.toml"], ["open.toml"]],
+    "inspect": [
+        ["sealed.toml"], ["roster.json"], ["results.json"], ["fedlora_run.json"], ["any.json"], ["list.json"],
+        ["run.safetensors"], ["update.flup"], ["task.fltk"], ["envelope.flse"],
+    ],
+    "site approve": [["sealed.toml", "--yes"], ["sealed.toml", "--yes", "--again"], ["secret.toml", "--yes"]],
+    "site repair": [["site.toml"]],
+    "server repair": [["server"], ["server", "my-run"]],
+    "roster new": [NEW, [*NEW, "--group-size", "3"]],
+    "roster add": [["roster.json", "keys/d.pub"], ["roster.json", "--days", "9"]],
+    "roster revoke": [["roster.json", "a"]],
+    "roster sign": [["unsigned.json", "--key", "keys/carol.key"]],
+    "roster show": [["roster.json"], ["unsigned.json"]],
+}  # fmt: skip
+"""Commands that need neither a model nor a network, and the ways in which each is run here."""
+ONLY_READ = {"version", "schema", "new plan", "new site", "new simulation", "check", "inspect", "roster show"}
+WITH_A_MODEL = {"pin", "check", "simulate", "report", "export", "inspect"}
+DEPLOYED = {"keygen server", "keygen site", "pin", "site approve", "server up", "site up", "server start", "export",
+            "site repair", "server repair"}  # fmt: skip
+
+
+def test_no_command_is_left_out():
+    assert set(COMMANDS) == set(ANSWERS) == set(CASES) | WITH_A_MODEL | DEPLOYED
+    for name, command in COMMANDS.items():
+        assert "--json" in {option for p in command.params for option in p.opts}, name
+
+
+@pytest.mark.torch
+def test_a_forecast_is_answered_with_all_that_it_knows():
+    from fedlora.learn import forecast
+
+    assert set(Forecast.__annotations__) == {f.name for f in fields(forecast.Forecast)}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """All that the cases name, in one directory."""
+    root = tmp_path_factory.mktemp("study")
+    make_server_home(root / "server", hosts=["127.0.0.1"])
+    for name in ("a", "b", "c", "d", "carol"):
+        make_site_keys(name, root / "keys")
+    secret = {"protect": {"mode": "secagg"}, "aggregate": {"weighting": "uniform"}, "federation": {"min_sites": 3}}
+    sealed = {**DIGESTS, "federation": {"min_sites": 3}}
+    for name, more in {"sealed": sealed, "secret": {**DIGESTS, **secret}, "open": {}}.items():
+        (root / f"{name}.toml").write_text(dump_toml(Plan(**more)))
+    keys, policy = {"key": "keys/a.key", "server_key": "server/server.pub"}, {"protect": ("sealed", "secagg")}
+    site = SiteFile(name="a", **keys, models={MODEL: "x"}, policy=policy)
+    (root / "site.toml").write_text(dump_toml(site))
+    interrupted(Federation(root / "fed", toy_plan(rounds=3)), after=2)
+    shutil.copytree(root / "fed" / "run", root / "server" / "runs" / "my-run")
+    (root / "server" / "runs" / "my-run" / "rounds.jsonl").write_bytes(b"damaged\n")
+    shutil.copyfile(root / "fed" / "run" / "round-000002.safetensors", root / "run.safetensors")
+    results = results_of_a_simulation()
+    (root / "results.json").write_bytes(dump_text(results))
+    (root / "fedlora_run.json").write_bytes(dump_text(PUBLISHED))
+    (root / "any.json").write_text('{"a": 1}')
+    (root / "list.json").write_text("[1]")
+    for kind, vector in {"flup": "update/valid_float32", "fltk": "task/valid_train", "flse": "envelope/valid_up"}.items():
+        text = next((ROOT / "tests" / "vectors").glob(f"{vector}*.txt")).read_text().partition("\n\n")[2]
+        (root / f"{vector.partition('/')[0]}.{kind}").write_bytes(bytes.fromhex(text))
+    words = [*NEW[1:4], *(str(w) for w in NEW[4:])]
+    here = os.getcwd()
+    os.chdir(root)
+    try:
+        assert main(["roster", "new", "unsigned.json", *words]) == 0
+        shutil.copyfile("unsigned.json", "roster.json")
+        assert main(["roster", "sign", "roster.json", "--key", "keys/carol.key"]) == 0
+    finally:
+        os.chdir(here)
+    return root
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_what_a_command_answers_is_what_its_schema_says(command, study, tmp_path, monkeypatch, capsys):
+    for number, words in enumerate(CASES[command]):
+        place = tmp_path / str(number) if command != "site approve" else tmp_path / "0"  # there each builds on the one before
+        if command not in ONLY_READ and not place.exists():
+            shutil.copytree(study, place)
+        monkeypatch.chdir(study if command in ONLY_READ else place)
+        capsys.readouterr()
+        status = main([*command.split(), *words, "--json"])
+        out = capsys.readouterr().out
+        data = answered(out, command)
+        assert status == (1 if data.get("wrong") else 0)
+        assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_option_is_answered_too(command, capsys):
+    assert main([*command.split(), "--json", "--nonsense"]) == 2
+    out = capsys.readouterr()
+    error = answered(out.out, command, ok=False)
+    assert (error["code"], error["hint"]) == ("usage", f"fedlora {command} --help")
+    assert "--nonsense" in error["message"]
+    assert out.err.startswith("error: ")
+
+
+@pytest.mark.parametrize("command", [c for c, found in COMMANDS.items() if any(p.required for p in found.params)])
+def test_a_command_that_lacks_an_argument_says_so(command, capsys):
+    assert main([*command.split(), "--json"]) == 2
+    assert answered(capsys.readouterr().out, command, ok=False)["code"] == "usage"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "code"),
+    [
+        (["check", "none.toml"], 3, "config"),
+        (["inspect", "none"], 3, "store"),
+        (["export", "none", "out"], 3, "store"),
+        (["report", "none"], 3, "store"),
+        (["simulate", "none.toml"], 3, "config"),
+        (["pin", "none.toml", "--model", "none", "--out", "out"], 3, "config"),
+        (["schema", "none"], 3, "config"),
+        (["keygen", "site", "NOT A NAME"], 3, "config"),
+        (["server", "up", "none", "--listen", "nonsense"], 3, "config"),
+        (["server", "start", "none", "none.toml"], 3, "config"),
+        (["server", "repair", "server", "--raise-numbers"], 3, "config"),
+        (["site", "up", "none.toml"], 3, "config"),
+        (["site", "approve", "none.toml", "--yes"], 3, "config"),
+        (["site", "approve", "sealed.toml"], 2, "usage"),
+        (["site", "repair", "none.toml"], 3, "config"),
+        (["roster", "show", "none.json"], 3, "store"),
+        (["roster", "add", "roster.json"], 3, "config"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_what_goes_wrong_is_answered_with_its_code_and_status(words, status, code, study, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(shutil.copytree(study, tmp_path / "x"))
+    assert main([*words, "--json"]) == status
+    assert answered(capsys.readouterr().out, command_of(words, typer.main.get_command(app)), ok=False)["code"] == code
+
+
+def test_what_may_be_a_file_is_no_option(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "--", "--json"]) == 3
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert "--json" in out.err
+
+
+def test_programs_that_name_no_command_get_an_envelope_without_one(capsys):
+    assert main(["--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["command"], found["ok"], found["error"]["code"]) == ("", False, "usage")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"), [("version", 130, "error: interrupted"), ("check none.toml", 3, "error: cannot read none.toml")]
+)
+def test_an_answer_that_nobody_reads_is_an_interruption_and_no_bug(words, status, said):
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, "-m", "fedlora", *words.split(), "--json"]
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    os.close(write)
+    assert (done.returncode, done.stderr.splitlines()[0][: len(said)]) == (status, said)
+
+
+def test_what_is_no_number_ends_no_run(capsys):
+    from fedlora.core.events import dump_facts_of
+
+    assert dump_facts_of(Event.STEP, {"site": "a", "step": 1, "steps": 2, "loss": float("nan")})["loss"] is None
+
+
+# --- the schemas say no ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["rounds.jsonl", "results.json", "fedlora_run.json", "events", *(c.replace(" ", "-") for c in ANSWERS)]
+)
+def test_every_schema_is_one_and_closed(name):
+    schema = validator(name).schema
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    parts = [schema, *schema.get("$defs", {}).values(), *schema.get("oneOf", [])]
+    assert all(p.get("additionalProperties") is False for p in parts if "properties" in p)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.pop("fedlora"),
+        lambda x: x.update(fedlora=2),
+        lambda x: x.update(command="check"),
+        lambda x: x.update(ok=False),
+        lambda x: x.update(more=1),
+        lambda x: x["data"].pop("flwr"),
+        lambda x: x["data"].update(more="1"),
+        lambda x: x["data"].update(flwr=1),
+        lambda x: x.update(error={"code": "a", "message": "b", "hint": "c"}),
+    ],
+)
+def test_another_envelope_is_none(change, capsys):
+    main(["version", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    validator("version").validate(found)
+    change(found)
+    with pytest.raises(ValidationError):
+        validator("version").validate(found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.pop("sha256"), lambda x: x.pop("missing"), lambda x: x.update(format=2), lambda x: x["bytes"].update(more={}),
+     lambda x: x["sites"]["a"].update(weight=-1), lambda x: x["outcome"].update(adapter="A" * 64)],
+)  # fmt: skip
+def test_another_line_of_a_round_is_none(change):
+    found = json.loads(dump_round(RECORD))
+    validator("rounds.jsonl").validate(found)
+    change(found)
+    with pytest.raises(ValidationError):
+        validator("rounds.jsonl").validate(found)
+
+
+# --- with a model, and over real processes --------------------------------------------------------------------------------
+
+
+class Ran:
+    """Runs commands in this process and checks what they answer."""
+
+    def __init__(self, capsys):
+        self.capsys, self.commands, self.events = capsys, set(), set()
+
+    def __call__(self, command, *words, status=0):
+        self.capsys.readouterr()
+        assert main([*command.split(), *map(str, words), "--json"]) == status
+        out = self.capsys.readouterr().out
+        self.commands.add(command)
+        self.events |= {json.loads(line)["event"] for line in out.splitlines()[:-1]}
+        return answered(out, command)
+
+
+SMALL = {"run": {"name": "toy"}, "lora": {"r": 2, "target_modules": ("q_proj", "v_proj")},
+         "training": {"max_length": 64, "per_device_train_batch_size": 2},
+         "federation": {"num_rounds": 1, "local_steps": 1, "min_sites": 2}}  # fmt: skip
+NAMES = ("a", "b")
+
+
+@pytest.mark.torch
+def test_with_a_model_too(tmp_path, capsys):
+    from fedlora.learn.toy import toy_base, toy_data
+
+    run, base, data = Ran(capsys), toy_base(tmp_path / "base"), toy_data(tmp_path / "data", NAMES)
+    simulation = {"base": str(base), "data": str(data), "sites": NAMES, "arms": ("base", "federated"), "examples_per_site": 4}
+    (tmp_path / "plan.toml").write_text(dump_toml(Plan(**SMALL)))
+    (tmp_path / "toy.toml").write_text(dump_toml(Plan(**SMALL, simulation=simulation)))
+    site = SiteFile(name="a", models={MODEL: str(base)}, device="cpu", data={"path": str(data / "a.train.jsonl")})
+    (tmp_path / "site.toml").write_text(dump_toml(site))
+    run("pin", tmp_path / "plan.toml", "--model", base, "--out", tmp_path / "pinned")
+    assert run("check", tmp_path / "pinned" / "plan.toml", "--site", tmp_path / "site.toml")["round"]["steps"] == 1
+    done = run("simulate", tmp_path / "toy.toml", "--out", tmp_path / "runs")
+    assert done["results"] == [json.loads((tmp_path / "runs" / "seed-0" / "results.json").read_text())]
+    validator("results.json").validate(done["results"][0])
+    for line in (tmp_path / "runs" / "seed-0" / "federated" / "rounds.jsonl").read_text().splitlines():
+        validator("rounds.jsonl").validate(json.loads(line))
+    run("report", tmp_path / "runs", "--figures", tmp_path / "figures")
+    run("export", tmp_path / "runs" / "seed-0", tmp_path / "adapter")
+    validator("fedlora_run.json").validate(json.loads((tmp_path / "adapter" / "fedlora_run.json").read_text()))
+    assert run("inspect", tmp_path / "adapter" / "fedlora_run.json")["kind"] == "published run"
+    assert run("inspect", tmp_path / "runs" / "seed-0" / "adapter.safetensors")["kind"] == "adapter"
+    assert run.commands == WITH_A_MODEL
+    assert {
+        "load",
+        "data",
+        "arm",
+        "start",
+        "ask",
+        "train",
+        "step",
+        "trained",
+        "update",
+        "round",
+        "final",
+        "arm-done",
+    } <= run.events
+
+
+class Up:
+    """A command that runs until it is told to stop, in a process of its own."""
+
+    def __init__(self, command, *words):
+        parent = os.getpid()
+        self.command, self.lines, self._news = command, [], threading.Condition()
+        argv = [sys.executable, "-m", "fedlora", *command.split(), *map(str, words), "--json"]
+        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                                        preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=parent))  # fmt: skip
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            with self._news:
+                self.lines.append(line)
+                self._news.notify_all()
+
+    def heard(self, event, **facts):
+        def there():
+            found = [json.loads(line) for line in self.lines]
+            return any(x.get("event") == event and facts.items() <= x["data"].items() for x in found)
+
+        with self._news:
+            assert self._news.wait_for(there, 200), (event, self.lines)
+
+    def stop(self):
+        """Asks it to stop; returns its answer."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0
+        with self._news:
+            self._news.wait_for(lambda: '"ok"' in (self.lines or [""])[-1], 20)
+        return answered("".join(self.lines), self.command)
+
+
+@pytest.mark.torch
+@pytest.mark.flower
+def test_a_whole_deployment_too(tmp_path, capsys):
+    """A server, two sites and a run, each command as an operator gives it."""
+    from fedlora.learn.toy import toy_base, toy_data
+
+    run, base, data = Ran(capsys), toy_base(tmp_path / "base"), toy_data(tmp_path / "data", NAMES)
+    (tmp_path / "plan.toml").write_text(dump_toml(Plan(**SMALL)))
+    home, plan, port = tmp_path / "study", tmp_path / "pinned" / "plan.toml", free_port()
+    run("pin", tmp_path / "plan.toml", "--model", base, "--out", plan.parent)
+    run("keygen server", home, "--host", "127.0.0.1")
+    for name in NAMES:
+        public = Path(run("keygen site", name, "--out", tmp_path / name / "keys")["public"])
+        shutil.copyfile(public, home / "sites" / public.name)
+        for file in ("server.pub", "tls/ca.crt"):
+            shutil.copyfile(home / file, tmp_path / name / "keys" / Path(file).name)
+        site = SiteFile(
+            name=name, server=f"127.0.0.1:{port}", key=f"keys/{name}.key", node_key=f"keys/{name}.node.key",
+            local_port=free_port(), models={MODEL: str(base)}, device="cpu", policy={"min_sites": 2},
+            data={"path": str(data / f"{name}.train.jsonl"), "held_out_path": str(data / f"{name}.validation.jsonl")},
+        )  # fmt: skip
+        (tmp_path / name / "site.toml").write_text(dump_toml(site))
+        run("site approve", plan, "--site", tmp_path / name / "site.toml", "--yes")
+    up = [Up("server up", home, "--listen", f"127.0.0.1:{port}")]
+    try:
+        up[0].heard("listening")
+        up += [Up("site up", tmp_path / name / "site.toml") for name in NAMES]
+        for name in NAMES:
+            up[0].heard("site-online", site=name)
+        done = run("server start", home, plan)
+        assert (done["rounds"], done["partial_rounds"]) == (1, [])
+        for name, one in zip(NAMES, up[1:], strict=True):
+            one.heard("trained", round=1)
+            assert one.stop() == {"file": str(tmp_path / name / "site.toml")}
+        assert up[0].stop() == {"home": str(home)}
+    finally:
+        for one in up:
+            one.process.kill()
+            one.process.wait()
+    run.commands |= {"server up", "site up"}
+    run("export", done["run"], tmp_path / "adapter")
+    run("site repair", tmp_path / "a" / "site.toml")
+    run("server repair", home, "my-run" if (home / "runs" / "my-run").exists() else "toy")
+    assert run.commands == DEPLOYED
+    assert {"start", "ask", "update", "round", "final", "process"} <= run.events <= set(Event)
