@@ -162,6 +162,7 @@ def test_what_a_command_answers_is_what_its_schema_says(command, study, tmp_path
         assert out.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_option_is_answered_too(command, capsys):
     assert main([*command.split(), "--json", "--nonsense"]) == 2
@@ -172,12 +173,14 @@ def test_a_wrong_option_is_answered_too(command, capsys):
     assert out.err.startswith("error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c, found in COMMANDS.items() if any(p.required for p in found.params)])
 def test_a_command_that_lacks_an_argument_says_so(command, capsys):
     assert main([*command.split(), "--json"]) == 2
     assert answered(capsys.readouterr().out, command, ok=False)["code"] == "usage"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "status", "code"),
     [
@@ -221,6 +224,7 @@ def test_programs_that_name_no_command_get_an_envelope_without_one(capsys):
     assert (found["command"], found["ok"], found["error"]["code"]) == ("", False, "usage")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "status", "said"), [("version", 130, "error: interrupted"), ("check none.toml", 3, "error: cannot read none.toml")]
 )

@@ -355,7 +355,7 @@ def test_every_rule_that_adds_up_gives_in_secret_what_it_gives_in_the_open(tmp_p
         assert secret.adapter.vector == pytest.approx(sealed.adapter.vector, abs=2e-5)
     records = store.records()
     assert len(records) == plan.federation.num_rounds
-    assert all(r.sites == {n: {} for n in NEAR} for r in records)
+    assert all(r.sites == {n: Numbers(weight=None, metrics={}) for n in NEAR} for r in records)
     assert all(r.together.metrics["secagg/cut"] == 0 for r in records)
 
 
