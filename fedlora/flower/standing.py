@@ -227,11 +227,6 @@ class Standing:
                 return "refused"
             return "lost" if self._was_accepted and self._missing else "connecting"
 
-    def snapshot(self) -> dict[str, Any]:
-        """State and missing parts, for programs: ``{"state", "missing": {part: {"cause", "why", "cure"}}}``."""
-        with self._lock:
-            return {"state": self.state, "missing": {p: self._words(p) for p in PARTS if p in self._missing}}
-
     def retry_s(self, code: str) -> float:
         """Pause before something with this cause is looked at again, seconds."""
         return CAUSES[code].retry_s if code else 600.0

@@ -5,7 +5,7 @@ Whole numbers modulo 2^64, one mask of their own. What the server reads is their
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -99,8 +99,3 @@ class Numbers:
                 metrics[name] = float(value) if name in _TOTALS else value / _FINE / by
         mean = squares / _SQUARE / max(weight, 1)
         return Totals(weight, count, counted, metrics, mean, cut)
-
-
-def metric_names(share: Sequence[str]) -> tuple[str, ...]:
-    """The order in which a plan's metrics ride."""
-    return tuple(sorted(share))
