@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import zipfile
@@ -182,6 +183,44 @@ def test_learn_looks_for_what_is_fast_in_one_place():
                 if isinstance(n, ast.Constant) and n.value == "fedlora.learn.fast"
             ]
             assert not named or path.name == "hooks.py", path
+
+
+UNUSED = {
+    "wait_closed": "asyncio calls it on a server",
+    "handleError": "logging calls it on a handler",
+    "forget": "a script takes back what it registered",
+    "stop_run": "Flower's own API can stop a run, which then has to say so: tests stop one by it",
+    "open_policy": "a part of lab/testing.py, by which others test a rule or a mode of their own",
+    "site_link": "the same",
+}
+"""What nothing of ours uses by its name, and why it stands."""
+CALLED_BY_LIBRARIES = ("command", "callback", "model_validator", "field_validator", "model_serializer", "field_serializer")
+"""Decorators by which typer and pydantic take a function."""
+
+
+def used_names(path: Path) -> set[str]:
+    """What a file calls or reads by name, beside what it only imports or defines."""
+    loads = (n for n in nodes(path) if isinstance(n, ast.Name | ast.Attribute) and isinstance(n.ctx, ast.Load))
+    return {n.id if isinstance(n, ast.Name) else n.attr for n in loads}
+
+
+def test_nothing_is_there_that_nobody_uses():
+    """A function, class or constant that is only defined, or only tested, goes; an exception says why."""
+    kits = [p for kit in ("server", "client", "simulations") for p in (ROOT / kit).rglob("*.py")]
+    used = set().union(*(used_names(p) for p in [*FILES, *kits]))
+    for page in (ROOT / "fedlora").rglob("*.j2"):
+        used |= {name for said in re.findall(r"{[{%](.*?)[}%]}", page.read_text()) for name in re.findall(r"\w+", said)}
+    dead = set()
+    for path in FILES:
+        for node in nodes(path):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                by_library = any(d in ast.unparse(deco) for deco in node.decorator_list for d in CALLED_BY_LIBRARIES)
+                dead |= {node.name} - used if not by_library and not node.name.startswith("__") else set()
+        for node in ast.iter_child_nodes(nodes(path)[0]):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            dead |= {t.id for t in targets if isinstance(t, ast.Name) and not t.id.startswith("__")} - used
+    assert dead - UNUSED.keys() == set()
+    assert UNUSED.keys() <= dead, "used by now: take it out of UNUSED"
 
 
 IMPURE = {"os", "io", "time", "random", "secrets", "pathlib", "shutil", "tempfile", "socket", "subprocess", "threading", "uuid",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from plain import PlainServer, PlainSite
 from raising import raising
 
 from fedlora.core.adapter import Adapter
@@ -25,7 +26,6 @@ from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.formats.memory import FileMemory
 from fedlora.lab.testing import TOY_BASE, DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
-from fedlora.protect.plain import PlainServer, PlainSite
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds.loop import run
 from fedlora.rounds.server import start_run

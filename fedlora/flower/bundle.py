@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from pathlib import Path
-
-from fedlora.formats.files import write_atomic
 
 BUNDLE_VERSION = "1.0.0"
 """Version of the bundle's own content, not of FedLoRA: it changes only if these bytes must."""
@@ -60,15 +57,3 @@ def bundle_bytes() -> bytes:
             entry.create_system = 3  # Unix, also where this runs on something else
             archive.writestr(entry, data)
     return out.getvalue()
-
-
-def build_bundle(out: Path) -> tuple[Path, str]:
-    """Writes the bundle into a directory.
-
-    Returns:
-        (file, SHA-256 of its bytes in hex).
-    """
-    data = bundle_bytes()
-    path = out / f"fedlora.fedlora.{BUNDLE_VERSION.replace('.', '-')}.fab"
-    write_atomic(path, data, mode=0o644)
-    return path, hashlib.sha256(data).hexdigest()

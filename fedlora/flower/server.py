@@ -348,13 +348,3 @@ def _gone(home: Path, error: ConnectionFailed, goes_on: str) -> FedLoRAError:
     return ConnectionFailed(
         f"the server died, or was started anew, while the run went on ({error})", hint=f"when `fedlora server up` runs, {goes_on}"
     )
-
-
-def stop_run(home: Path, run_id: int) -> bool:
-    """Stops a run by Flower's id. Its checkpoints stay, so that it can be resumed.
-
-    Raises:
-        ConnectionFailed: no server runs in this home.
-    """
-    with _control(home) as control:
-        return control.stop_run(run_id)

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from fedlora.core.events import Clock, Event, Report
 from fedlora.core.events import Standing as StandingFacts
@@ -228,11 +228,6 @@ class Standing:
             if "server" not in self._missing and ("accepted" in self._missing or "clock" in self._missing):
                 return "refused"
             return "lost" if self._was_accepted and self._missing else "connecting"
-
-    def snapshot(self) -> dict[str, Any]:
-        """State and missing parts, for programs: ``{"state", "missing": {part: {"cause", "why", "cure"}}}``."""
-        with self._lock:
-            return {"state": self.state, "missing": {p: self._words(p) for p in PARTS if p in self._missing}}
 
     def retry_s(self, code: str) -> float:
         """Pause before something with this cause is looked at again, seconds."""

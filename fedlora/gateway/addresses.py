@@ -18,8 +18,3 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"not host:port: {address[:120]!r}")
     return host, int(port)
-
-
-def join_address(host: str, port: int) -> str:
-    """Inverse of :func:`split_address`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -180,15 +179,6 @@ def make_node_key(path: Path) -> str:
     key = ec.generate_private_key(ec.SECP384R1())
     _write_new(path, key.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.OpenSSH, ser.NoEncryption()))
     return key.public_key().public_bytes(ser.Encoding.OpenSSH, ser.PublicFormat.OpenSSH).decode()
-
-
-def make_secret(path: Path) -> None:
-    """Writes 32 random bytes, 0600: the password between a Flower process and the one that works for it on this host.
-
-    Raises:
-        KeyFileError: the file exists already, or cannot be written.
-    """
-    _write_new(path, secrets.token_bytes(32))
 
 
 def node_key_pem(line: str) -> bytes:

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,25 +27,6 @@ _CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "
             "merges.txt", "added_tokens.json", "LICENSE*")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What the model card says beside what is known from the run.
-
-    Attributes:
-        title: heading.
-        licence: SPDX id or the hub's name for it; empty: not stated.
-        datasets: public data sets only.
-        tags: in addition to lora, fedlora and federated-learning.
-        sections: (heading, Markdown text), in order: privacy statement, participation, intended use, limits.
-    """
-
-    title: str = "Federated LoRA adapter"
-    licence: str = ""
-    datasets: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    sections: tuple[tuple[str, str], ...] = field(default=())
-
-
 def export_adapter(
     adapter: Adapter,
     out: Path,
@@ -57,7 +37,6 @@ def export_adapter(
     run: RunFacts,
     quantisation: str = "none",
     scale: float | None = None,
-    card: Card = Card(),
     dtype: str = "bfloat16",
 ) -> Path:
     """Writes a PEFT adapter directory that transformers, PEFT and vLLM load, and returns it.
@@ -92,7 +71,7 @@ def export_adapter(
         (made / "adapter_model.safetensors").chmod(0o644)
         facts = run.model_dump() | {"adapter": adapter.digest(), "dtype": dtype, "scale": scale}
         (made / "fedlora_run.json").write_bytes(dump_text(Published.model_validate(facts)))
-        (made / "README.md").write_text(_card(card, config, dtype=dtype, quantisation=quantisation), encoding="utf-8")
+        (made / "README.md").write_text(_card(config, dtype=dtype, quantisation=quantisation), encoding="utf-8")
         _sums(made)
     return out
 
@@ -131,25 +110,22 @@ def _adapter_config(adapter: Adapter, *, scale: float, lora: Lora, base_model: s
     }
 
 
-def _card(card: Card, config: Mapping[str, Any], *, dtype: str, quantisation: str) -> str:
+def _card(config: Mapping[str, Any], *, dtype: str, quantisation: str) -> str:
     header = {
         "library_name": "peft",
         "base_model": config["base_model_name_or_path"],
         "base_model_relation": "adapter",
         "pipeline_tag": "text-generation",
-        "license": card.licence,
-        "datasets": list(card.datasets),
-        "tags": sorted({"lora", "fedlora", "federated-learning", *card.tags}),
+        "tags": ["federated-learning", "fedlora", "lora"],
     }
-    # A JSON value is a YAML value: nothing in a title or a tag can break out of the header.
-    yaml = "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in header.items() if v)
+    # A JSON value is a YAML value: nothing in a name can break out of the header.
+    yaml = "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in header.items())
     facts = (
         f"A LoRA adapter for `{config['base_model_name_or_path']}` at revision `{config['revision']}`, trained by several sites "
         f"whose data stayed where it was. Rank {config['r']}, alpha {config['lora_alpha']}, values in {dtype}, on "
         f"{', '.join(config['target_modules'])}. How it was trained stands in `fedlora_run.json`."
     ) + _held(quantisation)
-    body = "\n\n".join(f"## {heading}\n\n{text.strip()}" for heading, text in card.sections)
-    return f"---\n{yaml}\n---\n\n# {card.title}\n\n{facts}\n" + (f"\n{body}\n" if body else "")
+    return f"---\n{yaml}\n---\n\n# Federated LoRA adapter\n\n{facts}\n"
 
 
 def _held(quantisation: str) -> str:

@@ -95,12 +95,21 @@ class ServerOptimiser:
             move: change of some of the adapter's tensors.
             state: of earlier steps; empty at first.
         """
-        formula: Callable[[F32, Mapping[str, F32]], tuple[F32, dict[str, F32]]] = getattr(self, f"_{self.name}")
+        formula = self._formulas()[self.name]
         ends = f".{_factors(move)}"
         own = {k.removesuffix(ends): a.vector for k, a in state.items() if k.endswith(ends)}
         with np.errstate(under="ignore"):
             moved, new = formula(move.vector, own)
         return Adapter(moved, move.layout), {**state, **{f"{k}{ends}": Adapter(v, move.layout) for k, v in new.items()}}
+
+    def _formulas(self) -> dict[str, Callable[[F32, Mapping[str, F32]], tuple[F32, dict[str, F32]]]]:
+        return {
+            "none": self._none,
+            "sgd": self._sgd,
+            "fedavgm": self._fedavgm,
+            "nesterov": self._nesterov,
+            "fedadam": self._fedadam,
+        }
 
     def _none(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
         return move, {}

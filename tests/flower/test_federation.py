@@ -15,7 +15,7 @@ from functools import partial
 
 import httpx
 import pytest
-from flower.harness import PATIENCE_S, Federation, descendants, running, toys, until
+from flower.harness import PATIENCE_S, Federation, descendants, running, stop_run, toys, until
 from flower.toy_parts import BLOB_BYTES, CANARY, blob
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -28,7 +28,7 @@ from fedlora.flower.control import nodes_by_site, register_sites
 from fedlora.flower.environment import flower_environment
 from fedlora.flower.jobs import load_address
 from fedlora.flower.records import STYPE, dump_request, parse_reply
-from fedlora.flower.server import start, stop_run, up
+from fedlora.flower.server import start, up
 from fedlora.flower.transport import FlowerTransport
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.allowance import Allowance

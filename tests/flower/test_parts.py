@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import socket
 import ssl
 import stat
@@ -35,13 +36,13 @@ from fedlora.core.errors import (
 from fedlora.core.events import Arm, Event
 from fedlora.core.messages import Reply, Request
 from fedlora.flower import check_flwr, launch
-from fedlora.flower.bundle import BUNDLE_SHA256, build_bundle, bundle_bytes
+from fedlora.flower.bundle import BUNDLE_SHA256, bundle_bytes
 from fedlora.flower.environment import flower_environment
 from fedlora.flower.jobs import Events, Job, Outcome, load_address, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.records import STYPE, dump_reply, dump_request, parse_reply, parse_request
 from fedlora.flower.supernode import Pace
 from fedlora.gateway.addresses import split_address
-from fedlora.gateway.certificates import certificate_hosts, load_node_keys, make_node_key, make_secret, make_tls, node_key_pem
+from fedlora.gateway.certificates import certificate_hosts, load_node_keys, make_node_key, make_tls, node_key_pem
 from fedlora.gateway.exposure import check_loopback
 
 pytestmark = pytest.mark.slow  # to import flwr, that is
@@ -63,9 +64,8 @@ def test_another_flwr_is_refused_by_name(found):
         check_flwr(found)
 
 
-def test_the_bundle_holds_no_code_and_no_data(tmp_path):
-    path, _ = build_bundle(tmp_path)
-    with zipfile.ZipFile(path) as archive:
+def test_the_bundle_holds_no_code_and_no_data():
+    with zipfile.ZipFile(io.BytesIO(bundle_bytes())) as archive:
         assert sorted(archive.namelist()) == [".info/CONTENT", "README.md", "pyproject.toml"]
         assert sum(i.file_size for i in archive.infolist()) < 2000
         rows = [line.split(",") for line in archive.read(".info/CONTENT").decode().splitlines()]
@@ -75,8 +75,9 @@ def test_the_bundle_holds_no_code_and_no_data(tmp_path):
 
 
 def test_the_bundle_is_the_same_everywhere_and_flower_reads_it(tmp_path):
-    path, digest = build_bundle(tmp_path)
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == BUNDLE_SHA256
+    path = tmp_path / "fedlora.fedlora.1-0-0.fab"
+    path.write_bytes(bundle_bytes())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == BUNDLE_SHA256
     with zipfile.ZipFile(path) as archive:  # nothing that depends on the machine or on zlib's version
         assert {(i.compress_type, i.create_system, i.date_time) for i in archive.infolist()} == {(0, 3, (2024, 10, 1, 0, 0, 0))}
     assert get_fab_config(bundle_bytes())["tool"]["flwr"]["app"]["config"] == {"job": ""}
@@ -192,9 +193,8 @@ def test_sites_can_check_the_servers_certificate_under_each_of_its_names(tmp_pat
 
 def test_keys_are_for_their_owner_only_and_validity_is_as_asked(tmp_path):
     make_tls(tmp_path / "tls", [], valid_days=30, now=NOW)
-    make_secret(tmp_path / "secret")
     make_node_key(tmp_path / "node.key")
-    for path in (tmp_path / "tls" / "ca.key", tmp_path / "tls" / "server.key", tmp_path / "secret", tmp_path / "node.key"):
+    for path in (tmp_path / "tls" / "ca.key", tmp_path / "tls" / "server.key", tmp_path / "node.key"):
         assert mode(path) == 0o600
     certificate = x509.load_pem_x509_certificate((tmp_path / "tls" / "server.crt").read_bytes())
     assert certificate.not_valid_after_utc == NOW + timedelta(days=30)
@@ -231,8 +231,6 @@ def test_a_key_is_never_overwritten(tmp_path):
     before = (tmp_path / "key").read_bytes()
     with pytest.raises(KeyFileError):
         make_node_key(tmp_path / "key")
-    with pytest.raises(KeyFileError):
-        make_secret(tmp_path / "key")
     assert (tmp_path / "key").read_bytes() == before
 
 

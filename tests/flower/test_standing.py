@@ -74,7 +74,7 @@ def test_each_missing_part_is_said_also_beside_another_one(told):
     assert [f["cause"] for f in told.said] == ["", "no-base", "no-data", "port-closed"]
     told.connect()
     assert told.states()[-1] == ("connected", "no-base")
-    assert list(told.standing.snapshot()["missing"]) == ["base", "data"]
+    assert set(told.standing._missing) == {"base", "data"}
 
 
 @pytest.mark.parametrize("part", ["base", "data"])
@@ -84,7 +84,7 @@ def test_connected_is_not_ready_while_a_part_is_missing(told, part):
     assert told.states() == [("connecting", ""), ("ready", ""), ("connected", f"no-{part}")]
     told.standing.has(part)
     assert told.standing.state == "ready"
-    assert told.standing.snapshot() == {"state": "ready", "missing": {}}
+    assert told.standing._missing == {}
 
 
 def test_a_server_that_is_away_is_lost_only_after_it_was_there_and_said_with_the_probes_cause(told):
@@ -218,6 +218,6 @@ def test_ready_is_said_only_if_every_part_is_there(events):
             assert base
             assert data
             assert accepted
-            assert not told.standing.snapshot()["missing"]
+            assert not told.standing._missing
         for facts in told.said:
             assert facts["cause"] == "" or facts["cause"] in CAUSES

@@ -11,12 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from flower.harness import PATIENCE_S, Child, Federation, descendants, environment, make_home, running, until, write_site
+from flower.harness import (
+    PATIENCE_S,
+    Child,
+    Federation,
+    descendants,
+    environment,
+    make_home,
+    running,
+    stop_run,
+    until,
+    write_site,
+)
 
 from fedlora.core.errors import ConnectionFailed, FedLoRAError
 from fedlora.core.events import Arm, Event, Other
 from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome
-from fedlora.flower.server import start, stop_run, up
+from fedlora.flower.server import start, up
 from fedlora.gateway.exposure import free_port
 
 pytestmark = pytest.mark.slow  # to import flwr, that is

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,21 +47,3 @@ def survival(sites: int, rules: Rules, *, lone_change: Literal["refuse", "allow"
     away = max(gone for gone in range(count + 1) if left[gone] >= rules.smallest)
     lost = max(gone for gone in range(count + 1) if left[gone] >= fewest)
     return Survival(sites, rules.threshold(sites), away, lost, sizes[0] - 1 if away else 0)
-
-
-def survival_table(sites: Sequence[int], *, colluding: int) -> list[str]:
-    """Rows of Markdown for these numbers of sites, of which ``colluding`` may work together with the server."""
-    rules = Rules(colluding, 3)
-    refuse = [survival(n, rules, lone_change="refuse") for n in sites]
-    allow = [survival(n, rules, lone_change="allow") for n in sites]
-    rows: dict[str, list[object]] = {
-        "n": [s.sites for s in refuse],
-        "t: must stay to the end": [s.stay for s in refuse],
-        "`refuse`: may be away from a round": [s.away for s in refuse],
-        "`refuse`: may drop out during it": [s.lost for s in refuse],
-        "`refuse`: healthy sites that one absence costs the round": [s.left_out if s.away else "-" for s in refuse],
-        "`allow`: may be away from a round": [s.away for s in allow],
-        "`allow`: may drop out during it": [s.lost for s in allow],
-    }
-    lines = [f"| {name} | {' | '.join(str(x) for x in row)} |" for name, row in rows.items()]
-    return [lines[0], "|---" * (len(sites) + 1) + "|", *lines[1:]]

@@ -41,11 +41,6 @@ class Profile:
     def word(self) -> type[np.uint16 | np.uint32]:
         return np.uint16 if self.bits <= 16 else np.uint32
 
-    @property
-    def most_sites(self) -> int:
-        """Most sites whose sum the ring holds."""
-        return ((1 << self.bits) - 1) // (2 * self.levels)
-
 
 PROFILES: Final[dict[str, Profile]] = {
     "int4": Profile(7, 12),

@@ -21,7 +21,7 @@ from fedlora.protect.given import Gift, Given, Ledger
 from fedlora.protect.link import SiteLink, pinned
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg.cohort import Cohort, Rules
-from fedlora.protect.secagg.planning import survival, survival_table
+from fedlora.protect.secagg.planning import survival
 from fedlora.protect.secagg.terms import Terms
 
 pytestmark = pytest.mark.slow
@@ -597,6 +597,24 @@ def test_what_is_said_to_survive_survives_in_every_case_and_one_more_does_not(n,
     assert worst(found.lost + 1) < rules.fewest_inputs(n)
     if found.left_out:
         assert worst(1) == n - 1 - found.left_out
+
+
+def survival_table(sites, *, colluding):
+    """Rows of Markdown for these numbers of sites, of which ``colluding`` may work together with the server."""
+    rules = Rules(colluding, 3)
+    refuse = [survival(n, rules, lone_change="refuse") for n in sites]
+    allow = [survival(n, rules, lone_change="allow") for n in sites]
+    rows = {
+        "n": [s.sites for s in refuse],
+        "t: must stay to the end": [s.stay for s in refuse],
+        "`refuse`: may be away from a round": [s.away for s in refuse],
+        "`refuse`: may drop out during it": [s.lost for s in refuse],
+        "`refuse`: healthy sites that one absence costs the round": [s.left_out if s.away else "-" for s in refuse],
+        "`allow`: may be away from a round": [s.away for s in allow],
+        "`allow`: may drop out during it": [s.lost for s in allow],
+    }
+    lines = [f"| {name} | {' | '.join(str(x) for x in row)} |" for name, row in rows.items()]
+    return [lines[0], "|---" * (len(sites) + 1) + "|", *lines[1:]]
 
 
 def test_the_table_of_the_page_is_what_the_code_says():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import PlainSite
 from protect.secagg.world import secagg_plan
 from raising import raising
 
@@ -13,7 +14,6 @@ from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.formats.journal import Journal
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
-from fedlora.protect.plain import PlainSite
 from fedlora.protect.secagg.terms import MAX_WEIGHT, check_published, reach
 from fedlora.rules import add, optimiser_of, rule_of
 from fedlora.rules.first import first_adapter
