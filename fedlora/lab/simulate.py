@@ -57,12 +57,12 @@ _SAVE_EVERY_S = 10.0  # an arm without federation saves a round of seconds less 
 def simulate(
     plan: Plan,
     *,
-    root: Path,
     out: Path,
-    seeds: Sequence[int],
-    resume: bool,
-    transport: str,
-    report: Report,
+    root: Path = Path(),
+    seeds: Sequence[int] = (),
+    resume: bool = False,
+    transport: str = "local",
+    report: Report = lambda event, facts: None,
     drop: Sequence[str] = (),
     batch_sites: bool = False,
 ) -> list[Results]:
@@ -75,7 +75,7 @@ def simulate(
 
     Args:
         root: directory against which the plan's data and base are resolved.
-        seeds: each replaces ``run.seed``; the arms of one seed share it, so that they can be compared in pairs.
+        seeds: each replaces ``run.seed``; the arms of one seed share it, so that they can be compared in pairs. None: the plan's.
         resume: go on in ``out`` rather than refuse it.
         transport: ``local`` (this process) or ``flower`` (real processes on loopback).
         drop: sites that the federation loses, see :func:`fedlora.rounds.transport.parse_dropouts`; with ``local`` only.
@@ -103,7 +103,7 @@ def simulate(
     _claim(out, plan, transport=transport, drop=drop, resume=resume, batch_sites=batch_sites)
     results: list[Results] = []
     lab: Lab | None = None
-    for seed in seeds:
+    for seed in seeds or (plan.run.seed,):
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
         if lab is None:
             lab = assemble.lab(seeded, root=root, out=out, report=report, batch_sites=batch_sites)
