@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError
-from fedlora.core.events import Event, Load, Report
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Load
 from fedlora.core.plan import Plan, Simulation
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import load_adapter

@@ -39,6 +39,7 @@ from fedlora.core.plan import Arm, Plan
 from fedlora.core.words import number, with_interval, with_sd
 from fedlora.formats.plans import load_plan
 from fedlora.lab import simulate
+from fedlora.lab.arms import arms_of
 from fedlora.lab.report import interval, spread
 from fedlora.learn.rows import load_splits
 from fedlora.rounds.store import RunStore
@@ -301,7 +302,7 @@ def federation(lab: assemble.Lab, job: Job, scratch: Path) -> dict[str, Any]:
 def baseline(lab: assemble.Lab, job: Job, scratch: Path) -> dict[str, Any]:
     """Pooled: one model. Local: the mean over the sites, each alone, of what it scores on all sites' rows."""
     found = []
-    for name, arm in simulate.arms_of(lab).items():
+    for name, arm in arms_of(lab).items():
         if name.partition(":")[0] == job.name:
             trained, cost = arm.train(lab, scratch, quiet)
             found.append(measured(lab, trained) | {"tokens": cost.tokens})

@@ -40,22 +40,10 @@ from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.formats.roster import SignedRoster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_adapter, toy_plan
 from fedlora.protect.given import Gift, Given, Ledger
-from fedlora.protect.secagg.cohort import (
-    COMMIT,
-    SIGNATURE,
-    Advert,
-    Cohort,
-    Delivered,
-    Rules,
-    certificate,
-    read_certificate,
-    sign,
-    sign_vote,
-    vote_text,
-)
+from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Rules, sign
 from fedlora.protect.secagg.complaints import (
     Complaint,
     dump_complaints,
@@ -64,12 +52,14 @@ from fedlora.protect.secagg.complaints import (
     read_opened,
     read_settled,
 )
-from fedlora.protect.secagg.dealing import Inbox, Opened, Secrets, advertise, deal, opened, receive, reveal
+from fedlora.protect.secagg.dealing import Inbox, Opened, Secrets, advertise, deal, opened, receive
+from fedlora.protect.secagg.giving import reveal
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import PROFILES, pack, packed_bytes, unpack
 from fedlora.protect.secagg.terms import Offer
+from fedlora.protect.secagg.votes import COMMIT, Delivered, certificate, read_certificate, sign_vote, vote_text
 
 SITES = ("site-1", "site-2", "site-3", "site-4")
 RULES = Rules(max_colluding=1, min_cohort=3)

@@ -10,7 +10,8 @@ from test_run_records import RECORD
 from typing_extensions import is_typeddict
 
 from fedlora.cli.output import LINES, QUIET, Screen
-from fedlora.core.events import FACTS, Event, Other, Train, dump_facts_of, facts_of, parse_event
+from fedlora.core.events import FACTS, Event, dump_facts_of, facts_of, parse_event
+from fedlora.core.facts import Other, Train
 from fedlora.flower.jobs import Events, pass_on
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ def imported(tree):
     return {
         alias.asname or alias.name: alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "fedlora.core.events"
+        if isinstance(node, ast.ImportFrom) and node.module in ("fedlora.core.events", "fedlora.core.facts")
         for alias in node.names
     }
 

@@ -26,7 +26,7 @@ from fedlora.formats.files import load_adapter, save_adapter, write_atomic
 from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.memory import FileMemory, get_record
-from fedlora.formats.roster import SignedRoster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import LocalTransport

@@ -13,7 +13,8 @@ from fedlora.cli.output import Json, emit
 if TYPE_CHECKING:
     from fedlora.core.answers import RosterFacts
     from fedlora.formats.keys import PublicIdentity
-    from fedlora.formats.roster import Roster, SignedRoster
+    from fedlora.formats.roster import Roster
+    from fedlora.formats.signed_roster import SignedRoster
 
 
 roster = typer.Typer(no_args_is_help=True, help="For the coordinators: say who takes part, and sign it.")
@@ -62,7 +63,7 @@ def new(
     from fedlora.core.errors import StoreError
     from fedlora.formats.epochs import first_epoch
     from fedlora.formats.keys import load_public
-    from fedlora.formats.roster import SignedRoster
+    from fedlora.formats.signed_roster import SignedRoster
 
     if file.exists():
         raise StoreError(f"{file} exists", hint="`fedlora roster add` and `revoke` make its next epoch")
@@ -136,7 +137,7 @@ def sign(
     """
     from fedlora.core.errors import RosterInvalid
     from fedlora.formats.keys import load_identity
-    from fedlora.formats.roster import load_roster
+    from fedlora.formats.signed_roster import load_roster
 
     found, identity = load_roster(file), load_identity(key)
     own, before = found.roster.coordinators, _coordinators_before(file, found.roster)
@@ -157,7 +158,7 @@ def show(file: RosterFile, json: Json = False) -> None:
 
     Example: fedlora roster show roster.json
     """
-    from fedlora.formats.roster import load_roster
+    from fedlora.formats.signed_roster import load_roster
 
     found = load_roster(file)
     facts = _facts(found)
@@ -195,7 +196,7 @@ def _turn(
     """Puts the next epoch in the place of this one, which stays beside it."""
     from fedlora.core.errors import StoreError
     from fedlora.formats.epochs import next_epoch
-    from fedlora.formats.roster import SignedRoster, load_roster
+    from fedlora.formats.signed_roster import SignedRoster, load_roster
 
     old = load_roster(file)
     # No site would ever take an epoch that follows an unsigned one.
@@ -216,7 +217,7 @@ def _kept(file: Path, epoch: int) -> Path:
 
 def _coordinators_before(file: Path, now: Roster) -> tuple[PublicIdentity, ...]:
     """Who may sign the change to this epoch from the one before, as far as that one still lies beside it."""
-    from fedlora.formats.roster import load_roster
+    from fedlora.formats.signed_roster import load_roster
 
     kept = _kept(file, now.epoch - 1)
     if now.epoch == 1 or not kept.exists():

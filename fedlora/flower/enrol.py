@@ -17,7 +17,7 @@ from fedlora.formats.epochs import first_epoch
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.plans import load_plan
-from fedlora.formats.roster import SignedRoster, load_roster
+from fedlora.formats.signed_roster import SignedRoster, load_roster
 
 
 def make_site_keys(name: str, out: Path, *, identity: Identity | None = None) -> tuple[Path, str]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed
-from fedlora.core.events import AnotherRun, Event, Listening, Process, Report, SiteName, SiteRefused
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import AnotherRun, Listening, Process, SiteName, SiteRefused
 from fedlora.flower import launch
 from fedlora.flower._internals import Control, RunState
 from fedlora.flower.control import register_sites, start_job

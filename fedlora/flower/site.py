@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.core.errors import ConfigError, FedLoRAError
-from fedlora.core.events import Event, Process, Report
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Process
 from fedlora.flower import launch
 from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from fedlora.core.events import Clock, Event, Report
-from fedlora.core.events import Standing as StandingFacts
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Clock
+from fedlora.core.facts import Standing as StandingFacts
 from fedlora.flower.supernode import SAYS
 from fedlora.gateway.clock import MAX_CORRECTION_S
 from fedlora.gateway.probe import Finding

@@ -10,31 +10,26 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
-
-from cryptography.exceptions import InvalidSignature
 
 from fedlora.core.canonical import canonical, parse_object
 from fedlora.core.errors import (
     ConfigError,
     EnvelopeError,
-    FedLoRAError,
     KeyFileError,
     Oversized,
     RevokedSite,
     RosterExpired,
     RosterInvalid,
-    StoreError,
     WireError,
 )
 from fedlora.core.limits import MAX_SITES
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.formats.envelope import NONE
-from fedlora.formats.keys import Identity, PublicIdentity
+from fedlora.formats.keys import PublicIdentity
 
 Status = Literal["active", "revoked"]
 
@@ -115,7 +110,7 @@ class Roster:
 
     def dump(self) -> bytes:
         """Canonical JSON; law: ``parse(r.dump()) == r``."""
-        return canonical(self._fields())
+        return canonical(self.fields())
 
     @classmethod
     def parse(cls, raw: bytes) -> Roster:
@@ -191,7 +186,8 @@ class Roster:
             hint="check this machine's clock (`date -u`); if it is right, ask the coordinators for the next epoch",
         )
 
-    def _fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
+        """As FORMAT.md, 9.1 has them."""
         return {
             **{name: getattr(self, name) for name in _SCALARS},
             "v": 2 if self.grouped else 1,
@@ -203,114 +199,6 @@ class Roster:
                 for m in self.sites
             ],
         }
-
-
-@dataclass(frozen=True, slots=True)
-class SignedRoster:
-    """A roster and the signatures under it; nothing in it is to be believed before :func:`accept`.
-
-    Args:
-        signatures: Ed25519, 64 bytes, by the coordinator's name.
-
-    Raises:
-        RosterInvalid: a signature of another length, a name that is none, or too many of them.
-    """
-
-    roster: Roster
-    signatures: Mapping[str, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if len(self.signatures) > 2 * MAX_COORDINATORS:  # those of this epoch and of the one before
-            raise RosterInvalid(f"{len(self.signatures)} signatures, at most {2 * MAX_COORDINATORS}")
-        for name, signature in self.signatures.items():
-            _check_name(name)
-            if len(signature) != 64:
-                raise RosterInvalid(f"the signature of {name} has {len(signature)} bytes, not 64")
-
-    def dump(self) -> bytes:
-        """Canonical JSON; law: ``parse(s.dump()) == s``."""
-        signatures = {name: base64.b64encode(s).decode() for name, s in self.signatures.items()}
-        return canonical({"roster": self.roster._fields(), "signatures": signatures})
-
-    @classmethod
-    def parse(cls, raw: bytes) -> SignedRoster:
-        """Inverse of :meth:`dump`. Checks no signature.
-
-        Raises:
-            Oversized, RosterInvalid, WireError (version-unsupported), BadSignature: as :meth:`Roster.parse`.
-        """
-        value = _parse_object(raw)
-        if set(value) != {"roster", "signatures"} or not isinstance(value["signatures"], dict):
-            raise RosterInvalid("a signed roster has the fields roster and signatures", hint="`fedlora roster new` makes one")
-        found = cls(_roster(value["roster"]), {n: _parse_signature(s) for n, s in value["signatures"].items()})
-        if found.dump() != raw:
-            raise RosterInvalid("a signature is not in the one spelling of base64")
-        return found
-
-    def sign(self, identity: Identity) -> SignedRoster:
-        """With this coordinator's signature added (RFC 8032: the same one each time)."""
-        return replace(self, signatures={**self.signatures, identity.name: identity.signing.sign(self._signed())})
-
-    def signers(self, coordinators: Sequence[PublicIdentity]) -> tuple[str, ...]:
-        """Those of ``coordinators`` whose signature is here and valid."""
-        return tuple(c.name for c in coordinators if self._has(c))
-
-    def verify(self, coordinators: Sequence[PublicIdentity], needed: int, *, others: Sequence[PublicIdentity] = ()) -> None:
-        """Checks every signature.
-
-        Args:
-            coordinators: whose signatures count, all keys distinct.
-            needed: how many of them there have to be.
-            others: who may sign as well, without counting: the other side of a change of epoch.
-
-        Raises:
-            RosterInvalid: a signature is not valid or a stranger's, or fewer than ``needed`` count.
-        """
-        known = {c.name: c for c in (*coordinators, *others)}
-        if any(known[c.name].signing != c.signing for c in coordinators):
-            raise RosterInvalid("a coordinator has another key than before", hint="a new key goes under a new name")
-        for name in sorted(self.signatures):
-            if name not in known:
-                raise RosterInvalid(f"{name} has signed and is no coordinator of this roster")
-            if not self._has(known[name]):
-                raise RosterInvalid(f"the signature of {name} is not valid", hint="get the file again from a coordinator")
-        count = len(self.signers(coordinators))
-        if count < needed:
-            raise RosterInvalid(
-                f"{count} of {needed} signatures that epoch {self.roster.epoch} needs",
-                hint=f"`fedlora roster sign` with the keys of {', '.join(c.name for c in coordinators if not self._has(c))}",
-            )
-
-    def _signed(self) -> bytes:
-        return b"fedlora/v1/roster-signature\0" + bytes.fromhex(self.roster.digest())
-
-    def _has(self, coordinator: PublicIdentity) -> bool:
-        try:
-            coordinator.verify_key().verify(self.signatures.get(coordinator.name, b""), self._signed())
-        except InvalidSignature:
-            return False
-        return True
-
-
-def load_roster(path: Path) -> SignedRoster:
-    """Reads a roster file. Checks no signature.
-
-    Raises:
-        StoreError: it cannot be read.
-        Oversized, RosterInvalid, WireError (version-unsupported), BadSignature: as :meth:`SignedRoster.parse`.
-    """
-    try:
-        with path.open("rb") as file:
-            return SignedRoster.parse(file.read(MAX_BYTES + 1))
-    except OSError as e:
-        what = "`fedlora roster new` makes the first roster" if isinstance(e, FileNotFoundError) else NEWEST
-        raise StoreError(f"cannot read {path}: {e.strerror}", hint=what) from None
-    except FedLoRAError as e:
-        raise type(e)(f"{path}: {e}", hint=f"{NEWEST}; {e.hint}".rstrip("; ")) from None
-
-
-NEWEST = "restore it from a backup: a copy of the newest signed roster, which the coordinators have too"
-"""The way on where a roster file is damaged."""
 
 
 # --- what may stand in a roster ----------------------------------------------------------------------------------------

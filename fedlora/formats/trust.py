@@ -13,7 +13,8 @@ from fedlora.core.errors import BadSignature, EnvelopeError, RosterInvalid, Rost
 from fedlora.formats.envelope import SUITE
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.memory import Memory
-from fedlora.formats.roster import NEWEST, Roster, SignedRoster, load_roster
+from fedlora.formats.roster import Roster
+from fedlora.formats.signed_roster import NEWEST, SignedRoster, load_roster
 
 
 def accept(new: SignedRoster, *, current: SignedRoster | None, pinned: str, now: int) -> SignedRoster:

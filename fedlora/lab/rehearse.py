@@ -24,7 +24,7 @@ from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, load_identity, load_public
-from fedlora.formats.roster import load_roster
+from fedlora.formats.signed_roster import load_roster
 from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
 from fedlora.site.policy import Policy

@@ -14,27 +14,26 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedlora import assemble
 from fedlora.assemble import Lab
-from fedlora.core.adapter import Adapter, Update
+from fedlora.core.adapter import Adapter
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, NotInstalled, StoreError
-from fedlora.core.events import Arm as ArmName
-from fedlora.core.events import Event, Report, Train
-from fedlora.core.plan import Arm, Plan
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Arm as ArmName
+from fedlora.core.plan import Plan
 from fedlora.core.records import ArmRecord, ArmSeconds, General, Results, RoundRecord, Score, Traffic
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster
-from fedlora.formats import update as wire
 from fedlora.formats.files import load_adapter, read_file, save_adapter, write_atomic
-from fedlora.formats.journal import Entry, Journal
+from fedlora.formats.journal import Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.records import dump_text, parse_text
+from fedlora.lab.arms import Cost, Trained, arms_of
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.tables import table, table_across
 from fedlora.protect.modes import mode_of
@@ -48,10 +47,6 @@ from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
 
 Lost: TypeAlias = frozenset[tuple[str, str, int]]
-Trained: TypeAlias = Adapter | Mapping[str, Adapter]
-"""What an arm gave: one adapter, or one for each site where sites keep a part of it."""
-
-_SAVE_EVERY_S = 10.0  # an arm without federation saves a round of seconds less often than it ends one
 
 
 def simulate(
@@ -158,22 +153,6 @@ def _write_summary(out: Path, results: Sequence[Results]) -> None:
 # --- one seed ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What an arm cost: the fields of its record but for the scores.
-
-    Attributes:
-        seconds: of the whole arm.
-        steps_s: of training steps alone; 0 where other processes trained; None in an arm without federation.
-    """
-
-    tokens: int
-    steps: int | None
-    seconds: float
-    learning_rate: float | None
-    steps_s: float | None = None
-
-
 def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report) -> Results:
     done = out / "results.json"
     if (blob := read_file(done)) is not None:
@@ -245,88 +224,6 @@ def scores(lab: Lab, trained: Trained) -> tuple[dict[str, Score], General | None
         )
     general = General(nll=evaluate(lab.lora, lab.general, max_length=length).nll) if lab.general else None
     return sites, general
-
-
-@dataclass(frozen=True, slots=True)
-class _Alone:
-    """An arm without federation: some sites' rows, ``rounds`` times ``steps`` steps of ``batches`` batches each."""
-
-    name: str
-    sites: tuple[str, ...]
-    rounds: int
-    batches: int
-    settings: Arm | None
-
-    def train(self, lab: Lab, out: Path, report: Report) -> tuple[Adapter, Cost]:
-        """Trains, or goes on where the journal ends. The optimiser is kept throughout: nothing interrupts a site alone."""
-        from fedlora.learn.learner import HFLearner
-        from fedlora.learn.local import step_reporter
-
-        if not self.rounds:
-            return lab.first, Cost(tokens=0, steps=0, seconds=0.0, learning_rate=None)
-        plan = self._plan(lab.plan)
-        rate = plan.training.learning_rate
-        rows = [t for s in self.sites for t in lab.rows[s]["train"]]
-        told = step_reporter(self.name, report)
-        learner = HFLearner(lab.lora, rows, [], plan, site=self.name, pace=lab.pace, on_step=told)
-        return _rounds_alone(lab, learner, self.rounds, out / "alone" / self.name.replace(":", "-"), report, rate)
-
-    def _plan(self, plan: Plan) -> Plan:
-        """What the plan's local training is in this arm."""
-        training, own = plan.training, {"learning_rate": self.settings.learning_rate} if self.settings else {}
-        batches = training.gradient_accumulation_steps * self.batches
-        changed = {"optimizer_state": "keep", "gradient_accumulation_steps": batches, **own}
-        return plan.model_copy(
-            update={
-                "training": training.model_copy(update=changed),
-                "federation": plan.federation.model_copy(update={"num_rounds": self.rounds}),
-            }
-        )
-
-
-def _rounds_alone(lab: Lab, learner: Learner, rounds: int, directory: Path, report: Report, rate: float) -> tuple[Adapter, Cost]:
-    journal, key, run = Journal(directory), lab.plan.digest(), "0" * 64
-    adapter, state, facts = lab.first, b"", {"tokens": 0, "steps": 0, "seconds": 0.0}
-    done, entry = journal.last(run) or (0, None)
-    if entry is not None:
-        if entry.key != key:
-            raise StoreError(f"{directory} belongs to another plan")
-        update = wire.parse_update(entry.update, lab.first.layout)
-        adapter, state, facts = Adapter(update.delta, lab.first.layout), entry.state, dict(update.metrics)
-    saved = time.monotonic()
-    for number in range(done + 1, rounds + 1):
-        began = time.monotonic()
-        report(Event.TRAIN, Train(round=number, rounds=rounds))
-        trained = learner.train(adapter, round=number, state=state)
-        adapter, state = trained.adapter, trained.state
-        facts["tokens"] += trained.tokens
-        facts["steps"] += int(trained.metrics["train/steps"])
-        facts["seconds"] += time.monotonic() - began
-        if number == rounds or time.monotonic() - saved > _SAVE_EVERY_S:
-            update = Update(adapter.vector, 0, dict(facts))
-            journal.save(run, number, Entry(key, wire.dump_update(update, lab.first.layout, dtype="float32"), state))
-            saved = time.monotonic()
-    return adapter, Cost(int(facts["tokens"]), int(facts["steps"]), facts["seconds"], rate)
-
-
-def arms_of(lab: Lab) -> dict[str, _Alone]:
-    """The plan's arms at equal tokens: R rounds of K steps at each of N sites, or N R K steps, or R K steps of N batches."""
-    s, rounds = lab.simulation, lab.plan.federation.num_rounds
-    arms: dict[str, _Alone] = {}
-    for kind in s.arms:
-        if kind == "base":
-            arms["base"] = _Alone("base", (), 0, 1, None)
-        elif kind == "local":
-            arms |= {f"local:{n}": _Alone(f"local:{n}", (n,), rounds, 1, s.local) for n in s.sites}
-        elif kind == "federated":
-            arms["federated"] = _Alone("federated", s.sites, rounds, 1, None)
-        elif kind == "pooled-steps":
-            arms[kind] = _Alone(kind, s.sites, rounds, len(s.sites), s.pooled_steps)
-        else:
-            # Passes over the pooled rows are as many tokens as passes at every site; steps are not.
-            times = len(s.sites) if lab.plan.federation.local_steps else 1
-            arms[kind] = _Alone(kind, s.sites, rounds * times, 1, s.pooled_tokens)
-    return arms
 
 
 # --- the federation ---------------------------------------------------------------------------------------------

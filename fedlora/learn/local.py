@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.core.errors import ConfigError, ModelError
-from fedlora.core.events import Event, Load, Report, Step
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Load, Step
 from fedlora.core.plan import Plan
 from fedlora.learn.rows import read_both, to_tokens
 from fedlora.site.site_file import SiteFile, load_site_file

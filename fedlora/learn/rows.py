@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.core.errors import ConfigError, DataError
-from fedlora.core.events import Data, Event, Report
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Data
 from fedlora.core.plan import Plan
 from fedlora.data import Conversation, Tokenizer, Tokens, check_apart, read, split, tokenise
 from fedlora.site.site_file import SiteData

@@ -15,7 +15,7 @@ from fedlora.core.records import Published, Results, RunFacts
 from fedlora.formats.files import load_adapter
 from fedlora.formats.plans import load_plan
 from fedlora.formats.records import facts_of, parse_text
-from fedlora.formats.roster import load_roster
+from fedlora.formats.signed_roster import load_roster
 from fedlora.rounds.store import RunStore
 from fedlora.rules import rule_of
 

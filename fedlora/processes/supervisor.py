@@ -18,7 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from fedlora.core.errors import ConnectionFailed
-from fedlora.core.events import Event, Process, Report
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Process
 from fedlora.processes.causes import telling
 from fedlora.processes.parent import die_with_parent
 

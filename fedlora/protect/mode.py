@@ -15,7 +15,7 @@ from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 from fedlora.formats.memory import Memory
-from fedlora.formats.roster import SignedRoster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.trust import RosterKeeper
 from fedlora.protect import Protection, SiteProtection
 from fedlora.protect.link import ServerLink, SiteLink

@@ -21,7 +21,8 @@ from fedlora.core.errors import (
     StateLost,
     UpdateRejected,
 )
-from fedlora.core.events import Ask, Event, Majority, Recorded, Rejected, Report, SiteUpdate, Start, Sum, Waiting
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Ask, Majority, Recorded, Rejected, SiteUpdate, Start, Sum, Waiting
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.plan import Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, KeyFileError, StoreError
-from fedlora.core.events import Event, Report, StateFile
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import StateFile
 from fedlora.core.messages import SERVER
 from fedlora.core.plan import Plan
 from fedlora.formats.files import set_aside, write_atomic

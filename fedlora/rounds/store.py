@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import FedLoRAError, StoreError
-from fedlora.core.events import Event, RecordsGone, Report, StateFile
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import RecordsGone, StateFile
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.records import RoundRecord
 from fedlora.formats.files import (
@@ -29,6 +30,7 @@ from fedlora.formats.files import (
 from fedlora.formats.memory import FileMemory
 from fedlora.formats.records import dump_round, facts_of, parse_facts_as, parse_round, scan_rounds
 from fedlora.protect.modes import mode_of
+from fedlora.rounds.hints import _LAST, _LOG, _checkpoint_hint, _command, _memory_hint, _plan_hint
 
 log = logging.getLogger(__name__)
 
@@ -340,8 +342,6 @@ class RunStore:
         return self.directory / f"round-{number:06d}.safetensors"
 
 
-_LOG = "resume the run: what is damaged there is then made anew from the checkpoints, as far as they are kept"
-_LAST = "restore the directory from a backup; without one start the run anew under another run.name"
 _CHECKPOINT = re.compile(r"round-(\d{6,9})\.safetensors(\.copy)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -382,28 +382,3 @@ def _run_of(directory: Path) -> str:
         with suppress(StoreError):
             return str(load_vectors(directory / f"round-{number:06d}.safetensors")[1]["run"])
     raise Damaged(f"{directory / 'run.json'} is damaged and no checkpoint is whole", hint=_LAST)
-
-
-def _command(directory: Path) -> str:
-    """`fedlora server repair` for this run; empty for one of a simulation."""
-    if directory.parent.name != "runs":
-        return ""
-    return f"fedlora server repair {directory.parent.parent} {directory.name}"
-
-
-def _memory_hint(directory: Path) -> str:
-    return f"`{_command(directory)}` shows what can be done" if _command(directory) else "delete the simulation and make it anew"
-
-
-def _plan_hint(directory: Path, *, lost: bool) -> str:
-    if lost:
-        return "restore one of them from a backup; without one start the run anew under another run.name"
-    return "resume the run with the plan file that it was started with: plan.json is then written anew"
-
-
-def _checkpoint_hint(path: Path, *, alone: bool) -> str:
-    if alone or not _command(path.parent):
-        return f"restore it from a backup; {_LAST.rpartition('; ')[2]}"
-    return (
-        f"restore it from a backup, or `{_command(path.parent)} --set-aside {path.name}`: the run then goes on a round before it"
-    )

@@ -18,7 +18,7 @@ from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
 from fedlora.formats.memory import FileMemory
-from fedlora.formats.roster import SignedRoster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.protect.given import Gift, Given, Ledger
 from fedlora.protect.mode import Told
 from fedlora.protect.modes import mode_of

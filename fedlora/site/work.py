@@ -11,8 +11,9 @@ import numpy as np
 
 from fedlora.core.adapter import Adapter, Factors, Layout, Update
 from fedlora.core.errors import FedLoRAError, PlanRefused, ResourceError, StateLost, UpdateRejected, WrongContext
-from fedlora.core.events import Evaluate, Event, Failed, FromJournal, Own, Report, Train
-from fedlora.core.events import Trained as TrainedFacts
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Evaluate, Failed, FromJournal, Own, Train
+from fedlora.core.facts import Trained as TrainedFacts
 from fedlora.core.limits import MAX_RANK
 from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.plan import Plan, parse_plan

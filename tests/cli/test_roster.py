@@ -8,7 +8,7 @@ import pytest
 from fedlora.cli import main
 from fedlora.core.errors import FedLoRAError
 from fedlora.formats.keys import Identity, load_public
-from fedlora.formats.roster import load_roster
+from fedlora.formats.signed_roster import load_roster
 from fedlora.formats.trust import accept
 
 DAY = 86_400

@@ -33,7 +33,8 @@ from fedlora.core.errors import (
     StoreError,
     WireError,
 )
-from fedlora.core.events import Arm, Event
+from fedlora.core.events import Event
+from fedlora.core.facts import Arm
 from fedlora.core.messages import Reply, Request
 from fedlora.flower import check_flwr, launch
 from fedlora.flower.bundle import BUNDLE_SHA256, bundle_bytes

@@ -25,7 +25,8 @@ from flower.harness import (
 )
 
 from fedlora.core.errors import ConnectionFailed, FedLoRAError
-from fedlora.core.events import Arm, Event, Other
+from fedlora.core.events import Event
+from fedlora.core.facts import Arm, Other
 from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.server import start, up
 from fedlora.gateway.exposure import free_port

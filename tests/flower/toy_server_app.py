@@ -11,7 +11,8 @@ from pathlib import Path
 from toy_parts import BLOB_BYTES, DUE, blob
 
 from fedlora.core.errors import RunFailed
-from fedlora.core.events import Event, Other, Report, Start
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Other, Start
 from fedlora.core.messages import Request
 from fedlora.flower.server_app import main
 from fedlora.formats.plans import load_plan

@@ -17,7 +17,8 @@ from fedlora.core.errors import FedLoRAError, RosterInvalid
 from fedlora.formats import roster as module
 from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.formats.keys import Identity
-from fedlora.formats.roster import Member, Roster, SignedRoster, federation, load_roster
+from fedlora.formats.roster import Member, Roster, federation
+from fedlora.formats.signed_roster import SignedRoster, load_roster
 from fedlora.formats.trust import RosterKeeper, accept
 from fedlora.lab.testing import DictMemory
 

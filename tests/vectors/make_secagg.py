@@ -23,34 +23,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.derive import derive
-from fedlora.protect.secagg.cohort import (
-    ABORT,
-    COMMIT,
-    Advert,
-    Cohort,
-    Delivered,
-    Rules,
-    certificate,
-    read_certificate,
-    sign,
-    sign_vote,
-    vote_text,
-)
+from fedlora.protect.secagg.cohort import Advert, Cohort, Rules, sign
 from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened
-from fedlora.protect.secagg.dealing import (
-    HEAD_BYTES,
-    Dealt,
-    Inbox,
-    Secrets,
-    advertise,
-    deal,
-    masked,
-    opened,
-    receive,
-    reveal,
-)
+from fedlora.protect.secagg.dealing import Dealt, Inbox, Secrets, advertise, deal, opened, receive
+from fedlora.protect.secagg.giving import HEAD_BYTES, masked, reveal
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.rings import PROFILES, unpack
+from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, read_certificate, sign_vote, vote_text
 
 HERE = Path(__file__).parent / "secagg"
 SESSIONS = {

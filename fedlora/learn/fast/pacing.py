@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 
 from fedlora.core.errors import ResourceError
-from fedlora.core.events import Event, OutOfMemory, Report
-from fedlora.core.events import Pace as PaceFacts
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import OutOfMemory
+from fedlora.core.facts import Pace as PaceFacts
 from fedlora.data import Batch, by_rows, regroup
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.lora import LoraModel

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ResourceError
-from fedlora.core.events import Event, Process, Report
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Process
 from fedlora.core.plan import Plan
 
 if TYPE_CHECKING:

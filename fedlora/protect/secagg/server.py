@@ -28,32 +28,21 @@ from fedlora.core.errors import (
     WireError,
     WrongContext,
 )
-from fedlora.core.events import Complaint as ComplaintFacts
-from fedlora.core.events import Event, Masked, Rejected, Report
-from fedlora.core.events import LoneChange as LoneChangeFacts
-from fedlora.core.events import Session as SessionFacts
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Complaint as ComplaintFacts
+from fedlora.core.facts import LoneChange as LoneChangeFacts
+from fedlora.core.facts import Masked, Rejected
+from fedlora.core.facts import Session as SessionFacts
 from fedlora.core.messages import Reply, Request, Reveals, Task
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.keys import PublicIdentity
-from fedlora.formats.roster import SignedRoster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.protect import Talk, Tally
 from fedlora.protect.link import Context, ServerLink, hear, reply_bytes
 from fedlora.protect.secagg.book import Book, Ended, ServerSession
-from fedlora.protect.secagg.cohort import (
-    ABORT,
-    COMMIT,
-    SIGNATURE,
-    Advert,
-    Cohort,
-    Delivered,
-    Rules,
-    certificate,
-    check_vote,
-    read_session,
-    vote_text,
-)
+from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Rules, read_session
 from fedlora.protect.secagg.complaints import (
     Complaint,
     dump_complaints,
@@ -66,6 +55,7 @@ from fedlora.protect.secagg.dealing import Opened
 from fedlora.protect.secagg.opening import Deal, deal_bytes, parse_reveal, relay, reveal_bytes, unmask
 from fedlora.protect.secagg.rings import packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.terms import Offer, Terms, codec
+from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, check_vote, vote_text
 
 log = logging.getLogger(__name__)
 

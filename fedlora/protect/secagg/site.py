@@ -23,38 +23,25 @@ from fedlora.protect.given import Gift, Given
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import check_mode
 from fedlora.protect.sealed import check_task
-from fedlora.protect.secagg.cohort import (
-    ABORT,
-    BURNT,
-    COMMIT,
-    Cohort,
-    Delivered,
-    Rules,
-    check_certificate,
-    read_certificate,
-    read_session,
-    sign_vote,
-    vote_text,
-)
+from fedlora.protect.secagg.cohort import Cohort, Rules, read_session
 from fedlora.protect.secagg.complaints import Complaint, dump_opened, read_complaints, read_settled
-from fedlora.protect.secagg.dealing import (
-    Inbox,
-    Opened,
-    Received,
-    Secrets,
-    advertise,
-    check_deliveries,
-    deal,
-    masked,
-    opened,
-    receive,
-    reveal,
-)
+from fedlora.protect.secagg.dealing import Inbox, Opened, Received, Secrets, advertise, deal, opened, receive
+from fedlora.protect.secagg.giving import check_deliveries, masked, reveal
 from fedlora.protect.secagg.numbers import with_counts
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
 from fedlora.protect.secagg.rings import encode
 from fedlora.protect.secagg.settings import measure
 from fedlora.protect.secagg.terms import Offer, Terms, codec
+from fedlora.protect.secagg.votes import (
+    ABORT,
+    BURNT,
+    COMMIT,
+    Delivered,
+    check_certificate,
+    read_certificate,
+    sign_vote,
+    vote_text,
+)
 from fedlora.rules.sums import squares_of
 
 log = logging.getLogger(__name__)

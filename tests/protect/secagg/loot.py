@@ -24,13 +24,14 @@ from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.derive import derive
-from fedlora.protect.secagg.cohort import Advert, Cohort, Delivered, Rules, leads, read_session
+from fedlora.protect.secagg.cohort import Advert, Cohort, Rules, leads, read_session
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, MaskKeys, Opened, Secrets, open_ingredient, promise, receive, self_keys
 from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, relay
 from fedlora.protect.secagg.rings import packed_bytes, unpack
 from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
 from fedlora.protect.secagg.terms import Terms
+from fedlora.protect.secagg.votes import Delivered
 
 
 def known(name: str) -> PublicIdentity:

@@ -19,28 +19,18 @@ from fedlora.core.messages import Request
 from fedlora.formats.envelope import HPKE
 from fedlora.formats.epochs import next_epoch
 from fedlora.formats.keys import Identity
-from fedlora.formats.roster import SignedRoster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import DictMemory
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.modes import SiteModes
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggSite
-from fedlora.protect.secagg.cohort import (
-    ABORT,
-    COMMIT,
-    Advert,
-    Cohort,
-    Delivered,
-    Rules,
-    certificate,
-    check_certificate,
-    sign_vote,
-    vote_text,
-)
+from fedlora.protect.secagg.cohort import Advert, Cohort, Rules
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Inbox, MaskKeys, Secrets, advertise, deal, promise
 from fedlora.protect.secagg.opening import Deal
 from fedlora.protect.secagg.shamir import join, weights
 from fedlora.protect.secagg.terms import Terms
+from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, check_certificate, sign_vote, vote_text
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from protect.secagg.world import NOW, World, identity, names, secagg_plan, signe
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import parse_plan
 from fedlora.formats.epochs import next_epoch
-from fedlora.formats.roster import SignedRoster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.protect.secagg.cohort import Cohort, Rules
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ from fedlora.core.records import Numbers
 from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
-from fedlora.formats.roster import SignedRoster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
 from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore

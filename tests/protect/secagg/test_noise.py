@@ -8,7 +8,8 @@ from protect.secagg.world import identity, names
 
 from fedlora.core.reader import Reader
 from fedlora.protect.secagg.cohort import Cohort, Rules
-from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, masks_of, receive, reveal
+from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, receive
+from fedlora.protect.secagg.giving import masks_of, reveal
 from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.rings import PROFILES, pack, unpack

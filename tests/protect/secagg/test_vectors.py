@@ -25,11 +25,13 @@ from test_vectors import hpke
 from fedlora.core.errors import BadShare, EnvelopeError, FedLoRAError, RevokedSite
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import COMMIT, Advert, Cohort, Delivered, Rules, check_certificate, read_certificate, vote_text
+from fedlora.protect.secagg.cohort import Advert, Cohort, Rules
 from fedlora.protect.secagg.complaints import Complaint, read_complaints, read_opened
-from fedlora.protect.secagg.dealing import check_deliveries, receive
+from fedlora.protect.secagg.dealing import receive
+from fedlora.protect.secagg.giving import check_deliveries
 from fedlora.protect.secagg.opening import Deal, parse_reveal
 from fedlora.protect.secagg.terms import Terms
+from fedlora.protect.secagg.votes import COMMIT, Delivered, check_certificate, read_certificate, vote_text
 
 TESTS = Path(__file__).parents[2]
 HERE = TESTS / "vectors" / "secagg"

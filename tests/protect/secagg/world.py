@@ -16,7 +16,7 @@ from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.plan import Aggregate, Evaluation, Plan, Protect, Training
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity
-from fedlora.formats.roster import SignedRoster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.trust import RosterKeeper
 from fedlora.lab.testing import DictMemory, toy_layout, toy_plan
 from fedlora.protect.derive import derive

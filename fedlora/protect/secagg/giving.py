@@ -1,0 +1,123 @@
+"""What a site gives once shares are dealt: its update under masks, its agreement, its shares. FORMAT.md, 10.5 to 10.8."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from fedlora.core.errors import CohortTooSmall, WireError
+from fedlora.formats.keys import PublicIdentity
+from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Rules, leads
+from fedlora.protect.secagg.dealing import Inbox, Secrets, self_keys
+from fedlora.protect.secagg.masks import add_masks
+from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room
+from fedlora.protect.secagg.votes import Delivered
+
+HEAD_BYTES: Final = 32 + SIGNATURE
+"""What stands before the body of a masked update."""
+
+
+_Masks: TypeAlias = list[tuple[bytes, Literal[1, -1]]]
+
+
+def masks_of(cohort: Cohort, own: int, secrets: Secrets, inbox: Inbox) -> tuple[_Masks, _Masks]:
+    """Keys and signs of what hides an update, for its vector and for its numbers: its own mask, plus the pair's with each later
+    peer, minus the pair's with each earlier one."""
+    keys = secrets.mask_keys
+    masks: list[tuple[tuple[bytes, bytes], Literal[1, -1]]] = [(self_keys(secrets.self_seed, cohort), 1)]
+    for peer in inbox.shares:
+        if peer != own:
+            ingredient = inbox.ingredients[peer] if leads(peer, own) else keys.ingredient(cohort, dealer=own, holder=peer)
+            masks.append((keys.pair(cohort, own=own, peer=peer, ingredient=ingredient), 1 if own < peer else -1))
+    return [(pair[0], sign) for pair, sign in masks], [(pair[1], sign) for pair, sign in masks]
+
+
+def masked(
+    cohort: Cohort,
+    own: int,
+    secrets: Secrets,
+    inbox: Inbox,
+    levels: Words,
+    numbers: NDArray[np.uint64],
+    *,
+    bits: int,
+    key: Ed25519PrivateKey,
+) -> tuple[memoryview, bytes]:
+    """Third word: the update under its masks. Session (32) | signature (64) | body: numbers, then the vector, packed.
+
+    Args:
+        levels: (n,) words of the ring, which stay as they are.
+        numbers: (m,) uint64, likewise.
+        bits: width of the ring.
+
+    Returns:
+        The message, and the digest of its body.
+    """
+    at, more = HEAD_BYTES + numbers.nbytes, packed_bytes(levels.size, bits)
+    out = memoryview(bytearray(at + more))
+    counts, vector = np.frombuffer(out[HEAD_BYTES:at], "<u8"), room(out[at:], levels.size, bits)
+    counts[:], vector[:] = numbers, levels
+    of_vector, of_numbers = masks_of(cohort, own, secrets, inbox)
+    add_masks(counts, of_numbers)
+    body = hashlib.sha256(out[HEAD_BYTES:at])
+
+    def pack_and_hash(part: slice) -> None:  # while the next parts are masked
+        packed = out[at + packed_bytes(part.start, bits) : at + packed_bytes(part.stop, bits)]
+        pack_into(packed, vector[part], bits)
+        body.update(packed)
+
+    add_masks(vector, of_vector, done=pack_and_hash)
+    digest = body.digest()
+    out[:HEAD_BYTES] = cohort.t1 + Delivered.make(cohort, own, digest, key=key).signature
+    return out, digest
+
+
+def check_deliveries(
+    cohort: Cohort,
+    own: int,
+    digest: bytes,
+    delivered: Sequence[Delivered],
+    *,
+    dealers: Sequence[int],
+    rules: Rules,
+    known: Callable[[str], PublicIdentity],
+) -> None:
+    """Whether this site may agree that just these updates are added up.
+
+    Args:
+        digest: of this site's own masked update.
+        dealers: the sites whose shares it holds.
+
+    Raises:
+        CohortTooSmall: too few.
+        LoneChange: not of whole groups.
+        WireError: its own is missing or not the one it sent, or a site is among them that has not dealt.
+        BadSignature: one is not signed by its site.
+    """
+    fewest = rules.fewest_inputs(len(cohort.adverts))
+    if len(delivered) < fewest:
+        raise CohortTooSmall(f"{len(delivered)} updates would be added up, at least {fewest} must be")
+    by_number = {d.number: d for d in delivered}
+    if own not in by_number or by_number[own].digest != digest:
+        raise WireError("this site's own update is missing among those to be added up, or it is not the one that was sent")
+    if not by_number.keys() <= set(dealers):
+        raise WireError("an update would count whose site has dealt no shares")
+    rules.check_whole([cohort.advert(number).name for number in by_number])
+    for one in delivered:
+        one.verify(cohort, known)
+
+
+def reveal(cohort: Cohort, inbox: Inbox, delivered: Sequence[Delivered]) -> bytes:
+    """Last word: one share for each site that dealt, never both: of the self seed where the update counts, of the mask seed
+    where the site dropped out. Session (32) | count | per site: number, share (33)."""
+    counted = {d.number for d in delivered}
+    out = [cohort.t1, struct.pack(">H", len(inbox.shares))]
+    for number, (mask_share, self_share) in sorted(inbox.shares.items()):
+        out.append(struct.pack(">H", number) + (self_share if number in counted else mask_share))
+    return b"".join(out)
