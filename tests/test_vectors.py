@@ -246,7 +246,7 @@ def test_the_structs_of_the_format_are_those_of_the_code():
     sizes = {s: struct.calcsize(s) for s in re.findall(r"`struct`: `([<>]\w+)`", FORMAT)}
     assert sizes == {"<4sBBHQI": 20, "<4sBBHQIIII": 32, ">4sBBHIHQ": 22}
     assert envelope.overhead(1, 1 << 33) == 65_536 + 1292 + 16 * 8192
-    assert re.search(r"65.536 bytes for the header of the envelope, 1292 for prefix, stanza", FORMAT)
+    assert re.search(r"65.536\s+bytes for the header of the envelope, 1292 for prefix,\s+stanza", FORMAT)
 
 
 def test_a_vector_is_small_ascii_and_names_its_reason():
