@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
-from fedlora.data.readers import NOT_TEXT
+from fedlora.data.rows import NOT_TEXT
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def plain_text(value: object, name: str) -> str:
     """
     if not isinstance(value, str):
         raise BadRow(f"{name} is not text")
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if not value.isascii() and _SURROGATE.search(value):
         raise BadRow(NOT_TEXT)
     return value
 

@@ -269,16 +269,16 @@ def test_a_misspelt_name_gets_a_suggestion(tmp_path):
 
 HOPELESS = {
     "a.jsonl": ["{" + SECRET, json.dumps({SECRET: SECRET}), json.dumps([SECRET])],
-    "utf16.jsonl": [json.dumps({"text": SECRET}).encode("utf-16").decode("latin-1")],
+    "utf16.jsonl": [json.dumps({"text": SECRET}).encode("utf-16-le").decode("latin-1")],
     "columns.jsonl": [json.dumps({SECRET: "x", "also": SECRET})],
     "a.json": ['[{"text": "' + SECRET],
-    "b.json": [json.dumps({"text": SECRET}, indent=1)],
+    "b.json": [json.dumps({"text": [SECRET]}, indent=1)],
     "c.json": [json.dumps([[SECRET], SECRET])],
     "latin.json": ['[{"text": "' + SECRET + '\xff"}]'],
     "a.csv": [SECRET, SECRET],
     "twice.csv": [f"{SECRET},{SECRET}", "x,y"],
     "open.csv": ["text,x", f'"{SECRET},y'],
-    "long.csv": ["text,x", SECRET * 10_000 + ",y"],
+    "long.csv": ["text,x", '"' + SECRET * 1_000_000 + ",y"],
     "fields.tsv": ["text", f"{SECRET}\t{SECRET}"],
 }
 
