@@ -187,16 +187,25 @@ def devices_of(file: SiteFile) -> list[str]:
     return here[: file.gpus or None]
 
 
-def rows(path: Path, data: SiteData, report: Report) -> list[Conversation]:
-    """Reads one file as the site's ``[data]`` table says.
+def rows(path: Path | Sequence[Path], data: SiteData, report: Report) -> list[Conversation]:
+    """Reads files as the site's ``[data]`` table says.
 
     Raises:
         DataError: see :func:`fedlora.data.read`.
     """
     from fedlora.data import read
 
-    found, count = read(path, format=data.format, shape=data.shape, columns=data.columns, group_key=data.group_key)
-    report("data", {"file": path.name, "lines": list(count.lines())})
+    found, count = read(
+        path,
+        format=data.format,
+        shape=data.shape,
+        columns=data.columns,
+        group_key=data.group_key,
+        encoding=data.encoding,
+        header=data.header,
+        max_bad_share=data.max_bad_share,
+    )
+    report("data", {"file": count.path, "lines": list(count.lines())})
     return found
 
 
@@ -221,21 +230,36 @@ def learner(
     """A site's learner: its rows, split by group unless it has a file for evaluation, on the shared base.
 
     Raises:
-        DataError: nothing to train on, nothing to evaluate on, or a group on both sides.
+        DataError: nothing to train on, or a group on both sides.
+    """
+    train, held_out = apart(data, root=root, seed=plan.run.seed, report=report)
+    length = plan.training.max_length
+    trained = tokens(lora.tokenizer, train, max_length=length, report=report)
+    evaluated: list[Tokens] = []
+    if held_out:
+        try:
+            evaluated = tokens(lora.tokenizer, held_out, max_length=length, report=report)
+        except DataError as e:  # a site with few rows takes part all the same
+            report("data", {"file": "held-out rows", "lines": [str(e)]})
+    if not evaluated:
+        report("data", {"file": "evaluation", "lines": ["no held-out rows: this site trains and evaluates nothing"]})
+    return learner_of(plan, lora, trained, evaluated, name=name, report=report, pace=pace)
+
+
+def apart(data: SiteData, *, root: Path, seed: int, report: Report) -> tuple[list[Conversation], list[Conversation]]:
+    """A site's rows: those to train on, and those held out, of which there may be none.
+
+    Raises:
+        DataError: see :func:`fedlora.data.read`; or a group on both sides.
     """
     from fedlora.data import check_apart, split
 
-    train = rows(root / data.path, data, report)
-    if data.held_out_path:
-        held_out = rows(root / data.held_out_path, data, report)
+    train = rows(data.paths(root), data, report)
+    if paths := data.held_out_paths(root):
+        held_out = rows(paths, data, report)
         check_apart(train, held_out)
-    else:
-        train, held_out = split(train, fraction=data.held_out_fraction, seed=plan.run.seed)
-    if not held_out:
-        raise DataError("no rows are held out for evaluation", hint="set data.held_out_fraction or data.held_out_path")
-    length = plan.training.max_length
-    both = [tokens(lora.tokenizer, part, max_length=length, report=report) for part in (train, held_out)]
-    return learner_of(plan, lora, both[0], both[1], name=name, report=report, pace=pace)
+        return train, held_out
+    return split(train, fraction=data.held_out_fraction, seed=seed)
 
 
 def learner_of(

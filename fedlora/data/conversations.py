@@ -158,6 +158,17 @@ def read(
     return conversations, report
 
 
+def first_rows(path: Path, *, format: str = "auto", encoding: str = "auto", files: int = 20) -> None:
+    """Each of the first files that a path means has a row, good or bad. Cheap, but for JSON files that are one document.
+
+    Raises:
+        DataError: one has none, or cannot be read.
+    """
+    for file in _found([path], format)[0][:files]:
+        if next(_rows(Source(file, encoding=encoding), format_of(file) if format == "auto" else format), None) is None:
+            raise DataError(f"{file} has no rows", hint="correct data.path in the site file")
+
+
 def check_bad(report: ReadReport, max_bad_share: float) -> None:
     """Bad rows are few enough to go on without them, and no file is all bad.
 
@@ -234,7 +245,7 @@ def _found(paths: Sequence[Path], format: str) -> tuple[list[Path], list[str]]:
 
 
 def _unreadable(path: Path, why: str) -> DataError:
-    return DataError(f"{path}: {why}", hint="check data.path and who may read the file")
+    return DataError(f"{path} cannot be read: {why}", hint="check data.path and who may read the file")
 
 
 @dataclass(slots=True)
