@@ -48,7 +48,7 @@ from fedlora.site.site_file import SiteData, SiteFile, load_site_file
 from fedlora.site.work import Learner, Site
 
 if TYPE_CHECKING:
-    from fedlora.data import Conversation, Tokenizer, Tokens
+    from fedlora.data import Conversation, ReadReport, Tokenizer, TokenReport, Tokens
     from fedlora.learn.fast.workers import Team
     from fedlora.learn.hooks import MicroBatches
     from fedlora.learn.learner import HFLearner
@@ -193,6 +193,10 @@ def rows(path: Path | Sequence[Path], data: SiteData, report: Report) -> list[Co
     Raises:
         DataError: see :func:`fedlora.data.read`.
     """
+    return _counted_rows(path, data, report)[0]
+
+
+def _counted_rows(path: Path | Sequence[Path], data: SiteData, report: Report) -> tuple[list[Conversation], ReadReport]:
     from fedlora.data import read
 
     found, count = read(
@@ -206,7 +210,7 @@ def rows(path: Path | Sequence[Path], data: SiteData, report: Report) -> list[Co
         max_bad_share=data.max_bad_share,
     )
     report("data", {"file": count.path, "lines": list(count.lines())})
-    return found
+    return found, count
 
 
 def tokens(
@@ -217,11 +221,17 @@ def tokens(
     Raises:
         DataError: see :func:`fedlora.data.tokenise`.
     """
+    return _counted_tokens(tokenizer, conversations, max_length=max_length, report=report, append_eos=append_eos)[0]
+
+
+def _counted_tokens(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_length: int, report: Report, append_eos: bool = True
+) -> tuple[list[Tokens], TokenReport]:
     from fedlora.data import tokenise
 
     found, count = tokenise(conversations, tokenizer, max_length=max_length, append_eos=append_eos)
     report("data", {"file": "tokens", "lines": list(count.lines())})
-    return found
+    return found, count
 
 
 def learner(
@@ -230,36 +240,42 @@ def learner(
     """A site's learner: its rows, split by group unless it has a file for evaluation, on the shared base.
 
     Raises:
-        DataError: nothing to train on, or a group on both sides.
+        DataError: nothing to train on, more bad rows than the site file lets pass, or a group on both sides.
     """
-    train, held_out = apart(data, root=root, seed=plan.run.seed, report=report)
+    from fedlora.data import also_bad, check_apart, check_bad, split
+
+    train, count = _counted_rows(data.paths(root), data, report)
+    counts = [count, count]
+    if paths := data.held_out_paths(root):
+        held_out, counts[1] = _counted_rows(paths, data, report)
+        check_apart(train, held_out)
+    else:
+        train, held_out = split(train, fraction=data.held_out_fraction, seed=plan.run.seed)
     length = plan.training.max_length
-    trained = tokens(lora.tokenizer, train, max_length=length, report=report)
-    evaluated: list[Tokens] = []
-    if held_out:
-        try:
-            evaluated = tokens(lora.tokenizer, held_out, max_length=length, report=report)
-        except DataError as e:  # a site with few rows takes part all the same
-            report("data", {"file": "held-out rows", "lines": [str(e)]})
-    if not evaluated:
-        report("data", {"file": "evaluation", "lines": ["no held-out rows: this site trains and evaluates nothing"]})
+    trained, first = _counted_tokens(lora.tokenizer, train, max_length=length, report=report)
+    evaluated, second = _held_out_tokens(lora.tokenizer, held_out, max_length=length, report=report)
+    if counts[0] is counts[1]:
+        check_bad(also_bad(counts[0], first.bad + second), data.max_bad_share)
+    else:
+        check_bad(also_bad(counts[0], first.bad), data.max_bad_share)
+        check_bad(also_bad(counts[1], second), data.max_bad_share)
     return learner_of(plan, lora, trained, evaluated, name=name, report=report, pace=pace)
 
 
-def apart(data: SiteData, *, root: Path, seed: int, report: Report) -> tuple[list[Conversation], list[Conversation]]:
-    """A site's rows: those to train on, and those held out, of which there may be none.
-
-    Raises:
-        DataError: see :func:`fedlora.data.read`; or a group on both sides.
-    """
-    from fedlora.data import check_apart, split
-
-    train = rows(data.paths(root), data, report)
-    if paths := data.held_out_paths(root):
-        held_out = rows(paths, data, report)
-        check_apart(train, held_out)
-        return train, held_out
-    return split(train, fraction=data.held_out_fraction, seed=seed)
+def _held_out_tokens(
+    tokenizer: Tokenizer, held_out: Sequence[Conversation], *, max_length: int, report: Report
+) -> tuple[list[Tokens], tuple[tuple[int, str], ...]]:
+    """The examples for evaluation and the bad rows among them. A site that has none takes part all the same."""
+    why = "no held-out rows"
+    if held_out:
+        try:
+            found, count = _counted_tokens(tokenizer, held_out, max_length=max_length, report=report)
+        except DataError as e:
+            why = f"no held-out rows: {e}"
+        else:
+            return found, count.bad
+    report("data", {"file": "evaluation", "lines": [f"{why}; this site trains, and evaluates nothing"]})
+    return [], ()
 
 
 def learner_of(

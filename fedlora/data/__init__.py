@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, regroup, share
-from fedlora.data.conversations import Conversation, ReadReport, read
+from fedlora.data.conversations import Conversation, ReadReport, also_bad, check_bad, read
 from fedlora.data.holdout import check_apart, split
 from fedlora.data.readers import READERS, Reader
 from fedlora.data.shapes import SHAPES, Turn
@@ -23,8 +23,10 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "Turn",
+    "also_bad",
     "by_rows",
     "check_apart",
+    "check_bad",
     "in_order",
     "read",
     "regroup",

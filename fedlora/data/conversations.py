@@ -66,7 +66,7 @@ class ReadReport:
         used: rows that became conversations; ``rows - len(bad)``.
         bad: (line, reason) of every other row. Reasons are fixed texts.
         notes: what else is worth telling, in fixed texts.
-        unused: columns that nothing uses, with the number of rows that have them.
+        unread: (name, count) of columns that hold something and that nothing reads; by name.
         files: a report for each file, if there are several.
     """
 
@@ -77,14 +77,14 @@ class ReadReport:
     used: int
     bad: tuple[tuple[int, str], ...]
     notes: tuple[str, ...] = ()
-    unused: tuple[tuple[str, int], ...] = ()
+    unread: tuple[tuple[str, int], ...] = ()
     files: tuple[ReadReport, ...] = ()
 
     def lines(self) -> list[str]:
         """The report as text: a headline, then one line a reason with at most 20 line numbers, then what else was found."""
         parts = f", {len(self.files):,} files" if self.files else ""
         head = f"{self.path}: {self.used:,} of {self.rows:,} rows used ({self.format}, {self.shape}{parts})"
-        return [head, *self.reasons(), *self.notes, *self._columns()]
+        return [head, *self.reasons(), *self.notes, *self._unread()]
 
     def reasons(self) -> list[str]:
         """Why rows were not used, one line a reason and file."""
@@ -97,15 +97,12 @@ class ReadReport:
             by_reason.setdefault(reason, []).append(line)
         return [f"{reason}: {numbered(lines)}" for reason, lines in sorted(by_reason.items())]
 
-    def _columns(self) -> list[str]:
+    def _unread(self) -> list[str]:
         """Names that at least half of the rows have: others may be values that somebody made keys of."""
-        names = [f"{name[:40]!r} ({count:,})" for name, count in self.unused if 2 * count >= self.rows]
-        others = len(self.unused) - len(names[:_SHOWN])
-        told = [
-            *names[:_SHOWN],
-            *([f"{others:,} that few rows have" if len(names) <= _SHOWN else f"{others:,} more"] if others else []),
-        ]
-        return [f"columns that are not used: {', '.join(told)}"] if told else []
+        names = [(name, count) for name, count in self.unread if 2 * count >= self.rows]
+        few = len(self.unread) - len(names)
+        told = [listed(names)] if names else []
+        return [f"not read: {' and '.join([*told, f'{few:,} names that few rows have'] if few else told)}"] if self.unread else []
 
 
 def numbered(lines: list[int]) -> str:
@@ -113,6 +110,17 @@ def numbered(lines: list[int]) -> str:
     shown = ", ".join(str(line) for line in lines[:_SHOWN])
     more = f" and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
     return f"{'line' if len(lines) == 1 else 'lines'} {shown}{more}"
+
+
+def listed(counts: Sequence[tuple[str, int]]) -> str:
+    """``a (3), b (1) and 7 more``: at most 20 names, each with its count."""
+    shown = ", ".join(f"{_name(name)} ({count:,})" for name, count in counts[:_SHOWN])
+    return shown + (f" and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else "")
+
+
+def _name(name: str) -> str:
+    """A name out of a file, fit to be shown on one line."""
+    return "".join(char if char.isprintable() else "?" for char in name[:40]) + ("..." if len(name) > 40 else "")
 
 
 def read(
@@ -190,6 +198,16 @@ def check_bad(report: ReadReport, max_bad_share: float) -> None:
     )
 
 
+def also_bad(report: ReadReport, bad: Sequence[tuple[int, str]]) -> ReadReport:
+    """The report, once more rows were found bad: by the chat template, by their masks."""
+    if not bad:
+        return report
+    files = report.files
+    if files:
+        files = (*files, ReadReport("of all files", report.format, report.shape, len(bad), 1, tuple(bad)))
+    return replace(report, used=report.used - len(bad), bad=(*report.bad, *bad), files=files)
+
+
 def _above(share: float) -> float:
     """The share, rounded up so that a site file that says it lets the file pass."""
     return -(-round(share * 1e6) // 1e3) / 1e3 + 0.001
@@ -248,6 +266,10 @@ def _unreadable(path: Path, why: str) -> DataError:
     return DataError(f"{path} cannot be read: {why}", hint="check data.path and who may read the file")
 
 
+def _columns(counts: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple((f"column {name}", count) for name, count in sorted(counts.items()))
+
+
 @dataclass(slots=True)
 class _Part:
     """What one file gave so far."""
@@ -257,13 +279,12 @@ class _Part:
     rows: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    unused: Counter[str] = field(default_factory=Counter)
-    columns: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
 
     def report(self, shape: str) -> ReadReport:
         used = self.rows - len(self.bad)
         bad = tuple(sorted(self.bad, key=lambda found: found[0]))
-        return ReadReport(self.name, self.format, shape, self.rows, used, bad, tuple(self.notes), tuple(self.unused.items()))
+        return ReadReport(self.name, self.format, shape, self.rows, used, bad, tuple(self.notes), _columns(self.unread))
 
 
 @dataclass(slots=True)
@@ -305,9 +326,10 @@ class _Reading:
             if self.missing:
                 self.missing = {theirs: setting for theirs, setting in self.missing.items() if row.get(theirs) is None}
             for key in row.keys() - known:
-                part.unused[key] += 1
+                if row[key] is not None and row[key] != "":
+                    part.unread[key] += 1
             self._row(part, line, row)
-        part.unused.update(source.unused)
+        part.unread.update(source.unread)
         part.notes = source.notes
         if encoding not in ("auto", "utf-8"):
             part.bad = [(line, f"not {encoding} text" if why == NOT_TEXT else why) for line, why in part.bad]
@@ -351,14 +373,14 @@ class _Reading:
         if len(reports) == 1:
             return conversations, replace(reports[0], notes=(*notes, *reports[0].notes))
         bad = tuple(row for report in reports for row in report.bad)
-        unused: Counter[str] = Counter()
+        unread: Counter[str] = Counter()
         for part in self.parts:
-            unused.update(part.unused)
+            unread.update(part.unread)
         told = tuple(f"{report.path}: {note}" for report in reports for note in report.notes)[:_SHOWN]
         formats = " and ".join(sorted({report.format for report in reports}))
         rows = sum(report.rows for report in reports)
         return conversations, ReadReport(
-            name, formats, shape, rows, len(conversations), bad, (*notes, *told), tuple(unused.items()), tuple(reports)
+            name, formats, shape, rows, len(conversations), bad, (*notes, *told), _columns(unread), tuple(reports)
         )
 
     def _check_columns(self, name: str) -> None:

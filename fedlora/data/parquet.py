@@ -27,7 +27,7 @@ def read_parquet(source: Source) -> Iterator[tuple[int, Row]]:
             raise DataError(f"{source.name}: a column that is used is there twice", hint="rename one of them, or remove it")
     for name in names:
         if name not in wanted:
-            source.unused[name] = file.metadata.num_rows
+            source.unread[name] = file.metadata.num_rows
     _check_size(file, wanted, source)
     number = 0
     for batch in _batches(file, wanted, source):

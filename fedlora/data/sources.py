@@ -97,7 +97,7 @@ class Source:
         wanted: the only columns that will be used, in the file's own words; None: all of them.
         shapes: sets of columns; an object that has all of one of them is a row.
         notes: what a reader found worth telling, in fixed texts; it adds to them.
-        unused: columns that a reader left out unread, with the number of rows; it adds to them.
+        unread: columns that a reader left out, with the number of rows; it adds to them.
     """
 
     path: Path
@@ -107,7 +107,7 @@ class Source:
     wanted: frozenset[str] | None = None
     shapes: tuple[frozenset[str], ...] = ()
     notes: list[str] = field(default_factory=list)
-    unused: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     _spent: int = field(default=0, init=False)
 
     @property

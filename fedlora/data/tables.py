@@ -101,7 +101,7 @@ class _Columns:
 
     def count(self, rows: int) -> None:
         """So many rows had columns that were left out."""
-        self.source.unused.update({name: rows for name in self.others})
+        self.source.unread.update({name: rows for name in self.others})
 
     def fitting(self, fields: list[str]) -> list[str] | None:
         """The record in the width of the header: empty fields too many are cut, those of columns without a name are filled in."""

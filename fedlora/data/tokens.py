@@ -84,6 +84,7 @@ class TokenReport:
         supervised: tokens of the examples with a loss.
         lengths: tokens of a row before the cut: shortest, median, 95th percentile, longest.
         max_length: the cut.
+        bad: (line, reason) of rows that the template or the mask rules out. Reasons are fixed texts.
     """
 
     rows: int
@@ -94,6 +95,7 @@ class TokenReport:
     supervised: int
     lengths: tuple[int, int, int, int]
     max_length: int
+    bad: tuple[tuple[int, str], ...] = ()
 
     def lines(self) -> list[str]:
         """The report as text."""
