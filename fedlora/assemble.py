@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,6 +50,7 @@ from fedlora.site.work import Learner, Site
 
 if TYPE_CHECKING:
     from fedlora.data import Conversation, ReadReport, Tokenizer, TokenReport, Tokens
+    from fedlora.data.identifiers import Found
     from fedlora.learn.fast.workers import Team
     from fedlora.learn.hooks import MicroBatches
     from fedlora.learn.learner import HFLearner
@@ -340,6 +342,24 @@ def forecast(site_file: Path, plan: Plan, *, report: Report) -> dict[str, Any]:
         file.agreed.check(plan, models=frozenset(file.models))
     processes = len(devices_of(file))
     return asdict(site_learner(site_file, plan, report=report).forecast(processes=processes))
+
+
+def identifiers(site_file: Path, *, report: Report) -> list[Found]:
+    """What looks like an identifier of a person in a site's rows, those for evaluation included. Needs no base.
+
+    Raises:
+        DataError: see :func:`fedlora.data.read`.
+    """
+    from fedlora.data.identifiers import identifiers
+
+    file, root = load_site_file(site_file), site_file.resolve().parent
+    parts = [("", file.data.paths(root)), ("evaluation: ", file.data.held_out_paths(root))]
+    return [
+        replace(found, name=f"{prefix}{found.name}")
+        for prefix, paths in parts
+        if paths
+        for found in identifiers(rows(paths, file.data, report))
+    ]
 
 
 def site_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:

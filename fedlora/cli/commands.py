@@ -140,6 +140,10 @@ def check(
     site: Annotated[
         Path | None, typer.Option(help="A site file: also say what a round would take here, from one measured step.")
     ] = None,
+    identifiers: Annotated[
+        bool,
+        typer.Option("--identifiers", help="With --site, instead of the step: count what looks like names, dates of birth ..."),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -165,7 +169,10 @@ def check(
     if (survives := mode_of(found).survives(found)) is not None:
         facts["survives"] = survives[0]
         text += survives[1]
-    if site is not None:
+    if identifiers:
+        facts["identifiers"], told = _identifiers(site, quiet=quiet or json)
+        text += f"\n{told}"
+    elif site is not None:
         from fedlora.assemble import forecast
 
         with Screen(quiet=quiet or json) as screen:
@@ -183,6 +190,20 @@ def check(
                 f"\n  longer than the plan's round_deadline of {f.round_deadline:.0f} s: this site's updates would come too late"
             )
     emit(facts, text, as_json=json)
+
+
+def _identifiers(site: Path | None, *, quiet: bool) -> tuple[list[dict[str, Any]], str]:
+    """What looks like identifiers of people in a site's rows: counts and line numbers, never the text."""
+    from fedlora import assemble
+    from fedlora.data.identifiers import PROMISE
+
+    if site is None:
+        raise typer.BadParameter("--identifiers looks at a site's rows: name its file by --site")
+    with Screen(quiet=quiet) as screen:
+        found = assemble.identifiers(site, report=screen)
+    listed = [{"kind": f.name, "count": f.count, "rows": len(f.lines), "lines": [list(at) for at in f.lines[:20]]} for f in found]
+    lines = [line for f in found for line in f.text()] or ["nothing in the rows looks like an identifier of a person"]
+    return listed, "\n".join([*lines, f"({PROMISE})"])
 
 
 @app.command()

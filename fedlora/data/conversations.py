@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from fedlora.data.tables import HEADER_HINT
 _SHOWN = 20
 _FEW = 0.01
 """Rows of another shape are slips as long as they are no larger a share than this; more are two files in one."""
+_NAME = re.compile(r"(?:column |key )?[^\W\d][\w.-]{0,31}(?: [\w.-]{1,20}){0,2}")
+"""What may be shown as a name of a column: up to three words of letters, digits, points and dashes."""
 _MOST_ROWS = 50_000_000
 OTHER_SHAPE = "another shape than the other rows"
 PYTHON_LIST = "a list as Python writes it, not JSON"
@@ -98,11 +101,11 @@ class ReadReport:
         return [f"{reason}: {numbered(lines)}" for reason, lines in sorted(by_reason.items())]
 
     def _unread(self) -> list[str]:
-        """Names that at least half of the rows have: others may be values that somebody made keys of."""
-        names = [(name, count) for name, count in self.unread if 2 * count >= self.rows]
-        few = len(self.unread) - len(names)
-        told = [listed(names)] if names else []
-        return [f"not read: {' and '.join([*told, f'{few:,} names that few rows have'] if few else told)}"] if self.unread else []
+        """Names that most rows have and that look like names: others may be values, of a file whose first line is missing."""
+        names = [(name, count) for name, count in self.unread if 2 * count >= self.rows and _NAME.fullmatch(name)]
+        others = len(self.unread) - len(names)
+        told = [*([listed(names)] if names else []), *([f"{others:,} that few rows have or that are no names"] if others else [])]
+        return [f"not read: {' and '.join(told)}"] if told else []
 
 
 def numbered(lines: list[int]) -> str:
@@ -114,13 +117,8 @@ def numbered(lines: list[int]) -> str:
 
 def listed(counts: Sequence[tuple[str, int]]) -> str:
     """``a (3), b (1) and 7 more``: at most 20 names, each with its count."""
-    shown = ", ".join(f"{_name(name)} ({count:,})" for name, count in counts[:_SHOWN])
+    shown = ", ".join(f"{name} ({count:,})" for name, count in counts[:_SHOWN])
     return shown + (f" and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else "")
-
-
-def _name(name: str) -> str:
-    """A name out of a file, fit to be shown on one line."""
-    return "".join(char if char.isprintable() else "?" for char in name[:40]) + ("..." if len(name) > 40 else "")
 
 
 def read(

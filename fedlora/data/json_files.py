@@ -331,6 +331,9 @@ def _list_inside(value: dict[str, Any], source: Source) -> list[Any] | None:
     """The list of rows that an object holds, None if the object is a row itself."""
     if any(shape <= value.keys() for shape in source.shapes) and not _by_columns(value):
         return None
+    inside = [item for item in value.values() if isinstance(item, dict | list)]
+    if len(inside) == 1 and isinstance(inside[0], dict) and not _by_columns(value):  # {"data": {"rows": [...]}}
+        value = inside[0]
     lists = [key for key, item in value.items() if isinstance(item, list) and any(isinstance(x, dict) for x in item)]
     if "data" in lists or len(lists) == 1:
         source.note("the rows are a list inside one object, whose other entries are not used")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from fedlora.core.errors import DataError
 from fedlora.data.rows import NOT_VALUES, Row
 from fedlora.data.sources import BAD_BYTES, FLOOR, PARQUET, RATIO, Source, module
+
+T = TypeVar("T")
 
 _ROWS = 512
 """Rows that are decoded at once."""
@@ -18,85 +20,77 @@ def read_parquet(source: Source) -> Iterator[tuple[int, Row]]:
     """Numbers are rows, from 1. Needs pyarrow."""
     arrow = module("pyarrow", source.name, "Parquet files need")
     parquet = module("pyarrow.parquet", source.name, "Parquet files need")
-    file = _opened(parquet, source)
-    names = list(dict.fromkeys(file.schema_arrow.names))
-    wanted = [name for name in names if source.wanted is None or name in source.wanted]
-    if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
-        twice = [n for n in wanted if file.schema_arrow.names.count(n) > 1]
-        if twice:
-            raise DataError(f"{source.name}: a column that is used is there twice", hint="rename one of them, or remove it")
-    for name in names:
-        if name not in wanted:
-            source.unread[name] = file.metadata.num_rows
-    _check_size(file, wanted, source)
+    if source.head()[:4] != PARQUET:
+        raise DataError(f"{source.name}: not a Parquet file", hint="set data.format to what the file is, or name it so")
+    whole = _whole(source)
+    damaged = "is damaged, cut off or encrypted", "copy or write it again"
+    file, names = _guarded(lambda: _opened(parquet, whole), source, *damaged)
+    wanted = [name for name in dict.fromkeys(names) if source.wanted is None or name in source.wanted]
+    if any(names.count(name) > 1 for name in wanted):
+        raise DataError(f"{source.name}: a column that is used is there twice", hint="rename one of them, or remove it")
+    source.unread.update({name: file.metadata.num_rows for name in names if name not in wanted})
+    _check_size(_guarded(lambda: _decompressed(file.metadata, wanted), source, *damaged), source)
     number = 0
     for batch in _batches(file, wanted, source):
-        columns = [
-            _values(arrow, batch.column(name)) if name in batch.schema.names else [None] * batch.num_rows for name in wanted
-        ]
+        here = batch.schema.names
+        columns = [_values(arrow, batch.column(name)) if name in here else [None] * batch.num_rows for name in wanted]
         for values in zip(*columns, strict=True) if wanted else [()] * batch.num_rows:
             number += 1
             yield number, NOT_VALUES if any(v is _NONE for v in values) else dict(zip(wanted, values, strict=True))
 
 
-def _opened(parquet: Any, source: Source) -> Any:
-    """The file, its footer read."""
-    first = source.head()[:4]
-    if first != PARQUET:
-        raise DataError(f"{source.name}: not a Parquet file", hint="set data.format to what the file is, or name it so")
-    whole: Any = source.path
-    with source.open() as stream:
-        if not isinstance(getattr(stream, "raw", None), io.FileIO):
-            whole = io.BytesIO(stream.read())  # compressed once more: Parquet is read from its end
-    file: Any = None
+def _guarded(attempt: Callable[[], T], source: Source, what: str, hint: str) -> T:
+    """What an attempt gives. pyarrow's errors are of a dozen classes and may quote values: only the class is told.
+
+    Raises:
+        DataError: it fails; ``what`` says of the file what that means.
+    """
     failed = ""
     try:
-        file = parquet.ParquetFile(whole)
-        file.schema_arrow  # noqa: B018 (types that arrow does not know fail here)
+        return attempt()
     except MemoryError:
         raise
-    except Exception as e:  # pyarrow's errors are of a dozen classes
+    except Exception as e:
         failed = type(e).__name__
-    if failed:
-        raise DataError(
-            f"{source.name}: the Parquet file is damaged, cut off or encrypted ({failed})", hint="copy or write it again"
-        )
-    return file
+    raise DataError(f"{source.name}: the Parquet file {what} ({failed})", hint=hint)
 
 
-def _check_size(file: Any, wanted: list[str], source: Source) -> None:
-    """What the wanted columns say that they decompress to can be true."""
-    meta, size, expect = file.metadata, 0, source.path.stat().st_size
-    for group in range(meta.num_row_groups):
-        row_group = meta.row_group(group)
-        for at in range(row_group.num_columns):
-            column = row_group.column(at)
-            if column.path_in_schema.split(".")[0] in wanted or column.path_in_schema in wanted:
-                size += max(column.total_uncompressed_size, 0)
-    if size > FLOOR and size > RATIO * expect:
+def _whole(source: Source) -> Any:
+    """What pyarrow opens: the path, or the bytes of a file that is compressed once more, as Parquet is read from its end."""
+    with source.open() as stream:
+        return source.path if isinstance(getattr(stream, "raw", None), io.FileIO) else io.BytesIO(stream.read())
+
+
+def _opened(parquet: Any, whole: Any) -> tuple[Any, list[str]]:
+    file = parquet.ParquetFile(whole)
+    return file, file.schema_arrow.names
+
+
+def _decompressed(meta: Any, wanted: list[str]) -> int:
+    """Bytes that the wanted columns say they have once decompressed."""
+    groups = [meta.row_group(at) for at in range(meta.num_row_groups)]
+    columns = [group.column(at) for group in groups for at in range(group.num_columns)]
+    return sum(
+        max(c.total_uncompressed_size, 0) for c in columns if {c.path_in_schema, c.path_in_schema.split(".")[0]} & {*wanted}
+    )
+
+
+def _check_size(size: int, source: Source) -> None:
+    there = max(source.path.stat().st_size, 1)
+    if size > FLOOR and size > RATIO * there:
         raise DataError(
-            f"{source.name}: says that it decompresses to {size / 2**30:.1f} GiB, {size // max(expect, 1):,} times its size",
+            f"{source.name}: says that it decompresses to {size / 2**30:.1f} GiB, {size // there:,} times its size",
             hint="if its rows are meant, split the file: each may hold 2 GiB",
         )
 
 
 def _batches(file: Any, wanted: list[str], source: Source) -> Iterator[Any]:
     batches = file.iter_batches(batch_size=_ROWS, columns=wanted, use_threads=False)
-    while True:
-        batch, failed = None, ""
-        try:
-            batch = next(batches, None)
-        except MemoryError:
-            raise
-        except Exception as e:
-            failed = type(e).__name__
-        if failed:
-            raise DataError(
-                f"{source.name}: a column that is used cannot be decoded ({failed})",
-                hint="the file is damaged, or uses a feature of Parquet that pyarrow lacks: write it again",
-            )
-        if batch is None:
-            return
+    broken = (
+        "holds a column that is used and cannot be decoded",
+        "it is damaged, or pyarrow lacks a feature of it: write it again",
+    )
+    while (batch := _guarded(lambda: next(batches, None), source, *broken)) is not None:
         source.spend(batch.nbytes)
         yield batch
 

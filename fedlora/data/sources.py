@@ -243,7 +243,7 @@ def _wide(first: bytes) -> str:
     """UTF-16 without a mark: Western text has a zero in every second byte."""
     pairs = len(first) // 2
     for at, name in ((1, "utf-16-le"), (0, "utf-16-be")):
-        if pairs >= 4 and first[at : 2 * pairs : 2].count(0) > 0.7 * pairs and not first[1 - at : 2 * pairs : 2].count(0):
+        if pairs >= 4 and first[at : 2 * pairs : 2].count(0) > 0.6 * pairs > 12 * first[1 - at : 2 * pairs : 2].count(0):
             return name
     return ""
 

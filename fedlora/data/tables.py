@@ -182,16 +182,10 @@ class _Records:
         except csv.Error:
             return []
 
-    def back(self, keep: int = 0) -> None:
-        """Takes back the lines of the last record, all but the first ``keep``."""
-        self._again += sum(map(len, self.lines[keep:]))
-        if self._again > _MOST_AGAIN:
-            raise DataError(
-                f"{self._name}: quotation marks are wrong over and over, up to line {self.number + 1}",
-                hint="write the file again with a tool that quotes, or use JSONL",
-            )
-        self._back.extendleft(reversed(self.lines[keep:]))
-        del self.lines[keep:]
+    def back(self) -> None:
+        """Takes back the lines of the last record."""
+        self._back.extendleft(reversed(self.lines))
+        self.lines.clear()
         self._table = self._reader(_USUAL)
 
     def otherwise(self, way: _Way) -> list[str] | None:
@@ -202,6 +196,12 @@ class _Records:
     def again(self, count: int) -> None:
         """The last record once more, as its first ``count`` lines."""
         self.back()
+        self._again += sum(map(len, self._back))
+        if self._again > _MOST_AGAIN:
+            raise DataError(
+                f"{self._name}: quotation marks are wrong over and over, up to line {self.number + 1}",
+                hint="write the file again with a tool that quotes, or use JSONL",
+            )
         self.lines.extend(self._back.popleft() for _ in range(count))
 
 
@@ -276,6 +276,5 @@ def _odd(fields: list[str], records: _Records, columns: _Columns, delimiter: str
         if records.lines != lines:
             records.again(len(lines))
         return NOT_FIELDS
-    records.back()
     records.again(1)
     return NOT_CLOSED
