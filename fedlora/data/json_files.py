@@ -269,11 +269,13 @@ def _elements(text: str, source: Source) -> Iterator[Row]:
             if text[at] == "[":  # lists one after the other
                 at += 1
                 continue
-        if at >= len(text) or text[at] in "]}":  # the list does not end, or more than it ends
+        if text[at : at + 1] in ("", "]", "}"):  # the list does not end, or more than it ends
             yield NOT_JSON
             return
         row, at = _element(text, at, source)
         yield row
+        if at >= len(text) and isinstance(row, str):  # nothing begins behind a bad one
+            return
 
 
 def _element(text: str, at: int, source: Source) -> tuple[Row, int]:

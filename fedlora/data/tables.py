@@ -22,7 +22,7 @@ _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _SEPARATOR = re.compile(r"sep=([,;|\t])\s*", re.IGNORECASE)
 """Excel's own line for itself."""
 _ROW_NAME = re.compile(r'"[0-9]+"')
-_NULL = re.compile(rb"(?:^|\t)\\N(?=\t|\r?\n|\Z)", re.MULTILINE)
+_NULL = re.compile(r"(?:^|\t)\\N(?=\t|\r?\n|\Z)")
 _ESCAPE = re.compile(r"\\(?:([0-7]{1,3})|x([0-9a-fA-F]{1,2})|(.))", re.DOTALL)
 _ESCAPED = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 
@@ -70,9 +70,7 @@ def _unescaped(found: re.Match[str]) -> str:
 
 
 def _has_null(source: Source) -> bool:
-    source.text_encoding()
-    with source.open() as file:
-        return any(_NULL.search(line) for line in iter(partial(file.readline, MAX_ROW), b""))
+    return any("\\N" in line and _NULL.search(line) for _, line in source.lines())
 
 
 class _Columns:
