@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, regroup, share
-from fedlora.data.conversations import Conversation, ReadReport, also_bad, check_bad, read
+from fedlora.data.conversations import Conversation, read
 from fedlora.data.holdout import check_apart, split
 from fedlora.data.readers import READERS, Reader
+from fedlora.data.report import ReadReport, also_bad, check_bad
 from fedlora.data.shapes import SHAPES, Turn
 from fedlora.data.tokens import IGNORE, Tokenizer, TokenReport, Tokens, tokenise
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.data.conversations import Conversation, numbered
+from fedlora.data.conversations import Conversation
+from fedlora.data.report import numbered
 
 _NAME = r"[A-ZÀ-ÖØ-ÞŁŚŻŽŠČĆŐ][\w'\u2019\-]{1,30}"
 _TITLE = (

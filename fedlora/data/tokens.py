@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.errors import DataError
-from fedlora.data.conversations import Conversation, numbered
+from fedlora.data.conversations import Conversation
+from fedlora.data.report import numbered
 
 I32: TypeAlias = NDArray[np.int32]
 
