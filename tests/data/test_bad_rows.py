@@ -122,6 +122,27 @@ def test_one_object_that_is_wrong_costs_no_other(tmp_path, wrong, at, indent):
         assert len(report.bad) == 1
 
 
+def test_odd_values_of_real_exports_are_taken_as_they_are(tmp_path):
+    """A byte order mark, CRLF, U+2028, NaN, long numbers, NUL, a double key, combining characters; half a character is bad."""
+    made = [
+        '{"prompt": "a", "completion": "b", "id": ' + "9" * 30 + "}",
+        '{"prompt": "a\u2028c", "completion": "b\u2029"}',
+        '{"prompt": "a", "completion": "b", "x": NaN}',
+        '{"prompt": "a", "completion": "b\\ud83d"}',
+        '{"prompt": "a", "completion": "b\\u0000c"}',
+        "",
+        '{"prompt": "a", "prompt": "z", "completion": "b"}',
+        '{"prompt": "a", "completion": "b", "id": ' + "9" * 5000 + "}",
+        '{"prompt": "a", "completion": null}',
+        '{"prompt": "e\u0301", "completion": "\u1e9b\u0323 \ufb01 \U0001f469\u200d\u2695\ufe0f"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(made).encode() + b"\r\n")
+    conversations, report = read(tmp_path / "a.jsonl")
+    assert report.bad == ((4, "not UTF-8 text"), (9, "completion is missing"))
+    assert [c.turns[0].text for c in conversations] == ["a", "a\u2028c", "a", "a", "z", "a", "e\u0301"]
+    assert conversations[-1].turns[1].text == "\u1e9b\u0323 \ufb01 \U0001f469\u200d\u2695\ufe0f"
+
+
 @pytest.mark.parametrize(
     "value", ["9" * 5000, "-" + "9" * 5000, "[" * 5000 + "]" * 5000, '{"a":' * 3000 + "1" + "}" * 3000, "NaN", "1e999"]
 )

@@ -106,10 +106,10 @@ def a_zip():
     [
         ("a.csv", a_zip(), "Excel workbook"),
         ("a.xlsx", a_zip(), "no known format"),
-        ("a.jsonl", gzip.compress(a_tar()), "tar archive"),
+        ("a.jsonl", gzip.compress(a_tar(), mtime=0), "tar archive"),
         ("a.csv", b"\xd0\xcf\x11\xe0" + bytes(600), "Excel workbook"),
         ("a.jsonl", b"\xfd7zXZ\x00" + bytes(20), "compressed by xz"),
-        ("a.jsonl", gzip.compress(gzip.compress(JSONL)), "compressed twice"),
+        ("a.jsonl", gzip.compress(gzip.compress(JSONL, mtime=0), mtime=0), "compressed twice"),
         ("a.csv", BLOBS["parquet"], "this is a Parquet file"),
         ("a.parquet", JSONL, "not a Parquet file"),
         ("a.parquet", BLOBS["parquet"][:-20], "damaged, cut off or encrypted"),
