@@ -201,16 +201,30 @@ def rows(path: Path, data: SiteData, report: Report) -> list[Conversation]:
 
 
 def tokens(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_length: int, report: Report, append_eos: bool = True
+    plan: Plan,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    data: SiteData,
+    *,
+    report: Report,
+    append_eos: bool = True,
 ) -> list[Tokens]:
-    """Turns rows into tokens with the mask of what is trained.
+    """Turns rows into tokens with the mask of what is trained, as the plan and the site's ``[data]`` table say.
 
     Raises:
         DataError: see :func:`fedlora.data.tokenise`.
     """
     from fedlora.data import tokenise
 
-    found, count = tokenise(conversations, tokenizer, max_length=max_length, append_eos=append_eos)
+    found, count = tokenise(
+        conversations,
+        tokenizer,
+        max_length=plan.training.max_length,
+        append_eos=append_eos,
+        special_tokens=data.special_tokens,
+        too_long=data.too_long,
+        template_date=plan.training.template_date,
+    )
     report("data", {"file": "tokens", "lines": list(count.lines())})
     return found
 
@@ -233,8 +247,7 @@ def learner(
         train, held_out = split(train, fraction=data.held_out_fraction, seed=plan.run.seed)
     if not held_out:
         raise DataError("no rows are held out for evaluation", hint="set data.held_out_fraction or data.held_out_path")
-    length = plan.training.max_length
-    both = [tokens(lora.tokenizer, part, max_length=length, report=report) for part in (train, held_out)]
+    both = [tokens(plan, lora.tokenizer, part, data, report=report) for part in (train, held_out)]
     return learner_of(plan, lora, both[0], both[1], name=name, report=report, pace=pace)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.core.errors import DataError
 from fedlora.data.readers import READERS, Row, format_of
-from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, BadRow, Turn, plain_text, shape_of
+from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, shape_of
+from fedlora.data.turns import BadRow, Turn, plain_text
 
 _SHOWN = 20
 
@@ -24,12 +25,14 @@ class Conversation:
         chat: True: the chat template makes text of it; False: the turns are plain text, one after the other.
         line: 1-based line (JSONL, CSV) or row (JSON, Parquet) of the file.
         group: patient or customer; ``""``: a group of its own.
+        tools: that the assistant may call, a JSON list; ``""``: none.
     """
 
     turns: tuple[Turn, ...]
     chat: bool
     line: int
     group: str
+    tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class ReadReport:
         rows: rows in the file, without blank lines.
         used: rows that became conversations; ``rows - len(bad)``.
         bad: (line, reason) of every other row. Reasons are fixed texts.
+        unread: (name, count) of columns, and of keys of turns, that hold something and that nothing reads; by name.
     """
 
     path: str
@@ -51,14 +55,16 @@ class ReadReport:
     rows: int
     used: int
     bad: tuple[tuple[int, str], ...]
+    unread: tuple[tuple[str, int], ...] = ()
 
     def lines(self) -> list[str]:
-        """The report as text: a headline, then one line a reason with at most 20 line numbers."""
+        """The report as text: a headline, one line a reason with at most 20 line numbers, and what nothing reads."""
         head = f"{self.path}: {self.used:,} of {self.rows:,} rows used ({self.format}, {self.shape})"
         by_reason: dict[str, list[int]] = {}
         for line, reason in self.bad:
             by_reason.setdefault(reason, []).append(line)
-        return [head, *(f"{reason}: {numbered(lines)}" for reason, lines in sorted(by_reason.items()))]
+        left = [f"not read: {listed(self.unread)}"] if self.unread else []
+        return [head, *(f"{reason}: {numbered(lines)}" for reason, lines in sorted(by_reason.items())), *left]
 
 
 def numbered(lines: list[int]) -> str:
@@ -66,6 +72,17 @@ def numbered(lines: list[int]) -> str:
     shown = ", ".join(str(line) for line in lines[:_SHOWN])
     more = f" and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
     return f"{'line' if len(lines) == 1 else 'lines'} {shown}{more}"
+
+
+def listed(counts: Sequence[tuple[str, int]]) -> str:
+    """``a (3), b (1) and 7 more``: at most 20 names, each with its count."""
+    shown = ", ".join(f"{_name(name)} ({count:,})" for name, count in counts[:_SHOWN])
+    return shown + (f" and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else "")
+
+
+def _name(name: str) -> str:
+    """A name out of a file, fit to be shown on one line."""
+    return "".join(char if char.isprintable() else "?" for char in name[:40]) + ("..." if len(name) > 40 else "")
 
 
 def read(
@@ -98,12 +115,17 @@ def read(
     if shape == "auto":
         shape = _agreed(path, [_renamed(row, columns) for _, row in rows if not isinstance(row, str)])
     conversations, bad = [], []
+    columns_left: Counter[str] = Counter()
+    keys_left: Counter[str] = Counter()
     for line, row in rows:
         try:
-            conversations.append(_conversation(line, row, shape=shape, columns=columns, group_key=group_key))
+            conversations.append(_conversation(line, row, keys_left, shape=shape, columns=columns, group_key=group_key))
         except BadRow as why:
             bad.append((line, str(why)))
-    report = ReadReport(path.name, format, shape, len(rows), len(conversations), tuple(bad))
+            continue
+        columns_left.update(_columns_left(row, shape=shape, columns=columns, group_key=group_key))
+    unread = [*(("column " + n, k) for n, k in sorted(columns_left.items())), *(("key " + n, k) for n, k in sorted(keys_left.items()))]
+    report = ReadReport(path.name, format, shape, len(rows), len(conversations), tuple(bad), tuple(unread))
     if not conversations:
         raise _nothing(report)
     return conversations, report
@@ -182,11 +204,23 @@ def _agreed(path: Path, rows: list[dict[str, object]]) -> str:
     return next(iter(counts))
 
 
-def _conversation(line: int, row: Row, *, shape: str, columns: Mapping[str, str], group_key: str) -> Conversation:
+def _conversation(
+    line: int, row: Row, keys_left: Counter[str], *, shape: str, columns: Mapping[str, str], group_key: str
+) -> Conversation:
     if isinstance(row, str):
         raise BadRow(row)
-    turns, chat = SHAPES[shape].convert(_renamed(row, columns))
-    return Conversation(turns, chat, line, _group(row.get(group_key)) if group_key else "")
+    names: list[str] = []
+    found = SHAPES[shape].convert(_renamed(row, columns), names.append)
+    group = _group(row.get(group_key)) if group_key else ""
+    keys_left.update(names)
+    return Conversation(found.turns, found.chat, line, group, found.tools)
+
+
+def _columns_left(row: Row, *, shape: str, columns: Mapping[str, str], group_key: str) -> list[str]:
+    """The row's own names of columns that hold something and that this shape does not read."""
+    known = SHAPES[shape].keys | SHAPES[shape].more
+    read = {columns.get(ours, ours) for ours in known} | {group_key}
+    return [key for key, value in row.items() if key not in read and value is not None and value != ""] if isinstance(row, Mapping) else []
 
 
 def _group(value: object) -> str:
