@@ -124,7 +124,10 @@ def read(
             bad.append((line, str(why)))
             continue
         columns_left.update(_columns_left(row, shape=shape, columns=columns, group_key=group_key))
-    unread = [*(("column " + n, k) for n, k in sorted(columns_left.items())), *(("key " + n, k) for n, k in sorted(keys_left.items()))]
+    unread = [
+        *(("column " + n, k) for n, k in sorted(columns_left.items())),
+        *(("key " + n, k) for n, k in sorted(keys_left.items())),
+    ]
     report = ReadReport(path.name, format, shape, len(rows), len(conversations), tuple(bad), tuple(unread))
     if not conversations:
         raise _nothing(report)
@@ -220,7 +223,11 @@ def _columns_left(row: Row, *, shape: str, columns: Mapping[str, str], group_key
     """The row's own names of columns that hold something and that this shape does not read."""
     known = SHAPES[shape].keys | SHAPES[shape].more
     read = {columns.get(ours, ours) for ours in known} | {group_key}
-    return [key for key, value in row.items() if key not in read and value is not None and value != ""] if isinstance(row, Mapping) else []
+    return (
+        [key for key, value in row.items() if key not in read and value is not None and value != ""]
+        if isinstance(row, Mapping)
+        else []
+    )
 
 
 def _group(value: object) -> str:

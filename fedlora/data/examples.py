@@ -162,4 +162,5 @@ def _prove(
 
 def _squash(text: str) -> str:
     """Text as far as tokenizers keep it: compatibility forms (NFKC), no white space, no control characters."""
-    return "".join(char for char in unicodedata.normalize("NFKC", text) if char.isprintable() and not char.isspace())
+    known = unicodedata.normalize("NFKC", text).replace("\u2581", "")  # SentencePiece's sign for a space
+    return "".join(char for char in known if char.isprintable() and not char.isspace())

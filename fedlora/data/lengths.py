@@ -28,7 +28,7 @@ def pieces(whole: Example, *, max_length: int) -> Iterator[Example]:
     Law: every trained token of the whole is trained in exactly one part, with the tokens before it in sight.
     """
     lead, room = whole.lead, max_length - whole.lead
-    overlap = min(max_length // OVERLAP, room - 1)
+    overlap = min(max(max_length // OVERLAP, 1), room - 1)
     at = lead
     while at < len(whole):
         seen = at - overlap if at > lead else at

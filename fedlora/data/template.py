@@ -1,20 +1,16 @@
-"""A chat template as it renders a row: where in the text the answers stand, and which words of it are the row's own.
-
-Texts of a row are given to the template between marks, characters of a private plane of Unicode. Where the marks come out is
-where the texts stand. A second rendering without marks must be the same text, so that marks change nothing unseen.
-"""
+"""A chat template as it renders a row: where in the text the answers stand, and which words of it are the row's own."""
 
 from __future__ import annotations
 
 import datetime
 import json
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedlora.data.conversations import Conversation
+from fedlora.data.marks import LEVELS, PLANES, TOO_MANY, Level, Marked, Marks, marked_json
 from fedlora.data.turns import REASONING, BadRow, Turn
 from fedlora.data.vocabulary import Tokenizer, Vocabulary
 
@@ -22,12 +18,7 @@ REFUSED = "the chat template refuses this row"
 CHANGED = "the chat template changes what this row says"
 LEFT_OUT = "the chat template leaves out a turn"
 NO_CALLS = "the chat template does not show tool calls"
-TOO_MANY = "too many texts in one row, or characters of both private planes of Unicode"
 SYSTEM = "the chat template does not show system turns"
-
-Level = Literal["all", "answers", "ends"]
-_LEVELS: tuple[Level, ...] = ("all", "answers", "ends")
-"""How much is marked: everything, what assistants say, only its ends. Templates that look at the first characters of a text need less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,82 +44,8 @@ class Rendered:
     notes: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A text of a row: whose, and what it is."""
-
-    turn: int
-    kind: Literal["text", "reasoning", "call", "argument", "name", "tools"]
-    lead: str
-    trail: str
-
-
-class Marks:
-    """Marks of one rendering."""
-
-    def __init__(self, vocabulary: Vocabulary, first: int, level: Level) -> None:
-        self.known: list[Mark] = []
-        self.first, self.level, self._control = first, level, vocabulary.control
-
-    def quote(self, text: str) -> str:
-        """The text with a mark behind the first character of each special-token string."""
-        return self._control.sub(lambda m: m[0][0] + chr(self.first + 0xFFFD) + m[0][1:], text)
-
-    def put(self, text: str, turn: int, kind: Any, *, answer: bool) -> str:
-        """The text between marks, inside of its white space, and a mark in each special-token string."""
-        if not (core := text.strip()):
-            return text
-        begin = text.index(core)
-        lead, core, trail = text[:begin], self.quote(core), text[begin + len(core) :]
-        if self.level != "all" and not (answer and kind in ("text", "reasoning")):
-            return lead + core + trail
-        number = self.first + 2 * len(self.known)
-        if number + 1 >= self.first + 0xFFFD:
-            raise BadRow(TOO_MANY)
-        self.known.append(Mark(turn, kind, lead, trail))
-        return f"{lead}{'' if self.level == 'ends' else chr(number)}{core}{chr(number + 1)}{trail}"
-
-
-@dataclass(frozen=True, slots=True)
-class Marked:
-    """A rendering with its marks taken out: for each mark where the text begins and ends (the last time it is shown)."""
-
-    text: str
-    level: Level
-    known: tuple[Mark, ...]
-    begins: dict[int, int]
-    ends: dict[int, int]
-    quoted: frozenset[int]
-
-    @classmethod
-    def read(cls, text: str, marks: Marks) -> Marked:
-        pieces: list[str] = []
-        at, length = 0, 0
-        places: tuple[dict[int, int], dict[int, int]] = {}, {}
-        quoted = set()
-        for match in _PLANES[marks.first].finditer(text):
-            pieces.append(text[at : match.start()])
-            length += match.start() - at
-            at = match.end()
-            number, end = divmod(ord(match[0]) - marks.first, 2)
-            if number < len(marks.known):
-                places[end][number] = length
-            else:
-                quoted.add(length - 1)
-        pieces.append(text[at:])
-        return cls("".join(pieces), marks.level, tuple(marks.known), *places, frozenset(quoted))
-
-    @property
-    def complete(self) -> bool:
-        """All texts of the row are marked."""
-        return self.level == "all"
-
-    def of(self, turn: int, *kinds: str) -> list[int]:
-        """Numbers of the marks of a turn."""
-        return [n for n, m in enumerate(self.known) if m.turn == turn and (not kinds or m.kind in kinds)]
-
-
-_PLANES = {first: re.compile(f"[{chr(first)}-{chr(first + 0xFFFD)}]") for first in (0xF0000, 0x100000)}
+_ANSWER = "zq2"
+"""An answer that no template writes itself."""
 
 
 class Template:
@@ -143,23 +60,36 @@ class Template:
         self.tokenizer, self.date = tokenizer, date
         self._sources: dict[bool, str | None] = {}
         self.dated = any(self._source(tools) is not None for tools in (False, True))
-        x, y = Turn("user", "x", False), Turn("assistant", "y", True)
+        x, y = Turn("user", "zq1", False), Turn("assistant", _ANSWER, True)
         written = self.shown([x, y, x])
         self.vocabulary = Vocabulary(tokenizer, written or "")
         self._knows_developer = "developer" in self._text(tools=False)
         self._arguments: Literal["text", "object"] | None = None
         with_header = self.shown([x], ask=True)
-        self.prompts = with_header is not None and with_header != self.shown([x])
-        tail = (self.shown([x, y]) or "").rpartition("y")[2]
-        first = self.vocabulary.first(tail, 0, frozenset())
-        self.enders = {tokenizer.eos_token or "", *(match[0] for match in first[:1])}
+        asked, answered = self.shown([x]), self.shown([x, y]) or ""
+        self.prompts = with_header is not None and with_header != asked
+        begins = asked is not None and not self.prompts and answered.startswith(asked)
+        self.header = answered[len(asked or "") :].partition(_ANSWER)[0] if begins else ""
+        self.enders = {tokenizer.eos_token or "", *self._ends(answered, written or "")}
+
+    def _ends(self, alone: str, followed: str) -> list[str]:
+        """The token that ends an answer: the last one that stays when turns follow, or the first that there is.
+
+        Args:
+            alone: a chat that ends in it.
+            followed: one in which a turn follows.
+        """
+        at = alone.rfind(_ANSWER) + len(_ANSWER)
+        tokens = self.vocabulary.first(alone, at, frozenset())
+        stays = [match[0] for match in tokens if followed.startswith(alone[: match.end()])]
+        return stays[-1:] or [match[0] for match in tokens[:1]]
 
     # --- rendering ----------------------------------------------------------------------------------------------------
 
     def shown(self, turns: Sequence[Turn], tools: str = "", *, ask: bool = False, marks: Marks | None = None) -> str | None:
         """What the template makes of turns; None if it refuses them."""
         messages = [self._message(number, turn, marks) for number, turn in enumerate(turns)]
-        offered = _marked_json(json.loads(tools), marks, -1, "tools") if tools else None
+        offered = marked_json(json.loads(tools), marks, -1, "tools") if tools else None
         options: dict[str, Any] = {} if (source := self._source(bool(tools))) is None else {"chat_template": source}
         with suppress(Exception):  # templates raise whatever they like, and their errors may quote the row
             return str(
@@ -210,7 +140,7 @@ class Template:
             given = text if marks is None else marks.put(text, number, "argument", answer=True)
         else:
             held = json.loads(given) if isinstance(given, str) else given
-            given = _marked_json(held, marks, number, "argument")
+            given = marked_json(held, marks, number, "argument")
         name = function["name"] if marks is None else marks.put(function["name"], number, "call", answer=True)
         if marks is not None and "id" in call:
             call = {**call, "id": marks.quote(call["id"])}
@@ -255,7 +185,7 @@ class _Row:
         answers = [number for number, turn in enumerate(turns) if turn.trained]
         self.turns, self.answers = turns[: answers[-1] + 1], answers
         held = "".join([*(t.text + t.reasoning + t.calls + t.name for t in self.turns), tools])
-        planes = [first for first, pattern in _PLANES.items() if held.isascii() or not pattern.search(held)]
+        planes = [first for first, pattern in PLANES.items() if held.isascii() or not pattern.search(held)]
         if not planes:
             raise BadRow(TOO_MANY)
         self.plane = planes[0]
@@ -273,7 +203,7 @@ class _Row:
         plain = self.plain(count)
         if plain is None:
             raise BadRow(REFUSED)
-        for level in _LEVELS:
+        for level in LEVELS:
             found = self.marked(count, level)
             if found is not None and found.text == plain:
                 return found
@@ -320,7 +250,7 @@ class _Row:
         behind, mark = max(ends, default=(start, -1))
         trail = shown.known[mark].trail if ends else ""
         behind += len(trail) if shown.text.startswith(trail, behind) else 0
-        end = self._end(number, shown, behind)
+        end = self._end(shown, behind)
         return (start, end or behind), end is not None
 
     def _start(self, number: int, shown: Marked, own: list[int]) -> int:
@@ -329,7 +259,9 @@ class _Row:
         if begins:
             lead = shown.known[min(begins)[1]].lead
             first = min(begins)[0] - (len(lead) if shown.text.endswith(lead, 0, min(begins)[0]) else 0)
-        asked = self.plain(number, ask=True) if self.template.prompts or first is None else None
+        asked = self.plain(number, ask=True)
+        if asked is not None and shown.text.startswith(asked + self.template.header):
+            asked += self.template.header
         if asked is not None and shown.text.startswith(asked):
             return len(asked) if first is None else min(len(asked), first)
         if asked is not None and shown.complete:
@@ -343,13 +275,11 @@ class _Row:
             raise BadRow(CHANGED)
         return first
 
-    def _end(self, number: int, shown: Marked, behind: int) -> int | None:
+    def _end(self, shown: Marked, behind: int) -> int | None:
         """Behind the token that ends the turn; None if there is none."""
         tokens = self.template.vocabulary.first(shown.text, behind, shown.quoted)
         if not tokens:
             return None
-        if not self.turns[number].calls:
-            return tokens[0].end()
         for match in tokens:
             if match[0] in self.template.enders:
                 return match.end()
@@ -376,15 +306,20 @@ class _Row:
         """What the template leaves out of the row, as keys of NOTES.
 
         Raises:
-            BadRow: a whole turn is missing, or calls.
+            BadRow: a whole turn is missing, or calls, or an answer reads differently.
         """
         found = set()
         squashed = ""
         for n, mark in enumerate(shown.known):
-            ended = n in shown.ends
-            if ended and (n in shown.begins or shown.level == "ends"):
+            ended, turn = n in shown.ends, self.turns[mark.turn]
+            if ended and shown.level == "ends":
                 continue
-            turn = self.turns[mark.turn]
+            if ended and n in shown.begins:
+                if mark.kind in ("text", "reasoning") and turn.role != "tool" and not _same(shown, n, turn, mark.kind):
+                    if mark.turn in trained:
+                        raise BadRow(CHANGED)
+                    found.add("part")
+                continue
             if mark.turn >= 0 and turn.trained and mark.turn not in trained:
                 continue  # this answer has a text of its own
             if mark.kind == "text" and not ended and n not in shown.begins:
@@ -397,18 +332,14 @@ class _Row:
         return found
 
 
+def _same(shown: Marked, n: int, turn: Turn, kind: str) -> bool:
+    """Between its marks stands the text, but for white space."""
+    text = turn.text if kind == "text" else turn.reasoning
+    here = shown.text[shown.begins[n] : shown.ends[n]]
+    return here == text.strip() or "".join(here.split()) == "".join(text.split())
+
+
 _MISSING = {"text": "part", "reasoning": "reasoning", "name": "name", "tools": "tools"}
-
-
-def _marked_json(value: Any, marks: Marks | None, turn: int, kind: str) -> Any:
-    """The same JSON value with every text between marks."""
-    if isinstance(value, str):
-        return value if marks is None else marks.put(value, turn, kind, answer=turn >= 0)
-    if isinstance(value, list):
-        return [_marked_json(item, marks, turn, kind) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {k if marks is None else marks.quote(k): _marked_json(v, marks, turn, kind) for k, v in value.items()}
 
 
 def _clock(date: str) -> str:

@@ -68,7 +68,9 @@ class TokenReport:
             f"tokens a row: {low:,} to {top:,}, median {median:,}, 95 % up to {high:,}",
         ]
         if self.truncated:
-            lines.append(f"{self.truncated:,} rows ({self.truncated / self.rows:.1%}) are longer than max_length {self.max_length:,}")
+            lines.append(
+                f"{self.truncated:,} rows ({self.truncated / self.rows:.1%}) are longer than max_length {self.max_length:,}"
+            )
         lines += [f"{reason}: {numbered(at)}" for reason, at in _by_reason(self.bad)]
         if self.dropped:
             lines.append(f"nothing is left to train on within max_length: {numbered(list(self.dropped))}")
@@ -91,7 +93,7 @@ def tokenise(
     *,
     max_length: int,
     append_eos: bool = True,
-    special_tokens: SpecialTokens = "text",  # noqa: S107 (not a secret)
+    special_tokens: SpecialTokens = "text",
     too_long: TooLong = "keep-answer",
     template_date: str = DATE,
 ) -> tuple[list[Tokens], TokenReport]:
@@ -132,7 +134,12 @@ def tokenise(
             hint="an instruction-tuned base, or rows with prompt and completion",
         )
     maker = _Maker(
-        tokenizer, max_length=max_length, append_eos=append_eos, keep=special_tokens == "keep", too_long=too_long, date=template_date
+        tokenizer,
+        max_length=max_length,
+        append_eos=append_eos,
+        keep=special_tokens == "keep",
+        too_long=too_long,
+        date=template_date,
     )
     rows = iter(conversations)
     while chunk := list(islice(rows, _AT_ONCE)):
@@ -250,7 +257,9 @@ class _Maker:
             return report
         if self._bad and not self._dropped:
             reasons = "; ".join(f"{reason}: {numbered(lines)}" for reason, lines in _by_reason(self._bad))
-            raise DataError(f"none of the {rows:,} rows can be used: {reasons}", hint="rows that the chat template of this base takes")
+            raise DataError(
+                f"none of the {rows:,} rows can be used: {reasons}", hint="rows that the chat template of this base takes"
+            )
         raise DataError(
             f"none of the {rows:,} rows has anything to train on within max_length {self.max_length}",
             hint=f"a larger training.max_length (the longest row has {report.lengths[-1]:,} tokens), or shorter answers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -293,5 +293,3 @@ def checked(turns: Iterable[Turn]) -> tuple[Turn, ...]:
 def said(role: str, text: str) -> Turn:
     """A turn of nothing but text."""
     return Turn(role, text, trained=role == "assistant")
-
-

@@ -1,4 +1,4 @@
-"""What a base's tokenizer makes of a text: ids, where each stands in the text, and which special tokens are the row's own words."""
+"""What a base's tokenizer makes of a text: ids, where each stands, and which special tokens are the row's own words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ I32: TypeAlias = NDArray[np.int32]
 
 UNTELLABLE = "special-token strings of this row cannot be told from its text"
 _PRIVATE = 0x100000
-"""First character of Unicode's private plane 16: names of special tokens in the tokenizer that is used for rows that quote them."""
+"""First character of Unicode's private plane 16: names of special tokens in the tokenizer for rows that quote them."""
 
 
 class Tokenizer(Protocol):
@@ -66,7 +66,7 @@ class Encoded:
 
     Attributes:
         ids: (n,) int32.
-        starts: (n,) int32; first character of each token, white space included that the tokenizer leaves out of its offsets.
+        starts: (n,) int32; first character of each token.
         ends: (n,) int32; the character behind the last.
     """
 
@@ -102,8 +102,8 @@ class Vocabulary:
     def encode(self, texts: Sequence[str], quoted: Sequence[frozenset[int]]) -> list[Encoded | BadRow]:
         """Each text in one piece, no special token put before or behind it.
 
-        Law: without quoted strings the ids are ``tokenizer(text, add_special_tokens=False)``; with them, those of a tokenizer that
-        does not know the special tokens at these places.
+        Law: without quoted strings the ids are ``tokenizer(text, add_special_tokens=False)``; with them, those of a tokenizer
+        that does not know the special tokens at these places.
 
         Args:
             texts: to encode.
@@ -192,11 +192,14 @@ def _any_of(names: Any) -> re.Pattern[str]:
 
 
 def _encoded(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
-    """Offsets without gaps: byte-level tokenizers may leave white space out of them."""
+    """Tokens with the places where they stand. Byte-level tokenizers may leave white space out of a token's place; one that holds
+    nothing else stands behind the token before."""
     where = np.array(offsets, np.int32).reshape(-1, 2)
     starts, ends = where[:, 0], where[:, 1]
-    before = np.concatenate([np.zeros(1, np.int32), np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
-    return Encoded(np.array(ids, np.int32), np.minimum(starts, before), ends)
+    if len(ends) and (empty := starts == ends).any():
+        before = np.concatenate([np.zeros(1, np.int32), np.maximum.accumulate(ends)[:-1]])
+        starts = np.where(empty, np.minimum(starts, before), starts)
+    return Encoded(np.array(ids, np.int32), starts, ends)
 
 
 def _other_names(controls: Any) -> dict[str, str]:

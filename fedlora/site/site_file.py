@@ -50,7 +50,7 @@ class SiteData(Section):
     group_key: str = ""
     """column that identifies the patient or customer; all rows of one group stay on the same side of the split"""
     special_tokens: Literal["text", "keep"] = "text"
-    """strings such as <|im_end|> inside rows; text: encoded as ordinary characters; keep: special tokens, also in what users wrote"""
+    """strings such as <|im_end|> inside rows; text: ordinary characters; keep: special tokens, also where a user wrote them"""
     too_long: Literal["keep-answer", "cut", "drop"] = "keep-answer"
     """rows above max_length; keep-answer: cut the prompt, split long texts; cut: truncate on the right; drop: leave them out"""
     held_out_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.1
