@@ -183,7 +183,7 @@ def test_what_stands_before_a_closed_think_block_is_shown_or_counted():
 
 
 def test_a_user_text_that_a_template_looks_at_is_marked_no_further_than_it_bears():
-    row = chat(["<tool_response>\nx\n</tool_response>", "yes", "a", "no"])
+    row = chat(["a", "<think>\nhm\n</think>\n\nyes", "<tool_response>\nx\n</tool_response>", "no"])
     shown = [{"role": t.role, "content": t.text} for t in row.turns]
     examples, _ = tokenise([row], tokenizer("byte-level", "qwen3"), max_length=999)
     ids = examples[-1].input_ids.tolist()
