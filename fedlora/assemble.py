@@ -216,22 +216,42 @@ def _counted_rows(path: Path | Sequence[Path], data: SiteData, report: Report) -
 
 
 def tokens(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_length: int, report: Report, append_eos: bool = True
+    plan: Plan,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    data: SiteData,
+    *,
+    report: Report,
+    append_eos: bool = True,
 ) -> list[Tokens]:
-    """Turns rows into tokens with the mask of what is trained.
+    """Turns rows into tokens with the mask of what is trained, as the plan and the site's ``[data]`` table say.
 
     Raises:
         DataError: see :func:`fedlora.data.tokenise`.
     """
-    return _counted_tokens(tokenizer, conversations, max_length=max_length, report=report, append_eos=append_eos)[0]
+    return _counted_tokens(plan, tokenizer, conversations, data, report=report, append_eos=append_eos)[0]
 
 
 def _counted_tokens(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_length: int, report: Report, append_eos: bool = True
+    plan: Plan,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    data: SiteData,
+    *,
+    report: Report,
+    append_eos: bool = True,
 ) -> tuple[list[Tokens], TokenReport]:
     from fedlora.data import tokenise
 
-    found, count = tokenise(conversations, tokenizer, max_length=max_length, append_eos=append_eos)
+    found, count = tokenise(
+        conversations,
+        tokenizer,
+        max_length=plan.training.max_length,
+        append_eos=append_eos,
+        special_tokens=data.special_tokens,
+        too_long=data.too_long,
+        template_date=plan.training.template_date,
+    )
     report("data", {"file": "tokens", "lines": list(count.lines())})
     return found, count
 
@@ -253,9 +273,8 @@ def learner(
         check_apart(train, held_out)
     else:
         train, held_out = split(train, fraction=data.held_out_fraction, seed=plan.run.seed)
-    length = plan.training.max_length
-    trained, first = _counted_tokens(lora.tokenizer, train, max_length=length, report=report)
-    evaluated, second = _held_out_tokens(lora.tokenizer, held_out, max_length=length, report=report)
+    trained, first = _counted_tokens(plan, lora.tokenizer, train, data, report=report)
+    evaluated, second = _held_out_tokens(plan, lora.tokenizer, held_out, data, report=report)
     if counts[0] is counts[1]:
         check_bad(also_bad(counts[0], first.bad + second), data.max_bad_share)
     else:
@@ -265,13 +284,13 @@ def learner(
 
 
 def _held_out_tokens(
-    tokenizer: Tokenizer, held_out: Sequence[Conversation], *, max_length: int, report: Report
+    plan: Plan, tokenizer: Tokenizer, held_out: Sequence[Conversation], data: SiteData, *, report: Report
 ) -> tuple[list[Tokens], tuple[tuple[int, str], ...]]:
     """The examples for evaluation and the bad rows among them. A site that has none takes part all the same."""
     why = "no held-out rows"
     if held_out:
         try:
-            found, count = _counted_tokens(tokenizer, held_out, max_length=max_length, report=report)
+            found, count = _counted_tokens(plan, tokenizer, held_out, data, report=report)
         except DataError as e:
             why = f"no held-out rows: {e}"
         else:

@@ -18,7 +18,7 @@ from fedlora.core.plan import Aggregate, Plan, Training
 from fedlora.core.plan import Federation as Rounds
 from fedlora.core.words import majority_line
 from fedlora.data.batches import Cursor, Stream
-from fedlora.data.tokens import IGNORE, Tokens
+from fedlora.data.examples import IGNORE, Tokens
 from fedlora.lab.report import write_html
 from fedlora.lab.tables import table
 from fedlora.lab.testing import ToyLearner, toy_adapter

@@ -13,9 +13,10 @@ from fedlora.data.json_files import parsed
 from fedlora.data.readers import READERS
 from fedlora.data.report import SHOWN, ReadReport, check_bad
 from fedlora.data.rows import NOT_TEXT, OTHER_SHAPE, PYTHON_LIST, Row
-from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, BadRow, Turn, plain_text, shape_of
+from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, shape_of
 from fedlora.data.sources import ENCODINGS, Source, find, format_of
 from fedlora.data.tables import HEADER_HINT
+from fedlora.data.turns import BadRow, Turn, plain_text
 
 _FEW = 0.01
 """Rows of another shape are slips as long as they are no larger a share than this; more are two files in one."""
@@ -31,6 +32,7 @@ class Conversation:
         chat: True: the chat template makes text of it; False: the turns are plain text, one after the other.
         line: 1-based line (JSONL, CSV) or row (JSON, Parquet) of the file.
         group: patient or customer; ``""``: a group of its own.
+        tools: that the assistant may call, a JSON list; ``""``: none.
         file: the file's name without its directory, if several were read; else ``""``.
     """
 
@@ -38,6 +40,7 @@ class Conversation:
     chat: bool
     line: int
     group: str
+    tools: str = ""
     file: str = ""
 
 
@@ -132,7 +135,7 @@ def _unreadable(path: Path, why: str) -> DataError:
 
 
 def _columns(counts: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    return tuple((f"column {name}", count) for name, count in sorted(counts.items()))
+    return tuple(sorted(counts.items()))
 
 
 @dataclass(slots=True)
@@ -182,7 +185,6 @@ class _Reading:
         source = Source(path, encoding=encoding, header=header, wanted=self.wanted(), shapes=theirs)
         part = _Part(path.name, name)
         self.parts.append(part)
-        known = self.wanted()
         for line, row in _rows(source, name):
             part.rows += 1
             if isinstance(row, str):
@@ -190,11 +192,8 @@ class _Reading:
                 continue
             if self.missing:
                 self.missing = {theirs: setting for theirs, setting in self.missing.items() if row.get(theirs) is None}
-            for key in row.keys() - known:
-                if row[key] is not None and row[key] != "":
-                    part.unread[key] += 1
             self._row(part, line, row)
-        part.unread.update(source.unread)
+        part.unread.update({f"column {key}": count for key, count in source.unread.items()})
         part.notes = source.notes
         if encoding not in ("auto", "utf-8"):
             part.bad = [(line, f"not {encoding} text" if why == NOT_TEXT else why) for line, why in part.bad]
@@ -215,12 +214,25 @@ class _Reading:
             part.bad.append((line, "a preference pair"))
             return
         try:
-            turns, chat = SHAPES[shape].convert(_opened(named))
+            keys: list[str] = []
+            said = SHAPES[shape].convert(_opened(named), keys.append)
             group = _group(row.get(self.group_key)) if self.group_key else ""
         except BadRow as why:
             part.bad.append((line, str(why)))
             return
-        self.found.append((shape, at, Conversation(turns, chat, line, group, part.name if self.several else "")))
+        self.found.append(
+            (shape, at, Conversation(said.turns, said.chat, line, group, said.tools, part.name if self.several else ""))
+        )
+        part.unread.update(f"key {key}" for key in keys)
+        reads = self._reads(shape)
+        part.unread.update(
+            f"column {key}" for key, value in row.items() if key not in reads and value is not None and value != ""
+        )
+
+    def _reads(self, shape: str) -> frozenset[str]:
+        """The file's own names of the columns that a shape reads."""
+        known = SHAPES[shape].keys | SHAPES[shape].more
+        return frozenset({self.columns.get(ours, ours) for ours in known} | {self.group_key})
 
     def finish(self, name: str, notes: Sequence[str]) -> tuple[list[Conversation], ReadReport]:
         """All conversations of the one shape that the rows agree on."""
@@ -317,7 +329,7 @@ def _rows(source: Source, format: str) -> Iterator[tuple[int, Row]]:
 def _why_not(row: dict[str, object], shape: str) -> str:
     """Why a row that lacks columns of a shape is none."""
     try:
-        SHAPES[shape].convert(_opened(row))
+        SHAPES[shape].convert(_opened(row), lambda key: None)
     except BadRow as why:
         return str(why)
     return OTHER_SHAPE
@@ -333,7 +345,7 @@ def _renamed(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str,
     return {key: value for key, value in named.items() if value is not None}
 
 
-_LISTS = ("messages", "conversations", "history", "tools")
+_LISTS = ("messages", "conversations", "history")
 
 
 def _opened(row: dict[str, object]) -> dict[str, object]:

@@ -12,7 +12,7 @@ from fedlora.data.rows import NOT_CLOSED, NOT_FIELDS, NOT_JSON, NOT_OBJECT, OTHE
 
 SHOWN = 20
 """Lines, names or files that are told, at most."""
-_NAME = re.compile(r"(?:column |key )?[^\W\d][\w.-]{0,31}(?: [\w.-]{1,20}){0,2}")
+_NAME = re.compile(r"(?:column |key )?[^\W\d][\w.-]{0,31}(?: [\w.-]{1,20}){0,2}(?: of a [a-z]+(?: of the [a-z]+)?)?")
 """What may be shown as a name of a column: up to three words of letters, digits, points and dashes."""
 
 _CURES = {

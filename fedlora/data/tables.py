@@ -18,6 +18,8 @@ _MOST_FIELD = 1 << 24
 """Characters of a field: 16 Mi. A quotation mark that nothing closes swallows no more."""
 _MOST_AGAIN = 1 << 29
 """Characters that are read once more after rows that are wrong, at most."""
+_TRIED = 10_000
+"""Records that decide how quotation marks are escaped."""
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _SEPARATOR = re.compile(r"sep=([,;|\t])\s*", re.IGNORECASE)
 """Excel's own line for itself."""
@@ -141,13 +143,14 @@ class _Records:
         lines: of the record that was read last.
     """
 
-    def __init__(self, file: TextIOWrapper, delimiter: str, name: str) -> None:
-        self._file, self._delimiter, self._name = file, delimiter, name
+    def __init__(self, file: TextIOWrapper, delimiter: str, name: str, way: _Way | None = None) -> None:
+        self._file, self.delimiter, self._name = file, delimiter, name
         self._back: deque[str] = deque()
         self._again = 0
+        self._way = way or _USUAL
         self.number = 0
         self.lines: list[str] = []
-        self._table = self._reader(_USUAL)
+        self._table = self._reader(self._way)
 
     def _feed(self, change: Callable[[str], str] | None) -> Iterator[str]:
         lines, back = self.lines, self._back
@@ -163,7 +166,7 @@ class _Records:
         return csv.reader(
             self._feed(way.change),
             strict=True,
-            delimiter=self._delimiter,
+            delimiter=self.delimiter,
             skipinitialspace=way.skip_spaces,
             quoting=csv.QUOTE_NONE if way.literal else csv.QUOTE_MINIMAL,
         )
@@ -184,10 +187,11 @@ class _Records:
         """Takes back the lines of the last record."""
         self._back.extendleft(reversed(self.lines))
         self.lines.clear()
-        self._table = self._reader(_USUAL)
+        self._table = self._reader(self._way)
 
-    def otherwise(self, way: _Way) -> list[str] | None:
-        """The last record once more, from its first line on, read in another way."""
+    def otherwise(self, way: _Way, *, stay: bool = False) -> list[str] | None:
+        """The last record once more, from its first line on, read in another way; ``stay``: and all others after it."""
+        self._way = way if stay else self._way
         self.back()
         return self._next(self._reader(way))
 
@@ -213,9 +217,13 @@ def _table(source: Source, delimiter: str) -> Iterator[tuple[int, Row]]:
         quoted = records.lines[0].lstrip().startswith('"') if source.header else False
         if not source.header:
             records.back()
-        rows = 0
+        rows, decided = 0, False
         while (fields := records.next()) is not None:
             number = records.number + 1
+            if not decided and any('\\"' in line for line in records.lines):
+                decided = True
+                if _misfits(source, delimiter, _ESCAPED_QUOTES, columns) < _misfits(source, delimiter, _USUAL, columns):
+                    fields = records.otherwise(_ESCAPED_QUOTES, stay=True) or []
             if len(fields) != columns.width:
                 row = _odd(fields, records, columns, delimiter)
                 if row is None:
@@ -232,6 +240,26 @@ def _table(source: Source, delimiter: str) -> Iterator[tuple[int, Row]]:
                 rows += 1
                 yield number, columns.row(fields)
         columns.count(rows)
+
+
+def _misfits(source: Source, delimiter: str, way: _Way, columns: _Columns) -> int:
+    """How many of the first records do not look right if they are read in this way."""
+    wrong = 0
+    with source.text(newline="") as file:
+        records = _Records(file, delimiter, source.name, way)
+        if source.header:
+            _header(records, source)
+        for _ in range(_TRIED):
+            fields = records.next()
+            if fields is None:
+                break
+            text = "".join(records.lines)
+            fits = len(fields) == columns.width or (len(fields) == columns.width + 1 and _ROW_NAME.match(text))
+            marked = any('"' in field for field in fields) and '""' not in text and '\\"' not in text
+            wrong += not fits or marked  # a mark that nothing made part of a field, where the others are quoted
+            if not fields and text.strip():
+                records.again(1)
+    return wrong
 
 
 def _header(records: _Records, source: Source) -> _Columns | None:

@@ -247,7 +247,7 @@ def load_rows(
         if not path.exists():
             raise ConfigError(f"{path} does not exist", hint="simulation.data names a directory with SITE.train.jsonl and so on")
         found = build.rows(path, SiteData(), report)
-        return build.tokens(lora.tokenizer, found, max_length=plan.training.max_length, append_eos=append_eos, report=report)
+        return build.tokens(plan, lora.tokenizer, found, SiteData(), append_eos=append_eos, report=report)
 
     rows = {s: {p: tokens(data / f"{s}.{p}.jsonl") for p in ("train", "validation", "test")} for s in sites}
     return rows, tokens(data / _GENERAL, append_eos=False) if (data / _GENERAL).exists() else []

@@ -68,6 +68,10 @@ class SiteData(Section):
     """our column name = the file's column name, e.g. { prompt = "question", completion = "answer" }"""
     group_key: str = ""
     """column that identifies the patient or customer; all rows of one group stay on the same side of the split"""
+    special_tokens: Literal["text", "keep"] = "text"
+    """strings such as <|im_end|> inside rows; text: ordinary characters; keep: special tokens, also where a user wrote them"""
+    too_long: Literal["keep-answer", "cut", "drop"] = "keep-answer"
+    """rows above max_length; keep-answer: cut the prompt, split long texts; cut: truncate on the right; drop: leave them out"""
     held_out_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.1
     """fraction of groups held out for evaluation"""
 

@@ -30,7 +30,7 @@ NOTHING = ["Take 5 mg twice daily, BP 120/80, pulse 72.", "pH 7.35, Na 140, K 4.
 
 
 def row(text, line=1, file=""):
-    return Conversation((Turn("prompt", text, False), Turn("completion", "fine", True)), False, line, "", file)
+    return Conversation((Turn("prompt", text, False), Turn("completion", "fine", True)), False, line, "", file=file)
 
 
 def kinds(text):

@@ -4,13 +4,13 @@ import csv
 import io
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fedlora.core.errors import DataError
 from fedlora.data import read
 
-once_a_test = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+once_a_test = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 letters = st.characters(codec="utf-8", exclude_characters="\r\x00") | st.sampled_from("\",;\t\n\\'| \u2028é")
 texts = st.text(letters, min_size=1, max_size=30).map(lambda t: f"x{t}x")
 pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=6)
@@ -67,6 +67,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 @given(pairs)
+@example([("x0x", 'x"\nx'), ("a", "b")])
 @once_a_test
 def test_what_a_program_writes_comes_back_as_it_was(tmp_path, name, rows):
     text = WRITERS[name](rows)
