@@ -167,6 +167,7 @@ class _Reading:
     found: list[tuple[str, int, Conversation]] = field(default_factory=list)  # shape, part, conversation
     shapeless: list[tuple[int, int, dict[str, object]]] = field(default_factory=list)  # part, line, row
     shapes: Counter[str] = field(default_factory=Counter)
+    reads: dict[str, frozenset[str]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # columns that no row has had yet -> the setting that names them
 
     def __post_init__(self) -> None:
@@ -231,8 +232,10 @@ class _Reading:
 
     def _reads(self, shape: str) -> frozenset[str]:
         """The file's own names of the columns that a shape reads."""
-        known = SHAPES[shape].keys | SHAPES[shape].more
-        return frozenset({self.columns.get(ours, ours) for ours in known} | {self.group_key})
+        if shape not in self.reads:
+            known = SHAPES[shape].keys | SHAPES[shape].more
+            self.reads[shape] = frozenset({self.columns.get(ours, ours) for ours in known} | {self.group_key})
+        return self.reads[shape]
 
     def finish(self, name: str, notes: Sequence[str]) -> tuple[list[Conversation], ReadReport]:
         """All conversations of the one shape that the rows agree on."""
