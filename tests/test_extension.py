@@ -24,7 +24,8 @@ from fedlora.core.registry import MODES, RULES, Registry
 from fedlora.core.section import Section
 from fedlora.core.toml import dump_toml, sample
 from fedlora.data.conversations import read
-from fedlora.data.readers import NOT_FIELDS, READERS
+from fedlora.data.readers import READERS
+from fedlora.data.rows import NOT_FIELDS
 from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity
 from fedlora.formats.plans import load_plan
@@ -139,10 +140,10 @@ class VeilSite:
 # --- a reader -----------------------------------------------------------------------------------------------------
 
 
-def arrows(path):
+def arrows(source):
     """Lines of ``prompt -> completion``."""
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        prompt, arrow, completion = line.partition(" -> ")
+    for number, line in source.lines():
+        prompt, arrow, completion = line.rstrip().partition(" -> ")
         yield number, {"prompt": prompt, "completion": completion} if arrow else NOT_FIELDS
 
 

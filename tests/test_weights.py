@@ -20,7 +20,7 @@ from fedlora.core.plan import Aggregate, Plan, Training
 from fedlora.core.plan import Federation as Rounds
 from fedlora.core.words import majority_line
 from fedlora.data.batches import Cursor, Stream
-from fedlora.data.tokens import IGNORE, Tokens
+from fedlora.data.examples import IGNORE, Tokens
 from fedlora.lab.testing import ToyLearner, toy_adapter
 from fedlora.rules import Each, Sums, largest_weight, rule_of
 from fedlora.site import work as site_module

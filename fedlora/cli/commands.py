@@ -14,7 +14,7 @@ from fedlora.cli.roster import roster
 from fedlora.cli.schema import schema
 
 if TYPE_CHECKING:
-    from fedlora.core.answers import Forecast
+    from fedlora.core.answers import Forecast, Identifiers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -149,6 +149,10 @@ def check(
     site: Annotated[
         Path | None, typer.Option(help="A site file: also say what a round would take here, from one measured step.")
     ] = None,
+    identifiers: Annotated[
+        bool,
+        typer.Option("--identifiers", help="With --site, instead of the step: count what looks like names, dates of birth ..."),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -172,7 +176,10 @@ def check(
     if (survives := mode_of(found).survives(found)) is not None:
         facts["survives"] = survives[0]
         text += survives[1]
-    if site is not None:
+    if identifiers:
+        facts["identifiers"], told = _identifiers(site, quiet=quiet, as_json=json)
+        text += f"\n{told}"
+    elif site is not None:
         from fedlora.learn.local import forecast
 
         with Screen(quiet=quiet, as_json=json) as screen:
@@ -190,6 +197,24 @@ def check(
                 f"\n  longer than the plan's round_deadline of {f.round_deadline:.0f} s: this site's updates would come too late"
             )
     emit(facts, text, as_json=json)
+
+
+def _identifiers(site: Path | None, *, quiet: bool, as_json: bool) -> tuple[list[Identifiers], str]:
+    """What looks like identifiers of people in a site's rows: counts and line numbers, never the text."""
+    from fedlora.core.answers import Identifiers, Place
+    from fedlora.data.identifiers import PROMISE
+    from fedlora.learn.rows import count_identifiers
+
+    if site is None:
+        raise typer.BadParameter("--identifiers looks at a site's rows: name its file by --site")
+    with Screen(quiet=quiet, as_json=as_json) as screen:
+        found = count_identifiers(site, report=screen)
+    listed = [
+        Identifiers(kind=f.name, count=f.count, rows=len(f.lines), places=[Place(file=p, line=n) for p, n in f.lines[:20]])
+        for f in found
+    ]
+    lines = [line for f in found for line in f.text()] or ["nothing in the rows looks like an identifier of a person"]
+    return listed, "\n".join([*lines, f"({PROMISE})"])
 
 
 @app.command()

@@ -94,6 +94,24 @@ class Forecast(TypedDict):
 
 
 @_exact
+class Place(TypedDict):
+    file: str
+    """its name; empty if there is a single file"""
+    line: int
+
+
+@_exact
+class Identifiers(TypedDict):
+    """What looks like one kind of identifier of a person: counts and places, never the text."""
+
+    kind: str
+    count: int
+    rows: int
+    places: list[Place]
+    """of the first twenty rows"""
+
+
+@_exact
 class Checked(TypedDict):
     digest: str
     """plan digest"""
@@ -103,6 +121,8 @@ class Checked(TypedDict):
     """only under secure aggregation"""
     round: NotRequired[Forecast]
     """only with --site"""
+    identifiers: NotRequired[list[Identifiers]]
+    """only with --identifiers"""
 
 
 @_exact

@@ -7,6 +7,7 @@ rounds is ours. A field's docstring is its comment in the sample file that ``fed
 from __future__ import annotations
 
 import hashlib
+from calendar import monthrange
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
@@ -123,7 +124,9 @@ class Training(Section):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 1
     """batches in one optimizer step"""
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] = 1024
-    """tokens in a row; longer examples are truncated on the right"""
+    """tokens in a row; data.too_long of a site says what happens to longer examples"""
+    template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2026-01-01"
+    """date, YYYY-MM-DD, that a chat template sees as today, so that every site has the same tokens on every day"""
     packing: bool = True
     """fill each row with several examples, which do not attend to each other"""
     optim: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
@@ -138,6 +141,13 @@ class Training(Section):
     """Adam's moments at the start of a round: reset to zero, or kept from this site's last round"""
     proximal_mu: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """FedProx: adds mu / 2 times the squared distance from the round's initial factors to the loss; 0: off"""
+
+    @model_validator(mode="after")
+    def _is_a_date(self) -> Self:
+        year, month, day = map(int, self.template_date.split("-"))
+        if not (year and 1 <= month <= 12 and 1 <= day <= monthrange(year, month)[1]):
+            raise PydanticCustomError("date", "template_date is no day of the calendar")
+        return self
 
 
 class Federation(Section):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, regroup, share
-from fedlora.data.conversations import Conversation, ReadReport, read
+from fedlora.data.conversations import Conversation, read
+from fedlora.data.examples import IGNORE, Tokens
 from fedlora.data.holdout import check_apart, split
 from fedlora.data.readers import READERS, Reader
-from fedlora.data.shapes import SHAPES, Turn
-from fedlora.data.tokens import IGNORE, Tokenizer, TokenReport, Tokens, tokenise
+from fedlora.data.report import ReadReport, also_bad, check_bad
+from fedlora.data.shapes import SHAPES
+from fedlora.data.tokens import TokenReport, tokenise
+from fedlora.data.turns import Turn
+from fedlora.data.vocabulary import Tokenizer
 
 __all__ = [
     "IGNORE",
@@ -23,8 +27,10 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "Turn",
+    "also_bad",
     "by_rows",
     "check_apart",
+    "check_bad",
     "in_order",
     "read",
     "regroup",

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.errors import DataError
-from fedlora.data.tokens import IGNORE, Tokens
+from fedlora.data.examples import IGNORE, Tokens
 
 I64: TypeAlias = NDArray[np.int64]
 

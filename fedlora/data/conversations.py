@@ -1,18 +1,26 @@
-"""A file becomes conversations and a report. Bad rows are counted and named by line; nothing here ever quotes a row."""
+"""Files become conversations and a report. Bad rows are counted and named by line; nothing here ever quotes a row."""
 
 from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlora.core.errors import DataError
-from fedlora.data.readers import READERS, Row, format_of
-from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, BadRow, Turn, plain_text, shape_of
+from fedlora.data.json_files import parsed
+from fedlora.data.readers import READERS
+from fedlora.data.report import SHOWN, ReadReport, check_bad
+from fedlora.data.rows import NOT_TEXT, OTHER_SHAPE, PYTHON_LIST, Row
+from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, shape_of
+from fedlora.data.sources import ENCODINGS, Source, find, format_of
+from fedlora.data.tables import HEADER_HINT
+from fedlora.data.turns import BadRow, Turn, plain_text
 
-_SHOWN = 20
+_FEW = 0.01
+"""Rows of another shape are slips as long as they are no larger a share than this; more are two files in one."""
+_MOST_ROWS = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,101 +32,74 @@ class Conversation:
         chat: True: the chat template makes text of it; False: the turns are plain text, one after the other.
         line: 1-based line (JSONL, CSV) or row (JSON, Parquet) of the file.
         group: patient or customer; ``""``: a group of its own.
+        tools: that the assistant may call, a JSON list; ``""``: none.
+        file: the file's name without its directory, if several were read; else ``""``.
     """
 
     turns: tuple[Turn, ...]
     chat: bool
     line: int
     group: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReadReport:
-    """What reading a file found; for the operator's eyes.
-
-    Attributes:
-        path: the file's name without its directory.
-        format: key of READERS.
-        shape: key of SHAPES.
-        rows: rows in the file, without blank lines.
-        used: rows that became conversations; ``rows - len(bad)``.
-        bad: (line, reason) of every other row. Reasons are fixed texts.
-    """
-
-    path: str
-    format: str
-    shape: str
-    rows: int
-    used: int
-    bad: tuple[tuple[int, str], ...]
-
-    def lines(self) -> list[str]:
-        """The report as text: a headline, then one line a reason with at most 20 line numbers."""
-        head = f"{self.path}: {self.used:,} of {self.rows:,} rows used ({self.format}, {self.shape})"
-        by_reason: dict[str, list[int]] = {}
-        for line, reason in self.bad:
-            by_reason.setdefault(reason, []).append(line)
-        return [head, *(f"{reason}: {numbered(lines)}" for reason, lines in sorted(by_reason.items()))]
-
-
-def numbered(lines: list[int]) -> str:
-    """``lines 3, 8 and 310 more``: at most 20 numbers, then a count."""
-    shown = ", ".join(str(line) for line in lines[:_SHOWN])
-    more = f" and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
-    return f"{'line' if len(lines) == 1 else 'lines'} {shown}{more}"
+    tools: str = ""
+    file: str = ""
 
 
 def read(
-    path: Path,
+    path: Path | Sequence[Path],
     *,
     format: str = "auto",
     shape: str = "auto",
     columns: Mapping[str, str] = {},
     group_key: str = "",
+    encoding: str = "auto",
+    header: bool = True,
+    max_bad_share: float = 1.0,
 ) -> tuple[list[Conversation], ReadReport]:
-    """Reads a data file.
+    """Reads data files.
 
     Args:
-        path: a local file.
+        path: a local file, a directory of files or a pattern (``data/*.jsonl``); or several of these.
         format: key of READERS, or ``auto``: by suffix.
         shape: key of SHAPES, or ``auto``: by the columns, which must agree on one shape.
         columns: our name -> the file's column, e.g. ``{"prompt": "Question"}``.
         group_key: the file's column that names the patient or customer; ``""``: every row is a group of its own.
+        encoding: one of ENCODINGS, or ``auto``: a byte order mark, else UTF-8.
+        header: the first line of a table names its columns; False: they are called 1, 2, 3 ...
+        max_bad_share: share of rows that may be bad, over all files together.
 
     Returns:
         The conversations in file order, and the report. Rows that cannot be used are in the report only.
 
     Raises:
-        DataError: the file cannot be read, a setting fits no row, the rows have several shapes or hold preference pairs,
-            or no row can be used. No error quotes a row, a column name of the file, or chains an error that does.
+        DataError: a file cannot be read, a setting fits no row, the rows have several shapes or hold preference pairs, more
+            rows are bad than may be, or no row of a file can be used. No error quotes a row, a column name of the file, or
+            chains an error that does.
     """
-    _check_settings(format, shape, columns)
-    format, rows = _rows(path, format)
-    _check_columns(path, rows, {**{f"columns.{ours}": theirs for ours, theirs in columns.items()}, "group_key": group_key})
-    if shape == "auto":
-        shape = _agreed(path, [_renamed(row, columns) for _, row in rows if not isinstance(row, str)])
-    conversations, bad = [], []
-    for line, row in rows:
-        try:
-            conversations.append(_conversation(line, row, shape=shape, columns=columns, group_key=group_key))
-        except BadRow as why:
-            bad.append((line, str(why)))
-    report = ReadReport(path.name, format, shape, len(rows), len(conversations), tuple(bad))
-    if not conversations:
-        raise _nothing(report)
+    _check_settings(format, shape, columns, encoding)
+    paths = [path] if isinstance(path, Path) else list(path)
+    files, notes = _found(paths, format)
+    reading = _Reading(shape, dict(columns), group_key, several=len(files) > 1)
+    for file in files:
+        reading.file(file, format, encoding=encoding, header=header)
+    name = files[0].name if len(files) == 1 else (paths[0].name or str(paths[0]))
+    conversations, report = reading.finish(name, notes)
+    check_bad(report, max_bad_share)
     return conversations, report
 
 
-def _nothing(report: ReadReport) -> DataError:
-    reasons = "; ".join(report.lines()[1:])
-    return DataError(
-        f"{report.path}: none of the {report.rows:,} rows can be used ({report.format}, {report.shape}): {reasons}",
-        hint="files must be UTF-8; set data.format, data.shape and data.columns to what the file holds",
-    )
+def first_rows(path: Path, *, format: str = "auto", encoding: str = "auto", files: int = 20) -> None:
+    """Each of the first files that a path means has a row, good or bad. Cheap, but for JSON files that are one document.
+
+    Raises:
+        DataError: one has none, or cannot be read.
+    """
+    for file in _found([path], format)[0][:files]:
+        if next(_rows(Source(file, encoding=encoding), format_of(file) if format == "auto" else format), None) is None:
+            raise DataError(f"{file} has no rows", hint="correct data.path in the site file")
 
 
-def _check_settings(format: str, shape: str, columns: Mapping[str, str]) -> None:
-    for setting, value, registry in (("format", format, READERS), ("shape", shape, SHAPES)):
+def _check_settings(format: str, shape: str, columns: Mapping[str, str], encoding: str) -> None:
+    for setting, value, registry in (("format", format, READERS), ("shape", shape, SHAPES), ("encoding", encoding, ENCODINGS)):
         if value != "auto" and value not in registry:
             raise DataError(f"{setting} {value!r} is unknown", hint=f"auto, {', '.join(registry)}")
     for ours in columns:
@@ -130,63 +111,256 @@ def _check_settings(format: str, shape: str, columns: Mapping[str, str]) -> None
             )
 
 
-def _check_columns(path: Path, rows: list[tuple[int, Row]], wanted: Mapping[str, str]) -> None:
-    """Some row has each column that a setting names. The names are the operator's, so they may be shown."""
-    for setting, theirs in wanted.items():
-        if theirs and not any(row.get(theirs) is not None for _, row in rows if not isinstance(row, str)):
-            raise DataError(f"{path.name}: no row has the column {theirs!r} that {setting} names", hint=f"correct data.{setting}")
+def _found(paths: Sequence[Path], format: str) -> tuple[list[Path], list[str]]:
+    """All files that are meant, each once, and notes on what was left out."""
+    files: list[Path] = []
+    notes: list[str] = []
+    for path in paths:
+        why = ""
+        try:
+            found, told = find(path, any_suffix=format != "auto")
+        except OSError as err:
+            why = err.strerror or "input/output error"
+        if why:
+            raise _unreadable(path, why)
+        files += [f for f in found if f not in files]
+        notes += told
+    if not files:
+        raise DataError("no data file is named", hint="check data.path")
+    return files, notes
 
 
-def _rows(path: Path, format: str) -> tuple[str, list[tuple[int, Row]]]:
-    """The format and all rows of a file, in memory."""
-    why = ""
-    try:
+def _unreadable(path: Path, why: str) -> DataError:
+    return DataError(f"{path} cannot be read: {why}", hint="check data.path and who may read the file")
+
+
+def _columns(counts: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(counts.items()))
+
+
+@dataclass(slots=True)
+class _Part:
+    """What one file gave so far."""
+
+    name: str
+    format: str
+    rows: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def report(self, shape: str) -> ReadReport:
+        used = self.rows - len(self.bad)
+        bad = tuple(sorted(self.bad, key=lambda found: found[0]))
+        return ReadReport(self.name, self.format, shape, self.rows, used, bad, tuple(self.notes), _columns(self.unread))
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Rows of any number of files on their way to conversations."""
+
+    shape: str
+    columns: dict[str, str]
+    group_key: str
+    several: bool
+    parts: list[_Part] = field(default_factory=list)
+    found: list[tuple[str, int, Conversation]] = field(default_factory=list)  # shape, part, conversation
+    shapeless: list[tuple[int, int, dict[str, object]]] = field(default_factory=list)  # part, line, row
+    shapes: Counter[str] = field(default_factory=Counter)
+    reads: dict[str, frozenset[str]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # columns that no row has had yet -> the setting that names them
+
+    def __post_init__(self) -> None:
+        named = {theirs: f"columns.{ours}" for ours, theirs in self.columns.items()}
+        self.missing = named | ({self.group_key: "group_key"} if self.group_key else {})
+
+    def wanted(self) -> frozenset[str]:
+        """The file's columns that can matter."""
+        ours = COLUMNS | {"chosen", "rejected", "tools"} - self.columns.keys()
+        return frozenset({*ours, *self.columns.values(), *({self.group_key} if self.group_key else ())})
+
+    def file(self, path: Path, format: str, *, encoding: str, header: bool) -> None:
+        """Reads one file."""
         name = format_of(path) if format == "auto" else format
-        rows = list(READERS[name](path))
-    except OSError as err:
-        why = err.strerror or "input/output error"
-    if why:
-        raise DataError(f"{path}: {why}", hint="check data.path and who may read the file")
-    if not rows:
-        raise DataError(f"{path.name}: the file holds no rows", hint="check data.path")
-    bad = tuple((line, row) for line, row in rows if isinstance(row, str))
-    if len(bad) == len(rows):
-        raise _nothing(ReadReport(path.name, name, "no shape", len(rows), 0, bad))
-    return name, rows
+        theirs = tuple(frozenset(self.columns.get(key, key) for key in shape.keys) for shape in SHAPES.values())
+        source = Source(path, encoding=encoding, header=header, wanted=self.wanted(), shapes=theirs)
+        part = _Part(path.name, name)
+        self.parts.append(part)
+        for line, row in _rows(source, name):
+            part.rows += 1
+            if isinstance(row, str):
+                part.bad.append((line, row))
+                continue
+            if self.missing:
+                self.missing = {theirs: setting for theirs, setting in self.missing.items() if row.get(theirs) is None}
+            self._row(part, line, row)
+        part.unread.update({f"column {key}": count for key, count in source.unread.items()})
+        part.notes = source.notes
+        if encoding not in ("auto", "utf-8"):
+            part.bad = [(line, f"not {encoding} text" if why == NOT_TEXT else why) for line, why in part.bad]
+        if not part.rows:
+            raise DataError(f"{path.name}: the file holds no rows", hint="check data.path")
+        if sum(p.rows for p in self.parts) > _MOST_ROWS:
+            raise DataError(f"{path.name}: more than {_MOST_ROWS:,} rows", hint="split the data over several sites, or sample it")
+
+    def _row(self, part: _Part, line: int, row: Mapping[str, object]) -> None:
+        named = _renamed(row, self.columns)
+        shape = shape_of(named) if self.shape == "auto" else self.shape
+        at = len(self.parts) - 1
+        if shape is None:
+            self.shapeless.append((at, line, named))
+            return
+        self.shapes[shape] += 1
+        if shape == PREFERENCE:
+            part.bad.append((line, "a preference pair"))
+            return
+        try:
+            keys: list[str] = []
+            said = SHAPES[shape].convert(_opened(named), keys.append)
+            group = _group(row.get(self.group_key)) if self.group_key else ""
+        except BadRow as why:
+            part.bad.append((line, str(why)))
+            return
+        self.found.append(
+            (shape, at, Conversation(said.turns, said.chat, line, group, said.tools, part.name if self.several else ""))
+        )
+        part.unread.update(f"key {key}" for key in keys)
+        reads = self._reads(shape)
+        part.unread.update(
+            f"column {key}" for key, value in row.items() if key not in reads and value is not None and value != ""
+        )
+
+    def _reads(self, shape: str) -> frozenset[str]:
+        """The file's own names of the columns that a shape reads."""
+        if shape not in self.reads:
+            known = SHAPES[shape].keys | SHAPES[shape].more
+            self.reads[shape] = frozenset({self.columns.get(ours, ours) for ours in known} | {self.group_key})
+        return self.reads[shape]
+
+    def finish(self, name: str, notes: Sequence[str]) -> tuple[list[Conversation], ReadReport]:
+        """All conversations of the one shape that the rows agree on."""
+        self._check_columns(name)
+        shape = self._agreed(name) if self.shape == "auto" else self.shape
+        for at, line, row in self.shapeless:
+            self.parts[at].bad.append((line, _why_not(row, shape)))
+        conversations = []
+        for of, at, conversation in self.found:
+            if of == shape:
+                conversations.append(conversation)
+            else:
+                self.parts[at].bad.append((conversation.line, OTHER_SHAPE))
+        reports = [part.report(shape) for part in self.parts]
+        if len(reports) == 1:
+            return conversations, replace(reports[0], notes=(*notes, *reports[0].notes))
+        bad = tuple(row for report in reports for row in report.bad)
+        unread: Counter[str] = Counter()
+        for part in self.parts:
+            unread.update(part.unread)
+        told = tuple(f"{report.path}: {note}" for report in reports for note in report.notes)[:SHOWN]
+        formats = " and ".join(sorted({report.format for report in reports}))
+        rows = sum(report.rows for report in reports)
+        return conversations, ReadReport(
+            name, formats, shape, rows, len(conversations), bad, (*notes, *told), _columns(unread), tuple(reports)
+        )
+
+    def _check_columns(self, name: str) -> None:
+        """Some row has each column that a setting names. The names are the operator's, so they may be shown."""
+        readable = sum(part.rows for part in self.parts) > sum(len(part.bad) for part in self.parts) or self.shapes
+        for theirs, setting in self.missing.items():
+            if readable:
+                raise DataError(f"{name}: no row has the column {theirs!r} that {setting} names", hint=f"correct data.{setting}")
+
+    def _agreed(self, name: str) -> str:
+        """The one shape of all rows that have one, a few slips aside."""
+        (shape, most), *others = self.shapes.most_common() or [("", 0)]
+        slips = sum(count for _, count in others)
+        if (pairs := self.shapes[PREFERENCE]) and (shape == PREFERENCE or pairs > _FEW * (most + slips)):
+            raise DataError(
+                f"{name}: {pairs:,} rows hold preference pairs (chosen, rejected), which cannot be trained on",
+                hint="FedLoRA does supervised fine-tuning: keep the chosen answer as completion, or set data.shape",
+            )
+        if slips > _FEW * (most + slips):
+            found = ", ".join(f"{name} ({count:,})" for name, count in self.shapes.most_common())
+            raise DataError(f"{name}: the rows have more than one shape: {found}", hint="split the file, or set data.shape")
+        if shape:
+            return shape
+        if not self.shapeless:  # no row could be read
+            return "no shape"
+        return self._unknown(name)
+
+    def _unknown(self, name: str) -> str:
+        """No row has the columns of a shape.
+
+        Raises:
+            DataError: always.
+        """
+        ours = sorted({key for _, _, row in self.shapeless for key in row} & COLUMNS)
+        tables = any(part.format in ("csv", "tsv", "postgres") for part in self.parts)
+        has = f"they have {' and '.join(ours)} alone" if ours else "none of our column names is there"
+        example = "{ prompt = 'question', completion = 'answer' }"
+        raise DataError(
+            f"{name}: the columns of none of the {len(self.shapeless):,} readable rows make a known shape: {has}",
+            hint=f"known: {', '.join(SHAPES)}; or data.columns, e.g. {example}"
+            + (f"; {HEADER_HINT}" if tables and not ours else ""),
+        )
+
+
+def _rows(source: Source, format: str) -> Iterator[tuple[int, Row]]:
+    """The rows of one file, and errors that quote nothing, whatever a reader raises."""
+    rows = READERS[format](source)
+    while True:
+        why, failed, item = "", "", None
+        try:
+            item = next(rows, None)
+        except (DataError, MemoryError):
+            raise
+        except OSError as err:
+            why = err.strerror or "input/output error"
+        except Exception as err:  # its text may quote the row
+            failed = type(err).__name__
+        if why:
+            raise _unreadable(source.path, why)
+        if failed:
+            raise DataError(
+                f"{source.name}: the reader of {format} fails at it ({failed})", hint="write the file in another format"
+            )
+        if item is None:
+            return
+        yield item
+
+
+def _why_not(row: dict[str, object], shape: str) -> str:
+    """Why a row that lacks columns of a shape is none."""
+    try:
+        SHAPES[shape].convert(_opened(row), lambda key: None)
+    except BadRow as why:
+        return str(why)
+    return OTHER_SHAPE
 
 
 def _renamed(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
     """The row under our names, without empty (None) columns."""
+    if not columns:
+        return {key: value for key, value in row.items() if value is not None}
     taken = set(columns) | set(columns.values())
     named = {key: value for key, value in row.items() if key not in taken}
     named.update({ours: row.get(theirs) for ours, theirs in columns.items()})
     return {key: value for key, value in named.items() if value is not None}
 
 
-def _agreed(path: Path, rows: list[dict[str, object]]) -> str:
-    """The one shape of all rows that have one."""
-    counts = Counter(name for name in map(shape_of, rows) if name is not None)
-    if PREFERENCE in counts:
-        raise DataError(
-            f"{path.name}: {counts[PREFERENCE]:,} rows hold preference pairs (chosen, rejected), which cannot be trained on",
-            hint="FedLoRA does supervised fine-tuning: keep the chosen answer as completion, or set data.shape",
-        )
-    if len(counts) > 1:
-        found = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common())
-        raise DataError(f"{path.name}: the rows have more than one shape: {found}", hint="split the file, or set data.shape")
-    if not counts:
-        raise DataError(
-            f"{path.name}: the columns of none of the {len(rows):,} readable rows make a known shape",
-            hint=f"known: {', '.join(SHAPES)}; or data.columns, e.g. {{ prompt = 'question', completion = 'answer' }}",
-        )
-    return next(iter(counts))
+_LISTS = ("messages", "conversations", "history")
 
 
-def _conversation(line: int, row: Row, *, shape: str, columns: Mapping[str, str], group_key: str) -> Conversation:
-    if isinstance(row, str):
-        raise BadRow(row)
-    turns, chat = SHAPES[shape].convert(_renamed(row, columns))
-    return Conversation(turns, chat, line, _group(row.get(group_key)) if group_key else "")
+def _opened(row: dict[str, object]) -> dict[str, object]:
+    """The row with the lists that stand in it as JSON text, as a table has to write them."""
+    for key in _LISTS:
+        text = row.get(key)
+        if isinstance(text, str) and text.lstrip()[:1] == "[":
+            value = parsed(text)
+            if value is None and "': " in text:
+                raise BadRow(PYTHON_LIST)
+            row = {**row, key: text if value is None else value}
+    return row
 
 
 def _group(value: object) -> str:

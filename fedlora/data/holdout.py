@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 
 from fedlora.core.errors import DataError
-from fedlora.data.conversations import Conversation, numbered
+from fedlora.data.conversations import Conversation
+from fedlora.data.report import numbered
 
 
 def split(conversations: Sequence[Conversation], *, fraction: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:

@@ -1,89 +1,51 @@
-"""Conversations become token ids and labels, and every mask is checked against the text it stands for."""
+"""Conversations become token ids and labels: those of the chat template, and a mask of what the assistant says."""
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedlora.core.errors import DataError
-from fedlora.data.conversations import Conversation, numbered
+from fedlora.data import lengths, template
+from fedlora.data.conversations import Conversation
+from fedlora.data.examples import Example, Tokens, examples_of
+from fedlora.data.lengths import TooLong
+from fedlora.data.plain import Plain
+from fedlora.data.report import numbered
+from fedlora.data.template import Rendered, Template
+from fedlora.data.turns import BadRow
+from fedlora.data.vocabulary import Tokenizer, Vocabulary
 
-I32: TypeAlias = NDArray[np.int32]
-
-IGNORE = -100
-"""Label of a position without loss (PyTorch's ``ignore_index``)."""
-
+SpecialTokens: TypeAlias = Literal["text", "keep"]
+DATE = "2026-01-01"
+"""What a template sees as today unless the plan says another date."""
 QUANTILES = (0.0, 0.5, 0.95, 1.0)
-
-
-class Tokenizer(Protocol):
-    """What we need of a transformers tokenizer."""
-
-    @property
-    def eos_token_id(self) -> int | None: ...
-
-    def encode(self, text: str, /, *, add_special_tokens: bool = False) -> list[int]: ...
-
-    def decode(self, token_ids: list[int], /) -> str: ...
-
-    def apply_chat_template(self, messages: list[dict[str, str]], /, *, tokenize: bool, add_generation_prompt: bool) -> str: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tokens:
-    """One example. The label at position i is predicted from the positions before it.
-
-    Args:
-        input_ids: (n,) int32, n >= 1. Made read-only.
-        labels: (n,) int32, IGNORE or equal to input_ids; IGNORE at position 0, which nothing predicts. Made read-only.
-        line: line or row of the file.
-
-    Raises:
-        ValueError: shapes, types or the first label are wrong.
-    """
-
-    input_ids: I32
-    labels: I32
-    line: int
-
-    def __post_init__(self) -> None:
-        if self.input_ids.ndim != 1 or self.input_ids.size == 0 or self.input_ids.shape != self.labels.shape:
-            raise ValueError(f"shapes {self.input_ids.shape} and {self.labels.shape} are not (n,) and (n,)")
-        if self.input_ids.dtype != np.int32 or self.labels.dtype != np.int32:
-            raise ValueError(f"types {self.input_ids.dtype} and {self.labels.dtype} are not int32")
-        if self.labels[0] != IGNORE:
-            raise ValueError("position 0 has a label, but nothing predicts it")
-        self.input_ids.setflags(write=False)
-        self.labels.setflags(write=False)
-
-    def __len__(self) -> int:
-        return int(self.input_ids.size)
-
-    @property
-    def supervised(self) -> int:
-        """Number of positions with a loss."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORE))
+_NOTES = {**template.NOTES, **lengths.NOTES}
+_AT_ONCE = 256
+"""Rows that are tokenized in one call."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenReport:
-    """What tokenising found; for the operator's eyes.
+    """What tokenizing found; for the operator's eyes.
 
     Attributes:
         rows: conversations that came in.
         used: examples that came out.
-        truncated: rows cut at max_length, dropped ones included.
-        dropped: lines of rows of which the cut left nothing to train on.
+        truncated: rows that were too long for max_length, dropped ones included.
+        dropped: lines of rows of which nothing is left to train on, or which are too long and to be dropped.
         tokens: tokens of the examples.
         supervised: tokens of the examples with a loss.
-        lengths: tokens of a row before the cut: shortest, median, 95th percentile, longest.
-        max_length: the cut.
+        lengths: tokens of a row before anything is cut: shortest, median, 95th percentile, longest.
+        max_length: the limit.
+        bad: (line, reason) of rows that the template or the mask rules out. Reasons are fixed texts.
+        notes: (what was done, lines) for rows that were not simply taken as they are.
+        date: what the template saw as today; ``""``: it did not ask.
     """
 
     rows: int
@@ -94,6 +56,9 @@ class TokenReport:
     supervised: int
     lengths: tuple[int, int, int, int]
     max_length: int
+    bad: tuple[tuple[int, str], ...] = ()
+    notes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    date: str = ""
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -104,10 +69,23 @@ class TokenReport:
             f"tokens a row: {low:,} to {top:,}, median {median:,}, 95 % up to {high:,}",
         ]
         if self.truncated:
-            lines.append(f"{self.truncated:,} rows ({self.truncated / self.rows:.1%}) are cut at max_length {self.max_length:,}")
+            lines.append(
+                f"{self.truncated:,} rows ({self.truncated / self.rows:.1%}) are longer than max_length {self.max_length:,}"
+            )
+        lines += [f"{reason}: {numbered(at)}" for reason, at in _by_reason(self.bad)]
         if self.dropped:
-            lines.append(f"the cut leaves nothing to train on: {numbered(list(self.dropped))}")
+            lines.append(f"nothing is left to train on within max_length: {numbered(list(self.dropped))}")
+        lines += [f"{what}: {len(at):,} rows, {numbered(list(at))}" for what, at in self.notes]
+        if self.date:
+            lines.append(f"the chat template writes the date: it sees {self.date} (training.template_date of the plan)")
         return lines
+
+
+def _by_reason(bad: Sequence[tuple[int, str]]) -> list[tuple[str, list[int]]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for line, reason in bad:
+        found[reason].append(line)
+    return sorted(found.items())
 
 
 def tokenise(
@@ -116,26 +94,31 @@ def tokenise(
     *,
     max_length: int,
     append_eos: bool = True,
+    special_tokens: SpecialTokens = "text",
+    too_long: TooLong = "keep-answer",
+    template_date: str = DATE,
 ) -> tuple[list[Tokens], TokenReport]:
     """Turns each conversation into ids and labels.
 
-    Segments are tokenised one by one and joined: that is what generation sees, where the prompt is tokenised alone. Plain text
-    starts with what the tokenizer itself puts before a prompt (BOS, for tokenizers that have it). A chat is rendered step by
-    step with the chat template; the answers are what the template adds to the rendering with the generation prompt, up to
-    and including the end-of-turn token. Turns after the last answer are left out.
+    Laws: the ids of a chat are those of ``apply_chat_template(tokenize=True)`` up to the last trained token; those of plain rows
+    are the tokenizer's for the whole text, prompt and completion in one piece. Trained is what an assistant's turn consists of
+    from where the generation prompt leaves off, up to and including the token that ends it, and nothing else. Turns after the
+    last trained answer are left out. Where a template shows earlier answers differently, a row gives an example for each answer.
 
     Args:
         conversations: as read.
         tokenizer: of the base model.
-        max_length: tokens of an example; longer rows are cut on the right.
+        max_length: tokens of an example, at most.
         append_eos: train an EOS token after plain text, and after a chat whose template puts nothing behind the last answer.
+        special_tokens: strings of special tokens inside rows: ``text``: ordinary characters; ``keep``: special tokens.
+        too_long: see :mod:`fedlora.data.lengths`; long plain texts are split under ``keep-answer``.
+        template_date: YYYY-MM-DD; the only clock that a template sees.
 
     Returns:
-        Examples in order, without rows of which the cut leaves nothing to train on; and the report.
+        Examples in order of the rows, without rows that cannot be used; and the report.
 
     Raises:
-        DataError: no conversations, no EOS token, a template that renders turns differently once others follow, a mask that
-            does not stand for the answers, or nothing left to train on. Names lines, never contents.
+        DataError: no conversations, no EOS token, chats on a base without a template, or nothing to train on. Never quotes a row.
         ValueError: max_length < 2.
     """
     if max_length < 2:
@@ -146,125 +129,161 @@ def tokenise(
         raise DataError(
             "the tokenizer has no EOS token, so the model would never learn to stop", hint="set eos_token in the base"
         )
-    start, eos = _start(tokenizer), _eos(tokenizer)
-    whole = [_example(c, tokenizer, start=start, eos=eos, append_eos=append_eos) for c in conversations]
-    cut = [Tokens(t.input_ids[:max_length], t.labels[:max_length], t.line) for t in whole]
-    used = [t for t in cut if t.supervised]
-    report = TokenReport(
-        rows=len(whole),
-        used=len(used),
-        truncated=sum(len(t) > max_length for t in whole),
-        dropped=tuple(t.line for t in cut if not t.supervised),
-        tokens=sum(map(len, used)),
-        supervised=sum(t.supervised for t in used),
-        lengths=_quantiles([len(t) for t in whole]),
-        max_length=max_length,
-    )
-    if not used:
+    if any(c.chat for c in conversations) and not tokenizer.chat_template:
         raise DataError(
-            f"none of the {len(whole):,} rows has anything to train on within max_length {max_length}",
-            hint=f"a larger training.max_length (the longest row has {report.lengths[-1]:,} tokens), or shorter prompts",
+            "these rows are chats, but the base has no chat template",
+            hint="an instruction-tuned base, or rows with prompt and completion",
         )
-    return used, report
+    maker = _Maker(
+        tokenizer,
+        max_length=max_length,
+        append_eos=append_eos,
+        keep=special_tokens == "keep",
+        too_long=too_long,
+        date=template_date,
+    )
+    rows = iter(conversations)
+    while chunk := list(islice(rows, _AT_ONCE)):
+        maker.take(chunk)
+    return maker.used, maker.report(len(conversations))
+
+
+@dataclass
+class _Maker:
+    """All rows of a file on their way to tokens."""
+
+    tokenizer: Tokenizer
+    max_length: int
+    append_eos: bool
+    keep: bool
+    too_long: TooLong
+    date: str
+    used: list[Tokens] = field(default_factory=list)
+    _bad: list[tuple[int, str]] = field(default_factory=list)
+    _dropped: list[int] = field(default_factory=list)
+    _notes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    _lengths: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._template = Template(self.tokenizer, date=self.date) if self.tokenizer.chat_template else None
+        self._vocabulary = self._template.vocabulary if self._template else Vocabulary(self.tokenizer)
+        self._plain = Plain(self._vocabulary, self._template)
+        self._asked_date = False
+
+    def take(self, conversations: Sequence[Conversation]) -> None:
+        """Tokenizes some rows in one call."""
+        texts: list[list[Rendered] | BadRow] = []
+        for c in conversations:
+            try:
+                texts.append(self._rendered(c))
+            except BadRow as why:
+                texts.append(why)
+        made = iter(self._made([text for row in texts if not isinstance(row, BadRow) for text in row]))
+        for c, row in zip(conversations, texts, strict=True):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                self._keep(c, list(_good(islice(made, len(row)))))
+            except BadRow as why:
+                self._bad.append((c.line, str(why)))
+
+    def _rendered(self, c: Conversation) -> list[Rendered]:
+        if not c.chat or self._template is None:
+            return [self._plain.rendered(c, keep=self.keep)]
+        found = self._template.rendered(c)
+        self._asked_date |= self._template.dated
+        return [_kept(text) for text in found] if self.keep else found
+
+    def _made(self, texts: Sequence[Rendered]) -> list[Example | BadRow]:
+        end = self.tokenizer.eos_token_id if self.append_eos else None
+        return examples_of(texts, self._vocabulary, start=self._plain.start, end=end)
+
+    def _build(self, c: Conversation) -> list[Example]:
+        return list(_good(self._made(self._rendered(c))))
+
+    def _keep(self, c: Conversation, examples: list[Example]) -> None:
+        """The examples of a row, cut to length, are used and noted."""
+        longest = max(map(len, examples))
+        self._lengths.append(longest)
+        if longest > self.max_length:
+            examples = list(self._fitted(c, examples))
+        tokens = [example.tokens(c.line) for example in examples]
+        if not any(t.supervised for t in tokens):
+            self._dropped.append(c.line)
+            return
+        self.used += [t for t in tokens if t.supervised]
+        for note in sorted({note for example in examples for note in example.notes}):
+            self._notes[note].append(c.line)
+
+    def _fitted(self, c: Conversation, examples: list[Example]) -> Iterator[Example]:
+        if self.too_long == "drop":
+            yield from (example for example in examples if len(example) <= self.max_length)
+        elif self.too_long == "cut":
+            yield from (_first(example, self.max_length) for example in examples)
+        elif not c.chat:
+            (whole,) = examples
+            alone = len(c.turns) == 1
+            yield from (
+                lengths.pieces(whole, max_length=self.max_length)
+                if alone
+                else [lengths.shortened(whole, max_length=self.max_length)]
+            )
+        elif len(examples) == 1:
+            yield from lengths.windows(c, self._build, max_length=self.max_length)
+        else:
+            for row, example in zip(lengths.one_by_one(c), examples, strict=True):
+                fits = len(example) <= self.max_length
+                yield from [example] if fits else lengths.windows(row, self._build, max_length=self.max_length)
+
+    def report(self, rows: int) -> TokenReport:
+        """Of all rows.
+
+        Raises:
+            DataError: nothing can be used.
+        """
+        report = TokenReport(
+            rows=rows,
+            used=len(self.used),
+            truncated=sum(length > self.max_length for length in self._lengths),
+            dropped=tuple(self._dropped),
+            tokens=sum(map(len, self.used)),
+            supervised=sum(t.supervised for t in self.used),
+            lengths=_quantiles(self._lengths),
+            max_length=self.max_length,
+            bad=tuple(self._bad),
+            notes=tuple((_NOTES[key], tuple(lines)) for key, lines in sorted(self._notes.items())),
+            date=self.date if self._asked_date else "",
+        )
+        if self.used:
+            return report
+        if self._bad and not self._dropped:
+            reasons = "; ".join(f"{reason}: {numbered(lines)}" for reason, lines in _by_reason(self._bad))
+            raise DataError(
+                f"none of the {rows:,} rows can be used: {reasons}", hint="rows that the chat template of this base takes"
+            )
+        raise DataError(
+            f"none of the {rows:,} rows has anything to train on within max_length {self.max_length}",
+            hint=f"a larger training.max_length (the longest row has {report.lengths[-1]:,} tokens), or shorter answers",
+        )
+
+
+def _good(examples: Iterator[Example | BadRow] | Sequence[Example | BadRow]) -> Iterator[Example]:
+    for example in list(examples):
+        if isinstance(example, BadRow):
+            raise example
+        yield example
+
+
+def _kept(text: Rendered) -> Rendered:
+    """The same text, the row's special-token strings being special tokens."""
+    notes = text.notes - {"quoted"} | ({"kept"} if text.quoted else set())
+    return replace(text, quoted=frozenset(), notes=notes)
+
+
+def _first(example: Example, count: int) -> Example:
+    return replace(example, ids=example.ids[:count], trained=example.trained[:count], bodies=())
 
 
 def _quantiles(lengths: list[int]) -> tuple[int, int, int, int]:
-    a, b, c, d = np.quantile(lengths, QUANTILES, method="higher").tolist()
+    a, b, c, d = np.quantile(lengths or [0], QUANTILES, method="higher").tolist()
     return int(a), int(b), int(c), int(d)
-
-
-# --- segments -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """Text that is tokenised in one piece. ``says`` is what a trained segment must hold: the answer itself."""
-
-    text: str
-    trained: bool
-    says: str = ""
-
-
-def _example(c: Conversation, tokenizer: Tokenizer, *, start: list[int], eos: str, append_eos: bool) -> Tokens:
-    """The whole example, not yet cut, its mask checked."""
-    segments = _rendered(c, tokenizer, eos) if c.chat else [_Segment(t.text, t.trained, t.text) for t in c.turns]
-    ids = [] if c.chat else list(start)
-    labels = [IGNORE] * len(ids)
-    for segment in segments:
-        piece = tokenizer.encode(segment.text, add_special_tokens=False)
-        ids += piece
-        labels += piece if segment.trained else [IGNORE] * len(piece)
-    expected = "".join(s.text for s in segments if s.trained)
-    says_it = all(_squash(s.says) in _squash(s.text) for s in segments if s.trained)
-    if append_eos and tokenizer.eos_token_id is not None and _open_end(c, segments):
-        ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
-        expected += eos
-    trained = [label for label in labels if label != IGNORE]
-    if not ids or not says_it or _squash(tokenizer.decode(trained)) != _squash(expected):
-        raise DataError(
-            f"mask check failed at line {c.line}: the trained tokens do not decode to the answer",
-            hint="the tokenizer or the chat template changes this text; see tokenizer.json and chat_template.jinja of the base",
-        )
-    labels[0] = IGNORE
-    return Tokens(np.array(ids, np.int32), np.array(labels, np.int32), c.line)
-
-
-def _open_end(c: Conversation, segments: list[_Segment]) -> bool:
-    """Nothing behind the last answer tells the model to stop."""
-    last = next(s for s in reversed(segments) if s.trained)
-    return not c.chat or last.text.rstrip().endswith(last.says.rstrip())
-
-
-def _rendered(c: Conversation, tokenizer: Tokenizer, eos: str) -> list[_Segment]:
-    """A chat as the template renders it, in pieces that start and end where an answer does."""
-    segments: list[_Segment] = []
-    done = ""
-    for number, turn in enumerate(c.turns):
-        if not turn.trained:
-            continue
-        asked = _render(c, tokenizer, number, ask=True)
-        answered = _render(c, tokenizer, number + 1, ask=False)
-        if not asked.startswith(done) or not answered.startswith(asked):
-            raise DataError(
-                f"the chat template renders line {c.line} differently once more turns follow, so no mask would be right",
-                hint="a template that keeps earlier turns as they are, or one row for each answer, the answer last",
-            )
-        segments.append(_Segment(asked[len(done) :], trained=False))
-        answer = answered[len(asked) :]
-        stop = answer.rfind(eos) + len(eos) if eos and eos in answer else len(answer)
-        segments.append(_Segment(answer[:stop], trained=True, says=turn.text))
-        done = asked + answer[:stop]
-    return segments
-
-
-def _render(c: Conversation, tokenizer: Tokenizer, count: int, *, ask: bool) -> str:
-    """The first ``count`` turns through the template, with the generation prompt if ``ask``."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in c.turns[:count]]
-    with suppress(Exception):  # templates raise whatever they like, and their errors may quote the row
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    raise DataError(
-        f"the chat template of the base refuses line {c.line}",
-        hint="not every template knows system turns; a base without a template needs prompt and completion",
-    )
-
-
-# --- texts --------------------------------------------------------------------------------------------------------
-
-
-def _start(tokenizer: Tokenizer) -> list[int]:
-    """The ids that the tokenizer puts before a prompt by itself: BOS, or nothing."""
-    bare, dressed = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
-    for at in range(len(dressed) - len(bare) + 1):
-        if dressed[at : at + len(bare)] == bare:
-            return dressed[:at]
-    return []
-
-
-def _eos(tokenizer: Tokenizer) -> str:
-    return "" if tokenizer.eos_token_id is None else tokenizer.decode([tokenizer.eos_token_id])
-
-
-def _squash(text: str) -> str:
-    """Text as far as tokenizers keep it: compatibility forms (NFKC), no white space, no control characters."""
-    return "".join(char for char in unicodedata.normalize("NFKC", text) if char.isprintable() and not char.isspace())

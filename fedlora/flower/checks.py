@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedlora.core.errors import DataError, KeyFileError, ModelError
-from fedlora.data.readers import READERS, format_of
+from fedlora.core.errors import KeyFileError, ModelError
+from fedlora.data.conversations import first_rows
 from fedlora.gateway.certificates import node_key_pem, node_key_public
 from fedlora.site.site_file import SiteFile
 
@@ -62,17 +62,11 @@ def check_bases(file: SiteFile, root: Path) -> None:
 
 
 def check_data(file: SiteFile, root: Path) -> None:
-    """Each data file can be read, and has a row.
+    """The data files can be read, and have a row. Of many files the first ones are looked at.
 
     Raises:
         DataError: one has none, or cannot be read.
     """
-    for name in filter(None, (file.data.path, file.data.held_out_path)):
-        path, format_name = root / name, file.data.format
-        try:
-            chosen = format_of(path) if format_name == "auto" else format_name
-            first = next(READERS[chosen](path), None)
-        except OSError as e:
-            raise DataError(f"{path} cannot be read: {e.strerror}", hint="correct data.path in the site file") from None
-        if first is None:
-            raise DataError(f"{path} has no rows", hint="correct data.path in the site file")
+    data = file.data
+    for path in (*data.paths(root), *data.held_out_paths(root)):
+        first_rows(path, format=data.format, encoding=data.encoding)

@@ -11,7 +11,7 @@ from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Load, Step
 from fedlora.core.plan import Plan
-from fedlora.learn.rows import read_both, to_tokens
+from fedlora.learn.rows import load_tokens
 from fedlora.site.site_file import SiteFile, load_site_file
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def load_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
 
     Raises:
         ModelError: the site file names no copy of the plan's base, or there is nothing usable.
-        DataError: see :func:`fedlora.learn.rows.read_both`.
+        DataError: see :func:`fedlora.learn.rows.load_tokens`.
         ConfigError: the site file asks for what this installation or machine lacks.
     """
     from fedlora.learn.base import machine_for
@@ -78,8 +78,7 @@ def load_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
     machine = machine_for(plan, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
     lora = load_lora(plan, root / file.models[name], machine)
     pace = pace_of(plan, lora, file, report=report)
-    rows = read_both(file.data, root, seed=plan.run.seed, report=report)
-    train, held_out = [to_tokens(lora.tokenizer, part, plan=plan, report=report) for part in rows]
+    train, held_out = load_tokens(file.data, root, tokenizer=lora.tokenizer, plan=plan, report=report)
     return HFLearner(lora, train, held_out, plan, site=file.name, pace=pace, on_step=step_reporter(file.name, report))
 
 

@@ -3,62 +3,157 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Data
 from fedlora.core.plan import Plan
-from fedlora.data import Conversation, Tokenizer, Tokens, check_apart, read, split, tokenise
-from fedlora.site.site_file import SiteData
+from fedlora.data import (
+    Conversation,
+    ReadReport,
+    Tokenizer,
+    TokenReport,
+    Tokens,
+    also_bad,
+    check_apart,
+    check_bad,
+    read,
+    split,
+    tokenise,
+)
+from fedlora.data.identifiers import Found, identifiers
+from fedlora.site.site_file import SiteData, load_site_file
 
 _SPLITS = ("train", "validation", "test")
 _GENERAL = "general.jsonl"  # hold-out that has nothing to do with the task: what does training make the model forget?
 
 
-def read_rows(path: Path, data: SiteData, report: Report) -> list[Conversation]:
-    """Reads one file as the site's ``[data]`` table says.
+def read_rows(path: Path | Sequence[Path], data: SiteData, report: Report) -> list[Conversation]:
+    """Reads files as the site's ``[data]`` table says.
 
     Raises:
         DataError: see :func:`fedlora.data.read`.
     """
-    found, count = read(path, format=data.format, shape=data.shape, columns=data.columns, group_key=data.group_key)
-    report(Event.DATA, Data(file=path.name, lines=list(count.lines())))
-    return found
+    return _counted_rows(path, data, report)[0]
 
 
-def read_both(data: SiteData, root: Path, *, seed: int, report: Report) -> tuple[list[Conversation], list[Conversation]]:
-    """A site's rows for training and for evaluation, split by group unless it has a file for evaluation.
+def _counted_rows(path: Path | Sequence[Path], data: SiteData, report: Report) -> tuple[list[Conversation], ReadReport]:
+    found, count = read(
+        path,
+        format=data.format,
+        shape=data.shape,
+        columns=data.columns,
+        group_key=data.group_key,
+        encoding=data.encoding,
+        header=data.header,
+        max_bad_share=data.max_bad_share,
+    )
+    report(Event.DATA, Data(file=count.path, lines=list(count.lines())))
+    return found, count
+
+
+def load_tokens(
+    data: SiteData, root: Path, *, tokenizer: Tokenizer, plan: Plan, report: Report
+) -> tuple[list[Tokens], list[Tokens]]:
+    """A site's examples for training and for evaluation, split by group unless it has files for evaluation.
 
     Args:
         root: directory against which the table's paths are resolved.
-        seed: of the run: which groups are held out follows from it.
+
+    Returns:
+        For training; for evaluation, empty where no rows are held out: such a site takes part all the same.
 
     Raises:
-        DataError: nothing to train on, nothing to evaluate on, or a group on both sides.
+        DataError: nothing to train on, more bad rows than the site file lets pass, or a group on both sides.
     """
-    train = read_rows(root / data.path, data, report)
-    if data.held_out_path:
-        held_out = read_rows(root / data.held_out_path, data, report)
+    train, count = _counted_rows(data.paths(root), data, report)
+    counts = [count, count]
+    if paths := data.held_out_paths(root):
+        held_out, counts[1] = _counted_rows(paths, data, report)
         check_apart(train, held_out)
     else:
-        train, held_out = split(train, fraction=data.held_out_fraction, seed=seed)
-    if not held_out:
-        raise DataError("no rows are held out for evaluation", hint="set data.held_out_fraction or data.held_out_path")
-    return train, held_out
+        train, held_out = split(train, fraction=data.held_out_fraction, seed=plan.run.seed)
+    trained, first = _counted_tokens(tokenizer, train, data, plan=plan, report=report)
+    evaluated, second = _held_out_tokens(tokenizer, held_out, data, plan=plan, report=report)
+    if counts[0] is counts[1]:
+        check_bad(also_bad(counts[0], first.bad + second), data.max_bad_share)
+    else:
+        check_bad(also_bad(counts[0], first.bad), data.max_bad_share)
+        check_bad(also_bad(counts[1], second), data.max_bad_share)
+    return trained, evaluated
+
+
+def _held_out_tokens(
+    tokenizer: Tokenizer, held_out: Sequence[Conversation], data: SiteData, *, plan: Plan, report: Report
+) -> tuple[list[Tokens], tuple[tuple[int, str], ...]]:
+    """The examples for evaluation and the bad rows among them."""
+    why = "no held-out rows"
+    if held_out:
+        try:
+            found, count = _counted_tokens(tokenizer, held_out, data, plan=plan, report=report)
+        except DataError as e:
+            why = f"no held-out rows: {e}"
+        else:
+            return found, count.bad
+    report(Event.DATA, Data(file="evaluation", lines=[f"{why}; this site trains, and evaluates nothing"]))
+    return [], ()
 
 
 def to_tokens(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, plan: Plan, report: Report, append_eos: bool = True
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    data: SiteData,
+    *,
+    plan: Plan,
+    report: Report,
+    append_eos: bool = True,
 ) -> list[Tokens]:
-    """Turns rows into tokens with the mask of what is trained.
+    """Turns rows into tokens with the mask of what is trained, as the plan and the site's ``[data]`` table say.
 
     Raises:
         DataError: see :func:`fedlora.data.tokenise`.
     """
-    found, count = tokenise(conversations, tokenizer, max_length=plan.training.max_length, append_eos=append_eos)
+    return _counted_tokens(tokenizer, conversations, data, plan=plan, report=report, append_eos=append_eos)[0]
+
+
+def _counted_tokens(
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    data: SiteData,
+    *,
+    plan: Plan,
+    report: Report,
+    append_eos: bool = True,
+) -> tuple[list[Tokens], TokenReport]:
+    found, count = tokenise(
+        conversations,
+        tokenizer,
+        max_length=plan.training.max_length,
+        append_eos=append_eos,
+        special_tokens=data.special_tokens,
+        too_long=data.too_long,
+        template_date=plan.training.template_date,
+    )
     report(Event.DATA, Data(file="tokens", lines=list(count.lines())))
-    return found
+    return found, count
+
+
+def count_identifiers(site_file: Path, *, report: Report) -> list[Found]:
+    """What looks like an identifier of a person in a site's rows, those for evaluation included. Needs no base.
+
+    Raises:
+        DataError: see :func:`fedlora.data.read`.
+    """
+    file, root = load_site_file(site_file), site_file.resolve().parent
+    parts = [("", file.data.paths(root)), ("evaluation: ", file.data.held_out_paths(root))]
+    return [
+        replace(found, name=f"{prefix}{found.name}")
+        for prefix, paths in parts
+        if paths
+        for found in identifiers(read_rows(paths, file.data, report))
+    ]
 
 
 def load_splits(
@@ -73,7 +168,8 @@ def load_splits(
     def tokens(path: Path, append_eos: bool = True) -> list[Tokens]:
         if not path.exists():
             raise ConfigError(f"{path} does not exist", hint="simulation.data names a directory with SITE.train.jsonl and so on")
-        return to_tokens(tokenizer, read_rows(path, SiteData(), report), plan=plan, report=report, append_eos=append_eos)
+        found = read_rows(path, SiteData(), report)
+        return to_tokens(tokenizer, found, SiteData(), plan=plan, report=report, append_eos=append_eos)
 
     rows = {s: {p: tokens(data / f"{s}.{p}.jsonl") for p in _SPLITS} for s in sites}
     return rows, tokens(data / _GENERAL, append_eos=False) if (data / _GENERAL).exists() else []

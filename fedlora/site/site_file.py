@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from fedlora.core.plan import Hex, SiteName
 from fedlora.core.section import Section
 from fedlora.data.readers import BUILT_IN, READERS
 from fedlora.data.shapes import SHAPES
+from fedlora.data.sources import ENCODINGS
 from fedlora.formats.plans import load_toml
 from fedlora.site.policy import Policy
 
@@ -32,25 +34,58 @@ def _shape(name: str) -> str:
     return name
 
 
+def _encoding(name: str) -> str:
+    if name != "auto" and name not in ENCODINGS:
+        near = difflib.get_close_matches(name, ENCODINGS, n=1)
+        more = f"did you mean {near[0]!r}?" if near else f"known: auto, {', '.join(ENCODINGS)}"
+        raise PydanticCustomError("encoding", "{text}", {"text": f"no encoding is called {name[:80]!r}; {more}"})
+    return name
+
+
 class SiteData(Section):
     """This site's own rows. Nothing in this table is ever sent."""
 
-    path: str = "data/train.jsonl"
-    """JSONL, JSON, CSV, TSV or Parquet file with the training rows, relative to this file"""
-    held_out_path: str = ""
-    """file with rows for evaluation; empty: a fraction of path is held out by group"""
+    path: str | tuple[str, ...] = "data/train.jsonl"
+    """training rows: file (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), directory, pattern or list; relative to this file"""
+    held_out_path: str | tuple[str, ...] = ""
+    """the same for rows that are evaluated on; empty: a fraction of path is held out by group"""
     format: Annotated[
         str, AfterValidator(_format), Field(description=f"file format: {', '.join(BUILT_IN)}; auto: what the suffix says")
     ] = "auto"
     shape: Annotated[
         str, AfterValidator(_shape), Field(description=f"how a row is laid out: {', '.join(SHAPES)}; auto: by its columns")
     ] = "auto"
+    encoding: Annotated[
+        str,
+        AfterValidator(_encoding),
+        Field(description="encoding of text files, e.g. cp1252; auto: a byte order mark, else UTF-8"),
+    ] = "auto"
+    header: bool = True
+    """the first line of a CSV or TSV file names its columns; false: they are called 1, 2, 3 ... in columns and group_key"""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """largest share of bad rows that are left out, named by line number; with more the data is refused. 0: none may be bad"""
     columns: dict[str, str] = Field(default_factory=dict)
     """our column name = the file's column name, e.g. { prompt = "question", completion = "answer" }"""
     group_key: str = ""
     """column that identifies the patient or customer; all rows of one group stay on the same side of the split"""
+    special_tokens: Literal["text", "keep"] = "text"
+    """strings such as <|im_end|> inside rows; text: ordinary characters; keep: special tokens, also where a user wrote them"""
+    too_long: Literal["keep-answer", "cut", "drop"] = "keep-answer"
+    """rows above max_length; keep-answer: cut the prompt, split long texts; cut: truncate on the right; drop: leave them out"""
     held_out_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.1
     """fraction of groups held out for evaluation"""
+
+    def paths(self, root: Path) -> list[Path]:
+        """Where the training rows are, as files, directories and patterns."""
+        return _paths(root, self.path)
+
+    def held_out_paths(self, root: Path) -> list[Path]:
+        """Where the rows for evaluation are; none: they are held out of the others."""
+        return _paths(root, self.held_out_path)
+
+
+def _paths(root: Path, said: str | tuple[str, ...]) -> list[Path]:
+    return [root / path for path in ([said] if isinstance(said, str) else said) if path]
 
 
 class SiteFile(Section):

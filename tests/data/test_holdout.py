@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.core.errors import DataError
+from fedlora.core.plan import Plan
 from fedlora.data import Conversation, Turn, check_apart, split
-from fedlora.learn.rows import read_both
+from fedlora.learn.rows import load_tokens
 from fedlora.site.site_file import SiteData
 
 
@@ -98,4 +99,4 @@ def test_a_site_whose_two_files_share_a_patient_does_not_train(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "completion": "y", "who": patient}) + "\n")
     data = SiteData(path="train.jsonl", held_out_path="held.jsonl", group_key="who")
     with pytest.raises(DataError, match="line 1 for evaluation"):
-        read_both(data, tmp_path, seed=0, report=lambda event, facts: None)
+        load_tokens(data, tmp_path, tokenizer=None, plan=Plan(), report=lambda event, facts: None)

@@ -160,6 +160,7 @@ GOOD |= {
     "alpaca": {"instruction": "i", "output": "o"},
     "sharegpt": {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
 }
+NO_CALLS = "a tool call has no name, or arguments that are no JSON object"
 BAD = [
     ("text", "{" + SECRET, "not JSON"),
     ("text", "[" * 100_000, "not JSON"),
@@ -183,13 +184,28 @@ BAD = [
     ("messages", {"messages": [*chat("u", "a"), {"role": "system", "content": SECRET}]}, "a system turn is not the first turn"),
     ("messages", {"messages": [{"role": SECRET, "content": "x"}]}, "unknown role"),
     ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": SECRET}]}]}, "content is not text"),
-    ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [SECRET]}]}, "tool calls are not supported"),
-    ("messages", {"messages": chat("u", "a"), "tools": [{"name": SECRET}]}, "tool calls are not supported"),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "image", "text": SECRET}]}]},
+     "a part of content is neither text nor reasoning"),
+    ("messages", {"messages": [{"role": "user", "content": {"text": SECRET}}]}, "content is not text"),
+    ("messages", {"messages": [{"role": "user", "content": SECRET}, {"role": "assistant", "content": None}]},
+     "content is empty (null)"),
+    ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [SECRET]}]}, NO_CALLS),
+    ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{" + SECRET}]}]}, NO_CALLS),
+    ("messages", {"messages": chat("u", "a"), "tools": [SECRET]}, "tools are not a JSON list of objects"),
+    ("messages", {"messages": chat("u", "a"), "tools": "[" + SECRET}, "tools are not a JSON list of objects"),
+    ("messages", {"messages": [*chat(SECRET), {"role": "tool", "content": SECRET}, *chat("", "a")[1:]]},
+     "a tool answers that nobody called"),
+    ("messages", {"messages": [*chat(SECRET), {"role": "assistant", "content": SECRET, "weight": 0.5}]},
+     "a weight of a turn is neither 0 nor 1"),
+    ("messages", {"messages": [*chat(SECRET), {"role": "assistant", "content": SECRET, "weight": 0}]},
+     "no answer of this row is to be trained on"),
+    ("messages", {"messages": [{"role": "user", "content": SECRET, "reasoning": SECRET}]},
+     "only the assistant can have reasoning"),
     ("alpaca", {"instruction": SECRET, "output": "o", "history": [[SECRET]]}, "history is not a list of pairs"),
     ("alpaca", {"instruction": "", "output": SECRET}, "instruction is empty"),
-    ("sharegpt", {"conversations": [{"from": "observation", "value": SECRET}]}, "unknown role"),
-]
+    ("sharegpt", {"conversations": [{"from": "narrator", "value": SECRET}]}, "unknown role"),
+    ("sharegpt", {"conversations": [{"from": "function_call", "value": SECRET}]}, NO_CALLS),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("shape", "row", "reason"), BAD, ids=[f"{s}-{i}" for i, (s, _, _) in enumerate(BAD)])
@@ -225,6 +241,104 @@ def test_a_report_shows_twenty_line_numbers_and_counts_the_rest():
     assert first == "a.jsonl: 1,974 of 2,000 rows used (jsonl, text)"
     assert json_lines.endswith("19, 20 and 5 more")
     assert x == "x: line 99"
+
+
+# --- what a turn says ---------------------------------------------------------------------------------------------
+
+
+OFF = [("weight", 0), ("train", False), ("training", "false"), ("trainable", False), ("loss", False), ("loss_mask", 0), 
+       ("weight", 0.0), ("loss_weight", "0")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "off"), OFF)
+def test_an_answer_that_a_row_takes_out_of_training_is_context(tmp_path, key, off):
+    row = {"messages": chat("u1", "a1", "u2", "a2")}
+    row["messages"][1][key] = off
+    assert [t for _, _, t in turns(write(tmp_path / "a.jsonl", row))] == [False, False, False, True]
+    row["messages"][1][key] = 1
+    assert [t for _, _, t in turns(write(tmp_path / "a.jsonl", row))] == [False, True, False, True]
+    assert read(tmp_path / "a.jsonl")[1].unread == ()
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_kept_beside_the_answer_whatever_it_is_called(tmp_path, key):
+    row = {"messages": [*chat("u"), {"role": "assistant", "content": "a", key: "because"}]}
+    (conversation,), report = read(write(tmp_path / "a.jsonl", row))
+    assert conversation.turns[1] == Turn("assistant", "a", True, reasoning="because")
+    assert report.unread == ()
+
+
+def test_content_in_parts_is_joined_and_parts_that_think_are_reasoning(tmp_path):
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+        {"type": "text", "text": "4"},
+        {"type": "output_text", "text": ".1"},
+    ]
+    row = {"messages": [{"role": "user", "content": ["a", {"type": "text", "text": "b", "cache_control": {}}]},
+                        {"role": "assistant", "content": parts}]}  # fmt: skip
+    (conversation,), report = read(write(tmp_path / "a.jsonl", row))
+    assert conversation.turns == (Turn("user", "ab", False), Turn("assistant", "4.1", True, reasoning="hm"))
+    assert report.unread == (("key cache_control of a part", 1),)
+
+
+CALLED = [
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+    },
+    {"role": "assistant", "tool_calls": [{"id": "c1", "name": "f", "arguments": '{"a": 1}'}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": json.dumps([{"id": "c1", "function": {"name": "f", "arguments": '{"a": 1}'}}]),
+    },
+]
+
+
+@pytest.mark.parametrize("call", CALLED)
+def test_calls_of_tools_and_their_results_are_turns(tmp_path, call):
+    result = {"role": "tool", "content": "7", "tool_call_id": "c1", "name": "f"}
+    row = {
+        "messages": [*chat("u"), call, result, result, {"role": "assistant", "content": "seven"}],
+        "tools": json.dumps([{"name": "f"}]),
+    }
+    (conversation,), report = read(write(tmp_path / "a.jsonl", row))
+    assert [t.role for t in conversation.turns] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [t.trained for t in conversation.turns] == [False, True, False, False, True]
+    wanted = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+    assert json.loads(conversation.turns[1].calls) == wanted
+    assert conversation.turns[2] == Turn("tool", "7", False, name="f", call_id="c1")
+    assert json.loads(conversation.tools) == [{"name": "f"}]
+    assert report.unread == ()
+
+
+def test_sharegpt_calls_and_observations_are_calls_and_results(tmp_path):
+    said = [("human", "u"), ("function_call", '{"name": "f", "arguments": {"a": 1}}'), ("observation", "7"), ("gpt", "seven")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in said]}
+    (conversation,), _ = read(write(tmp_path / "a.jsonl", row))
+    assert [(t.role, t.text) for t in conversation.turns] == [
+        ("user", "u"),
+        ("assistant", ""),
+        ("tool", "7"),
+        ("assistant", "seven"),
+    ]
+    assert json.loads(conversation.turns[1].calls)[0]["function"] == {"name": "f", "arguments": {"a": 1}}
+
+
+def test_what_nothing_reads_is_listed_once_with_its_count(tmp_path):
+    user = {"role": "user", "content": "u", "weight": 1, "mood": SECRET, "empty": None}
+    row = {"messages": [user, {"role": "assistant", "content": "a"}], "source": SECRET, "nothing": None}
+    rows = [row] * 3
+    report = read(write(tmp_path / "a.jsonl", *rows))[1]
+    assert report.unread == (("column source", 3), ("key mood", 3), ("key weight of a turn of the user", 3))
+    assert report.lines()[-1] == "not read: column source (3), key mood (3), key weight of a turn of the user (3)"
+
+
+def test_a_mapped_column_is_read_and_the_one_of_our_name_is_not(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"q": "x", "prompt": "other", "completion": "y", "who": "p1"})
+    report = read(path, columns={"prompt": "q"}, group_key="who")[1]
+    assert report.unread == (("column prompt", 1),)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
@@ -269,16 +383,16 @@ def test_a_misspelt_name_gets_a_suggestion(tmp_path):
 
 HOPELESS = {
     "a.jsonl": ["{" + SECRET, json.dumps({SECRET: SECRET}), json.dumps([SECRET])],
-    "utf16.jsonl": [json.dumps({"text": SECRET}).encode("utf-16").decode("latin-1")],
+    "utf16.jsonl": [json.dumps({"text": SECRET}).encode("utf-16-le").decode("latin-1")],
     "columns.jsonl": [json.dumps({SECRET: "x", "also": SECRET})],
     "a.json": ['[{"text": "' + SECRET],
-    "b.json": [json.dumps({"text": SECRET}, indent=1)],
+    "b.json": [json.dumps({"text": [SECRET]}, indent=1)],
     "c.json": [json.dumps([[SECRET], SECRET])],
     "latin.json": ['[{"text": "' + SECRET + '\xff"}]'],
     "a.csv": [SECRET, SECRET],
     "twice.csv": [f"{SECRET},{SECRET}", "x,y"],
     "open.csv": ["text,x", f'"{SECRET},y'],
-    "long.csv": ["text,x", SECRET * 10_000 + ",y"],
+    "long.csv": ["text,x", '"' + SECRET * 1_000_000 + ",y"],
     "fields.tsv": ["text", f"{SECRET}\t{SECRET}"],
 }
 

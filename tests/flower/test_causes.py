@@ -590,7 +590,7 @@ def test_what_is_wrong_at_this_site_ends_the_command_with_its_name(good, tmp_pat
                 says="its path; connected at best, never ready, and looked for twice a minute",
             ),
         ),
-        pytest.param(('"rows.jsonl"', '"alpha"'), ["suffix says no known format"], id="data is a directory"),
+        pytest.param(('"rows.jsonl"', '"alpha"'), ["the directory holds no data file"], id="data is a directory"),
         pytest.param(('"rows.jsonl"', '"empty.jsonl"'), ["empty.jsonl has no rows"], id="data empty"),
         pytest.param(
             ('= "base"', '= "gone"'),
