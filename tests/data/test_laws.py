@@ -248,7 +248,7 @@ def test_a_developer_turn_is_a_system_turn_unless_the_template_knows_it():
 
 def test_json_of_any_depth_in_a_call_is_a_bad_row_at_worst():
     deep = '{"a": ' * 600 + "1" + "}" * 600
-    call = '[{"type": "function", "function": {"name": "dose", "arguments": %s}}]' % deep
+    call = f'[{{"type": "function", "function": {{"name": "dose", "arguments": {deep}}}}}]'
     row = Conversation((Turn("user", "x", False), Turn("assistant", "", True, calls=call)), chat=True, line=1, group="")
     _, report = tokenise([row, chat(["yes", "no"], line=2)], tokenizer("byte-level", "qwen25"), max_length=9999, too_long="cut")
     assert {line for line, _ in report.bad} <= {1}
