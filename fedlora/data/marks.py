@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fedlora.data.turns import BadRow
 from fedlora.data.vocabulary import Vocabulary
 
-TOO_MANY = "too many texts in one row, or characters of both private planes of Unicode"
+TOO_MANY = "too many texts in one row, one in another too deeply, or characters of both private planes of Unicode"
 
 Level = Literal["all", "answers", "ends"]
 LEVELS: tuple[Level, ...] = ("all", "answers", "ends")

