@@ -188,6 +188,7 @@ def test_learn_looks_for_what_is_fast_in_one_place():
 UNUSED = {
     "wait_closed": "asyncio calls it on a server",
     "handleError": "logging calls it on a handler",
+    "readinto": "io.BufferedReader calls it on a raw stream",
     "forget": "a script takes back what it registered",
     "stop_run": "Flower's own API can stop a run, which then has to say so: tests stop one by it",
     "open_policy": "a part of lab/testing.py, by which others test a rule or a mode of their own",

@@ -149,7 +149,7 @@ class _Part:
     notes: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
 
-    def report(self, shape: str) -> ReadReport:
+    def summary(self, shape: str) -> ReadReport:
         used = self.rows - len(self.bad)
         bad = tuple(sorted(self.bad, key=lambda found: found[0]))
         return ReadReport(self.name, self.format, shape, self.rows, used, bad, tuple(self.notes), _columns(self.unread))
@@ -249,7 +249,7 @@ class _Reading:
                 conversations.append(conversation)
             else:
                 self.parts[at].bad.append((conversation.line, OTHER_SHAPE))
-        reports = [part.report(shape) for part in self.parts]
+        reports = [part.summary(shape) for part in self.parts]
         if len(reports) == 1:
             return conversations, replace(reports[0], notes=(*notes, *reports[0].notes))
         bad = tuple(row for report in reports for row in report.bad)

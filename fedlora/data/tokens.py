@@ -145,7 +145,7 @@ def tokenise(
     rows = iter(conversations)
     while chunk := list(islice(rows, _AT_ONCE)):
         maker.take(chunk)
-    return maker.used, maker.report(len(conversations))
+    return maker.used, maker.summary(len(conversations))
 
 
 @dataclass
@@ -235,7 +235,7 @@ class _Maker:
                 fits = len(example) <= self.max_length
                 yield from [example] if fits else lengths.windows(row, self._build, max_length=self.max_length)
 
-    def report(self, rows: int) -> TokenReport:
+    def summary(self, rows: int) -> TokenReport:
         """Of all rows.
 
         Raises:

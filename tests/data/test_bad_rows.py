@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedlora import assemble as build
 from fedlora.cli import main
 from fedlora.core.errors import DataError, FedLoRAError
+from fedlora.core.plan import Plan
 from fedlora.data import ReadReport, TokenReport, also_bad, check_bad, read
+from fedlora.learn import rows
 from fedlora.site.site_file import SiteData
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(5)]
@@ -238,65 +239,55 @@ class Told(list):
         self += facts["lines"] if event == "data" else []
 
 
-class Base:
-    tokenizer = None
+def loaded(where, data, told):
+    """Examples for training and for evaluation."""
+    return rows.load_tokens(data, where, tokenizer=None, plan=Plan(), report=told)
 
 
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 1), (5, 1)])
 @pytest.mark.parametrize("fraction", [0.1, 0.0])
 def test_a_site_with_few_rows_takes_part(tmp_path, monkeypatch, count, held, fraction):
-    made = {}
-    monkeypatch.setattr(build, "learner_of", lambda plan, lora, train, held_out, **_: made.update(train=train, held_out=held_out))
     tokens = TokenReport(0, 0, 0, (), 0, 0, (0, 0, 0, 0), 64)
-    monkeypatch.setattr(build, "_counted_tokens", lambda plan, tokenizer, rows, data, **_: (list(rows), tokens))
+    monkeypatch.setattr(rows, "_counted_tokens", lambda tokenizer, found, data, **_: (list(found), tokens))
     (tmp_path / "a.jsonl").write_text(lines(ROWS[:count]))
     told = Told()
-    data = SiteData(path="a.jsonl", held_out_fraction=fraction)
-    build.learner(build.load_plan(toy_plan(tmp_path)), Base(), data, name="a", root=tmp_path, report=told)
+    train, held_out = loaded(tmp_path, SiteData(path="a.jsonl", held_out_fraction=fraction), told)
     expected = held if fraction else 0
-    assert (len(made["train"]), len(made["held_out"])) == (count - expected, expected)
+    assert (len(train), len(held_out)) == (count - expected, expected)
     assert any("no held-out rows" in line for line in told) == (expected == 0)
 
 
 def test_held_out_rows_of_which_none_can_be_used_do_not_keep_the_site_out(tmp_path, monkeypatch):
-    made, told = {}, Told()
-    monkeypatch.setattr(build, "learner_of", lambda plan, lora, train, held_out, **_: made.update(held_out=held_out))
+    told = Told()
 
-    def tokens(plan, tokenizer, conversations, data, **_):
+    def tokens(tokenizer, conversations, data, **_):
         if len(conversations) == 1:
             raise DataError("none of the 1 rows has anything to train on")
         return [], TokenReport(4, 4, 0, (), 0, 0, (0, 0, 0, 0), 64)
 
-    monkeypatch.setattr(build, "_counted_tokens", tokens)
+    monkeypatch.setattr(rows, "_counted_tokens", tokens)
     (tmp_path / "a.jsonl").write_text(lines(ROWS))
-    build.learner(build.load_plan(toy_plan(tmp_path)), Base(), SiteData(path="a.jsonl"), name="a", root=tmp_path, report=told)
-    assert made["held_out"] == []
+    assert loaded(tmp_path, SiteData(path="a.jsonl"), told)[1] == []
     assert told[-1].startswith("no held-out rows: none of the 1 rows")
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_bad_rows_of_reading_and_of_tokens_are_one_share(tmp_path, monkeypatch, bad):
     """One row of 100 is no JSON; the template rules out some more, among those to train on and those held out."""
-    monkeypatch.setattr(build, "learner_of", lambda *_, **__: "made")
     found = iter([bad > 0, bad > 1])
 
-    def tokens(plan, tokenizer, conversations, data, **_):
+    def tokens(tokenizer, conversations, data, **_):
         ruled_out = ((7, "the template refuses it"),) * next(found)
         return [], TokenReport(9, 9, 0, (), 0, 0, (0, 0, 0, 0), 64, bad=ruled_out)
 
-    monkeypatch.setattr(build, "_counted_tokens", tokens)
+    monkeypatch.setattr(rows, "_counted_tokens", tokens)
     (tmp_path / "a.jsonl").write_text(lines([{"text": f"t{n}"} for n in range(99)]) + "{\n")
-    one = (build.load_plan(toy_plan(tmp_path)), Base(), SiteData(path="a.jsonl", max_bad_share=0.02))
+    data = SiteData(path="a.jsonl", max_bad_share=0.02)
     if bad < 2:
-        assert build.learner(*one, name="a", root=tmp_path, report=Told()) == "made"
+        assert loaded(tmp_path, data, Told()) == ([], [])
         return
     with pytest.raises(DataError, match=r"3 of 100 rows \(3.0%\) cannot be used"):
-        build.learner(*one, name="a", root=tmp_path, report=Told())
-
-
-def toy_plan(where):
-    (where / "plan.toml").write_text("[training]\nmax_length = 64\n")
-    return where / "plan.toml"
+        loaded(tmp_path, data, Told())
 
 
 # --- nothing quotes a row ---------------------------------------------------------------------------------------------------
@@ -349,7 +340,7 @@ def test_no_error_log_or_output_quotes_a_row(tmp_path, name, bytes_too, caplog, 
     (tmp_path / "plan.toml").write_text("")
     told = ""
     try:
-        build.identifiers(tmp_path / "site.toml", report=lambda event, facts: caplog.records.append(None) and None)
+        rows.count_identifiers(tmp_path / "site.toml", report=lambda event, facts: caplog.records.append(None) and None)
     except FedLoRAError as error:
         told = shown(error)
     assert told

@@ -92,6 +92,6 @@ def test_the_command_says_lines_and_no_text(tmp_path, capsys):
     assert PROMISE in told
     assert not any(word in told for word in ("Lopez", "1950-", "12.03", "1234567"))
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["data"]["identifiers"]
-    assert {"kind": "dates of birth", "count": 1, "rows": 1, "lines": [["", 2]]} in found
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["data"]["identifiers"]
+    assert {"kind": "dates of birth", "count": 1, "rows": 1, "places": [{"file": "", "line": 2}]} in found
     assert main([*words[:2], "--identifiers"]) == 2
