@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import numpy as np
-
 from fedlora.core.adapter import F32, Update
-from fedlora.core.errors import BadShare, LoneChange, SessionError, UpdateRejected, WireError, WrongContext
+from fedlora.core.errors import BadShare, LoneChange, SessionError, WireError, WrongContext
 from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.reader import Reader
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.trust import RosterKeeper
-from fedlora.protect.derive import derive
 from fedlora.protect.given import Gift, Given
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import check_mode
@@ -26,10 +23,9 @@ from fedlora.protect.sealed import check_task
 from fedlora.protect.secagg.cohort import Cohort, Rules, read_session
 from fedlora.protect.secagg.complaints import Complaint, dump_opened, read_complaints, read_settled
 from fedlora.protect.secagg.dealing import Inbox, Opened, Received, Secrets, advertise, deal, opened, receive
+from fedlora.protect.secagg.encoding import encode_update, with_metrics, work_key
 from fedlora.protect.secagg.giving import check_deliveries, masked, reveal
-from fedlora.protect.secagg.numbers import with_counts
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
-from fedlora.protect.secagg.rings import encode
 from fedlora.protect.secagg.settings import measure
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 from fedlora.protect.secagg.votes import (
@@ -42,7 +38,6 @@ from fedlora.protect.secagg.votes import (
     sign_vote,
     vote_text,
 )
-from fedlora.rules.sums import squares_of
 
 log = logging.getLogger(__name__)
 
@@ -166,39 +161,12 @@ class SecAggSite:
         self, task: Task, plan: Plan, terms: Terms, scales: F32, records: Records, work: Callable[[Task], Update]
     ) -> Encoded:
         known = self._encoded or records.encoded()
-        update = _with_metrics(work(task), terms.metrics_due(task, plan.evaluation.every))  # from the journal if it has been done
-        key = hashlib.sha256(
-            f"{task.kind}/{task.round}/{task.plan_digest}/{task.adapter.digest()}/".encode() + scales.tobytes()
-        ).hexdigest()
-        if known is not None and known.key == key:
+        update = with_metrics(work(task), terms.metrics_due(task, plan.evaluation.every))  # from the journal if it has been done
+        if known is not None and known.key == work_key(task, scales):
             return known
-        if task.kind == "evaluate":
-            numbers = terms.numbers(task.reply_layout).pack(
-                weight=0, counted=0, squares=np.zeros(0), cut=np.zeros(0, np.int64), metrics=update.metrics
-            )
-            made = Encoded(key, task.round, np.zeros(1, terms.profile.word), numbers, np.zeros(0, np.float32))
-        else:
-            made = self._levels(task, terms, scales, update, known, key)
+        made = encode_update(task, terms, scales, update, known=known, identity=self.link.identity)
         records.save_encoded(made)
         return made
-
-    def _levels(self, task: Task, terms: Terms, scales: F32, update: Update, known: Encoded | None, key: str) -> Encoded:
-        layout = task.reply_layout
-        update.check(layout.size)
-        if update.weight < 1:
-            raise UpdateRejected("this site used no tokens; it does not take part in the round")
-        weight = terms.weight(update.weight)
-        held_back = terms.rule.carries and known is not None and known.round < task.round and known.left.size == layout.size
-        # What rounding and cutting kept back before is added.
-        left = update.delta + known.left if known is not None and held_back else update.delta.copy()
-        # Secret, or whoever knows which way a value was rounded knows whose it was that tipped the sum.
-        secret = self.link.identity.signing.private_bytes_raw()
-        noise = derive(secret, "rounding", context=f"{task.run}/{task.round}/{key}".encode())
-        levels, cut = encode(left, layout, terms.profile, scales, share=terms.share(weight), key=noise)
-        numbers = terms.numbers(layout).pack(
-            weight=weight, counted=update.weight, squares=squares_of(update.delta, layout), cut=cut, metrics=update.metrics
-        )
-        return Encoded(key, task.round, levels, numbers, left)
 
     # --- the session ----------------------------------------------------------------------------------------------
 
@@ -421,21 +389,3 @@ class SecAggSite:
         received = receive(cohort, own, secrets, reader, rules=session.rules, known=self._known, settled=settled)
         reader.end()
         return received
-
-
-def _with_metrics(update: Update, due: Collection[str]) -> Update:
-    """The update with the metrics that every site of the round sends and the counts that they are means over, and no other: one
-    that is sent alone is that site's number.
-
-    Raises:
-        SessionError (metric-missing): one is not here.
-    """
-    due = with_counts(due)
-    missing = sorted(name for name in due if name not in update.metrics)
-    if missing:
-        raise SessionError(
-            f"this site has no {', '.join(missing)}, and under secure aggregation every site sends all that the plan lists",
-            hint="policy.share in the site file strikes it out, or there are no held-out rows; or the plan lists less",
-            code="metric-missing",
-        )
-    return replace(update, metrics={name: update.metrics[name] for name in due})

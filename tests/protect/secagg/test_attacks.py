@@ -395,8 +395,8 @@ def with_liar(n: int, kind: type[SecAggSite], liar: str = "site-2", **options: o
 class OutOfRange(SecAggSite):
     """Sends a level that no value within the range has."""
 
-    def _levels(self, *args, **options):
-        made = super()._levels(*args, **options)
+    def _encode(self, *args):
+        made = super()._encode(*args)
         made.levels[:2] = 16_000
         return made
 

@@ -1,0 +1,80 @@
+"""A site's update as what it masks: whole levels, and the numbers that ride beside them. FORMAT.md, 10.6."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import replace
+
+import numpy as np
+
+from fedlora.core.adapter import F32, Update
+from fedlora.core.errors import SessionError, UpdateRejected
+from fedlora.core.messages import Task
+from fedlora.formats.keys import Identity
+from fedlora.protect.derive import derive
+from fedlora.protect.secagg.numbers import with_counts
+from fedlora.protect.secagg.records import Encoded
+from fedlora.protect.secagg.rings import encode
+from fedlora.protect.secagg.terms import Terms
+from fedlora.rules.sums import squares_of
+
+
+def work_key(task: Task, scales: F32) -> str:
+    """Names the work and the scales: the same, the same levels."""
+    what = f"{task.kind}/{task.round}/{task.plan_digest}/{task.adapter.digest()}/".encode()
+    return hashlib.sha256(what + scales.tobytes()).hexdigest()
+
+
+def encode_update(task: Task, terms: Terms, scales: F32, update: Update, *, known: Encoded | None, identity: Identity) -> Encoded:
+    """An update in whole levels, with its numbers.
+
+    Args:
+        scales: value of one level, per tensor, (tensors,) float32.
+        known: of an earlier round, whose rounding and cutting is made up for.
+        identity: the site's keys: which way a value is rounded is derived from the signing key.
+
+    Raises:
+        WrongContext (wrong-layout), NonFiniteUpdate: see :meth:`Update.check`.
+        UpdateRejected: no tokens were used.
+    """
+    key = work_key(task, scales)
+    if task.kind == "evaluate":
+        numbers = terms.numbers(task.reply_layout).pack(
+            weight=0, counted=0, squares=np.zeros(0), cut=np.zeros(0, np.int64), metrics=update.metrics
+        )
+        return Encoded(key, task.round, np.zeros(1, terms.profile.word), numbers, np.zeros(0, np.float32))
+    layout = task.reply_layout
+    update.check(layout.size)
+    if update.weight < 1:
+        raise UpdateRejected("this site used no tokens; it does not take part in the round")
+    weight = terms.weight(update.weight)
+    held_back = terms.rule.carries and known is not None and known.round < task.round and known.left.size == layout.size
+    # What rounding and cutting kept back before is added.
+    left = update.delta + known.left if known is not None and held_back else update.delta.copy()
+    # Secret, or whoever knows which way a value was rounded knows whose it was that tipped the sum.
+    secret = identity.signing.private_bytes_raw()
+    noise = derive(secret, "rounding", context=f"{task.run}/{task.round}/{key}".encode())
+    levels, cut = encode(left, layout, terms.profile, scales, share=terms.share(weight), key=noise)
+    numbers = terms.numbers(layout).pack(
+        weight=weight, counted=update.weight, squares=squares_of(update.delta, layout), cut=cut, metrics=update.metrics
+    )
+    return Encoded(key, task.round, levels, numbers, left)
+
+
+def with_metrics(update: Update, due: Collection[str]) -> Update:
+    """The update with the metrics that every site of the round sends and the counts that they are means over, and no other: one
+    that is sent alone is that site's number.
+
+    Raises:
+        SessionError (metric-missing): one is not here.
+    """
+    due = with_counts(due)
+    missing = sorted(name for name in due if name not in update.metrics)
+    if missing:
+        raise SessionError(
+            f"this site has no {', '.join(missing)}, and under secure aggregation every site sends all that the plan lists",
+            hint="policy.share in the site file strikes it out, or there are no held-out rows; or the plan lists less",
+            code="metric-missing",
+        )
+    return replace(update, metrics={name: update.metrics[name] for name in due})
