@@ -1,0 +1,100 @@
+"""Complaints: a dealer shows what it dealt to a site that says that it does not open. FORMAT.md, 10.4."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from fedlora.core.errors import (
+    BadShare,
+    DealerLied,
+    SessionError,
+    WireError,
+    WrongContext,
+)
+from fedlora.core.events import Event
+from fedlora.core.facts import Complaint as ComplaintFacts
+from fedlora.core.messages import Reply, Request
+from fedlora.core.reader import Reader
+from fedlora.protect.link import reply_bytes
+from fedlora.protect.secagg.attempt import Attempt, Errors
+from fedlora.protect.secagg.book import ServerSession
+from fedlora.protect.secagg.complaints import (
+    Complaint,
+    dump_complaints,
+    most_complaint_bytes,
+    opened_bytes,
+    read_opened,
+)
+from fedlora.protect.secagg.dealing import Opened
+from fedlora.protect.secagg.opening import Deal, relay
+
+
+def settle(
+    at: Attempt, session: ServerSession, complaining: Sequence[str], deals: Mapping[int, Deal]
+) -> Generator[Any, Any, dict[int, dict[int, Opened]] | None]:
+    """Has dealers show what they dealt to the sites that say it does not open.
+
+    Returns:
+        By holder and dealer what was shown. None: a dealer has not shown what it has signed for; the session has to be ended,
+        and tried anew without that dealer.
+    """
+    cohort, complaints = session.cohort, dict[int, Complaint]()
+
+    def hear_complaint(reply: Reply) -> None:
+        payload = at.answer(session.attempt, reply, "complain", max_payload=most_complaint_bytes(cohort))
+        reader = Reader(payload, "complaint")
+        one = Complaint.read(reader, cohort)
+        reader.end()
+        if cohort.advert(one.holder).name != reply.site:
+            raise WrongContext("the complaint of another site")
+        one.verify(cohort, at.known)
+        if any(d not in deals or deals[d].dealt[one.holder].statement != said for d, said in one.lies.items()):
+            raise WrongContext("a complaint about something else than what was relayed")
+        complaints[one.holder] = one
+
+    requests = []
+    for name in complaining:
+        body = at.seal(session.attempt, [name], "complain", relay(cohort, deals, cohort.number(name)))
+        requests.append(Request(name, "complain", body, reply_bytes(most_complaint_bytes(cohort))))
+    replies = yield requests
+    at.hear(session, replies, complaining, hear_complaint, at.errors)
+    settled: dict[int, dict[int, Opened]] = {holder: {} for holder in complaints}
+    by_dealer = {d: [c for _, c in sorted(complaints.items()) if d in c.lies] for d in deals}
+    by_dealer = {d: found for d, found in by_dealer.items() if found}
+    for dealer, found in by_dealer.items():
+        holders = session.names([c.holder for c in found])
+        at.report(Event.COMPLAINT, ComplaintFacts(about=cohort.advert(dealer).name, sites=holders))
+    liars: Errors = {}
+    most = at.terms.rules.max_colluding  # so many may lie about a dealer, and it shows nothing to more
+
+    def hear_opened(reply: Reply) -> None:
+        dealer = cohort.number(reply.site)
+        due = {c.holder: deals[dealer].dealt[c.holder].commitments for c in by_dealer[dealer][:most]}
+        payload = at.answer(session.attempt, reply, "open", max_payload=opened_bytes(len(due)))
+        try:
+            shown = read_opened(cohort, dealer, payload, due)
+        except (BadShare, WireError) as e:
+            liars[reply.site] = DealerLied(str(e), site=reply.site)
+            raise liars[reply.site] from None
+        for holder, one in shown.items():
+            settled[holder][dealer] = one
+
+    requests = []
+    for dealer, found in by_dealer.items():
+        (name,) = session.names([dealer])
+        body = at.seal(session.attempt, [name], "open", dump_complaints(cohort, found[:most]))
+        requests.append(Request(name, "open", body, reply_bytes(opened_bytes(most))))
+    replies = yield requests
+    at.hear(session, replies, [r.site for r in requests], hear_opened, at.errors)
+    for name in liars:
+        at.caught(name)
+    silent = {d for d, found in by_dealer.items() if any(d not in settled[c.holder] for c in found)}
+    for dealer in silent:
+        name = cohort.advert(dealer).name
+        if name not in liars:
+            at.book.exclude(name, round=at.task.round, code="complaint-unanswered")
+            at.errors[name] = SessionError(
+                "it did not show what it had dealt to a site that says it does not open", code="complaint-unanswered"
+            )
+    return None if silent else settled
