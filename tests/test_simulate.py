@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from fedlora.cli import main
+from fedlora.core.errors import StoreError
+from fedlora.formats.plans import load_plan
+from fedlora.lab import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "simulations" / "plans" / "toy.toml"
@@ -242,3 +245,29 @@ def test_sites_in_one_pass_are_for_one_process(tmp_path, capsys):
     asked = ["simulate", str(TOY), "--out", str(tmp_path / "runs"), "--batch-sites", "--transport", "flower", "-q"]
     assert main(asked) == 3
     assert "--batch-sites" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("made", "free"),
+    [
+        ((), True),
+        (("arms/base.json",), True),
+        (("arms/base.json", "arms/local:a.json"), False),
+        (("federated/run.json",), False),
+        (("sites/a/journal/x",), False),
+    ],
+)
+def test_what_never_trained_a_step_is_started_again_without_resume(tmp_path, made, free):
+    plan = load_plan(TOY)
+    simulate._claim(tmp_path, plan, transport="local", drop=(), resume=False, batch_sites=False)
+    for name in made:
+        (tmp_path / "seed-0" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "seed-0" / name).write_bytes(b"")
+    other = plan.model_copy(update={"run": plan.run.model_copy(update={"name": "other"})})
+    if free:
+        simulate._claim(tmp_path, other, transport="local", drop=(), resume=False, batch_sites=False)
+        assert not list(tmp_path.glob("seed-*"))
+        assert b'"other"' in (tmp_path / "plan.json").read_bytes()
+    else:
+        with pytest.raises(StoreError, match="holds a simulation already"):
+            simulate._claim(tmp_path, other, transport="local", drop=(), resume=False, batch_sites=False)

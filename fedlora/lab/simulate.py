@@ -81,7 +81,7 @@ def simulate(
 
     Raises:
         ConfigError: no ``[simulation]`` table, or files that it names are missing.
-        StoreError: ``out`` exists and ``resume`` is not asked, or belongs to another plan.
+        StoreError: ``out`` holds a simulation that has begun, and ``resume`` is not asked; or it belongs to another plan.
     """
     if plan.simulation is None:
         raise ConfigError("the plan has no [simulation] table", hint="`fedlora new simulation` prints one")
@@ -128,7 +128,10 @@ def _claim(out: Path, plan: Plan, *, transport: str, drop: Sequence[str], resume
     more = ({"drop": sorted(drop)} if drop else {}) | ({"batch_sites": True} if batch_sites else {})
     facts = canonical({"plan": plan.model_dump(mode="json"), "transport": transport, **more})
     mark = out / "plan.json"
-    if mark.exists():
+    if mark.exists() and not resume and not _begun(out):
+        for seed in out.glob("seed-*"):
+            shutil.rmtree(seed)  # scores of the base under what may be another plan
+    elif mark.exists():
         if not resume:
             raise StoreError(f"{out} holds a simulation already", hint="--resume goes on with it; or choose another --out")
         if mark.read_bytes() != facts:
@@ -139,6 +142,12 @@ def _claim(out: Path, plan: Plan, *, transport: str, drop: Sequence[str], resume
         return
     write_atomic(mark, facts)
     write_atomic(out / "plan.toml", dump_toml(plan).encode(), mode=0o644)
+
+
+def _begun(out: Path) -> bool:
+    """Whether anything but the base was made there: what never trained a step can be started again."""
+    made = [p.relative_to(seed).as_posix() for seed in out.glob("seed-*") for p in seed.rglob("*") if p.is_file()]
+    return any(name != "arms/base.json" for name in made)
 
 
 def _write_summary(out: Path, results: Sequence[Results]) -> None:
