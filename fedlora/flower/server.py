@@ -41,7 +41,7 @@ from fedlora.processes.supervisor import Service, Supervisor, signals
 
 _PATIENCE_S = 10.0
 _LOOK_S = 1.0
-_SECRET_BYTES = 32
+_SECRET_BYTES = 64  # hex digits of 32 random bytes
 _OVER_S = 10.0
 """How long Flower may take to learn that a run has ended, seconds."""
 _SETTLED_S = 5.0  # a site that corrects its clock is on line long before

@@ -216,7 +216,7 @@ class Site:
         return plan.lora.ranks.get(self.name, 1 << 30)
 
     def _shared(self, plan: Plan, metrics: Mapping[str, float]) -> dict[str, float]:
-        wanted = frozenset(plan.evaluation.share) & frozenset(self.policy.share)
+        wanted = mode_of(plan).sends(plan.evaluation.share) & frozenset(self.policy.share)
         return {k: float(v) for k, v in metrics.items() if k in wanted}
 
     def _prepare(self, task: Task) -> tuple[Plan, Aggregator, Learner, Adapter]:

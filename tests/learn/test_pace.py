@@ -169,7 +169,7 @@ def test_check_says_what_a_round_takes_here(tmp_path: Path, toy: Path, capsys: p
     )
     plan.write_text("[training]\nmax_length = 64\n[federation]\nlocal_steps = 3\nround_deadline = 1e-6\n")
     assert main(["check", str(plan), "--site", str(site), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["data"]["round"]
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["data"]["round"]
     assert found["steps"] == 3
     assert found["device"].startswith("CPU")
     assert found["train_s"] > 0

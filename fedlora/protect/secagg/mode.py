@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import ClassVar
 
 from fedlora.core.adapter import Adapter, Layout
@@ -74,7 +74,7 @@ class SecAgg(Mode):
             yield f"the first range {first_range(plan):g} is above max_first_range {limits.max_first_range:g}"
         if settings_of(plan).lone_change == "allow" and limits.lone_change == "refuse":
             yield "secagg.lone_change = 'allow': two sums may show one site's update, and policy.lone_change says 'refuse'"
-        if kept := sorted(with_counts(plan.evaluation.share) - set(limits.share)):
+        if kept := sorted(cls.sends(plan.evaluation.share) - set(limits.share)):
             yield (
                 f"evaluation.share asks for {', '.join(kept)}, which policy.share does not list: under secagg a number leaves "
                 "from all sites or from none, for what one site alone sends no sum hides; and a mean leaves with its count"
@@ -85,6 +85,10 @@ class SecAgg(Mode):
         if first_adapter(layout, seed=plan.run.seed).digest() != plan.lora.init_digest:
             raise PlanRefused("the plan pins another first adapter than the one that follows from run.seed")
         check_published(plan, adapter, round=round)
+
+    @classmethod
+    def sends(cls, metrics: Collection[str]) -> frozenset[str]:
+        return with_counts(metrics)
 
     @classmethod
     def talk_s(cls, plan: Plan) -> float:

@@ -8,6 +8,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.plan import parse_plan
 from fedlora.formats.epochs import next_epoch
 from fedlora.formats.signed_roster import SignedRoster
+from fedlora.protect.given import Given, Ledger
 from fedlora.protect.secagg.cohort import Cohort, Rules
 
 pytestmark = pytest.mark.slow
@@ -118,7 +119,8 @@ def test_sums_that_may_differ_by_one_site_are_not_taken_from_one_that_may_not(or
     world, colluder = World(6, plan=plans[earlier]), "site-3"
     for k, sites in enumerate(sums[earlier], start=1):
         assert session(world, k, sites, n=6) == (set(), True)
-        world.memory[colluder].values.pop("secagg/given")  # it remembers nothing that is to its friends' harm
+        # It remembers nothing that is to its friends' harm.
+        Given(world.memory[colluder], identity(colluder), bytes).save(Ledger())
     world.plan, knowing = plans[later], set().union(*sums[earlier]) - {colluder}
     for k, sites in enumerate(sums[later], start=3):
         world.globals[k] = world.globals[1]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from protect.secagg.world import World, secagg_plan
 
-from fedlora.core.plan import Evaluation
+from fedlora.core.plan import Evaluation, Protect
+from fedlora.protect.modes import mode_of
 from fedlora.protect.secagg.numbers import Numbers, with_counts
 
 NAMES = ("eval/exact_match", "eval/examples", "eval/nll", "eval/tokens", "train/loss")
@@ -95,3 +96,11 @@ def test_a_mean_needs_the_count_that_it_is_over():
         world.updates[s] = replace(update, metrics={"train/loss": 1.0, "eval/exact_match": 0.5, "eval/examples": 4.0})
     assert world.collect(world.task(attempt=1)).sums
     assert with_counts(["eval/exact_match", "train/loss"]) == {"eval/exact_match", "eval/examples", "train/loss"}
+
+
+def test_a_site_sends_what_the_plans_metrics_need():
+    """A plan of defaults lists exact_match and not the examples that it is over."""
+    plan = secagg_plan().model_copy(update={"evaluation": Evaluation()})
+    assert mode_of(plan).sends(plan.evaluation.share) == {*plan.evaluation.share, "eval/examples"}
+    sealed = plan.model_copy(update={"protect": Protect()})
+    assert mode_of(sealed).sends(plan.evaluation.share) == {*plan.evaluation.share}
