@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 Json = Annotated[
-    bool, typer.Option("--json", help="Print JSON instead of text: one object a line, the last one is the answer; see `schema`.")
+    bool, typer.Option("--json", help="Print JSON instead of text, one object per line. The last is the answer; see `schema`.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
 
 
 def emit(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
