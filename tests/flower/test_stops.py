@@ -199,7 +199,7 @@ def test_the_outcome_of_a_job_is_said_on_a_disk_that_is_full(tmp_path, small_dis
     fill(small_disk, leave=0)
     for number in range(200):
         events(Event.OTHER, Other(name=str(number), facts="x" * 200))  # dropped, and the run goes on
-    save_outcome(home, name, Outcome("resources", "no space left " + "x" * 5000, "free some", 7))
+    save_outcome(home, name, Outcome("resources", "no space left " + "x" * 5000, "free some"))
     (small_disk / "filler").unlink()
     events(Event.ARM_DONE, Arm(name="base"))
     seen = []
