@@ -160,7 +160,7 @@ def sign(
     if identity.public not in (*own, *before):
         raise RosterInvalid(
             f"{identity.name} is no coordinator of epoch {found.roster.epoch} or of the one before",
-            hint=f"the coordinators are {', '.join(sorted({c.name for c in (*own, *before)}))}; a key is known by its bytes",
+            hint=f"sign with the key of {', '.join(sorted({c.name for c in (*own, *before)}))}",
         )
     signed = found.sign(identity)
     signed.verify(own, 0, others=before)  # a damaged signature beside ours would make every site refuse the file
@@ -223,7 +223,7 @@ def _turn(
     new = SignedRoster(next_epoch(old.roster, add=add, revoke=revoke, days=days, regroup=regroup, group_size=group_size, now=now))
     kept = _kept(file, old.roster.epoch)
     if kept.exists() and load_roster(kept).roster != old.roster:
-        raise StoreError(f"{kept} is another roster", hint="move it away: the epoch that is replaced is kept under this name")
+        raise StoreError(f"{kept} holds another roster", hint="move it away: the replaced epoch is saved under this name")
     _save(kept, old)
     _save(file, new)
     _to_sign(file, new, json=json)

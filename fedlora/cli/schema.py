@@ -35,7 +35,7 @@ def schema(
 
     names = list(_makers())
     if name and name not in names:
-        raise ConfigError(f"there is no schema of {plain(name)[:80]!r}", hint=f"known: {', '.join(names)}")
+        raise ConfigError(f"there is no schema of {plain(name)[:80]!r}", hint=f"choose one of: {', '.join(names)}")
     found = schema_of(name) if name else None
     emit({"names": names, "schema": found}, dumps(found, indent=2) if found else "\n".join(names), as_json=json)
 

@@ -139,7 +139,7 @@ class RemoteError(FedLoRAError):
     code: Code = "remote"
 
     def __init__(self, site: str, remote_code: str) -> None:
-        super().__init__(f"site {site} answered {remote_code!r}", hint="the reason is in that site's own log")
+        super().__init__(f"site {site} answered {remote_code!r}", hint="look for the reason in that site's own log")
         self.remote_code = remote_code
 
 
@@ -153,7 +153,7 @@ class UpdateRejected(FedLoRAError):
         """weight-too-large: a claimed weight is more than the plan allows: it would outweigh the others."""
         return cls(
             f"{who}: a weight of {claim} is claimed, the plan allows {bound}",
-            hint="aggregate.max_weight in the plan; 0 stands for what its steps and lengths can use",
+            hint="compare that site's data with aggregate.max_weight in the plan; 0 means the most that a round's steps can use",
             code="weight-too-large",
         )
 

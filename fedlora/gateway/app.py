@@ -153,7 +153,7 @@ class Gateway:
     async def _admit(self, site: str) -> None:
         """Keeps a site to its rate and to so many calls at a time."""
         if self._calls.get(site, 0) >= _SITE_CALLS:
-            raise Stop(503, f"{_SITE_CALLS} calls at a time")
+            raise Stop(503, f"more than {_SITE_CALLS} calls at a time")
         self._calls[site] = self._calls.get(site, 0) + 1
         wait_s = self._sites.of(site).wait_s()
         if wait_s > _SITE_WAIT_S:

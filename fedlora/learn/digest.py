@@ -71,8 +71,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = load_json(directory / "config.json")
     if config.get("quantization_config"):
         raise ModelError(
-            f"the weights in {directory} are stored quantised",
-            hint="give the full-precision base; it is quantised while it is loaded",
+            f"the weights in {directory} are stored quantized",
+            hint="give the full-precision base; it is quantized while it is loaded",
         )
     return config
 

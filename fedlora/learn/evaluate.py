@@ -88,7 +88,7 @@ def evaluate(
             if not is_out_of_memory(e):
                 raise
         if rows == 1:
-            raise ResourceError("out of memory on one row of evaluation", hint="a smaller max_length in the plan")
+            raise ResourceError("out of memory on one row of evaluation", hint="use a smaller max_length in the plan")
         rows //= 2
 
 

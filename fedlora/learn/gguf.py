@@ -129,7 +129,7 @@ def _tokenizer(source: _Source, directory: Path) -> None:
     known = rule in _SINGLE_DIGITS | _GPT2 or rule in gguf_text_splits()
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and not known):
         raise ModelError(
-            f"{source.file.name}: how text is cut into tokens ({kind}, {rule}) is not known here",
+            f"{source.file.name}: its tokenizer ({kind}, {rule}) is not supported",
             hint="give the Hugging Face directory of this model instead",
         )
     try:
@@ -179,7 +179,7 @@ def _producer(places: Mapping[str, Any], processor: Any, file: Path) -> Callable
         try:
             values: NDArray[np.float32] = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
-            raise ModelError(f"{file.name}: {name} is of type {tensor.tensor_type.name}, which cannot be dequantised") from None
+            raise ModelError(f"{file.name}: {name} is of type {tensor.tensor_type.name}, which cannot be dequantized") from None
         # The processor undoes llama.cpp's reordering of q and k rows, which pairs the halves of a rotary embedding.
         values = np.array(processor.process(weights=values, name=tensor.name).weights, dtype=np.float32)
         out.write(torch.from_numpy(values).to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())

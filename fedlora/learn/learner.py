@@ -178,7 +178,7 @@ class HFLearner:
             if ranks is not None:
                 ranks.abandon()  # the others wait for a sum that will not come
             if is_out_of_memory(e):
-                raise ResourceError("out of memory", hint="gpu_memory_gib or micro_batch_tokens in the site file") from None
+                raise ResourceError("out of memory", hint="lower gpu_memory_gib or micro_batch_tokens in the site file") from None
             raise
         keeps = training.optimizer_state == "keep"
         after = dump_state(self._cursor, dump_moments(optimiser) if keeps else b"")
@@ -253,7 +253,7 @@ def _check_length(model: LoraModel, max_length: int) -> None:
     if window is not None and max_length > window:
         # Our block masks replace the model's own, which would have kept tokens from looking further back than this.
         raise ConfigError(
-            f"max_length {max_length} exceeds this base's attention window of {window}", hint="a smaller max_length"
+            f"max_length {max_length} exceeds this base's attention window of {window}", hint="use a smaller max_length"
         )
 
 
@@ -278,5 +278,5 @@ def parse_state(state: bytes) -> tuple[Cursor, bytes]:
     except (ValueError, KeyError, TypeError):
         good = False
     if not good:
-        raise StoreError("the training state in the journal is damaged", hint="was it written by another version?")
+        raise StoreError("the training state in the journal is damaged", hint="check whether another version of FedLoRA wrote it")
     return cursor, moments

@@ -64,7 +64,9 @@ class PlanBatches:
             ResourceError: always.
         """
         rows = max(len(b.labels) for b in batches)
-        raise ResourceError(f"out of memory on a batch of {rows} rows", hint="a smaller per_device_train_batch_size in the plan")
+        raise ResourceError(
+            f"out of memory on a batch of {rows} rows", hint="use a smaller per_device_train_batch_size in the plan"
+        )
 
 
 def derived_seed(*key: object) -> int:
@@ -156,7 +158,7 @@ def count_supervised(batches: Sequence[Batch]) -> int:
     """
     total = sum(b.supervised for b in batches)
     if total == 0:
-        raise DataError("no token with a loss in a whole step", hint="max_length may cut the completions off")
+        raise DataError("no token of a whole step has a loss", hint="use a larger max_length: it may cut the completions off")
     return total
 
 

@@ -45,8 +45,8 @@ class Machine:
         """
         if self.fused and (model.load_in_8bit or not one_type(model)):
             raise ConfigError(
-                "fused needs a base that is plain or in 4 bits, computed in its own dtype",
-                hint="bnb_4bit_compute_dtype equal to dtype",
+                "fused needs a base without quantization or in 4 bits, with computations in its own dtype",
+                hint="set bnb_4bit_compute_dtype equal to dtype",
             )
         if self.keep_dequantised and not one_type(model):
             # bitsandbytes rounds to `dtype` on the way back but not on the way there: one stored copy cannot be both.

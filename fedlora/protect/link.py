@@ -224,7 +224,7 @@ class ServerLink:
         if header.seq <= last:
             return  # refused in any case, as a replay or as equivocation
         if lost or (was_lost and not anew and not follows):
-            raise StateLost(f"{site} does not go on from what it has sent: its state is lost, or is that of a backup")
+            raise StateLost(f"{site} does not continue from its earlier messages: its state is lost, or is that of a backup")
         if was_lost:
             self.memory.put(mark, b"")
         if anew:

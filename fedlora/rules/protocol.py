@@ -119,8 +119,8 @@ def check_reach(tensor: str, found: float, most: float) -> None:
     """Raises: PlanRefused (impossible-adapter): more than ``most``, but for the rounding of float32."""
     if not found <= most * (1 + 1e-3) + 1e-6:
         raise PlanRefused(
-            f"{tensor} has moved by {found:.3g} since the first adapter; all rounds so far can have moved it by {most:.3g}",
-            hint="the server has published what this plan's sums cannot give: treat it as an incident and ask the coordinator",
+            f"{tensor} has moved by {found:.3g} since the first adapter; the rounds so far can have moved it by {most:.3g}",
+            hint="treat this as an incident and ask the coordinator: the sums of this plan cannot give the published adapter",
             code="impossible-adapter",
         )
 

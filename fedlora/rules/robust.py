@@ -111,7 +111,7 @@ class Robust(Rule):
         n, f = len(sites), self.byzantine
         if n < 2 * f + 3:
             raise UpdateRejected(
-                f"multi-krum against {f} liars needs {2 * f + 3} updates, {n} came",
+                f"multi-krum against {f} malicious sites needs {2 * f + 3} updates, {n} arrived",
                 hint="raise federation.min_sites, or lower aggregate.robust.byzantine",
             )
         distances = _distances(sums, sites)

@@ -215,7 +215,7 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
         "north is offline",
         "north: not counted (late)",
         "south: weight 3, training loss -, held-out NLL -",
-        "no-such-event: told by another version of FedLoRA",
+        "no-such-event: reported by another version of FedLoRA",
     ]
     with Screen(quiet=True) as screen:
         screen("site-offline", {"site": "north"})

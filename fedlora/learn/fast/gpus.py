@@ -60,7 +60,7 @@ class Ranks:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         on_gpu = self._device.type == "cuda"
         if any(t.name == _PARTING and t.is_alive() for t in threading.enumerate()):
-            raise ResourceError("the processes of another GPU were not let go of yet", hint="restart the site")
+            raise ResourceError("the earlier processes of this site's GPUs are not released yet", hint="restart the site")
         try:
             store = dist.FileStore(str(meeting), count)  # type: ignore[attr-defined]  # torch does not list it
             store.set_timeout(_MEETING)
@@ -74,7 +74,7 @@ class Ranks:
             if not isinstance(e, RuntimeError | ValueError):
                 raise
             raise ResourceError(
-                f"the processes of this site's GPUs did not meet: {e}", hint="gpus = 1 in the site file"
+                f"the processes of this site's GPUs could not connect: {e}", hint="set gpus = 1 in the site file"
             ) from None
 
     def _connect(self) -> None:
@@ -92,7 +92,7 @@ class Ranks:
         end = time.monotonic() + _MEETING.total_seconds()
         while connecting.is_alive():
             if self._gone.is_set() or time.monotonic() > end:
-                raise ResourceError("a process of another GPU of this site ended while they met", hint="see the site's log")
+                raise ResourceError("a process of another GPU of this site ended while they connected", hint="see the site's log")
             connecting.join(_LONGEST_S)
         if failed:
             raise failed[0]

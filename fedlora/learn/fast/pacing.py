@@ -162,8 +162,8 @@ class Pace:
             self._model.set_checkpointing(later[0])
         else:
             raise ResourceError(
-                f"out of memory on one example of {longest} tokens with everything computed again",
-                hint="a smaller max_length in the plan, a smaller base, or a larger GPU",
+                f"out of memory on one example of {longest} tokens with full activation checkpointing",
+                hint="use a smaller max_length in the plan, a smaller base, or a larger GPU",
             )
         self._report(Event.OUT_OF_MEMORY, OutOfMemory(tokens=self._tokens, dial=self.dial))
         log.warning("out of memory: micro-batches of %d tokens, activation checkpointing %s", self._tokens, self._dial)

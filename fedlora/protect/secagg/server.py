@@ -163,9 +163,10 @@ class SecAggServer:
         if len(whole) < least:
             self.report(Event.LONE_CHANGE, LoneChangeFacts(sites=sorted(names), missing=away))
             raise LoneChange(
-                f"of {', '.join(sorted(names))} too few are in whole groups; missing: {', '.join(away) or 'new sites'}",
-                hint="bring the others of their groups back; `fedlora roster show` prints the groups. Or agree on a plan and "
-                "policies with lone_change = 'allow'",
+                f"too few of the sites {', '.join(sorted(names))} are in complete groups; "
+                f"missing: {', '.join(away) or 'new sites'}",
+                hint="bring the other sites of their groups back; `fedlora roster show` prints the groups. Or agree on a plan "
+                "and policies with lone_change = 'allow'",
             )
         for name in set(names) - whole:
             errors.setdefault(name, LoneChange(f"left out: {', '.join(away) or 'a site'} of its group is not there"))
@@ -518,7 +519,9 @@ class SecAggServer:
         if task.kind == "evaluate":
             return 1.0
         if not sites <= weight <= sites * self.terms.max_weight:
-            raise SessionError("the sum of the weights is none of this many sites", hint="a site has sent numbers out of range")
+            raise SessionError(
+                "the sum of the weights is not possible for this many sites", hint="a site has sent numbers out of range"
+            )
         return weight / self.terms.max_weight
 
     def _too_few_left(self, session: ServerSession, votes: Mapping[int, bytes]) -> bool:

@@ -229,7 +229,7 @@ class SecAggSite:
             t1 = bytes.fromhex(used.t1)
             if t1 not in ended:
                 raise SessionError(
-                    "this site has given its update of this round to another session, and nothing proves its end",
+                    "this site has given its update of this round to another session, and nothing proves that that session ended",
                     code="session-spent",
                 )
             text = vote_text(t1, ABORT)
@@ -274,7 +274,7 @@ class SecAggSite:
         own = cohort.number(self._name)
         received = self._receive(cohort, own, payload, {}, session)
         if not received.lies:
-            raise WireError("there is nothing to complain of")
+            raise WireError("there is nothing to complain about")
         return Complaint.make(cohort, own, received.lies, key=self.link.identity.signing).dump()
 
     def _open(self, payload: bytes, records: Records, session: Session) -> bytes:
@@ -291,7 +291,7 @@ class SecAggSite:
         shown = sorted({*session.opened, *holders})
         if len(shown) > session.max_colluding:
             raise SessionError(
-                "more sites complain of this one than may be in league with the server; it shows nothing more",
+                "more sites complain about this one than may collude with the server; it reveals nothing more",
                 code="session-spent",
             )
         if shown != list(session.opened):
@@ -435,7 +435,7 @@ def _with_metrics(update: Update, due: Collection[str]) -> Update:
     if missing:
         raise SessionError(
             f"this site has no {', '.join(missing)}, and under secure aggregation every site sends all that the plan lists",
-            hint="policy.share in the site file strikes it out, or there are no held-out rows; or the plan lists less",
+            hint="allow it in policy.share of the site file, provide held-out rows, or ask for a plan that does not list it",
             code="metric-missing",
         )
     return replace(update, metrics={name: update.metrics[name] for name in due})
