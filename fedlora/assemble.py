@@ -1,4 +1,4 @@
-"""From files to objects: a server's run, a site, a laboratory. A function each, that reads as the table of its parts."""
+"""From files to objects: a server's run, a site, a laboratory. One function for each, which reads as a list of its parts."""
 
 from __future__ import annotations
 

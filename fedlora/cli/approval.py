@@ -1,4 +1,4 @@
-"""``fedlora site approve``: what a plan asks for, in words, and a person's yes."""
+"""``fedlora site approve``: shows in words what a plan asks for, and records a person's approval."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def up(
         hosts: names and addresses that sites dial; the certificate must cover them.
         stop: set it to stop from another thread.
         timeout_s: for one HTTP call, seconds.
-        connections: at most so many at a time.
+        connections: most connections at a time.
         executor: command line in place of :mod:`fedlora.flower.executor`, given home and port as that one is.
 
     Raises:

@@ -79,7 +79,7 @@ class Roster:
         not_before, not_after: seconds since 1970, both inclusive.
         min_version: the oldest release that may take part, as ``0.1.0``.
         suites: the cipher suites that envelopes may use, rising.
-        max_colluding: how many sites may be in league with each other without any harm to the rest, at least 1.
+        max_colluding: up to this many sites may collude without learning another site's update; at least 1.
         min_cohort: fewest sites whose sum may be shown, at least ``max(3, 3 * max_colluding)``.
         server: the aggregator.
         coordinators: who may sign, sorted by name, 1 to 16.

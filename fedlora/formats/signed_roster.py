@@ -123,5 +123,5 @@ def load_roster(path: Path) -> SignedRoster:
         raise type(e)(f"{path}: {e}", hint=f"{NEWEST}; {e.hint}".rstrip("; ")) from None
 
 
-NEWEST = "restore the newest signed roster from a backup, or get it from a coordinator"
+NEWEST = "restore it from a backup, or get the newest signed roster from a coordinator"
 """The way on where a roster file is damaged."""

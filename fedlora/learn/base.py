@@ -1,4 +1,4 @@
-"""Loads a base model: local files only, quantised while it is read, never trained."""
+"""Loads a base model: local files only, quantized while it is read, never trained."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _quantisation(settings: Model) -> Any:
 
 
 def _check_untouched(model: Any) -> None:
-    """Embeddings and head are never quantised."""
+    """Embeddings and head are never quantized."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is None or not module.weight.dtype.is_floating_point:
             raise ModelError("the embeddings or the output head would be quantized, or the model has none")

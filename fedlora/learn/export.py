@@ -159,7 +159,7 @@ def merge(adapter: Adapter, base_directory: Path, out: Path, *, scale: float, dt
     adapter. Sums are taken in float32 and rounded once to ``dtype``, one tensor in memory at a time.
 
     Raises:
-        ModelError: the base is stored quantised, or an adapted weight is missing or of another shape.
+        ModelError: the base is stored quantized, or an adapted weight is missing or of another shape.
         ConfigError: ``out`` exists, ``dtype`` is another than bfloat16 or float16, or a value does not fit.
     """
     _refuse_existing(out)

@@ -46,12 +46,12 @@ class _Source:
 def convert_gguf(file: Path, directory: Path) -> Path:
     """Writes ``directory`` from ``file`` and returns it; returns at once if that has been done.
 
-    Weights are dequantised in float32 and rounded to bfloat16, one tensor in memory at a time; a quantised file gives the
+    Weights are dequantized in float32 and rounded to bfloat16, one tensor in memory at a time; a quantized file gives the
     values of its own code, not those of the model it was made from. The directory appears whole or not at all.
 
     Raises:
         ModelError: not a GGUF file, an unknown architecture, tokenizer or rope scaling (named), tensors that are missing
-            or of a type that cannot be dequantised, or ``directory`` holds something else.
+            or of a type that cannot be dequantized, or ``directory`` holds something else.
     """
     mark = canonical({"converter": 1, "sha256": file_digest(file)})
     if directory.exists():

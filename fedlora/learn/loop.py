@@ -70,7 +70,7 @@ class PlanBatches:
 
 
 def derived_seed(*key: object) -> int:
-    """A seed of 63 bits for the purpose that ``key`` names: SHA-256, so that neighbours have nothing in common."""
+    """A seed of 63 bits for the purpose that ``key`` names: SHA-256, so that neighbors have nothing in common."""
     text = "\0".join(["fedlora", *map(str, key)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -107,7 +107,7 @@ def train_steps(
     pace: MicroBatches | None = None,
     ranks: ProcessGroup | None = None,
 ) -> Spent:
-    """Trains the adapter in place, one optimiser step a group of batches.
+    """Trains the adapter in place, one optimizer step a group of batches.
 
     A step's loss is the mean over the supervised tokens of all its batches: splitting a batch changes nothing but rounding.
     Dropout depends on ``seed(step)`` only. The caller's random state is left as it was.

@@ -1,4 +1,4 @@
-"""What comes out of a run: an ordinary PEFT adapter or a merged model, and a word about any of our files."""
+"""Publishes the result of a run as a PEFT adapter or a merged model, and describes any file of FedLoRA."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
     Raises:
         StoreError: no run there, or ``out`` exists.
         ConfigError: ``merge`` without ``base``, or the run has no adapter for everybody.
-        ModelError: the base is quantised.
+        ModelError: the base is quantized.
         WrongContext (wrong-base): it is another one than the plan pins.
     """
     plan, adapter, facts = _finished(run)

@@ -1,4 +1,4 @@
-"""Why a site is not ready: one table of causes, each with one sentence and its cure, and the lines of a log that show it."""
+"""Why a site is not ready: one table of causes, each with a sentence and a remedy, and the log lines that show it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CAUSES: Final[Mapping[str, Cause]] = {
     "port-closed": Cause("server", "{server} refuses connections: nothing listens there", _AWAY),
     "no-route": Cause("server", "there is no way to {server} ({detail})", "look at this machine's network"),
     "no-answer": Cause("server", "{server} does not answer within {timeout} s", _AWAY),
-    "cut": Cause("server", "the connection to {server} breaks off while it is set up ({detail})", _AWAY),
+    "cut": Cause("server", "the connection to {server} is cut while it is set up ({detail})", _AWAY),
     "proxy-away": Cause(
         "server", "the proxy {proxy} cannot be reached ({detail})", "correct or unset HTTPS_PROXY, or set NO_PROXY"
     ),

@@ -1,4 +1,4 @@
-"""What a site has given to the server so far on each base model, over all runs, and what may be given beside it.
+"""What a site has contributed on each base model, over all runs, and which further contributions are allowed.
 
 Under ``lone_change = "refuse"`` a sum is over whole groups of the signed roster, and a site gives on one base model only together
 with one group, of the same sites by the same keys, and only to sums that add up the same of each of them. So any two groups that
@@ -7,7 +7,7 @@ of which sums; and over one group there is one sum of all that a site could have
 can be computed from all sums together is a function of the groups' sums, and each group has ``max_colluding + 2`` sites at the
 least, of which two are honest.
 
-A single update that one of a group has sent in sealed mode counts as if that site were in league: so sealed updates and sums do
+A single update that one of a group has sent in sealed mode counts as if that site colluded: so sealed updates and sums do
 not stand side by side on one base model either.
 
 Source: So, Ali, Guler, Jiao, Avestimehr, Securing Secure Aggregation: Mitigating Multi-Round Privacy Leakage in Federated

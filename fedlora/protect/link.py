@@ -58,7 +58,7 @@ def pinned(server: PublicIdentity) -> str:
 
 
 def reply_bytes(max_payload: int) -> int:
-    """Most bytes of a reply whose payload has at most so many."""
+    """Most bytes of a reply whose payload has at most that many bytes."""
     return max_payload + overhead(1, max_payload)
 
 

@@ -165,7 +165,7 @@ def _attempts(
             return tally, record
         report(Event.VOID, Recorded(record=record))
         named = {site for site, code in tally.rejected.items() if code in (DealerLied.code, "complaint-unanswered")}
-        left += bool(named - liars)  # left out from now on: there are only so many
+        left += bool(named - liars)  # left out from now on, so that this ends
         liars |= named
     said = {tally.rejected.get(s, "late") for s in sites}
     means, hint = next(((m, h) for codes, m, h in _ALL_SAY if said and said <= codes), ("", _BRING_BACK))

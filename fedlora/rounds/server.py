@@ -48,7 +48,7 @@ class ServerRun:
 
     def run(self, transport: Transport) -> Checkpoint:
         """Runs what is left. The run's key is made at its start and deleted at its end, so that no one who takes the server's
-        keys later can read an update that he recorded.
+        keys later can read an update that was recorded earlier.
 
         Raises:
             ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.

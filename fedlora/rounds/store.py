@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """The state after a round: the global adapter, its record, and what rule and server optimiser remember.
+    """The state after a round: the global adapter, its record, and what rule and server optimizer remember.
 
     Round 0 is the first adapter.
     """

@@ -1,4 +1,4 @@
-"""B alone is trained; the product is split anew."""
+"""B alone is trained; the product is factorized again by SVD."""
 
 from __future__ import annotations
 

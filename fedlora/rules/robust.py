@@ -46,7 +46,7 @@ class Robust(Rule):
 
     Args:
         statistic: ``median`` and ``trimmed``: per value, over the sites, each counted once. ``multi-krum``: mean of the
-            n - f - 2 updates nearest to their neighbours; needs n >= 2 f + 3. ``clip``: weighted mean of updates cut to the
+            n - f - 2 updates nearest to their neighbors; needs n >= 2 f + 3. ``clip``: weighted mean of updates cut to the
             running median of their norms.
         trim: share of the sites left out at either end, below one half.
         byzantine: f, how many sites may lie.

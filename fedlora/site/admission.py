@@ -1,4 +1,4 @@
-"""Which runs a site takes part in: what people here have approved, and which runs have used that up."""
+"""Which runs a site takes part in: the approvals given by people at this site, and the runs that have used them."""
 
 from __future__ import annotations
 

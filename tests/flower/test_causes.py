@@ -454,7 +454,7 @@ def test_a_site_looks_for_its_server_through_the_proxy(place, monkeypatch):
             with no_relay(place) as behind:  # again, with the new certificate
                 host, port = split_address(behind)
                 with site_up(place.site("127.0.0.2:8443")) as said:
-                    assert "127.0.0.2:8443 is there" in said.wait(lambda f: f["cause"] == "relay-down")["said"]
+                    assert "127.0.0.2:8443 answers, but its relay" in said.wait(lambda f: f["cause"] == "relay-down")["said"]
 
 
 # --- what is wrong at the site itself ends the command ------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""One site, several GPUs: a process for each, which computes its share of every step; only gradients meet.
+"""One site, several GPUs: one process per GPU, which computes its part of every step; only gradients are exchanged.
 
-Rank 0 is the site's own process. The others follow it: they load the same base and rows, wait for its word, make the same
-steps from the same adapter and hold the same factors after each. Words go over gloo, gradients over NCCL (gloo on a CPU), all
+Rank 0 is the site's own process. The others are its workers: they load the same base and rows, wait for commands, make the same
+steps from the same adapter and hold the same factors after each. Commands go over gloo, gradients over NCCL (gloo on a CPU), all
 of it on the loopback interface; they find each other by a file in the site's own directory.
 """
 
@@ -78,7 +78,7 @@ class Ranks:
             ) from None
 
     def _connect(self) -> None:
-        """NCCL connects at its first sum, and cannot be spoken to until it has: in a thread, so that this one stays free."""
+        """Runs NCCL's first collective, in which it connects, in a thread: it cannot be interrupted, this one can time out."""
         first, failed = torch.zeros(1, device=self._device), []
 
         def run() -> None:
@@ -98,7 +98,7 @@ class Ranks:
             raise failed[0]
 
     def _agree(self, facts: bytes) -> None:
-        """Rank 0's facts are all ranks' facts, or nobody goes on."""
+        """All ranks have the facts of rank 0, or none of them continues."""
         here = torch.from_numpy(np.frombuffer(facts, np.uint8).copy())
         same = torch.tensor([int(torch.equal(self._pass_on(here.clone()), here))])
         self._guarded(lambda: dist.all_reduce(same, dist.ReduceOp.MIN, group=self._words, async_op=True))

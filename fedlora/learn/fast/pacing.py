@@ -42,7 +42,7 @@ class Measured:
     Attributes:
         dial: see :data:`fedlora.learn.options.Dial`.
         tokens: most tokens of a micro-batch.
-        peak_bytes: most memory that a step needs, the base, gradients and the optimiser's moments included.
+        peak_bytes: most memory that a step needs, the base, gradients and the optimizer's moments included.
         token_s: seconds a token, forward and backward.
     """
 
@@ -251,7 +251,7 @@ class Pace:
         return None
 
     def _probe(self, batches: Sequence[Batch], tokens: int) -> _Probe:
-        """Forward and backward of one micro-batch of about so many tokens."""
+        """Forward and backward of one micro-batch of about this many tokens."""
         device = self._model.base.device
         pool = list(batches) * (1 + tokens // max(1, sum(b.tokens for b in batches)))
         padded = self._model.forward.padded

@@ -1,4 +1,4 @@
-"""What a site keeps of its session over a power cut, and what it deletes at the end of it."""
+"""What a site saves of its session, to survive a power cut, and what it deletes when the session ends."""
 
 from __future__ import annotations
 

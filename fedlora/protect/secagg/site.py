@@ -281,7 +281,7 @@ class SecAggSite:
         """Complaints about this site, see :func:`dump_complaints`. The answer shows what it has dealt to those that complain.
 
         It was theirs to know: what this site deals does open, so that only a site that lies says otherwise. No more of them are
-        answered than may be in league with the server.
+        answered than may collude with the server.
         """
         cohort = self._open_cohort(records, session)
         own = cohort.number(self._name)
