@@ -1,4 +1,4 @@
-"""From files to objects: a server's run, a site, a laboratory. A function each, that reads as the table of its parts."""
+"""From files to objects: a server's run, a site, a laboratory. One function for each, which reads as a list of its parts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def server(home: Path, plan_file: Path, *, resume: bool, report: Report) -> Serv
     """
     plan = load_plan(plan_file)
     if plan.simulation is not None:
-        raise ConfigError("a plan with a [simulation] table is not for a deployment", hint="`fedlora pin` leaves it out")
+        raise ConfigError(
+            "a plan with a [simulation] table is not for a deployment",
+            hint="use the plan that `fedlora pin` wrote: it has no such table",
+        )
     directory = home / "runs" / plan.run.name
     if resume:
         store = RunStore.open(directory, plan)

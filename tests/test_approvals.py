@@ -199,7 +199,7 @@ def test_a_second_run_of_a_plan_needs_a_second_approval(tmp_path, mode):
 
 def test_what_a_second_run_could_show_is_said_to_the_operator():
     begun = [Begun(RUN, "aa" * 32)]
-    with raising(PlanRefused, code="run-not-approved", match="number 2") as refused:
+    with raising(PlanRefused, code="run-not-approved", match="this is run 2") as refused:
         admit(begun, Begun(SECOND, "aa" * 32), plans=["aa" * 32])
     assert "difference of their sums" in refused.value.hint
     assert "fedlora site approve" in refused.value.hint
@@ -261,7 +261,7 @@ def test_a_damaged_record_of_runs_names_itself_and_stops_the_site(tmp_path):
             memory.put(RUNS, damage)
         with pytest.raises(StoreError, match=memory.where(RUNS)) as damaged:
             Runs(memory).load()
-        assert "approve anew" in damaged.value.hint
+        assert "approve again" in damaged.value.hint
         assert one.sealed(SEALED, round=2) == "store"
     assert one.learner.trained == [1]
     for file in memory.files(RUNS):  # as the hint says: the run that was under way takes the new entry

@@ -142,12 +142,12 @@ def test_an_unpinned_plan_is_refused_by_policy():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[aggregate]\ntrim = 0.2", "aggregate.trim: say it in [aggregate.robust]"),
+        ("[aggregate]\ntrim = 0.2", "aggregate.trim: move this key to the table [aggregate.robust]"),
         ('[aggregate]\nname = "fedsvd"\nsvd_every = 2', "aggregate.svd_every: say every in [aggregate.fedsvd]"),
-        ('[aggregate]\nname = "product"\nrank = "full"', "aggregate.rank: say it in [aggregate.product]"),
-        ('[aggregate]\nshare = "A"', "aggregate.share: say it in [aggregate.fedavg]"),
+        ('[aggregate]\nname = "product"\nrank = "full"', "aggregate.rank: move this key to the table [aggregate.product]"),
+        ('[aggregate]\nshare = "A"', "aggregate.share: move this key to the table [aggregate.fedavg]"),
         ('[server_optimizer]\nname = "nesterov"\nmomentum = 0.5', "[server_optimizer.fedavgm] or [server_optimizer.nesterov]"),
-        ('[protect]\nprofile = "int8"', "protect.profile: say it in [protect.secagg]"),
+        ('[protect]\nprofile = "int8"', "protect.profile: move this key to the table [protect.secagg]"),
         (
             '[aggregate]\nname = "ffa"\n[aggregate.fedavg]',
             "this table is of name = 'fedavg', the plan says 'ffa'",

@@ -286,7 +286,7 @@ def test_a_name_never_becomes_code(name, tmp_path):
 
 def test_a_name_that_is_there_is_not_given_to_another(added):
     for name in ("fedavg", "part"):
-        with pytest.raises(ConfigError, match="is there already"):
+        with pytest.raises(ConfigError, match="is already registered"):
             RULES.register(name, Part)
     RULES.forget("fedavg")
     assert "fedavg" in RULES

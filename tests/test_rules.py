@@ -344,7 +344,7 @@ def test_a_state_that_was_damaged_is_named_and_the_run_goes_back_one_checkpoint(
         ({"aggregate": {"name": "product", "product": {"gauge": "procrustes", "rank": "full"}}}, ["procrustes", "'r'"]),
         ({"aggregate": {"name": "robust", "robust": {"statistic": "multi-krum", "byzantine": 2}}}, ["multi-krum", "7"]),
         ({"server_optimizer": {"name": "none", "fedavgm": {"momentum": 0.5}}}, ["server_optimizer", "none"]),
-        ({"lora": {"r": 4, "ranks": {"a": 8}}, "aggregate": {"name": "product"}}, ["ranks", "largest"]),
+        ({"lora": {"r": 4, "ranks": {"a": 8}}, "aggregate": {"name": "product"}}, ["ranks", "lora.r"]),
         ({"aggregate": {"name": "product", "product": {"max_rank": 3}}}, ["max_rank", "'r_max' or 'energy'", "'r'"]),
         ({"aggregate": {"name": "robust", "robust": {"trim": 0.2}}}, ["trim", "'trimmed'", "'clip'"]),
         ({"server_optimizer": {"name": "fedadam", "fedadam": {"momentum": 0.5}}}, ["server_optimizer.fedadam.momentum"]),

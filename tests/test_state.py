@@ -240,7 +240,7 @@ def follow(place, error, path, whole):
         return
     if "fedlora site repair SITE.TOML" in hint:
         choose(place, path)
-    elif hint.startswith("move it away") or "move away what stands there" in hint:
+    elif hint.startswith("move it away") or "move away the file or directory in its place" in hint:
         os.replace(place.root / path, place.root / "away")
     elif "restore it from" in hint or "ask its owner for the .pub file again" in hint or "restore one of them" in hint:
         target = place.root / path
@@ -384,7 +384,7 @@ def test_a_site_whose_state_of_the_round_before_is_gone_refuses_until_its_operat
     place.go()
     assert rejected(place) == [{"a": "state-lost"}] * 2
     assert {e.code for e in place.errors} == {"state-lost"}
-    assert "other bits" in str(place.errors[0]) or how == "with memory"
+    assert "another result" in str(place.errors[0]) or how == "with memory"
     assert "round 2" in str(place.errors[0]) or how == "with memory"
     status, found = repair(kept)
     assert status == 1
@@ -516,7 +516,7 @@ def test_a_server_whose_numbers_are_behind_is_told_what_it_means(tmp_path):
 @pytest.mark.parametrize("name", ["run.json", "plan.json"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
 @pytest.mark.fault(
-    "E25", "run.json is damaged or gone", says="`start` says that there is a run, and --resume writes the file anew"
+    "E25", "run.json is damaged or gone", says="`start` says that there is a run, and --resume writes the file again"
 )
 @pytest.mark.fault("E26", "plan.json is damaged or gone", says="named as plan.json of the run; --resume writes it anew")
 def test_a_run_without_its_run_json_or_plan_json_is_resumed(left, tmp_path, name, how):
@@ -685,7 +685,7 @@ def test_a_damaged_adapter_of_a_sites_own_is_named_and_written_anew_by_the_next_
     assert repair(place)[0] == 1
     if own.is_dir():
         place.go()
-        assert "move away what stands there" in place.errors[0].hint
+        assert "move away the file or directory in its place" in place.errors[0].hint
         return
     place.go()
     assert place.result() == calm.result()

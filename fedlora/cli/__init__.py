@@ -12,9 +12,9 @@ from fedlora.cli.output import command_of, fail
 _TRAIN = frozenset(["accelerate", "bitsandbytes", "gguf", "peft", "pyarrow", "tokenizers", "torch", "transformers"])
 _SIGNALLED = 130
 _INTERRUPTED = {
-    "simulate": "the same command with --resume goes on",
-    "server": "a run goes on while the server is up; after it was stopped, `fedlora server start ... --resume` goes on",
-    "site": "the same command goes on: what is finished stands in the journal",
+    "simulate": "run the same command with --resume to continue",
+    "server": "the run continues while the server is up; if the server was stopped, run `fedlora server start ... --resume`",
+    "site": "run the same command to continue: finished work is kept in the journal",
 }
 
 
@@ -34,10 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     import typer
 
     from fedlora.cli.commands import app
+    from fedlora.cli.help import restore
     from fedlora.core.errors import FedLoRAError
 
     words = sys.argv[1:] if argv is None else argv
     program = typer.main.get_command(app)
+    restore(program)
     command = command_of(words, program) if "--json" in _options(words) else None  # as which a program is answered
     try:
         status = int(program.main(words, standalone_mode=False, prog_name="fedlora") or 0)
@@ -53,20 +55,20 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"fedlora {command} --help".replace("  ", " ")
         return fail(e.format_message(), hint=hint, code="usage", status=e.exit_code, command=command)
     except MemoryError:
-        return fail("out of memory", hint="a smaller batch or a shorter max_length", code="resources", status=7, command=command)
+        return fail("out of memory", hint="use a smaller batch or max_length", code="resources", status=7, command=command)
     except ImportError as e:
         if (e.name or "").partition(".")[0] not in _TRAIN:
             raise
-        hint = "pip install 'fedlora[train]', or run this where it is installed: a server needs it for nothing else"
+        hint = "pip install 'fedlora[train]', or run this command on a machine that has it; no other command of a server needs it"
         return fail(f"{e.name} is not installed", hint=hint, code="not-installed", status=3, command=command)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         where = f"{e.filename}: " if e.filename else ""
-        hint = "make room and run the command again" if full else "check the path and its permissions"
+        hint = "free some disk space, then run the command again" if full else "check the path and its permissions"
         return fail(f"{where}{e.strerror or e}", hint=hint, code="os", status=7 if full else 3, command=command)
     except Exception as e:  # the end of the road: whatever it is, it is ours, and it has its own exit status
         traceback.print_exc()
-        hint = "this is a bug of FedLoRA; the lines above name no data unless the last one does: read it before you send it"
+        hint = "this is a bug of FedLoRA: report the lines above. Before you send them, check that the last line quotes no data"
         return fail(f"unexpected {type(e).__name__}", hint=hint, code="bug", status=70, command=command)
 
 

@@ -1,4 +1,4 @@
-"""``fedlora site approve``: what a plan asks for, in words, and a person's yes."""
+"""``fedlora site approve``: shows in words what a plan asks for, and records a person's approval."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from fedlora.cli.output import Json, emit
 
 def approve(
     plan: Annotated[Path, typer.Argument(help="The pinned plan (TOML), as the coordinator sent it.", show_default=False)],
-    site: Annotated[Path, typer.Option(help="This site's file.")] = Path("site.toml"),
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: somebody has read it before.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Allow one more run of a plan that is approved already.")] = False,
+    site: Annotated[Path, typer.Option(help="Site file (TOML) of this site.")] = Path("site.toml"),
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Approve without asking: somebody here has read what the plan asks for.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Allow one more run of a plan that is already approved.")] = False,
     uncovers: Annotated[
         list[str] | None,
         typer.Option(
-            help="A site whose update this plan's sums may show beside earlier plans' sums; may be repeated.", show_default=False
+            help="Name of a site whose update may become visible when sums of this plan are compared with sums of earlier plans; "
+            "may be repeated.",
+            show_default=False,
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show what a plan asks of this site, beside the last one approved, and approve one run of it.
+    """Show what a plan asks of this site, and approve one run of it.
 
-    A `site up` that is running needs no restart. --json needs --yes.
+    The plan is shown next to the one approved last. A running `fedlora site up` needs no restart. --json needs --yes.
 
     Example: fedlora site approve plan.toml --site site.toml
     """
@@ -49,7 +53,9 @@ def approve(
         _said(asked, asked.approved, json=json, text="approved already: nothing was changed. --again allows one more run")
         return
     if not yes and (json or not sys.stdin.isatty()):
-        raise click.UsageError("nobody can be asked here: read what the plan asks for, and say --yes")
+        raise click.UsageError(
+            "this is not a terminal, so nobody can be asked: read what the plan asks for, then run this again with --yes"
+        )
     if not yes and not typer.confirm("\napprove?"):
         raise click.Abort
     count = library.approve(found, site, again=again, uncovers=named)

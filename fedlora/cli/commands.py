@@ -21,12 +21,12 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Federated LoRA fine-tuning: data stays, only sealed low-rank updates travel.",
+    help="Federated LoRA fine-tuning: training data stays at each site, only encrypted adapter updates are sent.",
 )
-new = typer.Typer(no_args_is_help=True, help="Print a commented sample file.")
-keygen = typer.Typer(no_args_is_help=True, help="Make the keys of a site or of a server.")
+new = typer.Typer(no_args_is_help=True, help="Print a sample file with comments.")
+keygen = typer.Typer(no_args_is_help=True, help="Create the keys of a site or of a server.")
 server = typer.Typer(no_args_is_help=True, help="For the coordinator: run the aggregation server.")
-site = typer.Typer(no_args_is_help=True, help="For a hospital or branch: take part.")
+site = typer.Typer(no_args_is_help=True, help="For a hospital or branch: take part in runs.")
 app.add_typer(new, name="new")
 app.add_typer(keygen, name="keygen")
 app.add_typer(server, name="server")
@@ -40,7 +40,7 @@ PlanFile = Annotated[Path, typer.Argument(help="Plan file (TOML).", show_default
 
 @app.command()
 def version(json: Json = False) -> None:
-    """Print the version.
+    """Print the versions of FedLoRA and Flower.
 
     Example: fedlora version --json
     """
@@ -54,7 +54,7 @@ def version(json: Json = False) -> None:
 
 @new.command("plan")
 def new_plan(json: Json = False) -> None:
-    """Print a plan with every key at its default and a comment.
+    """Print a plan with every key, its default and a comment.
 
     Example: fedlora new plan > plan.toml
     """
@@ -68,7 +68,7 @@ def new_plan(json: Json = False) -> None:
 
 @new.command("site")
 def new_site(json: Json = False) -> None:
-    """Print a site file with every key at its default and a comment.
+    """Print a site file with every key, its default and a comment.
 
     Example: fedlora new site > site.toml
     """
@@ -82,7 +82,9 @@ def new_site(json: Json = False) -> None:
 
 @new.command("simulation")
 def new_simulation(json: Json = False) -> None:
-    """Print a plan for `fedlora simulate`: needs no data and no download.
+    """Print a plan for `fedlora simulate`.
+
+    It needs no data and no download.
 
     Example: fedlora new simulation > toy.toml && fedlora simulate toy.toml
     """
@@ -99,11 +101,13 @@ def new_simulation(json: Json = False) -> None:
 
 @keygen.command("site")
 def keygen_site(
-    name: Annotated[str, typer.Argument(help="The site's name: a-z, 0-9 and -.")],
-    out: Annotated[Path, typer.Option(help="Directory for the keys.")] = Path("keys"),
+    name: Annotated[str, typer.Argument(help="Name of the site: a-z, 0-9 and -.")],
+    out: Annotated[Path, typer.Option(help="Directory to write the keys to.")] = Path("keys"),
     json: Json = False,
 ) -> None:
-    """Make a site's keys. Send NAME.pub to the coordinator; the .key files never leave.
+    """Create a site's keys.
+
+    Send NAME.pub to the coordinator. The .key files are secret and stay at the site.
 
     Example: fedlora keygen site st-marys --out keys
     """
@@ -120,11 +124,13 @@ def keygen_site(
 
 @keygen.command("server")
 def keygen_server(
-    home: Annotated[Path, typer.Argument(help="The server's directory, made new.")],
-    host: Annotated[list[str], typer.Option(help="Name or address under which sites reach the server; may be repeated.")],
+    home: Annotated[Path, typer.Argument(help="Directory of the server; created if it does not exist.")],
+    host: Annotated[list[str], typer.Option(help="Host name or IP address that sites connect to; may be repeated.")],
     json: Json = False,
 ) -> None:
-    """Make a server's directory: signing key, certificate authority, TLS certificate, secrets.
+    """Create a server's directory.
+
+    It holds the signing key, a certificate authority, the TLS certificate and secrets.
 
     Example: fedlora keygen server study --host fed.example.org
     """
@@ -147,7 +153,11 @@ def keygen_server(
 def check(
     plan: PlanFile,
     site: Annotated[
-        Path | None, typer.Option(help="A site file: also say what a round would take here, from one measured step.")
+        Path | None,
+        typer.Option(
+            help="Site file (TOML): measure one training step here and estimate the time and memory of a round.",
+            show_default=False,
+        ),
     ] = None,
     identifiers: Annotated[
         bool,
@@ -156,7 +166,9 @@ def check(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check a plan without training: every wrong key at once, and what it means; with --site, its memory and time here.
+    """Check a plan without training.
+
+    All wrong keys are reported at once. With --site, also estimate the time and memory of a round at this site.
 
     Example: fedlora check plan.toml --site site.toml
     """
@@ -185,11 +197,15 @@ def check(
         with Screen(quiet=quiet, as_json=json) as screen:
             facts["round"] = here = cast("Forecast", forecast(site, found, report=screen))
         text += (
-            f"\na round here ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
+            f"\na round at this site ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
             f"{here['train_s']:.0f} s at {1 / here['token_s']:.0f} tokens/s, and {here['evaluate_s']:.0f} s for an evaluation; "
             f"{here['peak_bytes'] / 2**30:.1f} GiB\n"
             f"  activation checkpointing {here['dial']}, "
-            + (f"{here['micro_batch_tokens']} tokens at once" if here["micro_batch_tokens"] else "the plan's batches as they are")
+            + (
+                f"micro-batches of {here['micro_batch_tokens']} tokens"
+                if here["micro_batch_tokens"]
+                else "batches as in the plan"
+            )
         )
         late = here["train_s"] + here["evaluate_s"] - f.round_deadline
         if late > 0:
@@ -220,11 +236,13 @@ def _identifiers(site: Path | None, *, quiet: bool, as_json: bool) -> tuple[list
 @app.command()
 def pin(
     plan: PlanFile,
-    model: Annotated[Path, typer.Option(help="The base model: a Hugging Face directory or a GGUF file.")],
-    out: Annotated[Path, typer.Option(help="Directory for the pinned plan and the first adapter.")],
+    model: Annotated[Path, typer.Option(help="Base model: a Hugging Face directory or a GGUF file.")],
+    out: Annotated[Path, typer.Option(help="Directory to create, for the pinned plan and the first adapter.")],
     json: Json = False,
 ) -> None:
-    """Pin a plan to a base model by content, and make the first adapter.
+    """Pin a plan to a base model and create the first adapter.
+
+    The pinned plan holds a digest of each; a site refuses a task for any other base model or first adapter.
 
     Example: fedlora pin plan.toml --model models/SmolLM2 --out study/plan
     """
@@ -239,14 +257,23 @@ def pin(
 @app.command()
 def simulate(
     plan: PlanFile,
-    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME.", show_default=False)] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; default: the plan's.")] = "",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
-    transport: Annotated[Literal["local", "flower"], typer.Option(help="This process, or real Flower processes.")] = "local",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of the results; default: runs/NAME, where NAME is run.name of the plan.", show_default=False
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; default: run.seed of the plan.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted simulation.")] = False,
+    transport: Annotated[
+        Literal["local", "flower"],
+        typer.Option(help="local: everything in this process; flower: real Flower processes on this machine."),
+    ] = "local",
     drop: Annotated[
         list[str] | None,
         typer.Option(
-            help="Lose a site: SITE@STEP[:ROUND], STEP is train, and under secure aggregation share, mask, vote or unmask.",
+            help="Let a site drop out: SITE@STEP[:ROUND], may be repeated. STEP is train or, under secure aggregation, also "
+            "share, mask, vote or unmask. Without ROUND: in every round.",
             show_default=False,
         ),
     ] = None,
@@ -254,13 +281,16 @@ def simulate(
         bool,
         typer.Option(
             "--batch-sites",
-            help="Train all sites in one pass over the base: for many small sites on a GPU; same results but for rounding.",
+            help="Train all sites together, with one pass over the base model for each step. Faster for many small sites on a "
+            "GPU; results differ by rounding only.",
         ),
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a whole federation and its baselines on this machine, at equal tokens.
+    """Simulate a federation and its baselines on this machine.
+
+    The baselines are compared at equal numbers of training tokens.
 
     Example: fedlora simulate simulations/plans/toy.toml --seeds 0,1,2
     """
@@ -291,13 +321,13 @@ def simulate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A simulation's directory, or one seed's in it.")],
+    run: Annotated[Path, typer.Argument(help="Directory of a simulation, or of one of its seeds.")],
     figures: Annotated[
         Path | None, typer.Option(help="Also write each figure to this directory, as PDF and PNG for papers.", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write the page about a simulation, report.html, from its results.
+    """Write report.html from the results of a simulation.
 
     Example: fedlora report runs/clinical --figures figures
     """
@@ -314,15 +344,19 @@ def report(
 @app.command()
 def export(
     run: Annotated[
-        Path, typer.Argument(help="A simulation's seed directory, a server's run directory, or a site's own adapter file.")
+        Path, typer.Argument(help="Seed directory of a simulation, run directory of a server, or a site's own adapter file.")
     ],
-    out: Annotated[Path, typer.Argument(help="Directory to make.")],
-    dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Type of the published weights.")] = "bfloat16",
-    merge: Annotated[bool, typer.Option("--merge", help="Write the base with the adapter merged in instead.")] = False,
-    base: Annotated[Path | None, typer.Option(help="Full-precision base, as needed by --merge.")] = None,
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
+    dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Data type of the exported weights.")] = "bfloat16",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the base model with the adapter merged into it, not an adapter.")
+    ] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="Directory of the full-precision base model; needed by --merge only.", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Write an ordinary PEFT adapter, or a merged model.
+    """Write a standard PEFT adapter or a merged model.
 
     Example: fedlora export runs/clinical/seed-0 adapter/
     """
@@ -335,8 +369,8 @@ def export(
 
 
 @app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="Any file of FedLoRA.")], json: Json = False) -> None:
-    """Say what a file is: names and sizes, never values.
+def inspect(file: Annotated[Path, typer.Argument(help="Any file that FedLoRA has written.")], json: Json = False) -> None:
+    """Describe a file: names and sizes, never values.
 
     Example: fedlora inspect runs/clinical/seed-0/adapter.safetensors
     """
@@ -353,12 +387,17 @@ def inspect(file: Annotated[Path, typer.Argument(help="Any file of FedLoRA.")], 
 @server.command("up")
 def server_up(
     home: Annotated[Path, typer.Argument(help="The server's directory, from `fedlora keygen server`.")],
-    listen: Annotated[str, typer.Option(help="Address and port for the sites.")] = "0.0.0.0:8443",
-    max_body: Annotated[int, typer.Option(help="Largest request body, bytes.")] = 64 << 20,
+    listen: Annotated[
+        str, typer.Option(help="Address and port on which sites are accepted; 0.0.0.0: all IPv4 addresses of this machine.")
+    ] = "0.0.0.0:8443",
+    max_body: Annotated[int, typer.Option(help="Largest request body that is accepted, bytes; the default is 64 MiB.")] = 64
+    << 20,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Start the server and keep it up: relay on loopback, gateway to the sites over TLS.
+    """Start the server and keep it running.
+
+    It consists of a relay on the loopback interface and a gateway that accepts the sites over TLS.
 
     Example: fedlora server up study --listen 0.0.0.0:8443
     """
@@ -372,13 +411,15 @@ def server_up(
 
 @server.command("start")
 def server_start(
-    home: Annotated[Path, typer.Argument(help="The server's directory; `fedlora server up` is running on it.")],
+    home: Annotated[Path, typer.Argument(help="The server's directory, on which `fedlora server up` is running.")],
     plan: PlanFile,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this plan.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this plan that was stopped.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Start a run and follow it to its end. Interrupting this command does not stop the run.
+    """Start a run and follow it to its end.
+
+    Interrupting this command does not stop the run.
 
     Example: fedlora server start study study/plan/plan.toml
     """
@@ -396,7 +437,9 @@ def site_up(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Take part: connect to the server and answer its tasks until stopped. Only outbound connections.
+    """Connect to the server and take part in runs until stopped.
+
+    Only outbound connections are made.
 
     Example: fedlora site up site.toml
     """

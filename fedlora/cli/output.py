@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 Json = Annotated[
-    bool, typer.Option("--json", help="Print JSON instead of text: one object a line, the last one is the answer; see `schema`.")
+    bool, typer.Option("--json", help="Print JSON instead of text, one object per line. The last is the answer; see `schema`.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
 
 
 def emit(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
@@ -197,34 +197,35 @@ def _short(value: Any) -> Any:
 LINES: Mapping[str, str] = {
     "load": "loading {model}",
     "arm": "arm {name}",
-    "pace": "{tokens} tokens at once, activation checkpointing {dial}: {gib} GiB, {tokens_per_s} tokens/s (took {seconds} s)",
-    "out-of-memory": "out of memory: going on with {tokens} tokens at once, activation checkpointing {dial}",
+    "pace": "micro-batches of {tokens} tokens, activation checkpointing {dial}: {gib} GiB, {tokens_per_s} tokens/s "
+    "(measured in {seconds} s)",
+    "out-of-memory": "out of memory: continuing with micro-batches of {tokens} tokens, activation checkpointing {dial}",
     "data": "data {file}: {lines}",
     "listening": "listening on {address}",
     "site-online": "{site} is online",
     "site-offline": "{site} is offline",
     "site-refused": "{site} is not let in: {why}",
-    "failed": "a task was not done: {code}; the reason stands in this site's own log (state/flower/log/runner.log)",
+    "failed": "a task was not done: {code}; the reason is in this site's own log (state/flower/log/runner.log)",
     "waiting": "waiting for sites: {need} needed, now {sites}",
-    "waiting-for": "waiting for {missing}: without them a sum would show single updates beside this plan's earlier ones",
+    "waiting-for": "waiting for {missing}: without them a sum, beside this plan's earlier sums, would reveal single updates",
     "start": "run {run:.12} from round {round} of {rounds}",
     "ask": "round {round}: asking {sites}",
     "update": "  {site}: weight {weight}, training loss {train_loss}, held-out NLL {eval_nll}",
     "rejected": "  {site}: not counted ({code})",
-    "session": "  {sites} open a session; {threshold} of them have to stay to its end",
+    "session": "  {sites} open a session; at least {threshold} of them must stay until its end",
     "masked": "  masked updates of {sites}",
-    "complaint": "  {sites} cannot open what {about} has dealt to them",
-    "lone-change": "  of {sites} too few are in whole groups; missing: {missing}",
-    "sum": "  the sum over {sites}: weight {weight} (of one site: unknown), training loss {train_loss}, held-out NLL {eval_nll}",
-    "unheard": "  {site} was counted and then gave no answer ({code})",
+    "complaint": "  {sites} cannot open the shares that {about} dealt to them",
+    "lone-change": "  too few of the sites {sites} are in complete groups; missing: {missing}",
+    "sum": "  the sum over {sites}: weight {weight}, training loss {train_loss}, held-out NLL {eval_nll} (single sites: unknown)",
+    "unheard": "  {site} was counted but did not answer afterwards ({code})",
     "round": "round {round} done in {seconds} s; partial: {partial}; not counted: {missing}; gap {gap_ratio}",
     "majority": "  {site} has {percent} % of the round's weight: it alone decides more than all others together",
-    "round-void": "round {round} is void ({void}): too few sites stayed to the end of its session; the adapter stays as it was",
+    "round-void": "round {round} is void ({void}): too few sites stayed until the end of its session; the adapter is unchanged",
     "void": "round {round}, attempt {attempt}: too few sites; asking again",
-    "damaged": "{file} is damaged and was set aside; its round is done again",
-    "mended": "{file} was damaged or missing; it has been written anew",
-    "evaluation-again": "{file} is damaged and was set aside; the last evaluation is done again",
-    "records-gone": "the records of rounds {rounds} are gone from rounds.jsonl; the adapter and the run are not touched by that",
+    "damaged": "{file} is damaged and was set aside; its round is repeated",
+    "mended": "{file} was damaged or missing; it has been written again",
+    "evaluation-again": "{file} is damaged and was set aside; the last evaluation is repeated",
+    "records-gone": "the records of rounds {rounds} are gone from rounds.jsonl; the adapter and the run are not affected",
     "final": "last evaluation done",
     "own": "this site's own adapter: {file}; `fedlora export {file} adapter/` makes a PEFT adapter of it",
     "from-journal": "  round {round}: answered from the journal",
@@ -232,7 +233,7 @@ LINES: Mapping[str, str] = {
     "process": "{name}: {state}",
     "site": "{site}: {said}",
     "clock": "this machine's clock is {seconds} s {way} of the server's: corrected in what is signed for it; set the clock (NTP)",
-    "other": "{name}: told by another version of FedLoRA",
+    "other": "{name}: reported by another version of FedLoRA",
 }
 QUIET = frozenset(["step", "train", "trained", "evaluate", "arm-done"])
 """Events that are not printed: the bars show what matters of them, or another line does. A test wants all others above."""

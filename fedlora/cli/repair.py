@@ -15,29 +15,37 @@ if TYPE_CHECKING:
     from fedlora.site.repair import Finding
 
 
-_RUN_START = "the first digits of a run's id are enough"
+_RUN_START = "the first digits of its id are enough"
 
 
 def site_repair(
     file: Annotated[Path, typer.Argument(help="Site file (TOML).", show_default=False)],
     go_on: Annotated[
-        str, typer.Option(metavar="RUN", help=f"Go on in a run from what is whole: other bits, and noted; {_RUN_START}.")
+        str,
+        typer.Option(
+            metavar="RUN",
+            help="Continue this run with the state that is intact. Results differ from those of an undisturbed run, and this is "
+            f"recorded; {_RUN_START}.",
+        ),
     ] = "",
-    sit_out: Annotated[str, typer.Option(metavar="RUN", help=f"Take part in a run no more; {_RUN_START}.")] = "",
+    sit_out: Annotated[str, typer.Option(metavar="RUN", help=f"Stop taking part in this run; {_RUN_START}.")] = "",
     forget_roster: Annotated[
-        bool, typer.Option("--forget-roster", help="Take the roster that the site file pins again.")
+        bool,
+        typer.Option("--forget-roster", help="Forget the roster in force; the next one must be the one that the site file pins."),
     ] = False,
     forget_sums: Annotated[
         bool,
         typer.Option(
             "--forget-sums",
-            help="Begin the record of this site's sums anew: a sum beside a forgotten one may show an update.",
+            help="Start a new, empty record of the sums that this site contributed to. A new sum, compared with a forgotten one, "
+            "may then reveal an update.",
         ),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Say what is damaged in this site's state, and what can be chosen; without an option nothing is changed. Exit status 1 if
-    something is wrong.
+    """Report damage in this site's state, or repair it.
+
+    Without an option nothing is changed, and the possible repairs are listed. The exit status is 1 if something is wrong.
 
     Example: fedlora site repair site.toml
     """
@@ -57,15 +65,19 @@ def site_repair(
 
 def server_repair(
     home: Annotated[Path, typer.Argument(help="The server's directory.", show_default=False)],
-    run: Annotated[str, typer.Argument(help="Name of a run; without it only keys are looked at.", show_default=False)] = "",
+    run: Annotated[str, typer.Argument(help="Name of a run; default: only the keys are examined.", show_default=False)] = "",
     raise_numbers: Annotated[
-        bool, typer.Option("--raise-numbers", help="Let the run's messages go on above all numbers that sites have seen.")
+        bool,
+        typer.Option(
+            "--raise-numbers", help="Number the run's next messages above all that sites have seen, so they accept them."
+        ),
     ] = False,
-    set_aside: Annotated[str, typer.Option(metavar="FILE", help="Rename a damaged file of the run to *.damaged.")] = "",
+    set_aside: Annotated[str, typer.Option(metavar="FILE", help="Rename this damaged file of the run to *.damaged.")] = "",
     json: Json = False,
 ) -> None:
-    """Say what is damaged in a server's directory, and what can be chosen; without an option nothing is changed. Exit status 1 if
-    something is wrong.
+    """Report damage in a server's directory, or repair it.
+
+    Without an option nothing is changed, and the possible repairs are listed. The exit status is 1 if something is wrong.
 
     Example: fedlora server repair study my-run
     """
@@ -73,7 +85,9 @@ def server_repair(
     from fedlora.site.repair import ServerRepair
 
     if (raise_numbers or set_aside) and not run:
-        raise ConfigError("which run?", hint="fedlora server repair HOME RUN, with the name of its directory in HOME/runs")
+        raise ConfigError(
+            "no run was named", hint="add its name, that of its directory in HOME/runs: fedlora server repair HOME RUN"
+        )
     repair, done = ServerRepair(home, run), []
     if raise_numbers:
         done.append(repair.raise_numbers(now=int(time.time())))

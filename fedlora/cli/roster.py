@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedlora.formats.signed_roster import SignedRoster
 
 
-roster = typer.Typer(no_args_is_help=True, help="For the coordinators: say who takes part, and sign it.")
+roster = typer.Typer(no_args_is_help=True, help="For coordinators: list the sites that take part, and sign it.")
 
 RosterFile = Annotated[Path, typer.Argument(help="Roster file (JSON).", show_default=False)]
 
@@ -25,17 +25,23 @@ RosterFile = Annotated[Path, typer.Argument(help="Roster file (JSON).", show_def
 GroupSize = Annotated[
     int | None,
     typer.Option(
-        help="Fewest sites of a group; default: two more than may collude. Under secure aggregation a sum is over whole groups: "
-        "larger groups hide a site among more, and one site that is away takes more others with it.",
+        help="Smallest number of sites in a group; default: max-colluding + 2. Under secure aggregation a sum covers whole "
+        "groups: a larger group hides each site among more others, but one absent site excludes more of them.",
         show_default=False,
+    ),
+]
+Days = Annotated[
+    int | None,
+    typer.Option(
+        help="Days from now until the next epoch expires; default: it expires when this one would have.", show_default=False
     ),
 ]
 Regroup = Annotated[
     bool,
     typer.Option(
         "--regroup",
-        help="Put all active sites into new groups. Before the first run under secure aggregation, or for a base model that was "
-        "not used yet: sites refuse new groups on a base model for which they have given to sums.",
+        help="Put all active sites into new groups. Use it before the first run under secure aggregation, or for a base model "
+        "not used before: sites refuse new groups for a base model on which they have contributed to sums.",
     ),
 ]
 
@@ -43,20 +49,27 @@ Regroup = Annotated[
 @roster.command("new")
 def new(
     file: RosterFile,
-    sites: Annotated[list[Path], typer.Argument(help="The sites' .pub files.", show_default=False)],
+    sites: Annotated[list[Path], typer.Argument(help=".pub files of the sites.", show_default=False)],
     server: Annotated[Path, typer.Option(help="The server's .pub file.")],
     coordinator: Annotated[list[Path], typer.Option(help="A coordinator's .pub file; may be repeated.")],
-    needed: Annotated[int, typer.Option(help="How many coordinators have to sign.")] = 1,
+    needed: Annotated[int, typer.Option(help="Number of coordinators who must sign.")] = 1,
     days: Annotated[
-        int, typer.Option(help="How long the roster holds: so long a server can keep a revocation from sites. Renew in time.")
+        int,
+        typer.Option(
+            help="Days until the roster expires; renew it in time. A server can hide a revocation from sites for up to this long."
+        ),
     ] = 30,
-    max_colluding: Annotated[int, typer.Option(help="So many sites in league learn nothing of the others.")] = 1,
-    min_cohort: Annotated[int, typer.Option(help="Fewest sites whose sum may be shown.")] = 3,
-    min_version: Annotated[str, typer.Option(help="Oldest release that may take part.")] = "0.1.0",
+    max_colluding: Annotated[
+        int, typer.Option(help="Up to this many sites may collude with the server without learning another site's update.")
+    ] = 1,
+    min_cohort: Annotated[int, typer.Option(help="Smallest number of sites in a sum.")] = 3,
+    min_version: Annotated[str, typer.Option(help="Oldest version of FedLoRA that may take part.")] = "0.1.0",
     group_size: GroupSize = None,
     json: Json = False,
 ) -> None:
-    """Write the first roster, not signed yet. A coordinator's keys come from `fedlora keygen site`.
+    """Write the first roster, not signed yet.
+
+    A coordinator creates keys with `fedlora keygen site`.
 
     Example: fedlora roster new roster.json --server server.pub --coordinator carol.pub a.pub b.pub c.pub
     """
@@ -66,7 +79,7 @@ def new(
     from fedlora.formats.signed_roster import SignedRoster
 
     if file.exists():
-        raise StoreError(f"{file} exists", hint="`fedlora roster add` and `revoke` make its next epoch")
+        raise StoreError(f"{file} exists", hint="use `fedlora roster add` or `revoke` to make its next epoch")
     first = first_epoch(
         load_public(server),
         [load_public(s) for s in sites],
@@ -86,15 +99,15 @@ def new(
 @roster.command("add")
 def add(
     file: RosterFile,
-    sites: Annotated[list[Path] | None, typer.Argument(help="The new sites' .pub files.", show_default=False)] = None,
-    days: Annotated[int | None, typer.Option(help="Hold from now for so long; default: the end stays.")] = None,
+    sites: Annotated[list[Path] | None, typer.Argument(help=".pub files of the new sites.", show_default=False)] = None,
+    days: Days = None,
     regroup: Regroup = False,
     group_size: GroupSize = None,
     json: Json = False,
 ) -> None:
-    """Write the next epoch with more sites, not signed yet. With --days alone it only renews.
+    """Write the next epoch with more sites, not signed yet.
 
-    New sites get groups of their own, as soon as they are enough for one; until then they wait.
+    With --days alone it only extends the roster. New sites wait until there are enough of them for a group of their own.
 
     Example: fedlora roster add roster.json north.pub --days 30
     """
@@ -110,15 +123,16 @@ def add(
 @roster.command("revoke")
 def revoke(
     file: RosterFile,
-    names: Annotated[list[str], typer.Argument(help="Names of sites.", show_default=False)],
-    days: Annotated[int | None, typer.Option(help="Hold from now for so long; default: the end stays.")] = None,
+    names: Annotated[list[str], typer.Argument(help="Names of the sites to revoke.", show_default=False)],
+    days: Days = None,
     regroup: Regroup = False,
     group_size: GroupSize = None,
     json: Json = False,
 ) -> None:
-    """Write the next epoch without these sites, not signed yet. Neither name nor key can come back.
+    """Write the next epoch without these sites, not signed yet.
 
-    The other sites of their groups sit out, under secure aggregation, until --regroup or new sites make other groups.
+    Neither the name nor the key of a revoked site can be used again. Under secure aggregation the other sites of its group sit
+    out until --regroup makes new groups.
 
     Example: fedlora roster revoke roster.json north
     """
@@ -128,10 +142,12 @@ def revoke(
 @roster.command("sign")
 def sign(
     file: RosterFile,
-    key: Annotated[Path, typer.Option(help="A coordinator's .key file.")],
+    key: Annotated[Path, typer.Option(help="The coordinator's .key file.")],
     json: Json = False,
 ) -> None:
-    """Add a coordinator's signature. Read `fedlora roster show` before.
+    """Add a coordinator's signature.
+
+    Read the output of `fedlora roster show` first.
 
     Example: fedlora roster sign roster.json --key carol.key
     """
@@ -144,7 +160,7 @@ def sign(
     if identity.public not in (*own, *before):
         raise RosterInvalid(
             f"{identity.name} is no coordinator of epoch {found.roster.epoch} or of the one before",
-            hint=f"the coordinators are {', '.join(sorted({c.name for c in (*own, *before)}))}; a key is known by its bytes",
+            hint=f"sign with the key of {', '.join(sorted({c.name for c in (*own, *before)}))}",
         )
     signed = found.sign(identity)
     signed.verify(own, 0, others=before)  # a damaged signature beside ours would make every site refuse the file
@@ -154,7 +170,9 @@ def sign(
 
 @roster.command("show")
 def show(file: RosterFile, json: Json = False) -> None:
-    """Print who takes part, until when, who has signed, and the digest that a site's operator pins.
+    """Print the sites, the validity, the signatures and the digest.
+
+    A site's operator pins the digest in the site file.
 
     Example: fedlora roster show roster.json
     """
@@ -205,7 +223,7 @@ def _turn(
     new = SignedRoster(next_epoch(old.roster, add=add, revoke=revoke, days=days, regroup=regroup, group_size=group_size, now=now))
     kept = _kept(file, old.roster.epoch)
     if kept.exists() and load_roster(kept).roster != old.roster:
-        raise StoreError(f"{kept} is another roster", hint="move it away: the epoch that is replaced is kept under this name")
+        raise StoreError(f"{kept} holds another roster", hint="move it away: the replaced epoch is saved under this name")
     _save(kept, old)
     _save(file, new)
     _to_sign(file, new, json=json)

@@ -18,11 +18,13 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def schema(
     name: Annotated[
         str,
-        typer.Argument(help="A file, `events`, or a command, its words joined by -; default: list them.", show_default=False),
+        typer.Argument(help="A file, `events`, or a command with - between its words; default: list all.", show_default=False),
     ] = "",
     json: Json = False,
 ) -> None:
-    """Print the JSON Schema of a file or of what a command prints under --json.
+    """Print the JSON Schema of a file or of a command's JSON.
+
+    A command prints this JSON when it is run with --json.
 
     Example: fedlora schema server-start
     """
@@ -33,7 +35,7 @@ def schema(
 
     names = list(_makers())
     if name and name not in names:
-        raise ConfigError(f"there is no schema of {plain(name)[:80]!r}", hint=f"known: {', '.join(names)}")
+        raise ConfigError(f"there is no schema of {plain(name)[:80]!r}", hint=f"choose one of: {', '.join(names)}")
     found = schema_of(name) if name else None
     emit({"names": names, "schema": found}, dumps(found, indent=2) if found else "\n".join(names), as_json=json)
 

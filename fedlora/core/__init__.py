@@ -1,1 +1,1 @@
-"""What everybody speaks of. Pure: no I/O, no clock, no randomness."""
+"""The types that all other folders use. Pure: no I/O, no clock, no randomness."""

@@ -1,6 +1,6 @@
 """An adapter is a point in R^n: one float32 vector and a layout that names its parts.
 
-Clipping, noise, quantisation and averaging are one-line vector operations; :meth:`Adapter.tensors` gives named views
+Clipping, noise, quantization and averaging are one-line vector operations; :meth:`Adapter.tensors` gives named views
 when B @ A matters.
 """
 

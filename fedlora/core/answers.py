@@ -66,13 +66,13 @@ class Survives(TypedDict):
 
     sites: int
     stay: int
-    """so many have to stay to the end"""
+    """sites that must stay until the end"""
     lost: int
-    """so many may drop out during a round"""
+    """sites that may drop out during a round"""
     away: int
-    """so many may be away from it"""
+    """sites that may be absent from it"""
     left_out: int
-    """so many healthy ones a single absence costs a round at the most"""
+    """most present sites that one absent site excludes from a round"""
 
 
 @_exact

@@ -1,4 +1,4 @@
-"""JSON in the one spelling that counts (FORMAT.md, 1.2): plans, headers, layouts, rosters and records are hashed in it."""
+"""Canonical JSON (FORMAT.md, 1.2): plans, headers, layouts, rosters and records are hashed in it."""
 
 from __future__ import annotations
 

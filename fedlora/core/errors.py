@@ -86,7 +86,7 @@ class NotInstalled(FedLoRAError):
 
 
 class ConnectionFailed(FedLoRAError):
-    """The other side, or a process of ours, cannot be reached; or somebody reaches what nobody should (exposed)."""
+    """The other side, or a process of ours, cannot be reached; or something is reachable that must not be (exposed)."""
 
     code: Code = "connection"
 
@@ -128,7 +128,7 @@ class StoreError(FedLoRAError):
 
 
 class StateLost(StoreError):
-    """What a site must know of the rounds before is gone; going on without it would give other bits than an undisturbed run."""
+    """A site's state of earlier rounds is gone; continuing without it would give another result than an undisturbed run."""
 
     code: Code = "state-lost"
 
@@ -139,7 +139,7 @@ class RemoteError(FedLoRAError):
     code: Code = "remote"
 
     def __init__(self, site: str, remote_code: str) -> None:
-        super().__init__(f"site {site} answered {remote_code!r}", hint="the reason is in that site's own log")
+        super().__init__(f"site {site} answered {remote_code!r}", hint="look for the reason in that site's own log")
         self.remote_code = remote_code
 
 
@@ -153,7 +153,7 @@ class UpdateRejected(FedLoRAError):
         """weight-too-large: a claimed weight is more than the plan allows: it would outweigh the others."""
         return cls(
             f"{who}: a weight of {claim} is claimed, the plan allows {bound}",
-            hint="aggregate.max_weight in the plan; 0 stands for what its steps and lengths can use",
+            hint="compare that site's data with aggregate.max_weight in the plan; 0 means the most that a round's steps can use",
             code="weight-too-large",
         )
 
@@ -247,13 +247,13 @@ class SessionError(FedLoRAError):
 
 
 class CohortTooSmall(SessionError):
-    """Fewer sites than the rules demand: the sum would say too much about one of them."""
+    """Fewer sites than the rules demand: the sum would reveal too much about one of them."""
 
     code: Code = "cohort-too-small"
 
 
 class LoneChange(CohortTooSmall):
-    """A sum that, beside earlier ones, would show the update of one site or of so few that colluders see the last of them."""
+    """A sum that, compared with earlier ones, could reveal the update of one site, or of few, of which all but one collude."""
 
     code: Code = "lone-change"
 
@@ -265,7 +265,7 @@ class BadShare(SessionError):
 
 
 class DealerLied(SessionError):
-    """What a site has dealt is not what it has signed for, and its own signature shows it.
+    """The shares that a site has dealt do not match what it has signed, and its own signature proves it.
 
     Args:
         site: the dealer.

@@ -16,7 +16,7 @@ _exact = with_config(ConfigDict(extra="forbid", strict=True, use_attribute_docst
 
 @_exact
 class Start(TypedDict):
-    """A run begins, or goes on."""
+    """A run begins or continues."""
 
     run: str
     """run id"""
@@ -27,7 +27,7 @@ class Start(TypedDict):
 
 @_exact
 class Waiting(TypedDict):
-    """Too few sites are there, or, as ``waiting-for``, some without which a sum would show single updates."""
+    """Too few sites are connected, or (``waiting-for``) sites are absent without which a sum would reveal single updates."""
 
     sites: list[str]
     """those that are there"""
@@ -66,7 +66,7 @@ class Sum(TypedDict):
 
 @_exact
 class Rejected(TypedDict):
-    """A site does not count, or, as ``unheard``, did and then gave no answer."""
+    """A site does not count, or (``unheard``) it was counted but did not answer afterwards."""
 
     site: str
     code: str
@@ -96,7 +96,7 @@ class Session(TypedDict):
     round: int
     sites: list[str]
     threshold: int
-    """so many of them have to stay to its end"""
+    """sites of these that must stay until its end"""
 
 
 @_exact
@@ -117,7 +117,7 @@ class Complaint(TypedDict):
 
 @_exact
 class LoneChange(TypedDict):
-    """Of these sites too few are in whole groups."""
+    """Too few of these sites are in complete groups."""
 
     sites: list[str]
     missing: list[str]
@@ -134,7 +134,7 @@ class StateFile(TypedDict):
 
 @_exact
 class RecordsGone(TypedDict):
-    """Records of these rounds are in no file any more."""
+    """The records of these rounds are lost."""
 
     rounds: list[int]
 
@@ -158,7 +158,7 @@ class Data(TypedDict):
 
 @_exact
 class Pace(TypedDict):
-    """How much is computed at once, by measurement."""
+    """Size of the micro-batches and activation checkpointing, as measured."""
 
     dial: str
     """what activation checkpointing computes again"""
@@ -172,7 +172,7 @@ class Pace(TypedDict):
 
 @_exact
 class OutOfMemory(TypedDict):
-    """Work goes on with less at once."""
+    """Work continues with smaller micro-batches or more checkpointing."""
 
     tokens: int
     dial: str

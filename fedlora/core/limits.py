@@ -1,4 +1,4 @@
-"""Limits that several parts share, each said once. FORMAT.md, section 1.5, has those of the bytes."""
+"""Limits that several parts use, each defined once. FORMAT.md, section 1.5, has those of the bytes."""
 
 MAX_SITES = 256
 """Most sites of a federation: recipients of an envelope, sites on a roster, members of a session."""

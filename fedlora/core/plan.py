@@ -95,11 +95,11 @@ class Lora(Section):
         if self.rank_pattern or self.alpha_pattern:
             raise PydanticCustomError(
                 "pattern",
-                "rank_pattern and alpha_pattern are refused: factors of different alpha / r cannot be averaged, and no rule "
-                "that may is built yet. Use one r and one lora_alpha",
+                "rank_pattern and alpha_pattern are refused: factors of different alpha / r cannot be averaged. "
+                "Use one r and one lora_alpha",
             )
         if self.ranks and max(self.ranks.values()) > self.r:
-            raise PydanticCustomError("ranks", "lora.ranks: lora.r is the largest rank, those of single sites are at most that")
+            raise PydanticCustomError("ranks", "lora.ranks: the rank of a site must not exceed lora.r")
         if self.target_modules == ():
             raise PydanticCustomError("targets", "target_modules is empty; name modules or say 'all-linear'")
         return self
@@ -171,7 +171,7 @@ class Federation(Section):
     @model_validator(mode="after")
     def _steps(self) -> Self:
         if (self.local_steps > 0) == (self.local_epochs > 0):
-            raise PydanticCustomError("steps", "say either local_steps or local_epochs, and 0 for the other")
+            raise PydanticCustomError("steps", "set either local_steps or local_epochs, and the other to 0")
         return self
 
 

@@ -1,4 +1,4 @@
-"""Takes bytes apart, front to back: whatever they are, there are as many as asked for or there is a named error."""
+"""Reads bytes from front to back: a read returns as many bytes as were asked for, or raises a named error."""
 
 from __future__ import annotations
 

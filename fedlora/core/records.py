@@ -60,7 +60,7 @@ class Seconds(Record):
 
 
 class Outcome(Record):
-    """What a round of training gave."""
+    """The result of a round of training."""
 
     weight: Count
     """of all sites together; 0 if the round is void"""

@@ -74,7 +74,7 @@ class Registry(Generic[T]):
             decorate: Callable[[T], T] = lambda found: self.register(name, found)  # noqa: E731
             return decorate
         if name in self:
-            raise ConfigError(f"a {self.what} called {name!r} is there already", hint="choose another name")
+            raise ConfigError(f"a {self.what} called {name!r} is already registered", hint="choose another name")
         self._own[name] = entry
         return entry
 

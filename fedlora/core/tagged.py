@@ -1,4 +1,4 @@
-"""Tables whose first key chooses an entry of a registry, which has a table of its own below."""
+"""Tables whose first key names an entry of a registry; that entry's settings are in a table of its own below."""
 
 from __future__ import annotations
 

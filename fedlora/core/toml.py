@@ -18,14 +18,14 @@ from fedlora.core.tagged import Tagged
 S = TypeVar("S", bound=Section)
 
 _MOVED = {
-    "training.max_steps": "it would mean one round's steps; say federation.local_steps",
-    "training.num_train_epochs": "it would mean one round's epochs; say federation.local_epochs",
-    "federation.max_steps": "say federation.local_steps",
-    "lora.rank": "say lora.r",
-    "lora.alpha": "say lora.lora_alpha",
+    "training.max_steps": "use federation.local_steps, the number of steps in one round",
+    "training.num_train_epochs": "use federation.local_epochs, the number of epochs in one round",
+    "federation.max_steps": "use federation.local_steps",
+    "lora.rank": "use lora.r",
+    "lora.alpha": "use lora.lora_alpha",
     "lora.use_dora": "DoRA's magnitudes are not linear in the update and cannot be averaged",
     "lora.init_lora_weights": "the first adapter comes from run.seed so that every site has the same one",
-    "lora.modules_to_save": "only LoRA factors travel",
+    "lora.modules_to_save": "only LoRA factors are sent",
     "aggregate.svd_every": "say every in [aggregate.fedsvd]",
 }
 
@@ -53,7 +53,7 @@ def parse_toml(text: str, section: type[S], *, name: str) -> S:
 def readable(error: ValidationError, section: type[Section], name: str) -> ConfigError:
     """Everything that validation has found, in words."""
     lines = [_line(e, section) for e in error.errors(include_url=False, include_input=False)]
-    hint = "`fedlora new plan|site` prints every key with its meaning"
+    hint = "run `fedlora new plan` or `fedlora new site`: each prints every key with its meaning"
     return ConfigError(f"{name}: " + "; ".join(dict.fromkeys(lines)), hint=hint)
 
 
@@ -71,7 +71,7 @@ def _line(e: ErrorDetails, section: type[Section]) -> str:
         return f"{dotted}: unknown key"
     if issubclass(table, Tagged) and (owners := [n for n in table.registry if at[-1] in table.registry[n].Settings.model_fields]):
         tables = " or ".join(f"[{'.'.join([*at[:-1], name])}]" for name in owners)
-        return f"{dotted}: say it in {tables}, the table of what is chosen"
+        return f"{dotted}: move this key to the table {tables}"
     known = sorted(set(table.model_fields) - {"settings"} if issubclass(table, Tagged) else table.model_fields)
     near = difflib.get_close_matches(at[-1], known, n=1)
     return f"{dotted}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})")

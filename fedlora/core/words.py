@@ -1,4 +1,4 @@
-"""Words for numbers and for the records of rounds: what terminal, page and figures say. Pure: numbers in, text out.
+"""Numbers and records of rounds as text, for terminal, page and figures. Pure: numbers in, text out.
 
 Every string that comes from a file passes :func:`plain`: names come from plans that somebody else wrote.
 """

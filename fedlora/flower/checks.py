@@ -28,7 +28,7 @@ def check_keys(file: SiteFile, root: Path) -> bytes:
         if not path.is_file():
             raise KeyFileError(
                 f"{path} is missing",
-                hint="`fedlora keygen site` makes keys; the coordinator sends ca.crt and server.pub: put both beside them",
+                hint="create keys with `fedlora keygen site`; the coordinator sends ca.crt and server.pub: put all together",
             )
     pem = node_key_public(root / file.node_key)
     public = (root / file.key).with_name(f"{file.name}.pub")

@@ -1,4 +1,4 @@
-"""The relay's database keeps what it once needed: rows that nobody asks for any more, in a file as large as it ever was.
+"""Cleans the relay's database, which never deletes rows that are no longer needed and never shrinks its file.
 
 Flower's relay deletes an object when its receiver confirms it; what was cut off stays, and SQLite gives no page back by itself.
 No run goes on before the SuperLink starts, nor between two runs of the executor, which does one at a time: objects are left over.

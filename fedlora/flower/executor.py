@@ -87,9 +87,7 @@ def _run(client: TaskClient, claim: Claim, token: str, *, home: Path, superlink_
                 time.sleep(_POLL_S)
     except SystemExit:
         hint = f"start it again with `fedlora server up`; then {_RESUME}"
-        raise _Asked(
-            _stopped(home, job, RunFailed("the server was stopped while the run went on", hint=hint, code="stopped"))
-        ) from None
+        raise _Asked(_stopped(home, job, RunFailed("the server was stopped during the run", hint=hint, code="stopped"))) from None
     finally:
         _end(process)
     if process.returncode == 0:
@@ -101,7 +99,7 @@ def _run(client: TaskClient, claim: Claim, token: str, *, home: Path, superlink_
     return outcome.code if outcome else "server-app-died"
 
 
-_RESUME = "`fedlora server start HOME PLAN --resume` goes on; nothing is lost"
+_RESUME = "continue with `fedlora server start HOME PLAN --resume`; nothing is lost"
 
 
 class _Asked(SystemExit):

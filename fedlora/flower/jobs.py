@@ -63,7 +63,7 @@ def full(home: Path) -> ResourceError | None:
     disk = os.statvfs(home / "flower")
     if disk.f_bavail * disk.f_frsize >= _FULL_BYTES:
         return None
-    hint = "free some disk, then `fedlora server start HOME PLAN --resume` goes on; nothing is lost"
+    hint = "free some disk space, then continue with `fedlora server start HOME PLAN --resume`; nothing is lost"
     return ResourceError(f"no space left for {home / 'flower'}, the relay's database and logs", hint=hint)
 
 
@@ -79,10 +79,10 @@ def load_address(home: Path) -> Address:
         ConnectionFailed: none runs in this home.
         StoreError: the file that says so is damaged.
     """
-    path, hint = home / "flower" / "server.json", "stop `fedlora server up` and start it again: it writes the file anew"
+    path, hint = home / "flower" / "server.json", "stop `fedlora server up` and start it again: it writes a new file"
     found = load_record(path, "server", hint=hint)
     if found is None:
-        raise ConnectionFailed(f"no server runs in {home}", hint="`fedlora server up` starts one")
+        raise ConnectionFailed(f"no server runs in {home}", hint="start it with `fedlora server up`")
     return Address(**found)
 
 
@@ -107,7 +107,7 @@ def load_job(home: Path, name: object) -> Job:
     path = _path(home, name, "job") if isinstance(name, str) and _JOB.fullmatch(name) else None
     found = load_record(path, "job", hint=hint) if path is not None else None
     if found is None:
-        raise StoreError("the run names no job of this server", hint="runs are started with `fedlora server start`")
+        raise StoreError("the run names no job of this server", hint="start runs with `fedlora server start`")
     return Job(**found)
 
 
@@ -199,5 +199,5 @@ def going_on(home: Path) -> str:
 
 def _path(home: Path, name: str, kind: str) -> Path:
     if not _JOB.fullmatch(name):
-        raise StoreError("not the name of a job", hint="runs are started with `fedlora server start`")
+        raise StoreError("not the name of a job", hint="start runs with `fedlora server start`")
     return home / "flower" / "jobs" / f"{name}.{kind}.json"

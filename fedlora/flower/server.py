@@ -73,7 +73,7 @@ def up(
         hosts: names and addresses that sites dial; the certificate must cover them.
         stop: set it to stop from another thread.
         timeout_s: for one HTTP call, seconds.
-        connections: at most so many at a time.
+        connections: most connections at a time.
         executor: command line in place of :mod:`fedlora.flower.executor`, given home and port as that one is.
 
     Raises:
@@ -219,16 +219,16 @@ def _services(
 def _check_files(home: Path, hosts: Sequence[str]) -> None:
     for name in ("superexec.secret", "tls/ca.crt", "tls/server.crt", "tls/server.key"):
         if not (home / name).is_file():
-            raise KeyFileError(f"{home / name} is missing", hint="`fedlora keygen server` makes it")
+            raise KeyFileError(f"{home / name} is missing", hint="create it with `fedlora keygen server`")
     check_tls(home / "tls")
     if len((home / "superexec.secret").read_bytes()) < _SECRET_BYTES:
-        hint = "restore it from a backup, or delete it and make 32 random bytes in its place: it never leaves this host"
+        hint = "restore it from a backup, or replace it by 32 random bytes: this file never leaves this host"
         raise KeyFileError(f"{home / 'superexec.secret'} is damaged: it is too short", hint=hint)
     missing = sorted(set(hosts) - certificate_hosts(home / "tls" / "server.crt"))
     if missing:
         raise ConfigError(
             f"the server's certificate does not cover {', '.join(missing)}",
-            hint="make it again with these hosts; the authority stays, so nothing changes at the sites",
+            hint="make it again with these hosts (`fedlora keygen server`); the authority stays, so nothing changes at the sites",
         )
 
 
@@ -290,7 +290,7 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
     directory = home / "runs" / load_plan(plan).run.name
     sync_sites(home, report=report)
     job = new_job(home, Job(str(plan.resolve()), resume))
-    goes_on = f"`fedlora server start {home} {plan} --resume` goes on; nothing is lost"
+    goes_on = f"continue with `fedlora server start {home} {plan} --resume`; nothing is lost"
     try:
         with _control(home) as control:
             state = _followed(control, start_job(control, job), home, job, report, poll_s)
@@ -342,10 +342,10 @@ def _gone(home: Path, error: ConnectionFailed, goes_on: str) -> FedLoRAError:
     """What it means that Flower does not answer any more."""
     if not (home / "flower" / "server.json").exists():
         return RunFailed(
-            "the server was stopped while the run went on",
+            "the server was stopped during the run",
             hint=f"start it again with `fedlora server up`; then {goes_on}",
             code="stopped",
         )
     return ConnectionFailed(
-        f"the server died, or was started anew, while the run went on ({error})", hint=f"when `fedlora server up` runs, {goes_on}"
+        f"the server died or was restarted during the run ({error})", hint=f"when `fedlora server up` runs again, {goes_on}"
     )

@@ -35,5 +35,8 @@ def load_enrolled(directory: Path) -> dict[str, PublicIdentity]:
     if len(found) > MAX_SITES:
         raise ConfigError(f"{len(found)} sites are enrolled in {directory}; a task can be sealed to {MAX_SITES}")
     if not found:
-        raise ConfigError(f"no site is enrolled in {directory}", hint="each site sends the .pub file that `fedlora keygen` made")
+        raise ConfigError(
+            f"no site is enrolled in {directory}",
+            hint="put the .pub file of each site there; `fedlora keygen site` makes it at the site",
+        )
     return found

@@ -143,7 +143,7 @@ class Envelope:
 
 
 def overhead(recipients: int, payload: int) -> int:
-    """Most bytes that an envelope adds to a payload of so many bytes."""
+    """Most bytes that an envelope adds to a payload of this many bytes."""
     return _PREFIX.size + MAX_HEADER + recipients * _STANZA + max(1, -(-payload // _CHUNK)) * _TAG + _SIGNATURE
 
 

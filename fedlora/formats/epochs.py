@@ -38,7 +38,7 @@ def first_epoch(
         RosterInvalid: see :class:`Roster`.
     """
     if group_size and group_size > len(sites):
-        raise RosterInvalid(f"{group_size} sites a group are more than there are")
+        raise RosterInvalid(f"a group of {group_size} sites is larger than the number of sites")
     return Roster(
         fed=federation(server),
         epoch=1,
@@ -88,7 +88,7 @@ def next_epoch(
     """
     known = {m.identity.name for m in roster.sites}
     for name in (p.name for p in add if p.name in known):
-        raise RosterInvalid(f"{name} is or was on the roster", hint="a site that comes back needs new keys and a new name")
+        raise RosterInvalid(f"{name} is or was on the roster", hint="give a site that comes back new keys and a new name")
     for name in revoke:
         roster.site(name)
     stay = [replace(m, status="revoked") if m.identity.name in revoke else m for m in roster.sites]
@@ -99,7 +99,7 @@ def next_epoch(
         everybody = [replace(m, group=0) for m in everybody]
     size, first = _size(roster.max_colluding, group_size), 1 + max(m.group for m in everybody)
     if regroup and group_size and sum(m.status == "active" for m in everybody) < size:
-        raise RosterInvalid(f"{size} sites a group are more than there are")
+        raise RosterInvalid(f"a group of {size} sites is larger than the number of active sites")
     return replace(
         roster,
         epoch=roster.epoch + 1,
@@ -113,7 +113,7 @@ def next_epoch(
 def _size(colluding: int, wanted: int | None) -> int:
     least = colluding + 2
     if wanted is not None and wanted < least:
-        raise RosterInvalid(f"a group of {wanted} sites; with {colluding} that may collude it has {least} at the least")
+        raise RosterInvalid(f"a group of {wanted} sites is too small: with max_colluding = {colluding} it has at least {least}")
     return wanted or least
 
 

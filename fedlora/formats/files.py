@@ -43,9 +43,13 @@ def named_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in _FULL:
-            hint = "free some disk; nothing is lost, the run goes on from here"
+            hint = "free some disk space; nothing is lost, and the run continues from here"
             raise ResourceError(f"no space left for {path}", hint=hint) from None
-        hint = "move away what stands there" if e.errno in (errno.EISDIR, errno.ENOTDIR) else "make it writable for this user"
+        hint = (
+            "move away the file or directory in its place"
+            if e.errno in (errno.EISDIR, errno.ENOTDIR)
+            else "make it writable for this user"
+        )
         raise StoreError(f"cannot write {path}: {e.strerror}", hint=hint) from None
 
 

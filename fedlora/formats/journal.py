@@ -32,7 +32,7 @@ from fedlora.formats.memory import FileMemory, get_record, put_record
 
 log = logging.getLogger(__name__)
 
-REPAIR = "stop the site, then `fedlora site repair SITE.TOML` shows what is lost and the choices"
+REPAIR = "stop the site, then run `fedlora site repair SITE.TOML`: it shows the damage and the choices"
 """The way on where an operator must choose."""
 
 
@@ -237,7 +237,7 @@ class Journal:
 
     def _lost(self, run: str, due: int, why: str) -> StateLost:
         text = f"the learner's state after round {due} of run {run[:12]} is gone: {why}"
-        return StateLost(f"{text}; going on without it would give other bits", hint=REPAIR)
+        return StateLost(f"{text}; continuing without it would give another result", hint=REPAIR)
 
     def last(self, run: str) -> tuple[int, Entry] | None:
         """The last round that was finished, and its entry; None if there is none.

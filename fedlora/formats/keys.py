@@ -129,7 +129,7 @@ class PublicIdentity:
         found = cls(name, raw[:32], raw[32:])
         said = [x for x in more.splitlines() if x.strip() and not x.startswith("ecdsa-sha2-nistp384 ")]
         if said not in ([], [f"{_FINGERPRINT} {found.name} {found.fingerprint()}"]):
-            raise KeyFileError("the key is not the one whose fingerprint stands with it", hint="copy the whole .pub file")
+            raise KeyFileError("the key does not match the fingerprint beside it", hint="copy the whole .pub file")
         return found
 
     def fingerprint(self) -> str:
@@ -202,7 +202,7 @@ class Identity:
             raise KeyFileError(f"{path} exists", hint="a key is never overwritten; choose another name or directory") from None
 
 
-_OWN = "restore it from a backup; a new key (`fedlora keygen`) is another identity, which the other side must be given and enrol"
+_OWN = "restore it from a backup; a new key (`fedlora keygen`) is a new identity that the other side must enrol"
 _OTHERS = "ask its owner for the .pub file again, and compare its fingerprint by telephone"
 
 
@@ -215,7 +215,9 @@ def load_identity(path: Path) -> Identity:
     try:
         mode, text = path.stat().st_mode, path.read_text()
     except FileNotFoundError:
-        raise KeyFileError(f"there is no key {path}", hint="`fedlora keygen` makes one; if there was one, restore it") from None
+        raise KeyFileError(
+            f"there is no key {path}", hint="create it with `fedlora keygen`; if there was one, restore it"
+        ) from None
     except (OSError, UnicodeDecodeError):
         raise KeyFileError(f"cannot read the key {path}", hint=_OWN) from None
     if mode & 0o077:

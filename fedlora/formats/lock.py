@@ -130,7 +130,7 @@ def _take(path: Path) -> int | None:
 
 def _named(directory: Path, error: OSError) -> StoreError | ResourceError:
     if error.errno in _FULL:
-        return ResourceError(f"no space left for {directory}", hint="free some disk")
+        return ResourceError(f"no space left for {directory}", hint="free some disk space")
     if error.errno in _NO_LOCKS:
         return StoreError(f"the file system of {directory} has no locks", hint="choose a directory on a local disk")
-    return StoreError(f"cannot write {directory}: {error.strerror}", hint="it must be a directory that this user may write")
+    return StoreError(f"cannot write {directory}: {error.strerror}", hint="make it a directory that this user may write to")

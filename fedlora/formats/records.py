@@ -67,7 +67,7 @@ def parse_facts_as(kind: type[R], found: object, *, where: str, hint: str) -> R:
         field = ".".join(plain(part) for part in first["loc"])[:120] or "the whole"
         raise Damaged(f"{where} is damaged: {field}: {plain(first['msg'])}", hint=hint) from None
     except (ValueError, TypeError, RecursionError):
-        raise Damaged(f"{where} is damaged: it holds what is no JSON", hint=hint) from None
+        raise Damaged(f"{where} is damaged: it holds a value that is not JSON", hint=hint) from None
 
 
 # --- rounds.jsonl and final.json ----------------------------------------------------------------------------------------

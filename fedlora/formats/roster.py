@@ -79,7 +79,7 @@ class Roster:
         not_before, not_after: seconds since 1970, both inclusive.
         min_version: the oldest release that may take part, as ``0.1.0``.
         suites: the cipher suites that envelopes may use, rising.
-        max_colluding: how many sites may be in league with each other without any harm to the rest, at least 1.
+        max_colluding: up to this many sites may collude without learning another site's update; at least 1.
         min_cohort: fewest sites whose sum may be shown, at least ``max(3, 3 * max_colluding)``.
         server: the aggregator.
         coordinators: who may sign, sorted by name, 1 to 16.
@@ -165,7 +165,7 @@ class Roster:
         """
         member = self.sites[self.index(name) - 1]
         if member.status == "revoked":
-            raise RevokedSite(f"{name} has been revoked", hint="a site that comes back needs new keys and a new name")
+            raise RevokedSite(f"{name} has been revoked", hint="give a site that comes back new keys and a new name")
         return member.identity
 
     def check_time(self, now: int) -> None:
@@ -182,7 +182,7 @@ class Roster:
         state = "has expired" if now > self.not_after else "is not in force yet"
         times = [datetime.fromtimestamp(s, UTC).strftime("%Y-%m-%d %H:%M") for s in (self.not_before, self.not_after)]
         raise RosterExpired(
-            f"the roster of epoch {self.epoch} {state}: it is for {times[0]} to {times[1]} UTC",
+            f"the roster of epoch {self.epoch} {state}: it is valid from {times[0]} to {times[1]} UTC",
             hint="check this machine's clock (`date -u`); if it is right, ask the coordinators for the next epoch",
         )
 
@@ -229,10 +229,10 @@ def _check_terms(r: Roster) -> None:
         "suites are numbers from 1 to 255": all(type(s) is int and 1 <= s <= 255 for s in suites),
     }
     for rule in (rule for rule, holds in rules.items() if not holds):
-        raise RosterInvalid(f"not so in this roster: {rule}")
+        raise RosterInvalid(f"this roster breaks a rule: {rule}")
     _check_count("suites", suites, most=MAX_SUITES)
     if suites != sorted(set(suites)):
-        raise RosterInvalid("suites rise")
+        raise RosterInvalid("suites are in strictly rising order")
 
 
 def _check_members(r: Roster) -> None:
@@ -255,7 +255,7 @@ def _check_members(r: Roster) -> None:
         raise RosterInvalid(f"the server is named {SERVER!r}, and fed is the digest of its key")
     everybody = [r.server, *r.coordinators, *(m.identity for m in r.sites)]
     if len({p.signing for p in everybody}) < len(everybody) or len({p.kem for p in everybody}) < len(everybody):
-        raise RosterInvalid("one key stands in two places", hint="every site, coordinator and server has keys of its own")
+        raise RosterInvalid("one key occurs twice", hint="give every site, every coordinator and the server keys of their own")
 
 
 def _check_name(name: str) -> str:
@@ -279,7 +279,9 @@ def _matches(pattern: re.Pattern[str], text: object) -> bool:
 
 def _parse_object(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
-        raise Oversized(f"longer than a roster may be: {MAX_BYTES} bytes", hint="this is another file; see `fedlora inspect`")
+        raise Oversized(
+            f"longer than a roster may be: {MAX_BYTES} bytes", hint="this is another file; look at it with `fedlora inspect`"
+        )
     try:
         return parse_object(raw)
     except ValueError:
@@ -335,7 +337,7 @@ def _public(line: object) -> PublicIdentity:
     except KeyFileError as e:
         raise RosterInvalid(f"a key on the roster is malformed: {e}") from None
     if found.line() != line:
-        raise RosterInvalid(f"the key of {found.name} is not in the one spelling of its line")
+        raise RosterInvalid(f"the key of {found.name} is not written in its canonical form")
     return found
 
 

@@ -55,10 +55,10 @@ class SignedRoster:
         """
         value = _parse_object(raw)
         if set(value) != {"roster", "signatures"} or not isinstance(value["signatures"], dict):
-            raise RosterInvalid("a signed roster has the fields roster and signatures", hint="`fedlora roster new` makes one")
+            raise RosterInvalid("a signed roster has the fields roster and signatures", hint="make one with `fedlora roster new`")
         found = cls(_roster(value["roster"]), {n: _parse_signature(s) for n, s in value["signatures"].items()})
         if found.dump() != raw:
-            raise RosterInvalid("a signature is not in the one spelling of base64")
+            raise RosterInvalid("a signature is not canonical base64")
         return found
 
     def sign(self, identity: Identity) -> SignedRoster:
@@ -82,7 +82,7 @@ class SignedRoster:
         """
         known = {c.name: c for c in (*coordinators, *others)}
         if any(known[c.name].signing != c.signing for c in coordinators):
-            raise RosterInvalid("a coordinator has another key than before", hint="a new key goes under a new name")
+            raise RosterInvalid("a coordinator has another key than before", hint="list a new key under a new name")
         for name in sorted(self.signatures):
             if name not in known:
                 raise RosterInvalid(f"{name} has signed and is no coordinator of this roster")
@@ -92,7 +92,7 @@ class SignedRoster:
         if count < needed:
             raise RosterInvalid(
                 f"{count} of {needed} signatures that epoch {self.roster.epoch} needs",
-                hint=f"`fedlora roster sign` with the keys of {', '.join(c.name for c in coordinators if not self._has(c))}",
+                hint=f"run `fedlora roster sign` with the keys of {', '.join(c.name for c in coordinators if not self._has(c))}",
             )
 
     def _signed(self) -> bytes:
@@ -123,5 +123,5 @@ def load_roster(path: Path) -> SignedRoster:
         raise type(e)(f"{path}: {e}", hint=f"{NEWEST}; {e.hint}".rstrip("; ")) from None
 
 
-NEWEST = "restore it from a backup: a copy of the newest signed roster, which the coordinators have too"
+NEWEST = "restore it from a backup, or get the newest signed roster from a coordinator"
 """The way on where a roster file is damaged."""

@@ -69,8 +69,8 @@ def _follows(new: SignedRoster, current: SignedRoster, pinned: str) -> SignedRos
         return _approved(new, pinned)
     if at.epoch != old.epoch + 1:
         raise RosterInvalid(
-            f"a roster of epoch {at.epoch}; epoch {old.epoch} is in force and those between are missing",
-            hint="give the epochs between one by one, or approve this one by hand: compare its digest, then pin it",
+            f"a roster of epoch {at.epoch}; epoch {old.epoch} is in force and the epochs between are missing",
+            hint="supply them one by one, or approve this one by hand: compare its digest, then pin it",
         )
     if at.previous != old.digest():
         raise RosterInvalid(f"epoch {at.epoch} does not follow the roster that is in force here")
@@ -78,7 +78,7 @@ def _follows(new: SignedRoster, current: SignedRoster, pinned: str) -> SignedRos
     if other := sorted(m.identity.name for m in old.sites if keys.get(m.identity.name) != m.identity):
         raise RosterInvalid(
             f"{', '.join(other)} would be gone from the roster or have other keys",
-            hint="a site is revoked and stays on it; one that comes back has a new name",
+            hint="revoke a site instead of removing it; give a site that comes back a new name",
         )
     new.verify(old.coordinators, old.needed, others=at.coordinators)
     new.verify(at.coordinators, at.needed, others=old.coordinators)

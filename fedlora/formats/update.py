@@ -245,7 +245,7 @@ def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
     parse_float32(values, vector, "the adapter")
     sends = Layout.parse(sends_text) if sends_text else None
     if sends == layout:
-        raise WrongContext("the layout of the answer is the task's own, which goes without saying", code="wrong-layout")
+        raise WrongContext("the layout of the answer is that of its task and must be left out", code="wrong-layout")
     kind: Kind = "train" if head["kind"] == "train" else "evaluate"
     task = Task(head["run"], plan, head["base"], kind, head["round"], head["attempt"], Adapter(vector, layout), sends)
     return task, reply_key

@@ -59,7 +59,7 @@ class Allowance:
         self._due: dict[str, tuple[str, int]] = {}
 
     def grant(self, due: Mapping[str, int]) -> None:
-        """These sites may push a reply of so many bytes; on the disk before this returns."""
+        """These sites may push a reply of this many bytes; saved on the disk before this returns."""
         for site, size in due.items():
             self._count += 1
             self._due[site] = f"{self._run}-{self._count}", size

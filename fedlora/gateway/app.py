@@ -1,7 +1,7 @@
 """The server's only public port: passes a SuperNode's calls to the SuperLink on loopback, and nothing else.
 
 The SuperLink's one port also carries the Control API, which asks nobody for a password, and the Runtime API. Here a
-request gets through only if its raw path is, byte for byte, one of a SuperNode's calls; there is nothing to normalise.
+request gets through only if its raw path is, byte for byte, one of a SuperNode's calls; there is nothing to normalize.
 
 And only if its head is signed by an enrolled site for this very call (:mod:`fedlora.gateway.calls`): whoever else calls is
 answered from the head alone, the later the more often it calls, and costs the SuperLink nothing. A site's bodies are counted by
@@ -151,9 +151,9 @@ class Gateway:
         return int(stated)
 
     async def _admit(self, site: str) -> None:
-        """Keeps a site to its rate and to so many calls at a time."""
+        """Limits the rate of a site's calls, and their number at a time."""
         if self._calls.get(site, 0) >= _SITE_CALLS:
-            raise Stop(503, f"{_SITE_CALLS} calls at a time")
+            raise Stop(503, f"more than {_SITE_CALLS} calls at a time")
         self._calls[site] = self._calls.get(site, 0) + 1
         wait_s = self._sites.of(site).wait_s()
         if wait_s > _SITE_WAIT_S:

@@ -87,7 +87,7 @@ def check_public(listen: str, *, ca: Path) -> None:
         status = public_status("POST", "/v1/fleet/pull-messages", address=address, ca=ca)
         if status != 401:
             raise ConnectionFailed(
-                f"a call that nobody has signed is answered {status} on the public port {listen}",
+                f"an unsigned call is answered {status} on the public port {listen}",
                 hint="nothing but the gateway may listen there; look for another process or proxy",
                 code="exposed",
             )

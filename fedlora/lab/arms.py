@@ -52,7 +52,7 @@ class _Alone:
     settings: Arm | None
 
     def train(self, lab: Lab, out: Path, report: Report) -> tuple[Adapter, Cost]:
-        """Trains, or goes on where the journal ends. The optimiser is kept throughout: nothing interrupts a site alone."""
+        """Trains, or goes on where the journal ends. The optimizer is kept throughout: nothing interrupts a site alone."""
         from fedlora.learn.learner import HFLearner
         from fedlora.learn.local import step_reporter
 

@@ -320,7 +320,7 @@ def _training(run: Results, key: str) -> Section:
     every, rounds, sites = run.rounds, training_rounds(run), run.sites
     if not every:
         return Section("Rounds", notes=["No rounds were recorded."])
-    after = "Nats per token of the shared adapter after so many rounds; 0 is the first adapter."
+    after = "Nats per token of the shared adapter after each number of rounds; 0 is the first adapter."
     gap = "Greatest possible difference to averaging the products B·A, as a share of the round's change."
     ratio = {"bound / update": [(r.round, _rule(r, "gap/ratio")) for r in rounds]}
     within = "Nats per token within each round."

@@ -222,7 +222,7 @@ def _check_comparable(runs: Sequence[Results]) -> None:
             raise ConfigError(f"these results differ in {what}", hint="average over seeds of one plan only")
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
-        raise ConfigError("a seed occurs twice", hint="the same seed again is not another sample")
+        raise ConfigError("a seed occurs twice", hint="leave out the repetition: the same seed is not another sample")
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:

@@ -87,11 +87,11 @@ def simulate(
         raise ConfigError("the plan has no [simulation] table", hint="`fedlora new simulation` prints one")
     lost = parse_dropouts(drop, sites=plan.simulation.sites, plan=plan)
     if lost and transport != "local":
-        raise ConfigError("--drop goes with --transport local", hint="over Flower, kill a site's process instead")
+        raise ConfigError("--drop needs --transport local", hint="over Flower, kill a site's process instead")
     apart = plan.federation.fraction_train < 1 or plan.lora.ranks or rule_of(plan).keeps
     if batch_sites and (transport != "local" or apart):
         raise ConfigError(
-            "--batch-sites goes with --transport local, and with sites that all train one adapter: "
+            "--batch-sites needs --transport local, and sites that all train one adapter: "
             "federation.fraction_train = 1, no lora.ranks, aggregate.fedavg.share = 'AB'",
             hint="leave --batch-sites out",
         )
@@ -133,7 +133,7 @@ def _claim(out: Path, plan: Plan, *, transport: str, drop: Sequence[str], resume
             shutil.rmtree(seed)  # scores of the base under what may be another plan
     elif mark.exists():
         if not resume:
-            raise StoreError(f"{out} holds a simulation already", hint="--resume goes on with it; or choose another --out")
+            raise StoreError(f"{out} holds a simulation already", hint="continue it with --resume, or choose another --out")
         if mark.read_bytes() != facts:
             raise StoreError(
                 f"{out} holds the simulation of another plan, over another transport, with other dropouts or --batch-sites",
@@ -171,7 +171,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         report(Event.ARM, ArmName(name=name))
         path = out / "arms" / f"{name.replace(':', '-')}.json"
         if (blob := read_file(path)) is not None:
-            arms[name] = parse_text(ArmRecord, blob, where=str(path), hint="delete it; the arm's scores are then made again")
+            arms[name] = parse_text(ArmRecord, blob, where=str(path), hint="delete it; the arm's scores are then computed again")
         else:
             trained, cost = federated(lab, out, transport, lost, report) if name == "federated" else arm.train(lab, out, report)
             arms[name] = _record(lab, trained, cost)

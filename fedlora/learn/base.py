@@ -1,4 +1,4 @@
-"""Loads a base model: local files only, quantised while it is read, never trained."""
+"""Loads a base model: local files only, quantized while it is read, never trained."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def load_base(settings: Model, path: Path, machine: Machine) -> Base:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model, info = _quietly(directory, settings, machine, device)
     except (torch.OutOfMemoryError, MemoryError):
-        raise ResourceError(f"not enough memory for {directory}", hint="load_in_4bit, or a smaller base") from None
+        raise ResourceError(
+            f"not enough memory for {directory}", hint="set load_in_4bit in the plan, or use a smaller base"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as e:
         raise ModelError(
             f"cannot load {directory}: {_first_line(e)}", hint="copy the base model again, all files of one revision"
@@ -116,7 +118,7 @@ def load_base(settings: Model, path: Path, machine: Machine) -> Base:
 
 def find_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch finds none", hint='device = "auto" or "cpu"')
+        raise ConfigError("device is cuda, but torch finds none", hint='set device = "auto" or "cpu" in the site file')
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -200,10 +202,10 @@ def _quantisation(settings: Model) -> Any:
 
 
 def _check_untouched(model: Any) -> None:
-    """Embeddings and head are never quantised."""
+    """Embeddings and head are never quantized."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is None or not module.weight.dtype.is_floating_point:
-            raise ModelError("the embeddings or the output head would be quantised, or the model has none")
+            raise ModelError("the embeddings or the output head would be quantized, or the model has none")
 
 
 def _settle(model: Any, settings: Model, machine: Machine, device: torch.device) -> None:

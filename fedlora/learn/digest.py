@@ -32,7 +32,7 @@ def base_digest(directory: Path, model: Model) -> str:
     Reads every weight once, a few MB at a time: 0.7 to 1.5 GB/s on a recent core, mostly SHA-256 itself.
 
     Raises:
-        ModelError: a file is missing or malformed, the weights are pickled, or already quantised.
+        ModelError: a file is missing or malformed, the weights are pickled, or already quantized.
     """
     config = read_config(directory)
     h = hashlib.sha256(b"fedlora base 1\0")
@@ -64,15 +64,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a full-precision base.
 
     Raises:
-        ModelError: missing, malformed or of weights that are stored quantised.
+        ModelError: missing, malformed or of weights that are stored quantized.
     """
     if not directory.is_dir():
         raise ModelError(f"no such directory: {directory}", hint="give a Hugging Face model directory or a GGUF file")
     config = load_json(directory / "config.json")
     if config.get("quantization_config"):
         raise ModelError(
-            f"the weights in {directory} are stored quantised",
-            hint="give the full-precision base; it is quantised while it is loaded",
+            f"the weights in {directory} are stored quantized",
+            hint="give the full-precision base; it is quantized while it is loaded",
         )
     return config
 

@@ -88,7 +88,7 @@ def evaluate(
             if not is_out_of_memory(e):
                 raise
         if rows == 1:
-            raise ResourceError("out of memory on one row of evaluation", hint="a smaller max_length in the plan")
+            raise ResourceError("out of memory on one row of evaluation", hint="use a smaller max_length in the plan")
         rows //= 2
 
 
@@ -119,7 +119,7 @@ def _evaluate(
 
 
 def _tokens_needed(tokenizer: Any, example: Tokens, characters: int) -> int:
-    """How many supervised tokens it takes until their stripped text has so many characters; all, if it never has."""
+    """How many supervised tokens it takes until their stripped text has this many characters; all, if it never has."""
     labels = [int(t) for t in example.labels if t != IGNORE]
     for count in range(1, len(labels) + 1):
         if characters and len(tokenizer.decode(labels[:count], skip_special_tokens=True).strip()) >= characters:

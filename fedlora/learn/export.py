@@ -159,7 +159,7 @@ def merge(adapter: Adapter, base_directory: Path, out: Path, *, scale: float, dt
     adapter. Sums are taken in float32 and rounded once to ``dtype``, one tensor in memory at a time.
 
     Raises:
-        ModelError: the base is stored quantised, or an adapted weight is missing or of another shape.
+        ModelError: the base is stored quantized, or an adapted weight is missing or of another shape.
         ConfigError: ``out`` exists, ``dtype`` is another than bfloat16 or float16, or a value does not fit.
     """
     _refuse_existing(out)
@@ -169,9 +169,12 @@ def merge(adapter: Adapter, base_directory: Path, out: Path, *, scale: float, dt
     for name, pair in pairs.items():
         entry = entries.get(name)
         if entry is None or entry.shape != (pair.d_out, pair.d_in):
-            raise ModelError(f"the base has no {name} of shape {(pair.d_out, pair.d_in)}", hint="another base than trained on?")
+            raise ModelError(
+                f"the base has no {name} of shape {(pair.d_out, pair.d_in)}",
+                hint="check that the adapter was trained on this base",
+            )
         if entry.dtype not in _TORCH:
-            raise ModelError(f"{name} is stored as {entry.dtype}, quantised", hint="merge into the full-precision base")
+            raise ModelError(f"{name} is stored as {entry.dtype}, quantized", hint="merge into the full-precision base")
     target = _dtype(dtype)
     name_of = next(k for k, v in _TORCH.items() if v == target)
     kinds = {n: (name_of if e.dtype in _TORCH else e.dtype, e.shape) for n, e in entries.items()}

@@ -35,7 +35,7 @@ class Forecast:
         dial: what is computed again on the way back.
         micro_batch_tokens: tokens computed at once; 0: the plan's own batches.
         peak_bytes: most GPU memory that tensors take, or most memory of the process on a CPU.
-        step_tokens: tokens of an optimiser step, without padding, with or without a loss; the mean of some.
+        step_tokens: tokens of an optimizer step, without padding, with or without a loss; the mean of some.
         token_s: seconds of a step for each of its tokens.
         train_s: seconds of the round's steps.
         evaluate_s: seconds of one evaluation on the held-out rows.

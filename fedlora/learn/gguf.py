@@ -46,12 +46,12 @@ class _Source:
 def convert_gguf(file: Path, directory: Path) -> Path:
     """Writes ``directory`` from ``file`` and returns it; returns at once if that has been done.
 
-    Weights are dequantised in float32 and rounded to bfloat16, one tensor in memory at a time; a quantised file gives the
+    Weights are dequantized in float32 and rounded to bfloat16, one tensor in memory at a time; a quantized file gives the
     values of its own code, not those of the model it was made from. The directory appears whole or not at all.
 
     Raises:
         ModelError: not a GGUF file, an unknown architecture, tokenizer or rope scaling (named), tensors that are missing
-            or of a type that cannot be dequantised, or ``directory`` holds something else.
+            or of a type that cannot be dequantized, or ``directory`` holds something else.
     """
     mark = canonical({"converter": 1, "sha256": file_digest(file)})
     if directory.exists():
@@ -129,7 +129,7 @@ def _tokenizer(source: _Source, directory: Path) -> None:
     known = rule in _SINGLE_DIGITS | _GPT2 or rule in gguf_text_splits()
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and not known):
         raise ModelError(
-            f"{source.file.name}: how text is cut into tokens ({kind}, {rule}) is not known here",
+            f"{source.file.name}: its tokenizer ({kind}, {rule}) is not supported",
             hint="give the Hugging Face directory of this model instead",
         )
     try:
@@ -179,7 +179,7 @@ def _producer(places: Mapping[str, Any], processor: Any, file: Path) -> Callable
         try:
             values: NDArray[np.float32] = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
-            raise ModelError(f"{file.name}: {name} is of type {tensor.tensor_type.name}, which cannot be dequantised") from None
+            raise ModelError(f"{file.name}: {name} is of type {tensor.tensor_type.name}, which cannot be dequantized") from None
         # The processor undoes llama.cpp's reordering of q and k rows, which pairs the halves of a rotary embedding.
         values = np.array(processor.process(weights=values, name=tensor.name).weights, dtype=np.float32)
         out.write(torch.from_numpy(values).to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())

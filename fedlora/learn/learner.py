@@ -68,8 +68,8 @@ class HFLearner:
         self._on_step = on_step
         self._team: Callable[[], ProcessGroup] | None = None  # the processes of this site's other GPUs
         self._optimiser: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
-        self._over: tuple[Factors, Layout] = ("AB", model.layout)  # what it is an optimiser of
-        self._given: tuple[bytes, Cursor] | None = None  # the state that this optimiser is in
+        self._over: tuple[Factors, Layout] = ("AB", model.layout)  # what it is an optimizer of
+        self._given: tuple[bytes, Cursor] | None = None  # the state that this optimizer is in
         self._stream = Stream(
             list(train),
             seed=plan.run.seed,
@@ -102,7 +102,7 @@ class HFLearner:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps in a round."""
+        """Optimizer steps in a round."""
         f = self._plan.federation
         if f.local_steps:
             return f.local_steps
@@ -173,12 +173,12 @@ class HFLearner:
                 ranks=ranks,
             )
         except (NonFiniteUpdate, DataError):
-            raise  # at every rank in the same step: they are told what comes next as ever
+            raise  # at every rank in the same step: each is then told what comes next, as usual
         except BaseException as e:
             if ranks is not None:
                 ranks.abandon()  # the others wait for a sum that will not come
             if is_out_of_memory(e):
-                raise ResourceError("out of memory", hint="gpu_memory_gib or micro_batch_tokens in the site file") from None
+                raise ResourceError("out of memory", hint="lower gpu_memory_gib or micro_batch_tokens in the site file") from None
             raise
         keeps = training.optimizer_state == "keep"
         after = dump_state(self._cursor, dump_moments(optimiser) if keeps else b"")
@@ -187,7 +187,7 @@ class HFLearner:
         return Trained(self._model.get(), spent.tokens, spent.examples, metrics, after)
 
     def _restored(self, state: bytes, factors: Factors) -> torch.optim.Optimizer:
-        """The optimiser and the place in the data that ``state`` describes."""
+        """The optimizer and the place in the data that ``state`` describes."""
         training, given, self._given = self._plan.training, self._given, None
         over = (factors, self._model.current)
         if over != self._over:
@@ -199,7 +199,7 @@ class HFLearner:
         self._model.check_trainable(factors)
         if training.optimizer_state == "keep" or training.optim != "adamw_torch":
             optimiser = self._optimiser = self._optimiser or make_optimiser(self._model, training, factors=factors)
-        else:  # moments that no one keeps: one optimiser serves all learners of the model
+        else:  # moments that no one keeps: one optimizer serves all learners of the model
             key = (training.weight_decay, *over)
             optimiser = self._model.spare_optimiser(key, lambda: make_optimiser(self._model, training, factors=factors))
         if moments and training.optimizer_state == "keep":
@@ -209,13 +209,13 @@ class HFLearner:
         return optimiser
 
     def _groups(self) -> Iterator[Sequence[Batch]]:
-        """Batches of one optimiser step each; ``self._cursor`` follows."""
+        """Batches of one optimizer step each; ``self._cursor`` follows."""
         while True:
             group, self._cursor = self.group(self._cursor)
             yield group
 
     def group(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
-        """The batches of the optimiser step at ``cursor``, and the place behind them."""
+        """The batches of the optimizer step at ``cursor``, and the place behind them."""
         batches = []
         for _ in range(self._plan.training.gradient_accumulation_steps):
             batch, cursor = self._stream.next(cursor)
@@ -253,7 +253,7 @@ def _check_length(model: LoraModel, max_length: int) -> None:
     if window is not None and max_length > window:
         # Our block masks replace the model's own, which would have kept tokens from looking further back than this.
         raise ConfigError(
-            f"max_length {max_length} exceeds this base's attention window of {window}", hint="a smaller max_length"
+            f"max_length {max_length} exceeds this base's attention window of {window}", hint="use a smaller max_length"
         )
 
 
@@ -278,5 +278,5 @@ def parse_state(state: bytes) -> tuple[Cursor, bytes]:
     except (ValueError, KeyError, TypeError):
         good = False
     if not good:
-        raise StoreError("the training state in the journal is damaged", hint="was it written by another version?")
+        raise StoreError("the training state in the journal is damaged", hint="check whether another version of FedLoRA wrote it")
     return cursor, moments

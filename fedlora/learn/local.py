@@ -107,7 +107,7 @@ def devices_of(file: SiteFile) -> list[str]:
         return ["cpu"]
     if file.gpus > len(here):
         raise ConfigError(
-            f"gpus = {file.gpus} in the site file, but {len(here)} can be used here", hint="gpus = 0: all there are"
+            f"gpus = {file.gpus} in the site file, but {len(here)} can be used here", hint="set gpus = 0 to use all"
         )
     return here[: file.gpus or None]
 

@@ -64,11 +64,13 @@ class PlanBatches:
             ResourceError: always.
         """
         rows = max(len(b.labels) for b in batches)
-        raise ResourceError(f"out of memory on a batch of {rows} rows", hint="a smaller per_device_train_batch_size in the plan")
+        raise ResourceError(
+            f"out of memory on a batch of {rows} rows", hint="use a smaller per_device_train_batch_size in the plan"
+        )
 
 
 def derived_seed(*key: object) -> int:
-    """A seed of 63 bits for the purpose that ``key`` names: SHA-256, so that neighbours have nothing in common."""
+    """A seed of 63 bits for the purpose that ``key`` names: SHA-256, so that neighbors have nothing in common."""
     text = "\0".join(["fedlora", *map(str, key)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -105,7 +107,7 @@ def train_steps(
     pace: MicroBatches | None = None,
     ranks: ProcessGroup | None = None,
 ) -> Spent:
-    """Trains the adapter in place, one optimiser step a group of batches.
+    """Trains the adapter in place, one optimizer step a group of batches.
 
     A step's loss is the mean over the supervised tokens of all its batches: splitting a batch changes nothing but rounding.
     Dropout depends on ``seed(step)`` only. The caller's random state is left as it was.
@@ -156,7 +158,7 @@ def count_supervised(batches: Sequence[Batch]) -> int:
     """
     total = sum(b.supervised for b in batches)
     if total == 0:
-        raise DataError("no token with a loss in a whole step", hint="max_length may cut the completions off")
+        raise DataError("no token of a whole step has a loss", hint="use a larger max_length: it may cut the completions off")
     return total
 
 

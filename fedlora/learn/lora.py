@@ -152,7 +152,7 @@ class LoraModel:
             parameter.requires_grad_(name in chosen)
 
     def spare_optimiser(self, key: Hashable, make: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """The optimiser that was made for this key last, or a new one. Whoever takes it makes it forget its moments first.
+        """The optimizer that was made for this key last, or a new one. Whoever takes it makes it forget its moments first.
 
         A new one each round would take as long as half a small step, and its memory each time from another place.
         """

@@ -1,4 +1,4 @@
-"""Optimisers by transformers' names, and their moments as bytes."""
+"""Optimizers by transformers' names, and their moments as bytes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fedlora.learn.lora import LoraModel
 
 
 def make_optimiser(model: LoraModel, training: Training, *, factors: Factors = "AB") -> torch.optim.Optimizer:
-    """A fresh optimiser over the adapter's factors, or these of them, and nothing else.
+    """A fresh optimizer over the adapter's factors, or these of them, and nothing else.
 
     Raises:
-        ConfigError: a paged optimiser without CUDA.
+        ConfigError: a paged optimizer without CUDA.
         RunFailed: the trainable parameters are not exactly the adapter's.
     """
     model.check_trainable(factors)
@@ -47,7 +47,7 @@ def _paged(parameters: Sequence[torch.nn.Parameter], training: Training) -> torc
 
 
 def dump_moments(optimiser: torch.optim.Optimizer) -> bytes:
-    """The optimiser's state as safetensors: tensors ``INDEX.NAME``, numbers as int64 scalars. No pickle."""
+    """The optimizer's state as safetensors: tensors ``INDEX.NAME``, numbers as int64 scalars. No pickle."""
     tensors = {}
     for index, parameter in enumerate(_parameters(optimiser)):
         for name, value in _moments(optimiser.state.get(parameter, {})).items():
@@ -57,10 +57,10 @@ def dump_moments(optimiser: torch.optim.Optimizer) -> bytes:
 
 
 def load_moments(optimiser: torch.optim.Optimizer, blob: bytes) -> None:
-    """Inverse of :func:`dump_moments`, into an optimiser over the same parameters; what it held is overwritten.
+    """Inverse of :func:`dump_moments`, into an optimizer over the same parameters; what it held is overwritten.
 
     Raises:
-        StoreError: the bytes are damaged or belong to another adapter or optimiser; load or forget before the next step.
+        StoreError: the bytes are damaged or belong to another adapter or optimizer; load or forget before the next step.
     """
     try:
         tensors = load(blob)
@@ -69,9 +69,9 @@ def load_moments(optimiser: torch.optim.Optimizer, blob: bytes) -> None:
             index, _, name = key.partition(".")
             loaded.setdefault(int(index), {})[name] = tensor if tensor.dtype != torch.int64 else int(tensor)
     except (SafetensorError, ValueError):
-        raise StoreError("the optimiser state in the journal is damaged") from None
+        raise StoreError("the optimizer state in the journal is damaged") from None
     parameters = _parameters(optimiser)
-    other = StoreError("the optimiser state in the journal belongs to another adapter")
+    other = StoreError("the optimizer state in the journal belongs to another adapter")
     if sorted(loaded) != list(range(len(parameters))):
         raise other
     if not is_paged(optimiser):
@@ -94,9 +94,9 @@ def load_moments(optimiser: torch.optim.Optimizer, blob: bytes) -> None:
 
 
 def forget_moments(optimiser: torch.optim.Optimizer) -> None:
-    """Makes a used optimiser a fresh one, in the memory that it has.
+    """Makes a used optimizer a fresh one, in the memory that it has.
 
-    bitsandbytes (0.50) never frees the pages of a paged optimiser, so that a new one each round would fill a machine.
+    bitsandbytes (0.50) never frees the pages of a paged optimizer, so that a new one each round would fill a machine.
     """
     tensors: list[torch.Tensor] = []
     for state in optimiser.state.values():
@@ -110,7 +110,7 @@ def forget_moments(optimiser: torch.optim.Optimizer) -> None:
 
 
 def _moments(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What changes from step to step: not the code books of the 8-bit optimiser."""
+    """What changes from step to step: not the code books of the 8-bit optimizer."""
     return {name: value for name, value in state.items() if not name.startswith("qmap")}
 
 

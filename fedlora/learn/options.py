@@ -21,7 +21,7 @@ class Machine:
     Attributes:
         device: ``auto`` is CUDA where there is one.
         threads: CPU threads; 0 leaves torch's choice. Another number may change the last bits of a sum.
-        keep_dequantised: hold the 4-bit weights dequantised once instead of at each use. The values are those of the 4-bit
+        keep_dequantised: hold the 4-bit weights dequantized once instead of at each use. The values are those of the 4-bit
             code, so logits and gradients are the same bits on a CPU. It takes 2 bytes a weight (bfloat16) instead of about
             0.52 (4 bits, plus scales): 0.27 against 0.12 GB for 135 M parameters, 14 against 4 GB for 7 B.
         fused: adapter products in the base's type and kernels of Liger's where they are installed; otherwise PEFT's
@@ -41,12 +41,12 @@ class Machine:
         """Confirms that the plan's base can be held in this way.
 
         Raises:
-            ConfigError: fused layers, or weights dequantised once, do not know this base's types.
+            ConfigError: fused layers, or weights dequantized once, do not know this base's types.
         """
         if self.fused and (model.load_in_8bit or not one_type(model)):
             raise ConfigError(
-                "fused needs a base that is plain or in 4 bits, computed in its own dtype",
-                hint="bnb_4bit_compute_dtype equal to dtype",
+                "fused needs a base without quantization or in 4 bits, with computations in its own dtype",
+                hint="set bnb_4bit_compute_dtype equal to dtype",
             )
         if self.keep_dequantised and not one_type(model):
             # bitsandbytes rounds to `dtype` on the way back but not on the way there: one stored copy cannot be both.
@@ -57,5 +57,5 @@ class Machine:
 
 
 def one_type(model: Model) -> bool:
-    """Whether a base that is held like this computes in the type of its weights that are not quantised."""
+    """Whether a base that is held like this computes in the type of its weights that are not quantized."""
     return not model.load_in_4bit or model.bnb_4bit_compute_dtype == model.dtype

@@ -1,4 +1,4 @@
-"""A base model and rows that need no download: a tiny Llama of random weights, and sites that each know some colours.
+"""A base model and rows that need no download: a tiny Llama of random weights, and sites that each know some colors.
 
 For ``simulations/plans/toy.toml`` and for tests. It shows that the parts fit, not that anything useful is learned.
 """
@@ -61,7 +61,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def toy_data(directory: Path, sites: Sequence[str]) -> Path:
-    """Writes ``SITE.train.jsonl``, ``.validation.jsonl`` and ``.test.jsonl``: each site knows its own things' colours."""
+    """Writes ``SITE.train.jsonl``, ``.validation.jsonl`` and ``.test.jsonl``: each site knows its own things' colors."""
     if directory.is_dir():
         return directory
     new = directory.with_name(f".{directory.name}.{os.getpid()}.new")

@@ -1,4 +1,4 @@
-"""What comes out of a run: an ordinary PEFT adapter or a merged model, and a word about any of our files."""
+"""Publishes the result of a run as a PEFT adapter or a merged model, and describes any file of FedLoRA."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
     Raises:
         StoreError: no run there, or ``out`` exists.
         ConfigError: ``merge`` without ``base``, or the run has no adapter for everybody.
-        ModelError: the base is quantised.
+        ModelError: the base is quantized.
         WrongContext (wrong-base): it is another one than the plan pins.
     """
     plan, adapter, facts = _finished(run)
@@ -42,7 +42,9 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
 
     if merge:
         if base is None:
-            raise ConfigError("--merge needs --base", hint="the full-precision directory of " + plan.model.model_name_or_path)
+            raise ConfigError(
+                "--merge needs --base", hint="give --base the full-precision directory of " + plan.model.model_name_or_path
+            )
         _check_base(plan, base)
         export.merge(adapter, base, out, scale=plan.lora.scale, dtype=dtype)
         return
@@ -65,7 +67,7 @@ def _check_base(plan: Plan, base: Path) -> None:
     if found != plan.model.digest:
         raise WrongContext(
             f"the adapter was trained on base {plan.model.digest[:12]}, {base} holds {found[:12]}",
-            hint=f"--base takes the directory of {plan.model.model_name_or_path} that `fedlora pin` read, or made of a GGUF file",
+            hint=f"give --base the directory of {plan.model.model_name_or_path} that `fedlora pin` read or made from a GGUF file",
             code="wrong-base",
         )
 
@@ -78,8 +80,8 @@ def _finished(run: Path) -> tuple[Plan, Adapter, RunFacts]:
     store = RunStore.open(next((d for d in inside if d.is_dir()), run))
     if rule_of(store.plan).keeps:
         raise ConfigError(
-            "aggregate.fedavg.share = 'A': every site has a B of its own, and there is no adapter for everybody",
-            hint="at a site: `fedlora export STATE/journal/RUN.safetensors OUT` makes a PEFT adapter of its own",
+            "aggregate.fedavg.share = 'A': every site has its own B, so there is no global adapter",
+            hint="run `fedlora export STATE/journal/RUN.safetensors OUT` at a site: it writes that site's PEFT adapter",
         )
     at = store.load()
     facts = RunFacts(

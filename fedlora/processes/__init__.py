@@ -1,1 +1,1 @@
-"""Child processes: kept running, ended with their parent, and why one is not there."""
+"""Child processes: kept running, ended with their parent, and the causes if one is missing."""

@@ -1,4 +1,4 @@
-"""Why a site is not ready: one table of causes, each with one sentence and its cure, and the lines of a log that show it."""
+"""Why a site is not ready: one table of causes, each with a sentence and a remedy, and the log lines that show it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Final, Literal
 Part = Literal["process", "server", "accepted", "clock", "base", "data"]
 
 PARTS: Final[Mapping[Part, str]] = {
-    "process": "the connection process of this site runs, and lets this site's own work in",
+    "process": "this site's connection process runs and accepts this site's own work",
     "server": "the server answers, and is the one whose certificate is pinned",
     "accepted": "the server lets this site's node key in",
-    "clock": "this machine's clock is near the server's, or what is signed is corrected",
-    "base": "the base models that the site file names are there",
+    "clock": "this machine's clock is near the server's, or signed time stamps are corrected",
+    "base": "the base models that the site file names exist",
     "data": "the data can be read",
 }
 """What makes a site ready, in the order in which it is looked for."""
@@ -49,7 +49,7 @@ class _Gentle(dict[str, str]):
 
 
 _CA = "compare {ca} with the coordinator's ca.crt: `fedlora keygen server` wrote it beside server.pub"
-_AWAY = "ask the coordinator whether the server is up, and your IT whether a firewall lets this machine out to it"
+_AWAY = "ask the coordinator whether the server is up, and your IT whether a firewall blocks this machine's connections to it"
 
 CAUSES: Final[Mapping[str, Cause]] = {
     # --- the way to the server
@@ -57,15 +57,17 @@ CAUSES: Final[Mapping[str, Cause]] = {
     "port-closed": Cause("server", "{server} refuses connections: nothing listens there", _AWAY),
     "no-route": Cause("server", "there is no way to {server} ({detail})", "look at this machine's network"),
     "no-answer": Cause("server", "{server} does not answer within {timeout} s", _AWAY),
-    "cut": Cause("server", "the connection to {server} is cut while it is made ({detail})", _AWAY),
+    "cut": Cause("server", "the connection to {server} is cut while it is set up ({detail})", _AWAY),
     "proxy-away": Cause(
         "server", "the proxy {proxy} cannot be reached ({detail})", "correct or unset HTTPS_PROXY, or set NO_PROXY"
     ),
     "proxy-refuses": Cause(
         "server", "the proxy {proxy} does not pass connections on to {server} ({detail})", "ask your IT to allow it there"
     ),
-    "no-tls": Cause("server", "what listens on {server} speaks no TLS", "correct the port in `server` of the site file"),
-    "wrong-ca": Cause("server", "the certificate of {server} is not by the authority in {ca} ({detail})", _CA),
+    "no-tls": Cause(
+        "server", "the program that listens on {server} does not use TLS", "correct the port in `server` of the site file"
+    ),
+    "wrong-ca": Cause("server", "the certificate of {server} was not issued by the authority in {ca} ({detail})", _CA),
     "expired": Cause(
         "server",
         "the certificate of {server} ended on {until}; this machine's clock says {today}",
@@ -74,7 +76,7 @@ CAUSES: Final[Mapping[str, Cause]] = {
     "not-yet-valid": Cause(
         "server",
         "the certificate of {server} begins on {begin}; this machine's clock says {today}",
-        "set this machine's clock (NTP); if it is right, the server's was wrong when the certificate was made",
+        "set this machine's clock (NTP); if it is right, the server's clock was wrong when the certificate was made",
     ),
     "wrong-host": Cause(
         "server",
@@ -84,8 +86,12 @@ CAUSES: Final[Mapping[str, Cause]] = {
     ),
     "bad-certificate": Cause("server", "the certificate of {server} is refused: {detail}", _CA),
     "bad-ca": Cause("server", "{ca} holds no certificate", "ask the coordinator for ca.crt again"),
-    "not-fedlora": Cause("server", "{server} answers {detail} as no FedLoRA server does", "correct `server` in the site file"),
-    "relay-down": Cause("server", "{server} is there, but not its relay ({detail}): it is starting, or has too much to do", ""),
+    "not-fedlora": Cause(
+        "server", "{server} answers {detail}, which no FedLoRA server does", "correct `server` in the site file"
+    ),
+    "relay-down": Cause(
+        "server", "{server} answers, but its relay does not ({detail}): the server is starting, or is overloaded", ""
+    ),
     "lost": Cause("server", "no connection to {server} ({detail})", _AWAY),
     # --- whether it lets us in
     "not-enrolled": Cause(
@@ -103,16 +109,16 @@ CAUSES: Final[Mapping[str, Cause]] = {
     "in-use": Cause(
         "accepted",
         "another process with this site's node key is connected (another machine, or a killed one: up to 65 s)",
-        "stop the other one; every machine needs a key of its own",
+        "stop the other process; every machine needs its own key",
         10.0,
     ),
-    "refused": Cause("accepted", "{server} does not let this site in ({detail})", "see {log}", 15.0),
-    "bad-node-key": Cause("accepted", "the node key cannot be used ({detail})", "`fedlora keygen site` makes keys", 30.0),
+    "refused": Cause("accepted", "{server} does not admit this site ({detail})", "see {log}", 15.0),
+    "bad-node-key": Cause("accepted", "the node key cannot be used ({detail})", "create keys with `fedlora keygen site`", 30.0),
     # --- clocks
     "clock": Cause(
         "clock",
-        "this machine's clock is {seconds} s {way} of the server's, which is more than is corrected (a day)",
-        "set it: `timedatectl set-ntp true`, or ask your IT for an NTP server; or the server's is wrong",
+        "this machine's clock is {seconds} s {way} of the server's; only differences up to a day are corrected",
+        "set it: `timedatectl set-ntp true`, or ask your IT for an NTP server; if it is right, tell the coordinator",
         30.0,
     ),
     # --- this machine
@@ -124,11 +130,11 @@ CAUSES: Final[Mapping[str, Cause]] = {
     "wrong-secret": Cause(
         "process",
         "the connection process refuses this site's own password: something has replaced {secret}",
-        "it is started again with a new one; if this comes back, look what writes there",
+        "it is started again with a new one; if this happens again, find the program that writes there",
         1.0,
     ),
-    "no-state": Cause("process", "the connection process cannot be started: {detail}", "look at the disk of the state directory"),
-    "disk-full": Cause("process", "no space left on this machine's disk", "free some"),
+    "no-state": Cause("process", "the connection process cannot be started: {detail}", "check the disk of the state directory"),
+    "disk-full": Cause("process", "no space left on this machine's disk", "free some disk space"),
     "ended": Cause("process", "the connection process ended by itself ({detail})", "see {log}", 1.0),
     # --- what is to be trained on
     "no-base": Cause("base", "{detail}", "correct [models] in the site file, or copy the base model there", 30.0),

@@ -1,4 +1,4 @@
-"""What a site has given to the server so far on each base model, over all runs, and what may be given beside it.
+"""What a site has contributed on each base model, over all runs, and which further contributions are allowed.
 
 Under ``lone_change = "refuse"`` a sum is over whole groups of the signed roster, and a site gives on one base model only together
 with one group, of the same sites by the same keys, and only to sums that add up the same of each of them. So any two groups that
@@ -7,7 +7,7 @@ of which sums; and over one group there is one sum of all that a site could have
 can be computed from all sums together is a function of the groups' sums, and each group has ``max_colluding + 2`` sites at the
 least, of which two are honest.
 
-A single update that one of a group has sent in sealed mode counts as if that site were in league: so sealed updates and sums do
+A single update that one of a group has sent in sealed mode counts as if that site colluded: so sealed updates and sums do
 not stand side by side on one base model either.
 
 Source: So, Ali, Guler, Jiao, Avestimehr, Securing Secure Aggregation: Mitigating Multi-Round Privacy Leakage in Federated
@@ -67,14 +67,16 @@ class Gift:
         """What differs, in a sentence; empty if nothing does."""
         if self.names != before.names:
             return (
-                f"this site's group on the roster is {_names(self.names, 'and')}, and on this base model it has given together "
-                f"with {_names(before.names, 'and')}"
+                f"this site's group on the roster is {_names(self.names, 'and')}, and on this base model it has contributed "
+                f"together with {_names(before.names, 'and')}"
             )
         if new := sorted(name for name, _ in set(self.members) - set(before.members)):
-            return f"{_names(new, 'and')} had other keys when this site gave together with them on this base model"
+            return f"{_names(new, 'and')} had other keys when this site contributed together with them on this base model"
         was = dict(before.measure)
         changed = [f"{key} = {value!r} (was {was.get(key)!r})" for key, value in self.measure if was.get(key) != value]
-        return f"this plan adds up something else on this base model: {', '.join(changed)}" if changed else ""
+        return (
+            f"this plan's sums are of another kind than earlier ones on this base model: {', '.join(changed)}" if changed else ""
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Ledger:
             words = {True: "allow", False: "refuse"}
             raise LoneChange(
                 f"this site's sums on this base model are of plans with lone_change = '{words[not alone]}', "
-                f"and this plan says '{words[alone]}': together they could show single updates",
+                f"and this plan says '{words[alone]}': together they could reveal single updates",
                 hint=f"agree on a plan with lone_change = '{words[not alone]}', or on another base model",
             )
 
@@ -135,8 +137,8 @@ class Ledger:
             self.check_alike(base, alone=False)
         if lone := self.shown(base, gift) - frozenset(uncovers):
             raise LoneChange(
-                f"{'; '.join(self.unlike(base, gift))}. Together they could show the update of {_names(lone, 'or')}",
-                hint="agree on a plan that is alike in this, or on another base model; or, if that may be: "
+                f"{'; '.join(self.unlike(base, gift))}. Together they could reveal the update of {_names(lone, 'or')}",
+                hint="agree on a plan that does not differ in this, or on another base model; or, if this is acceptable: "
                 "`fedlora site approve PLAN.toml` with " + " ".join(f"--uncovers {n}" for n in sorted(lone)),
             )
 
@@ -203,10 +205,10 @@ class Given:
 
     def _unknown(self, what: str) -> StoreError:
         return StoreError(
-            f"{self.memory.where(KEY)}, the record of the sums that this site has given to, is {what}",
-            hint="without it no sum can be compared with earlier ones. Put the file back as it was last; or, if you accept that "
-            "a new sum beside an old one on the same base model may show this site's update or another's: `fedlora site repair "
-            "site.toml --forget-sums`",
+            f"{self.memory.where(KEY)}, the record of the sums that this site has contributed to, is {what}",
+            hint="restore the newest copy of the file: without it no sum can be compared with earlier ones. Or, if you accept "
+            "that a new sum, compared with an old one on the same base model, may reveal an update of this site or of another: "
+            "run `fedlora site repair site.toml --forget-sums`",
         )
 
     def save(self, ledger: Ledger) -> None:

@@ -58,7 +58,7 @@ def pinned(server: PublicIdentity) -> str:
 
 
 def reply_bytes(max_payload: int) -> int:
-    """Most bytes of a reply whose payload has at most so many."""
+    """Most bytes of a reply whose payload has at most that many bytes."""
     return max_payload + overhead(1, max_payload)
 
 
@@ -224,7 +224,7 @@ class ServerLink:
         if header.seq <= last:
             return  # refused in any case, as a replay or as equivocation
         if lost or (was_lost and not anew and not follows):
-            raise StateLost(f"{site} does not go on from what it has sent: its state is lost, or is that of a backup")
+            raise StateLost(f"{site} does not continue from its earlier messages: its state is lost, or is that of a backup")
         if was_lost:
             self.memory.put(mark, b"")
         if anew:

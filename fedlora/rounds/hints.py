@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_LOG = "resume the run: what is damaged there is then made anew from the checkpoints, as far as they are kept"
+_LOG = "resume the run: damaged records are then written again from the checkpoints, as far as these are kept"
 
 
-_LAST = "restore the directory from a backup; without one start the run anew under another run.name"
+_LAST = "restore the directory from a backup; without one, start the run again under another run.name"
 
 
 def _command(directory: Path) -> str:
@@ -18,18 +18,19 @@ def _command(directory: Path) -> str:
 
 
 def _memory_hint(directory: Path) -> str:
-    return f"`{_command(directory)}` shows what can be done" if _command(directory) else "delete the simulation and make it anew"
+    return (
+        f"run `{_command(directory)}`: it shows the choices" if _command(directory) else "delete the simulation and run it again"
+    )
 
 
 def _plan_hint(directory: Path, *, lost: bool) -> str:
     if lost:
-        return "restore one of them from a backup; without one start the run anew under another run.name"
-    return "resume the run with the plan file that it was started with: plan.json is then written anew"
+        return "restore one of them from a backup; without one, start the run again under another run.name"
+    return "resume the run with the plan file that it was started with: plan.json is then written again"
 
 
 def _checkpoint_hint(path: Path, *, alone: bool) -> str:
     if alone or not _command(path.parent):
         return f"restore it from a backup; {_LAST.rpartition('; ')[2]}"
-    return (
-        f"restore it from a backup, or `{_command(path.parent)} --set-aside {path.name}`: the run then goes on a round before it"
-    )
+    command = f"{_command(path.parent)} --set-aside {path.name}"
+    return f"restore it from a backup, or run `{command}`: the run then continues from the round before it"

@@ -66,7 +66,7 @@ def run(
             report(Event.MAJORITY, Majority(site=site, percent=100 * share))
         if void >= plan.federation.round_attempts and tally.voided is not None:
             hint = "look at the sites, then resume the run"
-            raise RunFailed(f"{void} rounds on end were void: {tally.voided}", hint=hint, code="quorum")
+            raise RunFailed(f"{void} rounds in a row were void: {tally.voided}", hint=hint, code="quorum")
     if store.final() is None:
         task = _task(plan, store, at, "evaluate", aggregator)
         _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None)
@@ -103,7 +103,7 @@ def _next(
     elif result.adapter is not None:
         after = result.adapter
     else:
-        raise ValueError("a rule gives a move or an adapter")
+        raise ValueError("a rule returns a server update or an adapter")
     if not np.isfinite(after.vector).all():
         raise RunFailed("the next adapter is not finite", hint="a smaller server_optimizer.learning_rate, or look at the sites")
     outcome = Outcome(weight=tally.weight, adapter=after.digest(), rule=dict(result.record))
@@ -165,7 +165,7 @@ def _attempts(
             return tally, record
         report(Event.VOID, Recorded(record=record))
         named = {site for site, code in tally.rejected.items() if code in (DealerLied.code, "complaint-unanswered")}
-        left += bool(named - liars)  # left out from now on: there are only so many
+        left += bool(named - liars)  # left out from now on, so that this ends
         liars |= named
     said = {tally.rejected.get(s, "late") for s in sites}
     means, hint = next(((m, h) for codes, m, h in _ALL_SAY if said and said <= codes), ("", _BRING_BACK))
@@ -181,13 +181,13 @@ _BRING_BACK = "nothing is lost; bring the sites back and resume the run"
 _ALL_SAY = (
     (
         {"replayed", "equivocation"},
-        "; every site that was asked has seen later messages of this server: its numbers are those of an old backup",
-        "stop the server, then `fedlora server repair HOME RUN --raise-numbers` lets it go on above them; then resume the run",
+        "; every site that was asked has seen later messages of this server: the server's numbers are those of an old backup",
+        "stop the server, run `fedlora server repair HOME RUN --raise-numbers`, then resume the run",
     ),
     (
         {StateLost.code, "wrong-round"},
-        "; every site that was asked is further on in this run: the checkpoints here are those of an old backup",
-        "restore newer checkpoints of the run and resume it; without them, export this one or start anew under another name",
+        "; every site that was asked has done later rounds of this run: the checkpoints here are those of an old backup",
+        "restore newer checkpoints of the run and resume it; without them, export this run or start again under another name",
     ),
 )
 """What it means if every site answers with one of these codes, and the way on."""

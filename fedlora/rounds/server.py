@@ -48,7 +48,7 @@ class ServerRun:
 
     def run(self, transport: Transport) -> Checkpoint:
         """Runs what is left. The run's key is made at its start and deleted at its end, so that no one who takes the server's
-        keys later can read an update that he recorded.
+        keys later can read an update that was recorded earlier.
 
         Raises:
             ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
@@ -96,10 +96,12 @@ def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> 
     """
     if not plan.model.digest or not plan.lora.init_digest:
         raise ConfigError(
-            "the plan pins neither base nor first adapter", hint="`fedlora pin` makes the pinned plan and the adapter"
+            "the plan pins neither base nor first adapter", hint="make the pinned plan and the adapter with `fedlora pin`"
         )
     if first.digest() != plan.lora.init_digest:
-        raise ConfigError("this is not the first adapter that the plan pins", hint="`fedlora pin` writes both together")
+        raise ConfigError(
+            "this is not the first adapter that the plan pins", hint="use the one that `fedlora pin` wrote together with the plan"
+        )
     return RunStore.create(directory, plan, first, run=run or secrets.token_hex(32))
 
 
@@ -139,8 +141,8 @@ def _check_numbers(store: RunStore) -> None:
     if store.begun and not (store.directory / "final.json").exists() and store.memory.get(f"{store.run}/down") is None:
         raise StoreError(
             f"the numbers of this server's messages are gone from {store.memory.directory}, though rounds are done: "
-            "every site would take what it sends for replays",
-            hint=f"`{store.repair} --raise-numbers` lets it go on above all numbers that sites have seen; then resume the run",
+            "every site would reject its messages as replays",
+            hint=f"run `{store.repair} --raise-numbers`, which numbers them above all that sites have seen; then resume the run",
         )
 
 

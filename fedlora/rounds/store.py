@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """The state after a round: the global adapter, its record, and what rule and server optimiser remember.
+    """The state after a round: the global adapter, its record, and what rule and server optimizer remember.
 
     Round 0 is the first adapter.
     """
@@ -104,7 +104,7 @@ class RunStore:
         """
         mark = directory / "run.json"
         if not cls.holds(directory):
-            raise StoreError(f"no run in {directory}", hint="`fedlora simulate` and `fedlora server start` make one")
+            raise StoreError(f"no run in {directory}", hint="start one with `fedlora simulate` or `fedlora server start`")
         facts, kept, damage = _facts_of(mark), _plan_of(directory / "plan.json"), []
         digest = facts.get("plan") or (kept.digest() if kept is not None else "")
         if plan is not None and digest not in ("", plan.digest()):
@@ -298,7 +298,7 @@ class RunStore:
             StoreError: damaged.
             WireError (version-unsupported): of another format.
         """
-        path, hint = self.directory / "final.json", "resume the run: the last evaluation is then done again"
+        path, hint = self.directory / "final.json", "resume the run: the last evaluation is then repeated"
         blob = read_file(path, hint=hint)
         return None if blob is None else parse_round(blob, where=str(path), hint=hint)
 

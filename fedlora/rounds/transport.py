@@ -1,4 +1,4 @@
-"""How requests reach sites and replies come back, and the ten lines that push an exchange through."""
+"""How requests reach sites and replies come back, and the function that drives an exchange to its end."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def parse_dropouts(words: Sequence[str], *, sites: Collection[str], plan: Plan) 
         if match is None or match[1] not in sites or match[2] not in steps or int(match[3] or 0) > last:
             raise ConfigError(
                 f"not a dropout of this plan: {word!r}",
-                hint=f"SITE@STEP or SITE@STEP:ROUND; sites: {', '.join(sorted(sites))}; steps under protect.mode = "
+                hint=f"write SITE@STEP or SITE@STEP:ROUND; sites: {', '.join(sorted(sites))}; steps under protect.mode = "
                 f"{plan.protect.mode!r}: {', '.join(steps)}; rounds: 1 to {last}, the last for the evaluation",
             )
         found.add((match[1], match[2], int(match[3] or 0)))

@@ -1,4 +1,4 @@
-"""B alone is trained; the product is split anew."""
+"""B alone is trained; the product is factorized again by SVD."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FedSVD(Rule):
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         mean = mean_move(sums, adapter, scale=scale)
         if mean.move is None:
-            raise ValueError("a mean of factors is a move")
+            raise ValueError("a mean of factors is a server update")
         after = add(adapter, mean.move)
         if round % self.every:
             return Aggregated(mean.record, adapter=after)

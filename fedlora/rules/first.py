@@ -14,7 +14,7 @@ from fedlora.core.errors import WrongContext
 def first_adapter(layout: Layout, *, seed: int) -> Adapter:
     """A drawn uniformly from +-1/sqrt(d_in), B zero: PEFT's distribution, without any process's generator.
 
-    The bound is that of Kaiming's uniform initialisation with a = sqrt(5) (He et al., Delving Deep into Rectifiers, 2015).
+    The bound is that of Kaiming's uniform initialization with a = sqrt(5) (He et al., Delving Deep into Rectifiers, 2015).
     The values are the raw output of Philox4x64 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011), which
     numpy keeps stable, keyed by SHA-256 of the seed and the tensor's name.
 

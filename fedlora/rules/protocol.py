@@ -22,12 +22,12 @@ State: TypeAlias = Mapping[str, Adapter]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Aggregated:
-    """What a round gave.
+    """The result of a round's aggregation.
 
     Attributes:
         record: numbers about the step.
-        move: change of some tensors in the gauge that the adapter has; what a server optimiser works on. Or
-        adapter: the next adapter as a whole, in a gauge of its own.
+        move: the server update: change of some tensors in the factorization that the adapter has; input of a server optimizer. Or
+        adapter: the next adapter as a whole, in another factorization of the product.
         state: of the rule; replaces the last one.
     """
 
@@ -49,9 +49,9 @@ class Aggregator(Protocol):
     Attributes:
         needs: single updates, or only their weighted sum.
         varies_rank: the next adapter may have another rank.
-        carries: what is left of one round in terms of its factors still means something in the next: what coding kept back of a
-            message, an optimizer's moments.
-        keeps: a site keeps its local adapter: it needs it again in the next round, and in the end for itself.
+        carries: error feedback: vectors in terms of the factors of one round stay valid in the next, such as the residual of a
+            message's quantization or an optimizer's moments.
+        keeps: a site keeps its local adapter, which it needs in the next round and after the run.
     """
 
     @property
@@ -119,8 +119,8 @@ def check_reach(tensor: str, found: float, most: float) -> None:
     """Raises: PlanRefused (impossible-adapter): more than ``most``, but for the rounding of float32."""
     if not found <= most * (1 + 1e-3) + 1e-6:
         raise PlanRefused(
-            f"{tensor} has moved by {found:.3g} since the first adapter; all rounds so far can have moved it by {most:.3g}",
-            hint="the server has published what this plan's sums cannot give: treat it as an incident and ask the coordinator",
+            f"{tensor} has moved by {found:.3g} since the first adapter; the rounds so far can have moved it by {most:.3g}",
+            hint="treat this as an incident and ask the coordinator: the sums of this plan cannot give the published adapter",
             code="impossible-adapter",
         )
 

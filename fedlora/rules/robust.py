@@ -46,7 +46,7 @@ class Robust(Rule):
 
     Args:
         statistic: ``median`` and ``trimmed``: per value, over the sites, each counted once. ``multi-krum``: mean of the
-            n - f - 2 updates nearest to their neighbours; needs n >= 2 f + 3. ``clip``: weighted mean of updates cut to the
+            n - f - 2 updates nearest to their neighbors; needs n >= 2 f + 3. ``clip``: weighted mean of updates cut to the
             running median of their norms.
         trim: share of the sites left out at either end, below one half.
         byzantine: f, how many sites may lie.
@@ -111,7 +111,7 @@ class Robust(Rule):
         n, f = len(sites), self.byzantine
         if n < 2 * f + 3:
             raise UpdateRejected(
-                f"multi-krum against {f} liars needs {2 * f + 3} updates, {n} came",
+                f"multi-krum against {f} malicious sites needs {2 * f + 3} updates, {n} arrived",
                 hint="raise federation.min_sites, or lower aggregate.robust.byzantine",
             )
         distances = _distances(sums, sites)

@@ -1,4 +1,4 @@
-"""B and A in turn."""
+"""B and A are trained in alternate rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step of the server along what the sites moved, after a rule's ``finish``."""
+"""The server's optimizer step on the aggregated update, after a rule's ``finish``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FedAdam(Sgd):
 
 @dataclass(frozen=True, slots=True)
 class ServerOptimiser:
-    """Turns the sites' move D into the server's. The pseudo-gradient is -D; ``none`` takes D as it is.
+    """Turns the aggregated update D of the sites into the server update. The pseudo-gradient is -D; ``none`` applies D itself.
 
     ===========  ==============================================================================  ==============================
     sgd          lr D

@@ -1,4 +1,4 @@
-"""What one site may weigh."""
+"""The largest weight that one site may claim."""
 
 from __future__ import annotations
 

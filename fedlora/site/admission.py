@@ -1,4 +1,4 @@
-"""Which runs a site takes part in: what people here have approved, and which runs have used that up."""
+"""Which runs a site takes part in: the approvals given by people at this site, and the runs that have used them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ RUNS = "runs"
 """Where a site's memory keeps them."""
 
 _SHOWS = (
-    "in two runs of one plan every site trains from the same adapters by the same seeds: the difference of their sums is what "
-    "those sites have sent that are in one and not in the other"
+    "in two runs of one plan every site trains from the same adapters with the same seeds: the difference of their sums is the "
+    "sum of the updates of those sites that took part in only one of them"
 )
 
 
@@ -63,8 +63,8 @@ def admit(begun: Sequence[Begun], one: Begun, *, plans: Sequence[str] | None) ->
     for known in begun:
         if known.run == one.run and known.plan != one.plan:
             raise WrongContext(
-                f"run {one.run[:12]} began here with plan {known.plan[:12]}; plan {one.plan[:12]} has no place in it",
-                hint="a run keeps its plan and its protection to its end; another plan needs another run",
+                f"run {one.run[:12]} began here with plan {known.plan[:12]}; plan {one.plan[:12]} cannot be used in it",
+                hint="start another run for another plan: a run keeps its plan and its protection to its end",
                 code="wrong-plan",
             )
     after = begun if one in begun else (*begun, one)
@@ -74,21 +74,21 @@ def admit(begun: Sequence[Begun], one: Begun, *, plans: Sequence[str] | None) ->
     if not allowed:
         raise PlanRefused(
             f"nobody at this site has approved plan {one.plan}",
-            hint="`fedlora site approve PLAN.toml --site site.toml` shows what it asks for, and approves one run of it",
+            hint="run `fedlora site approve PLAN.toml --site site.toml`: it shows what the plan asks for and approves one run",
             code="plan-not-approved",
         )
     if number > allowed:
         raise PlanRefused(
-            f"plan {one.plan} is approved for {allowed} of its runs, and this is number {number}",
-            hint=f"{_SHOWS}. If that may be: `fedlora site approve PLAN.toml --site site.toml --again` allows one more run",
+            f"plan {one.plan} is approved for {allowed} of its runs, and this is run {number}",
+            hint=f"{_SHOWS}. If you accept this: `fedlora site approve PLAN.toml --site site.toml --again` allows one more run",
             code="run-not-approved",
         )
     return after
 
 
 _WAY = (
-    "empty `plans` in the site file, delete both copies, and approve anew (`fedlora site approve`) what shall go on: "
-    "an entry for each run, also for the one that is under way"
+    "empty `plans` in the site file, delete both copies, and approve again (`fedlora site approve`) each plan that may continue: "
+    "once for each run, also for the run in progress"
 )
 
 

@@ -34,7 +34,7 @@ def in_words(plan: Plan) -> dict[str, str]:
     optimizer = "" if plan.server_optimizer.name == "none" else f", server optimizer {plan.server_optimizer.name}"
     words = {
         "name": f"{plan.run.name}, seed {plan.run.seed}",
-        "base model": f"{m.model_name_or_path} at {m.revision}, held in {bits}, content {m.digest[:16] or 'not pinned'}",
+        "base model": f"{m.model_name_or_path} at {m.revision}, loaded in {bits}, content {m.digest[:16] or 'not pinned'}",
         "adapter": f"rank {plan.lora.r}, alpha {plan.lora.lora_alpha}, on {_listed(plan.lora.target_modules)}",
         "training": f"{f.num_rounds} rounds of {work}, learning rate {t.learning_rate:g}, rows of {t.max_length} tokens",
         "sites": f"at least {f.min_sites} in a round",
@@ -49,7 +49,7 @@ def in_words(plan: Plan) -> dict[str, str]:
 def _weight(plan: Plan) -> str:
     if plan.aggregate.weighting == "uniform":
         return "the same for every site"
-    return f"its {'supervised tokens' if plan.aggregate.weighting == 'tokens' else 'examples'} of the round"
+    return f"the {'supervised tokens' if plan.aggregate.weighting == 'tokens' else 'examples'} that it used in the round"
 
 
 def _plain(text: str) -> str:
@@ -124,22 +124,25 @@ class Question:
         out = [f"runs approved before: {self.approved}, begun: {self.begun}"] if self.approved or self.begun else []
         if self.begun or (again and self.approved):
             out.append(
-                "A FURTHER RUN OF ONE PLAN: every site trains from the same adapters by the same seeds. The difference of the "
-                "two runs' sums is what those sites have sent that are in one and not in the other"
+                "A FURTHER RUN OF ONE PLAN: every site trains from the same adapters with the same seeds. The difference of the "
+                "two runs' sums is the sum of the updates of those sites that took part in only one of them"
             )
         return out
 
     def _uncovered(self) -> list[str]:
         out = list(self.before)
         if self.uncovered is None:
-            return [*out, "whose update it could show beside what was given before cannot be said: no roster has come here yet"]
+            return [
+                *out,
+                "whose updates its sums, compared with earlier ones, could reveal is not known: no roster has come here yet",
+            ]
         left = sorted(set(self.uncovered) - set(self.named))
         if self.named:
-            out.append(f"YOU AGREE that beside what was given before it may show the update of {', '.join(self.named)}")
+            out.append(f"YOU AGREE that its sums, compared with earlier ones, may reveal the update of {', '.join(self.named)}")
         if left:
             out.append(
-                f"beside what this site has given on this base model, the plan could show the update of {', '.join(left)}: this "
-                "site will refuse it, unless you add " + " ".join(f"--uncovers {n}" for n in left)
+                f"compared with this site's earlier contributions on this base model, the plan could reveal the update of "
+                f"{', '.join(left)}: this site will refuse it, unless you add " + " ".join(f"--uncovers {n}" for n in left)
             )
         return out
 
@@ -227,8 +230,8 @@ def _unlike(plan: Plan, told: Told, file: SiteFile, root: Path) -> list[str]:
 
 
 _ALIKE = (
-    "this site has given to sums on this base model before. Where the sites train alike, this plan's sums differ from those by "
-    "what has changed at the sites since: if only one site's rows have changed, by the change of that site's update"
+    "this site has contributed to sums on this base model before. If the sites train in the same way, this plan's sums differ "
+    "from those by the changes at the sites since: if only one site's rows have changed, by the change of that site's update"
 )
 
 

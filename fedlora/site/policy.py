@@ -51,8 +51,8 @@ class Policy(Section):
         if self.approve == "any-within-policy" and (missing := self._unsaid()):
             raise PydanticCustomError(
                 "unsaid",
-                "approve = 'any-within-policy' takes every plan within these limits, so each of them has to stand here; missing: "
-                "{keys}",
+                "approve = 'any-within-policy' accepts every plan within these limits, so every key of [policy] must be set; "
+                "missing: {keys}",
                 {"keys": ", ".join(missing)},
             )
         return self

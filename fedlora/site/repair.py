@@ -72,7 +72,7 @@ def _alone(lock: Path, who: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"{who} runs: nothing is changed under it", hint="stop it first") from None
+            raise ConfigError(f"{who} is running: nothing was changed", hint="stop it first") from None
         yield
 
 
@@ -129,9 +129,7 @@ class SiteRepair:
         for file, key, problem, lost in _broken(self.memory, [*(k for run in runs for k in _keys(run)), "roster", KEY]):
             run = key.partition("/")[0] if _RUN.match(key) else ""
             if not lost:
-                found.append(
-                    Finding(file, f"{_said(problem)}; its other copy is whole and takes its place", wrong=False, run=run)
-                )
+                found.append(Finding(file, f"{_said(problem)}; its other copy is intact and replaces it", wrong=False, run=run))
             elif not self._sits_out(run):
                 what = f"{words(key) if key else 'what was kept there'} is lost: {_said(problem)}"
                 found.append(Finding(file, what, self._choices(run, key), run=run))
@@ -156,25 +154,25 @@ class SiteRepair:
                 if load_adapter(own)[1].get("run") != run:
                     raise StoreError(f"{own} holds the adapter of another run")
             except StoreError as e:
-                way = "the next round of its run writes it anew; if the run has ended, restore it from a backup"
+                way = "the next round of its run writes it again; if the run has ended, restore it from a backup"
                 found.append(Finding(str(own), str(e), [way], wrong=True, run=run))
         return found
 
     def _choices(self, run: str, key: str) -> list[str]:
         if key == "roster":
             return [
-                "--forget-roster: the next roster must then be the one whose digest stands in the site file: "
-                "compare that digest with the coordinators by telephone before"
+                "--forget-roster: the next roster must then be the one whose digest is in the site file; "
+                "compare that digest with the coordinators by telephone first"
             ]
         if not run:
-            return ["restore the file and its copy from a backup; without one, nothing that needs it is done here"]
-        out = f"--sit-out {run[:12]}: this site takes part in this run no more; the next one is not touched by it"
+            return ["restore the file and its copy from a backup; without one, this site refuses everything that needs it"]
+        out = f"--sit-out {run[:12]}: this site stops taking part in this run; the next run is not affected"
         if self._unsafe(run, key):
             return [out]
         whole = self._last_whole(run)
         back = f"from its state after round {whole}" if whole else "as if it had not trained before"
-        cost = "other bits than without the loss, unless the server asks for that round again; noted as such"
-        return [f"--go-on {run[:12]}: this site goes on {back}: {cost}", out]
+        cost = "the result differs, unless the server asks for that round again; this is recorded"
+        return [f"--go-on {run[:12]}: this site continues {back}: {cost}", out]
 
     def _unsafe(self, run: str, key: str) -> str:
         """Why a site must not go on; empty if it may."""
@@ -208,7 +206,9 @@ class SiteRepair:
         """
         found = [r for r in self._runs() if r.startswith(start)] if start else []
         if len(found) != 1:
-            raise ConfigError(f"{len(found)} runs here begin with {start!r}", hint="`fedlora site repair SITE.TOML` names them")
+            raise ConfigError(
+                f"{len(found)} runs here begin with {start!r}", hint="run `fedlora site repair SITE.TOML`, which names them"
+            )
         return found[0]
 
     def go_on(self, start: str, *, now: int) -> str:
@@ -230,7 +230,7 @@ class SiteRepair:
             whole = self.journal.accept_loss(run)
             raise_number(self.memory, f"{run}/up", now=now)
             self._note(run, {"choice": "go-on", "round": whole, "when": now})
-        return f"run {run[:12]}: this site goes on from round {whole}; its updates differ from those of an undisturbed run"
+        return f"run {run[:12]}: this site continues from round {whole}; its updates differ from those of an undisturbed run"
 
     def sit_out(self, start: str, *, now: int) -> str:
         """Takes this site out of a run for good; returns what follows.
@@ -243,7 +243,7 @@ class SiteRepair:
             self.memory.put(f"{run}/sits-out", b"1")  # before what is lost goes: it no longer holds anything back
             self._drop_lost(run)
             self._note(run, {"choice": "sit-out", "when": now})
-        return f"run {run[:12]}: this site answers nothing of it any more (sits-out)"
+        return f"run {run[:12]}: this site no longer answers requests of it (sits-out)"
 
     def forget_roster(self) -> str:
         """Forgets the roster that was in force; returns what follows.
@@ -266,7 +266,7 @@ class SiteRepair:
         with _alone(self.state / "lock", "the site"):
             _drop(self.memory, KEY)
             Given(self.memory, identity, os.urandom).save(Ledger())
-        return "a sum beside one that this site has forgotten may show its update, or that of another site of both"
+        return "a new sum, compared with a forgotten one, may reveal the update of this site or of another site in both"
 
     def _drop_lost(self, run: str) -> None:
         for _, key, _, gone in list(_broken(self.memory, _keys(run))):
@@ -295,7 +295,7 @@ class ServerRepair:
         self.name = name
         self.directory = home / "runs" / name
         if name and not self.directory.is_dir():
-            raise StoreError(f"no run in {self.directory}", hint="`fedlora server start` makes one")
+            raise StoreError(f"no run in {self.directory}", hint="start one with `fedlora server start`")
         self.memory = FileMemory(self.directory / "memory")
 
     def look(self) -> list[Finding]:
@@ -319,7 +319,7 @@ class ServerRepair:
         keys = [f"{store.run}/down", *(f"{store.run}/{kind}/{s}" for kind in ("up", "lost") for s in sites)]
         for file, key, problem, lost in _broken(self.memory, keys):
             if not lost:
-                found.append(Finding(file, f"{_said(problem)}; its other copy is whole and takes its place", wrong=False))
+                found.append(Finding(file, f"{_said(problem)}; its other copy is intact and replaces it", wrong=False))
             else:
                 what = f"{words(key) if key else 'what was kept there'} is lost: {_said(problem)}"
                 found.append(Finding(file, what, self._memory_choices(store.run, key, Path(file))))
@@ -335,9 +335,10 @@ class ServerRepair:
 
     def _finding(self, path: Path, what: str) -> Finding:
         if path.name in ("final.json", "rounds.jsonl"):
-            return Finding(str(path), what, ["resume the run: it is written anew, as far as the rest of the run says it"])
+            return Finding(str(path), what, ["resume the run: it is written again, as far as the other files of the run allow"])
         aside = (
-            f"--set-aside {path.name}: resumed, the run goes on a round before it; sites answer the last two from their journals"
+            f"--set-aside {path.name}: a resumed run continues from the round before it; sites answer the last two from their "
+            "journals"
         )
         return Finding(str(path), what, [aside, "or restore it from a backup"])
 
@@ -347,8 +348,8 @@ class ServerRepair:
             return [_RAISE]
         if key.startswith((f"{run}/up/", f"{run}/lost/")):
             site = key.rpartition("/")[2]
-            return [f"--set-aside memory/{file.name}: {site} is heard again from its next message on, whatever its number"]
-        return ["restore the file and its copy from a backup; without one, start the run anew under another run.name"]
+            return [f"--set-aside memory/{file.name}: {site} is accepted again from its next message on, whatever its number"]
+        return ["restore the file and its copy from a backup; without one, start the run again under another run.name"]
 
     def raise_numbers(self, *, now: int) -> str:
         """Has this server's messages go on above every number that sites have seen; returns what follows.
@@ -373,7 +374,7 @@ class ServerRepair:
             allowed = re.fullmatch(r"round-\d{6,9}\.safetensors|final\.json|rounds\.jsonl|memory/[0-9a-f]{64}", name)
             if not allowed or not any(os.path.lexists(p) for p in (path, path.with_name(f"{path.name}.copy"))):
                 raise ConfigError(
-                    f"{name} is no file here that a run can do without", hint="look at the list without this option"
+                    f"{name} is not a file that a run can do without", hint="run this without the option to see the list"
                 )
             if path.suffix == ".safetensors" and len(list(self.directory.glob("round-*.safetensors"))) <= 1:
                 raise ConfigError(f"{name} is the last checkpoint of this run", hint="restore it from a backup")
@@ -386,4 +387,4 @@ class ServerRepair:
         return f"{name} is set aside; resume the run"
 
 
-_RAISE = "--raise-numbers: its messages go on above all numbers that sites have seen; nothing else changes; then resume the run"
+_RAISE = "--raise-numbers: number its next messages above all that sites have seen; nothing else changes; then resume the run"

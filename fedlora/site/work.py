@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """What one round of local training gave.
+    """The result of one round of local training.
 
     Attributes:
         adapter: the local adapter after the last step.
         tokens: supervised tokens used (positions with a loss), counted as often as they were used.
         examples: examples used, likewise.
         metrics: numbers about the training, e.g. ``train/loss`` (nats per supervised token), ``train/seconds``.
-        state: what the next round needs: the data cursor, and the optimiser's moments where the plan keeps them.
+        state: what the next round needs: the data cursor, and the optimizer's moments where the plan keeps them.
     """
 
     adapter: Adapter
@@ -64,7 +64,7 @@ class Learner(Protocol):
 
     @property
     def steps(self) -> int:
-        """Optimiser steps in a round, passes over the data counted in steps."""
+        """Optimizer steps in a round, passes over the data counted in steps."""
         ...
 
     def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
@@ -228,7 +228,7 @@ class Site:
         if not learner.base == task.base == plan.model.digest:
             raise WrongContext(
                 f"the plan pins base {plan.model.digest[:12]}, this site's copy is {learner.base[:12]}",
-                hint="compare weights, tokenizer, chat template and quantisation; `fedlora pin` prints each digest",
+                hint="compare weights, tokenizer, chat template and quantization; `fedlora pin` prints each digest",
                 code="wrong-base",
             )
         if learner.steps > self.policy.max_local_steps:

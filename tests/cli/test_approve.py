@@ -166,12 +166,12 @@ def test_whose_update_could_be_uncovered_is_said_and_has_to_be_named(grown, caps
     assert main(["site", "approve", "secret.toml", "--yes"]) == 0
     out = capsys.readouterr().out
     assert "nobody. The aggregator learns the sum" in out
-    assert "could show the update of guys, marys, north, south" in out
+    assert "could reveal the update of guys, marys, north, south" in out
     assert load_site_file(grown / "site.toml").uncovers == {}
     named = [word for name in four for word in ("--uncovers", name)]
     assert " ".join(named) in out
     assert main(["site", "approve", "secret.toml", "--yes", *named]) == 0
-    assert "YOU AGREE that beside what was given before it may show the update of guys" in capsys.readouterr().out
+    assert "YOU AGREE that its sums, compared with earlier ones, may reveal the update of guys" in capsys.readouterr().out
     assert load_site_file(grown / "site.toml").uncovers == {SECAGG.digest(): four}
     assert plans(grown) == (SECAGG.digest(),)  # one entry still
     assert main(["site", "approve", "secret.toml", "--yes", "--uncovers", "Not A Site"]) == 3
@@ -234,7 +234,7 @@ def test_check_says_what_a_federation_survives(home, capsys):
     assert main(["check", "secret.toml"]) == 0
     out = capsys.readouterr().out
     assert "may be away" in out
-    assert "takes the others of its group with it" in out
+    assert "excludes the others of its group" in out
     assert main(["check", "secret.toml", "--json"]) == 0
     found = {s["sites"]: s for s in json.loads(capsys.readouterr().out)["data"]["survives"]}
     assert (found[3]["away"], found[6]["away"], found[10]["away"]) == (0, 1, 2)

@@ -1,13 +1,16 @@
 """The command as people and programs meet it: help, exit statuses, errors with a way out, one JSON object."""
 
 import json
+import re
 import stat
 import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
 from fedlora.cli import main
+from fedlora.cli.commands import app
 from fedlora.cli.output import Screen
 from fedlora.formats.keys import PublicIdentity
 
@@ -22,12 +25,15 @@ COMMANDS = [
     ["check"],
     ["pin"],
     ["simulate"],
+    ["report"],
     ["export"],
     ["inspect"],
     ["server", "up"],
     ["server", "start"],
+    ["server", "repair"],
     ["site", "up"],
     ["site", "approve"],
+    ["site", "repair"],
 ]
 
 
@@ -44,6 +50,27 @@ def test_every_command_has_help_with_an_example_in_80_columns(words, capsys, mon
     assert "Example: fedlora" in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
     assert "\x1b" not in out
+
+
+def commands(command, *words):
+    """The words of every command below this one, with its arguments and options."""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, *words, name)
+    if not hasattr(command, "commands"):
+        yield words, command.params
+
+
+def test_help_explains_every_argument_and_option_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words, parameters in commands(get_command(app)):
+        assert main([*words, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "\\[" not in out
+        for p in parameters:
+            name = max(p.opts, key=len) if p.param_type_name == "option" else p.name.upper()
+            lines = [line for line in out.splitlines() if re.match(rf"  (-., )?\[?{name}\b", line)]
+            assert len(lines) == 1, (words, name)
+            assert re.search(r"\S  +(?!\[)\S", lines[0]), f"{words}: {lines[0]}"
 
 
 @pytest.mark.parametrize("kind", ["plan", "simulation"])
@@ -97,7 +124,7 @@ def test_a_bug_has_its_own_exit_status_and_says_so(monkeypatch, capsys):
     [
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 3, "fedlora[train]"),
         (PermissionError(13, "Permission denied", "plan.toml"), 3, "plan.toml: Permission denied"),
-        (OSError(28, "No space left on device"), 7, "make room"),
+        (OSError(28, "No space left on device"), 7, "free some disk space"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -188,7 +215,7 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
         "north is offline",
         "north: not counted (late)",
         "south: weight 3, training loss -, held-out NLL -",
-        "no-such-event: told by another version of FedLoRA",
+        "no-such-event: reported by another version of FedLoRA",
     ]
     with Screen(quiet=True) as screen:
         screen("site-offline", {"site": "north"})

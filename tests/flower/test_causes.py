@@ -296,7 +296,7 @@ def ca_is_no_certificate(place: Place) -> Iterator[str]:
         pytest.param(
             wrong_ca,
             "wrong-ca",
-            ["not by the authority in", "ca.crt"],
+            ["not issued by the authority in", "ca.crt"],
             id="wrong CA",
             marks=pytest.mark.fault("E30.01", "the ca.crt of another server", says="whose certificate it is not, by which file"),
         ),
@@ -330,11 +330,11 @@ def ca_is_no_certificate(place: Place) -> Iterator[str]:
         pytest.param(
             plain_http,
             "no-tls",
-            ["speaks no TLS"],
+            ["does not use TLS"],
             id="plain HTTP",
-            marks=pytest.mark.fault("E30.05", "plain HTTP on that port", says="what listens there speaks no TLS"),
+            marks=pytest.mark.fault("E30.05", "plain HTTP on that port", says="the program that listens there does not use TLS"),
         ),
-        pytest.param(ssh, "no-tls", ["speaks no TLS"], id="ssh"),
+        pytest.param(ssh, "no-tls", ["does not use TLS"], id="ssh"),
         pytest.param(
             no_name,
             "no-name",
@@ -381,7 +381,7 @@ def ca_is_no_certificate(place: Place) -> Iterator[str]:
         pytest.param(
             no_relay,
             "relay-down",
-            ["not its relay (status 503)"],
+            ["its relay does not (status 503)"],
             id="no relay",
             marks=pytest.mark.fault("E30.11", "the gateway is there, the relay behind it is not", says="just that"),
         ),
@@ -454,7 +454,7 @@ def test_a_site_looks_for_its_server_through_the_proxy(place, monkeypatch):
             with no_relay(place) as behind:  # again, with the new certificate
                 host, port = split_address(behind)
                 with site_up(place.site("127.0.0.2:8443")) as said:
-                    assert "127.0.0.2:8443 is there" in said.wait(lambda f: f["cause"] == "relay-down")["said"]
+                    assert "127.0.0.2:8443 answers, but its relay" in said.wait(lambda f: f["cause"] == "relay-down")["said"]
 
 
 # --- what is wrong at the site itself ends the command ------------------------------------------------------------

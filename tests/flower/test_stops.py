@@ -91,7 +91,7 @@ class Follower:
 @pytest.mark.fault(
     "E31",
     "`server up` is stopped in order (SIGTERM, as systemd does) while a run goes on",
-    says="`stopped`: the server was stopped while the run went on; the resume command",
+    says="`stopped`: the server was stopped during the run; the resume command",
 )
 def test_a_server_that_is_stopped_says_so_to_who_follows_the_run(tmp_path):
     with serving(tmp_path) as federation:
@@ -100,7 +100,7 @@ def test_a_server_that_is_stopped_says_so_to_who_follows_the_run(tmp_path):
         assert federation.server.end() == 0
         error = follower.ended()
     assert (error.code, error.exit_status) == ("stopped", 1)
-    assert "the server was stopped while the run went on" in str(error)
+    assert "the server was stopped during the run" in str(error)
     assert "fedlora server up" in error.hint
     assert "--resume" in error.hint
 
@@ -109,7 +109,7 @@ def test_a_server_that_is_stopped_says_so_to_who_follows_the_run(tmp_path):
 @pytest.mark.fault(
     "E6",
     "`server up` is killed, and may come back on another port, while `server start` follows a run",
-    says="the server died, or was started anew, while the run went on; the resume command",
+    says="the server died or was restarted during the run; the resume command",
 )
 def test_a_server_that_died_leaves_its_follower_with_the_resume_command(tmp_path):
     with serving(tmp_path) as federation:
@@ -121,7 +121,7 @@ def test_a_server_that_died_leaves_its_follower_with_the_resume_command(tmp_path
         until(lambda: not any(running(p) for p in below))
         error = follower.ended()
         assert isinstance(error, ConnectionFailed)
-        assert "while the run went on" in str(error)
+        assert "during the run" in str(error)
         assert f"fedlora server start {federation.home}" in error.hint
         assert "--resume" in error.hint
     with serving(tmp_path) as again:  # the way on is one

@@ -125,7 +125,7 @@ def test_pickled_weights_are_refused(copy: Path):
 
 def test_a_base_that_is_stored_quantised_is_refused(copy: Path):
     edit(copy / "config.json", lambda t: t.update(quantization_config={"quant_method": "bitsandbytes"}))
-    with pytest.raises(ModelError, match="stored quantised"):
+    with pytest.raises(ModelError, match="stored quantized"):
         digest(copy)
 
 

@@ -210,13 +210,13 @@ def test_pitfall_12_a_base_that_is_stored_quantised_is_not_merged_into(lora: Any
     copy = Path(shutil.copytree(toy, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
-    with pytest.raises(ModelError, match="stored quantised"):
+    with pytest.raises(ModelError, match="stored quantized"):
         merge(model.get(), copy, tmp_path / "merged", scale=1.0)
     (copy / "config.json").write_text(json.dumps(config))
     tensors = load_file(copy / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.int8)}, copy / "model.safetensors")
-    with pytest.raises(ModelError, match="I8, quantised"):
+    with pytest.raises(ModelError, match="I8, quantized"):
         merge(model.get(), copy, tmp_path / "merged", scale=1.0)
     assert {p.name for p in tmp_path.iterdir()} == {"copy"}
 

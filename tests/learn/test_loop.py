@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(lora: Callable[..., Any
 
 def test_a_step_without_a_supervised_token_is_a_data_error(lora: Callable[..., Any]):
     ids = np.array([1, 2, 3], np.int32)
-    with pytest.raises(DataError, match="no token with a loss"):
+    with pytest.raises(DataError, match="no token of a whole step has a loss"):
         run(lora(), batches([Tokens(ids, np.full(3, IGNORE, np.int32), 1)], size=1))
 
 

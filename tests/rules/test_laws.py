@@ -332,7 +332,7 @@ def test_the_median_is_numpys():
 
 def test_krum_says_how_many_updates_it_needs():
     start = adapter()
-    with pytest.raises(UpdateRejected, match="needs 7 updates, 5 came"):
+    with pytest.raises(UpdateRejected, match="needs 7 updates, 5 arrived"):
         apply(Robust(statistic="multi-krum", byzantine=2), of(FedAvg(), [(i, 1) for i in range(5)], start), start)
 
 

@@ -108,7 +108,7 @@ def document_ends(documents: Tensor) -> tuple[Tensor, int]:
     """Where documents begin and end in a row of them.
 
     Args:
-        documents: (tokens,) int64 on the CPU, each document's tokens side by side; any number that its neighbours do not have.
+        documents: (tokens,) int64 on the CPU, each document's tokens side by side; any number that its neighbors do not have.
 
     Returns:
         (documents + 1,) int32: 0 and the end of each; and the tokens of the longest.

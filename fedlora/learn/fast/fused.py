@@ -45,7 +45,7 @@ class Made:
 
 
 def note_made(value: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-    """Notes on ``value`` that ``make(*sources)`` gives it again. A view or copy of it carries no note and is kept as ever."""
+    """Tags ``value`` as recomputable by ``make(*sources)``, so that autograd need not save it. Views and copies have no tag."""
     value._fedlora_made = Made(make), sources  # type: ignore[attr-defined]
     return value
 

@@ -1,7 +1,7 @@
-"""One site, several GPUs: a process for each, which computes its share of every step; only gradients meet.
+"""One site, several GPUs: one process per GPU, which computes its part of every step; only gradients are exchanged.
 
-Rank 0 is the site's own process. The others follow it: they load the same base and rows, wait for its word, make the same
-steps from the same adapter and hold the same factors after each. Words go over gloo, gradients over NCCL (gloo on a CPU), all
+Rank 0 is the site's own process. The others are its workers: they load the same base and rows, wait for commands, make the same
+steps from the same adapter and hold the same factors after each. Commands go over gloo, gradients over NCCL (gloo on a CPU), all
 of it on the loopback interface; they find each other by a file in the site's own directory.
 """
 
@@ -60,7 +60,7 @@ class Ranks:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         on_gpu = self._device.type == "cuda"
         if any(t.name == _PARTING and t.is_alive() for t in threading.enumerate()):
-            raise ResourceError("the processes of another GPU were not let go of yet", hint="restart the site")
+            raise ResourceError("the earlier processes of this site's GPUs are not released yet", hint="restart the site")
         try:
             store = dist.FileStore(str(meeting), count)  # type: ignore[attr-defined]  # torch does not list it
             store.set_timeout(_MEETING)
@@ -74,11 +74,11 @@ class Ranks:
             if not isinstance(e, RuntimeError | ValueError):
                 raise
             raise ResourceError(
-                f"the processes of this site's GPUs did not meet: {e}", hint="gpus = 1 in the site file"
+                f"the processes of this site's GPUs could not connect: {e}", hint="set gpus = 1 in the site file"
             ) from None
 
     def _connect(self) -> None:
-        """NCCL connects at its first sum, and cannot be spoken to until it has: in a thread, so that this one stays free."""
+        """Runs NCCL's first collective, in which it connects, in a thread: it cannot be interrupted, this one can time out."""
         first, failed = torch.zeros(1, device=self._device), []
 
         def run() -> None:
@@ -92,13 +92,13 @@ class Ranks:
         end = time.monotonic() + _MEETING.total_seconds()
         while connecting.is_alive():
             if self._gone.is_set() or time.monotonic() > end:
-                raise ResourceError("a process of another GPU of this site ended while they met", hint="see the site's log")
+                raise ResourceError("a process of another GPU of this site ended while they connected", hint="see the site's log")
             connecting.join(_LONGEST_S)
         if failed:
             raise failed[0]
 
     def _agree(self, facts: bytes) -> None:
-        """Rank 0's facts are all ranks' facts, or nobody goes on."""
+        """All ranks have the facts of rank 0, or none of them continues."""
         here = torch.from_numpy(np.frombuffer(facts, np.uint8).copy())
         same = torch.tensor([int(torch.equal(self._pass_on(here.clone()), here))])
         self._guarded(lambda: dist.all_reduce(same, dist.ReduceOp.MIN, group=self._words, async_op=True))

@@ -42,7 +42,7 @@ class Measured:
     Attributes:
         dial: see :data:`fedlora.learn.options.Dial`.
         tokens: most tokens of a micro-batch.
-        peak_bytes: most memory that a step needs, the base, gradients and the optimiser's moments included.
+        peak_bytes: most memory that a step needs, the base, gradients and the optimizer's moments included.
         token_s: seconds a token, forward and backward.
     """
 
@@ -162,8 +162,8 @@ class Pace:
             self._model.set_checkpointing(later[0])
         else:
             raise ResourceError(
-                f"out of memory on one example of {longest} tokens with everything computed again",
-                hint="a smaller max_length in the plan, a smaller base, or a larger GPU",
+                f"out of memory on one example of {longest} tokens with full activation checkpointing",
+                hint="use a smaller max_length in the plan, a smaller base, or a larger GPU",
             )
         self._report(Event.OUT_OF_MEMORY, OutOfMemory(tokens=self._tokens, dial=self.dial))
         log.warning("out of memory: micro-batches of %d tokens, activation checkpointing %s", self._tokens, self._dial)
@@ -251,7 +251,7 @@ class Pace:
         return None
 
     def _probe(self, batches: Sequence[Batch], tokens: int) -> _Probe:
-        """Forward and backward of one micro-batch of about so many tokens."""
+        """Forward and backward of one micro-batch of about this many tokens."""
         device = self._model.base.device
         pool = list(batches) * (1 + tokens // max(1, sum(b.tokens for b in batches)))
         padded = self._model.forward.padded

@@ -214,7 +214,7 @@ class OneOfMany:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps in a round."""
+        """Optimizer steps in a round."""
         return self._alone.steps
 
     def evaluate(self, adapter: Adapter) -> Mapping[str, float]:

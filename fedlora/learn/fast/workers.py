@@ -134,7 +134,9 @@ class Team:
             ended = [p.returncode for p in self._processes if p.poll() is not None]
             if ended or time.monotonic() > end:
                 why = f"ended with status {ended[0]}" if ended else f"was not ready within {_LOAD_S:.0f} s"
-                raise ResourceError(f"the process of a further GPU {why}", hint="see the site's log; gpus = 1 does without it")
+                raise ResourceError(
+                    f"the process of a further GPU {why}", hint="see the site's log; set gpus = 1 to train without it"
+                )
             time.sleep(_POLL_S / 5)
 
     def _spawn(self, rank: int, meeting: Path) -> subprocess.Popen[bytes]:

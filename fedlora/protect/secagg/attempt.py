@@ -93,9 +93,10 @@ class Attempt:
         if len(whole) < least:
             self.report(Event.LONE_CHANGE, LoneChangeFacts(sites=sorted(names), missing=absent))
             raise LoneChange(
-                f"of {', '.join(sorted(names))} too few are in whole groups; missing: {', '.join(absent) or 'new sites'}",
-                hint="bring the others of their groups back; `fedlora roster show` prints the groups. Or agree on a plan and "
-                "policies with lone_change = 'allow'",
+                f"too few of the sites {', '.join(sorted(names))} are in complete groups; "
+                f"missing: {', '.join(absent) or 'new sites'}",
+                hint="bring the other sites of their groups back; `fedlora roster show` prints the groups. Or agree on a plan "
+                "and policies with lone_change = 'allow'",
             )
         for name in set(names) - whole:
             errors.setdefault(name, LoneChange(f"left out: {', '.join(absent) or 'a site'} of its group is not there"))

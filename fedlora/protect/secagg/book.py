@@ -1,4 +1,4 @@
-"""What the server keeps of a session on its disk, so that a kill costs nothing: from the first masked update on, all of it."""
+"""What the server saves of a session, so that it can be killed at any time: everything since the first masked update."""
 
 from __future__ import annotations
 

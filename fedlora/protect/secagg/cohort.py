@@ -75,9 +75,9 @@ class Rules:
             if name in group:
                 return group
         raise LoneChange(
-            f"{name} is in no whole group of at least {self.max_colluding + 2} sites on the roster",
-            hint="the coordinators see why with `fedlora roster show`; new sites wait for others, and who was in a group with a "
-            "revoked site sits out",
+            f"{name} is in no complete group of at least {self.max_colluding + 2} sites on the roster",
+            hint="ask a coordinator to look at `fedlora roster show`: a new site waits for others, and a site whose group had a "
+            "revoked member sits out",
         )
 
     def check_whole(self, names: Collection[str]) -> None:
@@ -88,9 +88,9 @@ class Rules:
         """
         if parts := frozenset(names) - self.whole(names):
             raise LoneChange(
-                f"{', '.join(sorted(parts))} without the others of their groups: a sum over parts of groups could show single "
-                "updates beside other sums",
-                hint="bring the others back, or go on without these; `fedlora roster show` prints the groups",
+                f"{', '.join(sorted(parts))} without the others of their groups: a sum over parts of groups, compared with "
+                "other sums, could reveal single updates",
+                hint="bring the others back, or continue without these; `fedlora roster show` prints the groups",
             )
 
     def fewest_inputs(self, n: int) -> int:

@@ -1,4 +1,4 @@
-"""A holder that was dealt what does not open, and a dealer that is asked to show it.
+"""Complaints of a holder whose share does not open, and the dealer's answer, which shows the share.
 
 An honest dealer is complained about only by sites that lie, and what it shows was theirs to know already. A dealer that cannot
 show what it has committed to has lied, and its own signature says so. Source: the complaints of verifiable secret sharing

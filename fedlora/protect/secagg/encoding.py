@@ -74,7 +74,7 @@ def with_metrics(update: Update, due: Collection[str]) -> Update:
     if missing:
         raise SessionError(
             f"this site has no {', '.join(missing)}, and under secure aggregation every site sends all that the plan lists",
-            hint="policy.share in the site file strikes it out, or there are no held-out rows; or the plan lists less",
+            hint="allow it in policy.share of the site file, provide held-out rows, or ask for a plan that does not list it",
             code="metric-missing",
         )
     return replace(update, metrics={name: update.metrics[name] for name in due})

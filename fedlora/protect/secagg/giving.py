@@ -107,7 +107,7 @@ def check_deliveries(
     if own not in by_number or by_number[own].digest != digest:
         raise WireError("this site's own update is missing among those to be added up, or it is not the one that was sent")
     if not by_number.keys() <= set(dealers):
-        raise WireError("an update would count whose site has dealt no shares")
+        raise WireError("an update would count although its site has dealt no shares")
     rules.check_whole([cohort.advert(number).name for number in by_number])
     for one in delivered:
         one.verify(cohort, known)

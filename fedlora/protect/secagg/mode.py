@@ -73,11 +73,11 @@ class SecAgg(Mode):
         if first_range(plan) > limits.max_first_range:
             yield f"the first range {first_range(plan):g} is above max_first_range {limits.max_first_range:g}"
         if settings_of(plan).lone_change == "allow" and limits.lone_change == "refuse":
-            yield "secagg.lone_change = 'allow': two sums may show one site's update, and policy.lone_change says 'refuse'"
+            yield "secagg.lone_change = 'allow': two sums may reveal one site's update, and policy.lone_change is 'refuse'"
         if kept := sorted(cls.sends(plan.evaluation.share) - set(limits.share)):
             yield (
-                f"evaluation.share asks for {', '.join(kept)}, which policy.share does not list: under secagg a number leaves "
-                "from all sites or from none, for what one site alone sends no sum hides; and a mean leaves with its count"
+                f"evaluation.share asks for {', '.join(kept)}, which policy.share does not list: under secagg either all sites "
+                "send a metric or none does, because no sum hides what one site alone sends; and a mean needs its count"
             )
 
     @classmethod
@@ -105,12 +105,11 @@ class SecAgg(Mode):
             "weight of a site": f"{weight}, in units of {s.weight_unit}" if s.weight_unit else weight,
             "who reads this site's update": "nobody. The aggregator learns the sum over the sites of a round",
             "numbers that leave": said["numbers that leave"] + "; they too only as sums over all sites, each mean with its count",
-            "sites in league": f"up to {s.max_colluding} may work together with the server without learning "
-            "another site's update",
+            "colluding sites": f"up to {s.max_colluding} may collude with the server without learning another site's update",
             "sums that differ": "differ by whole groups of the roster, never by one site"
             if s.lone_change == "refuse"
-            else "ALLOWED by single sites: two sums on this base model may show the update of a site that is in only one of them",
-            "levels": f"{s.profile}, for changes of a value up to {first_range(plan):g} in the first round",
+            else "ALLOWED by single sites: two sums on this base model may reveal the update of a site that is in one of them",
+            "quantization": f"{s.profile}, for changes of a value up to {first_range(plan):g} in the first round",
         }
 
     @classmethod
@@ -120,14 +119,14 @@ class SecAgg(Mode):
         counts = sorted(n for n in {*range(first, first + 5), first + 7, 20, 100} if n >= first)
         found = [survival(n, rules, lone_change=lone) for n in counts]
         text = (
-            f"\nsecure aggregation: up to {rules.max_colluding} sites may work together with the server; a roster may ask for "
+            f"\nsecure aggregation: up to {rules.max_colluding} sites may collude with the server; a roster may ask for "
             "more\n  sites   to its end   may be away from a round   may drop out during one"
         )
         text += "".join(f"\n  {s.sites:5}   {s.stay:10}   {s.away or 'none':>24}   {s.lost or 'none':>23}" for s in found)
         if lone == "refuse":
             text += (
-                "\n  lone_change = 'refuse': a sum is over whole groups of the roster; a site that is away takes the others of "
-                f"its group with it,\n  {rules.max_colluding + 1} or more. Where that leaves too few, the round waits for it to "
+                "\n  lone_change = 'refuse': a sum covers whole groups of the roster; an absent site excludes the others of "
+                f"its group, too,\n  {rules.max_colluding + 1} or more. If too few sites are left, the round waits for it to "
                 "come back"
             )
         facts = [Survives(sites=s.sites, stay=s.stay, away=s.away, lost=s.lost, left_out=s.left_out) for s in found]

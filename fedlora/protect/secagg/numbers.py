@@ -1,4 +1,4 @@
-"""The few numbers that ride beside the vector, masked like it: weights, counts, losses. None is ever in clear.
+"""Numbers that are summed with the vector and masked like it: weights, counts, losses. No site's own is ever in clear.
 
 Whole numbers modulo 2^64, one mask of their own. What the server reads is their sum over the sites and nothing else.
 """

@@ -1,4 +1,4 @@
-"""What a federation under secure aggregation survives, said before it begins."""
+"""How many dropouts a federation under secure aggregation survives, computed before it begins."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Survival:
     """Of ``sites`` sites; ``away`` and ``lost`` hold whichever sites they are.
 
     Attributes:
-        stay: of those that begin a round, so many have to stay to its end.
-        away: so many at most may be away from a round.
-        lost: so many at most may drop out of a round after they have trained.
-        left_out: so many healthy ones a single absence costs that round at the most: the others of its group.
+        stay: of the sites that begin a round, this many must stay until its end.
+        away: at most this many may be absent from a round.
+        lost: at most this many may drop out of a round after they have trained.
+        left_out: at most this many present sites are excluded by one absent site: the others of its group.
     """
 
     sites: int

@@ -1,4 +1,4 @@
-"""What a site keeps of its session over a power cut, and what it deletes at the end of it."""
+"""What a site saves of its session, to survive a power cut, and what it deletes when the session ends."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Records:
             put_record(self._memory, _OPEN, "open", {"runs": [self._run]})
 
     def _noted(self) -> set[str]:
-        hint = "delete it; secrets of sessions that were not ended then stay on this disk, encrypted, as long as their files"
+        hint = "delete it; the secrets of unfinished sessions then stay on this disk, encrypted, as long as their files exist"
         found = get_record(self._memory, _OPEN, "open", hint=hint) or {"runs": []}
         return set(found["runs"])
 
@@ -167,8 +167,8 @@ class Records:
         try:
             found = self._hidden.get(self._name("used"), "used")
         except ValueError:
-            hint = "this site cannot take part in this run any more; what it has given away is not known here"
-            raise StoreError("the record of what this site has given away is damaged", hint=hint) from None
+            hint = "let this site sit out the run (`fedlora site repair`): it no longer knows what it has sent"
+            raise StoreError("the record of what this site has sent in secure aggregation is damaged", hint=hint) from None
         return None if found is None else Used(**found)
 
     def has_given(self) -> bool:

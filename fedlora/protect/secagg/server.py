@@ -1,7 +1,7 @@
 """Server half: opens a session among the sites that have trained, and gets the sum of their updates or nothing.
 
 "The aggregator, even malicious, learns only the sum over >= t sites of the round, if fewer than 2t-n of the n session sites
-collude with it." What holds that up is at the sites; this half is the honest server that they hope for.
+collude with it." The sites enforce this (site.py); nothing in this module is trusted.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class SecAggServer:
         """Sum of the weights over the largest weight of one.
 
         Raises:
-            SessionError: no sum of so many weights.
+            SessionError: not a possible sum of that many weights.
         """
         if at.task.kind == "evaluate":
             return 1.0

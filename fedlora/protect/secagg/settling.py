@@ -66,7 +66,7 @@ def settle(
         holders = session.names([c.holder for c in found])
         at.report(Event.COMPLAINT, ComplaintFacts(about=cohort.advert(dealer).name, sites=holders))
     liars: Errors = {}
-    most = at.terms.rules.max_colluding  # so many may lie about a dealer, and it shows nothing to more
+    most = at.terms.rules.max_colluding  # this many may lie about a dealer, which answers no more complaints
 
     def hear_opened(reply: Reply) -> None:
         dealer = cohort.number(reply.site)

@@ -197,7 +197,7 @@ class SecAggSite:
             t1 = bytes.fromhex(used.t1)
             if t1 not in ended:
                 raise SessionError(
-                    "this site has given its update of this round to another session, and nothing proves its end",
+                    "this site has given its update of this round to another session, and nothing proves that that session ended",
                     code="session-spent",
                 )
             text = vote_text(t1, ABORT)
@@ -242,14 +242,14 @@ class SecAggSite:
         own = cohort.number(self._name)
         received = self._receive(cohort, own, payload, {}, session)
         if not received.lies:
-            raise WireError("there is nothing to complain of")
+            raise WireError("there is nothing to complain about")
         return Complaint.make(cohort, own, received.lies, key=self.link.identity.signing).dump()
 
     def _open(self, payload: bytes, records: Records, session: Session) -> bytes:
         """Complaints about this site, see :func:`dump_complaints`. The answer shows what it has dealt to those that complain.
 
         It was theirs to know: what this site deals does open, so that only a site that lies says otherwise. No more of them are
-        answered than may be in league with the server.
+        answered than may collude with the server.
         """
         cohort = self._open_cohort(records, session)
         own = cohort.number(self._name)
@@ -259,7 +259,7 @@ class SecAggSite:
         shown = sorted({*session.opened, *holders})
         if len(shown) > session.max_colluding:
             raise SessionError(
-                "more sites complain of this one than may be in league with the server; it shows nothing more",
+                "more sites complain about this one than may collude with the server; it reveals nothing more",
                 code="session-spent",
             )
         if shown != list(session.opened):

@@ -159,7 +159,7 @@ def test_a_set_is_whole_if_it_is_made_of_groups(present):
 
 
 def test_a_site_without_a_group_is_told_so():
-    with pytest.raises(LoneChange, match="site-10 is in no whole group of at least 3 sites"):
+    with pytest.raises(LoneChange, match="site-10 is in no complete group of at least 3 sites"):
         Rules(1, 3, GROUPS).group_of("site-10")
     assert Rules(1, 3, GROUPS).group_of("site-4") == {"site-1", "site-4", "site-7"}
     assert Rules(1, 3).group_of("site-10") is None
