@@ -153,6 +153,7 @@ def test_a_site_that_used_more_than_the_plan_allows_refuses_instead_of_sending(t
     "the same under secure aggregation, where no single weight is known",
     stops="the sum of what all sites count is at most so many times the bound, or the round is void",
 )
+@pytest.mark.slow
 def test_under_secure_aggregation_the_sum_of_all_claims_is_bounded(tmp_path, monkeypatch):
     asked = secagg.secagg_plan(rounds=1, weight_unit=10)
     fed = secagg.Federation(tmp_path, asked)
@@ -207,6 +208,7 @@ def test_the_screen_and_the_report_say_it(tmp_path, capsys):
         assert said in html.unescape((tmp_path / "page.html").read_text())
 
 
+@pytest.mark.slow
 def test_under_secure_aggregation_single_weights_are_said_to_be_unknown(tmp_path):
     _, store = secagg.Federation(tmp_path, secagg.secagg_plan(rounds=1, weight_unit=10)).run()
     assert "not known under secure aggregation" in majority_line(store.records())

@@ -164,10 +164,10 @@ def replayed(path, deployment, store):
 
     class Asked(LocalTransport):
         def sites(self):
-            return records[min(at["round"], 4)]["asked"]
+            return records[min(at["round"], 4)].asked
 
     def handle(request):
-        counted = records[at["round"]]["sites"] if at["round"] < 5 else TARGETS
+        counted = records[at["round"]].sites if at["round"] < 5 else TARGETS
         late = request.phase == "mask" and request.site not in counted
         late = late or (request.phase == "advertise" and (request.site, at["round"] + 1) not in worked)
         return Reply(request.site, error="late") if late else federation.sites[request.site].handle(request)

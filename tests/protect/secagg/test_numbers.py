@@ -53,6 +53,7 @@ def test_a_total_is_rounded_after_it_is_one(nll, tokens, loss, counted):
 @pytest.mark.attack(
     "D2", "each honest site's loss and count of tokens from the sums of many rounds", stops="a total is rounded once it is one"
 )
+@pytest.mark.slow
 def test_no_common_factor_of_a_sites_numbers_shows_over_rounds():
     """An outsider's attack: with ``round(x) * count`` the true count left the smallest remainders of all, in every round."""
     tokens = {"site-1": 9011, "site-2": 6508, "site-3": 3000}
