@@ -153,7 +153,7 @@ def test_where_each_site_keeps_its_own_b_each_exports_its_own_adapter(tmp_path, 
     plan.write_text(TOY.read_text() + 'arms = ["federated"]\n\n[aggregate.fedavg]\nshare = "A"\n')
     assert main(["simulate", str(plan), "--out", str(out), "-q"]) == 0
     assert main(["export", str(out / "seed-0"), str(tmp_path / "none")]) == 3
-    assert "a B of its own" in capsys.readouterr().err
+    assert "its own B" in capsys.readouterr().err
     assert not (out / "seed-0" / "adapter.safetensors").exists()
     files = sorted((out / "seed-0" / "sites").glob("*/journal/*.safetensors"))
     assert [f.parents[1].name for f in files] == ["site-1", "site-2", "site-3"]
