@@ -135,7 +135,7 @@ class Vocabulary:
     def _usual(self, texts: list[str]) -> list[Encoded]:
         if not texts:
             return []
-        with suppress(NotImplementedError, ValueError, TypeError):
+        with suppress(NotImplementedError):  # transformers: a tokenizer without offsets
             found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
                                    return_token_type_ids=False, verbose=False)  # fmt: skip
             return [_encoded(i, o) for i, o in zip(found["input_ids"], found["offset_mapping"], strict=True)]
