@@ -30,15 +30,10 @@ from fedlora.protect.secagg.dealing import Opened
 from fedlora.protect.secagg.opening import Deal, relay
 
 
-def settle(
+def _complaints(
     at: Attempt, session: ServerSession, complaining: Sequence[str], deals: Mapping[int, Deal]
-) -> Generator[Any, Any, dict[int, dict[int, Opened]] | None]:
-    """Has dealers show what they dealt to the sites that say it does not open.
-
-    Returns:
-        By holder and dealer what was shown. None: a dealer has not shown what it has signed for; the session has to be ended,
-        and tried anew without that dealer.
-    """
+) -> Generator[Any, Any, dict[int, Complaint]]:
+    """Whose word each of these sites says does not open, by the number of the site; each checked."""
     cohort, complaints = session.cohort, dict[int, Complaint]()
 
     def hear_complaint(reply: Reply) -> None:
@@ -59,6 +54,19 @@ def settle(
         requests.append(Request(name, "complain", body, reply_bytes(most_complaint_bytes(cohort))))
     replies = yield requests
     at.hear(session, replies, complaining, hear_complaint, at.errors)
+    return complaints
+
+
+def settle(
+    at: Attempt, session: ServerSession, complaining: Sequence[str], deals: Mapping[int, Deal]
+) -> Generator[Any, Any, dict[int, dict[int, Opened]] | None]:
+    """Has dealers show what they dealt to the sites that say it does not open.
+
+    Returns:
+        By holder and dealer what was shown. None: a dealer has not shown what it has signed for; the session has to be ended,
+        and tried anew without that dealer.
+    """
+    cohort, complaints = session.cohort, (yield from _complaints(at, session, complaining, deals))
     settled: dict[int, dict[int, Opened]] = {holder: {} for holder in complaints}
     by_dealer = {d: [c for _, c in sorted(complaints.items()) if d in c.lies] for d in deals}
     by_dealer = {d: found for d, found in by_dealer.items() if found}
