@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import typer
 
 from fedlora.cli.approval import approve
+from fedlora.cli.checking import PlanFile, check
 from fedlora.cli.output import Json, Quiet, Screen, emit
 from fedlora.cli.repair import server_repair, site_repair
 from fedlora.cli.roster import roster
 from fedlora.cli.schema import schema
-
-if TYPE_CHECKING:
-    from fedlora.core.answers import Forecast, Identifiers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,8 +32,6 @@ app.add_typer(site, name="site")
 app.add_typer(roster, name="roster")
 app.command()(schema)
 site.command("approve")(approve)
-
-PlanFile = Annotated[Path, typer.Argument(help="Plan file (TOML).", show_default=False)]
 
 
 @app.command()
@@ -149,88 +145,7 @@ def keygen_server(
 # --- plans --------------------------------------------------------------------------------------------------
 
 
-@app.command()
-def check(
-    plan: PlanFile,
-    site: Annotated[
-        Path | None,
-        typer.Option(
-            help="Site file (TOML): measure one training step here and estimate the time and memory of a round.",
-            show_default=False,
-        ),
-    ] = None,
-    identifiers: Annotated[
-        bool,
-        typer.Option("--identifiers", help="With --site, instead of the step: count what looks like names, dates of birth ..."),
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Check a plan without training.
-
-    All wrong keys are reported at once. With --site, also estimate the time and memory of a round at this site.
-
-    Example: fedlora check plan.toml --site site.toml
-    """
-    from fedlora.core.answers import Checked
-    from fedlora.formats.plans import load_plan
-    from fedlora.protect.modes import mode_of
-
-    found = load_plan(plan)
-    f = found.federation
-    pinned = bool(found.model.digest and found.lora.init_digest)
-    facts = Checked(digest=found.digest(), rounds=f.num_rounds, pinned=pinned)
-    text = (
-        f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
-        f"{found.wire.dtype} updates, {found.protect.mode}\n"
-        + ("pinned to base and first adapter" if pinned else "not pinned yet: `fedlora pin` fills in the digests")
-    )
-    if (survives := mode_of(found).survives(found)) is not None:
-        facts["survives"] = survives[0]
-        text += survives[1]
-    if identifiers:
-        facts["identifiers"], told = _identifiers(site, quiet=quiet, as_json=json)
-        text += f"\n{told}"
-    elif site is not None:
-        from fedlora.learn.local import forecast
-
-        with Screen(quiet=quiet, as_json=json) as screen:
-            facts["round"] = here = cast("Forecast", forecast(site, found, report=screen))
-        text += (
-            f"\na round at this site ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
-            f"{here['train_s']:.0f} s at {1 / here['token_s']:.0f} tokens/s, and {here['evaluate_s']:.0f} s for an evaluation; "
-            f"{here['peak_bytes'] / 2**30:.1f} GiB\n"
-            f"  activation checkpointing {here['dial']}, "
-            + (
-                f"micro-batches of {here['micro_batch_tokens']} tokens"
-                if here["micro_batch_tokens"]
-                else "batches as in the plan"
-            )
-        )
-        late = here["train_s"] + here["evaluate_s"] - f.round_deadline
-        if late > 0:
-            text += (
-                f"\n  longer than the plan's round_deadline of {f.round_deadline:.0f} s: this site's updates would come too late"
-            )
-    emit(facts, text, as_json=json)
-
-
-def _identifiers(site: Path | None, *, quiet: bool, as_json: bool) -> tuple[list[Identifiers], str]:
-    """What looks like identifiers of people in a site's rows: counts and line numbers, never the text."""
-    from fedlora.core.answers import Identifiers, Place
-    from fedlora.data.identifiers import PROMISE
-    from fedlora.learn.rows import count_identifiers
-
-    if site is None:
-        raise typer.BadParameter("--identifiers looks at a site's rows: name its file by --site")
-    with Screen(quiet=quiet, as_json=as_json) as screen:
-        found = count_identifiers(site, report=screen)
-    listed = [
-        Identifiers(kind=f.name, count=f.count, rows=len(f.lines), places=[Place(file=p, line=n) for p, n in f.lines[:20]])
-        for f in found
-    ]
-    lines = [line for f in found for line in f.text()] or ["nothing in the rows looks like an identifier of a person"]
-    return listed, "\n".join([*lines, f"({PROMISE})"])
+app.command()(check)
 
 
 @app.command()
@@ -313,10 +228,13 @@ def simulate(
             batch_sites=batch_sites,
             report=screen,
         )
+    emit(Simulated(out=str(where), results=results), _summary(where), as_json=json)
+
+
+def _summary(where: Path) -> str:
     page = where / "report.html"
     later = f"\nno report.html: pip install 'fedlora[report]', then fedlora report {where}"
-    text = (where / "summary.txt").read_text() + (f"\nreport: {page}" if page.exists() else later)
-    emit(Simulated(out=str(where), results=results), text, as_json=json)
+    return (where / "summary.txt").read_text() + (f"\nreport: {page}" if page.exists() else later)
 
 
 @app.command()

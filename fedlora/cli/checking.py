@@ -1,0 +1,102 @@
+"""`fedlora check`: what a plan means, and what a round of it would take at a site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from fedlora.cli.output import Json, Quiet, Screen, emit
+
+if TYPE_CHECKING:
+    from fedlora.core.answers import Forecast, Identifiers
+    from fedlora.core.events import Report
+    from fedlora.core.plan import Plan
+
+PlanFile = Annotated[Path, typer.Argument(help="Plan file (TOML).", show_default=False)]
+
+
+def check(
+    plan: PlanFile,
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            help="Site file (TOML): measure one training step here and estimate the time and memory of a round.",
+            show_default=False,
+        ),
+    ] = None,
+    identifiers: Annotated[
+        bool,
+        typer.Option("--identifiers", help="With --site, instead of the step: count what looks like names, dates of birth ..."),
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a plan without training.
+
+    All wrong keys are reported at once. With --site, also estimate the time and memory of a round at this site.
+
+    Example: fedlora check plan.toml --site site.toml
+    """
+    from fedlora.core.answers import Checked
+    from fedlora.formats.plans import load_plan
+    from fedlora.protect.modes import mode_of
+
+    found = load_plan(plan)
+    f = found.federation
+    pinned = bool(found.model.digest and found.lora.init_digest)
+    facts = Checked(digest=found.digest(), rounds=f.num_rounds, pinned=pinned)
+    text = (
+        f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
+        f"{found.wire.dtype} updates, {found.protect.mode}\n"
+        + ("pinned to base and first adapter" if pinned else "not pinned yet: `fedlora pin` fills in the digests")
+    )
+    if (survives := mode_of(found).survives(found)) is not None:
+        facts["survives"] = survives[0]
+        text += survives[1]
+    if identifiers:
+        facts["identifiers"], told = _identifiers(site, quiet=quiet, as_json=json)
+        text += f"\n{told}"
+    elif site is not None:
+        with Screen(quiet=quiet, as_json=json) as screen:
+            facts["round"], told = _forecast(site, found, screen)
+        text += told
+    emit(facts, text, as_json=json)
+
+
+def _forecast(site: Path, plan: Plan, report: Report) -> tuple[Forecast, str]:
+    """What a round takes at this site, from one measured step: for a program, and in words."""
+    from fedlora.learn.local import forecast
+
+    here = cast("Forecast", forecast(site, plan, report=report))
+    at_once = here["micro_batch_tokens"]
+    text = (
+        f"\na round at this site ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
+        f"{here['train_s']:.0f} s at {1 / here['token_s']:.0f} tokens/s, and {here['evaluate_s']:.0f} s for an evaluation; "
+        f"{here['peak_bytes'] / 2**30:.1f} GiB\n"
+        f"  activation checkpointing {here['dial']}, "
+        + (f"micro-batches of {at_once} tokens" if at_once else "batches as in the plan")
+    )
+    deadline = plan.federation.round_deadline
+    if here["train_s"] + here["evaluate_s"] > deadline:
+        text += f"\n  longer than the plan's round_deadline of {deadline:.0f} s: this site's updates would come too late"
+    return here, text
+
+
+def _identifiers(site: Path | None, *, quiet: bool, as_json: bool) -> tuple[list[Identifiers], str]:
+    """What looks like identifiers of people in a site's rows: counts and line numbers, never the text."""
+    from fedlora.core.answers import Identifiers, Place
+    from fedlora.data.identifiers import PROMISE
+    from fedlora.learn.rows import count_identifiers
+
+    if site is None:
+        raise typer.BadParameter("--identifiers looks at a site's rows: name its file by --site")
+    with Screen(quiet=quiet, as_json=as_json) as screen:
+        found = count_identifiers(site, report=screen)
+    listed = [
+        Identifiers(kind=f.name, count=f.count, rows=len(f.lines), places=[Place(file=p, line=n) for p, n in f.lines[:20]])
+        for f in found
+    ]
+    lines = [line for f in found for line in f.text()] or ["nothing in the rows looks like an identifier of a person"]
+    return listed, "\n".join([*lines, f"({PROMISE})"])
