@@ -6,14 +6,9 @@ starts from the same first adapter and is saved round by round, so that a run th
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,6 +30,7 @@ from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.lab.arms import Cost, Trained, arms_of
 from fedlora.lab.report import REWRITE, write_html
+from fedlora.lab.surroundings import _dataset, _environment
 from fedlora.lab.tables import table, table_across
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
@@ -379,24 +375,3 @@ def _phases(arms: Mapping[str, ArmRecord], rounds: Sequence[RoundRecord]) -> dic
     phases["aggregate"] = sum(r.seconds.aggregate for r in rounds)
     phases["evaluate arms"] = sum(a.seconds.evaluate for a in arms.values())
     return phases
-
-
-def _environment(transport: str) -> dict[str, str | int]:
-    facts: dict[str, str | int] = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count() or 0,
-        "transport": transport,
-    }
-    for package in ("fedlora", "torch", "transformers", "peft", "bitsandbytes", "flwr", "cryptography", "numpy"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            facts[package] = importlib.metadata.version(package)
-    return facts
-
-
-def _dataset(data: Path) -> dict[str, Any] | None:
-    path = data / "dataset.json"
-    if not path.exists():
-        return None
-    found: dict[str, Any] = json.loads(path.read_bytes())
-    return found
