@@ -89,7 +89,7 @@ class Lab:
         plan: pinned to base and first adapter.
         rows: site -> split -> tokens.
         general: tokens of the general hold-out; may be empty.
-        pace: how much is computed at once, the same for all learners of the base.
+        micro_batches: how much is computed at once, the same for all learners of the base.
         batch_sites: the federation's sites train in one pass.
     """
 
@@ -101,7 +101,7 @@ class Lab:
     first: Adapter
     rows: Mapping[str, Mapping[str, list[Tokens]]]
     general: list[Tokens]
-    pace: MicroBatches
+    micro_batches: MicroBatches
     batch_sites: bool = False
 
     def reseeded(self, plan: Plan) -> Lab:
@@ -126,7 +126,7 @@ def lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool 
         ConfigError, DataError, ModelError: something that the simulation table names is missing or unusable.
     """
     from fedlora.learn.base import machine_for
-    from fedlora.learn.local import pace_of
+    from fedlora.learn.local import micro_batches_of
     from fedlora.learn.lora import load_lora
     from fedlora.learn.rows import load_splits
     from fedlora.learn.toy import toy_base, toy_data
@@ -136,7 +136,7 @@ def lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool 
         raise ConfigError("the plan has no [simulation] table")
     base = toy_base(toys / "base") if simulation.base == "toy" else root / simulation.base
     data = toy_data(toys / "data", simulation.sites) if simulation.data == "toy" else root / simulation.data
-    machine = machine_for(plan, keep_dequantised=simulation.keep_dequantised, fused=batch_sites or None)
+    machine = machine_for(plan, keep_dequantized=simulation.keep_dequantized, fused=batch_sites or None)
     report(Event.LOAD, Load(model=plan.model.model_name_or_path))
     lora = load_lora(plan, base, machine)
     rows, general = load_splits(data, simulation.sites, tokenizer=lora.tokenizer, plan=plan, report=report)
@@ -150,6 +150,6 @@ def lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool 
         first=first,
         rows=rows,
         general=general,
-        pace=pace_of(plan, lora, SiteFile(), report=report),
+        micro_batches=micro_batches_of(plan, lora, SiteFile(), report=report),
         batch_sites=batch_sites,
     )

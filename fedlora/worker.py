@@ -34,12 +34,16 @@ def work(order: dict[str, Any]) -> None:
     die_with_parent(signal.SIGKILL, parent=order["parent"])
     use_device(order["device"])
     learner = load_learner(Path(order["site_file"]), parse_plan(order["plan"].encode()), report=lambda event, facts: None)
-    ready(Path(order["meeting"]), order["rank"]).touch(mode=0o600)
+    ready(Path(order["rendezvous"]), order["rank"]).touch(mode=0o600)
     ranks = Ranks(
-        rank=order["rank"], count=order["count"], meeting=Path(order["meeting"]), device=order["device"], facts=learner.facts()
+        rank=order["rank"],
+        count=order["count"],
+        rendezvous=Path(order["rendezvous"]),
+        device=order["device"],
+        facts=learner.facts(),
     )
     learner.join(lambda: ranks)
-    while (told := ranks.hear(learner.layout)) is not None:
+    while (told := ranks.receive(learner.layout)) is not None:
         adapter, round, state, factors = told
         try:
             learner.train(adapter, round=round, state=state, factors=factors)

@@ -240,7 +240,7 @@ def _learner_fixed() -> None:
     import torch
 
     from fedlora.core.plan import Federation, Lora, Model, Plan, Training
-    from fedlora.data import read, tokenise
+    from fedlora.data import read, tokenize
     from fedlora.learn import learner as learning
     from fedlora.learn.base import load_base
     from fedlora.learn.lora import attach
@@ -259,9 +259,9 @@ def _learner_fixed() -> None:
     with tempfile.TemporaryDirectory() as directory:
         base = real if real.exists() else toy_base(Path(directory) / "base")
         data = toy_data(Path(directory) / "data", ["a"]) / "a.train.jsonl"
-        machine = Machine(keep_dequantised=True, attn_implementation="eager")
+        machine = Machine(keep_dequantized=True, attn_implementation="eager")
         model = attach(load_base(Model(), base, machine), Lora(r=8), seed=0)
-        rows, _ = tokenise(
+        rows, _ = tokenize(
             read(data, format="auto", shape="auto", columns={}, group_key="group")[0], model.tokenizer, max_length=128
         )
         learning.train_steps = timed  # type: ignore[attr-defined]

@@ -178,7 +178,7 @@ class _Nowhere:
 
 
 def flower(peers: int) -> dict[str, Any]:
-    """The same step of flwr's SecAgg+, over the same tensors, as its client does it: decrypt, quantise, mask, to bytes."""
+    """The same step of flwr's SecAgg+, over the same tensors, as its client does it: decrypt, quantize, mask, to bytes."""
     from flwr.common import ndarrays_to_parameters
     from flwr.common.secure_aggregation.secaggplus_constants import Key
 

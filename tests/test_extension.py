@@ -68,7 +68,7 @@ class Part(Rule):
             yield "aggregate.part.way = 1 is the mean itself: choose aggregate.name = 'fedavg'"
 
     def finish(self, sums: Sums, adapter, *, scale, round, state):
-        return Aggregated({}, move=Adapter(sums.mean() * np.float32(self.way), sums.layout))
+        return Aggregated({}, delta=Adapter(sums.mean() * np.float32(self.way), sums.layout))
 
 
 # --- a protection -------------------------------------------------------------------------------------------------

@@ -90,8 +90,8 @@ def typed(facts):
     return parse_text(Results, json.dumps(facts).encode(), where="results.json", hint="")
 
 
-def summarise(facts):
-    return report.summarise(typed(facts))
+def summarize(facts):
+    return report.summarize(typed(facts))
 
 
 def across(facts):
@@ -115,7 +115,7 @@ def write_figures(facts, directory):
 
 
 def test_union_loss_weighs_every_token_the_same_and_means_weigh_sites():
-    arms = summarise(run())["arms"]
+    arms = summarize(run())["arms"]
     assert arms["federated"]["union_nll"] == pytest.approx((30 * 1.0 + 10 * 1.5) / 40)
     assert arms["federated"]["nll"] == pytest.approx(1.25)
     assert arms["federated"]["worst_nll"] == 1.5
@@ -123,7 +123,7 @@ def test_union_loss_weighs_every_token_the_same_and_means_weigh_sites():
 
 
 def test_alone_is_the_mean_over_sites_with_own_and_others_apart():
-    found = summarise(run())
+    found = summarize(run())
     assert found["arms"]["local"]["union_nll"] == pytest.approx((2.0 + 4.0) / 2)
     assert found["arms"]["local"]["own"]["nll"] == 1.0
     assert found["arms"]["local"]["others"]["nll"] == 5.0
@@ -131,7 +131,7 @@ def test_alone_is_the_mean_over_sites_with_own_and_others_apart():
 
 
 def test_recovery_is_the_share_of_the_way_from_alone_to_pooled():
-    found = summarise(run())["recovery"]
+    found = summarize(run())["recovery"]
     assert found["pooled-tokens"]["union_nll"] == pytest.approx((3.0 - 1.125) / (3.0 - 0.9))
     assert found["pooled-tokens"]["exact_match"] == pytest.approx((0.45 - 0.25) / (0.5 - 0.25))
     assert found["better"] == found["pooled-tokens"]  # the harder arm to reach, in both metrics
@@ -140,11 +140,11 @@ def test_recovery_is_the_share_of_the_way_from_alone_to_pooled():
 def test_no_recovery_is_quoted_where_there_is_no_way_to_recover():
     results = run()
     results["arms"]["pooled-tokens"] = results["arms"]["pooled-steps"] = arm((3.0, 0.25), (3.0, 0.25))
-    assert summarise(results)["recovery"]["better"] == {"union_nll": None, "exact_match": None}
+    assert summarize(results)["recovery"]["better"] == {"union_nll": None, "exact_match": None}
 
 
 def test_who_is_worse_off_is_said_with_both_numbers():
-    found = summarise(run())
+    found = summarize(run())
     assert found["worse"] == ["south"]
     assert found["own_site"]["south"]["benefit"] == pytest.approx(-0.5)
     assert re.search(r"south +1\.000 alone +1\.500 federated", table(run()))
@@ -153,10 +153,10 @@ def test_who_is_worse_off_is_said_with_both_numbers():
 def test_a_missing_score_leaves_a_gap_not_a_mean_of_the_rest():
     results = run()
     del results["arms"]["federated"]["sites"]["south"]
-    found = summarise(results)["arms"]["federated"]
+    found = summarize(results)["arms"]["federated"]
     assert (found["union_nll"], found["nll"], found["exact_match"]) == (None, None, None)
     results["arms"]["base"]["sites"]["north"]["nll"] = None
-    assert summarise(results)["arms"]["base"]["nll"] is None
+    assert summarize(results)["arms"]["base"]["nll"] is None
     assert "nan" not in table(results)
 
 
@@ -193,7 +193,7 @@ def test_runs_that_do_not_belong_together_are_not_averaged(other):
 
 def test_another_format_is_refused_by_name():
     with raising(WireError, code="version-unsupported"):
-        summarise({**run(), "format": 3})
+        summarize({**run(), "format": 3})
 
 
 def test_tables_fit_a_terminal():

@@ -395,7 +395,7 @@ def test_a_server_whose_own_step_overflows_stops_and_keeps_the_last_adapter(tmp_
         def finish(self, sums, adapter, **more):
             given = super().finish(sums, adapter, **more)
             beyond = Adapter(np.full(adapter.layout.size, np.inf, np.float32), adapter.layout)
-            return replace(given, move=beyond) if more["round"] == 2 else given
+            return replace(given, delta=beyond) if more["round"] == 2 else given
 
     fed = Federation(tmp_path, plan(rounds=3))
     with pytest.raises(RunFailed, match="not finite"):

@@ -341,7 +341,7 @@ def test_a_state_that_was_damaged_is_named_and_the_run_goes_back_one_checkpoint(
         ({"aggregate": {"name": "fedavg"}, "lora": {"ranks": {"a": 2}}}, ["ranks", "fedavg", "product"]),
         ({"aggregate": {"name": "ffa", "fedavg": {"share": "A"}}}, ["fedavg", "ffa", "leave it out"]),
         ({"aggregate": {"name": "fedavg", "product": {"rank": "full"}}}, ["product", "fedavg", "leave it out"]),
-        ({"aggregate": {"name": "product", "product": {"gauge": "procrustes", "rank": "full"}}}, ["procrustes", "'r'"]),
+        ({"aggregate": {"name": "product", "product": {"factorization": "procrustes", "rank": "full"}}}, ["procrustes", "'r'"]),
         ({"aggregate": {"name": "robust", "robust": {"statistic": "multi-krum", "byzantine": 2}}}, ["multi-krum", "7"]),
         ({"server_optimizer": {"name": "none", "fedavgm": {"momentum": 0.5}}}, ["server_optimizer", "none"]),
         ({"lora": {"r": 4, "ranks": {"a": 8}}, "aggregate": {"name": "product"}}, ["ranks", "lora.r"]),

@@ -209,7 +209,7 @@ def test_an_adapter_is_not_merged_into_another_base(simulated, tmp_path, capsys)
 
 
 @pytest.mark.torch
-def test_several_seeds_are_summarised(tmp_path):
+def test_several_seeds_are_summarized(tmp_path):
     plan = tmp_path / "toy.toml"
     plan.write_text(TOY.read_text().replace("num_rounds = 4", "num_rounds = 1") + 'arms = ["base", "federated"]\n')
     assert main(["simulate", str(plan), "--out", str(tmp_path / "runs"), "--seeds", "0,1", "-q"]) == 0

@@ -162,8 +162,8 @@ def hpke(identity, sealed: bytes, info: bytes) -> bytes:
         return hmac.digest(salt, b"HPKE-v1" + suite + label + ikm, "sha256")
 
     def expand(label, size):
-        labelled = struct.pack(">H", size) + b"HPKE-v1" + suite + label + context
-        return hmac.digest(secret, labelled + b"\1", "sha256")[:size]
+        labeled = struct.pack(">H", size) + b"HPKE-v1" + suite + label + context
+        return hmac.digest(secret, labeled + b"\1", "sha256")[:size]
 
     context = b"\0" + extract(b"", b"psk_id_hash", b"") + extract(b"", b"info_hash", info)
     secret = extract(shared, b"secret", b"")

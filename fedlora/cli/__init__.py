@@ -10,7 +10,7 @@ import traceback
 from fedlora.cli.output import command_of, fail
 
 _TRAIN = frozenset(["accelerate", "bitsandbytes", "gguf", "peft", "pyarrow", "tokenizers", "torch", "transformers"])
-_SIGNALLED = 130
+_SIGNALED = 130
 _INTERRUPTED = {
     "simulate": "run the same command with --resume to continue",
     "server": "the run continues while the server is up; if the server was stopped, run `fedlora server start ... --resume`",
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     command = command_of(words, program) if "--json" in _options(words) else None  # as which a program is answered
     try:
         status = int(program.main(words, standalone_mode=False, prog_name="fedlora") or 0)
-        return _interrupted(words, command) if status == _SIGNALLED else status  # typer has swallowed Ctrl-C by then
+        return _interrupted(words, command) if status == _SIGNALED else status  # typer has swallowed Ctrl-C by then
     except FedLoRAError as e:
         return fail(str(e), hint=e.hint, code=e.code, status=e.exit_status, command=command)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -79,4 +79,4 @@ def _options(words: list[str]) -> list[str]:
 
 def _interrupted(words: list[str], command: str | None) -> int:
     hint = _INTERRUPTED.get(words[0] if words else "", "")
-    return fail("interrupted", hint=hint, code="interrupted", status=_SIGNALLED, command=command)
+    return fail("interrupted", hint=hint, code="interrupted", status=_SIGNALED, command=command)

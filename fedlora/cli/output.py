@@ -197,9 +197,9 @@ def _short(value: Any) -> Any:
 LINES: Mapping[str, str] = {
     "load": "loading {model}",
     "arm": "arm {name}",
-    "pace": "micro-batches of {tokens} tokens, activation checkpointing {dial}: {gib} GiB, {tokens_per_s} tokens/s "
-    "(measured in {seconds} s)",
-    "out-of-memory": "out of memory: continuing with micro-batches of {tokens} tokens, activation checkpointing {dial}",
+    "micro-batches": "micro-batches of {tokens} tokens, activation checkpointing {checkpointing}: {gib} GiB, "
+    "{tokens_per_s} tokens/s (measured in {seconds} s)",
+    "out-of-memory": "out of memory: micro-batches of {tokens} tokens, activation checkpointing {checkpointing}",
     "data": "data {file}: {lines}",
     "listening": "listening on {address}",
     "site-online": "{site} is online",

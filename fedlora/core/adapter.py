@@ -236,7 +236,7 @@ class Adapter:
         return Adapter(out, self.layout)
 
     def at_rank(self, rank: int) -> Adapter:
-        """The first ``rank`` slots (rows of A, columns of B); slots beyond its own rank are zero."""
+        """The first ``rank`` components (rows of A, columns of B); those beyond its own rank are zero."""
         target, own = self.layout.at_rank(rank), self.tensors()
         if target == self.layout:
             return self

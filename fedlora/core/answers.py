@@ -80,7 +80,7 @@ class Forecast(TypedDict):
     """One round at a site on its device."""
 
     device: str
-    dial: str
+    checkpointing: str
     """what activation checkpointing computes again"""
     micro_batch_tokens: int
     """tokens computed at once; 0: the plan's own batches"""

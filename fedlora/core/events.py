@@ -29,10 +29,10 @@ from fedlora.core.facts import (
     LoneChange,
     Majority,
     Masked,
+    MicroBatches,
     Other,
     OutOfMemory,
     Own,
-    Pace,
     Process,
     Recorded,
     RecordsGone,
@@ -82,7 +82,7 @@ class Event(StrEnum):
     # Training and evaluation, at a site
     LOAD = "load"
     DATA = "data"
-    PACE = "pace"
+    MICRO_BATCHES = "micro-batches"
     OUT_OF_MEMORY = "out-of-memory"
     EVALUATE = "evaluate"
     TRAIN = "train"
@@ -149,7 +149,7 @@ FACTS: Mapping[Event, type[Any]] = {
     Event.RECORDS_GONE: RecordsGone,
     Event.LOAD: Load,
     Event.DATA: Data,
-    Event.PACE: Pace,
+    Event.MICRO_BATCHES: MicroBatches,
     Event.OUT_OF_MEMORY: OutOfMemory,
     Event.EVALUATE: Evaluate,
     Event.TRAIN: Train,

@@ -157,10 +157,10 @@ class Data(TypedDict):
 
 
 @_exact
-class Pace(TypedDict):
+class MicroBatches(TypedDict):
     """Size of the micro-batches and activation checkpointing, as measured."""
 
-    dial: str
+    checkpointing: str
     """what activation checkpointing computes again"""
     tokens: int
     gib: float
@@ -175,7 +175,7 @@ class OutOfMemory(TypedDict):
     """Work continues with smaller micro-batches or more checkpointing."""
 
     tokens: int
-    dial: str
+    checkpointing: str
 
 
 @_exact

@@ -81,10 +81,6 @@ class Lora(Section):
     """names of the modules that get an adapter, or all-linear"""
     use_rslora: bool = False
     """scale by lora_alpha / sqrt(r) instead"""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    """refused for now"""
-    alpha_pattern: dict[str, int] = Field(default_factory=dict)
-    """refused for now"""
     ranks: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default_factory=dict)
     """site = rank, for sites that train fewer rank components than r; needs aggregate.name product and protect.mode sealed"""
     init_digest: Hex = ""
@@ -92,12 +88,6 @@ class Lora(Section):
 
     @model_validator(mode="after")
     def _one_rank(self) -> Self:
-        if self.rank_pattern or self.alpha_pattern:
-            raise PydanticCustomError(
-                "pattern",
-                "rank_pattern and alpha_pattern are refused: factors of different alpha / r cannot be averaged. "
-                "Use one r and one lora_alpha",
-            )
         if self.ranks and max(self.ranks.values()) > self.r:
             raise PydanticCustomError("ranks", "lora.ranks: the rank of a site must not exceed lora.r")
         if self.target_modules == ():
@@ -243,7 +233,7 @@ class Simulation(Section):
     """virtual sites; a name is the stem of the site's files"""
     base: str = "toy"
     """directory or GGUF file of the base model, relative to the plan file; toy: a tiny random model"""
-    keep_dequantised: bool = False
+    keep_dequantized: bool = False
     """keep the dequantized 4-bit weights in memory: same bits, faster on a CPU, four times the memory"""
     arms: tuple[Literal["base", "local", "federated", "pooled-steps", "pooled-tokens"], ...] = (
         "base",

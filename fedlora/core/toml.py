@@ -23,6 +23,8 @@ _MOVED = {
     "federation.max_steps": "use federation.local_steps",
     "lora.rank": "use lora.r",
     "lora.alpha": "use lora.lora_alpha",
+    "lora.rank_pattern": "one r for all modules: factors of different alpha / r cannot be averaged",
+    "lora.alpha_pattern": "one lora_alpha for all modules: factors of different alpha / r cannot be averaged",
     "lora.use_dora": "DoRA's magnitudes are not linear in the update and cannot be averaged",
     "lora.init_lora_weights": "the first adapter comes from run.seed so that every site has the same one",
     "lora.modules_to_save": "only LoRA factors are sent",

@@ -74,7 +74,7 @@ def _shown(value: Any, unit: str, *, sign: str = "") -> str:
 
 def reference_points(dataset: Mapping[str, Any]) -> list[tuple[str, float]]:
     """What exact match is without learning: (name, share)."""
-    names = {"chance": "chance", "majority": "majority label", "nearest_neighbour": "word-overlap 1-NN"}
+    names = {"chance": "chance", "majority": "majority label", "nearest_neighbor": "word-overlap 1-NN"}
     said = dataset.get("reference")
     found = said if isinstance(said, Mapping) else {}
     return [(n, v) for k, n in names.items() if (v := finite(found.get(k))) is not None]

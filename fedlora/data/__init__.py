@@ -9,7 +9,7 @@ from fedlora.data.holdout import check_apart, split
 from fedlora.data.readers import READERS, Reader
 from fedlora.data.report import ReadReport, also_bad, check_bad
 from fedlora.data.shapes import SHAPES
-from fedlora.data.tokens import TokenReport, tokenise
+from fedlora.data.tokens import TokenReport, tokenize
 from fedlora.data.turns import Turn
 from fedlora.data.vocabulary import Tokenizer
 
@@ -36,5 +36,5 @@ __all__ = [
     "regroup",
     "share",
     "split",
-    "tokenise",
+    "tokenize",
 ]

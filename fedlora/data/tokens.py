@@ -88,7 +88,7 @@ def _by_reason(bad: Sequence[tuple[int, str]]) -> list[tuple[str, list[int]]]:
     return sorted(found.items())
 
 
-def tokenise(
+def tokenize(
     conversations: Sequence[Conversation],
     tokenizer: Tokenizer,
     *,
@@ -124,7 +124,7 @@ def tokenise(
     if max_length < 2:
         raise ValueError(f"max_length {max_length} leaves nothing to predict")
     if not conversations:
-        raise DataError("there are no rows to tokenise", hint="check data.path")
+        raise DataError("there are no rows to tokenize", hint="check data.path")
     if append_eos and tokenizer.eos_token_id is None:
         raise DataError(
             "the tokenizer has no EOS token, so the model would never learn to stop", hint="set eos_token in the base"

@@ -132,7 +132,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def main(argv: list[str] | None = None, *, app: list[str] | None = None) -> None:
-    """Claims runs until signalled."""
+    """Claims runs until signaled."""
     parser = argparse.ArgumentParser(prog="fedlora-executor")
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--superlink-port", type=int, required=True)

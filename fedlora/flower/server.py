@@ -144,8 +144,8 @@ def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Re
                 report(Event.SITE_OFFLINE, SiteName(site=site))
             online = now
             while not heard.empty():
-                refusals.hear(heard.get(), {key_name(pem): site for site, pem in keys.items()}, time.monotonic())
-            refusals.tell(online, time.monotonic())
+                refusals.add(heard.get(), {key_name(pem): site for site, pem in keys.items()}, time.monotonic())
+            refusals.say(online, time.monotonic())
 
 
 class Refusals:
@@ -160,12 +160,12 @@ class Refusals:
         self._open: dict[tuple[str, str], tuple[float, Refusal]] = {}
         self._said: dict[tuple[str, str], float] = {}
 
-    def hear(self, refusal: Refusal, names: Mapping[str, str], now: float) -> None:
+    def add(self, refusal: Refusal, names: Mapping[str, str], now: float) -> None:
         """Takes a line of the gateway. ``names``: site by :func:`fedlora.gateway.doors.key_name`; strangers are left out."""
         if (site := names.get(refusal.key)) is not None and refusal.why in ("clock", "in-use"):
             self._open.setdefault((site, refusal.why), (now, refusal))
 
-    def tell(self, online: Collection[str], now: float) -> None:
+    def say(self, online: Collection[str], now: float) -> None:
         for (site, cause), (since, refusal) in list(self._open.items()):
             if cause == "clock" and site in online:
                 del self._open[site, cause]  # it has corrected its stamps

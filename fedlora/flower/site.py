@@ -152,7 +152,7 @@ class _Up:
             ready_s=0,  # it is ready when the standing says so
             death_signal=signal.SIGTERM,  # it says good-bye, so that the next one is let in at once
             before=lambda: write_atomic(secret, self.password),  # whatever has replaced it
-            on_line=self.standing.hear,
+            on_line=self.standing.read_line,
             explain=self.standing.ended,
         )
 

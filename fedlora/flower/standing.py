@@ -82,7 +82,7 @@ class Standing:
         """Says the first state."""
         self._change()
 
-    def hear(self, line: str) -> None:
+    def read_line(self, line: str) -> None:
         """A line of the SuperNode's log."""
         if match := _OURS.search(line):
             self._hear_ours(match[1], match[2])

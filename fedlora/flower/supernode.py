@@ -33,7 +33,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _AMISS_S = 3.0  # a clock that is so far off is worth a line
 
 
-class Pace:
+class PollInterval:
     """Stands in for the module ``time`` in the SuperNode's loop.
 
     For a minute after each message the next one is asked for every quarter of a second, after that every three as Flower does.
@@ -132,7 +132,7 @@ def main() -> None:
     leaving = _until_flower_listens()
     from fedlora.flower._internals import supernode  # takes a second or two: a signal is heard in the meantime
 
-    supernode.run(Pace(), Doorman(_say, process=os.urandom(8).hex()), listening=leaving.set)
+    supernode.run(PollInterval(), Doorman(_say, process=os.urandom(8).hex()), listening=leaving.set)
 
 
 def _until_flower_listens() -> threading.Event:

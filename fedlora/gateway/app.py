@@ -287,7 +287,7 @@ def upstream_client(port: int, *, ca: Path, timeout_s: float, connections: int) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serves until signalled. All arguments are paths and numbers."""
+    """Serves until signaled. All arguments are paths and numbers."""
     parser = argparse.ArgumentParser(prog="fedlora-gateway")
     parser.add_argument("--listen", required=True)
     parser.add_argument("--superlink-port", type=int, required=True)

@@ -62,7 +62,7 @@ class _Alone:
         rate = plan.training.learning_rate
         rows = [t for s in self.sites for t in lab.rows[s]["train"]]
         told = step_reporter(self.name, report)
-        learner = HFLearner(lab.lora, rows, [], plan, site=self.name, pace=lab.pace, on_step=told)
+        learner = HFLearner(lab.lora, rows, [], plan, site=self.name, micro_batches=lab.micro_batches, on_step=told)
         return _rounds_alone(lab, learner, self.rounds, out / "alone" / self.name.replace(":", "-"), report, rate)
 
     def _plan(self, plan: Plan) -> Plan:

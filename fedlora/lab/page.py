@@ -77,7 +77,7 @@ def contents(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]], ov
 
     Args:
         runs: ``results.json`` of each seed, at least one.
-        summaries: ``report.summarise`` of each.
+        summaries: ``report.summarize`` of each.
         over: ``report.across`` of all.
     """
     run, several = runs[0], len(runs) > 1
@@ -86,7 +86,7 @@ def contents(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]], ov
     each = [_one_run(r, f"seed-{r.seed}") for r in runs]
     parts = [{"seed": r.seed, "sections": _shown([_arms(s), *e])} for r, s, e in zip(runs, summaries, each, strict=True)]
     data = run.dataset or {}
-    facts = [(k, data[k]) for k in ("name", "title", "source", "licence", "note") if isinstance(data.get(k), str)]
+    facts = [(k, data[k]) for k in ("name", "title", "source", "license", "note") if isinstance(data.get(k), str)]
     facts += [(f"exact match of {name}", percent(v)) for name, v in reference_points(data)]
     return {
         "title": f"{run.name}: federated fine-tuning",

@@ -108,7 +108,7 @@ def _write_site_file(
         key=f"keys/{name}.key",
         node_key=f"keys/{name}.node.key",
         models={plan.model.model_name_or_path: str(base.resolve())},
-        keep_dequantised=plan.simulation.keep_dequantised,
+        keep_dequantized=plan.simulation.keep_dequantized,
         local_port=local_port,
         data=SiteData(
             path=str((data / f"{name}.train.jsonl").resolve()), held_out_path=str((data / f"{name}.validation.jsonl").resolve())

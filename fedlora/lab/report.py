@@ -34,7 +34,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # --- one run ----------------------------------------------------------------------------------------------------
 
 
-def summarise(results: Results) -> dict[str, Any]:
+def summarize(results: Results) -> dict[str, Any]:
     """The arms of one run, averaged and compared.
 
     Returns:
@@ -188,14 +188,14 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
         beats_alone: union_nll, exact_match -> arms (site-alone arm -> mean, sd of the advantage of federated, better being
             positive) and verdict: whether each mean exceeds 3 sd; None for one seed.
         better: union_nll, exact_match -> the pooled arm of the better mean, or "".
-        recovery: as in :func:`summarise` -> metric -> mean, sd, and firm: whether the way from local to pooled exceeds 3 sd,
+        recovery: as in :func:`summarize` -> metric -> mean, sd, and firm: whether the way from local to pooled exceeds 3 sd,
             without which a recovery should not be quoted. ``better`` is the better arm of each seed.
 
     Raises:
         ConfigError: no results, a seed twice, or runs of different names, sites or splits.
     """
     _check_comparable(runs)
-    each = [summarise(run) for run in runs]
+    each = [summarize(run) for run in runs]
     arms = [s["arms"] for s in each]
     shared = [name for name in arms[0] if all(name in a for a in arms)]
     columns = {n: {m: [a[n][m] for a in arms] for m in METRICS} for n in shared}
@@ -319,4 +319,4 @@ def _contents(results: Results | Sequence[Results]) -> dict[str, Any]:
         from fedlora.lab.page import contents
     except ImportError as e:
         raise NotInstalled(e.name or "", extra="report", what="the page and its figures") from None
-    return contents(runs, [summarise(run) for run in runs], over)
+    return contents(runs, [summarize(run) for run in runs], over)

@@ -70,7 +70,7 @@ def simulate(
         resume: go on in ``out`` rather than refuse it.
         transport: ``local`` (this process) or ``flower`` (real processes on loopback).
         drop: sites that the federation loses, see :func:`fedlora.rounds.transport.parse_dropouts`; with ``local`` only.
-        batch_sites: sites train in one pass over the base, see :mod:`fedlora.learn.fast.together`; with ``local`` only.
+        batch_sites: sites train in one pass over the base, see :mod:`fedlora.learn.fast.joint`; with ``local`` only.
 
     Returns:
         The contents of each ``results.json``.
@@ -309,15 +309,21 @@ def _learners(lab: Lab, report: Report) -> Mapping[str, Learner]:
 
     alone = {
         name: HFLearner(
-            lab.lora, rows["train"], rows["validation"], lab.plan, site=name, pace=lab.pace, on_step=step_reporter(name, report)
+            lab.lora,
+            rows["train"],
+            rows["validation"],
+            lab.plan,
+            site=name,
+            micro_batches=lab.micro_batches,
+            on_step=step_reporter(name, report),
         )
         for name, rows in lab.rows.items()
     }
     if not lab.batch_sites:
         return alone
-    from fedlora.learn.fast.together import Together
+    from fedlora.learn.fast.joint import JointLearners
 
-    together = Together(alone)
+    together = JointLearners(alone)
     return {name: together.one(name) for name in alone}
 
 

@@ -20,7 +20,7 @@ from fedlora.core.words import (
     with_interval,
     with_sd,
 )
-from fedlora.lab.report import across, summarise
+from fedlora.lab.report import across, summarize
 
 
 def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
@@ -36,7 +36,7 @@ def _title(run: Results, seeds: str) -> str:
 
 def table(results: Results) -> str:
     """The arms of one run as plain text, at most 100 columns wide."""
-    s = summarise(results)
+    s = summarize(results)
     lines = [
         _title(results, f"seed {results.seed}, plan {plain(results.plan)[:12]}"),
         "",

@@ -47,12 +47,12 @@ class Base:
     directory: Path
 
 
-class DequantisedLinear(torch.nn.Linear):
+class DequantizedLinear(torch.nn.Linear):
     """A linear layer whose weights are the values of a 4-bit code, written out in the compute type."""
 
 
 def machine_for(
-    plan: Plan, *, device: Device = "auto", threads: int = 0, keep_dequantised: bool = False, fused: bool | None = None
+    plan: Plan, *, device: Device = "auto", threads: int = 0, keep_dequantized: bool = False, fused: bool | None = None
 ) -> Machine:
     """How a plan's base is held here so that training it is fast.
 
@@ -64,7 +64,7 @@ def machine_for(
         fused = can_fuse(here) and one_type(held) and not held.load_in_8bit
     # Masked SDPA is slow on a CPU: for short rows the plain matrix products take two thirds of the time.
     short = here.type == "cpu" and plan.training.max_length <= 512
-    return Machine(device, threads, keep_dequantised, fused, "varlen" if fused else "eager" if short else "sdpa")
+    return Machine(device, threads, keep_dequantized, fused, "varlen" if fused else "eager" if short else "sdpa")
 
 
 def load_base(settings: Model, path: Path, machine: Machine) -> Base:
@@ -174,7 +174,7 @@ def _quietly(directory: Path, settings: Model, machine: Machine, device: torch.d
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=getattr(torch, settings.dtype),
-            quantization_config=_quantisation(settings),
+            quantization_config=_quantization(settings),
             device_map={"": device},
             attn_implementation="sdpa" if machine.attn_implementation == "varlen" else machine.attn_implementation,
             local_files_only=True,
@@ -188,7 +188,7 @@ def _quietly(directory: Path, settings: Model, machine: Machine, device: torch.d
     return model, info
 
 
-def _quantisation(settings: Model) -> Any:
+def _quantization(settings: Model) -> Any:
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not settings.load_in_4bit:
@@ -218,9 +218,9 @@ def _settle(model: Any, settings: Model, machine: Machine, device: torch.device)
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
         keep_as_packed(module)
-        if machine.keep_dequantised:
+        if machine.keep_dequantized:
             model.set_submodule(name, _written_out(module))
-    if machine.keep_dequantised and settings.load_in_4bit:
+    if machine.keep_dequantized and settings.load_in_4bit:
         model.is_loaded_in_4bit = False  # for PEFT: these are plain layers now
 
 
@@ -236,10 +236,10 @@ def _compute_in_float32(model: Any) -> None:
             module.compute_dtype = torch.float32
 
 
-def _written_out(module: Any) -> DequantisedLinear:
+def _written_out(module: Any) -> DequantizedLinear:
     weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
     out, inner = weight.shape
-    plain = DequantisedLinear(inner, out, bias=module.bias is not None, device="meta", dtype=weight.dtype)
+    plain = DequantizedLinear(inner, out, bias=module.bias is not None, device="meta", dtype=weight.dtype)
     plain.weight = torch.nn.Parameter(weight, requires_grad=False)
     if module.bias is not None:
         plain.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)

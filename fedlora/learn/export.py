@@ -35,7 +35,7 @@ def export_adapter(
     base_model: str,
     revision: str,
     run: RunFacts,
-    quantisation: str = "none",
+    quantization: str = "none",
     scale: float | None = None,
     dtype: str = "bfloat16",
 ) -> Path:
@@ -49,7 +49,7 @@ def export_adapter(
         base_model: public id; a path is refused.
         revision: commit or tag of the base.
         run: how it was trained, for ``fedlora_run.json``.
-        quantisation: how the base was held in training, for the card.
+        quantization: how the base was held in training, for the card.
         scale: what the products B @ A are multiplied by; None: as ``lora`` says.
         dtype: bfloat16 or float16.
 
@@ -71,7 +71,7 @@ def export_adapter(
         (made / "adapter_model.safetensors").chmod(0o644)
         facts = run.model_dump() | {"adapter": adapter.digest(), "dtype": dtype, "scale": scale}
         (made / "fedlora_run.json").write_bytes(dump_text(Published.model_validate(facts)))
-        (made / "README.md").write_text(_card(config, dtype=dtype, quantisation=quantisation), encoding="utf-8")
+        (made / "README.md").write_text(_card(config, dtype=dtype, quantization=quantization), encoding="utf-8")
         _sums(made)
     return out
 
@@ -110,7 +110,7 @@ def _adapter_config(adapter: Adapter, *, scale: float, lora: Lora, base_model: s
     }
 
 
-def _card(config: Mapping[str, Any], *, dtype: str, quantisation: str) -> str:
+def _card(config: Mapping[str, Any], *, dtype: str, quantization: str) -> str:
     header = {
         "library_name": "peft",
         "base_model": config["base_model_name_or_path"],
@@ -124,15 +124,15 @@ def _card(config: Mapping[str, Any], *, dtype: str, quantisation: str) -> str:
         f"A LoRA adapter for `{config['base_model_name_or_path']}` at revision `{config['revision']}`, trained by several sites "
         f"whose data stayed where it was. Rank {config['r']}, alpha {config['lora_alpha']}, values in {dtype}, on "
         f"{', '.join(config['target_modules'])}. How it was trained stands in `fedlora_run.json`."
-    ) + _held(quantisation)
+    ) + _held(quantization)
     return f"---\n{yaml}\n---\n\n# Federated LoRA adapter\n\n{facts}\n"
 
 
-def _held(quantisation: str) -> str:
-    if quantisation == "none":
+def _held(quantization: str) -> str:
+    if quantization == "none":
         return ""
     return (
-        f"\n\nThe base was held quantised ({quantisation}) during training. Over a base that is held in another way, the same "
+        f"\n\nThe base was held quantized ({quantization}) during training. Over a base that is held in another way, the same "
         "adapter gives slightly other results."
     )
 
@@ -155,7 +155,7 @@ def _sums(directory: Path) -> None:
 def merge(adapter: Adapter, base_directory: Path, out: Path, *, scale: float, dtype: str = "bfloat16") -> Path:
     """Writes the full-precision base with ``scale * B @ A`` added to each adapted weight, and returns ``out``.
 
-    Only a base that is stored unquantised can be merged into: adding to 4-bit values and rounding again loses most of an
+    Only a base that is stored unquantized can be merged into: adding to 4-bit values and rounding again loses most of an
     adapter. Sums are taken in float32 and rounded once to ``dtype``, one tensor in memory at a time.
 
     Raises:

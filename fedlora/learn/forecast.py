@@ -15,7 +15,7 @@ from fedlora.learn.evaluate import evaluate, evaluated_at_once
 from fedlora.learn.hooks import MicroBatches
 from fedlora.learn.loop import train_steps
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.optimizer import make_optimiser
+from fedlora.learn.optimizer import make_optimizer
 
 _LOOKED_AT = 32
 """Steps whose tokens are counted to know what a step holds on the average."""
@@ -32,7 +32,7 @@ class Forecast:
 
     Attributes:
         device: its name.
-        dial: what is computed again on the way back.
+        checkpointing: what is computed again on the way back.
         micro_batch_tokens: tokens computed at once; 0: the plan's own batches.
         peak_bytes: most GPU memory that tensors take, or most memory of the process on a CPU.
         step_tokens: tokens of an optimizer step, without padding, with or without a loss; the mean of some.
@@ -42,7 +42,7 @@ class Forecast:
     """
 
     device: str
-    dial: str
+    checkpointing: str
     micro_batch_tokens: int
     peak_bytes: int
     step_tokens: float
@@ -59,7 +59,7 @@ def forecast(
     training: Training,
     *,
     steps: int,
-    pace: MicroBatches,
+    micro_batches: MicroBatches,
     processes: int = 1,
 ) -> Forecast:
     """Makes a few steps at a learning rate of zero, which change nothing, and times the last, the largest of some.
@@ -81,11 +81,11 @@ def forecast(
         own.append(own[-1])
     held = _memory("VmRSS")
     model.set_trained("AB")
-    token_s = _token_s(model, own, training, pace)
+    token_s = _token_s(model, own, training, micro_batches)
     return Forecast(
         device=torch.cuda.get_device_name(model.base.device) if on_gpu else _cpu(model),
-        dial=pace.dial,
-        micro_batch_tokens=pace.tokens,
+        checkpointing=micro_batches.checkpointing,
+        micro_batch_tokens=micro_batches.tokens,
         peak_bytes=torch.cuda.max_memory_allocated(model.base.device)
         if on_gpu
         else int(held + _GROWS.get(_computed_in(model), _GROWS_OTHERWISE) * (_memory("VmHWM") - held)),
@@ -93,7 +93,7 @@ def forecast(
         steps=steps,
         token_s=token_s / processes,
         train_s=steps * step_tokens * token_s / processes,
-        evaluate_s=_evaluate_s(model, held_out, training, pace) if held_out else 0.0,
+        evaluate_s=_evaluate_s(model, held_out, training, micro_batches) if held_out else 0.0,
     )
 
 
@@ -111,19 +111,19 @@ def _shares(group: Sequence[Batch], processes: int) -> list[list[Batch]]:
     return [share(group, part=k, parts=processes, pad_token_id=0) for k in range(processes)]
 
 
-def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], training: Training, pace: MicroBatches) -> float:
+def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], training: Training, micro_batches: MicroBatches) -> float:
     """Seconds a token of the last of some whole steps. Their learning rate is zero, so that they change nothing."""
     ends: list[float] = []
     train_steps(
         model,
         iter(groups),
         steps=len(groups),
-        optimiser=make_optimiser(model, training),
+        optimizer=make_optimizer(model, training),
         rate=lambda step: 0.0,
         seed=lambda step: 0,
         max_grad_norm=training.max_grad_norm,
         proximal_mu=training.proximal_mu,
-        pace=pace,
+        micro_batches=micro_batches,
         on_step=lambda *_: _mark(model, ends),
     )
     return (ends[-1] - ends[-2]) / sum(b.tokens for b in groups[-1])
@@ -132,17 +132,21 @@ def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], training: Trai
 def _mark(model: LoraModel, ends: list[float]) -> None:
     if model.base.device.type == "cuda":
         torch.cuda.synchronize(model.base.device)
-        if not ends:  # measuring the pace and compiling kernels are over
+        if not ends:  # measuring micro-batches and compiling kernels are over
             torch.cuda.reset_peak_memory_stats(model.base.device)
     ends.append(time.perf_counter())
 
 
-def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], training: Training, pace: MicroBatches) -> float:
-    some = held_out[: evaluated_at_once(training, pace.tokens) * (1 + training.max_length // max(map(len, held_out)))]
+def _evaluate_s(model: LoraModel, held_out: Sequence[Tokens], training: Training, micro_batches: MicroBatches) -> float:
+    some = held_out[: evaluated_at_once(training, micro_batches.tokens) * (1 + training.max_length // max(map(len, held_out)))]
     for _ in range(2):
         began = time.perf_counter()
         evaluate(
-            model, some, rows=evaluated_at_once(training, pace.tokens), max_length=training.max_length, packing=training.packing
+            model,
+            some,
+            rows=evaluated_at_once(training, micro_batches.tokens),
+            max_length=training.max_length,
+            packing=training.packing,
         )
         seconds = time.perf_counter() - began
     return seconds * sum(map(len, held_out)) / sum(map(len, some))

@@ -18,7 +18,7 @@ from fedlora.core.events import Report
 from fedlora.core.plan import Plan
 from fedlora.data import Batch
 from fedlora.learn.forward import Forward
-from fedlora.learn.options import Dial
+from fedlora.learn.options import Checkpointing
 
 _FAST = "fedlora.learn.fast"
 
@@ -30,7 +30,7 @@ class MicroBatches(Protocol):
     """
 
     @property
-    def dial(self) -> Dial:
+    def checkpointing(self) -> Checkpointing:
         """What is computed again on the way back."""
 
     @property
@@ -56,7 +56,7 @@ class ProcessGroup(Protocol):
 
     rank: int
 
-    def tell(self, word: tuple[Adapter, int, bytes, Factors] | None) -> None:
+    def broadcast(self, command: tuple[Adapter, int, bytes, Factors] | None) -> None:
         """Rank 0: what all train next, the arguments of ``Learner.train``; None: it is over."""
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
@@ -102,17 +102,17 @@ class Fast(Protocol):
         The layer has an attribute ``keep_inputs``; False: inputs that can be computed again are not kept.
         """
 
-    def pace(
+    def micro_batches(
         self,
         model: Any,
         *,
-        dial: Dial | Literal["auto"] = "auto",
-        floor: Dial = "none",
+        checkpointing: Checkpointing | Literal["auto"] = "auto",
+        floor: Checkpointing = "none",
         tokens: int = 0,
         limit_bytes: int = 0,
         report: Report = lambda event, facts: None,
     ) -> MicroBatches:
-        """Micro-batches whose size is measured, see :class:`fedlora.learn.fast.pacing.Pace`."""
+        """Micro-batches whose size is measured, see :class:`fedlora.learn.fast.tuning.MicroBatchTuner`."""
 
     def team(
         self,

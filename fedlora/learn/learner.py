@@ -21,8 +21,8 @@ from fedlora.learn.hooks import MicroBatches, ProcessGroup, fast
 from fedlora.learn.loop import OnStep, PlanBatches, derived_seed, rate_of, train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.memory import is_out_of_memory
-from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimiser
-from fedlora.learn.options import Dial
+from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimizer
+from fedlora.learn.options import Checkpointing
 from fedlora.site.work import Trained
 
 
@@ -37,7 +37,7 @@ class HFLearner:
         held_out: its examples for evaluation; may be empty.
         plan: how it trains, and for how many rounds.
         site: this site's name: data order and dropout differ between sites.
-        pace: how much is computed at once; shared by the learners of one model. None: one of its own.
+        micro_batches: how much is computed at once; shared by the learners of one model. None: one of its own.
         on_step: told about each step, on this machine only.
 
     Raises:
@@ -53,7 +53,7 @@ class HFLearner:
         plan: Plan,
         *,
         site: str,
-        pace: MicroBatches | None = None,
+        micro_batches: MicroBatches | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         if not train:
@@ -64,10 +64,10 @@ class HFLearner:
         self._held_out = list(held_out)
         self._plan = plan
         self._site = site
-        self._pace = pace or _pace(model, "full" if training.gradient_checkpointing else "none")
+        self._micro_batches = micro_batches or _micro_batches(model, "full" if training.gradient_checkpointing else "none")
         self._on_step = on_step
         self._team: Callable[[], ProcessGroup] | None = None  # the processes of this site's other GPUs
-        self._optimiser: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
+        self._optimizer: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
         self._over: tuple[Factors, Layout] = ("AB", model.layout)  # what it is an optimizer of
         self._given: tuple[bytes, Cursor] | None = None  # the state that this optimizer is in
         self._stream = Stream(
@@ -111,7 +111,13 @@ class HFLearner:
     def forecast(self, *, processes: int = 1) -> Forecast:
         """What a round will take here, from one measured step; nothing is changed."""
         return forecast(
-            self._model, self.group, self._held_out, self._plan.training, steps=self.steps, pace=self._pace, processes=processes
+            self._model,
+            self.group,
+            self._held_out,
+            self._plan.training,
+            steps=self.steps,
+            micro_batches=self._micro_batches,
+            processes=processes,
         )
 
     def join(self, team: Callable[[], ProcessGroup]) -> None:
@@ -131,7 +137,7 @@ class HFLearner:
         return evaluate(
             self._model,
             self._held_out,
-            rows=evaluated_at_once(training, self._pace.tokens),
+            rows=evaluated_at_once(training, self._micro_batches.tokens),
             max_length=training.max_length,
             coarse_chars=self._plan.evaluation.coarse_chars,
             packing=training.packing,
@@ -153,23 +159,23 @@ class HFLearner:
             raise ValueError(f"round {round} of {rounds}")
         self._model.set(adapter)
         self._model.set_trained(factors)
-        optimiser = self._restored(state, factors)
+        optimizer = self._restored(state, factors)
         ranks = self._team() if self._team is not None else None
         try:
             if ranks is not None and ranks.rank == 0:
-                ranks.tell((adapter, round, state, factors))
+                ranks.broadcast((adapter, round, state, factors))
             spent = train_steps(
                 self._model,
                 self._groups(),
                 steps=steps,
-                optimiser=optimiser,
+                optimizer=optimizer,
                 rate=lambda step: rate_of(self._plan, round=round, step=step, steps=steps),
                 seed=lambda step: derived_seed("dropout", self._plan.run.seed, self._site, round, step),
                 max_grad_norm=training.max_grad_norm,
                 on_step=self._on_step,
                 factors=factors,
                 proximal_mu=training.proximal_mu,
-                pace=self._pace,
+                micro_batches=self._micro_batches,
                 ranks=ranks,
             )
         except (NonFiniteUpdate, DataError):
@@ -181,7 +187,7 @@ class HFLearner:
                 raise ResourceError("out of memory", hint="lower gpu_memory_gib or micro_batch_tokens in the site file") from None
             raise
         keeps = training.optimizer_state == "keep"
-        after = dump_state(self._cursor, dump_moments(optimiser) if keeps else b"")
+        after = dump_state(self._cursor, dump_moments(optimizer) if keeps else b"")
         self._given = (after, self._cursor) if keeps else None
         metrics = {"train/loss": spent.loss, "train/steps": float(steps), "train/seconds": time.perf_counter() - began}
         return Trained(self._model.get(), spent.tokens, spent.examples, metrics, after)
@@ -191,22 +197,22 @@ class HFLearner:
         training, given, self._given = self._plan.training, self._given, None
         over = (factors, self._model.current)
         if over != self._over:
-            self._optimiser, self._over = None, over  # other parameters, or of another shape
-        if self._optimiser is not None and given is not None and given[0] is state:
+            self._optimizer, self._over = None, over  # other parameters, or of another shape
+        if self._optimizer is not None and given is not None and given[0] is state:
             self._cursor = given[1]
-            return self._optimiser  # what this learner gave out last: no need to read 8 bytes a value back
+            return self._optimizer  # what this learner gave out last: no need to read 8 bytes a value back
         self._cursor, moments = parse_state(state)
         self._model.check_trainable(factors)
         if training.optimizer_state == "keep" or training.optim != "adamw_torch":
-            optimiser = self._optimiser = self._optimiser or make_optimiser(self._model, training, factors=factors)
+            optimizer = self._optimizer = self._optimizer or make_optimizer(self._model, training, factors=factors)
         else:  # moments that no one keeps: one optimizer serves all learners of the model
             key = (training.weight_decay, *over)
-            optimiser = self._model.spare_optimiser(key, lambda: make_optimiser(self._model, training, factors=factors))
+            optimizer = self._model.spare_optimizer(key, lambda: make_optimizer(self._model, training, factors=factors))
         if moments and training.optimizer_state == "keep":
-            load_moments(optimiser, moments)
+            load_moments(optimizer, moments)
         else:
-            forget_moments(optimiser)
-        return optimiser
+            forget_moments(optimizer)
+        return optimizer
 
     def _groups(self) -> Iterator[Sequence[Batch]]:
         """Batches of one optimizer step each; ``self._cursor`` follows."""
@@ -222,7 +228,7 @@ class HFLearner:
             batches.append(batch)
         return batches, cursor
 
-    def tell(self, step: int, steps: int, loss: float) -> None:
+    def report_step(self, step: int, steps: int, loss: float) -> None:
         """Passes on that a step (from 1) of this round is done."""
         if self._on_step is not None:
             self._on_step(step, steps, loss)
@@ -238,10 +244,10 @@ class HFLearner:
         return h.digest()
 
 
-def _pace(model: LoraModel, dial: Dial) -> MicroBatches:
+def _micro_batches(model: LoraModel, checkpointing: Checkpointing) -> MicroBatches:
     """Measured micro-batches where there are such, else the plan's own batches."""
     faster = fast()
-    return PlanBatches(model, dial) if faster is None else faster.pace(model, floor=dial)
+    return PlanBatches(model, checkpointing) if faster is None else faster.micro_batches(model, floor=checkpointing)
 
 
 def _check_length(model: LoraModel, max_length: int) -> None:

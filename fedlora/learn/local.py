@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedlora.learn.learner import HFLearner
     from fedlora.learn.loop import OnStep
     from fedlora.learn.lora import LoraModel
-    from fedlora.learn.options import Dial
+    from fedlora.learn.options import Checkpointing
 
 WORKER = (sys.executable, "-P", "-m", "fedlora.worker")
 """The command of a process for a further GPU. -P: nothing of the working directory is code."""
@@ -75,11 +75,13 @@ def load_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
     if name not in file.models:
         raise ModelError(f"no copy of {name} here", hint="name its directory under [models]")
     report(Event.LOAD, Load(model=name))
-    machine = machine_for(plan, device=file.device, threads=file.threads, keep_dequantised=file.keep_dequantised)
+    machine = machine_for(plan, device=file.device, threads=file.threads, keep_dequantized=file.keep_dequantized)
     lora = load_lora(plan, root / file.models[name], machine)
-    pace = pace_of(plan, lora, file, report=report)
+    micro_batches = micro_batches_of(plan, lora, file, report=report)
     train, held_out = load_tokens(file.data, root, tokenizer=lora.tokenizer, plan=plan, report=report)
-    return HFLearner(lora, train, held_out, plan, site=file.name, pace=pace, on_step=step_reporter(file.name, report))
+    return HFLearner(
+        lora, train, held_out, plan, site=file.name, micro_batches=micro_batches, on_step=step_reporter(file.name, report)
+    )
 
 
 def step_reporter(site: str, report: Report) -> OnStep:
@@ -112,7 +114,7 @@ def devices_of(file: SiteFile) -> list[str]:
     return here[: file.gpus or None]
 
 
-def pace_of(plan: Plan, lora: LoraModel, file: SiteFile, *, report: Report) -> MicroBatches:
+def micro_batches_of(plan: Plan, lora: LoraModel, file: SiteFile, *, report: Report) -> MicroBatches:
     """How much of a step is computed at once: as the site file says, else measured.
 
     Raises:
@@ -122,7 +124,7 @@ def pace_of(plan: Plan, lora: LoraModel, file: SiteFile, *, report: Report) -> M
     from fedlora.learn.loop import PlanBatches
 
     faster = fast()
-    floor: Dial = "full" if plan.training.gradient_checkpointing else "none"
+    floor: Checkpointing = "full" if plan.training.gradient_checkpointing else "none"
     if faster is None:
         if file.micro_batch_tokens or file.gpu_memory_gib:
             raise ConfigError(
@@ -130,10 +132,10 @@ def pace_of(plan: Plan, lora: LoraModel, file: SiteFile, *, report: Report) -> M
                 hint="leave both out of the site file, or install fedlora as it is published",
             )
         wanted = file.activation_checkpointing
-        return PlanBatches(lora, wanted if wanted in lora.dials else floor)
-    return faster.pace(
+        return PlanBatches(lora, wanted if wanted in lora.checkpointing_modes else floor)
+    return faster.micro_batches(
         lora,
-        dial=file.activation_checkpointing,
+        checkpointing=file.activation_checkpointing,
         floor=floor,
         tokens=file.micro_batch_tokens,
         limit_bytes=int(file.gpu_memory_gib * 2**30),

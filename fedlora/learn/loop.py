@@ -17,7 +17,7 @@ from fedlora.data import Batch
 from fedlora.learn.hooks import MicroBatches, ProcessGroup
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.memory import is_out_of_memory
-from fedlora.learn.options import Dial
+from fedlora.learn.options import Checkpointing
 
 OnStep = Callable[[int, int, float], None]
 """Told (step from 1, steps, loss in nats per supervised token) after each step."""
@@ -36,22 +36,22 @@ class PlanBatches:
     """The plan's own batches; implements :class:`fedlora.learn.hooks.MicroBatches`.
 
     Args:
-        dial: what is computed again on the way back.
+        checkpointing: what is computed again on the way back.
     """
 
     tokens = 0
 
-    def __init__(self, model: LoraModel, dial: Dial = "none") -> None:
-        self._model, self._dial = model, dial
+    def __init__(self, model: LoraModel, checkpointing: Checkpointing = "none") -> None:
+        self._model, self._checkpointing = model, checkpointing
 
     @property
-    def dial(self) -> Dial:
+    def checkpointing(self) -> Checkpointing:
         """What is computed again on the way back."""
-        return self._dial
+        return self._checkpointing
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Sets the dial."""
-        self._model.set_checkpointing(self._dial)
+        """Sets checkpointing."""
+        self._model.set_checkpointing(self._checkpointing)
 
     def cut(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The batches as they are."""
@@ -97,14 +97,14 @@ def train_steps(
     groups: Iterator[Sequence[Batch]],
     *,
     steps: int,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     rate: Callable[[int], float],
     seed: Callable[[int], int],
     max_grad_norm: float,
     on_step: OnStep | None = None,
     factors: Factors = "AB",
     proximal_mu: float = 0.0,
-    pace: MicroBatches | None = None,
+    micro_batches: MicroBatches | None = None,
     ranks: ProcessGroup | None = None,
 ) -> Spent:
     """Trains the adapter in place, one optimizer step a group of batches.
@@ -119,7 +119,7 @@ def train_steps(
         factors: what is trained.
         proximal_mu: adds mu times the distance from where this call began to the gradient, before it is scaled (Li et al.,
             Federated Optimization in Heterogeneous Networks (FedProx), 2020). The loss that is told is without it.
-        pace: cuts a step into micro-batches; None: its batches are computed as they come.
+        micro_batches: cuts a step into micro-batches; None: its batches are computed as they come.
         ranks: other processes that compute shares of each step; all of them make the same steps.
 
     Raises:
@@ -138,12 +138,12 @@ def train_steps(
             batches = next(groups)
             total = count_supervised(batches)
             share = batches if ranks is None else ranks.share(batches)
-            if pace is not None:
-                pace.prepare(share)
-            part = _gradients(model, share, total, seed=seed(step) + rank, pace=pace)
+            if micro_batches is not None:
+                micro_batches.prepare(share)
+            part = _gradients(model, share, total, seed=seed(step) + rank, micro_batches=micro_batches)
             loss = float(part if ranks is None else ranks.add_up(parameters, part, total))
             pull_back(parameters, anchors, proximal_mu)
-            _optimizer_step(optimiser, parameters, step=step, loss=loss, rate=rate(step), max_grad_norm=max_grad_norm)
+            _optimizer_step(optimizer, parameters, step=step, loss=loss, rate=rate(step), max_grad_norm=max_grad_norm)
             nats, tokens, examples = nats + loss * total, tokens + total, examples + sum(b.examples for b in batches)
             if on_step is not None:
                 on_step(step + 1, steps, loss)
@@ -163,7 +163,7 @@ def count_supervised(batches: Sequence[Batch]) -> int:
 
 
 def _optimizer_step(
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     parameters: Sequence[torch.nn.Parameter],
     *,
     step: int,
@@ -174,12 +174,12 @@ def _optimizer_step(
     """One step of the optimizer along the gradients, scaled down to the norm; they are dropped, whatever happens."""
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         raise NonFiniteUpdate(f"step {step + 1}: loss {loss}, gradient norm {norm}", hint="lower learning_rate")
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = rate
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def pull_back(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor], mu: float) -> None:
@@ -189,7 +189,9 @@ def pull_back(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.
             parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
 
 
-def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: int, pace: MicroBatches | None) -> torch.Tensor:
+def _gradients(
+    model: LoraModel, batches: Sequence[Batch], total: int, *, seed: int, micro_batches: MicroBatches | None
+) -> torch.Tensor:
     """Leaves the gradient of these batches' part of a step's loss in the parameters; returns that part, float64.
 
     What does not fit is done again from its beginning in smaller pieces.
@@ -198,17 +200,17 @@ def _gradients(model: LoraModel, batches: Sequence[Batch], total: int, *, seed: 
         torch.manual_seed(seed)
         loss = torch.zeros((), dtype=torch.float64, device=model.base.device)
         try:
-            for batch in pace.cut(batches) if pace is not None and batches else batches:
+            for batch in micro_batches.cut(batches) if micro_batches is not None and batches else batches:
                 loss += _backward(model, batch, total)
             return loss
         except (RuntimeError, MemoryError) as e:
-            if pace is None or not is_out_of_memory(e):
+            if micro_batches is None or not is_out_of_memory(e):
                 raise
         # Retry after the except block: its traceback keeps the failed attempt's tensors alive.
         model.clear_gradients()
         if model.base.device.type == "cuda":
             torch.cuda.empty_cache()
-        pace.shrink(batches)
+        micro_batches.shrink(batches)
 
 
 def _backward(model: LoraModel, batch: Batch, total: int) -> torch.Tensor:

@@ -19,20 +19,20 @@ from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongContext
 from fedlora.core.plan import Lora, Plan
 from fedlora.learn._internals import copy_all, replace_layers
-from fedlora.learn.base import Base, DequantisedLinear, load_base
+from fedlora.learn.base import Base, DequantizedLinear, load_base
 from fedlora.learn.forward import Forward
 from fedlora.learn.hooks import fast
-from fedlora.learn.options import Dial, Machine
+from fedlora.learn.options import Checkpointing, Machine
 from fedlora.rules.first import first_adapter
 
 _ADAPTER = "default"  # PEFT's own name for the first adapter; it stands in parameter names, not in saved ones
 
 
-class _LoraOnDequantised(LoraLinear):  # type: ignore[misc]  # PEFT ships no usable types
+class _LoraOnDequantized(LoraLinear):  # type: ignore[misc]  # PEFT ships no usable types
     """PEFT's arithmetic for 4-bit layers on a written-out one: the product is rounded before it is added.
 
     PEFT adds in float32 over a plain layer and in the layer's own type over a 4-bit one; without this class,
-    ``keep_dequantised`` would change the last bit of a sum.
+    ``keep_dequantized`` would change the last bit of a sum.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -72,7 +72,7 @@ class LoraModel:
         self.forward = _forward(base, peft_model.get_base_model())
         self.fused = all(hasattr(m, "keep_inputs") for m in peft_model.modules() if isinstance(m, LoraLayer))
         self.trained: Factors = "AB"
-        self._dial: Dial = "none"
+        self._checkpointing: Checkpointing = "none"
         self._spare: tuple[Hashable, torch.optim.Optimizer] | None = None
 
     @property
@@ -151,7 +151,7 @@ class LoraModel:
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in chosen)
 
-    def spare_optimiser(self, key: Hashable, make: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    def spare_optimizer(self, key: Hashable, make: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         """The optimizer that was made for this key last, or a new one. Whoever takes it makes it forget its moments first.
 
         A new one each round would take as long as half a small step, and its memory each time from another place.
@@ -172,25 +172,25 @@ class LoraModel:
             raise RunFailed("the trainable parameters are not exactly the adapter's factors in float32")
 
     @property
-    def dials(self) -> tuple[Dial, ...]:
+    def checkpointing_modes(self) -> tuple[Checkpointing, ...]:
         """What :meth:`set_checkpointing` can be set to here, from the fastest to the smallest."""
         return ("none", "selective", "full") if self.fused else ("none", "full")
 
-    def set_checkpointing(self, dial: Dial) -> None:
+    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
         """What is computed again on the way back instead of being kept; ``selective`` is ``none`` where layers are not fused."""
-        if dial == self._dial:
+        if checkpointing == self._checkpointing:
             return
         model = self.peft_model.get_base_model()
-        if dial == "full":
+        if checkpointing == "full":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()  # else nothing below asks for a gradient and the factors silently stand still
-        elif self._dial == "full":
+        elif self._checkpointing == "full":
             model.gradient_checkpointing_disable()
             model.disable_input_require_grads()
         for module in model.modules():
             if hasattr(module, "keep_inputs"):
-                module.keep_inputs = dial != "selective"
-        self._dial = dial
+                module.keep_inputs = checkpointing != "selective"
+        self._checkpointing = checkpointing
 
 
 def load_lora(plan: Plan, path: Path, machine: Machine) -> LoraModel:
@@ -216,10 +216,10 @@ def attach(base: Base, settings: Lora, *, seed: int) -> LoraModel:
         raise ValueError("this base has an adapter already; load it again, or share the LoraModel")
     config = _config(base, settings)
     faster = fast() if base.machine.fused else None
-    if faster is not None and _linear_types(base) <= {torch.nn.Linear, bnb.nn.Linear4bit, DequantisedLinear}:
+    if faster is not None and _linear_types(base) <= {torch.nn.Linear, bnb.nn.Linear4bit, DequantizedLinear}:
         layers: dict[type, type] = {torch.nn.Linear: faster.fused_layer(base.model, base.device)}
     else:
-        layers = {DequantisedLinear: _LoraOnDequantised}
+        layers = {DequantizedLinear: _LoraOnDequantized}
     replace_layers(config, layers)
     try:
         with warnings.catch_warnings():

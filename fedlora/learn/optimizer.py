@@ -17,7 +17,7 @@ from fedlora.learn._internals import is_paged, take_pages, zero_all
 from fedlora.learn.lora import LoraModel
 
 
-def make_optimiser(model: LoraModel, training: Training, *, factors: Factors = "AB") -> torch.optim.Optimizer:
+def make_optimizer(model: LoraModel, training: Training, *, factors: Factors = "AB") -> torch.optim.Optimizer:
     """A fresh optimizer over the adapter's factors, or these of them, and nothing else.
 
     Raises:
@@ -46,17 +46,17 @@ def _paged(parameters: Sequence[torch.nn.Parameter], training: Training) -> torc
     return made
 
 
-def dump_moments(optimiser: torch.optim.Optimizer) -> bytes:
+def dump_moments(optimizer: torch.optim.Optimizer) -> bytes:
     """The optimizer's state as safetensors: tensors ``INDEX.NAME``, numbers as int64 scalars. No pickle."""
     tensors = {}
-    for index, parameter in enumerate(_parameters(optimiser)):
-        for name, value in _moments(optimiser.state.get(parameter, {})).items():
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for name, value in _moments(optimizer.state.get(parameter, {})).items():
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(int(value))
             tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous().numpy()
     return bytes(save(tensors))
 
 
-def load_moments(optimiser: torch.optim.Optimizer, blob: bytes) -> None:
+def load_moments(optimizer: torch.optim.Optimizer, blob: bytes) -> None:
     """Inverse of :func:`dump_moments`, into an optimizer over the same parameters; what it held is overwritten.
 
     Raises:
@@ -70,18 +70,18 @@ def load_moments(optimiser: torch.optim.Optimizer, blob: bytes) -> None:
             loaded.setdefault(int(index), {})[name] = tensor if tensor.dtype != torch.int64 else int(tensor)
     except (SafetensorError, ValueError):
         raise StoreError("the optimizer state in the journal is damaged") from None
-    parameters = _parameters(optimiser)
+    parameters = _parameters(optimizer)
     other = StoreError("the optimizer state in the journal belongs to another adapter")
     if sorted(loaded) != list(range(len(parameters))):
         raise other
-    if not is_paged(optimiser):
-        optimiser.load_state_dict({"state": loaded, "param_groups": optimiser.state_dict()["param_groups"]})
+    if not is_paged(optimizer):
+        optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
         return
     # bitsandbytes' own load_state_dict puts plain tensors in the place of the paged ones.
     for at, parameter in enumerate(parameters):
-        state = optimiser.state[parameter]
+        state = optimizer.state[parameter]
         if not state:
-            take_pages(optimiser, parameter, at)
+            take_pages(optimizer, parameter, at)
         if set(loaded[at]) != set(_moments(state)):
             raise other
         for part, value in loaded[at].items():
@@ -93,13 +93,13 @@ def load_moments(optimiser: torch.optim.Optimizer, blob: bytes) -> None:
                 state[part].copy_(value)
 
 
-def forget_moments(optimiser: torch.optim.Optimizer) -> None:
+def forget_moments(optimizer: torch.optim.Optimizer) -> None:
     """Makes a used optimizer a fresh one, in the memory that it has.
 
     bitsandbytes (0.50) never frees the pages of a paged optimizer, so that a new one each round would fill a machine.
     """
     tensors: list[torch.Tensor] = []
-    for state in optimiser.state.values():
+    for state in optimizer.state.values():
         for name, value in _moments(state).items():
             if isinstance(value, torch.Tensor):
                 tensors.append(value)
@@ -114,5 +114,5 @@ def _moments(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.startswith("qmap")}
 
 
-def _parameters(optimiser: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [p for group in optimiser.param_groups for p in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -9,7 +9,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Model
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
-Dial: TypeAlias = Literal["none", "selective", "full"]
+Checkpointing: TypeAlias = Literal["none", "selective", "full"]
 """What is computed again on the way back instead of being kept: nothing; what costs no matrix product (norms, gated products);
 each layer as a whole, so that only the layers' inputs are kept."""
 
@@ -21,7 +21,7 @@ class Machine:
     Attributes:
         device: ``auto`` is CUDA where there is one.
         threads: CPU threads; 0 leaves torch's choice. Another number may change the last bits of a sum.
-        keep_dequantised: hold the 4-bit weights dequantized once instead of at each use. The values are those of the 4-bit
+        keep_dequantized: hold the 4-bit weights dequantized once instead of at each use. The values are those of the 4-bit
             code, so logits and gradients are the same bits on a CPU. It takes 2 bytes a weight (bfloat16) instead of about
             0.52 (4 bits, plus scales): 0.27 against 0.12 GB for 135 M parameters, 14 against 4 GB for 7 B.
         fused: adapter products in the base's type and kernels of Liger's where they are installed; otherwise PEFT's
@@ -33,7 +33,7 @@ class Machine:
 
     device: Device = "auto"
     threads: int = 0
-    keep_dequantised: bool = False
+    keep_dequantized: bool = False
     fused: bool = False
     attn_implementation: Literal["sdpa", "eager", "varlen"] = "sdpa"
 
@@ -48,11 +48,11 @@ class Machine:
                 "fused needs a base without quantization or in 4 bits, with computations in its own dtype",
                 hint="set bnb_4bit_compute_dtype equal to dtype",
             )
-        if self.keep_dequantised and not one_type(model):
+        if self.keep_dequantized and not one_type(model):
             # bitsandbytes rounds to `dtype` on the way back but not on the way there: one stored copy cannot be both.
             raise ConfigError(
-                f"keep_dequantised needs bnb_4bit_compute_dtype ({model.bnb_4bit_compute_dtype}) equal to dtype ({model.dtype})",
-                hint="set both to bfloat16, or keep_dequantised to false",
+                f"keep_dequantized needs bnb_4bit_compute_dtype ({model.bnb_4bit_compute_dtype}) equal to dtype ({model.dtype})",
+                hint="set both to bfloat16, or keep_dequantized to false",
             )
 
 

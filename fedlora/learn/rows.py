@@ -21,7 +21,7 @@ from fedlora.data import (
     check_bad,
     read,
     split,
-    tokenise,
+    tokenize,
 )
 from fedlora.data.identifiers import Found, identifiers
 from fedlora.site.site_file import SiteData, load_site_file
@@ -113,7 +113,7 @@ def to_tokens(
     """Turns rows into tokens with the mask of what is trained, as the plan and the site's ``[data]`` table say.
 
     Raises:
-        DataError: see :func:`fedlora.data.tokenise`.
+        DataError: see :func:`fedlora.data.tokenize`.
     """
     return _counted_tokens(tokenizer, conversations, data, plan=plan, report=report, append_eos=append_eos)[0]
 
@@ -127,7 +127,7 @@ def _counted_tokens(
     report: Report,
     append_eos: bool = True,
 ) -> tuple[list[Tokens], TokenReport]:
-    found, count = tokenise(
+    found, count = tokenize(
         conversations,
         tokenizer,
         max_length=plan.training.max_length,

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-_COLOURS = ("red", "blue", "green", "black", "white", "brown")
+_COLORS = ("red", "blue", "green", "black", "white", "brown")
 _THINGS = ("apple", "stone", "river", "cloud", "table", "horse", "paper", "glass", "bread", "chair", "lemon", "metal")
 
 
@@ -74,7 +74,7 @@ def toy_data(directory: Path, sites: Sequence[str]) -> Path:
         cuts = {"train": rows[: len(rows) * 2 // 3], "validation": rows[len(rows) * 2 // 3 : -4], "test": rows[-4:]}
         for split, part in cuts.items():
             lines = [
-                json.dumps({"prompt": f"{text}:", "completion": f" {_COLOURS[_THINGS.index(thing) % 6]}", "group": text})
+                json.dumps({"prompt": f"{text}:", "completion": f" {_COLORS[_THINGS.index(thing) % 6]}", "group": text})
                 for thing, text in part
             ]
             (new / f"{site}.{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -153,7 +153,7 @@ _LINES: Final[Sequence[tuple[re.Pattern[str], str]]] = [
         (r"exit code: 302|private key for authentication|not a valid .*private key", "bad-node-key"),
     )
 ]
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _MATTERS = re.compile(r"error|exception|fail|refus|denied|invalid|cannot|unable|no such|exit code", re.IGNORECASE)
 _NOISE = re.compile(
     r"^(traceback |\s*$|  |for more information|during handling|the above exception|[=~^-]+$|info\b)", re.IGNORECASE
@@ -167,7 +167,7 @@ def cause_of(line: str) -> str:
 
 def telling(lines: Sequence[str], *, errors_only: bool = False) -> str:
     """Of a process's last lines, the one that says most: the last that speaks of an error, else the last, or none."""
-    plain = [_COLOUR.sub("", line).rstrip() for line in lines]
+    plain = [_COLOR.sub("", line).rstrip() for line in lines]
     plain = [line for line in plain if not _NOISE.match(line)]
     chosen = next((line for line in reversed(plain) if _MATTERS.search(line)), plain[-1] if plain and not errors_only else "")
     return re.sub(r"^(ERROR|WARNING|CRITICAL)\s*:\s*", "", chosen.strip())[:300]

@@ -231,7 +231,7 @@ class ServerLink:
             log.warning("%s goes on without what it knew of the rounds before, as its operator has decided", site)
 
 
-def hear(
+def receive(
     replies: Iterator[Reply],
     asked: Collection[str],
     take: Callable[[Reply], None],

@@ -18,7 +18,7 @@ from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 from fedlora.protect import Talk, Tally
 from fedlora.protect.given import Given
-from fedlora.protect.link import Context, ServerLink, SiteLink, hear, pinned, reply_bytes
+from fedlora.protect.link import Context, ServerLink, SiteLink, pinned, receive, reply_bytes
 from fedlora.protect.mode import Mode, ServerParts, SiteParts, check_mode
 
 PHASES = {"train": "train", "evaluate": "global"}
@@ -55,7 +55,7 @@ class SealedServer:
         most = reply_bytes(self._limit(task))
         replies = yield [Request(site, PHASES[task.kind], body, most) for site in asked]
         del body
-        hear(replies, asked, lambda reply: tally.accept(reply.site, self._open(task, reply)), tally.reject)
+        receive(replies, asked, lambda reply: tally.accept(reply.site, self._open(task, reply)), tally.reject)
 
     def _dtype(self, task: Task) -> str:
         return self.dtype if task.kind == "train" else "float32"

@@ -30,7 +30,7 @@ from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.store import Checkpoint, RunStore
 from fedlora.rounds.transport import Transport, drive
-from fedlora.rules import Accumulator, Aggregator, ServerOptimiser, State, add, largest_weight, optimiser_of
+from fedlora.rules import Accumulator, Aggregator, ServerOptimizer, State, add, largest_weight, optimizer_of
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
         task = _task(plan, store, at, "train", aggregator)
         tally, asked = _attempts(task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at))
         void = 0 if tally.voided is None else void + 1
-        at, record = _next(aggregator, optimiser_of(plan), at, tally, asked, scale=plan.lora.scale)
+        at, record = _next(aggregator, optimizer_of(plan), at, tally, asked, scale=plan.lora.scale)
         store.save(at)
         report(Event.ROUND if tally.voided is None else Event.ROUND_VOID, Recorded(record=record))
         for site, share in tally.majority().items():
@@ -81,7 +81,7 @@ def _start(aggregator: Aggregator, at: Checkpoint, cohort: int) -> Accumulator:
 
 def _next(
     aggregator: Aggregator,
-    optimiser: ServerOptimiser,
+    optimizer: ServerOptimizer,
     at: Checkpoint,
     tally: _Round,
     record: RoundRecord,
@@ -97,8 +97,8 @@ def _next(
         raise ValueError("a round of training needs sums")
     result = aggregator.finish(tally.sums, at.adapter, scale=scale, round=round, state=at.state)
     state: State = {**at.state, **result.state}
-    if result.move is not None:
-        moved, state = optimiser.step(result.move, state)
+    if result.delta is not None:
+        moved, state = optimizer.step(result.delta, state)
         after = add(at.adapter, moved)
     elif result.adapter is not None:
         after = result.adapter

@@ -14,7 +14,7 @@ from fedlora.rules.product import Product
 from fedlora.rules.protocol import Aggregated, Aggregator, Rule, State
 from fedlora.rules.robust import Robust
 from fedlora.rules.rolora import RoLoRA
-from fedlora.rules.server_optimizer import ServerOptimiser, optimiser_of
+from fedlora.rules.server_optimizer import ServerOptimizer, optimizer_of
 from fedlora.rules.sums import MOST_TOGETHER, Accumulator, Each, Sums
 from fedlora.rules.weights import largest_weight
 
@@ -31,12 +31,12 @@ __all__ = [
     "RoLoRA",
     "Robust",
     "Rule",
-    "ServerOptimiser",
+    "ServerOptimizer",
     "State",
     "Sums",
     "add",
     "largest_weight",
-    "optimiser_of",
+    "optimizer_of",
     "rule_of",
 ]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 F64: TypeAlias = NDArray[np.float64]
-Gauge: TypeAlias = Literal["balanced", "procrustes"]
+Factorization: TypeAlias = Literal["balanced", "procrustes"]
 """How a product is split into B and A: half of each singular value to either; or that, turned towards the mean factors."""
 
 _ZERO = 1e-7  # of the largest singular value: below what float32 factors can tell from nothing
@@ -58,8 +58,8 @@ def balanced(u: F64, values: F64, vt: F64, *, rank: int, spare: F64) -> tuple[F6
     """The best pair of this rank (Eckart and Young, 1936), half of each singular value to either factor.
 
     Args:
-        spare: rows (any, k) from which A is completed where the product has fewer than ``rank`` singular values: a slot whose A
-            and B are both zero would never learn again.
+        spare: rows (any, k) from which A is completed where the product has fewer than ``rank`` singular values: a component
+            whose A and B are both zero would never learn again.
 
     Returns:
         B (d, rank), A (rank, k). Columns of B that only complete are zero.

@@ -39,8 +39,8 @@ class FedSVD(Rule):
 
     every: int = 1
     Settings: ClassVar[type[Section]] = Settings
-    regauges: ClassVar[bool] = True
-    carries: ClassVar[bool] = False
+    refactorizes: ClassVar[bool] = True
+    error_feedback: ClassVar[bool] = False
 
     @classmethod
     def of(cls, plan: Plan, max_weight: int) -> Self:
@@ -59,9 +59,9 @@ class FedSVD(Rule):
 
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         mean = mean_move(sums, adapter, scale=scale)
-        if mean.move is None:
+        if mean.delta is None:
             raise ValueError("a mean of factors is a server update")
-        after = add(adapter, mean.move)
+        after = add(adapter, mean.delta)
         if round % self.every:
             return Aggregated(mean.record, adapter=after)
         out = np.empty_like(after.vector)

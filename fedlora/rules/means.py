@@ -10,9 +10,9 @@ from fedlora.rules.protocol import Aggregated
 from fedlora.rules.sums import Accumulator, Sums, gap
 
 
-def add(adapter: Adapter, move: Adapter) -> Adapter:
+def add(adapter: Adapter, delta: Adapter) -> Adapter:
     """The adapter with this change to some of its tensors."""
-    return adapter.replaced(Adapter(np.add(adapter.part(move.layout).vector, move.vector), move.layout))
+    return adapter.replaced(Adapter(np.add(adapter.part(delta.layout).vector, delta.vector), delta.layout))
 
 
 def factors(vector: F32, pair: Pair) -> tuple[F64, F64]:
@@ -22,8 +22,8 @@ def factors(vector: F32, pair: Pair) -> tuple[F64, F64]:
 
 
 def mean_move(sums: Accumulator, adapter: Adapter, *, scale: float) -> Aggregated:
-    """The weighted mean as a move, and what it misses of the products' mean."""
+    """The weighted mean as a delta, and what it misses of the products' mean."""
     if not isinstance(sums, Sums):
         raise TypeError(f"this rule adds up; it was given {type(sums).__name__}")
     mean = sums.mean()
-    return Aggregated(gap(sums, mean, adapter, scale=scale), move=Adapter(mean, sums.layout))
+    return Aggregated(gap(sums, mean, adapter, scale=scale), delta=Adapter(mean, sums.layout))

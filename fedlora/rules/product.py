@@ -15,7 +15,7 @@ from fedlora.core.limits import MAX_RANK
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
-from fedlora.rules.factored import F64, Gauge, aligned, balanced, rank_for, svd_factored
+from fedlora.rules.factored import F64, Factorization, aligned, balanced, rank_for, svd_factored
 from fedlora.rules.means import factors
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator, Each
@@ -32,7 +32,7 @@ class Settings(Section):
     """limit for rank = r_max and energy; 0: twice lora.r"""
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.99
     """fraction of the squared singular values that rank = energy keeps in every module"""
-    gauge: Gauge = "balanced"
+    factorization: Factorization = "balanced"
     """factorization of the product: balanced, or rotated towards the mean factors (procrustes); procrustes needs rank = r"""
 
 
@@ -51,25 +51,25 @@ class Product(Rule):
         rank: ``r``: as it is; ``r_max``: up to max_rank; ``energy``: the least that keeps this share in every module, up to
             max_rank; ``full``: all of it, up to 512.
         energy: share of squared singular values.
-        gauge: ``procrustes``: turned towards the mean factors, so that slots keep their meaning; only at rank ``r``.
+        factorization: ``procrustes``: turned towards the mean factors, so that components keep their meaning; only at rank ``r``.
     """
 
     rank: Rank = "r"
     max_rank: int = MAX_RANK
     energy: float = 0.99
-    gauge: Gauge = "balanced"
+    factorization: Factorization = "balanced"
     Settings: ClassVar[type[Section]] = Settings
     needs: ClassVar[Reveals] = "each"
     instead: ClassVar[str] = "'ffa', 'rolora' or 'fedsvd', which are exact from sums"
-    regauges: ClassVar[bool] = True
-    carries: ClassVar[bool] = False
+    refactorizes: ClassVar[bool] = True
+    error_feedback: ClassVar[bool] = False
     mixes_ranks: ClassVar[bool] = True
 
     @classmethod
     def of(cls, plan: Plan, max_weight: int) -> Self:
         s = plan.aggregate.own(Settings)
         most = s.max_rank or min(2 * plan.lora.r, MAX_RANK)
-        return cls(max_weight, rank=s.rank, max_rank=most, energy=s.energy, gauge=s.gauge)
+        return cls(max_weight, rank=s.rank, max_rank=most, energy=s.energy, factorization=s.factorization)
 
     @classmethod
     def misfits(cls, plan: Plan) -> Iterator[str]:
@@ -81,8 +81,8 @@ class Product(Rule):
                     f"aggregate.product.{key} belongs to rank = {' or '.join(map(repr, ranks))}, this plan says {s.rank!r}: "
                     "leave it out"
                 )
-        if s.gauge == "procrustes" and (s.rank != "r" or plan.lora.ranks):
-            yield "aggregate.product.gauge = 'procrustes' mixes the slots: it goes with rank = 'r' and no lora.ranks"
+        if s.factorization == "procrustes" and (s.rank != "r" or plan.lora.ranks):
+            yield "aggregate.product.factorization = 'procrustes' mixes the components: it goes with rank = 'r' and no lora.ranks"
 
     @property
     def varies_rank(self) -> bool:  # type: ignore[override]
@@ -104,7 +104,7 @@ class Product(Rule):
             u, values, vt = svd_factored(*_stacked(sums, adapter, pair))
             _, a0 = factors(adapter.vector, pair)
             b, a = balanced(u, values, vt, rank=rank, spare=a0)
-            if self.gauge == "procrustes":
+            if self.factorization == "procrustes":
                 b, a = aligned(b, a, *_mean_factors(sums, adapter, pair))
             out[target.b], out[target.a] = b.reshape(-1), a.reshape(-1)
             kept, whole = kept + float(np.sum(values[:rank] ** 2)), whole + float(np.sum(values**2))

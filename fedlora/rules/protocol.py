@@ -26,13 +26,13 @@ class Aggregated:
 
     Attributes:
         record: numbers about the step.
-        move: the server update: change of some tensors in the factorization that the adapter has; input of a server optimizer. Or
+        delta: the server update: change of some tensors in the adapter's own factorization; input of a server optimizer. Or
         adapter: the next adapter as a whole, in another factorization of the product.
         state: of the rule; replaces the last one.
     """
 
     record: Mapping[str, float]
-    move: Adapter | None = None
+    delta: Adapter | None = None
     adapter: Adapter | None = None
     state: State = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Aggregator(Protocol):
     Attributes:
         needs: single updates, or only their weighted sum.
         varies_rank: the next adapter may have another rank.
-        carries: error feedback: vectors in terms of the factors of one round stay valid in the next, such as the residual of a
+        error_feedback: vectors in terms of the factors of one round stay valid in the next, such as the residual of a
             message's quantization or an optimizer's moments.
         keeps: a site keeps its local adapter, which it needs in the next round and after the run.
     """
@@ -59,7 +59,7 @@ class Aggregator(Protocol):
     @property
     def varies_rank(self) -> bool: ...
     @property
-    def carries(self) -> bool: ...
+    def error_feedback(self) -> bool: ...
     @property
     def keeps(self) -> bool: ...
 
@@ -135,7 +135,7 @@ class Rule:
     Attributes:
         Settings: the rule's own table of the plan.
         instead: if it needs single updates: what to choose where only sums are shown.
-        regauges: ``finish`` splits the product into other factors: no server optimizer can go on along the old ones.
+        refactorizes: ``finish`` splits the product into other factors: no server optimizer can go on along the old ones.
         mixes_ranks: it takes sites of different rank.
     """
 
@@ -143,9 +143,9 @@ class Rule:
     Settings: ClassVar[type[Section]] = Section
     needs: ClassVar[Reveals] = "sum"
     instead: ClassVar[str] = "aggregate.name = 'fedavg'"
-    regauges: ClassVar[bool] = False
+    refactorizes: ClassVar[bool] = False
     varies_rank: ClassVar[bool] = False
-    carries: ClassVar[bool] = True
+    error_feedback: ClassVar[bool] = True
     keeps: ClassVar[bool] = False
     mixes_ranks: ClassVar[bool] = False
 
@@ -160,12 +160,12 @@ class Rule:
         name, optimizer = plan.aggregate.name, plan.server_optimizer.name
         if plan.lora.ranks and not cls.mixes_ranks and MODES[plan.protect.mode].reveals == "each":
             yield f"lora.ranks: aggregate.name = {name!r} cannot average different ranks: choose 'product', or leave them out"
-        if cls.regauges and optimizer != "none":
+        if cls.refactorizes and optimizer != "none":
             yield (
                 f"server_optimizer.name = {optimizer!r}: aggregate.name = {name!r} splits the product into other factors each "
                 "round, in which a change of the old ones means nothing: choose server_optimizer.name = 'none'"
             )
-        if not cls.carries and plan.training.optimizer_state == "keep":
+        if not cls.error_feedback and plan.training.optimizer_state == "keep":
             yield (
                 f"training.optimizer_state = 'keep': under aggregate.name = {name!r} the moments of the last round belong to "
                 "other factors: choose 'reset'"

@@ -42,7 +42,7 @@ class Robust(Rule):
     """next = adapter + a robust statistic of the changes of A and B.
 
     Honest sites' changes are nearly orthogonal, so that distances between them say little and medians shrink the step: expect
-    to pay in accuracy. Clipping is the cheapest first defence.
+    to pay in accuracy. Clipping is the cheapest first defense.
 
     Args:
         statistic: ``median`` and ``trimmed``: per value, over the sites, each counted once. ``multi-krum``: mean of the
@@ -91,21 +91,21 @@ class Robust(Rule):
         sites = sums.sites()
         if self.statistic in ("median", "trimmed"):
             cut = int(self.trim * len(sites)) if self.statistic == "trimmed" else (len(sites) - 1) // 2
-            move = _blockwise(sums, sites, cut)
+            delta = _blockwise(sums, sites, cut)
             record["robust/cut"] = float(cut)
         elif self.statistic == "multi-krum":
             chosen = self._nearest(sums, sites)
             record["robust/chosen"] = float(len(chosen))
-            move = _weighted(sums, chosen, {s: 1.0 for s in chosen})
+            delta = _weighted(sums, chosen, {s: 1.0 for s in chosen})
         else:
             norms = {s: float(np.linalg.norm(sums.deltas[s].astype(np.float64))) for s in sites}
             past = state[_NORMS].vector.tolist() if _NORMS in state else []
             running = [*past, *sorted(norms.values())][-_REMEMBERED:]
             bound = float(np.median(running))
-            move = _weighted(sums, sites, {s: min(1.0, bound / n) if n > 0 else 1.0 for s, n in norms.items()})
+            delta = _weighted(sums, sites, {s: min(1.0, bound / n) if n > 0 else 1.0 for s, n in norms.items()})
             record |= {"robust/bound": bound, "robust/clipped": float(sum(n > bound for n in norms.values()))}
             kept = {_NORMS: Adapter(np.array(running, np.float32), Layout(((_NORMS, (len(running),)),)))}
-        return Aggregated(record, move=Adapter(move, sums.layout), state=kept)
+        return Aggregated(record, delta=Adapter(delta, sums.layout), state=kept)
 
     def _nearest(self, sums: Each, sites: list[str]) -> list[str]:
         n, f = len(sites), self.byzantine

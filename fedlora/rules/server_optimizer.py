@@ -50,7 +50,7 @@ class FedAdam(Sgd):
 
 
 @dataclass(frozen=True, slots=True)
-class ServerOptimiser:
+class ServerOptimizer:
     """Turns the aggregated update D of the sites into the server update. The pseudo-gradient is -D; ``none`` applies D itself.
 
     ===========  ==============================================================================  ==============================
@@ -72,35 +72,35 @@ class ServerOptimiser:
     beta2: float = 0.99
     tau: float = 1e-3
 
-    def reach(self, moves: Sequence[float]) -> float:
+    def reach(self, deltas: Sequence[float]) -> float:
         """Most that all its steps together can have changed a value, from the most that each round's mean can have.
 
         Args:
-            moves: one for each round, not negative.
+            deltas: one for each round, not negative.
         """
-        total = math.fsum(moves)
+        total = math.fsum(deltas)
         if self.name == "none":
             return total
-        if self.name == "fedadam":  # by Cauchy and Schwarz: |m| / sqrt(v) over the last rounds' moves, however large they were
+        if self.name == "fedadam":  # by Cauchy and Schwarz: |m| / sqrt(v) over the last rounds' deltas, however large they were
             ratio = self.beta1**2 / self.beta2 if self.beta2 else math.inf
-            terms = math.fsum(ratio**k for k in range(min(len(moves), 10_000))) if ratio < 1 else math.inf
+            terms = math.fsum(ratio**k for k in range(min(len(deltas), 10_000))) if ratio < 1 else math.inf
             step = (1 - self.beta1) * math.sqrt(terms / (1 - self.beta2)) if self.beta2 < 1 else math.inf
-            return self.learning_rate * len(moves) * step
+            return self.learning_rate * len(deltas) * step
         return self.learning_rate * total / (1 - self.momentum if self.name in ("fedavgm", "nesterov") else 1.0)
 
-    def step(self, move: Adapter, state: State) -> tuple[Adapter, State]:
-        """The server's move and the new state, which holds what ``state`` had of other factors.
+    def step(self, delta: Adapter, state: State) -> tuple[Adapter, State]:
+        """The server's step and the new state, which holds what ``state`` had of other factors.
 
         Args:
-            move: change of some of the adapter's tensors.
+            delta: change of some of the adapter's tensors.
             state: of earlier steps; empty at first.
         """
         formula = self._formulas()[self.name]
-        ends = f".{_factors(move)}"
+        ends = f".{_factors(delta)}"
         own = {k.removesuffix(ends): a.vector for k, a in state.items() if k.endswith(ends)}
         with np.errstate(under="ignore"):
-            moved, new = formula(move.vector, own)
-        return Adapter(moved, move.layout), {**state, **{f"{k}{ends}": Adapter(v, move.layout) for k, v in new.items()}}
+            moved, new = formula(delta.vector, own)
+        return Adapter(moved, delta.layout), {**state, **{f"{k}{ends}": Adapter(v, delta.layout) for k, v in new.items()}}
 
     def _formulas(self) -> dict[str, Callable[[F32, Mapping[str, F32]], tuple[F32, dict[str, F32]]]]:
         return {
@@ -111,41 +111,41 @@ class ServerOptimiser:
             "fedadam": self._fedadam,
         }
 
-    def _none(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
-        return move, {}
+    def _none(self, delta: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        return delta, {}
 
-    def _sgd(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
-        return np.float32(self.learning_rate) * move, {}
+    def _sgd(self, delta: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        return np.float32(self.learning_rate) * delta, {}
 
-    def _velocity(self, move: F32, state: Mapping[str, F32]) -> F32:
+    def _velocity(self, delta: F32, state: Mapping[str, F32]) -> F32:
         if "velocity" not in state:
-            return move
-        return np.float32(self.momentum) * state["velocity"] + move if self.momentum else move
+            return delta
+        return np.float32(self.momentum) * state["velocity"] + delta if self.momentum else delta
 
-    def _fedavgm(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
-        velocity = self._velocity(move, state)
+    def _fedavgm(self, delta: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        velocity = self._velocity(delta, state)
         return np.float32(self.learning_rate) * velocity, {"velocity": velocity}
 
-    def _nesterov(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
-        velocity = self._velocity(move, state)
-        ahead = move + np.float32(self.momentum) * velocity if self.momentum else move
+    def _nesterov(self, delta: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        velocity = self._velocity(delta, state)
+        ahead = delta + np.float32(self.momentum) * velocity if self.momentum else delta
         return np.float32(self.learning_rate) * ahead, {"velocity": velocity}
 
-    def _fedadam(self, move: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
-        wide = move.astype(np.float64)
-        mean = self.beta1 * state.get("mean", np.zeros_like(move)) + (1 - self.beta1) * wide
-        square = self.beta2 * state.get("square", np.full_like(move, self.tau**2)) + (1 - self.beta2) * wide * wide
+    def _fedadam(self, delta: F32, state: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+        wide = delta.astype(np.float64)
+        mean = self.beta1 * state.get("mean", np.zeros_like(delta)) + (1 - self.beta1) * wide
+        square = self.beta2 * state.get("square", np.full_like(delta, self.tau**2)) + (1 - self.beta2) * wide * wide
         moved = self.learning_rate * mean / (np.sqrt(square) + self.tau)
         return moved.astype(np.float32), {"mean": mean.astype(np.float32), "square": square.astype(np.float32)}
 
 
-def _factors(move: Adapter) -> str:
-    return "".join(f for f in "AB" if any(n.endswith(f".lora_{f}.weight") for n, _ in move.layout.entries))
+def _factors(delta: Adapter) -> str:
+    return "".join(f for f in "AB" if any(n.endswith(f".lora_{f}.weight") for n, _ in delta.layout.entries))
 
 
-def optimiser_of(plan: Plan) -> ServerOptimiser:
+def optimizer_of(plan: Plan) -> ServerOptimizer:
     """The plan's server optimizer."""
-    return ServerOptimiser(plan.server_optimizer.name, **plan.server_optimizer.settings.model_dump())
+    return ServerOptimizer(plan.server_optimizer.name, **plan.server_optimizer.settings.model_dump())
 
 
 class _None:
@@ -155,12 +155,12 @@ class _None:
 
     @classmethod
     def misfits(cls, plan: Plan) -> Iterator[str]:
-        """What a rule does with a move decides whether there can be a step: the rules say so."""
+        """What a rule does with a delta decides whether there can be a step: the rules say so."""
         yield from ()
 
 
 class _Sgd(_None):
-    """The sites' move times the learning rate."""
+    """The sites' delta times the learning rate."""
 
     Settings = Sgd
 

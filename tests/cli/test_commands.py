@@ -198,7 +198,7 @@ def test_exporting_what_is_no_run_says_so(tmp_path, capsys):
     assert "hint:" in capsys.readouterr().err
 
 
-def test_output_is_piped_without_colours_or_bars():
+def test_output_is_piped_without_colors_or_bars():
     out = subprocess.run([sys.executable, "-m", "fedlora", "new", "plan"], capture_output=True, text=True, check=True)
     assert "\x1b" not in out.stdout
     assert out.stderr == ""

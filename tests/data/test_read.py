@@ -344,7 +344,7 @@ def test_a_mapped_column_is_read_and_the_one_of_our_name_is_not(tmp_path):
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
-def test_preference_pairs_are_recognised_and_refused(tmp_path):
+def test_preference_pairs_are_recognized_and_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "chosen": "good", "rejected": "bad"})
     assert "preference pairs" in str(refusal(path))
 

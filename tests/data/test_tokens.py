@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedlora.core.errors import DataError
-from fedlora.data import IGNORE, Conversation, Tokens, Turn, tokenise
+from fedlora.data import IGNORE, Conversation, Tokens, Turn, tokenize
 
 EOS, BOS = 0, 1
 
@@ -89,39 +89,39 @@ def marked(example: Tokens) -> str:
 
 
 def test_only_the_completion_and_its_end_are_trained():
-    (example,), _ = tokenise([plain("ab:", " cd")], Letters(), max_length=20)
+    (example,), _ = tokenize([plain("ab:", " cd")], Letters(), max_length=20)
     assert marked(example) == "ab:[ cd$]"
 
 
 def test_without_an_appended_end_the_completion_stands_alone():
-    (example,), _ = tokenise([plain("ab:", " cd")], Letters(), max_length=20, append_eos=False)
+    (example,), _ = tokenize([plain("ab:", " cd")], Letters(), max_length=20, append_eos=False)
     assert marked(example) == "ab:[ cd]"
 
 
 def test_what_the_tokenizer_puts_before_a_prompt_is_there_once_and_untrained():
-    (example,), _ = tokenise([plain("ab:", " cd")], Letters(bos=True), max_length=20)
+    (example,), _ = tokenize([plain("ab:", " cd")], Letters(bos=True), max_length=20)
     assert marked(example) == "^ab:[ cd$]"
 
 
 def test_text_is_trained_but_for_its_first_token_which_nothing_predicts():
     text = Conversation((Turn("text", "abc", True),), chat=False, line=1, group="")
-    (example,), _ = tokenise([text], Letters(), max_length=20)
+    (example,), _ = tokenize([text], Letters(), max_length=20)
     assert marked(example) == "a[bc$]"
 
 
 def test_every_answer_of_a_chat_is_trained_with_its_end_of_turn_and_nothing_else():
-    (example,), _ = tokenise([chat("hi", "yo", "so", "no", "left out")], Letters(), max_length=99)
+    (example,), _ = tokenize([chat("hi", "yo", "so", "no", "left out")], Letters(), max_length=99)
     assert marked(example) == "<u>hi$\n<a>[yo$]\n<u>so$\n<a>[no$]"
 
 
 def test_a_template_that_ends_no_turn_gets_an_end_token():
-    (example,), _ = tokenise([chat("hi", "yo")], Letters(ends=""), max_length=99)
+    (example,), _ = tokenize([chat("hi", "yo")], Letters(ends=""), max_length=99)
     assert marked(example).endswith("<a>[yo$]")
 
 
 def test_under_cut_rows_are_cut_on_the_right_and_counted():
     rows = [plain("ab:", " cdef", line=1), plain("a:", " c", line=2), plain("abcdef:", " c", line=3)]
-    examples, report = tokenise(rows, Letters(), max_length=6, too_long="cut")
+    examples, report = tokenize(rows, Letters(), max_length=6, too_long="cut")
     assert [marked(e) for e in examples] == ["ab:[ cd]", "a:[ c$]"]
     assert (report.rows, report.used, report.truncated, report.dropped) == (3, 2, 2, (3,))
     assert (report.tokens, report.supervised) == (11, 6)
@@ -131,27 +131,27 @@ def test_under_cut_rows_are_cut_on_the_right_and_counted():
 
 def test_under_drop_long_rows_are_left_out_and_counted():
     rows = [plain("ab:", " cdef", line=1), plain("a:", " c", line=2)]
-    examples, report = tokenise(rows, Letters(), max_length=6, too_long="drop")
+    examples, report = tokenize(rows, Letters(), max_length=6, too_long="drop")
     assert [marked(e) for e in examples] == ["a:[ c$]"]
     assert report.dropped == (1,)
 
 
 def test_the_middle_of_a_long_prompt_goes_and_never_the_answer():
-    (example,), report = tokenise([plain("0123456789abcdefghij:", " yes", line=4)], Letters(bos=True), max_length=14)
+    (example,), report = tokenize([plain("0123456789abcdefghij:", " yes", line=4)], Letters(bos=True), max_length=14)
     assert marked(example) == "^0123hij:[ yes$]"
     assert any("the middle" in line and "line 4" in line for line in report.lines())
 
 
 def test_of_a_long_chat_the_oldest_turns_go_first_and_every_answer_is_trained():
     row = chat("one", "A", "two", "B", "three", "C")
-    examples, report = tokenise([row], Letters(), max_length=28)
+    examples, report = tokenize([row], Letters(), max_length=28)
     assert [marked(e) for e in examples] == ["<u>three$\n<a>[C$]", "<u>one$\n<a>[A$]\n<u>two$\n<a>[B$]"]
     assert any("the oldest turns" in line for line in report.lines())
 
 
 def test_a_question_that_does_not_fit_loses_its_middle_and_keeps_its_frame():
     turns = (Turn("system", "S" * 9, False), Turn("user", "0123456789" * 3, False), Turn("assistant", "yes", True))
-    (example,), _ = tokenise([Conversation(turns, True, 1, "")], Letters(), max_length=45)
+    (example,), _ = tokenize([Conversation(turns, True, 1, "")], Letters(), max_length=45)
     text = marked(example)
     assert text.startswith("<s>SSSSSSSSS$\n<u>0123")
     assert text.endswith("789$\n<a>[yes$]")
@@ -160,7 +160,7 @@ def test_a_question_that_does_not_fit_loses_its_middle_and_keeps_its_frame():
 
 def test_a_long_text_is_split_with_overlap_each_token_trained_once_and_the_end_comes_last():
     text = Conversation((Turn("text", "abcdefghijklmnopqrstuvwxyz", True),), chat=False, line=9, group="p")
-    examples, report = tokenise([text], Letters(bos=True), max_length=16)
+    examples, report = tokenize([text], Letters(bos=True), max_length=16)
     assert [marked(e) for e in examples] == ["^[abcdefghijklmno]", "^no[pqrstuvwxyz$]"]
     assert {e.line for e in examples} == {9}
     assert any("split" in line and "line 9" in line for line in report.lines())
@@ -174,7 +174,7 @@ def test_no_token_of_an_answer_is_lost_while_the_answer_fits(texts, system, max_
     turns = [Turn(("user", "assistant")[n % 2], text, n % 2 == 1) for n, text in enumerate(texts)]
     row = Conversation((*([Turn("system", system, False)] if system else []), *turns), True, 1, "")
     assume(max(len(t) for t in texts[1::2]) + 2 <= max_length)
-    examples, _ = tokenise([row], Letters(strip=strip), max_length=max_length)
+    examples, _ = tokenize([row], Letters(strip=strip), max_length=max_length)
     assert all(len(e) <= max_length for e in examples)
     trained = [[int(i) for i in e.labels if i != IGNORE] for e in examples]
     assert sorted("".join(map(Letters().decode, trained))) == sorted("".join(f"{t}$" for t in texts[1::2]))
@@ -184,7 +184,7 @@ def test_no_token_of_an_answer_is_lost_while_the_answer_fits(texts, system, max_
 def test_every_token_of_a_long_text_is_trained_exactly_once(text, max_length, bos):
     assume(max_length > 2 or not bos)
     row = Conversation((Turn("text", text, True),), chat=False, line=1, group="")
-    examples, _ = tokenise([row], Letters(bos=bos), max_length=max_length)
+    examples, _ = tokenize([row], Letters(bos=bos), max_length=max_length)
     said = "".join(Letters().decode([int(i) for i in e.labels if i != IGNORE]) for e in examples)
     assert said == (text if bos else text[1:]) + "$"
     assert all(len(e) <= max_length for e in examples)
@@ -193,7 +193,7 @@ def test_every_token_of_a_long_text_is_trained_exactly_once(text, max_length, bo
 @given(st.text("ab", min_size=1, max_size=60), st.text("cd", min_size=1, max_size=20), st.integers(2, 60))
 def test_no_token_of_a_completion_is_lost_while_it_fits(prompt, completion, max_length):
     assume(len(completion) + 2 <= max_length)
-    (example,), _ = tokenise([plain(prompt, completion)], Letters(), max_length=max_length)
+    (example,), _ = tokenize([plain(prompt, completion)], Letters(), max_length=max_length)
     assert Letters().decode([int(i) for i in example.labels if i != IGNORE]) == completion + "$"
     assert len(example) <= max_length
 
@@ -209,7 +209,7 @@ RENDERED = [
 @pytest.mark.parametrize(("text", "wanted", "said"), RENDERED)
 def test_what_was_rendered_already_has_one_beginning_and_one_end(text, wanted, said):
     row = Conversation((Turn("text", text, True),), chat=False, line=2, group="")
-    (example,), report = tokenise([row], Letters(bos=True), max_length=99)
+    (example,), report = tokenize([row], Letters(bos=True), max_length=99)
     assert marked(example) == wanted
     assert any(said in line and "line 2" in line for line in report.lines())
 
@@ -248,12 +248,12 @@ class Quoting(Letters):
 
 def test_a_quotation_of_a_special_token_in_plain_text_is_text():
     row = plain("cost in $?", " 5 $ or ^")
-    (example,), report = tokenise([row], Quoting(bos=True), max_length=99)
+    (example,), report = tokenize([row], Quoting(bos=True), max_length=99)
     assert example.input_ids.tolist().count(EOS) == 1
     assert example.input_ids.tolist().count(BOS) == 1
     assert marked(example) == "^cost in $?[ 5 $ or ^$]"
     assert any("encoded as text" in line for line in report.lines())
-    (example,), report = tokenise([row], Quoting(bos=True), max_length=99, special_tokens="keep")
+    (example,), report = tokenize([row], Quoting(bos=True), max_length=99, special_tokens="keep")
     assert example.input_ids.tolist().count(EOS) == 3
     assert any("are special tokens" in line for line in report.lines())
 
@@ -261,14 +261,14 @@ def test_a_quotation_of_a_special_token_in_plain_text_is_text():
 def test_rows_that_the_template_refuses_are_counted_and_the_others_used():
     turns = (Turn("user", "secret", False), Turn("system", "secret", False), Turn("assistant", "secret", True))
     rows = [Conversation(turns, chat=True, line=3, group=""), chat("hi", "yo", line=4)]
-    examples, report = tokenise(rows, Letters(), max_length=99)
+    examples, report = tokenize(rows, Letters(), max_length=99)
     assert [e.line for e in examples] == [4]
     assert report.bad == ((3, "the chat template refuses this row"),)
     assert "secret" not in " ".join(report.lines())
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer():
-    examples, report = tokenise([chat("hi", "hm yo", "so", "no", line=7)], Letters(strip=True), max_length=99)
+    examples, report = tokenize([chat("hi", "hm yo", "so", "no", line=7)], Letters(strip=True), max_length=99)
     assert [marked(e) for e in examples] == ["<u>hi$\n<a>[hm yo$]", "<u>hi$\n<a>yo$\n<u>so$\n<a>[no$]"]
     assert any("one example for each answer" in line and "line 7" in line for line in report.lines())
 
@@ -285,7 +285,7 @@ def test_an_answer_that_the_template_changes_is_a_bad_row_and_is_not_quoted():
 
     for kind in (Swears, Forgets):
         with pytest.raises(DataError) as error:
-            tokenise([chat("hi", "secret", line=5)], kind(), max_length=99)
+            tokenize([chat("hi", "secret", line=5)], kind(), max_length=99)
         assert "line 5" in str(error.value)
         assert "secret" not in str(error.value) + error.value.hint
         assert error.value.__context__ is None
@@ -298,28 +298,28 @@ def test_a_mask_that_does_not_decode_to_the_answer_is_a_bad_row():
             return found | {"offset_mapping": [[(a + 1, b + 1) for a, b in places] for places in found["offset_mapping"]]}
 
     with pytest.raises(DataError, match="do not stand for the answer: line 5"):
-        tokenise([chat("hi", "yes", line=5)], Shifted(), max_length=99)
+        tokenize([chat("hi", "yes", line=5)], Shifted(), max_length=99)
 
 
 def test_chats_need_a_template():
     with pytest.raises(DataError, match="no chat template"):
-        tokenise([chat("hi", "yes")], Letters(chat_template=None), max_length=99)
+        tokenize([chat("hi", "yes")], Letters(chat_template=None), max_length=99)
 
 
 def test_a_file_of_only_masked_rows_is_refused_with_the_length_it_needs():
     with pytest.raises(DataError) as error:
-        tokenise([plain("abcdef:", " c")], Letters(), max_length=6, too_long="cut")
+        tokenize([plain("abcdef:", " c")], Letters(), max_length=6, too_long="cut")
     assert "10 tokens" in error.value.hint
 
 
 def test_without_an_end_token_nothing_is_trained_to_stop():
     with pytest.raises(DataError, match="EOS"):
-        tokenise([plain("a:", " b")], Letters(eos_token_id=None), max_length=9)
+        tokenize([plain("a:", " b")], Letters(eos_token_id=None), max_length=9)
 
 
 def test_no_rows_are_refused():
     with pytest.raises(DataError, match="no rows"):
-        tokenise([], Letters(), max_length=9)
+        tokenize([], Letters(), max_length=9)
 
 
 def test_a_label_at_the_first_position_is_a_programmers_mistake():
@@ -335,7 +335,7 @@ words = st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1, 
 def test_labels_are_the_ids_or_nothing_and_counts_add_up(pairs, max_length):
     rows = [plain(a + ":", " " + b, line=n) for n, (a, b) in enumerate(pairs, 1)]
     try:
-        examples, report = tokenise(rows, Letters(), max_length=max_length, too_long="cut")
+        examples, report = tokenize(rows, Letters(), max_length=max_length, too_long="cut")
     except DataError:
         assert all(len(a) + 1 >= max_length for a, _ in pairs)
         return

@@ -122,16 +122,16 @@ def test_a_site_that_was_killed_is_offline_within_seconds_and_back_at_once(serve
 
 @pytest.mark.fault("E5", "a SuperNode gets its death signal several times", says="the good-bye is not disturbed")
 def test_many_signals_are_one_good_bye(server):
-    file = server.site("signalled")
+    file = server.site("signaled")
     with server.up(file) as site:
         becomes(site, "ready")
-        server.wait("site-online", "signalled")
+        server.wait("site-online", "signaled")
         since, pid = len(server.child.events), supernode_of(site)
         for _ in range(6):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
             time.sleep(0.05)
-        server.wait("site-offline", "signalled", since=since, timeout_s=45)
+        server.wait("site-offline", "signaled", since=since, timeout_s=45)
 
 
 def test_a_supernode_that_is_still_starting_leaves_at_once(server, tmp_path):
@@ -465,15 +465,15 @@ def test_the_server_says_a_wrong_clock_only_of_a_site_that_stays_away_and_each_t
     refusals = Refusals(lambda e, f: said.append((f["site"], f["cause"])))
     names = {"a" * 64: "alpha", "b" * 64: "beta"}
     for key in ("a" * 64, "b" * 64, "c" * 64):
-        refusals.hear(Refusal(key, "clock", 10.0, "-"), names, 0.0)
-    refusals.tell({"alpha"}, 1.0)  # it has corrected its stamps
-    refusals.tell(set(), 6.0)
+        refusals.add(Refusal(key, "clock", 10.0, "-"), names, 0.0)
+    refusals.say({"alpha"}, 1.0)  # it has corrected its stamps
+    refusals.say(set(), 6.0)
     assert said == [("beta", "clock")]
-    refusals.hear(Refusal("b" * 64, "clock", 10.0, "-"), names, 20.0)
-    refusals.tell(set(), 30.0)
+    refusals.add(Refusal("b" * 64, "clock", 10.0, "-"), names, 20.0)
+    refusals.say(set(), 30.0)
     assert said == [("beta", "clock")]
-    refusals.hear(Refusal("b" * 64, "in-use", 0.0, "10.0.0.5"), names, 40.0)
-    refusals.tell({"beta"}, 40.0)
+    refusals.add(Refusal("b" * 64, "in-use", 0.0, "10.0.0.5"), names, 40.0)
+    refusals.say({"beta"}, 40.0)
     assert said[1:] == [("beta", "in-use")]
 
 

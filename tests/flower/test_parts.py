@@ -41,7 +41,7 @@ from fedlora.flower.bundle import BUNDLE_SHA256, bundle_bytes
 from fedlora.flower.environment import flower_environment
 from fedlora.flower.jobs import Events, Job, Outcome, load_address, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.records import STYPE, dump_reply, dump_request, parse_reply, parse_request
-from fedlora.flower.supernode import Pace
+from fedlora.flower.supernode import PollInterval
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import certificate_hosts, load_node_keys, make_node_key, make_tls, node_key_pem
 from fedlora.gateway.exposure import check_loopback
@@ -367,12 +367,12 @@ def test_too_many_bytes_are_refused():
 
 def test_a_supernode_asks_often_for_a_minute_after_a_message_and_rarely_otherwise():
     now, slept = [0.0], []
-    pace = Pace(clock=lambda: now[0], sleep=slept.append)
-    pace.sleep(3)
-    pace.note()
-    pace.sleep(3)
+    poll = PollInterval(clock=lambda: now[0], sleep=slept.append)
+    poll.sleep(3)
+    poll.note()
+    poll.sleep(3)
     now[0] = 59.0
-    pace.sleep(0.5)
+    poll.sleep(0.5)
     now[0] = 61.0
-    pace.sleep(3)
+    poll.sleep(3)
     assert slept == [3, 0.25, 0.25, 3]

@@ -34,9 +34,9 @@ class Told:
         )
         self.standing.begin()
 
-    def hear(self, *lines: str) -> None:
+    def read_line(self, *lines: str) -> None:
         for line in lines:
-            self.standing.hear(f"fedlora: {line}")
+            self.standing.read_line(f"fedlora: {line}")
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -47,7 +47,7 @@ class Told:
 
     def connect(self) -> None:
         self.standing.worker("in")
-        self.hear("accepted")
+        self.read_line("accepted")
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_listening_port_is_not_ready_and_neither_is_an_accepted_site_whose_wor
     told.standing.worker("in")
     assert told.standing.state == "connecting"
     told.standing.worker("wrong-secret")
-    told.hear("accepted")
+    told.read_line("accepted")
     assert told.standing.state == "connected"
     assert told.said[-1]["cause"] == "wrong-secret"
     told.standing.worker("in")
@@ -90,40 +90,40 @@ def test_connected_is_not_ready_while_a_part_is_missing(told, part):
 def test_a_server_that_is_away_is_lost_only_after_it_was_there_and_said_with_the_probes_cause(told):
     told.standing.probed(Finding("port-closed", FACTS))
     assert told.states()[-1] == ("connecting", "port-closed")
-    told.hear("lost ConnectError: x")
+    told.read_line("lost ConnectError: x")
     assert told.states()[-1] == ("connecting", "port-closed")
     told.connect()
-    told.hear("lost ConnectError: x")
+    told.read_line("lost ConnectError: x")
     assert (told.standing.state, told.probes) == ("ready", 1)
     told.standing.probed(Finding("no-answer", FACTS | {"timeout": "5"}))
     told.wait(3.1)
     assert told.states()[-1] == ("lost", "no-answer")
-    told.hear("back")
+    told.read_line("back")
     assert told.standing.state == "ready"
 
 
 def test_a_connection_that_is_back_within_three_seconds_was_not_lost(told):
     told.connect()
     count = len(told.said)
-    told.hear("lost ReadTimeout: ")
+    told.read_line("lost ReadTimeout: ")
     told.wait(2)
-    told.hear("back")
+    told.read_line("back")
     told.wait(10)
     assert len(told.said) == count
 
 
 def test_a_site_that_shares_its_key_is_not_ready_again_because_the_line_was_cut_and_is_back(told):
     told.connect()
-    told.hear("refused in-use", "lost ConnectError: x", "back")
+    told.read_line("refused in-use", "lost ConnectError: x", "back")
     assert told.standing.state == "refused"
-    told.hear("accepted")  # the other one has gone
+    told.read_line("accepted")  # the other one has gone
     assert told.standing.state == "ready"
 
 
 def test_a_cause_is_said_once_however_often_it_comes(told):
     pauses = []
     for _ in range(8):
-        told.hear("refused unknown")
+        told.read_line("refused unknown")
         pauses.append(told.standing.ended(1, ["Exit Code: 305"])[1])
     assert told.states() == [("connecting", ""), ("refused", "not-enrolled")]
     assert pauses == [10, 20, 40, 60, 60, 60, 60, 60]
@@ -142,7 +142,7 @@ def test_a_cause_is_said_once_however_often_it_comes(told):
 )
 def test_refusals_are_told_apart_and_why_it_ended_is_the_refusal(line, known, cause):
     told = Told(known=known)
-    told.hear(line)
+    told.read_line(line)
     assert told.states()[-1] == ("refused", cause)
     why, _ = told.standing.ended(0, ["SuperNode terminated gracefully."])
     assert why == told.said[-1]["why"]
@@ -167,14 +167,14 @@ def test_a_clock_is_said_once_for_as_long_as_it_stays_as_wrong(told):
 
 def test_nothing_is_said_after_the_stop(told):
     told.standing.stop()
-    told.hear("refused unknown")
+    told.read_line("refused unknown")
     assert told.states() == [("connecting", "")]
     assert told.standing.state == "stopped"
 
 
 def test_a_line_that_only_quotes_ours_is_heard_as_what_it_says_and_nonsense_does_not_end_the_site(told):
-    told.hear("clock soon", "refused", "lost", "accepted now", "refused clock x", "nothing")
-    told.standing.hear("\x1b[91mERROR\x1b[0m: [Errno 98] error while attempting to bind on address: address already in use")
+    told.read_line("clock soon", "refused", "lost", "accepted now", "refused clock x", "nothing")
+    told.standing.read_line("\x1b[91mERROR\x1b[0m: [Errno 98] error while attempting to bind on address: address already in use")
     assert told.said[-1]["cause"] == "local-port"
 
 
@@ -207,7 +207,7 @@ def test_ready_is_said_only_if_every_part_is_there(events):
         elif event == "tick":
             told.wait(5)
         else:
-            told.hear(event)
+            told.read_line(event)
         mine = event == "accepted" or (mine and event != "ended" and not event.startswith("refused"))
         accepted = event == "accepted" or (event == "back" and mine) or (accepted and mine)
         worker = event == "in" or (worker and event not in ("away", "wrong-secret", "ended"))

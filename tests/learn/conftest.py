@@ -23,7 +23,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Loads the tiny base; keyword arguments are those of a plan's [model] and of Machine. Not quantised unless asked for.
+    """Loads the tiny base; keyword arguments are those of a plan's [model] and of Machine. Not quantized unless asked for.
 
     It computes in the type that it is asked for on every machine, also where that is slow: see test_arithmetic.py.
     """

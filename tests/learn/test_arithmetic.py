@@ -20,7 +20,7 @@ HELD: list[dict[str, Any]] = [
     {},
     {"dtype": "float16"},
     {"load_in_4bit": True},
-    {"load_in_4bit": True, "keep_dequantised": True},
+    {"load_in_4bit": True, "keep_dequantized": True},
     {"load_in_4bit": True, "dtype": "float32"},
     {"load_in_8bit": True},
 ]
@@ -70,7 +70,7 @@ def test_its_gradient_is_float32s_and_that_of_the_asked_type_is_further_away(
         model.set(moved(model.get(), size=0.1))
     right = gradient(exact, rows)
     near, far = distance(gradient(computed, rows), right), distance(gradient(rough, rows), right)
-    # Not the same: the values that the code stands for were rounded to 16 bits when they were quantised or written out.
+    # Not the same: the values that the code stands for were rounded to 16 bits when they were quantized or written out.
     assert near < 0.5 * far
 
 
@@ -80,7 +80,7 @@ def test_written_out_weights_give_the_same_bits(
     without()
     found = []
     for keep in (False, True):
-        model = lora({"load_in_4bit": True, "keep_dequantised": keep})
+        model = lora({"load_in_4bit": True, "keep_dequantized": keep})
         model.set(moved(model.get()))
         found.append(gradient(model, rows))
     assert np.array_equal(*found)

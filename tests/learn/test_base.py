@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.plan import Model
-from fedlora.learn.base import DequantisedLinear, load_base
+from fedlora.learn.base import DequantizedLinear, load_base
 from fedlora.learn.options import Machine
 
 pytestmark = pytest.mark.torch
@@ -40,8 +40,8 @@ def test_nf4_loads_on_a_cpu_and_leaves_embeddings_and_head_alone(load: Callable[
 
 def test_nf4_is_near_the_full_precision_model_but_not_equal_to_it(load: Callable[..., Any]):
     with torch.no_grad():
-        full, quantised = logits(load().model).float(), logits(load(load_in_4bit=True).model).float()
-    assert 0 < (full - quantised).norm() / full.norm() < 0.3
+        full, quantized = logits(load().model).float(), logits(load(load_in_4bit=True).model).float()
+    assert 0 < (full - quantized).norm() / full.norm() < 0.3
 
 
 def test_8_bit_loads_and_computes_on_a_cpu(load: Callable[..., Any]):
@@ -77,8 +77,8 @@ class _Largest(TorchDispatchMode):
 def test_loading_never_makes_a_float32_copy_of_a_weight(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, keep: bool):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads would be out of sight
     with _Largest() as seen:
-        model = load(load_in_4bit=True, keep_dequantised=keep).model
-    assert seen.elements[torch.uint8] >= 64 * 128 // 2  # it did see the quantised weights
+        model = load(load_in_4bit=True, keep_dequantized=keep).model
+    assert seen.elements[torch.uint8] >= 64 * 128 // 2  # it did see the quantized weights
     assert seen.elements.get(torch.float32, 0) < 32 * 64  # the smallest weight matrix; scales are smaller
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} | (set() if keep else {torch.uint8})
 
@@ -86,12 +86,12 @@ def test_loading_never_makes_a_float32_copy_of_a_weight(load: Callable[..., Any]
 def test_written_out_nf4_gives_the_same_bits_forward_and_backward(lora: Callable[..., Any], moved: Callable[..., Any]):
     found = []
     for keep in (False, True):
-        model = lora({"load_in_4bit": True, "keep_dequantised": keep}, r=3, lora_alpha=5)
+        model = lora({"load_in_4bit": True, "keep_dequantized": keep}, r=3, lora_alpha=5)
         model.set(moved(model.get()))
         out = logits(model.peft_model)
         out.float().square().sum().backward()
         found.append((out, *(p.grad for p in model.trainable())))
-    linear = [m for m in model.peft_model.modules() if isinstance(m, DequantisedLinear)]
+    linear = [m for m in model.peft_model.modules() if isinstance(m, DequantizedLinear)]
     assert len(linear) == 14
     assert not any(isinstance(m, bnb.nn.Linear4bit) for m in model.peft_model.modules())
     assert found[0][1].abs().max() > 0
@@ -101,7 +101,7 @@ def test_written_out_nf4_gives_the_same_bits_forward_and_backward(lora: Callable
 
 def test_written_out_weights_are_the_values_of_the_code(load: Callable[..., Any]):
     packed = load(load_in_4bit=True).model.model.layers[1].mlp.down_proj
-    plain = load(load_in_4bit=True, keep_dequantised=True).model.model.layers[1].mlp.down_proj
+    plain = load(load_in_4bit=True, keep_dequantized=True).model.model.layers[1].mlp.down_proj
     assert torch.equal(plain.weight, bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state))
     assert plain.weight.dtype == torch.bfloat16
 
@@ -127,8 +127,8 @@ def test_evaluating_does_not_change_what_a_4_bit_base_computes_or_how_it_learns(
 
 
 def test_written_out_weights_need_one_type():
-    with pytest.raises(ConfigError, match="keep_dequantised"):
-        load_base(Model(bnb_4bit_compute_dtype="float32"), Path("x"), Machine(keep_dequantised=True))
+    with pytest.raises(ConfigError, match="keep_dequantized"):
+        load_base(Model(bnb_4bit_compute_dtype="float32"), Path("x"), Machine(keep_dequantized=True))
 
 
 def test_a_missing_directory_is_a_model_error_with_a_hint(load: Callable[..., Any], tmp_path: Path):

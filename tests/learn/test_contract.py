@@ -114,7 +114,7 @@ def test_transformers_knows_how_gguf_text_is_split_and_what_llama_cpp_changed():
         processor = _internals.gguf_processor(architecture, config)
         found = processor.process(weights=weights, name="blk.0.attn_q.weight").weights
         assert (not np.array_equal(found, weights)) is changed
-        if changed:  # llama.cpp pairs neighbours, transformers the halves of a head
+        if changed:  # llama.cpp pairs neighbors, transformers the halves of a head
             assert np.array_equal(found[:4, 0], weights[[0, 2, 1, 3], 0])
 
 

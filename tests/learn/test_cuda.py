@@ -1,4 +1,4 @@
-"""On a GPU: the base as on a CPU, every optimiser, memory. Skipped where torch finds none."""
+"""On a GPU: the base as on a CPU, every optimizer, memory. Skipped where torch finds none."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from learn.plans import plan_of
 
 from fedlora.data import Tokens, in_order, regroup
 from fedlora.learn.evaluate import evaluate
-from fedlora.learn.fast.pacing import Pace
+from fedlora.learn.fast.tuning import MicroBatchTuner
 from fedlora.learn.learner import HFLearner
 from fedlora.rules.first import first_adapter
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
 
-HELD = [{}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantised": True}, {"load_in_8bit": True}]
-OPTIMISERS = ["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"]
+HELD = [{}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantized": True}, {"load_in_8bit": True}]
+OPTIMIZERS = ["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"]
 
 
 @pytest.fixture
@@ -64,9 +64,9 @@ def test_digest_and_losses_are_those_of_a_cpu(lora: Callable[..., Any], rows: Se
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("optim", OPTIMISERS)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("held", HELD)
-def test_every_optimiser_learns_on_every_base_and_leaves_it_alone(
+def test_every_optimizer_learns_on_every_base_and_leaves_it_alone(
     learner: Callable[..., Any], optim: str, held: dict[str, Any], checkpointing: bool
 ):
     options = {"optim": optim, "gradient_checkpointing": checkpointing, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
@@ -83,7 +83,7 @@ def test_every_optimiser_learns_on_every_base_and_leaves_it_alone(
     assert all(torch.equal(a, b) for a, b in zip(base, after, strict=True))
 
 
-@pytest.mark.parametrize("optim", OPTIMISERS)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_kept_moments_go_on_after_a_restart(learner: Callable[..., Any], optim: str):
     options = {"optim": optim, "optimizer_state": "keep"}
     model, straight = learner(**options)
@@ -155,9 +155,9 @@ def test_a_4_bit_base_is_never_held_in_float32(wide: Path):
 FUSED: dict[str, Any] = {"device": "cuda", "fused": True, "attn_implementation": "varlen"}
 
 
-def gradient(model: Any, batches: Sequence[Any], dial: str = "none") -> tuple[float, np.ndarray, int]:
+def gradient(model: Any, batches: Sequence[Any], checkpointing: str = "none") -> tuple[float, np.ndarray, int]:
     """Loss, gradient and the most memory above what was held, bytes."""
-    model.set_checkpointing(dial)
+    model.set_checkpointing(checkpointing)
     model.peft_model.train()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -180,9 +180,9 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("held", HELD[:3])
-@pytest.mark.parametrize("dial", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_fused_gradients_are_pefts_as_far_as_bfloat16_goes(
-    lora: Callable[..., Any], rows: Sequence[Tokens], moved: Any, held: dict[str, Any], dial: str
+    lora: Callable[..., Any], rows: Sequence[Tokens], moved: Any, held: dict[str, Any], checkpointing: str
 ):
     batches = list(in_order(rows, rows=4, max_length=96, packing=True, pad_token_id=256))
     exact = lora({**held, "dtype": "float32", "bnb_4bit_compute_dtype": "float32", "device": "cuda"})
@@ -190,7 +190,7 @@ def test_fused_gradients_are_pefts_as_far_as_bfloat16_goes(
     for model in (exact, padded, fused):
         model.set(moved(model.get(), size=0.1))
     right, theirs = gradient(exact, batches), gradient(padded, batches)
-    ours = gradient(fused, regroup(batches, tokens=150, pad_token_id=256, multiple=64), dial)
+    ours = gradient(fused, regroup(batches, tokens=150, pad_token_id=256, multiple=64), checkpointing)
     assert ours[0] == pytest.approx(right[0], rel=2e-3)
     assert distance(ours[1], right[1]) < 1.5 * distance(theirs[1], right[1]) + 1e-3
 
@@ -199,7 +199,7 @@ def test_fused_gradients_are_pefts_as_far_as_bfloat16_goes(
 def test_sites_in_one_pass_are_rounded_no_worse_than_one_alone(
     lora: Callable[..., Any], rows: Sequence[Tokens], moved: Any, held: dict[str, Any]
 ):
-    from fedlora.learn.fast.together import side_by_side
+    from fedlora.learn.fast.joint import side_by_side
 
     groups = [list(in_order(rows[at], rows=4, max_length=96, packing=True, pad_token_id=256))
               for at in (slice(0, 4), slice(4, 12), slice(2, 9))]  # fmt: skip
@@ -259,11 +259,11 @@ def test_each_step_of_the_dial_needs_less_memory(wide: Path, lora: Callable[...,
     model = lora({**FUSED, "path": wide, "load_in_4bit": True}, r=8)
     batches = regroup(list(in_order(full_rows, rows=64, max_length=128, packing=True, pad_token_id=0)), tokens=9000,
                       pad_token_id=0, multiple=64)  # fmt: skip
-    found = {dial: gradient(model, batches, dial) for dial in ("none", "selective", "full")}
+    found = {checkpointing: gradient(model, batches, checkpointing) for checkpointing in ("none", "selective", "full")}
     assert found["full"][2] < 0.6 * found["selective"][2]
     assert found["selective"][2] < 0.9 * found["none"][2]
-    for dial in ("selective", "full"):
-        assert distance(found[dial][1], found["none"][1]) < 0.02
+    for checkpointing in ("selective", "full"):
+        assert distance(found[checkpointing][1], found["none"][1]) < 0.02
 
 
 def test_out_of_memory_on_the_card_halves_the_micro_batch_and_goes_on(
@@ -273,20 +273,23 @@ def test_out_of_memory_on_the_card_halves_the_micro_batch_and_goes_on(
     model = lora({**FUSED, "path": wide, "load_in_4bit": True}, r=8)
     first = first_adapter(model.layout, seed=0)
 
-    def train(pace: Pace) -> np.ndarray:
-        learner = HFLearner(model, full_rows, [], options, site="a", pace=pace)
+    def train(micro_batches: MicroBatchTuner) -> np.ndarray:
+        learner = HFLearner(model, full_rows, [], options, site="a", micro_batches=micro_batches)
         return learner.train(first, round=1, state=b"").adapter.vector - first.vector
 
-    free = train(Pace(model, tokens=8192, dial="none"))
+    free = train(MicroBatchTuner(model, tokens=8192, checkpointing="none"))
     said: list[Any] = []
-    pace = Pace(model, report=lambda event, facts: said.append((event, facts)))
-    pace._dial, pace.chosen = "none", pace.chosen or object()  # as if measured when the card was empty
+    micro_batches = MicroBatchTuner(model, report=lambda event, facts: said.append((event, facts)))
+    micro_batches._checkpointing, micro_batches.chosen = (
+        "none",
+        micro_batches.chosen or object(),
+    )  # as if measured when the card was empty
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(
         (torch.cuda.memory_reserved() + (700 << 20)) / torch.cuda.get_device_properties(0).total_memory
     )
     try:
-        tight = train(pace)
+        tight = train(micro_batches)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert [e for e, _ in said].count("out-of-memory") >= 1
@@ -298,17 +301,17 @@ def test_a_measured_pace_fits_and_says_what_it_takes(wide: Path, lora: Callable[
     model = lora({**FUSED, "path": wide, "load_in_4bit": True}, r=8)
     torch.cuda.empty_cache()
     limit = torch.cuda.memory_allocated() + (800 << 20)
-    pace = Pace(model, limit_bytes=limit)
+    micro_batches = MicroBatchTuner(model, limit_bytes=limit)
     try:
-        learner = HFLearner(model, full_rows, full_rows[:8], options, site="a", pace=pace)
+        learner = HFLearner(model, full_rows, full_rows[:8], options, site="a", micro_batches=micro_batches)
         forecast = learner.forecast()
         torch.cuda.reset_peak_memory_stats()
         learner.train(model.get(), round=1, state=b"")
         peak = torch.cuda.max_memory_allocated()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert pace.chosen is not None
-    assert pace.tokens < 8192 or pace.dial != "none"  # all of a step with everything kept takes 2.6 GB
+    assert micro_batches.chosen is not None
+    assert micro_batches.tokens < 8192 or micro_batches.checkpointing != "none"  # all of a step with everything kept takes 2.6 GB
     assert peak <= limit
     assert forecast.peak_bytes == pytest.approx(peak, rel=0.15)
 

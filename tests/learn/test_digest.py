@@ -85,7 +85,7 @@ def test_what_changes_no_number_leaves_the_digest(copy: Path, load: Callable[...
     edit(copy / "tokenizer_config.json", lambda t: t.update(name_or_path="/home/me", model_max_length=7))
     for option in ({"revision": "abc"}, {"model_name_or_path": "org/other"}, {"digest": "0" * 64}):
         assert digest(copy, **option) == before
-    for held in ({"threads": 3}, {"keep_dequantised": True}, {"attn_implementation": "eager"}):
+    for held in ({"threads": 3}, {"keep_dequantized": True}, {"attn_implementation": "eager"}):
         assert load(copy, load_in_4bit=True, **held).digest == before
 
 
@@ -98,7 +98,7 @@ def test_a_chat_template_counts_the_same_in_its_own_file(copy: Path):
     assert digest(copy) == inside != plain
 
 
-def test_every_setting_of_the_quantisation_has_its_own_digest(copy: Path):
+def test_every_setting_of_the_quantization_has_its_own_digest(copy: Path):
     found = [
         digest(copy),
         digest(copy, load_in_4bit=False),
@@ -111,7 +111,7 @@ def test_every_setting_of_the_quantisation_has_its_own_digest(copy: Path):
     assert len(set(found)) == len(found)
 
 
-def test_settings_of_a_quantisation_that_is_off_do_not_count(copy: Path):
+def test_settings_of_a_quantization_that_is_off_do_not_count(copy: Path):
     assert digest(copy, load_in_4bit=False) == digest(copy, load_in_4bit=False, bnb_4bit_quant_type="fp4")
 
 
@@ -123,7 +123,7 @@ def test_pickled_weights_are_refused(copy: Path):
         digest(copy)
 
 
-def test_a_base_that_is_stored_quantised_is_refused(copy: Path):
+def test_a_base_that_is_stored_quantized_is_refused(copy: Path):
     edit(copy / "config.json", lambda t: t.update(quantization_config={"quant_method": "bitsandbytes"}))
     with pytest.raises(ModelError, match="stored quantized"):
         digest(copy)

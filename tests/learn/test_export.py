@@ -77,7 +77,7 @@ def test_plain_peft_loads_it_and_computes_our_bits(
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_what_was_trained_over_4_bits_loads_over_4_bits(lora: Any, load: Any, moved: Any, publish: Any, keep: bool):
-    model = lora({"load_in_4bit": True, "keep_dequantised": keep})
+    model = lora({"load_in_4bit": True, "keep_dequantized": keep})
     adapter = moved(model.get(), size=0.1)
     out = publish(model, adapter)
     model.set(rounded(adapter))
@@ -143,7 +143,7 @@ def test_the_card_has_the_hubs_header(lora: Any, publish: Any):
     import yaml
 
     model = lora()
-    text = (publish(model, model.get(), quantisation="nf4") / "README.md").read_text()
+    text = (publish(model, model.get(), quantization="nf4") / "README.md").read_text()
     _, header, body = text.split("---\n", 2)
     found = yaml.safe_load(header)
     assert found["library_name"] == "peft"
@@ -205,7 +205,7 @@ def test_a_merged_directory_is_complete_and_says_its_type(lora: Any, toy: Path, 
     assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float16}
 
 
-def test_pitfall_12_a_base_that_is_stored_quantised_is_not_merged_into(lora: Any, toy: Path, tmp_path: Path):
+def test_pitfall_12_a_base_that_is_stored_quantized_is_not_merged_into(lora: Any, toy: Path, tmp_path: Path):
     model = lora()
     copy = Path(shutil.copytree(toy, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())

@@ -23,17 +23,19 @@ from fedlora.learn.options import Machine
 
 pytestmark = pytest.mark.torch
 FUSED: dict[str, Any] = {"fused": True, "attn_implementation": "varlen"}
-HELD = [{}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantised": True}]
+HELD = [{}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantized": True}]
 
 
 @pytest.fixture
 def gradient(lora: Callable[..., Any], moved: Callable[..., Any], rows: Sequence[Tokens]) -> Callable[..., Any]:
     """Loss and gradient (flat, float64) of the rows under one way to compute them."""
 
-    def compute(base: dict[str, Any], *, dial: str = "none", flat: bool = False, dtype: str = "float32", **options: Any) -> Any:
+    def compute(
+        base: dict[str, Any], *, checkpointing: str = "none", flat: bool = False, dtype: str = "float32", **options: Any
+    ) -> Any:
         model = lora({"dtype": dtype, "bnb_4bit_compute_dtype": dtype, **base}, **options)
         model.set(moved(model.get(), size=0.1))
-        model.set_checkpointing(dial)
+        model.set_checkpointing(checkpointing)
         model.peft_model.train()
         batches = list(in_order(rows, rows=4, max_length=96, packing=True, pad_token_id=256))
         total, nats = sum(b.supervised for b in batches), 0.0
@@ -67,10 +69,10 @@ def test_in_bfloat16_they_differ_by_no_more_than_bfloat16_does(gradient: Callabl
     assert distance(fused[1], right[1]) < 1.5 * distance(padded[1], right[1]) < 0.05
 
 
-@pytest.mark.parametrize("dial", ["selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
 @pytest.mark.parametrize("held", HELD)
-def test_what_is_computed_again_is_the_same_bits(gradient: Callable[..., Any], dial: str, held: dict[str, Any]):
-    kept, again = gradient({**held, **FUSED}, flat=True), gradient({**held, **FUSED}, flat=True, dial=dial)
+def test_what_is_computed_again_is_the_same_bits(gradient: Callable[..., Any], checkpointing: str, held: dict[str, Any]):
+    kept, again = gradient({**held, **FUSED}, flat=True), gradient({**held, **FUSED}, flat=True, checkpointing=checkpointing)
     assert kept[0] == again[0]
     np.testing.assert_array_equal(kept[1], again[1])
 
@@ -98,9 +100,9 @@ def test_a_factor_at_rest_gets_no_gradient_and_changes_none(lora: Callable[..., 
 
 def test_less_is_kept_when_more_is_computed_again(lora: Callable[..., Any], rows: Sequence[Tokens]):
     sizes = {}
-    for dial in ("none", "selective", "full"):
+    for checkpointing in ("none", "selective", "full"):
         model = lora({"dtype": "float32", **FUSED})
-        model.set_checkpointing(dial)
+        model.set_checkpointing(checkpointing)
         model.peft_model.train()
         (batch,) = regroup(
             list(in_order(rows, rows=9, max_length=96, packing=True, pad_token_id=256)), tokens=999, pad_token_id=0
@@ -114,7 +116,7 @@ def test_less_is_kept_when_more_is_computed_again(lora: Callable[..., Any], rows
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             loss = model.forward(batch).nll.sum()
-        sizes[dial] = sum(kept.values())
+        sizes[checkpointing] = sum(kept.values())
         del loss
         gc.collect()
     assert sizes["full"] < sizes["selective"] < sizes["none"]

@@ -98,7 +98,7 @@ def test_a_converted_model_computes_the_same_bits(tmp_path: Path, architecture: 
         assert torch.equal(ours(IDS).logits, model(IDS).logits)
 
 
-def test_quantised_tensors_get_the_values_of_their_own_code(tmp_path: Path):
+def test_quantized_tensors_get_the_values_of_their_own_code(tmp_path: Path):
     model = tiny("llama")
     made = convert_gguf(save(tmp_path / "m.gguf", model, q8=True), tmp_path / "made")
     found = load_file(made / "model.safetensors")
@@ -114,7 +114,7 @@ def test_the_config_says_what_the_file_says(tmp_path: Path):
     model = tiny("llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
     config = json.loads((convert_gguf(save(tmp_path / "m.gguf", model), tmp_path / "made") / "config.json").read_text())
     for key, value in SIZES.items():
-        assert config[key] == value, key  # 1e-5 came back as 1e-5, not as its neighbour in float32
+        assert config[key] == value, key  # 1e-5 came back as 1e-5, not as its neighbor in float32
     assert config["rope_theta"] == 5000.0
     assert config["tie_word_embeddings"] is False
 

@@ -66,7 +66,7 @@ def test_interrupted_after_every_round_gives_the_same_bits(
     assert len({t.adapter.digest() for t in straight}) == 3
 
 
-def test_an_older_state_counts_and_not_the_optimiser_that_is_still_there(
+def test_an_older_state_counts_and_not_the_optimizer_that_is_still_there(
     learner: Callable[..., HFLearner], lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
     read: list[int] = []
@@ -145,7 +145,7 @@ def test_pitfall_25_two_learners_on_one_base_do_not_leak(learner: Callable[..., 
             assert last[site].state == expected[site][number - 1].state
 
 
-def test_pitfall_12_a_learner_names_its_base_by_content_with_its_quantisation(
+def test_pitfall_12_a_learner_names_its_base_by_content_with_its_quantization(
     lora: Callable[..., Any], learner: Callable[..., Any]
 ):
     assert learner(lora({"load_in_4bit": True})).base != learner(lora()).base

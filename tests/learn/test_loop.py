@@ -14,7 +14,7 @@ from fedlora.core.plan import Training
 from fedlora.core.schedule import learning_rate
 from fedlora.data import IGNORE, Batch, Tokens, in_order
 from fedlora.learn.loop import Spent, derived_seed, train_steps
-from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimiser
+from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimizer
 
 pytestmark = pytest.mark.torch
 
@@ -24,14 +24,14 @@ def batches(rows: Sequence[Tokens], *, size: int, length: int = 96, packing: boo
 
 
 def run(model: Any, group: Sequence[Batch], *, steps: int = 1, seed: int = 0, rate: float = 1e-2, **options: Any) -> Spent:
-    optimiser = make_optimiser(model, Training(**options))
+    optimizer = make_optimizer(model, Training(**options))
     return train_steps(
-        model, repeat(group), steps=steps, optimiser=optimiser, rate=lambda s: rate, seed=lambda s: seed + s, max_grad_norm=1.0
+        model, repeat(group), steps=steps, optimizer=optimizer, rate=lambda s: rate, seed=lambda s: seed + s, max_grad_norm=1.0
     )
 
 
 def gradient(model: Any, group: Sequence[Batch]) -> list[np.ndarray]:
-    """The gradient of a step, seen by an optimiser that only looks."""
+    """The gradient of a step, seen by an optimizer that only looks."""
     seen: list[np.ndarray] = []
 
     class Look(torch.optim.SGD):
@@ -39,7 +39,7 @@ def gradient(model: Any, group: Sequence[Batch]) -> list[np.ndarray]:
             seen.extend(p.grad.numpy().copy() for p in self.param_groups[0]["params"])
 
     look = Look(model.trainable(), lr=0.0)
-    train_steps(model, repeat(group), steps=1, optimiser=look, rate=lambda s: 0.0, seed=lambda s: 0, max_grad_norm=1e9)
+    train_steps(model, repeat(group), steps=1, optimizer=look, rate=lambda s: 0.0, seed=lambda s: 0, max_grad_norm=1e9)
     return seen
 
 
@@ -99,7 +99,7 @@ def test_weight_decay_shrinks_the_factors(lora: Callable[..., Any], rows: Sequen
 
 
 @pytest.mark.parametrize(
-    "base", [{}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantised": True}, {"load_in_8bit": True}]
+    "base", [{}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantized": True}, {"load_in_8bit": True}]
 )
 def test_pitfall_27_recomputing_activations_keeps_the_gradient(
     lora: Callable[..., Any], moved: Callable[..., Any], rows: Sequence[Tokens], base: dict[str, Any]
@@ -148,7 +148,7 @@ def test_gradients_are_clipped_to_the_norm(lora: Callable[..., Any], moved: Call
     before = model.get().vector.astype(np.float64)
     sgd = torch.optim.SGD(model.trainable(), lr=1.0)
     train_steps(
-        model, repeat(batches(rows, size=4)), steps=1, optimiser=sgd, rate=lambda s: 1.0, seed=lambda s: 0, max_grad_norm=0.01
+        model, repeat(batches(rows, size=4)), steps=1, optimizer=sgd, rate=lambda s: 1.0, seed=lambda s: 0, max_grad_norm=0.01
     )
     assert np.linalg.norm(model.get().vector - before) == pytest.approx(0.01, rel=1e-3)
 
@@ -202,23 +202,23 @@ def test_derived_seeds_differ_and_fit():
     assert all(0 <= s < 2**63 for s in seeds)
 
 
-# --- optimisers ------------------------------------------------------------------------------------------------
+# --- optimizers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
-def test_a_paged_optimiser_on_a_cpu_is_a_config_error_that_says_why(lora: Callable[..., Any], optim: str):
+def test_a_paged_optimizer_on_a_cpu_is_a_config_error_that_says_why(lora: Callable[..., Any], optim: str):
     with pytest.raises(ConfigError, match=f"{optim}.*needs CUDA") as err:
-        make_optimiser(lora(), Training(optim=optim))
+        make_optimizer(lora(), Training(optim=optim))
     assert "adamw_torch" in err.value.hint
 
 
 def test_moments_survive_as_bytes_bit_for_bit(lora: Callable[..., Any], rows: Sequence[Tokens]):
-    def go_on(model: Any, optimiser: torch.optim.Optimizer) -> Any:
+    def go_on(model: Any, optimizer: torch.optim.Optimizer) -> Any:
         train_steps(
             model,
             repeat(batches(rows, size=4)),
             steps=2,
-            optimiser=optimiser,
+            optimizer=optimizer,
             rate=lambda s: 1e-2,
             seed=lambda s: 0,
             max_grad_norm=1,
@@ -226,16 +226,16 @@ def test_moments_survive_as_bytes_bit_for_bit(lora: Callable[..., Any], rows: Se
         return model.get()
 
     model = lora()
-    optimiser = make_optimiser(model, Training())
-    half = go_on(model, optimiser)
-    blob = dump_moments(optimiser)
-    uninterrupted = go_on(model, optimiser)
+    optimizer = make_optimizer(model, Training())
+    half = go_on(model, optimizer)
+    blob = dump_moments(optimizer)
+    uninterrupted = go_on(model, optimizer)
     other = lora()
     other.set(half)
-    load_moments(restored := make_optimiser(other, Training()), blob)
+    load_moments(restored := make_optimizer(other, Training()), blob)
     assert go_on(other, restored).digest() == uninterrupted.digest()
     other.set(half)
-    fresh = go_on(other, make_optimiser(other, Training()))
+    fresh = go_on(other, make_optimizer(other, Training()))
     assert fresh.digest() != uninterrupted.digest()
     other.set(half)
     forget_moments(restored)
@@ -244,12 +244,12 @@ def test_moments_survive_as_bytes_bit_for_bit(lora: Callable[..., Any], rows: Se
 
 def test_damaged_or_foreign_moments_are_a_store_error(lora: Callable[..., Any], rows: Sequence[Tokens]):
     model = lora()
-    optimiser = make_optimiser(model, Training())
+    optimizer = make_optimizer(model, Training())
     train_steps(
-        model, repeat(batches(rows, size=4)), steps=1, optimiser=optimiser, rate=lambda s: 1e-2, seed=lambda s: 0, max_grad_norm=1
+        model, repeat(batches(rows, size=4)), steps=1, optimizer=optimizer, rate=lambda s: 1e-2, seed=lambda s: 0, max_grad_norm=1
     )
-    blob = dump_moments(optimiser)
+    blob = dump_moments(optimizer)
     with pytest.raises(StoreError, match="damaged"):
-        load_moments(make_optimiser(model, Training()), blob[:-8])
+        load_moments(make_optimizer(model, Training()), blob[:-8])
     with pytest.raises(StoreError, match="another adapter"):
-        load_moments(make_optimiser(lora(target_modules=("q_proj",)), Training()), blob)
+        load_moments(make_optimizer(lora(target_modules=("q_proj",)), Training()), blob)

@@ -17,7 +17,7 @@ from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongContext
 from fedlora.core.plan import Lora, Training
 from fedlora.learn.lora import attach
-from fedlora.learn.optimizer import make_optimiser
+from fedlora.learn.optimizer import make_optimizer
 
 pytestmark = pytest.mark.torch
 
@@ -70,17 +70,17 @@ def test_pitfall_3_an_adapter_that_was_taken_does_not_follow_later_training(lora
 
 def test_pitfall_4_a_factor_that_is_switched_off_stops_the_round(lora: Callable[..., Any]):
     model = lora()
-    make_optimiser(model, Training())
+    make_optimizer(model, Training())
     model.trainable()[3].requires_grad_(False)
     with pytest.raises(RunFailed, match="trainable"):
-        make_optimiser(model, Training())
+        make_optimizer(model, Training())
 
 
 def test_pitfall_4_a_base_weight_that_is_switched_on_stops_the_round(lora: Callable[..., Any]):
     model = lora()
     model.base.model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(RunFailed, match="trainable"):
-        make_optimiser(model, Training())
+        make_optimizer(model, Training())
 
 
 def test_pitfall_6_the_first_adapter_does_not_depend_on_the_process(lora: Callable[..., Any]):
@@ -156,12 +156,12 @@ def test_pitfall_11_transposed_layers_are_refused(load: Callable[..., Any]):
 
 
 def test_factors_are_float32_on_every_base(lora: Callable[..., Any]):
-    for base in ({}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantised": True}, {"load_in_8bit": True}):
+    for base in ({}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantized": True}, {"load_in_8bit": True}):
         assert {p.dtype for p in lora(base).trainable()} == {torch.float32}
 
 
 def test_every_base_gives_the_same_layout_and_first_adapter(lora: Callable[..., Any]):
-    bases = ({}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantised": True}, {"load_in_8bit": True})
+    bases = ({}, {"load_in_4bit": True}, {"load_in_4bit": True, "keep_dequantized": True}, {"load_in_8bit": True})
     assert len({lora(b).get().digest() for b in bases}) == 1
 
 

@@ -185,4 +185,4 @@ def test_rows_changed_while_the_site_ran_are_noticed_before_a_step(site: Path, l
     with pytest.raises(ResourceError, match="same rows"):
         learner.train(first, round=1, state=b"")
     file.write_text(original)
-    assert learner.train(first, round=1, state=b"").tokens > 0  # a failed meeting does not stand in the way of the next
+    assert learner.train(first, round=1, state=b"").tokens > 0  # a failed rendezvous does not stand in the way of the next

@@ -53,7 +53,7 @@ def one_round(rule: Any, model: Any, *, ranks: tuple[int, ...], round: int, fact
     for n, (after, weight) in enumerate(zip(local, WEIGHTS, strict=True)):
         sums.add(f"s{n}", Update(rule.encode(start, after, round=round), weight, {}))
     result = rule.finish(sums, start, scale=model.scale, round=round, state={})
-    return (result.adapter if result.adapter is not None else add(start, result.move)), local
+    return (result.adapter if result.adapter is not None else add(start, result.delta)), local
 
 
 EXACT = {
@@ -175,7 +175,7 @@ def test_the_proximal_term_is_mu_times_the_way_from_the_start(lora: Callable[...
                 model,
                 iter([[batches[0]]] * steps),
                 steps=steps,
-                optimiser=torch.optim.SGD(parameters, lr=rate),
+                optimizer=torch.optim.SGD(parameters, lr=rate),
                 rate=lambda step: rate,
                 seed=lambda step: 0,
                 max_grad_norm=1e9,

@@ -109,7 +109,7 @@ def _forged(request) -> bytes:
     return blob
 
 
-def mislabelled(request) -> Reply:
+def mislabeled(request) -> Reply:
     """Values of another dtype than the header says."""
     good = parse(honest(request).body, max_bytes=1 << 20)
     payload = wire.dump_update(work(task()), toy_layout(), dtype="int8")
@@ -153,7 +153,7 @@ ATTACKS = {
     "wrong-recipient": (lambda r: [resealed(r, to_key="3" * 64)], "wrong-recipient"),
     "wrong-codec": (lambda r: [resealed(r, codec="update/1/float32")], "wrong-context"),
     "wrong-digest": (lambda r: [resealed(r, sha="3" * 64)], "payload-mismatch"),
-    "wrong-dtype": (lambda r: [mislabelled(r)], "wire"),
+    "wrong-dtype": (lambda r: [mislabeled(r)], "wire"),
     "error": (lambda r: [Reply("b", error="data")], "remote"),
 }
 

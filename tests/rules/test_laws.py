@@ -19,7 +19,7 @@ from fedlora.rules import (
     FedSVD,
     Product,
     Robust,
-    ServerOptimiser,
+    ServerOptimizer,
     Sums,
     add,
     rule_of,
@@ -32,7 +32,7 @@ SCALE = 2.0
 REGISTRY = {
     **{name: rule() for name, rule in BUILT_IN.items()},
     "fedavg-share-A": FedAvg(share="A"),
-    "product-procrustes": Product(gauge="procrustes"),
+    "product-procrustes": Product(factorization="procrustes"),
     "product-r_max": Product(rank="r_max", max_rank=3),
     "product-energy": Product(rank="energy", energy=0.9),
     "product-full": Product(rank="full"),
@@ -77,7 +77,7 @@ def apply(rule, sites, start=None, *, round=1):
     for name, local, weight in sites:
         sums.add(name, Update(rule.encode(start, local, round=round), weight, {}))
     found = rule.finish(sums, start, scale=SCALE, round=round, state={})
-    return Result(found.adapter or add(start, found.move), dict(found.record))
+    return Result(found.adapter or add(start, found.delta), dict(found.record))
 
 
 def products(a: Adapter) -> list[np.ndarray]:
@@ -147,7 +147,7 @@ def test_an_update_split_in_two_counts_the_same(rule, rows, extra):
     (name, first, weight), *rest = of(rule, rows, start)
     whole = apply(rule, [(name, first, weight + extra), *rest], start)
     split = apply(rule, [(name, first, weight), ("split", first, extra), *rest], start)
-    if rule.regauges:  # a basis of nearly equal singular values may turn; the product must not
+    if rule.refactorizes:  # a basis of nearly equal singular values may turn; the product must not
         assert distance(products(split.adapter), products(whole.adapter)) < 1e-5
     else:
         np.testing.assert_allclose(split.adapter.vector, whole.adapter.vector, rtol=1e-6, atol=1e-6)
@@ -194,7 +194,7 @@ def test_a_bad_update_is_refused_alone(rule, value, seed):
         with pytest.raises(UpdateRejected, match="already"):
             mixed.add(name, update)
     one, other = (rule.finish(s, start, scale=SCALE, round=1, state={}) for s in (good, mixed))
-    for a, b in ((one.adapter, other.adapter), (one.move, other.move)):
+    for a, b in ((one.adapter, other.adapter), (one.delta, other.delta)):
         assert (a is None) == (b is None)
         assert a is None or a.vector.tobytes() == b.vector.tobytes()
 
@@ -236,7 +236,7 @@ def test_an_exact_rule_gives_the_mean_of_the_products(rule, rows, even):
 WIDE = Layout.of({"m.lora_A.weight": (4, 40), "m.lora_B.weight": (32, 4)})
 
 
-@pytest.mark.parametrize("rule", [Product(), Product(gauge="procrustes")], ids=["svd", "procrustes"])
+@pytest.mark.parametrize("rule", [Product(), Product(factorization="procrustes")], ids=["svd", "procrustes"])
 @pytest.mark.parametrize("sites", [1, 2])
 def test_a_product_that_was_cut_is_the_best_approximation(rule, sites):
     """Two sites of rank r: the mean product has rank 2 r, of which the best half is kept."""
@@ -273,7 +273,9 @@ def test_procrustes_stays_near_the_mean_factors():
     start = adapter()
     sites = of(Product(), [(i, 1) for i in range(4)], start)
     mean = apply(FedAvg(), sites, start).adapter.vector
-    off = {g: np.linalg.norm(apply(Product(gauge=g), sites, start).adapter.vector - mean) for g in ("balanced", "procrustes")}
+    off = {
+        g: np.linalg.norm(apply(Product(factorization=g), sites, start).adapter.vector - mean) for g in ("balanced", "procrustes")
+    }
     assert off["procrustes"] < off["balanced"]
 
 
@@ -337,7 +339,7 @@ def test_krum_says_how_many_updates_it_needs():
 
 
 def test_krum_by_hand():
-    """Seven points on a line, f = 2: three neighbours each, the three with the smallest sums of squares are averaged."""
+    """Seven points on a line, f = 2: three neighbors each, the three with the smallest sums of squares are averaged."""
     layout = Layout.of({"m.lora_A.weight": (1, 1), "m.lora_B.weight": (1, 1)})
     start = Adapter(np.zeros(2, np.float32), layout)
     places = [0.0, 1.0, 2.0, 3.0, 10.0, 30.0, -30.0]
@@ -359,19 +361,19 @@ def test_the_clipping_bound_is_the_running_median_of_the_norms():
 
     first = one_round([1, 2, 9], {})
     assert first.record["robust/bound"] == 2
-    assert first.move.vector[0] == pytest.approx((1 + 2 + 2) / 3)
+    assert first.delta.vector[0] == pytest.approx((1 + 2 + 2) / 3)
     second = one_round([4, 4, 4], first.state)
     assert second.record["robust/bound"] == 4  # of 1, 2, 9, 4, 4, 4
     assert one_round([8, 8, 8], first.state).record["robust/bound"] == 8
 
 
-# --- server optimisers ------------------------------------------------------------------------------------------------
+# --- server optimizers ------------------------------------------------------------------------------------------------
 
 
-def walk(optimiser, moves, layout=LAYOUT):
+def walk(optimizer, moves, layout=LAYOUT):
     state, out = {}, []
     for move in moves:
-        step, state = optimiser.step(Adapter(move, layout), state)
+        step, state = optimizer.step(Adapter(move, layout), state)
         out.append(step.vector)
     return out, state
 
@@ -384,7 +386,7 @@ MOVES = [np.random.default_rng(i).normal(scale=1e-3, size=LAYOUT.size).astype(np
 def test_nesterov_with_rate_one_and_no_momentum_is_fedavg_bit_for_bit(rows):
     moves = [np.resize(np.array(r, np.float32), LAYOUT.size) for r in rows]
     for name in ("nesterov", "fedavgm", "sgd", "none"):
-        steps, _ = walk(ServerOptimiser(name, learning_rate=1.0, momentum=0.0), moves)
+        steps, _ = walk(ServerOptimizer(name, learning_rate=1.0, momentum=0.0), moves)
         assert [s.tobytes() for s in steps] == [m.tobytes() for m in moves]
 
 
@@ -395,8 +397,8 @@ def test_momentum_is_that_of_torch(nesterov):
 
     p = torch.zeros(LAYOUT.size, dtype=torch.float64, requires_grad=True)
     peer = torch.optim.SGD([p], lr=0.7, momentum=0.9, nesterov=nesterov)
-    optimiser = ServerOptimiser("nesterov" if nesterov else "fedavgm", learning_rate=0.7, momentum=0.9)
-    steps, _ = walk(optimiser, MOVES)
+    optimizer = ServerOptimizer("nesterov" if nesterov else "fedavgm", learning_rate=0.7, momentum=0.9)
+    steps, _ = walk(optimizer, MOVES)
     for move, step in zip(MOVES, steps, strict=True):
         before = p.detach().clone()
         p.grad = -torch.from_numpy(move.astype(np.float64))
@@ -405,19 +407,19 @@ def test_momentum_is_that_of_torch(nesterov):
 
 
 def test_fedadam_by_hand():
-    optimiser = ServerOptimiser("fedadam", learning_rate=1e-2, beta1=0.9, beta2=0.99, tau=1e-3)
+    optimizer = ServerOptimizer("fedadam", learning_rate=1e-2, beta1=0.9, beta2=0.99, tau=1e-3)
     m, v = 0.0, 1e-6
-    for move, step in zip(MOVES, walk(optimiser, MOVES)[0], strict=True):
+    for move, step in zip(MOVES, walk(optimizer, MOVES)[0], strict=True):
         m, v = 0.9 * m + 0.1 * move.astype(float), 0.99 * v + 0.01 * move.astype(float) ** 2
         np.testing.assert_allclose(step, 1e-2 * m / (np.sqrt(v) + 1e-3), rtol=1e-5)
 
 
 def test_a_factor_that_rests_keeps_its_momentum():
-    optimiser = ServerOptimiser("fedavgm", learning_rate=1.0, momentum=0.5)
+    optimizer = ServerOptimizer("fedavgm", learning_rate=1.0, momentum=0.5)
     a, b = (Adapter(np.ones(LAYOUT.only(f).size, np.float32), LAYOUT.only(f)) for f in "AB")
-    _, state = optimiser.step(b, {})
-    _, state = optimiser.step(a, state)
-    step, state = optimiser.step(b, state)
+    _, state = optimizer.step(b, {})
+    _, state = optimizer.step(a, state)
+    step, state = optimizer.step(b, state)
     assert np.all(step.vector == 1.5)
     assert set(state) == {"velocity.A", "velocity.B"}
 

@@ -168,11 +168,11 @@ def test_the_reference_points_follow_from_the_rows_as_they_were_made(made):
     found = script.with_validation(script.clean(found, jaccard=0.7), share=0.2, jaccard=0.7, seed=0)
     again = sys.modules["common"].reference_points(found)
     assert again == json.loads((out / "dataset.json").read_bytes())["reference"]
-    assert f"nearest neighbour {again['nearest_neighbour']:.1%}" in printed
+    assert f"nearest neighbor {again['nearest_neighbor']:.1%}" in printed
 
 
 def test_the_reference_points_agree_with_the_files(made, rows):
-    """The stored nearest neighbour lets the order of the rows decide ties; README says how much hangs on that."""
+    """The stored nearest neighbor lets the order of the rows decide ties; README says how much hangs on that."""
     name, out, _ = made
     stored = json.loads((out / "dataset.json").read_bytes())["reference"]
     known = [row for _, split, row in rows if split != "test"]
@@ -184,7 +184,7 @@ def test_the_reference_points_agree_with_the_files(made, rows):
     find = nearest(known)
     right = [labels.count(row["completion"]) / len(labels) for row in test for _, labels in [find(row)]]
     worst, fair, best = (sum(f(r) for r in right) / len(right) for f in (lambda r: r == 1, lambda r: r, lambda r: r > 0))
-    assert worst <= stored["nearest_neighbour"] <= best
+    assert worst <= stored["nearest_neighbor"] <= best
     assert [f"{share:.1%}" for share in (worst, fair, best)] == TIES[name]
     text = (ROOT / "simulations" / "README.md").read_text()
     assert all(f"{share * 100:.1f} %" in text for share in (*stored.values(), worst, fair, best))

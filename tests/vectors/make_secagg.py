@@ -117,7 +117,7 @@ def identities(keys: dict[str, Ed25519PrivateKey], cohort: Cohort) -> dict[str, 
 
 
 def swap(blob: bytes, at: int, size: int) -> bytes:
-    """Two neighbouring parts change places."""
+    """Two neighboring parts change places."""
     return blob[:at] + blob[at + size : at + 2 * size] + blob[at : at + size] + blob[at + 2 * size :]
 
 

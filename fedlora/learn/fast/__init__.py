@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedlora.learn import fast
     from fedlora.learn.forward import Forward
     from fedlora.learn.hooks import Fast, MicroBatches, Team
-    from fedlora.learn.options import Dial
+    from fedlora.learn.options import Checkpointing
 
     _: Fast = fast  # a type checker compares them
 
@@ -45,19 +45,19 @@ def fused_layer(model: Any, device: torch.device) -> type:
     return FusedLora
 
 
-def pace(
+def micro_batches(
     model: Any,
     *,
-    dial: Dial | Literal["auto"] = "auto",
-    floor: Dial = "none",
+    checkpointing: Checkpointing | Literal["auto"] = "auto",
+    floor: Checkpointing = "none",
     tokens: int = 0,
     limit_bytes: int = 0,
     report: Report = lambda event, facts: None,
 ) -> MicroBatches:
-    """See :class:`fedlora.learn.fast.pacing.Pace`."""
-    from fedlora.learn.fast.pacing import Pace
+    """See :class:`fedlora.learn.fast.tuning.MicroBatchTuner`."""
+    from fedlora.learn.fast.tuning import MicroBatchTuner
 
-    return Pace(model, dial=dial, floor=floor, tokens=tokens, limit_bytes=limit_bytes, report=report)
+    return MicroBatchTuner(model, checkpointing=checkpointing, floor=floor, tokens=tokens, limit_bytes=limit_bytes, report=report)
 
 
 def team(

@@ -25,15 +25,15 @@ from fedlora.data import Batch, share
 from fedlora.learn._internals import abort
 
 _FACTORS: tuple[Factors, ...] = ("AB", "A", "B")
-_MEETING = timedelta(minutes=5)  # they meet once all have loaded the base
+_RENDEZVOUS = timedelta(minutes=5)  # they meet once all have loaded the base
 _STEP = timedelta(minutes=30)
 _IDLE = timedelta(days=400)  # between two rounds
 _TRAIN, _END = 1, 0
-_WORDS = object()
+_COMMANDS = object()
 _PARTING, _PARTING_S = "fedlora parting", 20.0
 _SHORTEST_S, _LONGEST_S, _IDLE_S = 1e-4, 2e-3, 0.25  # pauses between two looks: within a step, between two rounds
 
-Word = tuple[Adapter, int, bytes, Factors]
+Command = tuple[Adapter, int, bytes, Factors]
 """What rank 0 tells the others: adapter, round, state, factors; the arguments of ``Learner.train``."""
 
 
@@ -43,7 +43,7 @@ class Ranks:
     Args:
         rank: 0 leads.
         count: processes.
-        meeting: file by which they find each other; new for each group, in a directory of the site's own, kept as long as it.
+        rendezvous: file by which they find each other; new for each group, in a directory of the site's own, kept as long as it.
         device: where this one computes, by torch's name.
         facts: what all ranks must agree on, 32 bytes; see :meth:`fedlora.learn.learner.HFLearner.facts`.
         gone: set by whoever sees that another rank ended.
@@ -53,7 +53,7 @@ class Ranks:
     """
 
     def __init__(
-        self, *, rank: int, count: int, meeting: Path, device: str, facts: bytes, gone: threading.Event | None = None
+        self, *, rank: int, count: int, rendezvous: Path, device: str, facts: bytes, gone: threading.Event | None = None
     ) -> None:
         self.rank, self.count, self._device = rank, count, torch.device(device)
         self._gone = gone or threading.Event()
@@ -62,11 +62,11 @@ class Ranks:
         if any(t.name == _PARTING and t.is_alive() for t in threading.enumerate()):
             raise ResourceError("the earlier processes of this site's GPUs are not released yet", hint="restart the site")
         try:
-            store = dist.FileStore(str(meeting), count)  # type: ignore[attr-defined]  # torch does not list it
-            store.set_timeout(_MEETING)
+            store = dist.FileStore(str(rendezvous), count)  # type: ignore[attr-defined]  # torch does not list it
+            store.set_timeout(_RENDEZVOUS)
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count, timeout=_STEP)
-            self._words = dist.new_group(backend="gloo", timeout=_IDLE)
-            dist.monitored_barrier(self._words, timeout=_MEETING)
+            self._commands = dist.new_group(backend="gloo", timeout=_IDLE)
+            dist.monitored_barrier(self._commands, timeout=_RENDEZVOUS)
             self._agree(facts)
             self._connect()
         except BaseException as e:
@@ -89,7 +89,7 @@ class Ranks:
 
         connecting = threading.Thread(target=run, daemon=True)
         connecting.start()
-        end = time.monotonic() + _MEETING.total_seconds()
+        end = time.monotonic() + _RENDEZVOUS.total_seconds()
         while connecting.is_alive():
             if self._gone.is_set() or time.monotonic() > end:
                 raise ResourceError("a process of another GPU of this site ended while they connected", hint="see the site's log")
@@ -101,29 +101,29 @@ class Ranks:
         """All ranks have the facts of rank 0, or none of them continues."""
         here = torch.from_numpy(np.frombuffer(facts, np.uint8).copy())
         same = torch.tensor([int(torch.equal(self._pass_on(here.clone()), here))])
-        self._guarded(lambda: dist.all_reduce(same, dist.ReduceOp.MIN, group=self._words, async_op=True))
+        self._guarded(lambda: dist.all_reduce(same, dist.ReduceOp.MIN, group=self._commands, async_op=True))
         if not int(same):
             raise ResourceError(
                 "the processes of this site's GPUs do not have the same rows, base or settings",
                 hint="a file was changed while the site ran: restart the site",
             )
 
-    # --- words -------------------------------------------------------------------------------------------------
+    # --- commands -------------------------------------------------------------------------------------------------
 
-    def tell(self, word: Word | None) -> None:
+    def broadcast(self, command: Command | None) -> None:
         """Rank 0: what to train next; None: it is over."""
-        if word is None:
+        if command is None:
             self._pass_on(torch.tensor([_END] * 6))
             return
-        adapter, round, state, factors = word
+        adapter, round, state, factors = command
         numbers = [_TRAIN, round, _FACTORS.index(factors), adapter.layout.rank, adapter.vector.size, len(state)]
         self._pass_on(torch.tensor(numbers))
         self._pass_on(torch.from_numpy(adapter.vector.copy()).to(self._device), by=None)
         if state:
             self._pass_on(torch.from_numpy(np.frombuffer(state, np.uint8).copy()))
 
-    def hear(self, layout: Layout) -> Word | None:
-        """The others: waits for the next word, however long. ``layout`` is the plan's."""
+    def receive(self, layout: Layout) -> Command | None:
+        """The others: waits for the next command, however long. ``layout`` is the plan's."""
         kind, round, factors, rank, size, length = self._pass_on(torch.empty(6, dtype=torch.int64), pause_s=_IDLE_S).tolist()
         if kind == _END:
             return None
@@ -131,9 +131,9 @@ class Ranks:
         state = self._pass_on(torch.empty(length, dtype=torch.uint8)).numpy().tobytes() if length else b""
         return Adapter(vector, layout.at_rank(rank)), round, state, _FACTORS[factors]
 
-    def _pass_on(self, tensor: torch.Tensor, *, by: Any = _WORDS, pause_s: float = _LONGEST_S) -> torch.Tensor:
-        """Rank 0's tensor to all; words on the CPU over gloo, an adapter from card to card."""
-        group = self._words if by is _WORDS else by
+    def _pass_on(self, tensor: torch.Tensor, *, by: Any = _COMMANDS, pause_s: float = _LONGEST_S) -> torch.Tensor:
+        """Rank 0's tensor to all; commands on the CPU over gloo, an adapter from card to card."""
+        group = self._commands if by is _COMMANDS else by
         self._guarded(lambda: dist.broadcast(tensor, 0, group=group, async_op=True), pause_s=pause_s)
         return tensor
 

@@ -154,7 +154,7 @@ def _same_norm(module: Any, kernel: Callable[..., Tensor], device: torch.device)
 
 
 def _patch_rope(home: Any, attention: Any, kernel: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> bool:
-    """Puts a kernel in the place of a modelling file's rotation, for tensors on CUDA of the widths and types that were tried."""
+    """Puts a kernel in the place of a modeling file's rotation, for tensors on CUDA of the widths and types that were tried."""
     known = getattr(home, "apply_rotary_pos_emb", None)
     width = int(getattr(attention, "head_dim", 0))
     if known is None or not width:

@@ -87,7 +87,7 @@ class Team:
         try:
             if ranks is not None and not self._broken.is_set():
                 with contextlib.suppress(ResourceError):  # one ended just now
-                    ranks.tell(None)
+                    ranks.broadcast(None)
             if ranks is not None:
                 ranks.close()
             for process in self._processes if not self._broken.is_set() else ():
@@ -110,15 +110,20 @@ class Team:
         self._watched = threading.Event()
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._sweep()  # what a killed process left
-        meeting = self._state.resolve() / f"meeting-{secrets.token_hex(8)}"
+        rendezvous = self._state.resolve() / f"rendezvous-{secrets.token_hex(8)}"
         self._report(Event.PROCESS, Process(name="training", state=f"starting on {', '.join(self._devices)}"))
         try:
             for rank in range(1, len(self._devices)):
-                self._processes.append(self._spawn(rank, meeting))
-            self._await(meeting)
+                self._processes.append(self._spawn(rank, rendezvous))
+            self._await(rendezvous)
             self._watch()
             self._ranks = Ranks(
-                rank=0, count=len(self._devices), meeting=meeting, device=self._devices[0], facts=self._facts, gone=self._broken
+                rank=0,
+                count=len(self._devices),
+                rendezvous=rendezvous,
+                device=self._devices[0],
+                facts=self._facts,
+                gone=self._broken,
             )
         except BaseException:
             self._watched.set()
@@ -126,9 +131,9 @@ class Team:
             raise
         self._report(Event.PROCESS, Process(name="training", state=f"{len(self._devices)} processes are ready"))
 
-    def _await(self, meeting: Path) -> None:
+    def _await(self, rendezvous: Path) -> None:
         """Until every worker has loaded its base: only then does anybody wait for anybody in a way that cannot be given up."""
-        waiting = [ready(meeting, rank) for rank in range(1, len(self._devices))]
+        waiting = [ready(rendezvous, rank) for rank in range(1, len(self._devices))]
         end = time.monotonic() + _LOAD_S
         while waiting := [file for file in waiting if not file.exists()]:
             ended = [p.returncode for p in self._processes if p.poll() is not None]
@@ -139,7 +144,7 @@ class Team:
                 )
             time.sleep(_POLL_S / 5)
 
-    def _spawn(self, rank: int, meeting: Path) -> subprocess.Popen[bytes]:
+    def _spawn(self, rank: int, rendezvous: Path) -> subprocess.Popen[bytes]:
         device = self._devices[rank]
         process = subprocess.Popen(  # noqa: S603 - this package's own command
             self._command,
@@ -149,7 +154,7 @@ class Team:
             start_new_session=True,
         )
         order = {"site_file": str(self._site_file), "plan": self._plan.canonical().decode(), "rank": rank,
-                 "count": len(self._devices), "device": device, "meeting": str(meeting), "parent": os.getpid()}  # fmt: skip
+                 "count": len(self._devices), "device": device, "rendezvous": str(rendezvous), "parent": os.getpid()}  # fmt: skip
         with contextlib.suppress(BrokenPipeError):  # it ended already: whoever waits for it sees that
             if process.stdin is not None:
                 process.stdin.write(canonical(order))
@@ -174,7 +179,7 @@ class Team:
         self._watcher.start()
 
     def _sweep(self) -> None:
-        for file in self._state.glob("meeting-*"):
+        for file in self._state.glob("rendezvous-*"):
             file.unlink(missing_ok=True)
 
     def _kill(self) -> None:
@@ -184,9 +189,9 @@ class Team:
         self._processes = []
 
 
-def ready(meeting: Path, rank: int) -> Path:
+def ready(rendezvous: Path, rank: int) -> Path:
     """The file by which a worker says that it has loaded its base."""
-    return meeting.with_name(f"{meeting.name}.{rank}")
+    return rendezvous.with_name(f"{rendezvous.name}.{rank}")
 
 
 def _note(process: subprocess.Popen[bytes], device: str) -> None:

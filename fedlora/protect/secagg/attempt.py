@@ -19,7 +19,7 @@ from fedlora.core.facts import LoneChange as LoneChangeFacts
 from fedlora.core.messages import Reply, Request, Task
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.protect.link import Context, ServerLink, hear, reply_bytes
+from fedlora.protect.link import Context, ServerLink, receive, reply_bytes
 from fedlora.protect.secagg.book import Book, ServerSession
 from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.terms import Terms, codec
@@ -118,9 +118,9 @@ class Attempt:
         body = self.seal(attempt, names, phase, payload)
         replies = yield [Request(name, phase, body, reply_bytes(max_payload)) for name in names]
         del body
-        self.hear(session, replies, names, take, errors)
+        self.receive(session, replies, names, take, errors)
 
-    def hear(
+    def receive(
         self,
         session: ServerSession | None,
         replies: Iterator[Reply],
@@ -130,7 +130,7 @@ class Attempt:
     ) -> None:
         """Takes replies as they come; what is wrong with one is noted, and who can never answer is gone from the session."""
         now: Errors = {}
-        hear(replies, names, take, now.setdefault)
+        receive(replies, names, take, now.setdefault)
         for site, error in now.items():
             errors.setdefault(site, error)
             if session is not None and isinstance(error, RemoteError) and error.remote_code in _FINAL:

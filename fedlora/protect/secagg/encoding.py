@@ -49,7 +49,7 @@ def encode_update(task: Task, terms: Terms, scales: F32, update: Update, *, know
     if update.weight < 1:
         raise UpdateRejected("this site used no tokens; it does not take part in the round")
     weight = terms.weight(update.weight)
-    held_back = terms.rule.carries and known is not None and known.round < task.round and known.left.size == layout.size
+    held_back = terms.rule.error_feedback and known is not None and known.round < task.round and known.left.size == layout.size
     # What rounding and cutting kept back before is added.
     left = update.delta + known.left if known is not None and held_back else update.delta.copy()
     # Secret, or whoever knows which way a value was rounded knows whose it was that tipped the sum.

@@ -21,7 +21,7 @@ from fedlora.core.messages import Reply, Request
 from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.protect import Talk
-from fedlora.protect.link import Context, hear, reply_bytes
+from fedlora.protect.link import Context, receive, reply_bytes
 from fedlora.protect.secagg.attempt import Attempt, Errors, Exchange
 from fedlora.protect.secagg.book import Ended, ServerSession
 from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, read_session
@@ -66,7 +66,7 @@ def advertised(at: Attempt, asked: Sequence[str], scales: F32) -> Generator[Any,
     del offer, inner
     replies = yield [Request(site, phase, body, reply_bytes(_ADVERT_BYTES)) for site in asked]
     del body
-    hear(replies, asked, take, at.errors.setdefault)
+    receive(replies, asked, take, at.errors.setdefault)
     together = at.whole([a.name for a in adverts], at.errors, least=at.terms.rules.smallest)
     return Cohort.of([a for a in adverts if a.name in together], at.terms.rules)
 
@@ -173,7 +173,7 @@ def _ask_masked(
     replies = yield requests
     names = [r.site for r in requests]
     del requests
-    at.hear(session, replies, names, take, errors)
+    at.receive(session, replies, names, take, errors)
 
 
 def _enough(at: Attempt, session: ServerSession) -> bool:

@@ -36,7 +36,7 @@ def _complaints(
     """Whose word each of these sites says does not open, by the number of the site; each checked."""
     cohort, complaints = session.cohort, dict[int, Complaint]()
 
-    def hear_complaint(reply: Reply) -> None:
+    def receive_complaint(reply: Reply) -> None:
         payload = at.answer(session.attempt, reply, "complain", max_payload=most_complaint_bytes(cohort))
         reader = Reader(payload, "complaint")
         one = Complaint.read(reader, cohort)
@@ -53,7 +53,7 @@ def _complaints(
         body = at.seal(session.attempt, [name], "complain", relay(cohort, deals, cohort.number(name)))
         requests.append(Request(name, "complain", body, reply_bytes(most_complaint_bytes(cohort))))
     replies = yield requests
-    at.hear(session, replies, complaining, hear_complaint, at.errors)
+    at.receive(session, replies, complaining, receive_complaint, at.errors)
     return complaints
 
 
@@ -76,7 +76,7 @@ def settle(
     liars: Errors = {}
     most = at.terms.rules.max_colluding  # this many may lie about a dealer, which answers no more complaints
 
-    def hear_opened(reply: Reply) -> None:
+    def receive_opened(reply: Reply) -> None:
         dealer = cohort.number(reply.site)
         due = {c.holder: deals[dealer].dealt[c.holder].commitments for c in by_dealer[dealer][:most]}
         payload = at.answer(session.attempt, reply, "open", max_payload=opened_bytes(len(due)))
@@ -94,7 +94,7 @@ def settle(
         body = at.seal(session.attempt, [name], "open", dump_complaints(cohort, found[:most]))
         requests.append(Request(name, "open", body, reply_bytes(opened_bytes(most))))
     replies = yield requests
-    at.hear(session, replies, [r.site for r in requests], hear_opened, at.errors)
+    at.receive(session, replies, [r.site for r in requests], receive_opened, at.errors)
     for name in liars:
         at.caught(name)
     silent = {d for d, found in by_dealer.items() if any(d not in settled[c.holder] for c in found)}

@@ -25,7 +25,7 @@ from fedlora.protect.secagg.cohort import Rules
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
 from fedlora.protect.secagg.settings import first_range, settings_of
-from fedlora.rules import Aggregator, optimiser_of, rule_of
+from fedlora.rules import Aggregator, optimizer_of, rule_of
 from fedlora.rules.first import first_of
 
 MAX_WEIGHT = 16
@@ -67,7 +67,7 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
     weighted = plan.aggregate.weighting != "uniform"
     more = MAX_WEIGHT / PROFILES[settings_of(plan).profile].levels if weighted else 0.0  # parts of a level are rounded up
     before = range(1, min(round, plan.federation.num_rounds + 1))
-    moved = optimiser_of(plan).reach([reach(plan, r) * (1 + more) for r in before])
+    moved = optimizer_of(plan).reach([reach(plan, r) * (1 + more) for r in before])
     rule_of(plan).check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved)
 
 

@@ -63,9 +63,9 @@ class Adversary:
         context = Context.of(task or self.task)
         body = self.link.seal(context, payload, phase=phase, codec=codec(phase), to=[site])
         self.last = Request(site, phase, body)
-        return self.hear(self.last, context)
+        return self.receive(self.last, context)
 
-    def hear(self, request: Request, context: Context) -> bytes | str:
+    def receive(self, request: Request, context: Context) -> bytes | str:
         reply = self.world.answer(request)
         try:
             return self.link.open(context, reply, phase=request.phase, codec=codec(request.phase), max_payload=1 << 22)

@@ -219,9 +219,9 @@ class Liar:
         )
         body = link.seal(Context.of(task), payload, phase=phase, codec="task/1" if sealed else codec(phase), to=[site])
         self.asked.append(Request(site, phase, body))
-        return self.hear(self.asked[-1], dies=dies)
+        return self.receive(self.asked[-1], dies=dies)
 
-    def hear(self, request: Request, *, dies: int = -1) -> bytes | str:
+    def receive(self, request: Request, *, dies: int = -1) -> bytes | str:
         reply = self.hospitals[request.site].handle(request, dies=dies)
         if reply is None or reply.error:
             return reply.error if reply is not None else ""
@@ -234,7 +234,7 @@ class Liar:
     def replay(self, index: int) -> None:
         """An old message once more. What it brings is what it brought, or nothing."""
         if self.asked:
-            self.hear(self.asked[index % len(self.asked)])
+            self.receive(self.asked[index % len(self.asked)])
 
     # --- moves --------------------------------------------------------------------------------------------------
 

@@ -693,9 +693,9 @@ def test_an_old_request_is_refused_and_the_same_one_gets_the_same_answer():
         answer = a.say(site, "mask", a.relayed(site))
         kept[site] = a.last
         a.masked[site] = a.parse_masked(site, answer)
-        assert a.hear(a.last, context) == answer
+        assert a.receive(a.last, context) == answer
     assert a.commit("site-1", a.delivered())
-    assert a.hear(kept["site-1"], context) == "replayed"
+    assert a.receive(kept["site-1"], context) == "replayed"
     end_honestly(a)
 
 
@@ -704,8 +704,8 @@ def test_a_request_is_for_one_phase_one_site_and_one_run():
     context = Context.of(a.task)
     a.commit("site-1", a.delivered())
     vote = a.last
-    assert a.hear(Request("site-1", "unmask", vote.body), context) == "wrong-direction"
-    assert a.hear(Request("site-2", "vote", vote.body), context) == "wrong-recipient"
+    assert a.receive(Request("site-1", "unmask", vote.body), context) == "wrong-direction"
+    assert a.receive(Request("site-2", "vote", vote.body), context) == "wrong-recipient"
     other = replace(a.task, run="cd" * 32)
     assert a.say("site-1", "unmask", a.cohort.t1 + certificate({}), task=other) == "secrets-gone"
     assert a.say("site-1", "fork", b"", task=a.task) == "wrong-direction"

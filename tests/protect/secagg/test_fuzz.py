@@ -323,7 +323,7 @@ class Moment:
     site: dict
     server: dict
 
-    def hear(self, payload, *, context=None):
+    def receive(self, payload, *, context=None):
         """The site's answer if the genuine server had sealed this, and the answer of a new process to the same again; on copies
         of the disks.
 
@@ -377,7 +377,7 @@ def test_the_steps_are_all_there_and_the_genuine_messages_are_answered():
     assert set(moments()) == set(STEPS)
     assert moments()["mask again"].payload[0] == 1  # with a certificate
     for moment in moments().values():
-        first, second = moment.hear(moment.payload)
+        first, second = moment.receive(moment.payload)
         assert len(opened(first)) == len(opened(second))
 
 
@@ -430,7 +430,7 @@ def test_a_site_answers_a_damaged_message_by_name_or_like_a_genuine_one(step, se
     moment = moments()[step]
     payload = tampered(step, random.Random(seed))
     try:
-        answers = moment.hear(payload)
+        answers = moment.receive(payload)
     except FedLoRAError:
         return
     for body in answers:
@@ -467,7 +467,7 @@ def test_a_site_is_offered_any_task_under_a_header_that_fits_it(plan, kind, roun
     inner = wire.dump_task(task, reply_key=identity("run").public.kem)
     offer = Offer(Offer.parse(moment.payload).roster if roster else b"", inner)
     try:
-        first, second = moment.hear(offer.dump(), context=Context.of(task))
+        first, second = moment.receive(offer.dump(), context=Context.of(task))
     except FedLoRAError:
         return
     assert opened(first) == opened(second)

@@ -15,7 +15,7 @@ from fedlora.core.plan import Plan
 from fedlora.formats.journal import Journal
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
 from fedlora.protect.secagg.terms import MAX_WEIGHT, check_published, reach
-from fedlora.rules import add, optimiser_of, rule_of
+from fedlora.rules import add, optimizer_of, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.work import Site
 
@@ -48,7 +48,7 @@ def plan_of(rule, server, *, schedule="cosine", rounds=6, unit=0):
 
 def publish(plan, moves):
     """The adapter after each round in which all sites sent ``move(round, n)`` values, each within the round's reach."""
-    rule, optimiser, now, state = rule_of(plan), optimiser_of(plan), first_adapter(LAYOUT, seed=plan.run.seed), {}
+    rule, optimizer, now, state = rule_of(plan), optimizer_of(plan), first_adapter(LAYOUT, seed=plan.run.seed), {}
     yield now
     for round, move in enumerate(moves, 1):
         sums = rule.start(now, cohort=4, round=round)
@@ -56,8 +56,8 @@ def publish(plan, moves):
         sums.add("*", Update(np.float32(reach(plan, round)) * move(sent.size), 1, {}), squares=np.zeros(len(sent.entries)))
         found = rule.finish(sums, now, scale=1.0, round=round, state=state)
         state = {**state, **found.state}
-        if found.move is not None:
-            moved, state = optimiser.step(found.move, state)
+        if found.delta is not None:
+            moved, state = optimizer.step(found.delta, state)
             now = add(now, moved)
         else:
             now = found.adapter

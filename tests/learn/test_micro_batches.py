@@ -20,7 +20,7 @@ from learn.plans import plan_of
 from fedlora.cli import main
 from fedlora.core.errors import ResourceError
 from fedlora.data import IGNORE, Tokens, in_order, regroup, share
-from fedlora.learn.fast.pacing import _ROOM, Pace, _Probe
+from fedlora.learn.fast.tuning import _ROOM, MicroBatchTuner, _Probe
 from fedlora.learn.learner import HFLearner
 from fedlora.learn.loop import PlanBatches
 from fedlora.learn.memory import is_out_of_memory
@@ -53,8 +53,10 @@ class Full:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def trained(model: Any, rows: Sequence[Tokens], pace: Pace | None = None, **options: Any) -> Any:
-    learner = HFLearner(model, rows, rows[:2], plan_of(**{**OPTIONS, "learning_rate": 1e-2, **options}), site="a", pace=pace)
+def trained(model: Any, rows: Sequence[Tokens], micro_batches: MicroBatchTuner | None = None, **options: Any) -> Any:
+    learner = HFLearner(
+        model, rows, rows[:2], plan_of(**{**OPTIONS, "learning_rate": 1e-2, **options}), site="a", micro_batches=micro_batches
+    )
     first = first_adapter(model.layout, seed=0)
     return learner.train(first, round=1, state=b""), first
 
@@ -70,7 +72,7 @@ def test_a_step_cut_into_micro_batches_is_the_same_step(
 ):
     model = lora(base)
     whole, first = trained(model, rows)
-    cut, _ = trained(model, rows, Pace(model, tokens=tokens))
+    cut, _ = trained(model, rows, MicroBatchTuner(model, tokens=tokens))
     assert (whole.tokens, whole.examples, whole.state) == (cut.tokens, cut.examples, cut.state)
     assert whole.metrics["train/loss"] == pytest.approx(cut.metrics["train/loss"], rel=1e-5)
     assert distance(cut, whole, first) < 2e-3
@@ -85,7 +87,7 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_goes_on(
     whole, first = trained(model, rows)
     said: list[tuple[str, Any]] = []
     full = model.forward = Full(model.forward, 60, backward=backward)
-    found, _ = trained(model, rows, Pace(model, report=lambda event, facts: said.append((event, facts))))
+    found, _ = trained(model, rows, MicroBatchTuner(model, report=lambda event, facts: said.append((event, facts))))
     assert [e for e, _ in said] == ["out-of-memory"] * len(said)
     assert 1 <= len(said) <= 3
     assert full.seen[-1] <= 60
@@ -96,11 +98,13 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_goes_on(
 
 def test_at_a_single_example_more_is_computed_again_and_then_it_is_over(lora: Callable[..., Any], rows: Sequence[Tokens]):
     model = lora(FUSED)
-    dials: list[str] = []
+    checkpointing_modes: list[str] = []
     model.forward = Full(model.forward, 0, backward=False)
     with pytest.raises(ResourceError, match="one example"):
-        trained(model, rows, Pace(model, report=lambda event, facts: dials.append(facts["dial"])))
-    assert dials[-2:] == ["selective", "full"]
+        trained(
+            model, rows, MicroBatchTuner(model, report=lambda event, facts: checkpointing_modes.append(facts["checkpointing"]))
+        )
+    assert checkpointing_modes[-2:] == ["selective", "full"]
     assert all(p.grad is None for p in model.trainable())
 
 
@@ -121,7 +125,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(lora: Callable[..., Any
 
     model.forward = Broken(model.forward, 0, backward=False)
     with pytest.raises(RuntimeError, match="a bug"):
-        trained(model, rows, Pace(model))
+        trained(model, rows, MicroBatchTuner(model))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"))
     assert is_out_of_memory(MemoryError())
 
@@ -130,16 +134,16 @@ def test_the_sites_own_word_and_the_plans(lora: Callable[..., Any], rows: Sequen
     (batch, *_) = in_order(rows, rows=4, max_length=48, packing=True, pad_token_id=256)
     for base, asked, expected in (
         (FUSED, {}, "none"),
-        (FUSED, {"dial": "selective"}, "selective"),
+        (FUSED, {"checkpointing": "selective"}, "selective"),
         (FUSED, {"floor": "full"}, "full"),
-        (FUSED, {"floor": "full", "dial": "none"}, "none"),
-        (PADDED, {"dial": "full"}, "full"),
-        (PADDED, {"dial": "selective"}, "none"),  # PEFT's own layers keep what they keep
+        (FUSED, {"floor": "full", "checkpointing": "none"}, "none"),
+        (PADDED, {"checkpointing": "full"}, "full"),
+        (PADDED, {"checkpointing": "selective"}, "none"),  # PEFT's own layers keep what they keep
     ):
         model = lora(base)
-        pace = Pace(model, **asked)
-        pace.prepare([batch])
-        assert pace.dial == expected
+        micro_batches = MicroBatchTuner(model, **asked)
+        micro_batches.prepare([batch])
+        assert micro_batches.checkpointing == expected
         assert model.base.model.is_gradient_checkpointing is (expected == "full")
 
 
@@ -197,14 +201,14 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
         forward=SimpleNamespace(padded=False),
         base=SimpleNamespace(device=torch.device("cuda")),
         tokenizer=SimpleNamespace(pad_token_id=0),
-        dials=("none",),
+        checkpointing_modes=("none",),
         trainable=list,
         trained="AB",
         set_trained=lambda factors: None,
-        set_checkpointing=lambda dial: None,
+        set_checkpointing=lambda checkpointing: None,
         clear_gradients=lambda: None,
     )
-    pace = Pace(model, tokens=wanted)
+    micro_batches = MicroBatchTuner(model, tokens=wanted)
     asked: list[int] = []
 
     def probe(batches: Any, tokens: int) -> Any:
@@ -217,16 +221,16 @@ def test_measuring_ends_and_what_it_chooses_fits(sizes: list[int], room: int, fi
         return _Probe(one.tokens, fixed + one.tokens, 1e-3 * one.tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "_probe", probe)
+        patch.setattr(micro_batches, "_probe", probe)
         for name, value in (("memory_allocated", 0), ("mem_get_info", (int(room / _ROOM), 0)), ("memory_reserved", 0)):
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
-        pace.measure(step)
-    assert pace.tokens >= max(sizes)
+        micro_batches.measure(step)
+    assert micro_batches.tokens >= max(sizes)
     assert max(asked, default=0) <= max(wanted, max(sizes)) or not wanted
-    if pace.chosen is not None and pace.chosen.peak_bytes:
-        assert fixed + pace.tokens <= room + max(sizes)
-        assert pace.chosen.peak_bytes >= pace.tokens - 1  # cut to a whole byte
+    if micro_batches.chosen is not None and micro_batches.chosen.peak_bytes:
+        assert fixed + micro_batches.tokens <= room + max(sizes)
+        assert micro_batches.chosen.peak_bytes >= micro_batches.tokens - 1  # cut to a whole byte
 
 
 def test_out_of_memory_in_evaluation_takes_fewer_rows(lora: Callable[..., Any], rows: Sequence[Tokens]):
@@ -256,7 +260,7 @@ def test_nothing_of_a_failed_step_is_alive_while_a_smaller_one_is_tried(lora: Ca
             return scored
 
     model.forward = Watched(model.forward, 60, backward=True)
-    trained(model, rows, Pace(model), local_steps=1)
+    trained(model, rows, MicroBatchTuner(model), local_steps=1)
     assert len(held_at_start) >= 2
     assert held_at_start[1] == 0
 
@@ -267,7 +271,7 @@ def test_a_round_that_was_given_up_leaves_nothing_for_the_next(lora: Callable[..
     class Silent:
         rank, count = 0, 2
 
-        def tell(self, word: Any) -> None: ...
+        def broadcast(self, command: Any) -> None: ...
 
         def share(self, batches: Sequence[Any]) -> Sequence[Any]:
             return batches

@@ -16,13 +16,13 @@ import torch
 
 from fedlora.core.errors import ResourceError
 from fedlora.core.events import Event, Report
+from fedlora.core.facts import MicroBatches as MicroBatchFacts
 from fedlora.core.facts import OutOfMemory
-from fedlora.core.facts import Pace as PaceFacts
 from fedlora.data import Batch, by_rows, regroup
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.memory import is_out_of_memory
-from fedlora.learn.options import Dial
+from fedlora.learn.options import Checkpointing
 
 log = logging.getLogger(__name__)
 _ROOM = 0.94
@@ -40,13 +40,13 @@ class Measured:
     """One setting, tried on this device with this site's own rows.
 
     Attributes:
-        dial: see :data:`fedlora.learn.options.Dial`.
+        checkpointing: see :data:`fedlora.learn.options.Checkpointing`.
         tokens: most tokens of a micro-batch.
         peak_bytes: most memory that a step needs, the base, gradients and the optimizer's moments included.
         token_s: seconds a token, forward and backward.
     """
 
-    dial: Dial
+    checkpointing: Checkpointing
     tokens: int
     peak_bytes: int
     token_s: float
@@ -61,15 +61,15 @@ class _Probe:
     seconds: float
 
 
-class Pace:
-    """Cuts steps into micro-batches; all learners that share a model share its pace.
+class MicroBatchTuner:
+    """Cuts steps into micro-batches; all learners that share a model share one tuner.
 
     Args:
-        dial: what to compute again; ``auto``, or what these layers do not know: what is fastest of what fits.
+        checkpointing: what to compute again; ``auto``, or what these layers do not know: what is fastest of what fits.
         floor: the least that ``auto`` computes again.
         tokens: most tokens of a micro-batch; 0: as many as fit, or as the plan says where nothing is to be measured.
         limit_bytes: most GPU memory to use; 0: what is free.
-        report: told ``("pace", facts)`` when something is chosen, ``("out-of-memory", facts)`` when it did not fit.
+        report: told ``("micro-batches", facts)`` when something is chosen, ``("out-of-memory", facts)`` when it did not fit.
 
     Attributes:
         chosen: the last setting that was measured; None before, and where nothing is measured (on a CPU).
@@ -79,19 +79,19 @@ class Pace:
         self,
         model: LoraModel,
         *,
-        dial: Dial | Literal["auto"] = "auto",
-        floor: Dial = "none",
+        checkpointing: Checkpointing | Literal["auto"] = "auto",
+        floor: Checkpointing = "none",
         tokens: int = 0,
         limit_bytes: int = 0,
         report: Report = lambda event, facts: None,
     ) -> None:
         self._model = model
-        self._wanted_dial = dial
+        self._wanted = checkpointing
         self._floor = floor
         self._wanted_tokens = tokens
         self._limit = limit_bytes
         self._report = report
-        self._dial: Dial | None = None
+        self._checkpointing: Checkpointing | None = None
         self._tokens = tokens
         self.chosen: Measured | None = None
         device = model.base.device
@@ -100,9 +100,9 @@ class Pace:
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
 
     @property
-    def dial(self) -> Dial:
+    def checkpointing(self) -> Checkpointing:
         """What is computed again now."""
-        return self._dial or "none"
+        return self._checkpointing or "none"
 
     @property
     def tokens(self) -> int:
@@ -119,9 +119,9 @@ class Pace:
             and (size > _UNMEASURED or self._wanted_tokens)
         ):
             self.measure(batches)
-        elif self._dial is None and size:
-            self._dial = self._dials()[0]
-        self._model.set_checkpointing(self.dial)
+        elif self._checkpointing is None and size:
+            self._checkpointing = self._modes()[0]
+        self._model.set_checkpointing(self.checkpointing)
 
     def cut(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The micro-batches of a step: of documents one behind another, or of rows where attention takes a mask."""
@@ -154,55 +154,65 @@ class Pace:
         """
         longest, size = self._least(batches), self._size(batches)
         now = min(self._tokens or size, size)
-        later = [d for d in self._model.dials if self._model.dials.index(d) > self._model.dials.index(self.dial)]
+        later = [
+            d
+            for d in self._model.checkpointing_modes
+            if self._model.checkpointing_modes.index(d) > self._model.checkpointing_modes.index(self.checkpointing)
+        ]
         if now > longest:
             self._tokens = max(longest, now // 2)
         elif later:
-            self._dial = later[0]
+            self._checkpointing = later[0]
             self._model.set_checkpointing(later[0])
         else:
             raise ResourceError(
                 f"out of memory on one example of {longest} tokens with full activation checkpointing",
                 hint="use a smaller max_length in the plan, a smaller base, or a larger GPU",
             )
-        self._report(Event.OUT_OF_MEMORY, OutOfMemory(tokens=self._tokens, dial=self.dial))
-        log.warning("out of memory: micro-batches of %d tokens, activation checkpointing %s", self._tokens, self._dial)
+        self._report(Event.OUT_OF_MEMORY, OutOfMemory(tokens=self._tokens, checkpointing=self.checkpointing))
+        log.warning("out of memory: micro-batches of %d tokens, activation checkpointing %s", self._tokens, self._checkpointing)
 
-    def _dials(self) -> tuple[Dial, ...]:
-        offered, floor = self._model.dials, self._floor
-        if self._wanted_dial in offered:
-            return tuple(d for d in offered if d == self._wanted_dial)
+    def _modes(self) -> tuple[Checkpointing, ...]:
+        offered, floor = self._model.checkpointing_modes, self._floor
+        if self._wanted in offered:
+            return tuple(d for d in offered if d == self._wanted)
         return offered[offered.index(floor) :] if floor in offered else offered[:1]
 
     def measure(self, batches: Sequence[Batch]) -> None:
-        """Tries each setting of the dial on these rows, on CUDA, and takes the fastest that fits.
+        """Tries each setting of checkpointing on these rows, on CUDA, and takes the fastest that fits.
 
         Both factors are trained meanwhile: that takes most, and a rule may train them in turn.
         """
-        began, dials = time.perf_counter(), self._dials()
+        began, modes = time.perf_counter(), self._modes()
         step, trained = self._size(batches), self._model.trained
         self._model.set_trained("AB")
-        found = [m for dial in dials if (m := self._try(batches, dial, step)) is not None]
+        found = [m for checkpointing in modes if (m := self._try(batches, checkpointing, step)) is not None]
         self._model.set_trained(trained)
         if not found:
-            self._dial, self._tokens = dials[-1], self._least(batches)  # the step itself will say what is wrong
-            self.chosen = Measured(self._dial, self._tokens, 0, 0.0)
-            self._report(Event.OUT_OF_MEMORY, OutOfMemory(tokens=self._tokens, dial=self.dial))
+            self._checkpointing, self._tokens = modes[-1], self._least(batches)  # the step itself will say what is wrong
+            self.chosen = Measured(self._checkpointing, self._tokens, 0, 0.0)
+            self._report(Event.OUT_OF_MEMORY, OutOfMemory(tokens=self._tokens, checkpointing=self.checkpointing))
             return
         best = min(found, key=lambda m: m.token_s)
-        self.chosen, self._dial, self._tokens = best, best.dial, best.tokens
+        self.chosen, self._checkpointing, self._tokens = best, best.checkpointing, best.tokens
         gib, took = best.peak_bytes / 2**30, time.perf_counter() - began
-        facts = PaceFacts(dial=best.dial, tokens=best.tokens, gib=gib, tokens_per_s=1 / best.token_s, seconds=took)
-        self._report(Event.PACE, facts)
+        facts = MicroBatchFacts(
+            checkpointing=best.checkpointing, tokens=best.tokens, gib=gib, tokens_per_s=1 / best.token_s, seconds=took
+        )
+        self._report(Event.MICRO_BATCHES, facts)
         for m in found:
             log.info(
-                "pace: %s, %d tokens at once: %.1f GiB, %.0f tokens/s", m.dial, m.tokens, m.peak_bytes / 2**30, 1 / m.token_s
+                "micro-batches: %s, %d tokens at once: %.1f GiB, %.0f tokens/s",
+                m.checkpointing,
+                m.tokens,
+                m.peak_bytes / 2**30,
+                1 / m.token_s,
             )
 
-    def _try(self, batches: Sequence[Batch], dial: Dial, step: int) -> Measured | None:
-        """The largest micro-batch that fits under one setting of the dial, and its speed; None if nothing fits."""
+    def _try(self, batches: Sequence[Batch], checkpointing: Checkpointing, step: int) -> Measured | None:
+        """The largest micro-batch that fits under one setting of checkpointing, and its speed; None if nothing fits."""
         device, longest = self._model.base.device, self._least(batches)
-        self._model.set_checkpointing(dial)
+        self._model.set_checkpointing(checkpointing)
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -237,7 +247,7 @@ class Pace:
                 raise
             return None
         peak = probe.peak * max(1.0, tokens / probe.tokens)
-        return Measured(dial, tokens, int(held + moments + peak), probe.seconds / probe.tokens)
+        return Measured(checkpointing, tokens, int(held + moments + peak), probe.seconds / probe.tokens)
 
     def _larger(self, batches: Sequence[Batch], tokens: int) -> _Probe | None:
         """A further micro-batch; None if it does not fit, whatever the line through the smaller ones says."""

@@ -24,14 +24,14 @@ from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state, parse_state
 from fedlora.learn.loop import count_supervised, pull_back, rate_of
 from fedlora.learn.memory import is_out_of_memory
-from fedlora.learn.optimizer import make_optimiser
+from fedlora.learn.optimizer import make_optimizer
 from fedlora.site.work import Trained
 
 I64: TypeAlias = NDArray[np.int64]
 log = logging.getLogger(__name__)
 
 
-class Together:
+class JointLearners:
     """Sites that train at once. Each gets a learner from :meth:`one`, which trains all of them when the first is asked.
 
     A site's results do not depend on the others: its loss, its gradient's norm and its moments are its own. They differ from
@@ -63,9 +63,9 @@ class Together:
         self._too_large = False
         self._ready: dict[tuple[str, int, str], dict[str, Trained]] = {}
 
-    def one(self, site: str) -> OneOfMany:
+    def one(self, site: str) -> JointLearner:
         """The learner of a site, for whoever thinks that it is alone."""
-        return OneOfMany(self, site)
+        return JointLearner(self, site)
 
     def train(self, site: str, adapter: Adapter, *, round: int, state: bytes, factors: Factors) -> Trained:
         """See :meth:`fedlora.site.work.Learner.train`."""
@@ -109,7 +109,7 @@ class Together:
         model.set_checkpointing("none")
         model.set_stacked([adapter] * len(sites))
         places: Sequence[Cursor] = [parse_state(self._expected[s])[0] for s in sites]
-        optimiser = make_optimiser(model, training, factors=factors)
+        optimizer = make_optimizer(model, training, factors=factors)
         parameters = model.trainable(factors)
         anchors = [p.detach().clone() for p in parameters] if training.proximal_mu else []
         spent = [_Spent() for _ in sites]
@@ -117,13 +117,13 @@ class Together:
         for step in range(steps):
             groups, places = zip(*(learner.group(at) for learner, at in zip(learners, places, strict=True)), strict=True)
             losses = _step(self, groups, parameters, anchors)
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = rate_of(self._plan, round=round, step=step, steps=steps)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             for one, own, loss, learner in zip(spent, groups, losses, learners, strict=True):
                 one.add(own, loss)
-                learner.tell(step + 1, steps, loss)
+                learner.report_step(step + 1, steps, loss)
         seconds = (time.perf_counter() - began) / len(sites)
         found = {}
         for site, local, one, place in zip(sites, model.get_stacked(), spent, places, strict=True):
@@ -145,7 +145,7 @@ class _Spent:
 
 
 def _step(
-    together: Together,
+    together: JointLearners,
     groups: Sequence[Sequence[Batch]],
     parameters: Sequence[torch.nn.Parameter],
     anchors: Sequence[torch.Tensor],
@@ -195,10 +195,10 @@ def side_by_side(groups: Sequence[Sequence[Batch]], *, pad_token_id: int) -> tup
     return batch, np.repeat(np.arange(len(rows)), [r.supervised for r in rows])
 
 
-class OneOfMany:
+class JointLearner:
     """A site's learner among those that train at once; implements :class:`fedlora.site.work.Learner`."""
 
-    def __init__(self, together: Together, site: str) -> None:
+    def __init__(self, together: JointLearners, site: str) -> None:
         self._together, self._site = together, site
         self._alone = together._learners[site]
 

@@ -11,7 +11,7 @@ from learn.plans import plan_of
 
 from fedlora.core.errors import ConfigError
 from fedlora.data import IGNORE, Tokens
-from fedlora.learn.fast.together import Together, side_by_side
+from fedlora.learn.fast.joint import JointLearners, side_by_side
 from fedlora.learn.learner import HFLearner
 from fedlora.site.work import Learner
 
@@ -42,7 +42,7 @@ def test_each_site_gets_what_it_gets_alone(
     sites: Callable[..., Any], moved: Callable[..., Any], options: dict[str, Any], held: dict[str, Any], factors: Any
 ):
     alone, others = sites({**FUSED, **held}, **options), sites({**FUSED, **held}, **options)
-    at, together = moved(alone["a"].model.get(), size=0.05), Together(others)
+    at, together = moved(alone["a"].model.get(), size=0.05), JointLearners(others)
     states = dict.fromkeys(SITES, b"")
     for number in (1, 2):
         right = {n: one.train(at, round=number, state=states[n], factors=factors) for n, one in alone.items()}
@@ -58,7 +58,7 @@ def test_each_site_gets_what_it_gets_alone(
 
 def test_it_is_a_learner_and_the_model_holds_one_adapter_again(sites: Callable[..., Any]):
     learners = sites()
-    one: Learner = Together(learners).one("b")
+    one: Learner = JointLearners(learners).one("b")
     alone = learners["b"]
     assert (one.base, one.layout, one.steps) == (alone.base, alone.layout, alone.steps)
     first = alone.model.get()
@@ -69,7 +69,7 @@ def test_it_is_a_learner_and_the_model_holds_one_adapter_again(sites: Callable[.
 
 def test_a_site_that_is_somewhere_else_trains_alone(sites: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
     learners = sites()
-    together, first = Together(learners), learners["a"].model.get()
+    together, first = JointLearners(learners), learners["a"].model.get()
     done = {n: together.one(n).train(first, round=1, state=b"") for n in SITES}
     calls: list[str] = []
     original = HFLearner.train
@@ -77,7 +77,7 @@ def test_a_site_that_is_somewhere_else_trains_alone(sites: Callable[..., Any], m
     again = together.one("b").train(first, round=1, state=b"")  # was dropped: it has not moved on
     assert calls == ["b"]
     assert distance(again.adapter.vector - first.vector, done["b"].adapter.vector - first.vector) < 2e-3
-    resumed = Together(learners)
+    resumed = JointLearners(learners)
     for name in SITES:  # a new process in the second round: it knows nobody's place yet
         resumed.one(name).train(done["a"].adapter, round=2, state=done[name].state)
     assert calls == ["b", "a", "b", "c"]
@@ -91,7 +91,7 @@ def test_what_does_not_fit_at_once_trains_one_after_the_other(sites: Callable[..
     import torch
 
     learners = sites()
-    together, first = Together(learners), learners["a"].model.get()
+    together, first = JointLearners(learners), learners["a"].model.get()
     tried: list[int] = []
 
     def full(*_: Any, **__: Any) -> Any:
@@ -131,7 +131,7 @@ def test_what_is_not_built_is_refused(
     sites: Callable[..., Any], base: dict[str, Any], lora_options: dict[str, Any], options: dict[str, Any]
 ):
     with pytest.raises(ConfigError, match="only be trained in one pass"):
-        Together(sites(base, lora_options, **options))
+        JointLearners(sites(base, lora_options, **options))
 
 
 def test_a_site_without_a_label_fails_alone(lora: Callable[..., Any], rows: Sequence[Tokens]):
@@ -140,7 +140,7 @@ def test_a_site_without_a_label_fails_alone(lora: Callable[..., Any], rows: Sequ
     model = lora(FUSED)
     silent = [Tokens(r.input_ids, np.full_like(r.labels, IGNORE), 1) for r in rows[:4]]
     train = plan_of(local_steps=2, num_rounds=2, per_device_train_batch_size=2, max_length=48)
-    together = Together({n: HFLearner(model, data, [], train, site=n) for n, data in {"a": rows[:4], "b": silent}.items()})
+    together = JointLearners({n: HFLearner(model, data, [], train, site=n) for n, data in {"a": rows[:4], "b": silent}.items()})
     first = model.get()
     with pytest.raises(DataError):
         together.one("b").train(first, round=1, state=b"")
@@ -148,10 +148,10 @@ def test_a_site_without_a_label_fails_alone(lora: Callable[..., Any], rows: Sequ
 
 
 def test_an_interrupt_leaves_one_adapter_in_the_model(sites: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    from fedlora.learn.fast import together as module
+    from fedlora.learn.fast import joint as module
 
     learners = sites()
-    together, first = Together(learners), learners["a"].model.get()
+    together, first = JointLearners(learners), learners["a"].model.get()
 
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
