@@ -1,4 +1,4 @@
-"""A worker of a site with several GPUs: ``python -P -m fedlora.worker``, started by :class:`fedlora.learn.fast.workers.Team`."""
+"""A worker of a site with several GPUs: ``python -P -m fedlora.worker``, which ``learn.fast.workers.WorkerPool`` starts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def work(order: dict[str, Any]) -> None:
     """One worker, from its start to its end.
 
     Args:
-        order: what :class:`fedlora.learn.fast.workers.Team` writes: the site file, the plan, rank, count, device, the file by
-            which the processes find each other, and the id of the process that started this one.
+        order: what :class:`fedlora.learn.fast.workers.WorkerPool` writes: the site file, the plan, rank, count, device, the
+            file by which the processes find each other, and the id of the process that started this one.
     """
     from fedlora.learn.base import use_device
-    from fedlora.learn.fast.gpus import Ranks
+    from fedlora.learn.fast.gpus import TrainingGroup
     from fedlora.learn.fast.workers import ready
 
     # By itself, not in a function between fork and exec: this process has threads, and the driver's memory.
@@ -35,7 +35,7 @@ def work(order: dict[str, Any]) -> None:
     use_device(order["device"])
     learner = load_learner(Path(order["site_file"]), parse_plan(order["plan"].encode()), report=lambda event, facts: None)
     ready(Path(order["rendezvous"]), order["rank"]).touch(mode=0o600)
-    ranks = Ranks(
+    ranks = TrainingGroup(
         rank=order["rank"],
         count=order["count"],
         rendezvous=Path(order["rendezvous"]),

@@ -32,7 +32,7 @@ from bench import ROOT, _sealed_parts, layout, median_s, peak_bytes, row, update
 from fedlora.core.reader import Reader
 from fedlora.formats.envelope import overhead, parse, seal
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Rules, read_session
+from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, SessionRequirements, read_session
 from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, receive
 from fedlora.protect.secagg.giving import masked, reveal
 from fedlora.protect.secagg.numbers import Numbers
@@ -43,7 +43,7 @@ from fedlora.protect.secagg.votes import Delivered
 from fedlora.rules.sums import squares_of
 
 VALUES = 10_000_000
-RULES = Rules(max_colluding=1, min_cohort=3)
+RULES = SessionRequirements(max_colluding=1, min_cohort=3)
 METRICS = ("eval/nll", "eval/tokens", "train/loss")
 LIMIT_S = {("int8", 8): 0.10, ("int8", 32): 0.25}
 LIMIT_UNMASK_S = 5.0
@@ -97,7 +97,7 @@ class Handshake:
 
     def receive(self, own: int, relayed: bytes) -> Inbox:
         reader = Reader(relayed, "relay")
-        received = receive(self.cohort, own, self.secrets[own], reader, rules=RULES, known=self.publics.__getitem__)
+        received = receive(self.cohort, own, self.secrets[own], reader, requirements=RULES, known=self.publics.__getitem__)
         reader.end()
         return received.inbox
 
@@ -185,7 +185,7 @@ def flower(peers: int) -> dict[str, Any]:
     theirs = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")  # its package has a function so named
     n = peers + 1
     settings = {Key.SAMPLE_NUMBER: n, Key.SHARE_NUMBER: n, Key.THRESHOLD: 2 * n // 3 + 1, Key.CLIPPING_RANGE: 8.0,
-                Key.TARGET_RANGE: 1 << 22, Key.MOD_RANGE: 1 << 32, Key.MAX_WEIGHT: 2000.0}  # fmt: skip
+                Key.TARGET_RANGE: 1 << 22, Key.MOD_RANGE: 1 << 32, Key.MAX_UNITS: 2000.0}  # fmt: skip
     states, keys = {}, {}
     for node in range(1, n + 1):
         states[node] = theirs.SecAggPlusState()

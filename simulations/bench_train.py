@@ -260,7 +260,7 @@ def gpus(shape: str, count: int) -> None:
     import logging
 
     from fedlora.formats.plans import load_plan
-    from fedlora.learn.fast.workers import Team
+    from fedlora.learn.fast.workers import WorkerPool
     from fedlora.learn.local import WORKER, load_learner
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")  # the workers' too
@@ -281,7 +281,7 @@ def gpus(shape: str, count: int) -> None:
             team = None
             if number > 1:
                 devices = [f"cuda:{i}" for i in range(number)]
-                team = Team(
+                team = WorkerPool(
                     WORKER,
                     home / "site.toml",
                     plan,

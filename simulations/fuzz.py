@@ -42,8 +42,8 @@ from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_adapter, toy_plan
-from fedlora.protect.given import Gift, Given, Ledger
-from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Rules, sign
+from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
+from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, SessionRequirements, sign
 from fedlora.protect.secagg.complaints import (
     Complaint,
     dump_complaints,
@@ -62,7 +62,7 @@ from fedlora.protect.secagg.terms import Offer
 from fedlora.protect.secagg.votes import COMMIT, Delivered, certificate, read_certificate, sign_vote, vote_text
 
 SITES = ("site-1", "site-2", "site-3", "site-4")
-RULES = Rules(max_colluding=1, min_cohort=3)
+RULES = SessionRequirements(max_colluding=1, min_cohort=3)
 MOST_BYTES = 1 << 20
 """Most that a parser may allocate, besides 64 times the length of its input (a number in JSON is an object of Python)."""
 
@@ -209,7 +209,7 @@ def _session(label: str) -> tuple[Cohort, dict[int, Secrets], dict[int, bytes], 
 
 def _receive(cohort: Cohort, own: int, secrets: Secrets, blob: bytes) -> Inbox:
     reader = Reader(blob, "relay")
-    received = receive(cohort, own, secrets, reader, rules=RULES, known=known)
+    received = receive(cohort, own, secrets, reader, requirements=RULES, known=known)
     reader.end()
     if received.lies:
         raise BadShare("what was dealt does not open")
@@ -444,18 +444,18 @@ def _numbers() -> Parser:
                   cut=np.zeros(4, np.int64), metrics={})).tobytes()], again, [(8 * i, 8) for i in range(ride.size)])  # fmt: skip
 
 
-GIFT = Gift.of([identity(name).public for name in SITES], {"protect.secagg.profile": "int8"})
+CONTRIBUTION = Contribution.of([identity(name).public for name in SITES], {"protect.secagg.profile": "int8"})
 
 
 def _records() -> list[Parser]:
     """A site's own files, damaged."""
     session = Session(
         1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, groups=[list(SITES)],
-        gift=GIFT.facts(), t1=bytes(32),
+        contribution=CONTRIBUTION.facts(), t1=bytes(32),
     )  # fmt: skip
     encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), np.ones(14, np.float32))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3)
-    ledger = Ledger().after("34" * 32, GIFT)
+    ledger = Ledger().after("34" * 32, CONTRIBUTION)
 
     def records(memory: DictMemory) -> Records:
         return Records(memory, "run", identity(SITES[0]), lambda n: bytes(n))
@@ -486,8 +486,8 @@ def _records() -> list[Parser]:
 def _ledger(samples: Sequence[Ledger]) -> Parser:
     """The one record that outlives runs."""
 
-    def given(memory: DictMemory) -> Given:
-        return Given(memory, identity(SITES[0]), lambda n: bytes(n))
+    def given(memory: DictMemory) -> ContributionStore:
+        return ContributionStore(memory, identity(SITES[0]), lambda n: bytes(n))
 
     def dump(ledger: Ledger) -> bytes:
         memory = DictMemory()

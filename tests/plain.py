@@ -9,7 +9,7 @@ from fedlora.core.adapter import MAX_PARAMETERS, Update
 from fedlora.core.errors import FedLoRAError, RemoteError
 from fedlora.core.messages import Request, Reveals, Task
 from fedlora.formats import update as wire
-from fedlora.protect import Talk, Tally
+from fedlora.protect import Exchange, Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class PlainServer:
     def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
         return []
 
-    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk:
+    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Exchange:
         body = wire.dump_task(task, reply_key=self.dtype.encode())
         most = wire.max_update_bytes(task.reply_layout, dtype="float32")
         for reply in (yield [Request(site, task.kind, body, most) for site in sites]):

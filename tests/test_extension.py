@@ -62,8 +62,8 @@ class Part(Rule):
         return cls(max_weight, way=plan.aggregate.own(PartSettings).way)
 
     @classmethod
-    def misfits(cls, plan):
-        yield from super(Part, cls).misfits(plan)
+    def conflicts(cls, plan):
+        yield from super(Part, cls).conflicts(plan)
         if plan.aggregate.own(PartSettings).way == 1:
             yield "aggregate.part.way = 1 is the mean itself: choose aggregate.name = 'fedavg'"
 
@@ -104,7 +104,7 @@ class Veil(Mode):
         return {"who reads this site's update": "everybody who has the plan"}
 
     @classmethod
-    def misfits(cls, plan):
+    def conflicts(cls, plan):
         if not plan.protect.own(VeilSettings).key:
             yield "protect.veil.key = 0 hides nothing: choose another one"
 

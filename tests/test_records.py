@@ -29,10 +29,10 @@ from fedlora.formats.keys import Identity
 from fedlora.formats.memory import FileMemory, Memory, get_record, put_record
 from fedlora.gateway.allowance import Allowance, Quota
 from fedlora.lab.testing import toy_adapter, toy_plan
-from fedlora.protect.given import Given, Ledger
+from fedlora.protect.ledger import ContributionStore, Ledger
 from fedlora.protect.link import _Counter
-from fedlora.protect.secagg.book import Book
 from fedlora.protect.secagg.records import Records, Session, Used
+from fedlora.protect.secagg.sessions import SessionStore
 from fedlora.rounds.store import RunStore
 from fedlora.site.admission import Begun, Runs
 
@@ -69,7 +69,7 @@ def records(m):
 
 
 def ledger(m):
-    return Given(m, ME, bytes)
+    return ContributionStore(m, ME, bytes)
 
 
 def both(d):
@@ -85,8 +85,12 @@ DURABLE = {
     "the sums given to": in_memory(lambda m: ledger(m).save(Ledger(alone=frozenset({RUN}))), lambda m: ledger(m).load()),
     "what was given": in_memory(lambda m: records(m).save_used(Used(1, RUN, RUN, ["a"], 3)), lambda m: records(m).used()),
     "a site's session": in_memory(lambda m: records(m).save_session(SESSION), lambda m: records(m).session()),
-    "who is left out": in_memory(lambda m: Book(m).exclude("a", round=3, code="x"), lambda m: Book(m).excluded("a", round=3)),
-    "sessions that ended": in_memory(lambda m: Book(m).save_ended(TASK, [(b"t", b"p")]), lambda m: Book(m).ended(TASK)),
+    "who is left out": in_memory(
+        lambda m: SessionStore(m).exclude("a", round=3, code="x"), lambda m: SessionStore(m).excluded("a", round=3)
+    ),
+    "sessions that ended": in_memory(
+        lambda m: SessionStore(m).save_ended(TASK, [(b"t", b"p")]), lambda m: SessionStore(m).ended(TASK)
+    ),
     "a journal entry": Durable(
         lambda d: Journal(d).save(RUN, 1, Entry("evaluate/a", b"update", b"state", b"kept")), lambda d: Journal(d).find(RUN, 1)
     ),

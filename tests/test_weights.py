@@ -22,7 +22,7 @@ from fedlora.core.words import majority_line
 from fedlora.data.batches import Cursor, Stream
 from fedlora.data.examples import IGNORE, Tokens
 from fedlora.lab.testing import ToyLearner, toy_adapter
-from fedlora.rules import Each, Sums, largest_weight, rule_of
+from fedlora.rules import Each, Sums, max_site_weight, rule_of
 from fedlora.site import work as site_module
 from fedlora.site.work import safely
 
@@ -49,7 +49,7 @@ def test_no_data_lets_a_round_use_more_than_the_plans_own_steps_and_lengths(size
         used = {"tokens": used["tokens"] + batch.supervised, "examples": used["examples"] + batch.examples}
     for weighting, most in used.items():
         asked = Plan(training=training, federation=Rounds(local_steps=steps), aggregate=Aggregate(weighting=weighting))
-        assert most <= largest_weight(asked)
+        assert most <= max_site_weight(asked)
 
 
 @pytest.mark.parametrize(
@@ -66,18 +66,18 @@ def test_the_bound_is_not_larger_than_what_some_data_can_use(weighting, packing,
     asked = Plan(training=training, federation=Rounds(local_steps=1), aggregate=Aggregate(weighting=weighting))
     stream = Stream([example(*s) for s in sizes], seed=0, site="a", rows=4, max_length=16, packing=packing, pad_token_id=0)
     batch, _ = stream.next(Cursor())
-    assert {"tokens": batch.supervised, "examples": batch.examples}[weighting] == largest_weight(asked)
+    assert {"tokens": batch.supervised, "examples": batch.examples}[weighting] == max_site_weight(asked)
 
 
 def test_a_plan_may_say_less_or_more_and_counts_passes_only_with_a_bound():
-    assert largest_weight(Plan(aggregate=Aggregate(max_weight=500))) == 500
-    assert largest_weight(Plan(aggregate=Aggregate(weighting="uniform"))) == 1
+    assert max_site_weight(Plan(aggregate=Aggregate(max_weight=500))) == 500
+    assert max_site_weight(Plan(aggregate=Aggregate(weighting="uniform"))) == 1
     assert rule_of(Plan(aggregate=Aggregate(max_weight=500))).max_weight == 500
     summed = {"federation": {"min_sites": 3}, "aggregate": {"weighting": "uniform"}, "protect": {"mode": "secagg"}}
     assert rule_of(Plan.model_validate(summed)).max_weight == 16 * 256  # one update with the weight of all
-    assert largest_weight(Plan(federation=Rounds(local_steps=1_000_000))) == 1 << 26
+    assert max_site_weight(Plan(federation=Rounds(local_steps=1_000_000))) == 1 << 26
     epochs = Rounds(local_steps=0, local_epochs=1)
-    assert largest_weight(Plan(federation=epochs, aggregate=Aggregate(max_weight=7, weighting="examples"))) == 7
+    assert max_site_weight(Plan(federation=epochs, aggregate=Aggregate(max_weight=7, weighting="examples"))) == 7
     for weighting in ("tokens", "examples"):
         with pytest.raises(ValueError, match=r"needs aggregate\.max_weight"):
             Plan(federation=epochs, aggregate=Aggregate(weighting=weighting))
@@ -157,7 +157,7 @@ def test_a_site_that_used_more_than_the_plan_allows_refuses_instead_of_sending(t
 def test_under_secure_aggregation_the_sum_of_all_claims_is_bounded(tmp_path, monkeypatch):
     asked = secagg.secagg_plan(rounds=1, weight_unit=10)
     fed = secagg.Federation(tmp_path, asked)
-    monkeypatch.setattr(site_module, "largest_weight", lambda plan: 1 << 40)  # the site's own check, which a liar leaves out
+    monkeypatch.setattr(site_module, "max_site_weight", lambda plan: 1 << 40)  # the site's own check, which a liar leaves out
     fed.learners["b"].tokens = 4 * BOUND
     at, store = fed.run()
     assert store.records()[0].void == "weight-too-large"

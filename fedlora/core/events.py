@@ -40,8 +40,8 @@ from fedlora.core.facts import (
     Session,
     SiteName,
     SiteRefused,
+    SiteStatus,
     SiteUpdate,
-    Standing,
     Start,
     StateFile,
     Step,
@@ -166,7 +166,7 @@ FACTS: Mapping[Event, type[Any]] = {
     Event.SITE_OFFLINE: SiteName,
     Event.SITE_REFUSED: SiteRefused,
     Event.ANOTHER_RUN: AnotherRun,
-    Event.SITE: Standing,
+    Event.SITE: SiteStatus,
     Event.CLOCK: Clock,
     Event.OTHER: Other,
 }

@@ -300,7 +300,7 @@ class AnotherRun(TypedDict):
 
 
 @_exact
-class Standing(TypedDict):
+class SiteStatus(TypedDict):
     """How a site stands with its server."""
 
     site: str

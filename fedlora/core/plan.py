@@ -315,7 +315,7 @@ def _misfits(plan: Plan) -> Iterator[str]:
                 f"lora.ranks out, or choose protect.mode = {shown} with aggregate.name = 'product'"
             )
     for entry in (rule, plan.server_optimizer.entry, mode):
-        yield from entry.misfits(plan)
+        yield from entry.conflicts(plan)
 
 
 def parse_plan(blob: bytes) -> Plan:

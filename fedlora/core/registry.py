@@ -93,7 +93,7 @@ class Entry(Protocol):
     Settings: ClassVar[type[Section]]
 
     @classmethod
-    def misfits(cls, plan: Any) -> Iterator[str]:
+    def conflicts(cls, plan: Any) -> Iterator[str]:
         """What it does not go with in this plan, each in a sentence that says what to do."""
         ...
 

@@ -19,7 +19,7 @@ def learning_rate(name: str, progress: float, *, peak: float, warmup_ratio: floa
     return peak * {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[name]
 
 
-def height(name: str, round: int, *, rounds: int, warmup_ratio: float) -> float:
+def mean_factor(name: str, round: int, *, rounds: int, warmup_ratio: float) -> float:
     """Mean of the learning rate over its peak in one round, at the middles of 16 equal parts of it; no unit.
 
     Args:

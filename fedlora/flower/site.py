@@ -22,7 +22,7 @@ from fedlora.flower import launch
 from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower
 from fedlora.flower.runner import Handle, Runner
-from fedlora.flower.standing import Standing
+from fedlora.flower.status import StatusTracker
 from fedlora.formats.files import write_atomic
 from fedlora.formats.lock import hold
 from fedlora.gateway.addresses import LOOPBACK, split_address
@@ -57,7 +57,7 @@ def up(
 
     Args:
         site_file: the site's own file; paths in it are relative to it.
-        report: told ``(event, facts)``; of ``site`` see :class:`fedlora.flower.standing.Standing`.
+        report: told ``(event, facts)``; of ``site`` see :class:`fedlora.flower.status.StatusTracker`.
         handle: answers requests; that of :func:`fedlora.assemble.site` by default, called before anything is connected. Only then
             bases and data are looked for.
         stop: set it to stop from another thread.
@@ -96,7 +96,7 @@ class _Up:
     checks: dict[str, Callable[[SiteFile, Path], None]]
     pem: bytes
     probe_s: float
-    standing: Standing = field(init=False)
+    standing: StatusTracker = field(init=False)
     supervisor: Supervisor = field(init=False)
     look_now: threading.Event = field(default_factory=threading.Event)
     found: threading.Event = field(default_factory=threading.Event)
@@ -120,7 +120,7 @@ class _Up:
         with _log_file(log / "runner.log"):
             self._serve(runner)
 
-    def _standing(self, flower: Path, secret: Path, log: Path) -> Standing:
+    def _standing(self, flower: Path, secret: Path, log: Path) -> StatusTracker:
         host, _ = split_address(self.file.server)
         ca = self.root / self.file.ca
         mark, mine = flower / "accepted", hashlib.sha256(self.pem + ca.read_bytes()).hexdigest()
@@ -131,7 +131,7 @@ class _Up:
                 write_atomic(mark, mine.encode())
 
         facts = {"server": self.file.server, "host": host, "port": str(self.file.local_port), "ca": str(ca)}
-        return Standing(
+        return StatusTracker(
             self.file.name,
             facts=facts | {"log": str(log / "supernode.log"), "secret": str(secret)},
             report=self.report,

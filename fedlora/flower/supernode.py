@@ -54,7 +54,7 @@ class PollInterval:
         self._sleep(min(seconds, _STEP_S) if self._clock() - self._last < _TALK_S else seconds)
 
 
-class Doorman:
+class CallSigner:
     """Stands around every call to the server: signs with the server's time, and says what becomes of the calls, each change once.
 
     Args:
@@ -132,7 +132,7 @@ def main() -> None:
     leaving = _until_flower_listens()
     from fedlora.flower._internals import supernode  # takes a second or two: a signal is heard in the meantime
 
-    supernode.run(PollInterval(), Doorman(_say, process=os.urandom(8).hex()), listening=leaving.set)
+    supernode.run(PollInterval(), CallSigner(_say, process=os.urandom(8).hex()), listening=leaving.set)
 
 
 def _until_flower_listens() -> threading.Event:

@@ -30,8 +30,8 @@ from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.allowance import Quota
 from fedlora.gateway.bodies import Gone, Header, Receive, Stop, end_to_end, timed, verified
 from fedlora.gateway.calls import Caller, Callers, Refused
-from fedlora.gateway.connections import Client, Guests, listen, protocol
-from fedlora.gateway.doors import Doors
+from fedlora.gateway.connections import Client, ConnectionSlots, listen, protocol
+from fedlora.gateway.doors import NodeWatch
 from fedlora.gateway.limits import Buckets
 
 log = logging.getLogger("fedlora.gateway")
@@ -87,7 +87,7 @@ class Gateway:
         *,
         callers: Callers,
         quota: Quota,
-        guests: Guests,
+        guests: ConnectionSlots,
         body_limit_bytes: int,
         timeout_s: float,
     ) -> None:
@@ -100,7 +100,7 @@ class Gateway:
         self._strangers = Buckets(_STRANGER_RATE, _STRANGER_BURST, _LONGEST_S, time.monotonic)
         self._sites = Buckets(_SITE_RATE, _SITE_BURST, 2 * _SITE_WAIT_S, time.monotonic)
         self._calls: dict[str, int] = {}
-        self._doors = Doors(_say)
+        self._doors = NodeWatch(_say)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     upstream = upstream_client(
         args.superlink_port, ca=args.home / "tls" / "ca.crt", timeout_s=args.timeout_s, connections=args.connections
     )
-    guests = Guests(max(args.connections // 2, 1))
+    guests = ConnectionSlots(max(args.connections // 2, 1))
     app = Gateway(
         upstream,
         callers=Callers(args.home / "sites", time.time, time.time()),

@@ -33,7 +33,7 @@ class _Connection(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Guests:
+class ConnectionSlots:
     """Who holds a connection: a stranger, until its first signed call, or a site.
 
     Half of all places are for strangers; when they are full, the oldest of the address that has the most gives way. A site's call
@@ -95,7 +95,7 @@ class Guests:
 class _Impatient(HttpConnection):
     """Cuts whoever opens a connection, or begins a call, and then says nothing: each would keep a place from a site."""
 
-    guests: Guests
+    guests: ConnectionSlots
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -136,7 +136,7 @@ class _Impatient(HttpConnection):
             self.cut()
 
 
-def protocol(guests: Guests) -> type[_Impatient]:
+def protocol(guests: ConnectionSlots) -> type[_Impatient]:
     """The class of a connection; uvicorn makes the objects."""
     return type("_Connection", (_Impatient,), {"guests": guests})
 
@@ -153,7 +153,7 @@ class _Porch:
     """Listens. An address that opens many connections waits for its turn before TLS, which is what costs, or is turned away."""
 
     def __init__(
-        self, listening: socket.socket, make: Callable[[], asyncio.Protocol], *, guests: Guests, context: ssl.SSLContext
+        self, listening: socket.socket, make: Callable[[], asyncio.Protocol], *, guests: ConnectionSlots, context: ssl.SSLContext
     ) -> None:
         self._listening, self._make, self._guests, self._context = listening, make, guests, context
         self._turns = Buckets(_OPEN_RATE, _OPEN_BURST, 2 * _OPEN_WAIT_S, time.monotonic)
@@ -204,7 +204,9 @@ class _Porch:
             await self._task
 
 
-def listen(config: uvicorn.Config, make: Callable[[], asyncio.Protocol], context: ssl.SSLContext, *, guests: Guests) -> _Porch:
+def listen(
+    config: uvicorn.Config, make: Callable[[], asyncio.Protocol], context: ssl.SSLContext, *, guests: ConnectionSlots
+) -> _Porch:
     """Opens the public port of a :class:`fedlora.gateway._internals.Server`, with the porch before it."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listening = socket.create_server((config.host, config.port), family=family, backlog=_BACKLOG)

@@ -84,7 +84,7 @@ class _Node:
     shared_until: float = float("-inf")
 
 
-class Doors:
+class NodeWatch:
     """Follows the answers to the nodes' calls. Keeps a record only of keys that Flower has accepted.
 
     Args:

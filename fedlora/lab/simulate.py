@@ -84,7 +84,7 @@ def simulate(
     lost = parse_dropouts(drop, sites=plan.simulation.sites, plan=plan)
     if lost and transport != "local":
         raise ConfigError("--drop needs --transport local", hint="over Flower, kill a site's process instead")
-    apart = plan.federation.fraction_train < 1 or plan.lora.ranks or rule_of(plan).keeps
+    apart = plan.federation.fraction_train < 1 or plan.lora.ranks or rule_of(plan).keeps_local_factor
     if batch_sites and (transport != "local" or apart):
         raise ConfigError(
             "--batch-sites needs --transport local, and sites that all train one adapter: "
@@ -177,7 +177,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
     traffic: Traffic | None = None
     if "federated" in arms:
         store = RunStore.open(_run_directory(lab, out, transport), lab.plan)
-        if not rule_of(lab.plan).keeps:
+        if not rule_of(lab.plan).keeps_local_factor:
             save_adapter(out / "adapter.safetensors", store.load().adapter, {"run": store.run})
         rounds, traffic = _federation(lab, store)
     results = Results(
@@ -263,7 +263,7 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
         steps_s=steps[0],
     )
     rule = rule_of(lab.plan)
-    if not rule.keeps:
+    if not rule.keeps_local_factor:
         return store.load().adapter, cost
     home = out / "flower" if transport == "flower" else out / "sites"
     state = "state/journal" if transport == "flower" else "journal"

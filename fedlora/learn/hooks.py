@@ -73,7 +73,7 @@ class ProcessGroup(Protocol):
         """This group is over: what the others wait for will not come."""
 
 
-class Team(Protocol):
+class WorkerPool(Protocol):
     """The processes of a site's further GPUs."""
 
     def ranks(self) -> ProcessGroup:
@@ -124,8 +124,8 @@ class Fast(Protocol):
         state: Path,
         facts: bytes,
         report: Report,
-    ) -> Team:
-        """Processes that train together, see :class:`fedlora.learn.fast.workers.Team`."""
+    ) -> WorkerPool:
+        """Processes that train together, see :class:`fedlora.learn.fast.workers.WorkerPool`."""
 
 
 def fast() -> Fast | None:

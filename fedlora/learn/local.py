@@ -15,7 +15,7 @@ from fedlora.learn.rows import load_tokens
 from fedlora.site.site_file import SiteFile, load_site_file
 
 if TYPE_CHECKING:
-    from fedlora.learn.hooks import MicroBatches, Team
+    from fedlora.learn.hooks import MicroBatches, WorkerPool
     from fedlora.learn.learner import HFLearner
     from fedlora.learn.loop import OnStep
     from fedlora.learn.lora import LoraModel
@@ -36,7 +36,7 @@ class LocalLearners:
     site_file: Path
     team: Path
     report: Report
-    _team: Team | None = field(default=None, init=False)
+    _team: WorkerPool | None = field(default=None, init=False)
 
     def __call__(self, plan: Plan) -> HFLearner:
         """The plan's learner; the processes of the plan before end first.

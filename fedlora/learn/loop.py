@@ -24,7 +24,7 @@ OnStep = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class TrainTotals:
     """What some steps used and gave. ``loss`` is the mean over all their supervised tokens, nats, before each step."""
 
     loss: float
@@ -106,7 +106,7 @@ def train_steps(
     proximal_mu: float = 0.0,
     micro_batches: MicroBatches | None = None,
     ranks: ProcessGroup | None = None,
-) -> Spent:
+) -> TrainTotals:
     """Trains the adapter in place, one optimizer step a group of batches.
 
     A step's loss is the mean over the supervised tokens of all its batches: splitting a batch changes nothing but rounding.
@@ -142,12 +142,12 @@ def train_steps(
                 micro_batches.prepare(share)
             part = _gradients(model, share, total, seed=seed(step) + rank, micro_batches=micro_batches)
             loss = float(part if ranks is None else ranks.add_up(parameters, part, total))
-            pull_back(parameters, anchors, proximal_mu)
+            add_proximal_term(parameters, anchors, proximal_mu)
             _optimizer_step(optimizer, parameters, step=step, loss=loss, rate=rate(step), max_grad_norm=max_grad_norm)
             nats, tokens, examples = nats + loss * total, tokens + total, examples + sum(b.examples for b in batches)
             if on_step is not None:
                 on_step(step + 1, steps, loss)
-    return Spent(nats / max(tokens, 1), tokens, examples)
+    return TrainTotals(nats / max(tokens, 1), tokens, examples)
 
 
 def count_supervised(batches: Sequence[Batch]) -> int:
@@ -182,7 +182,7 @@ def _optimizer_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def pull_back(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor], mu: float) -> None:
+def add_proximal_term(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor], mu: float) -> None:
     """Adds mu times the distance from the anchors to the gradients; nothing without anchors."""
     for parameter, anchor in zip(parameters, anchors, strict=False):
         if parameter.grad is not None:

@@ -78,7 +78,7 @@ def _finished(run: Path) -> tuple[Plan, Adapter, RunFacts]:
         return _own(run)
     inside = [run / "federated", *sorted((run / "flower" / "server" / "runs").glob("*"))]  # of a simulation; which kind
     store = RunStore.open(next((d for d in inside if d.is_dir()), run))
-    if rule_of(store.plan).keeps:
+    if rule_of(store.plan).keeps_local_factor:
         raise ConfigError(
             "aggregate.fedavg.share = 'A': every site has its own B, so there is no global adapter",
             hint="run `fedlora export STATE/journal/RUN.safetensors OUT` at a site: it writes that site's PEFT adapter",

@@ -16,7 +16,7 @@ from fedlora.core.adapter import Update
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Reply, Request, Reveals, Task
 
-Talk = Generator[Sequence[Request], Iterator[Reply], None]
+Exchange = Generator[Sequence[Request], Iterator[Reply], None]
 """Yields requests, is sent the replies as they come, returns when the exchange is over."""
 
 
@@ -58,7 +58,7 @@ class Protection(Protocol):
 
     @property
     def reveals(self) -> Reveals: ...
-    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk: ...
+    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Exchange: ...
     def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
         """Sites that this task should wait for, when only ``sites`` are at hand; none if it may begin."""
         ...

@@ -62,7 +62,7 @@ class Limits(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class SumExposure:
     """What the sums of a plan may tell.
 
     Attributes:
@@ -135,7 +135,7 @@ class Mode:
         """
 
     @classmethod
-    def misfits(cls, plan: Plan) -> Iterator[str]:
+    def conflicts(cls, plan: Plan) -> Iterator[str]:
         """What it does not go with in this plan, each in a sentence that says what to do."""
         yield from ()
 
@@ -161,12 +161,12 @@ class Mode:
         return frozenset(metrics)
 
     @classmethod
-    def talk_s(cls, plan: Plan) -> float:
+    def step_timeout_s(cls, plan: Plan) -> float:
         """Seconds for each step that is not work."""
         return 300.0
 
     @classmethod
-    def told(cls, plan: Plan) -> Told | None:
+    def told(cls, plan: Plan) -> SumExposure | None:
         """What sums may tell; None where there are none."""
         return None
 

@@ -16,8 +16,8 @@ from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
-from fedlora.protect import Talk, Tally
-from fedlora.protect.given import Given
+from fedlora.protect import Exchange, Tally
+from fedlora.protect.ledger import ContributionStore
 from fedlora.protect.link import Context, ServerLink, SiteLink, pinned, receive, reply_bytes
 from fedlora.protect.mode import Mode, ServerParts, SiteParts, check_mode
 
@@ -44,7 +44,7 @@ class SealedServer:
     def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
         return []
 
-    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk:
+    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Exchange:
         """One exchange: the task, sealed once for all; the replies, opened one at a time."""
         asked = self.link.known(sites, tally)
         if not asked:
@@ -91,7 +91,7 @@ class SealedSite:
             LoneChange: this site has given to sums on this base model: its own update could show another one beside them.
         """
         task, down, reply_key, dtype = self._open(request)
-        given = Given(self.link.memory, self.link.identity, self.link.entropy)
+        given = ContributionStore(self.link.memory, self.link.identity, self.link.entropy)
         ledger = given.load()
         ledger.check(task.base, None, uncovers=self.uncovers(task.plan_digest))
         update = work(task)

@@ -30,7 +30,7 @@ from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.store import Checkpoint, RunStore
 from fedlora.rounds.transport import Transport, drive
-from fedlora.rules import Accumulator, Aggregator, ServerOptimizer, State, add, largest_weight, optimizer_of
+from fedlora.rules import Accumulator, Aggregator, ServerOptimizer, State, add, max_site_weight, optimizer_of
 
 
 def run(
@@ -141,7 +141,7 @@ def _attempts(
         at_hand = _await_sites(transport, need, missing, time.monotonic() + plan.federation.round_deadline, report)
         sites = _drawn(at_hand, plan, task) if task.kind == "train" else at_hand
         tally = _Round(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
-        tally.max_weight = largest_weight(plan) if task.kind == "train" else 0
+        tally.max_weight = max_site_weight(plan) if task.kind == "train" else 0
         report(Event.ASK, Ask(round=task.round, attempt=attempt, kind=task.kind, sites=sites))
         began = time.monotonic()
         deadline = began + plan.federation.round_deadline  # waiting for the sites to come does not count
@@ -212,7 +212,7 @@ def _drawn(at_hand: list[str], plan: Plan, task: Task) -> list[str]:
 def _deadline_s(plan: Plan, deadline: float, requests: Sequence[Request]) -> float:
     """The round's own for work, seconds for the talk that a protection may need after it."""
     work = any(brings_work(r.phase) for r in requests)
-    return _left(deadline) if work else mode_of(plan).talk_s(plan)
+    return _left(deadline) if work else mode_of(plan).step_timeout_s(plan)
 
 
 def _left(deadline: float) -> float:

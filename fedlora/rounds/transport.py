@@ -11,7 +11,7 @@ from fedlora.core.errors import ConfigError, Oversized
 from fedlora.core.events import Event
 from fedlora.core.messages import Reply, Request
 from fedlora.core.plan import Plan
-from fedlora.protect import Talk
+from fedlora.protect import Exchange
 from fedlora.protect.modes import brings_work, mode_of
 
 
@@ -97,7 +97,7 @@ def parse_dropouts(words: Sequence[str], *, sites: Collection[str], plan: Plan) 
     return frozenset(found)
 
 
-def drive(talk: Talk, transport: Transport, *, deadline_s: Callable[[Sequence[Request]], float]) -> None:
+def drive(talk: Exchange, transport: Transport, *, deadline_s: Callable[[Sequence[Request]], float]) -> None:
     """Runs an exchange to its end. ``deadline_s`` gives the seconds that a batch of requests has."""
     try:
         requests = next(talk)

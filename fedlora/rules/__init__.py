@@ -16,7 +16,7 @@ from fedlora.rules.robust import Robust
 from fedlora.rules.rolora import RoLoRA
 from fedlora.rules.server_optimizer import ServerOptimizer, optimizer_of
 from fedlora.rules.sums import MOST_TOGETHER, Accumulator, Each, Sums
-from fedlora.rules.weights import largest_weight
+from fedlora.rules.weights import max_site_weight
 
 __all__ = [
     "BUILT_IN",
@@ -35,7 +35,7 @@ __all__ = [
     "State",
     "Sums",
     "add",
-    "largest_weight",
+    "max_site_weight",
     "optimizer_of",
     "rule_of",
 ]
@@ -55,4 +55,4 @@ def rule_of(plan: Plan) -> Aggregator:
     """The plan's rule."""
     chosen = cast("type[Rule]", RULES[plan.aggregate.name])
     together = MODES[plan.protect.mode].reveals == "sum"  # the sum comes as one update with the weight of all
-    return cast("Aggregator", chosen.of(plan, MOST_TOGETHER if together else largest_weight(plan)))
+    return cast("Aggregator", chosen.of(plan, MOST_TOGETHER if together else max_site_weight(plan)))

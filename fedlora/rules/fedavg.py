@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
-from fedlora.rules.means import mean_move
+from fedlora.rules.means import mean_delta
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator
 
@@ -41,7 +41,7 @@ class FedAvg(Rule):
         return cls(max_weight, share=plan.aggregate.own(Settings).share)
 
     @property
-    def keeps(self) -> bool:  # type: ignore[override]
+    def keeps_local_factor(self) -> bool:  # type: ignore[override]
         return self.share != "AB"
 
     def down(self) -> Factors:
@@ -51,4 +51,4 @@ class FedAvg(Rule):
         return layout.only(self.share)
 
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
-        return mean_move(sums, adapter, scale=scale)
+        return mean_delta(sums, adapter, scale=scale)

@@ -13,8 +13,8 @@ from fedlora.core.adapter import Adapter, Factors
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 from fedlora.rules.factored import orthonormal_rows, svd_factored
-from fedlora.rules.means import add, factors, mean_move
-from fedlora.rules.protocol import Aggregated, Rule, State, check_reach
+from fedlora.rules.means import add, factors, mean_delta
+from fedlora.rules.protocol import Aggregated, Rule, State, check_max_change
 from fedlora.rules.sums import Accumulator
 
 
@@ -54,11 +54,11 @@ class FedSVD(Rule):
         for old, new in zip(first.layout.pairs(), now.layout.pairs(), strict=True):
             (_, a0), (b, a) = factors(first.vector, old), factors(now.vector, new)
             longest = max(1.0, float(np.linalg.norm(a0, 2)))
-            check_reach(f"{new.module}.lora_A.weight", float(np.linalg.norm(a, 2)), longest)
-            check_reach(f"{new.module}.lora_B.weight", float(np.linalg.norm(b)), moved * math.sqrt(b.size) * longest)
+            check_max_change(f"{new.module}.lora_A.weight", float(np.linalg.norm(a, 2)), longest)
+            check_max_change(f"{new.module}.lora_B.weight", float(np.linalg.norm(b)), moved * math.sqrt(b.size) * longest)
 
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
-        mean = mean_move(sums, adapter, scale=scale)
+        mean = mean_delta(sums, adapter, scale=scale)
         if mean.delta is None:
             raise ValueError("a mean of factors is a server update")
         after = add(adapter, mean.delta)

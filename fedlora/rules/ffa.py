@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedlora.core.adapter import Adapter, Factors
-from fedlora.rules.means import mean_move
+from fedlora.rules.means import mean_delta
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator
 
@@ -24,4 +24,4 @@ class FFA(Rule):
         return "B"
 
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
-        return mean_move(sums, adapter, scale=scale)
+        return mean_delta(sums, adapter, scale=scale)

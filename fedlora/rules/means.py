@@ -21,7 +21,7 @@ def factors(vector: F32, pair: Pair) -> tuple[F64, F64]:
     return b.reshape(pair.d_out, pair.rank), a.reshape(pair.rank, pair.d_in)
 
 
-def mean_move(sums: Accumulator, adapter: Adapter, *, scale: float) -> Aggregated:
+def mean_delta(sums: Accumulator, adapter: Adapter, *, scale: float) -> Aggregated:
     """The weighted mean as a delta, and what it misses of the products' mean."""
     if not isinstance(sums, Sums):
         raise TypeError(f"this rule adds up; it was given {type(sums).__name__}")

@@ -72,9 +72,9 @@ class Product(Rule):
         return cls(max_weight, rank=s.rank, max_rank=most, energy=s.energy, factorization=s.factorization)
 
     @classmethod
-    def misfits(cls, plan: Plan) -> Iterator[str]:
+    def conflicts(cls, plan: Plan) -> Iterator[str]:
         s = plan.aggregate.own(Settings)
-        yield from super(Product, cls).misfits(plan)
+        yield from super(Product, cls).conflicts(plan)
         for key, ranks in (("max_rank", ("r_max", "energy")), ("energy", ("energy",))):
             if s.rank not in ranks and getattr(s, key) != getattr(Settings(), key):
                 yield (

@@ -51,7 +51,7 @@ class Aggregator(Protocol):
         varies_rank: the next adapter may have another rank.
         error_feedback: vectors in terms of the factors of one round stay valid in the next, such as the residual of a
             message's quantization or an optimizer's moments.
-        keeps: a site keeps its local adapter, which it needs in the next round and after the run.
+        keeps_local_factor: a site keeps its local adapter, which it needs in the next round and after the run.
     """
 
     @property
@@ -61,7 +61,7 @@ class Aggregator(Protocol):
     @property
     def error_feedback(self) -> bool: ...
     @property
-    def keeps(self) -> bool: ...
+    def keeps_local_factor(self) -> bool: ...
 
     def trains(self, round: int) -> Factors:
         """What local training moves."""
@@ -115,7 +115,7 @@ class Aggregator(Protocol):
         ...
 
 
-def check_reach(tensor: str, found: float, most: float) -> None:
+def check_max_change(tensor: str, found: float, most: float) -> None:
     """Raises: PlanRefused (impossible-adapter): more than ``most``, but for the rounding of float32."""
     if not found <= most * (1 + 1e-3) + 1e-6:
         raise PlanRefused(
@@ -146,7 +146,7 @@ class Rule:
     refactorizes: ClassVar[bool] = False
     varies_rank: ClassVar[bool] = False
     error_feedback: ClassVar[bool] = True
-    keeps: ClassVar[bool] = False
+    keeps_local_factor: ClassVar[bool] = False
     mixes_ranks: ClassVar[bool] = False
 
     @classmethod
@@ -155,7 +155,7 @@ class Rule:
         return cls(max_weight)
 
     @classmethod
-    def misfits(cls, plan: Plan) -> Iterator[str]:
+    def conflicts(cls, plan: Plan) -> Iterator[str]:
         """What it does not go with in this plan, each in a sentence that says what to do."""
         name, optimizer = plan.aggregate.name, plan.server_optimizer.name
         if plan.lora.ranks and not cls.mixes_ranks and MODES[plan.protect.mode].reveals == "each":
@@ -187,7 +187,7 @@ class Rule:
     def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
         for name, at, _ in now.layout.slices():
             farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
-            check_reach(name, farthest, moved)
+            check_max_change(name, farthest, moved)
 
     def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
         layout = self.reply(adapter.layout, round)

@@ -67,9 +67,9 @@ class Robust(Rule):
         return cls(max_weight, statistic=s.statistic, trim=s.trim, byzantine=s.byzantine)
 
     @classmethod
-    def misfits(cls, plan: Plan) -> Iterator[str]:
+    def conflicts(cls, plan: Plan) -> Iterator[str]:
         s, sites = plan.aggregate.own(Settings), plan.federation.min_sites
-        yield from super(Robust, cls).misfits(plan)
+        yield from super(Robust, cls).conflicts(plan)
         for key, statistic in (("trim", "trimmed"), ("byzantine", "multi-krum")):
             if s.statistic != statistic and getattr(s, key) != getattr(Settings(), key):
                 yield (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedlora.core.adapter import Adapter, Factors
-from fedlora.rules.means import mean_move
+from fedlora.rules.means import mean_delta
 from fedlora.rules.protocol import Aggregated, Rule, State
 from fedlora.rules.sums import Accumulator
 
@@ -26,4 +26,4 @@ class RoLoRA(Rule):
         return "B" if round % 2 else "A"
 
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
-        return mean_move(sums, adapter, scale=scale)
+        return mean_delta(sums, adapter, scale=scale)

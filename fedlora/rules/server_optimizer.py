@@ -154,7 +154,7 @@ class _None:
     Settings: ClassVar[type[Section]] = Section
 
     @classmethod
-    def misfits(cls, plan: Plan) -> Iterator[str]:
+    def conflicts(cls, plan: Plan) -> Iterator[str]:
         """What a rule does with a delta decides whether there can be a step: the rules say so."""
         yield from ()
 

@@ -6,7 +6,7 @@ from fedlora.core.plan import Plan
 from fedlora.rules.sums import MAX_WEIGHT
 
 
-def largest_weight(plan: Plan) -> int:
+def max_site_weight(plan: Plan) -> int:
     """Most that one site may weigh in a round, as both ends read it from the plan: 1 .. 2^26.
 
     Without ``aggregate.max_weight`` it is what a round's steps can use at the most: a row of ``max_length`` tokens has a loss at

@@ -19,8 +19,8 @@ from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
 from fedlora.formats.memory import FileMemory
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.protect.given import Gift, Given, Ledger
-from fedlora.protect.mode import Told
+from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
+from fedlora.protect.mode import SumExposure
 from fedlora.protect.modes import mode_of
 from fedlora.site.admission import Runs
 from fedlora.site.site_file import SiteFile, load_site_file
@@ -216,12 +216,12 @@ def _copy(state: Path, digest: str) -> Path:
 
 def _ledger(file: SiteFile, root: Path) -> Ledger:
     memory = FileMemory(root / file.state / "memory")
-    if not Given.begun(memory):
+    if not ContributionStore.begun(memory):
         return Ledger()
-    return Given(memory, load_identity(root / file.key), lambda n: bytes(n)).load()  # only read here
+    return ContributionStore(memory, load_identity(root / file.key), lambda n: bytes(n)).load()  # only read here
 
 
-def _unlike(plan: Plan, told: Told, file: SiteFile, root: Path) -> list[str]:
+def _unlike(plan: Plan, told: SumExposure, file: SiteFile, root: Path) -> list[str]:
     try:
         _ledger(file, root).check_alike(plan.model.digest, alone=told.alone)
     except LoneChange as error:
@@ -235,20 +235,20 @@ _ALIKE = (
 )
 
 
-def _beside(plan: Plan, told: Told | None, file: SiteFile, root: Path) -> tuple[list[str], list[str] | None]:
+def _beside(plan: Plan, told: SumExposure | None, file: SiteFile, root: Path) -> tuple[list[str], list[str] | None]:
     """What a plan says beside what this site has given on its base model, and the sites that it could show."""
     memory, ledger, base = FileMemory(root / file.state / "memory"), _ledger(file, root), plan.model.digest
     if told is None:
-        return ledger.unlike(base, None) if ledger.gifts.get(base) else [], sorted(ledger.shown(base, None))
-    if told.alone or not (ledger.gifts.get(base) or base in ledger.sealed):
+        return ledger.unlike(base, None) if ledger.contributions.get(base) else [], sorted(ledger.shown(base, None))
+    if told.alone or not (ledger.contributions.get(base) or base in ledger.sealed):
         return [], []
-    again = [_ALIKE] if ledger.gifts.get(base) else []
+    again = [_ALIKE] if ledger.contributions.get(base) else []
     if (blob := memory.get("roster")) is None:
         return again, None
     roster = SignedRoster.parse(blob).roster
     group = next((group for group in roster.groups() if file.name in group), frozenset[str]())
-    gift = Gift.of(map(roster.site, group), told.measure)
-    return [*again, *ledger.unlike(base, gift)], sorted(ledger.shown(base, gift))
+    contribution = Contribution.of(map(roster.site, group), told.measure)
+    return [*again, *ledger.unlike(base, contribution)], sorted(ledger.shown(base, contribution))
 
 
 def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[str] = ()) -> int:

@@ -23,7 +23,7 @@ from fedlora.formats.files import load_adapter, set_aside
 from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.memory import FileMemory, get_record, put_record, words
-from fedlora.protect.given import KEY, Given, Ledger
+from fedlora.protect.ledger import KEY, ContributionStore, Ledger
 from fedlora.protect.link import raise_number
 from fedlora.rounds.store import RunStore
 from fedlora.site.site_file import load_site_file
@@ -265,7 +265,7 @@ class SiteRepair:
         identity = self._load_identity()
         with _alone(self.state / "lock", "the site"):
             _drop(self.memory, KEY)
-            Given(self.memory, identity, os.urandom).save(Ledger())
+            ContributionStore(self.memory, identity, os.urandom).save(Ledger())
         return "a new sum, compared with a forgotten one, may reveal the update of this site or of another site in both"
 
     def _drop_lost(self, run: str) -> None:

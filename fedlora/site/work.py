@@ -22,7 +22,7 @@ from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.memory import FileMemory
 from fedlora.protect import SiteProtection
 from fedlora.protect.modes import mode_of
-from fedlora.rules import Aggregator, largest_weight, rule_of
+from fedlora.rules import Aggregator, max_site_weight, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.admission import Approvals, Begun, Runs, admit
 from fedlora.site.policy import Policy
@@ -156,8 +156,8 @@ class Site:
         update, state, kept = self._learn(task, plan, rule, learner, adapter)
         update.check(task.reply_layout.size)
         blob = wire.dump_update(update, task.reply_layout, dtype="float32")
-        entry = Entry(key, blob, state, kept.vector.astype("<f4").tobytes() if rule.keeps else b"")
-        if rule.keeps:
+        entry = Entry(key, blob, state, kept.vector.astype("<f4").tobytes() if rule.keeps_local_factor else b"")
+        if rule.keeps_local_factor:
             self.journal.save_own(task.run, kept, plan)
             if task.kind == "evaluate":
                 self.report(Event.OWN, Own(file=str(self.journal.own(task.run))))
@@ -207,7 +207,7 @@ class Site:
         self.report(Event.TRAINED, TrainedFacts(round=task.round, metrics=metrics))
         delta = rule.encode(adapter, trained.adapter, round=task.round)
         weight = {"tokens": trained.tokens, "examples": trained.examples, "uniform": 1}[plan.aggregate.weighting]
-        if weight > (most := largest_weight(plan)):
+        if weight > (most := max_site_weight(plan)):
             raise UpdateRejected.too_heavy(self.name, weight, most)
         return Update(delta, weight, self._shared(plan, metrics)), trained.state, trained.adapter
 
@@ -252,6 +252,6 @@ class Site:
             )
         if rule.down() == "AB":
             return task.adapter
-        before = self._before(task) if rule.keeps else None
+        before = self._before(task) if rule.keeps_local_factor else None
         own = _kept(before[1], layout) if before is not None else None
         return (own or first_adapter(layout, seed=plan.run.seed)).replaced(task.adapter)

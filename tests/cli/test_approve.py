@@ -15,7 +15,7 @@ from fedlora.flower.enrol import make_roster, make_site_keys
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.formats.memory import FileMemory
 from fedlora.lab.testing import TOY_BASE, toy_plan
-from fedlora.protect.given import Gift, Given, Ledger
+from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.approve import in_words, question, with_approval
@@ -155,8 +155,10 @@ def grown(home):
     pinned = make_roster(home / "roster.json", server.public, publics, coordinator)
     memory = FileMemory(home / "state" / "memory")
     memory.put("roster", (home / "roster.json").read_bytes())
-    gift = Gift.of(publics[:3], measure(SECAGG))
-    Given(memory, load_identity(home / "keys" / "guys.key"), lambda n: bytes(n)).save(Ledger().after(TOY_BASE, gift))
+    contribution = Contribution.of(publics[:3], measure(SECAGG))
+    ContributionStore(memory, load_identity(home / "keys" / "guys.key"), lambda n: bytes(n)).save(
+        Ledger().after(TOY_BASE, contribution)
+    )
     write_site(home, roster=pinned)
     return home
 

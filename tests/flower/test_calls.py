@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedlora.gateway.allowance import Allowance, Quota
 from fedlora.gateway.calls import CALL, KEY, TIME, Callers, Refused
-from fedlora.gateway.connections import Guests
+from fedlora.gateway.connections import ConnectionSlots
 from fedlora.gateway.limits import Bucket, Buckets
 
 PATH = "/v1/fleet/push-object"
@@ -209,7 +209,7 @@ class Held:
 
 
 def test_the_oldest_of_the_address_with_most_strangers_gives_way_and_a_site_never():
-    guests, held = Guests(4), {}
+    guests, held = ConnectionSlots(4), {}
     for i, address in enumerate(["flood", "other", "flood", "flood"]):
         held[i] = Held()
         guests.come(held[i], (address, i))
@@ -224,7 +224,7 @@ def test_the_oldest_of_the_address_with_most_strangers_gives_way_and_a_site_neve
 
 
 def test_a_site_holds_so_many_connections_and_no_more():
-    guests, held = Guests(1000), [Held() for _ in range(70)]
+    guests, held = ConnectionSlots(1000), [Held() for _ in range(70)]
     for i, one in enumerate(held):
         guests.come(one, ("a", i))
         guests.known(("a", i), "alpha")

@@ -30,11 +30,20 @@ from fedlora.core.plan import Plan
 from fedlora.core.toml import dump_toml
 from fedlora.flower import launch
 from fedlora.flower.server import Refusals, start
-from fedlora.flower.supernode import Doorman
+from fedlora.flower.supernode import CallSigner
 from fedlora.gateway import doors
 from fedlora.gateway.certificates import make_node_key, node_key_pem, node_key_public
 from fedlora.gateway.clock import TIME_HEADER, Clock
-from fedlora.gateway.doors import KEY_HEADER, SIGNATURE_HEADER, STAMP_HEADER, WHY_HEADER, Doors, Refusal, key_name, parse_refusal
+from fedlora.gateway.doors import (
+    KEY_HEADER,
+    SIGNATURE_HEADER,
+    STAMP_HEADER,
+    WHY_HEADER,
+    NodeWatch,
+    Refusal,
+    key_name,
+    parse_refusal,
+)
 from fedlora.gateway.exposure import free_port
 from fedlora.site.site_file import load_site_file
 
@@ -380,12 +389,12 @@ class Node:
 
 
 class Gate:
-    """Doors with a clock that the test moves."""
+    """NodeWatch with a clock that the test moves."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
         self.now = 1_800_000_000.0
-        self.doors = Doors(self.said.append, clock=lambda: self.now, monotonic=lambda: self.now)
+        self.doors = NodeWatch(self.said.append, clock=lambda: self.now, monotonic=lambda: self.now)
 
     def why(self, call: str, headers: list[tuple[bytes, bytes]], status: int, peer: str = "10.0.0.5") -> str:
         added = dict(self.doors.answer(f"/v1/fleet/{call}", headers, status, peer=peer))
@@ -498,7 +507,7 @@ class Line:
 def test_a_stamp_is_signed_again_once_with_the_servers_time(ahead_s):
     said, clock = [], [1_800_000_000.0]
     line = Line(clock, ahead_s)
-    line.doorman = doorman = Doorman(said.append, process="0" * 16, clock=Clock(lambda: clock[0]))
+    line.doorman = doorman = CallSigner(said.append, process="0" * 16, clock=Clock(lambda: clock[0]))
     for _ in range(3):
         assert doorman.intercept(line, httpx.Request("POST", "https://x/v1/fleet/activate-node")).status_code == 200
     assert line.calls == (3 if -305 < ahead_s < 5 else 4)

@@ -14,7 +14,7 @@ from flower.signed import Node
 from fedlora.gateway.allowance import Allowance, Quota
 from fedlora.gateway.app import FLEET_CALLS, Gateway
 from fedlora.gateway.calls import Callers
-from fedlora.gateway.connections import Guests
+from fedlora.gateway.connections import ConnectionSlots
 from fedlora.gateway.exposure import FORBIDDEN
 
 PUSH = "/v1/fleet/push-object"
@@ -76,7 +76,7 @@ class Place:
                 upstream,
                 callers=Callers(self.home / "sites", time.time, 0.0),
                 quota=Quota(self.home / "flower", time.monotonic),
-                guests=Guests(8),
+                guests=ConnectionSlots(8),
                 body_limit_bytes=LIMIT,
                 timeout_s=20.0,
             )

@@ -44,7 +44,7 @@ def test_an_address_that_opens_many_connections_waits_before_tls_and_is_then_tur
     async def flood() -> tuple[int, int, float, float]:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
-        porch = connections._Porch(listening, Quiet, guests=connections.Guests(100), context=server)
+        porch = connections._Porch(listening, Quiet, guests=connections.ConnectionSlots(100), context=server)
 
         async def one() -> bool:
             with contextlib.suppress(OSError):
@@ -73,7 +73,7 @@ def app(tmp_path: Path) -> gate.Gateway:
         httpx.AsyncClient(),
         callers=Callers(tmp_path, time.time, 0.0),
         quota=Quota(tmp_path, time.monotonic),
-        guests=connections.Guests(1),
+        guests=connections.ConnectionSlots(1),
         body_limit_bytes=1,
         timeout_s=1.0,
     )

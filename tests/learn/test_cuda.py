@@ -331,7 +331,7 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
 
     from fedlora.core.errors import ResourceError
     from fedlora.core.plan import Plan
-    from fedlora.learn.fast.workers import Team
+    from fedlora.learn.fast.workers import WorkerPool
     from fedlora.learn.local import WORKER, load_learner
 
     rows = [{"prompt": f"{'apple ' * (1 + i % 5)}{i} is", "completion": " red"} for i in range(64)]
@@ -339,11 +339,11 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
     site = tmp_path / "site.toml"
     site.write_text(f'models = {{ "HuggingFaceTB/SmolLM2-135M-Instruct" = "{toy}" }}\n[data]\npath = "rows.jsonl"\n')
 
-    def start(steps: int) -> tuple[Any, Team]:
+    def start(steps: int) -> tuple[Any, WorkerPool]:
         tables = {"training": {"max_length": 64, "per_device_train_batch_size": 4}, "federation": {"local_steps": steps}}
         plan = Plan.model_validate_json(json.dumps(tables))
         learner = load_learner(site, plan, report=lambda *_: None)
-        team = Team(
+        team = WorkerPool(
             WORKER,
             site,
             plan,

@@ -13,7 +13,7 @@ from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, StoreEr
 from fedlora.core.plan import Training
 from fedlora.core.schedule import learning_rate
 from fedlora.data import IGNORE, Batch, Tokens, in_order
-from fedlora.learn.loop import Spent, derived_seed, train_steps
+from fedlora.learn.loop import TrainTotals, derived_seed, train_steps
 from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimizer
 
 pytestmark = pytest.mark.torch
@@ -23,7 +23,7 @@ def batches(rows: Sequence[Tokens], *, size: int, length: int = 96, packing: boo
     return list(in_order(rows, rows=size, max_length=length, packing=packing, pad_token_id=256))
 
 
-def run(model: Any, group: Sequence[Batch], *, steps: int = 1, seed: int = 0, rate: float = 1e-2, **options: Any) -> Spent:
+def run(model: Any, group: Sequence[Batch], *, steps: int = 1, seed: int = 0, rate: float = 1e-2, **options: Any) -> TrainTotals:
     optimizer = make_optimizer(model, Training(**options))
     return train_steps(
         model, repeat(group), steps=steps, optimizer=optimizer, rate=lambda s: rate, seed=lambda s: seed + s, max_grad_norm=1.0

@@ -19,7 +19,7 @@ from fedlora import assemble
 from fedlora.core.errors import ResourceError
 from fedlora.core.plan import Plan
 from fedlora.learn import local
-from fedlora.learn.fast.workers import Team
+from fedlora.learn.fast.workers import WorkerPool
 from fedlora.learn.local import WORKER, load_learner
 
 pytestmark = pytest.mark.torch
@@ -54,12 +54,14 @@ def learner(site: Path) -> Any:
 
 
 @pytest.fixture
-def team(site: Path, tmp_path: Path, learner: Any) -> Iterator[Callable[[int], Team]]:
-    made: list[Team] = []
+def team(site: Path, tmp_path: Path, learner: Any) -> Iterator[Callable[[int], WorkerPool]]:
+    made: list[WorkerPool] = []
 
-    def make(count: int) -> Team:
+    def make(count: int) -> WorkerPool:
         made.append(
-            Team(WORKER, site, plan(), devices=["cpu"] * count, state=tmp_path / "team", facts=learner.facts(), report=silent)
+            WorkerPool(
+                WORKER, site, plan(), devices=["cpu"] * count, state=tmp_path / "team", facts=learner.facts(), report=silent
+            )
         )
         return made[-1]
 
@@ -81,7 +83,7 @@ def rounds(learner: Any, first: Any, count: int) -> list[Any]:
 
 
 def test_two_processes_make_the_steps_of_one(
-    learner: Any, team: Callable[[int], Team], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learner: Any, team: Callable[[int], WorkerPool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "numpy.py").write_text("raise SystemExit('code of the working directory ran')")
     monkeypatch.chdir(tmp_path)  # nothing there is run
@@ -97,7 +99,7 @@ def test_two_processes_make_the_steps_of_one(
 
 
 def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_round_only(
-    learner: Any, team: Callable[[int], Team], tmp_path: Path
+    learner: Any, team: Callable[[int], WorkerPool], tmp_path: Path
 ):
     first = learner.model.get()
     one = team(3)
@@ -120,12 +122,12 @@ def test_bits_do_not_depend_on_who_comes_first_and_a_dead_process_costs_its_roun
 
 def test_kill_9_of_the_site_leaves_no_process_behind(site: Path, tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from fedlora.learn.fast.workers import Team\n"
+        "import sys, time; from pathlib import Path; from fedlora.learn.fast.workers import WorkerPool\n"
         "from fedlora.learn.local import WORKER, load_learner\n"
         "from fedlora.core.plan import parse_plan\n"
         "site, plan, quiet = Path(sys.argv[1]), parse_plan(sys.argv[2].encode()), lambda *_: None\n"
         "facts = load_learner(site, plan, report=quiet).facts()\n"
-        "team = Team(WORKER, site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), facts=facts, report=quiet)\n"
+        "team = WorkerPool(WORKER, site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), facts=facts, report=quiet)\n"
         "team.ranks(); print(*team.pids(), flush=True); time.sleep(60)"
     )
     argv = [sys.executable, "-c", code, str(site), plan().canonical().decode(), str(tmp_path / "team")]
@@ -167,7 +169,7 @@ def test_a_site_with_several_gpus_starts_its_team_by_itself(site: Path, tmp_path
     again._team.__self__.close()
 
 
-def test_a_worker_that_cannot_start_is_noticed_at_once(site: Path, learner: Any, team: Callable[[int], Team]):
+def test_a_worker_that_cannot_start_is_noticed_at_once(site: Path, learner: Any, team: Callable[[int], WorkerPool]):
     first = learner.model.get()
     learner.join(team(2).ranks)
     (site.parent / "rows.jsonl").unlink()  # the leader has read them
@@ -175,7 +177,7 @@ def test_a_worker_that_cannot_start_is_noticed_at_once(site: Path, learner: Any,
         learner.train(first, round=1, state=b"")
 
 
-def test_rows_changed_while_the_site_ran_are_noticed_before_a_step(site: Path, learner: Any, team: Callable[[int], Team]):
+def test_rows_changed_while_the_site_ran_are_noticed_before_a_step(site: Path, learner: Any, team: Callable[[int], WorkerPool]):
     first = learner.model.get()
     one = team(2)
     learner.join(one.ranks)

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.derive import derive
-from fedlora.protect.secagg.cohort import Advert, Cohort, Rules, sign
+from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements, sign
 from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened
 from fedlora.protect.secagg.dealing import Dealt, Inbox, Secrets, advertise, deal, opened, receive
 from fedlora.protect.secagg.giving import HEAD_BYTES, masked, reveal
@@ -36,7 +36,7 @@ SESSIONS = {
     "three": ("three sites, all stay: 8-bit values in a ring of 16 bits", "abc", "", "int8"),
     "four": ("four sites, of which c deals and then is lost: 12-bit values in a ring of 20 bits", "abcd", "c", "int12"),
 }
-RULES = Rules(max_colluding=1, min_cohort=3)
+RULES = SessionRequirements(max_colluding=1, min_cohort=3)
 SIZE, NUMBERS = 11, 5
 
 
@@ -57,7 +57,7 @@ def session(name: str) -> dict[str, Any]:
 
     def inbox(i: int) -> Inbox:
         reader = Reader(relay(cohort, deals, i), "relay")
-        return receive(cohort, i, secrets[i], reader, rules=RULES, known=known).inbox
+        return receive(cohort, i, secrets[i], reader, requirements=RULES, known=known).inbox
 
     inboxes = {i: inbox(i) for i in secrets}
     rng = np.random.default_rng(len(sites))
@@ -146,7 +146,7 @@ def complained(four: dict[str, Any]) -> dict[str, str]:
     known = identities(keys, cohort).__getitem__
     false = false_deal(cohort, deals[2].dealt[1], 2, 1, key=keys["b"], sealed=secret("four b to a", 1202))
     relayed = relay(cohort, {**deals, 2: replace(deals[2], dealt={**deals[2].dealt, 1: false})}, 1)
-    received = receive(cohort, 1, Secrets(secret("four a root", 32)), Reader(relayed, "relay"), rules=RULES, known=known)
+    received = receive(cohort, 1, Secrets(secret("four a root", 32)), Reader(relayed, "relay"), requirements=RULES, known=known)
     complaint = Complaint.make(cohort, 1, received.lies, key=keys["a"])
     shown = opened(cohort, 2, Secrets(secret("four b root", 32)), [1])
     return {

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedlora.core.plan import Plan
     from fedlora.learn import fast
     from fedlora.learn.forward import Forward
-    from fedlora.learn.hooks import Fast, MicroBatches, Team
+    from fedlora.learn.hooks import Fast, MicroBatches, WorkerPool
     from fedlora.learn.options import Checkpointing
 
     _: Fast = fast  # a type checker compares them
@@ -69,8 +69,8 @@ def team(
     state: Path,
     facts: bytes,
     report: Report,
-) -> Team:
-    """See :class:`fedlora.learn.fast.workers.Team`."""
+) -> WorkerPool:
+    """See :class:`fedlora.learn.fast.workers.WorkerPool`."""
     from fedlora.learn.fast import workers
 
-    return workers.Team(spawn, site_file, plan, devices=devices, state=state, facts=facts, report=report)
+    return workers.WorkerPool(spawn, site_file, plan, devices=devices, state=state, facts=facts, report=report)

@@ -37,7 +37,7 @@ Command = tuple[Adapter, int, bytes, Factors]
 """What rank 0 tells the others: adapter, round, state, factors; the arguments of ``Learner.train``."""
 
 
-class Ranks:
+class TrainingGroup:
     """This process among those of its site.
 
     Args:

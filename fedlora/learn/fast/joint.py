@@ -22,7 +22,7 @@ from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate
 from fedlora.data import IGNORE, Batch, Cursor, regroup
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state, parse_state
-from fedlora.learn.loop import count_supervised, pull_back, rate_of
+from fedlora.learn.loop import add_proximal_term, count_supervised, rate_of
 from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import make_optimizer
 from fedlora.site.work import Trained
@@ -158,7 +158,7 @@ def _step(
     of_site = torch.from_numpy(owner).to(nll.device)
     losses = torch.zeros(len(groups), dtype=torch.float32, device=nll.device).index_add(0, of_site, nll) / totals
     losses.sum().backward()  # type: ignore[no-untyped-call]
-    pull_back(parameters, anchors, training.proximal_mu)
+    add_proximal_term(parameters, anchors, training.proximal_mu)
     squares = torch.stack([p.grad.flatten(1).square().sum(1) for p in parameters if p.grad is not None]).sum(0)
     norms = squares.sqrt()
     found = torch.stack([losses.detach(), norms]).tolist()

@@ -1,4 +1,4 @@
-"""Worker processes for the further GPUs of a site: a :class:`Team` starts them, watches them and ends them.
+"""Worker processes for the further GPUs of a site: a :class:`WorkerPool` starts them, watches them and ends them.
 
 What a worker is to do comes on its standard input: the site file, the plan, its rank. It reads the same rows as the site
 itself, takes commands from rank 0 alone, and ends when that does, however that ends. What it runs is not known here: whoever
@@ -25,7 +25,7 @@ from fedlora.core.facts import Process
 from fedlora.core.plan import Plan
 
 if TYPE_CHECKING:
-    from fedlora.learn.fast.gpus import Ranks
+    from fedlora.learn.fast.gpus import TrainingGroup
 
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _END_S = 10.0
 _LOAD_S = 3600.0
 
 
-class Team:
+class WorkerPool:
     """The processes of a site's GPUs. They are started when a round needs them and again when one of them ended.
 
     They die with the thread that started them, which must therefore live as long as they.
@@ -61,12 +61,12 @@ class Team:
         self._command, self._site_file, self._plan, self._devices = list(spawn), site_file.resolve(), plan, list(devices)
         self._state, self._report, self._facts = state, report, facts
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._ranks: Ranks | None = None
+        self._ranks: TrainingGroup | None = None
         self._broken = threading.Event()
         self._watched = threading.Event()  # set: the watcher has no more to do
         self._watcher: threading.Thread | None = None
 
-    def ranks(self) -> Ranks:
+    def ranks(self) -> TrainingGroup:
         """The group, all of it alive as far as is known. Loads the base on each GPU the first time.
 
         Raises:
@@ -104,7 +104,7 @@ class Team:
         return [p.pid for p in self._processes]
 
     def _start(self) -> None:
-        from fedlora.learn.fast.gpus import Ranks
+        from fedlora.learn.fast.gpus import TrainingGroup
 
         self._broken.clear()
         self._watched = threading.Event()
@@ -117,7 +117,7 @@ class Team:
                 self._processes.append(self._spawn(rank, rendezvous))
             self._await(rendezvous)
             self._watch()
-            self._ranks = Ranks(
+            self._ranks = TrainingGroup(
                 rank=0,
                 count=len(self._devices),
                 rendezvous=rendezvous,

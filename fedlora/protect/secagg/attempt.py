@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -19,15 +19,14 @@ from fedlora.core.facts import LoneChange as LoneChangeFacts
 from fedlora.core.messages import Reply, Request, Task
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.signed_roster import SignedRoster
+from fedlora.protect import Exchange
 from fedlora.protect.link import Context, ServerLink, receive, reply_bytes
-from fedlora.protect.secagg.book import Book, ServerSession
-from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.secagg.cohort import SessionRequirements
+from fedlora.protect.secagg.sessions import ServerSession, SessionStore
 from fedlora.protect.secagg.terms import Terms, codec
 
 _FINAL = frozenset({"secrets-gone", "session-spent", "both-secrets", LoneChange.code})
 """What a site says when it can never answer in this session."""
-
-Exchange = Generator[Sequence[Request], Iterator[Reply], None]
 
 
 Errors: TypeAlias = dict[str, FedLoRAError]
@@ -42,7 +41,7 @@ class Attempt:
         link: keys and sequence numbers, with the sites of ``signed``.
         terms: of the plan under ``signed``.
         signed: the roster, checked.
-        book: durable.
+        sessions: durable.
         report: told about the steps.
         errors: what each site did wrong first, until it is known who counts.
     """
@@ -51,20 +50,20 @@ class Attempt:
     link: ServerLink
     terms: Terms
     signed: SignedRoster
-    book: Book
+    sessions: SessionStore
     report: Report
     errors: Errors = field(default_factory=dict)
 
     def admitted(self, sites: Sequence[str]) -> list[str]:
         """Those that may take part. Who was caught is left out, unless too few would be left: else one lie would stop a run."""
-        rules, admitted, caught = self.terms.rules, list[str](), Errors()
+        requirements, admitted, caught = self.terms.requirements, list[str](), Errors()
         for site in sites:
             try:
                 self.signed.roster.site(site)
             except FedLoRAError as e:
                 self.errors.setdefault(site, e)
                 continue
-            code = self.book.excluded(site, round=self.task.round)
+            code = self.sessions.excluded(site, round=self.task.round)
             if code == DealerLied.code:
                 caught[site] = DealerLied("left out: what it dealt is not what it had signed for", site=site)
             elif code:
@@ -74,7 +73,7 @@ class Attempt:
                 )
             else:
                 admitted.append(site)
-        if caught and len(rules.whole(admitted)) < rules.smallest <= len(rules.whole([*admitted, *caught])):
+        if caught and len(requirements.whole(admitted)) < requirements.smallest <= len(requirements.whole([*admitted, *caught])):
             return [site for site in sites if site in caught or site in admitted]
         for site, error in caught.items():
             self.errors.setdefault(site, error)
@@ -86,8 +85,8 @@ class Attempt:
         Raises:
             CohortTooSmall, LoneChange: fewer than ``least``; which would be enough with the others of their groups.
         """
-        rules = self.terms.rules
-        whole, absent = rules.whole(names), away(rules, names)
+        requirements = self.terms.requirements
+        whole, absent = requirements.whole(names), away(requirements, names)
         if len(names) < least:
             raise CohortTooSmall(f"{len(names)} sites are ready, {least} are needed")
         if len(whole) < least:
@@ -153,9 +152,9 @@ class Attempt:
     def caught(self, site: str) -> None:
         """Leaves a proven liar out of the rest of this round and of the next one."""
         for round in (self.task.round, self.task.round + 1):
-            self.book.exclude(site, round=round, code=DealerLied.code)
+            self.sessions.exclude(site, round=round, code=DealerLied.code)
 
 
-def away(rules: Rules, names: Collection[str]) -> list[str]:
+def away(requirements: SessionRequirements, names: Collection[str]) -> list[str]:
     """The others of the groups that some of these sites are in."""
-    return sorted(frozenset().union(*(g for g in rules.groups or () if g & frozenset(names))).difference(names))
+    return sorted(frozenset().union(*(g for g in requirements.groups or () if g & frozenset(names))).difference(names))

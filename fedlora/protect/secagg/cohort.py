@@ -34,7 +34,7 @@ SIGNATURE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class SessionRequirements:
     """What a site insists on, from its own roster and the plan; never from a message.
 
     Attributes:
@@ -210,7 +210,7 @@ class Cohort:
     t1: bytes
 
     @classmethod
-    def of(cls, adverts: Sequence[Advert], rules: Rules) -> Cohort:
+    def of(cls, adverts: Sequence[Advert], requirements: SessionRequirements) -> Cohort:
         """A session among verified sites.
 
         Raises:
@@ -221,14 +221,14 @@ class Cohort:
         """
         order = tuple(sorted(adverts, key=lambda a: a.name))
         n = len(order)
-        if n < rules.smallest:
-            raise CohortTooSmall(f"{n} sites are ready, a session needs {rules.smallest}")
+        if n < requirements.smallest:
+            raise CohortTooSmall(f"{n} sites are ready, a session needs {requirements.smallest}")
         if n > MAX_SITES or len({a.name for a in order}) < n:
             raise WireError(f"{n} advertisements, at most {MAX_SITES} and one a site")
         if len({a.context for a in order}) > 1:
             raise WrongContext("the sites of this session have been shown different tasks")
-        rules.check_whole([a.name for a in order])
-        t = rules.threshold(n)
+        requirements.check_whole([a.name for a in order])
+        t = requirements.threshold(n)
         text = b"".join(a.dump() for a in order)
         t1 = hashlib.sha256(b"fedlora/v1/sa/session\0" + order[0].context + struct.pack(">HH", n, t) + text).digest()
         return cls(order, t, t1)
@@ -241,7 +241,7 @@ class Cohort:
         return struct.pack(">H", len(self.adverts)) + b"".join(a.dump() for a in self.adverts)
 
     @classmethod
-    def parse(cls, blob: bytes, rules: Rules, known: Callable[[str], PublicIdentity]) -> Cohort:
+    def parse(cls, blob: bytes, requirements: SessionRequirements, known: Callable[[str], PublicIdentity]) -> Cohort:
         """Inverse of :meth:`dump`; every advertisement is checked against the roster.
 
         Args:
@@ -258,7 +258,7 @@ class Cohort:
         reader.end()
         for advert in adverts:
             advert.verify(known(advert.name))
-        return cls.of(adverts, rules)
+        return cls.of(adverts, requirements)
 
     def number(self, name: str) -> int:
         """A site's place, from 1: the point at which its shares lie.

@@ -25,7 +25,7 @@ from fedlora.core.reader import Reader
 from fedlora.formats.envelope import HPKE
 from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.derive import derive
-from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, Rules, check_signature, leads, sign
+from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, SessionRequirements, check_signature, leads, sign
 from fedlora.protect.secagg.masks import Stream
 from fedlora.protect.secagg.shamir import SHARE_BYTES, split
 
@@ -303,7 +303,7 @@ def receive(
     secrets: Secrets,
     reader: Reader,
     *,
-    rules: Rules,
+    requirements: SessionRequirements,
     known: Callable[[str], PublicIdentity],
     settled: Mapping[int, Opened] = {},
 ) -> Received:
@@ -323,7 +323,7 @@ def receive(
     ingredients: dict[int, bytes] = {}
     lies: dict[int, Statement] = {}
     count, last = reader.number(), 0
-    if count + 1 < rules.fewest_inputs(len(cohort.adverts)):
+    if count + 1 < requirements.fewest_inputs(len(cohort.adverts)):
         raise CohortTooSmall(f"only {count + 1} of {len(cohort.adverts)} sites have dealt their shares")
     sealing, masking = secrets.sealing, secrets.mask_keys.private
     for _ in range(count):

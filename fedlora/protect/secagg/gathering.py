@@ -20,10 +20,9 @@ from fedlora.core.errors import (
 from fedlora.core.messages import Reply, Request
 from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
-from fedlora.protect import Talk
+from fedlora.protect import Exchange
 from fedlora.protect.link import Context, receive, reply_bytes
-from fedlora.protect.secagg.attempt import Attempt, Errors, Exchange
-from fedlora.protect.secagg.book import Ended, ServerSession
+from fedlora.protect.secagg.attempt import Attempt, Errors
 from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, read_session
 from fedlora.protect.secagg.complaints import (
     dump_opened,
@@ -31,6 +30,7 @@ from fedlora.protect.secagg.complaints import (
 from fedlora.protect.secagg.dealing import Opened
 from fedlora.protect.secagg.opening import Deal, deal_bytes, relay
 from fedlora.protect.secagg.rings import packed_bytes, unpack
+from fedlora.protect.secagg.sessions import Ended, ServerSession
 from fedlora.protect.secagg.settling import settle
 from fedlora.protect.secagg.terms import Offer, codec
 from fedlora.protect.secagg.votes import Delivered
@@ -67,8 +67,8 @@ def advertised(at: Attempt, asked: Sequence[str], scales: F32) -> Generator[Any,
     replies = yield [Request(site, phase, body, reply_bytes(_ADVERT_BYTES)) for site in asked]
     del body
     receive(replies, asked, take, at.errors.setdefault)
-    together = at.whole([a.name for a in adverts], at.errors, least=at.terms.rules.smallest)
-    return Cohort.of([a for a in adverts if a.name in together], at.terms.rules)
+    together = at.whole([a.name for a in adverts], at.errors, least=at.terms.requirements.smallest)
+    return Cohort.of([a for a in adverts if a.name in together], at.terms.requirements)
 
 
 def dealt(at: Attempt, cohort: Cohort) -> Generator[Any, Any, dict[int, bytes]]:
@@ -91,7 +91,7 @@ def dealt(at: Attempt, cohort: Cohort) -> Generator[Any, Any, dict[int, bytes]]:
     return deals
 
 
-def gather(at: Attempt, session: ServerSession, ended: Ended) -> Talk:
+def gather(at: Attempt, session: ServerSession, ended: Ended) -> Exchange:
     """Adds up what comes, one update in memory at a time. After a restart all are asked again, and say the same."""
     cohort, deals = session.cohort, session.deals
     layout, profile = at.task.reply_layout, at.terms.profile
@@ -122,7 +122,7 @@ def gather(at: Attempt, session: ServerSession, ended: Ended) -> Talk:
         combine(numbers, np.frombuffer(body[: numbers.nbytes], "<u8"), out=numbers)
 
     first: Errors = {}
-    dealt = at.terms.rules.whole(session.names(sorted(deals)))  # the others would refuse: theirs are not all there
+    dealt = at.terms.requirements.whole(session.names(sorted(deals)))  # the others would refuse: theirs are not all there
     shown: dict[int, Mapping[int, Opened]] = {n: {} for n in deals if cohort.advert(n).name in dealt}
     yield from _ask_masked(at, session, ended, shown, deals, take, first, limit)
     complaining = [s for s, e in first.items() if isinstance(e, RemoteError) and e.remote_code in _LIED_TO]
@@ -140,7 +140,7 @@ def gather(at: Attempt, session: ServerSession, ended: Ended) -> Talk:
             shown |= settled
     together = at.whole(session.names(sorted(delivered)), at.errors, least=0)
     alone = [n for n in sorted(delivered) if cohort.advert(n).name not in together]
-    if alone and not lied and len(together) >= at.terms.rules.fewest_inputs(len(cohort.adverts)):
+    if alone and not lied and len(together) >= at.terms.requirements.fewest_inputs(len(cohort.adverts)):
         yield from _ask_masked(at, session, ended, {n: shown[n] for n in alone}, deals, take, at.errors, limit)
     del deals
     session.delivered = sorted(delivered.values(), key=lambda d: d.number)
@@ -148,8 +148,8 @@ def gather(at: Attempt, session: ServerSession, ended: Ended) -> Talk:
         session.stage = "abort"
     else:
         session.stage, session.vector, session.numbers = "vote", vector, numbers
-        at.book.save_sum(session)
-    at.book.save(session)
+        at.sessions.save_sum(session)
+    at.sessions.save(session)
 
 
 def _ask_masked(
@@ -178,6 +178,6 @@ def _ask_masked(
 
 def _enough(at: Attempt, session: ServerSession) -> bool:
     """Whether the sites may agree to the sum of what was delivered."""
-    rules, names = at.terms.rules, session.names(session.counted)
-    whole = len(rules.whole(names)) == len(names)
-    return whole and len(names) >= rules.fewest_inputs(len(session.cohort.adverts))
+    requirements, names = at.terms.requirements, session.names(session.counted)
+    whole = len(requirements.whole(names)) == len(names)
+    return whole and len(names) >= requirements.fewest_inputs(len(session.cohort.adverts))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import CohortTooSmall, WireError
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, Rules, leads
+from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, SessionRequirements, leads
 from fedlora.protect.secagg.dealing import Inbox, Secrets, self_keys
 from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room
@@ -85,7 +85,7 @@ def check_deliveries(
     delivered: Sequence[Delivered],
     *,
     dealers: Sequence[int],
-    rules: Rules,
+    requirements: SessionRequirements,
     known: Callable[[str], PublicIdentity],
 ) -> None:
     """Whether this site may agree that just these updates are added up.
@@ -100,7 +100,7 @@ def check_deliveries(
         WireError: its own is missing or not the one it sent, or a site is among them that has not dealt.
         BadSignature: one is not signed by its site.
     """
-    fewest = rules.fewest_inputs(len(cohort.adverts))
+    fewest = requirements.fewest_inputs(len(cohort.adverts))
     if len(delivered) < fewest:
         raise CohortTooSmall(f"{len(delivered)} updates would be added up, at least {fewest} must be")
     by_number = {d.number: d for d in delivered}
@@ -108,7 +108,7 @@ def check_deliveries(
         raise WireError("this site's own update is missing among those to be added up, or it is not the one that was sent")
     if not by_number.keys() <= set(dealers):
         raise WireError("an update would count although its site has dealt no shares")
-    rules.check_whole([cohort.advert(number).name for number in by_number])
+    requirements.check_whole([cohort.advert(number).name for number in by_number])
     for one in delivered:
         one.verify(cohort, known)
 

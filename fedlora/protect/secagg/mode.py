@@ -11,12 +11,12 @@ from fedlora.core.errors import PlanRefused
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
-from fedlora.protect.mode import Limits, Mode, ServerParts, SiteParts, Told
-from fedlora.protect.secagg.book import Book
-from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.mode import Limits, Mode, ServerParts, SiteParts, SumExposure
+from fedlora.protect.secagg.cohort import SessionRequirements
 from fedlora.protect.secagg.numbers import with_counts
 from fedlora.protect.secagg.planning import survival
 from fedlora.protect.secagg.server import SecAggServer
+from fedlora.protect.secagg.sessions import SessionStore
 from fedlora.protect.secagg.settings import Settings, first_range, measure, settings_of
 from fedlora.protect.secagg.site import SecAggSite
 from fedlora.protect.secagg.terms import check_published
@@ -36,14 +36,14 @@ class SecAgg(Mode):
 
     @classmethod
     def server(cls, parts: ServerParts) -> SecAggServer:
-        return SecAggServer(parts.link, parts.rosters(), parts.plan, Book(parts.memory), report=parts.report)
+        return SecAggServer(parts.link, parts.rosters(), parts.plan, SessionStore(parts.memory), report=parts.report)
 
     @classmethod
     def site(cls, parts: SiteParts) -> SecAggSite:
         return SecAggSite(parts.link, parts.roster, parts.entropy, parts.uncovers)
 
     @classmethod
-    def misfits(cls, plan: Plan) -> Iterator[str]:
+    def conflicts(cls, plan: Plan) -> Iterator[str]:
         s, a, f = settings_of(plan), plan.aggregate, plan.federation
         if f.min_sites < (least := max(3, 3 * s.max_colluding)):
             yield (
@@ -91,12 +91,12 @@ class SecAgg(Mode):
         return with_counts(metrics)
 
     @classmethod
-    def talk_s(cls, plan: Plan) -> float:
+    def step_timeout_s(cls, plan: Plan) -> float:
         return settings_of(plan).phase_deadline
 
     @classmethod
-    def told(cls, plan: Plan) -> Told:
-        return Told(settings_of(plan).max_colluding, settings_of(plan).lone_change == "allow", measure(plan))
+    def told(cls, plan: Plan) -> SumExposure:
+        return SumExposure(settings_of(plan).max_colluding, settings_of(plan).lone_change == "allow", measure(plan))
 
     @classmethod
     def words(cls, plan: Plan, said: Mapping[str, str]) -> dict[str, str]:
@@ -114,20 +114,23 @@ class SecAgg(Mode):
 
     @classmethod
     def survives(cls, plan: Plan) -> tuple[list[Survives], str]:
-        rules, lone = Rules(settings_of(plan).max_colluding, plan.federation.min_sites), settings_of(plan).lone_change
-        first = rules.smallest
+        requirements, lone = (
+            SessionRequirements(settings_of(plan).max_colluding, plan.federation.min_sites),
+            settings_of(plan).lone_change,
+        )
+        first = requirements.smallest
         counts = sorted(n for n in {*range(first, first + 5), first + 7, 20, 100} if n >= first)
-        found = [survival(n, rules, lone_change=lone) for n in counts]
+        found = [survival(n, requirements, lone_change=lone) for n in counts]
         text = (
-            f"\nsecure aggregation: up to {rules.max_colluding} sites may collude with the server; a roster may ask for "
+            f"\nsecure aggregation: up to {requirements.max_colluding} sites may collude with the server; a roster may ask for "
             "more\n  sites   to its end   may be away from a round   may drop out during one"
         )
         text += "".join(f"\n  {s.sites:5}   {s.stay:10}   {s.away or 'none':>24}   {s.lost or 'none':>23}" for s in found)
         if lone == "refuse":
             text += (
                 "\n  lone_change = 'refuse': a sum covers whole groups of the roster; an absent site excludes the others of "
-                f"its group, too,\n  {rules.max_colluding + 1} or more. If too few sites are left, the round waits for it to "
-                "come back"
+                f"its group, too,\n  {requirements.max_colluding + 1} or more. If too few sites are left, the round waits for "
+                "it to come back"
             )
         facts = [Survives(sites=s.sites, stay=s.stay, away=s.away, lost=s.lost, left_out=s.left_out) for s in found]
         return facts, text

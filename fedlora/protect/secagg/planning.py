@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.secagg.cohort import SessionRequirements
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,9 @@ class Survival:
     left_out: int
 
 
-def survival(sites: int, rules: Rules, *, lone_change: Literal["refuse", "allow"], group_size: int = 0) -> Survival:
+def survival(
+    sites: int, requirements: SessionRequirements, *, lone_change: Literal["refuse", "allow"], group_size: int = 0
+) -> Survival:
     """What ``sites`` sites survive that are in the groups of a new roster.
 
     Args:
@@ -35,15 +37,15 @@ def survival(sites: int, rules: Rules, *, lone_change: Literal["refuse", "allow"
     Raises:
         ValueError: fewer than ``rules.smallest``.
     """
-    if sites < rules.smallest:
-        raise ValueError(f"{sites} sites, a session needs {rules.smallest}")
-    fewest = rules.fewest_inputs(sites)
+    if sites < requirements.smallest:
+        raise ValueError(f"{sites} sites, a session needs {requirements.smallest}")
+    fewest = requirements.fewest_inputs(sites)
     if lone_change == "allow":
-        return Survival(sites, rules.threshold(sites), sites - rules.smallest, sites - fewest, 0)
-    count = max(sites // (group_size or rules.max_colluding + 2), 1)
+        return Survival(sites, requirements.threshold(sites), sites - requirements.smallest, sites - fewest, 0)
+    count = max(sites // (group_size or requirements.max_colluding + 2), 1)
     sizes = sorted((sites // count + (k < sites % count) for k in range(count)), reverse=True)
     # In the worst case each that is missing is of another group, of the largest ones.
     left = [sites - sum(sizes[:gone]) for gone in range(count + 1)]
-    away = max(gone for gone in range(count + 1) if left[gone] >= rules.smallest)
+    away = max(gone for gone in range(count + 1) if left[gone] >= requirements.smallest)
     lost = max(gone for gone in range(count + 1) if left[gone] >= fewest)
-    return Survival(sites, rules.threshold(sites), away, lost, sizes[0] - 1 if away else 0)
+    return Survival(sites, requirements.threshold(sites), away, lost, sizes[0] - 1 if away else 0)

@@ -18,8 +18,8 @@ from fedlora.formats.files import Damaged, frame, unframe
 from fedlora.formats.keys import Identity
 from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.protect.derive import derive
-from fedlora.protect.hidden import Hidden
-from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.encrypted import EncryptedMemory
+from fedlora.protect.secagg.cohort import SessionRequirements
 from fedlora.protect.secagg.rings import Words
 
 _ENCODED = b"FLE1"
@@ -36,9 +36,9 @@ class Session:
         reply_key: the run's key, to which replies are sealed.
         bits: width of the ring.
         plan, base: digests of the plan and of the base model.
-        groups: of the roster as the session began, see :class:`Rules`; None where the plan allows sums that differ by single
-            sites.
-        gift: this site's part in the sum, see :meth:`fedlora.protect.given.Gift.facts`; None in the same case.
+        groups: of the roster as the session began, see :class:`SessionRequirements`; None where the plan allows sums that
+            differ by single sites.
+        contribution: this site's part in the sum, see :meth:`fedlora.protect.ledger.Contribution.facts`; None in the same case.
         t1: the session's name, once its sites are fixed.
         digest: of the masked update, once it has been made.
         verdict: of the vote, 0 before it.
@@ -58,7 +58,7 @@ class Session:
     plan: str
     base: str
     groups: Sequence[Sequence[str]] | None
-    gift: Mapping[str, Any] | None
+    contribution: Mapping[str, Any] | None
     t1: bytes = b""
     digest: bytes = b""
     verdict: int = 0
@@ -67,9 +67,9 @@ class Session:
     opened: Sequence[int] = ()
 
     @property
-    def rules(self) -> Rules:
+    def requirements(self) -> SessionRequirements:
         groups = None if self.groups is None else tuple(frozenset(g) for g in self.groups)
-        return Rules(self.max_colluding, self.min_cohort, groups)
+        return SessionRequirements(self.max_colluding, self.min_cohort, groups)
 
     def but(self, **changes: Any) -> Session:
         """The same with these fields changed."""
@@ -119,7 +119,9 @@ class Records:
 
     def __init__(self, memory: Memory, run: str, identity: Identity, entropy: Callable[[int], bytes]) -> None:
         self._memory, self._run, self._identity, self._entropy = memory, run, identity, entropy
-        self._hidden = Hidden(memory, derive(identity.signing.private_bytes_raw(), "site-records", context=run.encode()), entropy)
+        self._hidden = EncryptedMemory(
+            memory, derive(identity.signing.private_bytes_raw(), "site-records", context=run.encode()), entropy
+        )
 
     def session(self) -> Session | None:
         """The session that was opened last; None if there is none, or its file is damaged: the site then counts as gone."""

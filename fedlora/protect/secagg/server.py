@@ -28,14 +28,14 @@ from fedlora.core.messages import Reply, Reveals, Task
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.protect import Talk, Tally
+from fedlora.protect import Exchange, Tally
 from fedlora.protect.link import ServerLink
 from fedlora.protect.secagg.attempt import Attempt, Errors, away
-from fedlora.protect.secagg.book import Book, Ended, ServerSession
 from fedlora.protect.secagg.cohort import SIGNATURE, read_session
 from fedlora.protect.secagg.gathering import advertised, dealt, gather
 from fedlora.protect.secagg.opening import parse_reveal, reveal_bytes, unmask
 from fedlora.protect.secagg.rings import sum_to_mean
+from fedlora.protect.secagg.sessions import Ended, ServerSession, SessionStore
 from fedlora.protect.secagg.terms import Terms
 from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, check_vote, vote_text
 
@@ -55,40 +55,40 @@ class SecAggServer:
         link: keys, sequence numbers; sites and roster in it give way to those of the signed roster.
         roster: the signed roster of now, checked; asked for once a round, so that a new epoch holds from the next round on.
         plan: of the run.
-        book: durable.
+        sessions: durable.
         report: told ``(event, facts)`` about the steps.
     """
 
     link: ServerLink
     roster: Callable[[], SignedRoster]
     plan: Plan
-    book: Book
+    sessions: SessionStore
     report: Report = lambda event, facts: None
 
     @property
     def reveals(self) -> Reveals:
         return "sum"
 
-    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Talk:
+    def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Exchange:
         """A round's session, as far as it gets in this attempt.
 
         Gives the tally the sum of the sites whose updates are in it, or nothing. What a site did wrong is told in either case.
         """
-        session, ended = None, self.book.ended(task)
-        stored = self.book.roster(task)
+        session, ended = None, self.sessions.ended(task)
+        stored = self.sessions.roster(task)
         at = self._attempt(task, stored or self.roster())
         scales = at.terms.scales(task)
         asked: list[str] = []
         try:
             if stored:
                 numbers = at.terms.numbers(task.reply_layout).size
-                session = self.book.load(task, at.terms.rules, at.known, at.terms.profile, numbers=numbers)
+                session = self.sessions.load(task, at.terms.requirements, at.known, at.terms.profile, numbers=numbers)
                 yield from self._go_on(at, session, ended, scales, tally)
                 if session.stage == "aborted":
                     at = self._attempt(task, self.roster(), at.errors)
                     session = None
             if session is None and (asked := at.admitted(sites)):
-                together = at.whole(asked, at.errors, least=at.terms.rules.smallest)
+                together = at.whole(asked, at.errors, least=at.terms.requirements.smallest)
                 session = yield from self._open(at, together, scales)
                 yield from self._go_on(at, session, ended, scales, tally)
         except CohortTooSmall as e:
@@ -107,16 +107,16 @@ class SecAggServer:
         roster = signed.roster
         link = replace(self.link, sites=roster.active(), roster=roster.digest())
         terms = Terms.of(self.plan, roster)
-        return Attempt(task, link, terms, signed, self.book, self.report, {} if errors is None else errors)
+        return Attempt(task, link, terms, signed, self.sessions, self.report, {} if errors is None else errors)
 
     def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
         """The others of groups of which some are at hand, where too few groups are whole; none once a session has begun."""
-        if self.book.roster(task):
+        if self.sessions.roster(task):
             return []
-        rules = Terms.of(self.plan, self.roster().roster).rules
-        if len(rules.whole(sites)) >= rules.smallest or rules.groups is None:
+        requirements = Terms.of(self.plan, self.roster().roster).requirements
+        if len(requirements.whole(sites)) >= requirements.smallest or requirements.groups is None:
             return []
-        return away(rules, sites) or sorted(frozenset().union(*rules.groups).difference(sites))
+        return away(requirements, sites) or sorted(frozenset().union(*requirements.groups).difference(sites))
 
     # --- a new session ------------------------------------------------------------------------------------------
 
@@ -124,17 +124,17 @@ class SecAggServer:
         cohort = yield from advertised(at, asked, scales)
         at.report(Event.SESSION, SessionFacts(round=at.task.round, sites=cohort.names, threshold=cohort.threshold))
         deals = yield from dealt(at, cohort)
-        fewest = at.terms.rules.fewest_inputs(len(cohort.adverts))
+        fewest = at.terms.requirements.fewest_inputs(len(cohort.adverts))
         if len(deals) < fewest:
             raise CohortTooSmall(f"{len(deals)} of {len(cohort.adverts)} sites have dealt their shares, {fewest} are needed")
         at.whole([cohort.advert(n).name for n in deals], {}, least=fewest)  # nothing has been given yet
         session = ServerSession(at.task.round, at.task.kind, cohort, deals, at.task.attempt)
-        at.book.open(session, at.signed)
+        at.sessions.open(session, at.signed)
         return session
 
     # --- a session that has begun ---------------------------------------------------------------------------------
 
-    def _go_on(self, at: Attempt, session: ServerSession, ended: Ended, scales: F32, tally: Tally) -> Talk:
+    def _go_on(self, at: Attempt, session: ServerSession, ended: Ended, scales: F32, tally: Tally) -> Exchange:
         if session.stage == "void":  # and killed before that was noted
             return tally.void(CohortTooSmall("too few sites of the session were left to end it"))
         if session.stage == "mask":
@@ -157,16 +157,16 @@ class SecAggServer:
         elif session.attempt == at.task.attempt:
             raise CohortTooSmall("the session has ended without a sum; it will be tried anew")
 
-    def _voted(self, at: Attempt, session: ServerSession) -> Talk:
+    def _voted(self, at: Attempt, session: ServerSession) -> Exchange:
         text = vote_text(session.cohort.t1, COMMIT, Delivered.digest_of(session.delivered))
         payload = session.cohort.t1 + bytes([COMMIT]) + Delivered.dump_all(session.delivered)
         waiting = [n for n in session.counted if n not in session.votes]
         yield from self._poll(at, session, waiting, payload, text, session.votes)
         if len(session.votes) >= session.cohort.threshold:
             session.stage = "unmask"
-        at.book.save(session)
+        at.sessions.save(session)
 
-    def _aborted(self, at: Attempt, session: ServerSession, ended: Ended) -> Talk:
+    def _aborted(self, at: Attempt, session: ServerSession, ended: Ended) -> Exchange:
         """Asks for ABORT whoever has not said COMMIT: with enough of both, a second session proves that the first is over."""
         cohort = session.cohort
         text, payload = vote_text(cohort.t1, ABORT), cohort.t1 + bytes([ABORT])
@@ -175,8 +175,8 @@ class SecAggServer:
         if len(session.aborts) >= cohort.threshold:
             session.stage = "aborted"
             ended.append((cohort.t1, certificate(session.aborts)))
-            at.book.save_ended(at.task, ended)
-        at.book.save(session)
+            at.sessions.save_ended(at.task, ended)
+        at.sessions.save(session)
 
     def _poll(
         self,
@@ -186,7 +186,7 @@ class SecAggServer:
         payload: bytes,
         text: bytes,
         votes: dict[int, bytes],
-    ) -> Talk:
+    ) -> Exchange:
         def take(reply: Reply) -> None:
             reader = Reader(at.answer(session.attempt, reply, "vote", max_payload=_VOTE_BYTES), "vote")
             read_session(reader, session.cohort.t1)
@@ -201,7 +201,7 @@ class SecAggServer:
             names = session.names(waiting)
             yield from at.ask_all(session.attempt, names, "vote", payload, take, at.errors, session, max_payload=_VOTE_BYTES)
 
-    def _revealed(self, at: Attempt, session: ServerSession) -> Talk:
+    def _revealed(self, at: Attempt, session: ServerSession) -> Exchange:
         cohort, deals, counted = session.cohort, session.deals, session.counted
 
         def take(reply: Reply) -> None:
@@ -217,7 +217,7 @@ class SecAggServer:
             yield from at.ask_all(session.attempt, names, "unmask", payload, take, at.errors, session, max_payload=most)
         if len(session.revealed) >= cohort.threshold:
             session.stage = "done"
-        at.book.save(session)
+        at.sessions.save(session)
 
     def _tell(self, at: Attempt, session: ServerSession, scales: F32, tally: Tally) -> None:
         deals, counted = session.deals, session.counted
@@ -268,7 +268,7 @@ class SecAggServer:
         if hopeless or session.tries >= self.plan.federation.round_attempts:
             session.stage = "void"
             tally.void(CohortTooSmall("too few sites of the session are left to end it"))
-        self.book.save(session)
+        self.sessions.save(session)
 
 
 def _code(error: FedLoRAError) -> str:

@@ -18,7 +18,6 @@ from fedlora.core.messages import Reply, Request
 from fedlora.core.reader import Reader
 from fedlora.protect.link import reply_bytes
 from fedlora.protect.secagg.attempt import Attempt, Errors
-from fedlora.protect.secagg.book import ServerSession
 from fedlora.protect.secagg.complaints import (
     Complaint,
     dump_complaints,
@@ -28,6 +27,7 @@ from fedlora.protect.secagg.complaints import (
 )
 from fedlora.protect.secagg.dealing import Opened
 from fedlora.protect.secagg.opening import Deal, relay
+from fedlora.protect.secagg.sessions import ServerSession
 
 
 def _complaints(
@@ -74,7 +74,7 @@ def settle(
         holders = session.names([c.holder for c in found])
         at.report(Event.COMPLAINT, ComplaintFacts(about=cohort.advert(dealer).name, sites=holders))
     liars: Errors = {}
-    most = at.terms.rules.max_colluding  # this many may lie about a dealer, which answers no more complaints
+    most = at.terms.requirements.max_colluding  # this many may lie about a dealer, which answers no more complaints
 
     def receive_opened(reply: Reply) -> None:
         dealer = cohort.number(reply.site)
@@ -101,7 +101,7 @@ def settle(
     for dealer in silent:
         name = cohort.advert(dealer).name
         if name not in liars:
-            at.book.exclude(name, round=at.task.round, code="complaint-unanswered")
+            at.sessions.exclude(name, round=at.task.round, code="complaint-unanswered")
             at.errors[name] = SessionError(
                 "it did not show what it had dealt to a site that says it does not open", code="complaint-unanswered"
             )

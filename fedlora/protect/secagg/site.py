@@ -16,11 +16,11 @@ from fedlora.core.reader import Reader
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.trust import RosterKeeper
-from fedlora.protect.given import Gift, Given
+from fedlora.protect.ledger import Contribution, ContributionStore
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import check_mode
 from fedlora.protect.sealed import check_task
-from fedlora.protect.secagg.cohort import Cohort, Rules, read_session
+from fedlora.protect.secagg.cohort import Cohort, SessionRequirements, read_session
 from fedlora.protect.secagg.complaints import Complaint, dump_opened, read_complaints, read_settled
 from fedlora.protect.secagg.dealing import Inbox, Opened, Received, Secrets, advertise, deal, opened, receive
 from fedlora.protect.secagg.encoding import encode_update, with_metrics, work_key
@@ -30,7 +30,7 @@ from fedlora.protect.secagg.settings import measure
 from fedlora.protect.secagg.terms import Offer, Terms, codec
 from fedlora.protect.secagg.votes import (
     ABORT,
-    BURNT,
+    BURNED,
     COMMIT,
     Delivered,
     check_certificate,
@@ -127,8 +127,8 @@ class SecAggSite:
                 f"round {task.round} is over; this site has sent its update of round {used.round}", code="wrong-round"
             )
         terms = Terms.of(plan, roster)
-        gift = self._gift(terms.rules, plan)
-        self._compare(gift, task.base, task.plan_digest, records)  # before anything is trained
+        contribution = self._contribution(terms.requirements, plan)
+        self._compare(contribution, task.base, task.plan_digest, records)  # before anything is trained
         records.end_other_runs()
         session = records.session()
         if session is not None and session.root and session.round < task.round:
@@ -146,12 +146,12 @@ class SecAggSite:
                 reply_key=key,
                 root=self.entropy(32),
                 bits=terms.profile.bits,
-                max_colluding=terms.rules.max_colluding,
-                min_cohort=terms.rules.min_cohort,
+                max_colluding=terms.requirements.max_colluding,
+                min_cohort=terms.requirements.min_cohort,
                 plan=task.plan_digest,
                 base=task.base,
-                groups=None if terms.rules.groups is None else [sorted(g) for g in terms.rules.groups],
-                gift=None if gift is None else gift.facts(),
+                groups=None if terms.requirements.groups is None else [sorted(g) for g in terms.requirements.groups],
+                contribution=None if contribution is None else contribution.facts(),
             )
             records.save_session(session)
         own = advertise(self._name, context, Secrets(session.root), key=self.link.identity.signing)
@@ -173,7 +173,7 @@ class SecAggSite:
     def _share(self, payload: bytes, records: Records, session: Session) -> bytes:
         if not session.root:
             raise SessionError("the secrets of this session are deleted", code="secrets-gone")
-        cohort = Cohort.parse(payload, session.rules, self._known)
+        cohort = Cohort.parse(payload, session.requirements, self._known)
         own = cohort.number(self._name)
         if cohort.advert(own) != advertise(self._name, session.context, Secrets(session.root), key=self.link.identity.signing):
             raise WrongContext("this site's own advertisement is not the one that it made")
@@ -208,18 +208,18 @@ class SecAggSite:
         if session.digest and relayed != records.blob("relay"):
             raise SessionError("this site has masked its update for another set of sites; it does so once", code="session-spent")
         dealers = self._open_inbox(cohort, own, relayed, settled, session).shares.keys()
-        group = session.rules.group_of(self._name)
+        group = session.requirements.group_of(self._name)
         if not session.digest:
-            session.rules.check_whole((group or frozenset()) & {cohort.advert(n).name for n in dealers})
-            gift = None if session.gift is None else Gift.parse(session.gift)
-            self._compare(gift, session.base, session.plan, records)
+            session.requirements.check_whole((group or frozenset()) & {cohort.advert(n).name for n in dealers})
+            contribution = None if session.contribution is None else Contribution.parse(session.contribution)
+            self._compare(contribution, session.base, session.plan, records)
         out, digest = self._masked(cohort, own, relayed, settled, session, records)
         if session.digest and digest != session.digest:
             raise SessionError("what this site has sent can not be made again", code="session-spent")
         if not session.digest:
             # On the disk before it is sent, and the ledger first: it may say too much, and is missed where an update was used.
             given = self._given(records)
-            given.save(given.load().after(session.base, gift))
+            given.save(given.load().after(session.base, contribution))
             records.save_used(Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold))
             records.save_blob("relay", relayed)
             records.save_blob("settled", dump_opened(cohort, settled))
@@ -278,7 +278,7 @@ class SecAggSite:
             raise WireError("vote: neither COMMIT with deliveries nor ABORT without")
         if session.verdict == COMMIT and verdict == COMMIT and listed != session.delivered:
             # Votes on two sets would have both kinds of share of the sites between them revealed.
-            records.save_session(session.but(root=b"", final=b"", verdict=BURNT))
+            records.save_session(session.but(root=b"", final=b"", verdict=BURNED))
             log.error("INCIDENT: the server asked for a vote on two sets of updates in one session; the session is burnt")
             raise SessionError("a second, different vote in one session is refused; the session is burnt", code="both-secrets")
         if session.verdict and session.verdict != verdict:
@@ -306,35 +306,37 @@ class SecAggSite:
         if not session.digest:
             raise SessionError("this site has sent no update in this session", code="secrets-gone")
         dealers = self._kept_inbox(cohort, own, records, session).shares.keys()
-        check_deliveries(cohort, own, session.digest, delivered, dealers=list(dealers), rules=session.rules, known=self._known)
+        check_deliveries(
+            cohort, own, session.digest, delivered, dealers=list(dealers), requirements=session.requirements, known=self._known
+        )
         return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
 
-    def _gift(self, rules: Rules, plan: Plan) -> Gift | None:
+    def _contribution(self, requirements: SessionRequirements, plan: Plan) -> Contribution | None:
         """This site's part in a sum of this plan, by the roster of now; None where sums may differ by single sites.
 
         Raises:
             LoneChange: it is in no whole group.
         """
-        group = rules.group_of(self._name)
-        return None if group is None else Gift.of(map(self._known, group), measure(plan))
+        group = requirements.group_of(self._name)
+        return None if group is None else Contribution.of(map(self._known, group), measure(plan))
 
-    def _compare(self, gift: Gift | None, base: str, plan: str, records: Records) -> None:
+    def _compare(self, contribution: Contribution | None, base: str, plan: str, records: Records) -> None:
         """Whether this site may give this, beside what it has given before.
 
         Raises:
             LoneChange: for single updates could show, or the keys of its group are not what they were as the session began.
         """
         ledger = self._given(records).load()
-        if gift is None:
+        if contribution is None:
             return ledger.check_alike(base, alone=True)
-        if gift.members != Gift.of(map(self._known, gift.names), {}).members:
+        if contribution.members != Contribution.of(map(self._known, contribution.names), {}).members:
             raise LoneChange("a site of this site's group has other keys than when the session began")
-        ledger.check(base, gift, uncovers=self.uncovers(plan))
-        if shown := ledger.shown(base, gift):
+        ledger.check(base, contribution, uncovers=self.uncovers(plan))
+        if shown := ledger.shown(base, contribution):
             log.warning("beside what was given before, sums of this plan may show updates of %s", ", ".join(sorted(shown)))
 
-    def _given(self, records: Records) -> Given:
-        return Given(self.link.memory, self.link.identity, self.entropy, records.has_given)
+    def _given(self, records: Records) -> ContributionStore:
+        return ContributionStore(self.link.memory, self.link.identity, self.entropy, records.has_given)
 
     def _unmask(self, payload: bytes, records: Records, session: Session) -> bytes:
         """Session (32) | the COMMIT votes."""
@@ -360,7 +362,7 @@ class SecAggSite:
     def _open_cohort(self, records: Records, session: Session) -> Cohort:
         if self._cohort is None or self._cohort.t1 != session.t1:
             blob = records.blob("cohort")
-            cohort = Cohort.parse(blob, session.rules, self._known) if session.t1 and blob else None
+            cohort = Cohort.parse(blob, session.requirements, self._known) if session.t1 and blob else None
             if cohort is None or cohort.t1 != session.t1:
                 raise SessionError("the sites of this session are not known here", code="secrets-gone")
             self._cohort = cohort
@@ -386,6 +388,6 @@ class SecAggSite:
             raise SessionError("the secrets of this session are deleted", code="secrets-gone")
         reader = Reader(relayed, "shares")
         secrets = Secrets(session.root)
-        received = receive(cohort, own, secrets, reader, rules=session.rules, known=self._known, settled=settled)
+        received = receive(cohort, own, secrets, reader, requirements=session.requirements, known=self._known, settled=settled)
         reader.end()
         return received

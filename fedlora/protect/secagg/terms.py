@@ -16,19 +16,19 @@ from fedlora.core.errors import WrongContext
 from fedlora.core.messages import EVALUATION, Task
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
-from fedlora.core.schedule import height
+from fedlora.core.schedule import mean_factor
 from fedlora.formats.keys import key_id
 from fedlora.formats.roster import Roster
 from fedlora.formats.update import parse_task
 from fedlora.protect.link import Context
-from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.secagg.cohort import SessionRequirements
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
 from fedlora.protect.secagg.settings import first_range, settings_of
 from fedlora.rules import Aggregator, optimizer_of, rule_of
 from fedlora.rules.first import first_of
 
-MAX_WEIGHT = 16
+MAX_UNITS = 16
 """Largest weight of a site: a larger one would cost the others' updates too many bits."""
 
 _HEADROOM = 1.25  # a fresh Adam's step is the learning rate in size; what was left over and the rounding come on top
@@ -47,7 +47,7 @@ def reach(plan: Plan, round: int) -> float:
     about the learning rate in size, so that it follows the course of the learning rate over the run.
     """
     t, f = plan.training, plan.federation
-    course = height(t.lr_scheduler_type, round, rounds=f.num_rounds, warmup_ratio=t.warmup_ratio)
+    course = mean_factor(t.lr_scheduler_type, round, rounds=f.num_rounds, warmup_ratio=t.warmup_ratio)
     return max(_HEADROOM * first_range(plan) * course, _LEAST_REACH)
 
 
@@ -65,7 +65,7 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
         PlanRefused (impossible-adapter).
     """
     weighted = plan.aggregate.weighting != "uniform"
-    more = MAX_WEIGHT / PROFILES[settings_of(plan).profile].levels if weighted else 0.0  # parts of a level are rounded up
+    more = MAX_UNITS / PROFILES[settings_of(plan).profile].levels if weighted else 0.0  # parts of a level are rounded up
     before = range(1, min(round, plan.federation.num_rounds + 1))
     moved = optimizer_of(plan).reach([reach(plan, r) * (1 + more) for r in before])
     rule_of(plan).check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved)
@@ -82,7 +82,7 @@ class Terms:
         weight_unit: tokens or examples that make a weight of one; 0: all weights are one.
         metrics: names that ride along, in order.
         rule: what the numbers mean to the aggregator.
-        rules: least that a session needs.
+        requirements: least that a session needs.
         digest: names all of this; part of every session's context.
     """
 
@@ -92,7 +92,7 @@ class Terms:
     weight_unit: int
     metrics: tuple[str, ...]
     rule: Aggregator
-    rules: Rules
+    requirements: SessionRequirements
 
     @classmethod
     def of(cls, plan: Plan, roster: Roster) -> Terms:
@@ -100,7 +100,7 @@ class Terms:
         p, f = settings_of(plan), plan.federation
         colluding, cohort = max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort)
         groups = None if p.lone_change == "allow" else tuple(g for g in roster.groups() if len(g) >= colluding + 2)
-        rules = Rules(colluding, cohort, groups)
+        requirements = SessionRequirements(colluding, cohort, groups)
         return cls(
             profile=PROFILES[p.profile],
             reach=partial(reach, plan),
@@ -108,16 +108,16 @@ class Terms:
             weight_unit=0 if plan.aggregate.weighting == "uniform" else p.weight_unit,
             metrics=tuple(sorted(plan.evaluation.share)),
             rule=rule_of(plan),
-            rules=rules,
+            requirements=requirements,
         )
 
     @property
     def max_weight(self) -> int:
-        return MAX_WEIGHT if self.weight_unit else 1
+        return MAX_UNITS if self.weight_unit else 1
 
     def weight(self, counted: int) -> int:
         """A site's weight: whole units, 1 .. 16; 1 without a unit."""
-        return min(max(round(counted / self.weight_unit), 1), MAX_WEIGHT) if self.weight_unit else 1
+        return min(max(round(counted / self.weight_unit), 1), MAX_UNITS) if self.weight_unit else 1
 
     def numbers(self, layout: Layout) -> Numbers:
         """Order of the numbers for replies of this layout."""
@@ -160,7 +160,7 @@ class Terms:
             roster: its digest.
             reply_key: the run's sealing key, 1216 bytes.
         """
-        p, r = self.profile, self.rules
+        p, r = self.profile, self.requirements
         facts = {
             **Context.of(task).fields(),
             "kind": task.kind,

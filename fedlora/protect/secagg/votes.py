@@ -26,7 +26,7 @@ COMMIT: Final = 1
 ABORT: Final = 2
 
 
-BURNT: Final = 3
+BURNED: Final = 3
 """Never sent: what a site notes after the server tried to get two votes from it. It then gives neither."""
 
 

@@ -87,7 +87,7 @@ class Adversary:
         return Advert.read(Reader(answer, "advert"))
 
     def share(self, sites: Iterable[str] = (), *, cohort: Cohort | None = None) -> dict[str, bytes | str]:
-        self.cohort = cohort or Cohort.of(list(self.adverts.values()), self.terms.rules)
+        self.cohort = cohort or Cohort.of(list(self.adverts.values()), self.terms.requirements)
         answers = {s: self.say(s, "share", self.cohort.dump()) for s in sites or self.cohort.names}
         for site, answer in answers.items():
             if isinstance(answer, bytes):
@@ -168,7 +168,7 @@ class Adversary:
         for site in self.colluders:
             number, secrets = self.cohort.number(site), self.secrets(site)
             reader = Reader(relay(self.cohort, self.deals, number), "relay")
-            inbox = receive(self.cohort, number, secrets, reader, rules=self.terms.rules, known=known).inbox
+            inbox = receive(self.cohort, number, secrets, reader, requirements=self.terms.requirements, known=known).inbox
             for dealer, (mask_share, self_share) in inbox.shares.items():
                 self.shares.setdefault(("mask", dealer), {})[number] = mask_share
                 self.shares.setdefault(("self", dealer), {})[number] = self_share

@@ -34,7 +34,7 @@ from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context, ServerLink, pinned
 from fedlora.protect.sealed import PHASES
-from fedlora.protect.secagg.cohort import Advert, Cohort, Rules
+from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements
 from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened
 from fedlora.protect.secagg.dealing import Secrets, advertise, deal
 from fedlora.protect.secagg.opening import Deal, relay
@@ -49,7 +49,7 @@ from fedlora.site.work import Site, Trained
 
 MODEL = secagg_plan().model.model_name_or_path
 ALL = ("train/loss", "eval/nll", "eval/tokens")
-LAX = Rules(0, 1)
+LAX = SessionRequirements(0, 1)
 SHM = Path("/dev/shm")
 
 
@@ -293,7 +293,7 @@ class Liar:
         """A session of those of the sites that have advertised; None if there are none."""
         adverts = [talk.adverts[s] for s in (sites or talk.adverts) if s in talk.adverts]
         try:
-            session = Session(talk, Cohort.of(adverts, replace_rules(talk.terms.rules)))
+            session = Session(talk, Cohort.of(adverts, replace_rules(talk.terms.requirements)))
         except FedLoRAError:
             return None
         for one in self.sessions:
@@ -425,6 +425,6 @@ class Liar:
         return [s for s in session.cohort.names if s in chosen and s in self.hospitals]
 
 
-def replace_rules(rules: Rules) -> Rules:
+def replace_rules(rules: SessionRequirements) -> SessionRequirements:
     """What the liar forms cohorts with: its own bounds are none, the threshold is what sites compute."""
     return replace(rules, max_colluding=0, min_cohort=1)

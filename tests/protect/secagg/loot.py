@@ -24,7 +24,7 @@ from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.derive import derive
-from fedlora.protect.secagg.cohort import Advert, Cohort, Rules, leads, read_session
+from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements, leads, read_session
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, MaskKeys, Opened, Secrets, open_ingredient, promise, receive, self_keys
 from fedlora.protect.secagg.masks import add_masks
 from fedlora.protect.secagg.opening import Deal, relay
@@ -42,7 +42,7 @@ def known(name: str) -> PublicIdentity:
 HEAD = 96  # the session's name and a signature stand before the body of a masked update
 
 
-class NoBound(Rules):
+class NoBound(SessionRequirements):
     """The adversary's own reading of a relay: however little there is."""
 
     def fewest_inputs(self, n: int) -> int:
@@ -205,7 +205,7 @@ class Session:
             return {}
         reader = Reader(relay(self.cohort, self.deals, holder), "relay")
         try:
-            return receive(self.cohort, holder, Secrets(root), reader, rules=NoBound(0, 1), known=known).inbox.shares
+            return receive(self.cohort, holder, Secrets(root), reader, requirements=NoBound(0, 1), known=known).inbox.shares
         except FedLoRAError:
             return {}
 

@@ -25,7 +25,7 @@ from fedlora.protect.link import Context, pinned
 from fedlora.protect.modes import SiteModes
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggSite
-from fedlora.protect.secagg.cohort import Advert, Cohort, Rules
+from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements
 from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Inbox, MaskKeys, Secrets, advertise, deal, promise
 from fedlora.protect.secagg.opening import Deal
 from fedlora.protect.secagg.shamir import join, weights
@@ -35,7 +35,7 @@ from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, 
 pytestmark = pytest.mark.slow
 
 ALL = names(5)
-LAX = Rules(0, 1)  # what the liar makes its own cohorts with
+LAX = SessionRequirements(0, 1)  # what the liar makes its own cohorts with
 ALLOW = secagg_plan(lone_change="allow")
 
 
@@ -209,7 +209,7 @@ def test_a_lower_threshold_cannot_be_asked_for():
     session fewer than the site's threshold say nothing."""
     a = loose()
     a.advertise()
-    honest = Cohort.of(list(a.adverts.values()), a.terms.rules)
+    honest = Cohort.of(list(a.adverts.values()), a.terms.requirements)
     low = replace(honest, threshold=2, t1=b"?" * 32)
     assert low.dump() == honest.dump()
     a.share(cohort=honest)

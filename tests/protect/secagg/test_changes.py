@@ -8,8 +8,8 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.plan import parse_plan
 from fedlora.formats.epochs import next_epoch
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.protect.given import Given, Ledger
-from fedlora.protect.secagg.cohort import Cohort, Rules
+from fedlora.protect.ledger import ContributionStore, Ledger
+from fedlora.protect.secagg.cohort import Cohort, SessionRequirements
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def session(world, round, sites, *, n):
     out = refused(offered)
     if len(server.adverts) < 3:
         return out, False
-    out |= refused(server.share(cohort=Cohort.of(list(server.adverts.values()), Rules(1, 3))))
+    out |= refused(server.share(cohort=Cohort.of(list(server.adverts.values()), SessionRequirements(1, 3))))
     if out:
         return out, False
     out |= refused(server.mask())
@@ -120,7 +120,7 @@ def test_sums_that_may_differ_by_one_site_are_not_taken_from_one_that_may_not(or
     for k, sites in enumerate(sums[earlier], start=1):
         assert session(world, k, sites, n=6) == (set(), True)
         # It remembers nothing that is to its friends' harm.
-        Given(world.memory[colluder], identity(colluder), bytes).save(Ledger())
+        ContributionStore(world.memory[colluder], identity(colluder), bytes).save(Ledger())
     world.plan, knowing = plans[later], set().union(*sums[earlier]) - {colluder}
     for k, sites in enumerate(sums[later], start=3):
         world.globals[k] = world.globals[1]

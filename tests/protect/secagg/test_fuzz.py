@@ -32,7 +32,7 @@ from fedlora.protect.secagg.cohort import SIGNATURE, Advert
 from fedlora.protect.secagg.numbers import Numbers
 from fedlora.protect.secagg.rings import PROFILES, encode, most_levels, pack, packed_bytes, sum_to_mean, unpack
 from fedlora.protect.secagg.shamir import PRIME, join, split, weights
-from fedlora.protect.secagg.terms import MAX_WEIGHT, Offer, Terms, codec
+from fedlora.protect.secagg.terms import MAX_UNITS, Offer, Terms, codec
 from fedlora.protect.secagg.votes import Delivered, certificate, read_certificate
 
 pytestmark = pytest.mark.slow
@@ -221,7 +221,7 @@ def test_256_sites_that_all_send_the_largest_value_have_it_as_their_mean(ring, e
 VALUES = hnp.arrays(np.float32, LAYOUT.size, elements=st.floats(-1e4, 1e4, width=32))
 
 
-@given(RINGS, st.lists(st.tuples(VALUES, st.integers(1, MAX_WEIGHT)), min_size=1, max_size=5), st.floats(-20, 4), SEEDS)
+@given(RINGS, st.lists(st.tuples(VALUES, st.integers(1, MAX_UNITS)), min_size=1, max_size=5), st.floats(-20, 4), SEEDS)
 @settings(max_examples=80, deadline=None)
 def test_the_mean_is_off_by_a_level_at_most_and_nothing_is_lost(ring, sites, exponent, seed):
     """But for what is cut, and is more than four rounds can carry. A level of a site is ``scale / share``, so that in the mean
@@ -233,7 +233,7 @@ def test_the_mean_is_off_by_a_level_at_most_and_nothing_is_lost(ring, sites, exp
     truth, left_over = np.zeros(LAYOUT.size), np.zeros(LAYOUT.size)
     inside, kept = np.ones((2, LAYOUT.size), bool)
     for i, (delta, w) in enumerate(sites):
-        share, left = w / MAX_WEIGHT, delta.copy()
+        share, left = w / MAX_UNITS, delta.copy()
         levels, cut = encode(left, LAYOUT, profile, scales, share=share, key=hashlib.sha256(b"%d/%d" % (seed, i)).digest())
         most = most_levels(profile, share=share)
         assert np.abs(levels.view(np.int16 if profile.word is np.uint16 else np.int32).astype(int)).max() <= most
@@ -244,7 +244,7 @@ def test_the_mean_is_off_by_a_level_at_most_and_nothing_is_lost(ring, sites, exp
         total += levels
         shares, truth, left_over = shares + share, truth + share * delta.astype(float), left_over + share * left.astype(float)
         inside, kept = inside & within, kept & (np.abs(delta) <= 4 * most * unit / share)
-    whole = sum(most_levels(profile, share=w / MAX_WEIGHT) for _, w in sites)
+    whole = sum(most_levels(profile, share=w / MAX_UNITS) for _, w in sites)
     mean = sum_to_mean(total, LAYOUT, profile, scales, weight=shares, most=whole).astype(float)
     size = float(np.abs([d for d, _ in sites]).max())
     assert np.all(np.abs(mean - truth / shares)[inside] <= (unit * len(sites) / shares)[inside] + 2.0**-20 * size)
@@ -269,7 +269,7 @@ METRICS = ("eval/nll", "eval/tokens", "train/loss")
 @given(
     st.lists(
         st.tuples(
-            st.integers(1, MAX_WEIGHT),
+            st.integers(1, MAX_UNITS),
             st.integers(0, 1 << 30),
             st.floats(0, 1e7),
             st.dictionaries(st.sampled_from(METRICS), st.floats(-1e6, 1e6)),
@@ -303,9 +303,9 @@ def test_the_numbers_of_256_sites_never_wrap():
     ride = Numbers(2, METRICS)
     for sign in (1, -1):
         most = {"eval/nll": sign * 1e9, "eval/tokens": 1e18, "train/loss": sign * 1e9}
-        one = ride.pack(weight=MAX_WEIGHT, counted=1 << 40, squares=np.full(2, 1e30), cut=np.array([1 << 31] * 2), metrics=most)
+        one = ride.pack(weight=MAX_UNITS, counted=1 << 40, squares=np.full(2, 1e30), cut=np.array([1 << 31] * 2), metrics=most)
         found = ride.unpack(one * np.uint64(256), sites=256)
-        assert found.weight == 256 * MAX_WEIGHT
+        assert found.weight == 256 * MAX_UNITS
         assert found.squares.tolist() == [2.0**20, 2.0**20]
         assert found.metrics == {"eval/nll": sign * 4096.0, "train/loss": sign * 4096.0, "eval/tokens": 256.0 * (1 << 26)}
 

@@ -7,7 +7,7 @@ import pytest
 from protect.secagg.world import identity, names
 
 from fedlora.core.reader import Reader
-from fedlora.protect.secagg.cohort import Cohort, Rules
+from fedlora.protect.secagg.cohort import Cohort, SessionRequirements
 from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, receive
 from fedlora.protect.secagg.giving import masks_of, reveal
 from fedlora.protect.secagg.masks import add_masks
@@ -16,7 +16,7 @@ from fedlora.protect.secagg.rings import PROFILES, pack, unpack
 
 pytestmark = pytest.mark.slow
 
-RULES, N, SIZE = Rules(1, 3), 4, 400_000
+RULES, N, SIZE = SessionRequirements(1, 3), 4, 400_000
 
 
 def known(name):
@@ -34,7 +34,9 @@ DEALS = {i: Deal.parse(COHORT, i, deal(COHORT, i, s, key=identity(names(N)[i - 1
 
 
 def inbox_of(number, cohort=COHORT, deals=DEALS):
-    return receive(cohort, number, SECRETS[number], Reader(relay(cohort, deals, number), "relay"), rules=RULES, known=known).inbox
+    return receive(
+        cohort, number, SECRETS[number], Reader(relay(cohort, deals, number), "relay"), requirements=RULES, known=known
+    ).inbox
 
 
 INBOXES = {i: inbox_of(i) for i in SECRETS}

@@ -14,7 +14,7 @@ from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.formats.journal import Journal
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
-from fedlora.protect.secagg.terms import MAX_WEIGHT, check_published, reach
+from fedlora.protect.secagg.terms import MAX_UNITS, check_published, reach
 from fedlora.rules import add, optimizer_of, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.work import Site
@@ -120,7 +120,7 @@ def test_the_bound_grows_with_the_rounds_by_their_reach_and_where_weights_differ
     for unit in (0, 50):
         plan = plan_of("fedavg", "none", unit=unit)
         first = first_adapter(LAYOUT, seed=plan.run.seed).vector
-        more = 1 + (MAX_WEIGHT / 127 if unit else 0)
+        more = 1 + (MAX_UNITS / 127 if unit else 0)
         for round in (2, 5, 7, 100):
             far = more * sum(reach(plan, r) for r in range(1, min(round, 7)))
             check_published(plan, Adapter(first + np.float32(far), LAYOUT), round=round)

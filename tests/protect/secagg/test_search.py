@@ -12,7 +12,7 @@ import pytest
 from protect.secagg.search import Uncovered, search
 
 from fedlora.protect.secagg import site
-from fedlora.protect.secagg.cohort import Rules
+from fedlora.protect.secagg.cohort import SessionRequirements
 from fedlora.protect.secagg.complaints import Complaint
 from fedlora.protect.secagg.site import SecAggSite
 
@@ -74,15 +74,15 @@ def own_update_is_in(b):
 
 
 def enough_updates(b):
-    b(Rules, "fewest_inputs", "return max(self.threshold(n), self.max_colluding + 2, self.min_cohort)", "return 1")
+    b(SessionRequirements, "fewest_inputs", "return max(self.threshold(n), self.max_colluding + 2, self.min_cohort)", "return 1")
 
 
 def threshold(b):
-    b(Rules, "threshold", "return 2 * n // 3 + 1", "return n // 3 + 1")
+    b(SessionRequirements, "threshold", "return 2 * n // 3 + 1", "return n // 3 + 1")
 
 
 def whole_groups(b):
-    b(Rules, "check_whole", "if parts := frozenset(names) - self.whole(names):", "if False:")
+    b(SessionRequirements, "check_whole", "if parts := frozenset(names) - self.whole(names):", "if False:")
 
 
 def one_vote(b):

@@ -10,7 +10,7 @@ from protect.secagg.world import World, at_phase, identity, names, secagg_plan
 
 from fedlora.core.errors import CohortTooSmall
 from fedlora.core.reader import Reader
-from fedlora.protect.secagg.cohort import Cohort, Rules, leads
+from fedlora.protect.secagg.cohort import Cohort, SessionRequirements, leads
 from fedlora.protect.secagg.dealing import Secrets, advertise, deal, receive
 from fedlora.protect.secagg.giving import check_deliveries, masks_of, reveal
 from fedlora.protect.secagg.masks import add_masks
@@ -21,7 +21,7 @@ from fedlora.protect.secagg.votes import Delivered
 pytestmark = pytest.mark.slow
 
 PHASES = ("advertise", "share", "mask", "vote", "unmask", "")
-RULES = Rules(1, 3)
+RULES = SessionRequirements(1, 3)
 
 
 def known(name):
@@ -42,7 +42,7 @@ class Dealt:
         self.inbox, self.masked, self.numbers, self.delivered = {}, {}, {}, {}
         for i in dealers:
             reader = Reader(relay(self.cohort, self.deals, i), "relay")
-            self.inbox[i] = receive(self.cohort, i, self.secrets[i], reader, rules=RULES, known=known).inbox
+            self.inbox[i] = receive(self.cohort, i, self.secrets[i], reader, requirements=RULES, known=known).inbox
             reader.end()
             vector, numbers = (self.plain[i] % (1 << profile.bits)).astype(profile.word), self.counts[i].copy()
             for target, masks in zip((vector, numbers), masks_of(self.cohort, i, self.secrets[i], self.inbox[i]), strict=True):
@@ -69,7 +69,7 @@ class Dealt:
         for i in counted:
             digest = self.delivered[i].digest
             with pytest.raises(CohortTooSmall):
-                check_deliveries(self.cohort, i, digest, listed, dealers=list(self.deals), rules=RULES, known=known)
+                check_deliveries(self.cohort, i, digest, listed, dealers=list(self.deals), requirements=RULES, known=known)
         return True
 
 
@@ -97,7 +97,7 @@ def test_every_pattern_of_dropouts_gives_the_plain_sum_or_none(n, ring):
             for i in dealers:
                 reader = Reader(relay(cohort, {d: all_deals[d] for d in dealers}, i), "relay")
                 with pytest.raises(CohortTooSmall):
-                    receive(cohort, i, secrets[i], reader, rules=RULES, known=known)
+                    receive(cohort, i, secrets[i], reader, requirements=RULES, known=known)
             refused += 3 ** len(dealers)
             continue
         dealt = Dealt(n, PROFILES[ring], dealers)

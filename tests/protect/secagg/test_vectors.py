@@ -25,7 +25,7 @@ from test_vectors import hpke
 from fedlora.core.errors import BadShare, EnvelopeError, FedLoRAError, RevokedSite
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import Advert, Cohort, Rules
+from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements
 from fedlora.protect.secagg.complaints import Complaint, read_complaints, read_opened
 from fedlora.protect.secagg.dealing import receive
 from fedlora.protect.secagg.giving import check_deliveries
@@ -37,7 +37,7 @@ TESTS = Path(__file__).parents[2]
 HERE = TESTS / "vectors" / "secagg"
 FORMAT = (TESTS.parent / "fedlora" / "FORMAT.md").read_text("utf-8")
 P = 2**256 + 297
-RULES = Rules(max_colluding=1, min_cohort=3)
+RULES = SessionRequirements(max_colluding=1, min_cohort=3)
 
 
 def load(name):
@@ -321,7 +321,7 @@ LISTED = whole(Delivered.read_all, bytes.fromhex(FOUR["deliveries"]))
 def take_deliveries(blob):
     digest = hashlib.sha256(bytes.fromhex(FOUR["sites"]["a"]["body"])).digest()
     listed = whole(Delivered.read_all, blob)
-    check_deliveries(COHORT, 1, digest, listed, dealers=[1, 2, 3, 4], rules=RULES, known=known)
+    check_deliveries(COHORT, 1, digest, listed, dealers=[1, 2, 3, 4], requirements=RULES, known=known)
 
 
 def take_votes(blob):
@@ -331,7 +331,7 @@ def take_votes(blob):
 
 def take_relay(blob):
     """As a site takes it, which then complains of what is in ``lies``."""
-    found = whole(lambda reader: receive(COHORT, 1, secrets_of_a(), reader, rules=RULES, known=known), blob)
+    found = whole(lambda reader: receive(COHORT, 1, secrets_of_a(), reader, requirements=RULES, known=known), blob)
     if found.lies:
         raise BadShare("lied to")
 

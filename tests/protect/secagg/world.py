@@ -22,8 +22,8 @@ from fedlora.lab.testing import DictMemory, toy_layout, toy_plan
 from fedlora.protect.derive import derive
 from fedlora.protect.link import ServerLink, SiteLink
 from fedlora.protect.secagg import SecAggServer, SecAggSite
-from fedlora.protect.secagg.book import Book
 from fedlora.protect.secagg.rings import encode, sum_to_mean
+from fedlora.protect.secagg.sessions import SessionStore
 from fedlora.protect.secagg.terms import Terms
 from fedlora.rules.sums import squares_of
 from fedlora.site.work import safely
@@ -146,7 +146,7 @@ class World:
         def report(event: str, facts: Mapping[str, Any]) -> None:
             self.events.append((event, facts))
 
-        return SecAggServer(self.link(), lambda: self.signed, self.plan, Book(self.memory["server"]), report)
+        return SecAggServer(self.link(), lambda: self.signed, self.plan, SessionStore(self.memory["server"]), report)
 
     def task(self, *, round: int = 1, attempt: int = 0, kind: Kind = "train") -> Task:
         return Task("ab" * 32, self.plan.canonical(), self.plan.model.digest, kind, round, attempt, self.globals[round])

@@ -15,7 +15,7 @@ from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.protect.secagg.cohort import Cohort, Rules
+from fedlora.protect.secagg.cohort import Cohort, SessionRequirements
 from fedlora.protect.secagg.opening import Deal, deal_bytes
 from fedlora.protect.secagg.rings import Profile, Words
 from fedlora.protect.secagg.votes import Delivered, certificate, read_certificate
@@ -70,7 +70,7 @@ class ServerSession:
 
 
 @dataclass(frozen=True, slots=True)
-class Book:
+class SessionStore:
     """The files of the session of now, and who is left out. They are this server's own; what is damaged makes the run stop and
     not a sum wrong, as every share and signature in them is checked again.
 
@@ -112,7 +112,13 @@ class Book:
         return SignedRoster.parse(self.memory.get("secagg/roster") or b"") if self._facts(task) else None
 
     def load(
-        self, task: Task, rules: Rules, known: Callable[[str], PublicIdentity], profile: Profile, *, numbers: int
+        self,
+        task: Task,
+        requirements: SessionRequirements,
+        known: Callable[[str], PublicIdentity],
+        profile: Profile,
+        *,
+        numbers: int,
     ) -> ServerSession:
         """That session.
 
@@ -123,7 +129,7 @@ class Book:
             SessionError: the files do not belong together.
         """
         facts = self._facts(task)
-        cohort = Cohort.parse(self.memory.get("secagg/cohort") or b"", rules, known)
+        cohort = Cohort.parse(self.memory.get("secagg/cohort") or b"", requirements, known)
         if cohort.t1.hex() != facts["t1"]:
             raise SessionError("the files of the session do not belong together", hint="start the run anew under another name")
         reader, deals = Reader(self.memory.get("secagg/deals") or b"", "deals"), {}

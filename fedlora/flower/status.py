@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from fedlora.core.events import Event, Report
-from fedlora.core.facts import Clock
-from fedlora.core.facts import Standing as StandingFacts
+from fedlora.core.facts import Clock, SiteStatus
 from fedlora.flower.supernode import SAYS
 from fedlora.gateway.clock import MAX_CORRECTION_S
 from fedlora.gateway.probe import Finding
@@ -31,7 +30,7 @@ _AMISS_S = 5.0
 _FLICKER_S = 3.0  # a connection that is back sooner was not lost
 
 
-class Standing:
+class StatusTracker:
     """The state machine. Thread-safe; reports ``("site", facts)`` on each change, once.
 
     The facts: ``site``, ``state``, ``part``, ``cause``, ``why`` (one sentence), ``cure``, ``next_s`` (to the next try, 0: none)
@@ -255,7 +254,7 @@ class Standing:
                 self._told[part] = words["cause"]
             next_s = self.retry_s(words["cause"]) if part else 0.0
             why, cure = words["why"], words["cure"]
-            facts = StandingFacts(
+            facts = SiteStatus(
                 site=self._site, state=state, part=part or "", cause=words["cause"], why=why, cure=cure, next_s=next_s,
                 said=self._line(state, why=why, cure=cure, next_s=next_s),
             )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.flower.standing import Standing
+from fedlora.flower.status import StatusTracker
 from fedlora.gateway.probe import Finding
 from fedlora.processes.causes import CAUSES
 
@@ -23,7 +23,7 @@ class Told:
         self.clocks: list[dict[str, Any]] = []
         self.now = 0.0
         self.accepted = self.probes = 0
-        self.standing = Standing(
+        self.standing = StatusTracker(
             "alpha",
             facts=FACTS,
             report=lambda e, f: (self.said if e == "site" else self.clocks).append(dict(f)),

@@ -29,26 +29,26 @@ from fedlora.core.errors import LoneChange, StoreError
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.memory import Memory
 from fedlora.protect.derive import derive
-from fedlora.protect.hidden import Hidden
+from fedlora.protect.encrypted import EncryptedMemory
 
 KEY: Final = "secagg/given"
 """Where a site's memory keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Gift:
+class Contribution:
     """A site's part in a sum.
 
     Attributes:
         members: name -> its keys' fingerprint: this site and the others of its group.
-        measure: keys of the plan -> values: how an update becomes what is added up. See :func:`fedlora.protect.mode.Told`.
+        measure: keys of the plan -> values: how an update becomes what is added up. See :func:`fedlora.protect.mode.SumExposure`.
     """
 
     members: tuple[tuple[str, str], ...]
     measure: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, members: Iterable[PublicIdentity], measure: Mapping[str, Any]) -> Gift:
+    def of(cls, members: Iterable[PublicIdentity], measure: Mapping[str, Any]) -> Contribution:
         return cls(tuple(sorted((m.name, m.fingerprint()) for m in members)), tuple(sorted(measure.items())))
 
     @property
@@ -59,11 +59,11 @@ class Gift:
         return {"members": dict(self.members), "measure": dict(self.measure)}
 
     @classmethod
-    def parse(cls, facts: Mapping[str, Any]) -> Gift:
+    def parse(cls, facts: Mapping[str, Any]) -> Contribution:
         """Inverse of :meth:`facts`."""
         return cls(tuple(sorted(facts["members"].items())), tuple(sorted(facts["measure"].items())))
 
-    def unlike(self, before: Gift) -> str:
+    def unlike(self, before: Contribution) -> str:
         """What differs, in a sentence; empty if nothing does."""
         if self.names != before.names:
             return (
@@ -84,12 +84,12 @@ class Ledger:
     """What a site has given, over all runs. Everything by the base model's digest.
 
     Attributes:
-        gifts: its parts in sums over whole groups. One, unless a person has agreed to more.
+        contributions: its parts in sums over whole groups. One, unless a person has agreed to more.
         alone: base models for which it has given to sums that may differ by single sites.
         sealed: base models for which it has sent updates that the server reads.
     """
 
-    gifts: Mapping[str, tuple[Gift, ...]] = field(default_factory=dict)
+    contributions: Mapping[str, tuple[Contribution, ...]] = field(default_factory=dict)
     alone: frozenset[str] = frozenset()
     sealed: frozenset[str] = frozenset()
 
@@ -99,7 +99,7 @@ class Ledger:
         Raises:
             LoneChange.
         """
-        if base in self.alone if not alone else base in self.gifts:
+        if base in self.alone if not alone else base in self.contributions:
             words = {True: "allow", False: "refuse"}
             raise LoneChange(
                 f"this site's sums on this base model are of plans with lone_change = '{words[not alone]}', "
@@ -107,54 +107,59 @@ class Ledger:
                 hint=f"agree on a plan with lone_change = '{words[not alone]}', or on another base model",
             )
 
-    def shown(self, base: str, gift: Gift | None) -> frozenset[str]:
+    def shown(self, base: str, contribution: Contribution | None) -> frozenset[str]:
         """The sites that could be uncovered if this site gave this; none if it always did, and nothing else.
 
         All of all groups: which of them depends on sums that this site is not in.
 
         Args:
-            gift: None: an update of its own, which the server reads.
+            contribution: None: an update of its own, which the server reads.
         """
-        before = self.gifts.get(base, ())
-        if gift is None:
+        before = self.contributions.get(base, ())
+        if contribution is None:
             return frozenset().union(*(one.names for one in before))
-        if base not in self.sealed and all(one == gift for one in before):
+        if base not in self.sealed and all(one == contribution for one in before):
             return frozenset()
-        return gift.names.union(*(one.names for one in before))
+        return contribution.names.union(*(one.names for one in before))
 
-    def check(self, base: str, gift: Gift | None, *, uncovers: Collection[str]) -> None:
+    def check(self, base: str, contribution: Contribution | None, *, uncovers: Collection[str]) -> None:
         """Agrees to give this, or says whose update that could show.
 
         Args:
             base: content digest of the base model.
-            gift: None: an update of its own, which the server reads.
+            contribution: None: an update of its own, which the server reads.
             uncovers: sites that a person has named for this plan: it may show them.
 
         Raises:
             LoneChange.
         """
-        if gift is not None:
+        if contribution is not None:
             self.check_alike(base, alone=False)
-        if lone := self.shown(base, gift) - frozenset(uncovers):
+        if lone := self.shown(base, contribution) - frozenset(uncovers):
             raise LoneChange(
-                f"{'; '.join(self.unlike(base, gift))}. Together they could reveal the update of {_names(lone, 'or')}",
+                f"{'; '.join(self.unlike(base, contribution))}. Together they could reveal the update of {_names(lone, 'or')}",
                 hint="agree on a plan that does not differ in this, or on another base model; or, if this is acceptable: "
                 "`fedlora site approve PLAN.toml` with " + " ".join(f"--uncovers {n}" for n in sorted(lone)),
             )
 
-    def unlike(self, base: str, gift: Gift | None) -> list[str]:
+    def unlike(self, base: str, contribution: Contribution | None) -> list[str]:
         """How this differs from what was given before, in sentences."""
-        if gift is None:
+        if contribution is None:
             return ["this plan has the server read this site's update, and on this base model it has given to sums"]
         read = "the server has read an update of this site on this base model, and this plan adds it up with others'"
-        return [*([read] if base in self.sealed else []), *(s for one in self.gifts.get(base, ()) if (s := gift.unlike(one)))]
+        return [
+            *([read] if base in self.sealed else []),
+            *(s for one in self.contributions.get(base, ()) if (s := contribution.unlike(one))),
+        ]
 
-    def after(self, base: str, gift: Gift | None) -> Ledger:
+    def after(self, base: str, contribution: Contribution | None) -> Ledger:
         """With one more masked update that may have left this site; None where sums may differ by single sites."""
-        if gift is None:
+        if contribution is None:
             return replace(self, alone=self.alone | {base})
-        gifts = {*self.gifts.get(base, ()), gift}
-        return replace(self, gifts={**self.gifts, base: tuple(sorted(gifts, key=lambda one: canonical(one.facts())))})
+        contributions = {*self.contributions.get(base, ()), contribution}
+        return replace(
+            self, contributions={**self.contributions, base: tuple(sorted(contributions, key=lambda one: canonical(one.facts())))}
+        )
 
     def after_sealed(self, base: str) -> Ledger:
         """With an update of its own that the server reads."""
@@ -167,7 +172,7 @@ def _names(sites: Iterable[str], word: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class ContributionStore:
     """The ledger on the disk, encrypted under the site's key. Law: what was put is found after a restart.
 
     Args:
@@ -197,8 +202,8 @@ class Given:
         except ValueError:
             raise self._unknown("damaged or of another key") from None
         if facts is not None:
-            gifts = {base: tuple(Gift.parse(one) for one in of) for base, of in facts["gifts"].items()}
-            return Ledger(gifts, frozenset(facts["alone"]), frozenset(facts["sealed"]))
+            contributions = {base: tuple(Contribution.parse(one) for one in of) for base, of in facts["contributions"].items()}
+            return Ledger(contributions, frozenset(facts["alone"]), frozenset(facts["sealed"]))
         if self.has_given():
             raise self._unknown("gone")
         return Ledger()
@@ -214,11 +219,11 @@ class Given:
     def save(self, ledger: Ledger) -> None:
         """Returns after it is on the disk."""
         facts = {
-            "gifts": {base: [one.facts() for one in of] for base, of in ledger.gifts.items()},
+            "contributions": {base: [one.facts() for one in of] for base, of in ledger.contributions.items()},
             "alone": sorted(ledger.alone),
             "sealed": sorted(ledger.sealed),
         }
         self._hidden().put(KEY, KEY, facts)
 
-    def _hidden(self) -> Hidden:
-        return Hidden(self.memory, derive(self.identity.signing.private_bytes_raw(), "site-given"), self.entropy)
+    def _hidden(self) -> EncryptedMemory:
+        return EncryptedMemory(self.memory, derive(self.identity.signing.private_bytes_raw(), "site-given"), self.entropy)

@@ -17,10 +17,10 @@ from fedlora.core.plan import Protect
 from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.formats.memory import FileMemory
 from fedlora.lab.testing import DictMemory
-from fedlora.protect.given import Gift, Given, Ledger
+from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
 from fedlora.protect.link import SiteLink, pinned
 from fedlora.protect.sealed import SealedServer, SealedSite
-from fedlora.protect.secagg.cohort import Cohort, Rules
+from fedlora.protect.secagg.cohort import Cohort, SessionRequirements
 from fedlora.protect.secagg.planning import survival
 from fedlora.protect.secagg.terms import Terms
 
@@ -33,10 +33,10 @@ GROUPS = signed_roster(9).roster.groups()
 """Of nine sites: three of three, 1 4 7, 2 5 8 and 3 6 9."""
 
 
-def gift(group, weighting=0, keys=""):
+def contribution(group, weighting=0, keys=""):
     """``keys``: members that have other ones than usual."""
     members = [(name, "other" if name in keys else "usual") for name in sorted(group)]
-    return Gift(tuple(members), (("aggregate.weighting", weighting),))
+    return Contribution(tuple(members), (("aggregate.weighting", weighting),))
 
 
 def shows(sums, colluders=""):
@@ -84,7 +84,7 @@ class Study:
         active = sorted(self.roster.active())
         other, weighting = int(self.rng.integers(1, self.colluding + 1)), int(self.rng.integers(0, 2))
         plan = secagg_plan(min_sites=3 * other, max_colluding=other)
-        rules = Terms.of(plan, self.roster).rules
+        rules = Terms.of(plan, self.roster).requirements
         liked = self.rng.random() < 0.7  # now and then it asks for what honest servers ask for
         asked = {str(s) for s in self.rng.choice(active, self.rng.integers(1, len(active) + 1), replace=False)}
         counted = set(rules.whole(asked)) if liked else asked
@@ -97,7 +97,7 @@ class Study:
             rules.check_whole(counted)
             for site in sorted(counted - self.bad):
                 ledger, group = self.ledgers.get(site, Ledger()), rules.group_of(site)
-                part = gift(group, weighting)
+                part = contribution(group, weighting)
                 ledger.check(BASE, part, uncovers=())
                 self.ledgers[site] = ledger.after(BASE, part)  # it has given, whatever comes of the session
         except FedLoRAError:
@@ -146,7 +146,7 @@ def test_what_each_site_remembers_of_its_own_sums_would_not_be_enough():
 
 @given(st.sets(st.sampled_from(NINE)))
 def test_a_set_is_whole_if_it_is_made_of_groups(present):
-    rules = Rules(1, 3, GROUPS)
+    rules = SessionRequirements(1, 3, GROUPS)
     whole = rules.whole(present)
     assert whole == set().union(*(g for g in GROUPS if g <= present))
     if whole == present:
@@ -155,14 +155,14 @@ def test_a_set_is_whole_if_it_is_made_of_groups(present):
         with pytest.raises(LoneChange) as refused:
             rules.check_whole(present)
         assert all(site in str(refused.value) for site in present - whole)
-    assert Rules(1, 3).whole(present) == present
+    assert SessionRequirements(1, 3).whole(present) == present
 
 
 def test_a_site_without_a_group_is_told_so():
     with pytest.raises(LoneChange, match="site-10 is in no complete group of at least 3 sites"):
-        Rules(1, 3, GROUPS).group_of("site-10")
-    assert Rules(1, 3, GROUPS).group_of("site-4") == {"site-1", "site-4", "site-7"}
-    assert Rules(1, 3).group_of("site-10") is None
+        SessionRequirements(1, 3, GROUPS).group_of("site-10")
+    assert SessionRequirements(1, 3, GROUPS).group_of("site-4") == {"site-1", "site-4", "site-7"}
+    assert SessionRequirements(1, 3).group_of("site-10") is None
 
 
 @pytest.mark.attack(
@@ -172,18 +172,18 @@ def test_a_site_without_a_group_is_told_so():
 )
 def test_groups_are_as_large_as_plan_and_roster_ask_for():
     roster = signed_roster(9).roster
-    assert Terms.of(secagg_plan(), roster).rules.groups == GROUPS
-    assert Terms.of(secagg_plan(max_colluding=2, min_sites=6), roster).rules.groups == ()
+    assert Terms.of(secagg_plan(), roster).requirements.groups == GROUPS
+    assert Terms.of(secagg_plan(max_colluding=2, min_sites=6), roster).requirements.groups == ()
     wide = signed_roster(9, 2, 6).roster
-    assert sorted(map(len, Terms.of(secagg_plan(), wide).rules.groups)) == [4, 5]
-    assert Terms.of(secagg_plan(lone_change="allow"), roster).rules.groups is None
+    assert sorted(map(len, Terms.of(secagg_plan(), wide).requirements.groups)) == [4, 5]
+    assert Terms.of(secagg_plan(lone_change="allow"), roster).requirements.groups is None
 
 
 # --- a site's ledger --------------------------------------------------------------------------------------------------
 
 
 def agreed(ledger, group, *, uncovers=(), weighting=0, keys=""):
-    part = gift(group, weighting, keys)
+    part = contribution(group, weighting, keys)
     ledger.check(BASE, part, uncovers=uncovers)
     return ledger.after(BASE, part)
 
@@ -205,13 +205,13 @@ def test_a_person_names_all_whose_update_another_group_may_show(group):
     """However large the groups: what shows an update may be a sum that this site knows nothing of."""
     ledger = agreed(agreed(Ledger(), "abc"), "abc")
     shown = {*"abc", *group}
-    assert ledger.shown(BASE, gift(group)) == shown
+    assert ledger.shown(BASE, contribution(group)) == shown
     agreed(ledger, group, uncovers=shown)
     for left_out in shown:
         with pytest.raises(LoneChange) as refused:
             agreed(ledger, group, uncovers=shown - {left_out})
         assert refused.value.hint.endswith(f"--uncovers {left_out}")
-    ledger.check("cc" * 32, gift(group), uncovers=())  # another base
+    ledger.check("cc" * 32, contribution(group), uncovers=())  # another base
 
 
 @pytest.mark.attack(
@@ -229,14 +229,14 @@ def test_a_site_that_was_named_for_one_plan_is_not_free_in_the_next():
 
 @pytest.mark.parametrize("first", [False, True])
 def test_plans_on_one_base_allow_lone_changes_or_none_does(first):
-    ledger = Ledger().after(BASE, None if first else gift("abc"))
+    ledger = Ledger().after(BASE, None if first else contribution("abc"))
     with pytest.raises(LoneChange, match="lone_change = "):
         ledger.check_alike(BASE, alone=not first)
     ledger.check_alike(BASE, alone=first)
     ledger.check_alike("cc" * 32, alone=not first)
     if first:
         with pytest.raises(LoneChange, match="lone_change = "):
-            ledger.check(BASE, gift("abc"), uncovers="abc")
+            ledger.check(BASE, contribution("abc"), uncovers="abc")
 
 
 def test_a_gift_is_the_same_in_all_that_it_says():
@@ -326,7 +326,7 @@ def test_a_site_whose_update_the_server_has_read_gives_to_no_sum():
 
 
 def keeper(memory, name="site-1"):
-    return Given(memory, identity(name), lambda n: bytes(n))
+    return ContributionStore(memory, identity(name), lambda n: bytes(n))
 
 
 def memory_of(blob):
@@ -378,13 +378,13 @@ def test_a_ledger_that_is_gone_is_no_empty_one():
     assert not heard.sums
     assert set(heard.codes().values()) == {StoreError.code}
     for site in names(3):  # `fedlora site repair --forget-sums`
-        Given(world.memory[site], identity(site), os.urandom).save(Ledger())
+        ContributionStore(world.memory[site], identity(site), os.urandom).save(Ledger())
     assert later.collect(replace(later.task(attempt=1), run="cd" * 32)).sums
 
 
 # --- sessions -----------------------------------------------------------------------------------------------------------
 
-ANY = Rules(1, 3)
+ANY = SessionRequirements(1, 3)
 """By which a lying server makes a cohort."""
 
 
@@ -470,8 +470,8 @@ def test_a_site_that_was_not_asked_for_its_vote_remembers_that_it_has_given():
     a.mask()
     world.restart()
     for site in NINE:
-        ledger = Given(world.memory[site], identity(site), lambda n: bytes(n)).load()
-        (part,) = ledger.gifts[a.task.base]
+        ledger = ContributionStore(world.memory[site], identity(site), lambda n: bytes(n)).load()
+        (part,) = ledger.contributions[a.task.base]
         assert part.names == next(g for g in GROUPS if site in g)
 
 
@@ -582,9 +582,9 @@ def test_what_is_said_to_survive_survives_in_every_case_and_one_more_does_not(n,
     plan = secagg_plan(min_sites=3 * colluding, max_colluding=colluding, lone_change=mode)
     if n < 3 * colluding:
         with pytest.raises(ValueError, match="a session needs"):
-            survival(n, Rules(colluding, 3 * colluding), lone_change=mode)
+            survival(n, SessionRequirements(colluding, 3 * colluding), lone_change=mode)
         return
-    rules = Terms.of(plan, signed_roster(n, colluding, 3 * colluding).roster).rules
+    rules = Terms.of(plan, signed_roster(n, colluding, 3 * colluding).roster).requirements
     found = survival(n, rules, lone_change=mode)
 
     def worst(gone):
@@ -601,7 +601,7 @@ def test_what_is_said_to_survive_survives_in_every_case_and_one_more_does_not(n,
 
 def survival_table(sites, *, colluding):
     """Rows of Markdown for these numbers of sites, of which ``colluding`` may work together with the server."""
-    rules = Rules(colluding, 3)
+    rules = SessionRequirements(colluding, 3)
     refuse = [survival(n, rules, lone_change="refuse") for n in sites]
     allow = [survival(n, rules, lone_change="allow") for n in sites]
     rows = {

@@ -17,7 +17,7 @@ _NONCE: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Hidden:
+class EncryptedMemory:
     """AES-256-GCM (NIST SP 800-38D) around a record, bound to what it is a record of.
 
     Args:
@@ -52,4 +52,4 @@ class Hidden:
         self.memory.put(key, nonce + AESGCM(self.key).encrypt(nonce, dump_record(kind, facts), kind.encode()))
 
     def __repr__(self) -> str:
-        return "Hidden()"
+        return "EncryptedMemory()"
