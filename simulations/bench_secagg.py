@@ -32,14 +32,14 @@ from bench import ROOT, _sealed_parts, layout, median_s, peak_bytes, row, update
 from fedlora.core.reader import Reader
 from fedlora.formats.envelope import overhead, parse, seal
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, SessionRequirements, read_session
-from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, receive
 from fedlora.protect.secagg.giving import masked, reveal
-from fedlora.protect.secagg.numbers import Numbers
-from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Cohort, SessionRequirements, read_session
+from fedlora.protect.secagg.protocol.dealing import Inbox, Secrets, advertise, deal, receive
+from fedlora.protect.secagg.protocol.numbers import Numbers
+from fedlora.protect.secagg.protocol.opening import Deal, parse_reveal, relay, unmask
+from fedlora.protect.secagg.protocol.rings import PROFILES, encode, packed_bytes, scales_for, sum_to_mean, unpack
+from fedlora.protect.secagg.protocol.votes import Delivered
 from fedlora.protect.secagg.records import Encoded, Records
-from fedlora.protect.secagg.rings import PROFILES, encode, packed_bytes, scales_for, sum_to_mean, unpack
-from fedlora.protect.secagg.votes import Delivered
 from fedlora.rules.sums import squares_of
 
 VALUES = 10_000_000

@@ -43,8 +43,9 @@ from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_adapter, toy_plan
 from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
-from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, SessionRequirements, sign
-from fedlora.protect.secagg.complaints import (
+from fedlora.protect.secagg.giving import reveal
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Advert, Cohort, SessionRequirements, sign
+from fedlora.protect.secagg.protocol.complaints import (
     Complaint,
     dump_complaints,
     dump_opened,
@@ -52,14 +53,13 @@ from fedlora.protect.secagg.complaints import (
     read_opened,
     read_settled,
 )
-from fedlora.protect.secagg.dealing import Inbox, Opened, Secrets, advertise, deal, opened, receive
-from fedlora.protect.secagg.giving import reveal
-from fedlora.protect.secagg.numbers import Numbers
-from fedlora.protect.secagg.opening import Deal, parse_reveal, relay
+from fedlora.protect.secagg.protocol.dealing import Inbox, Opened, Secrets, advertise, deal, opened, receive
+from fedlora.protect.secagg.protocol.numbers import Numbers
+from fedlora.protect.secagg.protocol.opening import Deal, parse_reveal, relay
+from fedlora.protect.secagg.protocol.rings import PROFILES, pack, packed_bytes, unpack
+from fedlora.protect.secagg.protocol.votes import COMMIT, Delivered, certificate, read_certificate, sign_vote, vote_text
 from fedlora.protect.secagg.records import Encoded, Records, Session, Used
-from fedlora.protect.secagg.rings import PROFILES, pack, packed_bytes, unpack
 from fedlora.protect.secagg.terms import Offer
-from fedlora.protect.secagg.votes import COMMIT, Delivered, certificate, read_certificate, sign_vote, vote_text
 
 SITES = ("site-1", "site-2", "site-3", "site-4")
 RULES = SessionRequirements(max_colluding=1, min_cohort=3)

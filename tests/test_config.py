@@ -7,7 +7,7 @@ from fedlora.core.plan import Plan, Simulation, parse_plan
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
 from fedlora.core.toml import dump_toml, sample
 from fedlora.data.conversations import read
-from fedlora.data.readers import READERS
+from fedlora.data.files.readers import READERS
 from fedlora.flower.checks import check_data
 from fedlora.formats.plans import load_plan
 from fedlora.protect.modes import BUILT_IN as MODES_BUILT_IN

@@ -6,7 +6,7 @@ Built in, each would touch these files of the tree and no others:
   and the sample ``server/plan.toml``, which is generated;
 - the protection: a file in ``fedlora/protect/``, a line of ``BUILT_IN`` in ``fedlora/protect/modes.py``, ``server/plan.toml``,
   FORMAT.md for its bytes, SECURITY.md for what it promises;
-- the reader: a function and its line of ``BUILT_IN`` in ``fedlora/data/readers.py``, and the sample ``client/site.toml``.
+- the reader: a function and its line of ``BUILT_IN`` in ``fedlora/data/files/readers.py``, and the sample ``client/site.toml``.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from fedlora.core.registry import MODES, RULES, Registry
 from fedlora.core.section import Section
 from fedlora.core.toml import dump_toml, sample
 from fedlora.data.conversations import read
-from fedlora.data.readers import READERS
-from fedlora.data.rows import NOT_FIELDS
+from fedlora.data.files.readers import READERS
+from fedlora.data.files.rows import NOT_FIELDS
 from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity
 from fedlora.formats.plans import load_plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, regroup, share
 from fedlora.data.conversations import Conversation, read
 from fedlora.data.examples import IGNORE, Tokens
+from fedlora.data.files.readers import READERS, Reader
 from fedlora.data.holdout import check_apart, split
-from fedlora.data.readers import READERS, Reader
 from fedlora.data.report import ReadReport, also_bad, check_bad
 from fedlora.data.shapes import SHAPES
 from fedlora.data.tokens import TokenReport, tokenize

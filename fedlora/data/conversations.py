@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlora.core.errors import DataError
-from fedlora.data.json_files import parsed
-from fedlora.data.readers import READERS
+from fedlora.data.files.json_files import parsed
+from fedlora.data.files.readers import READERS
+from fedlora.data.files.rows import NOT_TEXT, OTHER_SHAPE, PYTHON_LIST, Row
+from fedlora.data.files.sources import ENCODINGS, Source, find, format_of
+from fedlora.data.files.tables import HEADER_HINT
 from fedlora.data.report import SHOWN, ReadReport, check_bad
-from fedlora.data.rows import NOT_TEXT, OTHER_SHAPE, PYTHON_LIST, Row
 from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, shape_of
-from fedlora.data.sources import ENCODINGS, Source, find, format_of
-from fedlora.data.tables import HEADER_HINT
 from fedlora.data.turns import BadRow, Turn, plain_text
 
 _FEW = 0.01

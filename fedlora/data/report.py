@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedlora.core.errors import DataError
-from fedlora.data.rows import NOT_CLOSED, NOT_FIELDS, NOT_JSON, NOT_OBJECT, OTHER_SHAPE, PYTHON_LIST
+from fedlora.data.files.rows import NOT_CLOSED, NOT_FIELDS, NOT_JSON, NOT_OBJECT, OTHER_SHAPE, PYTHON_LIST
 
 SHOWN = 20
 """Lines, names or files that are told, at most."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fedlora.data.rows import NOT_TEXT
+from fedlora.data.files.rows import NOT_TEXT
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 NO_CALLS = "a tool call has no name, or arguments that are no JSON object"

@@ -26,9 +26,9 @@ from typing import Any, Final
 
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import LoneChange, StoreError
+from fedlora.formats.derive import derive
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.memory import Memory
-from fedlora.protect.derive import derive
 from fedlora.protect.encrypted import EncryptedMemory
 
 KEY: Final = "secagg/given"

@@ -11,9 +11,9 @@ from pydantic_core import PydanticCustomError
 
 from fedlora.core.plan import Hex, SiteName
 from fedlora.core.section import Section
-from fedlora.data.readers import BUILT_IN, READERS
+from fedlora.data.files.readers import BUILT_IN, READERS
+from fedlora.data.files.sources import ENCODINGS
 from fedlora.data.shapes import SHAPES
-from fedlora.data.sources import ENCODINGS
 from fedlora.formats.plans import load_toml
 from fedlora.site.policy import Policy
 

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedlora.core.errors import DataError
-from fedlora.data import read, sources
-from fedlora.data.sources import Source, find
+from fedlora.data import read
+from fedlora.data.files import sources
+from fedlora.data.files.sources import Source, find
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(5)]
 JSONL = "".join(json.dumps(r) + "\n" for r in ROWS).encode()

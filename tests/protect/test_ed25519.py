@@ -6,7 +6,7 @@ import pytest
 
 from fedlora.core.errors import BadSignature
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.protect.secagg.cohort import check_signature
+from fedlora.protect.secagg.protocol.cohort import check_signature
 
 P = 2**255 - 19
 L = 2**252 + 27742317777372353535851937790883648493

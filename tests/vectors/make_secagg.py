@@ -21,15 +21,15 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedlora.core.reader import Reader
+from fedlora.formats.derive import derive
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.derive import derive
-from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements, sign
-from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened
-from fedlora.protect.secagg.dealing import Dealt, Inbox, Secrets, advertise, deal, opened, receive
 from fedlora.protect.secagg.giving import HEAD_BYTES, masked, reveal
-from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
-from fedlora.protect.secagg.rings import PROFILES, unpack
-from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, read_certificate, sign_vote, vote_text
+from fedlora.protect.secagg.protocol.cohort import Advert, Cohort, SessionRequirements, sign
+from fedlora.protect.secagg.protocol.complaints import Complaint, dump_complaints, dump_opened
+from fedlora.protect.secagg.protocol.dealing import Dealt, Inbox, Secrets, advertise, deal, opened, receive
+from fedlora.protect.secagg.protocol.opening import Deal, parse_reveal, relay, unmask
+from fedlora.protect.secagg.protocol.rings import PROFILES, unpack
+from fedlora.protect.secagg.protocol.votes import ABORT, COMMIT, Delivered, certificate, read_certificate, sign_vote, vote_text
 
 HERE = Path(__file__).parent / "secagg"
 SESSIONS = {

@@ -21,7 +21,7 @@ from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.protect import Exchange
 from fedlora.protect.link import Context, ServerLink, receive, reply_bytes
-from fedlora.protect.secagg.cohort import SessionRequirements
+from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.sessions import ServerSession, SessionStore
 from fedlora.protect.secagg.terms import Terms, codec
 

@@ -11,11 +11,11 @@ import numpy as np
 from fedlora.core.adapter import F32, Update
 from fedlora.core.errors import SessionError, UpdateRejected
 from fedlora.core.messages import Task
+from fedlora.formats.derive import derive
 from fedlora.formats.keys import Identity
-from fedlora.protect.derive import derive
-from fedlora.protect.secagg.numbers import with_counts
+from fedlora.protect.secagg.protocol.numbers import with_counts
+from fedlora.protect.secagg.protocol.rings import encode
 from fedlora.protect.secagg.records import Encoded
-from fedlora.protect.secagg.rings import encode
 from fedlora.protect.secagg.terms import Terms
 from fedlora.rules.sums import squares_of
 

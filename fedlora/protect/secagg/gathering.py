@@ -23,17 +23,17 @@ from fedlora.formats import update as wire
 from fedlora.protect import Exchange
 from fedlora.protect.link import Context, receive, reply_bytes
 from fedlora.protect.secagg.attempt import Attempt, Errors
-from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, read_session
-from fedlora.protect.secagg.complaints import (
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Advert, Cohort, read_session
+from fedlora.protect.secagg.protocol.complaints import (
     dump_opened,
 )
-from fedlora.protect.secagg.dealing import Opened
-from fedlora.protect.secagg.opening import Deal, deal_bytes, relay
-from fedlora.protect.secagg.rings import packed_bytes, unpack
+from fedlora.protect.secagg.protocol.dealing import Opened
+from fedlora.protect.secagg.protocol.opening import Deal, deal_bytes, relay
+from fedlora.protect.secagg.protocol.rings import packed_bytes, unpack
+from fedlora.protect.secagg.protocol.votes import Delivered
 from fedlora.protect.secagg.sessions import Ended, ServerSession
 from fedlora.protect.secagg.settling import settle
 from fedlora.protect.secagg.terms import Offer, codec
-from fedlora.protect.secagg.votes import Delivered
 
 _ADVERT_BYTES = 4096
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import CohortTooSmall, WireError
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, SessionRequirements, leads
-from fedlora.protect.secagg.dealing import Inbox, Secrets, self_keys
-from fedlora.protect.secagg.masks import add_masks
-from fedlora.protect.secagg.rings import Words, pack_into, packed_bytes, room
-from fedlora.protect.secagg.votes import Delivered
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Cohort, SessionRequirements, leads
+from fedlora.protect.secagg.protocol.dealing import Inbox, Secrets, self_keys
+from fedlora.protect.secagg.protocol.masks import add_masks
+from fedlora.protect.secagg.protocol.rings import Words, pack_into, packed_bytes, room
+from fedlora.protect.secagg.protocol.votes import Delivered
 
 HEAD_BYTES: Final = 32 + SIGNATURE
 """What stands before the body of a masked update."""

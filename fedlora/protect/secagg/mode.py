@@ -12,9 +12,9 @@ from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 from fedlora.protect.mode import Limits, Mode, ServerParts, SiteParts, SumExposure
-from fedlora.protect.secagg.cohort import SessionRequirements
-from fedlora.protect.secagg.numbers import with_counts
 from fedlora.protect.secagg.planning import survival
+from fedlora.protect.secagg.protocol.cohort import SessionRequirements
+from fedlora.protect.secagg.protocol.numbers import with_counts
 from fedlora.protect.secagg.server import SecAggServer
 from fedlora.protect.secagg.sessions import SessionStore
 from fedlora.protect.secagg.settings import Settings, first_range, measure, settings_of

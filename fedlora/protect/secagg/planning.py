@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedlora.protect.secagg.cohort import SessionRequirements
+from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from safetensors.numpy import save as dump_tensors
 
 from fedlora.core.adapter import F32
 from fedlora.core.errors import StoreError
+from fedlora.formats.derive import derive
 from fedlora.formats.files import Damaged, frame, unframe
 from fedlora.formats.keys import Identity
 from fedlora.formats.memory import Memory, get_record, put_record
-from fedlora.protect.derive import derive
 from fedlora.protect.encrypted import EncryptedMemory
-from fedlora.protect.secagg.cohort import SessionRequirements
-from fedlora.protect.secagg.rings import Words
+from fedlora.protect.secagg.protocol.cohort import SessionRequirements
+from fedlora.protect.secagg.protocol.rings import Words
 
 _ENCODED = b"FLE1"
 _OPEN = "secagg/open"
@@ -97,7 +97,7 @@ class Encoded:
     Attributes:
         key: names the work and the scales.
         levels: (n,) ring elements.
-        numbers: (m,) uint64, see :class:`fedlora.protect.secagg.numbers.Numbers`.
+        numbers: (m,) uint64, see :class:`fedlora.protect.secagg.protocol.numbers.Numbers`.
         left: what rounding and cutting kept back, for the next round, (n,) float32.
     """
 

@@ -31,13 +31,13 @@ from fedlora.formats.signed_roster import SignedRoster
 from fedlora.protect import Exchange, Tally
 from fedlora.protect.link import ServerLink
 from fedlora.protect.secagg.attempt import Attempt, Errors, away
-from fedlora.protect.secagg.cohort import SIGNATURE, read_session
 from fedlora.protect.secagg.gathering import advertised, dealt, gather
-from fedlora.protect.secagg.opening import parse_reveal, reveal_bytes, unmask
-from fedlora.protect.secagg.rings import sum_to_mean
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, read_session
+from fedlora.protect.secagg.protocol.opening import parse_reveal, reveal_bytes, unmask
+from fedlora.protect.secagg.protocol.rings import sum_to_mean
+from fedlora.protect.secagg.protocol.votes import ABORT, COMMIT, Delivered, certificate, check_vote, vote_text
 from fedlora.protect.secagg.sessions import Ended, ServerSession, SessionStore
 from fedlora.protect.secagg.terms import Terms
-from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, check_vote, vote_text
 
 log = logging.getLogger(__name__)
 

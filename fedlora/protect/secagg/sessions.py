@@ -15,10 +15,10 @@ from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.protect.secagg.cohort import Cohort, SessionRequirements
-from fedlora.protect.secagg.opening import Deal, deal_bytes
-from fedlora.protect.secagg.rings import Profile, Words
-from fedlora.protect.secagg.votes import Delivered, certificate, read_certificate
+from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements
+from fedlora.protect.secagg.protocol.opening import Deal, deal_bytes
+from fedlora.protect.secagg.protocol.rings import Profile, Words
+from fedlora.protect.secagg.protocol.votes import Delivered, certificate, read_certificate
 
 Stage = Literal["mask", "vote", "unmask", "done", "abort", "aborted", "void"]
 """What comes next. ``done``: the masks can be taken off. ``aborted``: it is proved that they never will be."""

@@ -18,15 +18,15 @@ from fedlora.core.messages import Reply, Request
 from fedlora.core.reader import Reader
 from fedlora.protect.link import reply_bytes
 from fedlora.protect.secagg.attempt import Attempt, Errors
-from fedlora.protect.secagg.complaints import (
+from fedlora.protect.secagg.protocol.complaints import (
     Complaint,
     dump_complaints,
     most_complaint_bytes,
     opened_bytes,
     read_opened,
 )
-from fedlora.protect.secagg.dealing import Opened
-from fedlora.protect.secagg.opening import Deal, relay
+from fedlora.protect.secagg.protocol.dealing import Opened
+from fedlora.protect.secagg.protocol.opening import Deal, relay
 from fedlora.protect.secagg.sessions import ServerSession
 
 

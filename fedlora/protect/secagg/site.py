@@ -20,15 +20,12 @@ from fedlora.protect.ledger import Contribution, ContributionStore
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import check_mode
 from fedlora.protect.sealed import check_task
-from fedlora.protect.secagg.cohort import Cohort, SessionRequirements, read_session
-from fedlora.protect.secagg.complaints import Complaint, dump_opened, read_complaints, read_settled
-from fedlora.protect.secagg.dealing import Inbox, Opened, Received, Secrets, advertise, deal, opened, receive
 from fedlora.protect.secagg.encoding import encode_update, with_metrics, work_key
 from fedlora.protect.secagg.giving import check_deliveries, masked, reveal
-from fedlora.protect.secagg.records import Encoded, Records, Session, Used
-from fedlora.protect.secagg.settings import measure
-from fedlora.protect.secagg.terms import Offer, Terms, codec
-from fedlora.protect.secagg.votes import (
+from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements, read_session
+from fedlora.protect.secagg.protocol.complaints import Complaint, dump_opened, read_complaints, read_settled
+from fedlora.protect.secagg.protocol.dealing import Inbox, Opened, Received, Secrets, advertise, deal, opened, receive
+from fedlora.protect.secagg.protocol.votes import (
     ABORT,
     BURNED,
     COMMIT,
@@ -38,6 +35,9 @@ from fedlora.protect.secagg.votes import (
     sign_vote,
     vote_text,
 )
+from fedlora.protect.secagg.records import Encoded, Records, Session, Used
+from fedlora.protect.secagg.settings import measure
+from fedlora.protect.secagg.terms import Offer, Terms, codec
 
 log = logging.getLogger(__name__)
 

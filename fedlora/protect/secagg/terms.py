@@ -21,9 +21,9 @@ from fedlora.formats.keys import key_id
 from fedlora.formats.roster import Roster
 from fedlora.formats.update import parse_task
 from fedlora.protect.link import Context
-from fedlora.protect.secagg.cohort import SessionRequirements
-from fedlora.protect.secagg.numbers import Numbers
-from fedlora.protect.secagg.rings import PROFILES, Profile, scales_for
+from fedlora.protect.secagg.protocol.cohort import SessionRequirements
+from fedlora.protect.secagg.protocol.numbers import Numbers
+from fedlora.protect.secagg.protocol.rings import PROFILES, Profile, scales_for
 from fedlora.protect.secagg.settings import first_range, settings_of
 from fedlora.rules import Aggregator, optimizer_of, rule_of
 from fedlora.rules.first import first_of

@@ -18,17 +18,17 @@ from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.keys import PublicIdentity
 from fedlora.protect.link import Context
-from fedlora.protect.secagg.cohort import Advert, Cohort, leads, read_session
-from fedlora.protect.secagg.complaints import dump_opened
-from fedlora.protect.secagg.dealing import BUNDLE_BYTES, MaskKeys, Secrets, open_ingredient, promise, receive, self_keys
-from fedlora.protect.secagg.masks import add_masks
-from fedlora.protect.secagg.opening import Deal, relay
+from fedlora.protect.secagg.protocol.cohort import Advert, Cohort, leads, read_session
+from fedlora.protect.secagg.protocol.complaints import dump_opened
+from fedlora.protect.secagg.protocol.dealing import BUNDLE_BYTES, MaskKeys, Secrets, open_ingredient, promise, receive, self_keys
+from fedlora.protect.secagg.protocol.masks import add_masks
+from fedlora.protect.secagg.protocol.opening import Deal, relay
+from fedlora.protect.secagg.protocol.rings import PROFILES, packed_bytes, unpack
+from fedlora.protect.secagg.protocol.shamir import SHARE_BYTES, join, weights
+from fedlora.protect.secagg.protocol.votes import ABORT, COMMIT, Delivered, certificate, sign_vote, vote_text
 from fedlora.protect.secagg.records import Records, Session
-from fedlora.protect.secagg.rings import PROFILES, packed_bytes, unpack
 from fedlora.protect.secagg.settings import settings_of
-from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
 from fedlora.protect.secagg.terms import Offer, Terms, codec
-from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, sign_vote, vote_text
 
 
 def known(name: str) -> PublicIdentity:

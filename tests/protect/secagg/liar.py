@@ -34,12 +34,12 @@ from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context, ServerLink, pinned
 from fedlora.protect.sealed import PHASES
-from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements
-from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened
-from fedlora.protect.secagg.dealing import Secrets, advertise, deal
-from fedlora.protect.secagg.opening import Deal, relay
+from fedlora.protect.secagg.protocol.cohort import Advert, Cohort, SessionRequirements
+from fedlora.protect.secagg.protocol.complaints import Complaint, dump_complaints, dump_opened
+from fedlora.protect.secagg.protocol.dealing import Secrets, advertise, deal
+from fedlora.protect.secagg.protocol.opening import Deal, relay
+from fedlora.protect.secagg.protocol.votes import ABORT, COMMIT, Delivered, certificate, sign_vote, vote_text
 from fedlora.protect.secagg.terms import Offer, Terms, codec
-from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, sign_vote, vote_text
 from fedlora.rules.first import first_adapter
 from fedlora.site import parts
 from fedlora.site.parts import site_of

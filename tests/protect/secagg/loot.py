@@ -22,16 +22,25 @@ from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
+from fedlora.formats.derive import derive
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.derive import derive
-from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements, leads, read_session
-from fedlora.protect.secagg.dealing import BUNDLE_BYTES, MaskKeys, Opened, Secrets, open_ingredient, promise, receive, self_keys
-from fedlora.protect.secagg.masks import add_masks
-from fedlora.protect.secagg.opening import Deal, relay
-from fedlora.protect.secagg.rings import packed_bytes, unpack
-from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
+from fedlora.protect.secagg.protocol.cohort import Advert, Cohort, SessionRequirements, leads, read_session
+from fedlora.protect.secagg.protocol.dealing import (
+    BUNDLE_BYTES,
+    MaskKeys,
+    Opened,
+    Secrets,
+    open_ingredient,
+    promise,
+    receive,
+    self_keys,
+)
+from fedlora.protect.secagg.protocol.masks import add_masks
+from fedlora.protect.secagg.protocol.opening import Deal, relay
+from fedlora.protect.secagg.protocol.rings import packed_bytes, unpack
+from fedlora.protect.secagg.protocol.shamir import SHARE_BYTES, join, weights
+from fedlora.protect.secagg.protocol.votes import Delivered
 from fedlora.protect.secagg.terms import Terms
-from fedlora.protect.secagg.votes import Delivered
 
 
 def known(name: str) -> PublicIdentity:

@@ -24,8 +24,8 @@ from protect.secagg.world import identity, names
 from fedlora.core.adapter import Adapter
 from fedlora.core.plan import Evaluation, Plan
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Dealt, Secrets, deal
-from fedlora.protect.secagg.opening import Deal
+from fedlora.protect.secagg.protocol.dealing import BUNDLE_BYTES, Dealt, Secrets, deal
+from fedlora.protect.secagg.protocol.opening import Deal
 from fedlora.site.policy import Policy
 
 PLAN: Final = a_plan(lone_change="refuse")

@@ -25,12 +25,12 @@ from fedlora.protect.link import Context, pinned
 from fedlora.protect.modes import SiteModes
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg import SecAggSite
-from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements
-from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Inbox, MaskKeys, Secrets, advertise, deal, promise
-from fedlora.protect.secagg.opening import Deal
-from fedlora.protect.secagg.shamir import join, weights
+from fedlora.protect.secagg.protocol.cohort import Advert, Cohort, SessionRequirements
+from fedlora.protect.secagg.protocol.dealing import BUNDLE_BYTES, Inbox, MaskKeys, Secrets, advertise, deal, promise
+from fedlora.protect.secagg.protocol.opening import Deal
+from fedlora.protect.secagg.protocol.shamir import join, weights
+from fedlora.protect.secagg.protocol.votes import ABORT, COMMIT, Delivered, certificate, check_certificate, sign_vote, vote_text
 from fedlora.protect.secagg.terms import Terms
-from fedlora.protect.secagg.votes import ABORT, COMMIT, Delivered, certificate, check_certificate, sign_vote, vote_text
 
 pytestmark = pytest.mark.slow
 

@@ -19,11 +19,11 @@ from protect.secagg.world import Heard, World, identity, names, secagg_plan, sig
 
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.protect.secagg import SecAggSite
-from fedlora.protect.secagg.cohort import Cohort, leads
-from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Secrets, deal
-from fedlora.protect.secagg.opening import Deal
+from fedlora.protect.secagg.protocol.cohort import Cohort, leads
+from fedlora.protect.secagg.protocol.dealing import BUNDLE_BYTES, Secrets, deal
+from fedlora.protect.secagg.protocol.opening import Deal
+from fedlora.protect.secagg.protocol.votes import Delivered
 from fedlora.protect.secagg.records import Records
-from fedlora.protect.secagg.votes import Delivered
 from fedlora.site.policy import Policy
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from fedlora.core.plan import parse_plan
 from fedlora.formats.epochs import next_epoch
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.protect.ledger import ContributionStore, Ledger
-from fedlora.protect.secagg.cohort import Cohort, SessionRequirements
+from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements
 
 pytestmark = pytest.mark.slow
 

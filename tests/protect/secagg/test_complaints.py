@@ -11,10 +11,10 @@ from protect.secagg.world import World, at_phase, identity, names, secagg_plan
 from fedlora.core.errors import BadShare, FedLoRAError, WireError
 from fedlora.core.reader import Reader
 from fedlora.protect.secagg import SecAggSite
-from fedlora.protect.secagg.cohort import leads, sign
-from fedlora.protect.secagg.complaints import Complaint, dump_complaints, dump_opened, read_complaints, read_opened
-from fedlora.protect.secagg.dealing import BUNDLE_BYTES, Dealt, Secrets, opened
-from fedlora.protect.secagg.opening import Deal, relay
+from fedlora.protect.secagg.protocol.cohort import leads, sign
+from fedlora.protect.secagg.protocol.complaints import Complaint, dump_complaints, dump_opened, read_complaints, read_opened
+from fedlora.protect.secagg.protocol.dealing import BUNDLE_BYTES, Dealt, Secrets, opened
+from fedlora.protect.secagg.protocol.opening import Deal, relay
 
 pytestmark = pytest.mark.slow
 

@@ -28,12 +28,12 @@ from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, open_envelope, parse, seal, verify
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
 from fedlora.protect.link import Context
-from fedlora.protect.secagg.cohort import SIGNATURE, Advert
-from fedlora.protect.secagg.numbers import Numbers
-from fedlora.protect.secagg.rings import PROFILES, encode, most_levels, pack, packed_bytes, sum_to_mean, unpack
-from fedlora.protect.secagg.shamir import PRIME, join, split, weights
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Advert
+from fedlora.protect.secagg.protocol.numbers import Numbers
+from fedlora.protect.secagg.protocol.rings import PROFILES, encode, most_levels, pack, packed_bytes, sum_to_mean, unpack
+from fedlora.protect.secagg.protocol.shamir import PRIME, join, split, weights
+from fedlora.protect.secagg.protocol.votes import Delivered, certificate, read_certificate
 from fedlora.protect.secagg.terms import MAX_UNITS, Offer, Terms, codec
-from fedlora.protect.secagg.votes import Delivered, certificate, read_certificate
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ from fedlora.lab.testing import DictMemory
 from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
 from fedlora.protect.link import SiteLink, pinned
 from fedlora.protect.sealed import SealedServer, SealedSite
-from fedlora.protect.secagg.cohort import Cohort, SessionRequirements
 from fedlora.protect.secagg.planning import survival
+from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements
 from fedlora.protect.secagg.terms import Terms
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.processes import threads
-from fedlora.protect.secagg import masks
-from fedlora.protect.secagg.masks import add_masks
+from fedlora.protect.secagg.protocol import masks
+from fedlora.protect.secagg.protocol.masks import add_masks
 
 KEYS = [(bytes([i]) * 32, sign) for i, sign in enumerate((1, -1, 1))]
 

@@ -7,12 +7,12 @@ import pytest
 from protect.secagg.world import identity, names
 
 from fedlora.core.reader import Reader
-from fedlora.protect.secagg.cohort import Cohort, SessionRequirements
-from fedlora.protect.secagg.dealing import Inbox, Secrets, advertise, deal, receive
 from fedlora.protect.secagg.giving import masks_of, reveal
-from fedlora.protect.secagg.masks import add_masks
-from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
-from fedlora.protect.secagg.rings import PROFILES, pack, unpack
+from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements
+from fedlora.protect.secagg.protocol.dealing import Inbox, Secrets, advertise, deal, receive
+from fedlora.protect.secagg.protocol.masks import add_masks
+from fedlora.protect.secagg.protocol.opening import Deal, parse_reveal, relay, unmask
+from fedlora.protect.secagg.protocol.rings import PROFILES, pack, unpack
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from protect.secagg.world import World, secagg_plan
 
 from fedlora.core.plan import Evaluation, Protect
 from fedlora.protect.modes import mode_of
-from fedlora.protect.secagg.numbers import Numbers, with_counts
+from fedlora.protect.secagg.protocol.numbers import Numbers, with_counts
 
 NAMES = ("eval/exact_match", "eval/examples", "eval/nll", "eval/tokens", "train/loss")
 RIDE = Numbers(1, NAMES)

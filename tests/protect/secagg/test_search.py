@@ -12,8 +12,8 @@ import pytest
 from protect.secagg.search import Uncovered, search
 
 from fedlora.protect.secagg import site
-from fedlora.protect.secagg.cohort import SessionRequirements
-from fedlora.protect.secagg.complaints import Complaint
+from fedlora.protect.secagg.protocol.cohort import SessionRequirements
+from fedlora.protect.secagg.protocol.complaints import Complaint
 from fedlora.protect.secagg.site import SecAggSite
 
 pytestmark = pytest.mark.slow

@@ -10,13 +10,13 @@ from protect.secagg.world import World, at_phase, identity, names, secagg_plan
 
 from fedlora.core.errors import CohortTooSmall
 from fedlora.core.reader import Reader
-from fedlora.protect.secagg.cohort import Cohort, SessionRequirements, leads
-from fedlora.protect.secagg.dealing import Secrets, advertise, deal, receive
 from fedlora.protect.secagg.giving import check_deliveries, masks_of, reveal
-from fedlora.protect.secagg.masks import add_masks
-from fedlora.protect.secagg.opening import Deal, parse_reveal, relay, unmask
-from fedlora.protect.secagg.rings import PROFILES, pack, unpack
-from fedlora.protect.secagg.votes import Delivered
+from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements, leads
+from fedlora.protect.secagg.protocol.dealing import Secrets, advertise, deal, receive
+from fedlora.protect.secagg.protocol.masks import add_masks
+from fedlora.protect.secagg.protocol.opening import Deal, parse_reveal, relay, unmask
+from fedlora.protect.secagg.protocol.rings import PROFILES, pack, unpack
+from fedlora.protect.secagg.protocol.votes import Delivered
 
 pytestmark = pytest.mark.slow
 

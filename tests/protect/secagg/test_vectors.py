@@ -25,13 +25,13 @@ from test_vectors import hpke
 from fedlora.core.errors import BadShare, EnvelopeError, FedLoRAError, RevokedSite
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import Advert, Cohort, SessionRequirements
-from fedlora.protect.secagg.complaints import Complaint, read_complaints, read_opened
-from fedlora.protect.secagg.dealing import receive
 from fedlora.protect.secagg.giving import check_deliveries
-from fedlora.protect.secagg.opening import Deal, parse_reveal
+from fedlora.protect.secagg.protocol.cohort import Advert, Cohort, SessionRequirements
+from fedlora.protect.secagg.protocol.complaints import Complaint, read_complaints, read_opened
+from fedlora.protect.secagg.protocol.dealing import receive
+from fedlora.protect.secagg.protocol.opening import Deal, parse_reveal
+from fedlora.protect.secagg.protocol.votes import COMMIT, Delivered, check_certificate, read_certificate, vote_text
 from fedlora.protect.secagg.terms import Terms
-from fedlora.protect.secagg.votes import COMMIT, Delivered, check_certificate, read_certificate, vote_text
 
 TESTS = Path(__file__).parents[2]
 HERE = TESTS / "vectors" / "secagg"
@@ -299,7 +299,7 @@ def known(name):
 
 def secrets_of_a():
     """A site's secrets as the code wants them, from those of the vector."""
-    from fedlora.protect.secagg.dealing import Secrets
+    from fedlora.protect.secagg.protocol.dealing import Secrets
 
     root = hashlib.shake_256(b"fedlora test vector, public: four a root").digest(32)
     found = Secrets(root)
@@ -384,7 +384,7 @@ def test_every_condition_of_the_format_has_a_vector_with_its_code():
 
 
 def test_the_profiles_of_the_format_are_those_of_the_code():
-    from fedlora.protect.secagg.rings import PROFILES
+    from fedlora.protect.secagg.protocol.rings import PROFILES
 
     line = FORMAT.split("| levels `L`, ring bits `b` |")[1].split("\n")[0].replace("\u202f", "")
     said = re.findall(r"(int\d+) ([\d ]+), (\d+)", line)

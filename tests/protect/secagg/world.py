@@ -14,15 +14,15 @@ from fedlora.core.adapter import Adapter, Update
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.plan import Aggregate, Evaluation, Plan, Protect, Training
+from fedlora.formats.derive import derive
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.trust import RosterKeeper
 from fedlora.lab.testing import DictMemory, toy_layout, toy_plan
-from fedlora.protect.derive import derive
 from fedlora.protect.link import ServerLink, SiteLink
 from fedlora.protect.secagg import SecAggServer, SecAggSite
-from fedlora.protect.secagg.rings import encode, sum_to_mean
+from fedlora.protect.secagg.protocol.rings import encode, sum_to_mean
 from fedlora.protect.secagg.sessions import SessionStore
 from fedlora.protect.secagg.terms import Terms
 from fedlora.rules.sums import squares_of

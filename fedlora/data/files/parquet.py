@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from fedlora.core.errors import DataError
-from fedlora.data.rows import NOT_VALUES, Row
-from fedlora.data.sources import BAD_BYTES, FLOOR, PARQUET, RATIO, Source, module
+from fedlora.data.files.rows import NOT_VALUES, Row
+from fedlora.data.files.sources import BAD_BYTES, FLOOR, PARQUET, RATIO, Source, module
 
 T = TypeVar("T")
 

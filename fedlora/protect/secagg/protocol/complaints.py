@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedlora.core.errors import BadShare, WireError
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, check_signature, leads, read_session, sign
-from fedlora.protect.secagg.dealing import Opened, Statement
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Cohort, check_signature, leads, read_session, sign
+from fedlora.protect.secagg.protocol.dealing import Opened, Statement
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from itertools import chain
 from typing import Any
 
 from fedlora.core.errors import DataError
-from fedlora.data.rows import NOT_JSON, NOT_OBJECT, TOO_DEEP, TOO_LONG, Row
-from fedlora.data.sources import MAX_ROW, Source
+from fedlora.data.files.rows import NOT_JSON, NOT_OBJECT, TOO_DEEP, TOO_LONG, Row
+from fedlora.data.files.sources import MAX_ROW, Source
 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 _SPACE = re.compile(r"[ \t\r\n]*")

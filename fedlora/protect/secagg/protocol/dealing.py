@@ -22,12 +22,12 @@ from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 
 from fedlora.core.errors import CannotOpen, CohortTooSmall, WireError
 from fedlora.core.reader import Reader
+from fedlora.formats.derive import derive
 from fedlora.formats.envelope import HPKE
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.derive import derive
-from fedlora.protect.secagg.cohort import SIGNATURE, Advert, Cohort, SessionRequirements, check_signature, leads, sign
-from fedlora.protect.secagg.masks import Stream
-from fedlora.protect.secagg.shamir import SHARE_BYTES, split
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Advert, Cohort, SessionRequirements, check_signature, leads, sign
+from fedlora.protect.secagg.protocol.masks import Stream
+from fedlora.protect.secagg.protocol.shamir import SHARE_BYTES, split
 
 BUNDLE_BYTES: Final = 2 * SHARE_BYTES + 1136
 """The two shares for one peer, sealed to it."""

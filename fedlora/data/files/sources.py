@@ -289,7 +289,7 @@ def format_of(path: Path) -> str:
     """The format that the name of a file promises, whether it is compressed or not.
 
     Returns:
-        A key of :data:`fedlora.data.readers.READERS`.
+        A key of :data:`fedlora.data.files.readers.READERS`.
 
     Raises:
         DataError: the suffix is none of ours.

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from fedlora.core.registry import Registry
-from fedlora.data.json_files import read_json, read_jsonl
-from fedlora.data.parquet import read_parquet
-from fedlora.data.rows import Row
-from fedlora.data.sources import Source
-from fedlora.data.tables import read_csv, read_postgres, read_tsv
+from fedlora.data.files.json_files import read_json, read_jsonl
+from fedlora.data.files.parquet import read_parquet
+from fedlora.data.files.rows import Row
+from fedlora.data.files.sources import Source
+from fedlora.data.files.tables import read_csv, read_postgres, read_tsv
 
 Reader: TypeAlias = Callable[[Source], Iterator[tuple[int, Row]]]
 """Yields (1-based line or row number, row). Raises OSError, or DataError if the file as a whole cannot be read."""
 
-READERS: Registry[Reader] = Registry("file format", "fedlora.data.readers")
+READERS: Registry[Reader] = Registry("file format", "fedlora.data.files.readers")
 """``data.format`` of a site file."""
 
 BUILT_IN: dict[str, Reader] = {

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from fedlora.core.errors import BadShare, CannotOpen, DealerLied, WireError
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import Cohort, leads, read_session
-from fedlora.protect.secagg.dealing import (
+from fedlora.protect.secagg.protocol.cohort import Cohort, leads, read_session
+from fedlora.protect.secagg.protocol.dealing import (
     BUNDLE_BYTES,
     Dealt,
     MaskKeys,
@@ -23,8 +23,8 @@ from fedlora.protect.secagg.dealing import (
     promise,
     self_keys,
 )
-from fedlora.protect.secagg.masks import add_masks
-from fedlora.protect.secagg.shamir import SHARE_BYTES, join, weights
+from fedlora.protect.secagg.protocol.masks import add_masks
+from fedlora.protect.secagg.protocol.shamir import SHARE_BYTES, join, weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Deal:
 
     @classmethod
     def parse(cls, cohort: Cohort, dealer: int, blob: bytes) -> Deal:
-        """Inverse of :func:`fedlora.protect.secagg.dealing.deal`, as far as it is public.
+        """Inverse of :func:`fedlora.protect.secagg.protocol.dealing.deal`, as far as it is public.
 
         Raises:
             WireError, WrongContext: malformed, or of another session.
@@ -73,7 +73,7 @@ def deal_bytes(cohort: Cohort, dealer: int) -> int:
 
 
 def relay(cohort: Cohort, deals: Mapping[int, Deal], holder: int) -> bytes:
-    """What one site gets of all that was dealt; see :func:`fedlora.protect.secagg.dealing.receive`."""
+    """What one site gets of all that was dealt; see :func:`fedlora.protect.secagg.protocol.dealing.receive`."""
     dealers = [d for d in sorted(deals) if d != holder]
     out = [struct.pack(">H", len(dealers))]
     for dealer in dealers:

@@ -11,8 +11,8 @@ from functools import partial
 from io import TextIOWrapper
 
 from fedlora.core.errors import DataError
-from fedlora.data.rows import NOT_CLOSED, NOT_FIELDS, Row
-from fedlora.data.sources import MAX_ROW, Source
+from fedlora.data.files.rows import NOT_CLOSED, NOT_FIELDS, Row
+from fedlora.data.files.sources import MAX_ROW, Source
 
 _MOST_FIELD = 1 << 24
 """Characters of a field: 16 Mi. A quotation mark that nothing closes swallows no more."""

@@ -18,7 +18,7 @@ from fedlora.core.errors import (
 )
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.cohort import SIGNATURE, Cohort, check_signature, sign
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Cohort, check_signature, sign
 
 COMMIT: Final = 1
 
