@@ -44,7 +44,7 @@ from fedlora.rules.sums import squares_of
 
 VALUES = 10_000_000
 RULES = SessionRequirements(max_colluding=1, min_cohort=3)
-METRICS = ("eval/nll", "eval/tokens", "train/loss")
+COUNTERS = ("eval/nats", "eval/tokens", "train/nats", "train/tokens")
 LIMIT_S = {("int8", 8): 0.10, ("int8", 32): 0.25}
 LIMIT_UNMASK_S = 5.0
 LIMIT_UP_BYTES = 20_100_000
@@ -89,7 +89,9 @@ class Handshake:
     def of(cls, n: int) -> Handshake:
         identities = {f"site-{i:03d}": Identity.generate(f"site-{i:03d}") for i in range(1, n + 1)}
         secrets = {i: Secrets(os.urandom(32)) for i in range(1, n + 1)}
-        adverts = [advertise(s, bytes(32), secrets[i], key=k.signing) for i, (s, k) in enumerate(identities.items(), 1)]
+        adverts = [
+            advertise(s, bytes(32), secrets[i], key=k.signing, measured=True) for i, (s, k) in enumerate(identities.items(), 1)
+        ]
         cohort = Cohort.of(adverts, RULES)
         keys = {i: identities[cohort.advert(i).name].signing for i in secrets}
         deals = {i: Deal.parse(cohort, i, deal(cohort, i, s, key=keys[i])) for i, s in secrets.items()}
@@ -127,8 +129,8 @@ def site(name: str, peers: int) -> dict[str, Any]:
     own, one = (peers + 1) // 2, update(shape)
     relayed = relay(session.cohort, session.deals, own)
     scales = scales_for(shape, profile, reach=5e-3)
-    ride = Numbers(len(shape.entries), METRICS)
-    said = dict.fromkeys(METRICS, 1.0)
+    ride = Numbers(len(shape.entries), COUNTERS)
+    said = dict.fromkeys(COUNTERS, 1)
     left, levels = np.full(shape.size, 1e-6, np.float32), np.empty(0, profile.word)  # of the round before
 
     def step() -> tuple[dict[str, float], int]:
@@ -142,7 +144,7 @@ def site(name: str, peers: int) -> dict[str, Any]:
         levels, cut = encode(delta, shape, profile, scales, share=1.0, key=bytes(32))
         left = delta
         lap("encode")
-        numbers = ride.pack(weight=1, counted=one.weight, squares=squares_of(one.delta, shape), cut=cut, metrics=said)
+        numbers = ride.pack(weight=1, counted=one.weight, squares=squares_of(one.delta, shape), cut=cut, counters=said)
         lap("numbers")
         key = session.identities[session.cohort.advert(own).name].signing
         out, _ = masked(session.cohort, own, session.secrets[own], inbox, levels, numbers, bits=profile.bits, key=key)
@@ -218,7 +220,7 @@ def server(n: int) -> dict[str, Any]:
     inboxes = {i: session.receive(i, relay(session.cohort, session.deals, i)) for i in session.deals}
     handshake = time.perf_counter() - began
     counted = [i for i in session.deals if i % 10]
-    numbers = np.zeros(Numbers(len(shape.entries), METRICS).size, np.uint64)
+    numbers = np.zeros(Numbers(len(shape.entries), COUNTERS).size, np.uint64)
     parts, adding, delivered = _sealed_parts(), 0.0, []
     before = peak_bytes()
     vector = np.zeros(shape.size, profile.word)

@@ -26,6 +26,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["unsloth"]:
 import numpy as np
 import torch
 
+from fedlora.core.metrics import finish
 from fedlora.core.plan import Federation, Lora, Model, Plan, Training
 from fedlora.data import IGNORE, Tokens
 from fedlora.learn.base import Base, find_device, load_base
@@ -307,7 +308,7 @@ def gpus(shape: str, count: int) -> None:
             }
             facts |= {
                 "ratio_of_steps": step_s[1] / step_s[number],
-                "loss": done.metrics["train/loss"],
+                "loss": finish(["train/loss"], done.counters)["train/loss"],
                 "micro-batches": chosen[-1:],
             }
             say("rate", gpus=number, **facts)

@@ -199,7 +199,7 @@ def _roster() -> SignedRoster:
 @cache
 def _session(label: str) -> tuple[Cohort, dict[int, Secrets], dict[int, bytes], dict[int, Deal], dict[int, Inbox]]:
     secrets = {i: Secrets(_secret(f"{label} {s}", 32)) for i, s in enumerate(SITES, 1)}
-    adverts = [advertise(s, bytes(32), secrets[i], key=identity(s).signing) for i, s in enumerate(SITES, 1)]
+    adverts = [advertise(s, bytes(32), secrets[i], key=identity(s).signing, measured=True) for i, s in enumerate(SITES, 1)]
     cohort = Cohort.of(adverts, RULES)
     raw = {i: deal(cohort, i, s, key=identity(SITES[i - 1]).signing) for i, s in secrets.items()}
     deals = {i: Deal.parse(cohort, i, r) for i, r in raw.items()}
@@ -429,19 +429,19 @@ def _packed(name: str) -> Parser:
 
 def _numbers() -> Parser:
     """Their length is right when they come here: what the masks leave is any numbers at all."""
-    ride = Numbers(4, ("eval/nll", "eval/tokens", "train/loss"))
+    ride = Numbers(4, ("eval/nats", "eval/tokens", "train/nats"))
 
     def again(blob: bytes) -> bytes:
         whole = np.frombuffer(blob[: 8 * ride.size].ljust(8 * ride.size, b"\0"), "<u8").astype(np.uint64)
         totals = ride.unpack(whole, sites=4)
-        if not np.isfinite([*totals.metrics.values(), *totals.squares]).all():
-            raise LawBroken(f"not finite: {totals}")
+        if not np.isfinite(totals.squares).all() or any(value < 0 for value in totals.counters.values()):
+            raise LawBroken(f"no sum of sites: {totals}")
         return blob
 
-    said = {"eval/nll": 2.5, "eval/tokens": 10.0, "train/loss": 0.25}
-    one = ride.pack(weight=3, counted=100, squares=np.ones(4), cut=np.ones(4, np.int64), metrics=said)
+    said = {"eval/nats": 163_840, "eval/tokens": 10, "train/nats": 16_384}
+    one = ride.pack(weight=3, counted=100, squares=np.ones(4), cut=np.ones(4, np.int64), counters=said)
     return Parser("numbers", [(4 * one).tobytes(), (4 * ride.pack(weight=1, counted=0, squares=np.zeros(4),
-                  cut=np.zeros(4, np.int64), metrics={})).tobytes()], again, [(8 * i, 8) for i in range(ride.size)])  # fmt: skip
+                  cut=np.zeros(4, np.int64), counters={})).tobytes()], again, [(8 * i, 8) for i in range(ride.size)])  # fmt: skip
 
 
 CONTRIBUTION = Contribution.of([identity(name).public for name in SITES], {"protect.secagg.profile": "int8"})
@@ -451,7 +451,7 @@ def _records() -> list[Parser]:
     """A site's own files, damaged."""
     session = Session(
         1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, groups=[list(SITES)],
-        contribution=CONTRIBUTION.facts(), t1=bytes(32),
+        contribution=CONTRIBUTION.facts(), evaluation=[5, 6], measured=True, t1=bytes(32),
     )  # fmt: skip
     encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), np.ones(14, np.float32))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3)

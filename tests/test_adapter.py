@@ -3,7 +3,7 @@ import pytest
 from raising import raising
 
 from fedlora.core.adapter import Adapter, Layout, Update
-from fedlora.core.errors import NonFiniteUpdate, WrongContext
+from fedlora.core.errors import NonFiniteUpdate, UpdateRejected, WrongContext
 
 TENSORS = {"q.lora_A.weight": np.ones((2, 3)), "q.lora_B.weight": np.arange(8.0).reshape(4, 2)}
 
@@ -80,6 +80,7 @@ def test_opposite_infinities_do_not_cancel():
         Update(np.array([np.inf, -np.inf], np.float32), 1, {}).check(2)
 
 
-def test_a_bad_metric_is_found():
-    with pytest.raises(NonFiniteUpdate, match="eval/nll"):
-        Update(np.zeros(1, np.float32), 1, {"eval/nll": float("nan")}).check(1)
+@pytest.mark.parametrize("value", [-1, 1 << 53, 1.0, True, float("nan"), None])
+def test_a_bad_counter_is_found(value):
+    with pytest.raises(UpdateRejected, match="eval/nats"):
+        Update(np.zeros(1, np.float32), 1, {"eval/nats": value, "eval/tokens": 1}).check(1)

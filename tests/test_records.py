@@ -39,7 +39,7 @@ from fedlora.site.admission import Begun, Runs
 RUN = "0" * 64
 ME = Identity.generate("site")
 TASK = Task(RUN, b"", RUN, "train", 3, 0, toy_adapter(), None)
-SESSION = Session(3, 0, b"c", b"k", b"", 16, 1, 3, RUN, RUN, None, None)
+SESSION = Session(3, 0, b"c", b"k", b"", 16, 1, 3, RUN, RUN, None, None, [], False)
 
 
 @dataclass(frozen=True)

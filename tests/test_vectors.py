@@ -50,7 +50,7 @@ def test_an_update_does_what_its_vector_says(path):
         return
     update = wire.parse_update(blob, layout)
     assert update.delta.tobytes() == np.array(json.loads(head["values"]), np.float32).tobytes()  # -0 is not 0 here
-    assert (update.weight, update.metrics) == (int(head["weight"]), json.loads(head["metrics"]))
+    assert (update.weight, update.counters) == (int(head["weight"]), json.loads(head["counters"]))
     assert wire.dump_update(update, layout, dtype=wire.DTYPES[blob[5]]) == blob
 
 
@@ -131,7 +131,7 @@ def test_an_envelope_does_what_its_vector_says(path):
     elif head["direction"] == "up":
         update = receive(head, blob)
         assert update.delta.tolist() == [i / 4 for i in range(14)]
-        assert (update.weight, update.metrics) == (3, {"eval/nll": 1.25, "train/loss": -0.5})
+        assert (update.weight, update.counters) == (3, {"eval/nats": 81920, "train/tokens": 0})
     else:
         envelope = parse(blob, max_bytes=1 << 20)
         verify(envelope, identities()["server"].public)

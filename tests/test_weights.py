@@ -102,7 +102,7 @@ def lies(fed, name, weight, *, kind="train"):
 
     def work(task):
         update = one.work(task)
-        return Update(update.delta, weight, update.metrics) if task.kind == kind else update
+        return Update(update.delta, weight, update.counters) if task.kind == kind else update
 
     fed.answers[name] = lambda request: safely(name, lambda: one.protection.answer(request, work))
 

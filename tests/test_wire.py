@@ -22,12 +22,12 @@ from fedlora.core.messages import Task
 from fedlora.formats import update as wire
 
 SMALL = Layout.of({"m.lora_A.weight": (2, 3), "m.lora_B.weight": (4, 2)})
-METRICS = {"eval/nll": 1.25}
+COUNTERS = {"eval/nats": 81920}
 MAX = float(np.finfo(np.float32).max)
 
 
-def update(values=None, *, weight=3, metrics=METRICS) -> Update:
-    return Update(np.asarray(range(14) if values is None else values, np.float32), weight, metrics)
+def update(values=None, *, weight=3, counters=COUNTERS) -> Update:
+    return Update(np.asarray(range(14) if values is None else values, np.float32), weight, counters)
 
 
 def task(layout=SMALL) -> Task:
@@ -52,8 +52,8 @@ def parse_update(blob):
 shapes = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple), min_size=1, max_size=4)
 layouts = shapes.map(lambda s: Layout.of({f"t{i}": shape for i, shape in enumerate(s)}))
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
-metrics = st.dictionaries(
-    st.from_regex(r"[a-z][a-z0-9_./-]{0,63}", fullmatch=True), st.floats(allow_nan=False, allow_infinity=False), max_size=5
+counters = st.dictionaries(
+    st.from_regex(r"[a-z][a-z0-9_./-]{0,63}", fullmatch=True), st.integers(0, wire.MAX_INTEGER), max_size=5
 )
 
 
@@ -61,7 +61,7 @@ metrics = st.dictionaries(
 def updates(draw, values=finite):
     layout = draw(layouts)
     delta = draw(hnp.arrays(np.float32, layout.size, elements=values))
-    return layout, Update(delta, draw(st.integers(0, wire.MAX_INTEGER)), draw(metrics))
+    return layout, Update(delta, draw(st.integers(0, wire.MAX_INTEGER)), draw(counters))
 
 
 def bits(vector) -> bytes:
@@ -71,7 +71,7 @@ def bits(vector) -> bytes:
 def there_and_back(layout, sent, dtype):
     blob = wire.dump_update(sent, layout, dtype=dtype)
     got = wire.parse_update(blob, layout, dtype=dtype)
-    assert (got.weight, got.metrics) == (sent.weight, sent.metrics)
+    assert (got.weight, got.counters) == (sent.weight, sent.counters)
     assert wire.dump_update(got, layout, dtype=dtype) == blob  # rounding a second time changes nothing
     assert len(blob) <= wire.max_update_bytes(layout, dtype=dtype)
     return blob, got.delta
@@ -179,9 +179,12 @@ def test_what_bfloat16_cannot_hold_does_not_leave():
         ({"weight": -1}, WireError),
         ({"weight": 1 << 53}, WireError),
         ({"weight": 1.0}, WireError),
-        ({"metrics": {"Loss": 1.0}}, WireError),
-        ({"metrics": {f"m{i}": 1.0 for i in range(65)}}, WireError),
-        ({"metrics": {"loss": math.nan}}, NonFiniteUpdate),
+        ({"counters": {"Nats": 1}}, WireError),
+        ({"counters": {f"m{i}": 1 for i in range(65)}}, WireError),
+        ({"counters": {"nats": 1 << 53}}, WireError),
+        ({"counters": {"nats": -1}}, WireError),
+        ({"counters": {"nats": 1.0}}, WireError),
+        ({"counters": {"nats": True}}, WireError),
         ({"values": range(13)}, WrongContext),
     ],
 )
@@ -259,19 +262,19 @@ def test_random_bytes_are_refused_by_name(parse, junk, digest):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["weight", "metrics", "a", "round"]), inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["weight", "counters", "a", "round"]), inner),
     max_leaves=8,
 )
 
 
-@given(json_values | st.fixed_dictionaries({"weight": json_values, "metrics": json_values}))
+@given(json_values | st.fixed_dictionaries({"weight": json_values, "counters": json_values}))
 @settings(max_examples=150, deadline=None)
 def test_a_header_of_anything_is_refused_by_name(value):
     old = struct.unpack_from("<I", UPDATES["float32"], 16)[0]
     text = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
     body = UPDATES["float32"][:16] + struct.pack("<I", len(text)) + text + UPDATES["float32"][20 + old : -16]
     with suppress(FedLoRAError):
-        assert canonical({"metrics": {}, "weight": parse_update(rehash(body)).weight}) == text  # a valid one by chance
+        assert canonical({"counters": {}, "weight": parse_update(rehash(body)).weight}) == text  # a valid one by chance
 
 
 @given(st.data())
@@ -336,7 +339,7 @@ def f32(x: float) -> float:
 
 
 def independent_update(blob: bytes, layout: list) -> tuple[int, dict, list]:
-    """FORMAT.md, section 2: weight, metrics, values."""
+    """FORMAT.md, section 2: weight, counters, values."""
     magic, version, dtype, flags, n, header_len = struct.unpack_from("<4sBBHQI", blob)
     assert (magic, version, flags) == (b"FLUP", 1, 0)
     assert hashlib.sha256(blob[:-16]).digest()[:16] == blob[-16:]
@@ -356,12 +359,12 @@ def independent_update(blob: bytes, layout: list) -> tuple[int, dict, list]:
         values = [f32(i * s) if i else 0.0 for i, s in zip(q, each, strict=True)]
     size = (0 if dtype < 2 else 4 * len(widths)) + (4, 2, 1)[dtype] * n
     assert len(blob) == at + size + 16
-    return head["weight"], {k: struct.unpack(">d", bytes.fromhex(v))[0] for k, v in head["metrics"].items()}, values
+    return head["weight"], head["counters"], values
 
 
-def independent_dump(values: list, layout: list, *, dtype: int, weight: int, metrics: dict) -> bytes:
+def independent_dump(values: list, layout: list, *, dtype: int, weight: int, counters: dict) -> bytes:
     """FORMAT.md, section 2, the other way."""
-    said = {"metrics": {k: struct.pack(">d", v).hex() for k, v in metrics.items()}, "weight": weight}
+    said = {"counters": counters, "weight": weight}
     text = json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
     body = struct.pack("<4sBBHQI", b"FLUP", 1, dtype, 0, len(values), len(text)) + text
     if dtype == 0:
@@ -419,9 +422,9 @@ def test_a_reader_and_writer_made_from_the_specification_agree_on_updates(path):
     layout = json.loads(head["layout"])
     weight, numbers, values = independent_update(blob, layout)
     ours = wire.parse_update(blob, Layout.parse(head["layout"].encode()))
-    assert (weight, numbers) == (ours.weight, ours.metrics)
+    assert (weight, numbers) == (ours.weight, ours.counters)
     assert struct.pack(f"<{len(values)}f", *values) == ours.delta.astype("<f4").tobytes()
-    assert independent_dump(values, layout, dtype=blob[5], weight=weight, metrics=numbers) == blob
+    assert independent_dump(values, layout, dtype=blob[5], weight=weight, counters=numbers) == blob
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "task").glob("valid_*.txt")), ids=lambda p: p.stem)
@@ -441,5 +444,5 @@ def test_a_reader_made_from_the_specification_agrees_on_tasks(path):
 def test_a_writer_made_from_the_specification_gives_the_same_bytes(made, dtype):
     layout, sent = made
     entries, code = json.loads(layout.dump()), wire.DTYPES.index(dtype)
-    theirs = independent_dump(sent.delta.tolist(), entries, dtype=code, weight=sent.weight, metrics=dict(sent.metrics))
+    theirs = independent_dump(sent.delta.tolist(), entries, dtype=code, weight=sent.weight, counters=dict(sent.counters))
     assert theirs == wire.dump_update(sent, layout, dtype=dtype)

@@ -180,6 +180,7 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts beside the numbers that they hold, and beside what a round's record says."""
     found = {**facts, **facts.get("metrics", {})}
     if (record := facts.get("record")) is not None:
+        found |= record.together.metrics if record.together else {}
         found |= {**dict(record), "seconds": record.seconds.round, **(record.outcome.rule if record.outcome else {})}
     return found
 
@@ -218,7 +219,8 @@ LINES: Mapping[str, str] = {
     "lone-change": "  too few of the sites {sites} are in complete groups; missing: {missing}",
     "sum": "  the sum over {sites}: weight {weight}, training loss {train_loss}, held-out NLL {eval_nll} (single sites: unknown)",
     "unheard": "  {site} was counted but did not answer afterwards ({code})",
-    "round": "round {round} done in {seconds} s; partial: {partial}; not counted: {missing}; gap {gap_ratio}",
+    "round": "round {round} done in {seconds} s; all together: training loss {train_loss}, held-out NLL {eval_nll}; "
+    "partial: {partial}; not counted: {missing}; gap {gap_ratio}",
     "majority": "  {site} has {percent} % of the round's weight: it alone decides more than all others together",
     "round-void": "round {round} is void ({void}): too few sites stayed until the end of its session; the adapter is unchanged",
     "void": "round {round}, attempt {attempt}: too few sites; asking again",
@@ -226,7 +228,7 @@ LINES: Mapping[str, str] = {
     "mended": "{file} was damaged or missing; it has been written again",
     "evaluation-again": "{file} is damaged and was set aside; the last evaluation is repeated",
     "records-gone": "the records of rounds {rounds} are gone from rounds.jsonl; the adapter and the run are not affected",
-    "final": "last evaluation done",
+    "final": "last evaluation done; all together: held-out NLL {eval_nll}",
     "own": "this site's own adapter: {file}; `fedlora export {file} adapter/` makes a PEFT adapter of it",
     "from-journal": "  round {round}: answered from the journal",
     "another-run": "another run goes on ({name}); this one waits for its end",

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.canonical import canonical, parse_canonical
-from fedlora.core.errors import NonFiniteUpdate, WrongContext
+from fedlora.core.errors import NonFiniteUpdate, UpdateRejected, WrongContext
+from fedlora.core.metrics import bad_counters
 
 F32: TypeAlias = NDArray[np.float32]
 Factors: TypeAlias = Literal["A", "B", "AB"]
@@ -262,25 +263,25 @@ class Update:
     Attributes:
         delta: local minus global, (n,) float32, possibly encoded by the aggregator.
         weight: supervised tokens, examples, or 1; an integer >= 0, as the plan's ``aggregate.weighting`` says.
-        metrics: listed numbers only (the plan's ``evaluation.share``), finite.
+        counters: what the metrics that the plan lists are made of (:mod:`fedlora.core.metrics`), integers from 0.
     """
 
     delta: F32
     weight: int
-    metrics: Mapping[str, float]
+    counters: Mapping[str, int]
 
     def check(self, size: int) -> None:
         """Refuses what must not be added up.
 
         Raises:
             WrongContext (wrong-layout): not ``size`` values.
-            NonFiniteUpdate: NaN or infinity in the delta or in a metric.
+            NonFiniteUpdate: NaN or infinity in the delta.
+            UpdateRejected: a counter is no integer from 0 to 2^53 - 1.
         """
         if self.delta.shape != (size,):
             raise WrongContext(f"expected {size} values, got {self.delta.shape}", code="wrong-layout")
         # NaN is the largest and the smallest of anything: no n-sized mask.
         if not (math.isfinite(self.delta.max()) and math.isfinite(self.delta.min())):
             raise NonFiniteUpdate("the delta holds NaN or infinity", hint="lower learning_rate, or look at the site's rows")
-        bad = [k for k, v in self.metrics.items() if not math.isfinite(v)]
-        if bad:
-            raise NonFiniteUpdate(f"not finite: {', '.join(sorted(bad))}")
+        if bad := bad_counters(self.counters):
+            raise UpdateRejected(f"not an integer from 0 to 2^53 - 1: {', '.join(bad)}")

@@ -65,7 +65,6 @@ Sessions = Literal[
     "cohort-too-small",
     "complaint-unanswered",
     "lone-change",
-    "metric-missing",
     "secrets-gone",
     "session",
     "session-spent",

@@ -239,8 +239,8 @@ class SessionError(FedLoRAError):
 
     session-spent: this site has given its masked update of the round already. secrets-gone: the secrets of the session are not
     there (any more); the site counts as one that dropped out. both-secrets: somebody asked for both kinds of share of one site,
-    which would open its update; the session is burnt. votes-missing: not enough signed votes. metric-missing: one that every
-    site has to send, or one site's would be known. complaint-unanswered: a dealer did not show what it had dealt.
+    which would open its update; the session is burnt. votes-missing: not enough signed votes. complaint-unanswered: a
+    dealer did not show what it had dealt.
     """
 
     code: Code = "session"
@@ -253,7 +253,8 @@ class CohortTooSmall(SessionError):
 
 
 class LoneChange(CohortTooSmall):
-    """A sum that, compared with earlier ones, could reveal the update of one site, or of few, of which all but one collude."""
+    """A sum that, alone or beside earlier ones, could reveal an update or an evaluation of one site, or of few of which all but
+    one collude."""
 
     code: Code = "lone-change"
 

@@ -89,7 +89,7 @@ class RoundRecord(Filed):
     missing: Mapping[str, str]
     """sites that did not -> an error code, ``late``, ``offline`` or ``not-drawn``"""
     together: Numbers | None
-    """numbers of all sites together, where those of single ones are not known; else null"""
+    """numbers of the rows of all sites that counted, as if they were one site's; null if none did"""
     majority: Mapping[str, float]
     """the site with more than half of the weight -> its share; empty if there is none or single weights are not known"""
     partial: bool

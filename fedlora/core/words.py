@@ -11,7 +11,7 @@ from typing import Any
 from fedlora.core.records import Numbers, Results, RoundRecord
 
 TOGETHER = "all together"
-"""Under this name stand numbers that are known of all sites together, and of none alone."""
+"""Under this name stand the numbers of the rows of all sites together: no mean of the sites' means."""
 HONEST = "A test of federated learning, not of clinical skill."
 
 
@@ -96,7 +96,7 @@ def majority_line(rounds: Sequence[RoundRecord]) -> str:
     counts: dict[str, int] = {}
     for site in (s for r in known for s in r.majority):
         counts[site] = counts.get(site, 0) + 1
-    if any(r.together for r in rounds):
+    if len(known) < len([r for r in rounds if r.sites]):
         return "weights of single sites: not known under secure aggregation, so nobody can say whether one had more than half"
     if not known:
         return ""
@@ -105,7 +105,7 @@ def majority_line(rounds: Sequence[RoundRecord]) -> str:
 
 
 def reported(record: RoundRecord) -> dict[str, Numbers]:
-    """What is known of each site, and of all together where single ones are not known."""
+    """What is known of each site, and of all together."""
     return {**record.sites, **({TOGETHER: record.together} if record.together else {})}
 
 

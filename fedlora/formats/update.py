@@ -3,7 +3,7 @@
 No meaning is guessed from bytes: the receiver brings the layout, so that the size of a blob is known to the byte before
 anything is allocated, and a digest at the end refuses every flipped bit even where nothing is signed.
 
-    update  "FLUP" version dtype flags n | canonical JSON: metrics, weight | int8: scales | values | SHA-256[:16]
+    update  "FLUP" version dtype flags n | canonical JSON: counters, weight | int8: scales | values | SHA-256[:16]
     task    "FLTK" version 0     flags n | canonical JSON: run, round, ... | plan | layout | reply key | values
             flag 1: length | layout of the answer | SHA-256[:16]
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -22,9 +21,10 @@ import numpy as np
 
 from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.canonical import canonical, parse_object
-from fedlora.core.errors import NonFiniteUpdate, WireError, WrongContext
+from fedlora.core.errors import WireError, WrongContext
 from fedlora.core.limits import MAX_PLAN_BYTES
 from fedlora.core.messages import Kind, Task
+from fedlora.core.metrics import MAX_COUNTER, bad_counters
 from fedlora.core.reader import Reader
 from fedlora.formats.values import Bytes, dump_bfloat16, dump_float32, dump_int8, parse_bfloat16, parse_float32, parse_int8
 
@@ -33,10 +33,10 @@ DTYPES: Final = ("float32", "bfloat16", "int8")
 VERSION: Final = 1
 MAX_HEADER_BYTES: Final = 8192
 """Longest header of an update."""
-MAX_METRICS: Final = 64
+MAX_COUNTERS: Final = 64
 MAX_LAYOUT_BYTES: Final = 8 << 20
 MAX_KEY_BYTES: Final = 4096
-MAX_INTEGER: Final = (1 << 53) - 1
+MAX_INTEGER: Final = MAX_COUNTER
 """Largest integer in a header: exact in every JSON parser."""
 
 _UPDATE: Final = struct.Struct("<4sBBHQI")  # magic, version, dtype, flags, n, header bytes
@@ -45,9 +45,8 @@ _SENDS: Final = 1
 _DIGEST: Final = 16
 _MAX_TASK_HEAD: Final = 1024
 _WIDTH: Final = (4, 2, 1)
-_METRIC: Final = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
+_COUNTER: Final = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
 _HEX64: Final = re.compile(r"[0-9a-f]{64}")
-_BITS: Final = re.compile(r"[0-9a-f]{16}")
 
 
 # --- updates ------------------------------------------------------------------------------------------------------
@@ -78,8 +77,8 @@ def dump_update(update: Update, layout: Layout, *, dtype: str) -> bytes:
 
     Raises:
         WrongContext (wrong-layout): the delta has not ``layout.size`` values.
-        NonFiniteUpdate: NaN or infinity in the delta or in a metric, or a value beyond what bfloat16 can hold.
-        WireError: weight, or names or number of metrics, out of range.
+        NonFiniteUpdate: NaN or infinity in the delta, or a value beyond what bfloat16 can hold.
+        WireError: weight, or names, number or values of counters, out of range.
     """
     if update.delta.dtype != np.float32:
         raise ValueError(f"a delta is float32, not {update.delta.dtype}")
@@ -133,7 +132,7 @@ def parse_update(blob: bytes, layout: Layout, *, dtype: str | None = None) -> Up
         raise WireError("unknown flags")
     if n != layout.size:
         raise WrongContext(f"expected {layout.size} values, got {n}", code="wrong-layout")
-    weight, metrics = _parse_update_header(reader.take(header_bytes))
+    weight, counters = _parse_update_header(reader.take(header_bytes))
     values = _values(reader, reader.left - _DIGEST)
     vector = np.empty(n, np.float32)
     if code == 2:
@@ -143,36 +142,30 @@ def parse_update(blob: bytes, layout: Layout, *, dtype: str | None = None) -> Up
         parse_bfloat16(values, vector)
     else:
         parse_float32(values, vector, "the update")
-    return Update(vector, weight, metrics)
+    return Update(vector, weight, counters)
 
 
 def _dump_update_header(update: Update) -> bytes:
     weight = update.weight
     if not isinstance(weight, int | np.integer) or not 0 <= weight <= MAX_INTEGER:
         raise WireError(f"a weight is an integer from 0 to {MAX_INTEGER}, not {weight!r}")
-    if len(update.metrics) > MAX_METRICS or not all(_METRIC.fullmatch(k) for k in update.metrics):
-        raise WireError(f"at most {MAX_METRICS} metrics, named with a-z, 0-9 and _./-: {sorted(update.metrics)[:8]}")
-    bad = sorted(k for k, v in update.metrics.items() if not math.isfinite(v))
-    if bad:
-        raise NonFiniteUpdate(f"not finite: {', '.join(bad)}")
-    metrics = {k: struct.pack(">d", v).hex() for k, v in update.metrics.items()}
-    return canonical({"metrics": metrics, "weight": int(weight)})
+    if len(update.counters) > MAX_COUNTERS or not all(_COUNTER.fullmatch(k) for k in update.counters):
+        raise WireError(f"at most {MAX_COUNTERS} counters, named with a-z, 0-9 and _./-: {sorted(update.counters)[:8]}")
+    if bad := bad_counters(update.counters):
+        raise WireError(f"a counter is an integer from 0 to {MAX_COUNTER}: {', '.join(bad)}")
+    return canonical({"counters": dict(update.counters), "weight": int(weight)})
 
 
-def _parse_update_header(text: bytes) -> tuple[int, dict[str, float]]:
+def _parse_update_header(text: bytes) -> tuple[int, dict[str, int]]:
     head = _parse_head(text)
-    if head.keys() != {"metrics", "weight"} or not _is_integer(head["weight"]) or not isinstance(head["metrics"], dict):
-        raise WireError("the header has not exactly the fields metrics and weight")
-    if len(head["metrics"]) > MAX_METRICS:
-        raise WireError(f"more than {MAX_METRICS} metrics")
-    metrics = {}
-    for name, bits in head["metrics"].items():
-        if not _METRIC.fullmatch(name) or not isinstance(bits, str) or not _BITS.fullmatch(bits):
-            raise WireError("a metric is a plain name and the 16 hex digits of a binary64")
-        metrics[name] = float(struct.unpack(">d", bytes.fromhex(bits))[0])
-        if not math.isfinite(metrics[name]):
-            raise NonFiniteUpdate(f"not finite: {name}")
-    return head["weight"], metrics
+    if head.keys() != {"counters", "weight"} or not _is_integer(head["weight"]) or not isinstance(head["counters"], dict):
+        raise WireError("the header has not exactly the fields counters and weight")
+    counters: dict[str, int] = head["counters"]
+    if len(counters) > MAX_COUNTERS:
+        raise WireError(f"more than {MAX_COUNTERS} counters")
+    if bad_counters(counters) or not all(_COUNTER.fullmatch(name) for name in counters):
+        raise WireError(f"a counter is a plain name and an integer from 0 to {MAX_COUNTER}")
+    return head["weight"], counters
 
 
 # --- tasks --------------------------------------------------------------------------------------------------------

@@ -80,13 +80,13 @@ class _Alone:
 
 def _rounds_alone(lab: Lab, learner: Learner, rounds: int, directory: Path, report: Report, rate: float) -> tuple[Adapter, Cost]:
     journal, key, run = Journal(directory), lab.plan.digest(), "0" * 64
-    adapter, state, facts = lab.first, b"", {"tokens": 0, "steps": 0, "seconds": 0.0}
+    adapter, state, facts = lab.first, b"", {"tokens": 0, "steps": 0, "microseconds": 0}
     done, entry = journal.last(run) or (0, None)
     if entry is not None:
         if entry.key != key:
             raise StoreError(f"{directory} belongs to another plan")
         update = wire.parse_update(entry.update, lab.first.layout)
-        adapter, state, facts = Adapter(update.delta, lab.first.layout), entry.state, dict(update.metrics)
+        adapter, state, facts = Adapter(update.delta, lab.first.layout), entry.state, dict(update.counters)
     saved = time.monotonic()
     for number in range(done + 1, rounds + 1):
         began = time.monotonic()
@@ -94,13 +94,13 @@ def _rounds_alone(lab: Lab, learner: Learner, rounds: int, directory: Path, repo
         trained = learner.train(adapter, round=number, state=state)
         adapter, state = trained.adapter, trained.state
         facts["tokens"] += trained.tokens
-        facts["steps"] += int(trained.metrics["train/steps"])
-        facts["seconds"] += time.monotonic() - began
+        facts["steps"] += trained.steps
+        facts["microseconds"] += round(1e6 * (time.monotonic() - began))
         if number == rounds or time.monotonic() - saved > _SAVE_EVERY_S:
             update = Update(adapter.vector, 0, dict(facts))
             journal.save(run, number, Entry(key, wire.dump_update(update, lab.first.layout, dtype="float32"), state))
             saved = time.monotonic()
-    return adapter, Cost(int(facts["tokens"]), int(facts["steps"]), facts["seconds"], rate)
+    return adapter, Cost(facts["tokens"], facts["steps"], facts["microseconds"] / 1e6, rate)
 
 
 def arms_of(lab: Lab) -> dict[str, _Alone]:

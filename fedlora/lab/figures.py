@@ -18,7 +18,7 @@ import altair as alt
 import vl_convert
 
 from fedlora.core.records import RoundRecord
-from fedlora.core.words import number, percent, plain, state
+from fedlora.core.words import TOGETHER, number, percent, plain, state
 from fedlora.formats.files import write_atomic
 
 COLORS: Final = {
@@ -33,9 +33,6 @@ COLORS: Final = {
 CARD, INK, SOFT, RULE, WARN = (COLORS[use][0] for use in ("card", "ink", "soft", "rule", "warn"))
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b949c")
 """Okabe and Ito's colors, which the color-blind can tell apart, and a gray. Lines and stacks use the first six in turn."""
-MEAN: Final = "mean of those that reported"
-"""A line of this name lies under the others, wide and pale."""
-
 _WIDTH = 460  # units of every figure; about one pixel each, so that 12-unit text can be read on a telephone
 _LINE = 15  # height of a bar with its gap
 _FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
@@ -154,6 +151,8 @@ def lines(
 ) -> Figure | None:
     """Lines over round numbers, broken where a value is missing; logarithmic where values span more than a factor of six.
 
+    That of all together lies under the others, wide and pale.
+
     Args:
         series: name -> (round, value), ...; the same rounds for each.
         colors: of each line; default: six in turn, then the same dashed, then dotted.
@@ -166,11 +165,11 @@ def lines(
     room = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
     bottom = low * 0.85 if log else 0.0 if 0 <= low < 0.5 * high else low - room
     names = list(series)
-    plots = [n for n in names if n != MEAN]
+    plots = [n for n in names if n != TOGETHER or len(names) == 1]
     hues = colors or [PALETTE[i % 6] for i in range(len(plots))]
     dashes = _turns(len(plots), ([1, 0], [6, 3], [2, 3]))
     pens = dict(zip(plots, zip(hues, dashes, [1.8] * len(plots), [1.0] * len(plots), strict=True), strict=True))
-    pens[MEAN] = (INK, [1, 0], 5.0, 0.3)
+    pens.setdefault(TOGETHER, (INK, [1, 0], 5.0, 0.3))
     hue, dash, width, opacity = ([pens[n][i] for n in names] for i in range(4))
     legend = _legend(names, symbolType="stroke", symbolSize=300)
     rows = [{"name": n, "x": x, "y": y, "tip": f"{n}, {x}: {number(y)}"} for n in names for x, y in series[n]]
@@ -186,7 +185,7 @@ def lines(
         strokeWidth=alt.StrokeWidth("name:N", scale=_scale(names, width), legend=legend),
         opacity=alt.Opacity("name:N", scale=_scale(names, opacity), legend=legend),
     )
-    dots = _chart([r for r in rows if r["y"] is not None and r["name"] != MEAN]).mark_circle(size=22, opacity=1, aria=True)
+    dots = _chart([r for r in rows if r["y"] is not None and r["name"] in plots]).mark_circle(size=22, opacity=1, aria=True)
     dots = dots.encode(x, y, alt.Color("name:N", scale=_scale(names, hue), legend=None), description="tip:N")
     ends = [(n, [(x, v) for x, v in series[n] if v is not None]) for n in names]
     told = [f"{n} from {number(p[0][1])} at {p[0][0]} to {number(p[-1][1])} at {p[-1][0]}" for n, p in ends if p]

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from fedlora.core.records import Results, RoundRecord
 from fedlora.core.words import (
     HONEST,
+    TOGETHER,
     finite,
     label,
     majority_line,
@@ -31,7 +32,7 @@ from fedlora.core.words import (
     with_interval,
     with_sd,
 )
-from fedlora.lab.figures import COLORS, MEAN, PALETTE, Bar, Figure, Table, bars, lines, participation, stack
+from fedlora.lab.figures import COLORS, PALETTE, Bar, Figure, Table, bars, lines, participation, stack
 
 _BLUE, _, _GREEN, _, _ORANGE, _SKY, _GRAY = PALETTE
 _BARS = {"alone": _ORANGE, "federated": _BLUE, "pooled-steps": _GREEN, "pooled-tokens": _SKY}
@@ -305,15 +306,10 @@ def _rule(record: RoundRecord, name: str) -> float | None:
 def _series(
     rounds: Sequence[RoundRecord], sites: Sequence[str], metric: str, *, shift: int
 ) -> dict[str, list[tuple[int, float | None]]]:
-    """A line for each site that reported ``metric``, and their mean, at round + shift."""
+    """A line for each site that reported ``metric``, and one of all together, at round + shift."""
     rows = [(r.round + shift, known) for r in rounds if (known := _known(r, metric))]
-    mean = {MEAN: [(x, _mean(row)) for x, row in rows]}
-    found = {plain(n): [(x, row.get(n)) for x, row in rows] for n in _names(rounds, sites) if any(n in row for _, row in rows)}
-    return {**mean, **found} if len(found) > 1 else found
-
-
-def _mean(row: Mapping[str, float]) -> float | None:
-    return math.fsum(row.values()) / len(row) if row else None
+    names = [TOGETHER, *(n for n in _names(rounds, sites) if n != TOGETHER)]
+    return {plain(n): [(x, row.get(n)) for x, row in rows] for n in names if any(n in row for _, row in rows)}
 
 
 def _training(run: Results, key: str) -> Section:
@@ -338,7 +334,7 @@ def _round_table(run: Results, every: Sequence[RoundRecord]) -> Table:
     for r in every:
         missing = [f"{s}: {state(r, s)}" for s in run.sites if state(r, s) != "counted"]
         cells = [
-            *(number(_mean(_known(r, metric))) for metric in ("train/loss", "eval/nll")),
+            *(number(_known(r, metric).get(TOGETHER)) for metric in ("train/loss", "eval/nll")),
             f"{len(run.sites) - len(missing)} of {len(r.asked)}",
             *(number(_rule(r, k)) for k in ("gap/ratio", "drift")),
             f"{finite(r.seconds.round) or 0:.1f}",
@@ -351,7 +347,9 @@ def _round_table(run: Results, every: Sequence[RoundRecord]) -> Table:
         "missing",
     ]  # fmt: skip
     said = majority_line(training_rounds(run))
-    note = "Round by round. Losses are means over the sites that reported." + (f" {said[0].upper()}{said[1:]}." if said else "")
+    note = "Round by round. Losses are over the tokens of all sites that reported." + (
+        f" {said[0].upper()}{said[1:]}." if said else ""
+    )
     return Table(note, head, rows)
 
 

@@ -114,7 +114,7 @@ def _write_site_file(
             path=str((data / f"{name}.train.jsonl").resolve()), held_out_path=str((data / f"{name}.validation.jsonl").resolve())
         ),
         plans=(plan.digest(),),
-        policy=Policy(protect=(plan.protect.mode,), min_sites=1, max_first_range=64.0, lone_change="allow"),
+        policy=Policy(protect=(plan.protect.mode,), min_sites=1, max_first_range=64.0, lone_change="allow", min_cell=1),
     )
     write_atomic(directory / "site.toml", dump_toml(file).encode())
 

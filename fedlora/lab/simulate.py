@@ -348,6 +348,7 @@ def _policy(plan: Plan) -> Policy:
         "min_sites": 1,
         "max_first_range": 64.0,
         "lone_change": "allow",
+        "min_cell": 1,
     }
     return Policy(**{**Policy().model_dump(), **limits})
 

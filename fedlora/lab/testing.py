@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedlora.core.adapter import Adapter, Factors, Layout
+from fedlora.core.metrics import to_nats
 from fedlora.core.plan import Federation, Plan, Run
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.memory import Memory
@@ -47,6 +48,7 @@ def open_policy(**limits: object) -> Policy:
         "min_sites": 1,
         "max_first_range": 64.0,
         "lone_change": "allow",
+        "min_cell": 1,
     }
     return Policy(**{**Policy().model_dump(), **wide, **limits})
 
@@ -62,8 +64,9 @@ class ToyLearner:
     steps: int = 1
     trained: list[int] = field(default_factory=list)
 
-    def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
-        return {"eval/nll": float(np.mean(np.abs(adapter.vector - self.target))), "eval/tokens": 1.0}
+    def evaluate(self, adapter: Adapter) -> Mapping[str, int]:
+        nats = to_nats(float(np.mean(np.abs(adapter.vector - self.target))))
+        return {"eval/nats": nats, "eval/tokens": 1, "eval/exact": 0, "eval/examples": 1}
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         seen: list[int] = json.loads(state or b"[]")
@@ -71,7 +74,9 @@ class ToyLearner:
         old = adapter.part(adapter.layout.only(factors))
         local = adapter.replaced(Adapter((old.vector + np.float32(self.target)) / np.float32(2), old.layout))
         after = json.dumps([*seen, round]).encode()
-        return Trained(local, self.tokens, 1, {"train/loss": float(np.abs(adapter.vector[0] - self.target))}, after)
+        loss = float(np.abs(adapter.vector[0] - self.target))
+        counters = {"train/nats": to_nats(loss * self.tokens), "train/tokens": self.tokens}
+        return Trained(local, self.tokens, 1, counters, steps=1, seconds=0.0, state=after)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
-"""Scores on held-out examples: loss, and whether greedy decoding would give the completion."""
+"""Scores on held-out examples, as counters: loss, and whether greedy decoding would give the completion."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora.core.errors import ResourceError
+from fedlora.core.metrics import NATS, to_nats
 from fedlora.core.plan import Training
 from fedlora.data import IGNORE, Tokens, in_order
 from fedlora.learn.lora import LoraModel
@@ -22,31 +24,55 @@ _AT_ONCE = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Means over held-out examples.
+    """Sums over held-out examples.
+
+    Law: the scores of two sets of examples added are those of all of them scored in the same batches, bit for bit.
 
     Attributes:
-        nll: nats per supervised token, each token weighing the same.
-        exact_match: share of examples whose every supervised token, the end token included, is the most likely one.
-        coarse_match: share of those whose first characters are right; None if not asked for.
+        nats: loss in units of 2^-16 nats, rounded half to even for each example.
+        exact: examples whose every supervised token, the end token included, is the most likely one.
+        coarse: examples whose first characters are right; None if not asked for.
         tokens: supervised tokens.
         examples: examples.
     """
 
-    nll: float
-    exact_match: float
-    coarse_match: float | None
+    nats: int
+    exact: int
+    coarse: int | None
     tokens: int
     examples: int
 
-    def metrics(self) -> dict[str, float]:
-        """By the names that a plan's ``evaluation.share`` uses."""
+    def __add__(self, other: Scores) -> Scores:
+        """Over the examples of both; coarse matches only where both have asked for them."""
+        coarse = None if self.coarse is None or other.coarse is None else self.coarse + other.coarse
+        return Scores(
+            self.nats + other.nats, self.exact + other.exact, coarse, self.tokens + other.tokens, self.examples + other.examples
+        )
+
+    @property
+    def nll(self) -> float:
+        """Nats per supervised token, each token weighing the same; 0 without any."""
+        return self.nats / (max(self.tokens, 1) * NATS)
+
+    @property
+    def exact_match(self) -> float:
+        """Share of examples that match; 0 without any."""
+        return self.exact / max(self.examples, 1)
+
+    @property
+    def coarse_match(self) -> float | None:
+        """Share of examples whose first characters match; None if not asked for."""
+        return None if self.coarse is None else self.coarse / max(self.examples, 1)
+
+    def counters(self) -> dict[str, int]:
+        """By their names in :mod:`fedlora.core.metrics`."""
         found = {
-            "eval/nll": self.nll,
-            "eval/exact_match": self.exact_match,
-            "eval/tokens": float(self.tokens),
-            "eval/examples": float(self.examples),
+            "eval/nats": self.nats,
+            "eval/tokens": self.tokens,
+            "eval/exact": self.exact,
+            "eval/examples": self.examples,
         }
-        return found if self.coarse_match is None else {**found, "eval/coarse_match": self.coarse_match}
+        return found if self.coarse is None else {**found, "eval/coarse": self.coarse}
 
 
 def evaluated_at_once(training: Training, tokens: int) -> int:
@@ -78,6 +104,7 @@ def evaluate(
     Raises:
         ValueError: there are no examples.
         ResourceError: out of memory on a single row.
+        NonFiniteUpdate: the loss of an example is NaN or infinite.
     """
     if not examples:
         raise ValueError("nothing to evaluate on")
@@ -100,22 +127,24 @@ def _evaluate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     was_training = model.peft_model.training
     model.peft_model.eval()
-    nats, tokens, exact, coarse, seen = 0.0, 0, 0, 0, 0
+    nats, tokens, exact, coarse, seen = 0, 0, 0, 0, 0
     try:
         with torch.no_grad():
             for batch in in_order(examples, rows=rows, max_length=max_length, packing=packing, pad_token_id=pad):
                 scored = model.forward(batch)
-                nats += float(scored.nll.double().sum())
+                losses = scored.nll.double().cpu().numpy()
                 tokens += len(scored.document)
                 right = scored.right.cpu().numpy()
                 for number, source in enumerate(batch.sources):
-                    hits: NDArray[np.bool_] = right[scored.document == number]
+                    own = scored.document == number
+                    hits: NDArray[np.bool_] = right[own]
+                    nats += to_nats(math.fsum(losses[own]))
                     exact += bool(hits.all())
                     coarse += bool(hits[: depth[source]].all())
                     seen += 1
     finally:
         model.peft_model.train(was_training)
-    return Scores(nats / max(tokens, 1), exact / seen, coarse / seen if coarse_chars else None, tokens, seen)
+    return Scores(nats, exact, coarse if coarse_chars else None, tokens, seen)
 
 
 def _tokens_needed(tokenizer: Any, example: Tokens, characters: int) -> int:

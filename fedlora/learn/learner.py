@@ -13,6 +13,7 @@ import torch
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, ResourceError, StoreError
+from fedlora.core.metrics import to_nats
 from fedlora.core.plan import Plan
 from fedlora.data import Batch, Cursor, Stream, Tokens
 from fedlora.learn.evaluate import evaluate, evaluated_at_once
@@ -124,11 +125,12 @@ class HFLearner:
         """Computes each step together with other processes, asked for anew at each round: they may have been replaced."""
         self._team = team
 
-    def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
-        """Metrics of ``adapter`` on the held-out rows; none if there are no such rows.
+    def evaluate(self, adapter: Adapter) -> Mapping[str, int]:
+        """Counters of ``adapter`` on the held-out rows; none if there are no such rows.
 
         Raises:
             ResourceError: out of memory on a single row.
+            NonFiniteUpdate: the loss of an example is NaN or infinite.
         """
         self._model.set(adapter)
         if not self._held_out:
@@ -141,7 +143,7 @@ class HFLearner:
             max_length=training.max_length,
             coarse_chars=self._plan.evaluation.coarse_chars,
             packing=training.packing,
-        ).metrics()
+        ).counters()
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         """Trains from ``adapter``, which may have another rank than the plan's, for one round.
@@ -189,8 +191,15 @@ class HFLearner:
         keeps = training.optimizer_state == "keep"
         after = dump_state(self._cursor, dump_moments(optimizer) if keeps else b"")
         self._given = (after, self._cursor) if keeps else None
-        metrics = {"train/loss": spent.loss, "train/steps": float(steps), "train/seconds": time.perf_counter() - began}
-        return Trained(self._model.get(), spent.tokens, spent.examples, metrics, after)
+        return Trained(
+            adapter=self._model.get(),
+            tokens=spent.tokens,
+            examples=spent.examples,
+            counters={"train/nats": to_nats(spent.nats), "train/tokens": spent.tokens},
+            steps=steps,
+            seconds=time.perf_counter() - began,
+            state=after,
+        )
 
     def _restored(self, state: bytes, factors: Factors) -> torch.optim.Optimizer:
         """The optimizer and the place in the data that ``state`` describes."""

@@ -25,11 +25,20 @@ OnStep = Callable[[int, int, float], None]
 
 @dataclass(frozen=True, slots=True)
 class TrainTotals:
-    """What some steps used and gave. ``loss`` is the mean over all their supervised tokens, nats, before each step."""
+    """What some steps used and gave.
 
-    loss: float
+    Attributes:
+        nats: loss of all their supervised tokens, before each step.
+    """
+
+    nats: float
     tokens: int
     examples: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token."""
+        return self.nats / max(self.tokens, 1)
 
 
 class PlanBatches:
@@ -147,7 +156,7 @@ def train_steps(
             nats, tokens, examples = nats + loss * total, tokens + total, examples + sum(b.examples for b in batches)
             if on_step is not None:
                 on_step(step + 1, steps, loss)
-    return TrainTotals(nats / max(tokens, 1), tokens, examples)
+    return TrainTotals(nats, tokens, examples)
 
 
 def count_supervised(batches: Sequence[Batch]) -> int:

@@ -34,7 +34,7 @@ class Tally(Protocol):
         """Takes what a protection that reveals sums knows of these sites.
 
         Args:
-            update: their mean, with the sum of their weights; the metrics are means too.
+            update: their mean, with the sum of their weights; the counters are sums.
             squares: weighted mean of the squared norms of their tensors, (tensors,).
             counted: sum of what the plan weighs by.
 

@@ -156,11 +156,6 @@ class Mode:
         """
 
     @classmethod
-    def sends(cls, metrics: Collection[str]) -> frozenset[str]:
-        """What has to leave a site for these metrics of the plan to be known."""
-        return frozenset(metrics)
-
-    @classmethod
     def step_timeout_s(cls, plan: Plan) -> float:
         """Seconds for each step that is not work."""
         return 300.0

@@ -24,6 +24,7 @@ from fedlora.core.errors import (
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Ask, Majority, Recorded, Rejected, SiteUpdate, Start, Sum, Waiting
 from fedlora.core.messages import Kind, Reply, Request, Task
+from fedlora.core.metrics import finish, pool
 from fedlora.core.plan import Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
 from fedlora.protect import Protection
@@ -239,7 +240,8 @@ class _Round:
 
     Attributes:
         max_weight: largest weight of one site; 0 in an evaluation.
-        together: numbers of all sites together, where single ones are not known.
+        summed: numbers of all sites together, where single ones are not known.
+        counters: of each site that counts, where they are known.
         voided: why no attempt of this round can succeed any more.
     """
 
@@ -249,24 +251,33 @@ class _Round:
     max_weight: int = 0
     accepted: dict[str, Numbers] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
-    together: Numbers | None = None
+    summed: Numbers | None = None
+    counters: dict[str, dict[str, int]] = field(default_factory=dict)
     voided: FedLoRAError | None = None
 
     @property
     def weight(self) -> int:
         """What the sites' updates were weighed by, all together."""
-        if self.together is not None and self.together.weight is not None:
-            return self.together.weight
+        if self.summed is not None and self.summed.weight is not None:
+            return self.summed.weight
         return self.sums.weight if self.sums else 0
+
+    @property
+    def together(self) -> Numbers | None:
+        """Of the rows of all sites that count, as if they were one's; None if none does."""
+        if self.summed is not None or not self.accepted:
+            return self.summed
+        return Numbers(weight=self.weight, metrics=pool(self.share, self.counters.values()))
 
     def accept(self, site: str, update: Update) -> None:
         if update.weight > self.max_weight:
             raise UpdateRejected.too_heavy(site, update.weight, self.max_weight)
         if self.sums is not None:
             self.sums.add(site, update)
-        listed = {k: v for k, v in update.metrics.items() if k in self.share}  # a site may send more than it was asked for
-        self.accepted[site] = Numbers(weight=update.weight, metrics=listed)
-        self.report(Event.UPDATE, SiteUpdate(site=site, weight=update.weight, metrics=listed))
+        self.counters[site] = dict(update.counters)
+        metrics = finish(self.share, update.counters)  # a site may send more than it was asked for
+        self.accepted[site] = Numbers(weight=update.weight, metrics=metrics)
+        self.report(Event.UPDATE, SiteUpdate(site=site, weight=update.weight, metrics=metrics))
 
     def majority(self) -> dict[str, float]:
         """The site that has more than half of the weight, and its share; empty if none has or single weights are not known."""
@@ -278,11 +289,11 @@ class _Round:
         if counted > len(sites) * self.max_weight:
             raise UpdateRejected.too_heavy(f"{len(sites)} sites together", counted, len(sites) * self.max_weight)
         if self.sums is not None:
-            self.sums.add("*", update, squares=squares)
-        listed = {k: v for k, v in update.metrics.items() if k in self.share or k.startswith("secagg/")}
+            self.sums.add("*", replace(update, counters={}), squares=squares)  # a sum of counters is larger than one may be
+        metrics = finish({*self.share, "secagg/cut"}, update.counters)
         self.accepted = {site: Numbers(weight=None, metrics={}) for site in sites}
-        self.together = Numbers(weight=counted, metrics=listed)
-        self.report(Event.SUM, Sum(sites=list(sites), weight=counted, metrics=listed))
+        self.summed = Numbers(weight=counted, metrics=metrics)
+        self.report(Event.SUM, Sum(sites=list(sites), weight=counted, metrics=metrics))
 
     def void(self, error: FedLoRAError) -> None:
         self.voided = error

@@ -44,7 +44,9 @@ class Policy(Section):
     lone_change: Literal["refuse", "allow"] = "refuse"
     """secagg: refuse: only plans that guard against sums that differ by one site; allow: also plans that do not"""
     share: tuple[Metric, ...] = get_args(Metric)
-    """metrics that may leave this site. sealed: others are withheld silently; secagg: a plan that asks for others is refused"""
+    """metrics that may leave, each as the counts behind it; sealed: others are withheld; secagg: plans with others are refused"""
+    min_cell: Count = 20
+    """fewest held-out rows whose evaluation leaves this site; with fewer, zeros are sent and the site still trains. 1: any"""
 
     @model_validator(mode="after")
     def _all_said(self) -> Self:

@@ -12,10 +12,11 @@ import numpy as np
 from fedlora.core.adapter import Adapter, Factors, Layout, Update
 from fedlora.core.errors import FedLoRAError, PlanRefused, ResourceError, StateLost, UpdateRejected, WrongContext
 from fedlora.core.events import Event, Report
-from fedlora.core.facts import Evaluate, Failed, FromJournal, Own, Train
+from fedlora.core.facts import Data, Evaluate, Failed, FromJournal, Own, Train
 from fedlora.core.facts import Trained as TrainedFacts
 from fedlora.core.limits import MAX_RANK
 from fedlora.core.messages import EVALUATION, Reply, Request, Task
+from fedlora.core.metrics import LISTED, counters_of, finish, is_measured, is_small, without_evaluation
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats import update as wire
 from fedlora.formats.journal import Entry, Journal
@@ -38,14 +39,18 @@ class Trained:
         adapter: the local adapter after the last step.
         tokens: supervised tokens used (positions with a loss), counted as often as they were used.
         examples: examples used, likewise.
-        metrics: numbers about the training, e.g. ``train/loss`` (nats per supervised token), ``train/seconds``.
+        counters: ``train/nats`` (units of 2^-16, rounded once) and ``train/tokens``, see :mod:`fedlora.core.metrics`.
+        steps: optimizer steps.
+        seconds: wall time.
         state: what the next round needs: the data cursor, and the optimizer's moments where the plan keeps them.
     """
 
     adapter: Adapter
     tokens: int
     examples: int
-    metrics: Mapping[str, float]
+    counters: Mapping[str, int]
+    steps: int
+    seconds: float
     state: bytes
 
 
@@ -67,8 +72,9 @@ class Learner(Protocol):
         """Optimizer steps in a round, passes over the data counted in steps."""
         ...
 
-    def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
-        """Metrics of ``adapter`` on the site's own held-out rows, e.g. ``eval/nll`` (nats per supervised token)."""
+    def evaluate(self, adapter: Adapter) -> Mapping[str, int]:
+        """Counters of ``adapter`` on the site's own held-out rows: ``eval/nats``, ``eval/tokens``, ``eval/exact``,
+        ``eval/examples`` and, where the plan asks for it, ``eval/coarse``; none at all if no rows are held out."""
         ...
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
@@ -126,6 +132,7 @@ class Site:
     approvals: Callable[[], Approvals] = Approvals
     _ready: tuple[str, Plan, Aggregator, Learner] | None = field(default=None, init=False)
     _last: tuple[str, int, Entry] | None = field(default=None, init=False)  # run, round: saves reading the journal
+    _told_small: bool = field(default=False, init=False)
 
     def handle(self, request: Request) -> Reply:
         """Answers a request. Raises nothing: an error becomes its code."""
@@ -184,7 +191,7 @@ class Site:
         self, task: Task, plan: Plan, rule: Aggregator, learner: Learner, adapter: Adapter
     ) -> tuple[Update, bytes, Adapter]:
         """The update, the learner's state, and the local adapter."""
-        metrics: dict[str, float] = {}
+        counters: dict[str, int] = {}
         try:
             before = self._before(task)
         except StateLost:
@@ -194,30 +201,39 @@ class Site:
         state = before[1].state if before else b""
         if task.kind == "evaluate":
             self.report(Event.EVALUATE, Evaluate(round=task.round))
-            metrics |= learner.evaluate(adapter)
-            return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, metrics)), state, adapter
+            counters |= learner.evaluate(adapter)
+            return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, counters)), state, adapter
         every = plan.evaluation.every
         if every and (task.round - 1) % every == 0:
             self.report(Event.EVALUATE, Evaluate(round=task.round))
-            metrics |= learner.evaluate(adapter)
+            counters |= learner.evaluate(adapter)
         self.report(Event.TRAIN, Train(round=task.round, rounds=plan.federation.num_rounds))
         own = adapter.at_rank(min(self._rank(plan), adapter.layout.rank))
         trained = learner.train(own, round=task.round, state=state, factors=rule.trains(task.round))
-        metrics |= trained.metrics
-        self.report(Event.TRAINED, TrainedFacts(round=task.round, metrics=metrics))
+        counters |= trained.counters
+        spent = {"train/steps": float(trained.steps), "train/seconds": trained.seconds}
+        self.report(Event.TRAINED, TrainedFacts(round=task.round, metrics=finish(LISTED, counters) | spent))
         delta = rule.encode(adapter, trained.adapter, round=task.round)
         weight = {"tokens": trained.tokens, "examples": trained.examples, "uniform": 1}[plan.aggregate.weighting]
         if weight > (most := max_site_weight(plan)):
             raise UpdateRejected.too_heavy(self.name, weight, most)
-        return Update(delta, weight, self._shared(plan, metrics)), trained.state, trained.adapter
+        return Update(delta, weight, self._shared(plan, counters)), trained.state, trained.adapter
 
     def _rank(self, plan: Plan) -> int:
         """Slots that this site trains, at most."""
         return plan.lora.ranks.get(self.name, 1 << 30)
 
-    def _shared(self, plan: Plan, metrics: Mapping[str, float]) -> dict[str, float]:
-        wanted = mode_of(plan).sends(plan.evaluation.share) & frozenset(self.policy.share)
-        return {k: float(v) for k, v in metrics.items() if k in wanted}
+    def _shared(self, plan: Plan, counters: Mapping[str, int]) -> dict[str, int]:
+        """The counters that leave: of metrics that both plan and policy list, and of no evaluation over a few rows only."""
+        wanted = counters_of(frozenset(plan.evaluation.share) & frozenset(self.policy.share))
+        if is_measured(counters) and is_small(counters, min_cell=self.policy.min_cell):
+            counters = without_evaluation(counters)
+            if not self._told_small:
+                self._told_small = True
+                said = f"fewer than {self.policy.min_cell} held-out rows (policy.min_cell): the evaluation is sent as zeros"
+                log.info(said)
+                self.report(Event.DATA, Data(file="evaluation", lines=[said]))
+        return {name: value for name, value in counters.items() if name in wanted}
 
     def _prepare(self, task: Task) -> tuple[Plan, Aggregator, Learner, Adapter]:
         if self._ready is None or self._ready[0] != task.plan_digest:

@@ -27,7 +27,7 @@ def rounds(site_file: Path, plans: Sequence[Mapping[str, Any]]) -> dict[str, Any
         for number in (1, 2):
             done = learner.train(adapter, round=number, state=state)
             adapter, state = done.adapter, done.state
-            facts = [adapter.digest(), done.metrics["train/loss"], dict(learner.evaluate(adapter))]
+            facts = [adapter.digest(), dict(done.counters), dict(learner.evaluate(adapter))]
             trained.append([*facts, learner.model.base.model.is_gradient_checkpointing])
     for line in ("micro_batch_tokens = 64", "gpu_memory_gib = 1"):
         asking = site_file.with_name("asking.toml")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.core.errors import NonFiniteUpdate
 from fedlora.data import IGNORE, Tokens, in_order
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.loop import train_steps
@@ -69,6 +70,24 @@ def test_scores_are_means_over_examples_and_tokens(model: Any):
     assert together.exact_match == pytest.approx(sum(s.exact_match for s in one) / 3)
 
 
+@pytest.mark.parametrize("at", [1, 3])
+def test_the_scores_of_two_sets_of_examples_add_up_to_those_of_all(model: Any, rows: Sequence[Tokens], at: int):
+    """Bit for bit where the batches are the same, as rows of one example each are."""
+    one, two, whole = (
+        evaluate(model, part, max_length=96, rows=1, packing=False, coarse_chars=1) for part in (rows[:at], rows[at:], rows)
+    )
+    assert one + two == whole
+    assert whole.nats > 2**16
+    assert (one + evaluate(model, rows[at:], max_length=96)).coarse is None
+
+
+def test_an_example_whose_loss_is_no_number_ends_an_evaluation(model: Any, rows: Sequence[Tokens]):
+    with torch.no_grad():
+        model.trainable()[0].fill_(float("nan"))
+    with pytest.raises(NonFiniteUpdate):
+        evaluate(model, rows[:1], max_length=96)
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_packing_changes_no_score(model: Any, rows: Sequence[Tokens], packing: bool):
     expected = evaluate(model, rows, max_length=96, rows=1, packing=False, coarse_chars=1)
@@ -96,8 +115,8 @@ def test_a_coarse_match_needs_the_first_characters_of_the_stripped_completion(lo
 def test_without_coarse_characters_there_is_no_coarse_score(model: Any, rows: Sequence[Tokens]):
     scores = evaluate(model, rows[:2], max_length=96)
     assert scores.coarse_match is None
-    assert set(scores.metrics()) == {"eval/nll", "eval/exact_match", "eval/tokens", "eval/examples"}
-    assert "eval/coarse_match" in evaluate(model, rows[:2], max_length=96, coarse_chars=1).metrics()
+    assert set(scores.counters()) == {"eval/nats", "eval/exact", "eval/tokens", "eval/examples"}
+    assert "eval/coarse" in evaluate(model, rows[:2], max_length=96, coarse_chars=1).counters()
 
 
 def test_evaluation_is_without_dropout_and_training_goes_on_with_it(

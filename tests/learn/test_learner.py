@@ -7,6 +7,7 @@ import pytest
 from learn.plans import plan_of
 
 from fedlora.core.errors import ConfigError, DataError, StoreError
+from fedlora.core.metrics import LISTED, finish
 from fedlora.data import Stream, Tokens
 from fedlora.learn import learner as learning
 from fedlora.learn.learner import HFLearner
@@ -158,8 +159,8 @@ def test_a_round_reports_what_it_used(learner: Callable[..., HFLearner], rows: S
     assert trained.examples == 12
     assert trained.tokens == sum(r.supervised for r in rows)
     assert [(s, n) for s, n, _ in steps] == [(1, 2), (2, 2)]
-    assert min(s[2] for s in steps) <= trained.metrics["train/loss"] <= max(s[2] for s in steps)
-    assert trained.metrics["train/seconds"] > 0
+    assert min(s[2] for s in steps) <= finish(LISTED, trained.counters)["train/loss"] <= max(s[2] for s in steps)
+    assert trained.seconds > 0
 
 
 def test_epochs_are_counted_in_steps(learner: Callable[..., HFLearner]):
@@ -200,7 +201,7 @@ def test_training_and_evaluating_give_the_same_bits_each_time(learner: Callable[
     b = one.train(first, round=2, state=b"")
     assert (a.adapter.digest(), a.state, a.tokens) == (b.adapter.digest(), b.state, b.tokens)
     assert scores["eval/examples"] == 3
-    assert one.evaluate(a.adapter)["eval/nll"] < scores["eval/nll"]
+    assert finish(LISTED, one.evaluate(a.adapter))["eval/nll"] < finish(LISTED, scores)["eval/nll"]
 
 
 def test_pitfall_27_recomputed_activations_train_the_same(learner: Callable[..., HFLearner], lora: Callable[..., Any]):
@@ -220,7 +221,7 @@ def test_pitfall_28_what_is_evaluated_is_the_adapter_that_was_given(learner: Cal
     assert one.evaluate(first) == before
 
 
-def test_without_held_out_rows_there_are_no_metrics(lora: Callable[..., Any], rows: Sequence[Tokens]):
+def test_without_held_out_rows_there_are_no_counters(lora: Callable[..., Any], rows: Sequence[Tokens]):
     model = lora()
     assert HFLearner(model, rows, [], plan_of(**OPTIONS), site="a").evaluate(model.get()) == {}
 

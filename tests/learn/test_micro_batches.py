@@ -19,6 +19,7 @@ from learn.plans import plan_of
 
 from fedlora.cli import main
 from fedlora.core.errors import ResourceError
+from fedlora.core.metrics import LISTED, finish
 from fedlora.data import IGNORE, Tokens, in_order, regroup, share
 from fedlora.learn.fast.tuning import _ROOM, MicroBatchTuner, _Probe
 from fedlora.learn.learner import HFLearner
@@ -74,7 +75,7 @@ def test_a_step_cut_into_micro_batches_is_the_same_step(
     whole, first = trained(model, rows)
     cut, _ = trained(model, rows, MicroBatchTuner(model, tokens=tokens))
     assert (whole.tokens, whole.examples, whole.state) == (cut.tokens, cut.examples, cut.state)
-    assert whole.metrics["train/loss"] == pytest.approx(cut.metrics["train/loss"], rel=1e-5)
+    assert finish(LISTED, whole.counters)["train/loss"] == pytest.approx(finish(LISTED, cut.counters)["train/loss"], rel=1e-5)
     assert distance(cut, whole, first) < 2e-3
 
 
@@ -238,7 +239,7 @@ def test_out_of_memory_in_evaluation_takes_fewer_rows(lora: Callable[..., Any], 
     learner = HFLearner(model, rows, rows, plan_of(**OPTIONS, learning_rate=1e-2), site="a")
     right = learner.evaluate(model.get())
     full = model.forward = Full(model.forward, 50, backward=False)
-    assert learner.evaluate(model.get())["eval/nll"] == pytest.approx(right["eval/nll"], rel=1e-6)
+    assert finish(LISTED, learner.evaluate(model.get()))["eval/nll"] == pytest.approx(finish(LISTED, right)["eval/nll"], rel=1e-6)
     assert full.seen[0] > 50
     model.forward = Full(full._inner, 0, backward=False)
     with pytest.raises(ResourceError, match="one row of evaluation"):

@@ -93,25 +93,25 @@ def rehash(body: bytes) -> bytes:
 FLOATS = [0.5, -0.25, 3.0, -0.0, 2.0**-149, -(2.0**127), 1.0, 0.1, -1e-20, 7.0, 0.0, 0.0, 1e10, -2.5]
 TIES = [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 2.0**-134, 3 * 2.0**-134, 0.1, -0.0, 1e30, 1e-30, 5.0, 6.0, 7.0, 8.0, 9.0]
 ROWS = [127.0, -63.5, 0.5, 1.27, 0.0, -0.01, 1e-38, -1e-38, 2.0**-140, 0.0, 3e38, -1e38, 0.0, -0.0]
-METRICS = {"eval/nll": 1.25, "train/loss": -0.5}
+COUNTERS = {"eval/nats": 81920, "train/tokens": 0}
 
 
 def updates() -> Iterator[Vector]:
     text = LAYOUT.dump().decode()
 
-    def made(values: list[float], dtype: str, metrics: dict[str, float], layout: Layout = LAYOUT, weight: int = 3) -> bytes:
-        return wire.dump_update(Update(np.asarray(values, np.float32), weight, metrics), layout, dtype=dtype)
+    def made(values: list[float], dtype: str, counters: dict[str, int], layout: Layout = LAYOUT, weight: int = 3) -> bytes:
+        return wire.dump_update(Update(np.asarray(values, np.float32), weight, counters), layout, dtype=dtype)
 
     def good(name: str, why: str, blob: bytes, layout: Layout = LAYOUT) -> Vector:
         u = wire.parse_update(blob, layout)
-        said = {"layout": layout.dump().decode(), "weight": str(u.weight), "metrics": json.dumps(dict(u.metrics))}
+        said = {"layout": layout.dump().decode(), "weight": str(u.weight), "counters": json.dumps(dict(u.counters))}
         return f"valid_{name}", head("success", "valid", why, **said, values=json.dumps([float(x) for x in u.delta])), blob
 
     def bad(name: str, code: str, condition: str, why: str, blob: bytes, **more: str) -> Vector:
         return name, head(code, f"update-{condition}", why, layout=text, **more), blob
 
     one = [float(i - 6) / 4 for i in range(14)]
-    f32, bf16, i8 = (made(one, d, METRICS) for d in wire.DTYPES)
+    f32, bf16, i8 = (made(one, d, COUNTERS) for d in wire.DTYPES)
     text_at, values_at = 20, 20 + int.from_bytes(f32[16:20], "little")
     header = f32[text_at:values_at]
 
@@ -121,14 +121,16 @@ def updates() -> Iterator[Vector]:
     def patched(blob: bytes, at: int, new: bytes) -> bytes:
         return rehash(blob[:at] + new + blob[at + len(new) : -16])
 
-    yield good("float32", "values as they are: -0, a subnormal, 2^127", made(FLOATS, "float32", METRICS))
-    yield good("bfloat16", "ties to even, subnormals, -0", made(TIES, "bfloat16", METRICS))
-    yield good("int8", "a scale a row; rows at the limits, and one that becomes zero", made(ROWS, "int8", METRICS))
-    yield good("no_metrics", "no metrics, weight 0", made(one, "float32", {}, weight=0))
+    yield good("float32", "values as they are: -0, a subnormal, 2^127", made(FLOATS, "float32", COUNTERS))
+    yield good("bfloat16", "ties to even, subnormals, -0", made(TIES, "bfloat16", COUNTERS))
+    yield good("int8", "a scale a row; rows at the limits, and one that becomes zero", made(ROWS, "int8", COUNTERS))
+    yield good("no_counters", "no counters, weight 0", made(one, "float32", {}, weight=0))
     yield good(
-        "most_metrics", "64 metrics, largest weight", made(one, "bfloat16", {f"m{i}": i / 8 for i in range(64)}, weight=2**53 - 1)
+        "most_counters",
+        "64 counters, the largest weight",
+        made(one, "bfloat16", {f"m{i}": 2**53 - 1 - i for i in range(64)}, weight=2**53 - 1),
     )
-    yield good("evaluation", "answer to a task to evaluate: one zero", made([0.0], "float32", METRICS, EVALUATION), EVALUATION)
+    yield good("evaluation", "answer to a task to evaluate: one zero", made([0.0], "float32", COUNTERS, EVALUATION), EVALUATION)
     shapes = Layout.of({"a": (3,), "b": (1, 2, 2, 2), "c": (2, 1, 2)})
     yield good("shapes", "tensors of 1, 3 and 4 axes", made([1, 2, 3, *range(8), -1, 2, -3, 4], "int8", {}, shapes), shapes)
 
@@ -148,7 +150,7 @@ def updates() -> Iterator[Vector]:
     yield bad("cut_in_values", "wire", "length", "cut inside the values", f32[: values_at + 5])
     yield bad("cut_in_digest", "wire", "length", "the last byte is missing", f32[:-1])
     yield bad("trailing", "wire", "length", "one byte too many", f32 + b"\0")
-    other = made([1.0, 2.0], "float32", METRICS, Layout.of({"x": (1, 2)}))
+    other = made([1.0, 2.0], "float32", COUNTERS, Layout.of({"x": (1, 2)}))
     yield bad("other_layout", "wire", "length", "a genuine update of another layout", other)
     yield bad("flipped_digest", "wire", "digest", "one bit of the digest", f32[:-1] + bytes([f32[-1] ^ 1]))
     yield bad(
@@ -163,39 +165,37 @@ def updates() -> Iterator[Vector]:
     yield bad("n_huge", "wrong-layout", "n", "2^40 values announced", patched(f32, 8, struct.pack("<Q", 1 << 40)))
     for name, why, new in (
         ("header_with_space", "a space", header.replace(b":", b": ", 1)),
-        ("header_unsorted", "keys out of order", b'{"weight":3,"metrics":{}}'),
-        ("header_repeated_key", "a key twice", b'{"metrics":{},"weight":3,"weight":3}'),
-        ("header_nan", "NaN is not JSON", b'{"metrics":{},"weight":NaN}'),
+        ("header_unsorted", "keys out of order", b'{"weight":3,"counters":{}}'),
+        ("header_repeated_key", "a key twice", b'{"counters":{},"weight":3,"weight":3}'),
+        ("header_nan", "NaN is not JSON", b'{"counters":{},"weight":NaN}'),
         ("header_list", "not an object", b"[1,2]"),
         ("header_deep", "nesting that exhausts a stack", b"[" * 8000),
-        ("header_utf8", "not ASCII", '{"metrics":{"é":""},"weight":3}'.encode()),
+        ("header_utf8", "not ASCII", '{"counters":{"é":""},"weight":3}'.encode()),
         ("header_empty", "no header", b""),
     ):
         yield bad(name, "wire", "header-json", why, with_header(new))
     for name, why, new in (
-        ("header_extra_field", "one field too many", b'{"metrics":{},"weight":3,"x":1}'),
-        ("header_missing_field", "one field too few", b'{"metrics":{}}'),
-        ("weight_float", "3.0 is no integer", b'{"metrics":{},"weight":3.0}'),
-        ("weight_true", "true is no integer", b'{"metrics":{},"weight":true}'),
-        ("weight_negative", "below 0", b'{"metrics":{},"weight":-1}'),
-        ("weight_too_large", "2^53", b'{"metrics":{},"weight":9007199254740992}'),
-        ("metrics_list", "metrics are an object", b'{"metrics":[],"weight":3}'),
+        ("header_extra_field", "one field too many", b'{"counters":{},"weight":3,"x":1}'),
+        ("header_missing_field", "one field too few", b'{"counters":{}}'),
+        ("weight_float", "3.0 is no integer", b'{"counters":{},"weight":3.0}'),
+        ("weight_true", "true is no integer", b'{"counters":{},"weight":true}'),
+        ("weight_negative", "below 0", b'{"counters":{},"weight":-1}'),
+        ("weight_too_large", "2^53", b'{"counters":{},"weight":9007199254740992}'),
+        ("counters_list", "counters are an object", b'{"counters":[],"weight":3}'),
     ):
         yield bad(name, "wire", "header-fields", why, with_header(new))
-    zero = "0" * 16
-    many = canonical({"metrics": {f"m{i}": zero for i in range(65)}, "weight": 3})
-    yield bad("metrics_65", "wire", "metrics-count", "65 metrics", with_header(many))
-    for name, why, metric in (
-        ("metric_name", "a capital letter", {"Loss": zero}),
-        ("metric_path", "not a plain name", {"../../x": zero}),
-        ("metric_short", "15 digits", {"loss": zero[1:]}),
-        ("metric_capitals", "capital hex digits", {"loss": "3FF0000000000000"}),
-        ("metric_number", "a JSON number", {"loss": 1}),
+    many = canonical({"counters": {f"m{i}": 0 for i in range(65)}, "weight": 3})
+    yield bad("counters_65", "wire", "counters-count", "65 counters", with_header(many))
+    for name, why, counter in (
+        ("counter_name", "a capital letter", b'{"Nats":0}'),
+        ("counter_path", "not a plain name", b'{"../../x":0}'),
+        ("counter_negative", "below 0", b'{"nats":-1}'),
+        ("counter_too_large", "2^53", b'{"nats":9007199254740992}'),
+        ("counter_float", "1.0 is no integer", b'{"nats":1.0}'),
+        ("counter_true", "true is no integer", b'{"nats":true}'),
+        ("counter_text", "text is no integer", b'{"nats":"1"}'),
     ):
-        yield bad(name, "wire", "metric-form", why, with_header(canonical({"metrics": metric, "weight": 3})))
-    for name, bits in (("metric_nan", "7ff8000000000000"), ("metric_infinity", "fff0000000000000")):
-        text_of = canonical({"metrics": {"loss": bits}, "weight": 3})
-        yield bad(name, "non-finite", "metric-non-finite", name.replace("_", " "), with_header(text_of))
+        yield bad(name, "wire", "counter-form", why, with_header(b'{"counters":' + counter + b',"weight":3}'))
     for name, bits in (
         ("scale_negative", 0xBF800000),
         ("scale_minus_zero", 0x80000000),
@@ -353,7 +353,7 @@ def genuine() -> Iterator[Vector]:
         head("success", "valid", "a task to a and b; keys for tests only", direction="down", reader="a"),
         down.body,
     )
-    payload = wire.dump_update(Update(np.arange(14, dtype=np.float32) / 4, 3, METRICS), LAYOUT, dtype="bfloat16")
+    payload = wire.dump_update(Update(np.arange(14, dtype=np.float32) / 4, 3, COUNTERS), LAYOUT, dtype="bfloat16")
     first = parse(down.body, max_bytes=1 << 20).header
     header = replace(
         first,

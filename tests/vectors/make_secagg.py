@@ -33,8 +33,14 @@ from fedlora.protect.secagg.protocol.votes import ABORT, COMMIT, Delivered, cert
 
 HERE = Path(__file__).parent / "secagg"
 SESSIONS = {
-    "three": ("three sites, all stay: 8-bit values in a ring of 16 bits", "abc", "", "int8"),
-    "four": ("four sites, of which c deals and then is lost: 12-bit values in a ring of 20 bits", "abcd", "c", "int12"),
+    "three": ("three sites, all stay, two have measured: 8-bit values in a ring of 16 bits", "abc", "", "ab", "int8"),
+    "four": (
+        "four sites, of which c has not measured, deals and then is lost: 12-bit values in a ring of 20 bits",
+        "abcd",
+        "c",
+        "abd",
+        "int12",
+    ),
 }
 RULES = SessionRequirements(max_colluding=1, min_cohort=3)
 SIZE, NUMBERS = 11, 5
@@ -46,11 +52,12 @@ def secret(label: str, size: int) -> bytes:
 
 def session(name: str) -> dict[str, Any]:
     """All that is said, in hex, and the secrets behind it."""
-    why, sites, lost, ring = SESSIONS[name]
+    why, sites, lost, measured, ring = SESSIONS[name]
     profile, context = PROFILES[ring], secret(f"{name} context", 32)
     keys = {s: Ed25519PrivateKey.from_private_bytes(secret(f"{name} {s} signing", 32)) for s in sites}
     secrets = {i: Secrets(secret(f"{name} {s} root", 32)) for i, s in enumerate(sites, 1)}
-    cohort = Cohort.of([advertise(s, context, secrets[i], key=keys[s]) for i, s in enumerate(sites, 1)], RULES)
+    said = [advertise(s, context, secrets[i], key=keys[s], measured=s in measured) for i, s in enumerate(sites, 1)]
+    cohort = Cohort.of(said, RULES)
     raw = {i: deal(cohort, i, x, key=keys[sites[i - 1]]) for i, x in secrets.items()}
     deals = {i: Deal.parse(cohort, i, r) for i, r in raw.items()}
     known = identities(keys, cohort).__getitem__
@@ -91,6 +98,7 @@ def session(name: str) -> dict[str, Any]:
                 "mask seed": secrets[i].mask_keys.seed.hex(),
                 "self seed": secrets[i].self_seed.hex(),
                 "seal key: ML-KEM-768 seed, X25519 private": derive(secrets[i].root, "seal-keys", length=96).hex(),
+                "measured": s in measured,
                 "values": levels[i].tolist(),
                 "numbers": [int(x) for x in numbers[i]],
                 "advertisement": cohort.advert(i).dump().hex(),
@@ -189,8 +197,7 @@ def refused() -> Iterator[dict[str, Any]]:
 
     def other(advert: Advert, key: str, **changes: Any) -> Advert:
         """Changed, and signed again."""
-        a = replace(advert, **changes)
-        return Advert.make(a.name, a.context, a.seal, a.mask, a.promise, key=keys[key])
+        return replace(advert, **changes).signed(keys[key])
 
     genuine = {
         "cohort": cohort.dump(),
@@ -219,6 +226,11 @@ def refused() -> Iterator[dict[str, Any]]:
     yield bad("cohort", "key", "key-file", "a mask key of small order, signed by its site", made(a, b, c, zeros))
     wrong = other(d, "d", seal=b"\xff" * 1184 + d.seal[1184:])
     yield bad("cohort", "key", "key-file", "an ML-KEM key with coefficients out of range", made(a, b, c, wrong))
+    at = len(a.dump()) - 65
+    two = a.dump()[:at] + b"\2" + a.dump()[at + 1 :]
+    yield bad("cohort", "measured", "wire", "2 for whether a has measured", b"\0\4" + two + made(b, c, d)[2:])
+    lied = replace(c, measured=True)
+    yield bad("cohort", "advert-signature", "bad-signature", "c has measured, says the server", made(a, b, lied, d))
     yield bad("cohort", "too-few", "cohort-too-small", "two sites", made(a, b))
     yield bad("cohort", "twice", "wire", "d twice", made(a, b, c, d, d))
     elsewhere = other(d, "d", context=b"?" * 32)
@@ -297,6 +309,8 @@ def refused() -> Iterator[dict[str, Any]]:
     yield bad("deliveries", "deliveries-own", "wire", "another body of a", Delivered.dump_all([mine, *listed[1:]]))
     stranger = replace(listed[-1], number=9)
     yield bad("deliveries", "deliveries-dealer", "wire", "site 9 of 4", Delivered.dump_all([*listed, stranger]))
+    few = Delivered.dump_all([listed[0], gone, listed[2]])
+    yield bad("deliveries", "deliveries-measured", "lone-change", "a, c and d: only a and d have measured", few)
     forged = Delivered.make(cohort, 4, listed[2].digest, key=keys["b"])
     yield bad("deliveries", "delivery-signature", "bad-signature", "d's, signed by b", Delivered.dump_all([*listed[:2], forged]))
     yield bad("votes", "votes-few", "votes-missing", "two of three", certificate({i: votes[i] for i in (1, 2)}))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate
+from fedlora.core.metrics import to_nats
 from fedlora.data import IGNORE, Batch, Cursor, regroup
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state, parse_state
@@ -127,8 +128,8 @@ class JointLearners:
         seconds = (time.perf_counter() - began) / len(sites)
         found = {}
         for site, local, one, place in zip(sites, model.get_stacked(), spent, places, strict=True):
-            metrics = {"train/loss": one.nats / max(one.tokens, 1), "train/steps": float(steps), "train/seconds": seconds}
-            found[site] = Trained(local, one.tokens, one.examples, metrics, dump_state(place, b""))
+            counters = {"train/nats": to_nats(one.nats), "train/tokens": one.tokens}
+            found[site] = Trained(local, one.tokens, one.examples, counters, steps, seconds, dump_state(place, b""))
         return found
 
 
@@ -217,7 +218,7 @@ class JointLearner:
         """Optimizer steps in a round."""
         return self._alone.steps
 
-    def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
+    def evaluate(self, adapter: Adapter) -> Mapping[str, int]:
         """On this site's held-out rows."""
         return self._alone.evaluate(adapter)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
-from dataclasses import replace
 
 import numpy as np
 
 from fedlora.core.adapter import F32, Update
-from fedlora.core.errors import SessionError, UpdateRejected
+from fedlora.core.errors import UpdateRejected
 from fedlora.core.messages import Task
 from fedlora.formats.derive import derive
 from fedlora.formats.keys import Identity
-from fedlora.protect.secagg.protocol.numbers import with_counts
 from fedlora.protect.secagg.protocol.rings import encode
 from fedlora.protect.secagg.records import Encoded
 from fedlora.protect.secagg.terms import Terms
@@ -41,7 +38,7 @@ def encode_update(task: Task, terms: Terms, scales: F32, update: Update, *, know
     key = work_key(task, scales)
     if task.kind == "evaluate":
         numbers = terms.numbers(task.reply_layout).pack(
-            weight=0, counted=0, squares=np.zeros(0), cut=np.zeros(0, np.int64), metrics=update.metrics
+            weight=0, counted=0, squares=np.zeros(0), cut=np.zeros(0, np.int64), counters=update.counters
         )
         return Encoded(key, task.round, np.zeros(1, terms.profile.word), numbers, np.zeros(0, np.float32))
     layout = task.reply_layout
@@ -57,24 +54,6 @@ def encode_update(task: Task, terms: Terms, scales: F32, update: Update, *, know
     noise = derive(secret, "rounding", context=f"{task.run}/{task.round}/{key}".encode())
     levels, cut = encode(left, layout, terms.profile, scales, share=terms.share(weight), key=noise)
     numbers = terms.numbers(layout).pack(
-        weight=weight, counted=update.weight, squares=squares_of(update.delta, layout), cut=cut, metrics=update.metrics
+        weight=weight, counted=update.weight, squares=squares_of(update.delta, layout), cut=cut, counters=update.counters
     )
     return Encoded(key, task.round, levels, numbers, left)
-
-
-def with_metrics(update: Update, due: Collection[str]) -> Update:
-    """The update with the metrics that every site of the round sends and the counts that they are means over, and no other: one
-    that is sent alone is that site's number.
-
-    Raises:
-        SessionError (metric-missing): one is not here.
-    """
-    due = with_counts(due)
-    missing = sorted(name for name in due if name not in update.metrics)
-    if missing:
-        raise SessionError(
-            f"this site has no {', '.join(missing)}, and under secure aggregation every site sends all that the plan lists",
-            hint="allow it in policy.share of the site file, provide held-out rows, or ask for a plan that does not list it",
-            code="metric-missing",
-        )
-    return replace(update, metrics={name: update.metrics[name] for name in due})

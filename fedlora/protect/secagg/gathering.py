@@ -13,6 +13,7 @@ from fedlora.core.errors import (
     BadShare,
     BadSignature,
     DealerLied,
+    LoneChange,
     RemoteError,
     WireError,
     WrongContext,
@@ -180,4 +181,8 @@ def _enough(at: Attempt, session: ServerSession) -> bool:
     """Whether the sites may agree to the sum of what was delivered."""
     requirements, names = at.terms.requirements, session.names(session.counted)
     whole = len(requirements.whole(names)) == len(names)
+    try:
+        requirements.check_counting(requirements.counting(session.cohort.measured), names)
+    except LoneChange:
+        return False
     return whole and len(names) >= requirements.fewest_inputs(len(session.cohort.adverts))

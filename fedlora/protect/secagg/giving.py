@@ -96,7 +96,7 @@ def check_deliveries(
 
     Raises:
         CohortTooSmall: too few.
-        LoneChange: not of whole groups.
+        LoneChange: not of whole groups, or with the evaluation of a few sites only.
         WireError: its own is missing or not the one it sent, or a site is among them that has not dealt.
         BadSignature: one is not signed by its site.
     """
@@ -108,7 +108,9 @@ def check_deliveries(
         raise WireError("this site's own update is missing among those to be added up, or it is not the one that was sent")
     if not by_number.keys() <= set(dealers):
         raise WireError("an update would count although its site has dealt no shares")
-    requirements.check_whole([cohort.advert(number).name for number in by_number])
+    names = [cohort.advert(number).name for number in by_number]
+    requirements.check_whole(names)
+    requirements.check_counting(requirements.counting(cohort.measured), names)
     for one in delivered:
         one.verify(cohort, known)
 

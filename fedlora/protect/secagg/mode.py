@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from fedlora.core.adapter import Adapter, Layout
@@ -14,7 +14,6 @@ from fedlora.core.section import Section
 from fedlora.protect.mode import Limits, Mode, ServerParts, SiteParts, SumExposure
 from fedlora.protect.secagg.planning import survival
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
-from fedlora.protect.secagg.protocol.numbers import with_counts
 from fedlora.protect.secagg.server import SecAggServer
 from fedlora.protect.secagg.sessions import SessionStore
 from fedlora.protect.secagg.settings import Settings, first_range, measure, settings_of
@@ -65,7 +64,7 @@ class SecAgg(Mode):
         if "eval/coarse_match" in plan.evaluation.share and not plan.evaluation.coarse_chars:
             yield (
                 "evaluation.share lists eval/coarse_match, which nobody measures without evaluation.coarse_chars: under "
-                "protect.mode = 'secagg' every site has to send all that is listed"
+                "protect.mode = 'secagg' its sum would say 0"
             )
 
     @classmethod
@@ -74,10 +73,10 @@ class SecAgg(Mode):
             yield f"the first range {first_range(plan):g} is above max_first_range {limits.max_first_range:g}"
         if settings_of(plan).lone_change == "allow" and limits.lone_change == "refuse":
             yield "secagg.lone_change = 'allow': two sums may reveal one site's update, and policy.lone_change is 'refuse'"
-        if kept := sorted(cls.sends(plan.evaluation.share) - set(limits.share)):
+        if kept := sorted(set(plan.evaluation.share) - set(limits.share)):
             yield (
                 f"evaluation.share asks for {', '.join(kept)}, which policy.share does not list: under secagg either all sites "
-                "send a metric or none does, because no sum hides what one site alone sends; and a mean needs its count"
+                "send a metric or none does, because no sum hides what one site alone sends"
             )
 
     @classmethod
@@ -85,10 +84,6 @@ class SecAgg(Mode):
         if first_adapter(layout, seed=plan.run.seed).digest() != plan.lora.init_digest:
             raise PlanRefused("the plan pins another first adapter than the one that follows from run.seed")
         check_published(plan, adapter, round=round)
-
-    @classmethod
-    def sends(cls, metrics: Collection[str]) -> frozenset[str]:
-        return with_counts(metrics)
 
     @classmethod
     def step_timeout_s(cls, plan: Plan) -> float:
@@ -104,7 +99,7 @@ class SecAgg(Mode):
         return {
             "weight of a site": f"{weight}, in units of {s.weight_unit}" if s.weight_unit else weight,
             "who reads this site's update": "nobody. The aggregator learns the sum over the sites of a round",
-            "numbers that leave": said["numbers that leave"] + "; they too only as sums over all sites, each mean with its count",
+            "numbers that leave": said["numbers that leave"] + "; they too only as sums over sites",
             "colluding sites": f"up to {s.max_colluding} may collude with the server without learning another site's update",
             "sums that differ": "differ by whole groups of the roster, never by one site"
             if s.lone_change == "refuse"

@@ -38,6 +38,8 @@ class Session:
         plan, base: digests of the plan and of the base model.
         groups: of the roster as the session began, see :class:`SessionRequirements`; None where the plan allows sums that
             differ by single sites.
+        evaluation: where in this site's numbers the counters of its evaluation stand.
+        measured: whether these are not all zero, as it has advertised.
         contribution: this site's part in the sum, see :meth:`fedlora.protect.ledger.Contribution.facts`; None in the same case.
         t1: the session's name, once its sites are fixed.
         digest: of the masked update, once it has been made.
@@ -59,6 +61,8 @@ class Session:
     base: str
     groups: Sequence[Sequence[str]] | None
     contribution: Mapping[str, Any] | None
+    evaluation: Sequence[int]
+    measured: bool
     t1: bytes = b""
     digest: bytes = b""
     verdict: int = 0

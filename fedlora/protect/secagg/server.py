@@ -229,10 +229,11 @@ class SecAggServer:
             weight = self._weight(at, totals.weight, len(counted))
             most = at.terms.most(weight=totals.weight, sites=len(counted)) if at.task.kind == "train" else 0
             mean = sum_to_mean(vector, at.task.reply_layout, at.terms.profile, scales, weight=weight, most=most)
-            metrics = dict(totals.metrics)
+            counters = dict(totals.counters)
             if at.task.kind == "train":
-                metrics["secagg/cut"] = int(totals.cut.sum()) / (len(counted) * mean.size)
-            update = Update(mean, totals.weight, metrics)
+                values, cut = len(counted) * mean.size, sum(int(n) for n in totals.cut)
+                counters |= {"secagg/cut": min(max(cut, 0), values), "secagg/values": values}
+            update = Update(mean, totals.weight, counters)
             tally.accept_sum(session.names(counted), update, squares=totals.squares, counted=totals.counted)
         except DealerLied as e:
             at.caught(e.site)

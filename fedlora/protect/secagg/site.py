@@ -20,9 +20,9 @@ from fedlora.protect.ledger import Contribution, ContributionStore
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import check_mode
 from fedlora.protect.sealed import check_task
-from fedlora.protect.secagg.encoding import encode_update, with_metrics, work_key
+from fedlora.protect.secagg.encoding import encode_update, work_key
 from fedlora.protect.secagg.giving import check_deliveries, masked, reveal
-from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements, read_session
+from fedlora.protect.secagg.protocol.cohort import Advert, Cohort, SessionRequirements, read_session
 from fedlora.protect.secagg.protocol.complaints import Complaint, dump_opened, read_complaints, read_settled
 from fedlora.protect.secagg.protocol.dealing import Inbox, Opened, Received, Secrets, advertise, deal, opened, receive
 from fedlora.protect.secagg.protocol.votes import (
@@ -134,10 +134,12 @@ class SecAggSite:
         if session is not None and session.root and session.round < task.round:
             records.save_session(session.but(root=b""))  # it will not be ended any more: nobody shall open it later
         scales = terms.scales(task)
-        self._encoded = self._encode(task, plan, terms, scales, records, work)
+        self._encoded = self._encode(task, terms, scales, records, work)
         context = terms.context(task, scales, roster.digest(), key)
+        evaluation = terms.numbers(task.reply_layout).evaluation
+        measured = bool(self._encoded.numbers[evaluation].any())
         session = records.session()
-        if session is None or session.context != context or session.t1 or not session.root:
+        if session is None or (session.context, session.measured) != (context, measured) or session.t1 or not session.root:
             # Never the same keys in two sessions: the server has forgotten the first, or wants to see them used twice.
             session = Session(
                 round=task.round,
@@ -152,21 +154,24 @@ class SecAggSite:
                 base=task.base,
                 groups=None if terms.requirements.groups is None else [sorted(g) for g in terms.requirements.groups],
                 contribution=None if contribution is None else contribution.facts(),
+                evaluation=evaluation,
+                measured=measured,
             )
             records.save_session(session)
-        own = advertise(self._name, context, Secrets(session.root), key=self.link.identity.signing)
-        return self._reply(header, key, own.dump())
+        return self._reply(header, key, self._advert(session).dump())
 
-    def _encode(
-        self, task: Task, plan: Plan, terms: Terms, scales: F32, records: Records, work: Callable[[Task], Update]
-    ) -> Encoded:
+    def _encode(self, task: Task, terms: Terms, scales: F32, records: Records, work: Callable[[Task], Update]) -> Encoded:
         known = self._encoded or records.encoded()
-        update = with_metrics(work(task), terms.metrics_due(task, plan.evaluation.every))  # from the journal if it has been done
+        update = work(task)  # from the journal if it has been done
         if known is not None and known.key == work_key(task, scales):
             return known
         made = encode_update(task, terms, scales, update, known=known, identity=self.link.identity)
         records.save_encoded(made)
         return made
+
+    def _advert(self, session: Session) -> Advert:
+        secrets, key = Secrets(session.root), self.link.identity.signing
+        return advertise(self._name, session.context, secrets, key=key, measured=session.measured)
 
     # --- the session ----------------------------------------------------------------------------------------------
 
@@ -175,7 +180,7 @@ class SecAggSite:
             raise SessionError("the secrets of this session are deleted", code="secrets-gone")
         cohort = Cohort.parse(payload, session.requirements, self._known)
         own = cohort.number(self._name)
-        if cohort.advert(own) != advertise(self._name, session.context, Secrets(session.root), key=self.link.identity.signing):
+        if cohort.advert(own) != self._advert(session):
             raise WrongContext("this site's own advertisement is not the one that it made")
         if session.t1 and session.t1 != cohort.t1:
             raise SessionError("these keys are bound to a session with other sites", code="session-spent")
@@ -233,8 +238,11 @@ class SecAggSite:
         encoded = self._encoded or records.encoded()
         if encoded is None or encoded.round != session.round:
             raise SessionError("the update of this round is not here any more", code="secrets-gone")
+        numbers = encoded.numbers.copy()
+        if self._name not in session.requirements.counting(cohort.measured):
+            numbers[list(session.evaluation)] = 0  # among too few it would be this site's own
         secrets, key = Secrets(session.root), self.link.identity.signing
-        return masked(cohort, own, secrets, inbox, encoded.levels, encoded.numbers, bits=session.bits, key=key)
+        return masked(cohort, own, secrets, inbox, encoded.levels, numbers, bits=session.bits, key=key)
 
     def _complain(self, payload: bytes, records: Records, session: Session) -> bytes:
         """What is relayed. The answer names, under this site's signature, whose word for it does not open."""

@@ -14,6 +14,7 @@ from fedlora.core.adapter import F32, MAX_PARAMETERS, Adapter, Layout
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import WrongContext
 from fedlora.core.messages import EVALUATION, Task
+from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
 from fedlora.core.schedule import mean_factor
@@ -80,7 +81,7 @@ class Terms:
         reach: of a round, see :func:`reach`.
         num_rounds: of training.
         weight_unit: tokens or examples that make a weight of one; 0: all weights are one.
-        metrics: names that ride along, in order.
+        counters: names of those that ride along, in order.
         rule: what the numbers mean to the aggregator.
         requirements: least that a session needs.
         digest: names all of this; part of every session's context.
@@ -90,7 +91,7 @@ class Terms:
     reach: Callable[[int], float]
     num_rounds: int
     weight_unit: int
-    metrics: tuple[str, ...]
+    counters: tuple[str, ...]
     rule: Aggregator
     requirements: SessionRequirements
 
@@ -106,7 +107,7 @@ class Terms:
             reach=partial(reach, plan),
             num_rounds=f.num_rounds,
             weight_unit=0 if plan.aggregate.weighting == "uniform" else p.weight_unit,
-            metrics=tuple(sorted(plan.evaluation.share)),
+            counters=counters_of(plan.evaluation.share),
             rule=rule_of(plan),
             requirements=requirements,
         )
@@ -121,7 +122,7 @@ class Terms:
 
     def numbers(self, layout: Layout) -> Numbers:
         """Order of the numbers for replies of this layout."""
-        return Numbers(0 if layout == EVALUATION else len(layout.entries), self.metrics)
+        return Numbers(0 if layout == EVALUATION else len(layout.entries), self.counters)
 
     def scales(self, task: Task) -> F32:
         """Scales of the reply to this task; one for an evaluation, whose vector is a zero.
@@ -148,11 +149,6 @@ class Terms:
         whole = self.profile.levels * weight // self.max_weight
         return whole if self.max_weight == 1 else whole + sites  # a part of a level is rounded up at each site
 
-    def metrics_due(self, task: Task, every: int) -> tuple[str, ...]:
-        """The metrics that each site of the round has to send, so that none is ever one site's alone."""
-        evaluates = task.kind == "evaluate" or (every > 0 and (task.round - 1) % every == 0)
-        return tuple(m for m in self.metrics if (task.kind == "train" if m.startswith("train/") else evaluates))
-
     def context(self, task: Task, scales: F32, roster: str, reply_key: bytes) -> bytes:
         """Digest of all that the sites of a session must see alike, but for who they are.
 
@@ -171,7 +167,7 @@ class Terms:
             "profile": [p.levels, p.bits],
             "scales": hashlib.sha256(scales.astype("<f4").tobytes()).hexdigest(),
             "max_weight": self.max_weight,
-            "metrics": list(self.metrics),
+            "counters": list(self.counters),
             "rules": [r.max_colluding, r.min_cohort],
         }
         return hashlib.sha256(b"fedlora/v1/sa/context\0" + canonical(facts)).digest()

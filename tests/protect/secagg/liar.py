@@ -84,16 +84,17 @@ class Pupil:
 
     delta: np.ndarray
     layout: Layout
-    metrics: Mapping[str, float]
+    counters: Mapping[str, int]
     base: str = TOY_BASE
     steps: int = 1
 
-    def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
-        return {k: v for k, v in self.metrics.items() if k.startswith("eval/")}
+    def evaluate(self, adapter: Adapter) -> Mapping[str, int]:
+        return {k: v for k, v in self.counters.items() if k.startswith("eval/")}
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         moved = Adapter(adapter.vector + self.delta, adapter.layout)
-        return Trained(moved, 100, 10, {k: v for k, v in self.metrics.items() if k.startswith("train/")}, state)
+        counters = {k: v for k, v in self.counters.items() if k.startswith("train/")}
+        return Trained(moved, 100, 10, counters, steps=1, seconds=0.0, state=state)
 
 
 class Killed(BaseException):
@@ -168,7 +169,7 @@ class Liar:
 
     Args:
         deltas: what each site learns; site-k's is drawn with seed k if it is not given.
-        metrics: what each site measures.
+        held_out: rows that each site evaluates on; 40 if it is not given.
         policies: what each site's operator has written; the defaults of a site file otherwise.
         approved: plans that all of them have agreed to, an entry for each run; None: eight runs of the plan.
     """
@@ -179,6 +180,7 @@ class Liar:
     max_colluding: int = 1
     layout: Layout = field(default_factory=toy_layout)
     deltas: Mapping[str, np.ndarray] = field(default_factory=dict)
+    held_out: Mapping[str, int] = field(default_factory=dict)
     policies: Mapping[str, Policy] = field(default_factory=dict)
     approved: Sequence[Plan] | None = None
     talks: list[Talk] = field(default_factory=list)
@@ -197,7 +199,13 @@ class Liar:
             delta = self.deltas.get(name)
             if delta is None:
                 delta = np.random.default_rng(i).normal(0, 0.2, self.layout.size).astype(np.float32)
-            pupil = Pupil(delta, self.layout, {"train/loss": float(i), "eval/nll": 1.0 + i, "eval/tokens": 10.0})
+            # A bit for each site, so that a sum of them says whose evaluations are in it: see loot.evaluated.
+            evaluation = {
+                "eval/nats": 1000 + i,
+                "eval/tokens": 1 << int(name.removeprefix("site-")),
+                "eval/examples": self.held_out.get(name, 40),
+            }
+            pupil = Pupil(delta, self.layout, {"train/nats": 1000 * i, "train/tokens": 100, **evaluation})
             policy = self.policies.get(name, Policy())
             self.hospitals[name] = Hospital(name, self.signed, pupil, self.directory / name, policy, approved)
 
@@ -287,7 +295,9 @@ class Liar:
         if talk.adverts:
             root = talk.roots.setdefault(site, os.urandom(32))
             signer = identity(site if site in self.colluders else "server").signing
-            talk.adverts[site] = advertise(site, next(iter(talk.adverts.values())).context, Secrets(root), key=signer)
+            talk.adverts[site] = advertise(
+                site, next(iter(talk.adverts.values())).context, Secrets(root), key=signer, measured=True
+            )
 
     def cohort(self, talk: Talk, sites: Iterable[str] = ()) -> Session | None:
         """A session of those of the sites that have advertised; None if there are none."""

@@ -367,6 +367,17 @@ def twice_given(sessions: Sequence[Session]) -> list[str]:
     return found
 
 
+def evaluated(one: Sum) -> frozenset[str]:
+    """The honest sites whose evaluations are in this sum, from :class:`protect.secagg.liar.Liar`'s counters."""
+    numbers = one.talk.terms.numbers(one.talk.task.reply_layout)
+    if "eval/tokens" not in numbers.counters or one.numbers.size != numbers.size:
+        return frozenset()
+    bits = int(one.numbers[3 + 2 * numbers.tensors + numbers.counters.index("eval/tokens")])
+    found = frozenset(s for s in one.sites if bits >> int(s.removeprefix("site-")) & 1)
+    assert bits == sum(1 << int(s.removeprefix("site-")) for s in found), "a counter that no site has"
+    return found
+
+
 def unannounced(sessions: Sequence[Session]) -> list[str]:
     """Honest sites that have sent other numbers than the plan of the session lists."""
     due = [(s, s.talk.terms.numbers(s.talk.task.reply_layout).size) for s in sessions]

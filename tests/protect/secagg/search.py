@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from protect.secagg.liar import Liar, a_plan
-from protect.secagg.loot import Session, both_kinds, false_parts, twice_given, unannounced, uncovered
+from protect.secagg.loot import Session, both_kinds, evaluated, false_parts, twice_given, unannounced, uncovered
 from protect.secagg.world import identity, names
 
 from fedlora.core.adapter import Adapter
@@ -61,24 +61,14 @@ def linear(a: Liar) -> object:
     return [u for k in kinds if (u := uncovered(rows[k], coalition=coalition))]
 
 
-def sent(a: Liar, session: Session, site: str) -> frozenset[str]:
-    """The metrics that a site has put into a sum."""
-    has = a.hospitals[site].pupil.metrics
-    every = set(session.talk.plan.evaluation.share) & set(a.hospitals[site].policy.share)
-    return frozenset(m for m in has if m in every and (session.talk.task.kind == "train" or m.startswith("eval/")))
-
-
-def metrics(a: Liar) -> object:
-    """No metric is opened that fewer sites have sent than the bound of colluders and two; colluders count for nothing."""
-    found = []
-    for session in a.sessions:
-        numbers = session.talk.terms.numbers(session.talk.task.reply_layout)
-        for one in (x for x in session.sums() if x.numbers.size == numbers.size):
-            for metric in numbers.unpack(one.numbers, sites=len(one.sites)).metrics:
-                senders = [s for s in one.sites if metric in sent(a, session, s)]
-                if len(senders) < a.max_colluding + 2 - len(a.colluders):
-                    found.append((metric, senders))
-    return found
+def evaluations(a: Liar) -> object:
+    """No evaluation is opened that fewer sites are in than the bound of colluders and two; colluders count for nothing. Nor is
+    one site's a combination of several, over all sums of one base."""
+    coalition = a.max_colluding - len(a.colluders)
+    rows = [(s.talk.task.kind, evaluated(one)) for s in a.sessions for one in s.sums()]
+    few = [found for _, found in rows if 0 < len(found) < a.max_colluding + 2 - len(a.colluders)]
+    kinds = ("train", "evaluate")
+    return few + [u for k in kinds if (u := uncovered((r for kind, r in rows if kind == k and r), coalition=coalition))]
 
 
 PROMISES: Final[Mapping[str, Callable[[Liar], object]]] = {
@@ -89,7 +79,7 @@ PROMISES: Final[Mapping[str, Callable[[Liar], object]]] = {
     "numbers": lambda a: unannounced(a.sessions),
     "parts": lambda a: false_parts(a.sessions),
     "sealed": lambda a: [site for site, *_ in a.single],
-    "metrics": metrics,
+    "evaluations": evaluations,
 }
 
 # --- moves ------------------------------------------------------------------------------------------------------------
@@ -162,11 +152,13 @@ class Search(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.liar: Liar | None = None
+        self.held_out: Mapping[str, int] = {}
 
-    @initialize(size=st.integers(0, 2), colluding=st.booleans(), shares=st.booleans())
-    def begin(self, size: int, colluding: bool, shares: bool) -> None:
+    @initialize(size=st.integers(0, 2), colluding=st.booleans(), shares=st.booleans(), small=st.sampled_from((0, 0, *range(32))))
+    def begin(self, size: int, colluding: bool, shares: bool, small: int) -> None:
         n = self.sizes[size]
         few = Policy(share=("train/loss",), **self.policy)
+        self.held_out = {s: 5 for i, s in enumerate(names(n)) if small >> i & 1}
         policies = {s: few if shares and s != "site-1" else Policy(**self.policy) for s in names(n)}
         if not self._begin(n, [f"site-{n}"] if colluding else [], policies):  # no sum with metrics of few sites: as it should be
             assert self._begin(n, [f"site-{n}"] if colluding else [], {s: Policy(**self.policy) for s in names(n)})
@@ -174,7 +166,7 @@ class Search(RuleBasedStateMachine):
     def _begin(self, n: int, colluders: Sequence[str], policies: Mapping[str, Policy]) -> bool:
         self.teardown()
         approved = [p for p in PLANS if p.protect.mode == "secagg" for _ in range(8)]
-        self.liar = Liar(n, colluders=colluders, plan=PLAN, policies=policies, approved=approved)
+        self.liar = Liar(n, colluders=colluders, plan=PLAN, policies=policies, approved=approved, held_out=self.held_out)
         session = self.liar.cohort(self.liar.offer(self.liar.task(), names(n)))
         if session is not None and self.within:
             self.liar.share(session)

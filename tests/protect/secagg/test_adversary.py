@@ -127,7 +127,7 @@ def spoiled(a, number, **changes):
 
 def own_keys(a, name, signer):
     """An advertisement in a site's name with keys of the liar's own."""
-    return advertise(name, a.adverts["site-1"].context, Secrets(b"liar" * 8), key=signer)
+    return advertise(name, a.adverts["site-1"].context, Secrets(b"liar" * 8), key=signer, measured=True)
 
 
 def stale(a, name):
@@ -138,6 +138,7 @@ def stale(a, name):
 COHORTS = {
     "mask key swapped": ("bad-signature", lambda a: spoiled(a, 3, mask=own_keys(a, "x", signing("x")).mask)),
     "share key swapped": ("bad-signature", lambda a: spoiled(a, 3, seal=own_keys(a, "x", signing("x")).seal)),
+    "measured swapped": ("bad-signature", lambda a: spoiled(a, 3, measured=not a.adverts["site-3"].measured)),
     "promise swapped": ("bad-signature", lambda a: spoiled(a, 3, promise=promise(b"liar" * 8))),
     "signature of the server": ("bad-signature", lambda a: [*spoiled(a, 3)[:4], own_keys(a, "site-5", signing("server"))]),
     "moved to another name": ("bad-signature", lambda a: [*spoiled(a, 3)[:4], replace(a.adverts["site-4"], name="site-5")]),
@@ -145,10 +146,10 @@ COHORTS = {
     "the coordinator as a site": ("unknown-site", lambda a: [*spoiled(a, 3), own_keys(a, "coordinator", signing("coordinator"))]),
     "a key of small order from a colluder": ("key-file", lambda a: [
         *spoiled(a, 3)[:4],
-        Advert.make(
+        Advert(
             "site-5", a.adverts["site-1"].context, a.adverts["site-5"].seal, a.adverts["site-5"].mask[:-32] + bytes(32),
-            bytes(32), key=signing("site-5"),
-        ),
+            bytes(32), measured=True,
+        ).signed(signing("site-5")),
     ]),
     "a site that has seen another task": ("wrong-context", lambda a: [*spoiled(a, 3)[:4], stale(a, "site-5")]),
     "one site twice": ("wire", lambda a: [*spoiled(a, 3), a.adverts["site-5"]]),
@@ -179,7 +180,7 @@ def test_a_site_that_is_left_out_of_the_cohort_has_nothing_to_do_with_it():
 def test_a_sites_own_advertisement_must_be_the_one_that_it_made():
     a = loose(colluders=["site-5"])
     a.advertise()
-    other = advertise("site-5", a.adverts["site-5"].context, Secrets(b"liar" * 8), key=signing("site-5"))
+    other = advertise("site-5", a.adverts["site-5"].context, Secrets(b"liar" * 8), key=signing("site-5"), measured=True)
     cohort = Cohort.of([*(a.adverts[s] for s in ALL[:4]), other], LAX)
     assert a.say("site-5", "share", cohort.dump()) == "wrong-context"
 

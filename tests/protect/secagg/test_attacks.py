@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from protect.secagg.guess import advantage, public_noise
 from protect.secagg.liar import Liar, a_plan
-from protect.secagg.loot import Session, both_kinds, false_parts, twice_given, uncovered
+from protect.secagg.loot import Session, both_kinds, evaluated, false_parts, twice_given, uncovered
 from protect.secagg.world import Heard, World, identity, names, secagg_plan, signed_roster
 
 from fedlora.core.adapter import Adapter, Layout
@@ -356,7 +356,7 @@ def test_sites_that_are_told_different_reply_keys_are_in_no_session(liar):
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.attack("C5", "one site alone shares a metric", stops="a plan's list of metrics is a duty")
+@pytest.mark.attack("C5", "one site alone shares a metric", stops="a policy that lists fewer metrics refuses the plan")
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 @pytest.mark.parametrize("sharing", [1, 2])
 def test_a_metric_that_few_sites_send_is_not_opened(liar, kind, sharing):
@@ -365,9 +365,66 @@ def test_a_metric_that_few_sites_send_is_not_opened(liar, kind, sharing):
     a = liar(5, policies={**few, **{s: Policy(share=("train/loss", "eval/nll")) for s in names(5)[:sharing]}})
     a.whole(a.task(kind=kind), names(5))
     for session in a.sessions:
-        numbers = session.talk.terms.numbers(session.talk.task.reply_layout)
-        for one in session.sums():
-            assert "eval/nll" not in numbers.unpack(one.numbers, sites=len(one.sites)).metrics
+        assert [evaluated(one) for one in session.sums()] in ([], [frozenset()])
+
+
+@pytest.mark.attack("C5", "all but one or two sites have small cells", stops="among fewer than c + 2 all send zeros")
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize("measured", [1, 2, 3])
+def test_the_evaluation_of_few_sites_is_not_opened(liar, kind, measured):
+    a = liar(5, held_out=dict.fromkeys(names(5)[measured:], 19))
+    a.whole(a.task(kind=kind), names(5))
+    assert opened(a) == [frozenset(names(5))]
+    assert evaluations(a) == ([frozenset()] if measured < 3 else [frozenset(names(3))])
+
+
+@pytest.mark.attack("C5", "two runs, the second without a group that has one measured site", stops="each group counts for itself")
+def test_sums_over_other_groups_do_not_differ_by_one_evaluation(liar):
+    a = liar(6, plan=a_plan(lone_change="refuse"))
+    groups = [sorted(g) for g in a.signed.roster.groups()]
+    a.close()
+    a = liar(6, plan=a_plan(lone_change="refuse"), held_out=dict.fromkeys(groups[0][1:], 5))
+    a.whole(a.task(kind="evaluate"), names(6))
+    a.whole(a.task(run=1, kind="evaluate"), groups[1])
+    assert [len(s) for s in opened(a)] == [6, 3]
+    assert evaluations(a) == [frozenset(groups[1])] * 2
+
+
+ALLOWED = {"policies": {s: Policy(lone_change="allow") for s in names(10)}}
+
+
+@pytest.mark.attack("C5", "most measured sites drop out after masking", stops="nobody votes for the evaluation of few")
+def test_a_sum_over_part_of_the_measured_sites_finds_no_votes(liar):
+    """Seven of ten votes are enough, and seven sites have nothing of their own in it: they refuse for the others."""
+    a = liar(10, plan=a_plan(lone_change="allow"), held_out=dict.fromkeys(names(10)[3:], 5), **ALLOWED)
+    session = a.cohort(a.offer(a.task(), names(10)))
+    a.share(session)
+    assert a.mask(session) == {}
+    few = a.listed(session, [s for s in names(10) if s != "site-3"])
+    assert set(a.commit(session, (), few).values()) == {"lone-change", "wire"}
+    a.unmask(session, (), few)
+    assert opened(a) == []
+    a.commit(session)
+    a.unmask(session)
+    assert evaluations(a) == [frozenset(names(3))]
+
+
+@pytest.mark.attack("C5", "two measured sites are shown deals without each other's", stops="who counts follows from the cohort")
+def test_what_is_relayed_does_not_say_who_counts(liar):
+    a = liar(10, plan=a_plan(lone_change="allow"), held_out=dict.fromkeys(names(10)[3:], 5), **ALLOWED)
+    session = a.cohort(a.offer(a.task(), names(10)))
+    a.share(session)
+    two, three = (session.cohort.number(s) for s in ("site-2", "site-3"))
+    a.mask(session, ["site-2"], deals={n: d for n, d in session.deals.items() if n != three})
+    a.mask(session, ["site-3"], deals={n: d for n, d in session.deals.items() if n != two})
+    a.mask(session, [s for s in names(10) if s not in ("site-2", "site-3")])
+    a.commit(session)
+    a.unmask(session)
+    assert evaluations(a) in ([], [frozenset(names(3))])
+
+
+def evaluations(a: Liar) -> list[frozenset[str]]:
+    return [evaluated(s) for session in a.sessions for s in session.sums()]
 
 
 # --- sites that lie, to a server that does not --------------------------------------------------------------------------

@@ -24,7 +24,9 @@ def known(name):
 
 
 def cohort_in(context, secrets):
-    adverts = [advertise(name, context, secrets[i], key=identity(name).signing) for i, name in enumerate(names(N), 1)]
+    adverts = [
+        advertise(name, context, secrets[i], key=identity(name).signing, measured=True) for i, name in enumerate(names(N), 1)
+    ]
     return Cohort.of(adverts, RULES)
 
 
@@ -122,7 +124,7 @@ def other_key(number, peer):
     stranger = Secrets(b"s" * 32)
     adverts = list(COHORT.adverts)
     name = adverts[peer - 1].name
-    adverts[peer - 1] = advertise(name, b"c" * 32, stranger, key=identity(name).signing)
+    adverts[peer - 1] = advertise(name, b"c" * 32, stranger, key=identity(name).signing, measured=True)
     return Cohort.of(adverts, RULES)
 
 

@@ -1,57 +1,47 @@
 """What rides beside the vector says sums, and no site's own number even over many rounds."""
 
 from dataclasses import replace
+from itertools import pairwise
 from math import gcd
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from protect.secagg.world import World, secagg_plan
 
-from fedlora.core.plan import Evaluation, Protect
-from fedlora.protect.modes import mode_of
-from fedlora.protect.secagg.protocol.numbers import Numbers, with_counts
+from fedlora.core.errors import LoneChange
+from fedlora.core.metrics import MAX_COUNTER, counters_of, finish
+from fedlora.core.plan import Evaluation
+from fedlora.protect.secagg.protocol.cohort import SessionRequirements
+from fedlora.protect.secagg.protocol.numbers import Numbers
 
 NAMES = ("eval/exact_match", "eval/examples", "eval/nll", "eval/tokens", "train/loss")
-RIDE = Numbers(1, NAMES)
+RIDE = Numbers(1, counters_of(NAMES))
 
 
-def packed(nll, tokens, right, examples, loss, counted):
-    metrics = {
-        "eval/nll": nll, "eval/tokens": float(tokens), "eval/exact_match": right / examples,
-        "eval/examples": float(examples), "train/loss": loss,
-    }  # fmt: skip
-    return RIDE.pack(weight=1, counted=counted, squares=np.ones(1), cut=np.zeros(1, np.int64), metrics=metrics)
+def packed(counters):
+    return RIDE.pack(weight=1, counted=1, squares=np.ones(1), cut=np.zeros(1, np.int64), counters=counters)
 
 
-counts = st.integers(1, 1 << 24)
+counters = st.fixed_dictionaries(dict.fromkeys(RIDE.counters, st.integers(0, MAX_COUNTER)))
 
 
-@given(st.lists(st.tuples(st.floats(0, 20), counts, counts, st.floats(0, 20), counts), min_size=1, max_size=8))
+@given(st.lists(counters, min_size=1, max_size=8))
 def test_the_pooled_figures_are_those_of_the_pooled_rows(sites):
-    total = np.zeros(RIDE.size, np.uint64)
-    for i, (nll, tokens, examples, loss, counted) in enumerate(sites):
-        total += packed(nll, tokens, i % (examples + 1), examples, loss, counted)
-    found = RIDE.unpack(total, sites=len(sites)).metrics
-    tokens = sum(t for _, t, *_ in sites)
-    assert found["eval/exact_match"] == sum(i % (e + 1) for i, (_, _, e, *_) in enumerate(sites)) / sum(
-        e for _, _, e, *_ in sites
-    )
-    assert abs(found["eval/nll"] - sum(n * t for n, t, *_ in sites) / tokens) <= len(sites) * 2.0**-11 / tokens + 1e-9
+    total = sum((packed(site) for site in sites), np.zeros(RIDE.size, np.uint64))
+    found = RIDE.unpack(total, sites=len(sites)).counters
+    assert finish(NAMES, found) == finish(NAMES, {name: sum(site[name] for site in sites) for name in RIDE.counters})
 
 
-@given(st.floats(0, 20), st.integers(2, 1 << 20), st.floats(0, 20), st.integers(2, 1 << 20))
-def test_a_total_is_rounded_after_it_is_one(nll, tokens, loss, counted):
-    """So that it is the next whole number to nats, whatever the count; not a multiple of the count."""
-    listed = packed(nll, tokens, 1, 2, loss, counted)[5:].astype(np.int64)
-    assert abs(listed[4] - nll * tokens * 1024) <= 0.5
-    assert abs(listed[8] - loss * counted * 1024) <= 0.5
-    assert listed[:4].tolist() == [1, 2, 2, 1]  # right examples, examples; examples once more as a figure of their own
+@given(counters)
+def test_a_counter_rides_as_it_was_counted(counters):
+    """No product of a count: over rounds it would show that count, and with it each site's own mean."""
+    assert packed(counters)[5:].tolist() == [counters[name] for name in RIDE.counters]
 
 
 @pytest.mark.attack(
-    "D2", "each honest site's loss and count of tokens from the sums of many rounds", stops="a total is rounded once it is one"
+    "D2", "each honest site's loss and count of tokens from the sums of many rounds", stops="counters ride as they were counted"
 )
 @pytest.mark.slow
 def test_no_common_factor_of_a_sites_numbers_shows_over_rounds():
@@ -68,11 +58,12 @@ def test_no_common_factor_of_a_sites_numbers_shows_over_rounds():
         for r in range(1, 15):
             nll = {s: 2.2 - 0.05 * r + float(rng.normal(0, 0.02)) for s in tokens}
             for s, n in tokens.items():
-                metrics = {"train/loss": 1.0, "eval/nll": nll[s], "eval/tokens": float(n)}
-                world.updates[s] = replace(world.updates[s], metrics=metrics)
+                nats = sum(round(x) for x in rng.normal(nll[s] * 2**16 * 100, 1e5, n // 100))  # of rows of 100 tokens each
+                counters = {"train/nats": n, "train/tokens": n, "eval/nats": nats, "eval/tokens": n}
+                world.updates[s] = replace(world.updates[s], counters=counters)
             assert world.collect(world.task(round=r)).sums
             numbers, total = seen.pop()
-            at = 3 + 2 * numbers.tensors + 2 * numbers.metrics.index("eval/nll")
+            at = 3 + 2 * numbers.tensors + numbers.counters.index("eval/nats")
             colluding = world.__dict__["sites"]["site-3"]._encoded.numbers
             sums.append(int((total - colluding).view(np.int64)[at]))
             world.next_round(np.zeros(14, np.float32), round=r)
@@ -87,21 +78,81 @@ def test_no_common_factor_of_a_sites_numbers_shows_over_rounds():
     assert sum(one <= true for one in others) > len(others) / 100
 
 
-def test_a_mean_needs_the_count_that_it_is_over():
-    plan = secagg_plan().model_copy(update={"evaluation": Evaluation(share=("train/loss", "eval/exact_match"))})
+# --- sites without rows for evaluation, or with few --------------------------------------------------------------------
+
+
+def measure(world, measured):
+    """These sites have measured something, the others nothing or zeros."""
+    for i, (name, update) in enumerate(world.updates.items()):
+        train = {k: v for k, v in update.counters.items() if k.startswith("train/")}
+        zeros = {"eval/nats": 0, "eval/tokens": 0} if i % 2 else {}
+        world.updates[name] = replace(update, counters=update.counters if name in measured else {**train, **zeros})
+
+
+@pytest.mark.parametrize("measured", range(6))
+def test_a_site_without_held_out_rows_takes_part_and_adds_nothing(measured):
+    world = World(5)
+    sites = [f"site-{i}" for i in range(1, measured + 1)]
+    measure(world, sites)
+    ((counted, update, *_),) = world.collect(world.task()).sums
+    assert len(counted) == 5
+    of = sites if measured >= 3 else []
+    assert update.counters["eval/nats"] == sum(world.updates[s].counters["eval/nats"] for s in of)
+    assert update.counters["eval/tokens"] == 10 * len(of)
+    assert update.counters["train/tokens"] == sum(u.counters["train/tokens"] for u in world.updates.values())
+
+
+def test_where_measured_sites_are_lost_the_round_is_done_again_without_their_figures():
+    """Of three measured sites one masks nothing: the others' sum is not agreed to, and a second session has zeros."""
+    world = World(5, plan=secagg_plan(lone_change="allow"))
+    measure(world, ["site-1", "site-2", "site-3"])
+    first = world.collect(world.task(), lost=lambda r: (r.site, r.phase) == ("site-3", "mask"))
+    sums = first.sums or world.collect(world.task(attempt=1), sites=["site-1", "site-2", "site-4", "site-5"]).sums
+    ((counted, update, *_),) = sums
+    assert "site-3" not in counted
+    assert (update.counters["eval/nats"], update.counters["eval/tokens"]) == (0, 0)
+    assert update.counters["train/tokens"] == sum(world.updates[s].counters["train/tokens"] for s in counted)
+
+
+@st.composite
+def cohorts(draw):
+    n, c = draw(st.integers(3, 12)), draw(st.integers(0, 3))
+    everybody = [f"s{i:02d}" for i in range(n)]
+    subset = st.sets(st.sampled_from(everybody)).map(frozenset)
+    cuts = [0, *sorted(draw(st.sets(st.integers(1, n - 1), max_size=3))), n]
+    groups = tuple(frozenset(everybody[a:b]) for a, b in pairwise(cuts))
+    whole = draw(st.booleans())
+    return SessionRequirements(c, 3, groups if whole else None), everybody, draw(subset), draw(subset)
+
+
+@given(cohorts())
+def test_a_sum_that_is_agreed_to_has_the_evaluation_of_none_or_of_more_than_may_collude(made):
+    requirements, _, measured, delivered = made
+    counting = requirements.counting(measured)
+    assert counting <= measured
+    parts = [frozenset(delivered)] if requirements.groups is None else requirements.groups
+    few = [p for p in parts if 0 < len(p & delivered & counting) < requirements.max_colluding + 2]
+    if few:
+        with pytest.raises(LoneChange):
+            requirements.check_counting(counting, delivered)
+    else:
+        requirements.check_counting(counting, delivered)
+        assert len(counting & delivered) in (0, *range(requirements.max_colluding + 2, 13))
+
+
+@given(cohorts(), st.data())
+def test_sums_over_whole_groups_never_differ_by_few_evaluations(made, data):
+    requirements, everybody, measured, _ = made
+    assume(requirements.groups is not None)
+    counting = requirements.counting(measured)
+    one, two = (frozenset().union(*data.draw(st.sets(st.sampled_from(requirements.groups)))) for _ in range(2))
+    for names in (one, two):
+        requirements.check_counting(counting, names)  # whole groups are always agreed to
+    assert len((one ^ two) & counting) in (0, *range(requirements.max_colluding + 2, len(everybody) + 1))
+
+
+def test_without_an_evaluation_nothing_of_it_rides():
+    plan = secagg_plan().model_copy(update={"evaluation": Evaluation(share=("train/loss",))})
     world = World(3, plan=plan)
-    for s, update in world.updates.items():
-        world.updates[s] = replace(update, metrics={"train/loss": 1.0, "eval/exact_match": 0.5})
-    assert set(world.collect(world.task()).codes().values()) == {"metric-missing"}
-    for s, update in world.updates.items():
-        world.updates[s] = replace(update, metrics={"train/loss": 1.0, "eval/exact_match": 0.5, "eval/examples": 4.0})
-    assert world.collect(world.task(attempt=1)).sums
-    assert with_counts(["eval/exact_match", "train/loss"]) == {"eval/exact_match", "eval/examples", "train/loss"}
-
-
-def test_a_site_sends_what_the_plans_metrics_need():
-    """A plan of defaults lists exact_match and not the examples that it is over."""
-    plan = secagg_plan().model_copy(update={"evaluation": Evaluation()})
-    assert mode_of(plan).sends(plan.evaluation.share) == {*plan.evaluation.share, "eval/examples"}
-    sealed = plan.model_copy(update={"protect": Protect()})
-    assert mode_of(sealed).sends(plan.evaluation.share) == {*plan.evaluation.share}
+    ((_, update, *_),) = world.collect(world.task()).sums
+    assert set(update.counters) == {"train/nats", "train/tokens", "secagg/cut", "secagg/values"}

@@ -38,7 +38,7 @@ def test_no_sequence_of_moves_breaks_a_promise_within_a_session():
 
 @pytest.mark.attack("C1", "any short combination of runs, plans, rounds, sets of sites and single updates",
     stops="a person approves plans and runs; what was given is remembered over runs")  # fmt: skip
-@pytest.mark.parametrize("promises", [("linear", "twice"), ("sealed", "metrics", "numbers")], ids=str)
+@pytest.mark.parametrize("promises", [("linear", "twice"), ("sealed", "evaluations", "numbers")], ids=str)
 def test_no_sequence_of_sessions_gives_a_site_away(promises):
     search(*promises, examples=15, sizes=(5, 7, 4), within=False)
 

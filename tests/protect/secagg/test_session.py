@@ -9,6 +9,7 @@ import pytest
 from protect.secagg.world import World, at_phase, identity, names, secagg_plan
 
 from fedlora.core.errors import CohortTooSmall
+from fedlora.core.metrics import finish
 from fedlora.core.reader import Reader
 from fedlora.protect.secagg.giving import check_deliveries, masks_of, reveal
 from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements, leads
@@ -77,7 +78,9 @@ class Dealt:
 def cohort_of(n):
     secrets = {i: Secrets(hashlib.sha256(b"%d" % i).digest()) for i in range(1, n + 1)}
     context = hashlib.sha256(b"context").digest()
-    adverts = [advertise(name, context, secrets[i], key=identity(name).signing) for i, name in enumerate(names(n), 1)]
+    adverts = [
+        advertise(name, context, secrets[i], key=identity(name).signing, measured=True) for i, name in enumerate(names(n), 1)
+    ]
     cohort = Cohort.parse(Cohort.of(adverts, RULES).dump(), RULES, known)
     keys = {i: identity(name).signing for i, name in enumerate(cohort.names, 1)}
     return cohort, secrets, {i: Deal.parse(cohort, i, deal(cohort, i, s, key=keys[i])) for i, s in secrets.items()}
@@ -146,9 +149,8 @@ def check(world, heard, lost):
         assert np.array_equal(update.delta, world.expected(masked))
         assert squares == pytest.approx(world.squares(masked), rel=1e-6)
         assert counted == sum(world.updates[s].weight for s in masked)
-        assert update.metrics["eval/nll"] == pytest.approx(
-            np.mean([world.updates[s].metrics["eval/nll"] for s in masked]), abs=1e-4
-        )
+        for name in ("eval/nats", "eval/tokens", "train/nats", "train/tokens"):
+            assert update.counters[name] == sum(world.updates[s].counters[name] for s in masked)
     else:
         assert heard.rejected or not advertised
     assert not set(heard.rejected) & {s for sites, *_ in heard.sums for s in sites}
@@ -196,7 +198,7 @@ def test_weights_are_whole_units_and_the_mean_is_theirs():
     world = World(3, plan=secagg_plan(profile="int24", weight_unit=100))
     for name, tokens in zip(names(3), (100, 300, 1600), strict=True):
         update = world.updates[name]
-        world.updates[name] = type(update)(update.delta, tokens, update.metrics)
+        world.updates[name] = type(update)(update.delta, tokens, update.counters)
     ((_, update, _, counted),) = world.collect(world.task()).sums
     deltas = [world.updates[s].delta for s in names(3)]
     assert update.weight == 1 + 3 + 16
@@ -205,13 +207,12 @@ def test_weights_are_whole_units_and_the_mean_is_theirs():
     assert np.array_equal(update.delta, world.expected(names(3)))
 
 
-def test_an_evaluation_brings_only_means_over_the_sites():
+def test_an_evaluation_brings_only_sums_over_the_sites():
     world = World(3)
     heard = world.collect(world.task(kind="evaluate"))
     ((sites, update, *_),) = heard.sums
     assert list(sites) == names(3)
-    assert update.metrics["eval/nll"] == pytest.approx(2.0, abs=1e-4)
-    assert update.metrics["eval/tokens"] == 30
+    assert finish(["eval/nll", "eval/tokens"], update.counters) == {"eval/nll": 2.0, "eval/tokens": 30.0}
     assert not update.delta.any()
 
 

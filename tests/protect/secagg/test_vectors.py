@@ -118,6 +118,7 @@ class Session:
     def advert(self, s):
         promise = sha(b"fedlora/v1/sa/promise\0", s.self_seed)
         text = bytes([len(s.name)]) + s.name.encode() + bytes.fromhex(self.v["context"]) + s.seal.public + s.mask.public + promise
+        text += bytes([self.v["sites"][s.name]["measured"]])
         return text + s.sign(b"advertise", text)
 
     def info(self, label, dealer, holder):
@@ -254,7 +255,7 @@ def test_the_sum_from_what_was_revealed_alone(session):
             keys = [(1, hkdf(seed, session.t1, b"fedlora/v1/sa/self\0", 64))]
         else:
             mine, keys = Site.keys(hkdf(seed, b"", b"fedlora/v1/sa/mask-keys\0", 96)), []
-            assert mine.public == dealer.said["advertisement"][-1312:-96]
+            assert mine.public == dealer.said["advertisement"][-1313:-97]
             for peer in session.counted:
                 low, high = sorted((dealer.number, peer.number))
                 if leads(dealer.number, peer.number):
@@ -263,7 +264,7 @@ def test_the_sum_from_what_was_revealed_alone(session):
                 else:
                     sealed = session.dealt(peer)[1][dealer.number][1]
                     ingredient = hpke(mine, sealed, session.info(b"ingredient", peer.number, dealer.number))
-                point = X25519PublicKey.from_public_bytes(peer.said["advertisement"][-128:-96])
+                point = X25519PublicKey.from_public_bytes(peer.said["advertisement"][-129:-97])
                 ikm = mine.x25519.exchange(point) + ingredient
                 sign = 1 if peer.number < dealer.number else -1
                 keys.append((sign, hkdf(ikm, session.t1, b"fedlora/v1/sa/pair\0" + u16(low, high), 64)))
@@ -444,7 +445,7 @@ def test_the_context_and_the_scales_are_those_of_the_format(kind, round_, name):
         "run": task.run, "plan": hashlib.sha256(task.plan).hexdigest(), "round": round_, "attempt": 0, "base": task.base,
         "adapter": task.adapter.digest(), "layout": hashlib.sha256(layout.dump()).hexdigest(), "n_params": 14, "kind": kind,
         "roster": world.signed.roster.digest(), "profile": [2047, 20], "scales": hashlib.sha256(raw).hexdigest(),
-        "max_weight": 16, "metrics": sorted(world.plan.evaluation.share), "rules": [1, 3], "public": "",
+        "max_weight": 16, "counters": ["eval/nats", "eval/tokens", "train/nats", "train/tokens"], "rules": [1, 3], "public": "",
         "sends": hashlib.sha256(task.reply_layout.dump()).hexdigest(), "reply_key": hashlib.sha256(key).hexdigest(),
     }  # fmt: skip
     text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
@@ -479,17 +480,10 @@ def test_the_body_holds_what_the_format_says():
     world = World(3, plan=secagg_plan(weight_unit=50))
     terms, task = Terms.of(world.plan, world.signed.roster), world.task()
     update, share = world.updates["site-2"], 2 / 16  # 101 of 50 a piece
-    names = sorted(world.plan.evaluation.share)
+    names = ["eval/nats", "eval/tokens", "train/nats", "train/tokens"]
     squares = [sum(float(x) ** 2 for x in p) for p in (update.delta[:6], update.delta[6:])]
     listed = [2, 1, 101, *(round(2**30 * 2 * x) for x in squares), 0, 0]
-    for name in names:
-        if name not in update.metrics:
-            listed += [0, 0]
-        elif name in ("eval/tokens", "eval/examples"):
-            listed += [int(update.metrics[name]), 1]
-        else:
-            count, unit = {"eval/nll": (10, 2**10), "eval/exact_match": (4, 1)}.get(name, (101, 2**10))
-            listed += [round(unit * count * update.metrics[name]), count]
+    listed += [update.counters[name] for name in names]
     site = world.__dict__["sites"]["site-2"]
     heard = world.collect(task)
     encoded = site._encoded

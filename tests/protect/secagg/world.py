@@ -115,8 +115,8 @@ class World:
         for i, name in enumerate(names(self.n)):
             rng = np.random.default_rng(i)
             delta = rng.normal(0, 0.3, layout.size).astype(np.float32)
-            metrics = {"train/loss": float(i), "eval/nll": 1.0 + i, "eval/tokens": 10.0}
-            self.updates.setdefault(name, Update(delta, 100 + i, metrics))
+            counters = {"train/nats": 1000 * i, "train/tokens": 100 + i, "eval/nats": 655_360 * (1 + i), "eval/tokens": 10}
+            self.updates.setdefault(name, Update(delta, 100 + i, counters))
             self.memory.setdefault(name, DictMemory())
         self.memory.setdefault("server", DictMemory())
         self.restart()
@@ -157,7 +157,7 @@ class World:
 
     def work(self, site: str, task: Task) -> Update:
         update = self.updates[site]
-        return update if task.kind == "train" else Update(np.zeros(1, np.float32), 0, update.metrics)
+        return update if task.kind == "train" else Update(np.zeros(1, np.float32), 0, update.counters)
 
     def collect(self, task: Task, *, lost: Callable[[Request], bool] = lambda request: False, sites: Sequence[str] = ()) -> Heard:
         """One attempt. ``lost`` says which requests never arrive; a site that missed one hears nothing more of this attempt."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -93,6 +93,39 @@ class SessionRequirements:
                 hint="bring the others back, or continue without these; `fedlora roster show` prints the groups",
             )
 
+    def counting(self, measured: Collection[str]) -> frozenset[str]:
+        """Those of these sites, which have measured something, whose evaluation counters go into a sum; all others send zeros.
+
+        They are ``max_colluding + 2`` at least, and as many in each group: however sums over whole groups are compared, no figure
+        is one site's, or few sites' of which all but one may collude.
+
+        Args:
+            measured: of the cohort. Of what the relay says no site may make this depend: it can say something else to each.
+        """
+        return frozenset().union(*(p for p in self._parts(measured) if len(p) >= self.max_colluding + 2))
+
+    def check_counting(self, counting: Collection[str], names: Collection[str]) -> None:
+        """Refuses a sum over ``names`` that would hold the evaluation of a few sites only.
+
+        Args:
+            counting: see :meth:`counting`.
+
+        Raises:
+            LoneChange.
+        """
+        here = frozenset(names)
+        for part in self._parts(counting):
+            if 0 < len(part & here) < self.max_colluding + 2:
+                raise LoneChange(
+                    f"the sum would hold the evaluation of only {', '.join(sorted(part & here))}",
+                    hint=f"nothing to do: it is asked for again among the sites that are left; at least {self.max_colluding + 2} "
+                    "must have enough held-out rows, or all send zeros",
+                )
+
+    def _parts(self, names: Collection[str]) -> list[frozenset[str]]:
+        here = frozenset(names)
+        return [here] if self.groups is None else [here & group for group in self.groups]
+
     def fewest_inputs(self, n: int) -> int:
         """Fewest updates in a sum."""
         return max(self.threshold(n), self.max_colluding + 2, self.min_cohort)
@@ -138,6 +171,7 @@ class Advert:
         seal: public key to which its shares are sealed (ML-KEM-768 then X25519, raw).
         mask: public key from which pair masks come; its private half is what a dropped site's shares rebuild.
         promise: digest of the seed of its own mask.
+        measured: whether the counters of its evaluation are not all zero.
     """
 
     name: str
@@ -145,17 +179,19 @@ class Advert:
     seal: bytes
     mask: bytes
     promise: bytes
-    signature: bytes
+    measured: bool
+    signature: bytes = b""
 
-    @classmethod
-    def make(cls, name: str, context: bytes, seal: bytes, mask: bytes, promise: bytes, *, key: Ed25519PrivateKey) -> Advert:
-        """Signs."""
-        unsigned = cls(name, context, seal, mask, promise, b"")
-        return cls(name, context, seal, mask, promise, sign(key, "advertise", unsigned.dump()))
+    def signed(self, key: Ed25519PrivateKey) -> Advert:
+        """The same under the site's signature."""
+        return replace(self, signature=sign(key, "advertise", self._text()))
 
     def dump(self) -> bytes:
+        return self._text() + self.signature
+
+    def _text(self) -> bytes:
         name = self.name.encode()
-        return bytes([len(name)]) + name + self.context + self.seal + self.mask + self.promise + self.signature
+        return bytes([len(name)]) + name + self.context + self.seal + self.mask + self.promise + bytes([self.measured])
 
     @classmethod
     def read(cls, reader: Reader) -> Advert:
@@ -164,8 +200,11 @@ class Advert:
             name = reader.take(reader.take(1)[0]).decode("ascii")
         except UnicodeDecodeError:
             raise WireError("advertisement: the name is not ASCII") from None
-        sizes = (32, KEM_BYTES, KEM_BYTES, 32, SIGNATURE)
-        return cls(name, *(reader.take(n) for n in sizes))
+        context, seal, mask, promise = (reader.take(n) for n in (32, KEM_BYTES, KEM_BYTES, 32))
+        measured = reader.take(1)[0]
+        if measured > 1:
+            raise WireError("advertisement: whether the site has measured something is 0 or 1")
+        return cls(name, context, seal, mask, promise, bool(measured), reader.take(SIGNATURE))
 
     def verify(self, identity: PublicIdentity) -> None:
         """Checks signature and keys against what is known of this site.
@@ -173,7 +212,7 @@ class Advert:
         Raises:
             BadSignature, KeyFileError.
         """
-        check_signature(identity, "advertise", self.dump()[:-SIGNATURE], self.signature)
+        check_signature(identity, "advertise", self._text(), self.signature)
         self.seal_key(), self.mask_key()
 
     def seal_key(self) -> MLKEM768X25519PublicKey:
@@ -236,6 +275,11 @@ class Cohort:
     @property
     def names(self) -> list[str]:
         return [a.name for a in self.adverts]
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """The sites that have measured something."""
+        return frozenset(a.name for a in self.adverts if a.measured)
 
     def dump(self) -> bytes:
         return struct.pack(">H", len(self.adverts)) + b"".join(a.dump() for a in self.adverts)

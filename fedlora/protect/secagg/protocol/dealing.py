@@ -115,9 +115,10 @@ def self_keys(self_seed: bytes, cohort: Cohort) -> tuple[bytes, bytes]:
     return both[:32], both[32:]
 
 
-def advertise(name: str, context: bytes, secrets: Secrets, *, key: Ed25519PrivateKey) -> Advert:
-    """First word of a site: its public keys for the session, signed."""
-    return Advert.make(name, context, secrets.sealing_public, secrets.mask_keys.public, promise(secrets.self_seed), key=key)
+def advertise(name: str, context: bytes, secrets: Secrets, *, key: Ed25519PrivateKey, measured: bool) -> Advert:
+    """First word of a site: its public keys for the session, and whether it has measured something, signed."""
+    own_promise = promise(secrets.self_seed)
+    return Advert(name, context, secrets.sealing_public, secrets.mask_keys.public, own_promise, measured).signed(key)
 
 
 def _info(label: str, cohort: Cohort, dealer: int, holder: int) -> bytes:

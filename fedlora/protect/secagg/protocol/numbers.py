@@ -1,11 +1,11 @@
-"""Numbers that are summed with the vector and masked like it: weights, counts, losses. No site's own is ever in clear.
+"""Numbers that are summed with the vector and masked like it: weights, counters. No site's own is ever in clear.
 
 Whole numbers modulo 2^64, one mask of their own. What the server reads is their sum over the sites and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,17 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.errors import SessionError
+from fedlora.core.metrics import MAX_COUNTER
 
-_PART: Final = 2.0**10  # of a nat
-_MOST_METRIC: Final = 2.0**12
 _MOST_COUNT: Final = 1 << 26
 _SQUARE: Final = 2.0**30
 _MOST_SQUARE: Final = 2.0**20
-_TOTALS: Final = frozenset({"eval/tokens", "eval/examples"})  # added up; every other metric is a mean
-_PER: Final = {"eval/nll": "eval/tokens", "eval/exact_match": "eval/examples", "eval/coarse_match": "eval/examples"}
-"""What a mean is over. One that is not here is over what the plan weighs by."""
 
-# Widest sum: 12 + 10 + 26 bits of a metric and 8 of 256 sites, or 20 + 30 of a square, 4 of a weight and 8: below 63.
+# Widest sum: 53 bits of a counter and 8 of 256 sites, or 20 + 30 of a square, 4 of a weight and 8: below 63.
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +30,7 @@ class Totals:
         weight: sum of the weights in the mean.
         sites: number of sites in it, as they counted themselves.
         counted: sum of what the plan weighs by (tokens, examples), before it was made a weight.
-        metrics: means over the sites' tokens or examples evaluated, or over what they were trained on.
+        counters: sums of the sites' counters; without those that no such sum can be: a site has lied.
         squares: weighted mean of the squared norm of each tensor, (tensors,); for the gap certificate.
         cut: values beyond the range, per tensor.
     """
@@ -42,48 +38,47 @@ class Totals:
     weight: int
     sites: int
     counted: int
-    metrics: Mapping[str, float]
+    counters: Mapping[str, int]
     squares: NDArray[np.float64]
     cut: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Order of the numbers: weight, sites, counted | squares | cut | per metric: sum of totals, sum of counts.
+    """Order of the numbers: weight, sites, counted | squares | cut | counters.
 
-    A mean rides as its total, rounded after it is one: nats, or right examples. A product of a rounded mean with the site's count
-    would show that count, which stays the same over rounds, as the common factor of its numbers; and with it each site's mean.
+    A counter is what was counted and no product of it: a rounded mean times the site's count would show that count, which stays
+    the same over rounds, as the common factor of its numbers; and with it each site's mean.
 
     Args:
         tensors: tensors of the vector.
-        metrics: names, in order.
+        counters: names, in order.
     """
 
     tensors: int
-    metrics: tuple[str, ...]
+    counters: tuple[str, ...]
 
     @property
     def size(self) -> int:
-        return 3 + 2 * self.tensors + 2 * len(self.metrics)
+        return 3 + 2 * self.tensors + len(self.counters)
 
     def pack(
-        self, *, weight: int, counted: int, squares: NDArray[np.float64], cut: NDArray[np.int64], metrics: Mapping[str, float]
+        self, *, weight: int, counted: int, squares: NDArray[np.float64], cut: NDArray[np.int64], counters: Mapping[str, int]
     ) -> NDArray[np.uint64]:
-        """One site's numbers, (size,) uint64. Values out of range are cut to it: a site can only spoil its own."""
-        counted = min(counted, _MOST_COUNT)
-        listed: list[int] = []
-        for name in self.metrics:
-            if name not in metrics:
-                listed += [0, 0]
-            elif name in _TOTALS:
-                listed += [min(int(metrics[name]), _MOST_COUNT), 1]
-            else:
-                count = max(min(int(metrics[_PER[name]]), _MOST_COUNT) if name in _PER else counted, 1)
-                value = min(max(metrics[name], -_MOST_METRIC), _MOST_METRIC)
-                listed += [round(value * count * _unit(name)), count]
+        """One site's numbers, (size,) uint64. Values out of range are cut to it: a site can only spoil its own.
+
+        Args:
+            counters: one that is not here is zero.
+        """
+        listed = [min(max(counters.get(name, 0), 0), MAX_COUNTER) for name in self.counters]
         squared = np.rint(np.minimum(squares, _MOST_SQUARE) * weight * _SQUARE).astype(np.int64)
-        whole = np.concatenate([np.array([weight, 1, counted], np.int64), squared, cut, np.array(listed, np.int64)])
-        return whole.view(np.uint64)
+        first = np.array([weight, 1, min(counted, _MOST_COUNT)], np.int64)
+        return np.concatenate([first, squared, cut, np.array(listed, np.int64)]).view(np.uint64)
+
+    @property
+    def evaluation(self) -> list[int]:
+        """Where the counters of an evaluation stand."""
+        return [at for at, name in enumerate(self.counters, 3 + 2 * self.tensors) if name.startswith("eval/")]
 
     def unpack(self, total: NDArray[np.uint64], *, sites: int) -> Totals:
         """Reads the sum of ``sites`` sites' numbers.
@@ -96,20 +91,5 @@ class Numbers:
         if count != sites or weight < 0 or counted < 0:
             raise SessionError("the sum does not open to what the sites sent", hint="a site or the relay has changed something")
         squares, cut, listed = np.split(whole[3:], np.cumsum([self.tensors, self.tensors]))
-        metrics = {}
-        for i, name in enumerate(self.metrics):
-            value, by = int(listed[2 * i]), int(listed[2 * i + 1])
-            if by > 0:
-                metrics[name] = float(value) if name in _TOTALS else value / _unit(name) / by
-        mean = squares / _SQUARE / max(weight, 1)
-        return Totals(weight, count, counted, metrics, mean, cut)
-
-
-def _unit(name: str) -> float:
-    """Parts of a whole in which a metric's total is counted: examples are whole ones."""
-    return 1.0 if _PER.get(name) == "eval/examples" else _PART
-
-
-def with_counts(names: Collection[str]) -> frozenset[str]:
-    """These metrics, and the counts that they are means over: a sum shows both."""
-    return frozenset(names) | {_PER[name] for name in names if name in _PER}
+        counters = {n: int(v) for n, v in zip(self.counters, listed, strict=True) if 0 <= v <= sites * MAX_COUNTER}
+        return Totals(weight, count, counted, counters, squares / _SQUARE / max(weight, 1), cut)
