@@ -300,7 +300,6 @@ def test_where_a_roster_is_set_secure_aggregation_alone_is_taken_by_default(tmp_
         ({"protect": Protect(mode="secagg", secagg={"first_range": 1.5})}, {}, "first range 1.5 is above max_first_range 1"),
         ({"training": {"learning_rate": 0.02}}, {"max_first_range": 0.01}, "first range 0.02"),
         ({"evaluation": Evaluation(share=("eval/nll", "eval/tokens"))}, {"share": ("eval/tokens",)}, "asks for eval/nll, which"),
-        ({"evaluation": Evaluation(share=("eval/exact_match",))}, {"share": ("eval/exact_match",)}, "asks for eval/examples"),
     ],
 )
 def test_under_secure_aggregation_the_policy_bounds_what_a_plan_may_weaken(tmp_path, change, policy, says):

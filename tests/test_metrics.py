@@ -188,6 +188,19 @@ def test_a_site_without_held_out_rows_takes_part_under_secure_aggregation(tmp_pa
     assert record.together.metrics == {"eval/nll": 2.0, "eval/examples": 3.0, "secagg/cut": 0.0}
 
 
+@pytest.mark.slow
+def test_sums_of_the_largest_counters_end_nothing(tmp_path):
+    class Most(ToyLearner):
+        def evaluate(self, adapter):
+            return dict.fromkeys(("eval/nats", "eval/tokens", "eval/exact", "eval/examples"), MAX_COUNTER)
+
+    fed = secagg.Federation(tmp_path, secagg.secagg_plan(rounds=1), learners={n: Most(1.0) for n in secagg.TARGETS})
+    _, store = fed.run()
+    assert store.records()[0].void is None
+    assert store.records()[0].together.metrics["eval/nll"] == 2.0**-16
+    assert store.records()[0].together.metrics["eval/tokens"] == float(4 * MAX_COUNTER)
+
+
 # --- what leaves a site ------------------------------------------------------------------------------------------------------
 
 

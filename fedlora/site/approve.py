@@ -14,6 +14,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from fedlora.core.answers import Approved
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange
+from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
@@ -40,7 +41,8 @@ def in_words(plan: Plan) -> dict[str, str]:
         "sites": f"at least {f.min_sites} in a round",
         "rule": f"{plan.aggregate.name}{optimizer}",
         "weight of a site": _weight(plan),
-        "numbers that leave": f"{_listed(plan.evaluation.share)}; every {plan.evaluation.every} rounds an evaluation",
+        "numbers that leave": f"{_listed(plan.evaluation.share)}, as the counts {_listed(counters_of(plan.evaluation.share))}; "
+        f"every {plan.evaluation.every} rounds an evaluation",
     }
     words = {topic: _plain(sentence) for topic, sentence in words.items()}
     return words | mode_of(plan).words(plan, words)

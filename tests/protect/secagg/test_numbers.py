@@ -102,6 +102,18 @@ def test_a_site_without_held_out_rows_takes_part_and_adds_nothing(measured):
     assert update.counters["train/tokens"] == sum(u.counters["train/tokens"] for u in world.updates.values())
 
 
+def test_a_site_that_measures_something_else_advertises_anew():
+    """Its record of the work is damaged, and what is done again finds no rows: nobody is told that it has measured something."""
+    world = World(3)
+    heard = world.collect(world.task(), lost=lambda r: r.phase == "share")
+    assert not heard.sums
+    measure(world, ["site-2", "site-3"])
+    world.memory["site-1"].put(f"{world.task().run}/secagg/encoded", b"")
+    world.restart("site-1")
+    ((_, update, *_),) = world.collect(world.task()).sums
+    assert update.counters["eval/tokens"] == 0
+
+
 def test_where_measured_sites_are_lost_the_round_is_done_again_without_their_figures():
     """Of three measured sites one masks nothing: the others' sum is not agreed to, and a second session has zeros."""
     world = World(5, plan=secagg_plan(lone_change="allow"))
