@@ -48,7 +48,7 @@ def run(seed=0, *, better=0.0, name="toy"):
         "asked": list(SITES),
         "sites": {"north": site(30, train_loss=2.0, eval_nll=3.0), "south": site(10, eval_nll=3.5)},
         "missing": {},
-        "together": None,
+        "together": site(40, train_loss=2.0, eval_nll=3.125),
         "majority": {},
         "partial": False,
         "void": None,
@@ -349,7 +349,8 @@ def test_every_figure_has_its_words_its_numbers_and_colors_for_the_dark(tmp_path
     from fedlora.lab.figures import COLORS, PALETTE
 
     results = run()
-    second = {**results["rounds"][0], "round": 2, "missing": {"south": "late"}, "sites": {"north": site(1, eval_nll=1.25)}}
+    one = site(1, eval_nll=1.25)
+    second = {**results["rounds"][0], "round": 2, "missing": {"south": "late"}, "sites": {"north": one}, "together": one}
     results["rounds"].append(second)
     write_html(results, tmp_path / "report.html")
     parser = Figures()
@@ -360,15 +361,15 @@ def test_every_figure_has_its_words_its_numbers_and_colors_for_the_dark(tmp_path
         assert len(one["words"]) > 20
         assert len(one["cells"]) >= 4
     held_out, took_part = parser.found[2], parser.found[4]
-    assert held_out["words"].startswith("Held-out loss: 3 lines. mean of those that reported from 3.250 at 0 to 1.250 at 1")
+    assert held_out["words"].startswith("Held-out loss: 3 lines. all together from 3.125 at 0 to 1.250 at 1")
     assert [len(one["marks"]) for one in parser.found] == [8, 8, 3, 1, 4, 2, 5, 4, 3]
     assert all(mark["d"] for one in parser.found for mark in one["marks"])
     heights = [
         float(mark["transform"].rstrip(")").split(",")[1]) for mark in held_out["marks"]
     ]  # of 3.0, 1.25 and 3.5; 0 is the top
     assert 0 < heights[2] < heights[0] < heights[1] < 200
-    head = ["round", "mean of those that reported", "north", "south"]
-    assert held_out["cells"] == [*head, "0", "3.250", "3.000", "3.500", "1", "1.250", "1.250", "-"]
+    head = ["round", "all together", "north", "south"]
+    assert held_out["cells"] == [*head, "0", "3.125", "3.000", "3.500", "1", "1.250", "1.250", "-"]
     assert took_part["words"] == "Who took part: 2 sites in 2 rounds. counted: 3, late: 1."
     assert took_part["cells"] == ["round", "north", "south", "1", "counted", "counted", "2", "counted", "late"]
     assert parser.colors <= {light for light, _ in COLORS.values()} | set(PALETTE) | {"none", "#14171a", "transparent"}
@@ -401,10 +402,12 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
 
 
 def test_a_pdf_does_not_depend_on_the_order_of_a_hash_table(tmp_path):
-    from fedlora.lab.figures import MEAN, lines
+    from fedlora.core.words import TOGETHER
+    from fedlora.lab.figures import lines
 
     points = [(1, 2.0), (2, 1.0)]
-    figure = lines("loss", "Loss", "Nats.", {MEAN: points, "north": points, "south": points})  # pale and full: two graphic states
+    pale_and_full = {TOGETHER: points, "north": points, "south": points}  # two graphic states
+    figure = lines("loss", "Loss", "Nats.", pale_and_full)
     assert len({figure.save(tmp_path)[0].read_bytes() for _ in range(10)}) == 1
 
 

@@ -27,7 +27,7 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
-WITHIN = ("alone", "twice", "seeds", "parts")
+WITHIN = ("alone", "twice", "seeds", "parts", "evaluations")
 
 
 @pytest.mark.attack("C4", "any short combination of moves within a session, deals and complaints among them",
@@ -165,3 +165,12 @@ def test_the_search_sees_that_groups_are_not_whole(broken):
     whole_groups(broken)
     with pytest.raises(Uncovered):
         search("linear", examples=80, sizes=(5, 7, 4), within=False, only=["again", "whole_session"])
+
+
+@pytest.mark.mutant
+def test_the_search_sees_that_few_sites_count(broken):
+    """Two guards: who sends its evaluation, and who agrees to a sum."""
+    broken(SessionRequirements, "counting", "if len(p) >= self.max_colluding + 2", "if p")
+    broken(SessionRequirements, "check_counting", "if 0 < len(part & here) < self.max_colluding + 2:", "if False:")
+    with pytest.raises(Uncovered):
+        search("evaluations", examples=40, sizes=(5, 7, 4), within=False, only=["again", "whole_session"])
