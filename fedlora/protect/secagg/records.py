@@ -36,6 +36,7 @@ class Session:
         reply_key: the run's key, to which replies are sealed.
         bits: width of the ring.
         plan, base: digests of the plan and of the base model.
+        model: the plan's name for the base model.
         groups: of the roster as the session began, see :class:`SessionRequirements`; None where the plan allows sums that
             differ by single sites.
         contribution: this site's part in the sum, see :meth:`fedlora.protect.ledger.Contribution.facts`; None in the same case.
@@ -57,6 +58,7 @@ class Session:
     min_cohort: int
     plan: str
     base: str
+    model: str
     groups: Sequence[Sequence[str]] | None
     contribution: Mapping[str, Any] | None
     t1: bytes = b""
