@@ -95,11 +95,13 @@ class SealedSite:
         given = ContributionStore(self.link.memory, self.link.identity, self.link.entropy)
         ledger = given.load()
         ledger.check(base, None, uncovers=self.uncovers(task.plan_digest))
-        update = work(task)
+        update, layout = work(task), task.reply_layout
+        del task  # the adapter goes before the update is copied
         if base not in ledger.sealed:
             given.save(ledger.after_sealed(base))  # on the disk before it is sent
-        payload = wire.dump_update(update, task.reply_layout, dtype=dtype)
-        return self.link.seal(down, payload, codec=f"update/1/{dtype}", n_params=task.reply_layout.size, to=reply_key)
+        payload = wire.dump_update(update, layout, dtype=dtype)
+        del update
+        return self.link.seal(down, payload, codec=f"update/1/{dtype}", n_params=layout.size, to=reply_key)
 
     def _open(self, request: Request) -> tuple[Task, Header, PublicIdentity, Plan]:
         header, payload = self.link.open(request, codec="task/1", roster=pinned(self.link.server))

@@ -133,9 +133,9 @@ class SecAggSite:
         if session is not None and session.root and session.round < task.round:
             records.save_session(session.but(root=b""))  # it will not be ended any more: nobody shall open it later
         scales = terms.scales(task)
+        context = terms.context(task, scales, roster.digest(), key)
         self._encoded = self._encode(task, plan, terms, scales, records, work)
         records.end_other_runs()  # not before the run was admitted, with the work
-        context = terms.context(task, scales, roster.digest(), key)
         session = records.session()
         if session is None or session.context != context or session.t1 or not session.root:
             # Never the same keys in two sessions: the server has forgotten the first, or wants to see them used twice.
@@ -161,8 +161,11 @@ class SecAggSite:
     def _encode(
         self, task: Task, plan: Plan, terms: Terms, scales: F32, records: Records, work: Callable[[Task], Update]
     ) -> Encoded:
-        known = self._encoded or records.encoded()
+        known, self._encoded = self._encoded, None
+        if known is not None and known.round < task.round:
+            known = None  # of an earlier round: it lies on the disk, and is not held while this one trains
         update = with_metrics(work(task), terms.metrics_due(task, plan.evaluation.every))  # from the journal if it has been done
+        known = known or records.encoded()
         if known is not None and known.key == work_key(task, scales):
             return known
         made = encode_update(task, terms, scales, update, known=known, identity=self.link.identity)
