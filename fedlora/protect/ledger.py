@@ -1,11 +1,12 @@
 """What a site has contributed on each base model, over all runs, and which further contributions are allowed.
 
 Under ``lone_change = "refuse"`` a sum is over whole groups of the signed roster, and a site gives on one base model only together
-with one group, of the same sites by the same keys, and only to sums that add up the same of each of them. So any two groups that
-ever stood in a sum on that base are the same or share no honest site, whoever asked for what, in how many runs, and whoever knows
-of which sums; and over one group there is one sum of all that a site could have sent, not several with other weights. Whatever
-can be computed from all sums together is a function of the groups' sums, and each group has ``max_colluding + 2`` sites at the
-least, of which two are honest.
+with one group, of the same sites by the same keys, and only for one plan, however often it runs. So any two groups that ever
+stood in a sum on that base are the same or share no honest site, whoever asked for what, in how many runs, and whoever knows of
+which sums; and a group's sums are all of one training. A further plan, however little it differs, may train one site otherwise
+and all others to the same bits: the difference of two sums is then that site's (a batch that holds all rows of every site but
+one). Whatever can be computed from all sums together is a function of the groups' sums, and each group has ``max_colluding + 2``
+sites at the least, of which two are honest.
 
 A single update that one of a group has sent in sealed mode counts as if that site colluded: so sealed updates and sums do
 not stand side by side on one base model either.
@@ -13,9 +14,8 @@ not stand side by side on one base model either.
 Source: So, Ali, Guler, Jiao, Avestimehr, Securing Secure Aggregation: Mitigating Multi-Round Privacy Leakage in Federated
 Learning, 2023, where sites are divided into batches that take part as a whole.
 
-Sites train anew for each sum, on rows that may have changed. That is not looked at: the law is as strict as if they had not,
-because a server can publish one adapter twice; but where one site's rows alone have changed, the difference of two sums of its
-group is the change of its update (server/SECURITY.md).
+What sites contribute may change from sum to sum, by the adapter, the round and their rows. The difference of two sums is then the
+change at the sites that changed, which may be one (server/SECURITY.md says when, and what follows).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import LoneChange, StoreError
+from fedlora.core.plan import Plan
 from fedlora.formats.derive import derive
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.memory import Memory
@@ -33,6 +34,30 @@ from fedlora.protect.encrypted import EncryptedMemory
 
 KEY: Final = "secagg/given"
 """Where a site's memory keeps it."""
+HAS_GIVEN: Final = "secagg/has-given"
+"""Where it notes that there is one."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Base:
+    """A base model, as a ledger knows it again: by its name or by its digest, whichever is the same.
+
+    One model held as another type or quantization has another digest, and sites learn nearly the same on it.
+
+    Attributes:
+        model: the name that plans use, and which the site's own file maps to a directory.
+        digest: content digest, type and quantization included.
+    """
+
+    model: str
+    digest: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> Base:
+        return cls(plan.model.model_name_or_path, plan.model.digest)
+
+    def meets(self, other: Base) -> bool:
+        return self.model == other.model or self.digest == other.digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +66,15 @@ class Contribution:
 
     Attributes:
         members: name -> its keys' fingerprint: this site and the others of its group.
-        measure: keys of the plan -> values: how an update becomes what is added up. See :func:`fedlora.protect.mode.SumExposure`.
+        measure: keys of the plan -> values as text: all that decides what is added up. See
+            :class:`fedlora.protect.mode.SumExposure`.
     """
 
     members: tuple[tuple[str, str], ...]
-    measure: tuple[tuple[str, Any], ...]
+    measure: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, members: Iterable[PublicIdentity], measure: Mapping[str, Any]) -> Contribution:
+    def of(cls, members: Iterable[PublicIdentity], measure: Mapping[str, str]) -> Contribution:
         return cls(tuple(sorted((m.name, m.fingerprint()) for m in members)), tuple(sorted(measure.items())))
 
     @property
@@ -72,16 +98,15 @@ class Contribution:
             )
         if new := sorted(name for name, _ in set(self.members) - set(before.members)):
             return f"{_names(new, 'and')} had other keys when this site contributed together with them on this base model"
-        was = dict(before.measure)
-        changed = [f"{key} = {value!r} (was {was.get(key)!r})" for key, value in self.measure if was.get(key) != value]
-        return (
-            f"this plan's sums are of another kind than earlier ones on this base model: {', '.join(changed)}" if changed else ""
-        )
+        was, now = dict(before.measure), dict(self.measure)
+        keys = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+        changed = [f"{key} = {now.get(key, 'not said')} (was {was.get(key, 'not said')})" for key in keys]
+        return f"this plan is not the one of earlier sums on this base model: {', '.join(changed)}" if changed else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What a site has given, over all runs. Everything by the base model's digest.
+    """What a site has given, over all runs. Everything by the base model.
 
     Attributes:
         contributions: its parts in sums over whole groups. One, unless a person has agreed to more.
@@ -89,17 +114,25 @@ class Ledger:
         sealed: base models for which it has sent updates that the server reads.
     """
 
-    contributions: Mapping[str, tuple[Contribution, ...]] = field(default_factory=dict)
-    alone: frozenset[str] = frozenset()
-    sealed: frozenset[str] = frozenset()
+    contributions: Mapping[Base, tuple[Contribution, ...]] = field(default_factory=dict)
+    alone: frozenset[Base] = frozenset()
+    sealed: frozenset[Base] = frozenset()
 
-    def check_alike(self, base: str, *, alone: bool) -> None:
+    def before(self, base: Base) -> tuple[Contribution, ...]:
+        """Its parts in sums on this base model, under whatever name or digest."""
+        return tuple(one for known, parts in self.contributions.items() if base.meets(known) for one in parts)
+
+    def read(self, base: Base) -> bool:
+        """Whether the server has read an update of its own on this base model."""
+        return any(map(base.meets, self.sealed))
+
+    def check_alike(self, base: Base, *, alone: bool) -> None:
         """All plans on one base let sums differ by single sites, or none does.
 
         Raises:
             LoneChange.
         """
-        if base in self.alone if not alone else base in self.contributions:
+        if any(map(base.meets, self.contributions if alone else self.alone)):
             words = {True: "allow", False: "refuse"}
             raise LoneChange(
                 f"this site's sums on this base model are of plans with lone_change = '{words[not alone]}', "
@@ -107,7 +140,7 @@ class Ledger:
                 hint=f"agree on a plan with lone_change = '{words[not alone]}', or on another base model",
             )
 
-    def shown(self, base: str, contribution: Contribution | None) -> frozenset[str]:
+    def shown(self, base: Base, contribution: Contribution | None) -> frozenset[str]:
         """The sites that could be uncovered if this site gave this; none if it always did, and nothing else.
 
         All of all groups: which of them depends on sums that this site is not in.
@@ -115,18 +148,17 @@ class Ledger:
         Args:
             contribution: None: an update of its own, which the server reads.
         """
-        before = self.contributions.get(base, ())
+        before = self.before(base)
         if contribution is None:
             return frozenset().union(*(one.names for one in before))
-        if base not in self.sealed and all(one == contribution for one in before):
+        if not self.read(base) and all(one == contribution for one in before):
             return frozenset()
         return contribution.names.union(*(one.names for one in before))
 
-    def check(self, base: str, contribution: Contribution | None, *, uncovers: Collection[str]) -> None:
+    def check(self, base: Base, contribution: Contribution | None, *, uncovers: Collection[str]) -> None:
         """Agrees to give this, or says whose update that could show.
 
         Args:
-            base: content digest of the base model.
             contribution: None: an update of its own, which the server reads.
             uncovers: sites that a person has named for this plan: it may show them.
 
@@ -138,21 +170,21 @@ class Ledger:
         if lone := self.shown(base, contribution) - frozenset(uncovers):
             raise LoneChange(
                 f"{'; '.join(self.unlike(base, contribution))}. Together they could reveal the update of {_names(lone, 'or')}",
-                hint="agree on a plan that does not differ in this, or on another base model; or, if this is acceptable: "
+                hint="run the earlier plan again, or agree on another base model; or, if this is acceptable: "
                 "`fedlora site approve PLAN.toml` with " + " ".join(f"--uncovers {n}" for n in sorted(lone)),
             )
 
-    def unlike(self, base: str, contribution: Contribution | None) -> list[str]:
+    def unlike(self, base: Base, contribution: Contribution | None) -> list[str]:
         """How this differs from what was given before, in sentences."""
         if contribution is None:
             return ["this plan has the server read this site's update, and on this base model it has given to sums"]
         read = "the server has read an update of this site on this base model, and this plan adds it up with others'"
         return [
-            *([read] if base in self.sealed else []),
-            *(s for one in self.contributions.get(base, ()) if (s := contribution.unlike(one))),
+            *([read] if self.read(base) else []),
+            *(s for one in self.before(base) if (s := contribution.unlike(one))),
         ]
 
-    def after(self, base: str, contribution: Contribution | None) -> Ledger:
+    def after(self, base: Base, contribution: Contribution | None) -> Ledger:
         """With one more masked update that may have left this site; None where sums may differ by single sites."""
         if contribution is None:
             return replace(self, alone=self.alone | {base})
@@ -161,7 +193,7 @@ class Ledger:
             self, contributions={**self.contributions, base: tuple(sorted(contributions, key=lambda one: canonical(one.facts())))}
         )
 
-    def after_sealed(self, base: str) -> Ledger:
+    def after_sealed(self, base: Base) -> Ledger:
         """With an update of its own that the server reads."""
         return replace(self, sealed=self.sealed | {base})
 
@@ -202,9 +234,12 @@ class ContributionStore:
         except ValueError:
             raise self._unknown("damaged or of another key") from None
         if facts is not None:
-            contributions = {base: tuple(Contribution.parse(one) for one in of) for base, of in facts["contributions"].items()}
-            return Ledger(contributions, frozenset(facts["alone"]), frozenset(facts["sealed"]))
-        if self.has_given():
+            contributions = {
+                Base(*one["base"]): tuple(Contribution.parse(part) for part in one["parts"]) for one in facts["contributions"]
+            }
+            alone, sealed = (frozenset(Base(*one) for one in facts[key]) for key in ("alone", "sealed"))
+            return Ledger(contributions, alone, sealed)
+        if self._noted() is not False or self.has_given():
             raise self._unknown("gone")
         return Ledger()
 
@@ -219,11 +254,23 @@ class ContributionStore:
     def save(self, ledger: Ledger) -> None:
         """Returns after it is on the disk."""
         facts = {
-            "contributions": {base: [one.facts() for one in of] for base, of in ledger.contributions.items()},
-            "alone": sorted(ledger.alone),
-            "sealed": sorted(ledger.sealed),
+            "contributions": [
+                {"base": [base.model, base.digest], "parts": [one.facts() for one in of]}
+                for base, of in sorted(ledger.contributions.items(), key=lambda item: item[0])
+            ],
+            "alone": [[base.model, base.digest] for base in sorted(ledger.alone)],
+            "sealed": [[base.model, base.digest] for base in sorted(ledger.sealed)],
         }
+        if self._noted() is not True:
+            self.memory.put(HAS_GIVEN, b"1")  # of all runs, and never taken back: a ledger that is gone is then missed
         self._hidden().put(KEY, KEY, facts)
+
+    def _noted(self) -> bool | None:
+        """Whether there is a note that a ledger was begun; None if it is damaged: there was one."""
+        try:
+            return self.memory.get(HAS_GIVEN) is not None
+        except StoreError:
+            return None
 
     def _hidden(self) -> EncryptedMemory:
         return EncryptedMemory(self.memory, derive(self.identity.signing.private_bytes_raw(), "site-given"), self.entropy)

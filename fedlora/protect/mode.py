@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.answers import Survives
@@ -68,12 +68,12 @@ class SumExposure:
     Attributes:
         colluding: sites that may know their own updates.
         alone: whether sums may differ by one site.
-        measure: keys of the plan -> values: how an update becomes what is added up.
+        measure: keys of the plan -> values as text: all that decides what a site adds up.
     """
 
     colluding: int
     alone: bool
-    measure: Mapping[str, Any]
+    measure: Mapping[str, str]
 
 
 def check_mode(plan: Plan, name: str) -> None:

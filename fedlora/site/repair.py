@@ -23,7 +23,7 @@ from fedlora.formats.files import load_adapter, set_aside
 from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.memory import FileMemory, get_record, put_record, words
-from fedlora.protect.ledger import KEY, ContributionStore, Ledger
+from fedlora.protect.ledger import HAS_GIVEN, KEY, ContributionStore, Ledger
 from fedlora.protect.link import raise_number
 from fedlora.rounds.store import RunStore
 from fedlora.site.site_file import load_site_file
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 _RUN = re.compile(r"[0-9a-f]{64}")
 _KINDS = ("down", "up", "trained", "sits-out", "repaired")
-_SECAGG = ("session", "used", "cohort", "relay", "encoded")
-_LOSABLE = frozenset({"up", "trained", "repaired", "secagg/session", "secagg/cohort", "secagg/relay", "secagg/encoded"})
+_SECAGG = ("session", "used", "cohort", "relay", "settled", "encoded")
+_LOSABLE = frozenset({"up", "trained", "repaired", *(f"secagg/{kind}" for kind in _SECAGG if kind != "used")})
 """What a site can do without: it goes on from an older state, its own numbers raised. The rest protects it or others."""
 
 
@@ -126,16 +126,25 @@ class SiteRepair:
             except FedLoRAError as e:
                 found.append(Finding(str(path), str(e), [e.hint]))
         runs = self._runs()
-        for file, key, problem, lost in _broken(self.memory, [*(k for run in runs for k in _keys(run)), "roster", KEY]):
+        keys = [*(k for run in runs for k in _keys(run)), "roster", KEY, HAS_GIVEN]
+        for file, key, problem, lost in _broken(self.memory, keys):
             run = key.partition("/")[0] if _RUN.match(key) else ""
             if not lost:
                 found.append(Finding(file, f"{_said(problem)}; its other copy is intact and replaces it", wrong=False, run=run))
+            elif key == HAS_GIVEN:
+                found.append(Finding(file, f"{_said(problem)}; it is written anew with the next sum", wrong=False))
             elif not self._sits_out(run):
                 what = f"{words(key) if key else 'what was kept there'} is lost: {_said(problem)}"
                 found.append(Finding(file, what, self._choices(run, key), run=run))
+        if not self._is_there(KEY) and any(map(self._is_there, [HAS_GIVEN, *(f"{run}/secagg/used" for run in runs)])):
+            what = "the record of the sums that this site has contributed to is gone: it contributes to none"
+            found.append(Finding(self.memory.where(KEY), what, self._choices("", KEY)))
         for run in runs:
             found += self._of_run(run)
         return found
+
+    def _is_there(self, key: str) -> bool:
+        return any(map(os.path.lexists, self.memory.files(key)))
 
     def _of_run(self, run: str) -> list[Finding]:
         if self._sits_out(run):
@@ -163,6 +172,12 @@ class SiteRepair:
             return [
                 "--forget-roster: the next roster must then be the one whose digest is in the site file; "
                 "compare that digest with the coordinators by telephone first"
+            ]
+        if key == KEY:
+            return [
+                "restore the newest copy of the file, which protects this site best",
+                "--forget-sums: the record begins anew. A new sum, compared with a forgotten one on the same base model, may "
+                "reveal the update of this site or of another site in both",
             ]
         if not run:
             return ["restore the file and its copy from a backup; without one, this site refuses everything that needs it"]
@@ -264,7 +279,8 @@ class SiteRepair:
         """
         identity = self._load_identity()
         with _alone(self.state / "lock", "the site"):
-            _drop(self.memory, KEY)
+            for key in (KEY, HAS_GIVEN):
+                _drop(self.memory, key)
             ContributionStore(self.memory, identity, os.urandom).save(Ledger())
         return "a new sum, compared with a forgotten one, may reveal the update of this site or of another site in both"
 
