@@ -338,6 +338,8 @@ def test_a_state_that_was_damaged_is_named_and_the_run_goes_back_one_checkpoint(
             {"protect": {"mode": "secagg"}, "aggregate": {}, "lora": {"ranks": {"a": 2}}},
             ["lora.ranks", "secagg", "sealed", "product"],
         ),
+        ({"protect": {"mode": "secagg"}, "training": {"optimizer_state": "keep"}}, ["secagg", "optimizer_state", "'reset'"]),
+        ({"protect": {"mode": "secagg"}, "aggregate": {"fedavg": {"share": "A"}}}, ["fedavg", "secagg", "leave out share"]),
         ({"aggregate": {"name": "fedavg"}, "lora": {"ranks": {"a": 2}}}, ["ranks", "fedavg", "product"]),
         ({"aggregate": {"name": "ffa", "fedavg": {"share": "A"}}}, ["fedavg", "ffa", "leave it out"]),
         ({"aggregate": {"name": "fedavg", "product": {"rank": "full"}}}, ["product", "fedavg", "leave it out"]),
@@ -440,6 +442,11 @@ def test_every_rule_has_as_many_rounds_as_the_plan_says_and_each_can_be_lost_by_
         assert [r.round for r in records if r.missing.get("b") == "late"] == due
 
 
+@pytest.mark.attack(
+    "D12",
+    "a server asks sites to evaluate in a round that they have trained: their entry is replaced, and the next round begins anew",
+    stops="a site evaluates after the last round, and trains in no other",
+)
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_a_site_trains_no_round_that_the_plan_has_not(tmp_path, kind):
     todo = plan(rounds=2)
@@ -449,5 +456,5 @@ def test_a_site_trains_no_round_that_the_plan_has_not(tmp_path, kind):
         task = Task("1" * 64, todo.canonical(), TOY_BASE, kind, round, 0, START)
         body = wire.dump_task(task, reply_key=b"float32")
         codes.append(fed.answers["a"](Request("a", "global" if kind == "evaluate" else kind, body)).error)
-    assert codes == ["", "wrong-round" if kind == "train" else "", "wrong-round"]
+    assert codes == (["", "wrong-round", "wrong-round"] if kind == "train" else ["wrong-round", "", "wrong-round"])
     assert fed.learners["a"].trained == ([2] if kind == "train" else [])

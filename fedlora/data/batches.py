@@ -118,6 +118,12 @@ class Stream:
         batch = _batch(self.examples, filled, pad_token_id=self.pad_token_id)
         return batch, Cursor(epoch, position, cursor.examples + batch.examples, cursor.tokens + batch.tokens)
 
+    def after(self, cursor: Cursor) -> Cursor:
+        """The place behind the batch at ``cursor``, without making the batch. Raises as :meth:`next`."""
+        filled, epoch, position = self._fill(cursor)
+        used = [len(self.examples[i]) for row in filled for i in row]
+        return Cursor(epoch, position, cursor.examples + len(used), cursor.tokens + sum(used))
+
     def steps_per_epoch(self) -> int:
         """Batches that consume the first pass, the last of which may run over its end. Later passes may need one more or less."""
         steps, cursor = 0, Cursor()

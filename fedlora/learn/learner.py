@@ -70,7 +70,7 @@ class HFLearner:
         self._team: Callable[[], ProcessGroup] | None = None  # the processes of this site's other GPUs
         self._optimizer: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
         self._over: tuple[Factors, Layout] = ("AB", model.layout)  # what it is an optimizer of
-        self._given: tuple[bytes, Cursor] | None = None  # the state that this optimizer is in
+        self._given = b""  # the state that this optimizer is in
         self._stream = Stream(
             list(train),
             seed=plan.run.seed,
@@ -162,6 +162,7 @@ class HFLearner:
         self._model.set(adapter)
         self._model.set_trained(factors)
         optimizer = self._restored(state, factors)
+        self._cursor = self.place(round, state)
         ranks = self._team() if self._team is not None else None
         try:
             if ranks is not None and ranks.rank == 0:
@@ -189,8 +190,8 @@ class HFLearner:
                 raise ResourceError("out of memory", hint="lower gpu_memory_gib or micro_batch_tokens in the site file") from None
             raise
         keeps = training.optimizer_state == "keep"
-        after = dump_state(self._cursor, dump_moments(optimizer) if keeps else b"")
-        self._given = (after, self._cursor) if keeps else None
+        after = dump_state(round, self._cursor, dump_moments(optimizer) if keeps else b"")
+        self._given = after if keeps else b""
         return Trained(
             adapter=self._model.get(),
             tokens=spent.tokens,
@@ -202,15 +203,14 @@ class HFLearner:
         )
 
     def _restored(self, state: bytes, factors: Factors) -> torch.optim.Optimizer:
-        """The optimizer and the place in the data that ``state`` describes."""
-        training, given, self._given = self._plan.training, self._given, None
+        """The optimizer that ``state`` describes."""
+        training, given, self._given = self._plan.training, self._given, b""
         over = (factors, self._model.current)
         if over != self._over:
             self._optimizer, self._over = None, over  # other parameters, or of another shape
-        if self._optimizer is not None and given is not None and given[0] is state:
-            self._cursor = given[1]
+        if self._optimizer is not None and given and given is state:
             return self._optimizer  # what this learner gave out last: no need to read 8 bytes a value back
-        self._cursor, moments = parse_state(state)
+        _, _, moments = parse_state(state)
         self._model.check_trainable(factors)
         if training.optimizer_state == "keep" or training.optim != "adamw_torch":
             optimizer = self._optimizer = self._optimizer or make_optimizer(self._model, training, factors=factors)
@@ -228,6 +228,16 @@ class HFLearner:
         while True:
             group, self._cursor = self.group(self._cursor)
             yield group
+
+    def place(self, round: int, state: bytes) -> Cursor:
+        """Where in the data a round begins. It depends on the round alone: whoever chooses which rounds a site is asked for does
+        not choose what it trains on in the others."""
+        before, cursor, _ = parse_state(state)
+        if before >= round:
+            before, cursor = 0, Cursor()
+        for _ in range((round - 1 - before) * self.steps * self._plan.training.gradient_accumulation_steps):
+            cursor = self._stream.after(cursor)
+        return cursor
 
     def group(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
         """The batches of the optimizer step at ``cursor``, and the place behind them."""
@@ -272,26 +282,26 @@ def _check_length(model: LoraModel, max_length: int) -> None:
         )
 
 
-def dump_state(cursor: Cursor, moments: bytes) -> bytes:
-    """Canonical JSON of the cursor, a line feed, the moments (or nothing)."""
-    return canonical({"cursor": asdict(cursor), "version": 1}) + b"\n" + moments
+def dump_state(round: int, cursor: Cursor, moments: bytes) -> bytes:
+    """Canonical JSON of the round that is done and the place behind it, a line feed, the moments (or nothing)."""
+    return canonical({"cursor": asdict(cursor), "round": round, "version": 2}) + b"\n" + moments
 
 
-def parse_state(state: bytes) -> tuple[Cursor, bytes]:
+def parse_state(state: bytes) -> tuple[int, Cursor, bytes]:
     """Inverse of :func:`dump_state`; ``b""`` is the beginning.
 
     Raises:
         StoreError: malformed.
     """
     if not state:
-        return Cursor(0, 0, 0, 0), b""
+        return 0, Cursor(), b""
     head, _, moments = state.partition(b"\n")
     try:
         table = json.loads(head)
-        cursor = Cursor(**table["cursor"])
-        good = table["version"] == 1 and all(type(v) is int and v >= 0 for v in asdict(cursor).values())
+        cursor, done = Cursor(**table["cursor"]), table["round"]
+        good = table["version"] == 2 and all(type(v) is int and v >= 0 for v in (done, *asdict(cursor).values()))
     except (ValueError, KeyError, TypeError):
         good = False
     if not good:
         raise StoreError("the training state in the journal is damaged", hint="check whether another version of FedLoRA wrote it")
-    return cursor, moments
+    return done, cursor, moments

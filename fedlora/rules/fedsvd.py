@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Final, Self
 
@@ -52,9 +53,9 @@ class FedSVD(Rule):
     def trains(self, round: int) -> Factors:
         return "B"
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
-        """A's rows are the first ones or orthonormal, within the first row space; B is no longer than what was added to it, seen
-        through the longest A."""
+    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float]) -> None:
+        """A's rows are the first ones or orthonormal, within the first row space; no row of B is longer than what was added to
+        it, seen through the longest A."""
         for old, new in zip(first.layout.pairs(), now.layout.pairs(), strict=True):
             (_, a0), (b, a) = factors(first.vector, old), factors(now.vector, new)
             longest = max(1.0, float(np.linalg.norm(a0, 2)))
@@ -62,7 +63,8 @@ class FedSVD(Rule):
             space, _ = np.linalg.qr(a0.T.astype(np.float64))
             outside = float(np.linalg.norm(a - (a @ space) @ space.T, 2))
             check_max_change(f"{new.module}.lora_A.weight", outside, _OUTSIDE * longest)
-            check_max_change(f"{new.module}.lora_B.weight", float(np.linalg.norm(b)), moved * math.sqrt(b.size) * longest)
+            rows = float(np.max(np.linalg.norm(b, axis=1)))
+            check_max_change(f"{new.module}.lora_B.weight", rows, moved["B"] * math.sqrt(b.shape[1]) * longest)
 
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         mean = mean_delta(sums, adapter, scale=scale)

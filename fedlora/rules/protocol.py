@@ -87,13 +87,13 @@ class Aggregator(Protocol):
         """
         ...
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
+    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float]) -> None:
         """At a site: refuses an adapter that no rounds can have made of the first one.
 
         Args:
             first: the tensors with which the run began.
             now: the same tensors, as the server has published them.
-            moved: most that all rounds so far together can have changed a value of a factor.
+            moved: ``A`` and ``B``: most that all rounds so far together can have changed a value of this factor.
 
         Raises:
             PlanRefused (impossible-adapter): it has gone further.
@@ -184,10 +184,10 @@ class Rule:
         sent = self.reply(before.layout, round)
         return after.part(sent).vector - before.part(sent).vector
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: float) -> None:
+    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float]) -> None:
         for name, at, _ in now.layout.slices():
             farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
-            check_max_change(name, farthest, moved)
+            check_max_change(name, farthest, moved["A" if name.endswith(".lora_A.weight") else "B"])
 
     def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
         layout = self.reply(adapter.layout, round)

@@ -249,8 +249,9 @@ class Site:
             )
         if learner.steps > self.policy.max_local_steps:
             raise PlanRefused(f"a round takes {learner.steps} steps here, more than {self.policy.max_local_steps}")
-        if not 1 <= task.round <= plan.federation.num_rounds + (task.kind == "evaluate"):
-            raise WrongContext(f"round {task.round} of {plan.federation.num_rounds}", code="wrong-round")
+        last = plan.federation.num_rounds
+        if not (1 <= task.round <= last if task.kind == "train" else task.round == last + 1):  # else a round's entry is replaced
+            raise WrongContext(f"a task to {task.kind} in round {task.round} of {last}", code="wrong-round")
         adapter = self._whole(task, plan, rule, learner)
         if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
             raise PlanRefused("the first adapter is not the one that the plan pins")

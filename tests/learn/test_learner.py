@@ -69,6 +69,30 @@ def test_keys_of_a_plan_that_say_nothing_of_the_training_change_no_bit(
     assert (done[0].tokens, done[0].state) == (done[1].tokens, done[1].state)
 
 
+@pytest.mark.attack(
+    "D13",
+    "a server asks some sites for a round and others not: in the next one, on the same adapter, one alone trains otherwise",
+    stops="what a site trains on depends on the round alone, and under secure aggregation it keeps nothing else between rounds",
+)
+@pytest.mark.parametrize(
+    "options", [{"local_steps": 2}, {"local_steps": 0, "local_epochs": 2}, {"gradient_accumulation_steps": 3}]
+)
+@pytest.mark.parametrize("trained", [(), (1,), (2,), (3,), (1, 3), (2, 3), (1, 2, 3)])
+def test_what_a_round_is_trained_on_does_not_depend_on_the_rounds_before(
+    learner: Callable[..., HFLearner], lora: Callable[..., Any], trained: tuple[int, ...], options: dict[str, Any]
+):
+    model = lora()
+    first, one = model.get(), learner(model, **options)
+    every, asked = b"", b""
+    for number in (1, 2, 3):
+        every = one.train(first, round=number, state=every).state
+        if number in trained:
+            asked = one.train(first, round=number, state=asked).state
+    done = [learner(model, **options).train(first, round=4, state=state) for state in (every, asked)]
+    assert done[0].adapter.digest() == done[1].adapter.digest() != first.digest()
+    assert (done[0].tokens, done[0].state) == (done[1].tokens, done[1].state)
+
+
 @pytest.mark.parametrize("kept", ["reset", "keep"])
 @pytest.mark.parametrize("base", [{}, {"load_in_4bit": True}])
 def test_interrupted_after_every_round_gives_the_same_bits(

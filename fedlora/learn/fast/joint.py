@@ -22,7 +22,7 @@ from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate
 from fedlora.core.metrics import to_nats
 from fedlora.data import IGNORE, Batch, Cursor, regroup
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
-from fedlora.learn.learner import HFLearner, dump_state, parse_state
+from fedlora.learn.learner import HFLearner, dump_state
 from fedlora.learn.loop import add_proximal_term, count_supervised, rate_of
 from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import make_optimizer
@@ -109,7 +109,7 @@ class JointLearners:
         model.set_trained(factors)
         model.set_checkpointing("none")
         model.set_stacked([adapter] * len(sites))
-        places: Sequence[Cursor] = [parse_state(self._expected[s])[0] for s in sites]
+        places: Sequence[Cursor] = [self._learners[s].place(round, self._expected[s]) for s in sites]
         optimizer = make_optimizer(model, training, factors=factors)
         parameters = model.trainable(factors)
         anchors = [p.detach().clone() for p in parameters] if training.proximal_mu else []
@@ -129,7 +129,7 @@ class JointLearners:
         found = {}
         for site, local, one, place in zip(sites, model.get_stacked(), spent, places, strict=True):
             counters = {"train/nats": to_nats(one.nats), "train/tokens": one.tokens}
-            found[site] = Trained(local, one.tokens, one.examples, counters, steps, seconds, dump_state(place, b""))
+            found[site] = Trained(local, one.tokens, one.examples, counters, steps, seconds, dump_state(round, place, b""))
         return found
 
 

@@ -19,6 +19,7 @@ from fedlora.protect.secagg.sessions import SessionStore
 from fedlora.protect.secagg.settings import Settings, first_range, measure, settings_of
 from fedlora.protect.secagg.site import SecAggSite
 from fedlora.protect.secagg.terms import check_published
+from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
 
 
@@ -52,6 +53,16 @@ class SecAgg(Mode):
             yield (
                 "protect.mode = 'secagg': set protect.secagg.weight_unit (tokens or examples that make a weight of 1), or "
                 "aggregate.weighting = 'uniform'; not both"
+            )
+        if plan.training.optimizer_state == "keep":
+            yield (
+                "protect.mode = 'secagg' needs training.optimizer_state = 'reset': what a site keeps from round to round depends "
+                "on the rounds that it was asked for, and so the sums could single it out"
+            )
+        if rule_of(plan).keeps_local_factor:
+            yield (
+                f"aggregate.name = {a.name!r} with a factor that stays at each site does not go with protect.mode = 'secagg', "
+                "because it depends on the rounds that a site was asked for: leave out share, so that all that is trained travels"
             )
         if f.local_epochs and not s.first_range:
             yield "protect.mode = 'secagg' with local_epochs needs protect.secagg.first_range"

@@ -21,7 +21,7 @@ from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.rings import Words
 
 _ENCODED = b"FLE2"
-_ENCODED_HEAD = struct.Struct("<HHIQQQ")  # bytes of the key, bytes of a level, round; counts of levels, numbers, what is left
+_ENCODED_HEAD = struct.Struct("<HH4xQQQQ")  # bytes of the key, bytes of a level, round; counts of levels, numbers, what is left
 _OPEN = "secagg/open"
 """Runs in which a session may still have its secrets."""
 

@@ -67,9 +67,10 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
     """
     weighted = plan.aggregate.weighting != "uniform"
     more = MAX_UNITS / PROFILES[settings_of(plan).profile].levels if weighted else 0.0  # parts of a level are rounded up
-    before = range(1, min(round, plan.federation.num_rounds + 1))
-    moved = optimizer_of(plan).reach([reach(plan, r) * (1 + more) for r in before])
-    rule_of(plan).check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved)
+    before, rule = range(1, min(round, plan.federation.num_rounds + 1)), rule_of(plan)
+    rounds = {factor: [r for r in before if factor in rule.trains(r)] for factor in "AB"}
+    moved = {f: optimizer_of(plan).reach([reach(plan, r) * (1 + more) for r in trained]) for f, trained in rounds.items()}
+    rule.check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved)
 
 
 @dataclass(frozen=True, slots=True)

@@ -337,7 +337,7 @@ SUMS = {
     "ffa": {},
     "rolora": {},
     "fedsvd": {"rounds": 1},  # B has equal columns here: what A's second row becomes is up to the last bit
-    "fedavg": {"fedavg": {"share": "A"}},
+    "fedavg": {},
 }
 
 

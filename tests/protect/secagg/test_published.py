@@ -22,7 +22,6 @@ from fedlora.site.work import Site
 LAYOUT = Layout.of({"m.lora_A.weight": (3, 6), "m.lora_B.weight": (5, 3), "n.lora_A.weight": (3, 4), "n.lora_B.weight": (4, 3)})
 RULES = {
     "fedavg": {},
-    "fedavg-A": {"fedavg": {"share": "A"}},
     "ffa": {"name": "ffa"},
     "rolora": {"name": "rolora"},
     "fedsvd": {"name": "fedsvd"},
@@ -123,6 +122,39 @@ def test_fedsvd_takes_no_direction_that_training_cannot_give(inside):
         moved[pair.a] = made.astype(np.float32).reshape(-1)
     with raising(PlanRefused, code="impossible-adapter"):
         check_published(plan, Adapter(moved, LAYOUT), round=3)
+
+
+def test_a_factor_moves_only_in_rounds_that_train_it():
+    plan = plan_of("rolora", "none", schedule="constant")
+    first, far = first_adapter(LAYOUT, seed=plan.run.seed), reach(plan_of("rolora", "none", schedule="constant"), 1)
+    for round, factor, rounds in ((2, "A", 0), (2, "B", 1), (3, "A", 1), (4, "A", 1), (4, "B", 2), (6, "B", 3)):
+        for by, taken in ((0.999 * rounds * far, True), ((rounds + 0.01) * far, False)):
+            moved = first.vector.copy()
+            for pair in LAYOUT.pairs():
+                moved[pair.a if factor == "A" else pair.b] += np.float32(by)
+            if taken:
+                check_published(plan, Adapter(moved, LAYOUT), round=round)
+            else:
+                with raising(PlanRefused, code="impossible-adapter"):
+                    check_published(plan, Adapter(moved, LAYOUT), round=round)
+
+
+def test_under_fedsvd_no_row_of_b_goes_further_than_its_own_changes():
+    plan = plan_of("fedsvd", "none", schedule="constant")
+    first = first_adapter(LAYOUT, seed=plan.run.seed)
+    pair = LAYOUT.pairs()[0]
+    longest = max(1.0, np.linalg.norm(first.vector[pair.a].reshape(pair.rank, -1).astype(float), 2))
+    most = 2 * reach(plan, 1) * np.sqrt(pair.rank) * longest
+    for length, taken in ((0.99 * most, True), (1.02 * most, False)):
+        moved = first.vector.copy()
+        row = np.zeros(pair.rank, np.float32)
+        row[0] = length
+        moved[pair.b] = np.concatenate([row, np.zeros(moved[pair.b].size - pair.rank, np.float32)])
+        if taken:
+            check_published(plan, Adapter(moved, LAYOUT), round=3)
+        else:
+            with raising(PlanRefused, code="impossible-adapter"):
+                check_published(plan, Adapter(moved, LAYOUT), round=3)
 
 
 def test_in_the_first_round_only_the_first_adapter_is_taken():
