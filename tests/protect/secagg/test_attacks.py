@@ -373,7 +373,7 @@ def test_a_metric_that_few_sites_send_is_not_opened(liar, kind, sharing):
 @pytest.mark.parametrize("measured", [1, 2, 3])
 def test_the_evaluation_of_few_sites_is_not_opened(liar, kind, measured):
     a = liar(5, held_out=dict.fromkeys(names(5)[measured:], 19))
-    a.whole(a.task(kind=kind), names(5))
+    a.whole(a.task(kind=kind, round=1 if kind == "train" else 4), names(5))
     assert opened(a) == [frozenset(names(5))]
     assert evaluations(a) == ([frozenset()] if measured < 3 else [frozenset(names(3))])
 
@@ -384,8 +384,8 @@ def test_sums_over_other_groups_do_not_differ_by_one_evaluation(liar):
     groups = [sorted(g) for g in a.signed.roster.groups()]
     a.close()
     a = liar(6, plan=a_plan(lone_change="refuse"), held_out=dict.fromkeys(groups[0][1:], 5))
-    a.whole(a.task(kind="evaluate"), names(6))
-    a.whole(a.task(run=1, kind="evaluate"), groups[1])
+    a.whole(a.task(kind="evaluate", round=4), names(6))
+    a.whole(a.task(run=1, kind="evaluate", round=4), groups[1])
     assert [len(s) for s in opened(a)] == [6, 3]
     assert evaluations(a) == [frozenset(groups[1])] * 2
 
