@@ -120,7 +120,7 @@ class Roster:
             Oversized, RosterInvalid, WireError (version-unsupported): too long; malformed; of another version.
             BadSignature: it holds a key for which anybody can sign.
         """
-        return _roster(_parse_object(raw))
+        return roster_of(roster_json(raw))
 
     def digest(self) -> str:
         """Names this roster, hex: what an operator approves and an envelope's header states."""
@@ -242,7 +242,7 @@ def _check_members(r: Roster) -> None:
         ("sites", tuple(m.identity for m in r.sites), MAX_SITES),
     ):
         _check_count(what, people, most=most)
-        names = [_check_name(p.name) for p in people]
+        names = [check_name(p.name) for p in people]
         if names != sorted(set(names)):
             raise RosterInvalid(f"{what} are sorted by name, each name once")
     if r.needed > len(r.coordinators):
@@ -258,7 +258,12 @@ def _check_members(r: Roster) -> None:
         raise RosterInvalid("one key occurs twice", hint="give every site, every coordinator and the server keys of their own")
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
+    """Refuses what is no name of a site, server or coordinator.
+
+    Raises:
+        RosterInvalid.
+    """
     try:
         return check_site_name(name)
     except ConfigError as e:
@@ -277,7 +282,12 @@ def _matches(pattern: re.Pattern[str], text: object) -> bool:
 # --- bytes ---------------------------------------------------------------------------------------------------------
 
 
-def _parse_object(raw: bytes) -> dict[str, Any]:
+def roster_json(raw: bytes) -> dict[str, Any]:
+    """The JSON object in a roster file.
+
+    Raises:
+        Oversized, RosterInvalid.
+    """
     if len(raw) > MAX_BYTES:
         raise Oversized(
             f"longer than a roster may be: {MAX_BYTES} bytes", hint="this is another file; look at it with `fedlora inspect`"
@@ -288,7 +298,12 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
         raise RosterInvalid("not a roster: not canonical JSON", hint="copy the file whole and do not edit it") from None
 
 
-def _roster(value: object) -> Roster:
+def roster_of(value: object) -> Roster:
+    """The roster that a JSON value describes.
+
+    Raises:
+        RosterInvalid, WireError (version-unsupported).
+    """
     if not isinstance(value, dict):
         raise RosterInvalid("a roster is a JSON object")
     version = value.get("v")
@@ -341,7 +356,12 @@ def _public(line: object) -> PublicIdentity:
     return found
 
 
-def _parse_signature(text: object) -> bytes:
+def parse_signature(text: object) -> bytes:
+    """The bytes of a signature in base64.
+
+    Raises:
+        RosterInvalid.
+    """
     try:
         return base64.b64decode(text if isinstance(text, str) else "", validate=True)
     except (ValueError, binascii.Error):

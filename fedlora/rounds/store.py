@@ -30,7 +30,7 @@ from fedlora.formats.files import (
 from fedlora.formats.memory import FileMemory
 from fedlora.formats.records import dump_round, facts_of, parse_facts_as, parse_round, scan_rounds
 from fedlora.protect.modes import mode_of
-from fedlora.rounds.hints import _LAST, _LOG, _checkpoint_hint, _command, _memory_hint, _plan_hint
+from fedlora.rounds.hints import LAST_RESORT, LOG_HINT, checkpoint_hint, memory_hint, plan_hint, repair_command
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class RunStore:
         self.directory = directory
         self.plan = plan
         self.run = run
-        self.memory = FileMemory(directory / "memory", _memory_hint(directory))
+        self.memory = FileMemory(directory / "memory", memory_hint(directory))
         self._keep = keep
         self._mended = list(mended)
 
@@ -115,7 +115,7 @@ class RunStore:
         if kept is None or kept.digest() != digest:
             if plan is None or not facts:
                 both = "run.json and plan.json are" if not facts else "plan.json is"
-                raise Damaged(f"{directory}: {both} damaged", hint=_plan_hint(directory, lost=not facts))
+                raise Damaged(f"{directory}: {both} damaged", hint=plan_hint(lost=not facts))
             kept = plan
             damage.append(directory / "plan.json")
         run = facts.get("run") or _run_of(directory)
@@ -154,7 +154,7 @@ class RunStore:
         """
         for number in reversed(_numbers(self.directory)):
             return self._read(number)
-        raise StoreError(f"no checkpoint in {self.directory}", hint=_LAST)
+        raise StoreError(f"no checkpoint in {self.directory}", hint=LAST_RESORT)
 
     def resume(self, report: Report = lambda event, facts: None) -> Checkpoint:
         """The last complete round, for whoever goes on from there; brings ``rounds.jsonl`` up to it.
@@ -237,14 +237,14 @@ class RunStore:
             StoreError: it is not, or it is damaged.
         """
         if round not in _numbers(self.directory):
-            raise StoreError(f"the adapter after round {round} is not kept: {self._path(round)} is missing", hint=_LAST)
+            raise StoreError(f"the adapter after round {round} is not kept: {self._path(round)} is missing", hint=LAST_RESORT)
         return self._read(round).adapter
 
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)
         numbers = _numbers(self.directory)
         # Where no round can be done twice, its outcome is kept in two files.
-        hint = _checkpoint_hint(path, alone=mode_of(self.plan).once or len(numbers) == 1)
+        hint = checkpoint_hint(path, alone=mode_of(self.plan).once or len(numbers) == 1)
         try:
             return self._read_file(path, number)
         except StoreError as e:
@@ -261,7 +261,7 @@ class RunStore:
             raise StoreError(f"{path} belongs to another run or round")
         record = facts.get("record")
         if record or number:  # the first adapter has none; an earlier version wrote an empty one
-            record = parse_facts_as(RoundRecord, record, where=f"the record in {path}", hint=_LAST)
+            record = parse_facts_as(RoundRecord, record, where=f"the record in {path}", hint=LAST_RESORT)
         return Checkpoint(number, adapter, record or None, state)
 
     def _files(self, number: int) -> list[Path]:
@@ -285,7 +285,7 @@ class RunStore:
         return whole
 
     def _scan(self) -> Iterator[RoundRecord | Damaged]:
-        return scan_rounds(read_file(self._records, hint=_LOG) or b"", self._records, hint=_LOG)
+        return scan_rounds(read_file(self._records, hint=LOG_HINT) or b"", self._records, hint=LOG_HINT)
 
     def finish(self, final: RoundRecord) -> None:
         """Notes the last evaluation; from here on the run is complete."""
@@ -332,7 +332,7 @@ class RunStore:
     @property
     def repair(self) -> str:
         """The command that repairs this run."""
-        return _command(self.directory) or "fedlora server repair HOME RUN"
+        return repair_command(self.directory) or "fedlora server repair HOME RUN"
 
     @property
     def _records(self) -> Path:
@@ -381,4 +381,4 @@ def _run_of(directory: Path) -> str:
     for number in reversed(_numbers(directory)):
         with suppress(StoreError):
             return str(load_vectors(directory / f"round-{number:06d}.safetensors")[1]["run"])
-    raise Damaged(f"{directory / 'run.json'} is damaged and no checkpoint is whole", hint=_LAST)
+    raise Damaged(f"{directory / 'run.json'} is damaged and no checkpoint is whole", hint=LAST_RESORT)
