@@ -59,6 +59,11 @@ class Model(Section):
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """data type of matrix products; use float32 on CPUs without bfloat16"""
 
+    @property
+    def quantization(self) -> str:
+        """Data type that the linear layers are quantized to: nf4, fp4, int8 or none."""
+        return self.bnb_4bit_quant_type if self.load_in_4bit else "int8" if self.load_in_8bit else "none"
+
     @model_validator(mode="after")
     def _one_width(self) -> Self:
         if self.load_in_4bit and self.load_in_8bit:
