@@ -290,6 +290,11 @@ class Plan(Section):
         """SHA-256 of :meth:`canonical`, hex."""
         return hashlib.sha256(self.canonical()).hexdigest()
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the digests of the base and of the first adapter are filled in; `fedlora pin` does that."""
+        return bool(self.model.digest and self.lora.init_digest)
+
     def pinned(self, *, base: str, init: str) -> Plan:
         """This plan with the digests of the base and of the first adapter filled in."""
         model = self.model.model_copy(update={"digest": base})

@@ -151,7 +151,7 @@ def forecast(site_file: Path, plan: Plan, *, report: Report) -> dict[str, Any]:
         ConfigError, ModelError, DataError: see :func:`load_learner`.
     """
     file = load_site_file(site_file)
-    if plan.model.digest and plan.lora.init_digest:  # a plan that pins nothing yet is refused for that alone
+    if plan.is_pinned:  # a plan that pins nothing yet is refused for that alone
         file.agreed.check(plan, models=frozenset(file.models))
     processes = len(devices_of(file))
     return asdict(load_learner(site_file, plan, report=report).forecast(processes=processes))

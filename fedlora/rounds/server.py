@@ -53,7 +53,7 @@ class ServerRun:
         Raises:
             ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
             StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
-            QuorumNotReached: see :func:`fedlora.rounds.loop.run`.
+            RunFailed (quorum): see :func:`fedlora.rounds.loop.run`.
         """
         store, plan = self.store, self.store.plan
         _check_sites(plan, self.sites)
@@ -94,9 +94,10 @@ def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> 
         ConfigError: the plan is not pinned, or ``first`` is not the adapter that it pins.
         StoreError: the directory holds a run.
     """
-    if not plan.model.digest or not plan.lora.init_digest:
+    if not plan.is_pinned:
         raise ConfigError(
-            "the plan pins neither base nor first adapter", hint="make the pinned plan and the adapter with `fedlora pin`"
+            "the plan does not pin both the base and the first adapter",
+            hint="make the pinned plan and the adapter with `fedlora pin`",
         )
     if first.digest() != plan.lora.init_digest:
         raise ConfigError(

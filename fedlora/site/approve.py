@@ -155,7 +155,7 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
         StoreError, KeyFileError: what this site remembers cannot be read.
     """
     file, root = load_site_file(site_file), site_file.resolve().parent
-    if not plan.model.digest or not plan.lora.init_digest:
+    if not plan.is_pinned:
         raise ConfigError(
             "the plan is not pinned: it has another digest than the one that will run", hint="ask for the pinned plan"
         )

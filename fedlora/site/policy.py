@@ -22,6 +22,11 @@ def _mode(name: str) -> str:
     return name
 
 
+def default_modes(*, roster: bool) -> tuple[str, ...]:
+    """Modes that a site accepts whose policy names none: secagg where a roster says who takes part, else sealed."""
+    return ("secagg",) if roster else ("sealed",)
+
+
 class Policy(Section):
     """Limits of what this site takes part in. They override every plan."""
 
@@ -68,7 +73,7 @@ class Policy(Section):
         Args:
             models: ids of the base models that lie here.
         """
-        f, p, accepted = plan.federation, plan.protect, self.protect or ("secagg",)
+        f, p, accepted = plan.federation, plan.protect, self.protect or default_modes(roster=True)
         allowed = frozenset(self.allowed_models) or models
         no = []
         if plan.model.model_name_or_path not in allowed:
@@ -81,8 +86,8 @@ class Policy(Section):
             no.append(f"{f.num_rounds} rounds are more than {self.max_rounds}")
         if f.local_steps > self.max_local_steps:
             no.append(f"{f.local_steps} steps a round are more than {self.max_local_steps}")
-        if not plan.model.digest or not plan.lora.init_digest:
-            no.append("the plan pins neither base nor first adapter by content")
+        if not plan.is_pinned:
+            no.append("the plan does not pin both the base and the first adapter by content")
         return [*no, *mode_of(plan).refusals(plan, self)]
 
     def check(self, plan: Plan, *, models: frozenset[str]) -> None:

@@ -15,7 +15,7 @@ from fedlora.data.files.readers import BUILT_IN, READERS
 from fedlora.data.files.sources import ENCODINGS
 from fedlora.data.shapes import SHAPES
 from fedlora.formats.plans import load_toml
-from fedlora.site.policy import Policy
+from fedlora.site.policy import Policy, default_modes
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -137,7 +137,7 @@ class SiteFile(Section):
         """The policy with the protections that it accepts written out."""
         if self.policy.protect:
             return self.policy
-        return self.policy.model_copy(update={"protect": ("secagg",) if self.roster else ("sealed",)})
+        return self.policy.model_copy(update={"protect": default_modes(roster=bool(self.roster))})
 
 
 def load_site_file(path: Path) -> SiteFile:
