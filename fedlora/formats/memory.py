@@ -61,7 +61,7 @@ def put_record(memory: Memory, key: str, kind: str, facts: Mapping[str, Any]) ->
 
 @dataclass(frozen=True, slots=True)
 class FileMemory:
-    """:class:`fedlora.protect.Memory` in a directory: two files a key, with key and digest inside.
+    """:class:`Memory` in a directory: two files a key, with key and digest inside.
 
     The copy is written before the file itself. Law: whatever happens to one of the two, the value is the one last put; if both
     are damaged, the error names them. A value that was never put is None.

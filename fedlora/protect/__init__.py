@@ -1,4 +1,4 @@
-"""Who can read an update on its way: the protocol, its two halves and the registry.
+"""Who can read an update on its way: the interfaces of a protection's two halves.
 
 An exchange is a generator: the server's half yields requests and is sent an iterator of replies, which arrive one at a
 time in any order. It never sends by itself, so the same code runs in process, in simulation and over Flower.

@@ -246,7 +246,8 @@ class SecAggSite:
         return Complaint.make(cohort, own, received.lies, key=self.link.identity.signing).dump()
 
     def _open(self, payload: bytes, records: Records, session: Session) -> bytes:
-        """Complaints about this site, see :func:`dump_complaints`. The answer shows what it has dealt to those that complain.
+        """Complaints about this site, as :func:`fedlora.protect.secagg.protocol.complaints.dump_complaints` writes them.
+        The answer shows the shares that it has dealt to those that complain.
 
         It was theirs to know: what this site deals does open, so that only a site that lies says otherwise. No more of them are
         answered than may collude with the server.

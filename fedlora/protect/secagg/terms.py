@@ -144,7 +144,10 @@ class Terms:
         return weight / self.max_weight
 
     def most(self, *, weight: int, sites: int) -> int:
-        """Largest sum of one value in levels: of sites of this weight together, each within :func:`rings.most_levels`."""
+        """Largest sum of one value, in levels, over sites with this weight together.
+
+        Each site keeps within :func:`fedlora.protect.secagg.protocol.rings.most_levels`.
+        """
         whole = self.profile.levels * weight // self.max_weight
         return whole if self.max_weight == 1 else whole + sites  # a part of a level is rounded up at each site
 

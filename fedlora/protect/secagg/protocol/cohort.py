@@ -287,9 +287,6 @@ class Cohort:
         return hashlib.sha256(b"fedlora/v1/sa/share\0" + text).digest()
 
 
-# --- votes --------------------------------------------------------------------------------------------------------
-
-
 def leads(one: int, other: int) -> bool:
     """Which of two sites gives the pair's ingredient: each leads half of its pairs, so that all send about as much."""
     return (one < other) == ((one + other) % 2 == 1)

@@ -1,7 +1,7 @@
 """A site's part in a session, as pure functions of its root secret and what it has been shown.
 
 Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, 2017, in the form against an active
-server and on the complete graph; with a post-quantum ingredient in each pair's key, and the votes of FORMAT.md, section 7.
+server and on the complete graph; with a post-quantum ingredient in each pair's key, and the votes of FORMAT.md, section 10.7.
 
 Everything secret comes from 32 bytes, ``root``, so that an interrupted site says the same again and never something else.
 """

@@ -147,7 +147,8 @@ def sum_to_mean(total: Words, layout: Layout, profile: Profile, scales: F32, *, 
     Args:
         total: sum of all sites' levels, modulo ``2^bits``.
         weight: sum of the sites' weights over the largest weight.
-        most: largest sum of one value that sites which keep to their ranges can give; see :meth:`Terms.most`.
+        most: largest possible sum of one value if every site keeps to its range; see
+            :meth:`fedlora.protect.secagg.terms.Terms.most`.
 
     Raises:
         UpdateRejected: a value is beyond it. One site can move a sum by what the others leave of their ranges, and no further.
