@@ -22,6 +22,7 @@ from fedlora.core.section import Section
 from fedlora.core.tagged import Tagged
 from fedlora.core.toml import readable
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]

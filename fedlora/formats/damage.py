@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedlora.core import answers
 from fedlora.core.errors import ConfigError
-from fedlora.formats.files import set_aside
+from fedlora.formats.files import COPY, set_aside
 from fedlora.formats.memory import FileMemory
 
 
@@ -69,7 +69,7 @@ def damaged_values(memory: FileMemory, keys: Sequence[str]) -> Iterator[tuple[st
     for kept in memory.kept():
         if kept.problem:
             path = next(iter(kept.problem))
-            name = path.name.removesuffix(".copy")
+            name = path.name.removesuffix(COPY)
             yield str(path.with_name(name)), kept.key or names.get(name, ""), dict(kept.problem), kept.lost
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter
+from fedlora.core.canonical import is_digest
 from fedlora.core.errors import PlanRefused, StateLost, StoreError, WireError
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
@@ -51,7 +52,6 @@ class Entry:
     kept: bytes = b""
 
 
-_RUN = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"round-(\d{6,9})\.journal")
 _MAGIC = b"FLJ3"
 _ENTRY = struct.Struct("<32sQ4Q")  # run, round, bytes of key, update, state, what is kept
@@ -140,7 +140,7 @@ class Journal:
 
     def _forget_ended(self, current: str) -> None:
         for past in self.directory.iterdir():
-            if past.name == current or not _RUN.fullmatch(past.name):
+            if past.name == current or not is_digest(past.name):
                 continue
             rounds = self._rounds(past.name)
             if rounds and self._key(past.name, rounds[-1]).startswith(b"evaluate/"):
@@ -255,7 +255,7 @@ class Journal:
         """The runs that have entries here."""
         if not self.directory.is_dir():
             return []
-        return sorted(d.name for d in self.directory.iterdir() if _RUN.fullmatch(d.name))
+        return sorted(d.name for d in self.directory.iterdir() if is_digest(d.name))
 
     def problems(self, run: str) -> dict[Path, str]:
         """What is wrong with a run's entries, by file. Changes nothing."""
@@ -284,7 +284,7 @@ class Journal:
         return max(whole, default=0)
 
     def _path(self, run: str, round: int) -> Path:
-        if not _RUN.fullmatch(run):
+        if not is_digest(run):
             raise ValueError("a run is 64 hex digits")
         return self.directory / run / f"round-{round:06d}.journal"
 

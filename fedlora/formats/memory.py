@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedlora.core.canonical import is_digest
 from fedlora.core.errors import ResourceError, StoreError
-from fedlora.formats.files import Damaged, dump_record, frame, parse_record, set_aside, unframe, write_atomic
+from fedlora.formats.files import COPY, Damaged, copy_of, dump_record, frame, parse_record, set_aside, unframe, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +101,11 @@ class FileMemory:
 
     def kept(self) -> list[Kept]:
         """All values, and what is wrong with them. Changes nothing."""
-        names = {p.name.removesuffix(".copy") for p in _listed(self.directory) if _is_name(p.name.removesuffix(".copy"))}
+        names = {name for p in _listed(self.directory) if is_digest(name := p.name.removesuffix(COPY))}
         found = []
         for name in sorted(names):
             problem: dict[Path, str] = {}
-            both = [self.directory / name, self.directory / f"{name}.copy"]
+            both = [self.directory / name, copy_of(self.directory / name)]
             keys = [k for k in (_key_of(p, problem) for p in both) if k]
             found.append(Kept(keys[0] if keys else "", problem, lost=not keys))
         return found
@@ -118,8 +119,8 @@ class FileMemory:
         return self._paths(key)
 
     def _paths(self, key: str) -> tuple[Path, Path]:
-        name = hashlib.sha256(key.encode()).hexdigest()
-        return self.directory / name, self.directory / f"{name}.copy"
+        path = self.directory / hashlib.sha256(key.encode()).hexdigest()
+        return path, copy_of(path)
 
     def _replace(self, path: Path, parts: Sequence[bytes], *, flush: bool = True) -> None:
         if path.is_dir() and not path.is_symlink():
@@ -167,7 +168,7 @@ def _key_of(path: Path, problem: dict[Path, str]) -> str:
         if path not in problem:
             problem[path] = "is missing"
         return ""
-    if hashlib.sha256(found[0].encode()).hexdigest() != path.name.removesuffix(".copy"):
+    if hashlib.sha256(found[0].encode()).hexdigest() != path.name.removesuffix(COPY):
         problem[path] = "holds what belongs into another file"
         return ""
     return found[0]
@@ -178,7 +179,3 @@ def _listed(directory: Path) -> list[Path]:
         return sorted(directory.iterdir())
     except OSError:
         return []
-
-
-def _is_name(name: str) -> bool:
-    return len(name) == 64 and set(name) <= set("0123456789abcdef")

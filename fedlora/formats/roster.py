@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from fedlora.core.canonical import canonical, parse_object
+from fedlora.core.canonical import canonical, is_digest, parse_object
 from fedlora.core.errors import (
     ConfigError,
     EnvelopeError,
@@ -43,7 +43,6 @@ SKEW_S = 900
 
 _LAST_S = 253_402_300_799  # the end of the year 9999: later times cannot be shown
 _LINE = 2048  # a public key is 1 line of at most 1747 characters
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _RELEASE = re.compile(r"(0|[1-9][0-9]{0,4})(\.(0|[1-9][0-9]{0,4})){2}")
 
 
@@ -223,7 +222,7 @@ def _check_terms(r: Roster) -> None:
     rules = {
         "not_before is before not_after": r.not_before < r.not_after,
         f"min_cohort is at least {3 * r.max_colluding}, three times max_colluding": r.min_cohort >= 3 * r.max_colluding,
-        "previous is 64 hex digits": _matches(_DIGEST, r.previous),
+        "previous is 64 hex digits": isinstance(r.previous, str) and is_digest(r.previous),
         "epoch 1, and no other, follows none": (r.previous == NONE) == (r.epoch == 1),
         "min_version is three numbers with dots, as 0.1.0": _matches(_RELEASE, r.min_version),
         "suites are numbers from 1 to 255": all(type(s) is int and 1 <= s <= 255 for s in suites),

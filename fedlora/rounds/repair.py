@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
 from fedlora.formats.damage import Finding, alone, damaged_values, problem_text
-from fedlora.formats.files import set_aside
+from fedlora.formats.files import copy_of, set_aside
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.memory import FileMemory, words
 from fedlora.protect.link import raise_number
@@ -114,13 +114,13 @@ class ServerRepair:
         with alone(self.home / "flower" / "lock", "the server"):
             path = self.directory / name
             allowed = re.fullmatch(r"round-\d{6,9}\.safetensors|final\.json|rounds\.jsonl|memory/[0-9a-f]{64}", name)
-            if not allowed or not any(os.path.lexists(p) for p in (path, path.with_name(f"{path.name}.copy"))):
+            if not allowed or not any(os.path.lexists(p) for p in (path, copy_of(path))):
                 raise ConfigError(
                     f"{name} is not a file that a run can do without", hint="run this without the option to see the list"
                 )
             if path.suffix == ".safetensors" and len(list(self.directory.glob("round-*.safetensors"))) <= 1:
                 raise ConfigError(f"{name} is the last checkpoint of this run", hint="restore it from a backup")
-            gone = [path, path.with_name(f"{path.name}.copy")]
+            gone = [path, copy_of(path)]
             if path.suffix == ".safetensors":
                 gone.append(self.directory / "final.json")  # the run is not complete without it
             for file in gone:

@@ -16,7 +16,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import StateFile
 from fedlora.core.messages import SERVER
 from fedlora.core.plan import Plan
-from fedlora.formats.files import set_aside, write_atomic
+from fedlora.formats.files import copy_of, set_aside, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.formats.trust import rosters_in
 from fedlora.protect.link import ServerLink, pinned
@@ -148,7 +148,7 @@ def _check_numbers(store: RunStore) -> None:
 
 
 def _run_key_files(directory: Path) -> tuple[Path, Path]:
-    return directory / "run.key", directory / "run.key.copy"
+    return directory / "run.key", copy_of(directory / "run.key")
 
 
 def _run_key(directory: Path, report: Report) -> Identity:

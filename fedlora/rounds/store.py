@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter
+from fedlora.core.canonical import is_digest
 from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import RecordsGone, StateFile
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.records import RoundRecord
 from fedlora.formats.files import (
+    COPY,
     Damaged,
+    copy_of,
     dump_record,
     load_vectors,
     named_disk_errors,
@@ -142,7 +145,7 @@ class RunStore:
                 file.flush()
                 os.fsync(file.fileno())
         for old in _numbers(self.directory)[: -self._keep]:
-            for path in (self._path(old), _copy(self._path(old))):
+            for path in (self._path(old), copy_of(self._path(old))):
                 with suppress(OSError):
                     path.unlink()
 
@@ -180,7 +183,7 @@ class RunStore:
             report(Event.EVALUATION_AGAIN, StateFile(file="final.json"))
             finished = False
         for number in () if finished else self._behind():
-            for file in (self._path(number), _copy(self._path(number))):
+            for file in (self._path(number), copy_of(self._path(number))):
                 if os.path.lexists(file):
                     set_aside(file)
                     report(Event.DAMAGED, StateFile(file=file.name))
@@ -249,7 +252,7 @@ class RunStore:
             return self._read_file(path, number)
         except StoreError as e:
             with suppress(StoreError):
-                whole = self._read_file(_copy(path), number)
+                whole = self._read_file(copy_of(path), number)
                 log.warning("%s; its copy is whole and takes its place", e)
                 return whole
             e.hint = hint
@@ -267,7 +270,7 @@ class RunStore:
     def _files(self, number: int) -> list[Path]:
         """Where a checkpoint is kept: twice where no round can be done twice."""
         path = self._path(number)
-        return [path, _copy(path)] if mode_of(self.plan).once else [path]
+        return [path, copy_of(path)] if mode_of(self.plan).once else [path]
 
     def records(self) -> list[RoundRecord]:
         """The records of all rounds so far. A last line that a power cut has torn is not there.
@@ -342,18 +345,13 @@ class RunStore:
         return self.directory / f"round-{number:06d}.safetensors"
 
 
-_CHECKPOINT = re.compile(r"round-(\d{6,9})\.safetensors(\.copy)?")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CHECKPOINT = re.compile(rf"round-(\d{{6,9}})\.safetensors({re.escape(COPY)})?")
 
 
 def _numbers(directory: Path) -> list[int]:
     """The rounds of which there are checkpoints, rising."""
     found = (_CHECKPOINT.fullmatch(p.name) for p in directory.glob("round-*"))
     return sorted({int(m[1]) for m in found if m})
-
-
-def _copy(path: Path) -> Path:
-    return path.with_name(f"{path.name}.copy")
 
 
 def _run_facts(run: str, plan: Plan) -> bytes:
@@ -365,7 +363,7 @@ def _facts_of(mark: Path) -> dict[str, str]:
     with suppress(StoreError):
         facts = parse_record(read_file(mark) or b"", "run", mark)
         found = {k: str(facts.get(k)) for k in ("run", "plan")}
-        if all(_DIGEST.fullmatch(v) for v in found.values()):
+        if all(is_digest(v) for v in found.values()):
             return found
     return {}
 

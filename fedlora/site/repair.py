@@ -6,12 +6,12 @@ Looking changes nothing. Each choice is one method here and one option there; it
 from __future__ import annotations
 
 import os
-import re
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedlora.core.canonical import is_digest
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
 from fedlora.formats.damage import Finding, alone, damaged_values, drop, problem_text
 from fedlora.formats.files import load_adapter, set_aside
@@ -22,7 +22,6 @@ from fedlora.protect.ledger import KEY, ContributionStore, Ledger
 from fedlora.protect.link import raise_number
 from fedlora.site.site_file import load_site_file
 
-_RUN = re.compile(r"[0-9a-f]{64}")
 _KINDS = ("down", "up", "trained", "sits-out", "repaired")
 _SECAGG = ("session", "used", "cohort", "relay", "encoded")
 _LOSABLE = frozenset({"up", "trained", "repaired", "secagg/session", "secagg/cohort", "secagg/relay", "secagg/encoded"})
@@ -60,7 +59,7 @@ class SiteRepair:
                 found.append(Finding(str(path), str(e), [e.hint]))
         runs = self._runs()
         for file, key, problem, lost in damaged_values(self.memory, [*(k for run in runs for k in _keys(run)), "roster", KEY]):
-            run = key.partition("/")[0] if _RUN.match(key) else ""
+            run = start if is_digest(start := key.partition("/")[0]) else ""
             if not lost:
                 found.append(
                     Finding(file, f"{problem_text(problem)}; its other copy is intact and replaces it", wrong=False, run=run)
@@ -128,7 +127,7 @@ class SiteRepair:
 
     def _runs(self) -> list[str]:
         keys = [k.key.partition("/")[0] for k in self.memory.kept()]
-        return sorted({*self.journal.runs(), *(k for k in keys if _RUN.fullmatch(k))})
+        return sorted({*self.journal.runs(), *(k for k in keys if is_digest(k))})
 
     def _sits_out(self, run: str) -> bool:
         return bool(run) and self.memory.get(f"{run}/sits-out") is not None

@@ -9,15 +9,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from fedlora.core.plan import Hex, SiteName
+from fedlora.core.plan import Digest, Hex, SiteName
 from fedlora.core.section import Section
 from fedlora.data.files.readers import BUILT_IN, READERS
 from fedlora.data.files.sources import ENCODINGS
 from fedlora.data.shapes import SHAPES
 from fedlora.formats.plans import load_toml
 from fedlora.site.policy import Policy, default_modes
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _format(name: str) -> str:
