@@ -1,21 +1,21 @@
 """What a site has contributed on each base model, over all runs, and which further contributions are allowed.
 
-Under ``lone_change = "refuse"`` a sum is over whole groups of the signed roster, and a site gives on one base model only together
-with one group, of the same sites by the same keys, and only to sums that add up the same of each of them. So any two groups that
-ever stood in a sum on that base are the same or share no honest site, whoever asked for what, in how many runs, and whoever knows
-of which sums; and over one group there is one sum of all that a site could have sent, not several with other weights. Whatever
-can be computed from all sums together is a function of the groups' sums, and each group has ``max_colluding + 2`` sites at the
-least, of which two are honest.
+Under ``lone_change = "refuse"`` a sum covers whole groups of the signed roster. On one base model a site contributes only
+together with one group (the same sites with the same keys), and only to sums with one measure (weighting, quantization, ranges).
+So any two groups in sums on that base are equal or share no honest site, in however many runs and no matter who knows which sums;
+and each group has one sum of what its sites could have sent, not several with different weights. Everything that can be computed
+from all sums together is then a function of the groups' sums, and each group has at least ``max_colluding + 2`` sites, of which
+at least two are honest.
 
-A single update that one of a group has sent in sealed mode counts as if that site colluded: so sealed updates and sums do
-not stand side by side on one base model either.
+A single update that a site of a group has sent in sealed mode is known to the server, as if that site colluded. Therefore a site
+does not send both sealed updates and contributions to sums on one base model.
 
 Source: So, Ali, Guler, Jiao, Avestimehr, Securing Secure Aggregation: Mitigating Multi-Round Privacy Leakage in Federated
 Learning, 2023, where sites are divided into batches that take part as a whole.
 
-Sites train anew for each sum, on rows that may have changed. That is not looked at: the law is as strict as if they had not,
-because a server can publish one adapter twice; but where one site's rows alone have changed, the difference of two sums of its
-group is the change of its update (server/SECURITY.md).
+Sites train again for each sum, possibly on changed rows. The ledger ignores this: it is as strict as if the rows were the same,
+because a server can publish one adapter twice. But if only one site's rows have changed, the difference of two sums of its group
+is the change of that site's update (server/SECURITY.md).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fedlora.formats.memory import Memory
 from fedlora.protect.encrypted import EncryptedMemory
 
 KEY: Final = "secagg/given"
-"""Where a site's memory keeps it."""
+"""Key of the ledger in a site's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,12 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What a site has given, over all runs. Everything by the base model's digest.
+    """A site's contributions over all runs, by the base model's digest.
 
     Attributes:
-        contributions: its parts in sums over whole groups. One, unless a person has agreed to more.
-        alone: base models for which it has given to sums that may differ by single sites.
-        sealed: base models for which it has sent updates that the server reads.
+        contributions: its parts in sums over whole groups; more than one only if a person has agreed.
+        alone: base models with contributions to sums that may differ by single sites.
+        sealed: base models with updates that the server could read.
     """
 
     contributions: Mapping[str, tuple[Contribution, ...]] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Ledger:
     sealed: frozenset[str] = frozenset()
 
     def check_alike(self, base: str, *, alone: bool) -> None:
-        """All plans on one base let sums differ by single sites, or none does.
+        """Checks that a base model does not get both kinds of sums: those that may differ by single sites and those that may not.
 
         Raises:
             LoneChange.
@@ -108,9 +108,9 @@ class Ledger:
             )
 
     def shown(self, base: str, contribution: Contribution | None) -> frozenset[str]:
-        """The sites that could be uncovered if this site gave this; none if it always did, and nothing else.
+        """The sites whose update could be revealed by this contribution; none if all earlier ones were equal to it.
 
-        All of all groups: which of them depends on sums that this site is not in.
+        All sites of all groups concerned: which of them it is depends on sums that this site is not part of.
 
         Args:
             contribution: None: an update of its own, which the server reads.
@@ -123,12 +123,12 @@ class Ledger:
         return contribution.names.union(*(one.names for one in before))
 
     def check(self, base: str, contribution: Contribution | None, *, uncovers: Collection[str]) -> None:
-        """Agrees to give this, or says whose update that could show.
+        """Accepts a contribution, or refuses it and names the sites whose update it could reveal.
 
         Args:
             base: content digest of the base model.
             contribution: None: an update of its own, which the server reads.
-            uncovers: sites that a person has named for this plan: it may show them.
+            uncovers: sites whose update this plan may reveal, as a person at this site has agreed.
 
         Raises:
             LoneChange.
@@ -143,7 +143,7 @@ class Ledger:
             )
 
     def unlike(self, base: str, contribution: Contribution | None) -> list[str]:
-        """How this differs from what was given before, in sentences."""
+        """How a contribution differs from earlier ones, in sentences."""
         if contribution is None:
             return ["this plan has the server read this site's update, and on this base model it has given to sums"]
         read = "the server has read an update of this site on this base model, and this plan adds it up with others'"
@@ -153,7 +153,7 @@ class Ledger:
         ]
 
     def after(self, base: str, contribution: Contribution | None) -> Ledger:
-        """With one more masked update that may have left this site; None where sums may differ by single sites."""
+        """The ledger after one more masked update; ``contribution`` is None where sums may differ by single sites."""
         if contribution is None:
             return replace(self, alone=self.alone | {base})
         contributions = {*self.contributions.get(base, ()), contribution}
@@ -162,7 +162,7 @@ class Ledger:
         )
 
     def after_sealed(self, base: str) -> Ledger:
-        """With an update of its own that the server reads."""
+        """The ledger after an update that the server can read."""
         return replace(self, sealed=self.sealed | {base})
 
 
@@ -179,7 +179,7 @@ class ContributionStore:
         memory: durable.
         identity: the key is derived from its signing key.
         entropy: n random bytes.
-        has_given: whether something else on this disk says that this site has given to a sum.
+        has_given: whether another record on this disk shows that this site has contributed to a sum.
     """
 
     memory: Memory
@@ -189,13 +189,14 @@ class ContributionStore:
 
     @staticmethod
     def begun(memory: Memory) -> bool:
-        """Whether there is a ledger at all."""
+        """Whether a ledger exists."""
         return memory.get(KEY) is not None
 
     def load(self) -> Ledger:
-        """
+        """Reads the ledger; an empty one if this site has never contributed.
+
         Raises:
-            StoreError: damaged, or gone though this site has given. It then gives to no sum: it cannot know what it has given.
+            StoreError: it is damaged, or missing although this site has contributed. The site then contributes to no sum.
         """
         try:
             facts = self._hidden().get(KEY, KEY)
@@ -217,7 +218,7 @@ class ContributionStore:
         )
 
     def save(self, ledger: Ledger) -> None:
-        """Returns after it is on the disk."""
+        """Writes the ledger; it is on the disk when this returns."""
         facts = {
             "contributions": {base: [one.facts() for one in of] for base, of in ledger.contributions.items()},
             "alone": sorted(ledger.alone),
