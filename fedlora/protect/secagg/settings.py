@@ -1,4 +1,4 @@
-"""The table of a plan that is secure aggregation's own."""
+"""The plan's table [protect.secagg]."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def settings_of(plan: Plan) -> Settings:
 
 
 def first_range(plan: Plan) -> float:
-    """Change of a value for which the levels stand in the first round."""
+    """Largest change of a value that the levels can represent in the first round."""
     return settings_of(plan).first_range or plan.training.learning_rate * plan.federation.local_steps
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """How a site's update becomes its part of a sum, by the keys of the plan: its weight, its levels, where they are cut.
+    """The settings by which a site's update becomes a summand, by the plan's keys: weight, levels, clipping.
 
-    Two sums over the same updates by other measures are two equations for them, so that a site gives by one measure on a base.
+    Two sums over the same updates with different settings are two equations for them; so a site uses one measure per base model.
     """
     s, a = settings_of(plan), plan.aggregate
     return {
