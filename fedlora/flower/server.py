@@ -104,8 +104,8 @@ def up(
 def _serve(
     home: Path, address: Address, services: list[Service], stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]
 ) -> None:
-    """Starts the processes, probes that nothing but the gateway is open, and watches until ``stop``; ends them in any case."""
-    shrink(home / "flower" / "state.db", now=time.time)  # whatever ran before has ended with its server
+    """Starts the processes, checks that only the gateway is reachable, and watches them until ``stop``; always ends them."""
+    shrink(home / "flower" / "state.db", now=time.time)  # an earlier run has ended with its server
     supervisor = Supervisor(services, log_directory=home / "flower" / "log", report=report)
     supervisor.start()
     try:
@@ -121,7 +121,7 @@ def _serve(
 
 
 def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]) -> None:
-    """Keeps processes up and the SuperLink's list of nodes equal to ``home/sites``: a new file enrols, a removed one expels."""
+    """Keeps processes running, and the SuperLink's list of nodes equal to ``home/sites``."""
     online: set[str] = set()
     refused: set[str] = set()
     refusals = Refusals(report)
@@ -149,7 +149,7 @@ def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Re
 
 
 class Refusals:
-    """Says which enrolled site is refused at the door and why: each reason once, and again after ten minutes.
+    """Reports enrolled sites that the gateway refuses, with the reason: each once, and again after ten minutes.
 
     Args:
         report: told ``("site-refused", {"site", "why", "cause"})``.
@@ -253,8 +253,9 @@ def _control(home: Path, *, patience_s: float = _PATIENCE_S) -> Iterator[Control
 
 
 def sync_sites(home: Path, *, report: Report) -> dict[str, str]:
-    """Tells a running server about sites that were enrolled or removed since it started. A site whose key is refused, because it
-    was removed once, is reported and left out.
+    """Tells a running server about sites that were enrolled or removed since it started.
+
+    A site whose key is refused, because it was removed once, is reported and left out.
 
     Returns:
         Each enrolled site and ``registered`` (never seen), ``online`` or ``offline``; a dead one shows online for a minute.
@@ -270,7 +271,7 @@ def sync_sites(home: Path, *, report: Report) -> dict[str, str]:
 
 
 def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float = 0.5) -> Path:
-    """Starts a run on a running server and waits for its end. Interrupting it leaves the run going.
+    """Starts a run on a running server and waits for its end. An interrupt does not stop the run.
 
     Args:
         home: the server's directory.
@@ -312,7 +313,7 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
 
 
 def _followed(control: Control, run_id: int, home: Path, job: str, report: Report, poll_s: float) -> RunState | None:
-    """Passes on what a run reports until it is over; None if it has said how it ended and Flower does not know."""
+    """Passes on a run's events until it has ended; None if its outcome is recorded but Flower does not know it."""
     said, offset, waits, over_s = "", 0, False, 0.0
     while True:
         state = control.run_state(run_id)
@@ -339,7 +340,7 @@ def _name_of(home: Path, job: str) -> str:
 
 
 def _gone(home: Path, error: ConnectionFailed, goes_on: str) -> FedLoRAError:
-    """What it means that Flower does not answer any more."""
+    """The error to report when Flower no longer answers."""
     if not (home / "flower" / "server.json").exists():
         return RunFailed(
             "the server was stopped during the run",

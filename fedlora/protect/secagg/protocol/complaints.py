@@ -1,8 +1,10 @@
 """Complaints of a holder whose shares do not match the dealer's commitments, and the dealer's answer, which shows the shares.
 
 Only lying sites complain about an honest dealer, and its answer tells them nothing new. A dealer that cannot show shares that
-match its commitments has lied, and its own signature proves it. Source: the complaints of verifiable secret sharing (Feldman, A Practical Scheme for Non-interactive Verifiable Secret Sharing, 1987; Gennaro et al., Secure Distributed Key
-Generation for Discrete-Log Based Cryptosystems, 1999).
+match its commitments has lied, and its own signature proves it.
+
+Source: the complaints of verifiable secret sharing (Feldman, A Practical Scheme for Non-interactive Verifiable Secret Sharing,
+1987; Gennaro et al., Secure Distributed Key Generation for Discrete-Log Based Cryptosystems, 1999).
 """
 
 from __future__ import annotations
