@@ -53,7 +53,13 @@ class LocalLearners:
         learner = load_learner(self.site_file, plan, report=self.report)
         if len(devices) > 1 and (faster := fast()) is not None:
             self._team = faster.team(
-                WORKER, self.site_file, plan, devices=devices, state=self.team, facts=learner.facts(), report=self.report
+                WORKER,
+                self.site_file,
+                plan,
+                devices=devices,
+                state=self.team,
+                training_digest=learner.training_digest(),
+                report=self.report,
             )
             learner.join(self._team.ranks)
         return learner
