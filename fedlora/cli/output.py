@@ -56,13 +56,13 @@ def fail(message: str, *, hint: str, code: str, status: int, command: str | None
 
 
 def _said(command: str, **more: Any) -> None:
-    """An envelope for whoever reads it; if nobody does any more, the same as Ctrl-C."""
+    """Prints an envelope; if the reader has closed the pipe, ends as by Ctrl-C."""
     if not _envelope(command, **more):
         raise KeyboardInterrupt
 
 
 def _envelope(command: str, **more: Any) -> bool:
-    """Prints one; False if whoever read them has gone."""
+    """Prints an envelope; False if the reader has closed the pipe."""
     from fedlora.core.answers import ENVELOPE
 
     line = json.dumps({"fedlora": ENVELOPE, "command": command, **more}, allow_nan=False, default=_dumped)

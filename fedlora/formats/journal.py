@@ -67,9 +67,9 @@ class Journal:
     did not end stays: it may be resumed, and this is where the site's place in it is kept. What a site learned for itself
     alone (``RUN.safetensors``, where the plan's rule has sites keep a factor) never goes by itself.
 
-    Beside the entries stands the list of the rounds that were trained, and once more in ``memory``. Each place vouches for the
-    other: an entry that the lists name and the disk has not is a lost one. Law: a round is trained from the state after the last
-    round that this site has trained before it, or not at all.
+    A list of the trained rounds is stored beside the entries, and again in ``memory``. The two lists check each other: an entry
+    that is in a list but not on the disk is lost. Law: a round is trained from the state after the last round that this site has
+    trained before it, or not at all.
 
     Args:
         memory: the site's other durable place, if it has one.

@@ -1,8 +1,8 @@
-"""What the gateway sees of the nodes that come in, and tells both ends: why one is refused, and two processes with one key.
+"""Why the server refuses a node, and whether two processes use one node key: the gateway finds out and tells both ends.
 
-Flower answers 412 to a key that it does not know and to one that is in use, and 401 to a clock that is wrong and to a key that
-was withdrawn. The gateway stands where the difference can be seen. It tells the caller in a header of the answer, and the
-server by a line of its log.
+Flower answers 412 both to an unknown key and to one that is in use, and 401 both to a wrong clock and to a withdrawn key. The
+gateway sees all calls and can tell these apart. It tells the caller in a header of the answer, and the server by a line of its
+log.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def parse_refusal(line: str) -> Refusal | None:
 
 @dataclass(slots=True)
 class _Node:
-    """A key that Flower accepted: when last, which process came, and which ones before it."""
+    """A key that Flower has accepted: time of its last call, the process that made it, and earlier processes."""
 
     last: float
     process: bytes
@@ -118,6 +118,11 @@ class NodeWatch:
         return added
 
     def _why(self, path: str, headers: dict[bytes, bytes], status: int, peer: str, enrolled: bool) -> str:
+        """The value of :data:`WHY_HEADER`; empty if the reason is not known.
+
+        A key that Flower has accepted before (``node``) tells the cases of one status apart: unknown or withdrawn where the
+        gateway refuses, unknown or in use for 412, and a wrong clock or a withdrawn key for 401.
+        """
         try:
             pem = b64decode(headers[KEY_HEADER.encode()], validate=True)
             stamp = headers[STAMP_HEADER.encode()].decode("ascii")
@@ -133,7 +138,7 @@ class NodeWatch:
             why = "unknown" if self._nodes.pop(key, None) is None else "withdrawn"
             self._tell(Refusal(key, why, ahead, peer), pem=pem, stamp=stamp, headers=headers)
             return why
-        if status == 412:  # the signature was right
+        if status == 412:  # Flower has checked the signature
             used = node is not None and self._monotonic() - node.last < _ALIVE_S
             why = "in-use" if used else "unknown"
             self._tell(Refusal(key, why, ahead, peer))
@@ -155,7 +160,7 @@ class NodeWatch:
         node = self._nodes.setdefault(key, _Node(now, process))
         node.last = now
         if process != node.process:
-            if now - node.before.get(process, float("-inf")) < _TURNS_S:  # it was here, then another one, now it is here again
+            if now - node.before.get(process, float("-inf")) < _TURNS_S:  # this process, then another one, now this one again
                 if now >= node.shared_until:
                     self._tell(Refusal(key, "in-use", 0.0, peer))
                 node.shared_until = now + _ALIVE_S
@@ -164,7 +169,7 @@ class NodeWatch:
         return "in-use" if now < node.shared_until else ""
 
     def _tell(self, refusal: Refusal, *, pem: bytes = b"", stamp: str = "", headers: dict[bytes, bytes] | None = None) -> None:
-        """Says it, unless too much was said; what Flower has not checked only if it is signed by that key."""
+        """Logs the refusal, rate-limited. If Flower has not checked the signature (``headers`` given), it must be valid."""
         now = self._monotonic()
         self._budget = min(_BURST, self._budget + (now - self._filled) * _LINES_A_SECOND)
         self._filled = now

@@ -1,4 +1,4 @@
-"""What an operator is told to do where files of a run are damaged."""
+"""Hints for an operator whose run has damaged files."""
 
 from __future__ import annotations
 

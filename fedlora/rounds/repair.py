@@ -94,7 +94,7 @@ class ServerRepair:
         return ["restore the file and its copy from a backup; without one, start the run again under another run.name"]
 
     def raise_numbers(self, *, now: int) -> str:
-        """Has this server's messages go on above every number that sites have seen; returns what follows.
+        """Numbers this server's messages above every number that sites have seen; returns the consequences.
 
         Raises:
             ConfigError: the server runs.
@@ -106,10 +106,10 @@ class ServerRepair:
         return f"the next message of run {store.run[:12]} has number {number + 1}; resume the run"
 
     def set_aside(self, name: str) -> str:
-        """Renames a file of the run to ``*.damaged``; returns what follows.
+        """Renames a file of the run to ``*.damaged``; returns the consequences.
 
         Raises:
-            ConfigError: the server runs, or the file is none that a run can do without.
+            ConfigError: the server runs, or a run cannot do without this file.
         """
         with alone(self.home / "flower" / "lock", "the server"):
             path = self.directory / name

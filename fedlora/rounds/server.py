@@ -36,7 +36,7 @@ class ServerRun:
         store: the run's directory.
         identity: the server's keys.
         sites: the enrolled sites, by name.
-        roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
+        roster: file with the signed roster, for secure aggregation; it may be replaced by the next epoch during the run.
         report: told what happens.
     """
 
@@ -47,12 +47,14 @@ class ServerRun:
     report: Report
 
     def run(self, transport: Transport) -> Checkpoint:
-        """Runs what is left. The run's key is made at its start and deleted at its end, so that no one who takes the server's
-        keys later can read an update that was recorded earlier.
+        """Runs the remaining rounds.
+
+        The run's key is made when the run starts and deleted when it ends: server keys stolen later cannot open updates that were
+        recorded during the run.
 
         Raises:
             ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
-            StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
+            StoreError, RosterInvalid, RosterExpired: there is no valid roster.
             RunFailed (quorum): see :func:`fedlora.rounds.loop.run`.
         """
         store, plan = self.store, self.store.plan
@@ -134,10 +136,10 @@ def _check_sites(plan: Plan, sites: Mapping[str, PublicIdentity]) -> None:
 
 
 def _check_numbers(store: RunStore) -> None:
-    """Sites take no message under a number that they have seen: a server that has lost its own must not begin at one again.
+    """Refuses to run with lost sequence numbers: sites reject every message with a number that they have seen.
 
     Raises:
-        StoreError: they are gone, though rounds were done.
+        StoreError: the numbers are missing, although rounds were done.
     """
     if store.begun and not (store.directory / "final.json").exists() and store.memory.get(f"{store.run}/down") is None:
         raise StoreError(
@@ -152,7 +154,7 @@ def _run_key_files(directory: Path) -> tuple[Path, Path]:
 
 
 def _run_key(directory: Path, report: Report) -> Identity:
-    """The run's key: the one that was made, as long as one of its two files is whole, else a new one."""
+    """The run's key. A new one is made only if both of its files are missing or damaged."""
     found = []
     for file in _run_key_files(directory):
         if file.is_dir():
@@ -164,7 +166,7 @@ def _run_key(directory: Path, report: Report) -> Identity:
         for file in damaged:
             file.unlink()
         new = directory / "run.new"
-        new.unlink(missing_ok=True)  # of a start that was cut off while it wrote
+        new.unlink(missing_ok=True)  # left by an interrupted start
         Identity.generate("run").save(new)
         os.replace(new, directory / "run.key")
         found.append((directory / "run.key", load_identity(directory / "run.key")))

@@ -1,4 +1,4 @@
-"""What survives a power cut at the server: a run's directory. A site has a :mod:`fedlora.formats.journal`."""
+"""A run's directory at the server, which survives a power cut. A site has a :mod:`fedlora.formats.journal` instead."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """The state after a round: the global adapter, its record, and what rule and server optimizer remember.
+    """The state after a round: the global adapter, its record, and the state of the rule and the server optimizer.
 
     Round 0 is the first adapter.
     """
@@ -64,10 +64,10 @@ class RunStore:
         round-000007.safetensors   checkpoint: adapter and record; under secure aggregation with a copy
         rounds.jsonl       one record a round, rebuilt from the checkpoints as far as they are kept
         final.json         the last evaluation, when the run is complete
-        memory/            sequence numbers and the session of now, each value twice
+        memory/            sequence numbers and the current session, each value twice
         run.key            the run's key, with a copy (deleted at the end)
 
-    Every file carries a digest of what was written. What is damaged is named, and mended where another file says the same.
+    Every file has a digest of its contents. Damage is reported, and repaired if another file has the same contents.
     """
 
     def __init__(self, directory: Path, plan: Plan, run: str, *, keep: int = 3, mended: Sequence[Path] = ()) -> None:
@@ -80,7 +80,7 @@ class RunStore:
 
     @staticmethod
     def holds(directory: Path) -> bool:
-        """Whether there is a run: one that has begun, or done a round, whatever became of its ``run.json``."""
+        """Whether a run exists here, even if ``run.json`` is missing."""
         return os.path.lexists(directory / "run.json") or any(_numbers(directory))
 
     @classmethod
@@ -160,10 +160,10 @@ class RunStore:
         raise StoreError(f"no checkpoint in {self.directory}", hint=LAST_RESORT)
 
     def resume(self, report: Report = lambda event, facts: None) -> Checkpoint:
-        """The last complete round, for whoever goes on from there; brings ``rounds.jsonl`` up to it.
+        """The last complete round, from which the run continues; updates ``rounds.jsonl``.
 
         If the disk has damaged the last checkpoints of an unfinished run, the run goes back to the last whole one: the files are
-        set aside as ``*.damaged`` and the rounds are done again. Sites answer them from their journals, which hold two.
+        set aside as ``*.damaged`` and the rounds are repeated. Sites answer from their journals, which hold the last two.
 
         Args:
             report: told ``damaged``, ``mended``, ``evaluation-again`` and ``records-gone``.
@@ -192,7 +192,7 @@ class RunStore:
         return at
 
     def _behind(self) -> list[int]:
-        """Damaged checkpoints that have a whole one before them, the last first."""
+        """Damaged checkpoints with an intact one before them, newest first."""
         found = []
         for number in reversed(_numbers(self.directory)):
             try:
@@ -205,9 +205,10 @@ class RunStore:
         return []
 
     def _check_format(self) -> None:
-        """
+        """Refuses records of another version of FedLoRA, which then has to continue this run.
+
         Raises:
-            WireError (version-unsupported): a record is of another version of FedLoRA, which then has to go on with this run.
+            WireError (version-unsupported).
         """
         for read in (self.records, self.final, self.load):
             with suppress(StoreError):
@@ -237,7 +238,7 @@ class RunStore:
         """The global adapter after a round that is still kept (the last three are); a void round changed nothing.
 
         Raises:
-            StoreError: it is not, or it is damaged.
+            StoreError: it is no longer kept, or it is damaged.
         """
         if round not in _numbers(self.directory):
             raise StoreError(f"the adapter after round {round} is not kept: {self._path(round)} is missing", hint=LAST_RESORT)
@@ -246,7 +247,7 @@ class RunStore:
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)
         numbers = _numbers(self.directory)
-        # Where no round can be done twice, its outcome is kept in two files.
+        # If a round cannot be repeated, its result is kept in two files.
         hint = checkpoint_hint(path, alone=mode_of(self.plan).once or len(numbers) == 1)
         try:
             return self._read_file(path, number)
@@ -268,15 +269,15 @@ class RunStore:
         return Checkpoint(number, adapter, record or None, state)
 
     def _files(self, number: int) -> list[Path]:
-        """Where a checkpoint is kept: twice where no round can be done twice."""
+        """The files of a checkpoint: two if a round cannot be repeated."""
         path = self._path(number)
         return [path, copy_of(path)] if mode_of(self.plan).once else [path]
 
     def records(self) -> list[RoundRecord]:
-        """The records of all rounds so far. A last line that a power cut has torn is not there.
+        """The records of all rounds so far. A last line that a power cut has torn is left out.
 
         Raises:
-            Damaged: a line is not what was written; the error names it.
+            Damaged: a line is damaged; the error names it.
             StoreError: the file cannot be read.
             WireError (version-unsupported): a line is of another format.
         """
@@ -291,11 +292,11 @@ class RunStore:
         return scan_rounds(read_file(self._records, hint=LOG_HINT) or b"", self._records, hint=LOG_HINT)
 
     def finish(self, final: RoundRecord) -> None:
-        """Notes the last evaluation; from here on the run is complete."""
+        """Writes the record of the last evaluation, which completes the run."""
         write_atomic(self.directory / "final.json", dump_round(final))
 
     def final(self) -> RoundRecord | None:
-        """What :meth:`finish` noted, or None.
+        """The record of the last evaluation; None before it.
 
         Raises:
             StoreError: damaged.
@@ -306,7 +307,7 @@ class RunStore:
         return None if blob is None else parse_round(blob, where=str(path), hint=hint)
 
     def problems(self) -> dict[Path, str]:
-        """What is wrong with checkpoints, records and last evaluation, by file. Changes nothing."""
+        """Damage of checkpoints, records and the last evaluation, by file. Changes nothing."""
         found = {}
         for number in _numbers(self.directory):
             try:
@@ -322,7 +323,7 @@ class RunStore:
 
     @property
     def complete(self) -> bool:
-        """Whether the last evaluation is done, and its record whole."""
+        """Whether the last evaluation is done and its record intact."""
         with suppress(StoreError):
             return self.final() is not None
         return False
@@ -349,7 +350,7 @@ _CHECKPOINT = re.compile(rf"round-(\d{{6,9}})\.safetensors({re.escape(COPY)})?")
 
 
 def _numbers(directory: Path) -> list[int]:
-    """The rounds of which there are checkpoints, rising."""
+    """The rounds with checkpoints, rising."""
     found = (_CHECKPOINT.fullmatch(p.name) for p in directory.glob("round-*"))
     return sorted({int(m[1]) for m in found if m})
 

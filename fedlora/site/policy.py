@@ -1,4 +1,4 @@
-"""What a site agrees to."""
+"""A site's policy: what it agrees to take part in."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ class Policy(Section):
         ]
 
     def refusals(self, plan: Plan, *, models: frozenset[str]) -> list[str]:
-        """Why this site would not take part in a plan, each in a sentence; none if it would.
+        """Reasons why this site would refuse a plan, each in a sentence; empty if it would take part.
 
         Args:
-            models: ids of the base models that lie here.
+            models: ids of the base models at this site.
         """
         f, p, accepted = plan.federation, plan.protect, self.protect or default_modes(roster=True)
         allowed = frozenset(self.allowed_models) or models
@@ -91,10 +91,10 @@ class Policy(Section):
         return [*no, *mode_of(plan).refusals(plan, self)]
 
     def check(self, plan: Plan, *, models: frozenset[str]) -> None:
-        """Agrees to a plan or says why not.
+        """Checks that this site would take part in a plan.
 
         Raises:
-            PlanRefused: with every reason.
+            PlanRefused: it would not; the text has every reason.
         """
         if no := self.refusals(plan, models=models):
             raise PlanRefused("; ".join(no), hint="change [policy] in the site file, or talk to the coordinator")

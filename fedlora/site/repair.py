@@ -25,11 +25,11 @@ from fedlora.site.site_file import load_site_file
 _KINDS = ("down", "up", "trained", "sits-out", "repaired")
 _SECAGG = ("session", "used", "cohort", "relay", "encoded")
 _LOSABLE = frozenset({"up", "trained", "repaired", "secagg/session", "secagg/cohort", "secagg/relay", "secagg/encoded"})
-"""What a site can do without: it goes on from an older state, its own numbers raised. The rest protects it or others."""
+"""Records that a site can lose: it continues from an older state, with raised numbers. All others protect it or other sites."""
 
 
 def _keys(run: str) -> list[str]:
-    """All that a site keeps of a run in a memory."""
+    """Keys of everything that a site keeps about a run in its memory."""
     return [f"{run}/{kind}" for kind in (*_KINDS, *(f"secagg/{k}" for k in _SECAGG))]
 
 
@@ -109,7 +109,7 @@ class SiteRepair:
         return [f"--go-on {run[:12]}: this site continues {back}: {cost}", out]
 
     def _unsafe(self, run: str, key: str) -> str:
-        """Why a site must not go on; empty if it may."""
+        """The reason why a site must not continue a run; empty if it may."""
         for _, lost_key, _, lost in damaged_values(self.memory, [*(k for r in self._runs() for k in _keys(r)), "roster"]):
             owner, _, kind = lost_key.partition("/")
             if lost and owner in ("", run) and kind not in _LOSABLE:
@@ -146,11 +146,11 @@ class SiteRepair:
         return found[0]
 
     def go_on(self, start: str, *, now: int) -> str:
-        """Accepts that what is damaged is lost; returns what follows.
+        """Accepts the loss of what is damaged; returns the consequences.
 
         Raises:
             ConfigError: the site runs, or no such run.
-            StoreError: what is lost protected this site or the others: it can only sit out.
+            StoreError: what is lost protected this site or others, so that it can only sit out.
         """
         run = self.run_named(start)
         with alone(self.state / "lock", "the site"):
@@ -167,20 +167,20 @@ class SiteRepair:
         return f"run {run[:12]}: this site continues from round {whole}; its updates differ from those of an undisturbed run"
 
     def sit_out(self, start: str, *, now: int) -> str:
-        """Takes this site out of a run for good; returns what follows.
+        """Takes this site out of a run for good; returns the consequences.
 
         Raises:
             ConfigError: the site runs, or no such run.
         """
         run = self.run_named(start)
         with alone(self.state / "lock", "the site"):
-            self.memory.put(f"{run}/sits-out", b"1")  # before what is lost goes: it no longer holds anything back
+            self.memory.put(f"{run}/sits-out", b"1")  # before the lost records are dropped, which so far made the site refuse
             self._drop_lost(run)
             self._note(run, {"choice": "sit-out", "when": now})
         return f"run {run[:12]}: this site no longer answers requests of it (sits-out)"
 
     def forget_roster(self) -> str:
-        """Forgets the roster that was in force; returns what follows.
+        """Forgets the roster that was in force; returns the consequences.
 
         Raises:
             ConfigError: the site runs.
@@ -190,7 +190,7 @@ class SiteRepair:
         return "the next roster must be the one whose digest stands in the site file"
 
     def forget_sums(self) -> str:
-        """Begins the record of what this site has given anew; returns what follows.
+        """Starts a new, empty ledger of contributions; returns the consequences.
 
         Raises:
             ConfigError: the site runs.

@@ -74,11 +74,11 @@ class SiteData(Section):
     """fraction of groups held out for evaluation"""
 
     def paths(self, root: Path) -> list[Path]:
-        """Where the training rows are, as files, directories and patterns."""
+        """Files, directories and patterns of the training rows."""
         return _paths(root, self.path)
 
     def held_out_paths(self, root: Path) -> list[Path]:
-        """Where the rows for evaluation are; none: they are held out of the others."""
+        """Files, directories and patterns of the rows for evaluation; empty: they are held out of the training rows."""
         return _paths(root, self.held_out_path)
 
 
@@ -132,7 +132,7 @@ class SiteFile(Section):
 
     @property
     def agreed(self) -> Policy:
-        """The policy with the protections that it accepts written out."""
+        """The policy with its accepted modes of protection filled in."""
         if self.policy.protect:
             return self.policy
         return self.policy.model_copy(update={"protect": default_modes(roster=bool(self.roster))})
