@@ -98,11 +98,17 @@ def up(
             connections=connections,
         )
         services = _services(home, port, gateway=gateway, public=listen, executor=executor, heard=heard)
-        _serve(home, Address(listen, port), services, stop, report, heard)
+        _serve(home, Address(listen, port), services, stop=stop, report=report, heard=heard)
 
 
 def _serve(
-    home: Path, address: Address, services: list[Service], stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]
+    home: Path,
+    address: Address,
+    services: list[Service],
+    *,
+    stop: threading.Event,
+    report: Report,
+    heard: SimpleQueue[Refusal],
 ) -> None:
     """Starts the processes, checks that only the gateway is reachable, and watches them until ``stop``; always ends them."""
     shrink(home / "flower" / "state.db", now=time.time)  # an earlier run has ended with its server
@@ -114,13 +120,13 @@ def _serve(
         save_address(home, address)
         sync_sites(home, report=report)
         report(Event.LISTENING, Listening(address=address.listen))
-        _watch(home, supervisor, stop, report, heard)
+        _watch(home, supervisor, stop=stop, report=report, heard=heard)
     finally:
         (home / "flower" / "server.json").unlink(missing_ok=True)
         supervisor.stop()
 
 
-def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]) -> None:
+def _watch(home: Path, supervisor: Supervisor, *, stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]) -> None:
     """Keeps processes running, and the SuperLink's list of nodes equal to ``home/sites``."""
     online: set[str] = set()
     refused: set[str] = set()
@@ -294,7 +300,7 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
     goes_on = f"continue with `fedlora server start {home} {plan} --resume`; nothing is lost"
     try:
         with _control(home) as control:
-            state = _followed(control, start_job(control, job), home, job, report, poll_s)
+            state = _followed(control, start_job(control, job), home=home, job=job, report=report, poll_s=poll_s)
     except ConnectionFailed as e:
         outcome = load_outcome(home, job)
         if outcome is None:
@@ -312,7 +318,7 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
     return directory
 
 
-def _followed(control: Control, run_id: int, home: Path, job: str, report: Report, poll_s: float) -> RunState | None:
+def _followed(control: Control, run_id: int, *, home: Path, job: str, report: Report, poll_s: float) -> RunState | None:
     """Passes on a run's events until it has ended; None if its outcome is recorded but Flower does not know it."""
     said, offset, waits, over_s = "", 0, False, 0.0
     while True:

@@ -57,7 +57,7 @@ def run(
     checkpoint = store.resume(report)
     report(Event.START, Start(run=store.run, round=checkpoint.round, rounds=rounds))
     while checkpoint.round < rounds:
-        task = _task(plan, store.run, "train", checkpoint, aggregator)
+        task = _task("train", checkpoint, plan=plan, run=store.run, aggregator=aggregator)
         tally, asked = _ask(task, parts, partial(_start, aggregator, checkpoint))
         void = 0 if tally.voided is None else void + 1
         checkpoint, record = _aggregate(checkpoint, tally, asked, aggregator=aggregator, plan=plan)
@@ -69,7 +69,7 @@ def run(
             hint = "look at the sites, then resume the run"
             raise RunFailed(f"{void} rounds in a row were void: {tally.voided}", hint=hint, code="quorum")
     if store.final() is None:
-        task = _task(plan, store.run, "evaluate", checkpoint, aggregator)
+        task = _task("evaluate", checkpoint, plan=plan, run=store.run, aggregator=aggregator)
         _, record = _ask(task, parts, lambda cohort: None)
         store.finish(record)
         report(Event.FINAL, Recorded(record=record))
@@ -118,7 +118,7 @@ def _aggregate(
     return Checkpoint(round, after, record, state), record
 
 
-def _task(plan: Plan, run: str, kind: Kind, checkpoint: Checkpoint, aggregator: Aggregator) -> Task:
+def _task(kind: Kind, checkpoint: Checkpoint, *, plan: Plan, run: str, aggregator: Aggregator) -> Task:
     """The task of the next round: the tensors that the rule sends to sites, and those that it wants back."""
     adapter = checkpoint.adapter
     sent = adapter.part(adapter.layout.only(aggregator.down()))

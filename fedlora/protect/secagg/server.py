@@ -83,14 +83,14 @@ class SecAggServer:
             if stored:
                 numbers = at.terms.numbers(task.reply_layout).size
                 session = self.sessions.load(task, at.terms.requirements, at.known, at.terms.profile, numbers=numbers)
-                yield from self._go_on(at, session, ended, scales, tally)
+                yield from self._go_on(at, session, ended=ended, scales=scales, tally=tally)
                 if session.stage == "aborted":
                     at = self._attempt(task, self.roster(), at.errors)
                     session = None
             if session is None and (asked := at.admitted(sites)):
                 together = at.whole(asked, at.errors, least=at.terms.requirements.smallest)
                 session = yield from self._open(at, together, scales)
-                yield from self._go_on(at, session, ended, scales, tally)
+                yield from self._go_on(at, session, ended=ended, scales=scales, tally=tally)
         except CohortTooSmall as e:
             for site in session.cohort.names if session is not None else asked:
                 at.errors.setdefault(site, e)
@@ -134,7 +134,8 @@ class SecAggServer:
 
     # --- a session that has begun ---------------------------------------------------------------------------------
 
-    def _go_on(self, at: Attempt, session: ServerSession, ended: Ended, scales: F32, tally: Tally) -> Exchange:
+    def _go_on(self, at: Attempt, session: ServerSession, *, ended: Ended, scales: F32, tally: Tally) -> Exchange:
+        """Carries a session on from its stage to its end, as far as the sites answer."""
         if session.stage == "void":  # and killed before that was noted
             return tally.void(CohortTooSmall("too few sites of the session were left to end it"))
         if session.stage == "mask":

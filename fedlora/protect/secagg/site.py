@@ -207,13 +207,13 @@ class SecAggSite:
         relayed = reader.rest()
         if session.digest and relayed != records.blob("relay"):
             raise SessionError("this site has masked its update for another set of sites; it does so once", code="session-spent")
-        dealers = self._open_inbox(cohort, own, relayed, settled, session).shares.keys()
+        dealers = self._open_inbox(cohort, session, relayed=relayed, settled=settled).shares.keys()
         group = session.requirements.group_of(self._name)
         if not session.digest:
             session.requirements.check_whole((group or frozenset()) & {cohort.advert(n).name for n in dealers})
             contribution = None if session.contribution is None else Contribution.parse(session.contribution)
             self._compare(contribution, session.base, session.plan, records)
-        out, digest = self._masked(cohort, own, relayed, settled, session, records)
+        out, digest = self._masked(cohort, session, records, relayed=relayed, settled=settled)
         if session.digest and digest != session.digest:
             raise SessionError("what this site has sent can not be made again", code="session-spent")
         if not session.digest:
@@ -227,23 +227,23 @@ class SecAggSite:
         return out
 
     def _masked(
-        self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session, records: Records
+        self, cohort: Cohort, session: Session, records: Records, *, relayed: bytes, settled: Mapping[int, Opened]
     ) -> tuple[memoryview, bytes]:
-        inbox = self._open_inbox(cohort, own, relayed, settled, session)
+        inbox = self._open_inbox(cohort, session, relayed=relayed, settled=settled)
         encoded = self._encoded or records.encoded()
         if encoded is None or encoded.round != session.round:
             raise SessionError("the update of this round is not here any more", code="secrets-gone")
         secrets, key = Secrets(session.root), self.link.identity.signing
+        own = cohort.number(self._name)
         return masked(cohort, own, secrets, inbox, encoded.levels, encoded.numbers, bits=session.bits, key=key)
 
     def _complain(self, payload: bytes, records: Records, session: Session) -> bytes:
         """The request: the relayed deals. The answer is this site's signed complaint about dealers whose part is wrong."""
         cohort = self._open_cohort(records, session)
-        own = cohort.number(self._name)
-        received = self._receive(cohort, own, payload, {}, session)
+        received = self._receive(cohort, session, relayed=payload, settled={})
         if not received.lies:
             raise WireError("there is nothing to complain about")
-        return Complaint.make(cohort, own, received.lies, key=self.link.identity.signing).dump()
+        return Complaint.make(cohort, cohort.number(self._name), received.lies, key=self.link.identity.signing).dump()
 
     def _open(self, payload: bytes, records: Records, session: Session) -> bytes:
         """Complaints about this site, as :func:`fedlora.protect.secagg.protocol.complaints.dump_complaints` writes them.
@@ -372,23 +372,31 @@ class SecAggSite:
     def _kept_inbox(self, cohort: Cohort, own: int, records: Records, session: Session) -> Inbox:
         """The shares and ingredients with which this site masked its update."""
         settled = Reader(records.blob("settled"), "opened shares")
-        return self._open_inbox(cohort, own, records.blob("relay"), read_settled(cohort, own, settled), session)
+        return self._open_inbox(cohort, session, relayed=records.blob("relay"), settled=read_settled(cohort, own, settled))
 
-    def _open_inbox(self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session) -> Inbox:
+    def _open_inbox(self, cohort: Cohort, session: Session, *, relayed: bytes, settled: Mapping[int, Opened]) -> Inbox:
+        """What other sites have dealt to this one.
+
+        Args:
+            relayed: the deals, as the server has relayed them.
+            settled: dealer's number -> what it has shown after a complaint.
+
+        Raises:
+            BadShare: something does not match its dealer's commitments.
+        """
         name = hashlib.sha256(dump_opened(cohort, settled) + relayed).digest()
         if self._inbox is None or self._inbox[0] != name:
-            received = self._receive(cohort, own, relayed, settled, session)
+            received = self._receive(cohort, session, relayed=relayed, settled=settled)
             if received.lies:
                 names = ", ".join(cohort.advert(dealer).name for dealer in received.lies)
                 raise BadShare(f"what {names} dealt to this site, and signed, is not what was committed to")
             self._inbox = name, received.inbox
         return self._inbox[1]
 
-    def _receive(self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session) -> Received:
+    def _receive(self, cohort: Cohort, session: Session, *, relayed: bytes, settled: Mapping[int, Opened]) -> Received:
         if not session.root:
             raise SessionError("the secrets of this session are deleted", code="secrets-gone")
-        reader = Reader(relayed, "shares")
-        secrets = Secrets(session.root)
+        reader, own, secrets = Reader(relayed, "shares"), cohort.number(self._name), Secrets(session.root)
         received = receive(cohort, own, secrets, reader, requirements=session.requirements, known=self._known, settled=settled)
         reader.end()
         return received
