@@ -191,3 +191,14 @@ def test_a_citation_is_seen_in_each_way_of_writing_it():
     for text in ("FORMAT.md, section 10.7.", "FORMAT.md, 10.7.", "FORMAT.md 10.7", "`FORMAT.md`, section 10.7"):
         assert cited(text) == ["10.7"]
     assert {"7", "10.7"} <= SECTIONS
+
+
+# --- what a docstring says first ------------------------------------------------------------------------------------------
+
+
+@each_file
+def test_a_docstring_says_what_is_done_before_it_says_what_is_raised(path):
+    found = [
+        n.name for n in ast.walk(tree(path)) if isinstance(n, HOLDERS[1:]) and (ast.get_docstring(n) or "").startswith("Raises:")
+    ]
+    assert found == []

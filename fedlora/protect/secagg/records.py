@@ -162,9 +162,10 @@ class Records:
             put_record(self._memory, _OPEN, "open", {"runs": sorted({*noted, run})})
 
     def used(self) -> Used | None:
-        """
+        """The last masked update that this site has sent in this run; None if it has sent none.
+
         Raises:
-            StoreError: damaged. The site then takes part in nothing: it cannot know what it has given.
+            StoreError: damaged. The site then takes part in nothing, because it cannot know what it has sent.
         """
         try:
             found = self._hidden.get(self._name("used"), "used")
@@ -174,7 +175,7 @@ class Records:
         return None if found is None else Used(**found)
 
     def has_given(self) -> bool:
-        """Whether this site has given a masked update in this run, or in one whose session may still be open."""
+        """Whether this site has sent a masked update in this run, or in one whose session may still be open."""
         runs = self._noted() | {self._run}
         return any(Records(self._memory, run, self._identity, self._entropy).used() is not None for run in runs)
 
