@@ -1,7 +1,7 @@
 """The bundle that Flower ships to sites: empty, the same bytes everywhere, and pinned by hash at both ends.
 
-Flower's way is to send code from server to site. Ours is that both ends run what is installed there; the bundle only
-satisfies Flower's file format. Run with stock Flower tools, its apps refuse to work.
+Flower sends code from the server to sites. In FedLoRA both ends run only what is installed there; the bundle just satisfies
+Flower's file format. Run with stock Flower tools, its apps refuse to work.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run to be done: absolute path of the plan, and whether to go on from the last checkpoint."""
+    """A run to start: absolute path of the plan, and whether to continue from the last checkpoint."""
 
     plan: str
     resume: bool
@@ -157,7 +157,7 @@ class Events:
 
 
 def pass_on(home: Path, name: str, report: Report, *, offset: int) -> int:
-    """Reports a job's events from byte ``offset`` of their file on; returns the offset behind the last whole line."""
+    """Reports a job's events from byte ``offset`` of their file on; returns the offset after the last complete line."""
     try:
         with _path(home, name, "events").open("rb") as file:
             file.seek(offset)

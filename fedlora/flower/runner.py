@@ -42,7 +42,7 @@ class Runner:
         poll_s: pause between two questions for work, seconds.
         heartbeat_s: between two signs of life while ``handle`` works, seconds; Flower gives up after 60.
         patience_s: how long to try to deliver an answer, seconds. After that it is lost for Flower; the journal has it.
-        on_state: told after each question whether the SuperNode lets this process in, in the thread that calls :meth:`run`.
+        on_state: called after each poll with whether the SuperNode accepts this process, in the thread that calls :meth:`run`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Runner:
         return self._working
 
     def run(self, stop: threading.Event) -> None:
-        """Claims and answers until ``stop`` is set. A KeyboardInterrupt in ``handle`` answers ``site-stopped`` and goes on up."""
+        """Claims and answers messages until ``stop`` is set. On a KeyboardInterrupt in ``handle``: answers ``site-stopped``, re-raises."""
         claimer = self._claimer()
         wait, away = self._poll_s, ""
         while not stop.is_set():

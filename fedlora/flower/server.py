@@ -69,7 +69,7 @@ def up(
         home: the server's directory, as `fedlora keygen server` made it.
         listen: public host:port of the gateway.
         body_limit_bytes: largest single HTTP body; Flower cuts blobs into chunks of 5 MiB.
-        report: told of ``process``, ``listening``, ``site-online`` and ``site-offline``.
+        report: gets ``process``, ``listening``, ``site-online`` and ``site-offline``.
         hosts: names and addresses that sites dial; the certificate must cover them.
         stop: set it to stop from another thread.
         timeout_s: for one HTTP call, seconds.
@@ -158,7 +158,7 @@ class Refusals:
     """Reports enrolled sites that the gateway refuses, with the reason: each once, and again after ten minutes.
 
     Args:
-        report: told ``("site-refused", {"site", "why", "cause"})``.
+        report: gets the event ``site-refused`` with ``site``, ``why`` and ``cause``.
     """
 
     def __init__(self, report: Report) -> None:
@@ -282,8 +282,8 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
     Args:
         home: the server's directory.
         plan: the plan's file.
-        resume: go on from the run's last checkpoint.
-        report: told what the run reports, and ``("process", {"name": "run ID", "state"})`` for Flower's view of it.
+        resume: continue from the run's last checkpoint.
+        report: gets the run's events, and ``("process", {"name": "run ID", "state"})`` for Flower's view of it.
         poll_s: between two looks, seconds.
 
     Returns:

@@ -18,13 +18,13 @@ from fedlora.formats.memory import FileMemory
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it was written.
+    """A damaged or missing file, or one that repaired itself.
 
     Attributes:
         file: the file that it is about.
-        what: what is wrong, and what follows.
-        choices: options of the command, each with its cost; none: nothing is to be chosen.
-        wrong: False if it mends itself.
+        what: the damage and its consequences.
+        choices: options of the command, each with its cost; empty if there is no choice.
+        wrong: False if it repairs itself.
         run: 64 hex digits, or empty.
     """
 

@@ -41,7 +41,7 @@ class Contribution:
 
     Attributes:
         members: name -> its keys' fingerprint: this site and the others of its group.
-        measure: keys of the plan -> values: how an update becomes what is added up. See :func:`fedlora.protect.mode.SumExposure`.
+        measure: keys of the plan -> values, see :class:`fedlora.protect.mode.SumExposure`.
     """
 
     members: tuple[tuple[str, str], ...]

@@ -200,7 +200,7 @@ _BRING_BACK = "nothing is lost; bring the sites back and resume the run"
 
 @dataclass(frozen=True, slots=True)
 class _Cause:
-    """Why a whole round failed: if all sites answer with one of ``codes``."""
+    """A cause of a failed round: all sites answer with one of ``codes``."""
 
     codes: frozenset[str]
     meaning: str

@@ -1,4 +1,4 @@
-"""`fedlora server repair`: what is wrong with the files of a server and a run, and what a coordinator may choose.
+"""`fedlora server repair`: finds damage in the files of a server and a run, and carries out a coordinator's choices.
 
 Looking changes nothing. Each choice is one method here and one option there; it says what it costs.
 """

@@ -1,4 +1,4 @@
-"""The server's half of one run: how it begins, what it runs with, what is deleted at its end."""
+"""The server's half of one run: creates it, builds its parts, deletes its key at the end."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from fedlora.rules import rule_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServerRun:
-    """A run from its parts: the same for a deployment and for a simulation.
+    """A run with its parts, for a deployment or a simulation.
 
     Attributes:
         store: the run's directory.
         identity: the server's keys.
         sites: the enrolled sites, by name.
         roster: file with the signed roster, for secure aggregation; it may be replaced by the next epoch during the run.
-        report: told what happens.
+        report: gets the run's events.
     """
 
     store: RunStore
@@ -90,7 +90,7 @@ def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> 
     """A new run in ``directory``.
 
     Args:
-        run: 64 hex digits; empty: drawn.
+        run: 64 hex digits; empty: random.
 
     Raises:
         ConfigError: the plan is not pinned, or ``first`` is not the adapter that it pins.
@@ -112,7 +112,7 @@ def load_server_key(home: Path) -> Identity:
     """The server's private key.
 
     Raises:
-        KeyFileError: missing, malformed, or not the one whose public half lies beside it.
+        KeyFileError: missing, malformed, or it does not belong to ``server.pub`` beside it.
     """
     identity, public = load_identity(home / "server.key"), home / "server.pub"
     if identity.name != SERVER or (public.exists() and load_public(public) != identity.public):

@@ -100,10 +100,10 @@ class RunStore:
 
     @classmethod
     def open(cls, directory: Path, plan: Plan | None = None, *, keep: int = 3) -> RunStore:
-        """An existing run. With the plan that it was started with, a damaged ``run.json`` or ``plan.json`` is written anew.
+        """Opens an existing run. If ``plan`` is its plan, a damaged ``run.json`` or ``plan.json`` is written again.
 
         Raises:
-            StoreError: no run there, one that cannot be mended, or one of another plan.
+            StoreError: no run there, one that cannot be repaired, or one of another plan.
         """
         mark = directory / "run.json"
         if not cls.holds(directory):
@@ -150,7 +150,7 @@ class RunStore:
                     path.unlink()
 
     def load(self) -> Checkpoint:
-        """The last complete round. Changes nothing, so that it may be read while the run goes on.
+        """The last complete round. Changes nothing, so that it can be read while the run continues.
 
         Raises:
             StoreError: no checkpoint, or the last one is damaged or of another run.
@@ -162,14 +162,14 @@ class RunStore:
     def resume(self, report: Report = lambda event, facts: None) -> Checkpoint:
         """The last complete round, from which the run continues; updates ``rounds.jsonl``.
 
-        If the disk has damaged the last checkpoints of an unfinished run, the run goes back to the last whole one: the files are
+        If the last checkpoints of an unfinished run are damaged, the run goes back to the last intact one: the files are
         set aside as ``*.damaged`` and the rounds are repeated. Sites answer from their journals, which hold the last two.
 
         Args:
-            report: told ``damaged``, ``mended``, ``evaluation-again`` and ``records-gone``.
+            report: gets the events ``damaged``, ``mended``, ``evaluation-again`` and ``records-gone``.
 
         Raises:
-            StoreError: no checkpoint that is whole and of this run.
+            StoreError: there is no intact checkpoint of this run.
             WireError (version-unsupported): another version of FedLoRA has written it. Nothing is changed.
         """
         self._check_format()

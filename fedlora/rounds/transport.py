@@ -1,4 +1,4 @@
-"""How requests reach sites and replies come back, and the function that drives an exchange to its end."""
+"""Transports, which carry requests to sites and replies back; and the function that drives an exchange to its end."""
 
 from __future__ import annotations
 

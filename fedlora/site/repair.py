@@ -1,4 +1,4 @@
-"""`fedlora site repair`: what is wrong with a site's files of state, and what its operator may choose.
+"""`fedlora site repair`: finds damage in a site's state, and carries out its operator's choices.
 
 Looking changes nothing. Each choice is one method here and one option there; it says what it costs and is noted in the state.
 """

@@ -96,7 +96,7 @@ def check_deliveries(
 
     Raises:
         CohortTooSmall: too few.
-        LoneChange: not of whole groups.
+        LoneChange: a group is incomplete.
         WireError: its own update is missing or differs, or one is of a site that has dealt no shares.
         BadSignature: one is not signed by its site.
     """

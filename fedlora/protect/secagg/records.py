@@ -142,7 +142,7 @@ class Records:
         self._hidden.put(self._name("session"), "session", facts)
 
     def end_other_runs(self) -> None:
-        """Deletes the secrets of sessions that were never ended, of all runs but this one: nobody shall open them later."""
+        """Deletes the secrets of unfinished sessions of all other runs, so that they cannot be opened later."""
         for run in self._noted() - {self._run}:
             other = Records(self._memory, run, self._identity, self._entropy)
             session = other.session()

@@ -56,7 +56,7 @@ class SecAggServer:
         roster: gives the current signed roster, checked; called once a round, so that a new epoch takes effect in the next round.
         plan: of the run.
         sessions: durable.
-        report: told ``(event, facts)`` about the steps.
+        report: gets an event for each step.
     """
 
     link: ServerLink

@@ -115,7 +115,7 @@ class Terms:
         return MAX_UNITS if self.weight_unit else 1
 
     def weight(self, counted: int) -> int:
-        """A site's weight: whole units, 1 .. 16; 1 without a unit."""
+        """A site's weight: a number of units, 1 to 16; always 1 without a unit."""
         return min(max(round(counted / self.weight_unit), 1), MAX_UNITS) if self.weight_unit else 1
 
     def numbers(self, layout: Layout) -> Numbers:

@@ -221,7 +221,7 @@ class Cohort:
 
         Raises:
             CohortTooSmall: fewer than the rules demand.
-            LoneChange: not made of whole groups.
+            LoneChange: a group is incomplete.
             WireError: too many, or one twice.
             WrongContext: they have not all seen the same task.
         """

@@ -72,14 +72,14 @@ def most_levels(profile: Profile, *, weight_fraction: float) -> int:
 
 
 def tensor_slices(layout: Layout) -> list[slice]:
-    """Where each tensor lies in the vector, in the layout's order."""
+    """The slice of the vector that holds each tensor, in the layout's order."""
     return [at for _, at, _ in layout.slices()]
 
 
 def encode(
     delta: F32, layout: Layout, profile: Profile, scales: F32, *, weight_fraction: float, key: bytes
 ) -> tuple[Words, NDArray[np.int64]]:
-    """A change as whole levels, rounded up or down at random so that the mean is right.
+    """A change as integer levels, with stochastic rounding, so that the expected value is exact.
 
     Args:
         delta: the change plus the remainder of earlier rounds, (n,) float32, finite. It becomes the remainder of this round,
