@@ -75,7 +75,7 @@ class Runner:
         return self._working
 
     def run(self, stop: threading.Event) -> None:
-        """Claims and answers messages until ``stop`` is set. On a KeyboardInterrupt in ``handle``: answers ``site-stopped``, re-raises."""
+        """Claims and answers messages until ``stop`` is set. A KeyboardInterrupt in ``handle`` answers ``site-stopped`` and is raised."""
         claimer = self._claimer()
         wait, away = self._poll_s, ""
         while not stop.is_set():
