@@ -42,7 +42,7 @@ from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, DictMemory, toy_adapter, toy_plan
-from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
+from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.giving import reveal
 from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Advert, Cohort, SessionRequirements, sign
 from fedlora.protect.secagg.protocol.complaints import (
@@ -450,12 +450,13 @@ CONTRIBUTION = Contribution.of([identity(name).public for name in SITES], {"prot
 def _records() -> list[Parser]:
     """A site's own files, damaged."""
     session = Session(
-        1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, groups=[list(SITES)],
+        1, 0, bytes(32), identity("run").public.kem, bytes(32), 16, 1, 3, plan="12" * 32, base="34" * 32, model="model",
+        groups=[list(SITES)],
         contribution=CONTRIBUTION.facts(), t1=bytes(32),
     )  # fmt: skip
     encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), np.ones(14, np.float32))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3)
-    ledger = Ledger().after("34" * 32, CONTRIBUTION)
+    ledger = Ledger().after(Base("model", "34" * 32), CONTRIBUTION)
 
     def records(memory: DictMemory) -> Records:
         return Records(memory, "run", identity(SITES[0]), lambda n: bytes(n))
@@ -479,7 +480,7 @@ def _records() -> list[Parser]:
         file("session", Records.save_session, Records.session, [session, later]),
         file("encoded", Records.save_encoded, Records.encoded, [encoded]),
         file("used", Records.save_used, Records.used, [mark]),
-        _ledger([ledger, ledger.after("56" * 32, None).after_sealed("78" * 32)]),
+        _ledger([ledger, ledger.after(Base("b", "56" * 32), None).after_sealed(Base("c", "78" * 32))]),
     ]
 
 

@@ -29,7 +29,7 @@ from fedlora.formats.keys import Identity
 from fedlora.formats.memory import FileMemory, Memory, get_record, put_record
 from fedlora.gateway.allowance import Allowance, Quota
 from fedlora.lab.testing import toy_adapter, toy_plan
-from fedlora.protect.ledger import ContributionStore, Ledger
+from fedlora.protect.ledger import Base, ContributionStore, Ledger
 from fedlora.protect.link import _Counter
 from fedlora.protect.secagg.records import Records, Session, Used
 from fedlora.protect.secagg.sessions import SessionStore
@@ -39,7 +39,7 @@ from fedlora.site.admission import Begun, Runs
 RUN = "0" * 64
 ME = Identity.generate("site")
 TASK = Task(RUN, b"", RUN, "train", 3, 0, toy_adapter(), None)
-SESSION = Session(3, 0, b"c", b"k", b"", 16, 1, 3, RUN, RUN, None, None)
+SESSION = Session(3, 0, b"c", b"k", b"", 16, 1, 3, RUN, RUN, "model", None, None)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ DURABLE = {
     "a record in memory": in_memory(lambda m: put_record(m, "k", "x", {"a": 1}), lambda m: get_record(m, "k", "x")),
     "a counter of messages": in_memory(lambda m: _Counter(m, "p").put(7, RUN), lambda m: _Counter(m, "p").last()),
     "the runs of a site": in_memory(lambda m: Runs(m).save([Begun(RUN, RUN)]), lambda m: Runs(m).load()),
-    "the sums given to": in_memory(lambda m: ledger(m).save(Ledger(alone=frozenset({RUN}))), lambda m: ledger(m).load()),
+    "the sums given to": in_memory(
+        lambda m: ledger(m).save(Ledger(alone=frozenset({Base(RUN, RUN)}))), lambda m: ledger(m).load()
+    ),
     "what was given": in_memory(lambda m: records(m).save_used(Used(1, RUN, RUN, ["a"], 3)), lambda m: records(m).used()),
     "a site's session": in_memory(lambda m: records(m).save_session(SESSION), lambda m: records(m).session()),
     "who is left out": in_memory(

@@ -28,6 +28,7 @@ from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.memory import FileMemory, get_record
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
+from fedlora.protect.ledger import ContributionStore, Ledger
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import LocalTransport
 from fedlora.rules.first import first_adapter
@@ -655,6 +656,30 @@ def test_a_state_without_damage_is_said_to_be_whole(left, capsys):
     assert repair(place) == (0, answered({"done": [], "wrong": False, "findings": []}))
     assert main(["server", "repair", str(place.home), RUN]) == 0
     assert capsys.readouterr().out == "nothing is damaged\n"
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged", "damaged-and-its-copy-gone"])
+@pytest.mark.parametrize("what", ["secagg/given", "secagg/has-given"])
+def test_a_record_of_all_sums_that_is_lost_is_found_and_can_be_begun_anew(left, tmp_path, what, how):
+    place = left["secagg"][0].copy(tmp_path / "x")
+    memory = FileMemory(state_of(place) / "memory")
+    for number, path in enumerate(memory.files(what)):
+        path.unlink() if how == "gone" or (number and "copy" in how) else path.write_bytes(b"damaged")
+    if what == "secagg/has-given":  # the record itself is there
+        assert repair(place)[0] == 0
+        store = ContributionStore(memory, identity("a"), bytes)
+        store.save(store.load())
+        assert repair(place) == (0, answered({"done": [], "wrong": False, "findings": []}))
+        return
+    status, found = repair(place)
+    (finding,) = found["data"]["findings"]
+    assert status == 1
+    assert finding["file"] == memory.where(what)
+    assert any(choice.startswith("--forget-sums") for choice in finding["choices"])
+    site = str(place.root / "sites" / "a" / "site.toml")
+    assert main(["site", "repair", site, "--forget-sums"]) == 0
+    assert repair(place)[0] == 0
+    assert ContributionStore(memory, identity("a"), bytes).load() == Ledger()
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class Runner:
         return self._working
 
     def run(self, stop: threading.Event) -> None:
-        """Claims and answers messages until ``stop`` is set. A KeyboardInterrupt in ``handle`` answers ``site-stopped`` and is raised."""
+        """Answers messages until ``stop`` is set. Answers ``site-stopped`` and re-raises a KeyboardInterrupt of ``handle``."""
         claimer = self._claimer()
         wait, away = self._poll_s, ""
         while not stop.is_set():

@@ -26,6 +26,7 @@ from fedlora.core.errors import BadSignature, CannotOpen, EnvelopeError, Oversiz
 from fedlora.core.limits import MAX_SITES
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import Identity, PublicIdentity
+from fedlora.formats.values import Bytes, fill
 
 VERSION = 1
 SUITE = 1
@@ -172,24 +173,22 @@ def seal(
     raw = header.dump()
     file_key = entropy(32)
     chunks = max(1, -(-len(payload) // _CHUNK))
-    size = _PREFIX.size + len(raw) + len(recipients) * _STANZA + len(payload) + chunks * _TAG + _SIGNATURE
-    out = bytearray(size)
     body_len = len(payload) + chunks * _TAG
-    _PREFIX.pack_into(out, 0, b"FLSE", VERSION, SUITE, 0, len(raw), len(recipients), body_len)
-    at = _PREFIX.size
-    out[at : at + len(raw)] = raw
-    at += len(raw)
-    info = _info(raw)
+    info, head = _info(raw), [_PREFIX.pack(b"FLSE", VERSION, SUITE, 0, len(raw), len(recipients), body_len), raw]
     for recipient in recipients:
         wrap = HPKE.encrypt(file_key, recipient.kem_key(), info=info)
-        out[at : at + _STANZA] = bytes.fromhex(recipient.kem_id) + struct.pack(">H", len(wrap)) + wrap
-        at += _STANZA
-    view = memoryview(out)
-    _encrypt(_payload_key(file_key, raw), memoryview(payload), view[at : at + body_len], hashlib.sha256(raw).digest())
-    at += body_len
-    digest = _signed_digest(view[:at])
-    view[at:] = struct.pack(">BBH", 1, 1, 64) + signer.signing.sign(digest)
-    return bytes(out), digest.hex()
+        head.append(bytes.fromhex(recipient.kem_id) + struct.pack(">H", len(wrap)) + wrap)
+    first, digest = b"".join(head), b""
+
+    def write(out: Bytes) -> None:
+        nonlocal digest
+        view, end = out.data, len(first) + body_len
+        view[: len(first)] = first
+        _encrypt(_payload_key(file_key, raw), memoryview(payload), view[len(first) : end], hashlib.sha256(raw).digest())
+        digest = _signed_digest(view[:end])
+        view[end:] = struct.pack(">BBH", 1, 1, 64) + signer.signing.sign(digest)
+
+    return fill(len(first) + body_len + _SIGNATURE, write), digest.hex()
 
 
 def _truncated(text: str) -> EnvelopeError:
@@ -298,13 +297,13 @@ def open_envelope(envelope: Envelope, recipient: Identity) -> bytes:
         file_key = HPKE.decrypt(stanza, recipient.kem_key(), info=_info(envelope.raw_header))
         if len(file_key) != 32:
             raise CannotOpen("cannot be opened")
-        out = bytearray(envelope.header.len)
-        _decrypt(_payload_key(file_key, envelope.raw_header), envelope.body, memoryview(out), _digest(envelope.raw_header))
+        key, aad = _payload_key(file_key, envelope.raw_header), _digest(envelope.raw_header)
+        out = fill(envelope.header.len, lambda room: _decrypt(key, envelope.body, room.data, aad))
     except (InvalidTag, ValueError, TypeError):
         raise CannotOpen("cannot be opened") from None
     if hashlib.sha256(out).hexdigest() != envelope.header.sha:
         raise EnvelopeError("the payload does not have the digest that the header states", code="payload-mismatch")
-    return bytes(out)
+    return out
 
 
 def _digest(raw: bytes) -> bytes:

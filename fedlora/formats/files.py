@@ -205,7 +205,7 @@ def load_record(path: Path, kind: str, *, hint: str = "") -> dict[str, Any] | No
     return None if blob is None else parse_record(blob, kind, path, hint=hint)
 
 
-def frame(magic: bytes, *parts: bytes) -> tuple[bytes, ...]:
+def frame(magic: bytes, *parts: bytes | memoryview) -> tuple[bytes | memoryview, ...]:
     """Magic, parts and the SHA-256 of both, for :func:`write_atomic`.
 
     Args:

@@ -42,14 +42,24 @@ class Entry:
     """One finished piece of work: the update as float32 bytes, and the learner's state after it.
 
     Attributes:
+        update: in one part or several.
         key: names the work: its kind (``train`` or ``evaluate``), the plan's and the adapter's digest, with slashes between.
         kept: the local adapter, float32 little-endian in its layout's order, where the rule needs it again; it never leaves.
     """
 
     key: str
-    update: bytes
+    update: bytes | memoryview | Sequence[bytes | memoryview]
     state: bytes
     kept: bytes = b""
+
+    def parts(self) -> Sequence[bytes | memoryview]:
+        """The update's parts."""
+        return (self.update,) if isinstance(self.update, bytes | memoryview) else self.update
+
+    def whole(self) -> bytes | memoryview:
+        """The update as one, copied only if it has several parts."""
+        parts = self.parts()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 _FILE = re.compile(r"round-(\d{6,9})\.journal")
@@ -116,15 +126,16 @@ class Journal:
         owner, number, *sizes = reader.unpack(_ENTRY)
         if (owner.hex(), number) != (run, round):
             raise Damaged(f"{path} holds the entry of another run or round")
-        key, update, state, kept = (reader.take(size) for size in sizes)
+        key, update, state, kept = (reader.view(size) for size in sizes)
         reader.end()
-        return Entry(key.decode(), update, state, kept)
+        return Entry(bytes(key).decode(), update, bytes(state), bytes(kept))
 
     def save(self, run: str, round: int, entry: Entry) -> None:
         """Makes a finished update permanent, before anything of it is sent."""
         key = entry.key.encode()
-        blobs = (key, entry.update, entry.state, entry.kept)
-        parts = frame(_MAGIC, _ENTRY.pack(bytes.fromhex(run), round, *(len(b) for b in blobs)), *blobs)
+        update = entry.parts()
+        sizes = (len(key), sum(map(len, update)), len(entry.state), len(entry.kept))
+        parts = frame(_MAGIC, _ENTRY.pack(bytes.fromhex(run), round, *sizes), key, *update, entry.state, entry.kept)
         path, begins = self._path(run, round), not self._rounds(run)
         with named_disk_errors(path):
             self.directory.mkdir(parents=True, exist_ok=True)

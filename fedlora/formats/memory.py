@@ -36,10 +36,10 @@ class Kept:
 
 
 class Memory(Protocol):
-    """A few small values that survive a power cut. ``put`` returns after fsync."""
+    """A few values that survive a power cut. ``put`` returns after fsync; what it is given in parts is one value."""
 
     def get(self, key: str) -> bytes | None: ...
-    def put(self, key: str, value: bytes) -> None: ...
+    def put(self, key: str, *parts: bytes | memoryview) -> None: ...
     def where(self, key: str) -> str:
         """The place of a value, for a message to this end's operator."""
         ...
@@ -94,11 +94,11 @@ class FileMemory:
             self._replace(path, _frame(key, value))
         return value
 
-    def put(self, key: str, value: bytes) -> None:
+    def put(self, key: str, *parts: bytes | memoryview) -> None:
         path, copy = self._paths(key)
-        parts = _frame(key, value)
+        framed = _frame(key, *parts)
         for place in (copy, path):
-            self._replace(place, parts, flush=place == path)  # one flush of the directory is for both
+            self._replace(place, framed, flush=place == path)  # one flush of the directory is for both
 
     def kept(self) -> list[Kept]:
         """All values, with the damage of their copies. Changes nothing."""
@@ -123,7 +123,7 @@ class FileMemory:
         path = self.directory / hashlib.sha256(key.encode()).hexdigest()
         return path, copy_of(path)
 
-    def _replace(self, path: Path, parts: Sequence[bytes], *, flush: bool = True) -> None:
+    def _replace(self, path: Path, parts: Sequence[bytes | memoryview], *, flush: bool = True) -> None:
         if path.is_dir() and not path.is_symlink():
             log.warning("a directory stands in place of %s; it is now %s", path, set_aside(path))
         write_atomic(path, *parts, flush=flush)
@@ -135,9 +135,9 @@ def words(key: str) -> str:
     return f"what is kept as {rest!r} of run {run[:12]}" if rest and len(run) == 64 else f"what is kept as {key!r}"
 
 
-def _frame(key: str, value: bytes) -> tuple[bytes, ...]:
+def _frame(key: str, *value: bytes | memoryview) -> tuple[bytes | memoryview, ...]:
     name = key.encode()
-    return frame(_MAGIC, len(name).to_bytes(2, "little"), name, value)
+    return frame(_MAGIC, len(name).to_bytes(2, "little"), name, *value)
 
 
 def _unframe(path: Path, problem: dict[Path, str]) -> tuple[str, bytes] | None:

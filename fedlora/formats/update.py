@@ -11,11 +11,10 @@ anything is allocated, and a digest at the end refuses every flipped bit even wh
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +25,17 @@ from fedlora.core.errors import NonFiniteUpdate, WireError, WrongContext
 from fedlora.core.limits import MAX_PLAN_BYTES
 from fedlora.core.messages import Kind, Task
 from fedlora.core.reader import Reader
-from fedlora.formats.values import Bytes, dump_bfloat16, dump_float32, dump_int8, parse_bfloat16, parse_float32, parse_int8
+from fedlora.formats.values import (
+    Bytes,
+    check_finite,
+    dump_bfloat16,
+    dump_float32,
+    dump_int8,
+    fill,
+    parse_bfloat16,
+    parse_float32,
+    parse_int8,
+)
 
 DTYPES: Final = ("float32", "bfloat16", "int8")
 """Types that the values of an update may have on their way; the position is the code in the blob."""
@@ -80,10 +89,7 @@ def dump_update(update: Update, layout: Layout, *, dtype: str) -> bytes:
         NonFiniteUpdate: NaN or infinity in the delta or in a metric, or a value beyond what bfloat16 can hold.
         WireError: weight, or names or number of metrics, out of range.
     """
-    if update.delta.dtype != np.float32:
-        raise ValueError(f"a delta is float32, not {update.delta.dtype}")
-    if update.delta.shape != (layout.size,):
-        raise WrongContext(f"expected {layout.size} values, got {update.delta.shape}", code="wrong-layout")
+    _check_delta(update, layout)
     code = _code(dtype)
     header = _dump_update_header(update)
     prefix = _UPDATE.pack(b"FLUP", VERSION, code, 0, layout.size, len(header))
@@ -102,7 +108,25 @@ def dump_update(update: Update, layout: Layout, *, dtype: str) -> bytes:
     return fill(blob_size(layout, dtype, header_bytes=len(header)), write)
 
 
-def parse_update(blob: bytes, layout: Layout, *, dtype: str | None = None) -> Update:
+def update_parts(update: Update, layout: Layout) -> tuple[bytes | memoryview, ...]:
+    """The parts whose sum is :func:`dump_update` with ``float32``. The values are those of the update itself, not a copy.
+
+    Raises:
+        as :func:`dump_update`.
+    """
+    if not np.little_endian or not update.delta.flags.c_contiguous:
+        return (dump_update(update, layout, dtype="float32"),)
+    _check_delta(update, layout)
+    check_finite(update.delta, "the vector")
+    header = _dump_update_header(update)
+    head = _UPDATE.pack(b"FLUP", VERSION, _code("float32"), 0, layout.size, len(header)) + header
+    values = update.delta.view(np.uint8).data
+    digest = hashlib.sha256(head)
+    digest.update(values)
+    return head, values, digest.digest()[:_DIGEST]
+
+
+def parse_update(blob: bytes | memoryview, layout: Layout, *, dtype: str | None = None) -> Update:
     """Inverse of :func:`dump_update`. Lengths are compared before anything is allocated, then the digest.
 
     Args:
@@ -143,6 +167,13 @@ def parse_update(blob: bytes, layout: Layout, *, dtype: str | None = None) -> Up
     else:
         parse_float32(values, vector, "the update")
     return Update(vector, weight, metrics)
+
+
+def _check_delta(update: Update, layout: Layout) -> None:
+    if update.delta.dtype != np.float32:
+        raise ValueError(f"a delta is float32, not {update.delta.dtype}")
+    if update.delta.shape != (layout.size,):
+        raise WrongContext(f"expected {layout.size} values, got {update.delta.shape}", code="wrong-layout")
 
 
 def _dump_update_header(update: Update) -> bytes:
@@ -297,13 +328,6 @@ def _parse_head(text: bytes) -> dict[str, Any]:
         raise WireError("not a canonical JSON object") from None
 
 
-def fill(size: int, write: Callable[[Bytes], None]) -> bytes:
-    """``size`` bytes, written in place by ``write``: a bytes object without the copy that ``bytes(bytearray)`` makes."""
-    out = io.BytesIO(bytes(size))
-    write(np.frombuffer(out.getbuffer(), np.uint8))
-    return out.getvalue()
-
-
 def _code(dtype: str) -> int:
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -325,7 +349,7 @@ def _digest(body: Bytes) -> bytes:
     return hashlib.sha256(body.data).digest()[:_DIGEST]
 
 
-def _check_digest(blob: bytes) -> None:
+def _check_digest(blob: bytes | memoryview) -> None:
     if _digest(np.frombuffer(blob, np.uint8)[:-_DIGEST]) != blob[-_DIGEST:]:
         raise WireError("the digest at the end does not fit: the bytes have changed")
 

@@ -6,8 +6,9 @@ NaN and infinity are refused in both directions.
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -23,6 +24,16 @@ _TINY: Final = np.float32(2.0**-126)  # smallest normal float32
 _MAX_SCALE: Final = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 * it is finite
 
 
+def fill(size: int, write: Callable[[Bytes], None]) -> bytes:
+    """``size`` bytes, written in place by ``write``: a bytes object without the copy that ``bytes(bytearray)`` makes."""
+    if not size:
+        write(np.empty(0, np.uint8))
+        return b""
+    out = io.BytesIO(bytes(size))
+    write(np.frombuffer(out.getbuffer(), np.uint8))
+    return out.getvalue()
+
+
 def _chunks(n: int) -> Iterator[slice]:
     return (slice(at, min(at + _CHUNK, n)) for at in range(0, n, _CHUNK))
 
@@ -34,6 +45,12 @@ def _scaled(part: slice, width: int) -> slice:
 def _refuse_non_finite(piece: F32, what: str) -> None:
     if not np.isfinite(piece).all():
         raise NonFiniteUpdate(f"{what} holds NaN or infinity", hint="lower learning_rate, or look at the site's rows")
+
+
+def check_finite(vector: F32, what: str) -> None:
+    """Raises: NonFiniteUpdate: NaN or infinity."""
+    for part in _chunks(vector.size):
+        _refuse_non_finite(vector[part], what)
 
 
 def dump_float32(vector: F32, out: Bytes) -> None:

@@ -85,7 +85,7 @@ def _rounds_alone(lab: Lab, learner: Learner, rounds: int, directory: Path, repo
     if entry is not None:
         if entry.key != key:
             raise StoreError(f"{directory} belongs to another plan")
-        update = wire.parse_update(entry.update, lab.first.layout)
+        update = wire.parse_update(entry.whole(), lab.first.layout)
         adapter, state, facts = Adapter(update.delta, lab.first.layout), entry.state, dict(update.metrics)
     saved = time.monotonic()
     for number in range(done + 1, rounds + 1):

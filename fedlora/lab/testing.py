@@ -83,8 +83,8 @@ class DictMemory:
     def get(self, key: str) -> bytes | None:
         return self.values.get(key)
 
-    def put(self, key: str, value: bytes) -> None:
-        self.values[key] = value
+    def put(self, key: str, *parts: bytes | memoryview) -> None:
+        self.values[key] = b"".join(parts)
 
     def where(self, key: str) -> str:
         return key

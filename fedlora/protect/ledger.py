@@ -1,11 +1,12 @@
 """What a site has contributed on each base model, over all runs, and which further contributions are allowed.
 
 Under ``lone_change = "refuse"`` a sum covers whole groups of the signed roster. On one base model a site contributes only
-together with one group (the same sites with the same keys), and only to sums with one measure (weighting, quantization, ranges).
-So any two groups in sums on that base are equal or share no honest site, in however many runs and no matter who knows which sums;
-and each group has one sum of what its sites could have sent, not several with different weights. Everything that can be computed
-from all sums together is then a function of the groups' sums, and each group has at least ``max_colluding + 2`` sites, of which
-at least two are honest.
+together with one group (the same sites with the same keys), and only for one plan, in any number of runs. So any two groups in
+sums on that base are equal or share no honest site, in however many runs and no matter who knows which sums; and all sums of a
+group are of one training. Another plan, even if it differs only a little, could train one site differently and all others to the
+same bits (with a batch that holds all rows of every site but one): the difference of two sums would be that site's. Everything
+that can be computed from all sums together is a function of the groups' sums, and each group has at least ``max_colluding + 2``
+sites, of which at least two are honest.
 
 A single update that a site of a group has sent in sealed mode is known to the server, as if that site colluded. Therefore a site
 does not send both sealed updates and contributions to sums on one base model.
@@ -13,9 +14,8 @@ does not send both sealed updates and contributions to sums on one base model.
 Source: So, Ali, Guler, Jiao, Avestimehr, Securing Secure Aggregation: Mitigating Multi-Round Privacy Leakage in Federated
 Learning, 2023, where sites are divided into batches that take part as a whole.
 
-Sites train again for each sum, possibly on changed rows. The ledger ignores this: it is as strict as if the rows were the same,
-because a server can publish one adapter twice. But if only one site's rows have changed, the difference of two sums of its group
-is the change of that site's update (server/SECURITY.md).
+What sites contribute may change from sum to sum, with the adapter, the round and their rows. The difference of two sums is then
+the change at the sites that changed, which may be a single one (server/SECURITY.md says when, and what follows).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import LoneChange, StoreError
+from fedlora.core.plan import Plan
 from fedlora.formats.derive import derive
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.memory import Memory
@@ -33,6 +34,30 @@ from fedlora.protect.encrypted import EncryptedMemory
 
 KEY: Final = "secagg/given"
 """Key of the ledger in a site's memory."""
+HAS_GIVEN: Final = "secagg/has-given"
+"""Key of the note that there is a ledger."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Base:
+    """A base model in a ledger. Two are the same base if their names or their digests are equal.
+
+    One model with another data type or quantization has another digest, but sites learn nearly the same on it.
+
+    Attributes:
+        model: the name that plans use, and which the site's own file maps to a directory.
+        digest: content digest, type and quantization included.
+    """
+
+    model: str
+    digest: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> Base:
+        return cls(plan.model.model_name_or_path, plan.model.digest)
+
+    def meets(self, other: Base) -> bool:
+        return self.model == other.model or self.digest == other.digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +66,15 @@ class Contribution:
 
     Attributes:
         members: name -> its keys' fingerprint: this site and the others of its group.
-        measure: keys of the plan -> values, see :class:`fedlora.protect.mode.SumExposure`.
+        measure: keys of the plan -> values as text: everything that decides what is added up. See
+            :class:`fedlora.protect.mode.SumExposure`.
     """
 
     members: tuple[tuple[str, str], ...]
-    measure: tuple[tuple[str, Any], ...]
+    measure: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, members: Iterable[PublicIdentity], measure: Mapping[str, Any]) -> Contribution:
+    def of(cls, members: Iterable[PublicIdentity], measure: Mapping[str, str]) -> Contribution:
         return cls(tuple(sorted((m.name, m.fingerprint()) for m in members)), tuple(sorted(measure.items())))
 
     @property
@@ -72,16 +98,15 @@ class Contribution:
             )
         if new := sorted(name for name, _ in set(self.members) - set(before.members)):
             return f"{_names(new, 'and')} had other keys when this site contributed together with them on this base model"
-        was = dict(before.measure)
-        changed = [f"{key} = {value!r} (was {was.get(key)!r})" for key, value in self.measure if was.get(key) != value]
-        return (
-            f"this plan's sums are of another kind than earlier ones on this base model: {', '.join(changed)}" if changed else ""
-        )
+        was, now = dict(before.measure), dict(self.measure)
+        keys = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+        changed = [f"{key} = {now.get(key, 'not said')} (was {was.get(key, 'not said')})" for key in keys]
+        return f"this plan is not the one of earlier sums on this base model: {', '.join(changed)}" if changed else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """A site's contributions over all runs, by the base model's digest.
+    """A site's contributions over all runs, by base model.
 
     Attributes:
         contributions: its parts in sums over whole groups; more than one only if a person has agreed.
@@ -89,17 +114,25 @@ class Ledger:
         sealed: base models with updates that the server could read.
     """
 
-    contributions: Mapping[str, tuple[Contribution, ...]] = field(default_factory=dict)
-    alone: frozenset[str] = frozenset()
-    sealed: frozenset[str] = frozenset()
+    contributions: Mapping[Base, tuple[Contribution, ...]] = field(default_factory=dict)
+    alone: frozenset[Base] = frozenset()
+    sealed: frozenset[Base] = frozenset()
 
-    def check_alike(self, base: str, *, alone: bool) -> None:
+    def before(self, base: Base) -> tuple[Contribution, ...]:
+        """Its parts in sums on this base model, under any of its names and digests."""
+        return tuple(one for known, parts in self.contributions.items() if base.meets(known) for one in parts)
+
+    def read(self, base: Base) -> bool:
+        """Whether the server could read an update of this site on this base model."""
+        return any(map(base.meets, self.sealed))
+
+    def check_alike(self, base: Base, *, alone: bool) -> None:
         """Checks that a base model does not get both kinds of sums: those that may differ by single sites and those that may not.
 
         Raises:
             LoneChange.
         """
-        if base in self.alone if not alone else base in self.contributions:
+        if any(map(base.meets, self.contributions if alone else self.alone)):
             words = {True: "allow", False: "refuse"}
             raise LoneChange(
                 f"this site's sums on this base model are of plans with lone_change = '{words[not alone]}', "
@@ -107,7 +140,7 @@ class Ledger:
                 hint=f"agree on a plan with lone_change = '{words[not alone]}', or on another base model",
             )
 
-    def shown(self, base: str, contribution: Contribution | None) -> frozenset[str]:
+    def shown(self, base: Base, contribution: Contribution | None) -> frozenset[str]:
         """The sites whose update could be revealed by this contribution; none if all earlier ones were equal to it.
 
         All sites of all groups concerned: which of them it is depends on sums that this site is not part of.
@@ -115,18 +148,17 @@ class Ledger:
         Args:
             contribution: None: an update of its own, which the server reads.
         """
-        before = self.contributions.get(base, ())
+        before = self.before(base)
         if contribution is None:
             return frozenset().union(*(one.names for one in before))
-        if base not in self.sealed and all(one == contribution for one in before):
+        if not self.read(base) and all(one == contribution for one in before):
             return frozenset()
         return contribution.names.union(*(one.names for one in before))
 
-    def check(self, base: str, contribution: Contribution | None, *, uncovers: Collection[str]) -> None:
+    def check(self, base: Base, contribution: Contribution | None, *, uncovers: Collection[str]) -> None:
         """Accepts a contribution, or refuses it and names the sites whose update it could reveal.
 
         Args:
-            base: content digest of the base model.
             contribution: None: an update of its own, which the server reads.
             uncovers: sites whose update this plan may reveal, as a person at this site has agreed.
 
@@ -138,21 +170,21 @@ class Ledger:
         if lone := self.shown(base, contribution) - frozenset(uncovers):
             raise LoneChange(
                 f"{'; '.join(self.unlike(base, contribution))}. Together they could reveal the update of {_names(lone, 'or')}",
-                hint="agree on a plan that does not differ in this, or on another base model; or, if this is acceptable: "
+                hint="run the earlier plan again, or agree on another base model; or, if this is acceptable: "
                 "`fedlora site approve PLAN.toml` with " + " ".join(f"--uncovers {n}" for n in sorted(lone)),
             )
 
-    def unlike(self, base: str, contribution: Contribution | None) -> list[str]:
+    def unlike(self, base: Base, contribution: Contribution | None) -> list[str]:
         """How a contribution differs from earlier ones, in sentences."""
         if contribution is None:
             return ["this plan has the server read this site's update, and on this base model it has given to sums"]
         read = "the server has read an update of this site on this base model, and this plan adds it up with others'"
         return [
-            *([read] if base in self.sealed else []),
-            *(s for one in self.contributions.get(base, ()) if (s := contribution.unlike(one))),
+            *([read] if self.read(base) else []),
+            *(s for one in self.before(base) if (s := contribution.unlike(one))),
         ]
 
-    def after(self, base: str, contribution: Contribution | None) -> Ledger:
+    def after(self, base: Base, contribution: Contribution | None) -> Ledger:
         """The ledger after one more masked update; ``contribution`` is None where sums may differ by single sites."""
         if contribution is None:
             return replace(self, alone=self.alone | {base})
@@ -161,7 +193,7 @@ class Ledger:
             self, contributions={**self.contributions, base: tuple(sorted(contributions, key=lambda one: canonical(one.facts())))}
         )
 
-    def after_sealed(self, base: str) -> Ledger:
+    def after_sealed(self, base: Base) -> Ledger:
         """The ledger after an update that the server can read."""
         return replace(self, sealed=self.sealed | {base})
 
@@ -203,9 +235,12 @@ class ContributionStore:
         except ValueError:
             raise self._unknown("damaged or of another key") from None
         if facts is not None:
-            contributions = {base: tuple(Contribution.parse(one) for one in of) for base, of in facts["contributions"].items()}
-            return Ledger(contributions, frozenset(facts["alone"]), frozenset(facts["sealed"]))
-        if self.has_given():
+            contributions = {
+                Base(*one["base"]): tuple(Contribution.parse(part) for part in one["parts"]) for one in facts["contributions"]
+            }
+            alone, sealed = (frozenset(Base(*one) for one in facts[key]) for key in ("alone", "sealed"))
+            return Ledger(contributions, alone, sealed)
+        if self._noted() is not False or self.has_given():
             raise self._unknown("gone")
         return Ledger()
 
@@ -220,11 +255,23 @@ class ContributionStore:
     def save(self, ledger: Ledger) -> None:
         """Writes the ledger; it is on the disk when this returns."""
         facts = {
-            "contributions": {base: [one.facts() for one in of] for base, of in ledger.contributions.items()},
-            "alone": sorted(ledger.alone),
-            "sealed": sorted(ledger.sealed),
+            "contributions": [
+                {"base": [base.model, base.digest], "parts": [one.facts() for one in of]}
+                for base, of in sorted(ledger.contributions.items(), key=lambda item: item[0])
+            ],
+            "alone": [[base.model, base.digest] for base in sorted(ledger.alone)],
+            "sealed": [[base.model, base.digest] for base in sorted(ledger.sealed)],
         }
+        if self._noted() is not True:
+            self.memory.put(HAS_GIVEN, b"1")  # of all runs, and never taken back: a ledger that is gone is then missed
         self._hidden().put(KEY, KEY, facts)
+
+    def _noted(self) -> bool | None:
+        """Whether a note says that a ledger exists; None if the note is damaged, so that there was one."""
+        try:
+            return self.memory.get(HAS_GIVEN) is not None
+        except StoreError:
+            return None
 
     def _hidden(self) -> EncryptedMemory:
         return EncryptedMemory(self.memory, derive(self.identity.signing.private_bytes_raw(), "site-given"), self.entropy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.answers import Survives
@@ -68,12 +68,12 @@ class SumExposure:
     Attributes:
         colluding: number of sites that may collude with the server.
         alone: whether sums may differ by one site.
-        measure: keys of the plan -> values: the settings by which an update becomes a summand.
+        measure: keys of the plan -> values as text: everything that decides what a site adds to a sum.
     """
 
     colluding: int
     alone: bool
-    measure: Mapping[str, Any]
+    measure: Mapping[str, str]
 
 
 def check_mode(plan: Plan, name: str) -> None:

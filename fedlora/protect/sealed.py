@@ -17,7 +17,7 @@ from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
 from fedlora.protect import Exchange, Tally
-from fedlora.protect.ledger import ContributionStore
+from fedlora.protect.ledger import Base, ContributionStore
 from fedlora.protect.link import Context, ServerLink, SiteLink, pinned, receive, reply_bytes
 from fedlora.protect.mode import Mode, ServerParts, SiteParts, check_mode
 
@@ -90,24 +90,26 @@ class SealedSite:
         Raises:
             LoneChange: this site has contributed to sums on this base model; its update beside them could reveal another one.
         """
-        task, down, reply_key, dtype = self._open(request)
+        task, down, reply_key, plan = self._open(request)
+        base, dtype = Base.of(plan), plan.wire.dtype if task.kind == "train" else "float32"
         given = ContributionStore(self.link.memory, self.link.identity, self.link.entropy)
         ledger = given.load()
-        ledger.check(task.base, None, uncovers=self.uncovers(task.plan_digest))
-        update = work(task)
-        if task.base not in ledger.sealed:
-            given.save(ledger.after_sealed(task.base))  # on the disk before it is sent
-        payload = wire.dump_update(update, task.reply_layout, dtype=dtype)
-        return self.link.seal(down, payload, codec=f"update/1/{dtype}", n_params=task.reply_layout.size, to=reply_key)
+        ledger.check(base, None, uncovers=self.uncovers(task.plan_digest))
+        update, layout = work(task), task.reply_layout
+        del task  # the adapter goes before the update is copied
+        if base not in ledger.sealed:
+            given.save(ledger.after_sealed(base))  # on the disk before it is sent
+        payload = wire.dump_update(update, layout, dtype=dtype)
+        del update
+        return self.link.seal(down, payload, codec=f"update/1/{dtype}", n_params=layout.size, to=reply_key)
 
-    def _open(self, request: Request) -> tuple[Task, Header, PublicIdentity, str]:
+    def _open(self, request: Request) -> tuple[Task, Header, PublicIdentity, Plan]:
         header, payload = self.link.open(request, codec="task/1", roster=pinned(self.link.server))
         task, key = wire.parse_task(payload, max_parameters=MAX_PARAMETERS)
         check_task(header, task, key, phase=PHASES[task.kind])
         plan = parse_plan(task.plan)
         check_mode(plan, "sealed")
-        dtype = plan.wire.dtype if task.kind == "train" else "float32"
-        return task, header, self.link.reply_key(key), dtype
+        return task, header, self.link.reply_key(key), plan
 
 
 class Sealed(Mode):

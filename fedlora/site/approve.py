@@ -19,7 +19,7 @@ from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
 from fedlora.formats.memory import FileMemory
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
+from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.mode import SumExposure
 from fedlora.protect.modes import mode_of
 from fedlora.site.admission import Runs
@@ -223,26 +223,27 @@ def _ledger(file: SiteFile, root: Path) -> Ledger:
 
 def _unlike(plan: Plan, told: SumExposure, file: SiteFile, root: Path) -> list[str]:
     try:
-        _ledger(file, root).check_alike(plan.model.digest, alone=told.alone)
+        _ledger(file, root).check_alike(Base.of(plan), alone=told.alone)
     except LoneChange as error:
         return [f"{error}. {error.hint}"]
     return []
 
 
-_ALIKE = (
-    "this site has contributed to sums on this base model before. If the sites train in the same way, this plan's sums differ "
-    "from those by the changes at the sites since: if only one site's rows have changed, by the change of that site's update"
+_AGAIN = (
+    "this site has contributed to sums on this base model before. New sums differ from those by what has changed at the sites "
+    "since: where that is one site alone (its rows, or what this plan changes for its rows and for no other's), the difference "
+    "is the change of that site's update"
 )
 
 
 def _beside(plan: Plan, told: SumExposure | None, file: SiteFile, root: Path) -> tuple[list[str], list[str] | None]:
     """A plan compared with earlier contributions on its base model, and the sites whose update it could reveal."""
-    memory, ledger, base = FileMemory(root / file.state / "memory"), _ledger(file, root), plan.model.digest
+    memory, ledger, base = FileMemory(root / file.state / "memory"), _ledger(file, root), Base.of(plan)
     if told is None:
-        return ledger.unlike(base, None) if ledger.contributions.get(base) else [], sorted(ledger.shown(base, None))
-    if told.alone or not (ledger.contributions.get(base) or base in ledger.sealed):
+        return ledger.unlike(base, None) if ledger.before(base) else [], sorted(ledger.shown(base, None))
+    if told.alone or not (ledger.before(base) or ledger.read(base)):
         return [], []
-    again = [_ALIKE] if ledger.contributions.get(base) else []
+    again = [_AGAIN] if ledger.before(base) else []
     if (blob := memory.get("roster")) is None:
         return again, None
     roster = SignedRoster.parse(blob).roster

@@ -18,13 +18,13 @@ from fedlora.formats.files import load_adapter, set_aside
 from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.memory import FileMemory, get_record, put_record, words
-from fedlora.protect.ledger import KEY, ContributionStore, Ledger
+from fedlora.protect.ledger import HAS_GIVEN, KEY, ContributionStore, Ledger
 from fedlora.protect.link import raise_number
 from fedlora.site.site_file import load_site_file
 
 _KINDS = ("down", "up", "trained", "sits-out", "repaired")
-_SECAGG = ("session", "used", "cohort", "relay", "encoded")
-_LOSABLE = frozenset({"up", "trained", "repaired", "secagg/session", "secagg/cohort", "secagg/relay", "secagg/encoded"})
+_SECAGG = ("session", "used", "cohort", "relay", "settled", "encoded")
+_LOSABLE = frozenset({"up", "trained", "repaired", *(f"secagg/{kind}" for kind in _SECAGG if kind != "used")})
 """Records that a site can lose: it continues from an older state, with raised numbers. All others protect it or other sites."""
 
 
@@ -58,18 +58,27 @@ class SiteRepair:
             except FedLoRAError as e:
                 found.append(Finding(str(path), str(e), [e.hint]))
         runs = self._runs()
-        for file, key, problem, lost in damaged_values(self.memory, [*(k for run in runs for k in _keys(run)), "roster", KEY]):
+        keys = [*(k for run in runs for k in _keys(run)), "roster", KEY, HAS_GIVEN]
+        for file, key, problem, lost in damaged_values(self.memory, keys):
             run = start if is_digest(start := key.partition("/")[0]) else ""
             if not lost:
                 found.append(
                     Finding(file, f"{problem_text(problem)}; its other copy is intact and replaces it", wrong=False, run=run)
                 )
+            elif key == HAS_GIVEN:
+                found.append(Finding(file, f"{problem_text(problem)}; it is written anew with the next sum", wrong=False))
             elif not self._sits_out(run):
                 what = f"{words(key) if key else 'what was kept there'} is lost: {problem_text(problem)}"
                 found.append(Finding(file, what, self._choices(run, key), run=run))
+        if not self._is_there(KEY) and any(map(self._is_there, [HAS_GIVEN, *(f"{run}/secagg/used" for run in runs)])):
+            what = "the record of the sums that this site has contributed to is gone: it contributes to none"
+            found.append(Finding(self.memory.where(KEY), what, self._choices("", KEY)))
         for run in runs:
             found += self._of_run(run)
         return found
+
+    def _is_there(self, key: str) -> bool:
+        return any(map(os.path.lexists, self.memory.files(key)))
 
     def _of_run(self, run: str) -> list[Finding]:
         if self._sits_out(run):
@@ -97,6 +106,12 @@ class SiteRepair:
             return [
                 "--forget-roster: the next roster must then be the one whose digest is in the site file; "
                 "compare that digest with the coordinators by telephone first"
+            ]
+        if key == KEY:
+            return [
+                "restore the newest copy of the file, which protects this site best",
+                "--forget-sums: the record begins anew. A new sum, compared with a forgotten one on the same base model, may "
+                "reveal the update of this site or of another site in both",
             ]
         if not run:
             return ["restore the file and its copy from a backup; without one, this site refuses everything that needs it"]
@@ -198,7 +213,8 @@ class SiteRepair:
         """
         identity = self._load_identity()
         with alone(self.state / "lock", "the site"):
-            drop(self.memory, KEY)
+            for key in (KEY, HAS_GIVEN):
+                drop(self.memory, key)
             ContributionStore(self.memory, identity, os.urandom).save(Ledger())
         return "a new sum, compared with a forgotten one, may reveal the update of this site or of another site in both"
 

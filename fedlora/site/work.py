@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -152,17 +152,17 @@ class Site:
         done = self.journal.find(task.run, task.round)
         if done is not None and done.key == key:
             self.report(Event.FROM_JOURNAL, FromJournal(round=task.round))
-            return wire.parse_update(done.update, task.reply_layout)
+            return wire.parse_update(done.whole(), task.reply_layout)
         update, state, kept = self._learn(task, plan, rule, learner, adapter)
         update.check(task.reply_layout.size)
-        blob = wire.dump_update(update, task.reply_layout, dtype="float32")
-        entry = Entry(key, blob, state, kept.vector.astype("<f4").tobytes() if rule.keeps_local_factor else b"")
+        own = kept.vector.astype("<f4").tobytes() if rule.keeps_local_factor else b""
+        entry = Entry(key, wire.update_parts(update, task.reply_layout), state, own)
         if rule.keeps_local_factor:
             self.journal.save_own(task.run, kept, plan)
             if task.kind == "evaluate":
                 self.report(Event.OWN, Own(file=str(self.journal.own(task.run))))
         self.journal.save(task.run, task.round, entry)
-        self._last = (task.run, task.round, entry)
+        self._last = (task.run, task.round, replace(entry, update=b""))  # the next round needs the rest alone
         return update
 
     def _admit(self, task: Task) -> None:

@@ -14,8 +14,8 @@ from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_site_keys
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.formats.memory import FileMemory
-from fedlora.lab.testing import TOY_BASE, toy_plan
-from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
+from fedlora.lab.testing import toy_plan
+from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.approve import in_words, question, with_approval
@@ -157,7 +157,7 @@ def grown(home):
     memory.put("roster", (home / "roster.json").read_bytes())
     contribution = Contribution.of(publics[:3], measure(SECAGG))
     ContributionStore(memory, load_identity(home / "keys" / "guys.key"), lambda n: bytes(n)).save(
-        Ledger().after(TOY_BASE, contribution)
+        Ledger().after(Base.of(SECAGG), contribution)
     )
     write_site(home, roster=pinned)
     return home

@@ -10,6 +10,7 @@ from fedlora.core.errors import ConfigError, DataError, StoreError
 from fedlora.data import Stream, Tokens
 from fedlora.learn import learner as learning
 from fedlora.learn.learner import HFLearner
+from fedlora.protect.secagg.settings import SAYS_NOTHING
 from fedlora.site.work import Learner
 
 pytestmark = pytest.mark.torch
@@ -48,6 +49,23 @@ def test_it_is_a_learner(learner: Callable[..., HFLearner], lora: Callable[..., 
     found: Learner = learner(model)
     assert found.base == model.base.digest == model.base_digest
     assert found.layout is model.layout
+
+
+@pytest.mark.parametrize("key", sorted(SAYS_NOTHING - {"protect.secagg.phase_deadline"}))
+def test_keys_of_a_plan_that_say_nothing_of_the_training_change_no_bit(
+    lora: Callable[..., Any], rows: Sequence[Tokens], key: str
+):
+    """Secure aggregation takes plans that differ in these alone for one: see ``fedlora.protect.secagg.settings``."""
+    model, plan = lora(lora_dropout=0.2), plan_of(**OPTIONS)
+    table, _, name = key.partition(".")
+    section = getattr(plan, table)
+    value = "another" if name == "name" else type(getattr(section, name))(7)
+    other = plan.model_copy(update={table: section.model_copy(update={name: value})})
+    first = model.get()
+    done = [HFLearner(model, rows, [], p, site="a").train(first, round=2, state=b"") for p in (plan, other)]
+    assert other.digest() != plan.digest()
+    assert done[0].adapter.digest() == done[1].adapter.digest() != first.digest()
+    assert (done[0].tokens, done[0].state) == (done[1].tokens, done[1].state)
 
 
 @pytest.mark.parametrize("kept", ["reset", "keep"])

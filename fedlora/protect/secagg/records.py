@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as dump_tensors
 
 from fedlora.core.adapter import F32
 from fedlora.core.errors import StoreError
@@ -22,7 +20,8 @@ from fedlora.protect.encrypted import EncryptedMemory
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.rings import Words
 
-_ENCODED = b"FLE1"
+_ENCODED = b"FLE2"
+_ENCODED_HEAD = struct.Struct("<HHIQQQ")  # bytes of the key, bytes of a level, round; counts of levels, numbers, what is left
 _OPEN = "secagg/open"
 """Runs with a session whose secrets may still be stored."""
 
@@ -36,6 +35,7 @@ class Session:
         reply_key: the run's key, to which replies are sealed.
         bits: width of the ring.
         plan, base: digests of the plan and of the base model.
+        model: the plan's name for the base model.
         groups: of the roster when the session began, see :class:`SessionRequirements`; None where the plan allows sums that
             differ by single sites.
         contribution: this site's part in the sum, see :meth:`fedlora.protect.ledger.Contribution.facts`; None in the same case.
@@ -57,6 +57,7 @@ class Session:
     min_cohort: int
     plan: str
     base: str
+    model: str
     groups: Sequence[Sequence[str]] | None
     contribution: Mapping[str, Any] | None
     t1: bytes = b""
@@ -195,23 +196,23 @@ class Records:
         if not blob:
             return None
         try:
-            parts = load_tensors(unframe(blob, _ENCODED, "encoded").rest())
-        except (Damaged, SafetensorError):
+            reader = unframe(blob, _ENCODED, "encoded")
+            length, word, round_, *sizes = reader.unpack(_ENCODED_HEAD)
+            key = reader.take(length).decode()
+            kinds = (np.dtype(f"<u{word}"), np.dtype("<u8"), np.dtype("<f4"))
+            levels, numbers, left = (
+                np.frombuffer(reader.view(n * kind.itemsize), kind) for n, kind in zip(sizes, kinds, strict=True)
+            )
+            reader.end()
+        except (Damaged, struct.error, UnicodeDecodeError, TypeError):
             return None
-        key, round_ = bytes(parts["key"]).decode(), int(parts["round"][0])
-        return Encoded(key, round_, parts["levels"], parts["numbers"], parts["left"])
+        return Encoded(key, round_, levels, numbers, left)
 
     def save_encoded(self, e: Encoded) -> None:
-        body = dump_tensors(
-            {
-                "key": np.frombuffer(e.key.encode(), np.uint8),
-                "round": np.array([e.round]),
-                "levels": e.levels,
-                "numbers": e.numbers,
-                "left": e.left,
-            }
-        )
-        self._memory.put(self._name("encoded"), b"".join(frame(_ENCODED, body)))
+        key, arrays = e.key.encode(), (e.levels, e.numbers, e.left)
+        head = _ENCODED_HEAD.pack(len(key), e.levels.itemsize, e.round, *(a.size for a in arrays))
+        little = (a.astype(a.dtype.newbyteorder("<"), copy=False).view(np.uint8).data for a in arrays)
+        self._memory.put(self._name("encoded"), *frame(_ENCODED, head, key, *little))
 
     def _name(self, kind: str) -> str:
         return f"{self._run}/secagg/{kind}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
+from fedlora.core.canonical import canonical
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 
@@ -37,16 +40,25 @@ def first_range(plan: Plan) -> float:
     return settings_of(plan).first_range or plan.training.learning_rate * plan.federation.local_steps
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    """The settings by which a site's update becomes a summand, by the plan's keys: weight, levels, clipping.
+SAYS_NOTHING: Final = frozenset({
+    "run.name", "federation.round_deadline", "federation.round_attempts", "protect.secagg.phase_deadline",
+})  # fmt: skip
+"""Keys of a plan that change neither what a site computes nor what it adds to a sum: a name, and time limits."""
 
-    Two sums over the same updates with different settings are two equations for them; so a site uses one measure per base model.
+
+def measure(plan: Plan) -> dict[str, str]:
+    """Everything that decides what a site adds to a sum: the plan's keys except :data:`SAYS_NOTHING`, values as canonical JSON.
+
+    Sums with two measures are two equations for one group's updates: they may weigh the sites differently, clip elsewhere, or
+    train one site differently and leave all others as they were. So a site uses one measure per base model.
     """
-    s, a = settings_of(plan), plan.aggregate
-    return {
-        "aggregate.weighting": a.weighting,
-        "aggregate.max_weight": a.max_weight,
-        "protect.secagg.weight_unit": s.weight_unit,
-        "protect.secagg.profile": s.profile,
-        "protect.secagg.first_range": repr(float(first_range(plan))),
-    }
+    flat = _flat(json.loads(plan.canonical()))
+    return {key: canonical(value).decode() for key, value in flat if key not in SAYS_NOTHING}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -16,7 +16,7 @@ from fedlora.core.reader import Reader
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.trust import RosterKeeper
-from fedlora.protect.ledger import Contribution, ContributionStore
+from fedlora.protect.ledger import Base, Contribution, ContributionStore
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import check_mode
 from fedlora.protect.sealed import check_task
@@ -128,14 +128,14 @@ class SecAggSite:
             )
         terms = Terms.of(plan, roster)
         contribution = self._contribution(terms.requirements, plan)
-        self._compare(contribution, task.base, task.plan_digest, records)  # before anything is trained
-        records.end_other_runs()
+        self._compare(contribution, Base.of(plan), task.plan_digest, records)  # before anything is trained
         session = records.session()
         if session is not None and session.root and session.round < task.round:
             records.save_session(session.but(root=b""))  # it will never end: its secrets must not be opened later
         scales = terms.scales(task)
-        self._encoded = self._encode(task, plan, terms, scales, records, work)
         context = terms.context(task, scales, roster.digest(), key)
+        self._encoded = self._encode(task, plan, terms, scales, records, work)
+        records.end_other_runs()  # not before the run was admitted, with the work
         session = records.session()
         if session is None or session.context != context or session.t1 or not session.root:
             # Never the same keys in two sessions: the server may have lost the first one, or try to get them used twice.
@@ -150,6 +150,7 @@ class SecAggSite:
                 min_cohort=terms.requirements.min_cohort,
                 plan=task.plan_digest,
                 base=task.base,
+                model=plan.model.model_name_or_path,
                 groups=None if terms.requirements.groups is None else [sorted(g) for g in terms.requirements.groups],
                 contribution=None if contribution is None else contribution.facts(),
             )
@@ -160,8 +161,11 @@ class SecAggSite:
     def _encode(
         self, task: Task, plan: Plan, terms: Terms, scales: F32, records: Records, work: Callable[[Task], Update]
     ) -> Encoded:
-        known = self._encoded or records.encoded()
+        known, self._encoded = self._encoded, None
+        if known is not None and known.round < task.round:
+            known = None  # of an earlier round: it lies on the disk, and is not held while this one trains
         update = with_metrics(work(task), terms.metrics_due(task, plan.evaluation.every))  # from the journal if it has been done
+        known = known or records.encoded()
         if known is not None and known.key == work_key(task, scales):
             return known
         made = encode_update(task, terms, scales, update, known=known, identity=self.link.identity)
@@ -212,14 +216,15 @@ class SecAggSite:
         if not session.digest:
             session.requirements.check_whole((group or frozenset()) & {cohort.advert(n).name for n in dealers})
             contribution = None if session.contribution is None else Contribution.parse(session.contribution)
-            self._compare(contribution, session.base, session.plan, records)
+            base = Base(session.model, session.base)
+            self._compare(contribution, base, session.plan, records)
         out, digest = self._masked(cohort, session, records, relayed=relayed, settled=settled)
         if session.digest and digest != session.digest:
             raise SessionError("what this site has sent can not be made again", code="session-spent")
         if not session.digest:
             # On the disk before it is sent. The ledger first: an entry too many is safe, a missing one is not.
             given = self._given(records)
-            given.save(given.load().after(session.base, contribution))
+            given.save(given.load().after(base, contribution))
             records.save_used(Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold))
             records.save_blob("relay", relayed)
             records.save_blob("settled", dump_opened(cohort, settled))
@@ -321,7 +326,7 @@ class SecAggSite:
         group = requirements.group_of(self._name)
         return None if group is None else Contribution.of(map(self._known, group), measure(plan))
 
-    def _compare(self, contribution: Contribution | None, base: str, plan: str, records: Records) -> None:
+    def _compare(self, contribution: Contribution | None, base: Base, plan: str, records: Records) -> None:
         """Refuses a contribution that, with earlier ones, could expose single updates.
 
         Raises:

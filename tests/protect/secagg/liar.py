@@ -105,12 +105,12 @@ class Mortal(FileMemory):
 
     left = -1
 
-    def put(self, key: str, value: bytes) -> None:
+    def put(self, key: str, *parts: bytes) -> None:
         if Mortal.left == 0:
             Mortal.left = -1
             raise Killed
         Mortal.left -= Mortal.left > 0
-        super().put(key, value)
+        super().put(key, *parts)
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """No sums together show one site's update: whole groups, a ledger over all runs, both halves of a session."""
 
 import itertools
+import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,21 +14,23 @@ from hypothesis import strategies as st
 from protect.secagg.adversary import Adversary
 from protect.secagg.world import NOW, Heard, World, at_phase, identity, names, secagg_plan, signed_roster
 
-from fedlora.core.errors import CohortTooSmall, FedLoRAError, LoneChange, StoreError
-from fedlora.core.plan import Protect
+from fedlora.core.canonical import canonical
+from fedlora.core.errors import CohortTooSmall, FedLoRAError, LoneChange, PlanRefused, StoreError
+from fedlora.core.plan import Plan, Protect, parse_plan
 from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.formats.memory import FileMemory
 from fedlora.lab.testing import DictMemory
-from fedlora.protect.ledger import Contribution, ContributionStore, Ledger
+from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.link import SiteLink, pinned
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.protect.secagg.planning import survival
 from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements
+from fedlora.protect.secagg.settings import SAYS_NOTHING, measure
 from fedlora.protect.secagg.terms import Terms
 
 pytestmark = pytest.mark.slow
 
-BASE = "ba" * 32
+BASE, OTHER = Base("model", "ba" * 32), Base("another", "cc" * 32)
 SITES = "abcdefghij"
 NINE = names(9)
 GROUPS = signed_roster(9).roster.groups()
@@ -36,7 +40,7 @@ GROUPS = signed_roster(9).roster.groups()
 def contribution(group, weighting=0, keys=""):
     """``keys``: members that have other ones than usual."""
     members = [(name, "other" if name in keys else "usual") for name in sorted(group)]
-    return Contribution(tuple(members), (("aggregate.weighting", weighting),))
+    return Contribution(tuple(members), (("aggregate.weighting", str(weighting)),))
 
 
 def shows(sums, colluders=""):
@@ -211,7 +215,7 @@ def test_a_person_names_all_whose_update_another_group_may_show(group):
         with pytest.raises(LoneChange) as refused:
             agreed(ledger, group, uncovers=shown - {left_out})
         assert refused.value.hint.endswith(f"--uncovers {left_out}")
-    ledger.check("cc" * 32, contribution(group), uncovers=())  # another base
+    ledger.check(OTHER, contribution(group), uncovers=())
 
 
 @pytest.mark.attack(
@@ -233,7 +237,7 @@ def test_plans_on_one_base_allow_lone_changes_or_none_does(first):
     with pytest.raises(LoneChange, match="lone_change = "):
         ledger.check_alike(BASE, alone=not first)
     ledger.check_alike(BASE, alone=first)
-    ledger.check_alike("cc" * 32, alone=not first)
+    ledger.check_alike(OTHER, alone=not first)
     if first:
         with pytest.raises(LoneChange, match="lone_change = "):
             ledger.check(BASE, contribution("abc"), uncovers="abc")
@@ -257,12 +261,140 @@ def other_plan(world, plan):
     return World(world.n, plan=plan, signed=world.signed, updates=world.updates, memory=memory, globals=world.globals)
 
 
+@pytest.mark.attack(
+    "D10",
+    "one model under two digests (another type or quantization of it) or under two names: sites learn nearly the same on both",
+    stops="a base model is known again by its name in the plan or by its digest, whichever is the same",
+)
+@pytest.mark.parametrize("same", [Base("model", "cc" * 32), Base("another", "ba" * 32)])
+def test_a_base_model_is_known_again_by_its_name_or_by_its_digest(same):
+    ledger = agreed(Ledger(), "abc")
+    assert ledger.shown(same, contribution("abd")) == {*"abcd"}
+    with pytest.raises(LoneChange):
+        ledger.check(same, contribution("abc", weighting=1), uncovers=())
+    with pytest.raises(LoneChange, match="the server read"):
+        ledger.check(same, None, uncovers=())
+    assert ledger.after_sealed(same).read(BASE)
+    with pytest.raises(LoneChange):
+        Ledger().after(same, None).check_alike(BASE, alone=False)
+
+
+# --- one plan on one base model -----------------------------------------------------------------------------------------
+
+OTHERWISE = {
+    "run": {"name": "another", "seed": 7},
+    "model": {"model_name_or_path": "fedlora/another", "revision": "v2", "digest": "cd" * 32, "dtype": "float32",
+              "load_in_4bit": False,
+              "load_in_8bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False,
+              "bnb_4bit_compute_dtype": "float16"},
+    "lora": {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "target_modules": ["q_proj"], "use_rslora": True,
+             "init_digest": "cd" * 32},
+    "training": {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.5, "per_device_train_batch_size": 3,
+                 "gradient_accumulation_steps": 4, "max_length": 77, "template_date": "2020-02-02", "packing": False,
+                 "optim": "paged_adamw_8bit", "weight_decay": 0.1, "max_grad_norm": 0.5, "gradient_checkpointing": True,
+                 "optimizer_state": "keep", "proximal_mu": 0.1},
+    "federation": {"num_rounds": 7, "local_steps": 3, "local_epochs": 2, "min_sites": 4, "fraction_train": 0.5,
+                   "round_deadline": 77.0,
+                   "round_attempts": 2},
+    "aggregate": {"name": "ffa", "weighting": "examples", "max_weight": 99, "fedavg": {"share": "A"}},
+    "server_optimizer": {"name": "fedavgm"},
+    "wire": {"dtype": "float32"},
+    "protect": {"secagg": {"profile": "int24", "weight_unit": 50, "first_range": 0.25, "max_colluding": 2, "lone_change": "allow",
+                           "phase_deadline": 77.0}},
+    "evaluation": {"every": 3, "coarse_chars": 3, "share": ["train/loss"]},
+}  # fmt: skip
+"""Another value of every key of a plan."""
+TOGETHER = {
+    "model.load_in_8bit": {"model": {"load_in_4bit": False}},
+    "federation.local_epochs": {"federation": {"local_steps": 0}},
+    "federation.fraction_train": {"protect": {"secagg": {"lone_change": "allow"}}},
+    "federation.min_sites": {},
+    "aggregate.max_weight": {"aggregate": {"weighting": "tokens"}, "protect": {"secagg": {"weight_unit": 50}}},
+    "aggregate.weighting": {"protect": {"secagg": {"weight_unit": 50}}},
+    "protect.secagg.weight_unit": {"aggregate": {"weighting": "tokens"}},
+    "protect.secagg.max_colluding": {"federation": {"min_sites": 6}},
+}
+"""What a value asks for besides."""
+
+
+def flat(table, prefix=""):
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def merged(table, other):
+    return {
+        key: merged(table.get(key, {}), other[key]) if isinstance(other.get(key), dict) else other.get(key, table.get(key))
+        for key in {**table, **other}
+    }
+
+
+def with_key(key, value):
+    """The plan of this file with another value of one key, and what that asks for besides."""
+    nested = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    table = merged(merged(json.loads(secagg_plan().canonical()), TOGETHER.get(key, {})), nested)
+    if key == "aggregate.name":
+        del table["aggregate"]["fedavg"]
+    return parse_plan(Plan.model_validate_json(canonical(table)).canonical())
+
+
+def test_every_key_of_a_plan_has_another_value_here():
+    asked = {key for key, _ in flat(json.loads(secagg_plan().canonical()))} - {"protect.mode", "lora.ranks", "simulation"}
+    assert {key for key, _ in flat(OTHERWISE)} == asked
+
+
+@pytest.mark.parametrize(("key", "value"), list(flat(OTHERWISE)), ids=[key for key, _ in flat(OTHERWISE)])
+def test_a_plan_that_differs_in_anything_that_counts_wants_all_sites_named(key, value):
+    plan, other = secagg_plan(), with_key(key, value)
+    assert other.digest() != plan.digest()
+    first, second = (Contribution.of([identity("site-1").public], measure(p)) for p in (plan, other))
+    ledger = Ledger().after(Base.of(plan), first)
+    if key in SAYS_NOTHING:
+        assert ledger.shown(Base.of(plan), second) == set()
+        return
+    assert ledger.shown(Base.of(plan), second) == {"site-1"}
+    with pytest.raises(LoneChange, match=re.escape(key)):
+        ledger.check(Base.of(plan), second, uncovers=())
+
+
 MEASURES = [
     {"weight_unit": 50},
     {"first_range": 0.25},
     {"profile": "int24"},
     {"weight_unit": 50, "profile": "int12"},
 ]
+
+
+@pytest.mark.attack(
+    "D9",
+    "a further plan that trains one site otherwise, all others to the same bits: a batch that holds all their rows, not its",
+    stops="on one base model a site gives to sums of one plan, unless a person names all sites of its group",
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"per_device_train_batch_size": 9}},
+        {"training": {"gradient_accumulation_steps": 4}},
+        {"training": {"max_length": 99}},
+        {"training": {"learning_rate": 1e-4}},
+        {"training": {"lr_scheduler_type": "linear"}},  # the ranges of later rounds follow from it
+        {"federation": {"num_rounds": 9}},
+    ],
+    ids=lambda changes: next(iter(next(iter(changes.values())))),
+)
+def test_one_group_gives_to_no_sum_of_another_training(changes):
+    world = World(3)
+    assert world.collect(world.task()).sums
+    plan = parse_plan(canonical(merged(json.loads(world.plan.canonical()), changes)))
+    later = other_plan(world, plan)
+    heard = later.collect(replace(later.task(), run="cd" * 32))
+    assert not heard.sums
+    assert set(heard.codes().values()) == {LoneChange.code}
 
 
 @pytest.mark.attack(
@@ -335,7 +467,7 @@ def memory_of(blob):
 
 
 def test_the_ledger_comes_back_and_names_nobody_on_the_disk(tmp_path):
-    ledger = agreed(Ledger(), ["guys", "marys", "north"]).after("cc" * 32, None).after_sealed("dd" * 32)
+    ledger = agreed(Ledger(), ["guys", "marys", "north"]).after(OTHER, None).after_sealed(Base("third", "dd" * 32))
     keeper(FileMemory(tmp_path)).save(ledger)
     assert keeper(FileMemory(tmp_path)).load() == ledger
     assert not any(b"guys" in file.read_bytes() for file in tmp_path.iterdir())
@@ -365,11 +497,16 @@ def test_every_damage_is_named_with_its_file(tmp_path):
 @pytest.mark.attack(
     "D8",
     "the site's record of what it has given is deleted, all else stays",
-    stops="where a run's own record says that something was given, it gives nothing until a person begins the record anew",
+    stops="a note of no run, never taken back, says that there was one: it gives nothing until a person begins it anew",
 )
-def test_a_ledger_that_is_gone_is_no_empty_one():
+@pytest.mark.parametrize("run_between", [False, True])
+def test_a_ledger_that_is_gone_is_no_empty_one(run_between):
     world = World(3)
     assert world.collect(world.task()).sums
+    if run_between:  # its own record of the first run is then no longer looked at
+        assert world.collect(replace(world.task(), run="ef" * 32)).sums
+        for site in names(3):
+            world.memory[site].values = {k: v for k, v in world.memory[site].values.items() if not k.endswith("secagg/used")}
     for site in names(3):
         del world.memory[site].values["secagg/given"]
     world.restart()
@@ -380,6 +517,23 @@ def test_a_ledger_that_is_gone_is_no_empty_one():
     for site in names(3):  # `fedlora site repair --forget-sums`
         ContributionStore(world.memory[site], identity(site), os.urandom).save(Ledger())
     assert later.collect(replace(later.task(attempt=1), run="cd" * 32)).sums
+
+
+def test_a_run_that_is_not_admitted_ends_no_other_one():
+    """A server's word that there is another run costs this one nothing: neither its secrets nor what is known of it."""
+    a = Adversary(3, world=World(3))
+    a.advertise()
+    a.share()
+
+    def refused(site, task):
+        raise PlanRefused("nobody has approved it")
+
+    a.world.work, work = refused, a.world.work
+    other = Adversary(3, world=a.world)
+    other.begin(replace(a.world.task(), run="cd" * 32))
+    assert {other.say(site, "advertise", other.offer()) for site in names(3)} == {"plan-refused"}
+    a.world.work = work
+    assert all_agree(a.mask())
 
 
 # --- sessions -----------------------------------------------------------------------------------------------------------
@@ -471,17 +625,17 @@ def test_a_site_that_was_not_asked_for_its_vote_remembers_that_it_has_given():
     world.restart()
     for site in NINE:
         ledger = ContributionStore(world.memory[site], identity(site), lambda n: bytes(n)).load()
-        (part,) = ledger.contributions[a.task.base]
+        (part,) = ledger.before(Base.of(world.plan))
         assert part.names == next(g for g in GROUPS if site in g)
 
 
 class Full(DictMemory):
     """A disk that takes no more records of sums."""
 
-    def put(self, key, value):
+    def put(self, key, *parts):
         if key == "secagg/given" and getattr(Full, "full", False):
             raise StoreError("full")
-        super().put(key, value)
+        super().put(key, *parts)
 
 
 def test_nothing_leaves_before_it_is_on_the_disk(monkeypatch):

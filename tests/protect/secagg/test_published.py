@@ -106,6 +106,25 @@ def test_a_factor_that_was_scaled_up_is_refused(pair, c):
             check_published(plan, sent, round=6)
 
 
+@pytest.mark.attack(
+    "D11",
+    "under fedsvd a server publishes an A of its own, outside the directions that the first A has: B is read along them",
+    stops="A's rows stay within the first row space, and a site looks",
+)
+@pytest.mark.parametrize("inside", [0.0, 0.5, 0.999])
+def test_fedsvd_takes_no_direction_that_training_cannot_give(inside):
+    plan = plan_of("fedsvd", "none")
+    first = first_adapter(LAYOUT, seed=plan.run.seed)
+    moved = first.vector.copy()
+    for pair in LAYOUT.pairs():
+        a0 = first.vector[pair.a].reshape(pair.rank, -1).astype(np.float64)
+        rows = np.linalg.svd(a0)[2]
+        made = inside * rows[: pair.rank] + np.sqrt(1 - inside**2) * np.roll(rows, -pair.rank, axis=0)[: pair.rank]
+        moved[pair.a] = made.astype(np.float32).reshape(-1)
+    with raising(PlanRefused, code="impossible-adapter"):
+        check_published(plan, Adapter(moved, LAYOUT), round=3)
+
+
 def test_in_the_first_round_only_the_first_adapter_is_taken():
     plan = plan_of("fedavg", "none")
     first = first_adapter(LAYOUT, seed=plan.run.seed)
