@@ -112,7 +112,7 @@ def update_parts(update: Update, layout: Layout) -> tuple[bytes | memoryview, ..
     """The parts whose sum is :func:`dump_update` with ``float32``. The values are those of the update itself, not a copy.
 
     Raises:
-        as :func:`dump_update`.
+        WrongContext (wrong-layout), NonFiniteUpdate, WireError: as :func:`dump_update`.
     """
     if not np.little_endian or not update.delta.flags.c_contiguous:
         return (dump_update(update, layout, dtype="float32"),)
