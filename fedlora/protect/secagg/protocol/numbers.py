@@ -1,6 +1,6 @@
-"""Numbers that are summed with the vector and masked like it: weights, counts, losses. No site's own is ever in clear.
+"""Numbers that are masked and summed together with the vector: weights, counts, metrics. Single sites' numbers stay secret.
 
-Whole numbers modulo 2^64, one mask of their own. What the server reads is their sum over the sites and nothing else.
+They are integers modulo 2^64 with a mask of their own. The server reads only their sum over the sites.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _SQUARE: Final = 2.0**30
 _MOST_SQUARE: Final = 2.0**20
 _TOTALS: Final = frozenset({"eval/tokens", "eval/examples"})  # added up; every other metric is a mean
 _PER: Final = {"eval/nll": "eval/tokens", "eval/exact_match": "eval/examples", "eval/coarse_match": "eval/examples"}
-"""What a mean is over. One that is not here is over what the plan weighs by."""
+"""Metric that is a mean -> the count that it is a mean over; for metrics not listed here, what the plan weighs by."""
 
 # Widest sum: 12 + 10 + 26 bits of a metric and 8 of 256 sites, or 20 + 30 of a square, 4 of a weight and 8: below 63.
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What the sum says.
+    """The sum of all sites' numbers, decoded.
 
     Attributes:
         weight: sum of the weights in the mean.
-        sites: number of sites in it, as they counted themselves.
-        counted: sum of what the plan weighs by (tokens, examples), before it was made a weight.
+        sites: number of sites in the sum: each site adds one.
+        counted: sum of the tokens or examples that the plan weighs by, before conversion to weights.
         metrics: means over the sites' tokens or examples evaluated, or over what they were trained on.
         squares: weighted mean of the squared norm of each tensor, (tensors,); for the gap certificate.
         cut: values beyond the range, per tensor.
@@ -51,8 +51,8 @@ class Totals:
 class Numbers:
     """Order of the numbers: weight, sites, counted | squares | cut | per metric: sum of totals, sum of counts.
 
-    A mean rides as its total, rounded after it is one: nats, or right examples. A product of a rounded mean with the site's count
-    would show that count, which stays the same over rounds, as the common factor of its numbers; and with it each site's mean.
+    A mean is sent as its total (nats, or correct examples), which is rounded. Rounding the mean first and then multiplying by the
+    site's count would reveal that count, which is the same in all rounds, as a common factor of the site's numbers.
 
     Args:
         tensors: tensors of the vector.
@@ -69,7 +69,7 @@ class Numbers:
     def pack(
         self, *, weight: int, counted: int, squares: NDArray[np.float64], cut: NDArray[np.int64], metrics: Mapping[str, float]
     ) -> NDArray[np.uint64]:
-        """One site's numbers, (size,) uint64. Values out of range are cut to it: a site can only spoil its own."""
+        """One site's numbers, (size,) uint64. Values out of range are clipped."""
         counted = min(counted, _MOST_COUNT)
         listed: list[int] = []
         for name in self.metrics:
@@ -89,7 +89,7 @@ class Numbers:
         """Reads the sum of ``sites`` sites' numbers.
 
         Raises:
-            SessionError: it says another number of sites, or no weight: the masks have not come off.
+            SessionError: the number of sites is wrong, or there is no weight: the masks were not removed.
         """
         whole = total.view(np.int64)
         weight, count, counted = (int(x) for x in whole[:3])
@@ -106,10 +106,10 @@ class Numbers:
 
 
 def _unit(name: str) -> float:
-    """Parts of a whole in which a metric's total is counted: examples are whole ones."""
+    """Resolution of a metric's total, parts of one: examples are counted whole."""
     return 1.0 if _PER.get(name) == "eval/examples" else _PART
 
 
 def with_counts(names: Collection[str]) -> frozenset[str]:
-    """These metrics, and the counts that they are means over: a sum shows both."""
+    """These metrics, and the counts that they are means over: both are in the sum."""
     return frozenset(names) | {_PER[name] for name in names if name in _PER}
