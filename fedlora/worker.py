@@ -40,7 +40,7 @@ def work(order: dict[str, Any]) -> None:
         count=order["count"],
         rendezvous=Path(order["rendezvous"]),
         device=order["device"],
-        facts=learner.facts(),
+        training_digest=learner.training_digest(),
     )
     learner.join(lambda: ranks)
     while (told := ranks.receive(learner.layout)) is not None:

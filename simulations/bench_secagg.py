@@ -141,7 +141,7 @@ def site(name: str, peers: int) -> dict[str, Any]:
         one.check(shape.size)
         lap("check")
         delta = one.delta + left
-        levels, cut = encode(delta, shape, profile, scales, share=1.0, key=bytes(32))
+        levels, cut = encode(delta, shape, profile, scales, weight_fraction=1.0, key=bytes(32))
         left = delta
         lap("encode")
         numbers = ride.pack(weight=1, counted=one.weight, squares=squares_of(one.delta, shape), cut=cut, counters=said)

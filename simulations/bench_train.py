@@ -288,7 +288,7 @@ def gpus(shape: str, count: int) -> None:
                     plan,
                     devices=devices,
                     state=home / "team",
-                    facts=learner.facts(),
+                    training_digest=learner.training_digest(),
                     report=lambda *_: None,
                 )
                 learner.join(team.ranks)

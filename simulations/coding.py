@@ -63,7 +63,7 @@ def coded(first: Adapter, rounds: Rounds, profile: Profile, plan: Plan) -> tuple
         for site, delta in updates.items():
             left[site] += delta
             key = hashlib.sha256(f"{site}/{number}".encode()).digest()
-            levels, over = encode(left[site], layout, profile, scales, share=1.0, key=key)
+            levels, over = encode(left[site], layout, profile, scales, weight_fraction=1.0, key=key)
             total, cut = total + levels, cut + int(over.sum())
         n = len(updates)
         now = now + sum_to_mean(total, layout, profile, scales, weight=n, most=n * profile.levels)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fedlora.core.errors import ConfigError, PlanRefused
-from fedlora.core.plan import Plan, Simulation, parse_plan
+from fedlora.core.plan import Model, Plan, Simulation, parse_plan
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
 from fedlora.core.toml import dump_toml, sample
 from fedlora.data.conversations import read
@@ -134,9 +134,18 @@ def test_a_plan_survives_its_file(tmp_path):
     assert plan_of(tmp_path, dump_toml(plan)) == plan
 
 
-def test_an_unpinned_plan_is_refused_by_policy():
-    with pytest.raises(PlanRefused, match="pins neither"):
-        Policy().check(Plan(), models=frozenset({Plan().model.model_name_or_path}))
+@pytest.mark.parametrize(("base", "init"), [("", ""), ("a" * 64, ""), ("", "a" * 64)])
+def test_a_plan_that_does_not_pin_both_base_and_first_adapter_is_refused_by_policy(base, init):
+    plan = Plan().pinned(base=base, init=init)
+    assert not plan.is_pinned
+    assert Plan().pinned(base="a" * 64, init="b" * 64).is_pinned
+    with pytest.raises(PlanRefused, match="does not pin"):
+        Policy().check(plan, models=frozenset({Plan().model.model_name_or_path}))
+
+
+def test_the_quantization_of_a_base_has_one_name():
+    models = [Model(), Model(bnb_4bit_quant_type="fp4"), Model(load_in_4bit=False, load_in_8bit=True), Model(load_in_4bit=False)]
+    assert [m.quantization for m in models] == ["nf4", "fp4", "int8", "none"]
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,18 @@ def test_private_names_of_others_are_used_in_internals_only(path):
         assert not [n for n in imports(path) if "_internals" in n]
 
 
+def test_a_module_imports_no_private_name_of_another_one():
+    taken = {
+        f"{path.relative_to(ROOT)}: {alias.name}"
+        for path in FILES
+        for node in nodes(path)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedlora")
+        for alias in node.names
+        if alias.name.startswith("_") and alias.name != "_internals"
+    }
+    assert not taken
+
+
 def test_of_flower_only_its_public_parts_are_imported_elsewhere():
     public = ("flwr.app.", "flwr.serverapp.", "flwr.clientapp.")
     for path in FILES:
@@ -193,8 +205,7 @@ UNUSED = {
     "readinto": "io.BufferedReader calls it on a raw stream",
     "forget": "a script takes back what it registered",
     "stop_run": "Flower's own API can stop a run, which then has to say so: tests stop one by it",
-    "open_policy": "a part of lab/testing.py, by which others test a rule or a mode of their own",
-    "site_link": "the same",
+    "site_link": "a part of lab/testing.py, by which others test a rule or a mode of their own",
 }
 """What nothing of ours uses by its name, and why it stands."""
 CALLED_BY_LIBRARIES = ("command", "callback", "model_validator", "field_validator", "model_serializer", "field_serializer")

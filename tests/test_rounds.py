@@ -375,7 +375,7 @@ def test_a_run_is_not_started_twice_nor_resumed_with_another_plan(tmp_path):
 def test_a_run_begins_with_the_first_adapter_that_its_plan_pins_and_no_other(tmp_path):
     for other in (plan(), plan().pinned(base="", init=toy_adapter().digest()), plan().pinned(base=TOY_BASE, init="")):
         first = toy_adapter(1.0) if other == plan() else toy_adapter()
-        with pytest.raises(ConfigError, match="pins"):
+        with pytest.raises(ConfigError, match="pin"):
             start_run(tmp_path / "run", other, first)
     assert not (tmp_path / "run").exists()
 

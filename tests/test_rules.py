@@ -338,7 +338,10 @@ def test_a_state_that_was_damaged_is_named_and_the_run_goes_back_one_checkpoint(
             {"protect": {"mode": "secagg"}, "aggregate": {}, "lora": {"ranks": {"a": 2}}},
             ["lora.ranks", "secagg", "sealed", "product"],
         ),
-        ({"protect": {"mode": "secagg"}, "training": {"optimizer_state": "keep"}}, ["secagg", "optimizer_state", "'reset'"]),
+        (
+            {"protect": {"mode": "secagg"}, "aggregate": {}, "training": {"optimizer_state": "keep"}},
+            ["secagg", "optimizer_state", "'reset'"],
+        ),
         ({"protect": {"mode": "secagg"}, "aggregate": {"fedavg": {"share": "A"}}}, ["fedavg", "secagg", "leave out share"]),
         ({"aggregate": {"name": "fedavg"}, "lora": {"ranks": {"a": 2}}}, ["ranks", "fedavg", "product"]),
         ({"aggregate": {"name": "ffa", "fedavg": {"share": "A"}}}, ["fedavg", "ffa", "leave it out"]),

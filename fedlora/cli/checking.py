@@ -45,12 +45,11 @@ def check(
 
     found = load_plan(plan)
     f = found.federation
-    pinned = bool(found.model.digest and found.lora.init_digest)
-    facts = Checked(digest=found.digest(), rounds=f.num_rounds, pinned=pinned)
+    facts = Checked(digest=found.digest(), rounds=f.num_rounds, pinned=found.is_pinned)
     text = (
         f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
         f"{found.wire.dtype} updates, {found.protect.mode}\n"
-        + ("pinned to base and first adapter" if pinned else "not pinned yet: `fedlora pin` fills in the digests")
+        + ("pinned to base and first adapter" if found.is_pinned else "not pinned yet: `fedlora pin` fills in the digests")
     )
     if (survives := mode_of(found).survives(found)) is not None:
         facts["survives"] = survives[0]

@@ -56,13 +56,13 @@ def fail(message: str, *, hint: str, code: str, status: int, command: str | None
 
 
 def _said(command: str, **more: Any) -> None:
-    """An envelope for whoever reads it; if nobody does any more, the same as Ctrl-C."""
+    """Prints an envelope; if the reader has closed the pipe, ends as by Ctrl-C."""
     if not _envelope(command, **more):
         raise KeyboardInterrupt
 
 
 def _envelope(command: str, **more: Any) -> bool:
-    """Prints one; False if whoever read them has gone."""
+    """Prints an envelope; False if the reader has closed the pipe."""
     from fedlora.core.answers import ENVELOPE
 
     line = json.dumps({"fedlora": ENVELOPE, "command": command, **more}, allow_nan=False, default=_dumped)
@@ -143,7 +143,7 @@ class Screen:
         elif event not in QUIET and not self._quiet:
             known = event in LINES
             self._print(
-                LINES[event if known else "other"].format_map(_Gentle(facts if known else {"name": event}, arm=self._arm))
+                LINES[event if known else "other"].format_map(_FlatFacts(facts if known else {"name": event}, arm=self._arm))
             )
 
     def _print(self, text: str) -> None:
@@ -166,8 +166,8 @@ class Screen:
             self._bars.remove_task(known[key])
 
 
-class _Gentle(dict[str, Any]):
-    """Facts for a format string, nested ones by their own names; what is missing prints as a dash."""
+class _FlatFacts(dict[str, Any]):
+    """Facts for a format string, nested ones by their own names; a missing one is printed as a dash."""
 
     def __init__(self, facts: Mapping[str, Any], **more: Any) -> None:
         super().__init__({k.replace("/", "_"): _short(v) for k, v in {**_flat(facts), **more}.items()})

@@ -12,7 +12,7 @@ import typer
 from fedlora.cli.output import Json, emit
 
 if TYPE_CHECKING:
-    from fedlora.site.repair import Finding
+    from fedlora.formats.damage import Finding
 
 
 _RUN_START = "the first digits of its id are enough"
@@ -82,7 +82,7 @@ def server_repair(
     Example: fedlora server repair study my-run
     """
     from fedlora.core.errors import ConfigError
-    from fedlora.site.repair import ServerRepair
+    from fedlora.rounds.repair import ServerRepair
 
     if (raise_numbers or set_aside) and not run:
         raise ConfigError(

@@ -81,7 +81,7 @@ class Forecast(TypedDict):
 
     device: str
     checkpointing: str
-    """what activation checkpointing computes again"""
+    """what activation checkpointing recomputes"""
     micro_batch_tokens: int
     """tokens computed at once; 0: the plan's own batches"""
     peak_bytes: int

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def is_digest(text: str) -> bool:
+    """Whether a text is 64 lowercase hex digits, as a SHA-256 and the id of a run are."""
+    return _DIGEST.fullmatch(text) is not None
 
 
 def canonical(value: object) -> bytes:

@@ -3,8 +3,8 @@
 An error has a ``code``, which may leave the site, and a text, which may not: the text can quote a path, a
 tensor name or a setting. A programmer's mistake is a ``ValueError``; what is here is the world's.
 
-A class is for whoever has to tell one error from another, and for what has a field of its own; whatever else has a name is a
-code of the closed set in :mod:`fedlora.core.codes`, given at the raise. The code decides the exit status of a command.
+An error has a class of its own only if some code handles it separately, or if it has a field of its own. All other cases are
+codes of the closed set in :mod:`fedlora.core.codes`, given where the error is raised. The code decides a command's exit status.
 """
 
 from __future__ import annotations

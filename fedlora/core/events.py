@@ -1,7 +1,7 @@
-"""What is told while work goes on: the events, and the facts that each brings. FORMAT.md, section 11.5.
+"""Events during work, and the facts of each. FORMAT.md, section 11.5.
 
-Whoever reports builds the facts with the event's own type, ``report(Event.LOAD, Load(model=name))``, so that the type checker
-holds them to it; a test walks all calls.
+A call of ``report`` builds the facts with the event's own type, ``report(Event.LOAD, Load(model=name))``, which the type checker
+checks; a test walks all calls.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Event(StrEnum):
 
 
 Report = Callable[[Event, Mapping[str, Any]], None]
-"""Told an event and its facts: what happened, in words and numbers that may be shown to whoever runs this end."""
+"""Told an event and its facts: what happened, in words and numbers that may be shown to the operator of this end."""
 
 
 # --- a run, at the server -------------------------------------------------------------------------------------------

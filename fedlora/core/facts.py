@@ -161,7 +161,7 @@ class MicroBatches(TypedDict):
     """Size of the micro-batches and activation checkpointing, as measured."""
 
     checkpointing: str
-    """what activation checkpointing computes again"""
+    """what activation checkpointing recomputes"""
     tokens: int
     gib: float
     """GPU memory, GiB"""

@@ -75,9 +75,9 @@ class Request:
     """Bytes for one site.
 
     Attributes:
-        phase: the protection's own word for the step of its exchange.
-        max_reply_bytes: a longer reply is refused by its length, before it is stored. It stays at the server; whoever asks for an
-            answer with a body says it.
+        phase: the protection's name of the step.
+        max_reply_bytes: a longer reply is refused by its length, before it is stored. This number is not sent. A request for a
+            reply with a body must set it.
     """
 
     site: str

@@ -22,6 +22,7 @@ from fedlora.core.section import Section
 from fedlora.core.tagged import Tagged
 from fedlora.core.toml import readable
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -58,6 +59,11 @@ class Model(Section):
     """quantize the block scales too (double quantization)"""
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """data type of matrix products; use float32 on CPUs without bfloat16"""
+
+    @property
+    def quantization(self) -> str:
+        """Data type that the linear layers are quantized to: nf4, fp4, int8 or none."""
+        return self.bnb_4bit_quant_type if self.load_in_4bit else "int8" if self.load_in_8bit else "none"
 
     @model_validator(mode="after")
     def _one_width(self) -> Self:
@@ -284,6 +290,11 @@ class Plan(Section):
     def digest(self) -> str:
         """SHA-256 of :meth:`canonical`, hex."""
         return hashlib.sha256(self.canonical()).hexdigest()
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the digests of the base and of the first adapter are filled in; `fedlora pin` does that."""
+        return bool(self.model.digest and self.lora.init_digest)
 
     def pinned(self, *, base: str, init: str) -> Plan:
         """This plan with the digests of the base and of the first adapter filled in."""

@@ -10,12 +10,12 @@ from fedlora.core.errors import FedLoRAError, WireError
 
 
 class Reader:
-    """A place in bytes that somebody else has made. Lengths are compared before anything is copied.
+    """Reads bytes that came from elsewhere, from front to back. Lengths are compared before anything is copied.
 
     Args:
         blob: read, never changed; views share its memory.
         what: what the bytes are, for the text of an error.
-        error: makes the error from its text.
+        error: class of the error that is raised, or a function that makes one from its text.
     """
 
     def __init__(self, blob: bytes | memoryview, what: str, *, error: Callable[[str], FedLoRAError] = WireError) -> None:
@@ -25,7 +25,7 @@ class Reader:
         """The next n bytes.
 
         Raises:
-            WireError, or the one that was given: there are fewer.
+            WireError: there are fewer bytes; another class if one was given as ``error``.
         """
         return bytes(self.view(n))
 
@@ -54,9 +54,10 @@ class Reader:
         return self.take(self.left)
 
     def end(self) -> None:
-        """
+        """Checks that all bytes were read.
+
         Raises:
-            WireError, or the one that was given: something is left.
+            WireError: bytes are left; another class if one was given as ``error``.
         """
         if self.left:
             raise self._error(f"{self._what}: {self.left} bytes too many")

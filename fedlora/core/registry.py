@@ -1,7 +1,7 @@
 """Names that a file may use, and what each stands for. Closed: a name is looked up here and never becomes code.
 
 The built-in entries are one literal, ``BUILT_IN``, in the package that is their home; it is imported when the first name is asked
-for. Whoever writes a script adds an entry of their own with :meth:`Registry.register`, at every end that reads the plan.
+for. A script can add an entry of its own with :meth:`Registry.register`; it must do so at every end that reads the plan.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The course of the learning rate over a run: what local training follows, and how far a value can move in a round."""
+"""The learning-rate schedule over a run: for local training, and for how far a value can move in a round."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _POINTS = 16
 
 
 def learning_rate(name: str, progress: float, *, peak: float, warmup_ratio: float) -> float:
-    """The learning rate at ``progress`` in [0, 1] through the whole run: linear rise, then the named course to zero.
+    """The learning rate at ``progress`` in [0, 1] through the whole run: linear warmup, then the named schedule to zero.
 
     Args:
         name: transformers' name: ``cosine``, ``linear`` or ``constant``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, regroup, share
+from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, regroup, shard
 from fedlora.data.conversations import Conversation, read
 from fedlora.data.examples import IGNORE, Tokens
 from fedlora.data.files.readers import READERS, Reader
@@ -34,7 +34,7 @@ __all__ = [
     "in_order",
     "read",
     "regroup",
-    "share",
+    "shard",
     "split",
     "tokenize",
 ]

@@ -221,11 +221,10 @@ def by_rows(batches: Sequence[Batch], *, tokens: int) -> list[Batch]:
     return found
 
 
-def share(batches: Sequence[Batch], *, part: int, parts: int, pad_token_id: int) -> list[Batch]:
-    """The examples of one of several shares that hold about equally many tokens, in rows no longer than theirs; none if
-    there are too few.
+def shard(batches: Sequence[Batch], *, part: int, parts: int, pad_token_id: int) -> list[Batch]:
+    """One shard of a step's examples, in rows no longer than the batches'; empty if there are too few examples.
 
-    Law: the shares 0 to parts - 1 one behind another are all examples in their order.
+    The shards have about equally many tokens. Law: shards 0 to parts - 1, one after another, are all examples in order.
     """
     flat, sizes, sources = _flat(batches)
     ends = np.cumsum(sizes)

@@ -19,7 +19,7 @@ from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, shape_of
 from fedlora.data.turns import BadRow, Turn, plain_text
 
 _FEW = 0.01
-"""Rows of another shape are slips as long as they are no larger a share than this; more are two files in one."""
+"""Up to this fraction, rows of another shape are treated as errors in the file; more of them mean two files in one."""
 _MOST_ROWS = 50_000_000
 
 

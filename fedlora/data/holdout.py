@@ -42,7 +42,7 @@ def split(conversations: Sequence[Conversation], *, fraction: float, seed: int) 
 
 
 def check_apart(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> None:
-    """Holds a split that somebody else made to the law of :func:`split`, as far as groups go.
+    """Checks that a given split keeps each group on one side, as :func:`split` does.
 
     Raises:
         DataError: a group has rows on both sides. The text names line numbers of ``held_out``, never the group.
@@ -54,7 +54,7 @@ def check_apart(train: Sequence[Conversation], held_out: Sequence[Conversation])
             f"{len({c.group for c in both})} groups stand among the rows for training and for evaluation: "
             + numbered([c.line for c in both])
             + " for evaluation",
-            hint="a patient who is trained on makes the evaluation too good; move his rows to one side",
+            hint="the same patient or customer in both sets inflates the score; move all their rows to one side",
         )
 
 

@@ -1,7 +1,7 @@
 """Patterns in rows that look like identifiers of people: counted, named by line, never shown.
 
 A warning and no promise. Patterns find what has a form, and names only where a word beside them says that they are names or the
-first name is a common one. Whoever needs to know takes a tool for de-identification, before the rows come here.
+first name is a common one. If you need certainty, use a de-identification tool before the rows come here.
 """
 
 from __future__ import annotations

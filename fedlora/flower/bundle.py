@@ -1,7 +1,7 @@
 """The bundle that Flower ships to sites: empty, the same bytes everywhere, and pinned by hash at both ends.
 
-Flower's way is to send code from server to site. Ours is that both ends run what is installed there; the bundle only
-satisfies Flower's file format. Whoever runs it with stock Flower tools gets apps that refuse.
+Flower sends code from the server to sites. In FedLoRA both ends run only what is installed there; the bundle just satisfies
+Flower's file format. Run with stock Flower tools, its apps refuse to work.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import zipfile
 
 BUNDLE_VERSION = "1.0.0"
-"""Version of the bundle's own content, not of FedLoRA: it changes only if these bytes must."""
+"""Version of the bundle's own content, not of FedLoRA; it changes only if these bytes change."""
 
 BUNDLE_SHA256 = "2f6df5af992ba205c6039cd5478f269f2b64e1bcf9f426030e513293204ffece"
 """SHA-256 of :func:`bundle_bytes`, hex. A site and the server's executor refuse every other bundle."""

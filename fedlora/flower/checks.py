@@ -1,6 +1,6 @@
-"""What a site can find out about its own files before it goes on line: keys that belong together, bases and data that are there.
+"""Checks of a site's files before it connects: keys belong together, bases and data exist.
 
-Cheap enough for every minute: of each data file the first row, of each base the names of its files.
+Cheap enough for every minute: they read the first row of each data file, and the file names of each base.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 def check_keys(file: SiteFile, root: Path) -> bytes:
-    """The connection's files are there, and the node key is this site's own.
+    """Checks that the connection's files exist, and that the node key is this site's own.
 
     Returns:
         The public node key, PEM.
 
     Raises:
-        KeyFileError: one is missing or unusable, or another site's.
+        KeyFileError: one is missing, unusable or of another site.
     """
     for path in (root / file.ca, root / file.node_key):
         if not path.is_file():
@@ -43,7 +43,7 @@ def check_keys(file: SiteFile, root: Path) -> bytes:
 
 
 def check_bases(file: SiteFile, root: Path) -> None:
-    """Every base model that the site file names is there.
+    """Checks that every base model in the site file exists.
 
     Raises:
         ModelError: one is not.
@@ -62,7 +62,7 @@ def check_bases(file: SiteFile, root: Path) -> None:
 
 
 def check_data(file: SiteFile, root: Path) -> None:
-    """The data files can be read, and have a row. Of many files the first ones are looked at.
+    """Checks that the data files can be read and have a row; of many files, only the first ones.
 
     Raises:
         DataError: one has none, or cannot be read.

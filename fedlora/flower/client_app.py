@@ -1,4 +1,4 @@
-"""What the bundle names as its client part: an app that refuses, because sites never run bundles."""
+"""The bundle's client app. It refuses to run, because sites never run bundles."""
 
 from __future__ import annotations
 

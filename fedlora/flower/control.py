@@ -1,4 +1,4 @@
-"""What FedLoRA asks of the SuperLink's Control API: who is registered, and runs."""
+"""Uses of the SuperLink's Control API: registering sites, starting runs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def register_sites(
     """Makes the SuperLink's list of nodes equal to the enrolled sites. Doing it twice changes nothing.
 
     Args:
-        keys: PEM of each site's node key. None at all changes nothing: a folder that is away must not expel everybody for good.
-        refused: told about a site whose key the SuperLink refuses; without it, the first such site raises.
+        keys: PEM of each site's node key. An empty mapping changes nothing: a missing folder must not expel all sites for good.
+        refused: called for each site whose key the SuperLink refuses; None: the first such site raises.
 
     Returns:
         Node id of each site that is registered.
 
     Raises:
-        ConnectionFailed: the SuperLink refuses; for a key that was removed once, that is for good.
+        ConnectionFailed: the SuperLink refuses a key. It refuses a key that was removed once for good.
     """
     if not keys:
         return {}
@@ -47,13 +47,13 @@ def register_sites(
 
 
 def nodes_by_site(control: Control, keys: Mapping[str, bytes]) -> dict[str, int]:
-    """Node ids of the enrolled sites that are registered. Nodes that are nobody's are left out."""
+    """Node ids of the enrolled sites that are registered. Other nodes are left out."""
     known = {n.key: n.id for n in _live(control.nodes())}
     return {site: known[key] for site, key in keys.items() if key in known}
 
 
 def start_job(control: Control, job: str) -> int:
-    """Starts a run with the empty bundle. Of its config the sites see ``job`` alone, a random number.
+    """Starts a run with the empty bundle. The sites see only one entry of its config: ``job``, a random number.
 
     Returns:
         Flower's id of the run.

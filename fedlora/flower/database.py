@@ -1,7 +1,8 @@
 """Cleans the relay's database, which never deletes rows that are no longer needed and never shrinks its file.
 
-Flower's relay deletes an object when its receiver confirms it; what was cut off stays, and SQLite gives no page back by itself.
-No run goes on before the SuperLink starts, nor between two runs of the executor, which does one at a time: objects are left over.
+Flower's relay deletes an object when its receiver confirms it. Objects of interrupted transfers stay, and SQLite does not give
+pages back by itself. Before the SuperLink starts, and between two runs of the executor, no run is active: all objects are then
+leftovers.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ OBJECT_TABLES: Final = (
     "run_objects",
     "objects",
 )
-"""Tables of flwr 1.41 with the contents of messages: children before parents."""
+"""Tables of flwr 1.41 that hold the contents of messages, children before parents."""
 
-_KEPT_S = 86_400.0  # messages without contents, so that a late answer still finds the question
+_KEPT_S = 86_400.0  # for messages without contents, so that a late reply still finds its request
 _SPARE_BYTES = 1 << 20
 _BUSY_S = 5.0
 
 
 def shrink(path: Path, *, now: Callable[[], float]) -> int:
-    """Empties the store of objects and gives its pages back. For the time between runs; the SuperLink may be running.
+    """Deletes all objects and gives their pages back. Call it only between runs; the SuperLink may be running.
 
-    SQLite's own locks and log keep the file whole, also if this is killed or the disk is full. What cannot be done now is left
-    for the next time.
+    SQLite's own locks and log keep the file intact, even if this is killed or the disk is full. What fails now is left for the
+    next time.
 
     Args:
         path: ``state.db``; nothing is done where there is none.

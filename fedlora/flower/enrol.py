@@ -21,11 +21,13 @@ from fedlora.formats.signed_roster import SignedRoster, load_roster
 
 
 def make_site_keys(name: str, out: Path, *, identity: Identity | None = None) -> tuple[Path, str]:
-    """Makes ``NAME.key``, ``NAME.node.key`` (both 0600) and ``NAME.pub``: our public identity and, on the second line, the
-    public key with which Flower authenticates the connection.
+    """Makes a site's keys: ``NAME.key``, ``NAME.node.key`` (both mode 0600) and ``NAME.pub``.
+
+    ``NAME.pub`` holds the public identity and, on the second line, the public key of the node key, with which Flower
+    authenticates the connection.
 
     Args:
-        identity: its keys; None: fresh ones.
+        identity: the site's keys; None: new ones.
 
     Returns:
         The public file and its fingerprint.
@@ -47,8 +49,7 @@ def make_site_keys(name: str, out: Path, *, identity: Identity | None = None) ->
 
 
 def make_server_home(home: Path, *, hosts: Sequence[str]) -> str:
-    """Makes a server's directory: ``server.key`` and ``server.pub``, ``tls/``, the secret of its own processes, ``sites/``,
-    ``runs/``.
+    """Makes a server's directory: ``server.key``, ``server.pub``, ``tls/``, ``sites/``, ``runs/`` and its processes' secret.
 
     Returns:
         The fingerprint of the server's public key.
@@ -72,7 +73,7 @@ def make_server_home(home: Path, *, hosts: Sequence[str]) -> str:
 
 
 def make_roster(file: Path, server: PublicIdentity, sites: Sequence[PublicIdentity], coordinator: Identity) -> str:
-    """Writes the first roster of a rehearsal, signed, for a year; one that exists stays.
+    """Writes the first roster of a rehearsal, signed and valid for a year; an existing one is kept.
 
     Returns:
         Its digest, for the sites to pin.

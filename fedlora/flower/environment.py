@@ -1,4 +1,4 @@
-"""The environment of every Flower process: nothing leaves the host but what FedLoRA sends."""
+"""The environment of every Flower process: Flower's telemetry and update checks are off."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def flower_environment(flwr_home: Path, *, base: Mapping[str, str]) -> dict[str, str]:
-    """``base`` made fit for Flower.
+    """The environment ``base``, changed for Flower's processes.
 
     Inherited ``FLWR_*`` variables are dropped: one of them opens a second, unfiltered server port, another starts
     telemetry. Proxies never see loopback calls.
@@ -37,7 +37,7 @@ def flower_environment(flwr_home: Path, *, base: Mapping[str, str]) -> dict[str,
 
 
 def join_flower(flower_home: Path) -> dict[str, str]:
-    """Gives this process that environment too, because it calls Flower's loopback ports itself; returns it for children."""
+    """Applies that environment to this process, which calls Flower's loopback ports itself; returns it for children."""
     environment = flower_environment(flower_home, base=os.environ)
     for name in set(os.environ) - set(environment):
         del os.environ[name]

@@ -1,7 +1,7 @@
 """Claims runs from the SuperLink and starts one :mod:`fedlora.flower.server_app` at a time.
 
-Stands where Flower's own ``flower-superexec`` would. That one imports whatever bundle a run brings, and the Control API
-lets anyone on this host start a run; and it passes the task's token on the command line, where every user sees it.
+It replaces Flower's own ``flower-superexec``, which imports the bundle of any run, while the Control API lets everybody on this
+host start a run; and which passes the task's token on the command line, where every user sees it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _APP = [sys.executable, "-P", "-m", "fedlora.flower.server_app"]
 
 
 def execute(token: str, *, home: Path, superlink_port: int, app: list[str]) -> str:
-    """Does one claimed run to its end.
+    """Carries out one claimed run.
 
     Args:
         app: command line of the server app.
@@ -103,7 +103,7 @@ _RESUME = "continue with `fedlora server start HOME PLAN --resume`; nothing is l
 
 
 class _Asked(SystemExit):
-    """This process was asked to end while a run went on."""
+    """This process was asked to end during a run."""
 
     def __init__(self, code: str) -> None:
         super().__init__(0)
@@ -111,14 +111,14 @@ class _Asked(SystemExit):
 
 
 def _stopped(home: Path, job: str, error: RunFailed) -> str:
-    """Has whoever follows the run know that it was stopped, unless it has ended by itself."""
+    """Records that the run was stopped, unless it has already ended; returns the error's code."""
     if load_outcome(home, job) is None:
         _said(home, job, Outcome.of(error))
     return error.code
 
 
 def _said(home: Path, job: str, outcome: Outcome) -> None:
-    with suppress(FedLoRAError):  # not a job of ours, or the disk is full
+    with suppress(FedLoRAError):  # no job of this server, or the disk is full
         save_outcome(home, job, outcome)
 
 

@@ -31,7 +31,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run to be done: absolute path of the plan, and whether to go on from the last checkpoint."""
+    """A run to start: absolute path of the plan, and whether to continue from the last checkpoint."""
 
     plan: str
     resume: bool
@@ -50,7 +50,7 @@ class Outcome:
         return cls(error.code, str(error), error.hint)
 
     def error(self) -> FedLoRAError:
-        """The error again, for whoever waits in another process: same code, text, hint and exit status."""
+        """The error, rebuilt in the process that waits for the job: same code, text, hint and exit status."""
         return RunFailed(self.message, hint=self.hint, code=self.code if is_code(self.code) else "error")
 
 
@@ -59,7 +59,7 @@ _FULL_BYTES = 1 << 20
 
 
 def full(home: Path) -> ResourceError | None:
-    """The error to report if the disk of ``HOME/flower`` is full: what Flower then says is an answer of 500 or none."""
+    """The error to report if the disk of ``HOME/flower`` is full; Flower itself then answers with status 500 or not at all."""
     disk = os.statvfs(home / "flower")
     if disk.f_bavail * disk.f_frsize >= _FULL_BYTES:
         return None
@@ -68,16 +68,16 @@ def full(home: Path) -> ResourceError | None:
 
 
 def save_address(home: Path, address: Address) -> None:
-    """Writes where the server listens."""
+    """Writes the address of the running server."""
     save_record(home / "flower" / "server.json", "server", asdict(address))
 
 
 def load_address(home: Path) -> Address:
-    """Where the server listens.
+    """Reads the address of the running server.
 
     Raises:
         ConnectionFailed: none runs in this home.
-        StoreError: the file that says so is damaged.
+        StoreError: its file is damaged.
     """
     path, hint = home / "flower" / "server.json", "stop `fedlora server up` and start it again: it writes a new file"
     found = load_record(path, "server", hint=hint)
@@ -89,7 +89,7 @@ def load_address(home: Path) -> Address:
 def new_job(home: Path, job: Job) -> str:
     """Writes a job and returns its name: 32 random hex digits, so that nobody else on this host can start it.
 
-    Room for its outcome is taken now: a disk that is full then must not keep it from being said.
+    Room for its outcome is reserved now, so that it can be written even if the disk is full by then.
     """
     name = secrets.token_hex(16)
     save_record(_path(home, name, "job"), "job", asdict(job))
@@ -112,7 +112,7 @@ def load_job(home: Path, name: object) -> Job:
 
 
 def save_outcome(home: Path, name: str, outcome: Outcome) -> None:
-    """Writes how a job ended, on a full disk into the room that was taken before."""
+    """Writes how a job ended; on a full disk, into the reserved room."""
     path = _path(home, name, "outcome")
     try:
         save_record(path, "outcome", asdict(outcome))
@@ -128,7 +128,7 @@ def save_outcome(home: Path, name: str, outcome: Outcome) -> None:
 
 
 def load_outcome(home: Path, name: str) -> Outcome | None:
-    """How a job ended; None if it did not get to say so, or what it said is damaged."""
+    """How a job ended; None if that was not recorded, or the record is damaged."""
     path = _path(home, name, "outcome")
     with suppress(StoreError):
         blob = (read_file(path) or b"").strip()
@@ -137,9 +137,9 @@ def load_outcome(home: Path, name: str) -> Outcome | None:
 
 
 class Events:
-    """Appends a job's events as lines of JSON, for whoever follows it from another process.
+    """Appends a job's events as lines of JSON, for `fedlora server start`, which follows the job from another process.
 
-    An event that cannot be written is dropped: it is for a screen, and a run does not end for it.
+    An event that cannot be written is dropped: events are only displayed, and a run must not fail for them.
     """
 
     def __init__(self, home: Path, name: str) -> None:
@@ -157,7 +157,7 @@ class Events:
 
 
 def pass_on(home: Path, name: str, report: Report, *, offset: int) -> int:
-    """Reports a job's events from byte ``offset`` of their file on; returns the offset behind the last whole line."""
+    """Reports a job's events from byte ``offset`` of their file on; returns the offset after the last complete line."""
     try:
         with _path(home, name, "events").open("rb") as file:
             file.seek(offset)
@@ -174,10 +174,10 @@ def pass_on(home: Path, name: str, report: Report, *, offset: int) -> int:
 
 @contextmanager
 def only_run(home: Path, job: str) -> Iterator[None]:
-    """Says while inside that this job is the one that is done, for :func:`going_on`; whoever dies says it no more."""
+    """Marks this job as the running one, for :func:`going_on`; the mark is a lock, which is released if the process dies."""
     with (home / "flower" / "run.lock").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(OSError):  # a full disk: who is asked then does not know the name
+        with suppress(OSError):  # a full disk: then the name is not known
             file.truncate(0)
             file.write(job)
             file.flush()
@@ -185,7 +185,7 @@ def only_run(home: Path, job: str) -> Iterator[None]:
 
 
 def going_on(home: Path) -> str:
-    """The job that is done now; empty if there is none, ``?`` if its name is not known."""
+    """The job that runs now; empty if there is none, ``?`` if its name is not known."""
     try:
         with (home / "flower" / "run.lock").open("r") as file:
             try:

@@ -1,4 +1,4 @@
-"""Command lines of the processes: pure functions. No secret and no ``--insecure`` in any of them; a test looks."""
+"""Command lines of the processes, as pure functions. None has a secret or ``--insecure`` in it; a test checks that."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fedlora.gateway.addresses import LOOPBACK
 
 
 def executable(name: str) -> str:
-    """Path of a console script of this very environment, never one that PATH happens to find.
+    """Path of a console script in this Python environment; PATH is not searched.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it does not exist.
     """
     path = Path(sys.executable).parent / name
     if not path.is_file():
@@ -23,12 +23,12 @@ def executable(name: str) -> str:
 
 
 def _module(name: str, package: str = "flower") -> list[str]:
-    # -P: the working directory is no place to import from.
+    # -P: do not import from the working directory.
     return [sys.executable, "-P", "-m", f"fedlora.{package}.{name}"]
 
 
 def superlink(port: int, *, tls: Path, database: Path, secret: Path) -> list[str]:
-    """Flower's relay, on loopback: its one port also carries the Control API, which asks nobody for a password."""
+    """Flower's relay, on loopback: its one port also carries the Control API, which needs no password."""
     return [
         executable("flower-superlink"),
         *("--host", LOOPBACK, "--port", str(port)),
@@ -39,14 +39,14 @@ def superlink(port: int, *, tls: Path, database: Path, secret: Path) -> list[str
 
 
 def executor(home: Path, *, superlink_port: int, command: Sequence[str] = ()) -> list[str]:
-    """What claims runs from the SuperLink: :mod:`fedlora.flower.executor`, or a ``command`` that takes the same arguments."""
+    """The process that claims runs: :mod:`fedlora.flower.executor`, or a ``command`` with the same arguments."""
     return [*(command or _module("executor")), "--home", str(home), "--superlink-port", str(superlink_port)]
 
 
 def gateway(
     listen: str, *, superlink_port: int, home: Path, body_limit_bytes: int, timeout_s: float, connections: int
 ) -> list[str]:
-    """The public side. Of ``home`` it reads ``tls``, ``sites`` and ``flower/due.json``, and writes ``flower/refused.json``."""
+    """The public port. It reads ``tls``, ``sites`` and ``flower/due.json`` in ``home``, and writes ``flower/refused.json``."""
     return [
         *_module("app", "gateway"),
         *("--listen", listen, "--superlink-port", str(superlink_port), "--home", str(home)),

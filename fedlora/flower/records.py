@@ -33,12 +33,12 @@ _PHASE = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
 def safe_code(code: str) -> str:
-    """``code`` if it has the form of an error code, else ``error``: no other text may travel."""
+    """``code`` if it has the form of an error code, else ``error``: no other text may leave a site."""
     return code if _CODE.fullmatch(code) else "error"
 
 
 def flower_error(message: Message) -> str:
-    """The code of ours for a message that carries one of Flower's errors. Its text is dropped."""
+    """Our code for a message with one of Flower's errors. The error's text is dropped."""
     return _FLOWER_ERRORS.get(message.error.code, "flower")
 
 
@@ -53,7 +53,7 @@ def dump_request(request: Request) -> RecordDict:
 
 
 def dump_reply(reply: Reply) -> RecordDict:
-    """A reply as records. The body of an error stays behind."""
+    """A reply as records. A reply with an error is sent without its body."""
     return _dump(b"" if reply.error else reply.body, {"site": reply.site, "error": safe_code(reply.error) if reply.error else ""})
 
 

@@ -1,7 +1,7 @@
 """A site's one long-lived process: claims messages from the SuperNode and answers them with installed code only.
 
-Flower's way is a new process for each message, which imports what the server shipped. Here the base model stays loaded,
-the bundle is hashed and dropped, and of an exception nothing but a code gets out.
+Flower itself starts a new process for each message, which imports the bundle that the server sent. Here the base model stays
+loaded, the bundle is hashed and dropped, and only an exception's code is sent.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fedlora.gateway.addresses import LOOPBACK
 log = logging.getLogger("fedlora.runner")
 
 Handle = Callable[[Request], Reply]
-"""``Site.handle``: answers a request; its errors come back as the reply's code."""
+"""``Site.handle``: answers a request; an error becomes the reply's code."""
 
 _LONGEST_WAIT_S = 1.0
 
 
 class Runner:
-    """Answers what comes until stopped. Survives any death of the SuperNode.
+    """Answers messages until stopped. Survives a crash of the SuperNode.
 
     Args:
         port: the SuperNode's loopback port.
@@ -42,7 +42,7 @@ class Runner:
         poll_s: pause between two questions for work, seconds.
         heartbeat_s: between two signs of life while ``handle`` works, seconds; Flower gives up after 60.
         patience_s: how long to try to deliver an answer, seconds. After that it is lost for Flower; the journal has it.
-        on_state: told after each question whether the SuperNode lets this process in, in the thread that calls :meth:`run`.
+        on_state: called after each poll with whether the SuperNode accepts this process, in the thread that calls :meth:`run`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Runner:
         return self._working
 
     def run(self, stop: threading.Event) -> None:
-        """Claims and answers until ``stop`` is set. A KeyboardInterrupt in ``handle`` answers ``site-stopped`` and goes on up."""
+        """Answers messages until ``stop`` is set. Answers ``site-stopped`` and re-raises a KeyboardInterrupt of ``handle``."""
         claimer = self._claimer()
         wait, away = self._poll_s, ""
         while not stop.is_set():
@@ -143,7 +143,7 @@ class Runner:
             client.close()
 
     def _receive(self, client: TaskClient, over: threading.Event, stop: threading.Event) -> Message | None:
-        """The task's message. The task is there first; its chunks come after it, at the speed of the line."""
+        """Waits for the task's message. The task exists first; its chunks follow at the speed of the connection."""
         while not over.is_set() and not stop.is_set():
             for message in client.pull_messages([], max_bytes=self._max_bytes):
                 return message

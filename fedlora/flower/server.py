@@ -69,7 +69,7 @@ def up(
         home: the server's directory, as `fedlora keygen server` made it.
         listen: public host:port of the gateway.
         body_limit_bytes: largest single HTTP body; Flower cuts blobs into chunks of 5 MiB.
-        report: told of ``process``, ``listening``, ``site-online`` and ``site-offline``.
+        report: gets ``process``, ``listening``, ``site-online`` and ``site-offline``.
         hosts: names and addresses that sites dial; the certificate must cover them.
         stop: set it to stop from another thread.
         timeout_s: for one HTTP call, seconds.
@@ -98,14 +98,20 @@ def up(
             connections=connections,
         )
         services = _services(home, port, gateway=gateway, public=listen, executor=executor, heard=heard)
-        _serve(home, Address(listen, port), services, stop, report, heard)
+        _serve(home, Address(listen, port), services, stop=stop, report=report, heard=heard)
 
 
 def _serve(
-    home: Path, address: Address, services: list[Service], stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]
+    home: Path,
+    address: Address,
+    services: list[Service],
+    *,
+    stop: threading.Event,
+    report: Report,
+    heard: SimpleQueue[Refusal],
 ) -> None:
-    """Starts the processes, probes that nothing but the gateway is open, and watches until ``stop``; ends them in any case."""
-    shrink(home / "flower" / "state.db", now=time.time)  # whatever ran before has ended with its server
+    """Starts the processes, checks that only the gateway is reachable, and watches them until ``stop``; always ends them."""
+    shrink(home / "flower" / "state.db", now=time.time)  # an earlier run has ended with its server
     supervisor = Supervisor(services, log_directory=home / "flower" / "log", report=report)
     supervisor.start()
     try:
@@ -114,14 +120,14 @@ def _serve(
         save_address(home, address)
         sync_sites(home, report=report)
         report(Event.LISTENING, Listening(address=address.listen))
-        _watch(home, supervisor, stop, report, heard)
+        _watch(home, supervisor, stop=stop, report=report, heard=heard)
     finally:
         (home / "flower" / "server.json").unlink(missing_ok=True)
         supervisor.stop()
 
 
-def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]) -> None:
-    """Keeps processes up and the SuperLink's list of nodes equal to ``home/sites``: a new file enrols, a removed one expels."""
+def _watch(home: Path, supervisor: Supervisor, *, stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]) -> None:
+    """Keeps processes running, and the SuperLink's list of nodes equal to ``home/sites``."""
     online: set[str] = set()
     refused: set[str] = set()
     refusals = Refusals(report)
@@ -149,10 +155,10 @@ def _watch(home: Path, supervisor: Supervisor, stop: threading.Event, report: Re
 
 
 class Refusals:
-    """Says which enrolled site is refused at the door and why: each reason once, and again after ten minutes.
+    """Reports enrolled sites that the gateway refuses, with the reason: each once, and again after ten minutes.
 
     Args:
-        report: told ``("site-refused", {"site", "why", "cause"})``.
+        report: gets the event ``site-refused`` with ``site``, ``why`` and ``cause``.
     """
 
     def __init__(self, report: Report) -> None:
@@ -253,8 +259,9 @@ def _control(home: Path, *, patience_s: float = _PATIENCE_S) -> Iterator[Control
 
 
 def sync_sites(home: Path, *, report: Report) -> dict[str, str]:
-    """Tells a running server about sites that were enrolled or removed since it started. A site whose key is refused, because it
-    was removed once, is reported and left out.
+    """Tells a running server about sites that were enrolled or removed since it started.
+
+    A site whose key is refused, because it was removed once, is reported and left out.
 
     Returns:
         Each enrolled site and ``registered`` (never seen), ``online`` or ``offline``; a dead one shows online for a minute.
@@ -270,13 +277,13 @@ def sync_sites(home: Path, *, report: Report) -> dict[str, str]:
 
 
 def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float = 0.5) -> Path:
-    """Starts a run on a running server and waits for its end. Interrupting it leaves the run going.
+    """Starts a run on a running server and waits for its end. An interrupt does not stop the run.
 
     Args:
         home: the server's directory.
         plan: the plan's file.
-        resume: go on from the run's last checkpoint.
-        report: told what the run reports, and ``("process", {"name": "run ID", "state"})`` for Flower's view of it.
+        resume: continue from the run's last checkpoint.
+        report: gets the run's events, and ``("process", {"name": "run ID", "state"})`` for Flower's view of it.
         poll_s: between two looks, seconds.
 
     Returns:
@@ -293,7 +300,7 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
     goes_on = f"continue with `fedlora server start {home} {plan} --resume`; nothing is lost"
     try:
         with _control(home) as control:
-            state = _followed(control, start_job(control, job), home, job, report, poll_s)
+            state = _followed(control, start_job(control, job), home=home, job=job, report=report, poll_s=poll_s)
     except ConnectionFailed as e:
         outcome = load_outcome(home, job)
         if outcome is None:
@@ -311,8 +318,8 @@ def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float
     return directory
 
 
-def _followed(control: Control, run_id: int, home: Path, job: str, report: Report, poll_s: float) -> RunState | None:
-    """Passes on what a run reports until it is over; None if it has said how it ended and Flower does not know."""
+def _followed(control: Control, run_id: int, *, home: Path, job: str, report: Report, poll_s: float) -> RunState | None:
+    """Passes on a run's events until it has ended; None if its outcome is recorded but Flower does not know it."""
     said, offset, waits, over_s = "", 0, False, 0.0
     while True:
         state = control.run_state(run_id)
@@ -339,7 +346,7 @@ def _name_of(home: Path, job: str) -> str:
 
 
 def _gone(home: Path, error: ConnectionFailed, goes_on: str) -> FedLoRAError:
-    """What it means that Flower does not answer any more."""
+    """The error to report when Flower no longer answers."""
     if not (home / "flower" / "server.json").exists():
         return RunFailed(
             "the server was stopped during the run",

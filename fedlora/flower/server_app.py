@@ -39,7 +39,7 @@ class Serve(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """What the executor passes on standard input, as one line of JSON."""
+    """What the executor passes to this process on standard input, as one line of JSON."""
 
     token: str
     home: str
@@ -66,7 +66,7 @@ app = _Refuses()
 
 
 def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[], Control], serve: Serve) -> Outcome:
-    """Does a job. Every error becomes an outcome with a code; its text goes to this process's log.
+    """Carries out a job. An error becomes an outcome with a code; its text goes to this process's log.
 
     Args:
         grid: the channel to the nodes.

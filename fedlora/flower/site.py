@@ -36,7 +36,7 @@ _CHECK_S = 30.0
 _LONGEST_PROBE_S = 60.0
 _CLOCK_S = 600.0
 _LEAVING_S = 8.0
-"""So long the SuperNode of a `site up` that was killed may still say good-bye on our port."""
+"""How long the SuperNode of a killed `site up` may still use our port to sign off, seconds."""
 _NEW_SECRET_S = 10.0
 _STATE_S = 5.0
 
@@ -51,24 +51,24 @@ def up(
 ) -> None:
     """Runs a site until SIGTERM or SIGINT, or until ``stop`` is set. Prints nothing.
 
-    A signal during training ends it at once: the server is told ``site-stopped``, the journal keeps what was finished.
-    Keys, ports and locks that are wrong end it with an error; what may come by itself (the server, data on a disk that is not
-    mounted yet) is said, once, and looked for again.
+    A signal during training ends it at once: the server gets the code ``site-stopped``, the journal keeps finished updates. Wrong
+    keys, ports and locks end it with an error. Problems that may go away (the server is down, a disk with data is not mounted
+    yet) are reported once and checked again.
 
     Args:
         site_file: the site's own file; paths in it are relative to it.
-        report: told ``(event, facts)``; of ``site`` see :class:`fedlora.flower.status.StatusTracker`.
-        handle: answers requests; that of :func:`fedlora.assemble.site` by default, called before anything is connected. Only then
-            bases and data are looked for.
+        report: gets ``(event, facts)``; for the event ``site`` see :class:`fedlora.flower.status.StatusTracker`.
+        handle: answers requests; None: that of :func:`fedlora.assemble.site`, which is made before anything is connected. Only
+            then bases and data are checked.
         stop: set it to stop from another thread.
-        probe_s: shortest time between two probes of a server that is away, and the most that a step of one may take, seconds.
+        probe_s: shortest time between two probes of an unreachable server, and the time limit of each step of a probe, seconds.
 
     Raises:
         ConfigError: the file is wrong.
-        Held: another process works in the state directory; nothing was written there.
+        Held: another process uses the state directory; nothing was written there.
         ConfigError (local-port): the loopback port is taken.
         StoreError: the state directory cannot be written.
-        KeyFileError: a key or the authority's certificate is missing, or another site's.
+        KeyFileError: a key or the authority's certificate is missing, or belongs to another site.
     """
     file = load_site_file(site_file)
     root = site_file.resolve().parent
@@ -86,7 +86,7 @@ def up(
 
 @dataclass(slots=True)
 class _Up:
-    """One `site up`: what its parts share."""
+    """One `site up`: the state that its parts share."""
 
     file: SiteFile
     root: Path
@@ -96,18 +96,18 @@ class _Up:
     checks: dict[str, Callable[[SiteFile, Path], None]]
     pem: bytes
     probe_s: float
-    standing: StatusTracker = field(init=False)
+    status: StatusTracker = field(init=False)
     supervisor: Supervisor = field(init=False)
     look_now: threading.Event = field(default_factory=threading.Event)
     found: threading.Event = field(default_factory=threading.Event)
     refused: threading.Event = field(default_factory=threading.Event)
     password: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
-    """Between the SuperNode and the runner; in the SuperNode's secret file."""
+    """Shared secret of the SuperNode and the runner; it is in the SuperNode's secret file."""
 
     def run(self) -> None:
         flower = self.root / self.file.state / "flower"
         secret, log = flower / "superexec.secret", flower / "log"
-        self.standing = self._standing(flower, secret, log)
+        self.status = self._status_tracker(flower, secret, log)
         self.supervisor = Supervisor([self._service(flower, secret)], log_directory=log, report=self.report)
         runner = Runner(
             self.file.local_port,
@@ -120,7 +120,7 @@ class _Up:
         with _log_file(log / "runner.log"):
             self._serve(runner)
 
-    def _standing(self, flower: Path, secret: Path, log: Path) -> StatusTracker:
+    def _status_tracker(self, flower: Path, secret: Path, log: Path) -> StatusTracker:
         host, _ = split_address(self.file.server)
         ca = self.root / self.file.ca
         mark, mine = flower / "accepted", hashlib.sha256(self.pem + ca.read_bytes()).hexdigest()
@@ -152,14 +152,14 @@ class _Up:
             ready_s=0,  # it is ready when the standing says so
             death_signal=signal.SIGTERM,  # it says good-bye, so that the next one is let in at once
             before=lambda: write_atomic(secret, self.password),  # whatever has replaced it
-            on_line=self.standing.read_line,
-            explain=self.standing.ended,
+            on_line=self.status.read_line,
+            explain=self.status.ended,
         )
 
     def _on_worker(self, state: str) -> None:
         if state == "wrong-secret" and not self.supervisor.pids():
-            state = "away"  # whoever answers there, it is not ours: that ended, and its log says why
-        self.standing.worker(state)  # type: ignore[arg-type]
+            state = "away"  # another program answers on that port: our SuperNode ended, and its log says why
+        self.status.worker(state)  # type: ignore[arg-type]
         if state == "wrong-secret":
             self.refused.set()
 
@@ -169,7 +169,7 @@ class _Up:
             if runner.working:
                 raise KeyboardInterrupt
 
-        self.standing.begin()
+        self.status.begin()
         self._check()
         self.supervisor.start()
         watcher = threading.Thread(target=self._watch, daemon=True)
@@ -182,7 +182,7 @@ class _Up:
                 self.report(Event.PROCESS, Process(name="runner", state="interrupted; the work in progress was given up"))
                 self.stop.set()
                 threading.Event().wait(_FAREWELL_S)  # the SuperNode passes the last reply on
-            self.standing.stop()
+            self.status.stop()
             watcher.join()
             self.supervisor.stop()
 
@@ -194,9 +194,9 @@ class _Up:
             try:
                 self.supervisor.check(now)
             except (FedLoRAError, OSError) as e:
-                self.standing.miss("process", "no-state", detail=str(e))
+                self.status.miss("process", "no-state", detail=str(e))
                 self.stop.wait(_STATE_S)
-            self.standing.tick()
+            self.status.tick()
             if self.found.is_set():
                 self.found.clear()
                 self.supervisor.hurry("supernode")
@@ -213,9 +213,9 @@ class _Up:
             try:
                 check(self.file, self.root)
             except FedLoRAError as e:
-                self.standing.miss(part, f"no-{part}", detail=str(e))  # type: ignore[arg-type]
+                self.status.miss(part, f"no-{part}", detail=str(e))  # type: ignore[arg-type]
             else:
-                self.standing.has(part)  # type: ignore[arg-type]
+                self.status.has(part)  # type: ignore[arg-type]
 
     def _probe(self) -> None:
         """Looks for the server at the start and while it is away, and for its clock now and then."""
@@ -227,9 +227,9 @@ class _Up:
             if self.stop.is_set():
                 return
             finding = probe(self.file.server, ca=ca, timeout_s=self.probe_s)
-            self.standing.probed(finding)
+            self.status.probed(finding)
             if not finding.cause:
-                wait_s = _CLOCK_S if self.standing.state in ("ready", "connected") else _LONGEST_PROBE_S
+                wait_s = _CLOCK_S if self.status.state in ("ready", "connected") else _LONGEST_PROBE_S
                 if before:
                     self.found.set()  # whatever waits for its restart need not
             elif finding.cause != before or lost:

@@ -1,6 +1,7 @@
-"""Where a site stands: connecting, lost, refused, connected or ready, and which part is missing. A state machine without I/O.
+"""Connection status of a site: connecting, lost, refused, connected or ready, and which part is missing.
 
-It is told what the SuperNode's log says, how a probe of the server went, and what the checks of base and data found.
+A state machine without I/O. Its inputs are lines of the SuperNode's log, the results of probes of the server, and of the checks
+of base and data.
 ``connected`` is not ``ready``: ready is a site whose parts (:data:`fedlora.processes.causes.PARTS`) are all there.
 """
 
@@ -20,27 +21,27 @@ from fedlora.gateway.probe import Finding
 from fedlora.processes.causes import CAUSES, PARTS, Part, cause_of, telling
 
 State = Literal["connecting", "lost", "refused", "connected", "ready", "stopped"]
-"""connecting: not accepted yet; lost: was accepted, and the server is away; refused: the server is there and does not let this
-site in; connected: accepted, but something here is missing; ready: will train what it is asked to."""
+"""connecting: not accepted yet; lost: was accepted, now the server does not answer; refused: the server answers and rejects this
+site; connected: accepted, but something at this site is missing; ready: can do every task."""
 
 _OURS = re.compile(re.escape(SAYS) + r"(accepted|back|lost|refused|clock) ?(.*)")
 _LONGEST_RETRY_S = 60.0
 _REFUSALS = {"in-use": "in-use", "withdrawn": "withdrawn", "unknown": "not-enrolled", "clock": "clock"}
 _AMISS_S = 5.0
-_FLICKER_S = 3.0  # a connection that is back sooner was not lost
+_FLICKER_S = 3.0  # shorter interruptions are not reported
 
 
 class StatusTracker:
     """The state machine. Thread-safe; reports ``("site", facts)`` on each change, once.
 
-    The facts: ``site``, ``state``, ``part``, ``cause``, ``why`` (one sentence), ``cure``, ``next_s`` (to the next try, 0: none)
-    and ``said``, all of it in one line for people.
+    The facts are ``site``, ``state``, ``part``, ``cause``, ``why`` (one sentence), ``cure``, ``next_s`` (seconds to the next try,
+    0: none) and ``said``, which is all of it in one line for people.
 
     Args:
-        facts: for the sentences: ``server``, ``host``, ``port``, ``ca``, ``log``, ``secret``.
-        known: whether this node key was accepted here before: what the server does not know any more was withdrawn.
-        on_accepted: called at each acceptance.
-        on_lost: called when a probe would say more.
+        facts: values for the sentences: ``server``, ``host``, ``port``, ``ca``, ``log``, ``secret``.
+        known: whether the server accepted this node key before; then an unknown key means that it was withdrawn.
+        on_accepted: called whenever the server accepts this site.
+        on_lost: called when the connection is lost, so that the server can be probed.
         clock: seconds, rising.
     """
 
@@ -59,13 +60,14 @@ class StatusTracker:
         self._known, self._on_accepted, self._on_lost, self._clock = known, on_accepted, on_lost, clock
         self._lock = threading.RLock()
         self._missing: dict[Part, tuple[str, dict[str, str]]] = {}
-        self._accepted = False
-        """By the server, now."""
-        self._by_child = False
-        """The SuperNode that runs now has been accepted."""
-        self._was_accepted = False
-        self._worker_in = False
-        """Our own process is let in by the SuperNode."""
+        self._connected = False
+        """The server accepts this site's calls now."""
+        self._child_accepted = False
+        """The server has accepted the SuperNode process that runs now."""
+        self._ever_accepted = False
+        """The server has accepted some SuperNode since this tracker was made."""
+        self._worker_connected = False
+        """The SuperNode accepts our own process, which works for it."""
         self._stopped = False
         self._flicker: tuple[float, str] | None = None
         self._last: Finding | None = None
@@ -75,29 +77,29 @@ class StatusTracker:
         self._failures: dict[str, int] = {}
         self._ended_by = ""
 
-    # --- what it is told ----------------------------------------------------------------------------------------
+    # --- inputs -------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Says the first state."""
+        """Reports the first state."""
         self._change()
 
     def read_line(self, line: str) -> None:
-        """A line of the SuperNode's log."""
+        """Takes a line of the SuperNode's log."""
         if match := _OURS.search(line):
-            self._hear_ours(match[1], match[2])
+            self._read_own(match[1], match[2])
         elif code := cause_of(line):
             self.miss(CAUSES[code].part, code, detail=telling([line]))
             self._ended_by = code
 
-    def _hear_ours(self, word: str, rest: str) -> None:
+    def _read_own(self, word: str, rest: str) -> None:
         with self._lock:
             if self._missing.get("process", ("", {}))[0] != "wrong-secret":
                 self._missing.pop("process", None)  # it runs
-            if word == "accepted" or (word == "back" and self._by_child):
-                self._let_in()
+            if word == "accepted" or (word == "back" and self._child_accepted):
+                self._on_server_accepted()
             elif word == "back":
                 self._missing.pop("server", None)  # the next line says what the server thinks of us
-            elif word == "lost" and self._accepted:
+            elif word == "lost" and self._connected:
                 self._flicker = (self._clock(), rest)
                 self._on_lost()
             elif word == "lost":
@@ -107,8 +109,8 @@ class StatusTracker:
             elif word == "clock" and (seconds := _number(rest)) is not None:
                 self.measured(seconds)
 
-    def _let_in(self) -> None:
-        self._accepted = self._by_child = self._was_accepted = self._known = True
+    def _on_server_accepted(self) -> None:
+        self._connected = self._child_accepted = self._ever_accepted = self._known = True
         self._flicker = None
         self._failures.clear()
         for part in ("server", "accepted", "clock"):
@@ -117,7 +119,7 @@ class StatusTracker:
         self._change()
 
     def _lost(self, why: str) -> None:
-        self._flicker, self._accepted = None, False
+        self._flicker, self._connected = None, False
         finding, self._last = self._last, None
         if finding is not None and finding.cause:
             self.miss("server", finding.cause, **finding.facts)
@@ -125,15 +127,15 @@ class StatusTracker:
             self.miss("server", "lost", detail=why)
 
     def tick(self) -> None:
-        """To be called a few times a second."""
+        """Reports a lost connection once it has been lost long enough. Call this a few times a second."""
         with self._lock:
             if self._flicker is not None and self._clock() - self._flicker[0] > _FLICKER_S:
                 self._lost(self._flicker[1])
 
     def worker(self, state: Literal["in", "away", "wrong-secret"]) -> None:
-        """How the SuperNode treats our own process, which works for it."""
+        """Takes whether the SuperNode accepts our own process."""
         with self._lock:
-            self._worker_in = state == "in"
+            self._worker_connected = state == "in"
             if state == "wrong-secret":
                 self.miss("process", "wrong-secret")
             elif state == "in" and self._missing.get("process", ("", {}))[0] == "wrong-secret":
@@ -146,7 +148,7 @@ class StatusTracker:
         code = _REFUSALS.get(why, "refused")
         if code == "not-enrolled" and self._known:
             code = "withdrawn"
-        self._accepted = self._by_child = False
+        self._connected = self._child_accepted = False
         self._flicker = None
         self._missing.pop("server", None)  # it has answered
         self._ended_by = code
@@ -156,10 +158,10 @@ class StatusTracker:
             self.miss("accepted", code, detail=f"status {why}" if why.isdigit() else why)
 
     def probed(self, finding: Finding) -> None:
-        """How a probe of the server went. Of a server that the SuperNode speaks to, its word counts."""
+        """Takes the result of a probe. It does not count while the SuperNode is connected: that knows better."""
         with self._lock:
             self._last = finding
-            if finding.cause and not self._accepted:
+            if finding.cause and not self._connected:
                 self.miss("server", finding.cause, **finding.facts)
             elif not finding.cause and self._missing.get("server", ("lost", {}))[0] != "lost":
                 self.has("server")
@@ -167,7 +169,7 @@ class StatusTracker:
             self.measured(finding.ahead_s)
 
     def measured(self, ahead_s: float, *, refused: bool = False) -> None:
-        """This machine's clock minus the server's, seconds. Said if it is off, although what is signed is corrected."""
+        """Takes this machine's clock minus the server's, seconds. A large offset is reported, although signatures correct it."""
         facts = {"seconds": f"{abs(ahead_s):.0f}", "way": "ahead" if ahead_s > 0 else "behind"}
         with self._lock:
             if abs(ahead_s) > MAX_CORRECTION_S or (refused and abs(ahead_s) > _AMISS_S):
@@ -181,9 +183,9 @@ class StatusTracker:
                 self._report(Event.CLOCK, Clock(site=self._site, ahead_s=ahead_s, seconds=seconds, way=way))
 
     def ended(self, status: int, lines: list[str]) -> tuple[str, float]:
-        """The SuperNode ended. Says why, and how long to wait before the next one, seconds."""
+        """Takes that the SuperNode ended; returns why, and the pause before the next start, seconds."""
         with self._lock:
-            self._accepted = self._by_child = self._worker_in = False
+            self._connected = self._child_accepted = self._worker_connected = False
             self._flicker = None
             code, self._ended_by = self._ended_by, ""
             if not code:
@@ -199,38 +201,38 @@ class StatusTracker:
             return CAUSES[code].sentence(facts), pause
 
     def miss(self, part: Part, code: str, **facts: str) -> None:
-        """A part is missing, by a cause of the table."""
+        """Takes that a part is missing, with a cause of :data:`fedlora.processes.causes.CAUSES`."""
         with self._lock:
             self._missing[part] = (code, facts)
             self._change(part)
 
     def has(self, part: Part) -> None:
-        """A part is there."""
+        """Takes that a part is present."""
         with self._lock:
             self._missing.pop(part, None)
             self._told.pop(part, None)
             self._change()
 
     def stop(self) -> None:
-        """This site is being stopped; nothing is said after that."""
+        """Takes that this site is being stopped; nothing is reported after that."""
         with self._lock:
             self._stopped = True
 
-    # --- what it says -------------------------------------------------------------------------------------------
+    # --- reports ------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
         with self._lock:
             if self._stopped:
                 return "stopped"
-            if self._accepted and "accepted" not in self._missing and "clock" not in self._missing:
-                return "ready" if self._worker_in and not self._missing else "connected"
+            if self._connected and "accepted" not in self._missing and "clock" not in self._missing:
+                return "ready" if self._worker_connected and not self._missing else "connected"
             if "server" not in self._missing and ("accepted" in self._missing or "clock" in self._missing):
                 return "refused"
-            return "lost" if self._was_accepted and self._missing else "connecting"
+            return "lost" if self._ever_accepted and self._missing else "connecting"
 
     def retry_s(self, code: str) -> float:
-        """Pause before something with this cause is looked at again, seconds."""
+        """Pause before something with this cause is checked again, seconds."""
         return CAUSES[code].retry_s if code else 600.0
 
     def _words(self, part: Part) -> dict[str, str]:
@@ -239,7 +241,7 @@ class StatusTracker:
         return {"cause": code, "why": CAUSES[code].sentence(facts), "cure": CAUSES[code].remedy(facts)}
 
     def _change(self, news: Part | None = None) -> None:
-        """Says the state if it is another one, and why a part is missing if that is news."""
+        """Reports the state if it changed, or the cause of a missing part if that changed."""
         with self._lock:
             if self._stopped:
                 return

@@ -1,10 +1,10 @@
-"""Flower's SuperNode as a site runs it: it asks more often, signs its calls whole and with the server's time, says how it fares.
+"""Flower's SuperNode with changes of ours: polls more often, signs whole calls with the server's time, logs its connection state.
 
-Flower's own loop asks for messages every three seconds: secure aggregation has five short steps a round, and waiting three
-seconds for each would be most of what it costs. Flower signs this machine's time and no more of a call than that (see
-:mod:`fedlora.gateway.calls`), and ends itself without a reason when the time is refused. Of a connection that fails its log says
-neither address nor cause. And it is killed by a second SIGTERM before it has said good-bye: then the server takes it for alive
-for a minute, and refuses its successor for so long.
+Flower's own loop asks for messages every three seconds. Secure aggregation has five short steps a round: waiting three seconds
+for each would be most of its cost. Flower signs only this machine's time, not the rest of a call (see
+:mod:`fedlora.gateway.calls`), and exits without a reason when the time is refused. Its log names neither address nor cause of a
+failed connection. A second SIGTERM kills it before it has signed off; then the server takes it for alive for a minute and refuses
+its successor.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from fedlora.gateway.clock import Clock
 from fedlora.gateway.doors import PROCESS_HEADER, WHY_HEADER
 
 SAYS = "fedlora: "
-"""How a line of the log begins that is ours: ``accepted``, ``lost CAUSE``, ``back``, ``refused WHY`` or ``clock SECONDS``."""
+"""Prefix of our own lines in the log; after it ``accepted``, ``lost CAUSE``, ``back``, ``refused WHY`` or ``clock SECONDS``."""
 
 _TALK_S = 60.0
 _STEP_S = 0.25
 _WHY = re.compile(r"[a-z-]{1,20}( [-+]?[0-9]{1,12}(\.[0-9]{1,3})?)?")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-_AMISS_S = 3.0  # a clock that is so far off is worth a line
+_AMISS_S = 3.0  # a larger clock offset is logged
 
 
 class PollInterval:
-    """Stands in for the module ``time`` in the SuperNode's loop.
+    """Replaces the module ``time`` in the SuperNode's loop.
 
-    For a minute after each message the next one is asked for every quarter of a second, after that every three as Flower does.
+    For a minute after each message it polls every quarter of a second, after that every three seconds, as Flower does.
 
     Args:
         clock: seconds, rising.
@@ -47,7 +47,7 @@ class PollInterval:
         self._clock, self._sleep, self._last = clock, sleep, float("-inf")
 
     def note(self) -> None:
-        """A message was here just now."""
+        """Called when a message has arrived."""
         self._last = self._clock()
 
     def sleep(self, seconds: float) -> None:
@@ -55,11 +55,11 @@ class PollInterval:
 
 
 class CallSigner:
-    """Stands around every call to the server: signs with the server's time, and says what becomes of the calls, each change once.
+    """Intercepts every call: signs it with the server's time, and logs each change of the connection's state.
 
     Args:
-        say: takes a line of the log.
-        process: a random name of this process, sent along, by which the server tells two with the same node key apart.
+        say: logs a line.
+        process: a random name of this process, sent with each call: two processes may use the same node key.
     """
 
     def __init__(self, say: Callable[[str], None], *, process: str, clock: Clock | None = None) -> None:
@@ -72,11 +72,11 @@ class CallSigner:
         self._said_ahead_s = 0.0
 
     def correction_s(self) -> float:
-        """What is added to this machine's time in a signature, seconds."""
+        """Seconds that are added to this machine's time in a signature."""
         return self.clock.correction_s()
 
     def intercept(self, sign_and_send: Callable[[httpx.Request], httpx.Response], request: httpx.Request) -> httpx.Response:
-        """One call. A stamp that the server refuses is signed again, once, if its answer shows that the clock was wrong.
+        """Makes one call. If the server refuses the time stamp and its answer corrects the clock, signs and sends it once more.
 
         Args:
             sign_and_send: adds the signed headers to the request, sends it and returns the answer.
@@ -128,15 +128,15 @@ class CallSigner:
 
 
 def main() -> None:
-    """The command ``flower-supernode``, with all that."""
+    """Runs the command ``flower-supernode`` with these changes."""
     leaving = _until_flower_listens()
-    from fedlora.flower._internals import supernode  # takes a second or two: a signal is heard in the meantime
+    from fedlora.flower._internals import supernode  # takes a second or two; signals work in the meantime
 
     supernode.run(PollInterval(), CallSigner(_say, process=os.urandom(8).hex()), listening=leaving.set)
 
 
 def _until_flower_listens() -> threading.Event:
-    """A signal ends this process at once until the event is set. From then on further signals cannot disturb the good-bye.
+    """Until the event is set, a signal ends this process at once; after that, signals are ignored so that signing off can finish.
 
     The kernel sends the death signal once for each thread of a parent that was killed (``processes.die_with_parent``).
     """

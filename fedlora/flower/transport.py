@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 2.0
-_COMES_BACK_S = 600.0  # a host that starts again needs a few minutes, and Flower one to let its node in
-_MOST_SENDS = 3  # of one request to one site
+_COMES_BACK_S = 600.0  # a rebooting host needs a few minutes, and Flower one more to accept its node
+_MOST_SENDS = 3  # times that one request is sent to one site
 _AWAY = "node-unavailable"
 _LOST = (_AWAY, "message-unavailable", "reply-unavailable")
 
 
 def _action(phase: str) -> str:
-    # Flower wants one of its own verbs first; the site reads only our phase.
+    # Flower requires one of its own verbs as prefix; the site reads only our phase.
     return "train.fedlora" if phase == "train" else "query.fedlora"
 
 
@@ -42,7 +42,7 @@ class FlowerTransport:
     Args:
         grid: Flower's Grid, or a TaskClient.
         nodes: node id of each enrolled site.
-        allowance: told what each site may push, so that the gateway lets no more in; None where there is no gateway.
+        allowance: told how much each site may upload, which the gateway enforces; None where there is no gateway.
         clock: seconds, rising.
         sleep: waits that many seconds.
     """
@@ -63,20 +63,19 @@ class FlowerTransport:
         self._sleep = sleep
 
     def sites(self) -> Sequence[str]:
-        """Enrolled sites whose node is online, sorted. A node that died shows for up to a minute more."""
+        """Enrolled sites whose node is online, sorted. A node that died is listed for up to a minute more."""
         online = set(self._grid.get_node_ids())
         return sorted(site for site, node in self._nodes.items() if node in online)
 
     def exchange(self, requests: Sequence[Request], *, deadline_s: float) -> Iterator[Reply]:
-        """Sends now; the iterator that comes back yields until ``deadline_s`` seconds from this call have passed.
+        """Sends the requests at once; the returned iterator yields replies until ``deadline_s`` seconds after this call.
 
-        What the site never gets to see expires at the deadline too (the message's time to live). What went wrong on the
-        way is a reply with one of our codes. After a minute without a sign of a node, Flower drops what was under way to it
-        or from it; if the node comes back within ten minutes, the very same request is sent again, twice at most, and the
-        site answers from its journal.
+        Messages that a site has not received expire at the deadline (their time to live). A failure on the way is a reply with
+        one of our codes. A minute after a node's last call, Flower drops the messages to and from it; if the node comes back
+        within ten minutes, the same request is sent again, at most twice, and the site answers from its journal.
 
         Raises:
-            ConnectionFailed: from the iterator, if the SuperLink stays away longer than the channel's patience.
+            ConnectionFailed: from the iterator, if the SuperLink does not answer for longer than the channel's patience.
         """
         end = self._clock() + deadline_s
         pending: dict[str, Request] = {}
@@ -113,7 +112,7 @@ class FlowerTransport:
         wait = _FIRST_WAIT_S
         while pending or away:
             last, came = self._clock() >= end, False
-            # Asked before the pull: a site that answers and then leaves has its reply here by then.
+            # Before the pull: if a site answers and then goes offline, its reply has arrived by the time of the pull.
             online = set() if last else set(self.sites())
             for message_id, request in list(pending.items()):
                 reply, lost = self._pull(message_id, request)
@@ -128,7 +127,7 @@ class FlowerTransport:
                     yield reply
                 del reply
             for message_id, request in list(pending.items()):
-                if not last and request.site not in online:  # Flower says so of what it knows to be lost, not of half a reply
+                if not last and request.site not in online:  # Flower reports lost messages, but not a partly uploaded reply
                     away[request.site] = _Away(pending.pop(message_id), self._clock())
             for site, gone in list(away.items()):
                 if last or sent[site] >= _MOST_SENDS or self._clock() - gone.since > _COMES_BACK_S:
@@ -151,17 +150,17 @@ class FlowerTransport:
         return self._push(request, ttl_s=ttl_s)
 
     def _pull(self, message_id: str, request: Request) -> tuple[Reply | None, bool]:
-        """The reply, if it is there, and whether it is Flower that says so: a site may write any code into its own."""
+        """The reply if it has arrived, and whether Flower reports a lost message. A site may put any code into its own reply."""
         site, limit = request.site, request.max_reply_bytes
         if self._allowance is not None and self._allowance.refused(site):
-            return Reply(site, error=Oversized.code), False  # the gateway stopped it half way: the rest will not come
+            return Reply(site, error=Oversized.code), False  # the gateway cut the upload: the rest will not come
         try:
             for message in self._grid.pull_messages([message_id], max_bytes=limit):
                 if message.has_error():
                     code = flower_error(message)
                     return Reply(site, error=code), code in _LOST
                 reply = parse_reply(message.content, max_bytes=limit)
-                # Who answers is known from the message that is answered, never from what the reply says.
+                # The sender is known from the message that is answered; the name in the reply must be the same.
                 return (reply if reply.site == site else Reply(site, error="wire")), False
         except (Oversized, WireError) as e:
             return Reply(site, error=e.code), False

@@ -70,15 +70,15 @@ def next_epoch(
 ) -> Roster:
     """The roster after this one.
 
-    Groups stay as they are: a group of whose sites one is revoked is whole no more, and new sites wait until they are enough for
-    a group of their own.
+    Groups stay as they are. A group with a revoked member is no longer complete; new sites wait until there are enough for a new
+    group.
 
     Args:
         add: new sites; names and keys that were never on the roster.
         revoke: names of sites that no longer take part.
-        days: it ends this many days from ``now``; None keeps the end.
-        regroup: put all active sites into new groups. Sites that have given to sums refuse another group than their old one on
-            that base model, unless a person there names whose update that may show.
+        days: valid for this many days from ``now``; None keeps the end.
+        regroup: put all active sites into new groups. On a base model with earlier contributions, a site refuses to be in
+            another group, unless a person there accepts by name whose update that may reveal.
         group_size: fewest sites of a new group; None: ``max_colluding + 2``, the least.
         now: seconds since 1970, when it begins.
 

@@ -24,7 +24,11 @@ from fedlora.core.canonical import canonical, parse_canonical
 from fedlora.core.errors import FedLoRAError, ResourceError, StoreError
 from fedlora.core.reader import Reader
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of an OSError that mean a full disk or quota."""
+
+COPY = ".copy"
+"""How the name of a file's second copy ends."""
 
 
 class Damaged(StoreError):
@@ -42,7 +46,7 @@ def named_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in _FULL:
+        if e.errno in NO_SPACE:
             hint = "free some disk space; nothing is lost, and the run continues from here"
             raise ResourceError(f"no space left for {path}", hint=hint) from None
         hint = (
@@ -100,6 +104,11 @@ def read_file(path: Path, *, hint: str = "") -> bytes | None:
         return None
     except OSError as e:
         raise StoreError(f"cannot read {path}: {e.strerror}", hint=hint) from None
+
+
+def copy_of(path: Path) -> Path:
+    """Where the second copy of a file lies: beside it."""
+    return path.with_name(f"{path.name}{COPY}")
 
 
 def set_aside(path: Path) -> Path:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter
+from fedlora.core.canonical import is_digest
 from fedlora.core.errors import PlanRefused, StateLost, StoreError, WireError
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
@@ -61,7 +62,6 @@ class Entry:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-_RUN = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"round-(\d{6,9})\.journal")
 _MAGIC = b"FLJ3"
 _ENTRY = struct.Struct("<32sQ4Q")  # run, round, bytes of key, update, state, what is kept
@@ -77,9 +77,9 @@ class Journal:
     did not end stays: it may be resumed, and this is where the site's place in it is kept. What a site learned for itself
     alone (``RUN.safetensors``, where the plan's rule has sites keep a factor) never goes by itself.
 
-    Beside the entries stands the list of the rounds that were trained, and once more in ``memory``. Each place vouches for the
-    other: an entry that the lists name and the disk has not is a lost one. Law: a round is trained from the state after the last
-    round that this site has trained before it, or not at all.
+    A list of the trained rounds is stored beside the entries, and again in ``memory``. The two lists check each other: an entry
+    that is in a list but not on the disk is lost. Law: a round is trained from the state after the last round that this site has
+    trained before it, or not at all.
 
     Args:
         memory: the site's other durable place, if it has one.
@@ -151,7 +151,7 @@ class Journal:
 
     def _forget_ended(self, current: str) -> None:
         for past in self.directory.iterdir():
-            if past.name == current or not _RUN.fullmatch(past.name):
+            if past.name == current or not is_digest(past.name):
                 continue
             rounds = self._rounds(past.name)
             if rounds and self._key(past.name, rounds[-1]).startswith(b"evaluate/"):
@@ -266,7 +266,7 @@ class Journal:
         """The runs that have entries here."""
         if not self.directory.is_dir():
             return []
-        return sorted(d.name for d in self.directory.iterdir() if _RUN.fullmatch(d.name))
+        return sorted(d.name for d in self.directory.iterdir() if is_digest(d.name))
 
     def problems(self, run: str) -> dict[Path, str]:
         """What is wrong with a run's entries, by file. Changes nothing."""
@@ -295,7 +295,7 @@ class Journal:
         return max(whole, default=0)
 
     def _path(self, run: str, round: int) -> Path:
-        if not _RUN.fullmatch(run):
+        if not is_digest(run):
             raise ValueError("a run is 64 hex digits")
         return self.directory / run / f"round-{round:06d}.journal"
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from fedlora.core.codes import Code
 from fedlora.core.errors import ConfigError, ResourceError, StoreError
+from fedlora.formats.files import NO_SPACE
 
 _FILE = "lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -129,7 +129,7 @@ def _take(path: Path) -> int | None:
 
 
 def _named(directory: Path, error: OSError) -> StoreError | ResourceError:
-    if error.errno in _FULL:
+    if error.errno in NO_SPACE:
         return ResourceError(f"no space left for {directory}", hint="free some disk space")
     if error.errno in _NO_LOCKS:
         return StoreError(f"the file system of {directory} has no locks", hint="choose a directory on a local disk")

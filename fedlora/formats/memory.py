@@ -1,4 +1,4 @@
-"""A few small values that survive a power cut, each in two files, so that the damage of one of them costs nothing."""
+"""A few small values that survive a power cut. Each is in two files, so that the damage of one costs nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedlora.core.canonical import is_digest
 from fedlora.core.errors import ResourceError, StoreError
-from fedlora.formats.files import Damaged, dump_record, frame, parse_record, set_aside, unframe, write_atomic
+from fedlora.formats.files import COPY, Damaged, copy_of, dump_record, frame, parse_record, set_aside, unframe, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +22,12 @@ _MAGIC = b"FLM1"
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One value of a memory as it lies on the disk.
+    """One value of a memory, as found on the disk.
 
     Attributes:
-        key: its name; empty if no copy says so.
-        problem: what is wrong with each copy that is not whole, by file.
-        lost: no copy is whole.
+        key: its name; empty if no copy is readable.
+        problem: file -> what is wrong with this copy; intact copies are left out.
+        lost: no copy is intact.
     """
 
     key: str
@@ -40,43 +41,44 @@ class Memory(Protocol):
     def get(self, key: str) -> bytes | None: ...
     def put(self, key: str, *parts: bytes | memoryview) -> None: ...
     def where(self, key: str) -> str:
-        """Where a value lies, for a message to this end's operator."""
+        """The place of a value, for a message to this end's operator."""
         ...
 
 
 def get_record(memory: Memory, key: str, kind: str, *, hint: str = "") -> dict[str, Any] | None:
-    """What :func:`put_record` put last; None only if nothing was ever put.
+    """The record that :func:`put_record` stored last; None only if none was ever stored.
 
     Raises:
-        StoreError: damaged: names where it lies.
+        StoreError: it is damaged; the error names its file.
     """
     blob = memory.get(key)
     return None if blob is None else parse_record(blob, kind, memory.where(key), hint=hint)
 
 
 def put_record(memory: Memory, key: str, kind: str, facts: Mapping[str, Any]) -> None:
-    """On the disk when this returns."""
+    """Stores a record; it is on the disk when this returns."""
     memory.put(key, dump_record(kind, facts))
 
 
 @dataclass(frozen=True, slots=True)
 class FileMemory:
-    """:class:`fedlora.protect.Memory` in a directory: two files a key, with key and digest inside.
+    """:class:`Memory` in a directory: two files a key, with key and digest inside.
 
-    The copy is written before the file itself. Law: whatever happens to one of the two, the value is the one last put; if both
-    are damaged, the error names them. A value that was never put is None.
+    The second copy is written before the first. Law: if one of the two is damaged or missing, the value is still the last one
+    put; if both are, the error names them. A value that was never put is None.
 
     Args:
-        hint: the way on where both copies of a value are damaged.
+        hint: what an operator can do if both copies of a value are damaged.
     """
 
     directory: Path
     hint: str = ""
 
     def get(self, key: str) -> bytes | None:
-        """
+        """The value of a key, from whichever copy is intact; None if there is none. Replaces a damaged or missing first copy.
+
         Raises:
-            StoreError: neither copy is whole.
+            StoreError: neither copy is intact.
         """
         path, copy = self._paths(key)
         problem: dict[Path, str] = {}
@@ -99,12 +101,12 @@ class FileMemory:
             self._replace(place, framed, flush=place == path)  # one flush of the directory is for both
 
     def kept(self) -> list[Kept]:
-        """All values, and what is wrong with them. Changes nothing."""
-        names = {p.name.removesuffix(".copy") for p in _listed(self.directory) if _is_name(p.name.removesuffix(".copy"))}
+        """All values, with the damage of their copies. Changes nothing."""
+        names = {name for p in _listed(self.directory) if is_digest(name := p.name.removesuffix(COPY))}
         found = []
         for name in sorted(names):
             problem: dict[Path, str] = {}
-            both = [self.directory / name, self.directory / f"{name}.copy"]
+            both = [self.directory / name, copy_of(self.directory / name)]
             keys = [k for k in (_key_of(p, problem) for p in both) if k]
             found.append(Kept(keys[0] if keys else "", problem, lost=not keys))
         return found
@@ -118,8 +120,8 @@ class FileMemory:
         return self._paths(key)
 
     def _paths(self, key: str) -> tuple[Path, Path]:
-        name = hashlib.sha256(key.encode()).hexdigest()
-        return self.directory / name, self.directory / f"{name}.copy"
+        path = self.directory / hashlib.sha256(key.encode()).hexdigest()
+        return path, copy_of(path)
 
     def _replace(self, path: Path, parts: Sequence[bytes | memoryview], *, flush: bool = True) -> None:
         if path.is_dir() and not path.is_symlink():
@@ -167,7 +169,7 @@ def _key_of(path: Path, problem: dict[Path, str]) -> str:
         if path not in problem:
             problem[path] = "is missing"
         return ""
-    if hashlib.sha256(found[0].encode()).hexdigest() != path.name.removesuffix(".copy"):
+    if hashlib.sha256(found[0].encode()).hexdigest() != path.name.removesuffix(COPY):
         problem[path] = "holds what belongs into another file"
         return ""
     return found[0]
@@ -178,7 +180,3 @@ def _listed(directory: Path) -> list[Path]:
         return sorted(directory.iterdir())
     except OSError:
         return []
-
-
-def _is_name(name: str) -> bool:
-    return len(name) == 64 and set(name) <= set("0123456789abcdef")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from fedlora.core.canonical import canonical, parse_object
+from fedlora.core.canonical import canonical, is_digest, parse_object
 from fedlora.core.errors import (
     ConfigError,
     EnvelopeError,
@@ -43,7 +43,6 @@ SKEW_S = 900
 
 _LAST_S = 253_402_300_799  # the end of the year 9999: later times cannot be shown
 _LINE = 2048  # a public key is 1 line of at most 1747 characters
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _RELEASE = re.compile(r"(0|[1-9][0-9]{0,4})(\.(0|[1-9][0-9]{0,4})){2}")
 
 
@@ -120,7 +119,7 @@ class Roster:
             Oversized, RosterInvalid, WireError (version-unsupported): too long; malformed; of another version.
             BadSignature: it holds a key for which anybody can sign.
         """
-        return _roster(_parse_object(raw))
+        return roster_of(roster_json(raw))
 
     def digest(self) -> str:
         """Names this roster, hex: what an operator approves and an envelope's header states."""
@@ -223,7 +222,7 @@ def _check_terms(r: Roster) -> None:
     rules = {
         "not_before is before not_after": r.not_before < r.not_after,
         f"min_cohort is at least {3 * r.max_colluding}, three times max_colluding": r.min_cohort >= 3 * r.max_colluding,
-        "previous is 64 hex digits": _matches(_DIGEST, r.previous),
+        "previous is 64 hex digits": isinstance(r.previous, str) and is_digest(r.previous),
         "epoch 1, and no other, follows none": (r.previous == NONE) == (r.epoch == 1),
         "min_version is three numbers with dots, as 0.1.0": _matches(_RELEASE, r.min_version),
         "suites are numbers from 1 to 255": all(type(s) is int and 1 <= s <= 255 for s in suites),
@@ -242,7 +241,7 @@ def _check_members(r: Roster) -> None:
         ("sites", tuple(m.identity for m in r.sites), MAX_SITES),
     ):
         _check_count(what, people, most=most)
-        names = [_check_name(p.name) for p in people]
+        names = [check_name(p.name) for p in people]
         if names != sorted(set(names)):
             raise RosterInvalid(f"{what} are sorted by name, each name once")
     if r.needed > len(r.coordinators):
@@ -258,7 +257,12 @@ def _check_members(r: Roster) -> None:
         raise RosterInvalid("one key occurs twice", hint="give every site, every coordinator and the server keys of their own")
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
+    """Refuses what is no name of a site, server or coordinator.
+
+    Raises:
+        RosterInvalid.
+    """
     try:
         return check_site_name(name)
     except ConfigError as e:
@@ -277,7 +281,12 @@ def _matches(pattern: re.Pattern[str], text: object) -> bool:
 # --- bytes ---------------------------------------------------------------------------------------------------------
 
 
-def _parse_object(raw: bytes) -> dict[str, Any]:
+def roster_json(raw: bytes) -> dict[str, Any]:
+    """The JSON object in a roster file.
+
+    Raises:
+        Oversized, RosterInvalid.
+    """
     if len(raw) > MAX_BYTES:
         raise Oversized(
             f"longer than a roster may be: {MAX_BYTES} bytes", hint="this is another file; look at it with `fedlora inspect`"
@@ -288,7 +297,12 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
         raise RosterInvalid("not a roster: not canonical JSON", hint="copy the file whole and do not edit it") from None
 
 
-def _roster(value: object) -> Roster:
+def roster_of(value: object) -> Roster:
+    """The roster that a JSON value describes.
+
+    Raises:
+        RosterInvalid, WireError (version-unsupported).
+    """
     if not isinstance(value, dict):
         raise RosterInvalid("a roster is a JSON object")
     version = value.get("v")
@@ -341,7 +355,12 @@ def _public(line: object) -> PublicIdentity:
     return found
 
 
-def _parse_signature(text: object) -> bytes:
+def parse_signature(text: object) -> bytes:
+    """The bytes of a signature in base64.
+
+    Raises:
+        RosterInvalid.
+    """
     try:
         return base64.b64decode(text if isinstance(text, str) else "", validate=True)
     except (ValueError, binascii.Error):

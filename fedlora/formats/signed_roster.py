@@ -16,12 +16,12 @@ from fedlora.core.errors import (
     StoreError,
 )
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.formats.roster import MAX_BYTES, MAX_COORDINATORS, Roster, _check_name, _parse_object, _parse_signature, _roster
+from fedlora.formats.roster import MAX_BYTES, MAX_COORDINATORS, Roster, check_name, parse_signature, roster_json, roster_of
 
 
 @dataclass(frozen=True, slots=True)
 class SignedRoster:
-    """A roster and the signatures under it; nothing in it is to be believed before :func:`accept`.
+    """A roster and its signatures. Nothing in it may be used before :func:`fedlora.formats.trust.accept` has checked it.
 
     Args:
         signatures: Ed25519, 64 bytes, by the coordinator's name.
@@ -37,7 +37,7 @@ class SignedRoster:
         if len(self.signatures) > 2 * MAX_COORDINATORS:  # those of this epoch and of the one before
             raise RosterInvalid(f"{len(self.signatures)} signatures, at most {2 * MAX_COORDINATORS}")
         for name, signature in self.signatures.items():
-            _check_name(name)
+            check_name(name)
             if len(signature) != 64:
                 raise RosterInvalid(f"the signature of {name} has {len(signature)} bytes, not 64")
 
@@ -53,10 +53,10 @@ class SignedRoster:
         Raises:
             Oversized, RosterInvalid, WireError (version-unsupported), BadSignature: as :meth:`Roster.parse`.
         """
-        value = _parse_object(raw)
+        value = roster_json(raw)
         if set(value) != {"roster", "signatures"} or not isinstance(value["signatures"], dict):
             raise RosterInvalid("a signed roster has the fields roster and signatures", hint="make one with `fedlora roster new`")
-        found = cls(_roster(value["roster"]), {n: _parse_signature(s) for n, s in value["signatures"].items()})
+        found = cls(roster_of(value["roster"]), {n: parse_signature(s) for n, s in value["signatures"].items()})
         if found.dump() != raw:
             raise RosterInvalid("a signature is not canonical base64")
         return found

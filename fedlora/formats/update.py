@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from fedlora.core.adapter import Adapter, Layout, Update
-from fedlora.core.canonical import canonical, parse_object
+from fedlora.core.canonical import canonical, is_digest, parse_object
 from fedlora.core.errors import WireError, WrongContext
 from fedlora.core.limits import MAX_PLAN_BYTES
 from fedlora.core.messages import Kind, Task
@@ -55,7 +55,6 @@ _DIGEST: Final = 16
 _MAX_TASK_HEAD: Final = 1024
 _WIDTH: Final = (4, 2, 1)
 _COUNTER: Final = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
-_HEX64: Final = re.compile(r"[0-9a-f]{64}")
 
 
 # --- updates ------------------------------------------------------------------------------------------------------
@@ -112,7 +111,7 @@ def update_parts(update: Update, layout: Layout) -> tuple[bytes | memoryview, ..
     """The parts whose sum is :func:`dump_update` with ``float32``. The values are those of the update itself, not a copy.
 
     Raises:
-        as :func:`dump_update`.
+        WrongContext (wrong-layout), NonFiniteUpdate, WireError: as :func:`dump_update`.
     """
     if not np.little_endian or not update.delta.flags.c_contiguous:
         return (dump_update(update, layout, dtype="float32"),)
@@ -295,7 +294,7 @@ def _sends(reader: Reader) -> bytes:
 def _check_task_head(head: Mapping[str, Any]) -> Mapping[str, Any]:
     if head.keys() != {"attempt", "base", "kind", "round", "run"}:
         raise WireError("a task has exactly the fields attempt, base, kind, round and run")
-    if not all(isinstance(head[k], str) and _HEX64.fullmatch(head[k]) for k in ("base", "run")):
+    if not all(isinstance(head[k], str) and is_digest(head[k]) for k in ("base", "run")):
         raise WireError("base and run are 64 hex digits each")
     if head["kind"] not in ("train", "evaluate"):
         raise WireError("kind is train or evaluate")

@@ -48,7 +48,11 @@ def _refuse_non_finite(piece: F32, what: str) -> None:
 
 
 def check_finite(vector: F32, what: str) -> None:
-    """Raises: NonFiniteUpdate: NaN or infinity."""
+    """Checks that a vector has neither NaN nor infinity.
+
+    Raises:
+        NonFiniteUpdate: it has; the text names ``what``.
+    """
     for part in _chunks(vector.size):
         _refuse_non_finite(vector[part], what)
 

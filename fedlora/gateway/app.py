@@ -3,7 +3,7 @@
 The SuperLink's one port also carries the Control API, which asks nobody for a password, and the Runtime API. Here a
 request gets through only if its raw path is, byte for byte, one of a SuperNode's calls; there is nothing to normalize.
 
-And only if its head is signed by an enrolled site for this very call (:mod:`fedlora.gateway.calls`): whoever else calls is
+And only if its head is signed by an enrolled site for this very call (:mod:`fedlora.gateway.calls`): any other caller is
 answered from the head alone, the later the more often it calls, and costs the SuperLink nothing. A site's bodies are counted by
 their stated length against what its reply may have (:mod:`fedlora.gateway.allowance`), and have to keep coming.
 """

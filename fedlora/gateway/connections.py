@@ -1,4 +1,4 @@
-"""The gateway's connections: who may open one, who may hold one and for how long, and who gives way when the places are taken."""
+"""Limits on the gateway's connections: who may open one, how long it may be idle, which one is cut when places run out."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class _Connection(Protocol):
 
 @dataclass(slots=True, eq=False)
 class ConnectionSlots:
-    """Who holds a connection: a stranger, until its first signed call, or a site.
+    """The open connections: a connection is a stranger's until its first signed call, then a site's.
 
-    Half of all places are for strangers; when they are full, the oldest of the address that has the most gives way. A site's call
-    follows its handshake at once, so that sites get in beside a flood from their own address. An attacker with many addresses
-    needs a firewall, not us.
+    Half of all places are for strangers. When these are full, the oldest connection of the address with the most is cut. A site
+    makes a call right after its handshake, so that sites get in beside a flood from their own address. Only a firewall helps
+    against an attacker with many addresses.
 
     Args:
         places: for strangers.
@@ -50,7 +50,7 @@ class ConnectionSlots:
     _of: dict[Client, _Connection] = field(default_factory=dict)
 
     def come(self, one: _Connection, client: Client) -> None:
-        """A new connection, or the next stage of one."""
+        """Adds a connection, or replaces it by its next stage (TLS, then HTTP)."""
         self.go(client)
         self._of[client] = one
         self._strangers.setdefault(client[0], {})[one] = None
@@ -62,11 +62,11 @@ class ConnectionSlots:
             oldest.cut()
 
     def here(self, client: Client) -> bool:
-        """Whether this connection is still there."""
+        """Whether this connection is still open."""
         return client in self._of
 
     def known(self, client: Client, site: str) -> None:
-        """It has made a signed call."""
+        """Marks the connection as a site's."""
         one = self._of.get(client)
         if one is None or one in self._sites.get(site, {}):
             return
@@ -77,7 +77,7 @@ class ConnectionSlots:
             next(iter(own)).cut()
 
     def go(self, client: Client) -> None:
-        """It has ended."""
+        """Removes a closed connection."""
         one = self._of.pop(client, None)
         if one is not None:
             self._forget(self._strangers, client[0], one)
@@ -93,7 +93,7 @@ class ConnectionSlots:
 
 
 class _Impatient(HttpConnection):
-    """Cuts whoever opens a connection, or begins a call, and then says nothing: each would keep a place from a site."""
+    """Cuts connections that send nothing after opening or in the middle of a call: they would take places from sites."""
 
     guests: ConnectionSlots
     _waiting: asyncio.TimerHandle | None = None
@@ -105,7 +105,7 @@ class _Impatient(HttpConnection):
             self.guests.come(self, self.peer)
 
     def cut(self) -> None:
-        """Ends it now."""
+        """Closes the connection at once."""
         self.abort()
 
     def data_received(self, data: bytes) -> None:

@@ -1,8 +1,8 @@
-"""What the gateway sees of the nodes that come in, and tells both ends: why one is refused, and two processes with one key.
+"""Why the server refuses a node, and whether two processes use one node key: the gateway finds out and tells both ends.
 
-Flower answers 412 to a key that it does not know and to one that is in use, and 401 to a clock that is wrong and to a key that
-was withdrawn. The gateway stands where the difference can be seen. It tells the caller in a header of the answer, and the
-server by a line of its log.
+Flower answers 412 both to an unknown key and to one that is in use, and 401 both to a wrong clock and to a withdrawn key. The
+gateway sees all calls and can tell these apart. It tells the caller in a header of the answer, and the server by a line of its
+log.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -76,7 +76,7 @@ def parse_refusal(line: str) -> Refusal | None:
 
 @dataclass(slots=True)
 class _Node:
-    """A key that Flower accepted: when last, which process came, and which ones before it."""
+    """A key that Flower has accepted: time of its last call, the process that made it, and earlier processes."""
 
     last: float
     process: bytes
@@ -108,80 +108,109 @@ class NodeWatch:
         """Headers to add to an answer with this status to a call with those headers.
 
         Args:
-            enrolled: False: the gateway itself refuses a key that it does not know; nobody has looked at the signature.
+            enrolled: False: the gateway itself refuses an unknown key; the signature has not been checked.
         """
         added = [(TIME_HEADER.encode(), f"{self._clock():.3f}".encode())]
         if path.startswith("/v1/fleet/") and status in (200, 401, 412):
-            why = self._why(path, {n.lower(): v for n, v in headers}, status, peer, enrolled)
-            if why:
+            call = _Call.read({n.lower(): v for n, v in headers}, now=self._clock(), peer=peer)
+            if call is not None and (why := self._why(call, path, status, enrolled=enrolled)):
                 added.append((WHY_HEADER.encode(), why.encode()))
         return added
 
-    def _why(self, path: str, headers: dict[bytes, bytes], status: int, peer: str, enrolled: bool) -> str:
-        try:
-            pem = b64decode(headers[KEY_HEADER.encode()], validate=True)
-            stamp = headers[STAMP_HEADER.encode()].decode("ascii")
-            ahead = datetime.fromisoformat(stamp).timestamp() - self._clock()
-        except (KeyError, ValueError, UnicodeError, OverflowError, binascii.Error):
-            return ""
-        key, process = key_name(pem), headers.get(PROCESS_HEADER.encode(), b"")
-        process = process if _PROCESS.fullmatch(process) else b""
+    def _why(self, call: _Call, path: str, status: int, *, enrolled: bool) -> str:
+        """The value of :data:`WHY_HEADER`; empty if the reason is not known.
+
+        What the gateway knows of a key that Flower has accepted before tells the cases of one status apart: unknown or withdrawn
+        where the gateway refuses, unknown or in use for 412, and a wrong clock or a withdrawn key for 401.
+        """
         if status == 200:
-            return self._let_in(path, key, process, peer)
-        node = self._nodes.get(key)
+            return self._accepted(call, path)
+        node = self._nodes.get(call.key)
         if not enrolled:
-            why = "unknown" if self._nodes.pop(key, None) is None else "withdrawn"
-            self._tell(Refusal(key, why, ahead, peer), pem=pem, stamp=stamp, headers=headers)
+            why = "unknown" if self._nodes.pop(call.key, None) is None else "withdrawn"
+            self._tell(call, why, verify=True)
             return why
-        if status == 412:  # the signature was right
-            used = node is not None and self._monotonic() - node.last < _ALIVE_S
-            why = "in-use" if used else "unknown"
-            self._tell(Refusal(key, why, ahead, peer))
+        if status == 412:  # Flower has checked the signature
+            is_alive = node is not None and self._monotonic() - node.last < _ALIVE_S
+            why = "in-use" if is_alive else "unknown"
+            self._tell(call, why)
             return why
-        if not -ACCEPTED_BEHIND_S < ahead < ACCEPTED_AHEAD_S:
-            self._tell(Refusal(key, "clock", ahead, peer), pem=pem, stamp=stamp, headers=headers)
-            return f"clock {ahead:+.1f}"
-        if node is not None and process and node.process == process:
-            del self._nodes[key]
-            self._tell(Refusal(key, "withdrawn", ahead, peer))
+        if not -ACCEPTED_BEHIND_S < call.ahead_s < ACCEPTED_AHEAD_S:
+            self._tell(call, "clock", verify=True)
+            return f"clock {call.ahead_s:+.1f}"
+        if node is not None and call.process and node.process == call.process:
+            del self._nodes[call.key]
+            self._tell(call, "withdrawn")
             return "withdrawn"
         return ""
 
-    def _let_in(self, path: str, key: str, process: bytes, peer: str) -> str:
+    def _accepted(self, call: _Call, path: str) -> str:
         now = self._monotonic()
         if path.endswith("/deactivate-node"):
-            self._nodes.pop(key, None)
+            self._nodes.pop(call.key, None)
             return ""
-        node = self._nodes.setdefault(key, _Node(now, process))
+        node = self._nodes.setdefault(call.key, _Node(now, call.process))
         node.last = now
-        if process != node.process:
-            if now - node.before.get(process, float("-inf")) < _TURNS_S:  # it was here, then another one, now it is here again
+        if call.process != node.process:
+            if now - node.before.get(call.process, float("-inf")) < _TURNS_S:  # this process, another one, now this one again
                 if now >= node.shared_until:
-                    self._tell(Refusal(key, "in-use", 0.0, peer))
+                    self._tell(replace(call, ahead_s=0.0), "in-use")
                 node.shared_until = now + _ALIVE_S
             node.before = {node.process: now, **dict(list(node.before.items())[:3])}
-            node.process = process
+            node.process = call.process
         return "in-use" if now < node.shared_until else ""
 
-    def _tell(self, refusal: Refusal, *, pem: bytes = b"", stamp: str = "", headers: dict[bytes, bytes] | None = None) -> None:
-        """Says it, unless too much was said; what Flower has not checked only if it is signed by that key."""
+    def _tell(self, call: _Call, why: str, *, verify: bool = False) -> None:
+        """Logs a refusal, rate-limited; ``verify``: only if the call has a valid signature, which Flower has not checked."""
         now = self._monotonic()
         self._budget = min(_BURST, self._budget + (now - self._filled) * _LINES_A_SECOND)
         self._filled = now
         if self._budget < 1:
             return
         self._budget -= 1
-        if headers is not None and not _signed(pem, stamp, headers.get(SIGNATURE_HEADER.encode(), b"")):
-            return
-        self._say(str(refusal))
+        if not verify or call.is_signed():
+            self._say(str(Refusal(call.key, why, call.ahead_s, call.peer)))
 
 
-def _signed(pem: bytes, stamp: str, signature: bytes) -> bool:
-    try:
-        key = load_pem_public_key(pem)
-        if isinstance(key, ec.EllipticCurvePublicKey):
-            key.verify(b64decode(signature, validate=True), stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
-            return True
-    except (ValueError, InvalidSignature, UnsupportedAlgorithm, binascii.Error):
-        pass
-    return False
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the headers of a node's call say.
+
+    Attributes:
+        key: :func:`key_name`.
+        stamp: the signed time stamp.
+        ahead_s: the caller's clock minus the gateway's, seconds.
+        process: random name of its process; empty if it is malformed.
+    """
+
+    key: str
+    pem: bytes
+    stamp: str
+    ahead_s: float
+    process: bytes
+    signature: bytes
+    peer: str
+
+    @classmethod
+    def read(cls, headers: dict[bytes, bytes], *, now: float, peer: str) -> _Call | None:
+        """None if the call has no key or no time stamp."""
+        try:
+            pem = b64decode(headers[KEY_HEADER.encode()], validate=True)
+            stamp = headers[STAMP_HEADER.encode()].decode("ascii")
+            ahead_s = datetime.fromisoformat(stamp).timestamp() - now
+        except (KeyError, ValueError, UnicodeError, OverflowError, binascii.Error):
+            return None
+        process = headers.get(PROCESS_HEADER.encode(), b"")
+        process = process if _PROCESS.fullmatch(process) else b""
+        return cls(key_name(pem), pem, stamp, ahead_s, process, headers.get(SIGNATURE_HEADER.encode(), b""), peer)
+
+    def is_signed(self) -> bool:
+        """Whether the time stamp is signed with the key."""
+        try:
+            key = load_pem_public_key(self.pem)
+            if isinstance(key, ec.EllipticCurvePublicKey):
+                key.verify(b64decode(self.signature, validate=True), self.stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
+                return True
+        except (ValueError, InvalidSignature, UnsupportedAlgorithm, binascii.Error):
+            pass
+        return False

@@ -191,12 +191,13 @@ def lines(
     told = [f"{n} from {number(p[0][1])} at {p[0][0]} to {number(p[-1][1])} at {p[-1][0]}" for n, p in ends if p]
     more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
     table = Table(title, ["round", *names], [[str(x), *(number(dict(series[n]).get(x)) for n in names)] for x in sorted(set(xs))])
-    words = f"{title}: {_count(len(told), 'line')}. {'; '.join(told[:6])}{more}."
+    words = f"{title}: {counted(len(told), 'line')}. {'; '.join(told[:6])}{more}."
     keys = {n: (pens[n][0], " ".join(map(str, pens[n][1])), pens[n][3]) for n in names} if len(names) > 1 else {}
     return Figure(key, title, note + " Logarithmic scale." * log, words, _layers(line, dots, height=200), table, keys)
 
 
-def _count(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
+    """A number with its noun, in the plural where it needs one."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
@@ -249,7 +250,7 @@ def bars(key: str, title: str, note: str, groups: Sequence[tuple[str, str, Seque
     told = " and ".join(f"{name}, {b.name}: {b.text}" for name, b in (least, most))
     marked = "".join(f" {name}: {mark}." for name, mark, _ in groups if mark)
     cells = [[name, *(next((b.text for b in group if b.name == n), "-") for n in colors)] for name, _, group in groups]
-    words = f"{title}: {_count(len(each), 'bar')} in {_count(len(groups), 'group')}. Least and greatest: {told}.{marked}"
+    words = f"{title}: {counted(len(each), 'bar')} in {counted(len(groups), 'group')}. Least and greatest: {told}.{marked}"
     chart = _layers(bar, whisker, value, head, mark_, height=_LINE * (line - 1))
     keys = {name: (color, "none", 1.0) for name, color in colors.items()}
     return Figure(key, title, note, words, chart, Table(title, ["", *colors], cells), keys)
@@ -274,7 +275,7 @@ def stack(key: str, title: str, note: str, parts: Sequence[tuple[str, float]]) -
     bar = bar.encode(x=x, x2="end:Q", color=color, opacity=tint, description="tip:N")
     cells = [[n, f"{v:,.1f}", percent(v / total)] for n, v in parts] + [["together", f"{total:,.1f}", "100 %"]]
     longest = max(parts, key=lambda p: p[1])
-    words = f"{title}: {_count(len(parts), 'part')}, {total:,.0f} s together. Longest: {rows[parts.index(longest)]['tip']}."
+    words = f"{title}: {counted(len(parts), 'part')}, {total:,.0f} s together. Longest: {rows[parts.index(longest)]['tip']}."
     keys = {n: (hue, "none", tint) for n, hue, tint in zip(names, hues, tints, strict=True)}
     table = Table(title, ["phase", "seconds", "share"], cells)
     return Figure(key, title, note, words, _layers(bar, height=34), table, keys, shown=True)
@@ -304,7 +305,7 @@ def participation(key: str, sites: Sequence[str], rounds: Sequence[RoundRecord])
     )
     sign = _chart([r for r in rows if r["sign"]]).mark_text(color="#14171a").encode(x=x, y=y, text="sign:N")
     counts = {kind: sum(r["state"] == kind for r in rows) for kind in _STATES}
-    words = f"Who took part: {_count(len(sites), 'site')} in {_count(len(rounds), 'round')}. "
+    words = f"Who took part: {counted(len(sites), 'site')} in {counted(len(rounds), 'round')}. "
     words += ", ".join(f"{kind}: {n}" for kind, n in counts.items() if n) + "."
     table = Table("Who took part", ["round", *map(plain, sites)], [[str(r.round), *(state(r, s) for s in sites)] for r in rounds])
     note = "Filled: counted. L: late. R: rejected. Outline: not asked."

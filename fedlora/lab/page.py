@@ -32,7 +32,7 @@ from fedlora.core.words import (
     with_interval,
     with_sd,
 )
-from fedlora.lab.figures import COLORS, PALETTE, Bar, Figure, Table, bars, lines, participation, stack
+from fedlora.lab.figures import COLORS, PALETTE, Bar, Figure, Table, bars, counted, lines, participation, stack
 
 _BLUE, _, _GREEN, _, _ORANGE, _SKY, _GRAY = PALETTE
 _BARS = {"alone": _ORANGE, "federated": _BLUE, "pooled-steps": _GREEN, "pooled-tokens": _SKY}
@@ -116,14 +116,10 @@ def _shown(sections: Sequence[Section]) -> list[Section]:
 # --- above the fold ---------------------------------------------------------------------------------------------
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
 def _lead(runs: Sequence[Results]) -> str:
     run, several = runs[0], len(runs) > 1
     seeds = f"seed{'s' * several} {', '.join(str(r.seed) for r in runs)}"
-    words = [_count(len(run.sites), "site"), _count(round_count(run), "round"), f"{run.split} split", seeds]
+    words = [counted(len(run.sites), "site"), counted(round_count(run), "round"), f"{run.split} split", seeds]
     return " · ".join(words if several else [*words, f"plan {plain(run.plan)[:12]}"])  # the seed is part of the plan
 
 
@@ -152,7 +148,7 @@ def _tiles(
     if summaries[0]["own_site"]:
         worse = [s for s in summaries[0]["own_site"] if any(s in x["worse"] for x in summaries)]
         note = ", ".join(worse) if worse else "every site gains on its own test"
-        tiles.append(("Worse off than alone, by loss", f"{len(worse)} of {_count(len(runs[0].sites), 'site')}", note))
+        tiles.append(("Worse off than alone, by loss", f"{len(worse)} of {counted(len(runs[0].sites), 'site')}", note))
     sent = runs[0].traffic
     if sent and sent.up:
         both, base = sent.up + sent.down, finite(sent.base)

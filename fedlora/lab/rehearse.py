@@ -25,9 +25,9 @@ from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.formats.signed_roster import load_roster
+from fedlora.lab.testing import open_policy
 from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
-from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteData, SiteFile
 
 _READY_S = 120.0
@@ -114,7 +114,7 @@ def _write_site_file(
             path=str((data / f"{name}.train.jsonl").resolve()), held_out_path=str((data / f"{name}.validation.jsonl").resolve())
         ),
         plans=(plan.digest(),),
-        policy=Policy(protect=(plan.protect.mode,), min_sites=1, max_first_range=64.0, lone_change="allow", min_cell=1),
+        policy=open_policy(approve="by-digest", protect=(plan.protect.mode,)),
     )
     write_atomic(directory / "site.toml", dump_toml(file).encode())
 

@@ -304,7 +304,7 @@ def write_figures(results: Results | Sequence[Results], directory: Path) -> list
     """Writes each figure of the page as PDF and as PNG, for papers; returns the files.
 
     Raises:
-        As :func:`write_html`.
+        ConfigError, NotInstalled, StoreError, ResourceError: as :func:`write_html`.
     """
     contents = _contents(results)
     from fedlora.lab.page import figures

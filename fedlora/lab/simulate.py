@@ -30,15 +30,15 @@ from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.lab.arms import Cost, Trained, arms_of
 from fedlora.lab.report import REWRITE, write_html
-from fedlora.lab.surroundings import _dataset, _environment
+from fedlora.lab.surroundings import dataset, environment
 from fedlora.lab.tables import table, table_across
+from fedlora.lab.testing import open_policy
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules import rule_of
 from fedlora.site.parts import site_of
-from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
 
@@ -190,8 +190,8 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         rounds=rounds,
         traffic=traffic,
         seconds=_phases(arms, rounds),
-        environment=_environment(transport),
-        dataset=_dataset(lab.data),
+        environment=environment(transport),
+        dataset=dataset(lab.data),
     )
     write_atomic(done, dump_text(results), mode=0o644)
     return results
@@ -334,23 +334,10 @@ def _virtual_site(
         name=identity.name,
         roster=roster,
         models={lab.plan.model.model_name_or_path: str(lab.base)},
-        policy=_policy(lab.plan),
+        policy=open_policy(protect=(lab.plan.protect.mode,)),  # who simulates has written the plan
     )
     quiet = partial(_named, identity.name, report)
     return site_of(identity, server, file, make_learner=lambda plan: learner, state=state, report=quiet)
-
-
-def _policy(plan: Plan) -> Policy:
-    """Whoever simulates has written the plan: all that it asks for."""
-    limits = {
-        "approve": "any-within-policy",
-        "protect": (plan.protect.mode,),
-        "min_sites": 1,
-        "max_first_range": 64.0,
-        "lone_change": "allow",
-        "min_cell": 1,
-    }
-    return Policy(**{**Policy().model_dump(), **limits})
 
 
 def _named(site: str, report: Report, event: Event, facts: Mapping[str, Any]) -> None:

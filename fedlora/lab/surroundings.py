@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _environment(transport: str) -> dict[str, str | int]:
+def environment(transport: str) -> dict[str, str | int]:
     facts: dict[str, str | int] = {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -24,7 +24,7 @@ def _environment(transport: str) -> dict[str, str | int]:
     return facts
 
 
-def _dataset(data: Path) -> dict[str, Any] | None:
+def dataset(data: Path) -> dict[str, Any] | None:
     path = data / "dataset.json"
     if not path.exists():
         return None

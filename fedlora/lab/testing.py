@@ -41,7 +41,7 @@ def toy_plan(*, rounds: int = 3, min_sites: int = 1, deadline_s: float = 5.0, na
 
 
 def open_policy(**limits: object) -> Policy:
-    """A policy that takes every run of every plan of one site or more; ``limits`` narrow it."""
+    """A policy that accepts every run of every plan with one site or more; ``limits`` replace some of its keys."""
     wide = {
         "approve": "any-within-policy",
         "protect": ("sealed", "secagg"),
@@ -81,7 +81,7 @@ class ToyLearner:
 
 @dataclass(slots=True)
 class DictMemory:
-    """:class:`fedlora.protect.Memory` that does not outlive the process."""
+    """:class:`fedlora.formats.memory.Memory` that does not outlive the process."""
 
     values: dict[str, bytes] = field(default_factory=dict)
 

@@ -132,8 +132,8 @@ def can_fuse(device: torch.device) -> bool:
 def has_products(device: torch.device, dtype: str) -> bool:
     """Whether matrix products of this type are worth asking for, by the processor's instructions: the same answer each time.
 
-    A CPU without AVX-512 (most laptops) multiplies bfloat16 in plain loops. On the way back, where the weight is not transposed,
-    these take 300 times as long as float32's products.
+    A CPU without AVX-512 (most laptops) multiplies bfloat16 in plain loops. In the backward pass, where the weight is not
+    transposed, these take 300 times as long as float32's products.
     """
     if device.type != "cpu" or dtype == "float32":
         return True

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fedlora.core.plan import Training
-from fedlora.data import Batch, Cursor, Tokens, share
+from fedlora.data import Batch, Cursor, Tokens, shard
 from fedlora.learn.evaluate import evaluate, evaluated_at_once
 from fedlora.learn.hooks import MicroBatches
 from fedlora.learn.loop import train_steps
@@ -32,7 +32,7 @@ class Forecast:
 
     Attributes:
         device: its name.
-        checkpointing: what is computed again on the way back.
+        checkpointing: what is recomputed in the backward pass.
         micro_batch_tokens: tokens computed at once; 0: the plan's own batches.
         peak_bytes: most GPU memory that tensors take, or most memory of the process on a CPU.
         step_tokens: tokens of an optimizer step, without padding, with or without a loss; the mean of some.
@@ -66,7 +66,7 @@ def forecast(
 
     Args:
         group: the batches of the step at a place in the data, and the place behind them.
-        processes: GPUs that share each step. What adding up their gradients takes is not in the forecast.
+        processes: GPUs among which each step is divided. The forecast leaves out the time for adding up their gradients.
     """
     groups, cursor = [], Cursor()
     for _ in range(max(2, min(steps, _LOOKED_AT))):
@@ -75,7 +75,7 @@ def forecast(
     step_tokens = sum(b.tokens for g in groups for b in g) / len(groups)
     own = [groups[0], max(groups, key=lambda g: sum(b.tokens for b in g))]
     if processes > 1:
-        own = [max(_shares(g, processes), key=lambda s: sum(b.tokens for b in s)) for g in own]
+        own = [max(_shards(g, processes), key=lambda s: sum(b.tokens for b in s)) for g in own]
     on_gpu = model.base.device.type == "cuda"
     if on_gpu:  # once more: a step of new sizes compiles and takes memory from the driver, which later ones do not
         own.append(own[-1])
@@ -107,8 +107,8 @@ def _computed_in(model: LoraModel) -> str:
     return str(model.base.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
 
-def _shares(group: Sequence[Batch], processes: int) -> list[list[Batch]]:
-    return [share(group, part=k, parts=processes, pad_token_id=0) for k in range(processes)]
+def _shards(group: Sequence[Batch], processes: int) -> list[list[Batch]]:
+    return [shard(group, part=k, parts=processes, pad_token_id=0) for k in range(processes)]
 
 
 def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], training: Training, micro_batches: MicroBatches) -> float:

@@ -140,7 +140,7 @@ class Forward:
         def run(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return _score(head(rows), targets, recording)
 
-        # Several slices: forget each one's logits and compute them again on the way back, or slicing would save nothing.
+        # Several slices: drop each one's logits and recompute them in the backward pass, or slicing would save nothing.
         result: tuple[torch.Tensor, torch.Tensor] = (
             checkpoint(run, hidden, use_reentrant=False) if recording and many else run(hidden)
         )

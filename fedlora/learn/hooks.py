@@ -1,4 +1,4 @@
-"""What training can be given from above: micro-batches, other processes, and all that is only faster.
+"""Interfaces to the optional speed-ups in ``learn/fast``: micro-batches, other processes, fused layers.
 
 This is the one place where ``learn`` looks for ``learn/fast``. That folder may be deleted: then every part below has its plain
 form, and training on a CPU gives the same bits.
@@ -31,7 +31,7 @@ class MicroBatches(Protocol):
 
     @property
     def checkpointing(self) -> Checkpointing:
-        """What is computed again on the way back."""
+        """What is recomputed in the backward pass."""
 
     @property
     def tokens(self) -> int:
@@ -57,9 +57,9 @@ class ProcessGroup(Protocol):
     rank: int
 
     def broadcast(self, command: tuple[Adapter, int, bytes, Factors] | None) -> None:
-        """Rank 0: what all train next, the arguments of ``Learner.train``; None: it is over."""
+        """Rank 0: sends the next training command, the arguments of ``Learner.train``; None ends the other ranks."""
 
-    def share(self, batches: Sequence[Batch]) -> list[Batch]:
+    def shard_batches(self, batches: Sequence[Batch]) -> list[Batch]:
         """This rank's examples of a step."""
 
     def add_up(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor, total: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Fast(Protocol):
     def fused_layer(self, model: Any, device: torch.device) -> type:
         """PEFT's LoRA layer with a faster arithmetic; puts kernels into the model, in place.
 
-        The layer has an attribute ``keep_inputs``; False: inputs that can be computed again are not kept.
+        The layer has an attribute ``keep_inputs``; False: inputs that can be recomputed are not kept.
         """
 
     def micro_batches(
@@ -122,7 +122,7 @@ class Fast(Protocol):
         *,
         devices: Sequence[str],
         state: Path,
-        facts: bytes,
+        training_digest: bytes,
         report: Report,
     ) -> WorkerPool:
         """Processes that train together, see :class:`fedlora.learn.fast.workers.WorkerPool`."""

@@ -252,10 +252,10 @@ class HFLearner:
         if self._on_step is not None:
             self._on_step(step, steps, loss)
 
-    def facts(self) -> bytes:
-        """SHA-256 of all that a step follows from besides adapter and place: base, rows, plan; 32 bytes.
+    def training_digest(self) -> bytes:
+        """SHA-256 of everything that determines a step besides adapter and place in the data: base, rows, plan; 32 bytes.
 
-        Processes that work together compare it: the same steps must mean the same to all of them.
+        Processes that train together compare it, so that they all compute the same steps.
         """
         h = hashlib.sha256(canonical([self.base, self._site, self._plan.digest()]))
         for example in self._stream.examples:

@@ -53,7 +53,13 @@ class LocalLearners:
         learner = load_learner(self.site_file, plan, report=self.report)
         if len(devices) > 1 and (faster := fast()) is not None:
             self._team = faster.team(
-                WORKER, self.site_file, plan, devices=devices, state=self.team, facts=learner.facts(), report=self.report
+                WORKER,
+                self.site_file,
+                plan,
+                devices=devices,
+                state=self.team,
+                training_digest=learner.training_digest(),
+                report=self.report,
             )
             learner.join(self._team.ranks)
         return learner
@@ -151,7 +157,7 @@ def forecast(site_file: Path, plan: Plan, *, report: Report) -> dict[str, Any]:
         ConfigError, ModelError, DataError: see :func:`load_learner`.
     """
     file = load_site_file(site_file)
-    if plan.model.digest and plan.lora.init_digest:  # a plan that pins nothing yet is refused for that alone
+    if plan.is_pinned:  # a plan that pins nothing yet is refused for that alone
         file.agreed.check(plan, models=frozenset(file.models))
     processes = len(devices_of(file))
     return asdict(load_learner(site_file, plan, report=report).forecast(processes=processes))

@@ -45,7 +45,7 @@ class PlanBatches:
     """The plan's own batches; implements :class:`fedlora.learn.hooks.MicroBatches`.
 
     Args:
-        checkpointing: what is computed again on the way back.
+        checkpointing: what is recomputed in the backward pass.
     """
 
     tokens = 0
@@ -55,7 +55,7 @@ class PlanBatches:
 
     @property
     def checkpointing(self) -> Checkpointing:
-        """What is computed again on the way back."""
+        """What is recomputed in the backward pass."""
         return self._checkpointing
 
     def prepare(self, batches: Sequence[Batch]) -> None:
@@ -129,7 +129,7 @@ def train_steps(
         proximal_mu: adds mu times the distance from where this call began to the gradient, before it is scaled (Li et al.,
             Federated Optimization in Heterogeneous Networks (FedProx), 2020). The loss that is told is without it.
         micro_batches: cuts a step into micro-batches; None: its batches are computed as they come.
-        ranks: other processes that compute shares of each step; all of them make the same steps.
+        ranks: other processes that compute shards of each step; all of them make the same steps.
 
     Raises:
         NonFiniteUpdate: the loss or the gradient's norm is NaN or infinite. The adapter keeps its last finite values.
@@ -146,10 +146,10 @@ def train_steps(
         for step in range(steps):
             batches = next(groups)
             total = count_supervised(batches)
-            share = batches if ranks is None else ranks.share(batches)
+            shard = batches if ranks is None else ranks.shard_batches(batches)
             if micro_batches is not None:
-                micro_batches.prepare(share)
-            part = _gradients(model, share, total, seed=seed(step) + rank, micro_batches=micro_batches)
+                micro_batches.prepare(shard)
+            part = _gradients(model, shard, total, seed=seed(step) + rank, micro_batches=micro_batches)
             loss = float(part if ranks is None else ranks.add_up(parameters, part, total))
             add_proximal_term(parameters, anchors, proximal_mu)
             _optimizer_step(optimizer, parameters, step=step, loss=loss, rate=rate(step), max_grad_norm=max_grad_norm)
@@ -223,7 +223,7 @@ def _gradients(
 
 
 def _backward(model: LoraModel, batch: Batch, total: int) -> torch.Tensor:
-    """A function of its own, so that nothing of a failed way back stays alive while a smaller one is tried."""
+    """A separate function: a failed backward pass leaves no tensors alive during the retry."""
     part = model.forward(batch).nll.sum() / total
     part.backward()  # type: ignore[no-untyped-call]
     return part.detach()

@@ -152,9 +152,9 @@ class LoraModel:
             parameter.requires_grad_(name in chosen)
 
     def spare_optimizer(self, key: Hashable, make: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """The optimizer that was made for this key last, or a new one. Whoever takes it makes it forget its moments first.
+        """The optimizer that was last made for this key, or a new one. The caller resets its moments before use.
 
-        A new one each round would take as long as half a small step, and its memory each time from another place.
+        A new one each round would cost as much time as half a small step, and fragment memory.
         """
         if self._spare is None or self._spare[0] != key:
             self._spare = (key, make())
@@ -177,7 +177,7 @@ class LoraModel:
         return ("none", "selective", "full") if self.fused else ("none", "full")
 
     def set_checkpointing(self, checkpointing: Checkpointing) -> None:
-        """What is computed again on the way back instead of being kept; ``selective`` is ``none`` where layers are not fused."""
+        """Sets what is recomputed in the backward pass; ``selective`` is ``none`` where layers are not fused."""
         if checkpointing == self._checkpointing:
             return
         model = self.peft_model.get_base_model()

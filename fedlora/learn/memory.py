@@ -1,4 +1,4 @@
-"""How a lack of memory is told from other errors."""
+"""Recognizes out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Torch's own error, or one of the many that the driver, Triton, cuBLAS and the allocator on a CPU have for it."""
+    """Whether an error means a lack of memory: torch's own class, or one of the texts of the driver, Triton, cuBLAS or a CPU."""
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in said for word in ("out of memory", "not enough memory", "alloc_failed"))

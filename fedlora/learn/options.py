@@ -10,8 +10,8 @@ from fedlora.core.plan import Model
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 Checkpointing: TypeAlias = Literal["none", "selective", "full"]
-"""What is computed again on the way back instead of being kept: nothing; what costs no matrix product (norms, gated products);
-each layer as a whole, so that only the layers' inputs are kept."""
+"""What is recomputed in the backward pass instead of being stored. none: nothing; selective: what needs no matrix product (norms,
+gated products); full: each layer, so that only the layers' inputs are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Machine:
                 hint="set bnb_4bit_compute_dtype equal to dtype",
             )
         if self.keep_dequantized and not one_type(model):
-            # bitsandbytes rounds to `dtype` on the way back but not on the way there: one stored copy cannot be both.
+            # bitsandbytes rounds to `dtype` in the backward pass but not in the forward pass: one stored copy cannot be both.
             raise ConfigError(
                 f"keep_dequantized needs bnb_4bit_compute_dtype ({model.bnb_4bit_compute_dtype}) equal to dtype ({model.dtype})",
                 hint="set both to bfloat16, or keep_dequantized to false",

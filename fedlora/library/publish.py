@@ -55,7 +55,7 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
         base_model=plan.model.model_name_or_path,
         revision=plan.model.revision,
         dtype=dtype,
-        quantization="nf4" if plan.model.load_in_4bit else "int8" if plan.model.load_in_8bit else "none",
+        quantization=plan.model.quantization,
         run=facts,
     )
 

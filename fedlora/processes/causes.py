@@ -37,13 +37,15 @@ class Cause:
     retry_s: float = 5.0
 
     def sentence(self, facts: Mapping[str, str]) -> str:
-        return self.says.format_map(_Gentle(facts))
+        return self.says.format_map(_Filled(facts))
 
     def remedy(self, facts: Mapping[str, str]) -> str:
-        return self.cure.format_map(_Gentle(facts))
+        return self.cure.format_map(_Filled(facts))
 
 
-class _Gentle(dict[str, str]):
+class _Filled(dict[str, str]):
+    """Facts for a format string; a missing one is printed as a question mark."""
+
     def __missing__(self, key: str) -> str:
         return "?"
 

@@ -1,4 +1,4 @@
-"""Who can read an update on its way: the protocol, its two halves and the registry.
+"""Who can read an update on its way: the interfaces of a protection's two halves.
 
 An exchange is a generator: the server's half yields requests and is sent an iterator of replies, which arrive one at a
 time in any order. It never sends by itself, so the same code runs in process, in simulation and over Flower.
@@ -21,7 +21,7 @@ Exchange = Generator[Sequence[Request], Iterator[Reply], None]
 
 
 class Tally(Protocol):
-    """Where the updates of one round go, one at a time. Law: each asked site is either counted or rejected, once at most."""
+    """Takes the updates of one round, one at a time. Law: each site that was asked is counted or rejected, and at most once."""
 
     def accept(self, site: str, update: Update) -> None:
         """Takes a verified update.
@@ -31,12 +31,12 @@ class Tally(Protocol):
         """
 
     def accept_sum(self, sites: Sequence[str], update: Update, *, squares: NDArray[np.float64], counted: int) -> None:
-        """Takes what a protection that reveals sums knows of these sites.
+        """Takes the sum over these sites, from a protection that reveals only sums.
 
         Args:
             update: their mean, with the sum of their weights; the counters are sums.
             squares: weighted mean of the squared norms of their tensors, (tensors,).
-            counted: sum of what the plan weighs by.
+            counted: sum of the tokens or examples that the plan weighs by.
 
         Raises:
             UpdateRejected, WrongContext (wrong-layout): it must not be aggregated.
@@ -60,7 +60,7 @@ class Protection(Protocol):
     def reveals(self) -> Reveals: ...
     def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Exchange: ...
     def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
-        """Sites that this task should wait for, when only ``sites`` are at hand; none if it may begin."""
+        """Further sites that this task should wait for if only ``sites`` are connected; none if it may begin."""
         ...
 
 

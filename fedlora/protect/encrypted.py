@@ -1,4 +1,4 @@
-"""Records in a site's memory that only this site can read: whoever takes the disk without its key learns nothing."""
+"""Records in a site's memory, encrypted under the site's key: a stolen disk reveals nothing without that key."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _NONCE: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class EncryptedMemory:
-    """AES-256-GCM (NIST SP 800-38D) around a record, bound to what it is a record of.
+    """AES-256-GCM (NIST SP 800-38D) around a record. The kind of record is authenticated with it.
 
     Args:
         memory: durable.
-        key: 32 bytes, of this purpose alone.
+        key: 32 bytes, used for this purpose only.
         entropy: n random bytes.
     """
 
@@ -31,11 +31,11 @@ class EncryptedMemory:
     entropy: Callable[[int], bytes]
 
     def get(self, key: str, kind: str) -> dict[str, Any] | None:
-        """What :meth:`put` put last; None only if nothing was ever put.
+        """The record that :meth:`put` stored last; None only if none was ever stored.
 
         Raises:
-            ValueError: something else lies there, or it is of another key. What that means is the caller's to say.
-            StoreError: the memory cannot give it.
+            ValueError: the stored bytes are damaged or of another key. The caller decides what that means.
+            StoreError: the memory cannot be read.
         """
         blob = self.memory.get(key)
         if blob is None:
@@ -47,7 +47,7 @@ class EncryptedMemory:
             raise ValueError("not what was put there") from None
 
     def put(self, key: str, kind: str, facts: Mapping[str, Any]) -> None:
-        """On the disk when this returns."""
+        """Stores a record; it is on the disk when this returns."""
         nonce = self.entropy(_NONCE)
         self.memory.put(key, nonce + AESGCM(self.key).encrypt(nonce, dump_record(kind, facts), kind.encode()))
 

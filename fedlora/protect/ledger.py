@@ -1,21 +1,21 @@
 """What a site has contributed on each base model, over all runs, and which further contributions are allowed.
 
-Under ``lone_change = "refuse"`` a sum is over whole groups of the signed roster, and a site gives on one base model only together
-with one group, of the same sites by the same keys, and only for one plan, however often it runs. So any two groups that ever
-stood in a sum on that base are the same or share no honest site, whoever asked for what, in how many runs, and whoever knows of
-which sums; and a group's sums are all of one training. A further plan, however little it differs, may train one site otherwise
-and all others to the same bits: the difference of two sums is then that site's (a batch that holds all rows of every site but
-one). Whatever can be computed from all sums together is a function of the groups' sums, and each group has ``max_colluding + 2``
-sites at the least, of which two are honest.
+Under ``lone_change = "refuse"`` a sum covers whole groups of the signed roster. On one base model a site contributes only
+together with one group (the same sites with the same keys), and only for one plan, in any number of runs. So any two groups in
+sums on that base are equal or share no honest site, in however many runs and no matter who knows which sums; and all sums of a
+group are of one training. Another plan, even if it differs only a little, could train one site differently and all others to the
+same bits (with a batch that holds all rows of every site but one): the difference of two sums would be that site's. Everything
+that can be computed from all sums together is a function of the groups' sums, and each group has at least ``max_colluding + 2``
+sites, of which at least two are honest.
 
-A single update that one of a group has sent in sealed mode counts as if that site colluded: so sealed updates and sums do
-not stand side by side on one base model either.
+A single update that a site of a group has sent in sealed mode is known to the server, as if that site colluded. Therefore a site
+does not send both sealed updates and contributions to sums on one base model.
 
 Source: So, Ali, Guler, Jiao, Avestimehr, Securing Secure Aggregation: Mitigating Multi-Round Privacy Leakage in Federated
 Learning, 2023, where sites are divided into batches that take part as a whole.
 
-What sites contribute may change from sum to sum, by the adapter, the round and their rows. The difference of two sums is then the
-change at the sites that changed, which may be one (server/SECURITY.md says when, and what follows).
+What sites contribute may change from sum to sum, with the adapter, the round and their rows. The difference of two sums is then
+the change at the sites that changed, which may be a single one (server/SECURITY.md says when, and what follows).
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from fedlora.formats.memory import Memory
 from fedlora.protect.encrypted import EncryptedMemory
 
 KEY: Final = "secagg/given"
-"""Where a site's memory keeps it."""
+"""Key of the ledger in a site's memory."""
 HAS_GIVEN: Final = "secagg/has-given"
-"""Where it notes that there is one."""
+"""Key of the note that there is a ledger."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Base:
-    """A base model, as a ledger knows it again: by its name or by its digest, whichever is the same.
+    """A base model in a ledger. Two are the same base if their names or their digests are equal.
 
-    One model held as another type or quantization has another digest, and sites learn nearly the same on it.
+    One model with another data type or quantization has another digest, but sites learn nearly the same on it.
 
     Attributes:
         model: the name that plans use, and which the site's own file maps to a directory.
@@ -66,7 +66,7 @@ class Contribution:
 
     Attributes:
         members: name -> its keys' fingerprint: this site and the others of its group.
-        measure: keys of the plan -> values as text: all that decides what is added up. See
+        measure: keys of the plan -> values as text: everything that decides what is added up. See
             :class:`fedlora.protect.mode.SumExposure`.
     """
 
@@ -106,12 +106,12 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What a site has given, over all runs. Everything by the base model.
+    """A site's contributions over all runs, by base model.
 
     Attributes:
-        contributions: its parts in sums over whole groups. One, unless a person has agreed to more.
-        alone: base models for which it has given to sums that may differ by single sites.
-        sealed: base models for which it has sent updates that the server reads.
+        contributions: its parts in sums over whole groups; more than one only if a person has agreed.
+        alone: base models with contributions to sums that may differ by single sites.
+        sealed: base models with updates that the server could read.
     """
 
     contributions: Mapping[Base, tuple[Contribution, ...]] = field(default_factory=dict)
@@ -119,15 +119,15 @@ class Ledger:
     sealed: frozenset[Base] = frozenset()
 
     def before(self, base: Base) -> tuple[Contribution, ...]:
-        """Its parts in sums on this base model, under whatever name or digest."""
+        """Its parts in sums on this base model, under any of its names and digests."""
         return tuple(one for known, parts in self.contributions.items() if base.meets(known) for one in parts)
 
     def read(self, base: Base) -> bool:
-        """Whether the server has read an update of its own on this base model."""
+        """Whether the server could read an update of this site on this base model."""
         return any(map(base.meets, self.sealed))
 
     def check_alike(self, base: Base, *, alone: bool) -> None:
-        """All plans on one base let sums differ by single sites, or none does.
+        """Checks that a base model does not get both kinds of sums: those that may differ by single sites and those that may not.
 
         Raises:
             LoneChange.
@@ -141,9 +141,9 @@ class Ledger:
             )
 
     def shown(self, base: Base, contribution: Contribution | None) -> frozenset[str]:
-        """The sites that could be uncovered if this site gave this; none if it always did, and nothing else.
+        """The sites whose update could be revealed by this contribution; none if all earlier ones were equal to it.
 
-        All of all groups: which of them depends on sums that this site is not in.
+        All sites of all groups concerned: which of them it is depends on sums that this site is not part of.
 
         Args:
             contribution: None: an update of its own, which the server reads.
@@ -156,11 +156,11 @@ class Ledger:
         return contribution.names.union(*(one.names for one in before))
 
     def check(self, base: Base, contribution: Contribution | None, *, uncovers: Collection[str]) -> None:
-        """Agrees to give this, or says whose update that could show.
+        """Accepts a contribution, or refuses it and names the sites whose update it could reveal.
 
         Args:
             contribution: None: an update of its own, which the server reads.
-            uncovers: sites that a person has named for this plan: it may show them.
+            uncovers: sites whose update this plan may reveal, as a person at this site has agreed.
 
         Raises:
             LoneChange.
@@ -175,7 +175,7 @@ class Ledger:
             )
 
     def unlike(self, base: Base, contribution: Contribution | None) -> list[str]:
-        """How this differs from what was given before, in sentences."""
+        """How a contribution differs from earlier ones, in sentences."""
         if contribution is None:
             return ["this plan has the server read this site's update, and on this base model it has given to sums"]
         read = "the server has read an update of this site on this base model, and this plan adds it up with others'"
@@ -185,7 +185,7 @@ class Ledger:
         ]
 
     def after(self, base: Base, contribution: Contribution | None) -> Ledger:
-        """With one more masked update that may have left this site; None where sums may differ by single sites."""
+        """The ledger after one more masked update; ``contribution`` is None where sums may differ by single sites."""
         if contribution is None:
             return replace(self, alone=self.alone | {base})
         contributions = {*self.contributions.get(base, ()), contribution}
@@ -194,7 +194,7 @@ class Ledger:
         )
 
     def after_sealed(self, base: Base) -> Ledger:
-        """With an update of its own that the server reads."""
+        """The ledger after an update that the server can read."""
         return replace(self, sealed=self.sealed | {base})
 
 
@@ -211,7 +211,7 @@ class ContributionStore:
         memory: durable.
         identity: the key is derived from its signing key.
         entropy: n random bytes.
-        has_given: whether something else on this disk says that this site has given to a sum.
+        has_given: whether another record on this disk shows that this site has contributed to a sum.
     """
 
     memory: Memory
@@ -221,13 +221,14 @@ class ContributionStore:
 
     @staticmethod
     def begun(memory: Memory) -> bool:
-        """Whether there is a ledger at all."""
+        """Whether a ledger exists."""
         return memory.get(KEY) is not None
 
     def load(self) -> Ledger:
-        """
+        """Reads the ledger; an empty one if this site has never contributed.
+
         Raises:
-            StoreError: damaged, or gone though this site has given. It then gives to no sum: it cannot know what it has given.
+            StoreError: it is damaged, or missing although this site has contributed. The site then contributes to no sum.
         """
         try:
             facts = self._hidden().get(KEY, KEY)
@@ -252,7 +253,7 @@ class ContributionStore:
         )
 
     def save(self, ledger: Ledger) -> None:
-        """Returns after it is on the disk."""
+        """Writes the ledger; it is on the disk when this returns."""
         facts = {
             "contributions": [
                 {"base": [base.model, base.digest], "parts": [one.facts() for one in of]}
@@ -266,7 +267,7 @@ class ContributionStore:
         self._hidden().put(KEY, KEY, facts)
 
     def _noted(self) -> bool | None:
-        """Whether there is a note that a ledger was begun; None if it is damaged: there was one."""
+        """Whether a note says that a ledger exists; None if the note is damaged, so that there was one."""
         try:
             return self.memory.get(HAS_GIVEN) is not None
         except StoreError:

@@ -1,4 +1,4 @@
-"""Signed and sealed messages between the server and one site or all: what every mode of protection travels in."""
+"""Signed and sealed messages between the server and its sites. Every mode of protection sends its messages through these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a message is about; every field is bound by the signature and by the encryption."""
+    """The task that a message belongs to; the signature and the encryption cover every field."""
 
     run: str
     plan: str
@@ -43,17 +43,17 @@ class Context:
         return cls(**{name: getattr(header, name) for name in cls.__slots__})
 
     def fields(self) -> dict[str, Any]:
-        """By header field."""
+        """The values by the names of the header's fields."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
 def _all_of(kem_ids: Iterable[str]) -> str:
-    """What the header of a message down says of its recipients."""
+    """Digest of all recipients, for the header of a message from the server."""
     return key_id("".join(sorted(kem_ids)).encode())
 
 
 def pinned(server: PublicIdentity) -> str:
-    """Both ends pin the server's keys; where there is no signed roster, their digest stands in its place."""
+    """Digest of the server's keys, which both ends pin. It takes the place of the roster's digest where there is no roster."""
     return hashlib.sha256(b"fedlora/v1/pinned\0" + server.signing + server.kem).hexdigest()
 
 
@@ -91,13 +91,13 @@ class _Counter:
 
 
 def raise_number(memory: Memory, path: str, *, now: int) -> int:
-    """Has the sender of a path go on above every number that it can have used, whatever became of its memory; returns the number.
+    """Raises a sender's sequence number above any that it may have used, even if its memory is lost; returns the new number.
 
-    Numbers protect whoever hears them: a sender may skip some of its own, and never goes below them.
+    Sequence numbers protect the receiver: a sender may skip numbers but must never use one twice.
 
     Args:
         path: ``RUN/down`` at the server, ``RUN/up`` at a site.
-        now: seconds since 1970. A sender that does not send a million messages a second stays below ``now * 2**20``.
+        now: seconds since 1970. A sender of less than a million messages a second has stayed below ``now * 2**20``.
     """
     counter = _Counter(memory, path)
     try:
@@ -117,7 +117,7 @@ class ServerLink:
         identity: the server's own keys; the signing key is what sites pin.
         reply_key: keys of this run only; replies are sealed to its KEM key.
         sites: the enrolled sites.
-        roster: digest of what both ends know of each other.
+        roster: digest of the roster, or what :func:`pinned` gives.
         memory: sequence numbers, durable.
         clock: seconds since 1970, for ``created``.
         entropy: n random bytes.
@@ -138,7 +138,7 @@ class ServerLink:
         return [s for s in sites if s in self.sites]
 
     def seal(self, context: Context, payload: bytes, *, phase: str, codec: str, to: Sequence[str]) -> bytes:
-        """One message for all of ``to``. Its number is durable before it leaves: a restarted server never uses one twice."""
+        """One message for all of ``to``. Its number is on the disk before it is sent: a restarted server never uses one twice."""
         counter = _Counter(self.memory, f"{context.run}/down")
         last, prev = counter.last()
         to_all = [self.sites[s] for s in to]
@@ -150,7 +150,7 @@ class ServerLink:
     def header(
         self, context: Context, payload: bytes, *, phase: str, codec: str, to: Sequence[PublicIdentity], seq: int, prev: str
     ) -> Header:
-        """Header of a message down; the site turns it round."""
+        """Header of a message to sites. A site builds the header of its reply from it."""
         return Header(
             v=VERSION,
             suite=SUITE,
@@ -203,31 +203,33 @@ class ServerLink:
         return open_envelope(envelope, self.reply_key)
 
     def _check_chain(self, header: Header, digest: str, site: str) -> None:
-        """Each message of a site names the one before it. One that cannot follow what was heard shows that the site has lost its
-        state, or has gone back to a backup: it would go on in another place, unnoticed, once its numbers are high enough.
+        """Checks that a message continues the chain: each message of a site names the digest of the one before it.
 
-        As long as its numbers are not above the last one they are refused as replays; from then on for this. A site whose
-        operator has decided to go on says so: a higher number, and none before it.
+        A message that does not continue the chain means that the site has lost its state or restored a backup. While its numbers
+        are not above the last one, its messages are refused as replays anyway; this check refuses them from then on, too. It
+        stops when a message continues the chain, or when the site's operator has decided to go on: that message has a higher
+        number and names none before it.
 
         Raises:
-            StateLost: until that, or until a message follows the last one that was heard.
+            StateLost: the chain is broken.
         """
-        last, known = _Counter(self.memory, f"{header.run}/up/{site}").last()
-        if not last or (header.seq, digest) == (last, known):
-            return
-        anew, follows = header.prev == NONE, header.seq == last + 1 and header.prev == known
+        last, last_digest = _Counter(self.memory, f"{header.run}/up/{site}").last()
+        if not last or (header.seq, digest) == (last, last_digest):
+            return  # the first message, or the last one again, which is refused as a replay
+        is_next, begins_anew = header.seq == last + 1, header.prev == NONE
+        continues = is_next and header.prev == last_digest
+        breaks = (begins_anew and header.seq <= last) or (is_next and not begins_anew and not continues)
         mark = f"{header.run}/lost/{site}"
-        lost = (anew and header.seq <= last) or (header.seq == last + 1 and not anew and not follows)
-        was_lost = bool(self.memory.get(mark))
-        if lost and not was_lost:
+        was_broken = bool(self.memory.get(mark))
+        if breaks and not was_broken:
             self.memory.put(mark, b"1")
         if header.seq <= last:
             return  # refused in any case, as a replay or as equivocation
-        if lost or (was_lost and not anew and not follows):
+        if breaks or (was_broken and not begins_anew and not continues):
             raise StateLost(f"{site} does not continue from its earlier messages: its state is lost, or is that of a backup")
-        if was_lost:
+        if was_broken:
             self.memory.put(mark, b"")
-        if anew:
+        if begins_anew:
             log.warning("%s goes on without what it knew of the rounds before, as its operator has decided", site)
 
 
@@ -237,11 +239,11 @@ def receive(
     take: Callable[[Reply], None],
     reject: Callable[[str, FedLoRAError], object],
 ) -> None:
-    """Gives each site's first reply to ``take``, one at a time; an error that it raises is that site's alone."""
+    """Calls ``take`` with each site's first reply, one at a time. If ``take`` raises, only that site is rejected."""
     waiting = set(asked)
     for reply in replies:
         if reply.site not in waiting:
-            continue  # a stranger, or a second word: the first counts
+            continue  # not asked, or a second reply: the first one counts
         waiting.remove(reply.site)
         try:
             take(reply)
@@ -271,10 +273,10 @@ class SiteLink:
     entropy: Callable[[int], bytes]
 
     def open(self, request: Request, *, codec: str, roster: str | None) -> tuple[Header, bytes]:
-        """Header and payload of a genuine request; the very same one may come twice, an older one may not.
+        """Header and payload of a genuine request. The last one may come a second time, an older one may not.
 
         Args:
-            roster: digest that the header has to state; None where the payload brings the roster, for the caller to compare.
+            roster: digest that the header must have; None where the payload brings the roster and the caller compares them.
 
         Raises:
             EnvelopeError: each its own, see :mod:`fedlora.formats.envelope`.
@@ -296,11 +298,11 @@ class SiteLink:
         Raises:
             KeyFileError: not a key.
         """
-        # The signing half is not used for it; the server's stands in, which is known to be sound.
+        # Only the sealing key is used; the signing key is a placeholder.
         return PublicIdentity(SERVER, self.server.signing, kem)
 
     def seal(self, down: Header, payload: bytes | memoryview, *, codec: str, n_params: int, to: PublicIdentity) -> bytes:
-        """The answer to the request with header ``down``. Its number is durable before it leaves."""
+        """The reply to the request with header ``down``. Its number is on the disk before it is sent."""
         counter = _Counter(self.memory, f"{down.run}/up")
         last, prev = counter.last()
         header = replace(

@@ -1,4 +1,4 @@
-"""What a mode of protection is: a name, its phases, its two halves, its own table, and what it has to say of a plan."""
+"""The interface of a mode of protection: its phases, its server and site halves, its settings, its checks of a plan."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from fedlora.protect.link import ServerLink, SiteLink
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServerParts:
-    """What a server's half is made of.
+    """The parts that a server's half is built from.
 
     Attributes:
-        rosters: opens the signed roster and gives a function that returns the one of now; only a mode that needs one calls it.
+        rosters: opens the signed roster and returns a function that gives the current one; for modes that need a roster.
     """
 
     plan: Plan
@@ -38,10 +38,10 @@ class ServerParts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteParts:
-    """What a site's half is made of.
+    """The parts that a site's half is built from.
 
     Attributes:
-        uncovers: a plan's digest -> sites that a person here has named: beside earlier plans' sums it may show them.
+        uncovers: a plan's digest -> sites whose update it may reveal beside earlier sums, as a person here has agreed.
     """
 
     link: SiteLink
@@ -51,7 +51,7 @@ class SiteParts:
 
 
 class Limits(Protocol):
-    """What a site's policy says about modes."""
+    """The part of a site's policy that modes check."""
 
     @property
     def max_first_range(self) -> float: ...
@@ -63,12 +63,12 @@ class Limits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SumExposure:
-    """What the sums of a plan may tell.
+    """What the sums of a plan may reveal.
 
     Attributes:
-        colluding: sites that may know their own updates.
+        colluding: number of sites that may collude with the server.
         alone: whether sums may differ by one site.
-        measure: keys of the plan -> values as text: all that decides what a site adds up.
+        measure: keys of the plan -> values as text: everything that decides what a site adds to a sum.
     """
 
     colluding: int
@@ -77,26 +77,26 @@ class SumExposure:
 
 
 def check_mode(plan: Plan, name: str) -> None:
-    """At a site: the plan that a person has agreed to promises the mode in which its task has come.
+    """At a site: checks that a task came in the mode that its approved plan names.
 
     Raises:
-        WrongContext: another one; the server may have stepped down.
+        WrongContext: another mode; a server may try to use a weaker one.
     """
     if plan.protect.mode != name:
         raise WrongContext(f"the plan promises protect.mode = {plan.protect.mode!r}, the server speaks {name!r}")
 
 
 class Mode:
-    """A mode. No two share a phase. One that lacks a half, or the words for it, is refused when its class is made.
+    """A mode of protection. No two modes share a phase. A class must define ``server``, ``site`` and ``words``.
 
     Attributes:
         Settings: its own table of the plan.
         reveals: what the server learns.
-        phases: of its requests.
-        work: those over whose answer a site may take hours; every other one is talk, of seconds.
-        steps: at which a site may be lost in a rehearsal; ``train`` stands for the request that brings the work.
+        phases: names of its requests.
+        work: phases whose answer may take a site hours; all others take seconds.
+        steps: where a rehearsal can drop a site; ``train`` stands for the request that brings the work.
         needs_roster: the coordinator's signed roster says who takes part.
-        once: no round can be done twice, so that what came of it is kept in two files.
+        once: no round can be repeated, so that its result is kept in two files.
     """
 
     Settings: ClassVar[type[Section]] = Section
@@ -128,15 +128,15 @@ class Mode:
     @classmethod
     @abstractmethod
     def words(cls, plan: Plan, said: Mapping[str, str]) -> dict[str, str]:
-        """What a person who approves the plan is told, by topic: above all who reads a site's update.
+        """What the plan means for a site, by topic, for the person who approves it: above all who can read its update.
 
         Args:
-            said: what is told of every plan; a topic of the same name replaces it.
+            said: the topics of every plan; one of the same name is replaced.
         """
 
     @classmethod
     def conflicts(cls, plan: Plan) -> Iterator[str]:
-        """What it does not go with in this plan, each in a sentence that says what to do."""
+        """Settings of the plan that exclude this mode, each in a sentence that says what to do."""
         yield from ()
 
     @classmethod
@@ -146,10 +146,10 @@ class Mode:
 
     @classmethod
     def check_adapter(cls, plan: Plan, adapter: Adapter, *, layout: Layout, round: int) -> None:
-        """At a site, before it trains from what the server has sent.
+        """At a site: checks the adapter that the server has sent, before training from it.
 
         Args:
-            layout: of the whole adapter, as it is here.
+            layout: of the whole adapter, at this site.
 
         Raises:
             PlanRefused, PlanRefused (impossible-adapter): it must not be trained from.
@@ -157,12 +157,12 @@ class Mode:
 
     @classmethod
     def step_timeout_s(cls, plan: Plan) -> float:
-        """Seconds for each step that is not work."""
+        """Time limit of each step that is not work, seconds."""
         return 300.0
 
     @classmethod
     def told(cls, plan: Plan) -> SumExposure | None:
-        """What sums may tell; None where there are none."""
+        """What sums may reveal; None for a mode without sums."""
         return None
 
     @classmethod

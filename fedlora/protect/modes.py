@@ -36,7 +36,7 @@ def _mode(name: str) -> type[Mode]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteModes:
-    """Hands a request to the mode of its phase. Each refuses a task whose plan says another mode: a server cannot step down.
+    """Passes a request to the mode of its phase. Each mode refuses a task whose plan names another: no server can choose one.
 
     Args:
         halves: by the mode's name.

@@ -22,7 +22,7 @@ from fedlora.protect.link import Context, ServerLink, SiteLink, pinned, receive,
 from fedlora.protect.mode import Mode, ServerParts, SiteParts, check_mode
 
 PHASES = {"train": "train", "evaluate": "global"}
-"""The phase of the envelope that brings a task, by its kind."""
+"""Kind of task -> phase of the request that brings it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +45,7 @@ class SealedServer:
         return []
 
     def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Exchange:
-        """One exchange: the task, sealed once for all; the replies, opened one at a time."""
+        """One exchange: the task, sealed once for all sites; the replies, opened one at a time."""
         asked = self.link.known(sites, tally)
         if not asked:
             return
@@ -78,7 +78,7 @@ class SealedSite:
 
     Args:
         link: its keys, the pinned server and the sequence numbers.
-        uncovers: a plan's digest -> sites that a person here has named: beside sums it may show them.
+        uncovers: a plan's digest -> sites whose update it may reveal beside sums, as a person here has agreed.
     """
 
     link: SiteLink
@@ -88,7 +88,7 @@ class SealedSite:
         """As :class:`fedlora.protect.SiteProtection`.
 
         Raises:
-            LoneChange: this site has given to sums on this base model: its own update could show another one beside them.
+            LoneChange: this site has contributed to sums on this base model; its update beside them could reveal another one.
         """
         task, down, reply_key, plan = self._open(request)
         base, dtype = Base.of(plan), plan.wire.dtype if task.kind == "train" else "float32"
@@ -131,10 +131,10 @@ class Sealed(Mode):
 
 
 def check_task(header: Header, task: Task, key: bytes, *, phase: str) -> None:
-    """Compares a task with the header that brought it, and that with the phase in which such a task comes.
+    """Checks that a task, the header that brought it and its phase agree.
 
     Raises:
-        WrongContext: they speak of different things; each field has its own subclass.
+        WrongContext: they differ; the code says in which field.
     """
     match(header, phase=phase, **Context.of(task).fields())
     if len(key) != KEM_BYTES:

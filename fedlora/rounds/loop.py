@@ -1,4 +1,4 @@
-"""The server's loop: ask the sites, add up what is valid, save, go on."""
+"""The server's loop over rounds: ask the sites, aggregate valid updates, save a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import Ask, Majority, Recorded, Rejected, SiteUpdate, Start, Sum, Waiting
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.metrics import finish, pool
-from fedlora.core.plan import Plan
+from fedlora.core.plan import Federation, Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
 from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.store import Checkpoint, RunStore
 from fedlora.rounds.transport import Transport, drive
-from fedlora.rules import Accumulator, Aggregator, ServerOptimizer, State, add, max_site_weight, optimizer_of
+from fedlora.rules import Accumulator, Aggregator, State, add, max_site_weight, optimizer_of
 
 
 def run(
@@ -44,63 +44,69 @@ def run(
     enrolled: Collection[str],
     report: Report,
 ) -> Checkpoint:
-    """Runs the rounds that are still to do, then one last evaluation; returns the last checkpoint.
+    """Runs the remaining rounds, then one last evaluation; returns the last checkpoint.
 
     Args:
-        enrolled: the sites that belong to the federation: a round without one of them is partial, and says so.
+        enrolled: the sites of the federation. The record of a round without one of them says ``partial``.
 
     Raises:
-        RunFailed (quorum): a round stayed below ``min_sites`` in every attempt, or as many rounds on end were void. The run can
-            be resumed.
+        RunFailed (quorum): a round stayed below ``min_sites`` in every attempt, or as many rounds in a row were void. The
+            run can be resumed.
     """
+    parts = _Parts(plan, protection, transport, enrolled, report)
     void, rounds = 0, plan.federation.num_rounds
-    at = store.resume(report)
-    report(Event.START, Start(run=store.run, round=at.round, rounds=rounds))
-    while at.round < rounds:
-        task = _task(plan, store, at, "train", aggregator)
-        tally, asked = _attempts(task, plan, protection, transport, enrolled, report, partial(_start, aggregator, at))
+    checkpoint = store.resume(report)
+    report(Event.START, Start(run=store.run, round=checkpoint.round, rounds=rounds))
+    while checkpoint.round < rounds:
+        task = _task("train", checkpoint, plan=plan, run=store.run, aggregator=aggregator)
+        tally, asked = _ask(task, parts, partial(_start, aggregator, checkpoint))
         void = 0 if tally.voided is None else void + 1
-        at, record = _next(aggregator, optimizer_of(plan), at, tally, asked, scale=plan.lora.scale)
-        store.save(at)
+        checkpoint, record = _aggregate(checkpoint, tally, asked, aggregator=aggregator, plan=plan)
+        store.save(checkpoint)
         report(Event.ROUND if tally.voided is None else Event.ROUND_VOID, Recorded(record=record))
-        for site, share in tally.majority().items():
-            report(Event.MAJORITY, Majority(site=site, percent=100 * share))
+        for site, fraction in tally.majority().items():
+            report(Event.MAJORITY, Majority(site=site, percent=100 * fraction))
         if void >= plan.federation.round_attempts and tally.voided is not None:
             hint = "look at the sites, then resume the run"
             raise RunFailed(f"{void} rounds in a row were void: {tally.voided}", hint=hint, code="quorum")
     if store.final() is None:
-        task = _task(plan, store, at, "evaluate", aggregator)
-        _, record = _attempts(task, plan, protection, transport, enrolled, report, lambda cohort: None)
+        task = _task("evaluate", checkpoint, plan=plan, run=store.run, aggregator=aggregator)
+        _, record = _ask(task, parts, lambda cohort: None)
         store.finish(record)
         report(Event.FINAL, Recorded(record=record))
-    return at
+    return checkpoint
 
 
-def _start(aggregator: Aggregator, at: Checkpoint, cohort: int) -> Accumulator:
-    return aggregator.start(at.adapter, cohort=cohort, round=at.round + 1)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parts:
+    """The parts of a run that every round uses; see :func:`run`."""
+
+    plan: Plan
+    protection: Protection
+    transport: Transport
+    enrolled: Collection[str]
+    report: Report
 
 
-def _next(
-    aggregator: Aggregator,
-    optimizer: ServerOptimizer,
-    at: Checkpoint,
-    tally: _Round,
-    record: RoundRecord,
-    *,
-    scale: float,
+def _start(aggregator: Aggregator, checkpoint: Checkpoint, cohort: int) -> Accumulator:
+    return aggregator.start(checkpoint.adapter, cohort=cohort, round=checkpoint.round + 1)
+
+
+def _aggregate(
+    checkpoint: Checkpoint, tally: _Tally, record: RoundRecord, *, aggregator: Aggregator, plan: Plan
 ) -> tuple[Checkpoint, RoundRecord]:
-    """The state after the round, and the round's record with what came of it."""
-    began, round = time.monotonic(), at.round + 1
+    """The checkpoint after the round, and the round's record with its outcome."""
+    began, round = time.monotonic(), checkpoint.round + 1
     if tally.voided is not None:  # the sites have trained and go on; the adapter stays as it was
-        record = record.model_copy(update={"outcome": Outcome(weight=0, adapter=at.adapter.digest(), rule={})})
-        return Checkpoint(round, at.adapter, record, at.state), record
+        record = record.model_copy(update={"outcome": Outcome(weight=0, adapter=checkpoint.adapter.digest(), rule={})})
+        return Checkpoint(round, checkpoint.adapter, record, checkpoint.state), record
     if tally.sums is None:
         raise ValueError("a round of training needs sums")
-    result = aggregator.finish(tally.sums, at.adapter, scale=scale, round=round, state=at.state)
-    state: State = {**at.state, **result.state}
+    result = aggregator.finish(tally.sums, checkpoint.adapter, scale=plan.lora.scale, round=round, state=checkpoint.state)
+    state: State = {**checkpoint.state, **result.state}
     if result.delta is not None:
-        moved, state = optimizer.step(result.delta, state)
-        after = add(at.adapter, moved)
+        moved, state = optimizer_of(plan).step(result.delta, state)
+        after = add(checkpoint.adapter, moved)
     elif result.adapter is not None:
         after = result.adapter
     else:
@@ -113,91 +119,113 @@ def _next(
     return Checkpoint(round, after, record, state), record
 
 
-def _task(plan: Plan, store: RunStore, at: Checkpoint, kind: Kind, aggregator: Aggregator) -> Task:
-    """What is sent of the adapter, and what is asked for."""
-    sent = at.adapter.part(at.adapter.layout.only(aggregator.down()))
-    task = Task(store.run, plan.canonical(), plan.model.digest, kind, at.round + 1, 0, sent)
+def _task(kind: Kind, checkpoint: Checkpoint, *, plan: Plan, run: str, aggregator: Aggregator) -> Task:
+    """The task of the next round: the tensors that the rule sends to sites, and those that it wants back."""
+    adapter = checkpoint.adapter
+    sent = adapter.part(adapter.layout.only(aggregator.down()))
+    task = Task(run, plan.canonical(), plan.model.digest, kind, checkpoint.round + 1, 0, sent)
     if kind == "evaluate":
         return task
-    reply = aggregator.reply(at.adapter.layout, at.round + 1)
+    reply = aggregator.reply(adapter.layout, checkpoint.round + 1)
     return replace(task, sends=None if reply == sent.layout else reply)
 
 
-def _attempts(
-    task: Task,
-    plan: Plan,
-    protection: Protection,
-    transport: Transport,
-    enrolled: Collection[str],
-    report: Report,
-    start: Callable[[int], Accumulator | None],
-) -> tuple[_Round, RoundRecord]:
-    """Asks for a round until enough sites delivered. A site that did answers again from its journal."""
-    need, meter = plan.federation.min_sites, _Meter(transport)
-    attempt, left, liars = -1, plan.federation.round_attempts, set[str]()
-    while left:
-        attempt, left = attempt + 1, left - 1
-        task = replace(task, attempt=attempt)
-        missing = partial(protection.missing, task)
-        at_hand = _await_sites(transport, need, missing, time.monotonic() + plan.federation.round_deadline, report)
-        sites = _drawn(at_hand, plan, task) if task.kind == "train" else at_hand
-        tally = _Round(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
-        tally.max_weight = max_site_weight(plan) if task.kind == "train" else 0
-        report(Event.ASK, Ask(round=task.round, attempt=attempt, kind=task.kind, sites=sites))
-        began = time.monotonic()
-        deadline = began + plan.federation.round_deadline  # waiting for the sites to come does not count
-        drive(protection.collect(task, sites, tally), meter, deadline_s=partial(_deadline_s, plan, deadline))
-        record = RoundRecord(
-            kind=task.kind,
-            round=task.round,
-            attempt=attempt,
-            asked=tuple(sites),
-            sites=tally.accepted,
-            missing=tally.missing(sites, at_hand, enrolled),
-            together=tally.together,
-            majority=tally.majority(),
-            partial=len(tally.accepted) < len({*sites, *enrolled} - ({*at_hand} - {*sites})),
-            void=tally.voided.code if tally.voided is not None else None,
-            bytes=Bytes(down=meter.down, up=meter.up),
-            seconds=Seconds(round=time.monotonic() - began, aggregate=0.0),
-            outcome=None,
-        )
-        if len(tally.accepted) >= need or tally.voided is not None:
+def _ask(task: Task, parts: _Parts, start: Callable[[int], Accumulator | None]) -> tuple[_Tally, RoundRecord]:
+    """Repeats a round until enough sites have delivered. A site that has delivered before answers from its journal.
+
+    Args:
+        start: makes the sums for this many sites; None for an evaluation.
+
+    Raises:
+        RunFailed (quorum): too few sites delivered in every attempt.
+    """
+    federation, meter = parts.plan.federation, _Meter(parts.transport)
+    attempt, allowed, liars = 0, federation.round_attempts, set[str]()
+    while True:
+        tally, record = _attempt(replace(task, attempt=attempt), parts, meter=meter, start=start)
+        if len(tally.accepted) >= federation.min_sites or tally.voided is not None:
             return tally, record
-        report(Event.VOID, Recorded(record=record))
-        named = {site for site, code in tally.rejected.items() if code in (DealerLied.code, "complaint-unanswered")}
-        left += bool(named - liars)  # left out from now on, so that this ends
-        liars |= named
-    said = {tally.rejected.get(s, "late") for s in sites}
-    means, hint = next(((m, h) for codes, m, h in _ALL_SAY if said and said <= codes), ("", _BRING_BACK))
-    raise RunFailed(
-        f"round {task.round}: {len(tally.accepted)} of {need} sites delivered in {plan.federation.round_attempts} attempts"
-        + means,
-        hint=hint,
-        code="quorum",
+        parts.report(Event.VOID, Recorded(record=record))
+        if new := tally.liars - liars:  # left out from now on: each of them grants one more attempt, once
+            liars |= new
+            allowed += 1
+        attempt += 1
+        if attempt >= allowed:
+            raise _too_few(task, tally, record, federation)
+
+
+def _attempt(
+    task: Task, parts: _Parts, *, meter: _Meter, start: Callable[[int], Accumulator | None]
+) -> tuple[_Tally, RoundRecord]:
+    """One attempt at a round."""
+    plan, report = parts.plan, parts.report
+    at_hand = _await_sites(task, parts, time.monotonic() + plan.federation.round_deadline)
+    sites = _drawn(at_hand, plan, task) if task.kind == "train" else at_hand
+    tally = _Tally(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
+    tally.max_weight = max_site_weight(plan) if task.kind == "train" else 0
+    report(Event.ASK, Ask(round=task.round, attempt=task.attempt, kind=task.kind, sites=sites))
+    began = time.monotonic()
+    deadline = began + plan.federation.round_deadline  # waiting for the sites to come does not count
+    drive(parts.protection.collect(task, sites, tally), meter, deadline_s=partial(_deadline_s, plan, deadline))
+    record = RoundRecord(
+        kind=task.kind,
+        round=task.round,
+        attempt=task.attempt,
+        asked=tuple(sites),
+        sites=tally.accepted,
+        missing=tally.missing(sites, at_hand, parts.enrolled),
+        together=tally.together,
+        majority=tally.majority(),
+        partial=len(tally.accepted) < len({*sites, *parts.enrolled} - ({*at_hand} - {*sites})),
+        void=tally.voided.code if tally.voided is not None else None,
+        bytes=Bytes(down=meter.down, up=meter.up),
+        seconds=Seconds(round=time.monotonic() - began, aggregate=0.0),
+        outcome=None,
     )
+    return tally, record
+
+
+def _too_few(task: Task, tally: _Tally, record: RoundRecord, federation: Federation) -> RunFailed:
+    """The error of a round that stayed below its quorum, with the cause if the sites' answers identify one."""
+    answers = {tally.rejected.get(site, "late") for site in record.asked}
+    cause = next((c for c in _CAUSES if answers and answers <= c.codes), None)
+    text = (
+        f"round {task.round}: {len(tally.accepted)} of {federation.min_sites} sites delivered in {federation.round_attempts} "
+        f"attempts{f'; {cause.meaning}' if cause else ''}"
+    )
+    return RunFailed(text, hint=cause.hint if cause else _BRING_BACK, code="quorum")
 
 
 _BRING_BACK = "nothing is lost; bring the sites back and resume the run"
-_ALL_SAY = (
-    (
-        {"replayed", "equivocation"},
-        "; every site that was asked has seen later messages of this server: the server's numbers are those of an old backup",
+
+
+@dataclass(frozen=True, slots=True)
+class _Cause:
+    """A cause of a failed round: all sites answer with one of ``codes``."""
+
+    codes: frozenset[str]
+    meaning: str
+    hint: str
+
+
+_CAUSES = (
+    _Cause(
+        frozenset({"replayed", "equivocation"}),
+        "every site that was asked has seen later messages of this server: the server's numbers are those of an old backup",
         "stop the server, run `fedlora server repair HOME RUN --raise-numbers`, then resume the run",
     ),
-    (
-        {StateLost.code, "wrong-round"},
-        "; every site that was asked has done later rounds of this run: the checkpoints here are those of an old backup",
+    _Cause(
+        frozenset({StateLost.code, "wrong-round"}),
+        "every site that was asked has done later rounds of this run: the checkpoints here are those of an old backup",
         "restore newer checkpoints of the run and resume it; without them, export this run or start again under another name",
     ),
 )
-"""What it means if every site answers with one of these codes, and the way on."""
 
 
 def _drawn(at_hand: list[str], plan: Plan, task: Task) -> list[str]:
-    """The sites that train: a share of those at hand, ``min_sites`` at least, the same draw wherever the run is done.
+    """The sites that train: a fraction of those connected, ``min_sites`` at least. It depends only on the plan and the round.
 
-    All attempts of a round draw alike: who has trained is asked again.
+    All attempts of a round draw alike, so that sites that have trained are asked again.
     """
     f = plan.federation
     count = max(math.ceil(f.fraction_train * len(at_hand)), min(f.min_sites, len(at_hand)))
@@ -211,7 +239,7 @@ def _drawn(at_hand: list[str], plan: Plan, task: Task) -> list[str]:
 
 
 def _deadline_s(plan: Plan, deadline: float, requests: Sequence[Request]) -> float:
-    """The round's own for work, seconds for the talk that a protection may need after it."""
+    """Seconds for these requests: what is left of the round for work, the protection's own limit for its further steps."""
     work = any(brings_work(r.phase) for r in requests)
     return _left(deadline) if work else mode_of(plan).step_timeout_s(plan)
 
@@ -220,34 +248,36 @@ def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.0)
 
 
-def _await_sites(
-    transport: Transport, need: int, missing: Callable[[Sequence[str]], list[str]], deadline: float, report: Report
-) -> list[str]:
+def _await_sites(task: Task, parts: _Parts, deadline: float) -> list[str]:
     """The sites that can be asked now, once there are enough of them and none is missing, or time is up."""
-    waiting = False
-    while (len(sites := list(transport.sites())) < need or missing(sites)) and time.monotonic() < deadline:
+    need, waiting = parts.plan.federation.min_sites, False
+    while True:
+        sites = list(parts.transport.sites())
+        missing = parts.protection.missing(task, sites)
+        if (len(sites) >= need and not missing) or time.monotonic() >= deadline:
+            return sites
         if not waiting:
             event = Event.WAITING if len(sites) < need else Event.WAITING_FOR
-            report(event, Waiting(sites=sites, need=need, missing=missing(sites)))
+            parts.report(event, Waiting(sites=sites, need=need, missing=missing))
             waiting = True
         time.sleep(min(1.0, _left(deadline)))
-    return sites
 
 
 @dataclass(slots=True)
-class _Round:
-    """Tally of one attempt: adds up what is accepted, keeps the names.
+class _Tally:
+    """Tally of one attempt: adds up accepted updates, keeps the names of the sites.
 
     Attributes:
+        metrics_to_share: names of the metrics that the plan lists.
         max_weight: largest weight of one site; 0 in an evaluation.
-        summed: numbers of all sites together, where single ones are not known.
+        summed: the sum of all sites' numbers, where single ones are not known.
         counters: of each site that counts, where they are known.
-        voided: why no attempt of this round can succeed any more.
+        voided: why no further attempt of this round can succeed.
     """
 
     sums: Accumulator | None
     report: Report
-    share: frozenset[str]
+    metrics_to_share: frozenset[str]
     max_weight: int = 0
     accepted: dict[str, Numbers] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
@@ -256,8 +286,13 @@ class _Round:
     voided: FedLoRAError | None = None
 
     @property
+    def liars(self) -> set[str]:
+        """Sites that were caught lying, or did not answer a complaint."""
+        return {site for site, code in self.rejected.items() if code in (DealerLied.code, "complaint-unanswered")}
+
+    @property
     def weight(self) -> int:
-        """What the sites' updates were weighed by, all together."""
+        """Sum of the weights of the sites' updates."""
         if self.summed is not None and self.summed.weight is not None:
             return self.summed.weight
         return self.sums.weight if self.sums else 0
@@ -267,7 +302,7 @@ class _Round:
         """Of the rows of all sites that count, as if they were one's; None if none does."""
         if self.summed is not None or not self.accepted:
             return self.summed
-        return Numbers(weight=self.weight, metrics=pool(self.share, self.counters.values()))
+        return Numbers(weight=self.weight, metrics=pool(self.metrics_to_share, self.counters.values()))
 
     def accept(self, site: str, update: Update) -> None:
         if update.weight > self.max_weight:
@@ -275,12 +310,12 @@ class _Round:
         if self.sums is not None:
             self.sums.add(site, update)
         self.counters[site] = dict(update.counters)
-        metrics = finish(self.share, update.counters)  # a site may send more than it was asked for
+        metrics = finish(self.metrics_to_share, update.counters)  # a site may send more than it was asked for
         self.accepted[site] = Numbers(weight=update.weight, metrics=metrics)
         self.report(Event.UPDATE, SiteUpdate(site=site, weight=update.weight, metrics=metrics))
 
     def majority(self) -> dict[str, float]:
-        """The site that has more than half of the weight, and its share; empty if none has or single weights are not known."""
+        """The site with more than half of the weight -> its fraction; empty if there is none or single weights are not known."""
         weights = {site: numbers.weight or 0 for site, numbers in self.accepted.items()}
         whole = sum(weights.values())
         return {site: weight / whole for site, weight in weights.items() if 2 * weight > whole}
@@ -290,7 +325,7 @@ class _Round:
             raise UpdateRejected.too_heavy(f"{len(sites)} sites together", counted, len(sites) * self.max_weight)
         if self.sums is not None:
             self.sums.add("*", replace(update, counters={}), squares=squares)  # a sum of counters is larger than one may be
-        metrics = finish({*self.share, "secagg/cut"}, update.counters)
+        metrics = finish({*self.metrics_to_share, "secagg/cut"}, update.counters)
         self.accepted = {site: Numbers(weight=None, metrics={}) for site in sites}
         self.summed = Numbers(weight=counted, metrics=metrics)
         self.report(Event.SUM, Sum(sites=list(sites), weight=counted, metrics=metrics))
@@ -304,7 +339,7 @@ class _Round:
         self.report(Event.REJECTED, Rejected(site=site, code=code))
 
     def missing(self, asked: Sequence[str], at_hand: Sequence[str], enrolled: Collection[str]) -> dict[str, str]:
-        """Why each site that belongs to the federation does not count: a code, ``late``, ``not-drawn`` or ``offline``."""
+        """For each site of the federation that does not count, why: a code, ``late``, ``not-drawn`` or ``offline``."""
         late = {s: "late" for s in asked}
         why = {s: "offline" for s in sorted(enrolled)} | {s: "not-drawn" for s in at_hand} | late | self.rejected
         return {s: code for s, code in why.items() if s not in self.accepted}
@@ -312,7 +347,7 @@ class _Round:
 
 @dataclass(slots=True)
 class _Meter:
-    """A transport that counts the bytes which pass, per site."""
+    """A transport that counts the bytes to and from each site."""
 
     inner: Transport
     down: dict[str, int] = field(default_factory=dict)

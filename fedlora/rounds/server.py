@@ -1,4 +1,4 @@
-"""The server's half of one run: how it begins, what it runs with, what is deleted at its end."""
+"""The server's half of one run: creates it, builds its parts, deletes its key at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import StateFile
 from fedlora.core.messages import SERVER
 from fedlora.core.plan import Plan
-from fedlora.formats.files import set_aside, write_atomic
+from fedlora.formats.files import copy_of, set_aside, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.formats.trust import rosters_in
 from fedlora.protect.link import ServerLink, pinned
@@ -30,14 +30,14 @@ from fedlora.rules import rule_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServerRun:
-    """A run from its parts: the same for a deployment and for a simulation.
+    """A run with its parts, for a deployment or a simulation.
 
     Attributes:
         store: the run's directory.
         identity: the server's keys.
         sites: the enrolled sites, by name.
-        roster: file with the signed roster, for secure aggregation; it may be replaced by its next epoch while the run goes on.
-        report: told what happens.
+        roster: file with the signed roster, for secure aggregation; it may be replaced by the next epoch during the run.
+        report: gets the run's events.
     """
 
     store: RunStore
@@ -47,13 +47,15 @@ class ServerRun:
     report: Report
 
     def run(self, transport: Transport) -> Checkpoint:
-        """Runs what is left. The run's key is made at its start and deleted at its end, so that no one who takes the server's
-        keys later can read an update that was recorded earlier.
+        """Runs the remaining rounds.
+
+        The run's key is made when the run starts and deleted when it ends: server keys stolen later cannot open updates that were
+        recorded during the run.
 
         Raises:
             ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
-            StoreError, RosterInvalid, RosterExpired: no roster, or none that is in force.
-            QuorumNotReached: see :func:`fedlora.rounds.loop.run`.
+            StoreError, RosterInvalid, RosterExpired: there is no valid roster.
+            RunFailed (quorum): see :func:`fedlora.rounds.loop.run`.
         """
         store, plan = self.store, self.store.plan
         _check_sites(plan, self.sites)
@@ -88,15 +90,16 @@ def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> 
     """A new run in ``directory``.
 
     Args:
-        run: 64 hex digits; empty: drawn.
+        run: 64 hex digits; empty: random.
 
     Raises:
         ConfigError: the plan is not pinned, or ``first`` is not the adapter that it pins.
         StoreError: the directory holds a run.
     """
-    if not plan.model.digest or not plan.lora.init_digest:
+    if not plan.is_pinned:
         raise ConfigError(
-            "the plan pins neither base nor first adapter", hint="make the pinned plan and the adapter with `fedlora pin`"
+            "the plan does not pin both the base and the first adapter",
+            hint="make the pinned plan and the adapter with `fedlora pin`",
         )
     if first.digest() != plan.lora.init_digest:
         raise ConfigError(
@@ -109,7 +112,7 @@ def load_server_key(home: Path) -> Identity:
     """The server's private key.
 
     Raises:
-        KeyFileError: missing, malformed, or not the one whose public half lies beside it.
+        KeyFileError: missing, malformed, or it does not belong to ``server.pub`` beside it.
     """
     identity, public = load_identity(home / "server.key"), home / "server.pub"
     if identity.name != SERVER or (public.exists() and load_public(public) != identity.public):
@@ -133,10 +136,10 @@ def _check_sites(plan: Plan, sites: Mapping[str, PublicIdentity]) -> None:
 
 
 def _check_numbers(store: RunStore) -> None:
-    """Sites take no message under a number that they have seen: a server that has lost its own must not begin at one again.
+    """Refuses to run with lost sequence numbers: sites reject every message with a number that they have seen.
 
     Raises:
-        StoreError: they are gone, though rounds were done.
+        StoreError: the numbers are missing, although rounds were done.
     """
     if store.begun and not (store.directory / "final.json").exists() and store.memory.get(f"{store.run}/down") is None:
         raise StoreError(
@@ -147,11 +150,11 @@ def _check_numbers(store: RunStore) -> None:
 
 
 def _run_key_files(directory: Path) -> tuple[Path, Path]:
-    return directory / "run.key", directory / "run.key.copy"
+    return directory / "run.key", copy_of(directory / "run.key")
 
 
 def _run_key(directory: Path, report: Report) -> Identity:
-    """The run's key: the one that was made, as long as one of its two files is whole, else a new one."""
+    """The run's key. A new one is made only if both of its files are missing or damaged."""
     found = []
     for file in _run_key_files(directory):
         if file.is_dir():
@@ -163,7 +166,7 @@ def _run_key(directory: Path, report: Report) -> Identity:
         for file in damaged:
             file.unlink()
         new = directory / "run.new"
-        new.unlink(missing_ok=True)  # of a start that was cut off while it wrote
+        new.unlink(missing_ok=True)  # left by an interrupted start
         Identity.generate("run").save(new)
         os.replace(new, directory / "run.key")
         found.append((directory / "run.key", load_identity(directory / "run.key")))

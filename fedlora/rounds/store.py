@@ -1,4 +1,4 @@
-"""What survives a power cut at the server: a run's directory. A site has a :mod:`fedlora.formats.journal`."""
+"""A run's directory at the server, which survives a power cut. A site has a :mod:`fedlora.formats.journal` instead."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter
+from fedlora.core.canonical import is_digest
 from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import RecordsGone, StateFile
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.records import RoundRecord
 from fedlora.formats.files import (
+    COPY,
     Damaged,
+    copy_of,
     dump_record,
     load_vectors,
     named_disk_errors,
@@ -30,7 +33,7 @@ from fedlora.formats.files import (
 from fedlora.formats.memory import FileMemory
 from fedlora.formats.records import dump_round, facts_of, parse_facts_as, parse_round, scan_rounds
 from fedlora.protect.modes import mode_of
-from fedlora.rounds.hints import _LAST, _LOG, _checkpoint_hint, _command, _memory_hint, _plan_hint
+from fedlora.rounds.hints import LAST_RESORT, LOG_HINT, checkpoint_hint, memory_hint, plan_hint, repair_command
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """The state after a round: the global adapter, its record, and what rule and server optimizer remember.
+    """The state after a round: the global adapter, its record, and the state of the rule and the server optimizer.
 
     Round 0 is the first adapter.
     """
@@ -61,23 +64,23 @@ class RunStore:
         round-000007.safetensors   checkpoint: adapter and record; under secure aggregation with a copy
         rounds.jsonl       one record a round, rebuilt from the checkpoints as far as they are kept
         final.json         the last evaluation, when the run is complete
-        memory/            sequence numbers and the session of now, each value twice
+        memory/            sequence numbers and the current session, each value twice
         run.key            the run's key, with a copy (deleted at the end)
 
-    Every file carries a digest of what was written. What is damaged is named, and mended where another file says the same.
+    Every file has a digest of its contents. Damage is reported, and repaired if another file has the same contents.
     """
 
     def __init__(self, directory: Path, plan: Plan, run: str, *, keep: int = 3, mended: Sequence[Path] = ()) -> None:
         self.directory = directory
         self.plan = plan
         self.run = run
-        self.memory = FileMemory(directory / "memory", _memory_hint(directory))
+        self.memory = FileMemory(directory / "memory", memory_hint(directory))
         self._keep = keep
         self._mended = list(mended)
 
     @staticmethod
     def holds(directory: Path) -> bool:
-        """Whether there is a run: one that has begun, or done a round, whatever became of its ``run.json``."""
+        """Whether a run exists here, even if ``run.json`` is missing."""
         return os.path.lexists(directory / "run.json") or any(_numbers(directory))
 
     @classmethod
@@ -97,10 +100,10 @@ class RunStore:
 
     @classmethod
     def open(cls, directory: Path, plan: Plan | None = None, *, keep: int = 3) -> RunStore:
-        """An existing run. With the plan that it was started with, a damaged ``run.json`` or ``plan.json`` is written anew.
+        """Opens an existing run. If ``plan`` is its plan, a damaged ``run.json`` or ``plan.json`` is written again.
 
         Raises:
-            StoreError: no run there, one that cannot be mended, or one of another plan.
+            StoreError: no run there, one that cannot be repaired, or one of another plan.
         """
         mark = directory / "run.json"
         if not cls.holds(directory):
@@ -115,7 +118,7 @@ class RunStore:
         if kept is None or kept.digest() != digest:
             if plan is None or not facts:
                 both = "run.json and plan.json are" if not facts else "plan.json is"
-                raise Damaged(f"{directory}: {both} damaged", hint=_plan_hint(directory, lost=not facts))
+                raise Damaged(f"{directory}: {both} damaged", hint=plan_hint(lost=not facts))
             kept = plan
             damage.append(directory / "plan.json")
         run = facts.get("run") or _run_of(directory)
@@ -142,31 +145,31 @@ class RunStore:
                 file.flush()
                 os.fsync(file.fileno())
         for old in _numbers(self.directory)[: -self._keep]:
-            for path in (self._path(old), _copy(self._path(old))):
+            for path in (self._path(old), copy_of(self._path(old))):
                 with suppress(OSError):
                     path.unlink()
 
     def load(self) -> Checkpoint:
-        """The last complete round. Changes nothing, so that it may be read while the run goes on.
+        """The last complete round. Changes nothing, so that it can be read while the run continues.
 
         Raises:
             StoreError: no checkpoint, or the last one is damaged or of another run.
         """
         for number in reversed(_numbers(self.directory)):
             return self._read(number)
-        raise StoreError(f"no checkpoint in {self.directory}", hint=_LAST)
+        raise StoreError(f"no checkpoint in {self.directory}", hint=LAST_RESORT)
 
     def resume(self, report: Report = lambda event, facts: None) -> Checkpoint:
-        """The last complete round, for whoever goes on from there; brings ``rounds.jsonl`` up to it.
+        """The last complete round, from which the run continues; updates ``rounds.jsonl``.
 
-        If the disk has damaged the last checkpoints of an unfinished run, the run goes back to the last whole one: the files are
-        set aside as ``*.damaged`` and the rounds are done again. Sites answer them from their journals, which hold two.
+        If the last checkpoints of an unfinished run are damaged, the run goes back to the last intact one: the files are
+        set aside as ``*.damaged`` and the rounds are repeated. Sites answer from their journals, which hold the last two.
 
         Args:
-            report: told ``damaged``, ``mended``, ``evaluation-again`` and ``records-gone``.
+            report: gets the events ``damaged``, ``mended``, ``evaluation-again`` and ``records-gone``.
 
         Raises:
-            StoreError: no checkpoint that is whole and of this run.
+            StoreError: there is no intact checkpoint of this run.
             WireError (version-unsupported): another version of FedLoRA has written it. Nothing is changed.
         """
         self._check_format()
@@ -180,7 +183,7 @@ class RunStore:
             report(Event.EVALUATION_AGAIN, StateFile(file="final.json"))
             finished = False
         for number in () if finished else self._behind():
-            for file in (self._path(number), _copy(self._path(number))):
+            for file in (self._path(number), copy_of(self._path(number))):
                 if os.path.lexists(file):
                     set_aside(file)
                     report(Event.DAMAGED, StateFile(file=file.name))
@@ -189,7 +192,7 @@ class RunStore:
         return at
 
     def _behind(self) -> list[int]:
-        """Damaged checkpoints that have a whole one before them, the last first."""
+        """Damaged checkpoints with an intact one before them, newest first."""
         found = []
         for number in reversed(_numbers(self.directory)):
             try:
@@ -202,9 +205,10 @@ class RunStore:
         return []
 
     def _check_format(self) -> None:
-        """
+        """Refuses records of another version of FedLoRA, which then has to continue this run.
+
         Raises:
-            WireError (version-unsupported): a record is of another version of FedLoRA, which then has to go on with this run.
+            WireError (version-unsupported).
         """
         for read in (self.records, self.final, self.load):
             with suppress(StoreError):
@@ -234,22 +238,22 @@ class RunStore:
         """The global adapter after a round that is still kept (the last three are); a void round changed nothing.
 
         Raises:
-            StoreError: it is not, or it is damaged.
+            StoreError: it is no longer kept, or it is damaged.
         """
         if round not in _numbers(self.directory):
-            raise StoreError(f"the adapter after round {round} is not kept: {self._path(round)} is missing", hint=_LAST)
+            raise StoreError(f"the adapter after round {round} is not kept: {self._path(round)} is missing", hint=LAST_RESORT)
         return self._read(round).adapter
 
     def _read(self, number: int) -> Checkpoint:
         path = self._path(number)
         numbers = _numbers(self.directory)
-        # Where no round can be done twice, its outcome is kept in two files.
-        hint = _checkpoint_hint(path, alone=mode_of(self.plan).once or len(numbers) == 1)
+        # If a round cannot be repeated, its result is kept in two files.
+        hint = checkpoint_hint(path, alone=mode_of(self.plan).once or len(numbers) == 1)
         try:
             return self._read_file(path, number)
         except StoreError as e:
             with suppress(StoreError):
-                whole = self._read_file(_copy(path), number)
+                whole = self._read_file(copy_of(path), number)
                 log.warning("%s; its copy is whole and takes its place", e)
                 return whole
             e.hint = hint
@@ -261,19 +265,19 @@ class RunStore:
             raise StoreError(f"{path} belongs to another run or round")
         record = facts.get("record")
         if record or number:  # the first adapter has none; an earlier version wrote an empty one
-            record = parse_facts_as(RoundRecord, record, where=f"the record in {path}", hint=_LAST)
+            record = parse_facts_as(RoundRecord, record, where=f"the record in {path}", hint=LAST_RESORT)
         return Checkpoint(number, adapter, record or None, state)
 
     def _files(self, number: int) -> list[Path]:
-        """Where a checkpoint is kept: twice where no round can be done twice."""
+        """The files of a checkpoint: two if a round cannot be repeated."""
         path = self._path(number)
-        return [path, _copy(path)] if mode_of(self.plan).once else [path]
+        return [path, copy_of(path)] if mode_of(self.plan).once else [path]
 
     def records(self) -> list[RoundRecord]:
-        """The records of all rounds so far. A last line that a power cut has torn is not there.
+        """The records of all rounds so far. A last line that a power cut has torn is left out.
 
         Raises:
-            Damaged: a line is not what was written; the error names it.
+            Damaged: a line is damaged; the error names it.
             StoreError: the file cannot be read.
             WireError (version-unsupported): a line is of another format.
         """
@@ -285,14 +289,14 @@ class RunStore:
         return whole
 
     def _scan(self) -> Iterator[RoundRecord | Damaged]:
-        return scan_rounds(read_file(self._records, hint=_LOG) or b"", self._records, hint=_LOG)
+        return scan_rounds(read_file(self._records, hint=LOG_HINT) or b"", self._records, hint=LOG_HINT)
 
     def finish(self, final: RoundRecord) -> None:
-        """Notes the last evaluation; from here on the run is complete."""
+        """Writes the record of the last evaluation, which completes the run."""
         write_atomic(self.directory / "final.json", dump_round(final))
 
     def final(self) -> RoundRecord | None:
-        """What :meth:`finish` noted, or None.
+        """The record of the last evaluation; None before it.
 
         Raises:
             StoreError: damaged.
@@ -303,7 +307,7 @@ class RunStore:
         return None if blob is None else parse_round(blob, where=str(path), hint=hint)
 
     def problems(self) -> dict[Path, str]:
-        """What is wrong with checkpoints, records and last evaluation, by file. Changes nothing."""
+        """Damage of checkpoints, records and the last evaluation, by file. Changes nothing."""
         found = {}
         for number in _numbers(self.directory):
             try:
@@ -319,7 +323,7 @@ class RunStore:
 
     @property
     def complete(self) -> bool:
-        """Whether the last evaluation is done, and its record whole."""
+        """Whether the last evaluation is done and its record intact."""
         with suppress(StoreError):
             return self.final() is not None
         return False
@@ -332,7 +336,7 @@ class RunStore:
     @property
     def repair(self) -> str:
         """The command that repairs this run."""
-        return _command(self.directory) or "fedlora server repair HOME RUN"
+        return repair_command(self.directory) or "fedlora server repair HOME RUN"
 
     @property
     def _records(self) -> Path:
@@ -342,18 +346,13 @@ class RunStore:
         return self.directory / f"round-{number:06d}.safetensors"
 
 
-_CHECKPOINT = re.compile(r"round-(\d{6,9})\.safetensors(\.copy)?")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CHECKPOINT = re.compile(rf"round-(\d{{6,9}})\.safetensors({re.escape(COPY)})?")
 
 
 def _numbers(directory: Path) -> list[int]:
-    """The rounds of which there are checkpoints, rising."""
+    """The rounds with checkpoints, rising."""
     found = (_CHECKPOINT.fullmatch(p.name) for p in directory.glob("round-*"))
     return sorted({int(m[1]) for m in found if m})
-
-
-def _copy(path: Path) -> Path:
-    return path.with_name(f"{path.name}.copy")
 
 
 def _run_facts(run: str, plan: Plan) -> bytes:
@@ -365,7 +364,7 @@ def _facts_of(mark: Path) -> dict[str, str]:
     with suppress(StoreError):
         facts = parse_record(read_file(mark) or b"", "run", mark)
         found = {k: str(facts.get(k)) for k in ("run", "plan")}
-        if all(_DIGEST.fullmatch(v) for v in found.values()):
+        if all(is_digest(v) for v in found.values()):
             return found
     return {}
 
@@ -381,4 +380,4 @@ def _run_of(directory: Path) -> str:
     for number in reversed(_numbers(directory)):
         with suppress(StoreError):
             return str(load_vectors(directory / f"round-{number:06d}.safetensors")[1]["run"])
-    raise Damaged(f"{directory / 'run.json'} is damaged and no checkpoint is whole", hint=_LAST)
+    raise Damaged(f"{directory / 'run.json'} is damaged and no checkpoint is whole", hint=LAST_RESORT)

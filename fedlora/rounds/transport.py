@@ -1,4 +1,4 @@
-"""How requests reach sites and replies come back, and the function that drives an exchange to its end."""
+"""Transports, which carry requests to sites and replies back; and the function that drives an exchange to its end."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from fedlora.protect.modes import brings_work, mode_of
 
 
 class Transport(Protocol):
-    """Law: ``exchange`` yields at most one reply for each request, as it comes, and ends once all came or the deadline passed.
+    """Sends requests to sites and receives their replies.
 
-    A reply of more than the request's ``max_reply_bytes`` comes as the error ``oversized``.
+    Law: ``exchange`` yields at most one reply for each request, in order of arrival, and ends when all have arrived or the
+    deadline has passed. A reply of more than the request's ``max_reply_bytes`` becomes the error ``oversized``.
     """
 
     def sites(self) -> Sequence[str]:
@@ -48,10 +49,10 @@ class LocalTransport:
 
 @dataclass(slots=True)
 class Dropouts:
-    """A transport that loses some sites, to rehearse it: who misses one request hears nothing more of this attempt.
+    """A transport that drops some sites, for rehearsals: a site that misses one request gets no further ones in this attempt.
 
     Args:
-        lost: (site, step, round), round 0 for every one. The step is the protection's word for it, or ``train`` for the request
+        lost: (site, step, round); round 0 means every round. A step is a phase of the protection, or ``train`` for the request
             that brings the work.
     """
 
@@ -61,7 +62,7 @@ class Dropouts:
     _gone: set[str] = field(default_factory=set)
 
     def listen(self, event: Event, facts: Mapping[str, Any]) -> None:
-        """To be told what the rounds report: which one it is."""
+        """Takes the events of the rounds, to know the current round."""
         if event == Event.ASK:
             self._round = facts["round"]
             self._gone.clear()
@@ -78,7 +79,7 @@ class Dropouts:
 
 
 def parse_dropouts(words: Sequence[str], *, sites: Collection[str], plan: Plan) -> frozenset[tuple[str, str, int]]:
-    """``site@step`` or ``site@step:round`` to what :class:`Dropouts` takes.
+    """Parses ``site@step`` or ``site@step:round``, for :class:`Dropouts`.
 
     Raises:
         ConfigError: not of that form, or no such site, step or round in this plan.

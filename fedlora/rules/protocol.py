@@ -116,7 +116,15 @@ class Aggregator(Protocol):
 
 
 def check_max_change(tensor: str, found: float, most: float) -> None:
-    """Raises: PlanRefused (impossible-adapter): more than ``most``, but for the rounding of float32."""
+    """Refuses a tensor that has changed more than is possible.
+
+    Args:
+        found: how far it has moved since the first adapter.
+        most: how far the rounds so far can have moved it; float32 rounding is allowed for.
+
+    Raises:
+        PlanRefused (impossible-adapter).
+    """
     if not found <= most * (1 + 1e-3) + 1e-6:
         raise PlanRefused(
             f"{tensor} has moved by {found:.3g} since the first adapter; the rounds so far can have moved it by {most:.3g}",

@@ -23,8 +23,9 @@ MAX_DELTA = 64.0
 MAX_WEIGHT = 1 << 26
 """Largest weight: 67 million supervised tokens in a round."""
 MOST_TOGETHER = 16 * MAX_SITES
-"""Weight of an update that is the sum of all: 16 for each site."""
+"""Largest weight of one update that stands for the sum of all sites: 16 for each."""
 MAX_COHORT = 1024
+"""Most sites in one sum: the grid leaves room for as many without overflow."""
 
 _CHUNK = 1 << 16  # values at a time: the temporaries stay in the cache
 

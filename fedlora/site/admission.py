@@ -10,7 +10,7 @@ from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.site.site_file import SiteFile
 
 RUNS = "runs"
-"""Where a site's memory keeps them."""
+"""Key of the runs in a site's memory."""
 
 _SHOWS = (
     "in two runs of one plan every site trains from the same adapters with the same seeds: the difference of their sums is the "
@@ -23,8 +23,8 @@ class Approvals:
     """What people at this site have approved.
 
     Attributes:
-        plans: digests, hex; one that stands twice allows two runs.
-        uncovers: plan -> sites whose update its sums may show beside sums of earlier plans on the same base.
+        plans: digests, hex; an entry that occurs twice allows two runs.
+        uncovers: plan -> sites whose update its sums may reveal beside sums of earlier plans on the same base.
     """
 
     plans: Sequence[str] = ()
@@ -44,17 +44,17 @@ class Begun:
 
 
 def admit(begun: Sequence[Begun], one: Begun, *, plans: Sequence[str] | None) -> Sequence[Begun]:
-    """Lets a run begin or go on, or says why not.
+    """Admits a run, new or continued, or refuses it.
 
-    Law: a run keeps the plan that it began with, and so its mode; of each plan no more runs go on than entries stand in
-    ``plans``, the first ones.
+    Law: a run keeps the plan that it began with, and so its mode. A plan has at most as many runs as it has entries in ``plans``;
+    the first runs are admitted.
 
     Args:
-        begun: so far, in order.
-        plans: what is approved; None: everything.
+        begun: the runs so far, in order.
+        plans: digests of approved plans; None: all are approved.
 
     Returns:
-        ``begun``, with the new run if it is one.
+        ``begun``, with this run added if it is new.
 
     Raises:
         WrongContext (wrong-plan): the run began with another plan.
@@ -94,7 +94,7 @@ _WAY = (
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """The runs of a site in its memory, over restarts."""
+    """The runs of a site, stored in its memory."""
 
     memory: Memory
 
@@ -111,5 +111,5 @@ class Runs:
         return [Begun(run, plan) for run, plan in found["begun"]]
 
     def save(self, begun: Sequence[Begun]) -> None:
-        """On the disk when this returns."""
+        """Stores the runs; they are on the disk when this returns."""
         put_record(self.memory, RUNS, "runs", {"begun": [[b.run, b.plan] for b in begun]})

@@ -1,4 +1,4 @@
-"""``fedlora site approve``: a plan in words, beside the last one that was approved here; and the entry that approves it."""
+"""``fedlora site approve``: describes a plan, compares it with the last approved one, and writes the approval."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedlora.site.site_file import SiteFile, load_site_file
 
 
 def in_words(plan: Plan) -> dict[str, str]:
-    """What a plan asks of a site: topic -> sentence."""
+    """A plan's requests to a site: topic -> sentence."""
     m, t, f = plan.model, plan.training, plan.federation
     bits = "4 bits" if m.load_in_4bit else "8 bits" if m.load_in_8bit else m.dtype
     work = f"{f.local_steps} steps" if f.local_steps else f"{f.local_epochs} passes over the data"
@@ -55,7 +55,7 @@ def _weight(plan: Plan) -> str:
 
 
 def _plain(text: str) -> str:
-    """A plan comes from elsewhere: what it says can neither move the cursor nor hide a line."""
+    """Escapes unprintable characters: text of a plan from elsewhere must not move the cursor or hide a line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -65,19 +65,19 @@ def _listed(names: str | Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a person decides about.
+    """The facts on which a person decides.
 
     Attributes:
         words: see :func:`in_words`.
-        last: the same of the plan that was approved last, empty if there was none.
-        changed: every key of the plan file that differs from that one's, with both values.
-        refusals: of this site's own policy, and of what it remembers having given.
-        approved: entries that stand for this plan already.
+        last: the same for the plan that was approved last; empty if there is none.
+        changed: keys with other values than in that plan, with both values.
+        refusals: reasons why this site would refuse the plan: its policy, and its earlier contributions.
+        approved: entries for this plan in the site file.
         begun: runs of it that this site has taken part in.
-        agreed: sites that people have agreed before to uncover by this plan.
-        named: the same, and those to be added now.
-        before: what this site has given on this base model, as far as it matters, in sentences.
-        uncovered: sites whose update this plan could show beside what was given before; None if no roster is known here yet.
+        agreed: sites whose update this plan may reveal, as people here have agreed before.
+        named: the same with those that are added now.
+        before: relevant earlier contributions on this base model, in sentences.
+        uncovered: sites whose update this plan could reveal beside earlier contributions; None if no roster is known here yet.
     """
 
     digest: str
@@ -93,7 +93,7 @@ class Question:
     uncovered: Sequence[str] | None
 
     def facts(self, *, approved: int) -> Approved:
-        """For a program, once ``approved`` runs of the plan are."""
+        """The answer for a program; ``approved`` is the number of approved runs."""
         return Approved(
             plan=self.digest,
             asks=dict(self.words),
@@ -150,14 +150,14 @@ class Question:
 
 
 def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> Question:
-    """Collects what a person has to know; changes nothing.
+    """Collects the facts for the decision; changes nothing.
 
     Raises:
         ConfigError: the site file is wrong, or the plan is not pinned or is a simulation's.
         StoreError, KeyFileError: what this site remembers cannot be read.
     """
     file, root = load_site_file(site_file), site_file.resolve().parent
-    if not plan.model.digest or not plan.lora.init_digest:
+    if not plan.is_pinned:
         raise ConfigError(
             "the plan is not pinned: it has another digest than the one that will run", hint="ask for the pinned plan"
         )
@@ -204,7 +204,7 @@ _ABSENT = object()
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots; a mapping of the operator's own names is flattened too."""
+    """A table with nested keys joined by dots, also those of mappings with free names."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -239,7 +239,7 @@ _AGAIN = (
 
 
 def _beside(plan: Plan, told: SumExposure | None, file: SiteFile, root: Path) -> tuple[list[str], list[str] | None]:
-    """What a plan says beside what this site has given on its base model, and the sites that it could show."""
+    """A plan compared with earlier contributions on its base model, and the sites whose update it could reveal."""
     memory, ledger, base = FileMemory(root / file.state / "memory"), _ledger(file, root), Base.of(plan)
     if told is None:
         return ledger.unlike(base, None) if ledger.before(base) else [], sorted(ledger.shown(base, None))
@@ -258,7 +258,7 @@ def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[st
     """Writes the approval into the site file, and keeps a copy of the plan for the next comparison.
 
     Returns:
-        Entries for this plan that now stand in the file.
+        Number of entries for this plan in the file.
 
     Raises:
         ConfigError: the site file cannot be changed without breaking it.
@@ -291,12 +291,12 @@ def with_approval(text: str, digest: str, *, add: bool, named: Sequence[str]) ->
 
 
 def _at_top(text: str, line: str) -> tomlkit.TOMLDocument:
-    """With a line before everything else: below a table it would be that table's."""
+    """The document with a line at the top: below a table it would belong to that table."""
     return tomlkit.parse(f"{line}\n{text}")
 
 
 def _check(text: str, path: Path, digest: str, *, count: int, named: Sequence[str]) -> None:
-    """What will be written says what was meant, and everything else is as it was."""
+    """Checks that the new text has the intended approval and is otherwise unchanged."""
     try:
         table, before = tomlkit.parse(text).unwrap(), tomlkit.parse(path.read_text("utf-8")).unwrap()
         new = SiteFile.model_validate_json(json.dumps(table))

@@ -1,4 +1,4 @@
-"""A site from its parts: the same for a deployment and for a simulation."""
+"""Builds a site from its parts, for a deployment or a simulation."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def site_of(
     report: Report,
     approvals: Callable[[], Approvals] | None = None,
 ) -> Site:
-    """A site that answers with these keys, under its file's policy, and keeps what must last in ``state``.
+    """A site with these keys and its file's policy, which keeps its state in ``state``.
 
     Args:
-        approvals: what is approved by now; None: what ``file`` says.
+        approvals: gives the current approvals; None: those of ``file``.
     """
     approved = approvals or (lambda: Approvals.of(file))
     memory = FileMemory(state / "memory", REPAIR)

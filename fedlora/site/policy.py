@@ -1,4 +1,4 @@
-"""What a site agrees to."""
+"""A site's policy: what it agrees to take part in."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def _mode(name: str) -> str:
     if name not in MODES:
         raise PydanticCustomError("mode", "{text}", {"text": MODES.unknown(name)})
     return name
+
+
+def default_modes(*, roster: bool) -> tuple[str, ...]:
+    """Modes that a site accepts whose policy names none: secagg where a roster says who takes part, else sealed."""
+    return ("secagg",) if roster else ("sealed",)
 
 
 class Policy(Section):
@@ -65,12 +70,12 @@ class Policy(Section):
         ]
 
     def refusals(self, plan: Plan, *, models: frozenset[str]) -> list[str]:
-        """Why this site would not take part in a plan, each in a sentence; none if it would.
+        """Reasons why this site would refuse a plan, each in a sentence; empty if it would take part.
 
         Args:
-            models: ids of the base models that lie here.
+            models: ids of the base models at this site.
         """
-        f, p, accepted = plan.federation, plan.protect, self.protect or ("secagg",)
+        f, p, accepted = plan.federation, plan.protect, self.protect or default_modes(roster=True)
         allowed = frozenset(self.allowed_models) or models
         no = []
         if plan.model.model_name_or_path not in allowed:
@@ -83,15 +88,15 @@ class Policy(Section):
             no.append(f"{f.num_rounds} rounds are more than {self.max_rounds}")
         if f.local_steps > self.max_local_steps:
             no.append(f"{f.local_steps} steps a round are more than {self.max_local_steps}")
-        if not plan.model.digest or not plan.lora.init_digest:
-            no.append("the plan pins neither base nor first adapter by content")
+        if not plan.is_pinned:
+            no.append("the plan does not pin both the base and the first adapter by content")
         return [*no, *mode_of(plan).refusals(plan, self)]
 
     def check(self, plan: Plan, *, models: frozenset[str]) -> None:
-        """Agrees to a plan or says why not.
+        """Checks that this site would take part in a plan.
 
         Raises:
-            PlanRefused: with every reason.
+            PlanRefused: it would not; the text has every reason.
         """
         if no := self.refusals(plan, models=models):
             raise PlanRefused("; ".join(no), hint="change [policy] in the site file, or talk to the coordinator")

@@ -9,15 +9,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from fedlora.core.plan import Hex, SiteName
+from fedlora.core.plan import Digest, Hex, SiteName
 from fedlora.core.section import Section
 from fedlora.data.files.readers import BUILT_IN, READERS
 from fedlora.data.files.sources import ENCODINGS
 from fedlora.data.shapes import SHAPES
 from fedlora.formats.plans import load_toml
-from fedlora.site.policy import Policy
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+from fedlora.site.policy import Policy, default_modes
 
 
 def _format(name: str) -> str:
@@ -76,11 +74,11 @@ class SiteData(Section):
     """fraction of groups held out for evaluation"""
 
     def paths(self, root: Path) -> list[Path]:
-        """Where the training rows are, as files, directories and patterns."""
+        """Files, directories and patterns of the training rows."""
         return _paths(root, self.path)
 
     def held_out_paths(self, root: Path) -> list[Path]:
-        """Where the rows for evaluation are; none: they are held out of the others."""
+        """Files, directories and patterns of the rows for evaluation; empty: they are held out of the training rows."""
         return _paths(root, self.held_out_path)
 
 
@@ -134,10 +132,10 @@ class SiteFile(Section):
 
     @property
     def agreed(self) -> Policy:
-        """The policy with the protections that it accepts written out."""
+        """The policy with its accepted modes of protection filled in."""
         if self.policy.protect:
             return self.policy
-        return self.policy.model_copy(update={"protect": ("secagg",) if self.roster else ("sealed",)})
+        return self.policy.model_copy(update={"protect": default_modes(roster=bool(self.roster))})
 
 
 def load_site_file(path: Path) -> SiteFile:

@@ -1,4 +1,4 @@
-"""A site's half of a round: open the task, check the policy, learn, answer; or answer from the journal."""
+"""A site's half of a round: open the task, check the policy, train, answer; or answer from the journal."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Trained:
 
     Attributes:
         adapter: the local adapter after the last step.
-        tokens: supervised tokens used (positions with a loss), counted as often as they were used.
-        examples: examples used, likewise.
+        tokens: supervised tokens (positions with a loss) in all steps; repeats count.
+        examples: examples in all steps; repeats count.
         counters: ``train/nats`` (units of 2^-16, rounded once) and ``train/tokens``, see :mod:`fedlora.core.metrics`.
         steps: optimizer steps.
         seconds: wall time.
-        state: what the next round needs: the data cursor, and the optimizer's moments where the plan keeps them.
+        state: for the next round: the data cursor, and the optimizer's moments if the plan keeps them.
     """
 
     adapter: Adapter
@@ -55,7 +55,7 @@ class Trained:
 
 
 class Learner(Protocol):
-    """A base model with one site's data. Law: the same arguments give the same bits on a CPU."""
+    """A base model with one site's data. Law: on a CPU, the same arguments give the same bits."""
 
     @property
     def base(self) -> str:
@@ -69,7 +69,7 @@ class Learner(Protocol):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in a round, passes over the data counted in steps."""
+        """Optimizer steps in a round; passes over the data are converted to steps."""
         ...
 
     def evaluate(self, adapter: Adapter) -> Mapping[str, int]:
@@ -78,11 +78,11 @@ class Learner(Protocol):
         ...
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
-        """Trains from ``adapter`` for one round, going on in the data where ``state`` (``b""`` at first) says.
+        """Trains from ``adapter`` for one round, continuing in the data at the position in ``state`` (``b""`` at first).
 
         Args:
             adapter: of :attr:`layout`, or of another rank.
-            factors: what is trained; the others stay as they are.
+            factors: which factors are trained; the others do not change.
 
         Raises:
             NonFiniteUpdate: the loss or a gradient is not finite.
@@ -91,7 +91,7 @@ class Learner(Protocol):
 
 
 def safely(site: str, answer: Callable[[], bytes]) -> Reply:
-    """Runs ``answer`` and turns whatever goes wrong into a code: the text of an exception never leaves a site."""
+    """Runs ``answer`` and turns every error into a code: the text of an exception never leaves a site."""
     try:
         return Reply(site, answer())
     except FedLoRAError as e:
@@ -117,9 +117,9 @@ class Site:
 
     Args:
         learner: makes the learner of a plan; called once a run, because it loads the base.
-        models: ids of the base models that lie here.
-        report: told ``(event, facts)`` about progress, for the site's own eyes.
-        approvals: what people here have approved by now; asked for at every task. None of it by default.
+        models: ids of the base models at this site.
+        report: gets events about progress; they stay at the site.
+        approvals: gives what people here have approved so far; called at every task. By default nothing is approved.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Site:
     report: Report = lambda event, facts: None
     approvals: Callable[[], Approvals] = Approvals
     _ready: tuple[str, Plan, Aggregator, Learner] | None = field(default=None, init=False)
-    _last: tuple[str, int, Entry] | None = field(default=None, init=False)  # run, round: saves reading the journal
+    _last: tuple[str, int, Entry] | None = field(default=None, init=False)  # run, round; a cache of the journal
     _told_small: bool = field(default=False, init=False)
 
     def handle(self, request: Request) -> Reply:
@@ -142,13 +142,13 @@ class Site:
         return reply
 
     def work(self, task: Task) -> Update:
-        """Does a task that has been found genuine, or finds it done in the journal.
+        """Does a task whose signature was checked, or takes its result from the journal.
 
         Raises:
             PlanRefused (plan-not-approved, run-not-approved), WrongContext (wrong-plan): no person here has agreed to this run.
-                Nothing has been loaded.
-            PlanRefused, WrongContext (wrong-base, wrong-layout): this site does not take part in that.
-            StateLost: what it would have to go on from is gone.
+                No base model has been loaded.
+            PlanRefused, WrongContext (wrong-base, wrong-layout): this site does not do this task.
+            StateLost: the state from which it would have to continue is lost.
             NonFiniteUpdate: training diverged.
             UpdateRejected (weight-too-large): this site used more than the plan lets one site weigh; the server would refuse it.
         """
@@ -173,11 +173,11 @@ class Site:
         return update
 
     def _admit(self, task: Task) -> None:
-        """Whether this run may go on here; a new one is on the disk before anything is done for it."""
+        """Checks that this run may continue here. A new run is recorded on the disk before anything is done for it."""
         plans = None if self.policy.approve == "any-within-policy" else self.approvals().plans
         runs = Runs(self.journal.memory or FileMemory(self.journal.directory / "memory"))
         after = admit(begun := runs.load(), Begun(task.run, task.plan_digest), plans=plans)
-        self.policy.check(parse_plan(task.plan), models=self.models)  # what is refused uses up no approval
+        self.policy.check(parse_plan(task.plan), models=self.models)  # a refused plan uses up no approval
         if len(after) > len(begun):
             runs.save(after)
 
@@ -197,7 +197,7 @@ class Site:
         except StateLost:
             if task.kind == "train":
                 raise
-            before = None  # a last evaluation says the same without it, and no round follows
+            before = None  # the last evaluation does not need it, and no round follows
         state = before[1].state if before else b""
         if task.kind == "evaluate":
             self.report(Event.EVALUATE, Evaluate(round=task.round))
@@ -220,7 +220,7 @@ class Site:
         return Update(delta, weight, self._shared(plan, counters)), trained.state, trained.adapter
 
     def _rank(self, plan: Plan) -> int:
-        """Slots that this site trains, at most."""
+        """Largest LoRA rank that this site trains."""
         return plan.lora.ranks.get(self.name, 1 << 30)
 
     def _shared(self, plan: Plan, counters: Mapping[str, int]) -> dict[str, int]:
@@ -238,7 +238,7 @@ class Site:
     def _prepare(self, task: Task) -> tuple[Plan, Aggregator, Learner, Adapter]:
         if self._ready is None or self._ready[0] != task.plan_digest:
             plan = parse_plan(task.plan)
-            self._ready = None  # the old base may go before the new one comes
+            self._ready = None  # frees the old base before the new one is loaded
             self._ready = (task.plan_digest, plan, rule_of(plan), self.learner(plan))
         _, plan, rule, learner = self._ready
         if not learner.base == task.base == plan.model.digest:
@@ -261,7 +261,7 @@ class Site:
         return plan, rule, learner, adapter
 
     def _whole(self, task: Task, plan: Plan, rule: Aggregator, learner: Learner) -> Adapter:
-        """The whole adapter: what the server does not send follows from the seed, or is this site's own."""
+        """The whole adapter: factors that the server does not send come from the seed or from this site's last round."""
         layout = learner.layout.at_rank(task.adapter.layout.rank) if rule.varies_rank else learner.layout
         if task.adapter.layout != layout.only(rule.down()) or layout.rank > MAX_RANK:
             raise WrongContext(

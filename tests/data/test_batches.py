@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.core.errors import DataError
-from fedlora.data import IGNORE, Cursor, Stream, Tokens, by_rows, in_order, regroup, share
+from fedlora.data import IGNORE, Cursor, Stream, Tokens, by_rows, in_order, regroup, shard
 
 
 def example(length, number=0):
@@ -180,9 +180,9 @@ def test_regrouping_and_sharing_keep_every_example_in_order(sizes, rows, packing
         assert b.labels.shape == (1, -(-b.tokens // multiple) * multiple)
         assert b.tokens <= tokens or b.examples == 1
     for parts in (1, 2, 3, 7):
-        shares = [share(batches, part=k, parts=parts, pad_token_id=9) for k in range(parts)]
-        assert documents([b for s in shares for b in s]) == right
-        held = [sum(b.tokens for b in s) for s in shares]
+        shards = [shard(batches, part=k, parts=parts, pad_token_id=9) for k in range(parts)]
+        assert documents([b for s in shards for b in s]) == right
+        held = [sum(b.tokens for b in s) for s in shards]
         assert max(held) - min(held) <= 2 * max(sizes)
 
 

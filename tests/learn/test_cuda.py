@@ -350,7 +350,7 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
             plan,
             devices=["cuda:0", "cuda:1"],
             state=tmp_path / "team",
-            facts=learner.facts(),
+            training_digest=learner.training_digest(),
             report=lambda *_: None,
         )
         learner.join(team.ranks)

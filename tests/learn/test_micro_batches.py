@@ -20,7 +20,7 @@ from learn.plans import plan_of
 from fedlora.cli import main
 from fedlora.core.errors import ResourceError
 from fedlora.core.metrics import LISTED, finish
-from fedlora.data import IGNORE, Tokens, in_order, regroup, share
+from fedlora.data import IGNORE, Tokens, in_order, regroup, shard
 from fedlora.learn.fast.tuning import _ROOM, MicroBatchTuner, _Probe
 from fedlora.learn.learner import HFLearner
 from fedlora.learn.loop import PlanBatches
@@ -274,7 +274,7 @@ def test_a_round_that_was_given_up_leaves_nothing_for_the_next(lora: Callable[..
 
         def broadcast(self, command: Any) -> None: ...
 
-        def share(self, batches: Sequence[Any]) -> Sequence[Any]:
+        def shard_batches(self, batches: Sequence[Any]) -> Sequence[Any]:
             return batches
 
         def add_up(self, *_: Any) -> Any:
@@ -293,10 +293,10 @@ def test_a_round_that_was_given_up_leaves_nothing_for_the_next(lora: Callable[..
     assert learner.train(first, round=1, state=b"").adapter.digest() == right
 
 
-def test_a_share_is_in_rows_no_longer_than_the_plans(lora: Callable[..., Any], rows: Sequence[Tokens]):
-    """Else a model that needs a mask would get one as wide as the whole share."""
+def test_a_shard_is_in_rows_no_longer_than_the_plans(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    """Else a model that needs a mask would get one as wide as the whole shard."""
     (batch,) = in_order(rows, rows=12, max_length=48, packing=True, pad_token_id=256)
     for part in (0, 1):
-        found = share([batch], part=part, parts=2, pad_token_id=0)
+        found = shard([batch], part=part, parts=2, pad_token_id=0)
         assert max(b.labels.shape[1] for b in found) <= batch.labels.shape[1]
         assert len(found) > 1

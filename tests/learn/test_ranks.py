@@ -61,7 +61,13 @@ def team(site: Path, tmp_path: Path, learner: Any) -> Iterator[Callable[[int], W
     def make(count: int) -> WorkerPool:
         made.append(
             WorkerPool(
-                WORKER, site, plan(), devices=["cpu"] * count, state=tmp_path / "team", facts=learner.facts(), report=silent
+                WORKER,
+                site,
+                plan(),
+                devices=["cpu"] * count,
+                state=tmp_path / "team",
+                training_digest=learner.training_digest(),
+                report=silent,
             )
         )
         return made[-1]
@@ -127,8 +133,9 @@ def test_kill_9_of_the_site_leaves_no_process_behind(site: Path, tmp_path: Path)
         "from fedlora.learn.local import WORKER, load_learner\n"
         "from fedlora.core.plan import parse_plan\n"
         "site, plan, quiet = Path(sys.argv[1]), parse_plan(sys.argv[2].encode()), lambda *_: None\n"
-        "facts = load_learner(site, plan, report=quiet).facts()\n"
-        "team = WorkerPool(WORKER, site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), facts=facts, report=quiet)\n"
+        "digest = load_learner(site, plan, report=quiet).training_digest()\n"
+        "team = WorkerPool(WORKER, site, plan, devices=['cpu'] * 2, state=Path(sys.argv[3]), training_digest=digest,"
+        " report=quiet)\n"
         "team.ranks(); print(*team.pids(), flush=True); time.sleep(60)"
     )
     argv = [sys.executable, "-c", code, str(site), plan().canonical().decode(), str(tmp_path / "team")]

@@ -11,6 +11,7 @@ from test_rounds import TARGETS, Federation, interrupted, plan
 from fedlora.cli import main
 from fedlora.core.errors import RunFailed
 from fedlora.core.messages import Reply
+from fedlora.core.plan import Model
 from fedlora.rounds.store import RunStore
 
 pytestmark = pytest.mark.torch
@@ -34,6 +35,18 @@ def test_a_run_is_called_complete_when_all_its_rounds_are_done_and_not_before(tm
     fed.run()
     said.append(facts(tmp_path / "run", tmp_path / "whole"))
     assert [(s["rounds"], s["complete"]) for s in said] == [(0, False), (1, False), (2, False), (3, True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [({}, "(nf4)"), ({"bnb_4bit_quant_type": "fp4"}, "(fp4)"), ({"load_in_4bit": False, "load_in_8bit": True}, "(int8)")],
+)
+def test_the_card_says_how_the_base_was_quantized(tmp_path, model, said):
+    fed = Federation(tmp_path, plan(rounds=1, model=Model(**model)))
+    fed.run()
+    facts(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"The base was held quantized {said}" in card
 
 
 def test_what_is_published_names_the_run_the_plan_the_base_and_the_adapter(tmp_path):

@@ -1,4 +1,4 @@
-"""Flower's APIs for a task and for whoever commands a SuperLink, by clients and records that flwr does not publish."""
+"""Flower's Runtime API (for a task) and Control API (of a SuperLink), through clients that flwr does not publish."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from fedlora.gateway.addresses import LOOPBACK
 T = TypeVar("T")
 
 BROKEN, TOO_LARGE = 1000, 1001
-"""Error codes of ours beside Flower's 0 to 8: a message that does not unfold, or unfolds to too much."""
+"""Our error codes beside Flower's 0 to 8: a message that cannot be decoded, or is too large when decoded."""
 
 _RETRIED = (502, 503, 504)
 _CHUNK_BYTES = 5 << 20  # Flower cuts an array into chunks of this size
@@ -46,13 +46,13 @@ _STRAGGLING_PART_S = 10.0
 
 
 class WrongSecret(ConnectionFailed):
-    """A Flower process on this host does not take the secret that it was started with."""
+    """A Flower process on this host refuses the secret that it was started with."""
 
     code: Code = "wrong-secret"
 
 
 class Channel(Protocol):
-    """What a server's transport needs: Flower's Grid, but for how much it takes of a message. :class:`TaskClient` has it."""
+    """The interface that a server's transport needs: Flower's Grid with a limit on a message's size. See :class:`TaskClient`."""
 
     def get_node_ids(self) -> Iterable[int]: ...
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]: ...
@@ -76,7 +76,7 @@ def _patient(patience_s: float) -> RetryInvoker:
 
 
 def _call(method: Callable[[Any], T], request: object, *, on_401: type[ConnectionFailed] = ConnectionFailed) -> T:
-    """Runs one request; what httpx raises becomes a named error."""
+    """Makes one request; turns httpx's errors into ours."""
     try:
         return method(request)
     except httpx.HTTPStatusError as e:
@@ -117,7 +117,7 @@ class Claimer:
         """A task's token, or an empty string if nothing waits.
 
         Raises:
-            WrongSecret: it answers, and refuses the secret.
+            WrongSecret: the API answers and refuses the secret.
             ConnectionFailed: no answer.
         """
         return str(_call(self._client.AcquireTask, self._request, on_401=WrongSecret).token)
@@ -128,7 +128,7 @@ class Claimer:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a claimed task is about.
+    """A claimed task.
 
     Attributes:
         run_id, task_id, node_id: Flower's numbers.
@@ -144,9 +144,9 @@ class Claim:
 
 
 class TaskClient:
-    """A claimed task's line to its Runtime API; for a run it is also the :class:`Channel` to the sites.
+    """A claimed task's connection to its Runtime API; for a run it is also the :class:`Channel` to the sites.
 
-    Every method raises ConnectionFailed if Flower does not answer within ``patience_s`` or knows the token no more.
+    Every method raises ConnectionFailed if Flower does not answer within ``patience_s`` or no longer knows the token.
     """
 
     def __init__(self, address: str, *, token: str, ca: Path | None, patience_s: float) -> None:
@@ -156,12 +156,12 @@ class TaskClient:
         self._arriving: dict[str, tuple[Any, Any]] = {}
 
     def identify(self, *, run_id: int, task_id: int, node_id: int) -> None:
-        """Sets whose messages these are. Process-wide, because flwr's Message reads it from a global."""
+        """Sets the sender of messages. Process-wide, because flwr's Message reads it from a global."""
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, run_id, node_id
         self._run_id, self._node = run_id, node_pb2.Node(node_id=node_id)
 
     def start(self) -> Claim:
-        """Tells Flower that the task runs now, and identifies this client with it."""
+        """Tells Flower that the task has started, and sends messages in its name from now on."""
         answer = _call(self._client.PullTaskInput, runtime_pb2.PullTaskInputRequest())
         claim = Claim(
             run_id=answer.run.run_id,
@@ -174,7 +174,7 @@ class TaskClient:
         return claim
 
     def heartbeat(self) -> bool:
-        """False if the task is over for Flower: stopped, or expired."""
+        """Keeps the task alive; False if Flower has stopped it or let it expire."""
         return bool(_call(self._client.SendTaskHeartbeat, runtime_pb2.SendTaskHeartbeatRequest()).success)
 
     def finish(self, error: str) -> None:
@@ -190,7 +190,7 @@ class TaskClient:
         return [int(n.node_id) for n in _call(self._client.GetNodes, runtime_pb2.GetNodesRequest()).nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Sends messages one by one, each in chunks that are stored once however many sites they go to.
+        """Sends messages one by one, each in chunks. A chunk is stored once, to however many sites it goes.
 
         Returns:
             Ids in order, empty where Flower refused one.
@@ -220,7 +220,7 @@ class TaskClient:
         return str(answer.message_ids[0]) if answer.message_ids else str(message.metadata.message_id)
 
     def pull_messages(self, message_ids: Iterable[str], *, max_bytes: int) -> list[Message]:
-        """Takes what has arrived whole: replies to these ids, or for no ids the instruction of a site's task. At most once each.
+        """Messages that have arrived completely: replies to these ids, or without ids the request of a site's task. Each once.
 
         Does not wait for a reply that is still being uploaded: one slow site would hold up all others. A message whose parts
         are more than ``max_bytes`` need comes at once with the error TOO_LARGE, none of it pulled; so does one that states
@@ -296,7 +296,7 @@ def _parts(tree: Any) -> int:
 
 
 def _check_stated(parts: Mapping[str, bytes], max_bytes: int) -> None:
-    """Adds up the lengths that arrays state, before their chunks are pulled.
+    """Checks the sum of the lengths that arrays state, before their chunks are pulled.
 
     Raises:
         Oversized: more than ``max_bytes`` together.
@@ -308,7 +308,7 @@ def _check_stated(parts: Mapping[str, bytes], max_bytes: int) -> None:
 
 
 def _check_unfolded(parts: Mapping[str, bytes], max_bytes: int) -> None:
-    """Adds up what arrays will hold before any is unfolded: one may name the same chunk a million times.
+    """Checks the total size of the arrays before any is decoded: one may name the same chunk a million times.
 
     Raises:
         Oversized: more than ``max_bytes`` together.
@@ -334,7 +334,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Where a run stands: ``pending``, ``starting``, ``running`` or ``finished``; then how, and with which error code.
+    """State of a run: ``pending``, ``starting``, ``running`` or ``finished``; then how, and with which error code.
 
     Attributes:
         outcome: empty, ``completed``, ``failed`` or ``stopped``.
@@ -348,7 +348,7 @@ class RunState:
 
 
 class Control:
-    """The SuperLink's Control API, on loopback. It asks for no password: who reaches it commands the SuperLink.
+    """The SuperLink's Control API, on loopback. It has no password: everybody who can reach it can start and stop runs.
 
     Every method raises ConnectionFailed if the SuperLink does not answer or refuses.
     """

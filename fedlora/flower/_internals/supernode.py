@@ -1,4 +1,4 @@
-"""Flower's command ``flower-supernode`` with parts of ours in the place of its own: :func:`run` names all that is replaced."""
+"""Flower's command ``flower-supernode`` with some parts replaced by ours: :func:`run` lists them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _LONGEST_RETRY_S = 5  # Flower's 20 s keep a site out of a round that a server w
 
 
 class Rest(Protocol):
-    """How long the SuperNode rests between two questions for messages; stands in for the module ``time`` in its loop."""
+    """The pause between two polls for messages; replaces the module ``time`` in the SuperNode's loop."""
 
     def sleep(self, seconds: float) -> None: ...
     def note(self) -> None:
-        """A message was here just now."""
+        """Called when a message has arrived."""
 
 
 class Calls(Protocol):
-    """What stands around every call to the server."""
+    """Intercepts every call to the server."""
 
     def intercept(self, sign_and_send: Callable[[httpx.Request], httpx.Response], request: httpx.Request) -> httpx.Response: ...
     def correction_s(self) -> float:
-        """What is added to this machine's time in a signature, seconds."""
+        """Seconds that are added to this machine's time in a signature."""
 
 
 def signing(inner: Any) -> Any:
-    """Flower's class that signs the time stamp of each call, made to sign the call as well."""
+    """A subclass of Flower's class that signs the time stamp of each call; it also signs the call."""
 
     class Signing(inner):  # type: ignore[misc]  # flwr is untyped here
         def __init__(self, private_key: Any, public_key: Any) -> None:
@@ -61,7 +61,7 @@ def run(rest: Rest, calls: Calls, *, listening: Callable[[], None]) -> None:
     """The command ``flower-supernode``, with the arguments of this process, until it ends.
 
     Args:
-        listening: called once Flower hears signals by itself.
+        listening: called once Flower has installed its own signal handlers.
     """
     push, register = loop._push_messages, loop.register_signal_handlers
     intercept, now = auth.NodeAuthHttpInterceptor.intercept, auth.now

@@ -67,10 +67,12 @@ def team(
     *,
     devices: Sequence[str],
     state: Path,
-    facts: bytes,
+    training_digest: bytes,
     report: Report,
 ) -> WorkerPool:
     """See :class:`fedlora.learn.fast.workers.WorkerPool`."""
     from fedlora.learn.fast import workers
 
-    return workers.WorkerPool(spawn, site_file, plan, devices=devices, state=state, facts=facts, report=report)
+    return workers.WorkerPool(
+        spawn, site_file, plan, devices=devices, state=state, training_digest=training_digest, report=report
+    )

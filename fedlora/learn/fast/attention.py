@@ -146,7 +146,7 @@ def _attend(
     if attention_mask is not None or dropout or foreign:
         raise ValueError(f"{type(module).__name__} asks its attention for {foreign or 'a mask or dropout'}")
     ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # t[0] would copy on the way back
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # t[0] would copy in the backward pass
     if not q.is_cuda:
         return _one_by_one(q, k, v, ends.tolist(), scaling).unsqueeze(0), None
     if scaling is not None and "scale" not in _PARAMETERS and scaling != q.shape[-1] ** -0.5:

@@ -2,7 +2,7 @@
 
 PEFT computes the adapter's products in float32 beside a base in bfloat16 and lets autograd keep every intermediate. Here the
 factors stay float32 where they are updated, and products use their bfloat16 values, as the base's do; their gradients come
-out in float32. The 4-bit weight is written out twice a pass, on the way there and on the way back, and held by nobody.
+out in float32. The 4-bit weight is dequantized in the forward pass and again in the backward pass, and never kept.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Tensor: TypeAlias = torch.Tensor
 
 @dataclass(slots=True, eq=False)
 class Made:
-    """How a layer's input is computed again from tensors that are kept anyway, so that it need not be kept itself.
+    """How a layer's input is recomputed from tensors that are stored anyway, so that it need not be stored itself.
 
-    Several layers may read one input (q, k and v): on the way back it is computed once for all of them. It holds no tensor
-    between the two ways: what autograd keeps is autograd's business, so that checkpointing may drop it.
+    Several layers may read one input (q, k and v): the backward pass recomputes it once for all of them. It holds no
+    tensor between the passes: autograd stores them, so that checkpointing can drop them.
     """
 
     make: Callable[..., Tensor]
@@ -54,7 +54,7 @@ class FusedLora(LoraLinear):  # type: ignore[misc]  # PEFT ships no usable types
     """PEFT's LoRA layer over a 4-bit or plain linear layer, with :class:`_Product` for its arithmetic.
 
     Attributes:
-        keep_inputs: False: inputs that say how they were made are not kept for the way back.
+        keep_inputs: False: inputs that can be recomputed are not stored for the backward pass.
     """
 
     keep_inputs = True

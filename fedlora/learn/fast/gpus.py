@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ResourceError
-from fedlora.data import Batch, share
+from fedlora.data import Batch, shard
 from fedlora.learn._internals import abort
 
 _FACTORS: tuple[Factors, ...] = ("AB", "A", "B")
@@ -45,15 +45,15 @@ class TrainingGroup:
         count: processes.
         rendezvous: file by which they find each other; new for each group, in a directory of the site's own, kept as long as it.
         device: where this one computes, by torch's name.
-        facts: what all ranks must agree on, 32 bytes; see :meth:`fedlora.learn.learner.HFLearner.facts`.
-        gone: set by whoever sees that another rank ended.
+        training_digest: what all ranks must agree on, 32 bytes; see :meth:`fedlora.learn.learner.HFLearner.training_digest`.
+        gone: an event that is set when another rank has ended.
 
     Raises:
         ResourceError: the others did not come, or have other rows.
     """
 
     def __init__(
-        self, *, rank: int, count: int, rendezvous: Path, device: str, facts: bytes, gone: threading.Event | None = None
+        self, *, rank: int, count: int, rendezvous: Path, device: str, training_digest: bytes, gone: threading.Event | None = None
     ) -> None:
         self.rank, self.count, self._device = rank, count, torch.device(device)
         self._gone = gone or threading.Event()
@@ -67,7 +67,7 @@ class TrainingGroup:
             dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count, timeout=_STEP)
             self._commands = dist.new_group(backend="gloo", timeout=_IDLE)
             dist.monitored_barrier(self._commands, timeout=_RENDEZVOUS)
-            self._agree(facts)
+            self._agree(training_digest)
             self._connect()
         except BaseException as e:
             self.close()  # else no other group could ever be made in this process
@@ -97,9 +97,9 @@ class TrainingGroup:
         if failed:
             raise failed[0]
 
-    def _agree(self, facts: bytes) -> None:
-        """All ranks have the facts of rank 0, or none of them continues."""
-        here = torch.from_numpy(np.frombuffer(facts, np.uint8).copy())
+    def _agree(self, digest: bytes) -> None:
+        """Checks on all ranks that they have the digest of rank 0."""
+        here = torch.from_numpy(np.frombuffer(digest, np.uint8).copy())
         same = torch.tensor([int(torch.equal(self._pass_on(here.clone()), here))])
         self._guarded(lambda: dist.all_reduce(same, dist.ReduceOp.MIN, group=self._commands, async_op=True))
         if not int(same):
@@ -111,7 +111,7 @@ class TrainingGroup:
     # --- commands -------------------------------------------------------------------------------------------------
 
     def broadcast(self, command: Command | None) -> None:
-        """Rank 0: what to train next; None: it is over."""
+        """Rank 0: broadcasts the next training command; None shuts the workers down."""
         if command is None:
             self._pass_on(torch.tensor([_END] * 6))
             return
@@ -123,7 +123,7 @@ class TrainingGroup:
             self._pass_on(torch.from_numpy(np.frombuffer(state, np.uint8).copy()))
 
     def receive(self, layout: Layout) -> Command | None:
-        """The others: waits for the next command, however long. ``layout`` is the plan's."""
+        """The other ranks: waits for the next command without a time limit. ``layout`` is the plan's."""
         kind, round, factors, rank, size, length = self._pass_on(torch.empty(6, dtype=torch.int64), pause_s=_IDLE_S).tolist()
         if kind == _END:
             return None
@@ -132,21 +132,21 @@ class TrainingGroup:
         return Adapter(vector, layout.at_rank(rank)), round, state, _FACTORS[factors]
 
     def _pass_on(self, tensor: torch.Tensor, *, by: Any = _COMMANDS, pause_s: float = _LONGEST_S) -> torch.Tensor:
-        """Rank 0's tensor to all; commands on the CPU over gloo, an adapter from card to card."""
+        """Broadcasts rank 0's tensor: commands on the CPU over gloo, adapters from GPU to GPU."""
         group = self._commands if by is _COMMANDS else by
         self._guarded(lambda: dist.broadcast(tensor, 0, group=group, async_op=True), pause_s=pause_s)
         return tensor
 
     # --- steps -------------------------------------------------------------------------------------------------
 
-    def share(self, batches: Sequence[Batch]) -> list[Batch]:
+    def shard_batches(self, batches: Sequence[Batch]) -> list[Batch]:
         """This rank's examples of a step."""
-        return share(batches, part=self.rank, parts=self.count, pad_token_id=0)
+        return shard(batches, part=self.rank, parts=self.count, pad_token_id=0)
 
     def add_up(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor, total: int) -> torch.Tensor:
         """Puts the sum of all ranks' gradients in the place of this one's; returns the sum of their losses.
 
-        All ranks get the same bits, whoever came first: a rank is a card, and its place in the sum is fixed.
+        All ranks get the same bits, in whatever order they arrive: each rank has a fixed place in the sum.
 
         Raises:
             ResourceError: another rank ended, or is not at the same step.

@@ -65,7 +65,7 @@ class JointLearners:
         self._ready: dict[tuple[str, int, str], dict[str, Trained]] = {}
 
     def one(self, site: str) -> JointLearner:
-        """The learner of a site, for whoever thinks that it is alone."""
+        """A learner for one site, with the ordinary Learner interface."""
         return JointLearner(self, site)
 
     def train(self, site: str, adapter: Adapter, *, round: int, state: bytes, factors: Factors) -> Trained:
@@ -91,7 +91,7 @@ class JointLearners:
             try:
                 return self._train_all(adapter, round=round, factors=factors)
             finally:
-                self._model.set(adapter)  # one adapter again, for whoever comes next, whatever happened
+                self._model.set(adapter)  # back to a single adapter, also after an error
         except (NonFiniteUpdate, DataError):
             return {}
         except (RuntimeError, MemoryError) as e:

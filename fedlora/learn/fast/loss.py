@@ -1,4 +1,4 @@
-"""The loss at chosen tokens and its gradient in one pass over the output head: no logits are kept for the way back."""
+"""The loss at chosen tokens and its gradient in one pass over the output head: no logits are stored for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Nats(torch.autograd.Function):
     """Hidden states (n, d) and targets (n,) -> nats (n,) float32 and whether each target is the most likely token (n,) bool.
 
     A slice of rows at a time: its logits, the loss and at once the gradient of the loss, then the logits go. The gradient of
-    a row's loss depends on that row alone, so that the way back only scales it (as in Hsu et al., Liger Kernel, 2024). What is
-    most likely is told only where no gradient is recorded.
+    a row's loss depends on that row alone, so that the backward pass only scales it (Hsu et al., Liger Kernel, 2024). The
+    most likely token is computed only where no gradient is recorded.
     """
 
     @staticmethod

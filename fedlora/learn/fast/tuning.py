@@ -65,8 +65,8 @@ class MicroBatchTuner:
     """Cuts steps into micro-batches; all learners that share a model share one tuner.
 
     Args:
-        checkpointing: what to compute again; ``auto``, or what these layers do not know: what is fastest of what fits.
-        floor: the least that ``auto`` computes again.
+        checkpointing: what to recompute; ``auto``, or a mode that these layers do not have: the fastest mode that fits.
+        floor: the least that ``auto`` recomputes.
         tokens: most tokens of a micro-batch; 0: as many as fit, or as the plan says where nothing is to be measured.
         limit_bytes: most GPU memory to use; 0: what is free.
         report: told ``("micro-batches", facts)`` when something is chosen, ``("out-of-memory", facts)`` when it did not fit.
@@ -101,7 +101,7 @@ class MicroBatchTuner:
 
     @property
     def checkpointing(self) -> Checkpointing:
-        """What is computed again now."""
+        """What is recomputed now."""
         return self._checkpointing or "none"
 
     @property

@@ -1,8 +1,8 @@
 """Worker processes for the further GPUs of a site: a :class:`WorkerPool` starts them, watches them and ends them.
 
 What a worker is to do comes on its standard input: the site file, the plan, its rank. It reads the same rows as the site
-itself, takes commands from rank 0 alone, and ends when that does, however that ends. What it runs is not known here: whoever
-makes the team gives the command.
+itself, takes commands from rank 0 only, and ends when rank 0 ends, even if that is killed. The command that starts a worker is an
+argument.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class WorkerPool:
         spawn: the command of a worker; its order comes on standard input.
         devices: ``cuda:0`` and so on, or ``cpu`` as often as there are to be processes; this process computes on the first.
         state: a directory of the site's own.
-        facts: what all processes must agree on, see :meth:`fedlora.learn.learner.HFLearner.facts`.
+        training_digest: what all processes must agree on, see :meth:`fedlora.learn.learner.HFLearner.training_digest`.
         report: told of :attr:`Event.PROCESS`.
     """
 
@@ -55,11 +55,11 @@ class WorkerPool:
         *,
         devices: Sequence[str],
         state: Path,
-        facts: bytes,
+        training_digest: bytes,
         report: Report,
     ) -> None:
         self._command, self._site_file, self._plan, self._devices = list(spawn), site_file.resolve(), plan, list(devices)
-        self._state, self._report, self._facts = state, report, facts
+        self._state, self._report, self._training_digest = state, report, training_digest
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ranks: TrainingGroup | None = None
         self._broken = threading.Event()
@@ -122,7 +122,7 @@ class WorkerPool:
                 count=len(self._devices),
                 rendezvous=rendezvous,
                 device=self._devices[0],
-                facts=self._facts,
+                training_digest=self._training_digest,
                 gone=self._broken,
             )
         except BaseException:
@@ -132,7 +132,7 @@ class WorkerPool:
         self._report(Event.PROCESS, Process(name="training", state=f"{len(self._devices)} processes are ready"))
 
     def _await(self, rendezvous: Path) -> None:
-        """Until every worker has loaded its base: only then does anybody wait for anybody in a way that cannot be given up."""
+        """Waits until every worker has loaded its base. Only then start collectives, which cannot be interrupted."""
         waiting = [ready(rendezvous, rank) for rank in range(1, len(self._devices))]
         end = time.monotonic() + _LOAD_S
         while waiting := [file for file in waiting if not file.exists()]:
@@ -155,7 +155,7 @@ class WorkerPool:
         )
         order = {"site_file": str(self._site_file), "plan": self._plan.canonical().decode(), "rank": rank,
                  "count": len(self._devices), "device": device, "rendezvous": str(rendezvous), "parent": os.getpid()}  # fmt: skip
-        with contextlib.suppress(BrokenPipeError):  # it ended already: whoever waits for it sees that
+        with contextlib.suppress(BrokenPipeError):  # it ended already; waiting for it finds that out
             if process.stdin is not None:
                 process.stdin.write(canonical(order))
                 process.stdin.close()

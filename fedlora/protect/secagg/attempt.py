@@ -1,4 +1,4 @@
-"""One attempt of a round at the server: what it is about, who it is with, and how a step asks sites and hears them."""
+"""One attempt of a round at the server: its task and roster, and how a step sends requests and takes replies."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from fedlora.protect.secagg.sessions import ServerSession, SessionStore
 from fedlora.protect.secagg.terms import Terms, codec
 
 _FINAL = frozenset({"secrets-gone", "session-spent", "both-secrets", LoneChange.code})
-"""What a site says when it can never answer in this session."""
+"""Codes of a site that can never answer in this session again."""
 
 
 Errors: TypeAlias = dict[str, FedLoRAError]
-"""Each site's first error, until it is known who counts."""
+"""Each site's first error. Errors are reported at the end, when it is known whose updates count."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,8 +42,8 @@ class Attempt:
         terms: of the plan under ``signed``.
         signed: the roster, checked.
         sessions: durable.
-        report: told about the steps.
-        errors: what each site did wrong first, until it is known who counts.
+        report: gets an event for each step.
+        errors: see :data:`Errors`.
     """
 
     task: Task
@@ -55,7 +55,7 @@ class Attempt:
     errors: Errors = field(default_factory=dict)
 
     def admitted(self, sites: Sequence[str]) -> list[str]:
-        """Those that may take part. Who was caught is left out, unless too few would be left: else one lie would stop a run."""
+        """The sites that may take part. Proven liars are left out, but not if too few sites would remain."""
         requirements, admitted, caught = self.terms.requirements, list[str](), Errors()
         for site in sites:
             try:
@@ -80,10 +80,11 @@ class Attempt:
         return admitted
 
     def whole(self, names: Sequence[str], errors: Errors, *, least: int) -> list[str]:
-        """Those of these sites whose groups are there as a whole.
+        """The sites among these whose whole group is among these.
 
         Raises:
-            CohortTooSmall, LoneChange: fewer than ``least``; which would be enough with the others of their groups.
+            CohortTooSmall: fewer than ``least`` sites.
+            LoneChange: enough sites, but fewer than ``least`` of them in whole groups.
         """
         requirements = self.terms.requirements
         whole, absent = requirements.whole(names), away(requirements, names)
@@ -103,31 +104,30 @@ class Attempt:
 
     def ask_all(
         self,
-        attempt: int,
-        names: Sequence[str],
         phase: str,
         payload: bytes,
         take: Callable[[Reply], None],
-        errors: Errors,
-        session: ServerSession | None = None,
         *,
+        names: Sequence[str],
         max_payload: int,
+        session: ServerSession | None = None,
     ) -> Exchange:
-        """Asks these sites the same, and takes what they answer."""
-        body = self.seal(attempt, names, phase, payload)
+        """Sends one request to all these sites, under the attempt of ``session`` if there is one, and takes their replies."""
+        body = self.seal(phase, payload, names=names, session=session)
         replies = yield [Request(name, phase, body, reply_bytes(max_payload)) for name in names]
         del body
-        self.receive(session, replies, names, take, errors)
+        self.receive(replies, take, names=names, errors=self.errors, session=session)
 
     def receive(
         self,
-        session: ServerSession | None,
         replies: Iterator[Reply],
-        names: Sequence[str],
         take: Callable[[Reply], None],
+        *,
+        names: Sequence[str],
         errors: Errors,
+        session: ServerSession | None,
     ) -> None:
-        """Takes replies as they come; what is wrong with one is noted, and who can never answer is gone from the session."""
+        """Takes replies as they come and collects their errors; a site that can never answer again is gone from the session."""
         now: Errors = {}
         receive(replies, names, take, now.setdefault)
         for site, error in now.items():
@@ -135,26 +135,28 @@ class Attempt:
             if session is not None and isinstance(error, RemoteError) and error.remote_code in _FINAL:
                 session.gone.add(session.cohort.number(site))
 
-    def seal(self, attempt: int, names: Sequence[str], phase: str, payload: bytes) -> bytes:
+    def seal(self, phase: str, payload: bytes, *, names: Sequence[str], session: ServerSession | None) -> bytes:
         """A request to these sites."""
-        context = Context.of(replace(self.task, attempt=attempt))
-        return self.link.seal(context, payload, phase=phase, codec=codec(phase), to=names)
+        return self.link.seal(self._context(session), payload, phase=phase, codec=codec(phase), to=names)
 
-    def answer(self, attempt: int, reply: Reply, phase: str, *, max_payload: int) -> bytes:
-        """What a site has answered, opened."""
-        context = Context.of(replace(self.task, attempt=attempt))
-        return self.link.open(context, reply, phase=phase, codec=codec(phase), max_payload=max_payload)
+    def open(self, reply: Reply, phase: str, *, max_payload: int, session: ServerSession | None = None) -> bytes:
+        """The payload of a site's reply."""
+        return self.link.open(self._context(session), reply, phase=phase, codec=codec(phase), max_payload=max_payload)
+
+    def _context(self, session: ServerSession | None) -> Context:
+        """A session goes on under the attempt in which it began."""
+        return Context.of(self.task if session is None else replace(self.task, attempt=session.attempt))
 
     def known(self, name: str) -> PublicIdentity:
-        """A site's keys by the roster."""
+        """A site's keys on the roster."""
         return self.signed.roster.site(name)
 
     def caught(self, site: str) -> None:
-        """Leaves a proven liar out of the rest of this round and of the next one."""
+        """Excludes a site that has provably lied from the rest of this round and from the next one."""
         for round in (self.task.round, self.task.round + 1):
             self.sessions.exclude(site, round=round, code=DealerLied.code)
 
 
 def away(requirements: SessionRequirements, names: Collection[str]) -> list[str]:
-    """The others of the groups that some of these sites are in."""
+    """The absent members of the groups that some of these sites belong to."""
     return sorted(frozenset().union(*(g for g in requirements.groups or () if g & frozenset(names))).difference(names))

@@ -1,4 +1,4 @@
-"""A site's update as what it masks: whole levels, and the numbers that ride beside them. FORMAT.md, 10.6."""
+"""A site's update as integers, ready to be masked: levels, and the numbers that are summed with them. FORMAT.md, 10.6."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fedlora.rules.sums import squares_of
 
 
 def work_key(task: Task, scales: F32) -> str:
-    """Names the work and the scales: the same, the same levels."""
+    """Key of an encoded update: the same task with the same scales always gives the same levels."""
     what = f"{task.kind}/{task.round}/{task.plan_digest}/{task.adapter.digest()}/".encode()
     return hashlib.sha256(what + scales.tobytes()).hexdigest()
 
 
 def encode_update(task: Task, terms: Terms, scales: F32, update: Update, *, known: Encoded | None, identity: Identity) -> Encoded:
-    """An update in whole levels, with its numbers.
+    """An update as integer levels, with its numbers.
 
     Args:
         scales: value of one level, per tensor, (tensors,) float32.
-        known: of an earlier round, whose rounding and cutting is made up for.
-        identity: the site's keys: which way a value is rounded is derived from the signing key.
+        known: the encoded update of an earlier round; its rounding and clipping errors are added to this update.
+        identity: the site's keys; the randomness of the rounding is derived from the signing key.
 
     Raises:
         WrongContext (wrong-layout), NonFiniteUpdate: see :meth:`Update.check`.
@@ -47,12 +47,12 @@ def encode_update(task: Task, terms: Terms, scales: F32, update: Update, *, know
         raise UpdateRejected("this site used no tokens; it does not take part in the round")
     weight = terms.weight(update.weight)
     held_back = terms.rule.error_feedback and known is not None and known.round < task.round and known.left.size == layout.size
-    # What rounding and cutting kept back before is added.
+    # Error feedback: what earlier rounding and clipping left out is added.
     left = update.delta + known.left if known is not None and held_back else update.delta.copy()
-    # Secret, or whoever knows which way a value was rounded knows whose it was that tipped the sum.
+    # Keep secret: knowing the rounding direction reveals which site changed the sum.
     secret = identity.signing.private_bytes_raw()
     noise = derive(secret, "rounding", context=f"{task.run}/{task.round}/{key}".encode())
-    levels, cut = encode(left, layout, terms.profile, scales, share=terms.share(weight), key=noise)
+    levels, cut = encode(left, layout, terms.profile, scales, weight_fraction=terms.weight_fraction(weight), key=noise)
     numbers = terms.numbers(layout).pack(
         weight=weight, counted=update.weight, squares=squares_of(update.delta, layout), cut=cut, counters=update.counters
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.core.adapter import F32
 from fedlora.core.errors import (
@@ -30,7 +32,7 @@ from fedlora.protect.secagg.protocol.complaints import (
 )
 from fedlora.protect.secagg.protocol.dealing import Opened
 from fedlora.protect.secagg.protocol.opening import Deal, deal_bytes, relay
-from fedlora.protect.secagg.protocol.rings import packed_bytes, unpack
+from fedlora.protect.secagg.protocol.rings import Words, packed_bytes, unpack
 from fedlora.protect.secagg.protocol.votes import Delivered
 from fedlora.protect.secagg.sessions import Ended, ServerSession
 from fedlora.protect.secagg.settling import settle
@@ -39,18 +41,18 @@ from fedlora.protect.secagg.terms import Offer, codec
 _ADVERT_BYTES = 4096
 
 _LIED_TO = frozenset({BadShare.code})
-"""What a site says when what a dealer has signed for it does not open to what that dealer has committed to."""
+"""Codes of a site whose share from a dealer does not match that dealer's commitment."""
 
 
 def advertised(at: Attempt, asked: Sequence[str], scales: F32) -> Generator[Any, Any, Cohort]:
-    """Offers the task; the cohort of those that have trained and advertise, as far as their groups are whole."""
+    """Offers the task; returns the cohort of the sites that have trained, sent an advertisement and are in whole groups."""
     phase = "advertise"
     kem = at.link.reply_key.public.kem
     context = at.terms.context(at.task, scales, at.link.roster, kem)
     adverts: list[Advert] = []
 
     def take(reply: Reply) -> None:
-        payload = at.answer(at.task.attempt, reply, phase, max_payload=_ADVERT_BYTES)
+        payload = at.open(reply, phase, max_payload=_ADVERT_BYTES)
         reader = Reader(payload, "advertisement")
         advert = Advert.read(reader)
         reader.end()
@@ -73,12 +75,12 @@ def advertised(at: Attempt, asked: Sequence[str], scales: F32) -> Generator[Any,
 
 
 def dealt(at: Attempt, cohort: Cohort) -> Generator[Any, Any, dict[int, bytes]]:
-    """What each site has dealt, as bytes; each checked."""
+    """Asks each site for its deal; returns the deals by the dealer's number, as bytes, each checked."""
     deals: dict[int, bytes] = {}
 
     def take(reply: Reply) -> None:
         number = cohort.number(reply.site)
-        payload = at.answer(at.task.attempt, reply, "share", max_payload=deal_bytes(cohort, number))
+        payload = at.open(reply, "share", max_payload=deal_bytes(cohort, number))
         deal = Deal.parse(cohort, number, payload)
         try:
             deal.verify(cohort, number, at.known(reply.site))
@@ -88,44 +90,22 @@ def dealt(at: Attempt, cohort: Cohort) -> Generator[Any, Any, dict[int, bytes]]:
         deals[number] = payload
 
     most = max(deal_bytes(cohort, cohort.number(name)) for name in cohort.names)
-    yield from at.ask_all(at.task.attempt, cohort.names, "share", cohort.dump(), take, at.errors, max_payload=most)
+    yield from at.ask_all("share", cohort.dump(), take, names=cohort.names, max_payload=most)
     return deals
 
 
 def gather(at: Attempt, session: ServerSession, ended: Ended) -> Exchange:
-    """Adds up what comes, one update in memory at a time. After a restart all are asked again, and say the same."""
-    cohort, deals = session.cohort, session.deals
-    layout, profile = at.task.reply_layout, at.terms.profile
-    vector, numbers = np.zeros(layout.size, profile.word), np.zeros(at.terms.numbers(layout).size, np.uint64)
-    packed = packed_bytes(layout.size, profile.bits)
-    delivered: dict[int, Delivered] = {}
-    limit = 32 + SIGNATURE + numbers.nbytes + packed
+    """Adds up the masked updates of a session, one in memory at a time.
 
-    def take(reply: Reply) -> None:
-        """Adds it; when it comes a second time, takes it out again."""
-        reader = Reader(at.answer(session.attempt, reply, "mask", max_payload=limit), "masked update")
-        read_session(reader, cohort.t1)
-        signature, body = reader.take(SIGNATURE), reader.view(numbers.nbytes + packed)
-        reader.end()
-        one = Delivered(cohort.number(reply.site), hashlib.sha256(body).digest(), signature)
-        one.verify(cohort, at.known)
-        words = unpack(body[numbers.nbytes :], layout.size, profile.bits)
-        if words is None:
-            raise WireError("masked update: the padding is not zero")
-        before = delivered.pop(one.number, None)
-        if before is None:
-            delivered[one.number] = one
-        elif before.digest != one.digest:
-            delivered[one.number] = before
-            raise WireError("masked update: not the one that it sent before")
-        combine = np.add if before is None else np.subtract
-        combine(vector, words, out=vector)
-        combine(numbers, np.frombuffer(body[: numbers.nbytes], "<u8"), out=numbers)
-
-    first: Errors = {}
-    dealt = at.terms.requirements.whole(session.names(sorted(deals)))  # the others would refuse: theirs are not all there
-    shown: dict[int, Mapping[int, Opened]] = {n: {} for n in deals if cohort.advert(n).name in dealt}
-    yield from _ask_masked(at, session, ended, shown, deals, take, first, limit)
+    After a restart all sites are asked again: they send the same bytes. Sites that complain are asked a second time, once dealers
+    have shown what they dealt to them. At the end, updates of partly present groups are fetched again and subtracted.
+    """
+    cohort, requirements = session.cohort, at.terms.requirements
+    gathering = _Gathering.of(at, session, ended)
+    deals, first = gathering.deals, Errors()
+    complete = requirements.whole(session.names(sorted(deals)))  # sites of other groups would refuse: not all of them dealt
+    shown: dict[int, Mapping[int, Opened]] = {n: {} for n in deals if cohort.advert(n).name in complete}
+    yield from gathering.ask(shown, gathering.add, errors=first)
     complaining = [s for s, e in first.items() if isinstance(e, RemoteError) and e.remote_code in _LIED_TO]
     for site in first.keys() - set(complaining):
         at.errors.setdefault(site, first[site])
@@ -137,44 +117,106 @@ def gather(at: Attempt, session: ServerSession, ended: Ended) -> Exchange:
             if settled is not None and cohort.number(site) not in settled:
                 at.errors.setdefault(site, first[site])
         if settled:
-            yield from _ask_masked(at, session, ended, settled, deals, take, at.errors, limit)
+            yield from gathering.ask(settled, gathering.add, errors=at.errors)
             shown |= settled
+    delivered = gathering.delivered
     together = at.whole(session.names(sorted(delivered)), at.errors, least=0)
     alone = [n for n in sorted(delivered) if cohort.advert(n).name not in together]
-    if alone and not lied and len(together) >= at.terms.requirements.fewest_inputs(len(cohort.adverts)):
-        yield from _ask_masked(at, session, ended, {n: shown[n] for n in alone}, deals, take, at.errors, limit)
-    del deals
+    if alone and not lied and len(together) >= requirements.fewest_inputs(len(cohort.adverts)):
+        yield from gathering.ask({n: shown[n] for n in alone}, gathering.subtract, errors=at.errors)
     session.delivered = sorted(delivered.values(), key=lambda d: d.number)
     if lied or not _enough(at, session):
         session.stage = "abort"
     else:
-        session.stage, session.vector, session.numbers = "vote", vector, numbers
+        session.stage, session.vector, session.numbers = "vote", gathering.vector, gathering.numbers
         at.sessions.save_sum(session)
     at.sessions.save(session)
 
 
-def _ask_masked(
-    at: Attempt,
-    session: ServerSession,
-    ended: Ended,
-    settled: Mapping[int, Mapping[int, Opened]],
-    deals: Mapping[int, Deal],
-    take: Callable[[Reply], None],
-    errors: Errors,
-    limit: int,
-) -> Exchange:
-    """Asks these holders for their masked updates, with what was shown to them after a complaint."""
-    head = bytes([len(ended)]) + b"".join(t1 + proof for t1, proof in ended)
-    requests = []
-    for number in sorted(settled):
-        (name,) = session.names([number])
-        payload = head + dump_opened(session.cohort, settled[number]) + relay(session.cohort, deals, number)
-        body = at.seal(session.attempt, [name], "mask", payload)
-        requests.append(Request(name, "mask", body, reply_bytes(limit)))
-    replies = yield requests
-    names = [r.site for r in requests]
-    del requests
-    at.receive(session, replies, names, take, errors)
+@dataclass(slots=True, eq=False)
+class _Gathering:
+    """The sum of a session's masked updates so far.
+
+    Attributes:
+        deals: dealer's number -> what it dealt.
+        delivered: number of each site whose update is in the sum -> its signed statement of that.
+        vector, numbers: the sum.
+    """
+
+    at: Attempt
+    session: ServerSession
+    ended: Ended
+    deals: Mapping[int, Deal]
+    vector: Words
+    numbers: NDArray[np.uint64]
+    delivered: dict[int, Delivered] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, at: Attempt, session: ServerSession, ended: Ended) -> _Gathering:
+        layout, profile = at.task.reply_layout, at.terms.profile
+        numbers = np.zeros(at.terms.numbers(layout).size, np.uint64)
+        return cls(at, session, ended, session.deals, np.zeros(layout.size, profile.word), numbers)
+
+    def ask(self, shown: Mapping[int, Mapping[int, Opened]], take: Callable[[Reply], None], *, errors: Errors) -> Exchange:
+        """Asks these holders for their masked updates.
+
+        Args:
+            shown: holder's number -> what dealers have shown to it after a complaint.
+        """
+        head = bytes([len(self.ended)]) + b"".join(t1 + proof for t1, proof in self.ended)
+        requests = []
+        for number in sorted(shown):
+            (name,) = self.session.names([number])
+            payload = head + dump_opened(self.session.cohort, shown[number]) + relay(self.session.cohort, self.deals, number)
+            body = self.at.seal("mask", payload, names=[name], session=self.session)
+            requests.append(Request(name, "mask", body, reply_bytes(self._limit)))
+        replies = yield requests
+        names = [r.site for r in requests]
+        del requests
+        self.at.receive(replies, take, names=names, errors=errors, session=self.session)
+
+    def add(self, reply: Reply) -> None:
+        """Adds a masked update to the sum."""
+        one, words, numbers = self._read(reply)
+        if one.number in self.delivered:
+            raise WireError("masked update: it is in the sum already")
+        self.delivered[one.number] = one
+        self._combine(np.add, words, numbers)
+
+    def subtract(self, reply: Reply) -> None:
+        """Takes a masked update, which the site has sent again, out of the sum."""
+        one, words, numbers = self._read(reply)
+        if self.delivered[one.number].digest != one.digest:
+            raise WireError("masked update: not the one that it sent before")
+        del self.delivered[one.number]
+        self._combine(np.subtract, words, numbers)
+
+    def _combine(self, how: np.ufunc, words: Words, numbers: NDArray[np.uint64]) -> None:
+        how(self.vector, words, out=self.vector)
+        how(self.numbers, numbers, out=self.numbers)
+
+    def _read(self, reply: Reply) -> tuple[Delivered, Words, NDArray[np.uint64]]:
+        cohort, bits = self.session.cohort, self.at.terms.profile.bits
+        payload = self.at.open(reply, "mask", max_payload=self._limit, session=self.session)
+        reader = Reader(payload, "masked update")
+        read_session(reader, cohort.t1)
+        signature, body = reader.take(SIGNATURE), reader.view(self._body_bytes)
+        reader.end()
+        one = Delivered(cohort.number(reply.site), hashlib.sha256(body).digest(), signature)
+        one.verify(cohort, self.at.known)
+        words = unpack(body[self.numbers.nbytes :], self.vector.size, bits)
+        if words is None:
+            raise WireError("masked update: the padding is not zero")
+        return one, words, np.frombuffer(body[: self.numbers.nbytes], "<u8")
+
+    @property
+    def _body_bytes(self) -> int:
+        return self.numbers.nbytes + packed_bytes(self.vector.size, self.at.terms.profile.bits)
+
+    @property
+    def _limit(self) -> int:
+        """Longest reply."""
+        return 32 + SIGNATURE + self._body_bytes
 
 
 def _enough(at: Attempt, session: ServerSession) -> bool:

@@ -1,4 +1,4 @@
-"""What a site gives once shares are dealt: its update under masks, its agreement, its shares. FORMAT.md, 10.5 to 10.8."""
+"""What a site sends after the shares are dealt: its masked update, its vote, its shares. FORMAT.md, 10.5 to 10.8."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fedlora.protect.secagg.protocol.rings import Words, pack_into, packed_bytes
 from fedlora.protect.secagg.protocol.votes import Delivered
 
 HEAD_BYTES: Final = 32 + SIGNATURE
-"""What stands before the body of a masked update."""
+"""Bytes before the body of a masked update."""
 
 
 _Masks: TypeAlias = list[tuple[bytes, Literal[1, -1]]]
 
 
 def masks_of(cohort: Cohort, own: int, secrets: Secrets, inbox: Inbox) -> tuple[_Masks, _Masks]:
-    """Keys and signs of what hides an update, for its vector and for its numbers: its own mask, plus the pair's with each later
-    peer, minus the pair's with each earlier one."""
+    """Keys and signs of a site's masks, for its vector and for its numbers: its own mask, plus the pair masks with later peers,
+    minus the pair masks with earlier peers."""
     keys = secrets.mask_keys
     masks: list[tuple[tuple[bytes, bytes], Literal[1, -1]]] = [(self_keys(secrets.self_seed, cohort), 1)]
     for peer in inbox.shares:
@@ -49,11 +49,11 @@ def masked(
     bits: int,
     key: Ed25519PrivateKey,
 ) -> tuple[memoryview, bytes]:
-    """Third word: the update under its masks. Session (32) | signature (64) | body: numbers, then the vector, packed.
+    """Message of the step ``mask``: the masked update. Session (32) | signature (64) | body: numbers, then the vector, packed.
 
     Args:
-        levels: (n,) words of the ring, which stay as they are.
-        numbers: (m,) uint64, likewise.
+        levels: (n,) words of the ring; not changed.
+        numbers: (m,) uint64; not changed.
         bits: width of the ring.
 
     Returns:
@@ -88,7 +88,7 @@ def check_deliveries(
     requirements: SessionRequirements,
     known: Callable[[str], PublicIdentity],
 ) -> None:
-    """Whether this site may agree that just these updates are added up.
+    """Checks that this site may agree to a sum of exactly these updates.
 
     Args:
         digest: of this site's own masked update.
@@ -96,8 +96,8 @@ def check_deliveries(
 
     Raises:
         CohortTooSmall: too few.
-        LoneChange: not of whole groups, or with the evaluation of a few sites only.
-        WireError: its own is missing or not the one it sent, or a site is among them that has not dealt.
+        LoneChange: a group is incomplete, or the evaluations of too few sites are among the updates.
+        WireError: its own update is missing or differs, or one is of a site that has dealt no shares.
         BadSignature: one is not signed by its site.
     """
     fewest = requirements.fewest_inputs(len(cohort.adverts))
@@ -116,8 +116,11 @@ def check_deliveries(
 
 
 def reveal(cohort: Cohort, inbox: Inbox, delivered: Sequence[Delivered]) -> bytes:
-    """Last word: one share for each site that dealt, never both: of the self seed where the update counts, of the mask seed
-    where the site dropped out. Session (32) | count | per site: number, share (33)."""
+    """Message of the step ``unmask``: one share for each site that dealt, never both of its shares.
+
+    The share of the self seed if the site's update counts, of the mask seed if the site dropped out. Session (32) | count | per
+    site: number, share (33).
+    """
     counted = {d.number for d in delivered}
     out = [cohort.t1, struct.pack(">H", len(inbox.shares))]
     for number, (mask_share, self_share) in sorted(inbox.shares.items()):

@@ -1,4 +1,4 @@
-"""Secure aggregation as a mode that a plan may choose: what it says of a plan, and its two halves."""
+"""Secure aggregation as a mode of protection: its checks of a plan, and its two halves."""
 
 from __future__ import annotations
 

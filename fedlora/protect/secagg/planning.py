@@ -1,4 +1,4 @@
-"""How many dropouts a federation under secure aggregation survives, computed before it begins."""
+"""How many absences and dropouts a round of secure aggregation survives, computed before a run begins."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """Of ``sites`` sites; ``away`` and ``lost`` hold whichever sites they are.
+    """For a federation of ``sites`` sites. ``away`` and ``lost`` hold for any choice of the missing sites.
 
     Attributes:
-        stay: of the sites that begin a round, this many must stay until its end.
+        stay: this many of the sites that begin a round must stay until its end.
         away: at most this many may be absent from a round.
         lost: at most this many may drop out of a round after they have trained.
         left_out: at most this many present sites are excluded by one absent site: the others of its group.
@@ -29,13 +29,13 @@ class Survival:
 def survival(
     sites: int, requirements: SessionRequirements, *, lone_change: Literal["refuse", "allow"], group_size: int = 0
 ) -> Survival:
-    """What ``sites`` sites survive that are in the groups of a new roster.
+    """How many absences and dropouts ``sites`` sites survive, in the groups of a new roster.
 
     Args:
-        group_size: fewest sites of a group; 0: the least, two more than may collude.
+        group_size: fewest sites of a group; 0: the minimum, ``max_colluding + 2``.
 
     Raises:
-        ValueError: fewer than ``rules.smallest``.
+        ValueError: fewer than ``requirements.smallest`` sites.
     """
     if sites < requirements.smallest:
         raise ValueError(f"{sites} sites, a session needs {requirements.smallest}")
@@ -44,7 +44,7 @@ def survival(
         return Survival(sites, requirements.threshold(sites), sites - requirements.smallest, sites - fewest, 0)
     count = max(sites // (group_size or requirements.max_colluding + 2), 1)
     sizes = sorted((sites // count + (k < sites % count) for k in range(count)), reverse=True)
-    # In the worst case each that is missing is of another group, of the largest ones.
+    # In the worst case each missing site is of a different group, and these are the largest groups.
     left = [sites - sum(sizes[:gone]) for gone in range(count + 1)]
     away = max(gone for gone in range(count + 1) if left[gone] >= requirements.smallest)
     lost = max(gone for gone in range(count + 1) if left[gone] >= fewest)

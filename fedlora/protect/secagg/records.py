@@ -1,4 +1,4 @@
-"""What a site saves of its session, to survive a power cut, and what it deletes when the session ends."""
+"""A site's records of its session: saved to survive a power cut, secrets deleted when the session ends."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from fedlora.protect.secagg.protocol.rings import Words
 _ENCODED = b"FLE2"
 _ENCODED_HEAD = struct.Struct("<HH4xQQQQ")  # bytes of the key, bytes of a level, round; counts of levels, numbers, what is left
 _OPEN = "secagg/open"
-"""Runs in which a session may still have its secrets."""
+"""Runs with a session whose secrets may still be stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A site's state in a session. Kept encrypted: whoever takes the disk without the site's key learns nothing.
+    """A site's state in a session. Stored encrypted: a stolen disk reveals nothing without the site's key.
 
     Attributes:
-        root: what all its secrets come from; empty once they are deleted.
+        root: 32 bytes from which all its secrets are derived; empty once they are deleted.
         reply_key: the run's key, to which replies are sealed.
         bits: width of the ring.
         plan, base: digests of the plan and of the base model.
         model: the plan's name for the base model.
-        groups: of the roster as the session began, see :class:`SessionRequirements`; None where the plan allows sums that
+        groups: of the roster when the session began, see :class:`SessionRequirements`; None where the plan allows sums that
             differ by single sites.
         evaluation: where in this site's numbers the counters of its evaluation stand.
         measured: whether these are not all zero, as it has advertised.
         contribution: this site's part in the sum, see :meth:`fedlora.protect.ledger.Contribution.facts`; None in the same case.
         t1: the session's name, once its sites are fixed.
-        digest: of the masked update, once it has been made.
-        verdict: of the vote, 0 before it.
-        delivered: what the vote was about.
-        final: what was revealed; kept to be repeated, as the secrets are gone by then.
-        opened: numbers of the sites to which it was asked to show what it had dealt to them.
+        digest: of the masked update, from just before it is sent.
+        verdict: of the vote; 0 before it.
+        delivered: the deliveries that the vote was on.
+        final: the message that revealed shares; kept to be sent again, because the secrets are deleted by then.
+        opened: numbers of the sites to which it was asked to show their shares.
     """
 
     round: int
@@ -86,7 +86,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """That this site has given its masked update of a round, and to which session. Holds no secret; outlives the session."""
+    """Records that this site has sent its masked update of a round, and in which session. No secret; outlives the session."""
 
     round: int
     t1: str
@@ -97,13 +97,13 @@ class Used:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """An update in whole levels.
+    """An update as integer levels.
 
     Attributes:
-        key: names the work and the scales.
+        key: see :func:`fedlora.protect.secagg.encoding.work_key`.
         levels: (n,) ring elements.
         numbers: (m,) uint64, see :class:`fedlora.protect.secagg.protocol.numbers.Numbers`.
-        left: what rounding and cutting kept back, for the next round, (n,) float32.
+        left: what rounding and clipping left out, for the next round, (n,) float32.
     """
 
     key: str
@@ -114,11 +114,11 @@ class Encoded:
 
 
 class Records:
-    """One run's records. Law: what was put is found after a restart; nothing leaves the site before it was put.
+    """One run's records. Law: a saved record is there after a restart; nothing is sent before its record is saved.
 
     Args:
         memory: durable.
-        identity: the key under which the session and what was used are kept is derived from its signing key.
+        identity: the encryption key of the session's records is derived from its signing key.
         entropy: n random bytes.
     """
 
@@ -129,7 +129,7 @@ class Records:
         )
 
     def session(self) -> Session | None:
-        """The session that was opened last; None if there is none, or its file is damaged: the site then counts as gone."""
+        """The session that was opened last; None if there is none or its file is damaged: the site then counts as dropped out."""
         try:
             found = self._hidden.get(self._name("session"), "session")
         except ValueError:
@@ -147,7 +147,7 @@ class Records:
         self._hidden.put(self._name("session"), "session", facts)
 
     def end_other_runs(self) -> None:
-        """Deletes the secrets of sessions that were never ended, of all runs but this one: nobody shall open them later."""
+        """Deletes the secrets of unfinished sessions of all other runs, so that they cannot be opened later."""
         for run in self._noted() - {self._run}:
             other = Records(self._memory, run, self._identity, self._entropy)
             session = other.session()
@@ -167,9 +167,10 @@ class Records:
             put_record(self._memory, _OPEN, "open", {"runs": sorted({*noted, run})})
 
     def used(self) -> Used | None:
-        """
+        """The last masked update that this site has sent in this run; None if it has sent none.
+
         Raises:
-            StoreError: damaged. The site then takes part in nothing: it cannot know what it has given.
+            StoreError: damaged. The site then takes part in nothing, because it cannot know what it has sent.
         """
         try:
             found = self._hidden.get(self._name("used"), "used")
@@ -179,7 +180,7 @@ class Records:
         return None if found is None else Used(**found)
 
     def has_given(self) -> bool:
-        """Whether this site has given a masked update in this run, or in one whose session may still be open."""
+        """Whether this site has sent a masked update in this run, or in one whose session may still be open."""
         runs = self._noted() | {self._run}
         return any(Records(self._memory, run, self._identity, self._entropy).used() is not None for run in runs)
 
@@ -187,14 +188,14 @@ class Records:
         self._hidden.put(self._name("used"), "used", asdict(used))
 
     def blob(self, kind: str) -> bytes:
-        """``cohort`` or ``relay`` as they came; empty if there is none."""
+        """Bytes of a kind, such as ``cohort`` or ``relay``, as received; empty if there are none."""
         return self._memory.get(self._name(kind)) or b""
 
     def save_blob(self, kind: str, blob: bytes) -> None:
         self._memory.put(self._name(kind), blob)
 
     def encoded(self) -> Encoded | None:
-        """None if there is none or it is damaged: it is then made again, to the same bits but for what was left over."""
+        """The encoded update; None if there is none or it is damaged. It is then encoded again, without the earlier remainder."""
         blob = self._memory.get(self._name("encoded"))
         if not blob:
             return None
@@ -202,7 +203,7 @@ class Records:
             reader = unframe(blob, _ENCODED, "encoded")
             length, word, round_, *sizes = reader.unpack(_ENCODED_HEAD)
             key = reader.take(length).decode()
-            kinds = (np.dtype(f"<u{word}"), np.dtype("<u8"), np.dtype("<f4"))
+            kinds: tuple[np.dtype[Any], ...] = (np.dtype(f"<u{word}"), np.dtype("<u8"), np.dtype("<f4"))
             levels, numbers, left = (
                 np.frombuffer(reader.view(n * kind.itemsize), kind) for n, kind in zip(sizes, kinds, strict=True)
             )

@@ -48,15 +48,15 @@ _VOTE_BYTES = 33 + SIGNATURE
 class SecAggServer:
     """One session a round: offer, share, mask, vote, unmask; see FORMAT.md, section 10.
 
-    A server that was killed goes on with the session that it has on the disk. Before the first masked update it may begin anew
-    as it likes; afterwards a second session needs a certificate that the first has ended, or the round is void.
+    A server that was killed continues the session that is on its disk. Before the first masked update it may begin a new session
+    at any time; afterwards that needs a certificate that the first one has ended, or the round is void.
 
     Args:
-        link: keys, sequence numbers; sites and roster in it give way to those of the signed roster.
-        roster: the signed roster of now, checked; asked for once a round, so that a new epoch holds from the next round on.
+        link: keys and sequence numbers; its sites and roster are replaced by those of the signed roster.
+        roster: gives the current signed roster, checked; called once a round, so that a new epoch takes effect in the next round.
         plan: of the run.
         sessions: durable.
-        report: told ``(event, facts)`` about the steps.
+        report: gets an event for each step.
     """
 
     link: ServerLink
@@ -70,9 +70,9 @@ class SecAggServer:
         return "sum"
 
     def collect(self, task: Task, sites: Sequence[str], tally: Tally) -> Exchange:
-        """A round's session, as far as it gets in this attempt.
+        """Carries the round's session as far as possible in this attempt.
 
-        Gives the tally the sum of the sites whose updates are in it, or nothing. What a site did wrong is told in either case.
+        The tally gets one sum over the sites whose updates are in it, or none; it gets the sites' errors in either case.
         """
         session, ended = None, self.sessions.ended(task)
         stored = self.sessions.roster(task)
@@ -83,14 +83,14 @@ class SecAggServer:
             if stored:
                 numbers = at.terms.numbers(task.reply_layout).size
                 session = self.sessions.load(task, at.terms.requirements, at.known, at.terms.profile, numbers=numbers)
-                yield from self._go_on(at, session, ended, scales, tally)
+                yield from self._go_on(at, session, ended=ended, scales=scales, tally=tally)
                 if session.stage == "aborted":
                     at = self._attempt(task, self.roster(), at.errors)
                     session = None
             if session is None and (asked := at.admitted(sites)):
                 together = at.whole(asked, at.errors, least=at.terms.requirements.smallest)
                 session = yield from self._open(at, together, scales)
-                yield from self._go_on(at, session, ended, scales, tally)
+                yield from self._go_on(at, session, ended=ended, scales=scales, tally=tally)
         except CohortTooSmall as e:
             for site in session.cohort.names if session is not None else asked:
                 at.errors.setdefault(site, e)
@@ -110,7 +110,7 @@ class SecAggServer:
         return Attempt(task, link, terms, signed, self.sessions, self.report, {} if errors is None else errors)
 
     def missing(self, task: Task, sites: Sequence[str]) -> list[str]:
-        """The others of groups of which some are at hand, where too few groups are whole; none once a session has begun."""
+        """Absent members of partly present groups, if too few groups are whole; none once a session has begun."""
         if self.sessions.roster(task):
             return []
         requirements = Terms.of(self.plan, self.roster().roster).requirements
@@ -134,7 +134,8 @@ class SecAggServer:
 
     # --- a session that has begun ---------------------------------------------------------------------------------
 
-    def _go_on(self, at: Attempt, session: ServerSession, ended: Ended, scales: F32, tally: Tally) -> Exchange:
+    def _go_on(self, at: Attempt, session: ServerSession, *, ended: Ended, scales: F32, tally: Tally) -> Exchange:
+        """Carries a session on from its stage to its end, as far as the sites answer."""
         if session.stage == "void":  # and killed before that was noted
             return tally.void(CohortTooSmall("too few sites of the session were left to end it"))
         if session.stage == "mask":
@@ -144,7 +145,7 @@ class SecAggServer:
         if session.stage == "vote":
             yield from self._voted(at, session)
             if session.stage == "vote" and self._too_few_left(session, session.votes):
-                session.stage = "abort"  # it cannot end with a sum; whoever has not voted may say so
+                session.stage = "abort"  # it cannot end with a sum; sites that have not voted are asked to confirm that
         if session.stage == "abort":
             yield from self._aborted(at, session, ended)
         if session.stage == "unmask":
@@ -152,7 +153,7 @@ class SecAggServer:
         if session.stage == "done":
             self._tell(at, session, scales, tally)
         elif session.stage != "aborted":
-            self._in_vain(session, tally)
+            self._note_failure(session, tally)
             raise CohortTooSmall("too few sites have answered to the end of the session")
         elif session.attempt == at.task.attempt:
             raise CohortTooSmall("the session has ended without a sum; it will be tried anew")
@@ -161,17 +162,17 @@ class SecAggServer:
         text = vote_text(session.cohort.t1, COMMIT, Delivered.digest_of(session.delivered))
         payload = session.cohort.t1 + bytes([COMMIT]) + Delivered.dump_all(session.delivered)
         waiting = [n for n in session.counted if n not in session.votes]
-        yield from self._poll(at, session, waiting, payload, text, session.votes)
+        yield from self._poll(at, session, waiting=waiting, payload=payload, text=text, votes=session.votes)
         if len(session.votes) >= session.cohort.threshold:
             session.stage = "unmask"
         at.sessions.save(session)
 
     def _aborted(self, at: Attempt, session: ServerSession, ended: Ended) -> Exchange:
-        """Asks for ABORT whoever has not said COMMIT: with enough of both, a second session proves that the first is over."""
+        """Asks the sites that have not voted COMMIT to vote ABORT. Enough votes prove to a next session that this one is over."""
         cohort = session.cohort
         text, payload = vote_text(cohort.t1, ABORT), cohort.t1 + bytes([ABORT])
         waiting = [n for n in range(1, len(cohort.adverts) + 1) if n not in session.aborts and n not in session.votes]
-        yield from self._poll(at, session, waiting, payload, text, session.aborts)
+        yield from self._poll(at, session, waiting=waiting, payload=payload, text=text, votes=session.aborts)
         if len(session.aborts) >= cohort.threshold:
             session.stage = "aborted"
             ended.append((cohort.t1, certificate(session.aborts)))
@@ -182,13 +183,21 @@ class SecAggServer:
         self,
         at: Attempt,
         session: ServerSession,
+        *,
         waiting: Sequence[int],
         payload: bytes,
         text: bytes,
         votes: dict[int, bytes],
     ) -> Exchange:
+        """Asks these sites for their vote and adds the signatures to ``votes``.
+
+        Args:
+            payload: the request; its 33rd byte is the verdict.
+            text: what a vote has to sign.
+        """
+
         def take(reply: Reply) -> None:
-            reader = Reader(at.answer(session.attempt, reply, "vote", max_payload=_VOTE_BYTES), "vote")
+            reader = Reader(at.open(reply, "vote", max_payload=_VOTE_BYTES, session=session), "vote")
             read_session(reader, session.cohort.t1)
             verdict, signature, number = reader.take(1), reader.take(SIGNATURE), session.cohort.number(reply.site)
             reader.end()
@@ -199,14 +208,14 @@ class SecAggServer:
 
         if waiting:
             names = session.names(waiting)
-            yield from at.ask_all(session.attempt, names, "vote", payload, take, at.errors, session, max_payload=_VOTE_BYTES)
+            yield from at.ask_all("vote", payload, take, names=names, max_payload=_VOTE_BYTES, session=session)
 
     def _revealed(self, at: Attempt, session: ServerSession) -> Exchange:
         cohort, deals, counted = session.cohort, session.deals, session.counted
 
         def take(reply: Reply) -> None:
             number = cohort.number(reply.site)
-            payload = at.answer(session.attempt, reply, "unmask", max_payload=reveal_bytes(deals))
+            payload = at.open(reply, "unmask", max_payload=reveal_bytes(deals), session=session)
             parse_reveal(cohort, deals, counted, number, payload)
             session.revealed[number] = payload
 
@@ -214,7 +223,7 @@ class SecAggServer:
         if len(session.revealed) < cohort.threshold:
             payload = cohort.t1 + certificate(session.votes)
             names, most = session.names(waiting), reveal_bytes(deals)
-            yield from at.ask_all(session.attempt, names, "unmask", payload, take, at.errors, session, max_payload=most)
+            yield from at.ask_all("unmask", payload, take, names=names, max_payload=most, session=session)
         if len(session.revealed) >= cohort.threshold:
             session.stage = "done"
         at.sessions.save(session)
@@ -237,10 +246,10 @@ class SecAggServer:
             tally.accept_sum(session.names(counted), update, squares=totals.squares, counted=totals.counted)
         except DealerLied as e:
             at.caught(e.site)
-            at.errors[e.site] = e  # worse than whatever else it did
+            at.errors[e.site] = e  # replaces a lesser error of this site
             session.stage = "void"
             tally.void(e)
-        except (SessionError, UpdateRejected) as e:  # whose fault it is nobody can tell
+        except (SessionError, UpdateRejected) as e:  # no site can be blamed
             session.stage = "void"
             tally.void(e)
 
@@ -261,8 +270,8 @@ class SecAggServer:
             session.cohort.threshold
         )
 
-    def _in_vain(self, session: ServerSession, tally: Tally) -> None:
-        """After as many attempts as the plan gives a round, or if it can never be done: the round is void."""
+    def _note_failure(self, session: ServerSession, tally: Tally) -> None:
+        """Makes the round void once the plan's attempts are used up, or if the session can no longer succeed."""
         session.tries += 1
         left = [n for n in session.votes if n not in session.gone and n not in session.revealed]
         hopeless = session.stage == "unmask" and len(session.revealed) + len(left) < session.cohort.threshold

@@ -1,4 +1,4 @@
-"""What the server saves of a session, so that it can be killed at any time: everything since the first masked update."""
+"""The server's records of a session, from the first masked update on, so that it can be killed at any time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedlora.protect.secagg.protocol.rings import Profile, Words
 from fedlora.protect.secagg.protocol.votes import Delivered, certificate, read_certificate
 
 Stage = Literal["mask", "vote", "unmask", "done", "abort", "aborted", "void"]
-"""What comes next. ``done``: the masks can be taken off. ``aborted``: it is proved that they never will be."""
+"""The next step. ``done``: the masks can be removed. ``aborted``: a certificate proves that they never will be."""
 
 Ended: TypeAlias = list[tuple[bytes, bytes]]
 """Sessions of this round that have ended without a sum: name, certificate."""
@@ -29,16 +29,16 @@ Ended: TypeAlias = list[tuple[bytes, bytes]]
 
 @dataclass(slots=True, eq=False)
 class ServerSession:
-    """A session from the moment on in which masked updates are asked for.
+    """A session, from the first request for masked updates on.
 
     Attributes:
         raw_deals: dealer's number -> what it dealt, as it came.
-        attempt: under which its messages go, whatever the task's own is by now.
-        delivered: who is in the sum.
+        attempt: number of the attempt in which it began; its messages keep it in later attempts.
+        delivered: the updates in the sum.
         votes, aborts: voter's number -> signature.
         revealed: holder's number -> the shares as they came.
-        gone: numbers of the sites that can not answer in it any more.
-        tries: how often it was tried in vain to bring it to its end.
+        gone: numbers of the sites that can never answer in it again.
+        tries: number of failed attempts to finish it.
         vector, numbers: the masked sum.
     """
 
@@ -71,8 +71,9 @@ class ServerSession:
 
 @dataclass(frozen=True, slots=True)
 class SessionStore:
-    """The files of the session of now, and who is left out. They are this server's own; what is damaged makes the run stop and
-    not a sum wrong, as every share and signature in them is checked again.
+    """The files of the current session, and the excluded sites.
+
+    Damage stops the run but cannot make a sum wrong: every share and signature is checked again after loading.
 
     Args:
         memory: durable, of this run.
@@ -81,7 +82,7 @@ class SessionStore:
     memory: Memory
 
     def open(self, session: ServerSession, signed: SignedRoster) -> None:
-        """Notes a session before the first masked update is asked for."""
+        """Saves a session before masked updates are requested."""
         self._put("roster", signed.dump())
         self._put("cohort", session.cohort.dump())
         self._put("deals", b"".join(n.to_bytes(2, "big") + raw for n, raw in sorted(session.raw_deals.items())))
@@ -108,7 +109,7 @@ class SessionStore:
         put_record(self.memory, "secagg/session", "session", facts)
 
     def roster(self, task: Task) -> SignedRoster | None:
-        """The roster under which a session of this round has begun that has not ended; None if there is none."""
+        """The roster of the unfinished session of this round; None if there is no such session."""
         return SignedRoster.parse(self.memory.get("secagg/roster") or b"") if self._facts(task) else None
 
     def load(
@@ -120,10 +121,10 @@ class SessionStore:
         *,
         numbers: int,
     ) -> ServerSession:
-        """That session.
+        """Loads the unfinished session of this round.
 
         Args:
-            numbers: how many ride beside the vector.
+            numbers: how many numbers are summed with the vector.
 
         Raises:
             SessionError: the files do not belong together.
@@ -166,13 +167,13 @@ class SessionStore:
         put_record(self.memory, "secagg/ended", "ended", facts)
 
     def exclude(self, site: str, *, round: int, code: str) -> None:
-        """Leaves a site out of the sessions of one round that are still to begin. What is known of earlier rounds goes."""
+        """Excludes a site from further sessions of one round. Exclusions of rounds before the last one are deleted."""
         known = {r: sites for r, sites in self._excluded().items() if int(r) >= round - 1}
         known[str(round)] = known.get(str(round), {}) | {site: code}
         put_record(self.memory, "secagg/excluded", "excluded", {"rounds": known})
 
     def excluded(self, site: str, *, round: int) -> str:
-        """The code of why this site is left out of this round; empty if it is not."""
+        """The code for which this site is excluded from this round; empty if it is not."""
         return self._excluded().get(str(round), {}).get(site, "")
 
     def _excluded(self) -> dict[str, dict[str, str]]:

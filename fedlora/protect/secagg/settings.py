@@ -1,4 +1,4 @@
-"""The table of a plan that is secure aggregation's own."""
+"""The plan's table [protect.secagg]."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def settings_of(plan: Plan) -> Settings:
 
 
 def first_range(plan: Plan) -> float:
-    """Change of a value for which the levels stand in the first round."""
+    """Largest change of a value that the levels can represent in the first round."""
     return settings_of(plan).first_range or plan.training.learning_rate * plan.federation.local_steps
 
 
 SAYS_NOTHING: Final = frozenset({
     "run.name", "federation.round_deadline", "federation.round_attempts", "protect.secagg.phase_deadline",
 })  # fmt: skip
-"""Keys of a plan that change neither what a site computes nor what it adds to a sum: a name, and how long is waited."""
+"""Keys of a plan that change neither what a site computes nor what it adds to a sum: a name, and time limits."""
 
 
 def measure(plan: Plan) -> dict[str, str]:
-    """All that decides what a site adds to a sum: the keys of the plan with their values as canonical JSON, but a few.
+    """Everything that decides what a site adds to a sum: the plan's keys except :data:`SAYS_NOTHING`, values as canonical JSON.
 
-    Sums by two measures are two equations for one group's updates: they may weigh the sites otherwise, cut values elsewhere, or
-    train one site otherwise and leave all others as they were. So a site gives by one measure on a base model.
+    Sums with two measures are two equations for one group's updates: they may weigh the sites differently, clip elsewhere, or
+    train one site differently and leave all others as they were. So a site uses one measure per base model.
     """
     flat = _flat(json.loads(plan.canonical()))
     return {key: canonical(value).decode() for key, value in flat if key not in SAYS_NOTHING}

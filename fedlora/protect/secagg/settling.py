@@ -1,4 +1,4 @@
-"""Complaints: a dealer shows what it dealt to a site that says that it does not open. FORMAT.md, 10.4."""
+"""Settles complaints: a dealer shows the shares that it dealt to a site which cannot open them. FORMAT.md, 10.4."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from fedlora.protect.secagg.sessions import ServerSession
 def _complaints(
     at: Attempt, session: ServerSession, complaining: Sequence[str], deals: Mapping[int, Deal]
 ) -> Generator[Any, Any, dict[int, Complaint]]:
-    """Whose word each of these sites says does not open, by the number of the site; each checked."""
+    """The complaints, by complaining site: dealers whose shares do not match their commitments. Each is checked."""
     cohort, complaints = session.cohort, dict[int, Complaint]()
 
     def receive_complaint(reply: Reply) -> None:
-        payload = at.answer(session.attempt, reply, "complain", max_payload=most_complaint_bytes(cohort))
+        payload = at.open(reply, "complain", max_payload=most_complaint_bytes(cohort), session=session)
         reader = Reader(payload, "complaint")
         one = Complaint.read(reader, cohort)
         reader.end()
@@ -50,21 +50,21 @@ def _complaints(
 
     requests = []
     for name in complaining:
-        body = at.seal(session.attempt, [name], "complain", relay(cohort, deals, cohort.number(name)))
+        body = at.seal("complain", relay(cohort, deals, cohort.number(name)), names=[name], session=session)
         requests.append(Request(name, "complain", body, reply_bytes(most_complaint_bytes(cohort))))
     replies = yield requests
-    at.receive(session, replies, complaining, receive_complaint, at.errors)
+    at.receive(replies, receive_complaint, names=complaining, errors=at.errors, session=session)
     return complaints
 
 
 def settle(
     at: Attempt, session: ServerSession, complaining: Sequence[str], deals: Mapping[int, Deal]
 ) -> Generator[Any, Any, dict[int, dict[int, Opened]] | None]:
-    """Has dealers show what they dealt to the sites that say it does not open.
+    """Asks dealers to show the shares that they dealt to the sites which complain.
 
     Returns:
-        By holder and dealer what was shown. None: a dealer has not shown what it has signed for; the session has to be ended,
-        and tried anew without that dealer.
+        What was shown, by holder and dealer. None: a dealer has not shown what it had signed; the session must end and be tried
+        again without that dealer.
     """
     cohort, complaints = session.cohort, (yield from _complaints(at, session, complaining, deals))
     settled: dict[int, dict[int, Opened]] = {holder: {} for holder in complaints}
@@ -79,7 +79,7 @@ def settle(
     def receive_opened(reply: Reply) -> None:
         dealer = cohort.number(reply.site)
         due = {c.holder: deals[dealer].dealt[c.holder].commitments for c in by_dealer[dealer][:most]}
-        payload = at.answer(session.attempt, reply, "open", max_payload=opened_bytes(len(due)))
+        payload = at.open(reply, "open", max_payload=opened_bytes(len(due)), session=session)
         try:
             shown = read_opened(cohort, dealer, payload, due)
         except (BadShare, WireError) as e:
@@ -91,10 +91,10 @@ def settle(
     requests = []
     for dealer, found in by_dealer.items():
         (name,) = session.names([dealer])
-        body = at.seal(session.attempt, [name], "open", dump_complaints(cohort, found[:most]))
+        body = at.seal("open", dump_complaints(cohort, found[:most]), names=[name], session=session)
         requests.append(Request(name, "open", body, reply_bytes(opened_bytes(most))))
     replies = yield requests
-    at.receive(session, replies, [r.site for r in requests], receive_opened, at.errors)
+    at.receive(replies, receive_opened, names=[r.site for r in requests], errors=at.errors, session=session)
     for name in liars:
         at.caught(name)
     silent = {d for d, found in by_dealer.items() if any(d not in settled[c.holder] for c in found)}

@@ -1,4 +1,4 @@
-"""Site half: trains first, then takes part in the session, and refuses whatever would say more than the sum."""
+"""Site half: trains, then takes part in the session, and refuses everything that could reveal more than the sum."""
 
 from __future__ import annotations
 
@@ -48,32 +48,32 @@ _Step: TypeAlias = Callable[[bytes, Records, Session], bytes | memoryview]
 class SecAggSite:
     """Takes part in one session a round.
 
-    What it refuses, whatever the server says: a cohort below the rules or with a site that its roster does not know; two masked
-    updates in one round, unless a certificate shows that the first session ended without a sum; a set of updates that lacks its
-    own, is too small, is not signed, or beside earlier sums of any run would show one site's update; a second vote; both kinds of
-    share of one site. All of it survives a restart.
+    It refuses, whatever the server asks for: a cohort that is too small or has a site that is not on its roster; a second masked
+    update in one round, unless a certificate proves that the first session ended without a sum; a set of updates that lacks its
+    own, is too small, is not signed, or could reveal one site's update beside earlier sums of any run; a second vote; both kinds
+    of share of one site. It refuses them after a restart, too.
 
     Args:
         link: keys, the pinned server, sequence numbers.
-        roster: from which it knows its peers, and what a session must at least be.
+        roster: its peers, and the minimum requirements of a session.
         entropy: n random bytes.
-        uncovers: a plan's digest -> sites that a person here has named: beside earlier plans' sums it may show them.
+        uncovers: a plan's digest -> sites whose update it may reveal beside earlier sums, as a person here has agreed.
     """
 
     link: SiteLink
     roster: RosterKeeper
     entropy: Callable[[int], bytes]
     uncovers: Callable[[str], Collection[str]] = lambda plan: ()
-    _run: str = field(default="", init=False)  # of what is remembered below, all of which is on the disk, too
+    _run: str = field(default="", init=False)  # of the fields below, which are caches of records on the disk
     _encoded: Encoded | None = field(default=None, init=False)
     _cohort: Cohort | None = field(default=None, init=False)
     _inbox: tuple[bytes, Inbox] | None = field(default=None, init=False)  # t1; saves opening the shares again
 
     def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
-        """As :class:`fedlora.protect.SiteProtection`; the phase says which step of the session.
+        """See :class:`fedlora.protect.SiteProtection`; the phase of the request is the step of the session.
 
         Raises:
-            SessionError: each its own, where the session does not allow what is asked.
+            SessionError: the session does not allow this request; the code says why.
         """
         steps: dict[str, _Step] = {
             "share": self._share,
@@ -118,7 +118,7 @@ class SecAggSite:
         roster.site(self._name)  # revoked: nothing is trained any more
         task, key = offer.open_task()
         check_task(header, task, key, phase="advertise")
-        self.link.reply_key(key)  # a key that is none is refused before hours of training
+        self.link.reply_key(key)  # an invalid key is refused before hours of training
         plan = parse_plan(task.plan)
         check_mode(plan, "secagg")
         used = records.used()
@@ -131,7 +131,7 @@ class SecAggSite:
         self._compare(contribution, Base.of(plan), task.plan_digest, records)  # before anything is trained
         session = records.session()
         if session is not None and session.root and session.round < task.round:
-            records.save_session(session.but(root=b""))  # it will not be ended any more: nobody shall open it later
+            records.save_session(session.but(root=b""))  # it will never end: its secrets must not be opened later
         scales = terms.scales(task)
         context = terms.context(task, scales, roster.digest(), key)
         self._encoded = self._encode(task, terms, scales, records, work)
@@ -140,7 +140,7 @@ class SecAggSite:
         records.end_other_runs()  # not before the run was admitted, with the work
         session = records.session()
         if session is None or (session.context, session.measured) != (context, measured) or session.t1 or not session.root:
-            # Never the same keys in two sessions: the server has forgotten the first, or wants to see them used twice.
+            # Never the same keys in two sessions: the server may have lost the first one, or try to get them used twice.
             session = Session(
                 round=task.round,
                 attempt=task.attempt,
@@ -195,8 +195,8 @@ class SecAggSite:
         return deal(cohort, own, Secrets(session.root), key=self.link.identity.signing)
 
     def _mask(self, payload: bytes, records: Records, session: Session) -> memoryview:
-        """Number of certificates (u8) | per certificate: the session's name (32), votes | what was shown to this site after a
-        complaint, see :func:`dump_opened` | what is relayed."""
+        """The request: number of certificates (u8) | per certificate: the session's name (32), votes | what dealers have shown to
+        this site after a complaint, see :func:`dump_opened` | the relayed deals."""
         cohort = self._open_cohort(records, session)
         own, reader = cohort.number(self._name), Reader(payload, "mask")
         ended = {reader.take(32): read_certificate(reader) for _ in range(reader.take(1)[0])}
@@ -216,18 +216,18 @@ class SecAggSite:
         relayed = reader.rest()
         if session.digest and relayed != records.blob("relay"):
             raise SessionError("this site has masked its update for another set of sites; it does so once", code="session-spent")
-        dealers = self._open_inbox(cohort, own, relayed, settled, session).shares.keys()
+        dealers = self._open_inbox(cohort, session, relayed=relayed, settled=settled).shares.keys()
         group = session.requirements.group_of(self._name)
         if not session.digest:
             session.requirements.check_whole((group or frozenset()) & {cohort.advert(n).name for n in dealers})
             contribution = None if session.contribution is None else Contribution.parse(session.contribution)
             base = Base(session.model, session.base)
             self._compare(contribution, base, session.plan, records)
-        out, digest = self._masked(cohort, own, relayed, settled, session, records)
+        out, digest = self._masked(cohort, session, records, relayed=relayed, settled=settled)
         if session.digest and digest != session.digest:
             raise SessionError("what this site has sent can not be made again", code="session-spent")
         if not session.digest:
-            # On the disk before it is sent, and the ledger first: it may say too much, and is missed where an update was used.
+            # On the disk before it is sent. The ledger first: an entry too many is safe, a missing one is not.
             given = self._given(records)
             given.save(given.load().after(base, contribution))
             records.save_used(Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold))
@@ -237,32 +237,32 @@ class SecAggSite:
         return out
 
     def _masked(
-        self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session, records: Records
+        self, cohort: Cohort, session: Session, records: Records, *, relayed: bytes, settled: Mapping[int, Opened]
     ) -> tuple[memoryview, bytes]:
-        inbox = self._open_inbox(cohort, own, relayed, settled, session)
+        inbox = self._open_inbox(cohort, session, relayed=relayed, settled=settled)
         encoded = self._encoded or records.encoded()
         if encoded is None or encoded.round != session.round:
             raise SessionError("the update of this round is not here any more", code="secrets-gone")
         numbers = encoded.numbers.copy()
         if self._name not in session.requirements.counting(cohort.measured):
             numbers[list(session.evaluation)] = 0  # among too few it would be this site's own
-        secrets, key = Secrets(session.root), self.link.identity.signing
+        secrets, key, own = Secrets(session.root), self.link.identity.signing, cohort.number(self._name)
         return masked(cohort, own, secrets, inbox, encoded.levels, numbers, bits=session.bits, key=key)
 
     def _complain(self, payload: bytes, records: Records, session: Session) -> bytes:
-        """What is relayed. The answer names, under this site's signature, whose word for it does not open."""
+        """The request: the relayed deals. The answer is this site's signed complaint about dealers whose part is wrong."""
         cohort = self._open_cohort(records, session)
-        own = cohort.number(self._name)
-        received = self._receive(cohort, own, payload, {}, session)
+        received = self._receive(cohort, session, relayed=payload, settled={})
         if not received.lies:
             raise WireError("there is nothing to complain about")
-        return Complaint.make(cohort, own, received.lies, key=self.link.identity.signing).dump()
+        return Complaint.make(cohort, cohort.number(self._name), received.lies, key=self.link.identity.signing).dump()
 
     def _open(self, payload: bytes, records: Records, session: Session) -> bytes:
-        """Complaints about this site, see :func:`dump_complaints`. The answer shows what it has dealt to those that complain.
+        """Complaints about this site, as :func:`fedlora.protect.secagg.protocol.complaints.dump_complaints` writes them.
+        The answer shows the shares that it has dealt to those that complain.
 
-        It was theirs to know: what this site deals does open, so that only a site that lies says otherwise. No more of them are
-        answered than may collude with the server.
+        The complaining sites know these shares already: this site deals correctly, so that only a lying site complains. At most
+        as many complaints are answered as sites may collude with the server.
         """
         cohort = self._open_cohort(records, session)
         own = cohort.number(self._name)
@@ -310,7 +310,7 @@ class SecAggSite:
         return cohort.t1 + bytes([ABORT]) + sign_vote(vote_text(cohort.t1, ABORT), key=self.link.identity.signing)
 
     def _agree(self, cohort: Cohort, listed: bytes, records: Records, session: Session) -> bytes:
-        """The text of a COMMIT, if this site agrees to this set of updates."""
+        """The text of a COMMIT vote, if this site agrees to this set of updates."""
         reader, own = Reader(listed, "deliveries"), cohort.number(self._name)
         delivered = Delivered.read_all(reader)
         reader.end()
@@ -325,19 +325,19 @@ class SecAggSite:
         return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
 
     def _contribution(self, requirements: SessionRequirements, plan: Plan) -> Contribution | None:
-        """This site's part in a sum of this plan, by the roster of now; None where sums may differ by single sites.
+        """This site's contribution to a sum of this plan under the current roster; None where sums may differ by single sites.
 
         Raises:
-            LoneChange: it is in no whole group.
+            LoneChange: it is in no complete group.
         """
         group = requirements.group_of(self._name)
         return None if group is None else Contribution.of(map(self._known, group), measure(plan))
 
     def _compare(self, contribution: Contribution | None, base: Base, plan: str, records: Records) -> None:
-        """Whether this site may give this, beside what it has given before.
+        """Refuses a contribution that, with earlier ones, could expose single updates.
 
         Raises:
-            LoneChange: for single updates could show, or the keys of its group are not what they were as the session began.
+            LoneChange: it could, or a site of the group has other keys than when the session began.
         """
         ledger = self._given(records).load()
         if contribution is None:
@@ -352,7 +352,7 @@ class SecAggSite:
         return ContributionStore(self.link.memory, self.link.identity, self.entropy, records.has_given)
 
     def _unmask(self, payload: bytes, records: Records, session: Session) -> bytes:
-        """Session (32) | the COMMIT votes."""
+        """The request: session (32) | the COMMIT votes. The answer: one share of each site that dealt."""
         cohort = self._open_cohort(records, session)
         reader = Reader(payload, "unmask")
         read_session(reader, cohort.t1)
@@ -382,25 +382,33 @@ class SecAggSite:
         return self._cohort
 
     def _kept_inbox(self, cohort: Cohort, own: int, records: Records, session: Session) -> Inbox:
-        """What this site masked its update by."""
+        """The shares and ingredients with which this site masked its update."""
         settled = Reader(records.blob("settled"), "opened shares")
-        return self._open_inbox(cohort, own, records.blob("relay"), read_settled(cohort, own, settled), session)
+        return self._open_inbox(cohort, session, relayed=records.blob("relay"), settled=read_settled(cohort, own, settled))
 
-    def _open_inbox(self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session) -> Inbox:
+    def _open_inbox(self, cohort: Cohort, session: Session, *, relayed: bytes, settled: Mapping[int, Opened]) -> Inbox:
+        """What other sites have dealt to this one.
+
+        Args:
+            relayed: the deals, as the server has relayed them.
+            settled: dealer's number -> what it has shown after a complaint.
+
+        Raises:
+            BadShare: something does not match its dealer's commitments.
+        """
         name = hashlib.sha256(dump_opened(cohort, settled) + relayed).digest()
         if self._inbox is None or self._inbox[0] != name:
-            received = self._receive(cohort, own, relayed, settled, session)
+            received = self._receive(cohort, session, relayed=relayed, settled=settled)
             if received.lies:
                 names = ", ".join(cohort.advert(dealer).name for dealer in received.lies)
                 raise BadShare(f"what {names} dealt to this site, and signed, is not what was committed to")
             self._inbox = name, received.inbox
         return self._inbox[1]
 
-    def _receive(self, cohort: Cohort, own: int, relayed: bytes, settled: Mapping[int, Opened], session: Session) -> Received:
+    def _receive(self, cohort: Cohort, session: Session, *, relayed: bytes, settled: Mapping[int, Opened]) -> Received:
         if not session.root:
             raise SessionError("the secrets of this session are deleted", code="secrets-gone")
-        reader = Reader(relayed, "shares")
-        secrets = Secrets(session.root)
+        reader, own, secrets = Reader(relayed, "shares"), cohort.number(self._name), Secrets(session.root)
         received = receive(cohort, own, secrets, reader, requirements=session.requirements, known=self._known, settled=settled)
         reader.end()
         return received

@@ -1,4 +1,4 @@
-"""What a plan says about secure aggregation, as both ends read it."""
+"""The terms of secure aggregation that server and sites derive from the plan and the roster."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ MAX_UNITS = 16
 """Largest weight of a site: a larger one would cost the others' updates too many bits."""
 
 _HEADROOM = 1.25  # a fresh Adam's step is the learning rate in size; what was left over and the rounding come on top
-_LEAST_REACH = 2.0**-60  # where the course of the learning rate ends in nothing
+_LEAST_REACH = 2.0**-60  # for rounds in which the learning rate schedule has ended at zero
 
 
 def codec(phase: str) -> str:
-    """The envelope's word for the payload of a phase."""
+    """The envelope's ``codec`` for the payload of a phase."""
     return f"secagg-{phase}/1"
 
 
 def reach(plan: Plan, round: int) -> float:
-    """The change of a value for which all levels stand in a round of training, from 1.
+    """Largest change of a value that the levels can represent in a round of training (rounds count from 1).
 
-    A function of the plan and of nothing else: no server chooses it, and a site that was away knows it too. A step of Adam is
-    about the learning rate in size, so that it follows the course of the learning rate over the run.
+    It depends on the plan alone: no server can choose it, and a site that was absent can compute it. One step of Adam changes a
+    value by about the learning rate, so that the range follows the learning rate schedule of the run.
     """
     t, f = plan.training, plan.federation
     course = mean_factor(t.lr_scheduler_type, round, rounds=f.num_rounds, warmup_ratio=t.warmup_ratio)
@@ -53,13 +53,13 @@ def reach(plan: Plan, round: int) -> float:
 
 
 def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
-    """At a site: refuses an adapter to which no sums of this plan's rounds lead from its first one.
+    """At a site: refuses an adapter that no sums of this plan's rounds can have produced from the first adapter.
 
-    It catches what is plainly made up, such as a factor scaled up against the other one; a server that stays within what the sums
-    can give is not caught.
+    This catches plainly made-up adapters, such as one factor scaled up against the other. It does not catch a server that stays
+    within the range of possible sums.
 
     Args:
-        adapter: what the server has sent of it.
+        adapter: the tensors that the server has sent.
         round: of the task.
 
     Raises:
@@ -75,17 +75,16 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Agreed before anything is sent.
+    """What all sites of a session agree on before anything is sent.
 
     Attributes:
-        profile: of the vector.
-        reach: of a round, see :func:`reach`.
-        num_rounds: of training.
+        profile: quantization of the vector.
+        reach: round -> range, see :func:`reach`.
+        num_rounds: rounds of training.
         weight_unit: tokens or examples that make a weight of one; 0: all weights are one.
-        counters: names of those that ride along, in order.
-        rule: what the numbers mean to the aggregator.
-        requirements: least that a session needs.
-        digest: names all of this; part of every session's context.
+        counters: names of the counters that are summed, in order.
+        rule: the aggregation rule.
+        requirements: minimum requirements for a session.
     """
 
     profile: Profile
@@ -98,7 +97,7 @@ class Terms:
 
     @classmethod
     def of(cls, plan: Plan, roster: Roster) -> Terms:
-        """The plan's terms, and what this end's own roster demands at the least."""
+        """The plan's terms, made stricter where the roster at this end demands more."""
         p, f = settings_of(plan), plan.federation
         colluding, cohort = max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort)
         groups = None if p.lone_change == "allow" else tuple(g for g in roster.groups() if len(g) >= colluding + 2)
@@ -118,7 +117,7 @@ class Terms:
         return MAX_UNITS if self.weight_unit else 1
 
     def weight(self, counted: int) -> int:
-        """A site's weight: whole units, 1 .. 16; 1 without a unit."""
+        """A site's weight: a number of units, 1 to 16; always 1 without a unit."""
         return min(max(round(counted / self.weight_unit), 1), MAX_UNITS) if self.weight_unit else 1
 
     def numbers(self, layout: Layout) -> Numbers:
@@ -141,17 +140,20 @@ class Terms:
             raise WrongContext(f"round {task.round} of {self.num_rounds}", code="wrong-round")
         return scales_for(layout, self.profile, reach=self.reach(task.round))
 
-    def share(self, weight: int) -> float:
-        """A site's part of the largest weight, in (0, 1]."""
+    def weight_fraction(self, weight: int) -> float:
+        """A site's weight as a fraction of the largest weight, in (0, 1]."""
         return weight / self.max_weight
 
     def most(self, *, weight: int, sites: int) -> int:
-        """Largest sum of one value in levels: of sites of this weight together, each within :func:`rings.most_levels`."""
+        """Largest sum of one value, in levels, over sites with this weight together.
+
+        Each site keeps within :func:`fedlora.protect.secagg.protocol.rings.most_levels`.
+        """
         whole = self.profile.levels * weight // self.max_weight
         return whole if self.max_weight == 1 else whole + sites  # a part of a level is rounded up at each site
 
     def context(self, task: Task, scales: F32, roster: str, reply_key: bytes) -> bytes:
-        """Digest of all that the sites of a session must see alike, but for who they are.
+        """Digest of everything that the sites of a session must agree on, except the list of sites.
 
         Args:
             roster: its digest.
@@ -176,10 +178,10 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Offer:
-    """First word of the server.
+    """The server's message of the step ``advertise``: the offer of a task.
 
     Attributes:
-        roster: signed, as bytes: nothing in it is believed yet.
+        roster: the signed roster as bytes, not yet verified.
         task: canonical bytes.
     """
 

@@ -212,7 +212,7 @@ def test_256_sites_that_all_send_the_largest_value_have_it_as_their_mean(ring, e
     total = np.zeros(LAYOUT.size, profile.word)
     for i in range(256):
         delta = np.full(LAYOUT.size, end * 1e30, np.float32)
-        levels, cut = encode(delta, LAYOUT, profile, scales, share=1.0, key=bytes([i]) * 32)
+        levels, cut = encode(delta, LAYOUT, profile, scales, weight_fraction=1.0, key=bytes([i]) * 32)
         assert cut.tolist() == [15, 4]
         total += levels
     mean = sum_to_mean(total, LAYOUT, profile, scales, weight=256, most=256 * profile.levels)
@@ -235,8 +235,10 @@ def test_the_mean_is_off_by_a_level_at_most_and_nothing_is_lost(ring, sites, exp
     inside, kept = np.ones((2, LAYOUT.size), bool)
     for i, (delta, w) in enumerate(sites):
         share, left = w / MAX_UNITS, delta.copy()
-        levels, cut = encode(left, LAYOUT, profile, scales, share=share, key=hashlib.sha256(b"%d/%d" % (seed, i)).digest())
-        most = most_levels(profile, share=share)
+        levels, cut = encode(
+            left, LAYOUT, profile, scales, weight_fraction=share, key=hashlib.sha256(b"%d/%d" % (seed, i)).digest()
+        )
+        most = most_levels(profile, weight_fraction=share)
         assert np.abs(levels.view(np.int16 if profile.word is np.uint16 else np.int32).astype(int)).max() <= most
         within = np.abs(delta) <= (most - 1) * unit / share
         assert cut.sum() <= np.count_nonzero(~within)
@@ -245,7 +247,7 @@ def test_the_mean_is_off_by_a_level_at_most_and_nothing_is_lost(ring, sites, exp
         total += levels
         shares, truth, left_over = shares + share, truth + share * delta.astype(float), left_over + share * left.astype(float)
         inside, kept = inside & within, kept & (np.abs(delta) <= 4 * most * unit / share)
-    whole = sum(most_levels(profile, share=w / MAX_UNITS) for _, w in sites)
+    whole = sum(most_levels(profile, weight_fraction=w / MAX_UNITS) for _, w in sites)
     mean = sum_to_mean(total, LAYOUT, profile, scales, weight=shares, most=whole).astype(float)
     size = float(np.abs([d for d, _ in sites]).max())
     assert np.all(np.abs(mean - truth / shares)[inside] <= (unit * len(sites) / shares)[inside] + 2.0**-20 * size)
@@ -259,7 +261,9 @@ def test_rounding_is_right_in_the_mean(ring, part, seed):
     """4096 roundings of one value: the mean is within six standard deviations (of at most half a level) and the noise's grain."""
     profile, layout = PROFILES[ring], Layout.of({"a": (64, 64)})
     delta = np.full(layout.size, 3.0 + part, np.float32)
-    levels, _ = encode(delta, layout, profile, np.ones(1, np.float32), share=1.0, key=hashlib.sha256(b"%d" % seed).digest())
+    levels, _ = encode(
+        delta, layout, profile, np.ones(1, np.float32), weight_fraction=1.0, key=hashlib.sha256(b"%d" % seed).digest()
+    )
     assert set(levels.tolist()) <= {2, 3, 4}
     assert levels.astype(float).mean() == pytest.approx(3.0 + part, abs=6 * 0.5 / 64 + 2.0**-16)
 

@@ -188,7 +188,9 @@ class World:
         for name in sites:
             w = terms.weight(self.updates[name].weight)
             delta = self.updates[name].delta.copy()
-            levels, _ = encode(delta, layout, profile, scales, share=terms.share(w), key=rounding_key(name, task, scales))
+            levels, _ = encode(
+                delta, layout, profile, scales, weight_fraction=terms.weight_fraction(w), key=rounding_key(name, task, scales)
+            )
             signed = levels.view(np.int16 if levels.dtype == np.uint16 else np.int32)
             total, weight = total + signed, weight + w
         words = (total % (1 << profile.bits)).astype(profile.word)

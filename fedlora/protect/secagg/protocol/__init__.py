@@ -1,1 +1,1 @@
-"""What the messages of a session say and prove, FORMAT.md 10: computed from their arguments alone, no state, no I/O."""
+"""The messages of a session and their cryptography (FORMAT.md, section 10): pure functions without state or I/O."""

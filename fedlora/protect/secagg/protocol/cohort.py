@@ -1,7 +1,7 @@
-"""Who is in a session and what each has said under its own name: advertisements, the cohort, signed statements.
+"""The sites of a session and their signed statements: advertisements, the cohort.
 
-Everything here is public. A session's name, ``t1``, is the digest of all that its sites must agree on: the task's context and
-every advertisement. All keys are salted with it, so that a server which shows two sites different things gets noise.
+Everything here is public. A session's name, ``t1``, is the digest of everything that its sites must agree on: the task's context
+and all advertisements. All keys are salted with it: if a server shows different things to two sites, their masks do not cancel.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SIGNATURE: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class SessionRequirements:
-    """What a site insists on, from its own roster and the plan; never from a message.
+    """A site's minimum requirements for a session. They come from its own roster and the plan, never from a message.
 
     Attributes:
-        max_colluding: sites of a session that may work together with the server without learning a third one's update.
-        min_cohort: fewest sites in a session, and fewest whose updates make a sum.
-        groups: of the roster, each whole, of ``max_colluding + 2`` sites or more: a session and a sum are over some of them.
-            None: over any sites.
+        max_colluding: number of sites that may collude with the server without learning another site's update.
+        min_cohort: fewest sites in a session, and fewest updates in a sum.
+        groups: the roster's groups of at least ``max_colluding + 2`` sites. A session and a sum cover whole groups only. None:
+            any sites.
     """
 
     max_colluding: int
@@ -54,12 +54,14 @@ class SessionRequirements:
         return max(3, 3 * self.max_colluding, self.min_cohort)
 
     def threshold(self, n: int) -> int:
-        """Shares that rebuild a secret, and votes that fix a session: more than two thirds, for any two such sets of sites to
-        have more than ``max_colluding`` in common."""
+        """Number of shares that rebuild a secret, and of votes that decide a session: more than two thirds of the sites.
+
+        Any two sets of that many sites have more than ``max_colluding`` sites in common.
+        """
         return 2 * n // 3 + 1
 
     def whole(self, names: Collection[str]) -> frozenset[str]:
-        """Those of these sites whose groups are here as a whole."""
+        """The sites among these whose whole group is among these."""
         here = frozenset(names)
         return here if self.groups is None else frozenset().union(*(group for group in self.groups if group <= here))
 
@@ -67,7 +69,7 @@ class SessionRequirements:
         """The group of a site; None where any sites may be added up.
 
         Raises:
-            LoneChange: it is in none.
+            LoneChange: it belongs to none.
         """
         if self.groups is None:
             return None
@@ -142,7 +144,7 @@ def read_session(reader: Reader, t1: bytes) -> None:
 
 
 def sign(key: Ed25519PrivateKey, label: str, text: bytes) -> bytes:
-    """64 bytes under one of our labels."""
+    """A signature of a text under a label that says what kind of text it is; 64 bytes."""
     return key.sign(_signed(label, text))
 
 
@@ -169,8 +171,8 @@ class Advert:
     Attributes:
         context: digest of the task as this site has seen it.
         seal: public key to which its shares are sealed (ML-KEM-768 then X25519, raw).
-        mask: public key from which pair masks come; its private half is what a dropped site's shares rebuild.
-        promise: digest of the seed of its own mask.
+        mask: public key from which pair masks are derived; if the site drops out, its shares rebuild the private key.
+        promise: digest of the seed of its self mask.
         measured: whether the counters of its evaluation are not all zero.
     """
 
@@ -195,7 +197,11 @@ class Advert:
 
     @classmethod
     def read(cls, reader: Reader) -> Advert:
-        """Raises: WireError."""
+        """Inverse of :meth:`dump`; checks no signature.
+
+        Raises:
+            WireError: malformed.
+        """
         try:
             name = reader.take(reader.take(1)[0]).decode("ascii")
         except UnicodeDecodeError:
@@ -207,7 +213,7 @@ class Advert:
         return cls(name, context, seal, mask, promise, bool(measured), reader.take(SIGNATURE))
 
     def verify(self, identity: PublicIdentity) -> None:
-        """Checks signature and keys against what is known of this site.
+        """Checks the signature against the site's keys on the roster, and that both session keys are valid.
 
         Raises:
             BadSignature, KeyFileError.
@@ -227,7 +233,7 @@ class Advert:
 
 
 def _kem_key(raw: bytes) -> MLKEM768X25519PublicKey:
-    # The identity's own check of a sealing key: points of small order are refused. Any sound signing key does.
+    # PublicIdentity checks the sealing key (points of small order are refused). The signing key is a placeholder.
     return PublicIdentity("session", _BASE_POINT, raw).kem_key()
 
 
@@ -254,7 +260,7 @@ class Cohort:
 
         Raises:
             CohortTooSmall: fewer than the rules demand.
-            LoneChange: not made of whole groups.
+            LoneChange: a group is incomplete.
             WireError: too many, or one twice.
             WrongContext: they have not all seen the same task.
         """
@@ -289,7 +295,7 @@ class Cohort:
         """Inverse of :meth:`dump`; every advertisement is checked against the roster.
 
         Args:
-            known: the roster's word on a site; raises EnvelopeError (unknown-site) or RevokedSite.
+            known: gives a site's keys on the roster; raises EnvelopeError (unknown-site) or RevokedSite.
 
         Raises:
             WireError, BadSignature, EnvelopeError (unknown-site), CohortTooSmall, WrongContext.
@@ -305,7 +311,7 @@ class Cohort:
         return cls.of(adverts, requirements)
 
     def number(self, name: str) -> int:
-        """A site's place, from 1: the point at which its shares lie.
+        """A site's number in the session, from 1. It is also the x coordinate of its shares.
 
         Raises:
             EnvelopeError (unknown-site): not in this session.
@@ -316,7 +322,7 @@ class Cohort:
         raise EnvelopeError("not in this session", code="unknown-site")
 
     def advert(self, number: int) -> Advert:
-        """The site at a place.
+        """The advertisement of the site with this number.
 
         Raises:
             WireError: there is none.
@@ -326,14 +332,11 @@ class Cohort:
         return self.adverts[number - 1]
 
     def commitment(self, kind: str, *, dealer: int, holder: int, share: bytes) -> bytes:
-        """What a dealer publishes of a share: 32 bytes. A share has 256 bits of its own, so that this hides it."""
+        """A dealer's commitment to a share, 32 bytes. It hides the share, which has 256 random bits."""
         text = self.t1 + kind.encode() + struct.pack(">HH", dealer, holder) + share
         return hashlib.sha256(b"fedlora/v1/sa/share\0" + text).digest()
 
 
-# --- votes --------------------------------------------------------------------------------------------------------
-
-
 def leads(one: int, other: int) -> bool:
-    """Which of two sites gives the pair's ingredient: each leads half of its pairs, so that all send about as much."""
+    """Whether site ``one`` sends the pair's ingredient to ``other``. Each site leads half of its pairs to balance traffic."""
     return (one < other) == ((one + other) % 2 == 1)

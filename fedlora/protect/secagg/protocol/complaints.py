@@ -1,9 +1,10 @@
-"""Complaints of a holder whose share does not open, and the dealer's answer, which shows the share.
+"""Complaints of a holder whose shares do not match the dealer's commitments, and the dealer's answer, which shows the shares.
 
-An honest dealer is complained about only by sites that lie, and what it shows was theirs to know already. A dealer that cannot
-show what it has committed to has lied, and its own signature says so. Source: the complaints of verifiable secret sharing
-(Feldman, A Practical Scheme for Non-interactive Verifiable Secret Sharing, 1987; Gennaro et al., Secure Distributed Key
-Generation for Discrete-Log Based Cryptosystems, 1999).
+Only lying sites complain about an honest dealer, and its answer tells them nothing new. A dealer that cannot show shares that
+match its commitments has lied, and its own signature proves it.
+
+Source: the complaints of verifiable secret sharing (Feldman, A Practical Scheme for Non-interactive Verifiable Secret Sharing,
+1987; Gennaro et al., Secure Distributed Key Generation for Discrete-Log Based Cryptosystems, 1999).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from fedlora.protect.secagg.protocol.dealing import Opened, Statement
 
 @dataclass(frozen=True, slots=True)
 class Complaint:
-    """That what some dealers have signed for one holder does not open to what they have committed to, signed by the holder.
+    """A holder's signed statement that what some dealers sent to it does not match their commitments.
 
     Attributes:
-        lies: dealer's number -> what it has signed.
+        lies: dealer's number -> its signed statement.
     """
 
     holder: int
@@ -66,7 +67,7 @@ class Complaint:
         return cls(holder, lies, reader.take(SIGNATURE))
 
     def verify(self, cohort: Cohort, known: Callable[[str], PublicIdentity]) -> None:
-        """Whether the holder has signed it, and each dealer what it is said to have signed.
+        """Checks the signatures of the holder and of each dealer.
 
         Raises:
             BadSignature.
@@ -82,18 +83,18 @@ def _dump_lies(lies: Mapping[int, Statement]) -> bytes:
 
 
 def most_complaint_bytes(cohort: Cohort) -> int:
-    """Longest complaint of one holder: about everybody else."""
+    """Length of the longest complaint of one holder, which is about all other sites."""
     return 4 + SIGNATURE + len(cohort.adverts) * (2 + 4 * 32 + SIGNATURE)
 
 
 def dump_complaints(cohort: Cohort, complaints: Iterable[Complaint]) -> bytes:
-    """What a dealer is asked to answer. Session (32) | count | complaints."""
+    """The complaints about one dealer, for that dealer. Session (32) | count | complaints."""
     found = list(complaints)
     return cohort.t1 + struct.pack(">H", len(found)) + b"".join(c.dump() for c in found)
 
 
 def read_complaints(cohort: Cohort, dealer: int, blob: bytes, known: Callable[[str], PublicIdentity]) -> list[int]:
-    """The holders whose signed complaints about ``dealer`` these are, in strictly rising order.
+    """The holders that complain about ``dealer``, in strictly rising order; each complaint is checked.
 
     Raises:
         WireError, WrongContext: malformed, of another session, or about somebody else.
@@ -112,8 +113,8 @@ def read_complaints(cohort: Cohort, dealer: int, blob: bytes, known: Callable[[s
 
 
 def dump_opened(cohort: Cohort, shown: Mapping[int, Opened]) -> bytes:
-    """A dealer's answer, by holder; or what is passed on to a holder, by dealer. Session (32) | count | per site: number, what
-    was dealt, in clear."""
+    """A dealer's answer, by holder; or the answers for one holder, by dealer. Session (32) | count | per site: number, what was
+    dealt, in clear."""
     return cohort.t1 + struct.pack(">H", len(shown)) + b"".join(struct.pack(">H", j) + o.dump() for j, o in sorted(shown.items()))
 
 
@@ -123,14 +124,14 @@ def opened_bytes(count: int) -> int:
 
 
 def read_opened(cohort: Cohort, dealer: int, blob: bytes, due: Mapping[int, tuple[bytes, ...]]) -> dict[int, Opened]:
-    """What a dealer shows to settle complaints, checked against what it had committed to.
+    """A dealer's answer to complaints, checked against its commitments.
 
     Args:
         due: holder's number -> the dealer's commitments to what it has dealt to that site.
 
     Raises:
         WireError, WrongContext: malformed, or of another session.
-        BadShare: it does not show what it has committed to.
+        BadShare: it does not match the dealer's commitments.
     """
     reader = Reader(blob, "opened shares")
     read_session(reader, cohort.t1)
@@ -148,7 +149,7 @@ def read_opened(cohort: Cohort, dealer: int, blob: bytes, due: Mapping[int, tupl
 
 
 def read_settled(cohort: Cohort, own: int, reader: Reader) -> dict[int, Opened]:
-    """At a holder: what dealers have shown of what they dealt to it, by dealer. It is checked where it is used.
+    """At a holder: the answers to its complaints, by dealer. :func:`fedlora.protect.secagg.protocol.dealing.receive` checks them.
 
     Raises:
         WireError, WrongContext: malformed, or of another session.

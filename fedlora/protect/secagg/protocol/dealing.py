@@ -1,9 +1,9 @@
-"""A site's part in a session, as pure functions of its root secret and what it has been shown.
+"""A site's messages in a session, as pure functions of its root secret and of the messages that it has received.
 
 Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, 2017, in the form against an active
-server and on the complete graph; with a post-quantum ingredient in each pair's key, and the votes of FORMAT.md, section 7.
+server and on the complete graph; with a post-quantum ingredient in each pair's key, and the votes of FORMAT.md, section 10.7.
 
-Everything secret comes from 32 bytes, ``root``, so that an interrupted site says the same again and never something else.
+All secrets are derived from 32 bytes, ``root``, so that an interrupted site sends the same bytes again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MaskKeys:
     """The keys behind a site's pair masks, from the seed that its peers hold shares of.
 
     Attributes:
-        seed: 32 bytes, shared out. If the site drops out, the shares rebuild it and its masks can be taken off.
+        seed: 32 bytes, split into shares. If the site drops out, the shares rebuild it and its masks can be removed.
     """
 
     seed: bytes
@@ -59,7 +59,7 @@ class MaskKeys:
         return _public(derive(self.seed, "mask-keys", length=96))
 
     def ingredient(self, cohort: Cohort, *, dealer: int, holder: int) -> bytes:
-        """What the site that leads a pair adds to its key; 32 bytes."""
+        """The ingredient that the site which leads a pair adds to the pair's key; 32 bytes."""
         return derive(self.seed, "ingredient", salt=cohort.t1, context=struct.pack(">HH", dealer, holder))
 
     def pair(self, cohort: Cohort, *, own: int, peer: int, ingredient: bytes) -> tuple[bytes, bytes]:
@@ -82,12 +82,12 @@ class Secrets:
 
     @property
     def self_seed(self) -> bytes:
-        """Seed of the mask that is this site's alone; it is shared out, and rebuilt if the site's update counts."""
+        """Seed of the site's self mask; split into shares, and rebuilt if the site's update counts."""
         return derive(self.root, "self-seed")
 
     @property
     def sealing(self) -> MLKEM768X25519PrivateKey:
-        """Opens the shares of others. Not shared out."""
+        """Opens the shares of other sites; not split into shares itself."""
         return _private(derive(self.root, "seal-keys", length=96))
 
     @property
@@ -105,7 +105,7 @@ def _public(seed: bytes) -> bytes:
 
 
 def promise(self_seed: bytes) -> bytes:
-    """The digest of a self-mask's seed that its owner advertises."""
+    """The digest of the self mask's seed that a site advertises."""
     return hashlib.sha256(b"fedlora/v1/sa/promise\0" + self_seed).digest()
 
 
@@ -116,7 +116,7 @@ def self_keys(self_seed: bytes, cohort: Cohort) -> tuple[bytes, bytes]:
 
 
 def advertise(name: str, context: bytes, secrets: Secrets, *, key: Ed25519PrivateKey, measured: bool) -> Advert:
-    """First word of a site: its public keys for the session, and whether it has measured something, signed."""
+    """Message of the step ``advertise``: the site's public keys for the session, and whether it has measured, signed."""
     own_promise = promise(secrets.self_seed)
     return Advert(name, context, secrets.sealing_public, secrets.mask_keys.public, own_promise, measured).signed(key)
 
@@ -127,7 +127,7 @@ def _info(label: str, cohort: Cohort, dealer: int, holder: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """What one dealer has sent to one holder, and signed: nobody between them can change it, and it cannot be taken back.
+    """What one dealer has sent to one holder, signed by the dealer: no relay can change it, and the dealer cannot deny it.
 
     Attributes:
         commitments: to the holder's share of the mask seed, of the self seed, and to the ingredient (empty if the holder leads).
@@ -163,14 +163,18 @@ class Dealt:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a dealer has signed for one holder, without the sealed bytes: enough to hold it to its word."""
+    """What a dealer has signed for one holder, without the sealed bytes: enough to prove a lie."""
 
     commitments: tuple[bytes, bytes, bytes]
     sealed_digest: bytes
     signature: bytes
 
     def verify(self, cohort: Cohort, identity: PublicIdentity, *, dealer: int, holder: int) -> None:
-        """Raises: BadSignature."""
+        """Checks the dealer's signature.
+
+        Raises:
+            BadSignature.
+        """
         check_signature(
             identity, "deal", _deal_text(cohort, dealer, holder, self.commitments, self.sealed_digest), self.signature
         )
@@ -200,7 +204,7 @@ def dealt_bytes(*, leads: bool) -> int:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Opened:
-    """What one dealer has for one holder, in clear: sealed in a deal, or shown to settle a complaint.
+    """What one dealer deals to one holder, in clear: the content of a sealed part, or shown to settle a complaint.
 
     Attributes:
         mask, own: shares of its two seeds.
@@ -231,7 +235,7 @@ class Opened:
 
 
 def opened(cohort: Cohort, own: int, secrets: Secrets, holders: Iterable[int]) -> dict[int, Opened]:
-    """What this site has dealt to each of these, in clear."""
+    """What this site has dealt to each of these holders, in clear."""
     shares, keys = _shares(cohort, secrets), secrets.mask_keys
     return {
         j: Opened(
@@ -244,7 +248,7 @@ def opened(cohort: Cohort, own: int, secrets: Secrets, holders: Iterable[int]) -
 
 
 def deal(cohort: Cohort, own: int, secrets: Secrets, *, key: Ed25519PrivateKey) -> bytes:
-    """Second word: a commitment to each share, and for each peer its shares, sealed and signed.
+    """Message of the step ``share``: a commitment to each share, and for each peer its shares, sealed and signed.
 
     Session (32) | per site, itself included: commitments to its share of the mask seed and of the self seed (32 each) | per peer:
     BUNDLE_BYTES; if this site leads the pair PAIR_BYTES and a commitment to the ingredient (32); signature.
@@ -287,11 +291,11 @@ class Inbox:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Received:
-    """The same, or why there is none.
+    """What a site has received, and the dealers whose part of it is wrong.
 
     Attributes:
-        inbox: complete if nobody is to blame.
-        lies: dealers whose signed word does not open to what they have committed to, with that word.
+        inbox: complete if there are no lies.
+        lies: dealer's number -> its signed statement, where its part does not match its commitments.
     """
 
     inbox: Inbox
@@ -311,12 +315,12 @@ def receive(
     """Reads what the server relays: count, then per peer that dealt: its number and what it dealt to this site.
 
     Args:
-        known: the roster's word on a site.
-        settled: what dealers have shown after a complaint of this site; believed where it is what they had committed to.
+        known: gives a site's keys on the roster.
+        settled: what dealers have shown after a complaint of this site; used if it matches their commitments.
 
     Raises:
         CohortTooSmall: too few have dealt.
-        BadSignature: changed on the way: not what the dealer has signed for this site in this session.
+        BadSignature: changed on the way: the dealer has not signed it for this site in this session.
         WireError: malformed.
     """
     mine = _shares(cohort, secrets)
@@ -356,7 +360,7 @@ def _opened(
     dealer: int,
     holder: int,
 ) -> Opened | None:
-    """What was dealt, if it opens to what the dealer has committed to."""
+    """What was dealt, opened; None if it does not match the dealer's commitments."""
     bundle, pair = dealt.sealed[:BUNDLE_BYTES], dealt.sealed[BUNDLE_BYTES:]
     try:
         both = _open(bundle, sealing, _info("shares", cohort, dealer, holder))

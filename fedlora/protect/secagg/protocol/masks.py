@@ -1,7 +1,7 @@
-"""Masks: a key becomes as many uniform ring elements as there are values, added or subtracted in place.
+"""Masks: expands a key to one uniform ring element for each value, and adds or subtracts them in place.
 
 AES-256 in counter mode with a zero start, each key used once; words are little-endian, so that the stream does not depend on
-how it is cut (NIST SP 800-38A, 6.5).
+how it is divided (NIST SP 800-38A, 6.5).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def add_masks(
 
     Args:
         vector: (n,) contiguous little-endian unsigned words.
-        masks: key of 32 bytes, for this mask only, and sign.
-        done: called with each part of the vector that is ready, in order and without gaps, each part but the last an even
-            number of words.
+        masks: key (32 bytes, used for one mask only) and sign.
+        done: called with each finished part of the vector, in order and without gaps. All parts but the last have an even number
+            of words.
     """
 
     def add(piece: slice) -> slice:
@@ -57,7 +57,7 @@ def _keystream(key: bytes, at: int) -> CipherContext:
 
 
 class Stream:
-    """Random bytes from a key, in order: the ``entropy`` of what must come out the same when it is asked again."""
+    """Random bytes from a key, in order: an ``entropy`` that gives the same bytes again after a restart."""
 
     def __init__(self, key: bytes) -> None:
         self._stream = _keystream(key, 0)

@@ -1,6 +1,6 @@
-"""Numbers that are summed with the vector and masked like it: weights, counters. No site's own is ever in clear.
+"""Numbers that are masked and summed together with the vector: weights, counters. Single sites' numbers stay secret.
 
-Whole numbers modulo 2^64, one mask of their own. What the server reads is their sum over the sites and nothing else.
+They are integers modulo 2^64 with a mask of their own. The server reads only their sum over the sites.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _MOST_SQUARE: Final = 2.0**20
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What the sum says.
+    """The sum of all sites' numbers, decoded.
 
     Attributes:
         weight: sum of the weights in the mean.
-        sites: number of sites in it, as they counted themselves.
-        counted: sum of what the plan weighs by (tokens, examples), before it was made a weight.
-        counters: sums of the sites' counters; without those that no such sum can be: a site has lied.
+        sites: number of sites in the sum: each site adds one.
+        counted: sum of the tokens or examples that the plan weighs by, before conversion to weights.
+        counters: sums of the sites' counters; one that no such sum can be is left out: a site has lied.
         squares: weighted mean of the squared norm of each tensor, (tensors,); for the gap certificate.
         cut: values beyond the range, per tensor.
     """
@@ -47,8 +47,8 @@ class Totals:
 class Numbers:
     """Order of the numbers: weight, sites, counted | squares | cut | counters.
 
-    A counter is what was counted and no product of it: a rounded mean times the site's count would show that count, which stays
-    the same over rounds, as the common factor of its numbers; and with it each site's mean.
+    A counter is sent as it was counted. A rounded mean times the site's count would reveal that count, which is the same in all
+    rounds, as a common factor of the site's numbers.
 
     Args:
         tensors: tensors of the vector.
@@ -65,7 +65,7 @@ class Numbers:
     def pack(
         self, *, weight: int, counted: int, squares: NDArray[np.float64], cut: NDArray[np.int64], counters: Mapping[str, int]
     ) -> NDArray[np.uint64]:
-        """One site's numbers, (size,) uint64. Values out of range are cut to it: a site can only spoil its own.
+        """One site's numbers, (size,) uint64. Values out of range are clipped.
 
         Args:
             counters: one that is not here is zero.
@@ -84,7 +84,7 @@ class Numbers:
         """Reads the sum of ``sites`` sites' numbers.
 
         Raises:
-            SessionError: it says another number of sites, or no weight: the masks have not come off.
+            SessionError: the number of sites is wrong, or there is no weight: the masks were not removed.
         """
         whole = total.view(np.int64)
         weight, count, counted = (int(x) for x in whole[:3])

@@ -1,4 +1,4 @@
-"""The server's part in a session, as pure functions: pass on what sites deal, add up, take the masks off the sum."""
+"""The server's computations in a session, as pure functions: relay the deals, check revealed shares, unmask the sum."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fedlora.protect.secagg.protocol.shamir import SHARE_BYTES, join, weights
 
 @dataclass(frozen=True, slots=True)
 class Deal:
-    """What one site has dealt, as it came; nothing in it can be opened here.
+    """What one site has dealt; the server cannot open any of it.
 
     Attributes:
         commitments: by holder's number: to the share of the mask seed, to that of the self seed.
@@ -41,7 +41,7 @@ class Deal:
 
     @classmethod
     def parse(cls, cohort: Cohort, dealer: int, blob: bytes) -> Deal:
-        """Inverse of :func:`fedlora.protect.secagg.protocol.dealing.deal`, as far as it is public.
+        """Reads the public parts of what :func:`fedlora.protect.secagg.protocol.dealing.deal` gives.
 
         Raises:
             WireError, WrongContext: malformed, or of another session.
@@ -57,7 +57,7 @@ class Deal:
         return cls(commitments, dealt)
 
     def verify(self, cohort: Cohort, dealer: int, identity: PublicIdentity) -> None:
-        """Whether the dealer has signed all of it, each part for the holder for whom it is.
+        """Checks that the dealer has signed each part, for the right holder.
 
         Raises:
             BadSignature.
@@ -67,13 +67,13 @@ class Deal:
 
 
 def deal_bytes(cohort: Cohort, dealer: int) -> int:
-    """Exact length of what this site deals."""
+    """Exact length of this dealer's message."""
     n = len(cohort.adverts)
     return 32 + 64 + sum(dealt_bytes(leads=leads(dealer, j)) for j in range(1, n + 1) if j != dealer)
 
 
 def relay(cohort: Cohort, deals: Mapping[int, Deal], holder: int) -> bytes:
-    """What one site gets of all that was dealt; see :func:`fedlora.protect.secagg.protocol.dealing.receive`."""
+    """The parts of all deals that are for one site; see :func:`fedlora.protect.secagg.protocol.dealing.receive`."""
     dealers = [d for d in sorted(deals) if d != holder]
     out = [struct.pack(">H", len(dealers))]
     for dealer in dealers:
@@ -82,14 +82,14 @@ def relay(cohort: Cohort, deals: Mapping[int, Deal], holder: int) -> bytes:
 
 
 def parse_reveal(cohort: Cohort, deals: Mapping[int, Deal], counted: Iterable[int], holder: int, blob: bytes) -> dict[int, bytes]:
-    """One site's shares, each checked against what its dealer has committed to.
+    """The shares that one site reveals, each checked against its dealer's commitment.
 
     Returns:
         Dealer's number -> share.
 
     Raises:
         WireError, WrongContext: malformed, or of another session.
-        BadShare: this site does not give the share that it was dealt.
+        BadShare: a share is not the one that was dealt to this site.
     """
     reader, kinds = Reader(blob, "revealed shares"), {n: 1 for n in counted}
     read_session(reader, cohort.t1)
@@ -109,7 +109,7 @@ def parse_reveal(cohort: Cohort, deals: Mapping[int, Deal], counted: Iterable[in
 
 
 def reveal_bytes(deals: Mapping[int, Deal]) -> int:
-    """Exact length of what a site reveals."""
+    """Exact length of a site's message in the step ``unmask``."""
     return 34 + len(deals) * (2 + SHARE_BYTES)
 
 
@@ -121,14 +121,14 @@ def unmask(
     vector: NDArray[Any],
     numbers: NDArray[Any],
 ) -> None:
-    """Takes all masks off the sum, in place: the counted sites' own, and those that they share with sites that dropped out.
+    """Removes all masks from the sum, in place: the counted sites' self masks, and their pair masks with sites that dropped out.
 
     Args:
         counted: numbers of the sites whose masked updates are in the sum.
         revealed: holder's number -> what :func:`parse_reveal` gave; at least ``cohort.threshold`` of them.
 
     Raises:
-        DealerLied: a rebuilt secret is not the one that its owner advertised.
+        DealerLied: a rebuilt secret differs from what its owner advertised.
         ValueError: too few holders.
     """
     holders = sorted(revealed)[: cohort.threshold]
@@ -155,7 +155,7 @@ def unmask(
 
 
 def _ingredient(cohort: Cohort, deals: Mapping[int, Deal], keys: MaskKeys, gone: int, peer: int) -> bytes:
-    """The ingredient of the pair's key: derived from the seed of the site that leads, or opened with the other one's key."""
+    """The ingredient of a pair's key: derived from the rebuilt seed if ``gone`` leads the pair, else opened with its key."""
     dealer, holder = (gone, peer) if leads(gone, peer) else (peer, gone)
     dealt, found = deals[dealer].dealt[holder], b""
     with suppress(CannotOpen):

@@ -1,7 +1,7 @@
 """Updates as integers modulo a power of two: profiles, rounding, packing.
 
-A masked value is uniform over its ring, so that it cannot be compressed and its width is what it costs. The ring must hold the
-sum of all sites: ``2 * levels * sites < 2^bits``.
+A masked value is uniform over its ring, so that it cannot be compressed: its cost is its width. The ring must hold the sum of
+all sites: ``2 * levels * sites < 2^bits``.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ PROFILES: Final[dict[str, Profile]] = {
 
 
 def scales_for(layout: Layout, profile: Profile, *, reach: float) -> F32:
-    """Value of one level, per tensor, (tensors,) float32: from what everybody knows before the round, and nothing that was sent.
+    """Value of one level, per tensor, (tensors,) float32. It depends only on the plan and the round, not on any update.
 
     Eleven significant bits, half to even, so that the order of a sum of binary64 numbers does not show.
 
     Args:
-        reach: change of a value for which the levels stand.
+        reach: largest change of a value that the levels can represent.
     """
     out = np.full(len(layout.entries), reach / profile.levels)
     mantissa, exponent = np.frexp(out)
@@ -66,42 +66,42 @@ def scales_for(layout: Layout, profile: Profile, *, reach: float) -> F32:
     return scales
 
 
-def most_levels(profile: Profile, *, share: float) -> int:
-    """Largest value of a site with this share of the largest weight: its part of the levels, one at least."""
-    return math.ceil(profile.levels * share)
+def most_levels(profile: Profile, *, weight_fraction: float) -> int:
+    """Largest level of a site with this fraction of the largest weight: the same fraction of the levels, at least one."""
+    return math.ceil(profile.levels * weight_fraction)
 
 
 def tensor_slices(layout: Layout) -> list[slice]:
-    """Where each tensor lies in the vector, in the layout's order."""
+    """The slice of the vector that holds each tensor, in the layout's order."""
     return [at for _, at, _ in layout.slices()]
 
 
 def encode(
-    delta: F32, layout: Layout, profile: Profile, scales: F32, *, share: float, key: bytes
+    delta: F32, layout: Layout, profile: Profile, scales: F32, *, weight_fraction: float, key: bytes
 ) -> tuple[Words, NDArray[np.int64]]:
-    """A change as whole levels, rounded up or down at random so that the mean is right.
+    """A change as integer levels, with stochastic rounding, so that the expected value is exact.
 
     Args:
-        delta: the change with what earlier rounds left behind, (n,) float32, finite; becomes what this round leaves behind, at
-            most what four rounds can carry: training goes on from the adapter that lacks it, and learns much of it again.
+        delta: the change plus the remainder of earlier rounds, (n,) float32, finite. It becomes the remainder of this round,
+            limited to four times the range: training continues from the adapter that lacks it, and learns much of it again.
         scales: value of one level, per tensor, (tensors,) float32.
-        share: this site's weight over the largest weight, in (0, 1]. Values beyond that share of the levels are cut, and like the
-            rounding made up for in the next round.
-        key: 32 bytes, secret: who knows which way a value was rounded learns whose value tipped a sum. The same key, the same
+        weight_fraction: this site's weight over the largest weight, in (0, 1]. Values beyond that fraction of the levels are
+            clipped; the next round makes up for clipping and rounding.
+        key: 32 bytes, secret: knowing the rounding direction reveals which site changed a sum. The same key gives the same
             levels.
 
     Returns:
-        Levels as ring elements, (n,) words; values cut, per tensor.
+        Levels as ring elements, (n,) words; number of clipped values per tensor.
     """
     levels, cut = np.empty(delta.size, profile.word), np.zeros(len(layout.entries), np.int64)
     signed = levels.view(np.int16 if profile.word is np.uint16 else np.int32)
     wide = np.float32 if profile.levels < 1 << 12 else np.float64
-    noise, most = _Noise(key), wide(most_levels(profile, share=share))
+    noise, most = _Noise(key), wide(most_levels(profile, weight_fraction=weight_fraction))
     bound = wide(_MOST_LEFT * most)
     scratch: NDArray[Any] = np.empty(_CHUNK, wide)
     kept: NDArray[Any] = np.empty(_CHUNK, wide)
     for i, tensor in enumerate(tensor_slices(layout)):
-        unit = wide(np.float64(scales[i]) / share)
+        unit = wide(np.float64(scales[i]) / weight_fraction)
         for part in _chunks(tensor):
             values = delta[part]
             scaled, inside = scratch[: values.size], kept[: values.size]
@@ -147,10 +147,11 @@ def sum_to_mean(total: Words, layout: Layout, profile: Profile, scales: F32, *, 
     Args:
         total: sum of all sites' levels, modulo ``2^bits``.
         weight: sum of the sites' weights over the largest weight.
-        most: largest sum of one value that sites which keep to their ranges can give; see :meth:`Terms.most`.
+        most: largest possible sum of one value if every site keeps to its range; see
+            :meth:`fedlora.protect.secagg.terms.Terms.most`.
 
     Raises:
-        UpdateRejected: a value is beyond it. One site can move a sum by what the others leave of their ranges, and no further.
+        UpdateRejected: a value is beyond it. A site can move a sum only within the range of all sites together.
     """
     out = np.empty(total.size, np.float32)
     shift = np.int64(64 - profile.bits)
@@ -176,7 +177,7 @@ def packed_bytes(n: int, bits: int) -> int:
 
 
 def room(out: memoryview, n: int, bits: int) -> Words:
-    """Words for n ring elements that :func:`pack_into` will pack to ``out``: those bytes themselves where they are as wide."""
+    """Words for n ring elements that :func:`pack_into` will pack into ``out``; a view of ``out`` if the widths are equal."""
     if bits in (16, 32):
         return np.frombuffer(out, f"<u{bits // 8}")
     return np.empty(n, np.uint16 if bits <= 16 else np.uint32)

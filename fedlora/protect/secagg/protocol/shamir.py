@@ -1,6 +1,6 @@
 """Shamir's secret sharing over the prime field of 2^256 + 297 (Shamir, How to Share a Secret, 1979).
 
-Not constant in time: it runs on the host of whoever owns the secret, or on shares that are being revealed.
+Not constant in time: it runs on the secret owner's host, or on shares that are being revealed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What sites have delivered, their votes on it, and the certificates that votes make. FORMAT.md, 10.7."""
+"""Delivered updates, the sites' votes on them, and certificates made of votes. FORMAT.md, 10.7."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ABORT: Final = 2
 
 
 BURNED: Final = 3
-"""Never sent: what a site notes after the server tried to get two votes from it. It then gives neither."""
+"""Never sent: a site's own note after the server asked for two different votes. It then gives neither."""
 
 
 _NO_DELIVERIES: Final = bytes(32)
@@ -35,9 +35,9 @@ _NO_DELIVERIES: Final = bytes(32)
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """That a site has sent its masked update: the update's digest, signed.
+    """A site's signed statement that it has sent its masked update: the update's digest.
 
-    ``U3`` in Bonawitz et al. is the set of sites that have.
+    The sites that have made one are the set ``U3`` in Bonawitz et al.
     """
 
     number: int
@@ -53,13 +53,17 @@ class Delivered:
         return cohort.t1 + struct.pack(">H", number) + digest
 
     def verify(self, cohort: Cohort, known: Callable[[str], PublicIdentity]) -> None:
-        """Raises: BadSignature."""
+        """Checks the site's signature.
+
+        Raises:
+            BadSignature.
+        """
         identity = known(cohort.advert(self.number).name)
         check_signature(identity, "masked", self._text(cohort, self.number, self.digest), self.signature)
 
     @staticmethod
     def digest_of(delivered: Sequence[Delivered]) -> bytes:
-        """Names the set, in order of number: what a vote is about."""
+        """Digest of a set of deliveries, in order of number. A vote is on this digest."""
         text = b"".join(struct.pack(">H", d.number) + d.digest for d in sorted(delivered, key=lambda d: d.number))
         return hashlib.sha256(b"fedlora/v1/sa/delivered\0" + text).digest()
 
@@ -70,7 +74,11 @@ class Delivered:
 
     @staticmethod
     def read_all(reader: Reader) -> list[Delivered]:
-        """Raises: WireError."""
+        """Inverse of :meth:`dump_all`.
+
+        Raises:
+            WireError: malformed, or not in strictly rising order.
+        """
         found = [Delivered(reader.number(), reader.take(32), reader.take(SIGNATURE)) for _ in range(reader.number())]
         numbers = [d.number for d in found]
         if numbers != sorted(set(numbers)):
@@ -79,22 +87,26 @@ class Delivered:
 
 
 def vote_text(t1: bytes, verdict: int, delivered: bytes = _NO_DELIVERIES) -> bytes:
-    """What a vote signs: the session, COMMIT or ABORT, and for COMMIT the digest of the deliveries."""
+    """The text that a vote signs: the session, COMMIT or ABORT, and for COMMIT the digest of the deliveries."""
     return t1 + bytes([verdict]) + delivered
 
 
 def sign_vote(text: bytes, *, key: Ed25519PrivateKey) -> bytes:
-    """64 bytes."""
+    """The signature of a vote, 64 bytes."""
     return sign(key, "vote", text)
 
 
 def check_vote(signature: bytes, text: bytes, *, identity: PublicIdentity) -> None:
-    """Raises: BadSignature."""
+    """Checks the signature of a vote.
+
+    Raises:
+        BadSignature.
+    """
     check_signature(identity, "vote", text, signature)
 
 
 def certificate(votes: Mapping[int, bytes]) -> bytes:
-    """Signatures under one vote, by the voters' numbers."""
+    """The signatures of one vote, by the voters' numbers."""
     return struct.pack(">H", len(votes)) + b"".join(struct.pack(">H", n) + s for n, s in sorted(votes.items()))
 
 
@@ -118,12 +130,13 @@ def check_certificate(
     threshold: int,
     known: Callable[[str], PublicIdentity],
 ) -> None:
-    """At least ``threshold`` sites of ``names`` (in order of number) have signed this vote. One that has been revoked since does
-    not count.
+    """Checks that at least ``threshold`` sites of ``names`` (in order of number) have signed this vote.
+
+    A site that has been revoked since does not count.
 
     Raises:
         SessionError (votes-missing): fewer.
-        BadSignature: one is not what it says.
+        BadSignature: a signature is not of the site that it is said to be of.
     """
     if any(not 1 <= n <= len(names) for n in votes):
         raise SessionError(f"a vote of a site that is none of {len(names)}", code="votes-missing")
