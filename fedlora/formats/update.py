@@ -229,7 +229,7 @@ def dump_task(task: Task, *, reply_key: bytes) -> bytes:
     return fill(_TASK.size + sum(lengths) + 4 * n + len(sends) + _DIGEST, write)
 
 
-def parse_task(blob: bytes, *, max_parameters: int) -> tuple[Task, bytes]:
+def parse_task(blob: bytes | memoryview, *, max_parameters: int) -> tuple[Task, bytes]:
     """Inverse of :func:`dump_task`. Lengths are compared before anything is allocated, then the digest.
 
     Args:

@@ -15,6 +15,7 @@ from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.reader import Reader
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import PublicIdentity
+from fedlora.formats.roster import Roster
 from fedlora.formats.trust import RosterKeeper
 from fedlora.protect.ledger import Base, Contribution, ContributionStore
 from fedlora.protect.link import SiteLink
@@ -86,17 +87,19 @@ class SecAggSite:
         offered = request.phase == "advertise"  # an offer brings the roster itself
         if not offered and request.phase not in steps:
             raise WrongContext("no phase of this protection", code="wrong-direction")
-        digest = None if offered else self.roster.current.digest()
-        header, payload = self.link.open(request, codec=codec(request.phase), roster=digest)
-        if header.run != self._run:
-            self._run, self._encoded, self._cohort, self._inbox = header.run, None, None, None
-        records = Records(self.link.memory, header.run, self.link.identity, self.entropy)
         if offered:
-            return self._advertise(header, payload, records, work)
+            return self._advertise(*self._open_offer(request), work)
+        header, payload = self.link.open(request, codec=codec(request.phase), roster=self.roster.current.digest())
+        records = self._records(header.run)
         session = records.session()
         if session is None or (session.round, session.attempt) != (header.round, header.attempt):
             raise SessionError("no session of this round and attempt is open here", code="secrets-gone")
         return self._reply(header, session.reply_key, steps[request.phase](payload, records, session))
+
+    def _records(self, run: str) -> Records:
+        if run != self._run:
+            self._run, self._encoded, self._cohort, self._inbox = run, None, None, None
+        return Records(self.link.memory, run, self.link.identity, self.entropy)
 
     def _reply(self, header: Header, reply_key: bytes, payload: bytes | memoryview) -> bytes:
         key = self.link.reply_key(reply_key)
@@ -111,13 +114,20 @@ class SecAggSite:
 
     # --- train, then advertise --------------------------------------------------------------------------------
 
-    def _advertise(self, header: Header, payload: bytes, records: Records, work: Callable[[Task], Update]) -> bytes:
-        offer = Offer.parse(payload)
+    def _open_offer(self, request: Request) -> tuple[Header, Records, Roster, Task, bytes]:
+        """A genuine offer, opened. Its bytes, as many as the adapter's, are gone when this returns."""
+        header, payload = self.link.open(request, codec=codec("advertise"), roster=None)
+        records, offer = self._records(header.run), Offer.parse(payload)
         roster = self.roster.take(offer.roster).roster
         match(header, roster=roster.digest())
         roster.site(self._name)  # revoked: nothing is trained any more
         task, key = offer.open_task()
         check_task(header, task, key, phase="advertise")
+        return header, records, roster, task, key
+
+    def _advertise(
+        self, header: Header, records: Records, roster: Roster, task: Task, key: bytes, work: Callable[[Task], Update]
+    ) -> bytes:
         self.link.reply_key(key)  # an invalid key is refused before hours of training
         plan = parse_plan(task.plan)
         check_mode(plan, "secagg")

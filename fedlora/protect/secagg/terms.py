@@ -182,15 +182,15 @@ class Offer:
 
     Attributes:
         roster: the signed roster as bytes, not yet verified.
-        task: canonical bytes.
+        task: canonical bytes, not copied.
     """
 
     roster: bytes
-    task: bytes
+    task: bytes | memoryview
 
     def dump(self) -> bytes:
         """Length of the roster (u32, big-endian) | roster | task."""
-        return struct.pack(">I", len(self.roster)) + self.roster + self.task
+        return b"".join((struct.pack(">I", len(self.roster)), self.roster, self.task))
 
     @classmethod
     def parse(cls, blob: bytes) -> Offer:
@@ -200,7 +200,7 @@ class Offer:
             WireError: malformed.
         """
         reader = Reader(blob, "offer")
-        return cls(reader.take(int.from_bytes(reader.take(4), "big")), reader.rest())
+        return cls(reader.take(int.from_bytes(reader.take(4), "big")), reader.view(reader.left))
 
     def open_task(self) -> tuple[Task, bytes]:
         """The task, and the run's key.
