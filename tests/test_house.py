@@ -395,3 +395,8 @@ def test_the_tables_of_attacks_and_faults_are_what_the_tests_say(kind):
 def test_no_folder_is_too_large_to_know():
     sizes = {folder: sum(len(p.read_text().splitlines()) for p in folder.glob("*.py")) for folder in {p.parent for p in FILES}}
     assert {str(folder.relative_to(ROOT)): lines for folder, lines in sizes.items() if lines > 3200} == {}
+
+
+def test_no_file_is_too_long_to_read():
+    sizes = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in FILES}
+    assert {name: lines for name, lines in sizes.items() if lines > 400} == {}

@@ -244,6 +244,33 @@ class ContributionStore:
             raise self._unknown("gone")
         return Ledger()
 
+    def compare(
+        self,
+        contribution: Contribution | None,
+        base: Base,
+        *,
+        known: Callable[[str], PublicIdentity],
+        uncovers: Collection[str],
+    ) -> frozenset[str]:
+        """Agrees to a contribution beside earlier ones, and says whose updates that may show: sites of ``uncovers``.
+
+        Args:
+            contribution: None where sums may differ by single sites.
+            known: the roster's present keys of a site.
+
+        Raises:
+            LoneChange: it could show another one's, or a site of the group has other keys than when the session began.
+            StoreError: see :meth:`load`.
+        """
+        ledger = self.load()
+        if contribution is None:
+            ledger.check_alike(base, alone=True)
+            return frozenset()
+        if contribution.members != Contribution.of(map(known, contribution.names), {}).members:
+            raise LoneChange("a site of this site's group has other keys than when the session began")
+        ledger.check(base, contribution, uncovers=uncovers)
+        return ledger.shown(base, contribution)
+
     def _unknown(self, what: str) -> StoreError:
         return StoreError(
             f"{self.memory.where(KEY)}, the record of the sums that this site has contributed to, is {what}",

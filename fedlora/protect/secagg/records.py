@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from fedlora.core.adapter import F32
 from fedlora.core.errors import StoreError
+from fedlora.core.messages import Task
 from fedlora.formats.derive import derive
 from fedlora.formats.files import Damaged, frame, unframe
 from fedlora.formats.keys import Identity
 from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.protect.encrypted import EncryptedMemory
+from fedlora.protect.ledger import Base, Contribution
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.rings import Words
+from fedlora.protect.secagg.terms import Terms
 
 _ENCODED = b"FLE2"
 _ENCODED_HEAD = struct.Struct("<HH4xQQQQ")  # bytes of the key, bytes of a level, round; counts of levels, numbers, what is left
@@ -70,6 +73,36 @@ class Session:
     delivered: bytes = b""
     final: bytes = b""
     opened: Sequence[int] = ()
+
+    @classmethod
+    def begin(
+        cls,
+        task: Task,
+        terms: Terms,
+        base: Base,
+        contribution: Contribution | None,
+        *,
+        context: bytes,
+        reply_key: bytes,
+        **more: Any,
+    ) -> Session:
+        """Of a task whose terms both ends have derived. ``more``: what the site alone knows: root, evaluation, measured."""
+        r = terms.requirements
+        return cls(
+            round=task.round,
+            attempt=task.attempt,
+            context=context,
+            reply_key=reply_key,
+            bits=terms.profile.bits,
+            max_colluding=r.max_colluding,
+            min_cohort=r.min_cohort,
+            plan=task.plan_digest,
+            base=base.digest,
+            model=base.model,
+            groups=None if r.groups is None else [sorted(group) for group in r.groups],
+            contribution=None if contribution is None else contribution.facts(),
+            **more,
+        )
 
     @property
     def requirements(self) -> SessionRequirements:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from fedlora.core.adapter import F32, Update
-from fedlora.core.errors import BadShare, LoneChange, SessionError, WireError, WrongContext
+from fedlora.core.errors import BadShare, SessionError, WireError, WrongContext
 from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.reader import Reader
@@ -138,7 +138,8 @@ class SecAggSite:
             )
         terms = Terms.of(plan, roster)
         contribution = self._contribution(terms.requirements, plan)
-        self._compare(contribution, Base.of(plan), task.plan_digest, records)  # before anything is trained
+        base = Base.of(plan)
+        self._compare(contribution, base, task.plan_digest, records)  # before anything is trained
         session = records.session()
         if session is not None and session.root and session.round < task.round:
             records.save_session(session.but(root=b""))  # it will never end: its secrets must not be opened later
@@ -151,23 +152,8 @@ class SecAggSite:
         session = records.session()
         if session is None or (session.context, session.measured) != (context, measured) or session.t1 or not session.root:
             # Never the same keys in two sessions: the server may have lost the first one, or try to get them used twice.
-            session = Session(
-                round=task.round,
-                attempt=task.attempt,
-                context=context,
-                reply_key=key,
-                root=self.entropy(32),
-                bits=terms.profile.bits,
-                max_colluding=terms.requirements.max_colluding,
-                min_cohort=terms.requirements.min_cohort,
-                plan=task.plan_digest,
-                base=task.base,
-                model=plan.model.model_name_or_path,
-                groups=None if terms.requirements.groups is None else [sorted(g) for g in terms.requirements.groups],
-                contribution=None if contribution is None else contribution.facts(),
-                evaluation=evaluation,
-                measured=measured,
-            )
+            own = {"root": self.entropy(32), "evaluation": evaluation, "measured": measured}
+            session = Session.begin(task, terms, base, contribution, context=context, reply_key=key, **own)
             records.save_session(session)
         return self._reply(header, key, self._advert(session).dump())
 
@@ -335,27 +321,14 @@ class SecAggSite:
         return vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
 
     def _contribution(self, requirements: SessionRequirements, plan: Plan) -> Contribution | None:
-        """This site's contribution to a sum of this plan under the current roster; None where sums may differ by single sites.
-
-        Raises:
-            LoneChange: it is in no complete group.
-        """
+        """To a sum of this plan under the current roster; None where sums may differ by single sites. Raises: LoneChange."""
         group = requirements.group_of(self._name)
         return None if group is None else Contribution.of(map(self._known, group), measure(plan))
 
     def _compare(self, contribution: Contribution | None, base: Base, plan: str, records: Records) -> None:
-        """Refuses a contribution that, with earlier ones, could expose single updates.
-
-        Raises:
-            LoneChange: it could, or a site of the group has other keys than when the session began.
-        """
-        ledger = self._given(records).load()
-        if contribution is None:
-            return ledger.check_alike(base, alone=True)
-        if contribution.members != Contribution.of(map(self._known, contribution.names), {}).members:
-            raise LoneChange("a site of this site's group has other keys than when the session began")
-        ledger.check(base, contribution, uncovers=self.uncovers(plan))
-        if shown := ledger.shown(base, contribution):
+        """Refuses a contribution that, with earlier ones, could expose single updates, see :meth:`ContributionStore.compare`."""
+        shown = self._given(records).compare(contribution, base, known=self._known, uncovers=self.uncovers(plan))
+        if shown:
             log.warning("beside what was given before, sums of this plan may show updates of %s", ", ".join(sorted(shown)))
 
     def _given(self, records: Records) -> ContributionStore:
