@@ -220,6 +220,12 @@ def by_rows(batches: Sequence[Batch], *, tokens: int) -> list[Batch]:
     return found
 
 
+def one_a_row(batch: Batch, *, pad_token_id: int) -> Batch:
+    """The same examples in the same order, each in a row of its own."""
+    flat, sizes, sources = _flat([batch])
+    return _one_a_row(flat, sizes, sources, pad_token_id=pad_token_id)
+
+
 def share(batches: Sequence[Batch], *, part: int, parts: int, pad_token_id: int) -> list[Batch]:
     """The examples of one of several shares that hold about equally many tokens, in rows no longer than theirs; none if
     there are too few.
@@ -236,8 +242,8 @@ def share(batches: Sequence[Batch], *, part: int, parts: int, pad_token_id: int)
     first, last = int(chosen[0]), int(chosen[-1])
     at, end = int(ends[first] - sizes[first]), int(ends[last])
     if not any(b.packed for b in batches):
-        return _one_a_row([p[at:end] for p in flat], sizes[first : last + 1], sources[first : last + 1],
-                          pad_token_id=pad_token_id)  # fmt: skip
+        return [_one_a_row([p[at:end] for p in flat], sizes[first : last + 1], sources[first : last + 1],
+                           pad_token_id=pad_token_id)]  # fmt: skip
     row = _one_row([p[at:end] for p in flat], sizes[first : last + 1], sources[first : last + 1],
                    pad_token_id=pad_token_id, length=end - at)  # fmt: skip
     return regroup([row], tokens=max(b.labels.shape[1] for b in batches), pad_token_id=pad_token_id)
@@ -262,7 +268,7 @@ def _one_row(flat: list[I64], sizes: I64, sources: list[int], *, pad_token_id: i
     return Batch(row(ids, pad_token_id), row(labels, IGNORE), row(positions, 0), documents, tuple(sources))
 
 
-def _one_a_row(flat: list[I64], sizes: I64, sources: list[int], *, pad_token_id: int) -> list[Batch]:
+def _one_a_row(flat: list[I64], sizes: I64, sources: list[int], *, pad_token_id: int) -> Batch:
     """Each example in a row of its own, in one batch."""
     ids, labels, positions = (np.split(part, np.cumsum(sizes)[:-1]) for part in flat)
 
@@ -273,7 +279,7 @@ def _one_a_row(flat: list[I64], sizes: I64, sources: list[int], *, pad_token_id:
         return whole
 
     documents = rows([np.full(n, number) for number, n in enumerate(sizes)], -1)
-    return [Batch(rows(ids, pad_token_id), rows(labels, IGNORE), rows(positions, 0), documents, tuple(sources))]
+    return Batch(rows(ids, pad_token_id), rows(labels, IGNORE), rows(positions, 0), documents, tuple(sources))
 
 
 def _check(examples: Sequence[Tokens], *, rows: int, max_length: int) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedlora.core.errors import ModelError
-from fedlora.data import IGNORE, Batch
+from fedlora.data import IGNORE, Batch, one_a_row
 from fedlora.learn._internals import attention_of
 from fedlora.learn.packing import PACKED, Apart, Way, block_mask, looks_ahead, try_way, window_of
 
@@ -83,6 +83,19 @@ class Forward:
         """Whether a row may hold several documents: none sees another."""
         return self.way != "alone"
 
+    def why_alone(self) -> str:
+        """Why a row holds a single document, in words."""
+        tried = [t for t in self.tried.values() if t is not None]
+        if not tried:
+            return "this base takes neither masks nor positions that would keep the examples of a row apart"
+        best = min(tried, key=lambda t: max(t.before, t.alone))
+        off = f"a token's loss is off by up to {max(best.before, best.alone):.2g} nats"
+        if self.tried.get("blocks") is None:
+            return f"this base takes no mask that would keep the examples of a row apart, and positions alone do not ({off})"
+        if best.before > best.behind:
+            return f"this base carries a state from one example of a row into the next ({off})"
+        return f"this base computes something else for several examples in a row than for each alone ({off})"
+
     def _find_way(self) -> Way:
         was_training = self._model.training
         self._model.eval()
@@ -116,11 +129,13 @@ class Forward:
         return self(batch).nll
 
     def __call__(self, batch: Batch) -> Scored:
-        """Losses at the batch's supervised tokens.
+        """Losses at the batch's supervised tokens. Where a row may hold one document only, a packed batch is unpacked first.
 
         Raises:
             ValueError: a label has no token of its own document before it.
         """
+        if self.way == "alone" and batch.packed:
+            batch = one_a_row(batch, pad_token_id=0)
         row, column = supervised(batch)
         targets = torch.from_numpy(batch.labels[row, column]).to(self._device)
         where = (torch.from_numpy(row).to(self._device), torch.from_numpy(column - 1).to(self._device))
@@ -145,16 +160,10 @@ class Forward:
         return logits[row, index]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """The model's arguments.
-
-        Raises:
-            ValueError: several documents in a row of a model that cannot keep them apart.
-        """
+        """The model's arguments."""
         documents = torch.from_numpy(batch.documents).to(self._device)
         given = {"input_ids": torch.from_numpy(batch.input_ids).to(self._device), "use_cache": False}
         if self.way == "alone":
-            if batch.packed:
-                raise ValueError("several documents in a row: this model would let one see another")
             return given | {"attention_mask": (documents >= 0).long()}
         given["position_ids"] = torch.from_numpy(batch.position_ids).to(self._device)
         return given if self.way == "positions" else given | {"attention_mask": self._masks(documents)}

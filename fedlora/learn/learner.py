@@ -60,7 +60,7 @@ class HFLearner:
         if not train:
             raise DataError("no examples to train on")
         training = plan.training
-        check_length(model, training.max_length)
+        check_length(model.base.model, training.max_length)
         _check_ids(model, [*train, *held_out])
         self._model = model
         self._held_out = list(held_out)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedlora.core.errors import ConfigError, ModelError
-
-if TYPE_CHECKING:
-    from fedlora.learn.lora import LoraModel
 
 
 def pad_token_id(tokenizer: Any, rows: int) -> int:
@@ -42,13 +39,16 @@ def check_ids(tokenizer: Any, rows: int) -> str:
     return f"all {len(tokenizer.get_vocab())} ids lie inside the embedding of {rows}"
 
 
-def check_length(model: LoraModel, max_length: int) -> str:
+def check_length(model: Any, max_length: int) -> str:
     """Confirms that rows of this length are within what the base computes; says what bounds them.
+
+    Args:
+        model: transformers' model.
 
     Raises:
         ConfigError: they are longer.
     """
-    config = model.base.model.config.get_text_config()
+    config = model.config.get_text_config()
     longest = next((n for n in (getattr(config, k, None) for k in _POSITIONS) if type(n) is int and n > 0), None)
     if longest is not None and max_length > longest:
         raise ConfigError(f"max_length {max_length} exceeds this base's {longest} positions", hint="use a smaller max_length")

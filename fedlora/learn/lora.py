@@ -211,6 +211,20 @@ def load_lora(plan: Plan, path: Path, machine: Machine) -> LoraModel:
     return attach(load_base(plan.model, path, machine), plan.lora, seed=plan.run.seed)
 
 
+def layout_of(base: Base, settings: Lora) -> Layout:
+    """Names and shapes of the adapter that a plan puts on a base; the base stays without one.
+
+    Raises:
+        ConfigError: see :func:`attach`.
+    """
+    sizes = {n: base.model.get_submodule(n) for n in adapted_layers(base.model, settings.target_modules)}
+    r, prefix = settings.r, "base_model.model."
+    return Layout.of(
+        {f"{prefix}{n}.lora_A.weight": (r, m.in_features) for n, m in sizes.items()}
+        | {f"{prefix}{n}.lora_B.weight": (m.out_features, r) for n, m in sizes.items()}
+    )
+
+
 def attach(base: Base, settings: Lora, *, seed: int) -> LoraModel:
     """Puts an adapter on a base and gives it the first values. Changes ``base.model`` in place.
 

@@ -48,6 +48,11 @@ def _the_one(name: str, shape: tuple[int, ...], stored: Sequence[str], entries: 
             f"{name} is made of {len(stored)} tensors of the base's files, first {stored[0]}: nothing can be added to it there",
             hint="publish the adapter itself, without --merge",
         )
+    if stored and entries[stored[0]].shape == shape[::-1] != shape:
+        raise ModelError(
+            f"{stored[0]} is stored transposed (Conv1D), which is not supported",
+            hint="publish the adapter itself, without --merge",
+        )
     if not stored or entries[stored[0]].shape != shape:
         raise ModelError(f"the base has no {name} of shape {shape}", hint="check that the adapter was trained on this base")
     return stored[0]

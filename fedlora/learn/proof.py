@@ -44,11 +44,8 @@ class _Adapted:
 Found = str | _Adapted
 
 
-def prove(base: Base, plan: Plan, *, digest: str) -> Proof:
+def prove(base: Base, plan: Plan) -> Proof:
     """Tries a base under a plan. The base is as it was afterwards, without an adapter.
-
-    Args:
-        digest: of the pinned plan.
 
     Raises:
         ConfigError, ModelError: the base cannot carry this plan's adapter at all, see :func:`fedlora.learn.lora.attach`.
@@ -59,19 +56,19 @@ def prove(base: Base, plan: Plan, *, digest: str) -> Proof:
             model.set(_moved(model.get()))
             checks: Sequence[tuple[str, Callable[[], Found]]] = (
                 ("ids", lambda: _ids(base)),
-                ("length", lambda: check_length(model, plan.training.max_length)),
+                ("length", lambda: check_length(base.model, plan.training.max_length)),
                 ("neighbors", lambda: _neighbors(model, packing=plan.training.packing)),
                 ("alone", lambda: _alone(model)),
                 ("ranks", lambda: _ranks(model)),
                 ("gradients", lambda: _gradients(model)),
-                ("quantization", lambda: in_words(coverage(base.model))),
+                ("quantization", lambda: in_words(coverage(base.model), plan.model)),
                 ("merge", lambda: _merge(model)),
                 ("export", lambda: check_export(model, plan)),  # the last: it takes the adapter off
             )
             found = tuple(_checked(name, check) for name, check in checks)
     finally:
         model.peft_model.unload()
-    return Proof(plan=digest, base=base.digest, machine=_machine(base), checks=found)
+    return Proof(plan=plan.digest(), base=base.digest, machine=_machine(base), checks=found)
 
 
 def check_proven(proof: Proof) -> None:
@@ -144,18 +141,7 @@ def _neighbors(model: LoraModel, *, packing: bool) -> Found:
         return "none, in training and in evaluation" + ("" if packing else "; the plan packs nothing")
     if not packing:
         return "none: the plan puts one example into a row"
-    return _Adapted(f"{why_alone(model)}: one example a row, in training and in evaluation")
-
-
-def why_alone(model: LoraModel) -> str:
-    """Why a base gets one example a row, in words."""
-    tried = [t for t in model.forward.tried.values() if t is not None]
-    if not tried:
-        return "this base takes neither masks nor positions that would keep the examples of a row apart"
-    best = min(tried, key=lambda t: max(t.before, t.alone))
-    if best.before > 2e-6:
-        return f"this base carries a state from one example of a row to the next (a token's loss moves by {best.before:.2g} nats)"
-    return f"in a row with others a token's loss is off by {best.alone:.2g} nats"
+    return _Adapted(f"{model.forward.why_alone()}: one example a row, in training and in evaluation")
 
 
 def _alone(model: LoraModel) -> Found:

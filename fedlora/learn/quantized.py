@@ -66,8 +66,10 @@ def check_quantized(model: Any, settings: Model) -> None:
         )
 
 
-def in_words(found: Coverage) -> str:
+def in_words(found: Coverage, settings: Model) -> str:
     """A sentence for people."""
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return f"not asked for: {megabytes(found.vocabulary + found.experts + found.rest)} in {settings.dtype}"
     parts = {"embeddings and head": found.vocabulary, "experts": found.experts, "norms and all else": found.rest}
     left = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items() if size)
     return f"quantized: {megabytes(found.quantized)}; left in full precision: {left or 'nothing'}"
@@ -82,7 +84,7 @@ def _expert_parameters(model: Any) -> dict[int, tuple[str, torch.nn.Parameter]]:
     found = {}
     for name, module in language_model(model).items():
         if holds_experts(name, module):
-            for key, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim >= 3:
+            for key, parameter in module.named_parameters():
+                if parameter.ndim >= 2 and parameter.dtype.is_floating_point:
                     found[id(parameter)] = (f"{name}.{key}", parameter)
     return found

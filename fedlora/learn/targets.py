@@ -30,8 +30,8 @@ def adapted_layers(model: Any, target_modules: tuple[str, ...] | str) -> list[st
     """
     if any(isinstance(m, Conv1D) for m in model.modules()):
         raise ConfigError(
-            "this architecture stores weights transposed (Conv1D), which is not supported",
-            hint="choose a base whose layers are torch.nn.Linear",
+            "this architecture stores weights transposed (Conv1D), which is not supported unless it is loaded in 4 bits",
+            hint="set load_in_4bit = true in the plan, or choose a base whose layers are torch.nn.Linear",
         )
     modules, head = language_model(model), model.get_output_embeddings()
     linear = [n for n, m in modules.items() if isinstance(m, torch.nn.Linear) and m is not head]
@@ -64,11 +64,13 @@ def language_model(model: Any) -> dict[str, torch.nn.Module]:
 
 
 def holds_experts(name: str, module: torch.nn.Module) -> bool:
-    """Whether a module holds the weights of several experts: in parameters of three axes, or as a list of that name."""
-    if isinstance(module, torch.nn.modules.conv._ConvNd):
-        return False
-    fused = any(p.ndim >= 3 and min(p.shape[:2]) > 1 for p in module.parameters(recurse=False))
-    return fused or (name.rpartition(".")[2] == "experts" and isinstance(module, torch.nn.ModuleList))
+    """Whether a module is the experts of a block, by transformers' names of them; shared ones, which see all tokens, are not."""
+    own, kind = name.rpartition(".")[2].lower(), type(module).__name__.lower()
+    return "expert" in f"{own} {kind}" and "shared" not in own and not isinstance(module, torch.nn.Linear) and not _routes(module)
+
+
+def _routes(module: torch.nn.Module) -> bool:
+    return any("expert" in name for name, _ in module.named_children())
 
 
 def _left_out(model: Any, modules: Mapping[str, torch.nn.Module], linear: list[str]) -> dict[str, str]:
