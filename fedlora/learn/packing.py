@@ -99,7 +99,8 @@ def looks_ahead(losses: Losses, model: Any) -> bool:
     own = losses(row_of([tokens]), "alone")
     ahead = losses(row_of([np.concatenate([tokens[:-1], other])]), "alone")
     back = losses(row_of([np.concatenate([other, tokens[1:]])]), "alone")
-    return farthest(ahead[:-1], own[:-1]) > max(_ROUNDED_OTHERWISE, _SEEN * farthest(back[1:], own[1:]))
+    rounded = _ROUNDED.get(model.get_input_embeddings().weight.dtype, _ROUNDED_OTHERWISE)
+    return farthest(ahead[:-1], own[:-1]) > max(rounded, _SEEN * farthest(back[1:], own[1:]))
 
 
 def farthest(a: torch.Tensor, b: torch.Tensor) -> float:
