@@ -217,12 +217,12 @@ def layout_of(base: Base, settings: Lora) -> Layout:
     Raises:
         ConfigError: see :func:`attach`.
     """
-    sizes = {n: base.model.get_submodule(n) for n in adapted_layers(base.model, settings.target_modules)}
-    r, prefix = settings.r, "base_model.model."
-    return Layout.of(
-        {f"{prefix}{n}.lora_A.weight": (r, m.in_features) for n, m in sizes.items()}
-        | {f"{prefix}{n}.lora_B.weight": (m.out_features, r) for n, m in sizes.items()}
-    )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in adapted_layers(base.model, settings.target_modules):
+        layer = base.model.get_submodule(name)
+        shapes[f"base_model.model.{name}.lora_A.weight"] = (settings.r, layer.in_features)
+        shapes[f"base_model.model.{name}.lora_B.weight"] = (layer.out_features, settings.r)
+    return Layout.of(shapes)
 
 
 def attach(base: Base, settings: Lora, *, seed: int) -> LoraModel:

@@ -1,4 +1,4 @@
-"""The table of families in fedlora/BASES.md, from what is tried: ``python tests/learn/table_of_bases.py`` writes it again."""
+"""The table of families in fedlora/BASES.md, from what is tried: ``python -m learn.table_of_bases`` in tests/ writes it again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import bitsandbytes as bnb
 import numpy as np
 import torch
-from bases import FAMILIES, make_base
+from learn.bases import FAMILIES, make_base
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import table_of_bases
 import torch
-from bases import FAMILIES
+from learn import table_of_bases
+from learn.bases import FAMILIES
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 

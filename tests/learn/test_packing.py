@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bases import WINDOW, make_base
-from plans import plan_of
+from learn.bases import WINDOW, make_base
+from learn.plans import plan_of
 
 from fedlora.core.events import Event
 from fedlora.core.plan import Lora, Model, Plan
@@ -190,7 +190,7 @@ def test_evaluation_without_a_word_packs_nothing(tmp_path: Path, batches: list[B
 
 def test_a_simulation_of_a_plan_that_packs_nothing_packs_nothing(tmp_path: Path, batches: list[Batch], run: Callable[..., Any]):
     run(packing=False)
-    real = [b for b in batches if b.labels.shape[1] > 20]  # the trial of a base is two short documents
+    real = [b for b in batches if len(b.labels) > 1]  # the trial of a base has one row at a time
     assert real
     assert not any(b.packed for b in real)
 
@@ -203,7 +203,7 @@ def run(tmp_path: Path) -> Callable[..., Any]:
         small = {"per_device_train_batch_size": 2, "max_length": 64, "packing": packing}
         plan = {
             "model": {"dtype": "float32", "load_in_4bit": False}, "training": small, "lora": {"r": 2},
-            "federation": {"num_rounds": 1, "local_steps": 1}, "simulation": {"arms": ["base", "federated"], "sites": ["a", "b"]},
+            "federation": {"num_rounds": 1, "local_steps": 1}, "simulation": {"arms": ("base", "federated"), "sites": ("a", "b")},
         }  # fmt: skip
         return simulate(Plan.model_validate(plan), out=tmp_path / "run")
 

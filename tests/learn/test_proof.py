@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import make_base
+from learn.bases import make_base
 from transformers import AutoTokenizer
 
 from fedlora.cli import main
@@ -73,7 +73,8 @@ def test_a_base_is_as_it_was_after_its_proof(llama: Path):
         before = base.model(input_ids=ids).logits
         prove(base, plan)
         assert torch.equal(base.model(input_ids=ids).logits, before)
-    assert attach(base, plan.lora, seed=0).layout == layout_of(base, plan.lora)
+    layout = layout_of(base, plan.lora)
+    assert attach(base, plan.lora, seed=0).layout == layout
 
 
 def test_padding_outside_the_embedding_is_replaced_and_said(llama: Path, tmp_path: Path):
