@@ -105,7 +105,7 @@ def looks_ahead(losses: Losses, model: Any) -> bool:
 
 def farthest(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest distance of two vectors' values; NaN is far."""
-    found = float((a.float() - b.float()).abs().max())
+    found = float((a.detach().float() - b.detach().float()).abs().max())
     return found if found == found else float("inf")
 
 

@@ -29,7 +29,7 @@ from fedlora.learn.roundtrip import check_export, check_merge
 
 _SIZES = (24, 40)
 """Tokens of the two documents of the proof."""
-_MOVED = 0.05
+_MOVED = 0.02
 """Standard deviation of the factors with which it is tried: B is zero at first and would hide A."""
 _SEEN = 0.1
 
@@ -50,6 +50,7 @@ def prove(base: Base, plan: Plan) -> Proof:
     Raises:
         ConfigError, ModelError: the base cannot carry this plan's adapter at all, see :func:`fedlora.learn.lora.attach`.
     """
+    held = coverage(base.model)
     model = attach(base, plan.lora, seed=plan.run.seed)
     try:
         with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
@@ -61,7 +62,7 @@ def prove(base: Base, plan: Plan) -> Proof:
                 ("alone", lambda: _alone(model)),
                 ("ranks", lambda: _ranks(model)),
                 ("gradients", lambda: _gradients(model)),
-                ("quantization", lambda: in_words(coverage(base.model), plan.model)),
+                ("quantization", lambda: in_words(held, plan.model)),
                 ("merge", lambda: _merge(model)),
                 ("export", lambda: check_export(model, plan)),  # the last: it takes the adapter off
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def check_export(model: LoraModel, plan: Plan) -> str:
             scale=model.scale,
         )
         plain = _logits(model.peft_model.unload().eval(), model, ids)
-        loaded = PeftModel.from_pretrained(base, out).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft reads an attribute that transformers is renaming
+            loaded = PeftModel.from_pretrained(base, out).eval()
         try:
             theirs = _logits(loaded, model, ids)
             names = {n.replace(".default.", ".") for n, _ in loaded.named_parameters() if ".lora_" in n}

@@ -150,6 +150,11 @@ def test_a_kernel_that_forgets_windows_is_not_taken(tmp_path: Path, monkeypatch:
     assert model.forward.way == "positions"
 
 
+@pytest.mark.parametrize("name", ["Mistral", "Gemma 3 (text)", "Qwen2, windowed"])
+def test_the_kernel_for_documents_takes_windows(tmp_path: Path, name: str):
+    assert adapted(tmp_path, name, attn_implementation="varlen").forward.way == "documents"
+
+
 def test_a_plan_that_packs_nothing_takes_no_kernel_for_documents(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fedlora.learn.base.can_fuse", lambda device: True)
     chosen = [machine_for(Plan.model_validate({"training": {"packing": p}}), device="cpu") for p in (True, False)]
@@ -173,12 +178,13 @@ def test_what_counts_as_apart(found: Apart, right: bool):
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_shares_of_rows_that_are_not_packed_are_not_packed(parts: int):
-    whole = rows_of([r.input_ids.astype(np.int64) for r in rows()])
+    some = rows((30, 9, 14, 7, 11))  # two of these would fit into the longest row
+    whole = rows_of([r.input_ids.astype(np.int64) for r in some])
     shares = [b for k in range(parts) for b in share([whole], part=k, parts=parts, pad_token_id=0)]
     assert not any(b.packed for b in shares)
     assert [s for b in shares for s in b.sources] == list(whole.sources)
     ids = [b.input_ids[b.documents == n].tolist() for b in shares for n in range(b.examples)]
-    assert ids == [r.input_ids.tolist() for r in rows()]
+    assert ids == [r.input_ids.tolist() for r in some]
 
 
 def test_evaluation_without_a_word_packs_nothing(tmp_path: Path, batches: list[Batch]):
