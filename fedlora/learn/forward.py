@@ -110,7 +110,7 @@ class Forward:
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as e:
             raise ModelError(
                 f"{type(self._model).__name__} cannot compute here: {type(e).__name__}: {str(e).strip()[:200]}",
-                hint="try another dtype, without load_in_4bit, or another base",
+                hint="try it without load_in_4bit and load_in_8bit, in another dtype, or choose another base",
             ) from e
         finally:
             self._model.train(was_training)

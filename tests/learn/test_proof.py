@@ -359,3 +359,25 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path):
     bert.save_pretrained(where)
     with pytest.raises(FedLoRAError, match="looks at later tokens"):
         attach(load_base(plan_of().model, where, Machine()), plan_of().lora, seed=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_a_proof_leaves_nothing_behind_in_fused_layers(llama: Path, attention: Any):
+    import numpy as np
+
+    from fedlora.learn.hooks import fast
+    from fedlora.learn.packing import row_of
+
+    if fast() is None:
+        pytest.skip("needs fedlora/learn/fast")
+    plan, found = plan_of(), []
+    for proof in (False, True):
+        base = load_base(plan.model, llama, Machine(fused=True, attn_implementation=attention))
+        if proof:
+            check_proven(prove(base, plan))
+        lora = attach(base, plan.lora, seed=0)
+        lora.peft_model.train()
+        nll = lora.forward(row_of([np.arange(20), np.arange(40, 60)])).nll
+        nll.sum().backward()
+        found.append((nll.detach(), *(p.grad for p in lora.trainable())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
