@@ -126,7 +126,7 @@ def lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool 
         ConfigError, DataError, ModelError: something that the simulation table names is missing or unusable.
     """
     from fedlora.learn.base import machine_for
-    from fedlora.learn.local import micro_batches_of
+    from fedlora.learn.local import micro_batches_of, report_base
     from fedlora.learn.lora import load_lora
     from fedlora.learn.rows import load_splits
     from fedlora.learn.toy import toy_base, toy_data
@@ -139,6 +139,7 @@ def lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool 
     machine = machine_for(plan, keep_dequantized=simulation.keep_dequantized, fused=batch_sites or None)
     report(Event.LOAD, Load(model=plan.model.model_name_or_path))
     lora = load_lora(plan, base, machine)
+    report_base(lora, plan, report)
     rows, general = load_splits(data, simulation.sites, tokenizer=lora.tokenizer, plan=plan, report=report)
     first = first_adapter(lora.layout, seed=plan.run.seed)
     return Lab(

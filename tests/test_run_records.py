@@ -23,9 +23,11 @@ from fedlora.core.records import (
     ArmRecord,
     ArmSeconds,
     Bytes,
+    Check,
     General,
     Numbers,
     Outcome,
+    Proof,
     Published,
     Results,
     RoundRecord,
@@ -321,7 +323,7 @@ def test_a_damaged_line_is_named_by_its_number_and_the_others_are_read():
 
 @pytest.mark.parametrize("blob", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'"x"', b"{}"])
 def test_what_is_no_record_is_damaged(blob):
-    for kind in (Results, ArmRecord, Published):
+    for kind in (Results, ArmRecord, Published, Proof):
         with pytest.raises(Damaged, match="the file"):
             parse_text(kind, blob, **IN_WORDS)
     with pytest.raises(Damaged, match="the file"):
@@ -386,7 +388,7 @@ def described(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [RoundRecord, Numbers, Outcome, Results, ArmRecord, Score, Traffic, Published], ids=lambda k: k.__name__
+    "kind", [RoundRecord, Numbers, Outcome, Results, ArmRecord, Score, Traffic, Published, Proof, Check], ids=lambda k: k.__name__
 )
 def test_the_format_lists_the_fields_of_every_record(kind):
     assert described(kind) == list(kind.model_fields)

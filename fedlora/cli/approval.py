@@ -43,7 +43,7 @@ def approve(
     found, named = load_plan(plan), uncovers or []
     asked = library.question(found, site, uncovers=named)
     if not json:
-        print("\n".join(asked.lines(again=again)))
+        print("\n".join([*asked.lines(again=again), *_told(plan)]))
     if asked.refusals:
         raise PlanRefused(
             "; ".join(asked.refusals), hint="nothing was approved: change [policy] first, or talk to the coordinator"
@@ -60,6 +60,25 @@ def approve(
         raise click.Abort
     count = library.approve(found, site, again=again, uncovers=named)
     _said(asked, count, json=json, text=f"{site}: plan {asked.digest[:12]} is approved for {count} run{'s' if count > 1 else ''}")
+
+
+def _told(plan: Path) -> list[str]:
+    """What the proof beside a plan says, which is the coordinator's word."""
+    from fedlora.core.errors import FedLoRAError
+    from fedlora.core.words import plain
+    from fedlora.formats.plans import load_proof
+
+    try:
+        proof = load_proof(plan)
+    except FedLoRAError as e:
+        return [f"the proof beside the plan cannot be read: {e}"]
+    if proof is None:
+        return []
+    other = [f"  {c.name}: {plain(c.found)[:300]}" for c in proof.checks if c.verdict != "right"]
+    return [
+        f"the coordinator's machine tried the base ({len(proof.checks)} checks; `fedlora check --site` tries it here):",
+        *(other or ["  nothing that works in another way than the plan says"]),
+    ]
 
 
 def _said(asked: Any, count: int, *, json: bool, text: str) -> None:

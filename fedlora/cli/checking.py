@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedlora.core.answers import Forecast, Identifiers
     from fedlora.core.events import Report
     from fedlora.core.plan import Plan
+    from fedlora.core.records import Proof
 
 PlanFile = Annotated[Path, typer.Argument(help="Plan file (TOML).", show_default=False)]
 
@@ -35,7 +36,8 @@ def check(
 ) -> None:
     """Check a plan without training.
 
-    All wrong keys are reported at once. With --site, also estimate the time and memory of a round at this site.
+    All wrong keys are reported at once. With --site, also prove the base on this site's own files and kernels, and estimate
+    the time and memory of a round.
 
     Example: fedlora check plan.toml --site site.toml
     """
@@ -59,16 +61,31 @@ def check(
         text += f"\n{told}"
     elif site is not None:
         with Screen(quiet=quiet, as_json=json) as screen:
-            facts["round"], told = _forecast(site, found, screen)
-        text += told
+            facts["proof"], facts["round"], told = _forecast(site, found, screen)
+        text += "\n" + "\n".join(_compared(facts["proof"], plan)) + told
     emit(facts, text, as_json=json)
 
 
-def _forecast(site: Path, plan: Plan, report: Report) -> tuple[Forecast, str]:
-    """What a round takes at this site, from one measured step: for a program, and in words."""
+def _compared(proof: Proof, plan_file: Path) -> list[str]:
+    """What was found out about the base here, and where the proof beside the plan says something else."""
+    from fedlora.core.errors import FedLoRAError
+    from fedlora.core.words import differences, proof_lines
+    from fedlora.formats.plans import load_proof
+
+    lines = proof_lines(proof)
+    try:
+        told = load_proof(plan_file)
+    except FedLoRAError as e:
+        return [*lines, f"  the proof beside the plan cannot be read: {e}"]
+    return lines if told is None else [*lines, *differences(proof, told)]
+
+
+def _forecast(site: Path, plan: Plan, report: Report) -> tuple[Proof, Forecast, str]:
+    """The base, proved here, and what a round takes at this site, from one measured step: for a program, and in words."""
     from fedlora.learn.local import forecast
 
-    here = cast("Forecast", forecast(site, plan, report=report))
+    proof, measured = forecast(site, plan, report=report)
+    here = cast("Forecast", measured)
     at_once = here["micro_batch_tokens"]
     text = (
         f"\na round at this site ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
@@ -80,7 +97,7 @@ def _forecast(site: Path, plan: Plan, report: Report) -> tuple[Forecast, str]:
     deadline = plan.federation.round_deadline
     if here["train_s"] + here["evaluate_s"] > deadline:
         text += f"\n  longer than the plan's round_deadline of {deadline:.0f} s: this site's updates would come too late"
-    return here, text
+    return proof, here, text
 
 
 def _identifiers(site: Path | None, *, quiet: bool, as_json: bool) -> tuple[list[Identifiers], str]:

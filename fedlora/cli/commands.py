@@ -155,18 +155,21 @@ def pin(
     out: Annotated[Path, typer.Option(help="Directory to create, for the pinned plan and the first adapter.")],
     json: Json = False,
 ) -> None:
-    """Pin a plan to a base model and create the first adapter.
+    """Prove a base model, pin a plan to it and create the first adapter.
 
-    The pinned plan holds a digest of each; a site refuses a task for any other base model or first adapter.
+    The pinned plan holds a digest of each; a site refuses a task for any other base model or first adapter. What was found out
+    about the base is printed and kept beside the plan.
 
     Example: fedlora pin plan.toml --model models/SmolLM2 --out study/plan
     """
     from fedlora.core.answers import Pinned
+    from fedlora.core.words import proof_lines
     from fedlora.flower.enrol import pin_plan
 
-    pinned = pin_plan(plan, model, out)
-    facts = Pinned(plan=pinned.digest(), base=pinned.model.digest, init=pinned.lora.init_digest)
-    emit(facts, f"{out / 'plan.toml'}: plan {facts['plan'][:12]}, base {facts['base'][:12]}", as_json=json)
+    pinned, proof = pin_plan(plan, model, out)
+    facts = Pinned(plan=pinned.digest(), base=pinned.model.digest, init=pinned.lora.init_digest, proof=proof)
+    text = f"{out / 'plan.toml'}: plan {facts['plan'][:12]}, base {facts['base'][:12]}"
+    emit(facts, "\n".join([text, *proof_lines(proof)]), as_json=json)
 
 
 @app.command()

@@ -201,6 +201,7 @@ LINES: Mapping[str, str] = {
     "micro-batches": "micro-batches of {tokens} tokens, activation checkpointing {checkpointing}: {gib} GiB, "
     "{tokens_per_s} tokens/s (measured in {seconds} s)",
     "out-of-memory": "out of memory: micro-batches of {tokens} tokens, activation checkpointing {checkpointing}",
+    "base": "base: {lines}",
     "data": "data {file}: {lines}",
     "listening": "listening on {address}",
     "site-online": "{site} is online",

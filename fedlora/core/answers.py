@@ -8,7 +8,7 @@ from typing import Any, Literal, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from fedlora.core.records import Results
+from fedlora.core.records import Proof, Results
 
 ENVELOPE = 1
 """Version of the envelope: the field ``fedlora``."""
@@ -121,6 +121,8 @@ class Checked(TypedDict):
     """only under secure aggregation"""
     round: NotRequired[Forecast]
     """only with --site"""
+    proof: NotRequired[Proof]
+    """what was found out about the base here; only with --site"""
     identifiers: NotRequired[list[Identifiers]]
     """only with --identifiers"""
 
@@ -133,6 +135,8 @@ class Pinned(TypedDict):
     """base digest"""
     init: str
     """adapter digest of the first adapter"""
+    proof: Proof
+    """what was found out about the base"""
 
 
 @_exact

@@ -18,6 +18,7 @@ from fedlora.core.facts import (
     AnotherRun,
     Arm,
     Ask,
+    Base,
     Clock,
     Complaint,
     Data,
@@ -81,6 +82,7 @@ class Event(StrEnum):
     RECORDS_GONE = "records-gone"
     # Training and evaluation, at a site
     LOAD = "load"
+    BASE = "base"
     DATA = "data"
     MICRO_BATCHES = "micro-batches"
     OUT_OF_MEMORY = "out-of-memory"
@@ -148,6 +150,7 @@ FACTS: Mapping[Event, type[Any]] = {
     Event.EVALUATION_AGAIN: StateFile,
     Event.RECORDS_GONE: RecordsGone,
     Event.LOAD: Load,
+    Event.BASE: Base,
     Event.DATA: Data,
     Event.MICRO_BATCHES: MicroBatches,
     Event.OUT_OF_MEMORY: OutOfMemory,

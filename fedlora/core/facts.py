@@ -148,6 +148,14 @@ class Load(TypedDict):
 
 
 @_exact
+class Base(TypedDict):
+    """Something works in another way on this base than the plan says."""
+
+    lines: list[str]
+    """what, and why, in sentences"""
+
+
+@_exact
 class Data(TypedDict):
     """A file was read, or its rows were made into tokens."""
 

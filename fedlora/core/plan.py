@@ -124,7 +124,7 @@ class Training(Section):
     template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2026-01-01"
     """date, YYYY-MM-DD, that a chat template sees as today, so that every site has the same tokens on every day"""
     packing: bool = True
-    """fill each row with several examples, which do not attend to each other"""
+    """fill each row with several examples, none of which sees another, where the base keeps them apart; false: one in a row"""
     optim: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
     """optimizer; the paged ones need CUDA"""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -195,6 +195,36 @@ class Results(Filed):
     """``dataset.json`` of the data as it is; null without one"""
 
 
+# --- a base --------------------------------------------------------------------------------------------------------
+
+
+class Check(Record):
+    """Something that was tried on a base, on one machine."""
+
+    name: Literal["ids", "length", "neighbors", "alone", "ranks", "gradients", "quantization", "export", "merge"]
+    verdict: Literal["right", "adapted", "wrong"]
+    """``adapted``: it works in another way than asked, which ``found`` names"""
+    found: str
+    """what was found, in a sentence"""
+    way_out: str
+    """what to do; empty unless it is wrong"""
+
+
+class Proof(Filed):
+    """``proof.json``, beside a pinned plan: what its coordinator's machine found out about the base."""
+
+    FORMAT: ClassVar[int] = 1
+
+    format: Literal[1] = 1
+    plan: Digest
+    """plan digest"""
+    base: Digest
+    """base digest"""
+    machine: str
+    """device, versions and attention with which it was tried"""
+    checks: tuple[Check, ...]
+
+
 # --- what is published ------------------------------------------------------------------------------------------------
 
 

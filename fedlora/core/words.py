@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlora.core.records import Numbers, Results, RoundRecord
+from fedlora.core.records import Numbers, Proof, Results, RoundRecord
 
 TOGETHER = "all together"
 """Under this name stand the numbers of the rows of all sites together: no mean of the sites' means."""
@@ -114,3 +114,27 @@ def state(record: RoundRecord, site: str) -> str:
     if site in record.sites:
         return "counted"
     return plain(record.missing.get(site, "not asked"))
+
+
+def proof_lines(proof: Proof) -> list[str]:
+    """What was found out about a base, a line a check."""
+    lines = [f"the base, as tried here ({plain(proof.machine)}):"]
+    for check in proof.checks:
+        lines.append(f"  {check.verdict:7}  {check.name:12}  {plain(check.found)}")
+        if check.way_out:
+            lines.append(f"  {'':7}  {'':12}  -> {plain(check.way_out)}")
+    return lines
+
+
+def differences(here: Proof, told: Proof) -> list[str]:
+    """Where somebody else's proof of the same base has other verdicts. Theirs is shown; this machine's own counts."""
+    theirs = {c.name: c for c in told.checks}
+    says = "the coordinator's machine says"
+    lines = [
+        f"  {c.name}: {c.verdict} here; {says} {theirs[c.name].verdict}: {plain(theirs[c.name].found)[:300]}"
+        for c in here.checks
+        if c.name in theirs and theirs[c.name].verdict != c.verdict
+    ]
+    if told.base != here.base:
+        lines.append("  the proof beside the plan is about another base than the one here")
+    return lines or [f"  the coordinator's machine ({plain(told.machine)[:200]}) found the same"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, regroup, shard
+from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, one_a_row, regroup, shard
 from fedlora.data.conversations import Conversation, read
 from fedlora.data.examples import IGNORE, Tokens
 from fedlora.data.files.readers import READERS, Reader
@@ -32,6 +32,7 @@ __all__ = [
     "check_apart",
     "check_bad",
     "in_order",
+    "one_a_row",
     "read",
     "regroup",
     "shard",

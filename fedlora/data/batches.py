@@ -44,6 +44,11 @@ class Batch:
         return int(np.count_nonzero(self.labels != IGNORE))
 
     @property
+    def packed(self) -> bool:
+        """Whether some row holds more than one example."""
+        return bool(((self.position_ids == 0) & (self.documents >= 0)).sum(axis=1).max() > 1)
+
+    @property
     def examples(self) -> int:
         """Number of examples, repeated ones counted each time."""
         return len(self.sources)
@@ -221,10 +226,17 @@ def by_rows(batches: Sequence[Batch], *, tokens: int) -> list[Batch]:
     return found
 
 
+def one_a_row(batch: Batch, *, pad_token_id: int) -> Batch:
+    """The same examples in the same order, each in a row of its own."""
+    flat, sizes, sources = _flat([batch])
+    return _one_a_row(flat, sizes, sources, pad_token_id=pad_token_id)
+
+
 def shard(batches: Sequence[Batch], *, part: int, parts: int, pad_token_id: int) -> list[Batch]:
     """One shard of a step's examples, in rows no longer than the batches'; empty if there are too few examples.
 
-    The shards have about equally many tokens. Law: shards 0 to parts - 1, one after another, are all examples in order.
+    The shards have about equally many tokens. Law: shards 0 to parts - 1, one after another, are all examples in order; where no
+    row holds two examples, no row of a shard does.
     """
     flat, sizes, sources = _flat(batches)
     ends = np.cumsum(sizes)
@@ -234,6 +246,9 @@ def shard(batches: Sequence[Batch], *, part: int, parts: int, pad_token_id: int)
         return []
     first, last = int(chosen[0]), int(chosen[-1])
     at, end = int(ends[first] - sizes[first]), int(ends[last])
+    if not any(b.packed for b in batches):
+        return [_one_a_row([p[at:end] for p in flat], sizes[first : last + 1], sources[first : last + 1],
+                           pad_token_id=pad_token_id)]  # fmt: skip
     row = _one_row([p[at:end] for p in flat], sizes[first : last + 1], sources[first : last + 1],
                    pad_token_id=pad_token_id, length=end - at)  # fmt: skip
     return regroup([row], tokens=max(b.labels.shape[1] for b in batches), pad_token_id=pad_token_id)
@@ -256,6 +271,20 @@ def _one_row(flat: list[I64], sizes: I64, sources: list[int], *, pad_token_id: i
     ids, labels, positions = flat
     documents = row(np.repeat(np.arange(len(sizes)), sizes), -1)
     return Batch(row(ids, pad_token_id), row(labels, IGNORE), row(positions, 0), documents, tuple(sources))
+
+
+def _one_a_row(flat: list[I64], sizes: I64, sources: list[int], *, pad_token_id: int) -> Batch:
+    """Each example in a row of its own, in one batch."""
+    ids, labels, positions = (np.split(part, np.cumsum(sizes)[:-1]) for part in flat)
+
+    def rows(parts: list[I64], filler: int) -> I64:
+        whole = np.full((len(sizes), int(sizes.max())), filler, np.int64)
+        for row, part in zip(whole, parts, strict=True):
+            row[: len(part)] = part
+        return whole
+
+    documents = rows([np.full(n, number) for number, n in enumerate(sizes)], -1)
+    return Batch(rows(ids, pad_token_id), rows(labels, IGNORE), rows(positions, 0), documents, tuple(sources))
 
 
 def _check(examples: Sequence[Tokens], *, rows: int, max_length: int) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 from fedlora.core.errors import KeyFileError, StoreError
 from fedlora.core.messages import SERVER, check_site_name
 from fedlora.core.plan import Plan
+from fedlora.core.records import Proof
 from fedlora.core.toml import dump_toml
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.formats.plans import load_plan
+from fedlora.formats.plans import PROOF, load_plan
+from fedlora.formats.records import dump_text
 from fedlora.formats.signed_roster import SignedRoster, load_roster
 
 
@@ -84,26 +86,32 @@ def make_roster(file: Path, server: PublicIdentity, sites: Sequence[PublicIdenti
     return load_roster(file).roster.digest()
 
 
-def pin_plan(plan_file: Path, model: Path, out: Path) -> Plan:
-    """Fills the digests of the base and of the first adapter into a plan and writes both into ``out``, complete or not at all.
+def pin_plan(plan_file: Path, model: Path, out: Path) -> tuple[Plan, Proof]:
+    """Proves a base, fills its digest and the first adapter's into a plan, and writes plan, adapter and proof into ``out``,
+    complete or not at all.
 
     Raises:
         StoreError: ``out`` exists.
         ModelError: nothing usable at ``model``.
+        ConfigError: the base does not carry this plan, see :func:`fedlora.learn.proof.check_proven`.
     """
-    from fedlora.learn.base import machine_for
-    from fedlora.learn.lora import load_lora
+    from fedlora.learn.base import load_base, machine_for
+    from fedlora.learn.lora import layout_of
+    from fedlora.learn.proof import check_proven, prove
     from fedlora.rules.first import first_adapter
 
     if out.exists():
         raise StoreError(f"{out} exists", hint="choose another --out; a pinned plan is not changed under its run")
     plan = load_plan(plan_file).model_copy(update={"simulation": None})
-    lora = load_lora(plan, model, machine_for(plan, device="cpu"))
-    first = first_adapter(lora.layout, seed=plan.run.seed)
-    pinned = plan.pinned(base=lora.base_digest, init=first.digest())
+    base = load_base(plan.model, model, machine_for(plan, device="cpu"))
+    first = first_adapter(layout_of(base, plan.lora), seed=plan.run.seed)
+    pinned = plan.pinned(base=base.digest, init=first.digest())
+    proof = prove(base, pinned)
+    check_proven(proof)
     new = out.with_name(f".{out.name}.{os.getpid()}.new")
     shutil.rmtree(new, ignore_errors=True)
     save_adapter(new / "first.safetensors", first, {"round": 0, "plan": pinned.digest()})
     write_atomic(new / "plan.toml", dump_toml(pinned).encode(), mode=0o644)
+    write_atomic(new / PROOF, dump_text(proof), mode=0o644)
     os.replace(new, out)
-    return pinned
+    return pinned, proof

@@ -7,8 +7,11 @@ from typing import TypeVar
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Plan
+from fedlora.core.records import Proof
 from fedlora.core.section import Section
 from fedlora.core.toml import parse_toml
+from fedlora.formats.files import Damaged
+from fedlora.formats.records import parse_text
 
 S = TypeVar("S", bound=Section)
 
@@ -36,3 +39,26 @@ def load_toml(path: Path, section: type[S]) -> S:
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path} is not TOML: {e}") from None
     return parse_toml(text, section, name=str(path))
+
+
+PROOF = "proof.json"
+"""Beside a pinned plan: what its coordinator's machine found out about the base."""
+_MOST = 64 << 10
+
+
+def load_proof(plan_file: Path) -> Proof | None:
+    """The proof beside a plan file, None where there is none. It is somebody else's word: shown, never relied on.
+
+    Raises:
+        Damaged, WireError: it is no proof.
+    """
+    file = plan_file.with_name(PROOF)
+    try:
+        with file.open("rb") as f:
+            blob = f.read(_MOST + 1)
+    except OSError:
+        return None
+    hint = "ask the coordinator for the plan's directory again; the plan itself is not concerned"
+    if len(blob) > _MOST:
+        raise Damaged(f"{file} is longer than {_MOST} bytes", hint=hint)
+    return parse_text(Proof, blob, where=str(file), hint=hint)

@@ -215,11 +215,11 @@ def scores(lab: Lab, trained: Trained) -> tuple[dict[str, Score], General | None
     from fedlora.learn.evaluate import evaluate
 
     chars = lab.plan.evaluation.coarse_chars
-    length = lab.plan.training.max_length
+    length, packing = lab.plan.training.max_length, lab.plan.training.packing
     sites = {}
     for site in lab.simulation.sites:
         lab.lora.set(trained if isinstance(trained, Adapter) else trained[site])
-        s = evaluate(lab.lora, lab.tested(site), max_length=length, coarse_chars=chars)
+        s = evaluate(lab.lora, lab.tested(site), max_length=length, packing=packing, coarse_chars=chars)
         sites[site] = Score(
             nll=s.nll,
             exact_match=s.exact_match,
@@ -227,7 +227,7 @@ def scores(lab: Lab, trained: Trained) -> tuple[dict[str, Score], General | None
             tokens=s.tokens,
             examples=s.examples,
         )
-    general = General(nll=evaluate(lab.lora, lab.general, max_length=length).nll) if lab.general else None
+    general = General(nll=evaluate(lab.lora, lab.general, max_length=length, packing=packing).nll) if lab.general else None
     return sites, general
 
 

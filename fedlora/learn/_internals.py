@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,27 @@ def attention_of(model: Any) -> str:
     return str(model.config._attn_implementation)
 
 
+def loaded_name(model: Any, stored: str) -> str:
+    """The name in a loaded model of a tensor of its files; the same for several tensors that become one.
+
+    Args:
+        model: transformers' model; its values do not matter.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    if (known := _CONVERSIONS.get(model)) is None:
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        known = _CONVERSIONS[model] = (renamings, converters, model.state_dict())
+    name: str = rename_source_key(stored, known[0], known[1], model.base_model_prefix, known[2])[0]
+    return name
+
+
+_CONVERSIONS: WeakKeyDictionary[Any, tuple[list[Any], list[Any], Mapping[str, Any]]] = WeakKeyDictionary()
+
+
 def gguf_text_splits() -> frozenset[str]:
     """GGUF's names of the rules by which text is cut before it becomes tokens, as far as transformers knows them.
 
@@ -91,6 +113,14 @@ def replace_layers(config: Any, layers: Mapping[type, type]) -> None:
         config: PEFT's ``LoraConfig``, before it is used.
     """
     config._register_custom_module(dict(layers))
+
+
+def taken_for_experts(model_type: str) -> frozenset[str]:
+    """Last names of layers that PEFT takes for a base's fused experts, wherever they stand, when it loads an adapter."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
 
 
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------

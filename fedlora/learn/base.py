@@ -10,16 +10,17 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from fedlora.core.errors import ConfigError, FedLoRAError, ModelError, ResourceError
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.plan import Model, Plan
 from fedlora.learn._internals import keep_as_packed, multiplies
-from fedlora.learn.digest import base_digest
+from fedlora.learn.digest import base_digest, read_config
+from fedlora.learn.failures import check_known, why_not_loaded
 from fedlora.learn.hooks import fast
 from fedlora.learn.options import Device, Machine, one_type
+from fedlora.learn.quantized import check_quantized
 from fedlora.learn.shards import file_digest
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,9 @@ def machine_for(
         fused = can_fuse(here) and one_type(held) and not held.load_in_8bit
     # Masked SDPA is slow on a CPU: for short rows the plain matrix products take two thirds of the time.
     short = here.type == "cpu" and plan.training.max_length <= 512
-    return Machine(device, threads, keep_dequantized, fused, "varlen" if fused else "eager" if short else "sdpa")
+    return Machine(
+        device, threads, keep_dequantized, fused, "varlen" if fused and plan.training.packing else "eager" if short else "sdpa"
+    )
 
 
 def load_base(settings: Model, path: Path, machine: Machine) -> Base:
@@ -86,21 +89,22 @@ def load_base(settings: Model, path: Path, machine: Machine) -> Base:
         torch.set_num_threads(machine.threads)
     directory = _directory(path)
     digest = base_digest(directory, settings)
+    check_known(directory, read_config(directory))
+    part = "tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model, info = _quietly(directory, settings, machine, device)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise ResourceError(
-            f"not enough memory for {directory}", hint="set load_in_4bit in the plan, or use a smaller base"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as e:
-        raise ModelError(
-            f"cannot load {directory}: {_first_line(e)}", hint="copy the base model again, all files of one revision"
-        ) from e
+        part = "model"
+        model, info = _load_model(directory, settings, machine, device)
+    except Exception as e:  # whatever a library makes of files from elsewhere
+        raise why_not_loaded(directory, settings, e, part=part) from e
     missing = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
     if missing:
-        raise ModelError(f"{directory}: {len(missing)} weights are missing or of another shape, first {missing[0]}")
+        raise ModelError(
+            f"{directory}: {len(missing)} weights are missing or of another shape, first {missing[0]}",
+            hint="copy the base model again: config.json and all weight files of one revision",
+        )
     _check_untouched(model)
+    check_quantized(model, settings)
     _settle(model, settings, machine, device)
     model.requires_grad_(False)
     if machine.attn_implementation == "varlen" and (faster := fast()) is not None:
@@ -163,10 +167,22 @@ def _directory(path: Path) -> Path:
         return convert_gguf(path, cache / "fedlora" / "gguf" / file_digest(path)[:32])
     except ImportError as e:  # transformers' own GGUF reader, which moves between its minor versions
         hint = "install gguf and transformers 5.23, or give the Hugging Face directory of this model"
-        raise ModelError(f"GGUF files cannot be read here: {_first_line(e)}", hint=hint) from None
+        raise ModelError(f"GGUF files cannot be read here: {str(e)[:300]}", hint=hint) from None
 
 
-def _quietly(directory: Path, settings: Model, machine: Machine, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def _load_model(directory: Path, settings: Model, machine: Machine, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """With the attention that this machine asks for, or the model's own where it has no other."""
+    asked = "sdpa" if machine.attn_implementation == "varlen" else machine.attn_implementation
+    try:
+        return _quietly(directory, settings, device, attention=asked)
+    except ValueError as e:
+        if asked == "eager" or "attention implementation" not in str(e):
+            raise
+    log.info("%s has no attention %s: eager", directory.name, asked)
+    return _quietly(directory, settings, device, attention="eager")
+
+
+def _quietly(directory: Path, settings: Model, device: torch.device, *, attention: str) -> tuple[Any, dict[str, Any]]:
     """from_pretrained without its progress bar: printing belongs to the command line."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -176,7 +192,7 @@ def _quietly(directory: Path, settings: Model, machine: Machine, device: torch.d
             dtype=getattr(torch, settings.dtype),
             quantization_config=_quantization(settings),
             device_map={"": device},
-            attn_implementation="sdpa" if machine.attn_implementation == "varlen" else machine.attn_implementation,
+            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -244,11 +260,3 @@ def _written_out(module: Any) -> DequantizedLinear:
     if module.bias is not None:
         plain.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)
     return plain
-
-
-def _first_line(error: BaseException) -> str:
-    return (
-        (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        if not isinstance(error, FedLoRAError)
-        else str(error)
-    )

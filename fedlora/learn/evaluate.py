@@ -85,7 +85,7 @@ def evaluated_at_once(training: Training, tokens: int) -> int:
 
 
 def evaluate(
-    model: LoraModel, examples: Sequence[Tokens], *, max_length: int, rows: int = 8, coarse_chars: int = 0, packing: bool = True
+    model: LoraModel, examples: Sequence[Tokens], *, max_length: int, rows: int = 8, coarse_chars: int = 0, packing: bool = False
 ) -> Scores:
     """Scores the adapter as it is, without dropout and without generating.
 
@@ -98,6 +98,7 @@ def evaluate(
     Args:
         max_length: tokens of a row.
         rows: rows of a batch, at most.
+        packing: put several examples into a row where the model keeps them apart; False: one a row.
         coarse_chars: k > 0 also counts completions whose first k characters, once stripped, are right: the tokens up to
             the one that completes them must all be the most likely ones.
 
@@ -124,13 +125,13 @@ def _evaluate(
 ) -> Scores:
     tokenizer = model.tokenizer
     depth = [_tokens_needed(tokenizer, e, coarse_chars) for e in examples]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     was_training = model.peft_model.training
     model.peft_model.eval()
     nats, tokens, exact, coarse, seen = 0, 0, 0, 0, 0
     try:
         with torch.no_grad():
-            for batch in in_order(examples, rows=rows, max_length=max_length, packing=packing, pad_token_id=pad):
+            packs, pad = packing and model.packs, model.pad_token_id
+            for batch in in_order(examples, rows=rows, max_length=max_length, packing=packs, pad_token_id=pad):
                 scored = model.forward(batch)
                 losses = scored.nll.double().cpu().numpy()
                 tokens += len(scored.document)

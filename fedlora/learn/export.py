@@ -19,6 +19,7 @@ from fedlora.core.plan import Lora
 from fedlora.core.records import Published, RunFacts
 from fedlora.formats.records import dump_text
 from fedlora.learn.digest import read_config
+from fedlora.learn.names import stored_names
 from fedlora.learn.shards import Entry, chunks, file_digest, new_directory, scan, weight_files, write
 
 _PREFIX = "base_model.model."
@@ -87,10 +88,7 @@ def _adapter_config(adapter: Adapter, *, scale: float, lora: Lora, base_model: s
     if len(ranks) != 1:
         raise ConfigError(f"an adapter is published at one rank, this one has {ranks}")
     alpha = scale * (math.sqrt(ranks[0]) if lora.use_rslora else ranks[0])
-    if lora.target_modules == "all-linear":
-        targets: Sequence[str] = sorted({p.module.rpartition(".")[2] for p in pairs})
-    else:
-        targets = sorted(lora.target_modules)
+    targets = _targets([p.module.removeprefix(_PREFIX) for p in pairs], lora)
     return {
         "peft_type": "LORA",
         "peft_version": peft.__version__,
@@ -110,6 +108,13 @@ def _adapter_config(adapter: Adapter, *, scale: float, lora: Lora, base_model: s
     }
 
 
+def _targets(modules: Sequence[str], lora: Lora) -> Sequence[str]:
+    """Last names of the adapted layers, or full ones where another part of the base has layers of the same last names."""
+    last = {m.rpartition(".")[2] for m in modules} if lora.target_modules == "all-linear" else set(lora.target_modules)
+    wrapped = any({"language_model", "text_model"} & set(m.split(".")) for m in modules)
+    return sorted(modules if wrapped or any(name.isdigit() for name in last) else last)
+
+
 def _card(config: Mapping[str, Any], *, dtype: str, quantization: str) -> str:
     header = {
         "library_name": "peft",
@@ -120,10 +125,11 @@ def _card(config: Mapping[str, Any], *, dtype: str, quantization: str) -> str:
     }
     # A JSON value is a YAML value: nothing in a name can break out of the header.
     yaml = "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in header.items())
+    layers = ", ".join(sorted({name.rpartition(".")[2] for name in config["target_modules"]}))
     facts = (
         f"A LoRA adapter for `{config['base_model_name_or_path']}` at revision `{config['revision']}`, trained by several sites "
         f"whose data stayed where it was. Rank {config['r']}, alpha {config['lora_alpha']}, values in {dtype}, on "
-        f"{', '.join(config['target_modules'])}. How it was trained stands in `fedlora_run.json`."
+        f"{layers}. How it was trained stands in `fedlora_run.json`."
     ) + _held(quantization)
     return f"---\n{yaml}\n---\n\n# Federated LoRA adapter\n\n{facts}\n"
 
@@ -165,21 +171,17 @@ def merge(adapter: Adapter, base_directory: Path, out: Path, *, scale: float, dt
     _refuse_existing(out)
     read_config(base_directory)
     entries = scan(weight_files(base_directory))
-    pairs = {p.module.removeprefix(_PREFIX) + ".weight": p for p in adapter.layout.pairs()}
-    for name, pair in pairs.items():
-        entry = entries.get(name)
-        if entry is None or entry.shape != (pair.d_out, pair.d_in):
-            raise ModelError(
-                f"the base has no {name} of shape {(pair.d_out, pair.d_in)}",
-                hint="check that the adapter was trained on this base",
-            )
-        if entry.dtype not in _TORCH:
-            raise ModelError(f"{name} is stored as {entry.dtype}, quantized", hint="merge into the full-precision base")
+    shapes = {p.module.removeprefix(_PREFIX) + ".weight": (p.d_out, p.d_in) for p in adapter.layout.pairs()}
+    names = stored_names(base_directory, entries, shapes)
+    for name in names.values():
+        if entries[name].dtype not in _TORCH:
+            raise ModelError(f"{name} is stored as {entries[name].dtype}, quantized", hint="merge into the full-precision base")
+    modules = {stored: _PREFIX + name.removesuffix(".weight") for name, stored in names.items()}
     target = _dtype(dtype)
     name_of = next(k for k, v in _TORCH.items() if v == target)
     kinds = {n: (name_of if e.dtype in _TORCH else e.dtype, e.shape) for n, e in entries.items()}
     with new_directory(out) as made:
-        write(made / "model.safetensors", kinds, _merger(adapter, entries, scale=scale, dtype=target))
+        write(made / "model.safetensors", kinds, _merger(adapter, entries, modules, scale=scale, dtype=target))
         for pattern in _CARRIED:
             for file in base_directory.glob(pattern):
                 if file.is_file():
@@ -191,7 +193,7 @@ def merge(adapter: Adapter, base_directory: Path, out: Path, *, scale: float, dt
 
 
 def _merger(
-    adapter: Adapter, entries: Mapping[str, Entry], *, scale: float, dtype: torch.dtype
+    adapter: Adapter, entries: Mapping[str, Entry], modules: Mapping[str, str], *, scale: float, dtype: torch.dtype
 ) -> Callable[[str, BinaryIO], None]:
     tensors = adapter.tensors()
 
@@ -202,8 +204,7 @@ def _merger(
                 file.write(chunk)
             return
         weight = torch.frombuffer(bytearray(b"".join(chunks(entry))), dtype=_TORCH[entry.dtype]).view(entry.shape)
-        module = _PREFIX + name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" in tensors:
+        if (module := modules.get(name)) is not None:
             a, b = (torch.from_numpy(tensors[f"{module}.lora_{x}.weight"].copy()) for x in "AB")
             weight = weight.float() + (b @ a) * scale
         weight = weight.to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,9 +13,12 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fedlora.data import IGNORE, Batch
+from fedlora.core.errors import ModelError
+from fedlora.data import IGNORE, Batch, one_a_row
 from fedlora.learn._internals import attention_of
+from fedlora.learn.packing import PACKED, Apart, Way, block_mask, looks_ahead, try_way, window_of
 
+log = logging.getLogger(__name__)
 HEAD_ROWS = 2048
 """Supervised tokens whose logits are held at once while training: 0.4 GB in float32 for a vocabulary of 49,152."""
 I64: TypeAlias = NDArray[np.int64]
@@ -33,19 +37,6 @@ class Scored:
     nll: torch.Tensor
     right: torch.Tensor
     document: I64
-
-
-def block_mask(documents: torch.Tensor) -> torch.Tensor:
-    """Who may look at whom: each token at itself and at what stands before it in its own document.
-
-    Args:
-        documents: (rows, length) int64; padding is -1 and sees padding only.
-
-    Returns:
-        (rows, 1, length, length) bool, True where query (third axis) may attend to key (fourth).
-    """
-    same = documents[:, :, None] == documents[:, None, :]
-    return torch.tril(same)[:, None]
 
 
 def supervised(batch: Batch) -> tuple[I64, I64]:
@@ -69,9 +60,11 @@ class Forward:
 
     Attributes:
         padded: whether attention takes rows with padding and a mask, rather than documents one behind another.
+        way: how the model is told where documents end.
+        tried: what was found for each way that was tried, in order; None for one that the model cannot be given.
 
     Raises:
-        ValueError: the model can do neither.
+        ModelError: the model computes nothing here, or looks at later tokens.
     """
 
     padded = True
@@ -81,15 +74,68 @@ class Forward:
         self._device = device
         self._additive = attention_of(model) == "eager"
         self.split = self._split_is_exact()
-        if not self.split and "logits_to_keep" not in inspect.signature(model.forward).parameters:
-            raise ValueError(f"{type(model).__name__} offers no way to compute logits at chosen positions only")
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.tried: dict[Way, Apart | None] = {}
+        self.way: Way = self._find_way()
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several documents: none sees another."""
+        return self.way != "alone"
+
+    def why_alone(self) -> str:
+        """Why a row holds a single document, in words."""
+        tried = [t for t in self.tried.values() if t is not None]
+        if not tried:
+            return "this base takes neither masks nor positions that would keep the examples of a row apart"
+        best = min(tried, key=lambda t: max(t.before, t.alone))
+        off = f"a token's loss is off by up to {max(best.before, best.alone):.2g} nats"
+        if self.tried.get("blocks") is None:
+            return f"this base takes no mask that would keep the examples of a row apart, and positions alone do not ({off})"
+        if best.before > best.behind:
+            return f"this base carries a state from one example of a row into the next ({off})"
+        return f"this base computes something else for several examples in a row than for each alone ({off})"
+
+    def _find_way(self) -> Way:
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                if looks_ahead(self._losses, self._model):
+                    raise ModelError(
+                        f"{type(self._model).__name__} is no causal language model: it looks at later tokens",
+                        hint="choose a base that predicts each token from those before it",
+                    )
+                return next((way for way in PACKED if self._keeps_apart(way)), "alone")
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as e:
+            raise ModelError(
+                f"{type(self._model).__name__} cannot compute here: {type(e).__name__}: {str(e).strip()[:200]}",
+                hint="try it without load_in_4bit and load_in_8bit, in another dtype, or choose another base",
+            ) from e
+        finally:
+            self._model.train(was_training)
+
+    def _keeps_apart(self, way: Way) -> bool:
+        try:
+            self.tried[way] = found = try_way(way, self._losses, self._model)
+        except Exception as e:  # whatever a model that cannot take a mask like this makes of it
+            log.info("%s takes no %s: %s", type(self._model).__name__, way, str(e).splitlines()[:1])
+            self.tried[way] = None
+            return False
+        return found.right(self._model.get_input_embeddings().weight.dtype)
+
+    def _losses(self, batch: Batch, way: Way) -> torch.Tensor:
+        self.way = way
+        return self(batch).nll
 
     def __call__(self, batch: Batch) -> Scored:
-        """Losses at the batch's supervised tokens.
+        """Losses at the batch's supervised tokens. Where a row may hold one document only, a packed batch is unpacked first.
 
         Raises:
             ValueError: a label has no token of its own document before it.
         """
+        if self.way == "alone" and batch.packed:
+            batch = one_a_row(batch, pad_token_id=0)
         row, column = supervised(batch)
         targets = torch.from_numpy(batch.labels[row, column]).to(self._device)
         where = (torch.from_numpy(row).to(self._device), torch.from_numpy(column - 1).to(self._device))
@@ -99,27 +145,45 @@ class Forward:
             parts = [self._head(hidden[i : i + HEAD_ROWS], targets[i : i + HEAD_ROWS], recording, many=len(targets) > HEAD_ROWS)
                      for i in range(0, len(targets), HEAD_ROWS)]  # fmt: skip
         else:
-            kept, index = torch.unique(where[1], return_inverse=True)
-            logits = self._model(**self._inputs(batch), logits_to_keep=kept).logits[where[0], index]
-            parts = [_score(logits, targets, recording)]
+            parts = [_score(self._own_logits(batch, *where), targets, recording)]
         nll = torch.cat([p[0] for p in parts]) if parts else torch.zeros(0, device=self._device)
         right = torch.cat([p[1] for p in parts]) if parts else torch.zeros(0, dtype=torch.bool, device=self._device)
         return Scored(nll, right, batch.documents[row, column])
 
+    def _own_logits(self, batch: Batch, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """The model's own logits (n, vocabulary) at chosen positions: all are computed where it cannot leave any out."""
+        if not self._keeps:
+            all_of_them: torch.Tensor = self._model(**self._inputs(batch)).logits
+            return all_of_them[row, column]
+        kept, index = torch.unique(column, return_inverse=True)
+        logits: torch.Tensor = self._model(**self._inputs(batch), logits_to_keep=kept).logits
+        return logits[row, index]
+
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """The model's arguments."""
-        mask = block_mask(torch.from_numpy(batch.documents).to(self._device))
-        if self._additive:  # the eager kernel adds its mask to the scores
-            dtype = self._model.get_input_embeddings().weight.dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=self._device).masked_fill(~mask, torch.finfo(dtype).min)
-        return {
-            "input_ids": torch.from_numpy(batch.input_ids).to(self._device),
-            "position_ids": torch.from_numpy(batch.position_ids).to(self._device),
-            "attention_mask": mask,
-            "use_cache": False,
-        }
+        documents = torch.from_numpy(batch.documents).to(self._device)
+        given = {"input_ids": torch.from_numpy(batch.input_ids).to(self._device), "use_cache": False}
+        if self.way == "alone":
+            return given | {"attention_mask": (documents >= 0).long()}
+        given["position_ids"] = torch.from_numpy(batch.position_ids).to(self._device)
+        return given if self.way == "positions" else given | {"attention_mask": self._masks(documents)}
 
-    def _one_document(self, length: int) -> dict[str, Any]:
+    def _masks(self, documents: torch.Tensor) -> Any:
+        """The mask, or one for each kind of layer where some look back over a window only."""
+        kinds = set(getattr(self._model.config.get_text_config(), "layer_types", None) or ())
+        window = window_of(self._model)
+        if not window or not kinds <= {"full_attention", "sliding_attention"}:
+            return self._mask(documents, 0)
+        return {"full_attention": self._mask(documents, 0), "sliding_attention": self._mask(documents, window)}
+
+    def _mask(self, documents: torch.Tensor, window: int) -> torch.Tensor:
+        mask = block_mask(documents, window=window)
+        if not self._additive:
+            return mask
+        dtype = self._model.get_input_embeddings().weight.dtype  # the eager kernel adds its mask to the scores
+        return torch.zeros(mask.shape, dtype=dtype, device=self._device).masked_fill(~mask, torch.finfo(dtype).min)
+
+    def one_document(self, length: int) -> dict[str, Any]:
         """What the model's attention wants besides the tokens of one document."""
         return {}
 
@@ -127,9 +191,12 @@ class Forward:
     def _split_is_exact(self) -> bool:
         model = self._model
         ids = torch.arange(1, 9, device=self._device)[None] % model.config.get_text_config().vocab_size
-        given: dict[str, Any] = {"input_ids": ids, "use_cache": False, **self._one_document(ids.shape[1])}
-        hidden = model.base_model(**given).last_hidden_state
-        ours, its = model.get_output_embeddings()(hidden), model(**given).logits
+        given: dict[str, Any] = {"input_ids": ids, "use_cache": False, **self.one_document(ids.shape[1])}
+        try:
+            hidden = model.base_model(**given).last_hidden_state
+            ours, its = model.get_output_embeddings()(hidden), model(**given).logits
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
+            return False  # a decoder that is called in another way; whether the model computes at all is tried next
         return ours.dtype == its.dtype and torch.equal(ours, its)
 
     def _head(

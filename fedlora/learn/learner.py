@@ -12,13 +12,14 @@ import torch
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, ResourceError, StoreError
+from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError, StoreError
 from fedlora.core.metrics import to_nats
 from fedlora.core.plan import Plan
 from fedlora.data import Batch, Cursor, Stream, Tokens
 from fedlora.learn.evaluate import evaluate, evaluated_at_once
 from fedlora.learn.forecast import Forecast, forecast
 from fedlora.learn.hooks import MicroBatches, ProcessGroup, fast
+from fedlora.learn.limits import check_length
 from fedlora.learn.loop import OnStep, PlanBatches, derived_seed, rate_of, train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.memory import is_out_of_memory
@@ -59,8 +60,9 @@ class HFLearner:
     ) -> None:
         if not train:
             raise DataError("no examples to train on")
-        training, tokenizer = plan.training, model.tokenizer
-        _check_length(model, training.max_length)
+        training = plan.training
+        check_length(model.base.model, training.max_length)
+        _check_ids(model, [*train, *held_out])
         self._model = model
         self._held_out = list(held_out)
         self._plan = plan
@@ -77,8 +79,8 @@ class HFLearner:
             site=site,
             rows=training.per_device_train_batch_size,
             max_length=training.max_length,
-            packing=training.packing,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            packing=training.packing and model.packs,
+            pad_token_id=model.pad_token_id,
         )
 
     @property
@@ -269,16 +271,14 @@ def _micro_batches(model: LoraModel, checkpointing: Checkpointing) -> MicroBatch
     return PlanBatches(model, checkpointing) if faster is None else faster.micro_batches(model, floor=checkpointing)
 
 
-def _check_length(model: LoraModel, max_length: int) -> None:
-    config = model.base.model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and max_length > longest:
-        raise ConfigError(f"max_length {max_length} exceeds this base's {longest} positions")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and max_length > window:
-        # Our block masks replace the model's own, which would have kept tokens from looking further back than this.
-        raise ConfigError(
-            f"max_length {max_length} exceeds this base's attention window of {window}", hint="use a smaller max_length"
+def _check_ids(model: LoraModel, examples: Sequence[Tokens]) -> None:
+    """Rows may quote a special token that the tokenizer has and the base does not."""
+    rows = model.base.model.get_input_embeddings().weight.shape[0]
+    count = sum(int(e.input_ids.max()) >= rows for e in examples)
+    if count:
+        raise DataError(
+            f"{count} examples hold a token whose id is not among the {rows} of the base's embedding",
+            hint="set data.special_tokens to 'text', or use the tokenizer of this base's own revision",
         )
 
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.events import Event, Report
-from fedlora.core.facts import Load, Step
+from fedlora.core.facts import Base, Load, Step
 from fedlora.core.plan import Plan
+from fedlora.core.records import Proof
 from fedlora.learn.rows import load_tokens
 from fedlora.site.site_file import SiteFile, load_site_file
 
 if TYPE_CHECKING:
+    from fedlora.learn.base import Base as LoadedBase
     from fedlora.learn.hooks import MicroBatches, WorkerPool
     from fedlora.learn.learner import HFLearner
     from fedlora.learn.loop import OnStep
@@ -73,21 +75,44 @@ def load_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
         DataError: see :func:`fedlora.learn.rows.load_tokens`.
         ConfigError: the site file asks for what this installation or machine lacks.
     """
-    from fedlora.learn.base import machine_for
-    from fedlora.learn.learner import HFLearner
-    from fedlora.learn.lora import load_lora
+    from fedlora.learn.lora import attach
 
-    file, root, name = load_site_file(site_file), site_file.resolve().parent, plan.model.model_name_or_path
+    file, root = load_site_file(site_file), site_file.resolve().parent
+    return _learner_on(attach(_load_base(file, root, plan, report), plan.lora, seed=plan.run.seed), file, root, plan, report)
+
+
+def _load_base(file: SiteFile, root: Path, plan: Plan, report: Report) -> LoadedBase:
+    from fedlora.learn.base import load_base, machine_for
+
+    name = plan.model.model_name_or_path
     if name not in file.models:
         raise ModelError(f"no copy of {name} here", hint="name its directory under [models]")
     report(Event.LOAD, Load(model=name))
     machine = machine_for(plan, device=file.device, threads=file.threads, keep_dequantized=file.keep_dequantized)
-    lora = load_lora(plan, root / file.models[name], machine)
+    return load_base(plan.model, root / file.models[name], machine)
+
+
+def _learner_on(lora: LoraModel, file: SiteFile, root: Path, plan: Plan, report: Report) -> HFLearner:
+    from fedlora.learn.learner import HFLearner
+
+    report_base(lora, plan, report)
     micro_batches = micro_batches_of(plan, lora, file, report=report)
     train, held_out = load_tokens(file.data, root, tokenizer=lora.tokenizer, plan=plan, report=report)
     return HFLearner(
         lora, train, held_out, plan, site=file.name, micro_batches=micro_batches, on_step=step_reporter(file.name, report)
     )
+
+
+def report_base(lora: LoraModel, plan: Plan, report: Report) -> None:
+    """Tells what works in another way on this base than the plan says; nothing where nothing does."""
+    lines = []
+    if plan.training.packing and not lora.packs:
+        lines.append(f"{lora.forward.why_alone()}: one example a row, in training and in evaluation")
+    pad = lora.tokenizer.pad_token_id
+    if pad is not None and pad != lora.pad_token_id:
+        lines.append(f"padding has id {pad}, which this base's embedding does not have: rows are filled with {lora.pad_token_id}")
+    if lines:
+        report(Event.BASE, Base(lines=lines))
 
 
 def step_reporter(site: str, report: Report) -> OnStep:
@@ -149,15 +174,26 @@ def micro_batches_of(plan: Plan, lora: LoraModel, file: SiteFile, *, report: Rep
     )
 
 
-def forecast(site_file: Path, plan: Plan, *, report: Report) -> dict[str, Any]:
-    """What a round of the plan would take at this site, by the names of :class:`fedlora.learn.forecast.Forecast`.
+def forecast(site_file: Path, plan: Plan, *, report: Report) -> tuple[Proof, dict[str, Any]]:
+    """What the plan's base is found to be on this site's own kernels and files, and what a round would take here.
+
+    Returns:
+        The proof, and the forecast by the names of :class:`fedlora.learn.forecast.Forecast`.
 
     Raises:
         PlanRefused: this site would not take part.
-        ConfigError, ModelError, DataError: see :func:`load_learner`.
+        ConfigError: the base does not carry the plan here.
+        ModelError, DataError: see :func:`load_learner`.
     """
-    file = load_site_file(site_file)
+    from fedlora.learn.lora import attach
+    from fedlora.learn.proof import check_proven, prove
+
+    file, root = load_site_file(site_file), site_file.resolve().parent
     if plan.is_pinned:  # a plan that pins nothing yet is refused for that alone
         file.agreed.check(plan, models=frozenset(file.models))
     processes = len(devices_of(file))
-    return asdict(load_learner(site_file, plan, report=report).forecast(processes=processes))
+    base = _load_base(file, root, plan, report)
+    proof = prove(base, plan)
+    check_proven(proof)
+    learner = _learner_on(attach(base, plan.lora, seed=plan.run.seed), file, root, plan, report)
+    return proof, asdict(learner.forecast(processes=processes))

@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongContext
@@ -22,7 +21,9 @@ from fedlora.learn._internals import copy_all, replace_layers
 from fedlora.learn.base import Base, DequantizedLinear, load_base
 from fedlora.learn.forward import Forward
 from fedlora.learn.hooks import fast
+from fedlora.learn.limits import pad_token_id
 from fedlora.learn.options import Checkpointing, Machine
+from fedlora.learn.targets import adapted_layers
 from fedlora.rules.first import first_adapter
 
 _ADAPTER = "default"  # PEFT's own name for the first adapter; it stands in parameter names, not in saved ones
@@ -54,6 +55,7 @@ class LoraModel:
         current: the same with the shapes of the adapter that is set.
         scale: alpha / r, or alpha / sqrt(r), read from PEFT's layers; no unit.
         forward: batches to losses.
+        packs: whether a row may hold several examples: none sees another, as was tried on this machine.
         trained: the factors that ask for a gradient.
         fused: whether its layers are those of :meth:`fedlora.learn.hooks.Fast.fused_layer`.
     """
@@ -70,6 +72,7 @@ class LoraModel:
         self.current = self.layout
         self.scale = _one_scale(peft_model)
         self.forward = _forward(base, peft_model.get_base_model())
+        self.packs = self.forward.packs
         self.fused = all(hasattr(m, "keep_inputs") for m in peft_model.modules() if isinstance(m, LoraLayer))
         self.trained: Factors = "AB"
         self._checkpointing: Checkpointing = "none"
@@ -79,6 +82,11 @@ class LoraModel:
     def tokenizer(self) -> Any:
         """The base's tokenizer."""
         return self.base.tokenizer
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows: the tokenizer's padding, or an id that the embedding has where that one is not in it."""
+        return pad_token_id(self.tokenizer, self.base.model.get_input_embeddings().weight.shape[0])
 
     @property
     def base_digest(self) -> str:
@@ -203,6 +211,20 @@ def load_lora(plan: Plan, path: Path, machine: Machine) -> LoraModel:
     return attach(load_base(plan.model, path, machine), plan.lora, seed=plan.run.seed)
 
 
+def layout_of(base: Base, settings: Lora) -> Layout:
+    """Names and shapes of the adapter that a plan puts on a base; the base stays without one.
+
+    Raises:
+        ConfigError: see :func:`attach`.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in adapted_layers(base.model, settings.target_modules):
+        layer = base.model.get_submodule(name)
+        shapes[f"base_model.model.{name}.lora_A.weight"] = (settings.r, layer.in_features)
+        shapes[f"base_model.model.{name}.lora_B.weight"] = (layer.out_features, settings.r)
+    return Layout.of(shapes)
+
+
 def attach(base: Base, settings: Lora, *, seed: int) -> LoraModel:
     """Puts an adapter on a base and gives it the first values. Changes ``base.model`` in place.
 
@@ -226,7 +248,7 @@ def attach(base: Base, settings: Lora, *, seed: int) -> LoraModel:
             warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers is renaming
             peft_model = get_peft_model(base.model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=True)
     except ValueError as e:
-        raise ConfigError(f"target_modules: {str(e)[:300]}", hint="name linear layers of this base, or say 'all-linear'") from e
+        raise ConfigError(f"target_modules: {str(e)[:300]}", hint="name other linear layers of this base") from e
     model = LoraModel(base, settings, peft_model)
     for parameter in model.trainable():
         parameter.data = parameter.data.float()
@@ -242,20 +264,11 @@ def _forward(base: Base, model: Any) -> Forward:
 
 
 def _config(base: Base, settings: Lora) -> LoraConfig:
-    linear = _linear_names(base)
-    if settings.target_modules != "all-linear":
-        for target in settings.target_modules:
-            hit = [n for n, _ in base.model.named_modules() if n == target or n.endswith(f".{target}")]
-            if not hit or not linear.issuperset(hit):
-                raise ConfigError(
-                    f"target_modules: {target!r} is no linear layer of this base, or its head or embedding",
-                    hint=f"known: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}",
-                )
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules),
+        target_modules=adapted_layers(base.model, settings.target_modules),
         use_rslora=settings.use_rslora,
         bias="none",
         task_type="CAUSAL_LM",
@@ -266,13 +279,6 @@ def _linear_types(base: Base) -> set[type]:
     """A class of a base's own may compute something else than its weight says: fused layers would leave that out."""
     head = base.model.get_output_embeddings()
     return {type(m) for m in base.model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
-
-
-def _linear_names(base: Base) -> set[str]:
-    head = base.model.get_output_embeddings()
-    if any(isinstance(m, Conv1D) for m in base.model.modules()):
-        raise ConfigError("this architecture stores weights transposed (Conv1D), which is not supported")
-    return {n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
 
 
 def _is_factor(name: str) -> bool:

@@ -67,9 +67,10 @@ def commands(group=None, before=()):
 
 COMMANDS = dict(commands())
 NEW = ["new.json", "keys/a.pub", "keys/b.pub", "keys/c.pub", "--server", "server/server.pub", "--coordinator", "keys/carol.pub"]
+FILES = ("rounds.jsonl", "results.json", "fedlora_run.json", "proof.json")
 CASES = {
     "version": [[]],
-    "schema": [[], *([name.replace(" ", "-")] for name in ANSWERS), ["rounds.jsonl"], ["results.json"], ["events"]],
+    "schema": [[], *([name.replace(" ", "-")] for name in ANSWERS), *([f] for f in FILES), ["events"]],
     "new plan": [[]],
     "new site": [[]],
     "new simulation": [[]],
@@ -246,9 +247,7 @@ def test_what_is_no_number_ends_no_run(capsys):
 # --- the schemas say no ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["rounds.jsonl", "results.json", "fedlora_run.json", "events", *(c.replace(" ", "-") for c in ANSWERS)]
-)
+@pytest.mark.parametrize("name", [*FILES, "events", *(c.replace(" ", "-") for c in ANSWERS)])
 def test_every_schema_is_one_and_closed(name):
     schema = validator(name).schema
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"

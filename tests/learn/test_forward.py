@@ -12,7 +12,7 @@ import torch
 
 from fedlora.data import IGNORE, Batch, Tokens, in_order
 from fedlora.learn import forward
-from fedlora.learn.forward import block_mask
+from fedlora.learn.packing import block_mask
 
 pytestmark = pytest.mark.torch
 FULL = {"dtype": "float32"}
@@ -50,7 +50,7 @@ def test_without_the_block_mask_packed_examples_would_see_each_other(
     with torch.no_grad():
         right = model.forward(packed).nll
         monkeypatch.setattr(
-            forward, "block_mask", lambda d: torch.ones(len(d), 1, d.shape[1], d.shape[1], dtype=torch.bool).tril()
+            forward, "block_mask", lambda d, **_: torch.ones(len(d), 1, d.shape[1], d.shape[1], dtype=torch.bool).tril()
         )
         assert (right - model.forward(packed).nll).abs().max() > 1e-3
 

@@ -281,13 +281,6 @@ def test_rows_longer_than_the_base_can_take_are_a_config_error(learner: Callable
         learner(max_length=513)
 
 
-def test_rows_longer_than_the_attention_window_are_a_config_error(learner: Callable[..., HFLearner], lora: Callable[..., Any]):
-    model = lora()
-    model.base.model.config.sliding_window = 40
-    with pytest.raises(ConfigError, match="window of 40"):
-        learner(model)
-
-
 def test_no_rows_are_a_data_error(learner: Callable[..., HFLearner]):
     with pytest.raises(DataError):
         learner(data=[])

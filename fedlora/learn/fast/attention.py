@@ -13,6 +13,7 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
 from fedlora.learn._internals import attention_of
+from fedlora.learn.packing import short_windows
 
 log = logging.getLogger(__name__)
 Tensor: TypeAlias = torch.Tensor
@@ -39,7 +40,8 @@ def use_varlen(model: Any) -> bool:
     own, was_training = attention_of(model), model.training
     device = model.get_input_embeddings().weight.device
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.no_grad(), forked, short_windows(model):
             if _asks_more(model.config.get_text_config()):
                 raise ValueError("its configuration asks for more than the kernel computes")
             model.eval()
@@ -143,26 +145,37 @@ def _attend(
         ValueError: the model asks for something that would silently be left out.
     """
     foreign = [n for n in _FOREIGN if kwargs.get(n) is not None]
+    window = int(kwargs.get("sliding_window") or 0)
     if attention_mask is not None or dropout or foreign:
         raise ValueError(f"{type(module).__name__} asks its attention for {foreign or 'a mask or dropout'}")
     ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # t[0] would copy in the backward pass
     if not q.is_cuda:
-        return _one_by_one(q, k, v, ends.tolist(), scaling).unsqueeze(0), None
+        return _one_by_one(q, k, v, ends.tolist(), scaling, window).unsqueeze(0), None
     if scaling is not None and "scale" not in _PARAMETERS and scaling != q.shape[-1] ** -0.5:
         q = q * (scaling * q.shape[-1] ** 0.5)
     options = _OPTIONS | ({"scale": scaling} if "scale" in _PARAMETERS else {})
+    if window:
+        if "window_size" not in _PARAMETERS:
+            raise ValueError(f"{type(module).__name__} asks for a window, which this torch's kernel does not have")
+        options |= {"window_size": (window - 1, 0)}
     attended: Tensor = _KERNEL(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest, **options)
     return attended.unsqueeze(0), None
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, ends: list[int], scaling: float | None) -> Tensor:
-    """The same, (tokens, heads, width), where there is no such kernel: document by document."""
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, ends: list[int], scaling: float | None, window: int) -> Tensor:
+    """The same, (tokens, heads, width), where there is no such kernel: document by document.
+
+    Args:
+        window: tokens that each sees, itself included; 0: all.
+    """
     parts = []
     for at, end in pairwise(ends):
         one, its_keys, its_values = (t[at:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        beyond = 0 < window < end - at
+        seen = torch.ones(end - at, end - at, dtype=torch.bool, device=q.device).tril().triu(1 - window) if beyond else None
         attended = functional.scaled_dot_product_attention(
-            one, its_keys, its_values, is_causal=True, scale=scaling, enable_gqa=True
+            one, its_keys, its_values, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
         )
         parts.append(attended.squeeze(0))
     return torch.cat(parts, dim=1).transpose(0, 1)

@@ -11,6 +11,7 @@ from fedlora.learn._internals import attention_of
 from fedlora.learn.fast.attention import VARLEN, arguments, document_ends
 from fedlora.learn.fast.loss import Nats
 from fedlora.learn.forward import Forward, Scored, supervised
+from fedlora.learn.packing import Way
 
 LENGTH_MULTIPLE = 64
 """Tokens to whose multiple a row of documents is padded."""
@@ -27,6 +28,9 @@ class DocumentForward(Forward):
     """The same losses for a model that was switched: a batch becomes one row, and the loss does not keep its logits."""
 
     padded = False
+
+    def _find_way(self) -> Way:
+        return "documents"  # tried when the model was switched
 
     def __call__(self, batch: Batch) -> Scored:
         """Losses at the batch's supervised tokens.
@@ -56,5 +60,5 @@ class DocumentForward(Forward):
             "use_cache": False,
         }
 
-    def _one_document(self, length: int) -> dict[str, Any]:
+    def one_document(self, length: int) -> dict[str, Any]:
         return arguments(torch.tensor([0, length], dtype=torch.int32, device=self._device), length)

@@ -133,8 +133,7 @@ class MicroBatchTuner:
         return self._regrouped(batches, self._tokens or sum(b.tokens for b in batches))
 
     def _regrouped(self, batches: Sequence[Batch], tokens: int) -> list[Batch]:
-        tokenizer = self._model.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad = self._model.pad_token_id
         multiple = LENGTH_MULTIPLE if self._model.base.device.type == "cuda" else 1
         return regroup(batches, tokens=tokens, pad_token_id=pad, multiple=multiple)
 
