@@ -120,7 +120,7 @@ def real_base() -> Path:
     """SmolLM2-135M-Instruct, converted from the wheel once."""
     from demo import gguf
 
-    from fedlora.learn.gguf import convert_gguf
+    from fedlora.learn.bases.gguf import convert_gguf
 
     return convert_gguf(gguf(), ROOT / "models" / "smollm2-135m-instruct")
 

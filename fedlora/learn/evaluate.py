@@ -15,8 +15,8 @@ from fedlora.core.errors import ResourceError
 from fedlora.core.metrics import NATS, to_nats
 from fedlora.core.plan import Training
 from fedlora.data import IGNORE, Tokens, in_order
+from fedlora.learn.bases.memory import is_out_of_memory
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.memory import is_out_of_memory
 
 _AT_ONCE = 16_384
 """Tokens of a batch in evaluation, at most, where nothing was measured."""

@@ -18,9 +18,9 @@ from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.plan import Lora
 from fedlora.core.records import Published, RunFacts
 from fedlora.formats.records import dump_text
-from fedlora.learn.digest import read_config
-from fedlora.learn.names import stored_names
-from fedlora.learn.shards import Entry, chunks, file_digest, new_directory, scan, weight_files, write
+from fedlora.learn.bases.digest import read_config
+from fedlora.learn.bases.names import stored_names
+from fedlora.learn.bases.shards import Entry, chunks, file_digest, new_directory, scan, weight_files, write
 
 _PREFIX = "base_model.model."
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

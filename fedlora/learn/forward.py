@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedlora.core.errors import ModelError
 from fedlora.data import IGNORE, Batch, one_a_row
-from fedlora.learn._internals import attention_of
+from fedlora.learn.bases._internals import attention_of
 from fedlora.learn.packing import PACKED, Apart, Way, block_mask, looks_ahead, try_way, window_of
 
 log = logging.getLogger(__name__)

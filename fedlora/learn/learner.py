@@ -16,13 +16,13 @@ from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError, Store
 from fedlora.core.metrics import to_nats
 from fedlora.core.plan import Plan
 from fedlora.data import Batch, Cursor, Stream, Tokens
+from fedlora.learn.bases.limits import check_length
+from fedlora.learn.bases.memory import is_out_of_memory
 from fedlora.learn.evaluate import evaluate, evaluated_at_once
 from fedlora.learn.forecast import Forecast, forecast
 from fedlora.learn.hooks import MicroBatches, ProcessGroup, fast
-from fedlora.learn.limits import check_length
 from fedlora.learn.loop import OnStep, PlanBatches, derived_seed, rate_of, train_steps
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimizer
 from fedlora.learn.options import Checkpointing
 from fedlora.site.work import Trained

@@ -14,9 +14,9 @@ from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError
 from fedlora.core.plan import Plan
 from fedlora.core.schedule import learning_rate
 from fedlora.data import Batch
+from fedlora.learn.bases.memory import is_out_of_memory
 from fedlora.learn.hooks import MicroBatches, ProcessGroup
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.options import Checkpointing
 
 OnStep = Callable[[int, int, float], None]

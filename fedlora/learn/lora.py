@@ -17,13 +17,13 @@ from peft.tuners.lora import LoraLayer
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongContext
 from fedlora.core.plan import Lora, Plan
-from fedlora.learn._internals import copy_all, replace_layers
 from fedlora.learn.base import Base, DequantizedLinear, load_base
+from fedlora.learn.bases._internals import copy_all, replace_layers
+from fedlora.learn.bases.limits import pad_token_id
+from fedlora.learn.bases.targets import adapted_layers
 from fedlora.learn.forward import Forward
 from fedlora.learn.hooks import fast
-from fedlora.learn.limits import pad_token_id
 from fedlora.learn.options import Checkpointing, Machine
-from fedlora.learn.targets import adapted_layers
 from fedlora.rules.first import first_adapter
 
 _ADAPTER = "default"  # PEFT's own name for the first adapter; it stands in parameter names, not in saved ones

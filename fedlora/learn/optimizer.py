@@ -13,7 +13,7 @@ from safetensors.torch import load
 from fedlora.core.adapter import Factors
 from fedlora.core.errors import ConfigError, StoreError
 from fedlora.core.plan import Training
-from fedlora.learn._internals import is_paged, take_pages, zero_all
+from fedlora.learn.bases._internals import is_paged, take_pages, zero_all
 from fedlora.learn.lora import LoraModel
 
 

@@ -19,12 +19,12 @@ from fedlora.core.errors import ConfigError, FedLoRAError, ModelError
 from fedlora.core.plan import Plan
 from fedlora.core.records import Check, Proof
 from fedlora.data import Batch
-from fedlora.learn._internals import attention_of
 from fedlora.learn.base import Base
-from fedlora.learn.limits import check_ids, check_length
+from fedlora.learn.bases._internals import attention_of
+from fedlora.learn.bases.limits import check_ids, check_length
+from fedlora.learn.bases.quantized import coverage, in_words
 from fedlora.learn.lora import LoraModel, attach
 from fedlora.learn.packing import farthest, row_of, rows_of, short_windows
-from fedlora.learn.quantized import coverage, in_words
 from fedlora.learn.roundtrip import check_export, check_merge
 
 _SIZES = (24, 40)

@@ -13,10 +13,10 @@ from peft import PeftModel
 from fedlora.core.errors import ModelError
 from fedlora.core.plan import Plan
 from fedlora.core.records import RunFacts
+from fedlora.learn.bases.names import stored_names
+from fedlora.learn.bases.shards import chunks, scan, weight_files
 from fedlora.learn.export import export_adapter
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.names import stored_names
-from fedlora.learn.shards import chunks, scan, weight_files
 
 _PREFIX = "base_model.model."
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

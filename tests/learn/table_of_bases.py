@@ -23,8 +23,8 @@ from fedlora.core.errors import FedLoRAError
 from fedlora.core.plan import Plan
 from fedlora.core.records import RunFacts
 from fedlora.data import IGNORE, Tokens
-from fedlora.learn._internals import keep_as_packed
 from fedlora.learn.base import load_base
+from fedlora.learn.bases._internals import keep_as_packed
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.export import export_adapter, merge
 from fedlora.learn.lora import LoraModel, attach

@@ -1,4 +1,4 @@
-"""The non-public parts of torch, transformers, PEFT and bitsandbytes are what ``learn/_internals.py`` takes them for.
+"""The non-public parts of torch, transformers, PEFT and bitsandbytes are what ``learn/bases/_internals.py`` takes them for.
 
 If one of these fails after an upgrade, that file needs work, and an upper bound in pyproject.toml was raised too early.
 """
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
-from fedlora.learn import _internals
+from fedlora.learn.bases import _internals
 
 pytestmark = pytest.mark.torch
 ROOT = Path(__file__).resolve().parents[2]

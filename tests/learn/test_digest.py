@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fedlora.core.errors import ModelError
 from fedlora.core.plan import Model
-from fedlora.learn.digest import base_digest
+from fedlora.learn.bases.digest import base_digest
 
 pytestmark = pytest.mark.torch
 

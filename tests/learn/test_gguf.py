@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 from fedlora.core.errors import ModelError
 from fedlora.core.plan import Model
 from fedlora.learn.base import load_base
-from fedlora.learn.digest import base_digest
-from fedlora.learn.gguf import convert_gguf
+from fedlora.learn.bases.digest import base_digest
+from fedlora.learn.bases.gguf import convert_gguf
 from fedlora.learn.options import Machine
 
 pytestmark = pytest.mark.torch

@@ -21,10 +21,10 @@ from fedlora.cli import main
 from fedlora.core.errors import ResourceError
 from fedlora.core.metrics import LISTED, finish
 from fedlora.data import IGNORE, Tokens, in_order, regroup, shard
+from fedlora.learn.bases.memory import is_out_of_memory
 from fedlora.learn.fast.tuning import _ROOM, MicroBatchTuner, _Probe
 from fedlora.learn.learner import HFLearner
 from fedlora.learn.loop import PlanBatches
-from fedlora.learn.memory import is_out_of_memory
 from fedlora.rules.first import first_adapter
 
 pytestmark = pytest.mark.torch

@@ -25,12 +25,12 @@ from fedlora.formats.plans import load_proof
 from fedlora.learn import proof as proving
 from fedlora.learn import roundtrip
 from fedlora.learn.base import load_base
+from fedlora.learn.bases.targets import adapted_layers
 from fedlora.learn.export import merge
 from fedlora.learn.learner import HFLearner
 from fedlora.learn.lora import attach, layout_of
 from fedlora.learn.options import Machine
 from fedlora.learn.proof import check_proven, prove
-from fedlora.learn.targets import adapted_layers
 
 pytestmark = pytest.mark.torch
 
@@ -113,7 +113,7 @@ def test_lengths_beyond_the_positions_are_refused(llama: Path):
 def test_angles_that_follow_from_the_longest_row_bound_the_length(llama: Path, kind: str):
     base = load_base(plan_of().model, llama, Machine())
     base.model.config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 48}
-    from fedlora.learn.limits import check_length
+    from fedlora.learn.bases.limits import check_length
 
     check_length(base.model, 48)
     with pytest.raises(ConfigError, match="48 tokens"):

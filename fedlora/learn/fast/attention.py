@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
-from fedlora.learn._internals import attention_of
+from fedlora.learn.bases._internals import attention_of
 from fedlora.learn.packing import short_windows
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fedlora.data import Batch, regroup
-from fedlora.learn._internals import attention_of
+from fedlora.learn.bases._internals import attention_of
 from fedlora.learn.fast.attention import VARLEN, arguments, document_ends
 from fedlora.learn.fast.loss import Nats
 from fedlora.learn.forward import Forward, Scored, supervised

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn import functional
 
-from fedlora.learn._internals import reshaped
+from fedlora.learn.bases._internals import reshaped
 
 Tensor: TypeAlias = torch.Tensor
 

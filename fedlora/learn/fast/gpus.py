@@ -22,7 +22,7 @@ import torch.distributed as dist
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ResourceError
 from fedlora.data import Batch, shard
-from fedlora.learn._internals import abort
+from fedlora.learn.bases._internals import abort
 
 _FACTORS: tuple[Factors, ...] = ("AB", "A", "B")
 _RENDEZVOUS = timedelta(minutes=5)  # they meet once all have loaded the base

@@ -21,10 +21,10 @@ from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate
 from fedlora.core.metrics import to_nats
 from fedlora.data import IGNORE, Batch, Cursor, regroup
+from fedlora.learn.bases.memory import is_out_of_memory
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state
 from fedlora.learn.loop import add_proximal_term, count_supervised, rate_of
-from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.optimizer import make_optimizer
 from fedlora.site.work import Trained
 

@@ -19,9 +19,9 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import MicroBatches as MicroBatchFacts
 from fedlora.core.facts import OutOfMemory
 from fedlora.data import Batch, by_rows, regroup
+from fedlora.learn.bases.memory import is_out_of_memory
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.memory import is_out_of_memory
 from fedlora.learn.options import Checkpointing
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ModelError
 from fedlora.core.plan import Model
-from fedlora.learn.shards import chunks, load_json, scan, weight_files
+from fedlora.learn.bases.shards import chunks, load_json, scan, weight_files
 
 _COSMETIC_CONFIG = frozenset({
     "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "_model_name_or_path", "chunk_size_feed_forward", "dtype",

@@ -10,7 +10,7 @@ import torch
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Model
-from fedlora.learn.targets import holds_experts, language_model
+from fedlora.learn.bases.targets import holds_experts, language_model
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ModelError
-from fedlora.learn._internals import gguf_processor, gguf_text_splits
-from fedlora.learn.shards import file_digest, new_directory, write
+from fedlora.learn.bases._internals import gguf_processor, gguf_text_splits
+from fedlora.learn.bases.shards import file_digest, new_directory, write
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """Architectures whose conversion is tested, by GGUF's names."""

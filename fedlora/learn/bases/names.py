@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedlora.core.errors import ModelError
-from fedlora.learn._internals import loaded_name
-from fedlora.learn.shards import Entry
+from fedlora.learn.bases._internals import loaded_name
+from fedlora.learn.bases.shards import Entry
 
 
 def stored_names(

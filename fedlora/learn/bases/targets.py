@@ -9,7 +9,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.errors import ConfigError
-from fedlora.learn._internals import taken_for_experts
+from fedlora.learn.bases._internals import taken_for_experts
 
 _FUSED = ("out_proj", "conv1d")
 _STATE_SPACES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fedlora.core.errors import FedLoRAError, ModelError, ResourceError
 from fedlora.core.plan import Model
-from fedlora.learn.memory import is_out_of_memory
+from fedlora.learn.bases.memory import is_out_of_memory
 
 _FILES = ("header", "safetensor", "incomplete", "corrupt", "end of file", "eof", "json", "utf-8")
 
