@@ -131,18 +131,16 @@ def site(name: str, peers: int) -> dict[str, Any]:
     scales = scales_for(shape, profile, reach=5e-3)
     ride = Numbers(len(shape.entries), COUNTERS)
     said = dict.fromkeys(COUNTERS, 1)
-    left, levels = np.full(shape.size, 1e-6, np.float32), np.empty(0, profile.word)  # of the round before
+    levels = np.empty(0, profile.word)
 
     def step() -> tuple[dict[str, float], int]:
-        nonlocal left, levels
+        nonlocal levels
         lap = _Laps()
         inbox = session.receive(own, relayed)
         lap("receive")
         one.check(shape.size)
         lap("check")
-        delta = one.delta + left
-        levels, cut = encode(delta, shape, profile, scales, weight_fraction=1.0, key=bytes(32))
-        left = delta
+        levels, cut = encode(one.delta, shape, profile, scales, weight_fraction=1.0, key=bytes(32))
         lap("encode")
         numbers = ride.pack(weight=1, counted=one.weight, squares=squares_of(one.delta, shape), cut=cut, counters=said)
         lap("numbers")
@@ -159,7 +157,7 @@ def site(name: str, peers: int) -> dict[str, Any]:
     # Besides these seconds: what the site writes before it answers, so that a power cut costs nothing; here to no disk at all.
     memory = _Nowhere()
     records = Records(memory, "run", next(iter(session.identities.values())), os.urandom)
-    save = median_s(lambda: records.save_encoded(Encoded("key", 1, levels, np.zeros(ride.size, np.uint64), left)))
+    save = median_s(lambda: records.save_encoded(Encoded("key", 1, levels, np.zeros(ride.size, np.uint64))))
     return {"values": shape.size, "seconds": whole, **parts, "upload_bytes": runs[0][1] + overhead(1, runs[0][1]),
             "peak_rss_mb": peak / 1e6, "besides_save_s": save, "besides_save_bytes": memory.written}  # fmt: skip
 

@@ -454,7 +454,7 @@ def _records() -> list[Parser]:
         groups=[list(SITES)],
         contribution=CONTRIBUTION.facts(), evaluation=[5, 6], measured=True, t1=bytes(32),
     )  # fmt: skip
-    encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64), np.ones(14, np.float32))
+    encoded = Encoded("key", 3, np.arange(14, dtype=np.uint16), np.arange(9, dtype=np.uint64))
     mark = Used(1, "ab" * 32, "cd" * 32, list(SITES), 3)
     ledger = Ledger().after(Base("model", "34" * 32), CONTRIBUTION)
 

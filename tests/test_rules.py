@@ -448,7 +448,7 @@ def test_every_rule_has_as_many_rounds_as_the_plan_says_and_each_can_be_lost_by_
 @pytest.mark.attack(
     "D12",
     "a server asks sites to evaluate in a round that they have trained: their entry is replaced, and the next round begins anew",
-    stops="a site evaluates after the last round, and trains in no other",
+    stops="a site takes a task to evaluate after the last round only",
 )
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_a_site_trains_no_round_that_the_plan_has_not(tmp_path, kind):

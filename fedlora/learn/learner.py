@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 
 import torch
 
@@ -72,6 +71,7 @@ class HFLearner:
         self._team: Callable[[], ProcessGroup] | None = None  # the processes of this site's other GPUs
         self._optimizer: torch.optim.Optimizer | None = None  # kept where a new one each round would cost
         self._over: tuple[Factors, Layout] = ("AB", model.layout)  # what it is an optimizer of
+        self._place = 1, Cursor()  # where a round begins in the data
         self._given = b""  # the state that this optimizer is in
         self._stream = Stream(
             list(train),
@@ -164,7 +164,7 @@ class HFLearner:
         self._model.set(adapter)
         self._model.set_trained(factors)
         optimizer = self._restored(state, factors)
-        self._cursor = self.place(round, state)
+        self._cursor = self.place(round)
         ranks = self._team() if self._team is not None else None
         try:
             if ranks is not None and ranks.rank == 0:
@@ -192,7 +192,7 @@ class HFLearner:
                 raise ResourceError("out of memory", hint="lower gpu_memory_gib or micro_batch_tokens in the site file") from None
             raise
         keeps = training.optimizer_state == "keep"
-        after = dump_state(round, self._cursor, dump_moments(optimizer) if keeps else b"")
+        after = dump_state(round, dump_moments(optimizer) if keeps else b"")
         self._given = after if keeps else b""
         return Trained(
             adapter=self._model.get(),
@@ -212,7 +212,7 @@ class HFLearner:
             self._optimizer, self._over = None, over  # other parameters, or of another shape
         if self._optimizer is not None and given and given is state:
             return self._optimizer  # what this learner gave out last: no need to read 8 bytes a value back
-        _, _, moments = parse_state(state)
+        moments = parse_state(state)
         self._model.check_trainable(factors)
         if training.optimizer_state == "keep" or training.optim != "adamw_torch":
             optimizer = self._optimizer = self._optimizer or make_optimizer(self._model, training, factors=factors)
@@ -231,14 +231,13 @@ class HFLearner:
             group, self._cursor = self.group(self._cursor)
             yield group
 
-    def place(self, round: int, state: bytes) -> Cursor:
-        """Where in the data a round begins. It depends on the round alone: whoever chooses which rounds a site is asked for does
-        not choose what it trains on in the others."""
-        before, cursor, _ = parse_state(state)
-        if before >= round:
-            before, cursor = 0, Cursor()
-        for _ in range((round - 1 - before) * self.steps * self._plan.training.gradient_accumulation_steps):
+    def place(self, round: int) -> Cursor:
+        """Where in the data a round begins. It depends on the rows and the round alone, so that a server that chooses which
+        rounds a site is asked for does not choose what it trains on in the others."""
+        known, cursor = self._place if self._place[0] <= round else (1, Cursor())
+        for _ in range((round - known) * self.steps * self._plan.training.gradient_accumulation_steps):
             cursor = self._stream.after(cursor)
+        self._place = round, cursor
         return cursor
 
     def group(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
@@ -282,26 +281,25 @@ def _check_ids(model: LoraModel, examples: Sequence[Tokens]) -> None:
         )
 
 
-def dump_state(round: int, cursor: Cursor, moments: bytes) -> bytes:
-    """Canonical JSON of the round that is done and the place behind it, a line feed, the moments (or nothing)."""
-    return canonical({"cursor": asdict(cursor), "round": round, "version": 2}) + b"\n" + moments
+def dump_state(round: int, moments: bytes) -> bytes:
+    """Canonical JSON of the round that is done, a line feed, the moments (or nothing)."""
+    return canonical({"round": round, "version": 3}) + b"\n" + moments
 
 
-def parse_state(state: bytes) -> tuple[int, Cursor, bytes]:
-    """Inverse of :func:`dump_state`; ``b""`` is the beginning.
+def parse_state(state: bytes) -> bytes:
+    """The moments in what :func:`dump_state` made; ``b""`` is the beginning.
 
     Raises:
         StoreError: malformed.
     """
     if not state:
-        return 0, Cursor(), b""
+        return b""
     head, _, moments = state.partition(b"\n")
     try:
         table = json.loads(head)
-        cursor, done = Cursor(**table["cursor"]), table["round"]
-        good = table["version"] == 2 and all(type(v) is int and v >= 0 for v in (done, *asdict(cursor).values()))
-    except (ValueError, KeyError, TypeError):
+        good = table.keys() == {"round", "version"} and table["version"] == 3 and type(table["round"]) is int
+    except (ValueError, AttributeError):
         good = False
     if not good:
         raise StoreError("the training state in the journal is damaged", hint="check whether another version of FedLoRA wrote it")
-    return done, cursor, moments
+    return moments

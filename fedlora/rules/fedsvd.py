@@ -44,7 +44,7 @@ class FedSVD(Rule):
     every: int = 1
     Settings: ClassVar[type[Section]] = Settings
     refactorizes: ClassVar[bool] = True
-    error_feedback: ClassVar[bool] = False
+    keeps_moments: ClassVar[bool] = False
 
     @classmethod
     def of(cls, plan: Plan, max_weight: int) -> Self:

@@ -62,7 +62,7 @@ class Product(Rule):
     needs: ClassVar[Reveals] = "each"
     instead: ClassVar[str] = "'ffa', 'rolora' or 'fedsvd', which are exact from sums"
     refactorizes: ClassVar[bool] = True
-    error_feedback: ClassVar[bool] = False
+    keeps_moments: ClassVar[bool] = False
     mixes_ranks: ClassVar[bool] = True
 
     @classmethod

@@ -49,8 +49,7 @@ class Aggregator(Protocol):
     Attributes:
         needs: single updates, or only their weighted sum.
         varies_rank: the next adapter may have another rank.
-        error_feedback: vectors in terms of the factors of one round stay valid in the next, such as the residual of a
-            message's quantization or an optimizer's moments.
+        keeps_moments: vectors in terms of the factors of one round, such as an optimizer's moments, stay valid in the next.
         keeps_local_factor: a site keeps its local adapter, which it needs in the next round and after the run.
     """
 
@@ -59,7 +58,7 @@ class Aggregator(Protocol):
     @property
     def varies_rank(self) -> bool: ...
     @property
-    def error_feedback(self) -> bool: ...
+    def keeps_moments(self) -> bool: ...
     @property
     def keeps_local_factor(self) -> bool: ...
 
@@ -153,7 +152,7 @@ class Rule:
     instead: ClassVar[str] = "aggregate.name = 'fedavg'"
     refactorizes: ClassVar[bool] = False
     varies_rank: ClassVar[bool] = False
-    error_feedback: ClassVar[bool] = True
+    keeps_moments: ClassVar[bool] = True
     keeps_local_factor: ClassVar[bool] = False
     mixes_ranks: ClassVar[bool] = False
 
@@ -173,7 +172,7 @@ class Rule:
                 f"server_optimizer.name = {optimizer!r}: aggregate.name = {name!r} splits the product into other factors each "
                 "round, in which a change of the old ones means nothing: choose server_optimizer.name = 'none'"
             )
-        if not cls.error_feedback and plan.training.optimizer_state == "keep":
+        if not cls.keeps_moments and plan.training.optimizer_state == "keep":
             yield (
                 f"training.optimizer_state = 'keep': under aggregate.name = {name!r} the moments of the last round belong to "
                 "other factors: choose 'reset'"

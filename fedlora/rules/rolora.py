@@ -20,7 +20,7 @@ class RoLoRA(Rule):
     Source: Chen et al., Robust Federated Finetuning of Foundation Models via Alternating Minimization of LoRA (RoLoRA), 2025.
     """
 
-    error_feedback: ClassVar[bool] = False
+    keeps_moments: ClassVar[bool] = False
 
     def trains(self, round: int) -> Factors:
         return "B" if round % 2 else "A"

@@ -127,7 +127,8 @@ class Question:
         if self.begun or (again and self.approved):
             out.append(
                 "A FURTHER RUN OF ONE PLAN: every site trains from the same adapters with the same seeds. The difference of the "
-                "two runs' sums is the sum of the updates of those sites that took part in only one of them"
+                "two runs' sums is what has changed at the sites: where one site's rows alone have, the change of its update; "
+                "where sums may leave sites out, the updates of those that took part in only one of them"
             )
         return out
 

@@ -109,7 +109,7 @@ class JointLearners:
         model.set_trained(factors)
         model.set_checkpointing("none")
         model.set_stacked([adapter] * len(sites))
-        places: Sequence[Cursor] = [self._learners[s].place(round, self._expected[s]) for s in sites]
+        places: Sequence[Cursor] = [self._learners[s].place(round) for s in sites]
         optimizer = make_optimizer(model, training, factors=factors)
         parameters = model.trainable(factors)
         anchors = [p.detach().clone() for p in parameters] if training.proximal_mu else []
@@ -127,9 +127,9 @@ class JointLearners:
                 learner.report_step(step + 1, steps, loss)
         seconds = (time.perf_counter() - began) / len(sites)
         found = {}
-        for site, local, one, place in zip(sites, model.get_stacked(), spent, places, strict=True):
+        for site, local, one in zip(sites, model.get_stacked(), spent, strict=True):
             counters = {"train/nats": to_nats(one.nats), "train/tokens": one.tokens}
-            found[site] = Trained(local, one.tokens, one.examples, counters, steps, seconds, dump_state(round, place, b""))
+            found[site] = Trained(local, one.tokens, one.examples, counters, steps, seconds, dump_state(round, b""))
         return found
 
 

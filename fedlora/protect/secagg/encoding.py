@@ -23,12 +23,11 @@ def work_key(task: Task, scales: F32) -> str:
     return hashlib.sha256(what + scales.tobytes()).hexdigest()
 
 
-def encode_update(task: Task, terms: Terms, scales: F32, update: Update, *, known: Encoded | None, identity: Identity) -> Encoded:
+def encode_update(task: Task, terms: Terms, scales: F32, update: Update, *, identity: Identity) -> Encoded:
     """An update as integer levels, with its numbers.
 
     Args:
         scales: value of one level, per tensor, (tensors,) float32.
-        known: the encoded update of an earlier round; its rounding and clipping errors are added to this update.
         identity: the site's keys; the randomness of the rounding is derived from the signing key.
 
     Raises:
@@ -40,20 +39,17 @@ def encode_update(task: Task, terms: Terms, scales: F32, update: Update, *, know
         numbers = terms.numbers(task.reply_layout).pack(
             weight=0, counted=0, squares=np.zeros(0), cut=np.zeros(0, np.int64), counters=update.counters
         )
-        return Encoded(key, task.round, np.zeros(1, terms.profile.word), numbers, np.zeros(0, np.float32))
+        return Encoded(key, task.round, np.zeros(1, terms.profile.word), numbers)
     layout = task.reply_layout
     update.check(layout.size)
     if update.weight < 1:
         raise UpdateRejected("this site used no tokens; it does not take part in the round")
     weight = terms.weight(update.weight)
-    held_back = terms.rule.error_feedback and known is not None and known.round < task.round and known.left.size == layout.size
-    # Error feedback: what earlier rounding and clipping left out is added.
-    left = update.delta + known.left if known is not None and held_back else update.delta.copy()
     # Keep secret: knowing the rounding direction reveals which site changed the sum.
     secret = identity.signing.private_bytes_raw()
     noise = derive(secret, "rounding", context=f"{task.run}/{task.round}/{key}".encode())
-    levels, cut = encode(left, layout, terms.profile, scales, weight_fraction=terms.weight_fraction(weight), key=noise)
+    levels, cut = encode(update.delta, layout, terms.profile, scales, weight_fraction=terms.weight_fraction(weight), key=noise)
     numbers = terms.numbers(layout).pack(
         weight=weight, counted=update.weight, squares=squares_of(update.delta, layout), cut=cut, counters=update.counters
     )
-    return Encoded(key, task.round, levels, numbers, left)
+    return Encoded(key, task.round, levels, numbers)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.adapter import F32
 from fedlora.core.errors import StoreError
 from fedlora.core.messages import Task
 from fedlora.formats.derive import derive
@@ -23,8 +22,8 @@ from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.rings import Words
 from fedlora.protect.secagg.terms import Terms
 
-_ENCODED = b"FLE2"
-_ENCODED_HEAD = struct.Struct("<HH4xQQQQ")  # bytes of the key, bytes of a level, round; counts of levels, numbers, what is left
+_ENCODED = b"FLE3"
+_ENCODED_HEAD = struct.Struct("<HHQQQ")  # bytes of the key, bytes of a level, round, counts of levels and numbers
 _OPEN = "secagg/open"
 """Runs with a session whose secrets may still be stored."""
 
@@ -136,14 +135,12 @@ class Encoded:
         key: see :func:`fedlora.protect.secagg.encoding.work_key`.
         levels: (n,) ring elements.
         numbers: (m,) uint64, see :class:`fedlora.protect.secagg.protocol.numbers.Numbers`.
-        left: what rounding and clipping left out, for the next round, (n,) float32.
     """
 
     key: str
     round: int
     levels: Words
     numbers: NDArray[np.uint64]
-    left: F32
 
 
 class Records:
@@ -228,7 +225,7 @@ class Records:
         self._memory.put(self._name(kind), blob)
 
     def encoded(self) -> Encoded | None:
-        """The encoded update; None if there is none or it is damaged. It is then encoded again, without the earlier remainder."""
+        """The encoded update; None if there is none or it is damaged. It is then encoded again, to the same levels."""
         blob = self._memory.get(self._name("encoded"))
         if not blob:
             return None
@@ -236,17 +233,15 @@ class Records:
             reader = unframe(blob, _ENCODED, "encoded")
             length, word, round_, *sizes = reader.unpack(_ENCODED_HEAD)
             key = reader.take(length).decode()
-            kinds: tuple[np.dtype[Any], ...] = (np.dtype(f"<u{word}"), np.dtype("<u8"), np.dtype("<f4"))
-            levels, numbers, left = (
-                np.frombuffer(reader.view(n * kind.itemsize), kind) for n, kind in zip(sizes, kinds, strict=True)
-            )
+            kinds: tuple[np.dtype[Any], ...] = (np.dtype(f"<u{word}"), np.dtype("<u8"))
+            levels, numbers = (np.frombuffer(reader.view(n * kind.itemsize), kind) for n, kind in zip(sizes, kinds, strict=True))
             reader.end()
         except (Damaged, struct.error, UnicodeDecodeError, TypeError):
             return None
-        return Encoded(key, round_, levels, numbers, left)
+        return Encoded(key, round_, levels, numbers)
 
     def save_encoded(self, e: Encoded) -> None:
-        key, arrays = e.key.encode(), (e.levels, e.numbers, e.left)
+        key, arrays = e.key.encode(), (e.levels, e.numbers)
         head = _ENCODED_HEAD.pack(len(key), e.levels.itemsize, e.round, *(a.size for a in arrays))
         little = (a.astype(a.dtype.newbyteorder("<"), copy=False).view(np.uint8).data for a in arrays)
         self._memory.put(self._name("encoded"), *frame(_ENCODED, head, key, *little))

@@ -158,14 +158,11 @@ class SecAggSite:
         return self._reply(header, key, self._advert(session).dump())
 
     def _encode(self, task: Task, terms: Terms, scales: F32, records: Records, work: Callable[[Task], Update]) -> Encoded:
-        known, self._encoded = self._encoded, None
-        if known is not None and known.round < task.round:
-            known = None  # of an earlier round: it lies on the disk, and is not held while this one trains
         update = work(task)  # from the journal if it has been done
-        known = known or records.encoded()
+        known = self._encoded or records.encoded()
         if known is not None and known.key == work_key(task, scales):
             return known
-        made = encode_update(task, terms, scales, update, known=known, identity=self.link.identity)
+        made = encode_update(task, terms, scales, update, identity=self.link.identity)
         records.save_encoded(made)
         return made
 

@@ -183,7 +183,7 @@ class Complainer(SecAggSite):
 
 @pytest.mark.attack(
     "C8",
-    "a site complains falsely of everybody",
+    "a site complains falsely of everybody (up to c such sites)",
     stops="the dealers show it what it had, which opens nobody's update; nobody honest is named, and the round ends",
 )
 def test_who_complains_falsely_gains_nothing_and_names_nobody():

@@ -2,11 +2,13 @@
 
 import hashlib
 import itertools
+import os
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
-from protect.secagg.world import World, at_phase, identity, names, secagg_plan
+from protect.secagg.world import Heard, World, at_phase, identity, names, secagg_plan
 
 from fedlora.core.errors import CohortTooSmall
 from fedlora.core.metrics import finish
@@ -18,6 +20,7 @@ from fedlora.protect.secagg.protocol.masks import add_masks
 from fedlora.protect.secagg.protocol.opening import Deal, parse_reveal, relay, unmask
 from fedlora.protect.secagg.protocol.rings import PROFILES, pack, unpack
 from fedlora.protect.secagg.protocol.votes import Delivered
+from fedlora.protect.secagg.records import Records
 
 pytestmark = pytest.mark.slow
 
@@ -183,15 +186,35 @@ def test_a_site_that_does_not_vote_costs_its_round_nothing(n):
     assert np.array_equal(update.delta, world.expected(names(n)))
 
 
-def test_a_second_round_makes_up_for_what_rounding_kept_back():
-    world = World(4, plan=secagg_plan(profile="int4"))
-    ((_, first, *_),) = world.collect(world.task()).sums
-    world.next_round(first.delta)
-    ((_, second, *_),) = world.collect(world.task(round=2)).sums
-    truth = np.mean([world.updates[s].delta for s in names(4)], axis=0)
-    left = np.mean([world.__dict__["sites"][s]._encoded.left for s in names(4)], axis=0)
-    # Nothing is lost: what was published and what is left over are what was learned, twice.
-    assert first.delta + second.delta + left == pytest.approx(2 * truth, abs=1e-5)
+@pytest.mark.attack(
+    "D14",
+    "one site alone is asked for a round of large values, without a sum; what coding has left of them is in a later, small sum",
+    stops="what a site gives in a round is that round's update alone: nothing that rounding or clipping has left is added",
+)
+@pytest.mark.parametrize("profile", ["int4", "int8", "int24"])
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_a_site_gives_in_a_round_does_not_depend_on_the_rounds_before(profile, restart):
+    given = []
+    for rounds in ((3,), (1, 3), (1, 2, 3), (2, 3)):
+        world = World(3, plan=secagg_plan(profile=profile, rounds=4, first_range=0.01))  # most values are cut
+        world.globals |= {round: world.globals[1] for round in (2, 3)}
+        honest = dict(world.updates)
+        for round in rounds:
+            size = np.float32(10.0 if round < 3 else 1e-2)
+            world.updates = {site: replace(update, delta=update.delta * size) for site, update in honest.items()}
+            world.answer(advertised(world, round=round))
+            if restart:
+                world.restart()
+        site = world.__dict__["sites"]["site-1"]
+        records = Records(world.memory["site-1"], "ab" * 32, identity("site-1"), os.urandom)
+        encoded = site._encoded or records.encoded()
+        given.append((encoded.levels.tolist(), encoded.numbers.tolist()))
+    assert all(one == given[0] for one in given)
+
+
+def advertised(world, *, round):
+    """The request that offers site-1 the work of a round, as the server makes it."""
+    return next(world.server().collect(world.task(round=round), names(world.n), Heard()))[0]
 
 
 def test_weights_are_whole_units_and_the_mean_is_theirs():

@@ -180,7 +180,7 @@ class World:
             return heard
 
     def expected(self, sites: Sequence[str], *, round: int = 1) -> np.ndarray:
-        """The mean over these sites from their whole numbers, added in the open; in the first round nothing is left over."""
+        """The mean over these sites from their whole numbers, added in the open."""
         terms = Terms.of(self.plan, self.signed.roster)
         task = self.task(round=round)
         layout, profile, scales = task.adapter.layout, terms.profile, terms.scales(task)

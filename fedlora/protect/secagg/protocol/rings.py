@@ -22,7 +22,6 @@ Words: TypeAlias = NDArray[Any]
 """Ring elements in machine words: uint16 for rings of up to 16 bits, uint32 above."""
 
 _CHUNK: Final = 1 << 16
-_MOST_LEFT: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +81,11 @@ def encode(
     """A change as integer levels, with stochastic rounding, so that the expected value is exact.
 
     Args:
-        delta: the change plus the remainder of earlier rounds, (n,) float32, finite. It becomes the remainder of this round,
-            limited to four times the range: training continues from the adapter that lacks it, and learns much of it again.
+        delta: the change, (n,) float32, finite.
         scales: value of one level, per tensor, (tensors,) float32.
         weight_fraction: this site's weight over the largest weight, in (0, 1]. Values beyond that fraction of the levels are
-            clipped; the next round makes up for clipping and rounding.
+            clipped. What rounding and clipping leave out is not made up for in a later round: training continues from the
+            adapter that lacks it, and a remainder would tell one round's update in another round's sum.
         key: 32 bytes, secret: knowing the rounding direction reveals which site changed a sum. The same key gives the same
             levels.
 
@@ -97,29 +96,19 @@ def encode(
     signed = levels.view(np.int16 if profile.word is np.uint16 else np.int32)
     wide = np.float32 if profile.levels < 1 << 12 else np.float64
     noise, most = _Noise(key), wide(most_levels(profile, weight_fraction=weight_fraction))
-    bound = wide(_MOST_LEFT * most)
     scratch: NDArray[Any] = np.empty(_CHUNK, wide)
-    kept: NDArray[Any] = np.empty(_CHUNK, wide)
     for i, tensor in enumerate(tensor_slices(layout)):
         unit = wide(np.float64(scales[i]) / weight_fraction)
         for part in _chunks(tensor):
             values = delta[part]
-            scaled, inside = scratch[: values.size], kept[: values.size]
+            scaled = scratch[: values.size]
             np.divide(values, unit, out=scaled)
             scaled += noise.take(values.size)
             np.floor(scaled, out=scaled)
-            over = 0
             if scaled.max() > most or scaled.min() < -most:
-                np.clip(scaled, -most, most, out=inside)
-                over = int(np.count_nonzero(scaled != inside))
-            else:
-                inside = scaled
-            signed[part] = inside
-            inside *= unit
-            np.subtract(values, inside, out=values, casting="same_kind")
-            if over:
-                cut[i] += over
-                np.clip(values, -bound * unit, bound * unit, out=values)
+                cut[i] += int(np.count_nonzero(np.abs(scaled) > most))
+                np.clip(scaled, -most, most, out=scaled)
+            signed[part] = scaled
     return levels, cut
 
 
