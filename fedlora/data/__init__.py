@@ -39,3 +39,6 @@ __all__ = [
     "split",
     "tokenize",
 ]
+
+tokenise = tokenize
+"""The name of :func:`tokenize` in earlier builds, for scripts that were written for them."""
