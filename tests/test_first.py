@@ -44,7 +44,7 @@ def test_another_seed_or_name_gives_other_values():
 @pytest.mark.parametrize(
     "module",
     ["fedlora.assemble", "fedlora.rules.first",
-     *(f"fedlora.learn{part}" for part in ("", ".options", ".digest", ".local", ".rows"))],
+     *(f"fedlora.learn{part}" for part in ("", ".options", ".bases.digest", ".local", ".rows"))],
 )  # fmt: skip
 def test_what_a_server_needs_loads_no_torch(module: str):
     heavy = {"torch", "transformers", "peft", "bitsandbytes"}

@@ -207,6 +207,7 @@ UNUSED = {
     "forget": "a script takes back what it registered",
     "stop_run": "Flower's own API can stop a run, which then has to say so: tests stop one by it",
     "site_link": "a part of lab/testing.py, by which others test a rule or a mode of their own",
+    "tokenise": "an earlier name of tokenize, for scripts of others",
 }
 """What nothing of ours uses by its name, and why it stands."""
 CALLED_BY_LIBRARIES = ("command", "callback", "model_validator", "field_validator", "model_serializer", "field_serializer")

@@ -12,7 +12,7 @@ from test_rounds import Federation, plan
 
 from fedlora.core.adapter import Update
 from fedlora.core.errors import NonFiniteUpdate
-from fedlora.core.metrics import LISTED, MAX_COUNTER, METRICS, counters_of, finish, pool, to_nats
+from fedlora.core.metrics import LISTED, MAX_COUNTER, METRICS, counters_of, finish, is_small, pool, to_nats
 from fedlora.core.plan import Evaluation
 from fedlora.core.plan import Metric as Listed
 from fedlora.formats.update import MAX_INTEGER
@@ -199,6 +199,14 @@ def test_sums_of_the_largest_counters_end_nothing(tmp_path):
     assert store.records()[0].void is None
     assert store.records()[0].together.metrics["eval/nll"] == 2.0**-16
     assert store.records()[0].together.metrics["eval/tokens"] == float(4 * MAX_COUNTER)
+
+
+def test_a_small_cell_is_of_rows_however_many_examples_they_give():
+    """A long text is split into many examples, and each answer of a chat may be one."""
+    assert is_small({"eval/examples": 61, "eval/rows": 1}, min_cell=20)
+    assert not is_small({"eval/examples": 61, "eval/rows": 20}, min_cell=20)
+    assert is_small({"eval/examples": 19}, min_cell=20)
+    assert is_small({}, min_cell=1)
 
 
 # --- what leaves a site ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError, StoreError
-from fedlora.core.metrics import to_nats
+from fedlora.core.metrics import ROWS, to_nats
 from fedlora.core.plan import Plan
 from fedlora.data import Batch, Cursor, Stream, Tokens
 from fedlora.learn.bases.limits import check_length
@@ -128,7 +128,7 @@ class HFLearner:
         self._team = team
 
     def evaluate(self, adapter: Adapter) -> Mapping[str, int]:
-        """Counters of ``adapter`` on the held-out rows; none if there are no such rows.
+        """Counters of ``adapter`` on the held-out rows, and how many rows these are; none if there are no such rows.
 
         Raises:
             ResourceError: out of memory on a single row.
@@ -138,14 +138,15 @@ class HFLearner:
         if not self._held_out:
             return {}
         training = self._plan.training
-        return evaluate(
+        scores = evaluate(
             self._model,
             self._held_out,
             rows=evaluated_at_once(training, self._micro_batches.tokens),
             max_length=training.max_length,
             coarse_chars=self._plan.evaluation.coarse_chars,
             packing=training.packing,
-        ).counters()
+        )
+        return scores.counters() | {ROWS: len({example.line for example in self._held_out})}
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         """Trains from ``adapter``, which may have another rank than the plan's, for one round.

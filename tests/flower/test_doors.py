@@ -450,9 +450,9 @@ def test_two_processes_that_take_turns_with_one_key_are_noticed(tmp_path):
 
 
 def test_a_flood_of_refusals_is_a_few_lines_and_few_signatures_are_checked(tmp_path, monkeypatch):
-    gate, node, checked, check = Gate(), Node(tmp_path), [], doors._signed
+    gate, node, checked, check = Gate(), Node(tmp_path), [], doors._Call.is_signed
     headers = node.headers(gate.now + 60)
-    monkeypatch.setattr(doors, "_signed", lambda *signed: checked.append(signed) or check(*signed))
+    monkeypatch.setattr(doors._Call, "is_signed", lambda call: checked.append(call) or check(call))
     for _ in range(5000):
         gate.why("activate-node", headers, 401)
     assert len(gate.said) == 10

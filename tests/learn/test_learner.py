@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -291,3 +292,11 @@ def test_a_round_outside_the_run_is_a_programmers_mistake(learner: Callable[...,
     one = learner()
     with pytest.raises(ValueError, match="of 4"):
         one.train(one._model.get(), round=number, state=b"")
+
+
+def test_an_evaluation_says_of_how_many_rows_it_is(lora: Callable[..., Any], rows: Sequence[Tokens]):
+    """Two examples of one line are one row."""
+    held_out = [replace(example, line=7 if number < 2 else number + 10) for number, example in enumerate(rows[:4])]
+    model = lora()
+    counters = HFLearner(model, rows, held_out, plan_of(**OPTIONS), site="a").evaluate(model.get())
+    assert (counters["eval/examples"], counters["eval/rows"]) == (4, 3)

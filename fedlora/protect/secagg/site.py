@@ -140,11 +140,12 @@ class SecAggSite:
         contribution = self._contribution(terms.requirements, plan)
         base = Base.of(plan)
         self._compare(contribution, base, task.plan_digest, records)  # before anything is trained
-        session = records.session()
-        if session is not None and session.root and session.round < task.round:
-            records.save_session(session.but(root=b""))  # it will never end: its secrets must not be opened later
         scales = terms.scales(task)
         context = terms.context(task, scales, roster.digest(), key)
+        session = records.session()
+        if session is not None and session.root and session.context != context:
+            # It will never end: its secrets must not be opened later, and what is encoded now must not be masked in it.
+            records.save_session(session.but(root=b""))
         self._encoded = self._encode(task, terms, scales, records, work)
         evaluation = terms.numbers(task.reply_layout).evaluation
         measured = bool(self._encoded.numbers[evaluation].any())

@@ -3,16 +3,20 @@
 import hashlib
 import itertools
 import os
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+from protect.secagg.adversary import Adversary
 from protect.secagg.world import Heard, World, at_phase, identity, names, secagg_plan
 
+from fedlora.core.adapter import Adapter
 from fedlora.core.errors import CohortTooSmall
 from fedlora.core.metrics import finish
 from fedlora.core.reader import Reader
+from fedlora.lab.testing import DictMemory
 from fedlora.protect.secagg.giving import check_deliveries, masks_of, reveal
 from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements, leads
 from fedlora.protect.secagg.protocol.dealing import Secrets, advertise, deal, receive
@@ -210,6 +214,49 @@ def test_what_a_site_gives_in_a_round_does_not_depend_on_the_rounds_before(profi
         encoded = site._encoded or records.encoded()
         given.append((encoded.levels.tolist(), encoded.numbers.tolist()))
     assert all(one == given[0] for one in given)
+
+
+class Dies(DictMemory):
+    """A memory whose process ends when so many more values are put."""
+
+    more = -1
+
+    def put(self, key, *parts):
+        if Dies.more == 0:
+            raise PowerCut
+        Dies.more -= 1
+        super().put(key, *parts)
+
+
+class PowerCut(BaseException):
+    pass
+
+
+@pytest.mark.attack(
+    "D15",
+    "while a session is open a site is offered another adapter, and dies between two writes: its update to that is masked here",
+    stops="a session's secrets are deleted before anything is encoded for another task",
+)
+@pytest.mark.parametrize("writes", range(8))
+def test_a_site_that_dies_between_two_offers_masks_nothing_of_the_second_in_the_first(writes):
+    world = World(3, memory={"site-1": Dies()})
+    first, honest = world.globals[1], world.work
+    other = Adapter(first.vector + np.float32(0.01), first.layout)
+    doubled = replace(world.updates["site-1"], delta=world.updates["site-1"].delta * np.float32(2))
+    world.work = lambda site, task: doubled if task.adapter.digest() == other.digest() else honest(site, task)
+    a = Adversary(3, world=world)
+    a.advertise()
+    a.share()
+    levels = a.records("site-1").encoded().levels.tolist()
+    liar = Adversary(3, world=world)
+    liar.begin(replace(world.task(), adapter=other))
+    Dies.more = writes
+    with suppress(PowerCut):
+        liar.say("site-1", "advertise", liar.offer())
+    Dies.more = -1
+    world.restart("site-1")
+    masked = a.mask()["site-1"]
+    assert isinstance(masked, str) or a.records("site-1").encoded().levels.tolist() == levels
 
 
 def advertised(world, *, round):
