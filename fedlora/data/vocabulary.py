@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
@@ -135,14 +134,15 @@ class Vocabulary:
     def _usual(self, texts: list[str]) -> list[Encoded]:
         if not texts:
             return []
-        with suppress(NotImplementedError):  # transformers: a tokenizer without offsets
+        try:
             found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
                                    return_token_type_ids=False, verbose=False)  # fmt: skip
-            return [_encoded(i, o) for i, o in zip(found["input_ids"], found["offset_mapping"], strict=True)]
-        raise DataError(
-            "the tokenizer of this base does not say where its tokens stand in a text, so no mask could be proved",
-            hint="a base with a tokenizer.json: load it once with transformers and call save_pretrained",
-        )
+        except NotImplementedError:  # transformers' word for a tokenizer without offsets
+            raise DataError(
+                "the tokenizer of this base does not say where its tokens stand in a text, so no mask could be proved",
+                hint="a base with a tokenizer.json: load it once with transformers and call save_pretrained",
+            ) from None
+        return [_encoded(i, o) for i, o in zip(found["input_ids"], found["offset_mapping"], strict=True)]
 
     # --- special-token strings that are text ------------------------------------------------------------------------
 
