@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fedlora.core.errors import ModelError
 from fedlora.data import IGNORE, Batch, one_a_row
 from fedlora.learn.bases._internals import attention_of
+from fedlora.learn.bases.failures import MODEL_ERRORS, check_memory
 from fedlora.learn.packing import PACKED, Apart, Way, block_mask, looks_ahead, try_way, window_of
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class Forward:
                         hint="choose a base that predicts each token from those before it",
                     )
                 return next((way for way in PACKED if self._keeps_apart(way)), "alone")
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as e:
+        except MODEL_ERRORS as e:
+            check_memory(e, self._model)
             raise ModelError(
                 f"{type(self._model).__name__} cannot compute here: {type(e).__name__}: {str(e).strip()[:200]}",
                 hint="try it without load_in_4bit and load_in_8bit, in another dtype, or choose another base",
@@ -119,6 +121,7 @@ class Forward:
         try:
             self.tried[way] = found = try_way(way, self._losses, self._model)
         except Exception as e:  # whatever a model that cannot take a mask like this makes of it
+            check_memory(e, self._model)  # else less memory would mean other rows, and other bits
             log.info("%s takes no %s: %s", type(self._model).__name__, way, str(e).splitlines()[:1])
             self.tried[way] = None
             return False
@@ -195,7 +198,8 @@ class Forward:
         try:
             hidden = model.base_model(**given).last_hidden_state
             ours, its = model.get_output_embeddings()(hidden), model(**given).logits
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
+        except MODEL_ERRORS as e:
+            check_memory(e, model)
             return False  # a decoder that is called in another way; whether the model computes at all is tried next
         return ours.dtype == its.dtype and torch.equal(ours, its)
 

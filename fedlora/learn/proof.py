@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import ConfigError, FedLoRAError, ModelError
+from fedlora.core.errors import ConfigError, FedLoRAError, ModelError, ResourceError
 from fedlora.core.plan import Plan
 from fedlora.core.records import Check, Proof
 from fedlora.data import Batch
 from fedlora.learn.base import Base
 from fedlora.learn.bases._internals import attention_of
+from fedlora.learn.bases.failures import MODEL_ERRORS, check_memory
 from fedlora.learn.bases.limits import check_ids, check_length
 from fedlora.learn.bases.quantized import coverage, in_words
 from fedlora.learn.lora import LoraModel, attach
@@ -66,7 +67,7 @@ def prove(base: Base, plan: Plan) -> Proof:
                 ("merge", lambda: _merge(model)),
                 ("export", lambda: check_export(model, plan)),  # the last: it takes the adapter off
             )
-            found = tuple(_checked(name, check) for name, check in checks)
+            found = tuple(_checked(name, check, base.model) for name, check in checks)
     finally:
         model.peft_model.unload()
     return Proof(plan=plan.digest(), base=base.digest, machine=_machine(base), checks=found)
@@ -86,12 +87,15 @@ def check_proven(proof: Proof) -> None:
         )
 
 
-def _checked(name: Any, check: Callable[[], Found]) -> Check:
+def _checked(name: Any, check: Callable[[], Found], model: object) -> Check:
     try:
         found = check()
+    except ResourceError:
+        raise  # says nothing of the base
     except FedLoRAError as e:
         return Check(name=name, verdict="wrong", found=str(e), way_out=e.hint)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError, OSError) as e:
+    except (*MODEL_ERRORS, OSError) as e:
+        check_memory(e, model)
         said = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
         return Check(name=name, verdict="wrong", found=f"could not be tried: {said}", way_out="choose another base")
     if isinstance(found, _Adapted):

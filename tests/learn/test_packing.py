@@ -12,10 +12,12 @@ import torch
 from learn.bases import WINDOW, make_base
 from learn.plans import plan_of
 
+from fedlora.core.errors import ResourceError
 from fedlora.core.events import Event
 from fedlora.core.plan import Lora, Model, Plan
 from fedlora.data import IGNORE, Batch, Tokens, shard
 from fedlora.learn import evaluate as evaluating
+from fedlora.learn import forward
 from fedlora.learn.base import load_base, machine_for
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.fast import attention
@@ -92,6 +94,22 @@ def test_losses_of_evaluation_do_not_depend_on_packing(tmp_path: Path):
         examples = rows((31, 40, 28, 60))
         scores = [evaluate(model, examples, max_length=128, packing=p).nll for p in (True, False)]
         assert scores[0] == pytest.approx(scores[1], abs=2e-5), name
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_lack_of_memory_in_a_trial_is_no_reason_to_pack_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+):
+    """Else a machine with less memory would train on other rows, and blame the base."""
+
+    def full(*given: Any, **more: Any) -> Any:
+        raise error
+
+    for place in ("try_way", "looks_ahead"):
+        with monkeypatch.context() as patch:
+            patch.setattr(forward, place, full)
+            with pytest.raises(ResourceError, match="not enough memory"):
+                adapted(tmp_path / place, "Llama")
 
 
 def test_what_is_not_packed_is_said_once_with_the_reason(tmp_path: Path):

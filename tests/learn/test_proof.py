@@ -14,7 +14,7 @@ from learn.bases import make_base
 from transformers import AutoTokenizer
 
 from fedlora.cli import main
-from fedlora.core.errors import ConfigError, DataError, FedLoRAError, ModelError
+from fedlora.core.errors import ConfigError, DataError, FedLoRAError, ModelError, ResourceError
 from fedlora.core.plan import Plan
 from fedlora.core.records import Check, Proof
 from fedlora.core.toml import dump_toml
@@ -172,6 +172,15 @@ def test_what_cannot_be_tried_is_wrong_and_no_traceback(llama: Path, monkeypatch
     monkeypatch.setattr(proving, "_ranks", broken)
     found = proved(llama)["ranks"]
     assert (found.verdict, found.found) == ("wrong", "could not be tried: RuntimeError: secret")
+
+
+def test_a_lack_of_memory_says_nothing_of_the_base(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*given: Any, **more: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(proving, "_gradients", full)
+    with pytest.raises(ResourceError, match="not enough memory"):
+        proved(llama)
 
 
 def test_all_that_is_wrong_is_named_at_once():

@@ -38,6 +38,23 @@ def check_known(directory: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, MemoryError)
+"""What the code of some architecture raises where it cannot compute something: it has no error of its own for that. Each place
+that catches them asks :func:`check_memory` first."""
+
+
+def check_memory(error: BaseException, model: object) -> None:
+    """Tells a lack of memory from what a model cannot do: another machine could.
+
+    Raises:
+        ResourceError: ``error`` says that there was not enough.
+    """
+    if is_out_of_memory(error):
+        raise ResourceError(
+            f"not enough memory to try {type(model).__name__}", hint="free memory, or use a smaller base"
+        ) from None
+
+
 def why_not_loaded(directory: Path, settings: Model, error: BaseException, *, part: str) -> FedLoRAError:
     """The error for a command, of whatever a library raised.
 
