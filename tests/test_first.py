@@ -20,14 +20,14 @@ LAYOUT = Layout.of({
 
 
 def test_the_first_adapter_of_a_seed_is_these_bytes_for_ever():
-    assert first_adapter(LAYOUT, seed=7).digest() == "be59c5bfe6eed5af6c5460fe995b3f350f62aea0efd4306ee1fac0e1cdebac9c"
+    assert first_adapter(LAYOUT, seed=7).digest() == "4e4915fe2ff43a178d543c094fe2ed6d675f506e4c26d785801e4c8ebf547457"
 
 
 def test_a_is_uniform_within_one_over_the_root_of_its_width_and_b_is_zero():
     wide = Layout.of({"m.lora_A.weight": (64, 100), "m.lora_B.weight": (8, 64)})
     t = first_adapter(wide, seed=0).tensors()
     a = t["m.lora_A.weight"]
-    assert np.abs(a).max() <= 0.1
+    assert np.abs(a).max() <= 0.1 * (1 + 2.0**-8)  # rounded to bfloat16
     assert np.abs(a).max() > 0.0999
     assert a.std() == pytest.approx(0.1 / np.sqrt(3), rel=0.02)  # of a uniform distribution
     assert abs(a.mean()) < 0.002

@@ -15,7 +15,7 @@ import pytest
 from plain import PlainServer, PlainSite
 from raising import raising
 
-from fedlora.core.adapter import Adapter
+from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.errors import ConfigError, KeyFileError, RunFailed, StoreError, WireError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Evaluation, Wire
@@ -32,6 +32,7 @@ from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import LocalTransport
 from fedlora.rules import FedAvg, Sums, rule_of
+from fedlora.rules.first import first_adapter
 from fedlora.site.work import Site, safely
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -275,6 +276,19 @@ def interrupted(fed, after):
     with pytest.raises(KeyboardInterrupt):
         fed.run()
     del fed.store
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_down_costs_no_more_than_up(tmp_path, dtype):
+    layout = Layout.of({"toy.lora_A.weight": (8, 15_000), "toy.lora_B.weight": (15_000, 8)})
+    learners = {n: ToyLearner(t, layout=layout) for n, t in {"a": 0.1, "b": 0.7}.items()}
+    start = first_adapter(layout, seed=0)
+    todo = toy_plan(rounds=3, wire=Wire(dtype=dtype)).pinned(base=TOY_BASE, init=start.digest())
+    fed = Federation(tmp_path, todo, learners=learners)
+    fed.store = lambda: start_run(tmp_path / "run", todo, start)
+    fed.run()
+    for record in RunStore.open(tmp_path / "run").records()[dtype == "int8" :]:  # the first adapter is one of bfloat16
+        assert all(record.bytes.down[site] <= 1.02 * record.bytes.up[site] for site in learners)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

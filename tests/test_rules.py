@@ -231,6 +231,31 @@ def test_what_a_rule_sends_in_either_direction(tmp_path, name, down, up):
     assert layouts_of(Run(tmp_path, plan(**RULES[name])), tmp_path) == {"down": set(down), "up": set(up)}
 
 
+class Recording(ToyLearner):
+    """Notes from which adapters it has trained."""
+
+    def train(self, adapter, **how):
+        self.begun.append(adapter.digest())
+        return super().train(adapter, **how)
+
+
+COMMON = [n for n in RULES if n != "fedavg-share-A" and "ranks" not in n]  # where all sites train from the same adapter
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", COMMON)
+def test_sites_and_server_hold_the_same_adapter(tmp_path, name, dtype):
+    """Bit for bit, however it travels, with what follows from the seed or rests."""
+    learners = {n: Recording(t) for n, t in TARGETS.items()}
+    for learner in learners.values():
+        learner.begun = []
+    fed = Run(tmp_path, plan(wire=Wire(dtype=dtype), **RULES[name]), learners=learners)
+    fed.run()
+    records = fed.store().records()
+    held = [START.digest(), *(r.outcome.adapter for r in records)]
+    assert {n: x.begun for n, x in learners.items()} == {n: [held[r.round - 1] for r in records if n in r.asked] for n in TARGETS}
+
+
 def test_one_round_of_rolora_sends_one_factor(tmp_path):
     assert layouts_of(Run(tmp_path, plan(rounds=1, **RULES["rolora"])), tmp_path)["up"] == {"B"}
 

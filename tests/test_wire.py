@@ -388,8 +388,9 @@ def independent_dump(values: list, layout: list, *, dtype: int, weight: int, cou
 
 def independent_task(blob: bytes) -> dict:
     """FORMAT.md, section 3."""
-    magic, version, zero, flags, n, *lengths = struct.unpack_from("<4sBBHQIIII", blob)
-    assert (magic, version, zero) == (b"FLTK", 1, 0)
+    magic, version, dtype, flags, n, *lengths = struct.unpack_from("<4sBBHQIIII", blob)
+    assert (magic, version) == (b"FLTK", 1)
+    assert dtype < 3
     assert flags < 2
     assert hashlib.sha256(blob[:-16]).digest()[:16] == blob[-16:]
     parts, at = [], 32
@@ -399,8 +400,20 @@ def independent_task(blob: bytes) -> dict:
     head, plan, layout, key = parts
     assert json.dumps(json.loads(layout), separators=(",", ":")).encode() == layout
     assert sum(math.prod(shape) for _, shape in json.loads(layout)) == n
-    adapter = hashlib.sha256(hashlib.sha256(layout).digest() + blob[at : at + 4 * n]).hexdigest()
-    found, end = {"sends": None}, at + 4 * n
+    if dtype == 2:
+        (rows,) = struct.unpack_from("<I", blob, at)
+        widths = [shape[-1] for _, shape in json.loads(layout) for _ in range(math.prod(shape[:-1]))]
+        assert rows == len(widths)
+        scales, at = struct.unpack_from(f"<{rows}f", blob, at + 4), at + 4 + 4 * rows
+        each = [s for s, width in zip(scales, widths, strict=True) for _ in range(width)]
+        values = b"".join(struct.pack("<f", q * s) for q, s in zip(struct.unpack_from(f"<{n}b", blob, at), each, strict=True))
+    elif dtype == 1:
+        values = b"".join(b"\0\0" + blob[i : i + 2] for i in range(at, at + 2 * n, 2))
+    else:
+        values = blob[at : at + 4 * n]
+    width = (4, 2, 1)[dtype]
+    adapter = hashlib.sha256(hashlib.sha256(layout).digest() + values).hexdigest()
+    found, end = {"sends": None}, at + width * n
     if flags & 1:
         (size,) = struct.unpack_from("<I", blob, end)
         found["sends"], end = blob[end + 4 : end + 4 + size], end + 4 + size
@@ -412,7 +425,7 @@ def independent_task(blob: bytes) -> dict:
         "layout": layout,
         "key": key,
         "adapter": adapter,
-        "values": struct.unpack_from(f"<{n}f", blob, at),
+        "values": struct.unpack(f"<{n}f", values),
     }
 
 

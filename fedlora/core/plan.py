@@ -26,6 +26,8 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16", "int8"]
+"""Types of values on their way."""
 Metric = Literal["train/loss", "eval/nll", "eval/exact_match", "eval/coarse_match", "eval/tokens", "eval/examples"]
 
 
@@ -194,8 +196,8 @@ class ServerOptimizer(Tagged):
 class Wire(Section):
     """Data types of what is sent."""
 
-    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """data type of an update's values on the way to the server; int8 is the smallest"""
+    dtype: Dtype = "bfloat16"
+    """data type of the values on their way, in either direction; int8 is the smallest"""
 
 
 class Protect(Tagged):

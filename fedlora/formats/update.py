@@ -4,7 +4,7 @@ No meaning is guessed from bytes: the receiver brings the layout, so that the si
 anything is allocated, and a digest at the end refuses every flipped bit even where nothing is signed.
 
     update  "FLUP" version dtype flags n | canonical JSON: counters, weight | int8: scales | values | SHA-256[:16]
-    task    "FLTK" version 0     flags n | canonical JSON: run, round, ... | plan | layout | reply key | values
+    task    "FLTK" version dtype flags n | canonical JSON: run, round, ... | plan | layout | reply key | values
             flag 1: length | layout of the answer | SHA-256[:16]
 """
 
@@ -18,12 +18,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedlora.core.adapter import Adapter, Layout, Update
+from fedlora.core.adapter import F32, Adapter, Layout, Update
 from fedlora.core.canonical import canonical, is_digest, parse_object
 from fedlora.core.errors import WireError, WrongContext
+from fedlora.core.grids import is_bfloat16, is_int8
 from fedlora.core.limits import MAX_PLAN_BYTES
 from fedlora.core.messages import Kind, Task
 from fedlora.core.metrics import MAX_COUNTER, bad_counters
+from fedlora.core.plan import Dtype
 from fedlora.core.reader import Reader
 from fedlora.formats.values import (
     Bytes,
@@ -38,7 +40,7 @@ from fedlora.formats.values import (
 )
 
 DTYPES: Final = ("float32", "bfloat16", "int8")
-"""Types that the values of an update may have on their way; the position is the code in the blob."""
+"""Types that values may have on their way; the position is the code in the blob."""
 VERSION: Final = 1
 MAX_HEADER_BYTES: Final = 8192
 """Longest header of an update."""
@@ -49,7 +51,7 @@ MAX_INTEGER: Final = MAX_COUNTER
 """Largest integer in a header: exact in every JSON parser."""
 
 _UPDATE: Final = struct.Struct("<4sBBHQI")  # magic, version, dtype, flags, n, header bytes
-_TASK: Final = struct.Struct("<4sBBHQIIII")  # magic, version, 0, flags, n, bytes of head, plan, layout, key
+_TASK: Final = struct.Struct("<4sBBHQIIII")  # magic, version, dtype, flags, n, bytes of head, plan, layout, key
 _SENDS: Final = 1
 _DIGEST: Final = 16
 _MAX_TASK_HEAD: Final = 1024
@@ -62,9 +64,7 @@ _COUNTER: Final = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
 
 def blob_size(layout: Layout, dtype: str, *, header_bytes: int) -> int:
     """Exact size in bytes of an update of this layout, dtype and header length."""
-    code = _code(dtype)
-    scales = 4 * layout.rows() if dtype == "int8" else 0
-    return _UPDATE.size + header_bytes + scales + _WIDTH[code] * layout.size + _DIGEST
+    return _UPDATE.size + header_bytes + _values_size(dtype, n=layout.size, rows=layout.rows()) + _DIGEST
 
 
 def max_update_bytes(layout: Layout, *, dtype: str) -> int:
@@ -95,13 +95,7 @@ def dump_update(update: Update, layout: Layout, *, dtype: str) -> bytes:
 
     def write(out: Bytes) -> None:
         at = _put(out, 0, prefix, header)
-        if dtype == "int8":
-            rows = 4 * layout.rows()
-            dump_int8(update.delta, layout, out[at : at + rows], out[at + rows : -_DIGEST].view(np.int8))
-        elif dtype == "bfloat16":
-            dump_bfloat16(update.delta, out[at:-_DIGEST])
-        else:
-            dump_float32(update.delta, out[at:-_DIGEST])
+        _dump_values(update.delta, layout, out[at:-_DIGEST], dtype=dtype)
         _put(out, out.size - _DIGEST, _digest(out[:-_DIGEST]))
 
     return fill(blob_size(layout, dtype, header_bytes=len(header)), write)
@@ -157,15 +151,7 @@ def parse_update(blob: bytes | memoryview, layout: Layout, *, dtype: str | None 
         raise WrongContext(f"expected {layout.size} values, got {n}", code="wrong-layout")
     weight, counters = _parse_update_header(reader.take(header_bytes))
     values = _values(reader, reader.left - _DIGEST)
-    vector = np.empty(n, np.float32)
-    if code == 2:
-        rows = 4 * layout.rows()
-        parse_int8(values[:rows], values[rows:].view(np.int8), layout, vector)
-    elif code == 1:
-        parse_bfloat16(values, vector)
-    else:
-        parse_float32(values, vector, "the update")
-    return Update(vector, weight, counters)
+    return Update(_parse_values(values, layout, DTYPES[code], "the update"), weight, counters)
 
 
 def _check_delta(update: Update, layout: Layout) -> None:
@@ -202,7 +188,7 @@ def _parse_update_header(text: bytes) -> tuple[int, dict[str, int]]:
 
 
 def dump_task(task: Task, *, reply_key: bytes) -> bytes:
-    """Packs a task. The adapter travels as float32, exactly.
+    """Packs a task. The adapter travels exactly, in the smallest of DTYPES that holds it.
 
     Args:
         task: what a site has to do.
@@ -216,17 +202,20 @@ def dump_task(task: Task, *, reply_key: bytes) -> bytes:
     _check_task_head(fields)
     parts = (canonical(fields), task.plan, task.adapter.layout.dump(), reply_key)
     lengths = _check_lengths(tuple(len(p) for p in parts))
-    n = task.adapter.layout.size
-    prefix = _TASK.pack(b"FLTK", VERSION, 0, _SENDS if task.sends is not None else 0, n, *lengths)
+    layout, vector = task.adapter.layout, task.adapter.vector
+    n, dtype = layout.size, _smallest(vector, layout)
+    rows = struct.pack("<I", layout.rows()) if dtype == "int8" else b""
+    size = _values_size(dtype, n=n, rows=layout.rows())
+    prefix = _TASK.pack(b"FLTK", VERSION, _code(dtype), _SENDS if task.sends is not None else 0, n, *lengths)
     sends = _dump_layout(task.sends)
 
     def write(out: Bytes) -> None:
-        at = _put(out, 0, prefix, *parts)
-        dump_float32(task.adapter.vector, out[at : at + 4 * n])
-        _put(out, at + 4 * n, sends)
+        at = _put(out, 0, prefix, *parts, rows)
+        _dump_values(vector, layout, out[at : at + size], dtype=dtype)
+        _put(out, at + size, sends)
         _put(out, out.size - _DIGEST, _digest(out[:-_DIGEST]))
 
-    return fill(_TASK.size + sum(lengths) + 4 * n + len(sends) + _DIGEST, write)
+    return fill(_TASK.size + sum(lengths) + len(rows) + size + len(sends) + _DIGEST, write)
 
 
 def parse_task(blob: bytes | memoryview, *, max_parameters: int) -> tuple[Task, bytes]:
@@ -246,15 +235,16 @@ def parse_task(blob: bytes | memoryview, *, max_parameters: int) -> tuple[Task, 
         WireError: anything else that is not exactly what :func:`dump_task` gives.
     """
     reader = Reader(blob, "task")
-    magic, version, reserved, flags, n, *lengths = reader.unpack(_TASK)
+    magic, version, code, flags, n, *lengths = reader.unpack(_TASK)
     _check_kind(magic, version, b"FLTK")
     _check_lengths(tuple(lengths))
     if n > max_parameters:
         raise WireError(f"{n} values, this site takes at most {max_parameters}")
-    if reserved or flags & ~_SENDS:
-        raise WireError("unknown flags")
-    parts = [reader.view(length) for length in lengths]
-    values = _values(reader, 4 * n)
+    if code >= len(DTYPES) or flags & ~_SENDS:
+        raise WireError(f"unknown flags, or values of another type than {', '.join(DTYPES)}")
+    parts, dtype = [reader.view(length) for length in lengths], DTYPES[code]
+    rows = reader.number(4, order="little") if dtype == "int8" else 0
+    values = _values(reader, _values_size(dtype, n=n, rows=rows))
     sends_text = _sends(reader) if flags & _SENDS else b""
     if reader.left != _DIGEST:
         raise WireError(f"{len(blob)} bytes, expected {len(blob) - reader.left + _DIGEST}")
@@ -264,8 +254,9 @@ def parse_task(blob: bytes | memoryview, *, max_parameters: int) -> tuple[Task, 
     layout = Layout.parse(layout_text)
     if layout.size != n:
         raise WrongContext(f"the layout has {layout.size} values, the vector {n}", code="wrong-layout")
-    vector = np.empty(n, np.float32)
-    parse_float32(values, vector, "the adapter")
+    if dtype == "int8" and layout.rows() != rows:
+        raise WrongContext(f"the layout has {layout.rows()} rows, the vector {rows}", code="wrong-layout")
+    vector = _parse_values(values, layout, dtype, "the adapter")
     sends = Layout.parse(sends_text) if sends_text else None
     if sends == layout:
         raise WrongContext("the layout of the answer is that of its task and must be left out", code="wrong-layout")
@@ -336,6 +327,40 @@ def _check_kind(magic: bytes, version: int, expected: bytes) -> None:
         raise WireError(f"not a {expected.decode()} blob")
     if version != VERSION:
         raise WireError(f"{expected.decode()} version {version}, this one reads {VERSION}", code="version-unsupported")
+
+
+def _values_size(dtype: str, *, n: int, rows: int) -> int:
+    return (4 * rows if dtype == "int8" else 0) + _WIDTH[_code(dtype)] * n
+
+
+def _dump_values(vector: F32, layout: Layout, out: Bytes, *, dtype: str) -> None:
+    if dtype == "int8":
+        scales = 4 * layout.rows()
+        dump_int8(vector, layout, out[:scales], out[scales:].view(np.int8))
+    elif dtype == "bfloat16":
+        dump_bfloat16(vector, out)
+    else:
+        dump_float32(vector, out)
+
+
+def _parse_values(raw: Bytes, layout: Layout, dtype: str, what: str) -> F32:
+    """The values of a vector of this layout, a new (n,) float32 array."""
+    vector = np.empty(layout.size, np.float32)
+    if dtype == "int8":
+        scales = 4 * layout.rows()
+        parse_int8(raw[:scales], raw[scales:].view(np.int8), layout, vector)
+    elif dtype == "bfloat16":
+        parse_bfloat16(raw, vector, what)
+    else:
+        parse_float32(raw, vector, what)
+    return vector
+
+
+def _smallest(vector: F32, layout: Layout) -> Dtype:
+    """The smallest type that holds every value exactly."""
+    if is_int8(vector, layout):
+        return "int8"
+    return "bfloat16" if is_bfloat16(vector) else "float32"
 
 
 def _digest(body: Bytes) -> bytes:

@@ -12,7 +12,7 @@ from fedlora.core.answers import Survives
 from fedlora.core.errors import WrongContext
 from fedlora.core.events import Report
 from fedlora.core.messages import Reveals
-from fedlora.core.plan import Plan
+from fedlora.core.plan import Dtype, Plan
 from fedlora.core.section import Section
 from fedlora.formats.memory import Memory
 from fedlora.formats.signed_roster import SignedRoster
@@ -154,6 +154,11 @@ class Mode:
         Raises:
             PlanRefused, PlanRefused (impossible-adapter): it must not be trained from.
         """
+
+    @classmethod
+    def down(cls, plan: Plan) -> Dtype:
+        """Type of the values to which the server rounds the next adapter, so that a task costs no more than its answer."""
+        return "bfloat16"
 
     @classmethod
     def step_timeout_s(cls, plan: Plan) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fedlora.core.adapter import MAX_PARAMETERS, Update
 from fedlora.core.errors import WrongContext
 from fedlora.core.messages import Reply, Request, Reveals, Task
-from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.plan import Dtype, Plan, parse_plan
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
@@ -124,6 +124,10 @@ class Sealed(Mode):
     @classmethod
     def site(cls, parts: SiteParts) -> SealedSite:
         return SealedSite(parts.link, parts.uncovers)
+
+    @classmethod
+    def down(cls, plan: Plan) -> Dtype:
+        return plan.wire.dtype
 
     @classmethod
     def words(cls, plan: Plan, said: Mapping[str, str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.store import Checkpoint, RunStore
 from fedlora.rounds.transport import Transport, drive
-from fedlora.rules import Accumulator, Aggregator, State, add, max_site_weight, optimizer_of
+from fedlora.rules import Accumulator, Aggregator, State, add, max_site_weight, optimizer_of, rounded
 
 
 def run(
@@ -107,6 +107,7 @@ def _aggregate(
     if result.delta is not None:
         moved, state = optimizer_of(plan).step(result.delta, state)
         after = add(checkpoint.adapter, moved)
+        after, state = rounded(after, state, sent=after.layout.only(aggregator.down()), dtype=mode_of(plan).down(plan))
     elif result.adapter is not None:
         after = result.adapter
     else:

@@ -14,6 +14,7 @@ from fedlora.rules.product import Product
 from fedlora.rules.protocol import Aggregated, Aggregator, Rule, State
 from fedlora.rules.robust import Robust
 from fedlora.rules.rolora import RoLoRA
+from fedlora.rules.rounding import rounded
 from fedlora.rules.server_optimizer import ServerOptimizer, optimizer_of
 from fedlora.rules.sums import MOST_TOGETHER, Accumulator, Each, Sums
 from fedlora.rules.weights import max_site_weight
@@ -37,6 +38,7 @@ __all__ = [
     "add",
     "max_site_weight",
     "optimizer_of",
+    "rounded",
     "rule_of",
 ]
 

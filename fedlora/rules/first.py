@@ -9,10 +9,12 @@ import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Layout
 from fedlora.core.errors import WrongContext
+from fedlora.core.grids import to_bfloat16
 
 
 def first_adapter(layout: Layout, *, seed: int) -> Adapter:
-    """A drawn uniformly from +-1/sqrt(d_in), B zero: PEFT's distribution, without any process's generator.
+    """A drawn uniformly from +-1/sqrt(d_in), B zero: PEFT's distribution, without any process's generator. Rounded to
+    bfloat16, as the adapters of later rounds are.
 
     The bound is that of Kaiming's uniform initialization with a = sqrt(5) (He et al., Delving Deep into Rectifiers, 2015).
     The values are the raw output of Philox4x64 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011), which
@@ -36,7 +38,7 @@ def first_of(layout: Layout, *, seed: int) -> Adapter:
         if not name.endswith((".lora_A.weight", ".lora_B.weight")) or len(shape) != 2:
             raise WrongContext(f"{name} is no factor of a LoRA pair", code="wrong-layout")
         if name.endswith(".lora_A.weight"):
-            vector[at] = _uniform(name, shape[0] * shape[1], seed=seed) / math.sqrt(shape[1])
+            vector[at] = to_bfloat16(_uniform(name, shape[0] * shape[1], seed=seed) / np.float32(math.sqrt(shape[1])))
     return Adapter(vector, layout)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Factors, Layout
 from fedlora.core.errors import PlanRefused
+from fedlora.core.grids import BFLOAT16
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.registry import MODES
@@ -194,7 +195,9 @@ class Rule:
     def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float]) -> None:
         for name, at, _ in now.layout.slices():
             farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
-            check_max_change(name, farthest, moved["A" if name.endswith(".lora_A.weight") else "B"])
+            most = moved["A" if name.endswith(".lora_A.weight") else "B"]
+            rounding = BFLOAT16 * (most + float(np.max(np.abs(first.vector[at])))) if most else 0.0
+            check_max_change(name, farthest, most + rounding)
 
     def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
         layout = self.reply(adapter.layout, round)

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import FedLoRAError
+from fedlora.core.grids import to_int8
 from fedlora.core.messages import EVALUATION, Task
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Envelope, parse, seal
@@ -252,6 +253,10 @@ def tasks() -> Iterator[Vector]:
     yield good("no_reply_key", "nothing is sealed", one, b"")
     asks = replace(one, sends=LAYOUT.only("B"))
     yield good("sends", "asks for B alone", asks, b"")
+    thirds = Adapter((one.adapter.vector / np.float32(3)).astype(np.float32), LAYOUT)
+    yield good("float32", "values that bfloat16 does not hold exactly", replace(one, adapter=thirds), b"")
+    whole = Adapter(to_int8(thirds.vector, LAYOUT), LAYOUT)
+    yield good("int8", "every row in whole multiples of its largest value through 127", replace(one, adapter=whole), b"")
 
     yield bad("empty", "wire", "too-short", "no bytes", b"")
     yield bad("cut_in_prefix", "wire", "too-short", "cut inside the prefix", blob[:31])
@@ -269,7 +274,7 @@ def tasks() -> Iterator[Vector]:
     yield bad("flipped_plan", "wire", "digest", "one bit of the plan", blob[: cuts[1]] + b"z" + blob[cuts[1] + 1 :])
     yield bad("flipped_digest", "wire", "digest", "one bit of the digest", blob[:-1] + bytes([blob[-1] ^ 1]))
     yield bad("flags", "wire", "flags", "a flag of the future", patched(6, b"\0\x80"))
-    yield bad("reserved", "wire", "flags", "the reserved byte", patched(5, b"\1"))
+    yield bad("dtype", "wire", "flags", "a type of the future", patched(5, b"\3"))
     text = parts[0]
     yield bad("head_with_space", "wire", "head-json", "a space", built(text=text.replace(b":", b": ", 1)))
     yield bad("head_repeated_key", "wire", "head-json", "a key twice", built(text=text[:-1] + b',"run":"' + b"1" * 64 + b'"}'))
@@ -296,7 +301,17 @@ def tasks() -> Iterator[Vector]:
     ):
         yield bad(name, "wrong-layout", "layout", why, built(layout=new))
     yield bad("layout_size", "wrong-layout", "layout-size", "a layout of 13 values", built(layout=b'[["a",[13]]]'))
-    yield bad("infinity", "non-finite", "non-finite", "infinity in the adapter", built(values=b"\0\0\x80\x7f" * 14))
+    yield bad("infinity", "non-finite", "non-finite", "infinity in the adapter", built(values=b"\x80\x7f" * 14))
+    small = wire.dump_task(replace(one, adapter=whole), reply_key=b"")
+    for name, why, rows in (("rows_huge", "2^32 - 1 rows of 14 values", (1 << 32) - 1), ("rows_length", "too few rows", 3)):
+        lies = rehash(small[: cuts[4]] + struct.pack("<I", rows) + small[cuts[4] + 4 : -16])
+        yield bad(name, "wire", "length", why, lies)
+    flat = small[:24] + struct.pack("<I", len(text := b'[["m",[14]]]')) + small[28 : cuts[2]] + text + small[cuts[3] : -16]
+    yield bad("rows_other", "wrong-layout", "layout-size", "a layout of as many values in one row", rehash(flat))
+    scale = cuts[4] + 4
+    negative = rehash(small[:scale] + b"\0\0\x80\xbf" + small[scale + 4 : -16])
+    yield bad("scale_negative", "wire", "scale", "a scale of -1", negative)
+    yield bad("minus_128", "wire", "minus-128", "the value that symmetric int8 does not have", rehash(small[:-17] + b"\x80"))
 
     end, more = len(blob) - 16, wire.dump_task(asks, reply_key=b"")
     sends = LAYOUT.only("B").dump()

@@ -9,7 +9,7 @@ from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.answers import Survives
 from fedlora.core.errors import PlanRefused
 from fedlora.core.messages import Reveals
-from fedlora.core.plan import Plan
+from fedlora.core.plan import Dtype, Plan
 from fedlora.core.section import Section
 from fedlora.protect.mode import Limits, Mode, ServerParts, SiteParts, SumExposure
 from fedlora.protect.secagg.planning import survival
@@ -95,6 +95,10 @@ class SecAgg(Mode):
         if first_adapter(layout, seed=plan.run.seed).digest() != plan.lora.init_digest:
             raise PlanRefused("the plan pins another first adapter than the one that follows from run.seed")
         check_published(plan, adapter, round=round)
+
+    @classmethod
+    def down(cls, plan: Plan) -> Dtype:
+        return "float32" if settings_of(plan).profile == "int24" else "bfloat16"
 
     @classmethod
     def step_timeout_s(cls, plan: Plan) -> float:

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from protect.secagg.test_adversary import FalseDealer
 from protect.secagg.world import identity
 from raising import raising
 
+from fedlora.core.adapter import Layout
 from fedlora.core.errors import ConfigError, RunFailed, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Evaluation, Plan, Wire
@@ -120,6 +122,17 @@ def test_every_round_halves_the_distance_to_the_mean_of_the_targets(tmp_path, pr
         np.mean([np.abs(START.vector - t).mean() for t in TARGETS.values()]), abs=1e-4
     )
     assert store.final().together.metrics["eval/nll"] < 2.5
+
+
+def test_down_costs_no_more_than_up(tmp_path, monkeypatch):
+    layout = Layout.of({"toy.lora_A.weight": (8, 40_000), "toy.lora_B.weight": (40_000, 8)})
+    start = first_adapter(layout, seed=0)
+    monkeypatch.setattr(sys.modules[__name__], "START", start)
+    learners = {n: ToyLearner(t, layout=layout) for n, t in TARGETS.items()}
+    _, store = Federation(tmp_path, secagg_plan(rounds=2), learners=learners).run()
+    for record in store.records():
+        # of a small adapter the session's own messages are 3 %
+        assert all(record.bytes.down[site] <= 1.05 * record.bytes.up[site] for site in TARGETS)
 
 
 def test_the_sum_is_what_sealed_updates_give_within_a_level(tmp_path):

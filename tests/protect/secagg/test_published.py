@@ -14,8 +14,9 @@ from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.formats.journal import Journal
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
+from fedlora.protect.secagg.mode import SecAgg
 from fedlora.protect.secagg.terms import MAX_UNITS, check_published, reach
-from fedlora.rules import add, optimizer_of, rule_of
+from fedlora.rules import add, optimizer_of, rounded, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.work import Site
 
@@ -57,7 +58,8 @@ def publish(plan, moves):
         state = {**state, **found.state}
         if found.delta is not None:
             moved, state = optimizer.step(found.delta, state)
-            now = add(now, moved)
+            sent = now.layout.only(rule.down())
+            now, state = rounded(add(now, moved), state, sent=sent, dtype=SecAgg.down(plan))
         else:
             now = found.adapter
         yield now
@@ -128,7 +130,8 @@ def test_a_factor_moves_only_in_rounds_that_train_it():
     plan = plan_of("rolora", "none", schedule="constant")
     first, far = first_adapter(LAYOUT, seed=plan.run.seed), reach(plan_of("rolora", "none", schedule="constant"), 1)
     for round, factor, rounds in ((2, "A", 0), (2, "B", 1), (3, "A", 1), (4, "A", 1), (4, "B", 2), (6, "B", 3)):
-        for by, taken in ((0.999 * rounds * far, True), ((rounds + 0.01) * far, False)):
+        rounding = 2.0**-8 * (rounds * far + np.abs(first.vector).max()) if rounds else 0.0
+        for by, taken in ((0.999 * rounds * far, True), ((rounds + 0.01) * far + rounding, False)):
             moved = first.vector.copy()
             for pair in LAYOUT.pairs():
                 moved[pair.a if factor == "A" else pair.b] += np.float32(by)
