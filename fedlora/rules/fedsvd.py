@@ -53,9 +53,12 @@ class FedSVD(Rule):
     def trains(self, round: int) -> Factors:
         return "B"
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float]) -> None:
-        """A's rows are the first ones or orthonormal, within the first row space; no row of B is longer than what was added to
-        it, seen through the longest A."""
+    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int) -> None:
+        """Until the first decomposition A is the first one and B moves as under any rule. After it, A's rows are orthonormal
+        within the first row space, and no row of B is longer than what was added to it, seen through the longest A."""
+        if rounds < self.every:
+            Rule.check_published(self, first, now, moved=moved, rounds=rounds)
+            return
         for old, new in zip(first.layout.pairs(), now.layout.pairs(), strict=True):
             (_, a0), (b, a) = factors(first.vector, old), factors(now.vector, new)
             longest = max(1.0, float(np.linalg.norm(a0, 2)))

@@ -87,13 +87,14 @@ class Aggregator(Protocol):
         """
         ...
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float]) -> None:
+    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int) -> None:
         """At a site: refuses an adapter that no rounds can have made of the first one.
 
         Args:
             first: the tensors with which the run began.
             now: the same tensors, as the server has published them.
             moved: ``A`` and ``B``: most that all rounds so far together can have changed a value of this factor.
+            rounds: how many there were.
 
         Raises:
             PlanRefused (impossible-adapter): it has gone further.
@@ -192,7 +193,7 @@ class Rule:
         sent = self.reply(before.layout, round)
         return after.part(sent).vector - before.part(sent).vector
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float]) -> None:
+    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int) -> None:
         for name, at, _ in now.layout.slices():
             farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
             most = moved["A" if name.endswith(".lora_A.weight") else "B"]

@@ -78,15 +78,31 @@ class ServerOptimizer:
         Args:
             deltas: one for each round, not negative.
         """
-        total = math.fsum(deltas)
+        lr, n, m = self.learning_rate, len(deltas), self.momentum
         if self.name == "none":
-            return total
-        if self.name == "fedadam":  # by Cauchy and Schwarz: |m| / sqrt(v) over the last rounds' deltas, however large they were
-            ratio = self.beta1**2 / self.beta2 if self.beta2 else math.inf
-            terms = math.fsum(ratio**k for k in range(min(len(deltas), 10_000))) if ratio < 1 else math.inf
-            step = (1 - self.beta1) * math.sqrt(terms / (1 - self.beta2)) if self.beta2 < 1 else math.inf
-            return self.learning_rate * len(deltas) * step
-        return self.learning_rate * total / (1 - self.momentum if self.name in ("fedavgm", "nesterov") else 1.0)
+            return math.fsum(deltas)
+        if self.name == "fedadam":
+            return lr * self._adam_reach(deltas)
+        # What a round's mean adds up to in all steps from its own to the last one.
+        full = [math.fsum(m**i for i in range(n - k)) for k in range(n)] if self.name in ("fedavgm", "nesterov") else [1.0] * n
+        if self.name == "nesterov":
+            full = [1 + m * f for f in full]
+        return lr * math.fsum(d * f for d, f in zip(deltas, full, strict=True))
+
+    def _adam_reach(self, deltas: Sequence[float]) -> float:
+        """Most that all steps through the learning rate can be: the smaller of two bounds, each of which void rounds only lower.
+
+        By Cauchy and Schwarz, however large the deltas are; and with nothing in the second moment but what is left of its start,
+        tau^2.
+        """
+        ratio = self.beta1**2 / self.beta2 if self.beta2 else math.inf
+        terms, mean, any_size, from_start = 0.0, 0.0, 0.0, 0.0
+        for k, delta in enumerate(deltas):
+            terms = terms + ratio**k if ratio < 1 else math.inf
+            any_size += (1 - self.beta1) * math.sqrt(terms / (1 - self.beta2)) if self.beta2 < 1 else math.inf
+            mean = self.beta1 * mean + (1 - self.beta1) * delta
+            from_start += mean / (self.tau * (1 + self.beta2 ** ((k + 1) / 2)))
+        return min(any_size, from_start)
 
     def step(self, delta: Adapter, state: State) -> tuple[Adapter, State]:
         """The server's step and the new state, which holds what ``state`` had of other factors.

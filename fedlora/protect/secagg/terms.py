@@ -70,7 +70,7 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
     before, rule = range(1, min(round, plan.federation.num_rounds + 1)), rule_of(plan)
     rounds = {factor: [r for r in before if factor in rule.trains(r)] for factor in "AB"}
     moved = {f: optimizer_of(plan).reach([reach(plan, r) * (1 + more) for r in trained]) for f, trained in rounds.items()}
-    rule.check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved)
+    rule.check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved, rounds=len(before))
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,52 @@ def test_a_factor_moves_only_in_rounds_that_train_it():
                     check_published(plan, Adapter(moved, LAYOUT), round=round)
 
 
+@pytest.mark.attack(
+    "D20",
+    "early in a run of momentum a server publishes what only many rounds could give",
+    stops="the bound is what the rounds so far can give, with the server's own steps on them",
+)
+@pytest.mark.parametrize("server", [s for s in SERVERS if "fedadam" not in s])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_no_more_is_taken_than_the_largest_rounds_so_far_can_give(server, schedule):
+    plan = plan_of("ffa", server, schedule=schedule)
+    sent = LAYOUT.only("B")
+    for round, adapter in enumerate(publish(plan, [lambda n: np.ones(n, np.float32)] * 6), 1):
+        most = adapter.part(sent)
+        check_published(plan, most, round=round)
+        if round > 1:
+            with raising(PlanRefused, code="impossible-adapter"):
+                check_published(plan, Adapter(most.vector * np.float32(1.02), sent), round=round)
+
+
+@pytest.mark.parametrize("server", ["fedadam", "fedadam-slow"])
+def test_adam_s_first_steps_are_bounded_by_what_its_second_moment_begins_with(server):
+    plan = plan_of("ffa", server)
+    plan = plan.model_copy(update={"protect": secagg_plan(rounds=6, first_range=1e-5).protect})
+    sent, optimizer = LAYOUT.only("B"), optimizer_of(plan)
+    one = optimizer.step(Adapter(np.full(sent.size, reach(plan, 1), np.float32), sent), {})[0].vector.max()
+    for by, taken in ((one, True), (1.2 * one + 3e-6, False)):  # but for what rounding is allowed
+        adapter = Adapter(np.full(sent.size, by, np.float32), sent)
+        if taken:
+            check_published(plan, adapter, round=2)
+        else:
+            with raising(PlanRefused, code="impossible-adapter"):
+                check_published(plan, adapter, round=2)
+
+
+@pytest.mark.attack("D11", "the same before the first decomposition", stops="until then A is the first one")
+def test_fedsvd_takes_no_other_a_before_the_first_decomposition():
+    plan = plan_of("fedsvd-every-2", "none")
+    first = first_adapter(LAYOUT, seed=plan.run.seed)
+    moved = first.vector.copy()
+    for pair in LAYOUT.pairs():
+        rows = np.linalg.svd(first.vector[pair.a].reshape(pair.rank, -1).astype(np.float64))[2]
+        moved[pair.a] = rows[: pair.rank].astype(np.float32).reshape(-1)
+    with raising(PlanRefused, code="impossible-adapter"):
+        check_published(plan, Adapter(moved, LAYOUT), round=2)
+    check_published(plan, Adapter(moved, LAYOUT), round=3)
+
+
 def test_under_fedsvd_no_row_of_b_goes_further_than_its_own_changes():
     plan = plan_of("fedsvd", "none", schedule="constant")
     first = first_adapter(LAYOUT, seed=plan.run.seed)
