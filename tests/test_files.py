@@ -101,6 +101,38 @@ def test_a_reader_finds_the_old_file_or_the_new_one_and_nothing_else_is_left(tmp
     assert seen[-1] == b"new"
 
 
+def dies_before_rename(number: int, work: Callable[[], None]) -> bool:
+    """Whether a process that does ``work`` came to its rename of this number, from 0, and was killed just before."""
+    if not (child := os.fork()):
+        done = 0
+
+        def rename(old: Path, new: Path, *, real: Callable[..., None] = os.replace) -> None:
+            nonlocal done
+            if done == number:
+                os._exit(1)  # as kill -9: nothing is cleaned up
+            done += 1
+            real(old, new)
+
+        os.replace = rename
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+@pytest.mark.attack(
+    "D17",
+    "a disk is stolen on which a power cut has left a half-done write, with a secret that was deleted since",
+    stops="the next write of a value goes over what an earlier one has left",
+)
+def test_what_a_killed_write_left_behind_goes_with_the_next_one(tmp_path):
+    for number in (0, 1):
+        memory = FileMemory(tmp_path / str(number))
+        assert dies_before_rename(number, lambda memory=memory: memory.put("session", b"SECRET"))
+        assert any(b"SECRET" in p.read_bytes() for p in memory.directory.iterdir())
+        memory.put("session", b"deleted")
+        assert not any(b"SECRET" in p.read_bytes() for p in memory.directory.iterdir())
+
+
 def test_a_value_that_was_seen_never_goes_back_whatever_then_happens_to_one_of_its_files(tmp_path):
     """A counter of numbers that were used must not fall: a cut write is read, and then one of the two files is damaged."""
 

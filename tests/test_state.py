@@ -572,6 +572,25 @@ def test_a_run_without_its_key_goes_on(left, tmp_path, both):
     assert not list(place.run_directory.glob("run.key*"))  # deleted at the end, both
 
 
+@pytest.mark.attack(
+    "D17", "the same with the run's key, whose copy was being written", stops="it is deleted at the run's end too"
+)
+def test_no_key_is_left_of_a_start_that_was_killed(left, tmp_path):
+    place, undisturbed = left["sealed"][0].copy(tmp_path / "x"), left["sealed"][1]
+    for name in ("run.key", "run.key.copy"):
+        (place.run_directory / name).unlink()
+    if not (child := os.fork()):
+        rename = os.replace
+        os.replace = lambda old, new: os._exit(1) if Path(new).name == "run.key.copy" else rename(old, new)
+        place.go()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert any(b"PRIVATE KEY" in p.read_bytes() for p in place.run_directory.glob(".*"))
+    place.go()
+    assert place.result() == undisturbed
+    assert not any(b"PRIVATE KEY" in p.read_bytes() for p in place.run_directory.iterdir() if p.is_file())
+
+
 def opened_with(directory, blobs):
     """How many of these envelopes can be opened with some key that lies in this directory."""
     keys = []

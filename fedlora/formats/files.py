@@ -57,17 +57,24 @@ def named_disk_errors(path: Path) -> Iterator[None]:
         raise StoreError(f"cannot write {path}: {e.strerror}", hint=hint) from None
 
 
-def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600, flush: bool = True) -> None:
+def unfinished(path: Path) -> Path:
+    """Where a file that one process alone writes is prepared. A power cut may leave it behind."""
+    return path.with_name(f".{path.name}.new")
+
+
+def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600, flush: bool = True, alone: bool = False) -> None:
     """Replaces a file by these bytes, flushed to disk before the rename and the directory after it.
 
     Args:
         flush: False leaves the directory to the next file that is written into it.
+        alone: no other process writes this file, as a lock sees to. What a power cut has left of an earlier write is then written
+            over: secrets in it stay no longer than those in the file.
 
     Raises:
         ResourceError: no space left; the old file is untouched.
         StoreError: any other failure to write.
     """
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new = unfinished(path) if alone else path.with_name(f".{path.name}.{os.getpid()}.new")
     with named_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -126,7 +126,7 @@ class FileMemory:
     def _replace(self, path: Path, parts: Sequence[bytes | memoryview], *, flush: bool = True) -> None:
         if path.is_dir() and not path.is_symlink():
             log.warning("a directory stands in place of %s; it is now %s", path, set_aside(path))
-        write_atomic(path, *parts, flush=flush)
+        write_atomic(path, *parts, flush=flush, alone=True)
 
 
 def words(key: str) -> str:

@@ -16,7 +16,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import StateFile
 from fedlora.core.messages import SERVER
 from fedlora.core.plan import Plan
-from fedlora.formats.files import copy_of, set_aside, write_atomic
+from fedlora.formats.files import copy_of, set_aside, unfinished, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.formats.trust import rosters_in
 from fedlora.protect.link import ServerLink, pinned
@@ -83,6 +83,7 @@ class ServerRun:
         )
         for file in _run_key_files(store.directory):
             file.unlink(missing_ok=True)
+            unfinished(file).unlink(missing_ok=True)
         return last
 
 
@@ -174,5 +175,5 @@ def _run_key(directory: Path, report: Report) -> Identity:
         report(Event.MENDED, StateFile(file=file.name))
     for file in _run_key_files(directory):
         if file != found[0][0]:
-            write_atomic(file, found[0][0].read_bytes())
+            write_atomic(file, found[0][0].read_bytes(), alone=True)
     return found[0][1]
