@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.canonical import is_digest
@@ -29,12 +30,14 @@ from fedlora.formats.files import (
     unframe,
     write_atomic,
 )
-from fedlora.formats.memory import FileMemory, get_record, put_record
+from fedlora.formats.memory import FileMemory, Memory, get_record, put_record
 
 log = logging.getLogger(__name__)
 
 REPAIR = "stop the site, then run `fedlora site repair SITE.TOML`: it shows the damage and the choices"
 """The way on where an operator must choose."""
+SITS_OUT: Final = "sits-out"
+"""Kept for a run that this site's operator has taken it out of."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +70,25 @@ _MAGIC = b"FLJ3"
 _ENTRY = struct.Struct("<32sQ4Q")  # run, round, bytes of key, update, state, what is kept
 _LISTED = 64
 """Rounds that the lists of what was trained go back. A run goes back two at most by itself."""
+
+
+def sits_out(memory: Memory, run: str) -> bool:
+    """Whether this site's operator has taken it out of the run."""
+    return memory.get(f"{run}/{SITS_OUT}") is not None
+
+
+def check_takes_part(memory: Memory, run: str) -> None:
+    """Refuses a run that this site's operator has taken it out of.
+
+    Raises:
+        PlanRefused (sits-out).
+    """
+    if sits_out(memory, run):
+        raise PlanRefused(
+            f"this site sits out run {run[:12]}, as its operator has decided",
+            hint="it takes part in the next run",
+            code="sits-out",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +162,7 @@ class Journal:
         with named_disk_errors(path):
             self.directory.mkdir(parents=True, exist_ok=True)
             self.directory.chmod(0o700)
-        write_atomic(path, *parts)
+        write_atomic(path, *parts, alone=True)
         if entry.key.startswith("train/"):
             self._list(run, [*self.trained(run), round])
         for old in self._rounds(run)[:-2]:
@@ -215,12 +237,7 @@ class Journal:
         """
         if self.memory is None:
             return
-        if self.memory.get(f"{run}/sits-out") is not None:
-            raise PlanRefused(
-                f"this site sits out run {run[:12]}, as its operator has decided",
-                hint="it takes part in the next run",
-                code="sits-out",
-            )
+        check_takes_part(self.memory, run)
         if os.path.lexists(self._list_file(run)) and self._in_memory(run) is None:
             gone = f"the numbers and records of run {run[:12]} are gone from {self.memory.directory}"
             raise StateLost(f"{gone}, though the journal has the run", hint=REPAIR)

@@ -289,9 +289,9 @@ class ContributionStore:
             "alone": [[base.model, base.digest] for base in sorted(ledger.alone)],
             "sealed": [[base.model, base.digest] for base in sorted(ledger.sealed)],
         }
-        if self._noted() is not True:
-            self.memory.put(HAS_GIVEN, b"1")  # of all runs, and never taken back: a ledger that is gone is then missed
         self._hidden().put(KEY, KEY, facts)
+        if self._noted() is not True:  # after it: a ledger that was never written is not missed
+            self.memory.put(HAS_GIVEN, b"1")  # of all runs, and never taken back: a ledger that is gone is then missed
 
     def _noted(self) -> bool | None:
         """Whether a note says that a ledger exists; None if the note is damaged, so that there was one."""

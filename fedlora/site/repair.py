@@ -15,14 +15,14 @@ from fedlora.core.canonical import is_digest
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
 from fedlora.formats.damage import Finding, alone, damaged_values, drop, problem_text
 from fedlora.formats.files import load_adapter, set_aside
-from fedlora.formats.journal import Journal
+from fedlora.formats.journal import SITS_OUT, Journal, sits_out
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.memory import FileMemory, get_record, put_record, words
 from fedlora.protect.ledger import HAS_GIVEN, KEY, ContributionStore, Ledger
 from fedlora.protect.link import raise_number
 from fedlora.site.site_file import load_site_file
 
-_KINDS = ("down", "up", "trained", "sits-out", "repaired")
+_KINDS = ("down", "up", "trained", SITS_OUT, "repaired")
 _SECAGG = ("session", "used", "cohort", "relay", "settled", "encoded")
 _LOSABLE = frozenset({"up", "trained", "repaired", *(f"secagg/{kind}" for kind in _SECAGG if kind != "used")})
 """Records that a site can lose: it continues from an older state, with raised numbers. All others protect it or other sites."""
@@ -145,7 +145,7 @@ class SiteRepair:
         return sorted({*self.journal.runs(), *(k for k in keys if is_digest(k))})
 
     def _sits_out(self, run: str) -> bool:
-        return bool(run) and self.memory.get(f"{run}/sits-out") is not None
+        return bool(run) and sits_out(self.memory, run)
 
     def run_named(self, start: str) -> str:
         """The run whose id begins so.
@@ -189,7 +189,7 @@ class SiteRepair:
         """
         run = self.run_named(start)
         with alone(self.state / "lock", "the site"):
-            self.memory.put(f"{run}/sits-out", b"1")  # before the lost records are dropped, which so far made the site refuse
+            self.memory.put(f"{run}/{SITS_OUT}", b"1")  # before the lost records are dropped, which so far made the site refuse
             self._drop_lost(run)
             self._note(run, {"choice": "sit-out", "when": now})
         return f"run {run[:12]}: this site no longer answers requests of it (sits-out)"

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fedlora.core.adapter import F32, Update
 from fedlora.core.errors import BadShare, SessionError, WireError, WrongContext
@@ -14,6 +14,7 @@ from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.reader import Reader
 from fedlora.formats.envelope import Header, match
+from fedlora.formats.journal import check_takes_part, sits_out
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.roster import Roster
 from fedlora.formats.trust import RosterKeeper
@@ -92,6 +93,10 @@ class SecAggSite:
         header, payload = self.link.open(request, codec=codec(request.phase), roster=self.roster.current.digest())
         records = self._records(header.run)
         session = records.session()
+        if sits_out(self.link.memory, header.run):  # its operator has ended what is open, too
+            if session is not None and session.root:
+                self._forget(records, session)
+            check_takes_part(self.link.memory, header.run)
         if session is None or (session.round, session.attempt) != (header.round, header.attempt):
             raise SessionError("no session of this round and attempt is open here", code="secrets-gone")
         return self._reply(header, session.reply_key, steps[request.phase](payload, records, session))
@@ -140,12 +145,13 @@ class SecAggSite:
         contribution = self._contribution(terms.requirements, plan)
         base = Base.of(plan)
         self._compare(contribution, base, task.plan_digest, records)  # before anything is trained
+        records.note_adapter(task)
         scales = terms.scales(task)
         context = terms.context(task, scales, roster.digest(), key)
         session = records.session()
         if session is not None and session.root and session.context != context:
             # It will never end: its secrets must not be opened later, and what is encoded now must not be masked in it.
-            records.save_session(session.but(root=b""))
+            self._forget(records, session)
         self._encoded = self._encode(task, terms, scales, records, work)
         evaluation = terms.numbers(task.reply_layout).evaluation
         measured = bool(self._encoded.numbers[evaluation].any())
@@ -174,8 +180,6 @@ class SecAggSite:
     # --- the session ----------------------------------------------------------------------------------------------
 
     def _share(self, payload: bytes, records: Records, session: Session) -> bytes:
-        if not session.root:
-            raise SessionError("the secrets of this session are deleted", code="secrets-gone")
         cohort = Cohort.parse(payload, session.requirements, self._known)
         own = cohort.number(self._name)
         if cohort.advert(own) != self._advert(session):
@@ -260,8 +264,8 @@ class SecAggSite:
         """
         cohort = self._open_cohort(records, session)
         own = cohort.number(self._name)
-        if not session.root or session.verdict:
-            raise SessionError("the secrets of this session are deleted, or this site has voted in it", code="secrets-gone")
+        if session.verdict:
+            raise SessionError("this site has voted in this session", code="secrets-gone")
         holders = read_complaints(cohort, own, payload, self._known)
         shown = sorted({*session.opened, *holders})
         if len(shown) > session.max_colluding:
@@ -285,7 +289,7 @@ class SecAggSite:
             raise WireError("vote: neither COMMIT with deliveries nor ABORT without")
         if session.verdict == COMMIT and verdict == COMMIT and listed != session.delivered:
             # Votes on two sets would have both kinds of share of the sites between them revealed.
-            records.save_session(session.but(root=b"", final=b"", verdict=BURNED))
+            self._forget(records, session, final=b"", verdict=BURNED)
             log.error("INCIDENT: the server asked for a vote on two sets of updates in one session; the session is burnt")
             raise SessionError("a second, different vote in one session is refused; the session is burnt", code="both-secrets")
         if session.verdict and session.verdict != verdict:
@@ -299,8 +303,7 @@ class SecAggSite:
 
     def _abort(self, cohort: Cohort, records: Records, session: Session) -> bytes:
         if not session.verdict:
-            records.save_session(session.but(verdict=ABORT, root=b""))
-            self._inbox = None
+            self._forget(records, session, verdict=ABORT)
         return cohort.t1 + bytes([ABORT]) + sign_vote(vote_text(cohort.t1, ABORT), key=self.link.identity.signing)
 
     def _agree(self, cohort: Cohort, listed: bytes, records: Records, session: Session) -> bytes:
@@ -349,9 +352,13 @@ class SecAggSite:
             return session.final  # the secrets are deleted; the server may have lost the answer
         own = cohort.number(self._name)
         out = reveal(cohort, self._kept_inbox(cohort, own, records, session), delivered)
-        records.save_session(session.but(final=out, root=b""))
-        self._inbox = None
+        self._forget(records, session, final=out)
         return out
+
+    def _forget(self, records: Records, session: Session, **changes: Any) -> None:
+        """Deletes the session's secrets, on the disk and in memory: nothing more is masked, shown or complained of in it."""
+        self._inbox = None
+        records.save_session(session.but(root=b"", **changes))
 
     def _open_cohort(self, records: Records, session: Session) -> Cohort:
         if self._cohort is None or self._cohort.t1 != session.t1:
@@ -387,8 +394,6 @@ class SecAggSite:
         return self._inbox[1]
 
     def _receive(self, cohort: Cohort, session: Session, *, relayed: bytes, settled: Mapping[int, Opened]) -> Received:
-        if not session.root:
-            raise SessionError("the secrets of this session are deleted", code="secrets-gone")
         reader, own, secrets = Reader(relayed, "shares"), cohort.number(self._name), Secrets(session.root)
         received = receive(cohort, own, secrets, reader, requirements=session.requirements, known=self._known, settled=settled)
         reader.end()

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 
-from fedlora.core.errors import CannotOpen, CohortTooSmall, WireError
+from fedlora.core.errors import CannotOpen, CohortTooSmall, SessionError, WireError
 from fedlora.core.reader import Reader
 from fedlora.formats.derive import derive
 from fedlora.formats.envelope import HPKE
@@ -29,6 +29,8 @@ from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Advert, Cohort, Se
 from fedlora.protect.secagg.protocol.masks import Stream
 from fedlora.protect.secagg.protocol.shamir import SHARE_BYTES, split
 
+ROOT_BYTES: Final = 32
+"""Length of what all of a session's secrets follow from."""
 BUNDLE_BYTES: Final = 2 * SHARE_BYTES + 1136
 """The two shares for one peer, sealed to it."""
 PAIR_BYTES: Final = 32 + 1136
@@ -72,9 +74,17 @@ class MaskKeys:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Secrets:
-    """All that a site keeps secret in one session."""
+    """All that a site keeps secret in one session.
+
+    Raises:
+        SessionError (secrets-gone): the root was deleted. What would follow from an empty one, everybody can compute.
+    """
 
     root: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.root) != ROOT_BYTES:
+            raise SessionError("the secrets of this session are deleted", code="secrets-gone")
 
     @property
     def mask_keys(self) -> MaskKeys:
