@@ -25,6 +25,8 @@ if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM_BYTE
 
 # As fedlora.learn does: some tests import torch before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The models are tiny, and several workers share the cores: a second thread costs more than it does.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _WHOLE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", re.MULTILINE)
 
