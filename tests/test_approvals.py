@@ -105,6 +105,25 @@ def pinning(*plans, roster=True, **more):
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack(
+    "D21",
+    "the server fills a site's disk with messages of ever other runs that nobody there has approved",
+    stops="nothing is written for a run before it is known that a person agreed to it",
+)
+@pytest.mark.parametrize("phase", ["train", "advertise", "mask"])
+def test_nothing_is_written_for_a_run_that_nobody_approved(tmp_path, phase):
+    one = One(tmp_path, **pinning(SECAGG))
+    assert one.secagg(SECAGG) == ""
+    kept = sorted(p.name for p in (one.path / "state").rglob("*"))
+    for number in range(3):
+        for plan, code in ((SEALED, "plan-not-approved"), (SECAGG, "run-not-approved")):
+            task = one.task(plan, run=f"{number:064x}")
+            link = replace(one.link, roster=ROSTER.roster.digest() if phase != "train" else pinned(KEYS["server"].public))
+            word = "task/1" if phase == "train" else codec(phase)
+            assert one.say(link, task, phase, word, b"anything") == code
+    assert sorted(p.name for p in (one.path / "state").rglob("*")) == kept
+
+
 def test_nothing_is_trained_and_no_base_loaded_for_a_plan_that_nobody_approved(tmp_path):
     one = One(tmp_path)
     assert one.sealed(SEALED) == "plan-not-approved"

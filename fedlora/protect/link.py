@@ -263,6 +263,8 @@ class SiteLink:
         max_request_bytes: limit for a message from the server.
         clock: seconds since 1970, for ``created``.
         entropy: n random bytes.
+        expects: refuses the header of a genuine message of a run that this site does not take part in. Nothing has been written
+            for it by then, and nothing is.
     """
 
     identity: Identity
@@ -271,6 +273,7 @@ class SiteLink:
     max_request_bytes: int
     clock: Callable[[], int]
     entropy: Callable[[int], bytes]
+    expects: Callable[[Header], None] = lambda header: None
 
     def open(self, request: Request, *, codec: str, roster: str | None) -> tuple[Header, bytes]:
         """Header and payload of a genuine request. The last one may come a second time, an older one may not.
@@ -279,7 +282,7 @@ class SiteLink:
             roster: digest that the header must have; None where the payload brings the roster and the caller compares them.
 
         Raises:
-            EnvelopeError: each its own, see :mod:`fedlora.formats.envelope`.
+            EnvelopeError: each its own, see :mod:`fedlora.formats.envelope`; and what ``expects`` raises.
         """
         envelope = parse(request.body, max_bytes=self.max_request_bytes)
         header = envelope.header
@@ -288,6 +291,7 @@ class SiteLink:
         same = {} if roster is None else {"roster": roster}
         sealed_to = _all_of(envelope.stanzas)
         match(header, fed=fed, dir="down", phase=request.phase, to=BROADCAST, to_key=sealed_to, codec=codec, **same)
+        self.expects(header)
         counter = _Counter(self.memory, f"{header.run}/down")
         counter.admit(header.seq, envelope.digest, again=True)  # the relay may deliver one message twice
         return header, open_envelope(envelope, self.identity)

@@ -11,6 +11,7 @@ from fedlora.core.errors import KeyFileError
 from fedlora.core.events import Report
 from fedlora.core.messages import check_site_name
 from fedlora.core.plan import Plan
+from fedlora.formats.envelope import Header
 from fedlora.formats.journal import REPAIR, Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.memory import FileMemory
@@ -18,7 +19,7 @@ from fedlora.formats.trust import RosterKeeper
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import SiteParts
 from fedlora.protect.modes import SiteModes
-from fedlora.site.admission import Approvals
+from fedlora.site.admission import Approvals, Begun, Runs, admit
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
 
@@ -40,6 +41,11 @@ def site_of(
     """
     approved = approvals or (lambda: Approvals.of(file))
     memory = FileMemory(state / "memory", REPAIR)
+
+    def expects(header: Header) -> None:
+        if file.agreed.approve != "any-within-policy":
+            admit(Runs(memory).load(), Begun(header.run, header.plan), plans=approved().plans)
+
     link = SiteLink(
         identity=identity,
         server=server,
@@ -47,6 +53,7 @@ def site_of(
         max_request_bytes=file.policy.max_request_bytes,
         clock=lambda: int(time.time()),
         entropy=os.urandom,
+        expects=expects,
     )
     roster = RosterKeeper.here(memory, server, file.roster)
     return Site(
