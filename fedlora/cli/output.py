@@ -207,6 +207,7 @@ LINES: Mapping[str, str] = {
     "site-online": "{site} is online",
     "site-offline": "{site} is offline",
     "site-refused": "{site} is not let in: {why}",
+    "died": "the last process of this site died in the middle of the step {doing!r}: {why}",
     "failed": "a task was not done: {code}; the reason is in this site's own log (state/flower/log/runner.log)",
     "waiting": "waiting for sites: {need} needed, now {sites}",
     "waiting-for": "waiting for {missing}: without them a sum, beside this plan's earlier sums, would reveal single updates",

@@ -22,6 +22,7 @@ from fedlora.core.facts import (
     Clock,
     Complaint,
     Data,
+    Died,
     Evaluate,
     Failed,
     FromJournal,
@@ -76,6 +77,7 @@ class Event(StrEnum):
     LONE_CHANGE = "lone-change"
     UNHEARD = "unheard"
     # Files of state
+    DIED = "died"
     MENDED = "mended"
     DAMAGED = "damaged"
     EVALUATION_AGAIN = "evaluation-again"
@@ -145,6 +147,7 @@ FACTS: Mapping[Event, type[Any]] = {
     Event.COMPLAINT: Complaint,
     Event.LONE_CHANGE: LoneChange,
     Event.UNHEARD: Rejected,
+    Event.DIED: Died,
     Event.MENDED: StateFile,
     Event.DAMAGED: StateFile,
     Event.EVALUATION_AGAIN: StateFile,

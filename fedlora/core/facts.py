@@ -133,6 +133,16 @@ class StateFile(TypedDict):
 
 
 @_exact
+class Died(TypedDict):
+    """The last process of this site died in the middle of the step ``doing``; ``why`` says the cause in words."""
+
+    doing: str
+    cause: str
+    """``memory``: the kernel has killed a process for lack of memory since; ``restart``: the machine was; else ``killed``"""
+    why: str
+
+
+@_exact
 class RecordsGone(TypedDict):
     """The records of these rounds are lost."""
 

@@ -11,13 +11,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.core.errors import ConfigError, FedLoRAError
 from fedlora.core.events import Event, Report
-from fedlora.core.facts import Process
+from fedlora.core.facts import Died, Process
+from fedlora.core.messages import Reply, Request
 from fedlora.flower import launch
 from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower
@@ -27,6 +28,7 @@ from fedlora.formats.files import write_atomic
 from fedlora.formats.lock import hold
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.probe import probe
+from fedlora.processes.death import Cause, Working
 from fedlora.processes.supervisor import Service, Supervisor, rotating_log, signals
 from fedlora.site.site_file import SiteFile, load_site_file
 
@@ -80,8 +82,27 @@ def up(
 
             checks = {"base": check_bases, "data": check_data}
             handle = assemble.site(site_file, report=report).handle
+        working = Working(root / file.state / "working")
+        if death := working.former():
+            report(Event.DIED, Died(doing=death.doing, cause=death.cause, why=_DEATHS[death.cause]))
         _await_port(file.local_port, secret=root / file.state / "flower" / "superexec.secret")
-        _Up(file, root, handle, report, stop or threading.Event(), checks, pem, probe_s).run()
+        _Up(file, root, _noted(handle, working), report, stop or threading.Event(), checks, pem, probe_s).run()
+
+
+_DEATHS: Mapping[Cause, str] = {
+    "memory": "the kernel has killed a process for lack of memory since then. `fedlora check PLAN.toml --site SITE.toml` says "
+    "how much a round takes here",
+    "restart": "this machine was restarted. Nothing is lost",
+    "killed": "it was killed. Nothing is lost",
+}
+
+
+def _noted(handle: Handle, working: Working) -> Handle:
+    def noted(request: Request) -> Reply:
+        with working.on(request.phase):
+            return handle(request)
+
+    return noted
 
 
 @dataclass(slots=True)

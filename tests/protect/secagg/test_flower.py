@@ -141,6 +141,8 @@ def test_five_sites_one_killed_in_each_step_of_five_rounds(tmp_path):
     store = RunStore.open(deployment.root / "server" / "runs" / plan.run.name)
     records = store.records()
     assert all((deployment.root / name / "killed").exists() for name in TARGETS)
+    for name, (phase, _) in KILLED.items():
+        assert f"died: {phase} killed" in (deployment.root / f"{name}.log").read_text()
     assert [r.round for r in records] == [1, 2, 3, 4, 5]
     assert not any(r.void for r in records)
     assert "b" not in records[1].sites

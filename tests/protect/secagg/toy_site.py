@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flower.harness import descendants, running, until
 
@@ -48,7 +50,11 @@ def main(path: Path, target: float, phase: str = "", round: int = 0) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return site.handle(request)
 
-    up(path, report=lambda event, facts: None, handle=handle)
+    def report(event: str, facts: Mapping[str, Any]) -> None:
+        if event == "died":
+            print(f"died: {facts['doing']} {facts['cause']} (a toy)", flush=True)
+
+    up(path, report=report, handle=handle)
 
 
 if __name__ == "__main__":
