@@ -103,10 +103,7 @@ class Forward:
         try:
             with torch.no_grad():
                 if looks_ahead(self._losses, self._model):
-                    raise ModelError(
-                        f"{type(self._model).__name__} is no causal language model: it looks at later tokens",
-                        hint="choose a base that predicts each token from those before it",
-                    )
+                    raise _looks_ahead(self._model)
                 return next((way for way in PACKED if self._keeps_apart(way)), "alone")
         except MODEL_ERRORS as e:
             check_memory(e, self._model)
@@ -216,6 +213,19 @@ class Forward:
             checkpoint(run, hidden, use_reentrant=False) if recording and many else run(hidden)
         )
         return result
+
+
+def _looks_ahead(model: Any) -> ModelError:
+    name = type(model).__name__
+    if getattr(model, "is_loaded_in_8bit", False):
+        return ModelError(
+            f"{name} in 8 bits: what it computes for a token changes with later ones",
+            hint="8-bit products on a GPU depend on the whole batch, which a state carries on: load it in 4 bits, or in none",
+        )
+    return ModelError(
+        f"{name} is no causal language model: it looks at later tokens",
+        hint="choose a base that predicts each token from those before it",
+    )
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor, recording: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -366,8 +366,13 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path):
         if weight.ndim > 1 and "embed" not in key:
             weight.data.mul_(4)
     bert.save_pretrained(where)
+    base = load_base(plan_of().model, where, Machine())
     with pytest.raises(FedLoRAError, match="looks at later tokens"):
-        attach(load_base(plan_of().model, where, Machine()), plan_of().lora, seed=0)
+        attach(base, plan_of().lora, seed=0)
+    base = load_base(plan_of().model, where, Machine())
+    base.model.is_loaded_in_8bit = True
+    with pytest.raises(FedLoRAError, match="in 8 bits: what it computes for a token changes with later ones"):
+        attach(base, plan_of().lora, seed=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "varlen"])
