@@ -61,6 +61,7 @@ _WHOLE_BYTES = 1 << 16  # up to this a body is read and compared before the Supe
 _STRANGER_RATE, _STRANGER_BURST, _LONGEST_S = 20.0, 60.0, 15.0  # answers a second to an address's unsigned calls; longest wait
 _SITE_RATE, _SITE_BURST, _SITE_WAIT_S = 50.0, 500.0, 10.0  # a site makes four calls a second, and one for each chunk
 _SITE_CALLS = 32  # of one site at a time
+_HEALTH_S = 1.0
 
 NOT_ENROLLED = b'{"code": 2004, "public_message": "Failed to activate SuperNode.", "public_details": null}'
 """Flower's own answer to a key that it does not know."""
@@ -100,6 +101,7 @@ class Gateway:
         self._strangers = Buckets(_STRANGER_RATE, _STRANGER_BURST, _LONGEST_S, time.monotonic)
         self._sites = Buckets(_SITE_RATE, _SITE_BURST, 2 * _SITE_WAIT_S, time.monotonic)
         self._calls: dict[str, int] = {}
+        self._asking, self._asked, self._healthy = asyncio.Lock(), float("-inf"), 503
         self._doors = NodeWatch(_say)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,7 +121,7 @@ class Gateway:
             return
         if scope["method"] == "GET":
             await self._hold(client)
-            await self._pass(_Call("GET", raw.decode(), headers, 0, None, client[0]), receive, send)
+            await _answer(send, await self._health())
             return
         try:
             caller = self._callers.check("POST", raw.decode(), headers)
@@ -140,11 +142,24 @@ class Gateway:
         finally:
             self._leave(caller.site)
 
+    async def _health(self) -> int:
+        """The status of the SuperLink's health, asked at most once a second, however many ask here."""
+        async with self._asking:
+            if time.monotonic() - self._asked > _HEALTH_S:
+                try:
+                    answer = await self._upstream.get("/health", timeout=self._timeout_s)
+                    self._healthy = answer.status_code
+                except httpx.HTTPError:
+                    self._healthy = 503
+                self._asked = time.monotonic()
+            return self._healthy
+
     def _stated(self, path: str, headers: Iterable[Header]) -> int:
-        """A body's length, as stated; none without."""
-        stated = dict(headers).get(b"content-length", b"")
-        if not stated.isdigit() or len(stated) > 12:
-            raise Stop(411, "a body without a length")
+        """A body's length, as stated; none without, or with another framing beside it, which HTTP would follow instead."""
+        framing = [(name, value) for name, value in headers if name in (b"content-length", b"transfer-encoding")]
+        if len(framing) != 1 or framing[0][0] != b"content-length" or not framing[0][1].isdigit() or len(framing[0][1]) > 12:
+            raise Stop(411, "a body without one stated length")
+        stated = framing[0][1]
         limit = self._body_limit_bytes if path == "/v1/fleet/push-object" else min(_SMALL_BYTES, self._body_limit_bytes)
         if int(stated) > limit:
             raise Stop(413, f"a body of {int(stated)} bytes, at most {limit} are taken")
@@ -227,7 +242,7 @@ class Gateway:
         content: bytes | AsyncIterator[bytes] | None = None
         async with asyncio.timeout(None) as limit:
             if call.caller is not None:
-                body = verified(receive, call.caller.body)
+                body = verified(receive, call.caller.body, call.size)
                 content = (
                     b"".join([part async for part in body]) if call.size <= _WHOLE_BYTES else timed(body, limit, self._timeout_s)
                 )

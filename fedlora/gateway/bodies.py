@@ -33,8 +33,8 @@ class Gone(Exception):
     """The client has hung up."""
 
 
-async def verified(receive: Receive, digest: str) -> AsyncIterator[bytes]:
-    """A body as it comes, but for its last piece, which is passed on only if the whole is what was signed.
+async def verified(receive: Receive, digest: str, size: int) -> AsyncIterator[bytes]:
+    """A body as it comes, but for its last piece, which is passed on only if the whole is what was signed and stated.
 
     So the SuperLink never has a body whole that is not. Only the time that the client takes is counted.
     """
@@ -52,6 +52,8 @@ async def verified(receive: Receive, digest: str) -> AsyncIterator[bytes]:
             raise Gone
         chunk, more = message.get("body", b""), message.get("more_body", False)
         got += len(chunk)
+        if got > size:
+            raise Stop(413, f"a body of more than the {size} bytes that it states")
         seen.update(chunk)
         if chunk:
             if held:

@@ -103,7 +103,7 @@ class Callers:
     _keys: dict[bytes, tuple[str, ec.EllipticCurvePublicKey]] = field(default_factory=dict)
     _files: tuple[tuple[str, int, int], ...] = ()
     _looked: float = float("-inf")
-    _nonces: dict[str, dict[bytes, float]] = field(default_factory=dict)
+    _nonces: dict[bytes, dict[bytes, float]] = field(default_factory=dict)
 
     def check(self, method: str, path: str, pairs: Iterable[tuple[bytes, bytes]]) -> Caller:
         """Who makes this call, from its head alone.
@@ -132,18 +132,18 @@ class Callers:
             raise Refused(f"{site}: its clock is {at - now:+.0f} s off this one's")
         if at <= self.started:
             raise Refused(f"{site}: a call from before this gateway began", status=503)
-        if nonce in self._nonces.get(site, ()):
+        if nonce in self._nonces.get(headers[KEY.encode()], ()):
             raise Refused(f"{site}: a call that was made before")
         try:
             text = _text(method, path, body=digest, stamp=stamp, nonce=nonce)
             key.verify(b64decode(signature, validate=True), text, ec.ECDSA(hashes.SHA256()))
         except (InvalidSignature, binascii.Error):
             raise Refused(f"{site}: a signature of another call, or of somebody else") from None
-        self._remember(site, nonce, at + BEHIND_S, now)
+        self._remember(headers[KEY.encode()], nonce, at + BEHIND_S, now)
         return Caller(site, digest.decode())
 
-    def _remember(self, site: str, nonce: bytes, until: float, now: float) -> None:
-        known = self._nonces.setdefault(site, {})
+    def _remember(self, key: bytes, nonce: bytes, until: float, now: float) -> None:
+        known = self._nonces.setdefault(key, {})
         known[nonce] = until
         for old in [n for n, _ in zip(known, range(2), strict=False) if known[n] < now]:  # two for each that comes
             del known[old]
@@ -158,8 +158,10 @@ class Callers:
             if files == self._files:
                 return
             pems = load_node_keys(self.sites)
-        except (OSError, FedLoRAError):
-            return  # half a file: the keys of before hold until it is whole
+        except (OSError, FedLoRAError):  # half a file: the keys of before hold until it is whole, but for those taken away
+            there = {p.stem for p in self.sites.glob("*.pub")}
+            self._keys = {pem: known for pem, known in self._keys.items() if known[0] in there}
+            return
         keys = {b64encode(pem): (site, load_pem_public_key(pem)) for site, pem in pems.items()}
         self._keys = {pem: (site, key) for pem, (site, key) in keys.items() if isinstance(key, ec.EllipticCurvePublicKey)}
         self._files = files

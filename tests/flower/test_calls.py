@@ -162,6 +162,34 @@ def test_a_site_that_is_added_or_taken_away_counts_within_a_second(home):
         known.check("POST", PATH, pairs(node.headers(PATH)))
 
 
+def test_a_site_that_is_taken_away_is_so_whatever_is_wrong_with_another_file(home):
+    import time
+
+    clock = Clock(time.time())
+    known = Callers(home / "sites", clock, 0.0)
+    node, other = Node(home, "alpha", home=home), Node(home / "b", "beta", home=home)
+    assert known.check("POST", PATH, pairs(node.headers(PATH))).site == "alpha"
+    (home / "sites" / "alpha.pub").unlink()
+    (home / "sites" / "gamma.pub").write_text("half a fi")
+    clock.now += 1.1
+    with pytest.raises(Refused, match="not enrolled"):
+        known.check("POST", PATH, pairs(node.headers(PATH)))
+    assert known.check("POST", PATH, pairs(other.headers(PATH))).site == "beta"
+
+
+def test_a_call_counts_once_whatever_the_site_is_called_by_then(home):
+    import time
+
+    clock = Clock(time.time())
+    known = Callers(home / "sites", clock, 0.0)
+    call = pairs(Node(home, "alpha", home=home).headers(PATH))
+    assert known.check("POST", PATH, call).site == "alpha"
+    (home / "sites" / "alpha.pub").rename(home / "sites" / "alpha-2.pub")
+    clock.now += 1.1
+    with pytest.raises(Refused, match="made before"):
+        known.check("POST", PATH, call)
+
+
 def test_numbers_are_forgotten_when_their_time_is_over(home):
     import time
 
@@ -169,11 +197,11 @@ def test_numbers_are_forgotten_when_their_time_is_over(home):
     node, known = Node(home, "alpha", home=home), Callers(home / "sites", clock, 0.0)
     for _ in range(20):
         known.check("POST", PATH, pairs(node.headers(PATH)))
-    assert len(known._nonces["alpha"]) == 20
+    assert len(next(iter(known._nonces.values()))) == 20
     clock.now += 400
     for _ in range(15):
         known.check("POST", PATH, pairs(node.headers(PATH, late_s=-400)))
-    assert len(known._nonces["alpha"]) == 15
+    assert len(next(iter(known._nonces.values()))) == 15
 
 
 # --- how often ------------------------------------------------------------------------------------------------------

@@ -160,6 +160,40 @@ def test_another_body_never_reaches_the_superlink_whole(wide, size):
     assert wide.call(CALL, body)[1] == body
 
 
+FRAMINGS = (
+    "Content-Length: {n}\r\nTransfer-Encoding: chunked",
+    "Transfer-Encoding: chunked\r\nContent-Length: {n}",
+    "Content-Length: {n}\r\ntransfer-encoding:  Chunked",
+    "Content-Length: 7\r\nTransfer-Encoding: chunked",
+    "Transfer-Encoding: chunked",
+    "Content-Length: {n}\r\nContent-Length: 7",
+    "Content-Length: +{n}",
+)
+
+
+@pytest.mark.attack(
+    "B17",
+    "the same, framed twice: a stated length, and chunks beyond it, so that the relay has its body whole",
+    stops="a body is framed by one stated length or refused, and ends where that does",
+)
+@pytest.mark.attack(
+    "D3",
+    "a site states 100 bytes and sends 100 MiB in chunks",
+    stops="the same",
+)
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize("size", [1000, 70_000])
+def test_a_body_has_one_framing(wide, framing, size):
+    other = b"EVIL" * (size // 4)
+    seen = len(wide.upstream.seen)
+    head = "".join(f"{k}: {v}\r\n" for k, v in wide.node.headers(CALL, b"genuine").items())
+    request = f"POST {CALL} HTTP/1.1\r\nHost: x\r\n{head}{framing.format(n=size)}\r\n\r\n".encode()
+    with contextlib.suppress(OSError):
+        answer = wide.raw(request + b"%x\r\n" % size + other + b"\r\n1\r\n!\r\n0\r\n\r\n")
+        assert answer.split()[1] in (b"400", b"411", b"413")
+    assert len(wide.upstream.seen) == seen
+
+
 def test_a_body_beyond_what_is_due_is_refused_unread(wide, tmp_path):
     node = Node(tmp_path, "little", home=wide.home)
     Allowance(wide.home / "flower").grant({"alpha": 1 << 30, "little": DUE})

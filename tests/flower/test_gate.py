@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,11 @@ class Place:
         Allowance(home / "flower").grant({"alpha": 1 << 20})
 
     def call(self, method: str, path: str, *, query: bytes = b"", headers: dict[str, str] | None = None,
-             body: bytes = b"", stated: int | str | None = None) -> int:  # fmt: skip
-        """The status; ``headers`` None: as the site signs them."""
-        return asyncio.run(self._call(method, path, query, headers, body, len(body) if stated is None else stated))
+             body: bytes = b"", stated: int | str | None = None, times: int = 1) -> int:  # fmt: skip
+        """The status, of all that are made at once; ``headers`` None: as the site signs them."""
+        return asyncio.run(self._call(method, path, query, headers, body, len(body) if stated is None else stated, times))
 
-    async def _call(self, method: str, path: str, query: bytes, headers: Any, body: bytes, stated: Any) -> int:
+    async def _call(self, method: str, path: str, query: bytes, headers: Any, body: bytes, stated: Any, times: int) -> int:
         signed = self.node.headers(path, body, method=method) if headers is None else headers
         pairs = [(k.lower().encode(), v.encode()) for k, v in signed.items()]
         if stated != "":
@@ -61,7 +62,7 @@ class Place:
         scope = {"type": "http", "method": method, "raw_path": path.encode(), "query_string": query, "headers": pairs,
                  "client": ("192.0.2.7", 1)}  # fmt: skip
         statuses: list[int] = []
-        read = iter([{"type": "http.request", "body": body, "more_body": False}])
+        read = itertools.repeat({"type": "http.request", "body": body, "more_body": False})
 
         async def receive() -> Any:
             return next(read)
@@ -80,8 +81,9 @@ class Place:
                 body_limit_bytes=LIMIT,
                 timeout_s=20.0,
             )
-            await gateway(scope, receive, send)
-        return statuses[0]
+            await asyncio.gather(*(gateway(scope, receive, send) for _ in range(times)))
+        (status,) = set(statuses)
+        return status
 
 
 @pytest.fixture
@@ -94,6 +96,16 @@ def test_the_calls_of_a_supernode_reach_the_relay_as_they_were_sent(place):
         assert place.call("POST", path, body=b"x") == 200
     assert place.call("GET", "/health", headers={}) == 200
     assert place.relay.seen == [*(("POST", p, b"x") for p in sorted(FLEET_CALLS)), ("GET", "/health", b"")]
+
+
+@pytest.mark.attack(
+    "B12",
+    "a flood of questions for its health, which need no signature",
+    stops="the gateway asks the SuperLink once a second and answers the others itself",
+)
+def test_the_relay_is_asked_for_its_health_once_a_second(place):
+    assert place.call("GET", "/health", headers={}, times=50) == 200
+    assert len(place.relay.seen) == 1
 
 
 @pytest.mark.parametrize(
