@@ -53,11 +53,11 @@ class FedSVD(Rule):
     def trains(self, round: int) -> Factors:
         return "B"
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int) -> None:
+    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, rounding: float) -> None:
         """Until the first decomposition A is the first one and B moves as under any rule. After it, A's rows are orthonormal
         within the first row space, and no row of B is longer than what was added to it, seen through the longest A."""
         if rounds < self.every:
-            Rule.check_published(self, first, now, moved=moved, rounds=rounds)
+            Rule.check_published(self, first, now, moved=moved, rounds=rounds, rounding=0.0)
             return
         for old, new in zip(first.layout.pairs(), now.layout.pairs(), strict=True):
             (_, a0), (b, a) = factors(first.vector, old), factors(now.vector, new)

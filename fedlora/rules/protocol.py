@@ -10,7 +10,6 @@ import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Factors, Layout
 from fedlora.core.errors import PlanRefused
-from fedlora.core.grids import BFLOAT16
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.registry import MODES
@@ -87,7 +86,7 @@ class Aggregator(Protocol):
         """
         ...
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int) -> None:
+    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, rounding: float) -> None:
         """At a site: refuses an adapter that no rounds can have made of the first one.
 
         Args:
@@ -95,6 +94,7 @@ class Aggregator(Protocol):
             now: the same tensors, as the server has published them.
             moved: ``A`` and ``B``: most that all rounds so far together can have changed a value of this factor.
             rounds: how many there were.
+            rounding: what rounding a value may change of it; the first adapter's values are not changed by it.
 
         Raises:
             PlanRefused (impossible-adapter): it has gone further.
@@ -193,12 +193,12 @@ class Rule:
         sent = self.reply(before.layout, round)
         return after.part(sent).vector - before.part(sent).vector
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int) -> None:
+    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, rounding: float) -> None:
         for name, at, _ in now.layout.slices():
             farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
             most = moved["A" if name.endswith(".lora_A.weight") else "B"]
-            rounding = BFLOAT16 * (most + float(np.max(np.abs(first.vector[at])))) if most else 0.0
-            check_max_change(name, farthest, most + rounding)
+            rounded = rounding * (most + float(np.max(np.abs(first.vector[at]))))  # never further than back to the first one
+            check_max_change(name, farthest, most + min(most, rounded))
 
     def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
         layout = self.reply(adapter.layout, round)

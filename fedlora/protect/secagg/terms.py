@@ -13,6 +13,7 @@ import numpy as np
 from fedlora.core.adapter import F32, MAX_PARAMETERS, Adapter, Layout
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import WrongContext
+from fedlora.core.grids import BFLOAT16
 from fedlora.core.messages import EVALUATION, Task
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan
@@ -70,7 +71,10 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
     before, rule = range(1, min(round, plan.federation.num_rounds + 1)), rule_of(plan)
     rounds = {factor: [r for r in before if factor in rule.trains(r)] for factor in "AB"}
     moved = {f: optimizer_of(plan).reach([reach(plan, r) * (1 + more) for r in trained]) for f, trained in rounds.items()}
-    rule.check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved, rounds=len(before))
+    rounding = 0.0 if settings_of(plan).profile == "int24" else BFLOAT16
+    rule.check_published(
+        first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved, rounds=len(before), rounding=rounding
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,7 @@ def test_a_factor_moves_only_in_rounds_that_train_it():
     plan = plan_of("rolora", "none", schedule="constant")
     first, far = first_adapter(LAYOUT, seed=plan.run.seed), reach(plan_of("rolora", "none", schedule="constant"), 1)
     for round, factor, rounds in ((2, "A", 0), (2, "B", 1), (3, "A", 1), (4, "A", 1), (4, "B", 2), (6, "B", 3)):
-        rounding = 2.0**-8 * (rounds * far + np.abs(first.vector).max()) if rounds else 0.0
+        rounding = min(rounds * far, 2.0**-8 * (rounds * far + np.abs(first.vector).max()))
         for by, taken in ((0.999 * rounds * far, True), ((rounds + 0.01) * far + rounding, False)):
             moved = first.vector.copy()
             for pair in LAYOUT.pairs():
@@ -186,6 +186,22 @@ def test_fedsvd_takes_no_other_a_before_the_first_decomposition():
     with raising(PlanRefused, code="impossible-adapter"):
         check_published(plan, Adapter(moved, LAYOUT), round=2)
     check_published(plan, Adapter(moved, LAYOUT), round=3)
+
+
+@pytest.mark.parametrize(("profile", "most"), [("int24", 1.0), ("int8", 2.0)])
+def test_a_small_move_of_a_large_tensor_is_bounded_too(profile, most):
+    """Rounding takes a value at most as far again as it has moved, because it lay on the grid; what is not rounded, nowhere."""
+    made = secagg_plan(rounds=6, first_range=1e-4, profile=profile).model_dump()
+    plan = Plan.model_validate(made)
+    first = first_adapter(LAYOUT, seed=plan.run.seed)
+    for by, taken in ((0.99 * most, True), (1.05 * most, False)):
+        moved = first.vector.copy()
+        moved[LAYOUT.pairs()[0].a] += np.float32(by * reach(plan, 1))
+        if taken:
+            check_published(plan, Adapter(moved, LAYOUT), round=2)
+        else:
+            with raising(PlanRefused, code="impossible-adapter"):
+                check_published(plan, Adapter(moved, LAYOUT), round=2)
 
 
 def test_under_fedsvd_no_row_of_b_goes_further_than_its_own_changes():
