@@ -64,8 +64,7 @@ def approve(
 
 def _told(plan: Path) -> list[str]:
     """What the proof beside a plan says, which is the coordinator's word."""
-    from fedlora.core.errors import FedLoRAError
-    from fedlora.core.words import plain
+    from fedlora.core.errors import FedLoRAError, plain
     from fedlora.formats.plans import load_proof
 
     try:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedlora.core.errors import plain
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -37,7 +39,7 @@ def emit(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     if as_json:
         _said(_command(), ok=True, data=data)
     elif text:
-        print(text)
+        print(on_terminal(text))
 
 
 def fail(message: str, *, hint: str, code: str, status: int, command: str | None = None) -> int:
@@ -49,10 +51,15 @@ def fail(message: str, *, hint: str, code: str, status: int, command: str | None
     if command is not None:
         error: Failure = {"code": code, "message": message, "hint": hint}
         _envelope(command, ok=False, error=error)
-    print(f"error: {message}", file=sys.stderr)
+    print(on_terminal(f"error: {message}", indent="  "), file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(on_terminal(f"hint: {hint}", indent="  "), file=sys.stderr)
     return status
+
+
+def on_terminal(text: str, *, indent: str = "") -> str:
+    """Text whose characters move nothing on a terminal but to the next line, which begins with ``indent``."""
+    return f"\n{indent}".join(plain(line) for line in text.split("\n"))
 
 
 def _said(command: str, **more: Any) -> None:
@@ -147,7 +154,7 @@ class Screen:
             )
 
     def _print(self, text: str) -> None:
-        stamped = f"{time.monotonic() - self._began:7.1f} s  {text}"
+        stamped = on_terminal(f"{time.monotonic() - self._began:7.1f} s  {text}", indent=" " * 11)
         if self._bars is not None:
             self._bars.console.print(stamped, markup=False, highlight=False)
         else:

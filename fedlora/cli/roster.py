@@ -247,7 +247,7 @@ def _coordinators_before(file: Path, now: Roster) -> tuple[PublicIdentity, ...]:
 def _save(file: Path, signed: SignedRoster) -> None:
     from fedlora.formats.files import write_atomic
 
-    write_atomic(file, signed.dump(), mode=0o644)
+    write_atomic(file, signed.dump(), mode=0o644, shared=True)
 
 
 def _to_sign(file: Path, signed: SignedRoster, *, json: bool) -> None:

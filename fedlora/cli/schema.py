@@ -30,8 +30,7 @@ def schema(
     """
     from json import dumps
 
-    from fedlora.core.errors import ConfigError
-    from fedlora.core.words import plain
+    from fedlora.core.errors import ConfigError, plain
 
     names = list(_makers())
     if name and name not in names:

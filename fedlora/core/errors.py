@@ -14,6 +14,11 @@ from typing import Self
 from fedlora.core.codes import Code, exit_status, is_code
 
 
+def plain(value: object) -> str:
+    """``value`` without control, direction-changing or unprintable characters, which could forge a terminal's output."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
 class FedLoRAError(Exception):
     """Base of every named error.
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fedlora.core.errors import ConfigError
+from fedlora.core.errors import ConfigError, plain
 from fedlora.core.section import Section
 from fedlora.core.tagged import Tagged
 
@@ -60,7 +60,7 @@ def readable(error: ValidationError, section: type[Section], name: str) -> Confi
 
 
 def _line(e: ErrorDetails, section: type[Section]) -> str:
-    at = [str(x) for x in e["loc"]]
+    at = [plain(x) for x in e["loc"]]
     dotted = ".".join(at)
     if e["type"] != "extra_forbidden":
         return f"{dotted or 'file'}: {e['msg'][0].lower()}{e['msg'][1:]}"

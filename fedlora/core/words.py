@@ -1,13 +1,11 @@
-"""Numbers and records of rounds as text, for terminal, page and figures. Pure: numbers in, text out.
-
-Every string that comes from a file passes :func:`plain`: names come from plans that somebody else wrote.
-"""
+"""Numbers and records of rounds as text, for terminal, page and figures. Strings from files pass :func:`plain`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedlora.core.errors import plain
 from fedlora.core.records import Numbers, Proof, Results, RoundRecord
 
 TOGETHER = "all together"
@@ -20,11 +18,6 @@ def finite(value: Any) -> float | None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e100:
         return None
     return float(value) if abs(value) >= 1e-100 else 0.0
-
-
-def plain(value: Any) -> str:
-    """``value`` as text without control, direction-changing or unprintable characters, which could forge a terminal's output."""
-    return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
 def label(arm: str) -> str:

@@ -80,6 +80,12 @@ def drop(memory: FileMemory, key: str) -> None:
             set_aside(path)
 
 
+def erase(memory: FileMemory, key: str) -> None:
+    """Deletes both files of a value."""
+    for path in memory.files(key):
+        path.unlink(missing_ok=True)
+
+
 def problem_text(problem: dict[Path, str]) -> str:
     """The problems in one line, each with the name of its file."""
     return "; ".join(f"{path.name} {why}" for path, why in problem.items())

@@ -62,19 +62,19 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
 
-def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600, flush: bool = True, alone: bool = False) -> None:
+def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600, flush: bool = True, shared: bool = False) -> None:
     """Replaces a file by these bytes, flushed to disk before the rename and the directory after it.
 
     Args:
         flush: False leaves the directory to the next file that is written into it.
-        alone: no other process writes this file, as a lock sees to. What a power cut has left of an earlier write is then written
-            over: secrets in it stay no longer than those in the file.
+        shared: another process may write this file at the same time. Else what a power cut has left of an earlier write is
+            written over: secrets in it stay no longer than those in the file.
 
     Raises:
         ResourceError: no space left; the old file is untouched.
         StoreError: any other failure to write.
     """
-    new = unfinished(path) if alone else path.with_name(f".{path.name}.{os.getpid()}.new")
+    new = path.with_name(f".{path.name}.{os.getpid()}.new") if shared else unfinished(path)
     with named_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

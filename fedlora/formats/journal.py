@@ -162,7 +162,7 @@ class Journal:
         with named_disk_errors(path):
             self.directory.mkdir(parents=True, exist_ok=True)
             self.directory.chmod(0o700)
-        write_atomic(path, *parts, alone=True)
+        write_atomic(path, *parts)
         if entry.key.startswith("train/"):
             self._list(run, [*self.trained(run), round])
         for old in self._rounds(run)[:-2]:

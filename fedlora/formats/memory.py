@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,10 @@ class Memory(Protocol):
 
     def get(self, key: str) -> bytes | None: ...
     def put(self, key: str, *parts: bytes | memoryview) -> None: ...
+    def keys(self) -> Collection[str]:
+        """Of all values that were put, damaged ones as far as they are known."""
+        ...
+
     def where(self, key: str) -> str:
         """The place of a value, for a message to this end's operator."""
         ...
@@ -100,6 +104,9 @@ class FileMemory:
         for place in (copy, path):
             self._replace(place, framed, flush=place == path)  # one flush of the directory is for both
 
+    def keys(self) -> Collection[str]:
+        return {key for path in _listed(self.directory) if (key := _name_in(path))}
+
     def kept(self) -> list[Kept]:
         """All values, with the damage of their copies. Changes nothing."""
         names = {name for p in _listed(self.directory) if is_digest(name := p.name.removesuffix(COPY))}
@@ -126,7 +133,7 @@ class FileMemory:
     def _replace(self, path: Path, parts: Sequence[bytes | memoryview], *, flush: bool = True) -> None:
         if path.is_dir() and not path.is_symlink():
             log.warning("a directory stands in place of %s; it is now %s", path, set_aside(path))
-        write_atomic(path, *parts, flush=flush, alone=True)
+        write_atomic(path, *parts, flush=flush)
 
 
 def words(key: str) -> str:
@@ -173,6 +180,17 @@ def _key_of(path: Path, problem: dict[Path, str]) -> str:
         problem[path] = "holds what belongs into another file"
         return ""
     return found[0]
+
+
+def _name_in(path: Path) -> str:
+    """The key that stands at the head of a file, which may be damaged further on; empty if none does."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                return ""
+            return file.read(int.from_bytes(file.read(2), "little")).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _listed(directory: Path) -> list[Path]:

@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from fedlora.core.errors import WireError
+from fedlora.core.errors import WireError, plain
 from fedlora.core.records import Filed, RoundRecord
-from fedlora.core.words import plain
 from fedlora.formats.files import Damaged, check_facts, dump_facts
 
 R = TypeVar("R", bound=Filed)

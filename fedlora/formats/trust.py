@@ -123,6 +123,14 @@ class RosterKeeper:
             self._current = SignedRoster.parse(blob)
         return self._current.roster
 
+    def check_time(self) -> None:
+        """Refuses whatever is done under a roster that has ended, also in what was begun before.
+
+        Raises:
+            RosterInvalid, RosterExpired.
+        """
+        self.current.check_time(self.clock())
+
     def take(self, blob: bytes) -> SignedRoster:
         """Accepts what has arrived, or says why not; what is accepted is on the disk before this returns.
 

@@ -17,8 +17,9 @@ from typing import Any, Final, TypeAlias
 import altair as alt
 import vl_convert
 
+from fedlora.core.errors import plain
 from fedlora.core.records import RoundRecord
-from fedlora.core.words import TOGETHER, number, percent, plain, state
+from fedlora.core.words import TOGETHER, number, percent, state
 from fedlora.formats.files import write_atomic
 
 COLORS: Final = {

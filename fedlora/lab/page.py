@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedlora.core.errors import plain
 from fedlora.core.records import Results, RoundRecord
 from fedlora.core.words import (
     HONEST,
@@ -22,7 +23,6 @@ from fedlora.core.words import (
     majority_line,
     number,
     percent,
-    plain,
     reference_points,
     reported,
     round_count,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedlora.core.errors import plain
 from fedlora.core.records import Results
 from fedlora.core.words import (
     HONEST,
@@ -12,7 +13,6 @@ from fedlora.core.words import (
     majority_line,
     number,
     percent,
-    plain,
     reference_points,
     round_count,
     size,

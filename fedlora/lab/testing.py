@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -90,6 +90,9 @@ class DictMemory:
 
     def put(self, key: str, *parts: bytes | memoryview) -> None:
         self.values[key] = b"".join(parts)
+
+    def keys(self) -> Collection[str]:
+        return list(self.values)
 
     def where(self, key: str) -> str:
         return key

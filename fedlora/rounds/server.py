@@ -175,5 +175,5 @@ def _run_key(directory: Path, report: Report) -> Identity:
         report(Event.MENDED, StateFile(file=file.name))
     for file in _run_key_files(directory):
         if file != found[0][0]:
-            write_atomic(file, found[0][0].read_bytes(), alone=True)
+            write_atomic(file, found[0][0].read_bytes())
     return found[0][1]

@@ -266,14 +266,14 @@ def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[st
         StoreError, ResourceError: it cannot be written.
     """
     file, digest = load_site_file(site_file), plan.digest()
-    write_atomic(_copy(site_file.resolve().parent / file.state, digest), plan.canonical())
+    write_atomic(_copy(site_file.resolve().parent / file.state, digest), plan.canonical(), shared=True)
     add = again or digest not in file.plans
     named = sorted({*file.uncovers.get(digest, ()), *uncovers})
     text = with_approval(site_file.read_text("utf-8"), digest, add=add, named=named)
     wanted = file.plans.count(digest) + add
     _check(text, site_file, digest, count=wanted, named=named)
     target = site_file.resolve()
-    write_atomic(target, text.encode(), mode=stat.S_IMODE(target.stat().st_mode))
+    write_atomic(target, text.encode(), mode=stat.S_IMODE(target.stat().st_mode), shared=True)
     return wanted
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedlora.core.canonical import is_digest
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
-from fedlora.formats.damage import Finding, alone, damaged_values, drop, problem_text
+from fedlora.formats.damage import Finding, alone, damaged_values, drop, erase, problem_text
 from fedlora.formats.files import load_adapter, set_aside
 from fedlora.formats.journal import SITS_OUT, Journal, sits_out
 from fedlora.formats.keys import load_identity, load_public
@@ -23,7 +23,7 @@ from fedlora.protect.link import raise_number
 from fedlora.site.site_file import load_site_file
 
 _KINDS = ("down", "up", "trained", SITS_OUT, "repaired")
-_SECAGG = ("session", "used", "cohort", "relay", "settled", "encoded")
+_SECAGG = ("session", "used", "cohort", "relay", "settled", "encoded", "adapters")
 _LOSABLE = frozenset({"up", "trained", "repaired", *(f"secagg/{kind}" for kind in _SECAGG if kind != "used")})
 """Records that a site can lose: it continues from an older state, with raised numbers. All others protect it or other sites."""
 
@@ -220,7 +220,9 @@ class SiteRepair:
 
     def _drop_lost(self, run: str) -> None:
         for _, key, _, gone in list(damaged_values(self.memory, _keys(run))):
-            if gone and key.startswith(run):
+            if gone and key == f"{run}/secagg/session":
+                erase(self.memory, key)  # what is left of it may still hold the session's secrets
+            elif gone and key.startswith(run):
                 drop(self.memory, key)
 
     def _note(self, run: str, fact: dict[str, Any]) -> None:

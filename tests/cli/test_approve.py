@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from fedlora.cli import main
+from fedlora.cli.output import fail
 from fedlora.core.plan import Plan, Protect
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_site_keys
@@ -139,6 +140,27 @@ def test_a_plan_cannot_write_over_what_a_person_reads():
     words = in_words(SEALED.model_copy(update={"model": model}))
     assert all(sentence.isprintable() for sentence in words.values())
     assert "\\x1b[2K\\r\\n" in words["base model"]
+
+
+@pytest.mark.attack(
+    "C1c",
+    "the same with a name of a key, which is quoted in the error",
+    stops="no text that the command prints holds such characters; a line that continues is indented",
+)
+@pytest.mark.parametrize("command", [["site", "approve"], ["check"]])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_no_error_writes_over_what_a_person_reads(tmp_path, capsys, command, as_json):
+    plan = tmp_path / "plan.toml"
+    plan.write_text('"\\u001b[2J\\u001b[Hall is well\\nrun this: rm -rf\\u202e" = 1\n')
+    assert main([*command, str(plan), *(["--json"] if as_json else [])]) == 3
+    said = capsys.readouterr()
+    assert all(c.isprintable() or c == "\n" for c in said.out + said.err)
+    assert not any(line.startswith("run this") for line in said.err.splitlines())
+
+
+def test_what_is_printed_moves_nothing_but_to_the_next_line(capsys):
+    assert fail("one\x1b[2J\nrun this", hint="two\r\u202e\nand this", code="config", status=3) == 3
+    assert capsys.readouterr().err.splitlines() == ["error: one?[2J", "  run this", "hint: two??", "  and this"]
 
 
 # --- secure aggregation --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.core.canonical import is_digest
 from fedlora.core.errors import StoreError, WrongContext
 from fedlora.core.messages import Task
 from fedlora.formats.derive import derive
@@ -25,8 +26,6 @@ from fedlora.protect.secagg.terms import Terms
 _ENCODED = b"FLE3"
 _ENCODED_HEAD = struct.Struct("<HHQQQ")  # bytes of the key, bytes of a level, round, counts of levels and numbers
 _MAX_ADAPTERS = 2
-_OPEN = "secagg/open"
-"""Runs with a session whose secrets may still be stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +164,13 @@ class Records:
             found = self._hidden.get(self._name("session"), "session")
         except ValueError:
             return None
-        if found is None:
+        if not found:
             return None
         known = {f.name: f.type for f in fields(Session)}
         values: dict[str, Any] = {k: bytes.fromhex(v) if known[k] == "bytes" else v for k, v in found.items()}
         return Session(**values)
 
     def save_session(self, session: Session) -> None:
-        if session.root:
-            self._note(self._run)  # before the secrets are there to be forgotten
         facts = {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(session).items()}
         self._hidden.put(self._name("session"), "session", facts)
 
@@ -202,23 +199,19 @@ class Records:
 
     def end_other_runs(self) -> None:
         """Deletes the secrets of unfinished sessions of all other runs, so that they cannot be opened later."""
-        for run in self._noted() - {self._run}:
-            other = Records(self._memory, run, self._identity, self._entropy)
-            session = other.session()
-            if session is not None and session.root:
-                other.save_session(session.but(root=b""))
-        if self._noted() - {self._run}:
-            put_record(self._memory, _OPEN, "open", {"runs": [self._run]})
+        for one in self._of_other_runs():
+            one._end_session()
 
-    def _noted(self) -> set[str]:
-        hint = "delete it; the secrets of unfinished sessions then stay on this disk, encrypted, as long as their files exist"
-        found = get_record(self._memory, _OPEN, "open", hint=hint) or {"runs": []}
-        return set(found["runs"])
-
-    def _note(self, run: str) -> None:
-        noted = self._noted()
-        if run not in noted:
-            put_record(self._memory, _OPEN, "open", {"runs": sorted({*noted, run})})
+    def _end_session(self) -> None:
+        """Deletes its secrets. A record that cannot be read is written over: it may still hold them."""
+        name = self._name("session")
+        try:
+            found = self._hidden.get(name, "session")
+        except (StoreError, ValueError):
+            self._hidden.put(name, "session", {})
+        else:
+            if found and found["root"]:
+                self._hidden.put(name, "session", {**found, "root": ""})
 
     def used(self) -> Used | None:
         """The last masked update that this site has sent in this run; None if it has sent none.
@@ -234,9 +227,12 @@ class Records:
         return None if found is None else Used(**found)
 
     def has_given(self) -> bool:
-        """Whether this site has sent a masked update in this run, or in one whose session may still be open."""
-        runs = self._noted() | {self._run}
-        return any(Records(self._memory, run, self._identity, self._entropy).used() is not None for run in runs)
+        """Whether this site has sent a masked update in any run."""
+        return any(one.used() is not None for one in (self, *self._of_other_runs()))
+
+    def _of_other_runs(self) -> list[Records]:
+        runs = {key.partition("/")[0] for key in self._memory.keys()}  # noqa: SIM118  # a memory is no dict
+        return [Records(self._memory, run, self._identity, self._entropy) for run in runs - {self._run} if is_digest(run)]
 
     def save_used(self, used: Used) -> None:
         self._hidden.put(self._name("used"), "used", asdict(used))

@@ -91,12 +91,12 @@ class SecAggSite:
         if offered:
             return self._advertise(*self._open_offer(request), work)
         header, payload = self.link.open(request, codec=codec(request.phase), roster=self.roster.current.digest())
+        self.roster.check_time()
         records = self._records(header.run)
         session = records.session()
-        if sits_out(self.link.memory, header.run):  # its operator has ended what is open, too
-            if session is not None and session.root:
-                self._forget(records, session)
-            check_takes_part(self.link.memory, header.run)
+        if session is not None and session.root and sits_out(self.link.memory, header.run):
+            self._forget(records, session)  # its operator has ended what is open, too
+        check_takes_part(self.link.memory, header.run)
         if session is None or (session.round, session.attempt) != (header.round, header.attempt):
             raise SessionError("no session of this round and attempt is open here", code="secrets-gone")
         return self._reply(header, session.reply_key, steps[request.phase](payload, records, session))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from protect.secagg import world
 from protect.secagg.adversary import Adversary
 from protect.secagg.world import World, names
 from raising import raising
@@ -13,6 +14,7 @@ import fedlora.protect.secagg.site as site_module
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import PlanRefused, ResourceError, SessionError
 from fedlora.formats.journal import SITS_OUT
+from fedlora.formats.memory import FileMemory
 from fedlora.lab.testing import DictMemory
 from fedlora.protect.secagg.protocol.dealing import Secrets
 
@@ -183,3 +185,42 @@ def test_a_site_that_sits_out_answers_nothing_more_of_an_open_session(step):
         assert tale.of(again, SITE) in ("sits-out", "secrets-gone"), again
     session = tale.server.records(SITE).session()
     assert session is None or session.root == b""
+
+
+@pytest.mark.attack(
+    "D22",
+    "a server that keeps a revocation back opens a session just before the old roster ends, and goes on with it long after",
+    stops="a site answers no step under a roster that has ended by its own clock",
+)
+@pytest.mark.parametrize("step", STEPS[1:])
+def test_no_step_is_done_under_a_roster_that_has_ended(step, monkeypatch):
+    tale = Tale()
+    tale.until(step)
+    monkeypatch.setattr(world, "NOW", world.NOW + 90 * 86400)
+    tale.server.world.restart(SITE)
+    assert tale.of(step, SITE) == "roster-expired"
+
+
+def test_secrets_go_from_damaged_records_too(tmp_path):
+    """One bit of both copies: the record is refused, and what it holds could still be read."""
+    memory = FileMemory(tmp_path)
+    a = Adversary(world=World(5, memory={SITE: memory})).until_masked()
+    root, name = a.session(SITE).root, f"{a.task.run}/secagg/session"
+    for path in memory.files(name):
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    before = {p: p.read_bytes() for p in memory.files(name)}
+    a.world.restart(SITE)
+    a.begin(replace(a.world.task(), run="cd" * 32))
+    assert isinstance(a.say(SITE, "advertise", a.offer()), bytes)
+    assert all(path.read_bytes() != blob for path, blob in before.items())
+    assert a.records(SITE).session().root != root
+
+
+def test_without_any_note_of_them_the_secrets_of_other_runs_are_deleted():
+    a = Adversary(world=World(5)).until_masked()
+    first = a.task
+    for run in ("cd" * 32, "ef" * 32):
+        a.begin(replace(a.world.task(), run=run))
+        assert isinstance(a.say(SITE, "advertise", a.offer()), bytes)
+    a.task = first
+    assert a.session(SITE).root == b""
