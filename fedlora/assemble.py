@@ -15,7 +15,7 @@ from fedlora.core.plan import Plan, Simulation
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import load_adapter
 from fedlora.formats.keys import load_public
-from fedlora.formats.plans import load_plan
+from fedlora.formats.plans import load_plan, load_prompt
 from fedlora.rounds.server import ServerRun, load_server_key, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rules.first import first_adapter
@@ -50,7 +50,8 @@ def server(home: Path, plan_file: Path, *, resume: bool, report: Report) -> Serv
     if resume:
         store = RunStore.open(directory, plan)
     else:
-        store = start_run(directory, plan, load_adapter(plan_file.parent / "first.safetensors")[0])
+        first = load_adapter(plan_file.parent / "first.safetensors")[0]
+        store = start_run(directory, plan, first, prompt=load_prompt(plan_file))
     return ServerRun(
         store=store,
         identity=load_server_key(home),

@@ -32,6 +32,7 @@ ORDER = (
     "rounds",
     "site",
     "learn/bases",
+    "learn/export",
     "learn",
     "learn/fast",
     "gateway",

@@ -28,7 +28,6 @@ from fedlora.core.records import (
     Numbers,
     Outcome,
     Proof,
-    Published,
     Results,
     RoundRecord,
     Score,
@@ -36,6 +35,7 @@ from fedlora.core.records import (
     Traffic,
 )
 from fedlora.formats.files import Damaged, dump_facts
+from fedlora.formats.published.records import Example, Prompt, Published
 from fedlora.formats.records import dump_round, dump_text, facts_of, parse_round, parse_text, scan_rounds
 
 FORMAT = (Path(__file__).resolve().parents[1] / "fedlora" / "FORMAT.md").read_text()
@@ -102,6 +102,14 @@ results = st.builds(
     environment=by_name(names | st.integers(-(2**60), 2**60)),
     dataset=maybe(by_name(any_json)),
 )
+prompts = st.builds(
+    Prompt,
+    kind=st.sampled_from(["any", "chat", "plain"]),
+    max_length=st.integers(1, 2**40),
+    template=maybe(digests),
+    stop=maybe(st.lists(names, max_size=3).map(tuple)),
+    example=maybe(st.builds(Example, prompt=names, completion=names)),
+)
 published = st.builds(
     Published,
     of=st.sampled_from(["federation", "site"]),
@@ -116,8 +124,8 @@ published = st.builds(
     complete=maybe(st.booleans()),
     sites=maybe(counts),
     share=names,
+    prompt=prompts,
     dtype=st.sampled_from(["bfloat16", "float16"]),
-    scale=numbers,
 )
 IN_WORDS = {"where": "the file", "hint": "the way on"}
 
@@ -134,7 +142,7 @@ def test_a_round_is_read_as_it_was_written(record):
     assert b"\n" not in line
 
 
-@given(st.one_of(arms, results, published))
+@given(st.one_of(arms, results, published, prompts))
 def test_a_file_is_read_as_it_was_written(record):
     blob = dump_text(record)
     again = parse_text(type(record), blob, **IN_WORDS)
@@ -293,8 +301,14 @@ PUBLISHED = Published(
     complete=True,
     sites=2,
     share="AB",
+    prompt=Prompt(
+        kind="plain",
+        max_length=184,
+        template="4d" * 32,
+        stop=("<|im_end|>",),
+        example=Example(prompt="Question: What is the capital of France?\nAnswer:", completion=" Paris.<|im_end|>"),
+    ),
     dtype="bfloat16",
-    scale=2.0,
 )
 
 
@@ -323,7 +337,7 @@ def test_a_damaged_line_is_named_by_its_number_and_the_others_are_read():
 
 @pytest.mark.parametrize("blob", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'"x"', b"{}"])
 def test_what_is_no_record_is_damaged(blob):
-    for kind in (Results, ArmRecord, Published, Proof):
+    for kind in (Results, ArmRecord, Published, Proof, Prompt):
         with pytest.raises(Damaged, match="the file"):
             parse_text(kind, blob, **IN_WORDS)
     with pytest.raises(Damaged, match="the file"):
@@ -365,7 +379,7 @@ def read_as(file, text, where):
     if file == "answer":
         Draft202012Validator(schema_of(json.loads(text)["command"].replace(" ", "-"))).validate(json.loads(text))
         return True
-    return parse_text({"results.json": Results, "fedlora_run.json": Published}[file], text, **where)
+    return parse_text({"results.json": Results, "fedlora_run.json": Published, "prompt.json": Prompt}[file], text, **where)
 
 
 def test_making_the_vectors_again_changes_none():
@@ -388,7 +402,9 @@ def described(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [RoundRecord, Numbers, Outcome, Results, ArmRecord, Score, Traffic, Published, Proof, Check], ids=lambda k: k.__name__
+    "kind",
+    [RoundRecord, Numbers, Outcome, Results, ArmRecord, Score, Traffic, Published, Prompt, Example, Proof, Check],
+    ids=lambda k: k.__name__,
 )
 def test_the_format_lists_the_fields_of_every_record(kind):
     assert described(kind) == list(kind.model_fields)

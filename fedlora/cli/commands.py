@@ -10,6 +10,7 @@ import typer
 from fedlora.cli.approval import approve
 from fedlora.cli.checking import PlanFile, check
 from fedlora.cli.output import Json, Quiet, Screen, emit
+from fedlora.cli.publishing import export, verify
 from fedlora.cli.repair import server_repair, site_repair
 from fedlora.cli.roster import roster
 from fedlora.cli.schema import schema
@@ -262,31 +263,8 @@ def report(
     emit(Reported(report=str(page), figures=[str(f) for f in files]), text, as_json=json)
 
 
-@app.command()
-def export(
-    run: Annotated[
-        Path, typer.Argument(help="Seed directory of a simulation, run directory of a server, or a site's own adapter file.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Directory to create.")],
-    dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Data type of the exported weights.")] = "bfloat16",
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Write the base model with the adapter merged into it, not an adapter.")
-    ] = False,
-    base: Annotated[
-        Path | None, typer.Option(help="Directory of the full-precision base model; needed by --merge only.", show_default=False)
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Write a standard PEFT adapter or a merged model.
-
-    Example: fedlora export runs/clinical/seed-0 adapter/
-    """
-    from fedlora.core.answers import Exported
-    from fedlora.library.publish import export_run
-
-    export_run(run, out, dtype=dtype, merge=merge, base=base)
-    text = f'{out}\n\n  from peft import PeftModel\n  model = PeftModel.from_pretrained(base, "{out}")'
-    emit(Exported(out=str(out)), str(out) if merge else text, as_json=json)
+app.command()(export)
+app.command()(verify)
 
 
 @app.command()

@@ -46,13 +46,15 @@ def schema_of(name: str) -> dict[str, Any]:
 
 def _makers() -> Mapping[str, Callable[[], dict[str, Any]]]:
     from fedlora.core.answers import ANSWERS
-    from fedlora.core.records import Proof, Published, Results
+    from fedlora.core.records import Proof, Results
+    from fedlora.formats.published.records import Prompt, Published
 
     files: dict[str, Callable[[], dict[str, Any]]] = {
         "rounds.jsonl": _line,
         "results.json": partial(_of, Results),
         "fedlora_run.json": partial(_of, Published),
         "proof.json": partial(_of, Proof),
+        "prompt.json": partial(_of, Prompt),
         "events": _events,
     }
     return files | {command.replace(" ", "-"): partial(_output, command, kind) for command, kind in ANSWERS.items()}

@@ -159,6 +159,21 @@ class Reported(TypedDict):
 class Exported(TypedDict):
     out: str
     """path"""
+    signed_by: str | None
+    """fingerprint of the server that has signed it; null: nobody has"""
+    unknown: list[str]
+    """fields of ``prompt`` that fedlora_run.json does not know; ``prompt``: whether it is asked in chats or in plain text"""
+
+
+@_exact
+class Verified(TypedDict):
+    """A published directory is what its server has signed."""
+
+    fingerprint: str
+    """of the server"""
+    files: list[str]
+    trained: Mapping[str, Any]
+    """the fields of its fedlora_run.json, in the version that stood there"""
 
 
 @_exact
@@ -289,6 +304,7 @@ ANSWERS: Mapping[str, type[Any]] = {
     "simulate": Simulated,
     "report": Reported,
     "export": Exported,
+    "verify": Verified,
     "inspect": Inspected,
     "server up": ServerUp,
     "server start": RunDone,

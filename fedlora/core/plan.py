@@ -125,6 +125,8 @@ class Training(Section):
     """tokens in a row; data.too_long of a site says what happens to longer examples"""
     template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2026-01-01"
     """date, YYYY-MM-DD, that a chat template sees as today, so that every site has the same tokens on every day"""
+    prompt: Literal["any", "chat", "plain"] = "any"
+    """what all sites' rows are: chat, plain (text as it stands) or any; others are left out, and the published adapter says it"""
     packing: bool = True
     """fill each row with several examples, none of which sees another, where the base keeps them apart; false: one in a row"""
     optim: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"

@@ -1,4 +1,4 @@
-"""What is written about a run: a round's record, a simulation's results, and what is published beside an adapter.
+"""What is written about a run: a round's record, a simulation's results, the proof of a base.
 
 Values only. FORMAT.md, section 11, specifies the files; :mod:`fedlora.formats.records` writes and reads them. A field is never
 left out and never added: one more is another format.
@@ -223,46 +223,3 @@ class Proof(Filed):
     machine: str
     """device, versions and attention with which it was tried"""
     checks: tuple[Check, ...]
-
-
-# --- what is published ------------------------------------------------------------------------------------------------
-
-
-class RunFacts(Filed):
-    """How an adapter was trained: sites by number, never by name."""
-
-    FORMAT: ClassVar[int] = 1
-
-    format: Literal[1] = 1
-    of: Literal["federation", "site"]
-    """whose adapter it is: everybody's, or one site's own under ``aggregate.fedavg.share = 'A'``"""
-    run: str
-    """run id"""
-    plan: Digest
-    """plan digest"""
-    base: str
-    """base digest"""
-    adapter: Digest
-    """adapter digest, of the float32 values before they were rounded to ``dtype``"""
-    aggregate: str
-    """the rule's name"""
-    protection: str
-    """the protection mode's name"""
-    seed: Count
-    rounds: Count | None
-    """rounds that were done; null for a site's own adapter"""
-    complete: bool | None
-    """whether these are all rounds of the plan; null for a site's own adapter"""
-    sites: Count | None
-    """how many sites counted in some round; null if not known"""
-    share: str
-    """the factors that sites send: ``AB``, ``A`` or ``B``"""
-
-
-class Published(RunFacts):
-    """``fedlora_run.json``, beside a published adapter."""
-
-    dtype: Literal["bfloat16", "float16"]
-    """type of the published weights"""
-    scale: float
-    """what the products B @ A are multiplied by"""

@@ -22,6 +22,9 @@ from fedlora.data.turns import BadRow
 from fedlora.data.vocabulary import Tokenizer, Vocabulary
 
 SpecialTokens: TypeAlias = Literal["text", "keep"]
+Asked: TypeAlias = Literal["any", "chat", "plain"]
+NOT_ASKED = {"chat": "plain text, where the plan has chats", "plain": "a chat, where the plan has plain text"}
+"""What is wrong with a row of the other kind, by what the plan has."""
 DATE = "2026-01-01"
 """What a template sees as today unless the plan says another date."""
 QUANTILES = (0.0, 0.5, 0.95, 1.0)
@@ -97,6 +100,7 @@ def tokenize(
     special_tokens: SpecialTokens = "text",
     too_long: TooLong = "keep-answer",
     template_date: str = DATE,
+    prompt: Asked = "any",
 ) -> tuple[list[Tokens], TokenReport]:
     """Turns each conversation into ids and labels.
 
@@ -113,6 +117,7 @@ def tokenize(
         special_tokens: strings of special tokens inside rows: ``text``: ordinary characters; ``keep``: special tokens.
         too_long: see :mod:`fedlora.data.lengths`; long plain texts are split under ``keep-answer``.
         template_date: YYYY-MM-DD; the only clock that a template sees.
+        prompt: ``chat`` or ``plain``: rows of the other kind cannot be used.
 
     Returns:
         Examples in order of the rows, without rows that cannot be used; and the report.
@@ -129,7 +134,7 @@ def tokenize(
         raise DataError(
             "the tokenizer has no EOS token, so the model would never learn to stop", hint="set eos_token in the base"
         )
-    if any(c.chat for c in conversations) and not tokenizer.chat_template:
+    if prompt != "plain" and any(c.chat for c in conversations) and not tokenizer.chat_template:
         raise DataError(
             "these rows are chats, but the base has no chat template",
             hint="an instruction-tuned base, or rows with prompt and completion",
@@ -141,6 +146,7 @@ def tokenize(
         keep=special_tokens == "keep",
         too_long=too_long,
         date=template_date,
+        prompt=prompt,
     )
     rows = iter(conversations)
     while chunk := list(islice(rows, _AT_ONCE)):
@@ -158,6 +164,7 @@ class _Maker:
     keep: bool
     too_long: TooLong
     date: str
+    prompt: Asked
     used: list[Tokens] = field(default_factory=list)
     _bad: list[tuple[int, str]] = field(default_factory=list)
     _dropped: list[int] = field(default_factory=list)
@@ -188,6 +195,8 @@ class _Maker:
                 self._bad.append((c.line, str(why)))
 
     def _rendered(self, c: Conversation) -> list[Rendered]:
+        if self.prompt != "any" and c.chat != (self.prompt == "chat"):
+            raise BadRow(NOT_ASKED[self.prompt])
         if not c.chat or self._template is None:
             return [self._plain.rendered(c, keep=self.keep)]
         found = self._template.rendered(c)
@@ -259,7 +268,10 @@ class _Maker:
         if self._bad and not self._dropped:
             reasons = "; ".join(f"{reason}: {numbered(lines)}" for reason, lines in _by_reason(self._bad))
             raise DataError(
-                f"none of the {rows:,} rows can be used: {reasons}", hint="rows that the chat template of this base takes"
+                f"none of the {rows:,} rows can be used: {reasons}",
+                hint="a plan with another training.prompt, or rows as it says"
+                if {why for _, why in self._bad} <= {*NOT_ASKED.values()}
+                else "rows that the chat template of this base takes",
             )
         raise DataError(
             f"none of the {rows:,} rows has anything to train on within max_length {self.max_length}",

@@ -17,7 +17,7 @@ from fedlora.core.toml import dump_toml
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.formats.plans import PROOF, load_plan
+from fedlora.formats.plans import PROMPT, PROOF, load_plan
 from fedlora.formats.records import dump_text
 from fedlora.formats.signed_roster import SignedRoster, load_roster
 
@@ -95,6 +95,7 @@ def pin_plan(plan_file: Path, model: Path, out: Path) -> tuple[Plan, Proof]:
         ModelError: nothing usable at ``model``.
         ConfigError: the base does not carry this plan, see :func:`fedlora.learn.proof.check_proven`.
     """
+    from fedlora.data.prompt import prompt_of
     from fedlora.learn.base import load_base, machine_for
     from fedlora.learn.lora import layout_of
     from fedlora.learn.proof import check_proven, prove
@@ -113,5 +114,6 @@ def pin_plan(plan_file: Path, model: Path, out: Path) -> tuple[Plan, Proof]:
     save_adapter(new / "first.safetensors", first, {"round": 0, "plan": pinned.digest()})
     write_atomic(new / "plan.toml", dump_toml(pinned).encode(), mode=0o644)
     write_atomic(new / PROOF, dump_text(proof), mode=0o644)
+    write_atomic(new / PROMPT, dump_text(prompt_of(base.tokenizer, pinned)), mode=0o644)
     os.replace(new, out)
     return pinned, proof

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
@@ -94,6 +94,14 @@ class PublicIdentity:
     def verify_key(self) -> Ed25519PublicKey:
         """The signing key as the library wants it."""
         return Ed25519PublicKey.from_public_bytes(self.signing)
+
+    def has_signed(self, text: bytes, signature: bytes) -> bool:
+        """Whether this is the key's signature over a text."""
+        try:
+            self.verify_key().verify(signature, text)
+        except InvalidSignature:
+            return False
+        return True
 
     @property
     def signing_id(self) -> str:

@@ -11,7 +11,8 @@ from fedlora.core.records import Proof
 from fedlora.core.section import Section
 from fedlora.core.toml import parse_toml
 from fedlora.formats.files import Damaged
-from fedlora.formats.records import parse_text
+from fedlora.formats.published.records import Prompt
+from fedlora.formats.records import R, parse_text
 
 S = TypeVar("S", bound=Section)
 
@@ -43,6 +44,8 @@ def load_toml(path: Path, section: type[S]) -> S:
 
 PROOF = "proof.json"
 """Beside a pinned plan: what its coordinator's machine found out about the base."""
+PROMPT = "prompt.json"
+"""Beside a pinned plan and in a run's directory: how its adapters have to be asked."""
 _MOST = 64 << 10
 
 
@@ -52,13 +55,27 @@ def load_proof(plan_file: Path) -> Proof | None:
     Raises:
         Damaged, WireError: it is no proof.
     """
-    file = plan_file.with_name(PROOF)
+    return _beside(
+        plan_file, PROOF, Proof, hint="ask the coordinator for the plan's directory again; the plan itself is not concerned"
+    )
+
+
+def load_prompt(plan_file: Path) -> Prompt | None:
+    """What stands beside a plan file, or in a run's directory beside ``plan.json``, on how adapters are asked; None if nothing.
+
+    Raises:
+        Damaged, WireError: it is something else.
+    """
+    return _beside(plan_file, PROMPT, Prompt, hint=f"remove {PROMPT}, and give `fedlora export` the base with --base")
+
+
+def _beside(plan_file: Path, name: str, kind: type[R], *, hint: str) -> R | None:
+    file = plan_file.with_name(name)
     try:
         with file.open("rb") as f:
             blob = f.read(_MOST + 1)
     except OSError:
         return None
-    hint = "ask the coordinator for the plan's directory again; the plan itself is not concerned"
     if len(blob) > _MOST:
         raise Damaged(f"{file} is longer than {_MOST} bytes", hint=hint)
-    return parse_text(Proof, blob, where=str(file), hint=hint)
+    return parse_text(kind, blob, where=str(file), hint=hint)

@@ -24,6 +24,7 @@ from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, load_identity, load_public
+from fedlora.formats.published.records import Prompt
 from fedlora.formats.signed_roster import load_roster
 from fedlora.lab.testing import open_policy
 from fedlora.rounds.server import start_run
@@ -49,7 +50,15 @@ def run_directory(plan: Plan, out: Path) -> Path:
 
 
 def over_flower(
-    plan: Plan, simulation: Simulation, first: Adapter, *, data: Path, base: Path, out: Path, report: Report
+    plan: Plan,
+    simulation: Simulation,
+    first: Adapter,
+    *,
+    data: Path,
+    base: Path,
+    out: Path,
+    report: Report,
+    prompt: Prompt | None = None,
 ) -> RunStore:
     """Enrols the plan's sites with a new server in ``out/flower``, starts everything, runs the plan, stops everything.
 
@@ -64,7 +73,7 @@ def over_flower(
     if not RunStore.holds(directory):
         shutil.rmtree(root, ignore_errors=True)  # cut off before the run began
         _enrol(plan, simulation, first, data=data, base=base, root=root)
-        start_run(directory, plan, first, run=simulated_run(plan))
+        start_run(directory, plan, first, run=simulated_run(plan), prompt=prompt)
     port = free_port()
     roster = load_roster(root / "server" / "roster.json").roster.digest()
     for name in simulation.sites:

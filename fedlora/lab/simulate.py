@@ -23,6 +23,7 @@ from fedlora.core.facts import Arm as ArmName
 from fedlora.core.plan import Plan
 from fedlora.core.records import ArmRecord, ArmSeconds, General, Results, RoundRecord, Score, Traffic
 from fedlora.core.toml import dump_toml
+from fedlora.data.prompt import prompt_of
 from fedlora.flower.enrol import make_roster
 from fedlora.formats.files import load_adapter, read_file, save_adapter, write_atomic
 from fedlora.formats.journal import Journal
@@ -251,7 +252,9 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
     if transport == "flower":
         from fedlora.lab.rehearse import over_flower
 
-        store = over_flower(lab.plan, lab.simulation, lab.first, data=lab.data, base=lab.base, out=out, report=report)
+        prompt = prompt_of(lab.lora.tokenizer, lab.plan)
+        places = {"data": lab.data, "base": lab.base, "out": out}
+        store = over_flower(lab.plan, lab.simulation, lab.first, **places, prompt=prompt, report=report)
     else:
         store = _in_process(lab, out, lost, listen)
     records, f, weighed = store.records(), lab.plan.federation, lab.plan.aggregate.weighting
@@ -290,7 +293,8 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
         store = RunStore.open(directory, lab.plan)
     else:
         shutil.rmtree(directory, ignore_errors=True)  # cut off before the run began
-        store = start_run(directory, lab.plan, lab.first, run=simulated_run(lab.plan))
+        prompt = prompt_of(lab.lora.tokenizer, lab.plan)
+        store = start_run(directory, lab.plan, lab.first, run=simulated_run(lab.plan), prompt=prompt)
     if not store.complete:
         transport = Dropouts(LocalTransport({n: s.handle for n, s in sites.items()}), lost)
 

@@ -70,6 +70,18 @@ def machine_for(
     )
 
 
+def tokenizer_of(settings: Model, directory: Path) -> Any:
+    """transformers' tokenizer of a base's directory. No code of the directory runs.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # whatever a library makes of files from elsewhere
+        raise why_not_loaded(directory, settings, e, part="tokenizer") from e
+
+
 def load_base(settings: Model, path: Path, machine: Machine) -> Base:
     """Loads the model, its tokenizer and its digest.
 
@@ -90,13 +102,11 @@ def load_base(settings: Model, path: Path, machine: Machine) -> Base:
     directory = _directory(path)
     digest = base_digest(directory, settings)
     check_known(directory, read_config(directory))
-    part = "tokenizer"
+    tokenizer = tokenizer_of(settings, directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        part = "model"
         model, info = _load_model(directory, settings, machine, device)
     except Exception as e:  # whatever a library makes of files from elsewhere
-        raise why_not_loaded(directory, settings, e, part=part) from e
+        raise why_not_loaded(directory, settings, e, part="model") from e
     missing = sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"])
     if missing:
         raise ModelError(

@@ -12,7 +12,8 @@ from peft import PeftModel
 
 from fedlora.core.errors import ModelError
 from fedlora.core.plan import Plan
-from fedlora.core.records import RunFacts
+from fedlora.data.prompt import unseen
+from fedlora.formats.published.records import RunFacts
 from fedlora.learn.bases.names import stored_names
 from fedlora.learn.bases.shards import chunks, scan, weight_files
 from fedlora.learn.export import export_adapter
@@ -124,5 +125,5 @@ def _nobody(plan: Plan, model: LoraModel, adapter: str) -> RunFacts:
     none = "0" * 64
     return RunFacts(
         of="federation", run=none, plan=none, base=model.base.digest, adapter=adapter, aggregate=plan.aggregate.name,
-        protection=plan.protect.mode, seed=plan.run.seed, rounds=0, complete=False, sites=None, share="AB",
+        protection=plan.protect.mode, seed=plan.run.seed, rounds=0, complete=False, sites=None, share="AB", prompt=unseen(plan),
     )  # fmt: skip

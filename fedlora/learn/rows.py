@@ -135,6 +135,7 @@ def _counted_tokens(
         special_tokens=data.special_tokens,
         too_long=data.too_long,
         template_date=plan.training.template_date,
+        prompt=plan.training.prompt if append_eos else "any",  # a general hold-out is prose, whatever the plan's rows are
     )
     report(Event.DATA, Data(file="tokens", lines=list(count.lines())))
     return found, count

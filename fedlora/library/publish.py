@@ -5,49 +5,85 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.answers import Inspected, RunDone
+from fedlora.core.answers import Exported, Inspected, RunDone
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError, WrongContext
 from fedlora.core.plan import Plan, parse_plan
-from fedlora.core.records import Published, Results, RunFacts
+from fedlora.core.records import Results
+from fedlora.data.prompt import unseen
 from fedlora.formats.files import load_adapter
-from fedlora.formats.plans import load_plan
+from fedlora.formats.keys import Identity
+from fedlora.formats.plans import load_plan, load_prompt
+from fedlora.formats.published.records import Prompt, Published, RunFacts
 from fedlora.formats.records import facts_of, parse_text
 from fedlora.formats.signed_roster import load_roster
+from fedlora.library.signed import seal
+from fedlora.rounds.server import load_server_key
 from fedlora.rounds.store import RunStore
 from fedlora.rules import rule_of
 
 log = logging.getLogger(__name__)
 
 
-def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | None) -> None:
-    """Publishes a run's last adapter.
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    dtype: str,
+    to: Literal["peft", "gguf"] = "peft",
+    merge: bool = False,
+    base: Path | None = None,
+    with_base: bool = False,
+) -> Exported:
+    """Publishes a run's last adapter, signed by the server if the run lies in the server's directory, ``HOME/runs/NAME``.
 
     Args:
         run: a server's run directory, one seed of a simulation, or the file with a site's own adapter.
         out: directory to make; must not exist.
         dtype: bfloat16 or float16.
+        to: ``peft``, or ``gguf``: for llama.cpp, which needs ``base``.
         merge: write the base with the adapter merged in, which needs ``base`` in full precision.
+        with_base: write the base beside the adapter, as GGUF in bfloat16.
+        base: the base's directory; what the run does not know of prompts is then read from it.
+
+    Returns:
+        What was written, by whom it is signed, and what of the prompt is not known.
 
     Raises:
         StoreError: no run there, or ``out`` exists.
-        ConfigError: ``merge`` without ``base``, or the run has no adapter for everybody.
-        ModelError: the base is quantized.
+        KeyFileError: the server's key is damaged.
+        ConfigError: ``merge`` or ``gguf`` without ``base``, options that do not go together, or the run has no adapter for
+            everybody.
+        ModelError: the base is quantized, or not one that is written as GGUF.
         WrongContext (wrong-base): it is another one than the plan pins.
     """
+    _check_options(to, merge=merge, with_base=with_base)
+    signer = _signer(run)
+    sealed = partial(seal, signer=signer) if signer else None
     plan, adapter, facts = _finished(run)
     from fedlora.learn import export
 
-    if merge:
-        if base is None:
-            raise ConfigError(
-                "--merge needs --base", hint="give --base the full-precision directory of " + plan.model.model_name_or_path
-            )
+    if base is None and (merge or to == "gguf"):
+        raise ConfigError(
+            f"{'--merge' if merge else '--to gguf'} needs --base",
+            hint="give --base the full-precision directory of " + plan.model.model_name_or_path,
+        )
+    if base is not None:
         _check_base(plan, base)
+        facts = facts.model_copy(update={"prompt": _prompt(base, plan)})
+    done = Exported(out=str(out), signed_by=signer.public.fingerprint() if signer else None, unknown=_unknown(facts.prompt))
+    if merge and base is not None:
         export.merge(adapter, base, out, scale=plan.lora.scale, dtype=dtype)
-        return
+        return Exported(out=str(out), signed_by=None, unknown=[])
+    if to == "gguf" and base is not None:
+        from fedlora.learn.export import llama_cpp
+
+        llama_cpp.export_gguf(adapter, out, plan=plan, base=base, with_base=with_base, run=facts, dtype=dtype, seal=sealed)
+        return done
     export.export_adapter(
         adapter,
         out,
@@ -57,7 +93,63 @@ def export_run(run: Path, out: Path, *, dtype: str, merge: bool, base: Path | No
         dtype=dtype,
         quantization=plan.model.quantization,
         run=facts,
+        seal=sealed,
     )
+    return done
+
+
+def _check_options(to: str, *, merge: bool, with_base: bool) -> None:
+    if merge and to != "peft":
+        raise ConfigError(
+            "--merge writes a Hugging Face directory, not GGUF",
+            hint="leave --merge out: llama.cpp adds the adapter itself",
+        )
+    if with_base and to != "gguf":
+        raise ConfigError("--with-base belongs to --to gguf", hint="PEFT loads the base's own directory")
+
+
+def exported_text(done: Exported, *, to: str, merge: bool, with_base: bool) -> str:
+    """What came of :func:`export_run`, and what is missing, for people."""
+    out, lines = done["out"], [done["out"]]
+    if merge:
+        return out
+    if done["signed_by"]:
+        lines.append(f"signed by this server, fingerprint {done['signed_by']}")
+    else:
+        lines.append(
+            "NOT SIGNED: the run does not lie in the directory of a server (HOME/runs/NAME), so no server's key is at hand"
+        )
+    if "prompt" in done["unknown"]:
+        lines.append(
+            "fedlora_run.json does not say whether to ask in chats or in plain text: the plan's training.prompt is 'any'"
+        )
+    if "stop" in done["unknown"]:
+        lines.append("fedlora_run.json has no chat template, stop tokens or example: give the base with --base")
+    if to == "gguf":
+        base = f"{out}/base.gguf" if with_base else "BASE.gguf"
+        lines += ["", f"  llama-server -m {base} --lora {out}/adapter.gguf"]
+    else:
+        lines += ["", "  from peft import PeftModel", f'  model = PeftModel.from_pretrained(base, "{out}")']
+    return "\n".join(lines)
+
+
+def _signer(run: Path) -> Identity | None:
+    """The keys of the server in whose directory a run lies."""
+    home = run.resolve().parent.parent
+    return load_server_key(home) if home / "runs" == run.resolve().parent and (home / "server.key").exists() else None
+
+
+def _prompt(base: Path, plan: Plan) -> Prompt:
+    from fedlora.data.prompt import prompt_of
+    from fedlora.learn.base import tokenizer_of
+
+    return prompt_of(tokenizer_of(plan.model, base), plan)
+
+
+def _unknown(prompt: Prompt) -> list[str]:
+    """What a program that serves the adapter will not learn from it."""
+    kind = ["prompt"] if prompt.kind == "any" else []
+    return kind + (["template", "stop", "example"] if prompt.stop is None else [])
 
 
 def _check_base(plan: Plan, base: Path) -> None:
@@ -83,7 +175,7 @@ def _finished(run: Path) -> tuple[Plan, Adapter, RunFacts]:
             "aggregate.fedavg.share = 'A': every site has its own B, so there is no global adapter",
             hint="run `fedlora export STATE/journal/RUN.safetensors OUT` at a site: it writes that site's PEFT adapter",
         )
-    at = store.load()
+    at, prompt = store.load(), load_prompt(store.directory / "plan.json")
     facts = RunFacts(
         of="federation",
         run=store.run,
@@ -97,6 +189,7 @@ def _finished(run: Path) -> tuple[Plan, Adapter, RunFacts]:
         complete=at.round == store.plan.federation.num_rounds,
         sites=_sites(store, at.round),
         share=rule_of(store.plan).down(),
+        prompt=prompt or unseen(store.plan),
     )
     return store.plan, at.adapter, facts
 
@@ -134,6 +227,7 @@ def _own(file: Path) -> tuple[Plan, Adapter, RunFacts]:
         complete=None,
         sites=None,
         share=rule_of(plan).down(),
+        prompt=unseen(plan),
     )
     return plan, adapter, facts
 

@@ -18,6 +18,7 @@ from fedlora.core.messages import SERVER
 from fedlora.core.plan import Plan
 from fedlora.formats.files import copy_of, set_aside, unfinished, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
+from fedlora.formats.published.records import Prompt
 from fedlora.formats.trust import rosters_in
 from fedlora.protect.link import ServerLink, pinned
 from fedlora.protect.mode import ServerParts
@@ -87,11 +88,12 @@ class ServerRun:
         return last
 
 
-def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> RunStore:
+def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "", prompt: Prompt | None = None) -> RunStore:
     """A new run in ``directory``.
 
     Args:
         run: 64 hex digits; empty: random.
+        prompt: how its adapters are asked; what is not of this plan is left out.
 
     Raises:
         ConfigError: the plan is not pinned, or ``first`` is not the adapter that it pins.
@@ -106,7 +108,9 @@ def start_run(directory: Path, plan: Plan, first: Adapter, *, run: str = "") -> 
         raise ConfigError(
             "this is not the first adapter that the plan pins", hint="use the one that `fedlora pin` wrote together with the plan"
         )
-    return RunStore.create(directory, plan, first, run=run or secrets.token_hex(32))
+    if prompt is not None and (prompt.kind, prompt.max_length) != (plan.training.prompt, plan.training.max_length):
+        prompt = None  # the plan was changed after `fedlora pin`
+    return RunStore.create(directory, plan, first, run=run or secrets.token_hex(32), prompt=prompt)
 
 
 def load_server_key(home: Path) -> Identity:

@@ -31,7 +31,9 @@ from fedlora.formats.files import (
     write_atomic,
 )
 from fedlora.formats.memory import FileMemory
-from fedlora.formats.records import dump_round, facts_of, parse_facts_as, parse_round, scan_rounds
+from fedlora.formats.plans import PROMPT
+from fedlora.formats.published.records import Prompt
+from fedlora.formats.records import dump_round, dump_text, facts_of, parse_facts_as, parse_round, scan_rounds
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.hints import LAST_RESORT, LOG_HINT, checkpoint_hint, memory_hint, plan_hint, repair_command
 
@@ -61,6 +63,7 @@ class RunStore:
 
         plan.json          canonical plan
         run.json           the run's id
+        prompt.json        how its adapters are asked, if that is known
         round-000007.safetensors   checkpoint: adapter and record; under secure aggregation with a copy
         rounds.jsonl       one record a round, rebuilt from the checkpoints as far as they are kept
         final.json         the last evaluation, when the run is complete
@@ -84,7 +87,9 @@ class RunStore:
         return os.path.lexists(directory / "run.json") or any(_numbers(directory))
 
     @classmethod
-    def create(cls, directory: Path, plan: Plan, first: Adapter, *, run: str, keep: int = 3) -> RunStore:
+    def create(
+        cls, directory: Path, plan: Plan, first: Adapter, *, run: str, keep: int = 3, prompt: Prompt | None = None
+    ) -> RunStore:
         """A new run. ``run`` is 64 random hex digits.
 
         Raises:
@@ -93,6 +98,8 @@ class RunStore:
         if cls.holds(directory):
             raise StoreError(f"{directory} holds a run already", hint="resume it, or choose another run.name or directory")
         write_atomic(directory / "plan.json", plan.canonical())
+        if prompt is not None:
+            write_atomic(directory / PROMPT, dump_text(prompt))
         store = cls(directory, plan, run, keep=keep)
         store.save(Checkpoint(0, first))
         write_atomic(directory / "run.json", _run_facts(run, plan))

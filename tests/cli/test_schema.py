@@ -67,7 +67,7 @@ def commands(group=None, before=()):
 
 COMMANDS = dict(commands())
 NEW = ["new.json", "keys/a.pub", "keys/b.pub", "keys/c.pub", "--server", "server/server.pub", "--coordinator", "keys/carol.pub"]
-FILES = ("rounds.jsonl", "results.json", "fedlora_run.json", "proof.json")
+FILES = ("rounds.jsonl", "results.json", "fedlora_run.json", "proof.json", "prompt.json")
 CASES = {
     "version": [[]],
     "schema": [[], *([name.replace(" ", "-")] for name in ANSWERS), *([f] for f in FILES), ["events"]],
@@ -93,7 +93,7 @@ CASES = {
 """Commands that need neither a model nor a network, and the ways in which each is run here."""
 ONLY_READ = {"version", "schema", "new plan", "new site", "new simulation", "check", "inspect", "roster show"}
 WITH_A_MODEL = {"pin", "check", "simulate", "report", "export", "inspect"}
-DEPLOYED = {"keygen server", "keygen site", "pin", "site approve", "server up", "site up", "server start", "export",
+DEPLOYED = {"keygen server", "keygen site", "pin", "site approve", "server up", "site up", "server start", "export", "verify",
             "site repair", "server repair"}  # fmt: skip
 
 
@@ -333,8 +333,12 @@ def test_with_a_model_too(tmp_path, capsys):
     for line in (tmp_path / "runs" / "seed-0" / "federated" / "rounds.jsonl").read_text().splitlines():
         validator("rounds.jsonl").validate(json.loads(line))
     run("report", tmp_path / "runs", "--figures", tmp_path / "figures")
-    run("export", tmp_path / "runs" / "seed-0", tmp_path / "adapter")
+    done = run("export", tmp_path / "runs" / "seed-0", tmp_path / "adapter")
+    assert (done["signed_by"], done["unknown"]) == (None, ["prompt"])
+    run("export", tmp_path / "runs" / "seed-0", tmp_path / "gguf", "--to", "gguf", "--base", base)
+    assert {p.name for p in (tmp_path / "gguf").iterdir()} == {"adapter.gguf", "fedlora_run.json", "SHA256SUMS"}
     validator("fedlora_run.json").validate(json.loads((tmp_path / "adapter" / "fedlora_run.json").read_text()))
+    validator("prompt.json").validate(json.loads((tmp_path / "pinned" / "prompt.json").read_text()))
     assert run("inspect", tmp_path / "adapter" / "fedlora_run.json")["kind"] == "published run"
     assert run("inspect", tmp_path / "runs" / "seed-0" / "adapter.safetensors")["kind"] == "adapter"
     assert run.commands == WITH_A_MODEL
@@ -428,7 +432,10 @@ def test_a_whole_deployment_too(tmp_path, capsys):
             one.process.kill()
             one.process.wait()
     run.commands |= {"server up", "site up"}
-    run("export", done["run"], tmp_path / "adapter")
+    published = run("export", done["run"], tmp_path / "adapter")
+    checked = run("verify", tmp_path / "adapter", "--server", home / "server.pub")
+    assert (published["signed_by"], published["unknown"]) == (checked["fingerprint"], ["prompt"])
+    assert checked["trained"]["prompt"] == json.loads((plan.parent / "prompt.json").read_text())
     run("site repair", tmp_path / "a" / "site.toml")
     run("server repair", home, "my-run" if (home / "runs" / "my-run").exists() else "toy")
     assert run.commands == DEPLOYED

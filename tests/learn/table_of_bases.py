@@ -21,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.plan import Plan
-from fedlora.core.records import RunFacts
 from fedlora.data import IGNORE, Tokens
+from fedlora.data.prompt import unseen
+from fedlora.formats.published.records import RunFacts
 from fedlora.learn.base import load_base
 from fedlora.learn.bases._internals import keep_as_packed
 from fedlora.learn.evaluate import evaluate
@@ -100,7 +101,7 @@ def _reason(error: FedLoRAError) -> str:
 def _export(lora: LoraModel, adapter: Adapter, out: Path) -> Path:
     none = "0" * 64
     facts = RunFacts(of="federation", run=none, plan=none, base=none, adapter=none, aggregate="fedavg", protection="sealed",
-                     seed=0, rounds=1, complete=True, sites=1, share="AB")  # fmt: skip
+                     seed=0, rounds=1, complete=True, sites=1, share="AB", prompt=unseen(Plan()))  # fmt: skip
     return export_adapter(adapter, out, lora=lora.settings, base_model="org/tiny", revision="main", run=facts)
 
 

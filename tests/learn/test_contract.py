@@ -107,7 +107,7 @@ def test_a_model_says_which_attention_it_looks_for(load: Callable[..., Any], ker
 
 
 def test_transformers_knows_how_gguf_text_is_split_and_what_llama_cpp_changed():
-    assert {"llama-bpe", "qwen2"} <= _internals.gguf_text_splits()
+    assert {"llama-bpe", "qwen2"} <= _internals.gguf_text_splits().keys()
     weights = np.arange(64, dtype=np.float32).reshape(8, 8)
     config = {"num_attention_heads": 2, "num_key_value_heads": 2}
     for architecture, changed in (("llama", True), ("qwen2", False), ("qwen3", False)):

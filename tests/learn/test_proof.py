@@ -283,7 +283,12 @@ def test_pin_keeps_the_proof_beside_the_plan(pin: Callable[..., int], llama: Pat
     found = load_proof(tmp_path / "pinned" / "plan.toml")
     assert found is not None
     assert all(c.name in told for c in found.checks)
-    assert sorted(p.name for p in (tmp_path / "pinned").iterdir()) == ["first.safetensors", "plan.toml", "proof.json"]
+    assert sorted(p.name for p in (tmp_path / "pinned").iterdir()) == [
+        "first.safetensors",
+        "plan.toml",
+        "prompt.json",
+        "proof.json",
+    ]
 
 
 def test_pin_writes_nothing_for_a_base_that_is_wrong(pin: Callable[..., int], llama: Path, tmp_path: Path, capsys: Any):

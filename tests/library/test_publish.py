@@ -12,6 +12,11 @@ from fedlora.cli import main
 from fedlora.core.errors import RunFailed
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Model
+from fedlora.data.prompt import unseen
+from fedlora.formats.published.records import Prompt
+from fedlora.formats.records import dump_text, facts_of
+from fedlora.lab.testing import toy_adapter
+from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
 
 pytestmark = pytest.mark.torch
@@ -71,3 +76,33 @@ def test_the_number_of_sites_is_not_said_where_a_record_is_gone(tmp_path):
         assert facts(tmp_path / "run", tmp_path / f"out-{number}")["sites"] is None
     file.write_bytes(b"".join(lines))
     assert facts(tmp_path / "run", tmp_path / "whole")["sites"] == len(TARGETS)
+
+
+KNOWN = {"template": "4d" * 32, "stop": ("</s>",)}
+
+
+@pytest.mark.parametrize(("prompt", "length"), [("any", 1024), ("chat", 512), ("plain", 64)])
+def test_how_an_adapter_is_asked_goes_from_the_start_of_a_run_to_what_is_published(tmp_path, prompt, length):
+    asked = plan(rounds=1, training={"prompt": prompt, "max_length": length})
+    given = Prompt(kind=prompt, max_length=length, example=None, **KNOWN)
+    start_run(tmp_path / "run", asked, toy_adapter(), prompt=given)
+    assert facts(tmp_path / "run", tmp_path / "out")["prompt"] == facts_of(given)
+
+
+@pytest.mark.parametrize("other", [{"prompt": "plain"}, {"max_length": 64}])
+def test_what_was_found_out_for_another_plan_is_not_published(tmp_path, other):
+    given = Prompt(kind="chat", max_length=512, example=None, **KNOWN)
+    asked = plan(rounds=1, training={"prompt": "chat", "max_length": 512} | other)
+    start_run(tmp_path / "run", asked, toy_adapter(), prompt=given)
+    assert facts(tmp_path / "run", tmp_path / "out")["prompt"] == facts_of(unseen(asked))
+
+
+def test_a_damaged_file_on_prompts_is_named_with_the_way_on(tmp_path, capsys):
+    start_run(tmp_path / "run", plan(rounds=1), toy_adapter(), prompt=unseen(plan(rounds=1)))
+    (tmp_path / "run" / "prompt.json").write_bytes(dump_text(unseen(plan(rounds=1)))[:-9])
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 3
+    said = capsys.readouterr().err
+    assert "prompt.json is damaged" in said
+    assert "--base" in said
+    (tmp_path / "run" / "prompt.json").unlink()
+    assert facts(tmp_path / "run", tmp_path / "out")["prompt"]["stop"] is None

@@ -68,6 +68,7 @@ def vectors() -> Iterator[tuple[str, bytes]]:
         ("results.json", "results", results_of_a_simulation()),
         ("fedlora_run.json", "published", PUBLISHED),
         ("fedlora_run.json", "published_own", own),
+        ("prompt.json", "prompt", PUBLISHED.prompt),
     ):
         text, values = dump_text(record), facts_of(record)
         yield f"{stem}_valid", _vector(file, "success", "-", f"a {file} of format {record.FORMAT}", text)
@@ -77,8 +78,15 @@ def vectors() -> Iterator[tuple[str, bytes]]:
         yield f"{stem}_format", _vector(file, "version-unsupported", "record-format", "of a later format", other)
         yield f"{stem}_more", _vector(file, "store", "record-unknown", "a field more", json.dumps({**values, "more": 1}).encode())
         yield f"{stem}_cut", _vector(file, "store", "record-json", "the second half is missing", text[: len(text) // 2])
-        wrong = json.dumps({**values, "seed": -1}).encode()
-        yield f"{stem}_range", _vector(file, "store", "record-field", "a seed below zero", wrong)
+        field = "max_length" if stem == "prompt" else "seed"
+        wrong = json.dumps({**values, field: -1}).encode()
+        yield f"{stem}_range", _vector(file, "store", "record-field", f"a {field} below zero", wrong)
+    before = {k: v for k, v in facts_of(PUBLISHED).items() if k != "prompt"} | {"format": 1, "scale": 2.0}
+    why = "of the format before: B @ A was still to be multiplied by its scale"
+    yield (
+        "published_format_1",
+        _vector("fedlora_run.json", "version-unsupported", "record-format", why, json.dumps(before).encode()),
+    )
     endless = dump_text(results_of_a_simulation()).replace(b'"cores": 2', b'"cores": 1e999')
     yield "results_endless", _vector("results.json", "store", "record-field", "a number beyond all binary64", endless)
     yield from _lines(facts)

@@ -81,15 +81,15 @@ def loaded_name(model: Any, stored: str) -> str:
 _CONVERSIONS: WeakKeyDictionary[Any, tuple[list[Any], list[Any], Mapping[str, Any]]] = WeakKeyDictionary()
 
 
-def gguf_text_splits() -> frozenset[str]:
-    """GGUF's names of the rules by which text is cut before it becomes tokens, as far as transformers knows them.
+def gguf_text_splits() -> Mapping[str, str]:
+    """The patterns by which text is cut before it becomes tokens, as far as transformers knows them, by GGUF's names.
 
     Raises:
         ImportError: another transformers.
     """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    return frozenset(GGUF_PRE_TOKENIZER_SPLITS)
+    return dict(GGUF_PRE_TOKENIZER_SPLITS)
 
 
 def gguf_processor(architecture: str, config: Mapping[str, Any]) -> Any:
