@@ -5,12 +5,14 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from raising import raising
 
 from fedlora import assemble
+from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, FedLoRAError, PlanRefused, StoreError
 from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Evaluation, Plan, Protect
@@ -72,9 +74,9 @@ class One:
         self.loaded.append(plan.digest())
         return self.learner
 
-    def task(self, plan, *, run=RUN, round=1, attempt=0, kind="train"):
+    def task(self, plan, *, run=RUN, round=1, attempt=0, kind="train", adapter=None):
         first = START if plan.lora.init_digest == START.digest() else toy_adapter()
-        return Task(run, plan.canonical(), TOY_BASE, kind, round, attempt, first)
+        return Task(run, plan.canonical(), TOY_BASE, kind, round, attempt, adapter or first)
 
     def sealed(self, plan, **options):
         """What it answers to a sealed task: a code, or nothing."""
@@ -110,18 +112,41 @@ def pinning(*plans, roster=True, **more):
     "the server fills a site's disk with messages of ever other runs that nobody there has approved",
     stops="nothing is written for a run before it is known that a person agreed to it",
 )
+@pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("phase", ["train", "advertise", "mask"])
-def test_nothing_is_written_for_a_run_that_nobody_approved(tmp_path, phase):
+def test_nothing_is_written_for_a_run_that_nobody_approved(tmp_path, phase, begun):
+    """Nor for one that has not begun here, while an approval waits for its run."""
     one = One(tmp_path, **pinning(SECAGG))
-    assert one.secagg(SECAGG) == ""
+    if begun:
+        assert one.secagg(SECAGG) == ""
     kept = sorted(p.name for p in (one.path / "state").rglob("*"))
     for number in range(3):
-        for plan, code in ((SEALED, "plan-not-approved"), (SECAGG, "run-not-approved")):
+        for plan, code in ((SEALED, "plan-not-approved"), (SECAGG, "run-not-approved" if begun else None)):
             task = one.task(plan, run=f"{number:064x}")
             link = replace(one.link, roster=ROSTER.roster.digest() if phase != "train" else pinned(KEYS["server"].public))
             word = "task/1" if phase == "train" else codec(phase)
-            assert one.say(link, task, phase, word, b"anything") == code
-    assert sorted(p.name for p in (one.path / "state").rglob("*")) == kept
+            said = one.say(link, task, phase, word, b"anything")
+            assert said == code if begun else said
+            assert one.secagg(SECAGG, run=f"{number:064x}", round=99) in ("wrong-round", "run-not-approved")
+    assert not one.learner.trained[begun:]
+    now = sorted(p.name for p in (one.path / "state").rglob("*"))
+    assert [n for n in now if n not in kept] == [] or (not begun and len(now) - len(kept) <= 4)  # the roster, once
+
+
+@pytest.mark.attack(
+    "D18",
+    "the server asks one site again and again for a round, each time from another adapter, and learns of its rows from the codes",
+    stops="under secure aggregation a site computes from two adapters of a round at most, over restarts",
+)
+def test_a_round_has_two_adapters_at_most(tmp_path):
+    one = One(tmp_path, **pinning(SECAGG), policy=Policy(max_first_range=64.0))
+    assert one.secagg(SECAGG) == ""
+    said = []
+    for value in (0.0, 1e-9, 1e-9, 2e-9, 0.0, 3e-9):
+        adapter = Adapter(START.vector + np.float32(value), START.layout)
+        said.append(one.secagg(SECAGG, round=2, adapter=adapter))
+        one.restart()
+    assert said == ["", "", "", "wrong-global", "", "wrong-global"]
 
 
 def test_nothing_is_trained_and_no_base_loaded_for_a_plan_that_nobody_approved(tmp_path):

@@ -1,5 +1,6 @@
 """Files of state that are damaged: every one that a run leaves, in every way; what is said leads where it says."""
 
+import copy
 import json
 import os
 import re
@@ -7,11 +8,11 @@ import shlex
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from protect.secagg.world import identity, secagg_plan
+from protect.secagg.world import World, identity, secagg_plan
 from raising import raising
 
 from fedlora import assemble
@@ -444,6 +445,33 @@ def test_a_site_that_went_back_to_a_backup_is_not_counted_unnoticed(tmp_path):
     shutil.copytree(state_of(backup), state_of(place))
     place.go()
     assert [r.get("a") for r in rejected(place)][2:] == ["replayed", "equivocation", "state-lost", "state-lost"]
+
+
+def test_a_site_from_a_backup_is_refused_also_where_an_answer_of_its_is_lost():
+    """Its number is then above the last one that was heard, and does not follow it."""
+    heard = []
+
+    def story(lost):
+        world = World(5)
+        for round in (1, 2):
+            if round == 2:
+                backup = copy.deepcopy(world.memory["site-1"])
+            found = world.collect(world.task(round=round))
+            world.next_round(found.sums[0][1].delta, round=round)
+        world.memory["site-1"] = backup
+        world.restart("site-1")
+        real = world.answer
+        for attempt in range(12):
+            world.answer = lambda request, attempt=attempt: replace(
+                reply := real(request), site="nobody" if attempt in lost and request.site == "site-1" else reply.site
+            )
+            found = world.collect(world.task(round=3, attempt=attempt))
+            heard.append(found.codes().get("site-1"))
+            assert not any("site-1" in sites for sites, *_ in found.sums)
+
+    for lost in ((), (5,), (4,), (0, 5), (2, 3, 5)):
+        story(lost)
+    assert "state-lost" in heard
 
 
 @pytest.mark.fault(

@@ -1,6 +1,7 @@
 """What one site may weigh in a round: the plan's bound, kept at both ends, and what is said of a site that decides alone."""
 
 import html
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fedlora.core.words import majority_line
 from fedlora.data.batches import Cursor, Stream
 from fedlora.data.examples import IGNORE, Tokens
 from fedlora.lab.testing import ToyLearner, toy_adapter
+from fedlora.protect.secagg import site as secagg_site
 from fedlora.rules import Each, Sums, max_site_weight, rule_of
 from fedlora.site import work as site_module
 from fedlora.site.work import safely
@@ -165,6 +167,31 @@ def test_under_secure_aggregation_the_sum_of_all_claims_is_bounded(tmp_path, mon
     fed = secagg.Federation(tmp_path / "within", asked)
     fed.learners["b"].tokens = 4 * BOUND - 3 * 10
     assert fed.run()[1].records()[0].void is None
+
+
+@pytest.mark.attack(
+    "D2",
+    "the same with a weight that belongs to no count: 46 where it counts 10 tokens of at most 10",
+    stops="the sum of weights is at most so many times the one of a site that counts as much as it may, or the round is void",
+)
+@pytest.mark.slow
+def test_no_weight_in_a_sum_is_above_the_plans(tmp_path, monkeypatch):
+    real = secagg_site.encode_update
+
+    def lying(task, terms, scales, update, *, identity):
+        made = real(task, terms, scales, update, identity=identity)
+        if identity.name != "b" or task.kind != "train":
+            return made
+        numbers = made.numbers.copy()
+        numbers[0] = 14
+        return replace(made, numbers=numbers)
+
+    monkeypatch.setattr(secagg_site, "encode_update", lying)
+    asked = secagg.secagg_plan(rounds=1, weight_unit=10)
+    asked = asked.model_copy(update={"aggregate": asked.aggregate.model_copy(update={"max_weight": 10})})
+    at, store = secagg.Federation(tmp_path, asked).run()
+    assert store.records()[0].void == "session"
+    assert at.adapter.digest() == secagg.START.digest()
 
 
 # --- who decides alone ----------------------------------------------------------------------------------------------

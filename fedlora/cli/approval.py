@@ -43,7 +43,7 @@ def approve(
     found, named = load_plan(plan), uncovers or []
     asked = library.question(found, site, uncovers=named)
     if not json:
-        print("\n".join([*asked.lines(again=again), *_told(plan)]))
+        emit({}, "\n".join([*asked.lines(again=again), *_told(plan)]), as_json=False)
     if asked.refusals:
         raise PlanRefused(
             "; ".join(asked.refusals), hint="nothing was approved: change [policy] first, or talk to the coordinator"

@@ -257,6 +257,8 @@ def parse_task(blob: bytes | memoryview, *, max_parameters: int) -> tuple[Task, 
     if dtype == "int8" and layout.rows() != rows:
         raise WrongContext(f"the layout has {layout.rows()} rows, the vector {rows}", code="wrong-layout")
     vector = _parse_values(values, layout, dtype, "the adapter")
+    if _smallest(vector, layout) != dtype or not _written_again(values, vector, layout, dtype):
+        raise WireError("a smaller type holds these values, or other scales do: there is one spelling of a task")
     sends = Layout.parse(sends_text) if sends_text else None
     if sends == layout:
         raise WrongContext("the layout of the answer is that of its task and must be left out", code="wrong-layout")
@@ -354,6 +356,15 @@ def _parse_values(raw: Bytes, layout: Layout, dtype: str, what: str) -> F32:
     else:
         parse_float32(raw, vector, what)
     return vector
+
+
+def _written_again(raw: Bytes, vector: F32, layout: Layout, dtype: str) -> bool:
+    """Whether these are the bytes that the vector is written as. Only int8 has others: any number under a scale of zero."""
+    if dtype != "int8":
+        return True
+    again = np.empty(raw.size, np.uint8)
+    _dump_values(vector, layout, again, dtype=dtype)
+    return np.array_equal(again, raw)
 
 
 def _smallest(vector: F32, layout: Layout) -> Dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora.core.errors import EnvelopeError, FedLoRAError, RemoteError, StateLost, StoreError
@@ -82,12 +82,15 @@ class _Counter:
         Raises:
             EnvelopeError (replayed, equivocation): not higher; other content under the same number.
         """
-        last, known = self.last()
-        if seq == last and digest != known:
-            raise EnvelopeError(f"two messages under number {seq}", code="equivocation")
-        if seq < last or (seq == last and not again):
-            raise EnvelopeError(f"number {seq} is not above {last}", code="replayed")
+        _check_number(seq, digest, *self.last(), again=again)
         self.put(seq, digest)
+
+
+def _check_number(seq: int, digest: str, last: int, known: str, *, again: bool) -> None:
+    if seq == last and digest != known:
+        raise EnvelopeError(f"two messages under number {seq}", code="equivocation")
+    if seq < last or (seq == last and not again):
+        raise EnvelopeError(f"number {seq} is not above {last}", code="replayed")
 
 
 def raise_number(memory: Memory, path: str, *, now: int) -> int:
@@ -216,9 +219,10 @@ class ServerLink:
         last, last_digest = _Counter(self.memory, f"{header.run}/up/{site}").last()
         if not last or (header.seq, digest) == (last, last_digest):
             return  # the first message, or the last one again, which is refused as a replay
+        # A number that was heard before, in an answer to what was asked just now: no copy of an earlier answer has this context.
         is_next, begins_anew = header.seq == last + 1, header.prev == NONE
         continues = is_next and header.prev == last_digest
-        breaks = (begins_anew and header.seq <= last) or (is_next and not begins_anew and not continues)
+        breaks = header.seq <= last or (is_next and not begins_anew and not continues)
         mark = f"{header.run}/lost/{site}"
         was_broken = bool(self.memory.get(mark))
         if breaks and not was_broken:
@@ -263,8 +267,8 @@ class SiteLink:
         max_request_bytes: limit for a message from the server.
         clock: seconds since 1970, for ``created``.
         entropy: n random bytes.
-        expects: refuses the header of a genuine message of a run that this site does not take part in. Nothing has been written
-            for it by then, and nothing is.
+        expects: whether the run of a genuine message's header has begun here; refuses one in which this site does not take part.
+            Until it has, its number is in memory only: nothing is written for a run that is none.
     """
 
     identity: Identity
@@ -273,7 +277,8 @@ class SiteLink:
     max_request_bytes: int
     clock: Callable[[], int]
     entropy: Callable[[int], bytes]
-    expects: Callable[[Header], None] = lambda header: None
+    expects: Callable[[Header], bool] = lambda header: True
+    _waiting: dict[str, tuple[int, str]] = field(default_factory=dict, init=False, repr=False)  # of the last run not yet begun
 
     def open(self, request: Request, *, codec: str, roster: str | None) -> tuple[Header, bytes]:
         """Header and payload of a genuine request. The last one may come a second time, an older one may not.
@@ -291,9 +296,14 @@ class SiteLink:
         same = {} if roster is None else {"roster": roster}
         sealed_to = _all_of(envelope.stanzas)
         match(header, fed=fed, dir="down", phase=request.phase, to=BROADCAST, to_key=sealed_to, codec=codec, **same)
-        self.expects(header)
-        counter = _Counter(self.memory, f"{header.run}/down")
-        counter.admit(header.seq, envelope.digest, again=True)  # the relay may deliver one message twice
+        counter, begun = _Counter(self.memory, f"{header.run}/down"), self.expects(header)
+        held = self._waiting.get(header.run, (0, NONE))
+        _check_number(header.seq, envelope.digest, *held, again=True)  # the relay may deliver one message twice
+        self._waiting.clear()
+        if begun:
+            counter.admit(header.seq, envelope.digest, again=True)
+        else:
+            self._waiting[header.run] = header.seq, envelope.digest
         return header, open_envelope(envelope, self.identity)
 
     def reply_key(self, kem: bytes) -> PublicIdentity:

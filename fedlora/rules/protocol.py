@@ -116,17 +116,18 @@ class Aggregator(Protocol):
         ...
 
 
-def check_max_change(tensor: str, found: float, most: float) -> None:
+def check_max_change(tensor: str, found: float, most: float, *, slack: float = 1e-6) -> None:
     """Refuses a tensor that has changed more than is possible.
 
     Args:
         found: how far it has moved since the first adapter.
-        most: how far the rounds so far can have moved it; float32 rounding is allowed for.
+        most: how far the rounds so far can have moved it.
+        slack: what float32 may add to that.
 
     Raises:
         PlanRefused (impossible-adapter).
     """
-    if not found <= most * (1 + 1e-3) + 1e-6:
+    if not found <= most * (1 + 1e-3) + slack:
         raise PlanRefused(
             f"{tensor} has moved by {found:.3g} since the first adapter; the rounds so far can have moved it by {most:.3g}",
             hint="treat this as an incident and ask the coordinator: the sums of this plan cannot give the published adapter",
@@ -197,8 +198,9 @@ class Rule:
         for name, at, _ in now.layout.slices():
             farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
             most = moved["A" if name.endswith(".lora_A.weight") else "B"]
-            rounded = rounding * (most + float(np.max(np.abs(first.vector[at]))))  # never further than back to the first one
-            check_max_change(name, farthest, most + min(most, rounded))
+            largest = most + float(np.max(np.abs(first.vector[at])))
+            rounded = min(most, rounding * largest)  # never further than back to the first one
+            check_max_change(name, farthest, most + rounded, slack=rounds * 2.0**-23 * largest if most else 0.0)
 
     def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
         layout = self.reply(adapter.layout, round)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedlora.core.errors import PlanRefused, StoreError, WrongContext
+from fedlora.core.messages import Task
+from fedlora.core.plan import Plan
 from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.site.site_file import SiteFile
 
@@ -113,3 +115,41 @@ class Runs:
     def save(self, begun: Sequence[Begun]) -> None:
         """Stores the runs; they are on the disk when this returns."""
         put_record(self.memory, RUNS, "runs", {"begun": [[b.run, b.plan] for b in begun]})
+
+
+def check_round(plan: Plan, task: Task) -> None:
+    """Refuses a round that the plan has not: with it, an entry of the journal would be replaced.
+
+    Raises:
+        WrongContext (wrong-round).
+    """
+    last = plan.federation.num_rounds
+    if not (1 <= task.round <= last if task.kind == "train" else task.round == last + 1):
+        raise WrongContext(f"a task to {task.kind} in round {task.round} of {last}", code="wrong-round")
+
+
+_MAX_ADAPTERS = 2
+
+
+def note_adapter(memory: Memory, task: Task) -> None:
+    """Notes with which adapter a round has come, before anything is computed from it.
+
+    What a site answers, a code of an error too, may follow from its rows: under secure aggregation a server must not ask it again
+    and again, each time with an adapter made up for the question. An honest one has a second adapter for a round at the most, if
+    it had to do the round before again.
+
+    Raises:
+        WrongContext (wrong-global): the round has come with too many others.
+    """
+    key = f"{task.run}/secagg/adapters"
+    rounds: dict[str, list[str]] = (get_record(memory, key, "adapters") or {"rounds": {}})["rounds"]
+    seen, adapter = rounds.get(str(task.round), []), task.adapter.digest()
+    if adapter in seen:
+        return
+    if len(seen) >= _MAX_ADAPTERS:
+        raise WrongContext(
+            f"the server has sent {len(seen)} other adapters for round {task.round}; this site computes with no more of them",
+            hint="treat this as an incident and ask the coordinator: a round has one adapter",
+            code="wrong-global",
+        )
+    put_record(memory, key, "adapters", {"rounds": rounds | {str(task.round): [*seen, adapter]}})

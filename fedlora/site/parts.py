@@ -42,9 +42,10 @@ def site_of(
     approved = approvals or (lambda: Approvals.of(file))
     memory = FileMemory(state / "memory", REPAIR)
 
-    def expects(header: Header) -> None:
-        if file.agreed.approve != "any-within-policy":
-            admit(Runs(memory).load(), Begun(header.run, header.plan), plans=approved().plans)
+    def expects(header: Header) -> bool:
+        begun, one = Runs(memory).load(), Begun(header.run, header.plan)
+        admit(begun, one, plans=None if file.agreed.approve == "any-within-policy" else approved().plans)
+        return one in begun
 
     link = SiteLink(
         identity=identity,

@@ -25,7 +25,7 @@ from fedlora.protect import SiteProtection
 from fedlora.protect.modes import mode_of
 from fedlora.rules import Aggregator, max_site_weight, rule_of
 from fedlora.rules.first import first_adapter
-from fedlora.site.admission import Approvals, Begun, Runs, admit
+from fedlora.site.admission import Approvals, Begun, Runs, admit, check_round, note_adapter
 from fedlora.site.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -175,11 +175,15 @@ class Site:
     def _admit(self, task: Task) -> None:
         """Checks that this run may continue here. A new run is recorded on the disk before anything is done for it."""
         plans = None if self.policy.approve == "any-within-policy" else self.approvals().plans
-        runs = Runs(self.journal.memory or FileMemory(self.journal.directory / "memory"))
+        memory = self.journal.memory or FileMemory(self.journal.directory / "memory")
+        runs, plan = Runs(memory), parse_plan(task.plan)
         after = admit(begun := runs.load(), Begun(task.run, task.plan_digest), plans=plans)
-        self.policy.check(parse_plan(task.plan), models=self.models)  # a refused plan uses up no approval
+        self.policy.check(plan, models=self.models)  # a refused plan uses up no approval
+        check_round(plan, task)
         if len(after) > len(begun):
             runs.save(after)
+        if mode_of(plan).once:
+            note_adapter(memory, task)
 
     def _before(self, task: Task) -> tuple[int, Entry] | None:
         """The last round before this one that this site has trained."""
@@ -249,9 +253,6 @@ class Site:
             )
         if learner.steps > self.policy.max_local_steps:
             raise PlanRefused(f"a round takes {learner.steps} steps here, more than {self.policy.max_local_steps}")
-        last = plan.federation.num_rounds
-        if not (1 <= task.round <= last if task.kind == "train" else task.round == last + 1):  # else a round's entry is replaced
-            raise WrongContext(f"a task to {task.kind} in round {task.round} of {last}", code="wrong-round")
         adapter = self._whole(task, plan, rule, learner)
         if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
             raise PlanRefused("the first adapter is not the one that the plan pins")

@@ -312,6 +312,10 @@ def tasks() -> Iterator[Vector]:
     negative = rehash(small[:scale] + b"\0\0\x80\xbf" + small[scale + 4 : -16])
     yield bad("scale_negative", "wire", "scale", "a scale of -1", negative)
     yield bad("minus_128", "wire", "minus-128", "the value that symmetric int8 does not have", rehash(small[:-17] + b"\x80"))
+    loose = rehash(small[:scale] + struct.pack("<f", 2.0) + small[scale + 4 : -17] + b"\1")
+    yield bad("scale_of_another_row", "wire", "dtype", "a row with another scale than its own", loose)
+    spelled = rehash(blob[:5] + b"\0" + blob[6 : cuts[4]] + one.adapter.vector.astype("<f4").tobytes())
+    yield bad("float32_for_no_reason", "wire", "dtype", "values that bfloat16 holds exactly, as float32", spelled)
 
     end, more = len(blob) - 16, wire.dump_task(asks, reply_key=b"")
     sends = LAYOUT.only("B").dump()

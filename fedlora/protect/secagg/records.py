@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.canonical import is_digest
-from fedlora.core.errors import StoreError, WrongContext
+from fedlora.core.errors import StoreError
 from fedlora.core.messages import Task
 from fedlora.formats.derive import derive
 from fedlora.formats.files import Damaged, frame, unframe
 from fedlora.formats.keys import Identity
-from fedlora.formats.memory import Memory, get_record, put_record
+from fedlora.formats.memory import Memory
 from fedlora.protect.encrypted import EncryptedMemory
 from fedlora.protect.ledger import Base, Contribution
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
@@ -25,7 +25,6 @@ from fedlora.protect.secagg.terms import Terms
 
 _ENCODED = b"FLE3"
 _ENCODED_HEAD = struct.Struct("<HHQQQ")  # bytes of the key, bytes of a level, round, counts of levels and numbers
-_MAX_ADAPTERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,29 +172,6 @@ class Records:
     def save_session(self, session: Session) -> None:
         facts = {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(session).items()}
         self._hidden.put(self._name("session"), "session", facts)
-
-    def note_adapter(self, task: Task) -> None:
-        """Notes with which adapter a round has come, before anything is computed from it.
-
-        What a site answers, a code of an error too, may follow from its rows: a server must not ask it again and again, each time
-        with an adapter made up for the question. An honest one has a second adapter for a round at the most, if it had to do the
-        round before again.
-
-        Raises:
-            WrongContext (wrong-global): the round has come with too many others.
-        """
-        known = get_record(self._memory, self._name("adapters"), "adapters") or {"rounds": {}}
-        rounds: dict[str, list[str]] = dict(known["rounds"])
-        seen, adapter = rounds.get(str(task.round), []), task.adapter.digest()
-        if adapter in seen:
-            return
-        if len(seen) >= _MAX_ADAPTERS:
-            raise WrongContext(
-                f"the server has sent {len(seen)} other adapters for round {task.round}; this site computes with no more of them",
-                hint="treat this as an incident and ask the coordinator: a round has one adapter",
-                code="wrong-global",
-            )
-        put_record(self._memory, self._name("adapters"), "adapters", {"rounds": rounds | {str(task.round): [*seen, adapter]}})
 
     def end_other_runs(self) -> None:
         """Deletes the secrets of unfinished sessions of all other runs, so that they cannot be opened later."""

@@ -38,6 +38,7 @@ from fedlora.protect.secagg.protocol.rings import sum_to_mean
 from fedlora.protect.secagg.protocol.votes import ABORT, COMMIT, Delivered, certificate, check_vote, vote_text
 from fedlora.protect.secagg.sessions import Ended, ServerSession, SessionStore
 from fedlora.protect.secagg.terms import Terms
+from fedlora.rules import max_site_weight
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +262,8 @@ class SecAggServer:
         """
         if at.task.kind == "evaluate":
             return 1.0
-        if not sites <= weight <= sites * at.terms.max_weight:
+        most = at.terms.weight(max_site_weight(self.plan))
+        if not sites <= weight <= sites * most:
             raise SessionError("the sum of the weights is none of this many sites", hint="a site has sent numbers out of range")
         return weight / at.terms.max_weight
 

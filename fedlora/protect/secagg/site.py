@@ -145,7 +145,6 @@ class SecAggSite:
         contribution = self._contribution(terms.requirements, plan)
         base = Base.of(plan)
         self._compare(contribution, base, task.plan_digest, records)  # before anything is trained
-        records.note_adapter(task)
         scales = terms.scales(task)
         context = terms.context(task, scales, roster.digest(), key)
         session = records.session()
@@ -153,6 +152,7 @@ class SecAggSite:
             # It will never end: its secrets must not be opened later, and what is encoded now must not be masked in it.
             self._forget(records, session)
         self._encoded = self._encode(task, terms, scales, records, work)
+        self.roster.check_time()  # hours may have passed
         evaluation = terms.numbers(task.reply_layout).evaluation
         measured = bool(self._encoded.numbers[evaluation].any())
         records.end_other_runs()  # not before the run was admitted, with the work

@@ -25,7 +25,7 @@ from fedlora.formats.update import parse_task
 from fedlora.protect.link import Context
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.numbers import Numbers
-from fedlora.protect.secagg.protocol.rings import PROFILES, Profile, scales_for
+from fedlora.protect.secagg.protocol.rings import PROFILES, Profile, most_rounded_up, scales_for
 from fedlora.protect.secagg.settings import first_range, settings_of
 from fedlora.rules import Aggregator, optimizer_of, rule_of
 from fedlora.rules.first import first_of
@@ -66,8 +66,8 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
     Raises:
         PlanRefused (impossible-adapter).
     """
-    weighted = plan.aggregate.weighting != "uniform"
-    more = MAX_UNITS / PROFILES[settings_of(plan).profile].levels if weighted else 0.0  # parts of a level are rounded up
+    levels, weighted = PROFILES[settings_of(plan).profile].levels, plan.aggregate.weighting != "uniform"
+    more = max(-(-levels * w // MAX_UNITS) * MAX_UNITS / (levels * w) - 1 for w in range(1, MAX_UNITS + 1)) if weighted else 0.0
     before, rule = range(1, min(round, plan.federation.num_rounds + 1)), rule_of(plan)
     rounds = {factor: [r for r in before if factor in rule.trains(r)] for factor in "AB"}
     moved = {f: optimizer_of(plan).reach([reach(plan, r) * (1 + more) for r in trained]) for f, trained in rounds.items()}
@@ -153,8 +153,7 @@ class Terms:
 
         Each site keeps within :func:`fedlora.protect.secagg.protocol.rings.most_levels`.
         """
-        whole = self.profile.levels * weight // self.max_weight
-        return whole if self.max_weight == 1 else whole + sites  # a part of a level is rounded up at each site
+        return (self.profile.levels * weight + most_rounded_up(self.profile, weight, sites, self.max_weight)) // self.max_weight
 
     def context(self, task: Task, scales: F32, roster: str, reply_key: bytes) -> bytes:
         """Digest of everything that the sites of a session must agree on, except the list of sites.

@@ -145,31 +145,6 @@ def test_no_secrets_follow_from_a_root_that_is_none(root):
         Secrets(root)
 
 
-def other(task, value):
-    return replace(task, adapter=Adapter(np.full(task.adapter.layout.size, value, np.float32), task.adapter.layout))
-
-
-@pytest.mark.attack(
-    "D18",
-    "the server asks one site again and again for a round, each time from another adapter, and learns of its rows from the codes",
-    stops="a site computes from two adapters of a round at most, over restarts",
-)
-def test_a_round_has_two_adapters_at_most(caplog):
-    a = Adversary(world=World(5))
-    asked = []
-    real = a.world.work
-    a.world.work = lambda site, task: asked.append(task.adapter.digest()) or real(site, task)
-    for attempt, (value, taken) in enumerate([(0.0, True), (0.0, True), (0.01, True), (0.02, False), (0.0, True), (0.03, False)]):
-        if attempt % 2:
-            a.world.restart(SITE)
-        task = replace(other(a.task, value), attempt=attempt)
-        said = a.say(SITE, "advertise", a.offer(task=task), task=task)
-        assert isinstance(said, bytes) if taken else said == "wrong-global"
-    assert len(set(asked)) == 2
-    nxt = replace(other(a.task, 0.04), round=2)
-    assert isinstance(a.say(SITE, "advertise", a.offer(task=nxt), task=nxt), bytes)
-
-
 @pytest.mark.attack(
     "D19",
     "an operator takes the site out of a run in the middle of a session, and the server goes on with the session",
@@ -224,3 +199,16 @@ def test_without_any_note_of_them_the_secrets_of_other_runs_are_deleted():
         assert isinstance(a.say(SITE, "advertise", a.offer()), bytes)
     a.task = first
     assert a.session(SITE).root == b""
+
+
+def test_a_roster_that_ends_while_a_site_trains_ends_its_session(monkeypatch):
+    a = Adversary(world=World(5))
+    real = a.world.work
+
+    def hours(site, task):
+        monkeypatch.setattr(world, "NOW", world.NOW + 90 * 86400)
+        return real(site, task)
+
+    a.world.work = hours
+    assert a.say(SITE, "advertise", a.offer()) == "roster-expired"
+    assert a.records(SITE).session() is None

@@ -292,6 +292,7 @@ OTHERWISE = {
              "init_digest": "cd" * 32},
     "training": {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.5, "per_device_train_batch_size": 3,
                  "gradient_accumulation_steps": 4, "max_length": 77, "template_date": "2020-02-02", "packing": False,
+                 "prompt": "chat",
                  "optim": "paged_adamw_8bit", "weight_decay": 0.1, "max_grad_norm": 0.5, "gradient_checkpointing": True,
                  "optimizer_state": "keep", "proximal_mu": 0.1},
     "federation": {"num_rounds": 7, "local_steps": 3, "local_epochs": 2, "min_sites": 4, "fraction_train": 0.5,

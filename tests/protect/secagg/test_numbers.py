@@ -1,23 +1,27 @@
 """What rides beside the vector says sums, and no site's own number even over many rounds."""
 
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 from math import gcd
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from protect.secagg.world import World, secagg_plan
+from protect.secagg.world import World, secagg_plan, signed_roster
 
 from fedlora.core.errors import LoneChange
 from fedlora.core.metrics import MAX_COUNTER, counters_of, finish
 from fedlora.core.plan import Evaluation
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.numbers import Numbers
+from fedlora.protect.secagg.protocol.rings import PROFILES, most_levels
+from fedlora.protect.secagg.terms import Terms
 
 NAMES = ("eval/exact_match", "eval/examples", "eval/nll", "eval/tokens", "train/loss")
 RIDE = Numbers(1, counters_of(NAMES))
+TERMS = Terms.of(secagg_plan(weight_unit=10), signed_roster(5).roster)
 
 
 def packed(counters):
@@ -168,3 +172,32 @@ def test_without_an_evaluation_nothing_of_it_rides():
     world = World(3, plan=plan)
     ((_, update, *_),) = world.collect(world.task()).sums
     assert set(update.counters) == {"train/nats", "train/tokens", "secagg/cut", "secagg/values"}
+
+
+@pytest.mark.attack(
+    "C7",
+    "a liar moves a value of a weighted mean further than all sites at their limits could",
+    stops="a value of the sum is at most what the sites can give with weights that add up to the one they say",
+)
+@pytest.mark.parametrize("profile", PROFILES)
+@given(st.integers(1, 9), st.integers(1, 16), st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_sum_is_bounded_by_what_its_sites_can_give(profile, sites, units, data):
+    """Against every way to share a weight out, for few sites; for many, never more than each rounding up by less than a level."""
+    found = PROFILES[profile]
+    weights = data.draw(st.lists(st.integers(1, units), min_size=sites, max_size=sites))
+    terms = replace(TERMS, profile=found, weight_unit=10)
+    assert terms.max_weight == 16
+    most = terms.most(weight=sum(weights), sites=sites)
+    own = sum(most_levels(found, weight_fraction=w / 16) for w in weights)
+    assert own <= most < found.levels * sum(weights) / 16 + sites
+    if sites <= 3:
+        ways = [w for w in itertools.product(range(1, 17), repeat=sites) if sum(w) == sum(weights)]
+        assert most == max(sum(most_levels(found, weight_fraction=w / 16) for w in way) for way in ways)
+    assert terms.most(weight=16 * sites, sites=sites) == found.levels * sites  # of the largest weight nothing is rounded up
+
+
+def test_the_largest_cohort_s_bound_leaves_room_in_every_ring():
+    for profile in PROFILES.values():
+        most = replace(TERMS, profile=profile, weight_unit=10).most(weight=16 * 256, sites=256)
+        assert most < 1 << (profile.bits - 1)

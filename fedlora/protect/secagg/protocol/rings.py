@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -68,6 +69,26 @@ def scales_for(layout: Layout, profile: Profile, *, reach: float) -> F32:
 def most_levels(profile: Profile, *, weight_fraction: float) -> int:
     """Largest level of a site with this fraction of the largest weight: the same fraction of the levels, at least one."""
     return math.ceil(profile.levels * weight_fraction)
+
+
+@cache
+def most_rounded_up(profile: Profile, weight: int, sites: int, units: int) -> int:
+    """Most parts of a level, in ``units`` of one, that so many sites can round up in all.
+
+    A site of ``w`` units has ``ceil(levels * w / units)`` levels (:func:`most_levels`).
+
+    Args:
+        weight: of all sites together, in units; each has from 1 to ``units``.
+    """
+    best = np.full(weight + 1, -1, np.int64)  # by the weight of the sites so far; -1: not possible
+    best[0] = 0
+    for _ in range(sites):
+        longer = np.full_like(best, -1)
+        for w in range(1, min(units, weight) + 1):
+            there = best[: weight + 1 - w]
+            np.maximum(longer[w:], np.where(there < 0, -1, there + -profile.levels * w % units), out=longer[w:])
+        best = longer
+    return max(int(best[weight]), 0)
 
 
 def tensor_slices(layout: Layout) -> list[slice]:
