@@ -70,7 +70,7 @@ class Task:
         return EVALUATION if self.kind == "evaluate" else self.sends or self.adapter.layout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """Bytes for one site.
 
@@ -78,12 +78,22 @@ class Request:
         phase: the protection's name of the step.
         max_reply_bytes: a longer reply is refused by its length, before it is stored. This number is not sent. A request for a
             reply with a body must set it.
+        once: the body goes with the first :meth:`take`, so that a site does not hold it for the hours in which it trains. At a
+            server it stays: a transport may send a request again.
     """
 
     site: str
     phase: str
     body: bytes
     max_reply_bytes: int = 0
+    once: bool = False
+
+    def take(self) -> bytes:
+        """The body, for who opens it."""
+        body = self.body
+        if self.once:
+            self.body = b""
+        return body
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def _parse(content: RecordDict, keys: tuple[str, str], max_bytes: int) -> tuple[
 
 
 def parse_request(content: RecordDict, *, max_bytes: int) -> Request:
-    """Inverse of :func:`dump_request`.
+    """Inverse of :func:`dump_request`. The body leaves ``content``, and the request with who opens it.
 
     Raises:
         WireError: not the records of a request.
@@ -84,7 +84,8 @@ def parse_request(content: RecordDict, *, max_bytes: int) -> Request:
     site, phase, body = _parse(content, ("site", "phase"), max_bytes)
     if not _PHASE.fullmatch(phase):
         raise WireError("not a phase")
-    return Request(site, phase, body)
+    content.clear()
+    return Request(site, phase, body, once=True)
 
 
 def parse_reply(content: RecordDict, *, max_bytes: int) -> Reply:

@@ -125,7 +125,7 @@ class Runner:
             reply, interrupted = Reply(self._site, error="bundle-refused"), False
             if ours:
                 try:
-                    reply = self._reply_to(message)
+                    reply = self._reply_to(message)  # which empties the message: nothing holds its bytes during the work
                 except KeyboardInterrupt:
                     reply, interrupted = Reply(self._site, error="site-stopped"), True
             answer = Message(dump_reply(reply), reply_to=message)

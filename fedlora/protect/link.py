@@ -281,7 +281,7 @@ class SiteLink:
         Raises:
             EnvelopeError: each its own, see :mod:`fedlora.formats.envelope`.
         """
-        envelope = parse(request.body, max_bytes=self.max_request_bytes)
+        envelope = parse(request.take(), max_bytes=self.max_request_bytes)
         header = envelope.header
         verify(envelope, self.server)
         fed = federation(self.server)

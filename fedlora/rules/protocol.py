@@ -9,8 +9,8 @@ from typing import ClassVar, Protocol, Self, TypeAlias
 import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Factors, Layout
-from fedlora.core.errors import PlanRefused
-from fedlora.core.grids import BFLOAT16
+from fedlora.core.errors import PlanRefused, WrongContext
+from fedlora.core.grids import BFLOAT16, chunks
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.registry import MODES
@@ -134,6 +134,11 @@ def check_max_change(tensor: str, found: float, most: float) -> None:
         )
 
 
+def _farthest(now: F32, first: F32) -> float:
+    """Largest change of a value; NaN where a value is."""
+    return float(np.max([np.max(np.abs(now[part] - first[part])) for part in chunks(now.size)]))
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What most rules have in common: both factors, deltas in the adapter's own layout.
@@ -190,14 +195,20 @@ class Rule:
         return layout.only(self.trains(round))
 
     def encode(self, before: Adapter, after: Adapter, *, round: int) -> F32:
-        sent = self.reply(before.layout, round)
-        return after.part(sent).vector - before.part(sent).vector
+        sent, old, new = self.reply(before.layout, round), before.tensors(), after.tensors()
+        out = np.empty(sent.size, np.float32)
+        for name, at, shape in sent.slices():
+            if name not in new or new[name].shape != shape:
+                raise WrongContext(f"{name} is not here, or has another shape", code="wrong-layout")
+            np.subtract(new[name], old[name], out=out[at].reshape(shape))
+        return out
 
     def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int) -> None:
         for name, at, _ in now.layout.slices():
-            farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
+            farthest = _farthest(now.vector[at], first.vector[at])
             most = moved["A" if name.endswith(".lora_A.weight") else "B"]
-            rounding = BFLOAT16 * (most + float(np.max(np.abs(first.vector[at])))) if most else 0.0
+            largest = max(float(first.vector[at].max()), -float(first.vector[at].min()))
+            rounding = BFLOAT16 * (most + largest) if most else 0.0
             check_max_change(name, farthest, most + rounding)
 
     def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
