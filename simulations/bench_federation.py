@@ -314,7 +314,7 @@ def print_rows(
     for number, found in enumerate(rounds, 1):
         training = trained[number - 1] if number <= len(trained) else 0.0
         row(round=number, beside_training_s=found["seconds"] - training, training_s=training, relay_disk_adapters=found["disk_mb"] * 1e6 / size,
-            disk_mb=found["disk_mb"], load=found["load"])  # fmt: skip  # noqa: E501
+            disk_mb=found["disk_mb"], load=found["load"])  # fmt: skip
 
 
 if __name__ == "__main__":

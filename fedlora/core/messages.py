@@ -78,8 +78,7 @@ class Request:
         phase: the protection's name of the step.
         max_reply_bytes: a longer reply is refused by its length, before it is stored. This number is not sent. A request for a
             reply with a body must set it.
-        once: the body goes with the first :meth:`take`, so that a site does not hold it for the hours in which it trains. At a
-            server it stays: a transport may send a request again.
+        once: the body goes with who opens it, see :func:`take`.
     """
 
     site: str
@@ -88,18 +87,28 @@ class Request:
     max_reply_bytes: int = 0
     once: bool = False
 
-    def take(self) -> bytes:
-        """The body, for who opens it."""
-        body = self.body
-        if self.once:
-            self.body = b""
-        return body
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
-    """Bytes from one site, or the code of the error that kept it from answering; nothing else leaves a site."""
+    """Bytes from one site, or the code of the error that kept it from answering; nothing else leaves a site.
+
+    Attributes:
+        once: the body goes with who opens it, see :func:`take`.
+    """
 
     site: str
     body: bytes = b""
     error: str = ""
+    once: bool = False
+
+
+def take(message: Request | Reply) -> bytes:
+    """A message's body, for who opens it.
+
+    It leaves a message that came over a connection: a site does not hold its request for the hours in which it trains, nor a
+    server a reply beside what is in it. In a process that has both ends it stays, because it may be sent again.
+    """
+    body = message.body
+    if message.once:
+        message.body = b""
+    return body

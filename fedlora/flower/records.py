@@ -89,7 +89,7 @@ def parse_request(content: RecordDict, *, max_bytes: int) -> Request:
 
 
 def parse_reply(content: RecordDict, *, max_bytes: int) -> Reply:
-    """Inverse of :func:`dump_reply`.
+    """Inverse of :func:`dump_reply`. The body leaves ``content``, and the reply with who opens it.
 
     Raises:
         WireError: not the records of a reply.
@@ -98,4 +98,5 @@ def parse_reply(content: RecordDict, *, max_bytes: int) -> Reply:
     site, error, body = _parse(content, ("site", "error"), max_bytes)
     if error:
         return Reply(site, error=safe_code(error))
-    return Reply(site, body)
+    content.clear()
+    return Reply(site, body, once=True)
