@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -27,17 +28,16 @@ import numpy as np
 
 import fedlora
 from fedlora.core.adapter import Adapter, Factors, Layout
-from fedlora.core.plan import Aggregate, Evaluation, Federation, Plan, Protect, Run, Training, Wire
+from fedlora.core.plan import Aggregate, Evaluation, Federation, Model, Plan, Protect, Run, Training, Wire
 from fedlora.core.toml import dump_toml
 from fedlora.formats.keys import Identity, load_identity, load_public
-from fedlora.lab.testing import TOY_BASE, ToyLearner
+from fedlora.lab.testing import ToyLearner
 from fedlora.rules.first import first_adapter
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteFile, load_site_file
 from fedlora.site.work import Trained
 
 ROOT = Path(fedlora.__file__).parents[1]
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMALL, LARGE = "small", "large"
 _RANK, _WIDTH = 32, 4096
 
@@ -52,12 +52,18 @@ def layout_of(values: int) -> Layout:
     )
 
 
+def base_of(name: str) -> str:
+    """Digest of the base model of this run: no two alike, because a site gives to sums of one plan on one base."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
 def plan_of(name: str, layout: Layout, *, mode: str, sites: int, rounds: int) -> Plan:
     protect = Protect()
     if mode == "secagg":
         protect = Protect(mode="secagg", secagg={"profile": "int8", "first_range": 1e-2, "phase_deadline": 600.0})
     plan = Plan(
         run=Run(name=name),
+        model=Model(model_name_or_path=f"bench/{name}"),
         federation=Federation(num_rounds=rounds, min_sites=sites, round_deadline=1800.0, local_steps=1),
         training=Training(lr_scheduler_type="constant", warmup_ratio=0.0),
         evaluation=Evaluation(share=("train/loss", "eval/nll", "eval/tokens")),
@@ -65,7 +71,7 @@ def plan_of(name: str, layout: Layout, *, mode: str, sites: int, rounds: int) ->
         wire=Wire(dtype="bfloat16"),
         protect=protect,
     )
-    return plan.pinned(base=TOY_BASE, init=first_adapter(layout, seed=plan.run.seed).digest())
+    return plan.pinned(base=base_of(name), init=first_adapter(layout, seed=plan.run.seed).digest())
 
 
 class Quick(ToyLearner):
@@ -101,7 +107,9 @@ def site(path: Path, number: int, values: int) -> None:
         load_identity(root / file.key),
         load_public(root / file.server_key),
         file,
-        make_learner=lambda plan: Quick(float(number), layout=layout_of(values if plan.run.name == LARGE else 0)),
+        make_learner=lambda plan: Quick(
+            float(number), base=base_of(plan.run.name), layout=layout_of(values if plan.run.name == LARGE else 0)
+        ),
         state=root / file.state,
         report=report,
     )
@@ -148,7 +156,7 @@ class Deployment:
             roster=pinned,
             key=f"keys/{name}.key",
             node_key=f"keys/{name}.node.key",
-            models={MODEL: "x"},
+            models={f"bench/{run}": "x" for run in (SMALL, LARGE)},
             local_port=port,
             policy=Policy(**{**Policy().model_dump(), **policy}),
         )
@@ -193,7 +201,7 @@ class Deployment:
 
     def processes(self) -> Iterator[tuple[str, int]]:
         """(what it is, its number) of each process of the deployment."""
-        words = {"superlink": "relay", "gateway": "gateway", "server_app": "server app", "executor": "executor"}
+        words = {".gateway": "gateway", ".server_app": "server app", ".executor": "executor", "flower-superlink": "relay"}
         for name, process in self.running.items():
             yield ("server up" if name == "server" else name), process.pid
             for pid, argv in descendants(process.pid).items():
@@ -270,6 +278,8 @@ def measure(deployment: Deployment, name: str) -> tuple[Watch, list[dict[str, fl
         last = [time.monotonic()]
 
         def report(event: Any, facts: Any) -> None:
+            if event in ("rejected", "void", "round-void", "unheard"):
+                print(event, facts, file=sys.stderr)
             if event == "start":
                 last[0] = time.monotonic()
             if event in ("round", "final"):
