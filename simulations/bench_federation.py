@@ -58,9 +58,8 @@ def base_of(name: str) -> str:
 
 
 def plan_of(name: str, layout: Layout, *, mode: str, sites: int, rounds: int) -> Plan:
-    protect = Protect()
-    if mode == "secagg":
-        protect = Protect(mode="secagg", secagg={"profile": "int8", "first_range": 1e-2, "phase_deadline": 600.0})
+    settings = {"secagg": {"profile": "int8", "first_range": 1e-2, "phase_deadline": 600.0}} if mode == "secagg" else {}
+    protect = Protect.model_validate({"mode": mode, **settings})
     plan = Plan(
         run=Run(name=name),
         model=Model(model_name_or_path=f"bench/{name}"),
@@ -133,7 +132,9 @@ class Deployment:
             layout = layout_of(size)
             plan = plan_of(name, layout, mode=mode, sites=sites, rounds=rounds if size else 1)
             self.plans[name] = root / name / "plan.toml"
-            save_adapter(root / name / "first.safetensors", first_adapter(layout, seed=plan.run.seed), {"round": 0, "plan": plan.digest()})  # fmt: skip  # noqa: E501
+            first = first_adapter(layout, seed=plan.run.seed)
+            save_adapter(root / name / "first.safetensors", first, {"round": 0, "plan": plan.digest()})
+            del first
             self.plans[name].write_text(dump_toml(plan))
         make_server_home(self.home, hosts=["127.0.0.1"])
         publics = []
@@ -212,7 +213,8 @@ class Deployment:
 
     def trained_s(self) -> list[float]:
         """Seconds of each round of training, the longest of all sites."""
-        rows = [[json.loads(x)["trained"] for x in (self.root / f"{n}.log").read_text().splitlines() if "trained" in x] for n in self.names]  # fmt: skip  # noqa: E501
+        logs = [(self.root / f"{name}.log").read_text().splitlines() for name in self.names]
+        rows = [[json.loads(line)["trained"] for line in log if "trained" in line] for log in logs]
         return [max(found) for found in zip(*rows, strict=False)][1:]  # but the small run's
 
     def database(self) -> int:
@@ -293,7 +295,8 @@ def measure(deployment: Deployment, name: str) -> tuple[Watch, list[dict[str, fl
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench.py federation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip  # noqa: E501
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="bench.py federation", description=__doc__, formatter_class=raw)
     parser.add_argument("--values", type=float, default=84e6, help="values of the adapter, about")
     parser.add_argument("--mode", choices=["sealed", "secagg"], default="sealed")
     parser.add_argument("--sites", type=int, default=3)
@@ -314,7 +317,8 @@ def print_rows(
     deployment: Deployment, before: Watch, watch: Watch, rounds: list[dict[str, float]], shape: Mapping[str, Any], size: int
 ) -> None:
     def row(**facts: Any) -> None:
-        print(json.dumps({"bench": "federation", **shape, **{k: round(v, 2) if isinstance(v, float) else v for k, v in facts.items()}}), flush=True)  # fmt: skip  # noqa: E501
+        shown = {k: round(v, 2) if isinstance(v, float) else v for k, v in facts.items()}
+        print(json.dumps({"bench": "federation", **shape, **shown}), flush=True)
 
     for name, most in sorted(watch.most.items()):
         had = before.most.get(name, most)
@@ -323,8 +327,9 @@ def print_rows(
     trained = deployment.trained_s()
     for number, found in enumerate(rounds, 1):
         training = trained[number - 1] if number <= len(trained) else 0.0
-        row(round=number, beside_training_s=found["seconds"] - training, training_s=training, relay_disk_adapters=found["disk_mb"] * 1e6 / size,
-            disk_mb=found["disk_mb"], load=found["load"])  # fmt: skip
+        disk, load = found["disk_mb"], found["load"]
+        spent = {"beside_training_s": found["seconds"] - training, "training_s": training}
+        row(round=number, **spent, relay_disk_adapters=disk * 1e6 / size, disk_mb=disk, load=load)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tracemalloc
 from collections.abc import Mapping
@@ -14,10 +15,13 @@ from protect.secagg import test_federation as federation
 from protect.secagg.world import secagg_plan
 
 from fedlora.core.adapter import Adapter, Layout
+from fedlora.core.errors import StoreError
 from fedlora.core.messages import Reply, Request
 from fedlora.core.plan import Aggregate, Wire
+from fedlora.formats.files import copy_of
 from fedlora.lab.testing import TOY_BASE, ToyLearner, toy_plan
 from fedlora.rounds.transport import LocalTransport
+from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.work import Trained
 
@@ -85,35 +89,77 @@ def plan_of(mode: str, rule: str) -> Any:
     return plan.model_copy(update={"aggregate": Aggregate(name=rule, weighting="uniform")})
 
 
-def measured(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, mode: str, rule: str) -> Meter:
-    first = first_adapter(LAYOUT, seed=0)
-    monkeypatch.setattr(sys.modules[federation.__name__], "START", first)
+@pytest.fixture(scope="module", params=[(mode, rule) for mode in ("sealed", "secagg") for rule in ("fedavg", "fedsvd")])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Meter:
+    """What a run of two rounds and the last evaluation takes, by mode and rule."""
+    first, (mode, rule) = first_adapter(LAYOUT, seed=0), request.param
     plan = plan_of(mode, rule).pinned(base=TOY_BASE, init=first.digest())
     learners = {n: Steps(1.0 + i, layout=LAYOUT) for i, n in enumerate(SITES)}
-    one = federation.Federation(tmp_path, plan, targets=dict.fromkeys(SITES, 0.0), learners=learners)
-    meter = Meter(one.sites)
-    meter.start()
-    try:
-        _, store = one.run(meter)
-        meter.note_server()
-    finally:
-        tracemalloc.stop()
-    assert [sorted(r.sites) for r in store.records()] == [list(SITES)] * 2
-    assert store.final() is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[federation.__name__], "START", first)
+        path = tmp_path_factory.mktemp("size")
+        one = federation.Federation(path, plan, targets=dict.fromkeys(SITES, 0.0), learners=learners)
+        meter = Meter(one.sites)
+        meter.start()
+        try:
+            _, store = one.run(meter)
+            meter.note_server()
+        finally:
+            tracemalloc.stop()
+        assert [sorted(r.sites) for r in store.records()] == [list(SITES)] * 2
+        assert store.final() is not None
+        shutil.rmtree(path)
+    assert meter.steps.keys() >= ({"train", "global"} if mode == "sealed" else {"advertise", "mask"})
     return meter
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "fedsvd"])
-@pytest.mark.parametrize("mode", ["sealed", "secagg"])
-def test_a_site_takes_three_adapters_at_most(tmp_path, monkeypatch, mode, rule):
-    found = measured(tmp_path, monkeypatch, mode, rule)
-    assert found.steps.keys() >= ({"train", "global"} if mode == "sealed" else {"advertise", "mask"})
+def test_a_site_takes_three_adapters_at_most(found):
     assert max(found.steps.values()) <= 3 + SCRATCH
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "fedsvd"])
-@pytest.mark.parametrize("mode", ["sealed", "secagg"])
-def test_the_server_takes_four_adapters_at_most(tmp_path, monkeypatch, mode, rule):
-    found = measured(tmp_path, monkeypatch, mode, rule)
-    print(mode, rule, {k: round(v, 2) for k, v in found.steps.items()}, "server", round(found.server, 2))
+def test_the_server_takes_four_adapters_at_most(found):
     assert found.server <= 4 + SCRATCH
+
+
+def test_a_tensor_is_drawn_and_compared_a_piece_at_a_time():
+    layout = Layout.of({"m.lora_A.weight": (8, LAYOUT.size // 16), "m.lora_B.weight": (LAYOUT.size // 16, 8)})
+    plan = plan_of("secagg", "fedavg")
+    now = first_adapter(layout, seed=0)
+    tracemalloc.start()
+    try:
+        begun = tracemalloc.get_traced_memory()[0]
+        first = first_adapter(layout, seed=0)
+        drawing = tracemalloc.get_traced_memory()[1] - begun
+        begun = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        rule_of(plan).check_published(first, now, moved={"A": 0.0, "B": 0.0}, rounds=1)
+        comparing = tracemalloc.get_traced_memory()[1] - begun
+    finally:
+        tracemalloc.stop()
+    assert drawing <= (1 + 4 * SCRATCH) * ADAPTER  # 64-bit random numbers in pieces of 2 MiB
+    assert comparing <= 2 * SCRATCH * ADAPTER
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_checkpoint_that_is_damaged_during_a_round_ends_the_run_by_name(tmp_path, copies):
+    """Under secure aggregation it is there twice: the copy takes its place."""
+    plan = federation.secagg_plan(rounds=2)
+    one = federation.Federation(tmp_path, plan)
+    first, damaged = tmp_path / "run" / "round-000001.safetensors", []
+
+    def handle(request: Request) -> Reply:
+        if first.exists() and request.phase == "mask" and not damaged:
+            for path in [first, copy_of(first)][:copies]:
+                whole = bytearray(path.read_bytes())
+                whole[-1] ^= 1
+                path.write_bytes(whole)
+                damaged.append(path)
+        return one.handle(request)
+
+    transport = LocalTransport(dict.fromkeys(one.sites, handle))
+    if copies == 2:
+        with pytest.raises(StoreError, match=r"round-000001\.safetensors is damaged"):
+            one.run(transport)
+    else:
+        assert one.run(transport)[0].round == 2
+    assert len(damaged) == copies

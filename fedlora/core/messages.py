@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fedlora.core.adapter import Adapter, Layout
@@ -85,7 +85,7 @@ class Request:
     phase: str
     body: bytes
     max_reply_bytes: int = 0
-    once: bool = False
+    once: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class Reply:
     site: str
     body: bytes = b""
     error: str = ""
-    once: bool = False
+    once: bool = field(default=False, compare=False)
 
 
 def take(message: Request | Reply) -> bytes:

@@ -35,7 +35,7 @@ from fedlora.core.errors import (
 )
 from fedlora.core.events import Event
 from fedlora.core.facts import Arm
-from fedlora.core.messages import Reply, Request
+from fedlora.core.messages import Reply, Request, take
 from fedlora.flower import check_flwr, launch
 from fedlora.flower.bundle import BUNDLE_SHA256, bundle_bytes
 from fedlora.flower.environment import flower_environment
@@ -308,6 +308,16 @@ def test_a_home_without_a_server_says_so(tmp_path):
 def test_a_request_comes_back_as_it_was(body, phase):
     request = Request("st-marys", phase, body)
     assert parse_request(dump_request(request), max_bytes=300) == request
+
+
+def test_the_bytes_of_a_request_leave_its_message_and_then_the_request():
+    content = dump_request(Request("st-marys", "train", b"body"))
+    request = parse_request(content, max_bytes=300)
+    assert not content
+    assert take(request) == b"body"
+    assert not request.body
+    again = Request("st-marys", "train", b"body")  # of a transport in this process, which may send it again
+    assert take(again) == take(again) == b"body"
 
 
 @given(st.binary(max_size=300))
