@@ -16,6 +16,7 @@ from protect.secagg.world import secagg_plan
 
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.errors import StoreError
+from fedlora.core.limits import ROUND_ADAPTERS
 from fedlora.core.messages import Reply, Request
 from fedlora.core.plan import Aggregate, Wire
 from fedlora.formats.files import copy_of
@@ -114,7 +115,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_site_takes_three_adapters_at_most(found):
-    assert max(found.steps.values()) <= 3 + SCRATCH
+    assert max(found.steps.values()) <= ROUND_ADAPTERS + SCRATCH
 
 
 def test_the_server_takes_four_adapters_at_most(found):
