@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Mapping
@@ -19,8 +21,10 @@ from fedlora.core.errors import StoreError
 from fedlora.core.limits import ROUND_ADAPTERS
 from fedlora.core.messages import Reply, Request
 from fedlora.core.plan import Aggregate, Wire
+from fedlora.flower.environment import join_flower
 from fedlora.formats.files import copy_of
 from fedlora.lab.testing import TOY_BASE, ToyLearner, toy_plan
+from fedlora.processes.memory import GIVES_BACK
 from fedlora.rounds.transport import LocalTransport
 from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
@@ -164,3 +168,26 @@ def test_a_checkpoint_that_is_damaged_during_a_round_ends_the_run_by_name(tmp_pa
     else:
         assert one.run(transport)[0].round == 2
     assert len(damaged) == copies
+
+
+def test_what_the_c_library_holds_free_is_given_back():
+    code = """
+import sys
+from pathlib import Path
+from fedlora.processes.memory import give_back
+rss = lambda: int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+del (first := [b"x" * (5 << 20)])[:]  # so that the next ones come from the heap
+parts = [(b"x" * (5 << 20), b"y" * 4096 * i) for i in range(20)]
+small = [y for _, y in parts]  # between them: the heap cannot shrink by itself
+del parts
+held = rss()
+give_back()
+sys.exit(0 if held - rss() > 50_000 else f"{held} kB, then {rss()}")
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_children_that_do_not_train_give_all_memory_back_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert join_flower(tmp_path).items() >= GIVES_BACK.items()
+    assert not os.environ.keys() & GIVES_BACK.keys()

@@ -21,6 +21,7 @@ from fedlora.flower._internals import Claimer, TaskClient, WrongSecret
 from fedlora.flower.bundle import BUNDLE_SHA256
 from fedlora.flower.records import dump_reply, flower_error, parse_request
 from fedlora.gateway.addresses import LOOPBACK
+from fedlora.processes.memory import give_back
 
 log = logging.getLogger("fedlora.runner")
 
@@ -124,6 +125,7 @@ class Runner:
             ours = hashlib.sha256(claim.bundle).hexdigest() == BUNDLE_SHA256
             reply, interrupted = Reply(self._site, error="bundle-refused"), False
             if ours:
+                give_back()  # what the parts of the message have taken
                 try:
                     reply = self._reply_to(message)  # which empties the message: nothing holds its bytes during the work
                 except KeyboardInterrupt:
@@ -133,6 +135,7 @@ class Runner:
             answer.metadata.created_at, answer.metadata.ttl = message.metadata.created_at, message.metadata.ttl
             client.push_messages([answer])
             client.finish("")
+            give_back()
             log.info("answered: %s", reply.error or f"{len(reply.body)} bytes")
             if interrupted:
                 raise KeyboardInterrupt

@@ -47,7 +47,7 @@ _CHUNK_BYTES = 5 << 20  # Flower cuts an array into chunks of this size
 _OTHER_OBJECTS = 8  # message, records, names, array: five, and what Flower may add
 _OVERHEAD_BYTES = 1 << 16  # of all of these
 _STRAGGLING_PART_S = 10.0
-_BATCH = 4  # parts of a message that are pulled or pushed at a time
+_BATCH = 2  # parts of a message that are pulled or pushed at a time
 
 
 class WrongSecret(ConnectionFailed):
