@@ -70,7 +70,7 @@ class Task:
         return EVALUATION if self.kind == "evaluate" else self.sends or self.adapter.layout
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """Bytes for one site.
 
@@ -88,7 +88,7 @@ class Request:
     once: bool = field(default=False, compare=False)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Reply:
     """Bytes from one site, or the code of the error that kept it from answering; nothing else leaves a site.
 
@@ -110,5 +110,5 @@ def take(message: Request | Reply) -> bytes:
     """
     body = message.body
     if message.once:
-        message.body = b""
+        object.__setattr__(message, "body", b"")  # the one change that a message knows
     return body

@@ -15,7 +15,7 @@ from typing import Literal
 
 from flwr.app import Message
 
-from fedlora.core.errors import ConnectionFailed, FedLoRAError
+from fedlora.core.errors import ConnectionFailed, FedLoRAError, Oversized
 from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import Claimer, TaskClient, WrongSecret
 from fedlora.flower.bundle import BUNDLE_SHA256
@@ -155,14 +155,23 @@ class Runner:
 
     def _reply_to(self, message: Message) -> Reply:
         if message.has_error():
-            return Reply(self._site, error=flower_error(message))
+            return self._refused(flower_error(message))
         try:
             request = parse_request(message.content, max_bytes=self._max_bytes)
         except FedLoRAError as e:
-            return Reply(self._site, error=e.code)
+            return self._refused(e.code)
         if request.site != self._site:
             return Reply(self._site, error="wrong-recipient")
         return self._work(request)
+
+    def _refused(self, code: str) -> Reply:
+        if code == Oversized.code:
+            log.error(
+                "oversized: the server's message has more than %d bytes, the most that policy.max_request_bytes in site.toml "
+                "lets in; a task needs four bytes for each value of the adapter at most",
+                self._max_bytes,
+            )
+        return Reply(self._site, error=code)
 
     def _work(self, request: Request) -> Reply:
         self._working = True

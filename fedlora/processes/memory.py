@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import Final
 
 GIVES_BACK: Final = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
-"""Environment of a process that passes long messages on and computes nothing: whatever has 1 MiB or more goes back as soon as it is
-freed. glibc would keep up to 32 MiB of each size in each thread: half an adapter of 84 million values at a relay. Not for training,
-where memory of the same sizes is wanted again at every step."""
+"""Environment of a process that passes long messages on: whatever has 1 MiB or more goes back as soon as it is freed. glibc would
+keep up to 32 MiB of each size in each thread, at a relay as much as an adapter of 84 million values. Not for training, where
+memory of the same sizes is wanted again at every step."""
 
 
 def give_back() -> None:
