@@ -1,5 +1,5 @@
 """Speed and memory, as JSON lines: `python simulations/bench.py protect wire aggregate product rounds sim secagg`, and
-`bench.py train --help` for training.
+`bench.py train --help` for training, `bench.py federation --help` for a whole federation at the size that users have.
 
 Each row states what it measured, the median of its repeats and, where there is one, the ratio to a peer in the same run.
 """
@@ -337,6 +337,11 @@ def main() -> None:
         import bench_train
 
         bench_train.main(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["federation"]:
+        import bench_federation
+
+        bench_federation.main(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default="all", choices=[*BENCHES, "all"], help="all, if nothing is named")

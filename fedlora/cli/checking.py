@@ -90,7 +90,7 @@ def _forecast(site: Path, plan: Plan, report: Report) -> tuple[Proof, Forecast, 
     text = (
         f"\na round at this site ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
         f"{here['train_s']:.0f} s at {1 / here['token_s']:.0f} tokens/s, and {here['evaluate_s']:.0f} s for an evaluation; "
-        f"{here['peak_bytes'] / 2**30:.1f} GiB\n"
+        f"{here['peak_bytes'] / 2**30:.1f} GiB, and {here['beside_bytes'] / 2**30:.1f} GiB of memory for the round's adapters\n"
         f"  activation checkpointing {here['checkpointing']}, "
         + (f"micro-batches of {at_once} tokens" if at_once else "batches as in the plan")
     )

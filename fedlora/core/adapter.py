@@ -204,7 +204,8 @@ class Adapter:
 
     def tensors(self) -> dict[str, F32]:
         """Read-only views by name."""
-        return {name: self.vector[at].reshape(shape) for name, at, shape in self.layout.slices()}
+        vector = self.vector
+        return {name: vector[at].reshape(shape) for name, at, shape in self.layout.slices()}
 
     def part(self, layout: Layout) -> Adapter:
         """The tensors that ``layout`` names, copied.
@@ -215,10 +216,11 @@ class Adapter:
         if layout == self.layout:
             return self
         mine, out = {n: (at, s) for n, at, s in self.layout.slices()}, np.empty(layout.size, np.float32)
+        vector = self.vector
         for name, at, shape in layout.slices():
             if name not in mine or mine[name][1] != shape:
                 raise WrongContext(f"{name} is not here, or has another shape", code="wrong-layout")
-            out[at] = self.vector[mine[name][0]]
+            out[at] = vector[mine[name][0]]
         return Adapter(out, layout)
 
     def replaced(self, part: Adapter) -> Adapter:
@@ -230,10 +232,11 @@ class Adapter:
         if part.layout == self.layout:
             return part
         mine, out = {n: (at, s) for n, at, s in self.layout.slices()}, self.vector.copy()
+        new = part.vector
         for name, at, shape in part.layout.slices():
             if name not in mine or mine[name][1] != shape:
                 raise WrongContext(f"{name} is not here, or has another shape", code="wrong-layout")
-            out[mine[name][0]] = part.vector[at]
+            out[mine[name][0]] = new[at]
         return Adapter(out, self.layout)
 
     def at_rank(self, rank: int) -> Adapter:

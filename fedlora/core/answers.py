@@ -85,6 +85,8 @@ class Forecast(TypedDict):
     micro_batch_tokens: int
     """tokens computed at once; 0: the plan's own batches"""
     peak_bytes: int
+    beside_bytes: int
+    """most memory of the process for a round's adapters, beside base, gradients and moments; not on the GPU"""
     step_tokens: float
     steps: int
     token_s: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fedlora.core.adapter import Adapter, Layout
@@ -78,18 +78,37 @@ class Request:
         phase: the protection's name of the step.
         max_reply_bytes: a longer reply is refused by its length, before it is stored. This number is not sent. A request for a
             reply with a body must set it.
+        once: the body goes with who opens it, see :func:`take`.
     """
 
     site: str
     phase: str
     body: bytes
     max_reply_bytes: int = 0
+    once: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Bytes from one site, or the code of the error that kept it from answering; nothing else leaves a site."""
+    """Bytes from one site, or the code of the error that kept it from answering; nothing else leaves a site.
+
+    Attributes:
+        once: the body goes with who opens it, see :func:`take`.
+    """
 
     site: str
     body: bytes = b""
     error: str = ""
+    once: bool = field(default=False, compare=False)
+
+
+def take(message: Request | Reply) -> bytes:
+    """A message's body, for who opens it.
+
+    It leaves a message that came over a connection: a site does not hold its request for the hours in which it trains, nor a
+    server a reply beside what is in it. In a process that has both ends it stays, because it may be sent again.
+    """
+    body = message.body
+    if message.once:
+        object.__setattr__(message, "body", b"")  # the one change that a message knows
+    return body

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedlora.processes.memory import GIVES_BACK
+
 _SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -37,9 +39,13 @@ def flower_environment(flwr_home: Path, *, base: Mapping[str, str]) -> dict[str,
 
 
 def join_flower(flower_home: Path) -> dict[str, str]:
-    """Applies that environment to this process, which calls Flower's loopback ports itself; returns it for children."""
+    """Applies that environment to this process, which calls Flower's loopback ports itself.
+
+    Returns:
+        It, for children, which besides give their memory back at once; a process that trains must not.
+    """
     environment = flower_environment(flower_home, base=os.environ)
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update(environment)
-    return environment
+    return GIVES_BACK | environment

@@ -42,19 +42,24 @@ def flower_error(message: Message) -> str:
     return _FLOWER_ERRORS.get(message.error.code, "flower")
 
 
-def _dump(body: bytes, names: Mapping[str, str]) -> RecordDict:
-    blob = Array(dtype="uint8", shape=(len(body),), stype=STYPE, data=body)
+def blob_of(body: bytes) -> Array:
+    """A body as an array, which keeps the digests of its chunks: one for all sites to which the same body goes."""
+    return Array(dtype="uint8", shape=(len(body),), stype=STYPE, data=body)
+
+
+def _dump(blob: Array, names: Mapping[str, str]) -> RecordDict:
     return RecordDict({"fedlora": ConfigRecord(dict(names)), "body": ArrayRecord({"blob": blob})})
 
 
-def dump_request(request: Request) -> RecordDict:
-    """A request as records."""
-    return _dump(request.body, {"site": request.site, "phase": request.phase})
+def dump_request(request: Request, blob: Array | None = None) -> RecordDict:
+    """A request as records. ``blob``: of its body, if there is one already."""
+    return _dump(blob or blob_of(request.body), {"site": request.site, "phase": request.phase})
 
 
 def dump_reply(reply: Reply) -> RecordDict:
     """A reply as records. A reply with an error is sent without its body."""
-    return _dump(b"" if reply.error else reply.body, {"site": reply.site, "error": safe_code(reply.error) if reply.error else ""})
+    blob = blob_of(b"" if reply.error else reply.body)
+    return _dump(blob, {"site": reply.site, "error": safe_code(reply.error) if reply.error else ""})
 
 
 def _parse(content: RecordDict, keys: tuple[str, str], max_bytes: int) -> tuple[str, str, bytes]:
@@ -75,7 +80,7 @@ def _parse(content: RecordDict, keys: tuple[str, str], max_bytes: int) -> tuple[
 
 
 def parse_request(content: RecordDict, *, max_bytes: int) -> Request:
-    """Inverse of :func:`dump_request`.
+    """Inverse of :func:`dump_request`. The body leaves ``content``, and the request with who opens it.
 
     Raises:
         WireError: not the records of a request.
@@ -84,11 +89,12 @@ def parse_request(content: RecordDict, *, max_bytes: int) -> Request:
     site, phase, body = _parse(content, ("site", "phase"), max_bytes)
     if not _PHASE.fullmatch(phase):
         raise WireError("not a phase")
-    return Request(site, phase, body)
+    content.clear()
+    return Request(site, phase, body, once=True)
 
 
 def parse_reply(content: RecordDict, *, max_bytes: int) -> Reply:
-    """Inverse of :func:`dump_reply`.
+    """Inverse of :func:`dump_reply`. The body leaves ``content``, and the reply with who opens it.
 
     Raises:
         WireError: not the records of a reply.
@@ -97,4 +103,5 @@ def parse_reply(content: RecordDict, *, max_bytes: int) -> Reply:
     site, error, body = _parse(content, ("site", "error"), max_bytes)
     if error:
         return Reply(site, error=safe_code(error))
-    return Reply(site, body)
+    content.clear()
+    return Reply(site, body, once=True)

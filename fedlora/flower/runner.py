@@ -15,12 +15,13 @@ from typing import Literal
 
 from flwr.app import Message
 
-from fedlora.core.errors import ConnectionFailed, FedLoRAError
+from fedlora.core.errors import ConnectionFailed, FedLoRAError, Oversized
 from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import Claimer, TaskClient, WrongSecret
 from fedlora.flower.bundle import BUNDLE_SHA256
 from fedlora.flower.records import dump_reply, flower_error, parse_request
 from fedlora.gateway.addresses import LOOPBACK
+from fedlora.processes.memory import give_back
 
 log = logging.getLogger("fedlora.runner")
 
@@ -124,8 +125,9 @@ class Runner:
             ours = hashlib.sha256(claim.bundle).hexdigest() == BUNDLE_SHA256
             reply, interrupted = Reply(self._site, error="bundle-refused"), False
             if ours:
+                give_back()  # what the parts of the message have taken
                 try:
-                    reply = self._reply_to(message)
+                    reply = self._reply_to(message)  # which empties the message: nothing holds its bytes during the work
                 except KeyboardInterrupt:
                     reply, interrupted = Reply(self._site, error="site-stopped"), True
             answer = Message(dump_reply(reply), reply_to=message)
@@ -133,6 +135,7 @@ class Runner:
             answer.metadata.created_at, answer.metadata.ttl = message.metadata.created_at, message.metadata.ttl
             client.push_messages([answer])
             client.finish("")
+            give_back()
             log.info("answered: %s", reply.error or f"{len(reply.body)} bytes")
             if interrupted:
                 raise KeyboardInterrupt
@@ -152,14 +155,23 @@ class Runner:
 
     def _reply_to(self, message: Message) -> Reply:
         if message.has_error():
-            return Reply(self._site, error=flower_error(message))
+            return self._refused(flower_error(message))
         try:
             request = parse_request(message.content, max_bytes=self._max_bytes)
         except FedLoRAError as e:
-            return Reply(self._site, error=e.code)
+            return self._refused(e.code)
         if request.site != self._site:
             return Reply(self._site, error="wrong-recipient")
         return self._work(request)
+
+    def _refused(self, code: str) -> Reply:
+        if code == Oversized.code:
+            log.error(
+                "oversized: the server's message has more than %d bytes, the most that policy.max_request_bytes in site.toml "
+                "lets in; a task needs four bytes for each value of the adapter at most",
+                self._max_bytes,
+            )
+        return Reply(self._site, error=code)
 
     def _work(self, request: Request) -> Reply:
         self._working = True

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import Array, Message
 
 from fedlora.core.errors import ConnectionFailed, Oversized, WireError
 from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import Channel
-from fedlora.flower.records import dump_request, flower_error, parse_reply
+from fedlora.flower.records import blob_of, dump_request, flower_error, parse_reply
 from fedlora.gateway.allowance import Allowance
 
 log = logging.getLogger(__name__)
@@ -80,13 +80,16 @@ class FlowerTransport:
         end = self._clock() + deadline_s
         pending: dict[str, Request] = {}
         failed: list[Reply] = []
+        blob, body = None, b""
         self._grant(requests)
         for request in requests:
             left = end - self._clock()
             if request.site not in self._nodes:
                 failed.append(Reply(request.site, error="unknown-site"))
             elif left > 0:
-                if message_id := self._push(request, ttl_s=left):
+                if blob is None or request.body is not body:
+                    blob, body = blob_of(request.body), request.body
+                if message_id := self._push(request, ttl_s=left, blob=blob):
                     pending[message_id] = request
                 else:
                     failed.append(Reply(request.site, error=_AWAY))
@@ -96,10 +99,10 @@ class FlowerTransport:
         if self._allowance is not None:
             self._allowance.grant({r.site: r.max_reply_bytes for r in requests if r.site in self._nodes})
 
-    def _push(self, request: Request, *, ttl_s: float) -> str:
+    def _push(self, request: Request, *, ttl_s: float, blob: Array | None = None) -> str:
         if ttl_s <= 0:
             return ""
-        message = Message(dump_request(request), self._nodes[request.site], _action(request.phase), ttl=ttl_s)
+        message = Message(dump_request(request, blob), self._nodes[request.site], _action(request.phase), ttl=ttl_s)
         try:
             return next(iter(self._grid.push_messages([message]))) or ""
         except ConnectionFailed:

@@ -16,6 +16,7 @@ _NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"forward
 
 _PATIENCE_S = 10.0  # a body may pause so long at its beginning,
 _SLOWEST = 4096  # and then has to bring so many bytes a second
+_PIECE_BYTES = 1 << 20  # of a body, that go on at once
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Header = tuple[bytes, bytes]
@@ -36,9 +37,10 @@ class Gone(Exception):
 async def verified(receive: Receive, digest: str, size: int) -> AsyncIterator[bytes]:
     """A body as it comes, but for its last piece, which is passed on only if the whole is what was signed and stated.
 
-    So the SuperLink never has a body whole that is not. Only the time that the client takes is counted.
+    So the SuperLink never has a body whole that is not. Only the time that the client takes is counted. What comes in many small
+    pieces goes on in large ones: each costs the SuperLink's layers as much as a large one.
     """
-    seen, held, waited = sha256(), b"", 0.0
+    seen, held, waited = sha256(), bytearray(), 0.0
     got, more, clock = 0, True, asyncio.get_running_loop().time
     while more:
         left_s, began = _PATIENCE_S + got / _SLOWEST - waited, clock()
@@ -55,13 +57,13 @@ async def verified(receive: Receive, digest: str, size: int) -> AsyncIterator[by
         if got > size:
             raise Stop(413, f"a body of more than the {size} bytes that it states")
         seen.update(chunk)
-        if chunk:
-            if held:
-                yield held
-            held = chunk
+        if held and len(held) + len(chunk) > _PIECE_BYTES:
+            yield bytes(held)
+            held.clear()
+        held += chunk
     if seen.hexdigest() != digest:
         raise Stop(401, "another body than the one that was signed")
-    yield held
+    yield bytes(held)
 
 
 async def timed(body: AsyncIterator[bytes], limit: asyncio.Timeout, timeout_s: float) -> AsyncIterator[bytes]:

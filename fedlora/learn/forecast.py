@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fedlora.core.limits import ROUND_ADAPTERS
 from fedlora.core.plan import Training
 from fedlora.data import Batch, Cursor, Tokens, shard
 from fedlora.learn.evaluate import evaluate, evaluated_at_once
@@ -35,6 +36,7 @@ class Forecast:
         checkpointing: what is recomputed in the backward pass.
         micro_batch_tokens: tokens computed at once; 0: the plan's own batches.
         peak_bytes: most GPU memory that tensors take, or most memory of the process on a CPU.
+        beside_bytes: most memory of the process for a round's adapters, beside base, gradients and moments.
         step_tokens: tokens of an optimizer step, without padding, with or without a loss; the mean of some.
         token_s: seconds of a step for each of its tokens.
         train_s: seconds of the round's steps.
@@ -45,6 +47,7 @@ class Forecast:
     checkpointing: str
     micro_batch_tokens: int
     peak_bytes: int
+    beside_bytes: int
     step_tokens: float
     steps: int
     token_s: float
@@ -89,6 +92,7 @@ def forecast(
         peak_bytes=torch.cuda.max_memory_allocated(model.base.device)
         if on_gpu
         else int(held + _GROWS.get(_computed_in(model), _GROWS_OTHERWISE) * (_memory("VmHWM") - held)),
+        beside_bytes=4 * ROUND_ADAPTERS * model.layout.size,
         step_tokens=step_tokens,
         steps=steps,
         token_s=token_s / processes,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora.core.errors import EnvelopeError, FedLoRAError, RemoteError, StateLost, StoreError
-from fedlora.core.messages import SERVER, Reply, Request, Task
+from fedlora.core.messages import SERVER, Reply, Request, Task, take
 from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
 from fedlora.formats.keys import Identity, PublicIdentity, key_id
 from fedlora.formats.memory import Memory, get_record, put_record
@@ -183,7 +183,7 @@ class ServerLink:
         """
         if reply.error:
             raise RemoteError(reply.site, reply.error[:64])
-        envelope = parse(reply.body, max_bytes=reply_bytes(max_payload))
+        envelope = parse(take(reply), max_bytes=reply_bytes(max_payload))
         name = envelope.header.sender
         if name not in self.sites:
             raise EnvelopeError("the sender is not enrolled", code="unknown-site")
@@ -289,7 +289,7 @@ class SiteLink:
         Raises:
             EnvelopeError: each its own, see :mod:`fedlora.formats.envelope`; and what ``expects`` raises.
         """
-        envelope = parse(request.body, max_bytes=self.max_request_bytes)
+        envelope = parse(take(request), max_bytes=self.max_request_bytes)
         header = envelope.header
         verify(envelope, self.server)
         fed = federation(self.server)

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.adapter import Update
+from fedlora.core.adapter import Adapter, Update
 from fedlora.core.errors import (
     DealerLied,
     FedLoRAError,
@@ -23,6 +23,7 @@ from fedlora.core.errors import (
 )
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Ask, Majority, Recorded, Rejected, SiteUpdate, Start, Sum, Waiting
+from fedlora.core.grids import is_finite
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.metrics import finish, pool
 from fedlora.core.plan import Federation, Plan
@@ -55,7 +56,7 @@ def run(
     """
     parts = _Parts(plan, protection, transport, enrolled, report)
     void, rounds = 0, plan.federation.num_rounds
-    checkpoint = store.resume(report)
+    checkpoint = store.at_rest(store.resume(report))
     report(Event.START, Start(run=store.run, round=checkpoint.round, rounds=rounds))
     while checkpoint.round < rounds:
         task = _task("train", checkpoint, plan=plan, run=store.run, aggregator=aggregator)
@@ -63,6 +64,7 @@ def run(
         void = 0 if tally.voided is None else void + 1
         checkpoint, record = _aggregate(checkpoint, tally, asked, aggregator=aggregator, plan=plan)
         store.save(checkpoint)
+        checkpoint = store.at_rest(checkpoint)
         report(Event.ROUND if tally.voided is None else Event.ROUND_VOID, Recorded(record=record))
         for site, fraction in tally.majority().items():
             report(Event.MAJORITY, Majority(site=site, percent=100 * fraction))
@@ -74,7 +76,7 @@ def run(
         _, record = _ask(task, parts, lambda cohort: None)
         store.finish(record)
         report(Event.FINAL, Recorded(record=record))
-    return checkpoint
+    return store.load()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,24 +102,39 @@ def _aggregate(
     if tally.voided is not None:  # the sites have trained and go on; the adapter stays as it was
         record = record.model_copy(update={"outcome": Outcome(weight=0, adapter=checkpoint.adapter.digest(), rule={})})
         return Checkpoint(round, checkpoint.adapter, record, checkpoint.state), record
-    if tally.sums is None:
-        raise ValueError("a round of training needs sums")
-    result = aggregator.finish(tally.sums, checkpoint.adapter, scale=plan.lora.scale, round=round, state=checkpoint.state)
-    state: State = {**checkpoint.state, **result.state}
-    if result.delta is not None:
-        moved, state = optimizer_of(plan).step(result.delta, state)
-        after = add(checkpoint.adapter, moved)
-        after, state = rounded(after, state, sent=after.layout.only(aggregator.down()), dtype=mode_of(plan).down(plan))
-    elif result.adapter is not None:
-        after = result.adapter
-    else:
-        raise ValueError("a rule returns a server update or an adapter")
-    if not np.isfinite(after.vector).all():
+    weight = tally.weight
+    after, state, rule = _finish(checkpoint, tally, aggregator=aggregator, plan=plan)
+    if not is_finite(after.vector):
         raise RunFailed("the next adapter is not finite", hint="a smaller server_optimizer.learning_rate, or look at the sites")
-    outcome = Outcome(weight=tally.weight, adapter=after.digest(), rule=dict(result.record))
+    outcome = Outcome(weight=weight, adapter=after.digest(), rule=rule)
     seconds = Seconds(round=record.seconds.round, aggregate=time.monotonic() - began)
     record = record.model_copy(update={"outcome": outcome, "seconds": seconds})
     return Checkpoint(round, after, record, state), record
+
+
+def _finish(
+    checkpoint: Checkpoint, tally: _Tally, *, aggregator: Aggregator, plan: Plan
+) -> tuple[Adapter, State, dict[str, float]]:
+    """The next adapter, with the state and the numbers of the rule. The sums go as soon as they are used.
+
+    At most four vectors of the adapter's size at a time, beside an optimizer's moments: the sums are two.
+    """
+    if tally.sums is None:
+        raise ValueError("a round of training needs sums")
+    adapter, round = Adapter(checkpoint.adapter.vector, checkpoint.adapter.layout), checkpoint.round + 1
+    result = aggregator.finish(tally.sums, adapter, scale=plan.lora.scale, round=round, state=checkpoint.state)
+    tally.sums = None
+    state: State = {**checkpoint.state, **result.state}
+    rule = dict(result.record)
+    if result.delta is None:
+        if result.adapter is None:
+            raise ValueError("a rule returns a server update or an adapter")
+        return result.adapter, state, rule
+    moved, state = optimizer_of(plan).step(result.delta, state)
+    after = add(adapter, moved)
+    del adapter, moved, result
+    after, state = rounded(after, state, sent=after.layout.only(aggregator.down()), dtype=mode_of(plan).down(plan))
+    return after, state, rule
 
 
 def _task(kind: Kind, checkpoint: Checkpoint, *, plan: Plan, run: str, aggregator: Aggregator) -> Task:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from fedlora.core.adapter import Adapter
+from fedlora.core.adapter import F32, Adapter, Layout
 from fedlora.core.canonical import is_digest
 from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.core.events import Event, Report
@@ -22,6 +23,7 @@ from fedlora.formats.files import (
     Damaged,
     copy_of,
     dump_record,
+    load_vector,
     load_vectors,
     named_disk_errors,
     parse_record,
@@ -54,6 +56,22 @@ class Checkpoint:
     adapter: Adapter
     record: RoundRecord | None = None
     state: Mapping[str, Adapter] = field(default_factory=dict)
+
+
+class _Stored(Adapter):
+    """A vector of a checkpoint, read again each time it is asked for: a server that waits for its sites for hours holds none."""
+
+    __slots__ = ("_read",)
+    _read: Callable[[], Adapter]
+
+    def __init__(self, kept: Adapter, read: Callable[[], Adapter]) -> None:
+        object.__setattr__(self, "layout", kept.layout)
+        object.__setattr__(self, "_digest", [kept.digest()])
+        object.__setattr__(self, "_read", read)
+
+    @property
+    def vector(self) -> F32:
+        return self._read().vector
 
 
 class RunStore:
@@ -155,6 +173,31 @@ class RunStore:
             for path in (self._path(old), copy_of(self._path(old))):
                 with suppress(OSError):
                     path.unlink()
+
+    def at_rest(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The same without its vectors, which are read from this checkpoint's file again when they are needed.
+
+        Raises:
+            StoreError: from a use of a vector, if the file is gone or damaged by then.
+        """
+
+        def stored(name: str, vector: Adapter) -> Adapter:
+            return _Stored(vector, partial(self._read_vector, checkpoint.round, name, vector.layout, vector.digest()))
+
+        state = {name: stored(name, vector) for name, vector in checkpoint.state.items()}
+        return replace(checkpoint, adapter=stored("", checkpoint.adapter), state=state)
+
+    def _read_vector(self, number: int, name: str, layout: Layout, digest: str) -> Adapter:
+        path = self._path(number)
+        try:
+            return load_vector(path, name, layout, digest=digest)
+        except StoreError as e:
+            with suppress(StoreError):
+                whole = load_vector(copy_of(path), name, layout, digest=digest)
+                log.warning("%s; its copy is whole and takes its place", e)
+                return whole
+            e.hint = checkpoint_hint(path, alone=mode_of(self.plan).once or len(_numbers(self.directory)) == 1)
+            raise
 
     def load(self) -> Checkpoint:
         """The last complete round. Changes nothing, so that it can be read while the run continues.

@@ -73,12 +73,13 @@ class FedSVD(Rule):
         mean = mean_delta(sums, adapter, scale=scale)
         if mean.delta is None:
             raise ValueError("a mean of factors is a server update")
-        after = add(adapter, mean.delta)
         if round % self.every:
-            return Aggregated(mean.record, adapter=after)
-        out = np.empty_like(after.vector)
-        for pair in after.layout.pairs():
-            b, a = factors(after.vector, pair)
+            return Aggregated(mean.record, adapter=add(adapter, mean.delta))
+        changes, out = mean.delta.tensors(), np.empty_like(adapter.vector)
+        for pair in adapter.layout.pairs():
+            out[pair.a] = adapter.vector[pair.a]
+            np.add(adapter.vector[pair.b], changes[f"{pair.module}.lora_B.weight"].reshape(-1), out=out[pair.b])
+            b, a = factors(out, pair)
             b, a = orthonormal_rows(*svd_factored(b, a), rank=pair.rank, spare=a)
             out[pair.b], out[pair.a] = b.reshape(-1), a.reshape(-1)
-        return Aggregated(mean.record, adapter=Adapter(out, after.layout))
+        return Aggregated(mean.record, adapter=Adapter(out, adapter.layout))

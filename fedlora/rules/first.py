@@ -9,7 +9,7 @@ import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Layout
 from fedlora.core.errors import WrongContext
-from fedlora.core.grids import to_bfloat16
+from fedlora.core.grids import chunks, to_bfloat16
 
 
 def first_adapter(layout: Layout, *, seed: int) -> Adapter:
@@ -38,12 +38,17 @@ def first_of(layout: Layout, *, seed: int) -> Adapter:
         if not name.endswith((".lora_A.weight", ".lora_B.weight")) or len(shape) != 2:
             raise WrongContext(f"{name} is no factor of a LoRA pair", code="wrong-layout")
         if name.endswith(".lora_A.weight"):
-            vector[at] = to_bfloat16(_uniform(name, shape[0] * shape[1], seed=seed) / np.float32(math.sqrt(shape[1])))
+            _draw(vector[at], name, seed=seed, bound=np.float32(math.sqrt(shape[1])))
     return Adapter(vector, layout)
 
 
-def _uniform(name: str, n: int, *, seed: int) -> F32:
-    """(n,) values in [-1, 1), on a grid of 2^-23: exact in float32."""
+def _draw(out: F32, name: str, *, seed: int, bound: np.float32) -> None:
+    """Fills ``out``, (n,): values in [-1, 1) on a grid of 2^-23, exact in float32; through ``bound``, rounded to bfloat16.
+
+    In chunks: the raw output of a tensor has twice its size.
+    """
     key = hashlib.sha256(b"fedlora first adapter\0" + str(seed).encode() + b"\0" + name.encode()).digest()
-    raw = np.random.Philox(key=np.frombuffer(key[:16], "<u8")).random_raw(n)
-    return ((raw >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)).astype(np.float32)
+    stream = np.random.Philox(key=np.frombuffer(key[:16], "<u8"))
+    for part in chunks(out.size):
+        raw = stream.random_raw(part.stop - part.start) >> np.uint64(40)
+        out[part] = to_bfloat16((raw.astype(np.float32) * np.float32(2**-23) - np.float32(1)) / bound)

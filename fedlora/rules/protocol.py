@@ -9,7 +9,8 @@ from typing import ClassVar, Protocol, Self, TypeAlias
 import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Factors, Layout
-from fedlora.core.errors import PlanRefused
+from fedlora.core.errors import PlanRefused, WrongContext
+from fedlora.core.grids import chunks
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.registry import MODES
@@ -135,6 +136,11 @@ def check_max_change(tensor: str, found: float, most: float, *, slack: float = 1
         )
 
 
+def _farthest(now: F32, first: F32) -> float:
+    """Largest change of a value; NaN where a value is."""
+    return float(np.max([np.max(np.abs(now[part] - first[part])) for part in chunks(now.size)]))
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What most rules have in common: both factors, deltas in the adapter's own layout.
@@ -191,14 +197,19 @@ class Rule:
         return layout.only(self.trains(round))
 
     def encode(self, before: Adapter, after: Adapter, *, round: int) -> F32:
-        sent = self.reply(before.layout, round)
-        return after.part(sent).vector - before.part(sent).vector
+        sent, old, new = self.reply(before.layout, round), before.tensors(), after.tensors()
+        out = np.empty(sent.size, np.float32)
+        for name, at, shape in sent.slices():
+            if name not in new or new[name].shape != shape:
+                raise WrongContext(f"{name} is not here, or has another shape", code="wrong-layout")
+            np.subtract(new[name], old[name], out=out[at].reshape(shape))
+        return out
 
     def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, rounding: float) -> None:
         for name, at, _ in now.layout.slices():
-            farthest = float(np.max(np.abs(now.vector[at] - first.vector[at])))
+            farthest = _farthest(now.vector[at], first.vector[at])
             most = moved["A" if name.endswith(".lora_A.weight") else "B"]
-            largest = most + float(np.max(np.abs(first.vector[at])))
+            largest = most + max(float(first.vector[at].max()), -float(first.vector[at].min()))
             rounded = min(most, rounding * largest)  # never further than back to the first one
             check_max_change(name, farthest, most + rounded, slack=rounds * 2.0**-23 * largest if most else 0.0)
 

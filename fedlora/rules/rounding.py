@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from fedlora.core.adapter import Adapter, Layout
-from fedlora.core.grids import to_bfloat16, to_int8
+from fedlora.core.grids import is_finite, to_bfloat16, to_int8
 from fedlora.core.plan import Dtype
 from fedlora.rules.means import add
 from fedlora.rules.protocol import State
@@ -28,7 +26,7 @@ def rounded(exact: Adapter, state: State, *, sent: Layout, dtype: Dtype) -> tupl
     Returns:
         The adapter, and the state with what is left now. Unchanged where a value is not finite.
     """
-    if dtype == "float32" or not np.isfinite(exact.vector).all():
+    if dtype == "float32" or not is_finite(exact.vector):
         return exact, state
     part = exact.part(sent)
     if left := state.get(_LEFT):

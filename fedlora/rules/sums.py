@@ -205,16 +205,22 @@ def gap(sums: Sums, mean: F32, before: Adapter, *, scale: float) -> dict[str, fl
     squares = np.stack([sums.squares[s] for s in sorted(sums.squares)])  # sorted: the same bits in any order of arrival
     raw = np.tensordot(weights / weights.sum(), squares, axes=1)
     middle = squares_of(mean, sums.layout)
-    names = [name for name, _ in sums.layout.entries]
-    variance = dict(zip(names, np.maximum(raw - middle, 0.0), strict=True))
-    changes = {name: mean[at].astype(np.float64).reshape(shape) for name, at, shape in sums.layout.slices()}
-    bounds, moved = [], []
+    where = {name: (at, shape) for name, at, shape in sums.layout.slices()}
+    variance = dict(zip(where, np.maximum(raw - middle, 0.0), strict=True))
+
+    def change(name: str, like: NDArray[np.float64]) -> NDArray[np.float64]:
+        if name not in where:
+            return np.zeros_like(like)
+        at, shape = where[name]
+        return mean[at].astype(np.float64).reshape(shape)
+
+    bounds, moved, vector = [], [], before.vector
     for pair in before.layout.pairs():
         a, b = (f"{pair.module}.lora_{f}.weight" for f in "AB")
         bounds.append(float(variance.get(a, 0.0) * variance.get(b, 0.0)))
-        a0, b0 = (before.vector[p].astype(np.float64) for p in (pair.a, pair.b))
+        a0, b0 = (vector[p].astype(np.float64) for p in (pair.a, pair.b))
         a0, b0 = a0.reshape(pair.rank, pair.d_in), b0.reshape(pair.d_out, pair.rank)
-        da, db = changes.get(a, np.zeros_like(a0)), changes.get(b, np.zeros_like(b0))
+        da, db = change(a, a0), change(b, b0)
         moved.append(product_norm(np.concatenate([db, b0], axis=1), np.concatenate([a0 + da, da], axis=0)))
     bound, update = scale * math.sqrt(math.fsum(bounds)), scale * math.sqrt(math.fsum(m * m for m in moved))
     length = float(middle.sum())

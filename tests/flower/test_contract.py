@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 
 import httpx
@@ -45,10 +46,10 @@ from flwr.supernode import node_auth_http_interceptor as auth
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from fedlora.core.errors import Oversized
-from fedlora.flower._internals.runtime import _CHUNK_BYTES, BROKEN, TOO_LARGE, _check_stated, _check_unfolded
+from fedlora.core.errors import Oversized, WireError
+from fedlora.flower._internals.runtime import _CHUNK_BYTES, BROKEN, TOO_LARGE, _check_stated, _tree, unfold_array
 from fedlora.flower._internals.supernode import signing
-from fedlora.flower.records import STYPE
+from fedlora.flower.records import STYPE, blob_of
 from fedlora.gateway import clock, doors
 from fedlora.gateway.app import FLEET_CALLS, NOT_ENROLLED
 from fedlora.gateway.calls import AHEAD_S, BEHIND_S, CALL, KEY, TIME
@@ -68,11 +69,9 @@ pytestmark = pytest.mark.slow  # to import flwr, that is
         (exponential, "base_delay max_delay"),
         (make_pull_object_fn_protobuf, "pull_object_protobuf node run_id"),
         (make_push_object_fn_protobuf, "push_object_protobuf node run_id session_id"),
-        (inflatable_utils.push_objects, "objects push_object_fn object_ids_to_push"),
+        (inflatable_utils.push_objects, "objects push_object_fn"),
         (inflatable_utils.pull_objects, "object_ids pull_object_fn max_time"),
-        (inflatable_utils.inflate_object_from_contents, "object_id object_contents"),
-        (inflatable_object.get_object_tree, "obj"),
-        (inflatable_object.get_all_nested_objects, "obj"),
+        (inflatable_utils.inflate_object_from_contents, "object_id object_contents objects"),
         (inflatable_object.iterate_object_tree, "tree"),
         (inflatable_object.get_object_head_values_from_object_content, "object_content"),
         (remove_content_from_message, "message"),
@@ -162,11 +161,46 @@ def unfolding(body: bytes, *, times: int) -> dict[str, bytes]:
 
 
 def test_a_small_message_that_would_unfold_to_terabytes_is_refused_before_it_does():
-    _check_unfolded(unfolding(bytes(1 << 20), times=1), 1 << 20)
-    bomb = unfolding(bytes(1 << 20), times=4_000_000)
+    def unfolded(parts):
+        (head,) = (p for p in parts.values() if p.startswith(b"Array "))
+        return unfold_array(head, lambda ids: {i: parts[i] for i in ids})
+
+    body = bytes(range(256)) * (1 << 12)
+    assert unfolded(unfolding(body, times=1)).data == body
+    bomb = unfolding(body, times=4_000_000)
     assert sum(map(len, bomb.values())) < 20 << 20
     with pytest.raises(Oversized):
-        _check_unfolded(bomb, 1 << 20)
+        unfolded(bomb)
+    with pytest.raises(WireError):
+        unfolded(unfolding(body, times=0))
+
+
+def test_a_long_message_is_the_same_after_it_was_cut_and_unfolded_a_few_chunks_at_a_time():
+    body = os.urandom(9 * _CHUNK_BYTES + 17)
+    objects = {}
+    tree = _tree("root", RecordDict({"body": ArrayRecord({"blob": blob_of(body)})}), objects)
+    assert list(objects)[-1] == tree.object_id == "root"
+    parts = {i: part.deflate() for i, part in objects.items()}
+    assert all(hashlib.sha256(part).hexdigest() == i for i, part in parts.items() if i != "root")
+    (head,) = (p for p in parts.values() if p.startswith(b"Array "))
+    asked = []
+
+    def pull(ids):
+        asked.append(len(ids))
+        return {i: parts[i] for i in ids}
+
+    assert unfold_array(head, pull).data == body
+    assert asked == [2] * 5
+
+
+def test_an_array_of_a_negative_size_pays_for_no_other_one():
+    parts = unfolding(bytes(10), times=1)
+    (head,) = (p for p in parts.values() if p.startswith(b"Array "))
+    table = json.loads(head.partition(b"\0")[2])
+    less = head.partition(b"\0")[0] + b"\0" + json.dumps({**table, "shape": [-(1 << 40)]}).encode()
+    more = head.partition(b"\0")[0] + b"\0" + json.dumps({**table, "shape": [1 << 40]}).encode()
+    with pytest.raises(WireError):
+        _check_stated({"a": less, "b": more}, 1000)
 
 
 def test_a_call_is_signed_where_flower_signs_its_time_stamp():

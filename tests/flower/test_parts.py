@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from flower.toy_parts import CANARY
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.error import Error
+from flwr.app.message import make_message
 from flwr.common.config import get_fab_config
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
@@ -35,12 +37,14 @@ from fedlora.core.errors import (
 )
 from fedlora.core.events import Event
 from fedlora.core.facts import Arm
-from fedlora.core.messages import Reply, Request
+from fedlora.core.messages import Reply, Request, take
 from fedlora.flower import check_flwr, launch
+from fedlora.flower._internals import TOO_LARGE
 from fedlora.flower.bundle import BUNDLE_SHA256, bundle_bytes
 from fedlora.flower.environment import flower_environment
 from fedlora.flower.jobs import Events, Job, Outcome, load_address, load_job, load_outcome, new_job, pass_on, save_outcome
 from fedlora.flower.records import STYPE, dump_reply, dump_request, parse_reply, parse_request
+from fedlora.flower.runner import Runner
 from fedlora.flower.supernode import PollInterval
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import certificate_hosts, load_node_keys, make_node_key, make_tls, node_key_pem
@@ -308,6 +312,23 @@ def test_a_home_without_a_server_says_so(tmp_path):
 def test_a_request_comes_back_as_it_was(body, phase):
     request = Request("st-marys", phase, body)
     assert parse_request(dump_request(request), max_bytes=300) == request
+
+
+def test_a_request_that_is_too_long_names_the_setting_in_the_sites_log(tmp_path, caplog):
+    runner = Runner(1, site="a", secret_file=tmp_path / "s", handle=lambda r: Reply("a"), max_bytes=100)
+    message = make_message(metadata=Message(RecordDict(), 1, "train.fedlora").metadata, error=Error(TOO_LARGE))
+    assert runner._reply_to(message) == Reply("a", error="oversized")
+    assert "policy.max_request_bytes in site.toml" in caplog.text
+
+
+def test_the_bytes_of_a_request_leave_its_message_and_then_the_request():
+    content = dump_request(Request("st-marys", "train", b"body"))
+    request = parse_request(content, max_bytes=300)
+    assert not content
+    assert take(request) == b"body"
+    assert not request.body
+    again = Request("st-marys", "train", b"body")  # of a transport in this process, which may send it again
+    assert take(again) == take(again) == b"body"
 
 
 @given(st.binary(max_size=300))

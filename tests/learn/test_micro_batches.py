@@ -161,6 +161,7 @@ def test_a_forecast_changes_nothing(lora: Callable[..., Any], rows: Sequence[Tok
     assert found.train_s == pytest.approx(found.steps * found.step_tokens * found.token_s)
     assert found.step_tokens * found.steps == learner.place(2).tokens
     assert found.peak_bytes > 0
+    assert found.beside_bytes == 3 * 4 * model.layout.size
     assert found.evaluate_s > 0
 
 
