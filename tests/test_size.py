@@ -18,7 +18,6 @@ from protect.secagg.world import secagg_plan
 
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.errors import StoreError
-from fedlora.core.limits import ROUND_ADAPTERS
 from fedlora.core.messages import Reply, Request
 from fedlora.core.plan import Aggregate, Wire
 from fedlora.flower.environment import join_flower
@@ -28,7 +27,7 @@ from fedlora.processes.memory import GIVES_BACK
 from fedlora.rounds.transport import LocalTransport
 from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
-from fedlora.site.work import Trained
+from fedlora.site.work import ROUND_ADAPTERS, Trained
 
 pytestmark = pytest.mark.slow
 

@@ -86,7 +86,7 @@ class Forecast(TypedDict):
     """tokens computed at once; 0: the plan's own batches"""
     peak_bytes: int
     beside_bytes: int
-    """most memory of the process for a round's adapters, beside base, gradients and moments; not on the GPU"""
+    """most memory for a round's adapters beside base, gradients and moments"""
     step_tokens: float
     steps: int
     token_s: float

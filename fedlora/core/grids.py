@@ -29,11 +29,6 @@ def refuse_non_finite(piece: F32, what: str) -> None:
         raise NonFiniteUpdate(f"{what} holds NaN or infinity", hint="lower learning_rate, or look at the site's rows")
 
 
-def is_finite(vector: F32) -> bool:
-    """Whether a vector has neither NaN nor infinity."""
-    return all(bool(np.isfinite(vector[part]).all()) for part in chunks(vector.size))
-
-
 def to_bfloat16(vector: F32) -> F32:
     """The values rounded as :func:`fedlora.formats.values.dump_bfloat16` rounds them, (n,) float32.
 

@@ -6,6 +6,3 @@ MAX_RANK = 512
 """Largest LoRA rank, in a plan and in an adapter on its way."""
 MAX_PLAN_BYTES = 65_536
 """Longest canonical plan."""
-ROUND_ADAPTERS = 3
-"""Most memory of a round at a site beside base, gradients and moments, in adapters of float32: the one that came, the trained
-one, and the change. tests/test_size.py holds it."""

@@ -78,7 +78,7 @@ class Request:
         phase: the protection's name of the step.
         max_reply_bytes: a longer reply is refused by its length, before it is stored. This number is not sent. A request for a
             reply with a body must set it.
-        once: the body goes with who opens it, see :func:`take`.
+        once: the body goes with who opens it, see :func:`fedlora.protect.link.take`.
     """
 
     site: str
@@ -93,22 +93,10 @@ class Reply:
     """Bytes from one site, or the code of the error that kept it from answering; nothing else leaves a site.
 
     Attributes:
-        once: the body goes with who opens it, see :func:`take`.
+        once: the body goes with who opens it, see :func:`fedlora.protect.link.take`.
     """
 
     site: str
     body: bytes = b""
     error: str = ""
     once: bool = field(default=False, compare=False)
-
-
-def take(message: Request | Reply) -> bytes:
-    """A message's body, for who opens it.
-
-    It leaves a message that came over a connection: a site does not hold its request for the hours in which it trains, nor a
-    server a reply beside what is in it. In a process that has both ends it stays, because it may be sent again.
-    """
-    body = message.body
-    if message.once:
-        object.__setattr__(message, "body", b"")  # the one change that a message knows
-    return body

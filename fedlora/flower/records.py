@@ -80,7 +80,7 @@ def _parse(content: RecordDict, keys: tuple[str, str], max_bytes: int) -> tuple[
 
 
 def parse_request(content: RecordDict, *, max_bytes: int) -> Request:
-    """Inverse of :func:`dump_request`. The body leaves ``content``, and the request with who opens it.
+    """Inverse of :func:`dump_request`. The body leaves the request with who opens it.
 
     Raises:
         WireError: not the records of a request.
@@ -89,12 +89,11 @@ def parse_request(content: RecordDict, *, max_bytes: int) -> Request:
     site, phase, body = _parse(content, ("site", "phase"), max_bytes)
     if not _PHASE.fullmatch(phase):
         raise WireError("not a phase")
-    content.clear()
     return Request(site, phase, body, once=True)
 
 
 def parse_reply(content: RecordDict, *, max_bytes: int) -> Reply:
-    """Inverse of :func:`dump_reply`. The body leaves ``content``, and the reply with who opens it.
+    """Inverse of :func:`dump_reply`. The body leaves the reply with who opens it.
 
     Raises:
         WireError: not the records of a reply.
@@ -103,5 +102,4 @@ def parse_reply(content: RecordDict, *, max_bytes: int) -> Reply:
     site, error, body = _parse(content, ("site", "error"), max_bytes)
     if error:
         return Reply(site, error=safe_code(error))
-    content.clear()
     return Reply(site, body, once=True)

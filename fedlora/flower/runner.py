@@ -127,7 +127,7 @@ class Runner:
             if ours:
                 give_back()  # what the parts of the message have taken
                 try:
-                    reply = self._reply_to(message)  # which empties the message: nothing holds its bytes during the work
+                    reply = self._reply_to(message)
                 except KeyboardInterrupt:
                     reply, interrupted = Reply(self._site, error="site-stopped"), True
             answer = Message(dump_reply(reply), reply_to=message)
@@ -158,6 +158,7 @@ class Runner:
             return self._refused(flower_error(message))
         try:
             request = parse_request(message.content, max_bytes=self._max_bytes)
+            message.content.clear()  # nothing but the request holds its bytes, and that no longer than until they are opened
         except FedLoRAError as e:
             return self._refused(e.code)
         if request.site != self._site:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from fedlora.core.limits import ROUND_ADAPTERS
 from fedlora.core.plan import Training
 from fedlora.data import Batch, Cursor, Tokens, shard
 from fedlora.learn.evaluate import evaluate, evaluated_at_once
@@ -17,6 +16,7 @@ from fedlora.learn.hooks import MicroBatches
 from fedlora.learn.loop import train_steps
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.optimizer import make_optimizer
+from fedlora.site.work import ROUND_ADAPTERS
 
 _LOOKED_AT = 32
 """Steps whose tokens are counted to know what a step holds on the average."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora.core.errors import EnvelopeError, FedLoRAError, RemoteError, StateLost, StoreError
-from fedlora.core.messages import SERVER, Reply, Request, Task, take
+from fedlora.core.messages import SERVER, Reply, Request, Task
 from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
 from fedlora.formats.keys import Identity, PublicIdentity, key_id
 from fedlora.formats.memory import Memory, get_record, put_record
@@ -17,6 +17,18 @@ from fedlora.formats.roster import federation
 from fedlora.protect import Tally
 
 log = logging.getLogger(__name__)
+
+
+def take(message: Request | Reply) -> bytes:
+    """A message's body, for who opens it.
+
+    It leaves a message that came over a connection: a site does not hold its request for the hours in which it trains, nor a
+    server a reply beside what is in it. In a process that has both ends it stays, because it may be sent again.
+    """
+    body = message.body
+    if message.once:
+        object.__setattr__(message, "body", b"")  # the one change that a message knows
+    return body
 
 
 @dataclass(frozen=True, slots=True)

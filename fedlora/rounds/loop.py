@@ -23,16 +23,17 @@ from fedlora.core.errors import (
 )
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Ask, Majority, Recorded, Rejected, SiteUpdate, Start, Sum, Waiting
-from fedlora.core.grids import is_finite
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.metrics import finish, pool
 from fedlora.core.plan import Federation, Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
 from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
-from fedlora.rounds.store import Checkpoint, RunStore
+from fedlora.rounds.checkpoint import Checkpoint
+from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Transport, drive
 from fedlora.rules import Accumulator, Aggregator, State, add, max_site_weight, optimizer_of, rounded
+from fedlora.rules.rounding import is_finite
 
 
 def run(

@@ -23,8 +23,9 @@ from fedlora.formats.trust import rosters_in
 from fedlora.protect.link import ServerLink, pinned
 from fedlora.protect.mode import ServerParts
 from fedlora.protect.modes import mode_of
+from fedlora.rounds.checkpoint import Checkpoint
 from fedlora.rounds.loop import run as run_rounds
-from fedlora.rounds.store import Checkpoint, RunStore
+from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Transport
 from fedlora.rules import rule_of
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from fedlora.core.adapter import F32, Adapter, Layout
+from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.canonical import is_digest
 from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.core.events import Event, Report
@@ -37,41 +36,13 @@ from fedlora.formats.plans import PROMPT
 from fedlora.formats.published.records import Prompt
 from fedlora.formats.records import dump_round, dump_text, facts_of, parse_facts_as, parse_round, scan_rounds
 from fedlora.protect.modes import mode_of
+from fedlora.rounds.checkpoint import Checkpoint, at_rest
 from fedlora.rounds.hints import LAST_RESORT, LOG_HINT, checkpoint_hint, memory_hint, plan_hint, repair_command
 
 log = logging.getLogger(__name__)
 
 
 # --- the server's run ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Checkpoint:
-    """The state after a round: the global adapter, its record, and the state of the rule and the server optimizer.
-
-    Round 0 is the first adapter.
-    """
-
-    round: int
-    adapter: Adapter
-    record: RoundRecord | None = None
-    state: Mapping[str, Adapter] = field(default_factory=dict)
-
-
-class _Stored(Adapter):
-    """A vector of a checkpoint, read again each time it is asked for: a server that waits for its sites for hours holds none."""
-
-    __slots__ = ("_read",)
-    _read: Callable[[], Adapter]
-
-    def __init__(self, kept: Adapter, read: Callable[[], Adapter]) -> None:
-        object.__setattr__(self, "layout", kept.layout)
-        object.__setattr__(self, "_digest", [kept.digest()])
-        object.__setattr__(self, "_read", read)
-
-    @property
-    def vector(self) -> F32:
-        return self._read().vector
 
 
 class RunStore:
@@ -181,11 +152,7 @@ class RunStore:
             StoreError: from a use of a vector, if the file is gone or damaged by then.
         """
 
-        def stored(name: str, vector: Adapter) -> Adapter:
-            return _Stored(vector, partial(self._read_vector, checkpoint.round, name, vector.layout, vector.digest()))
-
-        state = {name: stored(name, vector) for name, vector in checkpoint.state.items()}
-        return replace(checkpoint, adapter=stored("", checkpoint.adapter), state=state)
+        return at_rest(checkpoint, partial(self._read_vector, checkpoint.round))
 
     def _read_vector(self, number: int, name: str, layout: Layout, digest: str) -> Adapter:
         path = self._path(number)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from fedlora.core.adapter import Adapter, Layout
-from fedlora.core.grids import is_finite, to_bfloat16, to_int8
+import numpy as np
+
+from fedlora.core.adapter import F32, Adapter, Layout
+from fedlora.core.grids import chunks, to_bfloat16, to_int8
 from fedlora.core.plan import Dtype
 from fedlora.rules.means import add
 from fedlora.rules.protocol import State
 
 _LEFT = "rounding"
+
+
+def is_finite(vector: F32) -> bool:
+    """Whether a vector has neither NaN nor infinity."""
+    return all(bool(np.isfinite(vector[part]).all()) for part in chunks(vector.size))
 
 
 def rounded(exact: Adapter, state: State, *, sent: Layout, dtype: Dtype) -> tuple[Adapter, State]:

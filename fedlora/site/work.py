@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -29,6 +29,10 @@ from fedlora.site.admission import Approvals, Begun, Runs, admit, check_round, n
 from fedlora.site.policy import Policy
 
 log = logging.getLogger(__name__)
+
+ROUND_ADAPTERS: Final = 3
+"""Most memory of a round at a site beside base, gradients and moments, in adapters of float32: the one that came, the trained
+one, and the change. tests/test_size.py holds it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

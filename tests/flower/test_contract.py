@@ -47,7 +47,8 @@ from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedlora.core.errors import Oversized, WireError
-from fedlora.flower._internals.runtime import _CHUNK_BYTES, BROKEN, TOO_LARGE, _check_stated, _tree, unfold_array
+from fedlora.flower._internals.parts import check_stated, tree_of, unfold_array
+from fedlora.flower._internals.runtime import _CHUNK_BYTES, BROKEN, TOO_LARGE
 from fedlora.flower._internals.supernode import signing
 from fedlora.flower.records import STYPE, blob_of
 from fedlora.gateway import clock, doors
@@ -178,7 +179,7 @@ def test_a_small_message_that_would_unfold_to_terabytes_is_refused_before_it_doe
 def test_a_long_message_is_the_same_after_it_was_cut_and_unfolded_a_few_chunks_at_a_time():
     body = os.urandom(9 * _CHUNK_BYTES + 17)
     objects = {}
-    tree = _tree("root", RecordDict({"body": ArrayRecord({"blob": blob_of(body)})}), objects)
+    tree = tree_of("root", RecordDict({"body": ArrayRecord({"blob": blob_of(body)})}), objects)
     assert list(objects)[-1] == tree.object_id == "root"
     parts = {i: part.deflate() for i, part in objects.items()}
     assert all(hashlib.sha256(part).hexdigest() == i for i, part in parts.items() if i != "root")
@@ -200,7 +201,7 @@ def test_an_array_of_a_negative_size_pays_for_no_other_one():
     less = head.partition(b"\0")[0] + b"\0" + json.dumps({**table, "shape": [-(1 << 40)]}).encode()
     more = head.partition(b"\0")[0] + b"\0" + json.dumps({**table, "shape": [1 << 40]}).encode()
     with pytest.raises(WireError):
-        _check_stated({"a": less, "b": more}, 1000)
+        check_stated({"a": less, "b": more}, 1000)
 
 
 def test_a_call_is_signed_where_flower_signs_its_time_stamp():
@@ -228,9 +229,9 @@ def test_a_length_that_is_stated_is_refused_before_the_chunks_are_there():
     parts = unfolding(bytes(1001), times=1)
     inner = {k: p for k, p in parts.items() if not p.startswith(b"ArrayChunk ")}
     assert len(inner) < len(parts)
-    _check_stated(inner, 1001)
+    check_stated(inner, 1001)
     with pytest.raises(Oversized, match="states 1001 bytes, at most 1000"):
-        _check_stated(inner, 1000)
+        check_stated(inner, 1000)
 
 
 def test_the_supernodes_loop_waits_by_the_names_that_are_replaced():

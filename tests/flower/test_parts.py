@@ -37,7 +37,7 @@ from fedlora.core.errors import (
 )
 from fedlora.core.events import Event
 from fedlora.core.facts import Arm
-from fedlora.core.messages import Reply, Request, take
+from fedlora.core.messages import Reply, Request
 from fedlora.flower import check_flwr, launch
 from fedlora.flower._internals import TOO_LARGE
 from fedlora.flower.bundle import BUNDLE_SHA256, bundle_bytes
@@ -49,6 +49,7 @@ from fedlora.flower.supernode import PollInterval
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import certificate_hosts, load_node_keys, make_node_key, make_tls, node_key_pem
 from fedlora.gateway.exposure import check_loopback
+from fedlora.protect.link import take
 
 pytestmark = pytest.mark.slow  # to import flwr, that is
 
@@ -321,13 +322,17 @@ def test_a_request_that_is_too_long_names_the_setting_in_the_sites_log(tmp_path,
     assert "policy.max_request_bytes in site.toml" in caplog.text
 
 
-def test_the_bytes_of_a_request_leave_its_message_and_then_the_request():
-    content = dump_request(Request("st-marys", "train", b"body"))
-    request = parse_request(content, max_bytes=300)
-    assert not content
-    assert take(request) == b"body"
-    assert not request.body
-    again = Request("st-marys", "train", b"body")  # of a transport in this process, which may send it again
+def test_the_bytes_of_a_request_leave_its_message_and_then_the_request(tmp_path):
+    def handle(request):
+        seen.append((dict(message.content), take(request), request.body))
+        return Reply("a", b"done")
+
+    seen = []
+    runner = Runner(1, site="a", secret_file=tmp_path / "s", handle=handle, max_bytes=100)
+    message = Message(dump_request(Request("a", "train", b"body")), 1, "train.fedlora")
+    assert runner._reply_to(message) == Reply("a", b"done")
+    assert seen == [({}, b"body", b"")]
+    again = Request("a", "train", b"body")  # of a transport in this process, which may send it again
     assert take(again) == take(again) == b"body"
 
 

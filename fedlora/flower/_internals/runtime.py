@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import httpx
-import numpy as np
-from flwr.app import Array, Message
+from flwr.app import Message
 from flwr.app.error import Error
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import SubStatus
@@ -30,11 +27,19 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from numpy.typing import NDArray
 
 from fedlora.core.codes import Code
 from fedlora.core.errors import ConnectionFailed, Oversized, WireError
-from fedlora.formats.values import fill
+from fedlora.flower._internals.parts import (
+    batches,
+    check_stated,
+    children_of,
+    count_parts,
+    kind_of,
+    pull_some,
+    tree_of,
+    unfold_array,
+)
 from fedlora.gateway.addresses import LOOPBACK
 
 T = TypeVar("T")
@@ -46,8 +51,6 @@ _RETRIED = (502, 503, 504)
 _CHUNK_BYTES = 5 << 20  # Flower cuts an array into chunks of this size
 _OTHER_OBJECTS = 8  # message, records, names, array: five, and what Flower may add
 _OVERHEAD_BYTES = 1 << 16  # of all of these
-_STRAGGLING_PART_S = 10.0
-_BATCH = 2  # parts of a message that are pulled or pushed at a time
 
 
 class WrongSecret(ConnectionFailed):
@@ -206,7 +209,7 @@ class TaskClient:
         # Metadata are part of the message's content: the id must be set before the tree is taken.
         message.metadata.__dict__["_message_id"] = message.object_id
         objects: dict[str, Any] = {}
-        tree = _tree(message.object_id, message, objects)
+        tree = tree_of(message.object_id, message, objects)
         answer = _call(
             self._client.PushMessages,
             runtime_pb2.PushAppMessagesRequest(
@@ -218,7 +221,7 @@ class TaskClient:
         )
         wanted = set(answer.objects_to_push)
         try:
-            for some in _batches([i for i in objects if i in wanted]):  # Flower would write out all of them at once
+            for some in batches([i for i in objects if i in wanted]):  # Flower would write out all of them at once
                 inflatable_utils.push_objects({i: objects[i] for i in some}, push)
         except (httpx.HTTPError, inflatable_utils.ObjectPushError) as e:
             raise ConnectionFailed(f"a message could not be delivered: {type(e).__name__}") from None
@@ -242,7 +245,7 @@ class TaskClient:
             if message_id not in self._arriving:
                 continue
             tree = self._arriving[message_id][1]
-            if _parts(tree) > _OTHER_OBJECTS + max(-(-max_bytes // _CHUNK_BYTES), 1) or self._is_whole(tree):
+            if count_parts(tree) > _OTHER_OBJECTS + max(-(-max_bytes // _CHUNK_BYTES), 1) or self._is_whole(tree):
                 arrived.append(self._unfold(*self._arriving.pop(message_id), max_bytes=max_bytes))
         return arrived
 
@@ -271,7 +274,7 @@ class TaskClient:
 
     def _pull_objects(self, tree: Any, max_bytes: int) -> tuple[dict[str, bytes], dict[str, Any]]:
         """The parts of a message, and its arrays, each filled as its chunks come."""
-        if (count := _parts(tree)) > _OTHER_OBJECTS + max(-(-max_bytes // _CHUNK_BYTES), 1):
+        if (count := count_parts(tree)) > _OTHER_OBJECTS + max(-(-max_bytes // _CHUNK_BYTES), 1):
             raise Oversized(f"a message of {count} parts, for at most {max_bytes} bytes")
         nodes = list(inflatable_object.iterate_object_tree(tree))
         inner = dict.fromkeys(node.object_id for node in nodes if node.children)
@@ -287,91 +290,16 @@ class TaskClient:
             return part
 
         try:
-            parts = dict(_pulled(list(inner), bounded))
-            _check_stated(parts, max_bytes)
+            parts = dict(pull_some(list(inner), bounded))
+            check_stated(parts, max_bytes)
             arrays = {
-                i: unfold_array(part, partial(_pulled, pull=bounded)) for i, part in parts.items() if _kind(part) == "Array"
+                i: unfold_array(part, partial(pull_some, pull=bounded)) for i, part in parts.items() if kind_of(part) == "Array"
             }
-            chunks = {child for i in arrays for child in _children(parts[i])}
-            parts.update(_pulled([i for i in leaves if i not in chunks], bounded))
+            chunks = {child for i in arrays for child in children_of(parts[i])}
+            parts.update(pull_some([i for i in leaves if i not in chunks], bounded))
             return parts, arrays
         except (httpx.HTTPError, inflatable_utils.ObjectPullError) as e:
             raise WireError(f"a message is incomplete: {type(e).__name__}") from None
-
-
-def _parts(tree: Any) -> int:
-    """Number of objects of a message, equal ones counted once."""
-    return len({node.object_id for node in inflatable_object.iterate_object_tree(tree)})
-
-
-def _tree(object_id: str, part: Any, objects: dict[str, Any]) -> Any:
-    """Flower's tree of a message; fills ``objects``, children before parents. Flower's own would hash every chunk anew."""
-    children = [_tree(i, child, objects) for i, child in (part.children or {}).items()]
-    objects[object_id] = part
-    return message_pb2.ObjectTree(object_id=object_id, children=children)
-
-
-def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    """A few at a time: what is on its way is held twice."""
-    return (ids[at : at + _BATCH] for at in range(0, len(ids), _BATCH))
-
-
-def _pulled(ids: Sequence[str], pull: Callable[[str], bytes]) -> dict[str, bytes]:
-    found: dict[str, bytes] = inflatable_utils.pull_objects(list(ids), pull, max_time=_STRAGGLING_PART_S)
-    return found
-
-
-def _kind(part: bytes) -> str:
-    return str(inflatable_object.get_object_head_values_from_object_content(part)[0])
-
-
-def _children(part: bytes) -> list[str]:
-    return list(inflatable_object.get_object_head_values_from_object_content(part)[1])
-
-
-def unfold_array(head: bytes, pull: Callable[[Sequence[str]], Mapping[str, bytes]]) -> Array:
-    """An array, filled in place: Flower's own way holds it three times.
-
-    Args:
-        head: its part of the message; states its size, which was compared with what is due, and names its chunks.
-        pull: gives a few chunks by their ids.
-
-    Raises:
-        Oversized: the chunks are more than it states: it may name the same one a million times.
-        WireError: they are less.
-    """
-    table, names = json.loads(head[head.index(b"\x00") + 1 :]), _children(head)
-    size = math.prod(table["shape"])
-
-    def write(out: NDArray[np.uint8]) -> None:
-        at = 0
-        for some in _batches([names[i] for i in table["arraychunk_ids"]]):
-            found = pull(list(dict.fromkeys(some)))
-            for name in some:
-                body = memoryview(found[name])[found[name].index(b"\x00") + 1 :]
-                if at + len(body) > size:
-                    raise Oversized(f"an array that unfolds to more than the {size} bytes that it states")
-                out[at : at + len(body)] = np.frombuffer(body, np.uint8)
-                at += len(body)
-        if at != size:
-            raise WireError(f"an array of {at} bytes that states {size}")
-
-    return Array(table["dtype"], tuple(table["shape"]), table["stype"], fill(size, write))
-
-
-def _check_stated(parts: Mapping[str, bytes], max_bytes: int) -> None:
-    """Checks the sum of the lengths that arrays state, before their chunks are pulled.
-
-    Raises:
-        Oversized: more than ``max_bytes`` together.
-        WireError: one states less than nothing.
-    """
-    heads = (p for p in parts.values() if inflatable_object.get_object_head_values_from_object_content(p)[0] == "Array")
-    sizes = [math.prod(json.loads(p[p.index(b"\x00") + 1 :])["shape"]) for p in heads]
-    if min(sizes, default=0) < 0:
-        raise WireError("an array of a negative size")
-    if (total := sum(sizes)) > max_bytes:
-        raise Oversized(f"a message that states {total} bytes, at most {max_bytes} are due")
 
 
 @dataclass(frozen=True, slots=True)

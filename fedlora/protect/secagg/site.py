@@ -165,12 +165,9 @@ class SecAggSite:
         return self._reply(header, key, self._advert(session).dump())
 
     def _encode(self, task: Task, terms: Terms, scales: F32, records: Records, work: Callable[[Task], Update]) -> Encoded:
-        key = work_key(task, scales)
-        if self._encoded is not None and self._encoded.key != key:
-            self._encoded = None  # an earlier round's, before this one is trained
+        key, self._encoded = work_key(task, scales), None  # an earlier round's goes before this one is trained
         update = work(task)  # from the journal if it has been done
-        known = self._encoded or records.encoded()
-        if known is not None and known.key == key:
+        if (known := records.encoded()) is not None and known.key == key:
             return known
         made = encode_update(task, terms, scales, update, identity=self.link.identity)
         records.save_encoded(made)
