@@ -21,8 +21,8 @@ from fedlora.flower.enrol import make_site_keys
 from fedlora.formats import update as wire
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, load_identity
-from fedlora.formats.memory import FileMemory
 from fedlora.formats.signed_roster import SignedRoster
+from fedlora.formats.state.memory import FileMemory
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.secagg.settings import Settings

@@ -160,7 +160,7 @@ def test_references_in_docstrings_lead_to_something(path):
 
 def test_a_reference_to_nothing_is_found():
     path = PACKAGE / "rounds" / "store.py"
-    assert all(resolves(target, path) for target in ("fedlora.formats.memory.Memory", "RunStore.load", "load"))
+    assert all(resolves(target, path) for target in ("fedlora.formats.state.memory.Memory", "RunStore.load", "load"))
     for target in ("fedlora.protect.Memory", "fedlora.nothing.at.all", "RunStore.nothing", "nothing"):
         assert not resolves(target, path), target
 

@@ -13,8 +13,8 @@ import pytest
 
 from fedlora.core.errors import StoreError
 from fedlora.formats.files import write_atomic
-from fedlora.formats.journal import Entry, Journal
-from fedlora.formats.memory import FileMemory
+from fedlora.formats.state.journal import Entry, Journal
+from fedlora.formats.state.memory import FileMemory
 
 RUN = "0" * 64
 

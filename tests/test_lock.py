@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from fedlora.core.errors import StoreError
-from fedlora.formats.lock import Held, hold, holder
+from fedlora.formats.state.lock import Held, hold, holder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fedlora.formats.lock import hold
+from fedlora.formats.state.lock import hold
 with hold(Path(sys.argv[1]), what="fedlora site up", clock=lambda: 1_700_000_000):
     print("held", flush=True)
     time.sleep(60)
@@ -74,7 +74,7 @@ def test_a_lock_file_that_is_deleted_at_the_wrong_moment_does_not_let_two_in(tmp
                 (tmp_path / "lock").touch()
         real(handle, how)
 
-    monkeypatch.setattr("fedlora.formats.lock.fcntl.flock", flock)
+    monkeypatch.setattr("fedlora.formats.state.lock.fcntl.flock", flock)
     with hold(tmp_path, what="x"), pytest.raises(Held), hold(tmp_path, what="y"):
         pass
 

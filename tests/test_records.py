@@ -24,9 +24,9 @@ from fedlora.formats.files import (
     save_record,
     unframe,
 )
-from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.keys import Identity
-from fedlora.formats.memory import FileMemory, Memory, get_record, put_record
+from fedlora.formats.state.journal import Entry, Journal
+from fedlora.formats.state.memory import FileMemory, Memory, get_record, put_record
 from fedlora.gateway.allowance import Allowance, Quota
 from fedlora.lab.testing import toy_adapter, toy_plan
 from fedlora.protect.ledger import Base, ContributionStore, Ledger

@@ -22,9 +22,9 @@ from fedlora.core.plan import Aggregate, Evaluation, Wire
 from fedlora.formats import enrolled
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import dump_facts, save_adapter
-from fedlora.formats.journal import Entry, Journal
 from fedlora.formats.keys import Identity, load_identity
-from fedlora.formats.memory import FileMemory
+from fedlora.formats.state.journal import Entry, Journal
+from fedlora.formats.state.memory import FileMemory
 from fedlora.lab.testing import TOY_BASE, DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds.loop import run

@@ -13,8 +13,8 @@ from fedlora.core.messages import Reply, Request, Task
 from fedlora.core.plan import Aggregate, Lora, Plan, ServerOptimizer, Wire
 from fedlora.formats import update as wire
 from fedlora.formats.files import load_adapter
-from fedlora.formats.journal import Journal
 from fedlora.formats.keys import Identity
+from fedlora.formats.state.journal import Journal
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout, toy_plan
 from fedlora.library.publish import export_run, outcome
 from fedlora.rounds.server import start_run

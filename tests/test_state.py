@@ -24,10 +24,10 @@ from fedlora.core.toml import dump_toml
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.files import load_adapter, save_adapter, write_atomic
-from fedlora.formats.journal import Journal
 from fedlora.formats.keys import load_identity, load_public
-from fedlora.formats.memory import FileMemory, get_record
 from fedlora.formats.signed_roster import SignedRoster
+from fedlora.formats.state.journal import Journal
+from fedlora.formats.state.memory import FileMemory, get_record
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.ledger import ContributionStore, Ledger
 from fedlora.rounds.store import RunStore

@@ -12,7 +12,7 @@ import typer
 from fedlora.cli.output import Json, emit
 
 if TYPE_CHECKING:
-    from fedlora.formats.damage import Finding
+    from fedlora.formats.state.damage import Finding
 
 
 _RUN_START = "the first digits of its id are enough"

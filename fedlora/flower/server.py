@@ -31,8 +31,8 @@ from fedlora.flower.jobs import (
     save_address,
 )
 from fedlora.flower.records import safe_code
-from fedlora.formats.lock import hold
 from fedlora.formats.plans import load_plan
+from fedlora.formats.state.lock import hold
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.certificates import certificate_hosts, check_tls, load_node_keys
 from fedlora.gateway.doors import Refusal, key_name, parse_refusal

@@ -25,7 +25,7 @@ from fedlora.flower.environment import join_flower
 from fedlora.flower.runner import Handle, Runner
 from fedlora.flower.status import StatusTracker
 from fedlora.formats.files import write_atomic
-from fedlora.formats.lock import hold
+from fedlora.formats.state.lock import hold
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.probe import probe
 from fedlora.processes.death import Cause, Working

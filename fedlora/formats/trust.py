@@ -12,9 +12,9 @@ from pathlib import Path
 from fedlora.core.errors import BadSignature, EnvelopeError, RosterInvalid, RosterRollback, WireError
 from fedlora.formats.envelope import SUITE
 from fedlora.formats.keys import PublicIdentity
-from fedlora.formats.memory import Memory
 from fedlora.formats.roster import Roster
 from fedlora.formats.signed_roster import NEWEST, SignedRoster, load_roster
+from fedlora.formats.state.memory import Memory
 
 
 def accept(new: SignedRoster, *, current: SignedRoster | None, pinned: str, now: int) -> SignedRoster:

@@ -15,7 +15,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import Train
 from fedlora.core.plan import Arm, Plan
 from fedlora.formats import update as wire
-from fedlora.formats.journal import Entry, Journal
+from fedlora.formats.state.journal import Entry, Journal
 from fedlora.site.work import Learner
 
 Trained: TypeAlias = Adapter | Mapping[str, Adapter]

@@ -26,9 +26,9 @@ from fedlora.core.toml import dump_toml
 from fedlora.data.prompt import prompt_of
 from fedlora.flower.enrol import make_roster
 from fedlora.formats.files import load_adapter, read_file, save_adapter, write_atomic
-from fedlora.formats.journal import Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.records import dump_text, parse_text
+from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment

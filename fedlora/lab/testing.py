@@ -14,7 +14,7 @@ from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.metrics import to_nats
 from fedlora.core.plan import Federation, Plan, Run
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.formats.memory import Memory
+from fedlora.formats.state.memory import Memory
 from fedlora.protect.link import ServerLink, SiteLink, pinned
 from fedlora.site.policy import Policy
 from fedlora.site.work import Trained
@@ -81,7 +81,7 @@ class ToyLearner:
 
 @dataclass(slots=True)
 class DictMemory:
-    """:class:`fedlora.formats.memory.Memory` that does not outlive the process."""
+    """:class:`fedlora.formats.state.memory.Memory` that does not outlive the process."""
 
     values: dict[str, bytes] = field(default_factory=dict)
 

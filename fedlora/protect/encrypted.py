@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedlora.core.errors import StoreError
 from fedlora.formats.files import dump_record, parse_record
-from fedlora.formats.memory import Memory
+from fedlora.formats.state.memory import Memory
 
 _NONCE: Final = 12
 

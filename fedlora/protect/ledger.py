@@ -29,7 +29,7 @@ from fedlora.core.errors import LoneChange, StoreError
 from fedlora.core.plan import Plan
 from fedlora.formats.derive import derive
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.formats.memory import Memory
+from fedlora.formats.state.memory import Memory
 from fedlora.protect.encrypted import EncryptedMemory
 
 KEY: Final = "secagg/given"

@@ -12,8 +12,8 @@ from fedlora.core.errors import EnvelopeError, FedLoRAError, RemoteError, StateL
 from fedlora.core.messages import SERVER, Reply, Request, Task
 from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
 from fedlora.formats.keys import Identity, PublicIdentity, key_id
-from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.formats.roster import federation
+from fedlora.formats.state.memory import Memory, get_record, put_record
 from fedlora.protect import Tally
 
 log = logging.getLogger(__name__)

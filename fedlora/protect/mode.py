@@ -14,8 +14,8 @@ from fedlora.core.events import Report
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Dtype, Plan
 from fedlora.core.section import Section
-from fedlora.formats.memory import Memory
 from fedlora.formats.signed_roster import SignedRoster
+from fedlora.formats.state.memory import Memory
 from fedlora.formats.trust import RosterKeeper
 from fedlora.protect import Protection, SiteProtection
 from fedlora.protect.link import ServerLink, SiteLink

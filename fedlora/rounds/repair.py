@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
-from fedlora.formats.damage import Finding, alone, damaged_values, problem_text
 from fedlora.formats.files import copy_of, set_aside
 from fedlora.formats.keys import load_identity, load_public
-from fedlora.formats.memory import FileMemory, words
+from fedlora.formats.state.damage import Finding, alone, damaged_values, problem_text
+from fedlora.formats.state.memory import FileMemory, words
 from fedlora.protect.link import raise_number
 from fedlora.rounds.store import RunStore
 

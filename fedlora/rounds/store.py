@@ -1,4 +1,4 @@
-"""A run's directory at the server, which survives a power cut. A site has a :mod:`fedlora.formats.journal` instead."""
+"""A run's directory at the server, which survives a power cut. A site has a :mod:`fedlora.formats.state.journal` instead."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from fedlora.formats.files import (
     set_aside,
     write_atomic,
 )
-from fedlora.formats.memory import FileMemory
 from fedlora.formats.plans import PROMPT
 from fedlora.formats.published.records import Prompt
 from fedlora.formats.records import dump_round, dump_text, facts_of, parse_facts_as, parse_round, scan_rounds
+from fedlora.formats.state.memory import FileMemory
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.checkpoint import Checkpoint, at_rest
 from fedlora.rounds.hints import LAST_RESORT, LOG_HINT, checkpoint_hint, memory_hint, plan_hint, repair_command

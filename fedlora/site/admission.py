@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fedlora.core.errors import PlanRefused, StoreError, WrongContext
 from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
-from fedlora.formats.memory import Memory, get_record, put_record
+from fedlora.formats.state.memory import Memory, get_record, put_record
 from fedlora.site.site_file import SiteFile
 
 RUNS = "runs"

@@ -18,8 +18,8 @@ from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
-from fedlora.formats.memory import FileMemory
 from fedlora.formats.signed_roster import SignedRoster
+from fedlora.formats.state.memory import FileMemory
 from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.mode import SumExposure
 from fedlora.protect.modes import mode_of

@@ -12,9 +12,9 @@ from fedlora.core.events import Report
 from fedlora.core.messages import check_site_name
 from fedlora.core.plan import Plan
 from fedlora.formats.envelope import Header
-from fedlora.formats.journal import REPAIR, Journal
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
-from fedlora.formats.memory import FileMemory
+from fedlora.formats.state.journal import REPAIR, Journal
+from fedlora.formats.state.memory import FileMemory
 from fedlora.formats.trust import RosterKeeper
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import SiteParts

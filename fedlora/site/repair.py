@@ -13,11 +13,11 @@ from typing import Any
 
 from fedlora.core.canonical import is_digest
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
-from fedlora.formats.damage import Finding, alone, damaged_values, drop, erase, problem_text
 from fedlora.formats.files import load_adapter, set_aside
-from fedlora.formats.journal import SITS_OUT, Journal, sits_out
 from fedlora.formats.keys import load_identity, load_public
-from fedlora.formats.memory import FileMemory, get_record, put_record, words
+from fedlora.formats.state.damage import Finding, alone, damaged_values, drop, erase, problem_text
+from fedlora.formats.state.journal import SITS_OUT, Journal, sits_out
+from fedlora.formats.state.memory import FileMemory, get_record, put_record, words
 from fedlora.protect.ledger import HAS_GIVEN, KEY, ContributionStore, Ledger
 from fedlora.protect.link import raise_number
 from fedlora.site.site_file import load_site_file

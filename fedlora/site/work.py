@@ -19,8 +19,8 @@ from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.metrics import LISTED, counters_of, finish, is_measured, is_small, without_evaluation
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats import update as wire
-from fedlora.formats.journal import Entry, Journal
-from fedlora.formats.memory import FileMemory
+from fedlora.formats.state.journal import Entry, Journal
+from fedlora.formats.state.memory import FileMemory
 from fedlora.protect import SiteProtection
 from fedlora.protect.modes import mode_of
 from fedlora.rules import Aggregator, max_site_weight, rule_of

@@ -14,7 +14,7 @@ from fedlora.core.plan import Plan, Protect
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_site_keys
 from fedlora.formats.keys import Identity, load_identity
-from fedlora.formats.memory import FileMemory
+from fedlora.formats.state.memory import FileMemory
 from fedlora.lab.testing import toy_plan
 from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.settings import measure

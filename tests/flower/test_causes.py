@@ -27,7 +27,7 @@ from fedlora.core.toml import dump_toml
 from fedlora.flower import launch
 from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.flower.site import up
-from fedlora.formats.lock import hold
+from fedlora.formats.state.lock import hold
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import make_node_key, make_tls
 from fedlora.gateway.exposure import free_port

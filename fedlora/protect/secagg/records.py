@@ -16,7 +16,7 @@ from fedlora.core.messages import Task
 from fedlora.formats.derive import derive
 from fedlora.formats.files import Damaged, frame, unframe
 from fedlora.formats.keys import Identity
-from fedlora.formats.memory import Memory
+from fedlora.formats.state.memory import Memory
 from fedlora.protect.encrypted import EncryptedMemory
 from fedlora.protect.ledger import Base, Contribution
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements

@@ -13,8 +13,8 @@ from fedlora.core.errors import SessionError
 from fedlora.core.messages import Kind, Task
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.formats.memory import Memory, get_record, put_record
 from fedlora.formats.signed_roster import SignedRoster
+from fedlora.formats.state.memory import Memory, get_record, put_record
 from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements
 from fedlora.protect.secagg.protocol.opening import Deal, deal_bytes
 from fedlora.protect.secagg.protocol.rings import Profile, Words

@@ -14,9 +14,9 @@ from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.reader import Reader
 from fedlora.formats.envelope import Header, match
-from fedlora.formats.journal import check_takes_part, sits_out
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.roster import Roster
+from fedlora.formats.state.journal import check_takes_part, sits_out
 from fedlora.formats.trust import RosterKeeper
 from fedlora.protect.ledger import Base, Contribution, ContributionStore
 from fedlora.protect.link import SiteLink

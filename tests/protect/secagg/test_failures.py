@@ -13,8 +13,8 @@ from raising import raising
 import fedlora.protect.secagg.site as site_module
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import PlanRefused, ResourceError, SessionError
-from fedlora.formats.journal import SITS_OUT
-from fedlora.formats.memory import FileMemory
+from fedlora.formats.state.journal import SITS_OUT
+from fedlora.formats.state.memory import FileMemory
 from fedlora.lab.testing import DictMemory
 from fedlora.protect.secagg.protocol.dealing import Secrets
 

@@ -12,7 +12,7 @@ from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.errors import PlanRefused
 from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
-from fedlora.formats.journal import Journal
+from fedlora.formats.state.journal import Journal
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
 from fedlora.protect.secagg.mode import SecAgg
 from fedlora.protect.secagg.terms import MAX_UNITS, check_published, reach

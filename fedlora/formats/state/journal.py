@@ -30,7 +30,7 @@ from fedlora.formats.files import (
     unframe,
     write_atomic,
 )
-from fedlora.formats.memory import FileMemory, Memory, get_record, put_record
+from fedlora.formats.state.memory import FileMemory, Memory, get_record, put_record
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from fedlora.core import answers
 from fedlora.core.errors import ConfigError
 from fedlora.formats.files import COPY, set_aside
-from fedlora.formats.memory import FileMemory
+from fedlora.formats.state.memory import FileMemory
 
 
 @dataclass(frozen=True, slots=True)
