@@ -173,6 +173,9 @@ class _Nowhere:
     def put(self, key: str, *parts: bytes | memoryview) -> None:
         self.written = sum(len(part) for part in parts)
 
+    def keys(self) -> list[str]:
+        return []
+
     def where(self, key: str) -> str:
         return key
 
