@@ -136,7 +136,7 @@ def test_a_tensor_is_drawn_and_compared_a_piece_at_a_time():
         drawing = tracemalloc.get_traced_memory()[1] - begun
         begun = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        rule_of(plan).check_published(first, now, moved={"A": 0.0, "B": 0.0}, rounds=1)
+        rule_of(plan).check_published(first, now, moved={"A": 0.0, "B": 0.0}, rounds=1, rounding=0.0)
         comparing = tracemalloc.get_traced_memory()[1] - begun
     finally:
         tracemalloc.stop()
