@@ -22,7 +22,7 @@ from fedlora.formats import update as wire
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.formats.state.memory import FileMemory
+from fedlora.formats.state.memory import FileMemory, get_record
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, server_link, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.secagg.settings import Settings
@@ -131,6 +131,17 @@ def test_nothing_is_written_for_a_run_that_nobody_approved(tmp_path, phase, begu
     assert not one.learner.trained[begun:]
     now = sorted(p.name for p in (one.path / "state").rglob("*"))
     assert [n for n in now if n not in kept] == [] or (not begun and len(now) - len(kept) <= 4)  # the roster, once
+
+
+@pytest.mark.parametrize("kind", ["sealed", "secagg"])
+def test_the_number_of_the_message_that_begins_a_run_is_on_the_disk_with_the_answer(tmp_path, kind):
+    """So that after a restart no earlier one is taken."""
+    plan = {"sealed": SEALED, "secagg": SECAGG}[kind]
+    one = One(tmp_path, **pinning(plan, policy=Policy(protect=(kind,))))
+    assert getattr(one, kind)(plan) == ""
+    kept = get_record(FileMemory(one.path / "state" / "memory"), f"{RUN}/down", "counter")
+    assert kept is not None
+    assert kept["seq"] == 1
 
 
 @pytest.mark.attack(

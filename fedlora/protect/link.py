@@ -280,7 +280,8 @@ class SiteLink:
         clock: seconds since 1970, for ``created``.
         entropy: n random bytes.
         expects: whether the run of a genuine message's header has begun here; refuses one in which this site does not take part.
-            Until it has, its number is in memory only: nothing is written for a run that is none.
+            Until it has, its number is in memory only, and on the disk before it is answered: nothing is written for a run that is
+            none.
     """
 
     identity: Identity
@@ -329,6 +330,8 @@ class SiteLink:
 
     def seal(self, down: Header, payload: bytes | memoryview, *, codec: str, n_params: int, to: PublicIdentity) -> bytes:
         """The reply to the request with header ``down``. Its number is on the disk before it is sent."""
+        if held := self._waiting.pop(down.run, None):  # the run has begun with this message
+            _Counter(self.memory, f"{down.run}/down").put(*held)
         counter = _Counter(self.memory, f"{down.run}/up")
         last, prev = counter.last()
         header = replace(

@@ -47,8 +47,8 @@ from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedlora.core.errors import Oversized, WireError
-from fedlora.flower._internals.parts import check_stated, tree_of, unfold_array
-from fedlora.flower._internals.runtime import _CHUNK_BYTES, BROKEN, TOO_LARGE
+from fedlora.flower._internals.parts import CHUNK_BYTES, check_stated, tree_of, unfold_array
+from fedlora.flower._internals.runtime import BROKEN, TOO_LARGE
 from fedlora.flower._internals.supernode import signing
 from fedlora.flower.records import STYPE, blob_of
 from fedlora.gateway import clock, doors
@@ -176,8 +176,21 @@ def test_a_small_message_that_would_unfold_to_terabytes_is_refused_before_it_doe
         unfolded(unfolding(body, times=0))
 
 
+@pytest.mark.parametrize("body", [b"", b"x", bytes(100)])
+@pytest.mark.parametrize("times", [2, 5_000])
+def test_no_array_has_more_chunks_than_its_bytes_make(body, times):
+    """Each is pulled through the relay: five thousand of an empty one would hold a round up for minutes."""
+    (head,) = (p for p in unfolding(body, times=times).values() if p.startswith(b"Array "))
+
+    def pull(ids):
+        raise AssertionError("a chunk was pulled")
+
+    with pytest.raises(Oversized, match="chunks"):
+        unfold_array(head, pull)
+
+
 def test_a_long_message_is_the_same_after_it_was_cut_and_unfolded_a_few_chunks_at_a_time():
-    body = os.urandom(9 * _CHUNK_BYTES + 17)
+    body = os.urandom(9 * CHUNK_BYTES + 17)
     objects = {}
     tree = tree_of("root", RecordDict({"body": ArrayRecord({"blob": blob_of(body)})}), objects)
     assert list(objects)[-1] == tree.object_id == "root"
@@ -217,7 +230,7 @@ def test_a_call_is_signed_where_flower_signs_its_time_stamp():
     assert {TIME, KEY, "flwr-signature", CALL} <= set(seen[0].headers)
     assert (TIME, KEY) == (TIMESTAMP_HEADER, FLEET_HTTP_PUBLIC_KEY_HEADER)
     assert (AHEAD_S, BEHIND_S) == (SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
-    assert FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == _CHUNK_BYTES
+    assert FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == CHUNK_BYTES
 
 
 def test_who_is_not_enrolled_hears_what_flower_says():

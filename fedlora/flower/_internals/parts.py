@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedlora.core.errors import Oversized, WireError
 from fedlora.formats.values import fill
 
+CHUNK_BYTES = 5 << 20  # Flower cuts an array into chunks of this size
 _STRAGGLING_PART_S = 10.0
 _BATCH = 2  # parts of a message that are pulled or pushed at a time
 
@@ -58,11 +59,14 @@ def unfold_array(head: bytes, pull: Callable[[Sequence[str]], Mapping[str, bytes
         pull: gives a few chunks by their ids.
 
     Raises:
-        Oversized: the chunks are more than it states: it may name the same one a million times.
+        Oversized: the chunks are more than it states, or more in number than Flower cuts of so many bytes: it may name the same
+            one a million times, an empty one too, and each is pulled.
         WireError: they are less.
     """
     table, names = json.loads(head[head.index(b"\x00") + 1 :]), children_of(head)
     size = math.prod(table["shape"])
+    if len(table["arraychunk_ids"]) > max(-(-size // CHUNK_BYTES), 1):
+        raise Oversized(f"an array of {len(table['arraychunk_ids'])} chunks, more than its {size} bytes make")
 
     def write(out: NDArray[np.uint8]) -> None:
         at = 0

@@ -31,6 +31,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedlora.core.codes import Code
 from fedlora.core.errors import ConnectionFailed, Oversized, WireError
 from fedlora.flower._internals.parts import (
+    CHUNK_BYTES,
     batches,
     check_stated,
     children_of,
@@ -48,7 +49,6 @@ BROKEN, TOO_LARGE = 1000, 1001
 """Our error codes beside Flower's 0 to 8: a message that cannot be decoded, or is too large when decoded."""
 
 _RETRIED = (502, 503, 504)
-_CHUNK_BYTES = 5 << 20  # Flower cuts an array into chunks of this size
 _OTHER_OBJECTS = 8  # message, records, names, array: five, and what Flower may add
 _OVERHEAD_BYTES = 1 << 16  # of all of these
 
@@ -245,7 +245,7 @@ class TaskClient:
             if message_id not in self._arriving:
                 continue
             tree = self._arriving[message_id][1]
-            if count_parts(tree) > _OTHER_OBJECTS + max(-(-max_bytes // _CHUNK_BYTES), 1) or self._is_whole(tree):
+            if count_parts(tree) > _OTHER_OBJECTS + max(-(-max_bytes // CHUNK_BYTES), 1) or self._is_whole(tree):
                 arrived.append(self._unfold(*self._arriving.pop(message_id), max_bytes=max_bytes))
         return arrived
 
@@ -274,7 +274,7 @@ class TaskClient:
 
     def _pull_objects(self, tree: Any, max_bytes: int) -> tuple[dict[str, bytes], dict[str, Any]]:
         """The parts of a message, and its arrays, each filled as its chunks come."""
-        if (count := count_parts(tree)) > _OTHER_OBJECTS + max(-(-max_bytes // _CHUNK_BYTES), 1):
+        if (count := count_parts(tree)) > _OTHER_OBJECTS + max(-(-max_bytes // CHUNK_BYTES), 1):
             raise Oversized(f"a message of {count} parts, for at most {max_bytes} bytes")
         nodes = list(inflatable_object.iterate_object_tree(tree))
         inner = dict.fromkeys(node.object_id for node in nodes if node.children)
