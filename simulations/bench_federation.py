@@ -38,6 +38,10 @@ from fedlora.site.site_file import SiteFile, load_site_file
 from fedlora.site.work import Trained
 
 ROOT = Path(fedlora.__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "flower")]
+
+from flower.harness import descendants  # noqa: E402
+
 SMALL, LARGE = "small", "large"
 _RANK, _WIDTH = 32, 4096
 
@@ -220,22 +224,6 @@ class Deployment:
     def database(self) -> int:
         """Bytes of the relay's database, its log included."""
         return sum(p.stat().st_size for p in (self.home / "flower").glob("state.db*"))
-
-
-def descendants(pid: int) -> dict[int, list[str]]:
-    """Command lines of all processes below ``pid``."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found, todo = {}, [pid]
-    while todo:
-        above = todo.pop()
-        for child in [c for c, p in parents.items() if p == above]:
-            with contextlib.suppress(OSError):
-                found[child] = Path(f"/proc/{child}/cmdline").read_text().split("\0")[:-1]
-                todo.append(child)
-    return found
 
 
 class Watch:

@@ -65,37 +65,34 @@ def export_run(
     signer = _signer(run)
     sealed = partial(seal, signer=signer) if signer else None
     plan, adapter, facts = _finished(run)
-    from fedlora.learn import export
-
     if base is None and (merge or to == "gguf"):
-        raise ConfigError(
-            f"{'--merge' if merge else '--to gguf'} needs --base",
-            hint="give --base the full-precision directory of " + plan.model.model_name_or_path,
-        )
+        raise _without_base("--merge" if merge else "--to gguf", plan)
     if base is not None:
         _check_base(plan, base)
         facts = facts.model_copy(update={"prompt": _prompt(base, plan)})
-    done = Exported(out=str(out), signed_by=signer.public.fingerprint() if signer else None, unknown=_unknown(facts.prompt))
+    from fedlora.learn import export
+
     if merge and base is not None:
         export.merge(adapter, base, out, scale=plan.lora.scale, dtype=dtype)
         return Exported(out=str(out), signed_by=None, unknown=[])
     if to == "gguf" and base is not None:
-        from fedlora.learn.export import llama_cpp
+        from fedlora.learn.export.llama_cpp import export_gguf
 
-        llama_cpp.export_gguf(adapter, out, plan=plan, base=base, with_base=with_base, run=facts, dtype=dtype, seal=sealed)
-        return done
-    export.export_adapter(
-        adapter,
-        out,
-        lora=plan.lora,
-        base_model=plan.model.model_name_or_path,
-        revision=plan.model.revision,
-        dtype=dtype,
-        quantization=plan.model.quantization,
-        run=facts,
-        seal=sealed,
-    )
-    return done
+        export_gguf(adapter, out, plan=plan, base=base, with_base=with_base, run=facts, dtype=dtype, seal=sealed)
+    else:
+        export.export_adapter(
+            adapter,
+            out,
+            lora=plan.lora,
+            base_model=plan.model.model_name_or_path,
+            revision=plan.model.revision,
+            dtype=dtype,
+            quantization=plan.model.quantization,
+            run=facts,
+            seal=sealed,
+        )
+    signed_by = signer.public.fingerprint() if signer else None
+    return Exported(out=str(out), signed_by=signed_by, unknown=_unknown(facts.prompt))
 
 
 def _check_options(to: str, *, merge: bool, with_base: bool) -> None:
@@ -106,6 +103,11 @@ def _check_options(to: str, *, merge: bool, with_base: bool) -> None:
         )
     if with_base and to != "gguf":
         raise ConfigError("--with-base belongs to --to gguf", hint="PEFT loads the base's own directory")
+
+
+def _without_base(option: str, plan: Plan) -> ConfigError:
+    name = plan.model.model_name_or_path
+    return ConfigError(f"{option} needs --base", hint=f"give --base the full-precision directory of {name}")
 
 
 def exported_text(done: Exported, *, to: str, merge: bool, with_base: bool) -> str:

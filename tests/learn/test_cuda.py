@@ -193,8 +193,8 @@ def test_fused_gradients_are_pefts_as_far_as_bfloat16_goes(
     right, theirs = gradient(exact, batches), gradient(padded, batches)
     ours = gradient(fused, regroup(batches, tokens=150, pad_token_id=256, multiple=64), checkpointing)
     assert ours[0] == pytest.approx(right[0], rel=2e-3)
-    # PEFT's products of the factors are float32, ours bfloat16: on a model this small their rounding shows (2.3 times).
-    assert distance(ours[1], right[1]) < 3 * distance(theirs[1], right[1]) + 1e-3
+    # PEFT's products of the factors are float32, ours bfloat16: on a model this small their rounding shows (2.2 times).
+    assert distance(ours[1], right[1]) < 2.5 * distance(theirs[1], right[1]) + 1e-3
 
 
 @pytest.mark.parametrize("held", HELD[:2])
