@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -80,17 +81,7 @@ def export_run(
 
         export_gguf(adapter, out, plan=plan, base=base, with_base=with_base, run=facts, dtype=dtype, seal=sealed)
     else:
-        export.export_adapter(
-            adapter,
-            out,
-            lora=plan.lora,
-            base_model=plan.model.model_name_or_path,
-            revision=plan.model.revision,
-            dtype=dtype,
-            quantization=plan.model.quantization,
-            run=facts,
-            seal=sealed,
-        )
+        _export_peft(adapter, out, plan=plan, dtype=dtype, run=facts, seal=sealed)
     signed_by = signer.public.fingerprint() if signer else None
     return Exported(out=str(out), signed_by=signed_by, unknown=_unknown(facts.prompt))
 
@@ -103,6 +94,24 @@ def _check_options(to: str, *, merge: bool, with_base: bool) -> None:
         )
     if with_base and to != "gguf":
         raise ConfigError("--with-base belongs to --to gguf", hint="PEFT loads the base's own directory")
+
+
+def _export_peft(
+    adapter: Adapter, out: Path, *, plan: Plan, dtype: str, run: RunFacts, seal: Callable[[Path], None] | None
+) -> None:
+    from fedlora.learn import export
+
+    export.export_adapter(
+        adapter,
+        out,
+        lora=plan.lora,
+        base_model=plan.model.model_name_or_path,
+        revision=plan.model.revision,
+        dtype=dtype,
+        quantization=plan.model.quantization,
+        run=run,
+        seal=seal,
+    )
 
 
 def _without_base(option: str, plan: Plan) -> ConfigError:

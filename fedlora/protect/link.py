@@ -280,8 +280,8 @@ class SiteLink:
         clock: seconds since 1970, for ``created``.
         entropy: n random bytes.
         expects: whether the run of a genuine message's header has begun here; refuses one in which this site does not take part.
-            Until it has, its number is in memory only, and on the disk before it is answered: nothing is written for a run that is
-            none.
+            Until it has, its number is in memory only, and on the disk before it is answered: nothing is written for a run that
+            is none.
     """
 
     identity: Identity
