@@ -131,9 +131,7 @@ def tokenize(
     if not conversations:
         raise DataError("there are no rows to tokenize", hint="check data.path")
     if append_eos and tokenizer.eos_token_id is None:
-        raise DataError(
-            "the tokenizer has no EOS token, so the model would never learn to stop", hint="set eos_token in the base"
-        )
+        raise DataError("the tokenizer has no EOS token: the model would never learn to stop", hint="set eos_token in the base")
     if prompt != "plain" and any(c.chat for c in conversations) and not tokenizer.chat_template:
         raise DataError(
             "these rows are chats, but the base has no chat template",

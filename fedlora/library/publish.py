@@ -97,7 +97,7 @@ def _check_options(to: str, *, merge: bool, with_base: bool) -> None:
 
 
 def _export_peft(
-    adapter: Adapter, out: Path, *, plan: Plan, dtype: str, run: RunFacts, seal: Callable[[Path], None] | None
+    adapter: Adapter, out: Path, *, plan: Plan, dtype: str, run: RunFacts, seal: Callable[[Path, Published], None] | None
 ) -> None:
     from fedlora.learn import export
 
