@@ -1,14 +1,17 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, PlanRefused
-from fedlora.core.plan import Model, Plan, Simulation, parse_plan
+from fedlora.core.plan import FIRST_KEYS, Model, Plan, parse_plan
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
-from fedlora.core.toml import dump_toml, sample
+from fedlora.core.tables.data import READERS
+from fedlora.core.tables.simulation import Simulation
+from fedlora.core.toml import dump_toml, sample, short_sample
 from fedlora.data.conversations import read
-from fedlora.data.files.readers import READERS
-from fedlora.flower.checks import check_data
+from fedlora.doctor.files import check_data
 from fedlora.formats.plans import load_plan
 from fedlora.protect.modes import BUILT_IN as MODES_BUILT_IN
 from fedlora.protect.modes import brings_work
@@ -37,6 +40,33 @@ def test_all_errors_come_at_once_with_suggestions(tmp_path):
     text = str(error.value)
     for part in ("did you mean 'name'?", "training.learning_rate", "federation.local_steps", "lora.r"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("[simulation]\nsplt = 'iid'", "`fedlora new simulation`: every key with its meaning"),
+        ("[run]\nnme = 'x'", "`fedlora new plan --all`: every key with its meaning"),
+        (
+            "[run]\nnme = 'x'\n[simulation]\nsites = 0",
+            "`fedlora new plan --all` and `fedlora new simulation`: every key with its meaning",
+        ),
+    ],
+)
+def test_the_hint_names_the_sample_that_has_the_key(tmp_path, text, hint):
+    with pytest.raises(ConfigError) as error:
+        plan_of(tmp_path, text)
+    assert error.value.hint == hint
+    (tmp_path / "site.toml").write_text("[data]\npth = 'x'")
+    with pytest.raises(ConfigError) as error:
+        load_site_file(tmp_path / "site.toml")
+    assert error.value.hint == "`fedlora new site`: every key with its meaning"
+    with pytest.raises(ConfigError) as error:
+        load_plan(tmp_path / "sites.toml")
+    assert error.value.hint == f"did you mean {tmp_path / 'site.toml'}?"
+    with pytest.raises(ConfigError) as error:
+        load_plan(tmp_path / "elsewhere" / "x.toml")
+    assert "`fedlora new simulation` one for `fedlora simulate`" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -259,3 +289,33 @@ def test_modes_share_no_phase_and_may_be_lost_at_their_own_steps_only():
         assert set(mode.steps[1:]) <= mode.phases - mode.work
         seen |= mode.phases
     assert {phase for phase in seen if brings_work(phase)} == {"train", "global", "advertise"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": {"revision": "x"}}, {"lora": {"target_modules": ["x"]}}, {"lora": {"ranks": {"x": 1}}}]
+)
+def test_no_name_in_a_plan_is_longer_than_200_characters(change):
+    def named(length):
+        return json.dumps(change).replace('"x"', json.dumps("x" * length))
+
+    table = {"aggregate": {"name": "product"}}
+    assert Plan.model_validate_json(json.dumps(table | json.loads(named(200))))
+    with pytest.raises(ValidationError, match="at most 200 characters"):
+        Plan.model_validate_json(json.dumps(table | json.loads(named(201))))
+
+
+@pytest.mark.parametrize(
+    "section", [{"evaluation": {"share": ["train/loss", "train/loss"]}}, {"lora": {"target_modules": ["q", "v", "q"]}}]
+)
+def test_no_list_of_a_plan_has_a_value_twice(section):
+    with pytest.raises(ConfigError, match="stands in it twice"):
+        parse_plan(canonical(json.loads(Plan().canonical()) | section))
+
+
+def test_the_short_plan_is_the_default_one_with_its_first_keys_alone(tmp_path):
+    text = short_sample(Plan, FIRST_KEYS, "a note")
+    (tmp_path / "plan.toml").write_text(text)
+    assert load_plan(tmp_path / "plan.toml") == Plan()
+    said = [line for line in text.splitlines() if not line.startswith(("#", "[")) and line]
+    assert len(said) == len(FIRST_KEYS) < 20
+    assert all(line in sample(Plan).splitlines() for line in said)

@@ -3,11 +3,16 @@
 import ast
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from fedlora.cli.explain import MEANINGS
 from fedlora.core import codes, errors
 from fedlora.core.errors import FedLoRAError
+from fedlora.core.plan import Plan
+from fedlora.core.toml import sample
+from fedlora.site.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 BEFORE = {
@@ -18,7 +23,9 @@ BEFORE = {
     "wrong-round wrong-run",
     3: "config data held key-file local-port model not-installed state-lost store",
     4: "connection exposed revoked-site roster-expired roster-invalid roster-rollback unknown-site wrong-secret",
-    5: "impossible-adapter plan-not-approved plan-refused run-not-approved sits-out version-unsupported wrong-base",
+    5: "impossible-adapter plan-not-approved plan-refused policy-allowed-models policy-lone-change policy-max-first-range "
+    "policy-max-local-steps policy-max-rounds policy-max-update-bytes policy-min-sites policy-protect policy-share "
+    "run-not-approved sits-out version-unsupported wrong-base",
     6: "quorum",
     7: "resources",
 }
@@ -39,6 +46,26 @@ def test_no_code_is_dead():
     for path in sources():
         said |= {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
     assert codes.CODES - said == set()
+
+
+def test_each_key_of_the_policy_that_can_refuse_a_plan_has_a_code_that_names_the_key_at_both_ends():
+    """What leaves is a name of this closed set: no value of the policy, nothing of rows."""
+    assert list(codes.REFUSES) == list(get_args(codes.Policy))
+    own = {key for key, info in Plan.model_fields.items() if info.annotation is not None}
+    for code, key in codes.REFUSES.items():
+        table, *rest = key.split(".")
+        assert table in own, key
+        assert rest[-1] in sample(Plan), key
+        assert codes.policy_key(code) in "\n".join(MEANINGS[code])
+    otherwise = {
+        "approve": "it is asked before any key: plan-not-approved, run-not-approved",
+        "max_request_bytes": "what is longer is refused by its length, before it is a plan: oversized",
+        "hours": "outside them the site is not on-line",
+        "min_cell": "it refuses no plan: counts leave as zeros",
+    }
+    assert {
+        codes.policy_key(code).removeprefix("policy.") for code in codes.REFUSES
+    } | otherwise.keys() == Policy.model_fields.keys()
 
 
 def test_every_code_in_the_tables_of_refusals_is_one_of_the_set():

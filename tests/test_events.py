@@ -25,7 +25,8 @@ def imported(tree):
     return {
         alias.asname or alias.name: alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module in ("fedlora.core.events", "fedlora.core.facts")
+        if isinstance(node, ast.ImportFrom)
+        and node.module in {f"fedlora.core.{m}" for m in ("events", "facts", "deployment.status", "sites.facts", "tables.lab")}
         for alias in node.names
     }
 
@@ -120,13 +121,18 @@ def sample(event):
         made[name] = {
             "str": "words",
             "int": 3,
+            "bool": True,
             "float": 1.5,
             "Kind": "train",
             "list[str]": ["a", "b"],
             "list[int]": [1, 2],
+            "float | None": 0.5,
             "Mapping[str, float]": {"train/loss": 0.5},
             "Mapping[str, float": {"train/loss": 0.5},
+            "Mapping[str, str]": {"a": "late"},
             "RoundRecord": RECORD,
+            "RunState": "running",
+            "Standing": "ready",
             "Any": {"cups": [2, None]},
         }[text]
     return made

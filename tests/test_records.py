@@ -194,14 +194,16 @@ def test_a_frame_gives_its_parts_back_and_nothing_else(parts, junk):
 def test_what_each_site_may_push_is_not_raised_by_a_damaged_file_and_holds_until_it_is_written_anew(tmp_path, caplog):
     allowance, quota = Allowance(tmp_path), Quota(tmp_path, clock=lambda: 0.0)
     allowance.grant({"a": 1 << 20})
-    assert quota.take("a", 1 << 20)
+    assert quota.take("a", 1000, announces=True)
+    assert quota.take("a", 1 << 20, announces=False)
     (tmp_path / "due.json").write_bytes((tmp_path / "due.json").read_bytes().replace(b"1048576", b"9048576"))
-    assert not quota.take("a", 9 << 20)
+    assert not quota.take("a", 9 << 20, announces=False)
     assert "due.json is damaged" in caplog.text
     allowance.grant({"a": 1 << 20})
-    assert quota.take("a", 1 << 20)
+    assert quota.take("a", 1000, announces=True)
+    assert quota.take("a", 1 << 20, announces=False)
     assert allowance.refused("a") is False
-    assert not quota.take("a", 9 << 20)
+    assert not quota.take("a", 9 << 20, announces=False)
     assert allowance.refused("a")
     (tmp_path / "refused.json").write_bytes(b"{}")
     assert allowance.refused("a") is False  # it waits for the deadline

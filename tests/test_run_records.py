@@ -15,8 +15,8 @@ from raising import raising
 from vectors import make_records
 from vectors.make_records import read_record
 
+from fedlora.answers import ANSWERS
 from fedlora.cli.schema import schema_of
-from fedlora.core.answers import ANSWERS
 from fedlora.core.errors import FedLoRAError, StoreError, WireError
 from fedlora.core.events import FACTS, Event, dump_facts_of, parse_event
 from fedlora.core.records import (
@@ -414,7 +414,8 @@ def test_the_format_lists_every_event_with_its_facts_and_every_command():
     table = dict(
         re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \| (.*?) \|", FORMAT.split("\n### 11.5")[1].split("\n### ")[0], re.MULTILINE)
     )
-    found = {e: re.findall(r"`([a-z_]+)`", facts) for events, facts in table.items() for e in re.findall(r"`([a-z-]+)`", events)}
+    rows = [(event, facts) for events, facts in table.items() for event in re.findall(r"`([a-z-]+)`", events)]
+    found = {event: re.findall(r"`([a-z0-9_]+)`", facts) for event, facts in rows}
     assert found == {str(e): list(kind.__annotations__) for e, kind in FACTS.items()}
     answers = FORMAT.split("\n### 11.6")[1]
     assert all(f"`{command}`" in answers for command in ANSWERS)

@@ -5,6 +5,7 @@ A code that is not here does not pass the type checker, and :class:`fedlora.core
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Literal, TypeGuard, get_args
 
 SetUp = Literal["config", "data", "held", "key-file", "local-port", "model", "not-installed", "state-lost", "store"]
@@ -25,6 +26,32 @@ Refused = Literal[
     "wrong-base",
 ]
 """5: refused by a site, or incompatible."""
+
+Policy = Literal[
+    "policy-allowed-models",
+    "policy-lone-change",
+    "policy-max-first-range",
+    "policy-max-local-steps",
+    "policy-max-rounds",
+    "policy-max-update-bytes",
+    "policy-min-sites",
+    "policy-protect",
+    "policy-share",
+]
+"""5: the key of a site's [policy] that refuses a plan. The key's name leaves, never its value; rows have no part in it."""
+
+REFUSES: Final[Mapping[str, str]] = {
+    "policy-allowed-models": "model.model_name_or_path",
+    "policy-lone-change": "protect.secagg.lone_change",
+    "policy-max-first-range": "protect.secagg.first_range",
+    "policy-max-local-steps": "federation.local_steps",
+    "policy-max-rounds": "federation.num_rounds",
+    "policy-max-update-bytes": "lora.r",
+    "policy-min-sites": "federation.min_sites",
+    "policy-protect": "protect.mode",
+    "policy-share": "evaluation.share",
+}
+"""Each of :data:`Policy` -> the key of a plan that it bounds."""
 
 Quorum = Literal["quorum"]
 """6: too few sites before the deadline."""
@@ -72,15 +99,26 @@ Sessions = Literal[
 ]
 """FORMAT.md, section 10.9, says when each is due."""
 
-Code = Literal[SetUp, Connection, Refused, Quorum, Resources, Run, Bytes, Updates, Sessions]
+Code = Literal[SetUp, Connection, Refused, Policy, Quorum, Resources, Run, Bytes, Updates, Sessions]
 CODES: Final = frozenset[str](get_args(Code))
 
-_STATUS: Final = {3: get_args(SetUp), 4: get_args(Connection), 5: get_args(Refused), 6: get_args(Quorum), 7: get_args(Resources)}
+_STATUS: Final = {
+    3: get_args(SetUp),
+    4: get_args(Connection),
+    5: get_args(Refused) + get_args(Policy),
+    6: get_args(Quorum),
+    7: get_args(Resources),
+}
 
 
 def is_code(text: str) -> TypeGuard[Code]:
     """Whether a text from outside is one of the set."""
     return text in CODES
+
+
+def policy_key(code: str) -> str:
+    """``policy.min_sites`` for ``policy-min-sites``."""
+    return "policy." + code.removeprefix("policy-").replace("-", "_")
 
 
 def exit_status(code: Code) -> int:

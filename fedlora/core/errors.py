@@ -15,8 +15,9 @@ from fedlora.core.codes import Code, exit_status, is_code
 
 
 def plain(value: object) -> str:
-    """``value`` without control, direction-changing or unprintable characters, which could forge a terminal's output."""
-    return "".join(c if c.isprintable() else "?" for c in str(value))
+    """``value`` with control, direction-changing and unprintable characters spelled out, also those that end a line: they could
+    forge a terminal's output."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 class FedLoRAError(Exception):
@@ -99,7 +100,8 @@ class ConnectionFailed(FedLoRAError):
 class PlanRefused(FedLoRAError):
     """This site does not do what the plan or the server asks.
 
-    plan-refused: its policy does not allow it. plan-not-approved: no person at this site has approved this plan.
+    policy-...: that key of its policy does not allow it. plan-refused: something else does not.
+    plan-not-approved: no person at this site has approved this plan.
     run-not-approved: it was approved, but for fewer runs. sits-out: its operator has taken it out of this run.
     impossible-adapter: the published adapter has moved further than the sums of this plan's rounds can have moved it.
     """

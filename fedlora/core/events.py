@@ -14,10 +14,12 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
+from fedlora.core.deployment.status import RunNews, SiteStanding
 from fedlora.core.facts import (
     AnotherRun,
     Arm,
     Ask,
+    Away,
     Base,
     Clock,
     Complaint,
@@ -52,6 +54,8 @@ from fedlora.core.facts import (
     Trained,
     Waiting,
 )
+from fedlora.core.sites.facts import Evaluated, Joining, Paused, Sent, SiteAsks, SiteFinding
+from fedlora.core.tables.lab import Sweep, SweepRun
 
 
 class Event(StrEnum):
@@ -65,6 +69,8 @@ class Event(StrEnum):
     UPDATE = "update"
     SUM = "sum"
     REJECTED = "rejected"
+    ERRED = "erred"
+    AWAY = "away"
     VOID = "void"
     ROUND = "round"
     ROUND_VOID = "round-void"
@@ -89,44 +95,39 @@ class Event(StrEnum):
     MICRO_BATCHES = "micro-batches"
     OUT_OF_MEMORY = "out-of-memory"
     EVALUATE = "evaluate"
+    EVALUATED = "evaluated"
     TRAIN = "train"
     STEP = "step"
     TRAINED = "trained"
     FROM_JOURNAL = "from-journal"
     FAILED = "failed"
+    SENT = "sent"
     OWN = "own"
     # A simulation
     ARM = "arm"
     ARM_DONE = "arm-done"
+    SWEEP = "sweep"
+    SWEEP_RUN = "sweep-run"
     # Processes and connections
     PROCESS = "process"
     LISTENING = "listening"
+    RUN = "run"
     SITE_ONLINE = "site-online"
     SITE_OFFLINE = "site-offline"
     SITE_REFUSED = "site-refused"
     ANOTHER_RUN = "another-run"
     SITE = "site"
+    SITE_STANDING = "site-standing"
+    SITE_ASKS = "site-asks"
+    JOINING = "joining"
     CLOCK = "clock"
+    FINDING = "finding"
+    PAUSED = "paused"
     OTHER = "other"
 
 
 Report = Callable[[Event, Mapping[str, Any]], None]
 """Told an event and its facts: what happened, in words and numbers that may be shown to the operator of this end."""
-
-
-# --- a run, at the server -------------------------------------------------------------------------------------------
-
-
-# --- secure aggregation -----------------------------------------------------------------------------------------------
-
-
-# --- files of state ---------------------------------------------------------------------------------------------------
-
-
-# --- training and evaluation, at a site ---------------------------------------------------------------------------------
-
-
-# --- processes and connections ------------------------------------------------------------------------------------------
 
 
 FACTS: Mapping[Event, type[Any]] = {
@@ -137,6 +138,8 @@ FACTS: Mapping[Event, type[Any]] = {
     Event.UPDATE: SiteUpdate,
     Event.SUM: Sum,
     Event.REJECTED: Rejected,
+    Event.ERRED: Rejected,
+    Event.AWAY: Away,
     Event.VOID: Recorded,
     Event.ROUND: Recorded,
     Event.ROUND_VOID: Recorded,
@@ -158,22 +161,32 @@ FACTS: Mapping[Event, type[Any]] = {
     Event.MICRO_BATCHES: MicroBatches,
     Event.OUT_OF_MEMORY: OutOfMemory,
     Event.EVALUATE: Evaluate,
+    Event.EVALUATED: Evaluated,
     Event.TRAIN: Train,
     Event.STEP: Step,
     Event.TRAINED: Trained,
     Event.FROM_JOURNAL: FromJournal,
     Event.FAILED: Failed,
+    Event.SENT: Sent,
     Event.OWN: Own,
     Event.ARM: Arm,
     Event.ARM_DONE: Arm,
+    Event.SWEEP: Sweep,
+    Event.SWEEP_RUN: SweepRun,
     Event.PROCESS: Process,
     Event.LISTENING: Listening,
+    Event.RUN: RunNews,
     Event.SITE_ONLINE: SiteName,
     Event.SITE_OFFLINE: SiteName,
     Event.SITE_REFUSED: SiteRefused,
     Event.ANOTHER_RUN: AnotherRun,
     Event.SITE: SiteStatus,
+    Event.SITE_STANDING: SiteStanding,
+    Event.SITE_ASKS: SiteAsks,
+    Event.JOINING: Joining,
     Event.CLOCK: Clock,
+    Event.FINDING: SiteFinding,
+    Event.PAUSED: Paused,
     Event.OTHER: Other,
 }
 

@@ -33,6 +33,17 @@ class Waiting(TypedDict):
     """those that are there"""
     need: int
     missing: list[str]
+    """who is not; if too few are there, all enrolled sites that are not"""
+
+
+@_exact
+class Away(TypedDict):
+    """A site has gone away while it was asked."""
+
+    site: str
+    waits_s: float
+    """longest wait for it, seconds; 0: it has left for good"""
+    said: str
 
 
 @_exact
@@ -254,13 +265,16 @@ class Failed(TypedDict):
 
     code: str
     """error code, which is all that left"""
+    why: str
+    """for this site's own eyes; empty: it is not known here"""
+    cure: str
     site: NotRequired[str]
     """in a simulation: which site"""
 
 
 @_exact
 class Own(TypedDict):
-    """A site has an adapter of its own."""
+    """A site has the adapter that a run has come to; of some rules, one of its own."""
 
     file: str
     """path"""
@@ -273,6 +287,7 @@ class Arm(TypedDict):
     """An arm of a simulation begins, or, as ``arm-done``, ends."""
 
     name: str
+    seed: int
 
 
 @_exact
@@ -315,6 +330,8 @@ class AnotherRun(TypedDict):
     """This run waits for the end of another one."""
 
     name: str
+    place: int
+    """2: behind one run; 3: behind two"""
 
 
 @_exact
@@ -323,7 +340,9 @@ class SiteStatus(TypedDict):
 
     site: str
     state: str
-    """``connecting``, ``connected``, ``ready``, ``refused``, ``lost`` or ``stopped``"""
+    """of its connection: ``connecting``, ``connected``, ``ready``, ``refused``, ``lost`` or ``stopped``"""
+    standing: str
+    """of the site: :data:`fedlora.core.sites.standing.STANDINGS`"""
     part: str
     """what is missing; empty: nothing"""
     cause: str

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from fedlora.core.adapter import F32, Layout
 from fedlora.core.errors import NonFiniteUpdate
 
-BFLOAT16: Final = 2.0**-8
-"""No normal number changes by more of itself when it is rounded to bfloat16."""
-
+LARGEST: Final = float(np.uint32(0x7F7F0000).view(np.float32))
+"""Largest number that bfloat16 holds."""
 CHUNK: Final = 1 << 18  # values; 1 MiB of float32 stays in the second-level cache
 TINY: Final = np.float32(2.0**-126)  # smallest normal float32
 MAX_SCALE: Final = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 * it is finite

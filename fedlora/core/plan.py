@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from calendar import monthrange
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.core.canonical import canonical
@@ -19,16 +19,24 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.limits import MAX_PLAN_BYTES, MAX_RANK, MAX_SITES
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
 from fedlora.core.section import Section
+from fedlora.core.tables.simulation import Simulation
 from fedlora.core.tagged import Tagged
 from fedlora.core.toml import readable
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
-SiteName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Name = Annotated[str, Field(max_length=200)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "int8"]
 """Types of values on their way."""
+Listed = TypeVar("Listed")
 Metric = Literal["train/loss", "eval/nll", "eval/exact_match", "eval/coarse_match", "eval/tokens", "eval/examples"]
+
+
+def _once(listed: Listed) -> Listed:
+    if isinstance(listed, tuple) and len(set(listed)) < len(listed):
+        raise PydanticCustomError("twice", "one of its values stands in it twice")
+    return listed
 
 
 class Run(Section):
@@ -45,7 +53,7 @@ class Model(Section):
 
     model_name_or_path: Annotated[str, Field(min_length=1, max_length=200)] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """public model id; each site names its local copy in its site file"""
-    revision: str = "main"
+    revision: Name = "main"
     """commit or tag of the model; recorded in the published adapter"""
     digest: Hex = ""
     """content digest of weights, tokenizer, chat template and quantization; `fedlora pin` fills it in"""
@@ -85,11 +93,11 @@ class Lora(Section):
     """scaling: B @ A is multiplied by lora_alpha / r"""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """dropout probability on the adapter's input during training"""
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[tuple[Name, ...] | Literal["all-linear"], AfterValidator(_once)] = "all-linear"
     """names of the modules that get an adapter, or all-linear"""
     use_rslora: bool = False
     """scale by lora_alpha / sqrt(r) instead"""
-    ranks: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default_factory=dict)
+    ranks: dict[Name, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default_factory=dict)
     """site = rank, for sites that train fewer rank components than r; needs aggregate.name product and protect.mode sealed"""
     init_digest: Hex = ""
     """digest of the initial adapter; `fedlora pin` fills it in"""
@@ -218,51 +226,13 @@ class Evaluation(Section):
     """evaluate the global adapter every n rounds, before training; 0: only after the last round"""
     coarse_chars: Annotated[int, Field(ge=0, le=64)] = 0
     """also count completions whose first n characters match; 0: off"""
-    share: tuple[Metric, ...] = (
+    share: Annotated[tuple[Metric, ...], AfterValidator(_once)] = (
         "train/loss",
         "eval/nll",
         "eval/exact_match",
         "eval/tokens",
     )
     """metrics that are sent with an update; a site's policy may withhold some"""
-
-
-class Arm(Section):
-    """Settings of one arm of a comparison."""
-
-    learning_rate: Annotated[float, Field(gt=0, le=1)]
-    """peak learning rate, tuned for this arm on the validation split"""
-
-
-class Simulation(Section):
-    """For `fedlora simulate` only: not part of the plan's digest, refused in a deployment."""
-
-    data: str = "toy"
-    """directory with SITE.train.jsonl, SITE.test.jsonl ..., relative to the plan file; toy: generated data"""
-    sites: tuple[SiteName, ...] = ("site-1", "site-2", "site-3")
-    """virtual sites; a name is the stem of the site's files"""
-    base: str = "toy"
-    """directory or GGUF file of the base model, relative to the plan file; toy: a tiny random model"""
-    keep_dequantized: bool = False
-    """keep the dequantized 4-bit weights in memory: same bits, faster on a CPU, four times the memory"""
-    arms: tuple[Literal["base", "local", "federated", "pooled-steps", "pooled-tokens"], ...] = (
-        "base",
-        "local",
-        "federated",
-        "pooled-steps",
-        "pooled-tokens",
-    )
-    """what is trained and compared, at equal numbers of tokens"""
-    local: Arm | None = None
-    """settings of the arm `local`: each site trains alone"""
-    pooled_steps: Arm | None = None
-    """settings of the arm `pooled-steps`: as many steps as one site, on batches as large as those of all sites together"""
-    pooled_tokens: Arm | None = None
-    """settings of the arm `pooled-tokens`: as many steps as all sites together"""
-    evaluate_on: Literal["validation", "test"] = "test"
-    """split that the table of arms reports; tune on validation, read test once"""
-    examples_per_site: Annotated[int, Field(ge=0)] = 0
-    """evaluate on the first n examples of each site's split; 0: all"""
 
 
 class Plan(Section):
@@ -348,3 +318,25 @@ def parse_plan(blob: bytes) -> Plan:
     if plan.canonical() != blob:
         raise ConfigError("the plan is not canonical", hint="server and site run different versions of FedLoRA")
     return plan
+
+
+FIRST_KEYS: Final = frozenset(
+    [
+        "run.name",
+        "model.model_name_or_path",
+        "model.load_in_4bit",
+        "lora.r",
+        "lora.lora_alpha",
+        "training.prompt",
+        "training.learning_rate",
+        "training.max_length",
+        "training.per_device_train_batch_size",
+        "federation.num_rounds",
+        "federation.local_steps",
+        "federation.min_sites",
+        "federation.round_deadline",
+        "aggregate.name",
+        "protect.mode",
+    ]
+)
+"""What most plans set. All other keys have defaults that fit most federations."""

@@ -190,7 +190,7 @@ class Results(Filed):
     seconds: Mapping[str, float]
     """phase -> wall time, seconds"""
     environment: Mapping[str, str | int]
-    """versions and the machine"""
+    """day, versions, commit if known, and the machine"""
     dataset: Mapping[str, Any] | None
     """``dataset.json`` of the data as it is; null without one"""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
@@ -32,11 +32,12 @@ _MOVED = {
 }
 
 
-def parse_toml(text: str, section: type[S], *, name: str) -> S:
+def parse_toml(text: str, section: type[S], *, name: str, changes: Mapping[str, Any] = {}) -> S:
     """The table that a file says.
 
     Args:
         name: of the file, for errors.
+        changes: ``table.key`` -> value that stands there instead; what another entry is chosen for loses its own tables.
 
     Raises:
         ConfigError: not TOML, or with every wrong key named.
@@ -45,6 +46,9 @@ def parse_toml(text: str, section: type[S], *, name: str) -> S:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{name} is not TOML: {e}") from None
+    for dotted, value in changes.items():
+        _change(table, section, dotted.split("."), value)
+        name += f" with {dotted} = {_toml(value)}"
     try:
         # By way of JSON, because strict validation then takes a list where a tuple is declared.
         return section.model_validate_json(json.dumps(table, default=str))
@@ -52,10 +56,30 @@ def parse_toml(text: str, section: type[S], *, name: str) -> S:
         raise readable(e, section, name) from None
 
 
+def _change(table: dict[str, Any], section: type[Section], keys: list[str], value: Any) -> None:
+    """Sets a key. A table whose first key names an entry keeps the settings of that entry alone."""
+    *above, last = keys
+    kind: type[Section] | None = section
+    for key in above:
+        kind = _below(kind, key) if kind is not None else None
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{'.'.join(keys)}: the file says {key} = {_toml(table)}, and no table [{key}]")
+    if kind is not None and issubclass(kind, Tagged) and last == kind.chooses:
+        for name in set(kind.registry) - {value}:
+            table.pop(name, None)
+    table[last] = value
+
+
 def readable(error: ValidationError, section: type[Section], name: str) -> ConfigError:
     """Everything that validation has found, in words."""
-    lines = [_line(e, section) for e in error.errors(include_url=False, include_input=False)]
-    hint = "run `fedlora new plan` or `fedlora new site`: each prints every key with its meaning"
+    found = error.errors(include_url=False, include_input=False)
+    lines = [_line(e, section) for e in found]
+    plans = ["simulation" if "simulation" in e["loc"][:1] else "plan --all" for e in found]
+    wanted = " and ".join(
+        f"`fedlora new {kind}`" for kind in dict.fromkeys(plans if "simulation" in section.model_fields else ["site"])
+    )
+    hint = f"{wanted}: every key with its meaning"
     return ConfigError(f"{name}: " + "; ".join(dict.fromkeys(lines)), hint=hint)
 
 
@@ -101,6 +125,22 @@ def sample(section: type[Section]) -> str:
     return _dump(section(), others=True)
 
 
+def short_sample(section: type[Section], keys: Collection[str], note: str) -> str:
+    """The same with these keys alone, as ``lora.r``, and a comment on the others."""
+    out = [f"# {note}"]
+    table = header = ""
+    for line in _dump(section(), others=False).split("\n"):
+        if line.startswith("["):
+            table, header = f"{line[1 : line.index(']')]}.", line
+        elif line.startswith("#") and not table:
+            out.append(line)
+        elif table + line.partition(" ")[0] in keys:
+            out += ["", header] if header else []
+            header = ""
+            out.append(line)
+    return "\n".join(out) + "\n"
+
+
 def dump_toml(value: Section) -> str:
     """The same with this file's values, and only with the tables that it has."""
     return _dump(value, others=False)
@@ -109,7 +149,10 @@ def dump_toml(value: Section) -> str:
 def _dump(value: Section, *, others: bool) -> str:
     section = type(value)
     title = {"Plan": "plan.toml", "SiteFile": "site.toml"}.get(section.__name__, section.__name__)
-    lines = [f"# {title}: {section.__doc__ or ''}".rstrip(), "# A key that is left out has its default.", ""]
+    about = section.__doc__ or ""
+    if getattr(value, "simulation", None) is not None:
+        about = about.replace("It holds no path, no device and no secret.", "Its paths are relative to this file.")
+    lines = [f"# {title}: {about}".rstrip(), "# A key that is left out has its default.", ""]
     lines += _described(value, "", others=others)
     return "\n".join(lines).rstrip() + "\n"
 

@@ -10,6 +10,8 @@ from fedlora.core.records import Numbers, Proof, Results, RoundRecord
 
 TOGETHER = "all together"
 """Under this name stand the numbers of the rows of all sites together: no mean of the sites' means."""
+FEW = 20
+"""Scored rows below which a site's numbers are marked: one row is then more than 5 points of exact match."""
 HONEST = "A test of federated learning, not of clinical skill."
 
 
@@ -46,6 +48,13 @@ def size(n_bytes: Any) -> str:
             break
         n /= 1000
     return f"{n:.3g} {unit}" if abs(n) < 999.5 else f"{n:,.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, in two figures or three."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
 def with_sd(spread: Mapping[str, Any], *, unit: str = "") -> str:
@@ -131,3 +140,10 @@ def differences(here: Proof, told: Proof) -> list[str]:
     if told.base != here.base:
         lines.append("  the proof beside the plan is about another base than the one here")
     return lines or [f"  the coordinator's machine ({plain(told.machine)[:200]}) found the same"]
+
+
+def few_rows(run: Results, arm: str = "") -> list[str]:
+    """Which sites' scores rest on few rows."""
+    record = next((a for name, a in run.arms.items() if name.partition(":")[0] == arm), next(iter(run.arms.values())))
+    few = [f"{plain(site)} {score.examples}" for site, score in record.sites.items() if score.examples < FEW]
+    return [f"fewer than {FEW} {run.split} rows, so little can be said of them alone: {', '.join(few)}"] if few else []

@@ -8,7 +8,11 @@ from typing import Any, Literal, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from fedlora.answers import enrollment, keeping
+from fedlora.core.deployment.status import Asked, ServerStatus
 from fedlora.core.records import Proof, Results
+from fedlora.core.sites import facts as sites
+from fedlora.core.tables.lab import Compared, ComparedRules, SiteRows
 
 ENVELOPE = 1
 """Version of the envelope: the field ``fedlora``."""
@@ -37,6 +41,25 @@ class Version(TypedDict):
 class Sample(TypedDict):
     text: str
     """the file, TOML"""
+
+
+@_exact
+class Explained(TypedDict):
+    code: str
+    meaning: str
+    cure: str
+
+
+@_exact
+class Explanations(TypedDict):
+    codes: list[Explained]
+
+
+@_exact
+class Guides(TypedDict):
+    guides: list[str]
+    text: str | None
+    out: str | None
 
 
 @_exact
@@ -121,6 +144,8 @@ class Checked(TypedDict):
     pinned: bool
     survives: NotRequired[list[Survives]]
     """only under secure aggregation"""
+    sites: NotRequired[list[SiteRows]]
+    """only of a plan for a simulation"""
     round: NotRequired[Forecast]
     """only with --site"""
     proof: NotRequired[Proof]
@@ -147,6 +172,8 @@ class Simulated(TypedDict):
     """path"""
     results: list[Results]
     """of each seed"""
+    compared: NotRequired[Compared]
+    """only with several values in --set"""
 
 
 @_exact
@@ -165,6 +192,10 @@ class Exported(TypedDict):
     """fingerprint of the server that has signed it; null: nobody has"""
     unknown: list[str]
     """fields of ``prompt`` that fedlora_run.json does not know; ``prompt``: whether it is asked in chats or in plain text"""
+    rounds: int | None
+    """after which the adapter was; null for a site's own"""
+    complete: bool | None
+    """whether these are all rounds of the plan; null for a site's own"""
 
 
 @_exact
@@ -229,29 +260,6 @@ class Approved(TypedDict):
 
 
 @_exact
-class Finding(TypedDict):
-    """Something that is not as it was written."""
-
-    file: str
-    what: str
-    choices: list[str]
-    """options of the command, each with its cost"""
-    wrong: bool
-    """false if it mends itself"""
-    run: str
-    """run id, or empty"""
-
-
-@_exact
-class Repaired(TypedDict):
-    done: list[str]
-    """what was changed, in sentences"""
-    wrong: bool
-    """whether something is wrong still; the exit status is then 1"""
-    findings: list[Finding]
-
-
-@_exact
 class Coordinator(TypedDict):
     name: str
     signature: Literal["signed", "NOT VALID", "-"]
@@ -296,24 +304,37 @@ class RosterFacts(TypedDict):
 ANSWERS: Mapping[str, type[Any]] = {
     "version": Version,
     "schema": Schema,
+    "explain": Explanations,
+    "docs": Guides,
     "new plan": Sample,
     "new site": Sample,
     "new simulation": Sample,
     "keygen site": SiteKeys,
-    "keygen server": ServerKeys,
+    "server init": ServerKeys,
     "check": Checked,
     "pin": Pinned,
     "simulate": Simulated,
+    "compare": Compared,
+    "compare-rules": ComparedRules,
     "report": Reported,
     "export": Exported,
     "verify": Verified,
     "inspect": Inspected,
     "server up": ServerUp,
     "server start": RunDone,
-    "server repair": Repaired,
+    "server pull": Exported,
+    "server attach": RunDone,
+    "server status": ServerStatus,
+    "server watch": ServerStatus,
+    "server stop": Asked,
+    "server pause": Asked,
+    "server resume": Asked,
     "site up": SiteUp,
     "site approve": Approved,
-    "site repair": Repaired,
+    "site pull": Exported,
+    **sites.ANSWERS,
+    **enrollment.ANSWERS,
+    **keeping.ANSWERS,
     "roster new": RosterFacts,
     "roster add": RosterFacts,
     "roster revoke": RosterFacts,

@@ -1,0 +1,110 @@
+"""What the commands answer with which a server is kept: its log, its backups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+_exact = with_config(ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False))
+
+
+@_exact
+class Finding(TypedDict):
+    """Something that is not as it was written."""
+
+    file: str
+    what: str
+    choices: list[str]
+    """options of the command, each with its cost"""
+    wrong: bool
+    """false if it mends itself"""
+    run: str
+    """run id, or empty"""
+
+
+@_exact
+class Repaired(TypedDict):
+    done: list[str]
+    """what was changed, in sentences"""
+    wrong: bool
+    """whether something is wrong still; the exit status is then 1"""
+    findings: list[Finding]
+
+
+@_exact
+class AuditLine(TypedDict):
+    number: int
+    at: int
+    """seconds since 1970"""
+    what: str
+    """FORMAT.md, 11.8, lists them"""
+    by: str
+    """user of that machine's operating system"""
+    facts: Mapping[str, Any]
+
+
+@_exact
+class AuditShown(TypedDict):
+    file: str
+    lines: list[AuditLine]
+    """those that the server's key has signed"""
+    wrong: list[str]
+    """what is wrong with the log, in sentences"""
+
+
+@_exact
+class AuditVerified(TypedDict):
+    file: str
+    lines: int
+    """signed ones"""
+    last: str
+    """digest of the last line, hex"""
+    wrong: bool
+    """whether something is wrong; the exit status is then 1"""
+    findings: list[Finding]
+
+
+@_exact
+class BackedUp(TypedDict):
+    file: str
+    digest: str
+    """SHA-256 of the manifest, hex"""
+    files: int
+    size_bytes: int
+    """of the files in it"""
+    open: list[str]
+    """runs that were not over"""
+
+
+@_exact
+class RestoredRun(TypedDict):
+    name: str
+    round: int
+    """rounds that are done there"""
+    said: str
+    """what going on with it costs"""
+
+
+@_exact
+class Restored(TypedDict):
+    home: str
+    digest: str
+    files: int
+    size_bytes: int
+    made: int
+    """when the backup was made, seconds since 1970"""
+    open: list[RestoredRun]
+    """runs that are not over"""
+
+
+ANSWERS: Final[Mapping[str, type[Any]]] = {
+    "site repair": Repaired,
+    "server repair": Repaired,
+    "server audit show": AuditShown,
+    "server audit verify": AuditVerified,
+    "server backup": BackedUp,
+    "server restore": Restored,
+}

@@ -1,0 +1,1 @@
+"""What is told of a deployment: how its runs and its sites stand."""

@@ -1,0 +1,97 @@
+"""The table ``[simulation]`` of a plan: which sites there are on this machine, with which rows, and what is compared."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from fedlora.core.limits import MAX_SITES
+from fedlora.core.section import Section, SiteName
+from fedlora.core.tables.data import SiteData
+
+_DEFAULT_SITES = ("site-1", "site-2", "site-3")
+
+
+def _names(said: Any) -> Any:
+    """A number of sites becomes their names; a list a tuple, which strict validation asks for once it is no more JSON."""
+    if isinstance(said, int) and not isinstance(said, bool):
+        if not 1 <= said <= MAX_SITES:
+            raise PydanticCustomError("sites", "{text}", {"text": f"a number of sites is 1 to {MAX_SITES}, this one {said}"})
+        return tuple(f"site-{number:0{len(str(said))}}" for number in range(1, said + 1))
+    return tuple(said) if isinstance(said, list) else said
+
+
+def _table(said: Any) -> Any:
+    """A path alone stands for a table with this path."""
+    if isinstance(said, dict):
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+    return {"path": said} if isinstance(said, str) else said
+
+
+class Arm(Section):
+    """Settings of one arm of a comparison."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    """peak learning rate, tuned for this arm on the validation split"""
+
+
+class Simulation(Section):
+    """For `fedlora simulate` only: not part of the plan's digest, refused in a deployment."""
+
+    sites: Annotated[tuple[SiteName, ...], BeforeValidator(_names)] = _DEFAULT_SITES
+    """virtual sites: names, or how many; a name is the stem of the site's files; with by:COLUMN the values, [] for all"""
+    split: Annotated[str, Field(pattern=r"^(files|iid|dirichlet|by:.+)$")] = "files"
+    """how sites get rows; files: each its own; iid, dirichlet, by:COLUMN: the rows of data.path are dealt to them by group"""
+    split_label: str = ""
+    """dirichlet: the column whose values differ between sites; empty: sites differ in their number of rows"""
+    split_alpha: Annotated[float, Field(gt=0, le=1e6)] = 0.5
+    """dirichlet: concentration; lower: sites differ more"""
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """draw of who has which rows, and which are held out; the same for all seeds of a comparison"""
+    base: str = "toy"
+    """directory or GGUF file of the base model, relative to the plan file; toy: a tiny random model"""
+    keep_dequantized: bool = False
+    """keep the dequantized 4-bit weights in memory: same bits, faster on a CPU, four times the memory"""
+    arms: tuple[Literal["base", "local", "federated", "pooled-steps", "pooled-tokens"], ...] = (
+        "base",
+        "local",
+        "federated",
+        "pooled-steps",
+        "pooled-tokens",
+    )
+    """what is trained and compared, at equal numbers of tokens"""
+    local: Arm | None = None
+    """settings of the arm `local`: each site trains alone"""
+    pooled_steps: Arm | None = None
+    """settings of the arm `pooled-steps`: as many steps as one site, on batches as large as those of all sites together"""
+    pooled_tokens: Arm | None = None
+    """settings of the arm `pooled-tokens`: as many steps as all sites together"""
+    evaluate_on: Literal["validation", "test"] = "test"
+    """split that the table of arms reports; tune on validation, read test once"""
+    examples_per_site: Annotated[int, Field(ge=0)] = 0
+    """evaluate on the first n examples of each site's split; 0: all"""
+    data: Annotated[SiteData, BeforeValidator(_table)] = SiteData(path="toy")
+    """the rows; path: a directory with SITE.csv, or SITE.train.csv and SITE.test.csv; with a split, any files; toy: generated"""
+
+    @property
+    def column(self) -> str:
+        """The column by which rows are dealt; empty: none."""
+        return self.split[3:] if self.split.startswith("by:") else self.split_label
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Self:
+        if self.split.startswith("by:") and "sites" not in self.model_fields_set:
+            object.__setattr__(self, "sites", ())  # the column says them
+        elif not self.sites and not self.split.startswith("by:"):
+            raise PydanticCustomError("sites", "sites is empty: name them, or say how many")
+        if len(set(self.sites)) < len(self.sites):
+            raise PydanticCustomError("sites", "a site is named twice in sites")
+        if self.split_label and self.split != "dirichlet":
+            raise PydanticCustomError("label", "split_label belongs to split = 'dirichlet'; by:COLUMN names its own column")
+        if self.data.held_out_path:
+            raise PydanticCustomError(
+                "held_out", "data.held_out_path is of site files: here SITE.test files say it, or data.held_out_fraction"
+            )
+        return self
