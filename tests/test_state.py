@@ -21,13 +21,16 @@ from fedlora.core.errors import FedLoRAError, RunFailed, StoreError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Wire
 from fedlora.core.toml import dump_toml
+from fedlora.flower.server import up
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.files import load_adapter, save_adapter, write_atomic
-from fedlora.formats.keys import load_identity, load_public
+from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.journal import Journal
 from fedlora.formats.state.memory import FileMemory, get_record
+from fedlora.gateway.certificates import make_node_key, make_tls
+from fedlora.gateway.exposure import free_port
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.ledger import ContributionStore, Ledger
 from fedlora.rounds.store import RunStore
@@ -306,22 +309,27 @@ def check(place, path, whole, undisturbed):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("mode", ["sealed", "secagg", "done"])
+@pytest.mark.parametrize(
+    ("mode", "share"),
+    [
+        ("sealed", 1),
+        pytest.param("secagg", 6, id="secagg-some"),
+        pytest.param("secagg", 1, id="secagg", marks=pytest.mark.long),
+        ("done", 1),
+    ],
+)
 @pytest.mark.fault(
     "E19",
     "a file of state, at a site or at the server, is cut, has a bit flipped, holds another file's content or cannot be read",
     says="the run ends in the same bits, or an error names the file and a way on that works",
 )
-def test_a_damaged_file_of_state_is_named_or_changes_nothing(left, tmp_path, mode, kind):
+def test_a_damaged_file_of_state_is_named_or_changes_nothing(left, tmp_path, mode, share, kind):
     place, undisturbed = left[mode]
     files = place.files()
     assert len(files) > 25
     alike = next((kinds for kinds in ALIKE if kind in kinds), (kind,))
-    for number, path in enumerate(files):
-        if (number + alike.index(kind)) % len(alike):  # each file is cut in one way, and has a bit flipped in one place
-            continue
-        if mode == "secagg" and (number + list(DAMAGE).index(kind)) % 3:  # a third each: they take longer
-            continue
+    hit = files[-alike.index(kind) % len(alike) :: len(alike)]  # each file is cut in one way, and has a bit flipped in one place
+    for path in hit[list(DAMAGE).index(kind) % share :: share]:
         if mode == "done" and path.parts[0] != "server":  # a site's are those of a run that was cut off
             continue
         now = place.copy(tmp_path / "x")
@@ -600,6 +608,17 @@ def test_a_run_without_its_key_goes_on(left, tmp_path, both):
     assert not list(place.run_directory.glob("run.key*"))  # deleted at the end, both
 
 
+@pytest.mark.parametrize("name", ["run", "server"])
+def test_a_key_in_the_place_of_the_run_s_is_not_taken_for_it(left, tmp_path, name):
+    place, undisturbed = left["secagg"][0].copy(tmp_path / "x"), left["secagg"][1]
+    other = Identity.generate(name)
+    (place.run_directory / "run.key").unlink()
+    other.save(place.run_directory / "run.key")
+    place.go()
+    assert place.result() == undisturbed
+    assert ("mended", {"file": "run.key"}) in [(str(e), dict(f)) for e, f in place.events]
+
+
 @pytest.mark.attack(
     "D17", "the same with the run's key, whose copy was being written", stops="it is deleted at the run's end too"
 )
@@ -616,6 +635,35 @@ def test_no_key_is_left_of_a_start_that_was_killed(left, tmp_path):
     assert any(b"PRIVATE KEY" in p.read_bytes() for p in place.run_directory.glob(".*"))
     place.go()
     assert place.result() == undisturbed
+    assert not any(b"PRIVATE KEY" in p.read_bytes() for p in place.run_directory.iterdir() if p.is_file())
+
+
+@pytest.mark.attack(
+    "D17",
+    "a server is killed after a run's last record, before the run's key is deleted",
+    stops="`server up` deletes the keys of runs that are done when it starts, and no other",
+)
+def test_the_key_of_a_run_that_is_done_goes_when_the_server_starts(left, tmp_path, monkeypatch):
+    place = left["sealed"][0].copy(tmp_path / "x")
+    home, keys = place.run_directory.parents[1], ("run.key", "run.key.copy")
+    before = {name: (place.run_directory / name).read_bytes() for name in keys}
+
+    def starts():
+        """As far as its own processes."""
+        monkeypatch.setattr("fedlora.flower.server.Supervisor", lambda *words, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            up(home, listen=f"127.0.0.1:{free_port()}", body_limit_bytes=1, report=lambda event, facts: None)
+
+    make_tls(home / "tls", ["127.0.0.1"])
+    (home / "superexec.secret").write_bytes(b"0" * 64)
+    for file in (home / "sites").glob("*.pub"):
+        file.write_text(load_public(file).file(make_node_key(tmp_path / file.stem)))
+    starts()
+    assert {name: (place.run_directory / name).read_bytes() for name in keys} == before  # a run that goes on
+    place.go()
+    for name, blob in before.items():
+        (place.run_directory / name).write_bytes(blob)  # as a kill leaves them
+    starts()
     assert not any(b"PRIVATE KEY" in p.read_bytes() for p in place.run_directory.iterdir() if p.is_file())
 
 
@@ -672,7 +720,9 @@ def test_a_counter_is_lost_only_with_its_copy_and_is_never_begun_anew(left, tmp_
     status, found = repair(place)
     assert (status, [c.split(" ")[0] for c in found["data"]["findings"][0]["choices"]]) == (1, ["--sit-out"])
     assert repair(place, "--go-on", run)[1]["error"]["code"] == "store"
+    memory.put(f"{run}/secagg/session", b"its secrets")
     assert repair(place, "--sit-out", run)[0] == 0
+    assert memory.get(f"{run}/secagg/session") is None
 
 
 def test_looking_changes_nothing_and_choosing_needs_the_site_to_be_stopped(left, tmp_path):

@@ -117,7 +117,7 @@ def at_a_site(head, blob) -> bytes:
     memory = remembered(head, f"{the_task().run}/down")
     limit = int(head.get("max_bytes", 1 << 20))
     here = SealedSite(replace(site_link(keys[head["reader"]], keys["server"].public, memory), max_request_bytes=limit))
-    return here.answer(Request(head["reader"], "train", blob), lambda _: pytest.fail("worked"))
+    return here.answer(Request(head["reader"], "train", blob), lambda *_: pytest.fail("worked"))
 
 
 @each("envelope")

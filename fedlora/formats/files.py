@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedlora.core.adapter import F32, Adapter, Layout
 from fedlora.core.canonical import canonical, parse_canonical
-from fedlora.core.errors import FedLoRAError, ResourceError, StoreError
+from fedlora.core.errors import ConfigError, FedLoRAError, ResourceError, StoreError
 from fedlora.core.reader import Reader
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -87,10 +87,15 @@ def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600, flus
             with suppress(FileNotFoundError):
                 new.unlink()
         if flush:
-            _flush_directory(path.parent)
+            flush_directory(path.parent)
 
 
-def _flush_directory(directory: Path) -> None:
+def flush_directory(directory: Path) -> None:
+    """Flushes to the disk which names a directory holds.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -336,3 +341,13 @@ def load_vectors(path: Path) -> tuple[Adapter, dict[str, Any], dict[str, Adapter
     if adapter.digest() != facts.get("digest") or canonical({k: v.digest() for k, v in state.items()}).decode() != stated:
         raise Damaged(f"{path} is damaged: its contents do not have the digest that it states")
     return adapter, facts, state
+
+
+def refuse_existing(out: Path) -> None:
+    """Confirms that a directory is yet to be made.
+
+    Raises:
+        ConfigError: it is there.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists and is not overwritten", hint="name another directory, or move this one away")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Plan
@@ -17,16 +19,19 @@ from fedlora.formats.records import R, parse_text
 S = TypeVar("S", bound=Section)
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path, *, changes: Mapping[str, Any] = {}) -> Plan:
     """Reads a plan file.
+
+    Args:
+        changes: ``table.key`` -> value that stands there instead, as ``fedlora simulate --set`` says it.
 
     Raises:
         ConfigError: unreadable, not TOML, or with every wrong key named.
     """
-    return load_toml(path, Plan)
+    return load_toml(path, Plan, changes=changes)
 
 
-def load_toml(path: Path, section: type[S]) -> S:
+def load_toml(path: Path, section: type[S], *, changes: Mapping[str, Any] = {}) -> S:
     """Reads a file of one kind.
 
     Raises:
@@ -35,11 +40,14 @@ def load_toml(path: Path, section: type[S]) -> S:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as e:
-        hint = "`fedlora new plan` and `fedlora new site` print samples"
+        there = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        plans = "`fedlora new plan` prints one, and `fedlora new simulation` one for `fedlora simulate`"
+        prints = plans if section is Plan else "`fedlora new site` prints one"
+        hint = f"did you mean {path.with_name(there[0])}?" if there else prints
         raise ConfigError(f"cannot read {path}: {e.strerror}", hint=hint) from None
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path} is not TOML: {e}") from None
-    return parse_toml(text, section, name=str(path))
+    return parse_toml(text, section, name=str(path), changes=changes)
 
 
 PROOF = "proof.json"

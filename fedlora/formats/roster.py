@@ -39,7 +39,8 @@ MAX_BYTES = 4 << 20
 MAX_COORDINATORS = 16
 MAX_SUITES = 16
 SKEW_S = 900
-"""How wrong a clock may be, seconds, where a roster begins or ends."""
+"""How far a clock may be behind where a roster begins, seconds. Where it ends nothing is allowed: a revocation that a server
+keeps back would hold that much later."""
 
 _LAST_S = 253_402_300_799  # the end of the year 9999: later times cannot be shown
 _LINE = 2048  # a public key is 1 line of at most 1747 characters
@@ -168,7 +169,7 @@ class Roster:
         return member.identity
 
     def check_time(self, now: int) -> None:
-        """Refuses a roster before or after its time, give or take :data:`SKEW_S`.
+        """Refuses a roster after its end, or more than :data:`SKEW_S` before its beginning.
 
         Args:
             now: seconds since 1970.
@@ -176,7 +177,7 @@ class Roster:
         Raises:
             RosterExpired: it is not in force.
         """
-        if self.not_before - SKEW_S <= now <= self.not_after + SKEW_S:
+        if self.not_before - SKEW_S <= now <= self.not_after:
             return
         state = "has expired" if now > self.not_after else "is not in force yet"
         times = [datetime.fromtimestamp(s, UTC).strftime("%Y-%m-%d %H:%M") for s in (self.not_before, self.not_after)]

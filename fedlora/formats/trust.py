@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fedlora.core.deployment.digests import apart
 from fedlora.core.errors import BadSignature, EnvelopeError, RosterInvalid, RosterRollback, WireError
 from fedlora.formats.envelope import SUITE
 from fedlora.formats.keys import PublicIdentity
@@ -48,8 +49,10 @@ def _approved(new: SignedRoster, pinned: str) -> SignedRoster:
     digest, own = new.roster.digest(), new.roster.coordinators
     if digest != pinned:
         raise RosterInvalid(
-            f"the roster {digest[:16]} is not the one that was approved here ({pinned[:16] or 'none'})",
-            hint="compare the digest that `fedlora roster show` prints with the coordinators over the telephone, then pin it",
+            f"the roster {digest[:16]} is not the one that was approved here "
+            f"({apart(digest, pinned) if pinned else 'none: `roster` in site.toml is empty'})",
+            hint="compare the digest that `fedlora roster show` prints with the coordinators over the telephone, then correct "
+            "`roster` in the site file: a `site up` that runs reads it again at the next task",
         )
     # The epoch before may have had other coordinators, whose keys are not known here: what they signed says nothing.
     names = {c.name for c in own}
@@ -92,20 +95,20 @@ class RosterKeeper:
     Args:
         memory: durable.
         server: the aggregator's keys, pinned; a roster with others is not this federation's.
-        pinned: digest that the operator approved, hex.
+        pinned: gives the digest that the operator approved, hex; asked at every task, as it may have been corrected since.
         clock: seconds since 1970.
         version: of this release.
     """
 
     memory: Memory
     server: PublicIdentity
-    pinned: str
+    pinned: Callable[[], str]
     clock: Callable[[], int]
     version: str
     _current: SignedRoster | None = field(default=None, init=False)
 
     @classmethod
-    def here(cls, memory: Memory, server: PublicIdentity, pinned: str) -> RosterKeeper:
+    def here(cls, memory: Memory, server: PublicIdentity, pinned: Callable[[], str]) -> RosterKeeper:
         """With this machine's clock, for this release."""
         return cls(memory, server, pinned, lambda: int(time.time()), importlib.metadata.version("fedlora"))
 
@@ -141,7 +144,7 @@ class RosterKeeper:
         """
         known = self.memory.get("roster")
         new, current = SignedRoster.parse(blob), SignedRoster.parse(known) if known else None
-        accepted = accept(new, current=current, pinned=self.pinned, now=self.clock())
+        accepted = accept(new, current=current, pinned=self.pinned(), now=self.clock())
         roster = accepted.roster
         if (roster.server.signing, roster.server.kem) != (self.server.signing, self.server.kem):
             raise RosterInvalid("the roster names another server than the one that is pinned here")
@@ -171,7 +174,8 @@ def rosters_in(file: Path, memory: Memory, server: PublicIdentity) -> Callable[[
     Raises:
         StoreError, RosterInvalid: no roster there. What is given raises what :meth:`RosterKeeper.take` does, naming the file.
     """
-    keeper = RosterKeeper.here(memory, server, load_roster(file).roster.digest())
+    first = load_roster(file).roster.digest()
+    keeper = RosterKeeper.here(memory, server, lambda: first)
 
     def newest() -> SignedRoster:
         try:

@@ -64,7 +64,7 @@ _COUNTER: Final = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
 
 def blob_size(layout: Layout, dtype: str, *, header_bytes: int) -> int:
     """Exact size in bytes of an update of this layout, dtype and header length."""
-    return _UPDATE.size + header_bytes + _values_size(dtype, n=layout.size, rows=layout.rows()) + _DIGEST
+    return _UPDATE.size + header_bytes + values_size(dtype, n=layout.size, rows=layout.rows()) + _DIGEST
 
 
 def max_update_bytes(layout: Layout, *, dtype: str) -> int:
@@ -205,7 +205,7 @@ def dump_task(task: Task, *, reply_key: bytes) -> bytes:
     layout, vector = task.adapter.layout, task.adapter.vector
     n, dtype = layout.size, _smallest(vector, layout)
     rows = struct.pack("<I", layout.rows()) if dtype == "int8" else b""
-    size = _values_size(dtype, n=n, rows=layout.rows())
+    size = values_size(dtype, n=n, rows=layout.rows())
     prefix = _TASK.pack(b"FLTK", VERSION, _code(dtype), _SENDS if task.sends is not None else 0, n, *lengths)
     sends = _dump_layout(task.sends)
 
@@ -244,7 +244,7 @@ def parse_task(blob: bytes | memoryview, *, max_parameters: int) -> tuple[Task, 
         raise WireError(f"unknown flags, or values of another type than {', '.join(DTYPES)}")
     parts, dtype = [reader.view(length) for length in lengths], DTYPES[code]
     rows = reader.number(4, order="little") if dtype == "int8" else 0
-    values = _values(reader, _values_size(dtype, n=n, rows=rows))
+    values = _values(reader, values_size(dtype, n=n, rows=rows))
     sends_text = _sends(reader) if flags & _SENDS else b""
     if reader.left != _DIGEST:
         raise WireError(f"{len(blob)} bytes, expected {len(blob) - reader.left + _DIGEST}")
@@ -331,7 +331,8 @@ def _check_kind(magic: bytes, version: int, expected: bytes) -> None:
         raise WireError(f"{expected.decode()} version {version}, this one reads {VERSION}", code="version-unsupported")
 
 
-def _values_size(dtype: str, *, n: int, rows: int) -> int:
+def values_size(dtype: str, *, n: int, rows: int) -> int:
+    """Bytes of n values in so many rows, with the scales of int8."""
     return (4 * rows if dtype == "int8" else 0) + _WIDTH[_code(dtype)] * n
 
 

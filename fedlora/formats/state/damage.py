@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.core import answers
+from fedlora.answers import keeping as answers
 from fedlora.core.errors import ConfigError
 from fedlora.formats.files import COPY, set_aside
 from fedlora.formats.state.memory import FileMemory
@@ -40,7 +40,7 @@ class Finding:
 
     def lines(self) -> list[str]:
         head = self.what if self.file in self.what else f"{self.file}: {self.what}"
-        return [head, *(f"  {choice}" for choice in self.choices)]
+        return [f"- {head}", *(f"  {choice}" for choice in self.choices)]
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Held(ConfigError):
 
 
 @contextmanager
-def hold(directory: Path, *, what: str, clock: Callable[[], float] = time.time) -> Iterator[None]:
+def hold(directory: Path, *, what: str, clock: Callable[[], float] = time.time, patience_s: float = 0.0) -> Iterator[None]:
     """Holds a directory while inside. To be entered before anything in it is written, changed or deleted.
 
     Creates the directory (0700) and ``lock`` in it, and writes nothing else.
@@ -71,6 +71,7 @@ def hold(directory: Path, *, what: str, clock: Callable[[], float] = time.time) 
     Args:
         what: the command that holds it.
         clock: seconds since 1970.
+        patience_s: how long to wait for a process that holds it.
 
     Raises:
         Held: another process has it; the error says which.
@@ -80,7 +81,9 @@ def hold(directory: Path, *, what: str, clock: Callable[[], float] = time.time) 
     path = directory / _FILE
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = _take(path)
+        end, handle = time.monotonic() + patience_s, _take(path)
+        while handle is None and time.monotonic() < end:
+            handle = _take(path)
     except OSError as e:
         raise _named(directory, e) from None
     if handle is None:
