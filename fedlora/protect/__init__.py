@@ -64,10 +64,26 @@ class Protection(Protocol):
         ...
 
 
+class Work(Protocol):
+    """What a site does for a task whose signature was checked."""
+
+    def __call__(self, task: Task, admitted: Callable[[], None] = ...) -> Update:
+        """The update.
+
+        Args:
+            admitted: called once it is known that people here have agreed to the task, before anything is read or computed for
+                it. What it raises ends the work.
+
+        Raises:
+            FedLoRAError: the work was refused, or failed.
+        """
+        ...
+
+
 class SiteProtection(Protocol):
     """Site half."""
 
-    def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
+    def answer(self, request: Request, work: Work) -> bytes:
         """Opens the request, does the work, returns the protected update.
 
         Raises:

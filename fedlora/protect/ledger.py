@@ -8,8 +8,9 @@ same bits (with a batch that holds all rows of every site but one): the differen
 that can be computed from all sums together is a function of the groups' sums, and each group has at least ``max_colluding + 2``
 sites, of which at least two are honest.
 
-A single update that a site of a group has sent in sealed mode is known to the server, as if that site colluded. Therefore a site
-does not send both sealed updates and contributions to sums on one base model.
+A single update that a site of a group has sent in sealed mode is known to the server, as if that site colluded; and an error code
+may follow from its rows where there is no update. Therefore a site does not both work in sealed mode and contribute to sums on
+one base model.
 
 Source: So, Ali, Guler, Jiao, Avestimehr, Securing Secure Aggregation: Mitigating Multi-Round Privacy Leakage in Federated
 Learning, 2023, where sites are divided into batches that take part as a whole.
@@ -32,10 +33,13 @@ from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.state.memory import Memory
 from fedlora.protect.encrypted import EncryptedMemory
 
+_MOST = 12  # keys of a plan that a sentence names
 KEY: Final = "secagg/given"
 """Key of the ledger in a site's memory."""
 HAS_GIVEN: Final = "secagg/has-given"
 """Key of the note that there is a ledger."""
+USED: Final = "secagg/used"
+"""Key of the record of the last masked update of a run, behind the run's name."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -97,10 +101,11 @@ class Contribution:
                 f"together with {_names(before.names, 'and')}"
             )
         if new := sorted(name for name, _ in set(self.members) - set(before.members)):
-            return f"{_names(new, 'and')} had other keys when this site contributed together with them on this base model"
+            return f"when this site contributed on this base model, {_names(new, 'and')} had other keys"
         was, now = dict(before.measure), dict(self.measure)
         keys = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
-        changed = [f"{key} = {now.get(key, 'not said')} (was {was.get(key, 'not said')})" for key in keys]
+        changed = [f"{key} = {now.get(key, 'not said')} (was {was.get(key, 'not said')})"[:200] for key in keys]
+        changed[_MOST:] = [f"and {len(changed) - _MOST} more"] if len(changed) > _MOST else []
         return f"this plan is not the one of earlier sums on this base model: {', '.join(changed)}" if changed else ""
 
 
@@ -111,7 +116,7 @@ class Ledger:
     Attributes:
         contributions: its parts in sums over whole groups; more than one only if a person has agreed.
         alone: base models with contributions to sums that may differ by single sites.
-        sealed: base models with updates that the server could read.
+        sealed: base models with work for updates that the server could read.
     """
 
     contributions: Mapping[Base, tuple[Contribution, ...]] = field(default_factory=dict)
@@ -178,7 +183,9 @@ class Ledger:
         """How a contribution differs from earlier ones, in sentences."""
         if contribution is None:
             return ["this plan has the server read this site's update, and on this base model it has given to sums"]
-        read = "the server has read an update of this site on this base model, and this plan adds it up with others'"
+        read = (
+            "this site has worked for updates that the server reads on this base model, and this plan adds them up with others'"
+        )
         return [
             *([read] if self.read(base) else []),
             *(s for one in self.before(base) if (s := contribution.unlike(one))),
@@ -199,7 +206,9 @@ class Ledger:
 
 
 def _names(sites: Iterable[str], word: str) -> str:
-    names = sorted(sites)
+    names = [name[:60] for name in sorted(sites)]
+    if len(names) > _MOST:
+        return f"{', '.join(names[:_MOST])} {word} {len(names) - _MOST} more"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
@@ -211,13 +220,11 @@ class ContributionStore:
         memory: durable.
         identity: the key is derived from its signing key.
         entropy: n random bytes.
-        has_given: whether another record on this disk shows that this site has contributed to a sum.
     """
 
     memory: Memory
     identity: Identity
     entropy: Callable[[int], bytes]
-    has_given: Callable[[], bool] = lambda: False
 
     @staticmethod
     def begun(memory: Memory) -> bool:
@@ -240,7 +247,7 @@ class ContributionStore:
             }
             alone, sealed = (frozenset(Base(*one) for one in facts[key]) for key in ("alone", "sealed"))
             return Ledger(contributions, alone, sealed)
-        if self._noted() is not False or self.has_given():
+        if self._noted() is not False or any(key.endswith(f"/{USED}") for key in self.memory.keys()):  # noqa: SIM118  # a memory is no dict
             raise self._unknown("gone")
         return Ledger()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora.core.errors import EnvelopeError, FedLoRAError, RemoteError, StateLost, StoreError
+from fedlora.core.limits import MAX_SITES
 from fedlora.core.messages import SERVER, Reply, Request, Task
 from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
 from fedlora.formats.keys import Identity, PublicIdentity, key_id
@@ -293,16 +294,20 @@ class SiteLink:
     expects: Callable[[Header], bool] = lambda header: True
     _waiting: dict[str, tuple[int, str]] = field(default_factory=dict, init=False, repr=False)  # of the last run not yet begun
 
-    def open(self, request: Request, *, codec: str, roster: str | None) -> tuple[Header, bytes]:
+    def open(self, request: Request, *, codec: str, roster: str | None, max_payload: int | None = None) -> tuple[Header, bytes]:
         """Header and payload of a genuine request. The last one may come a second time, an older one may not.
 
         Args:
             roster: digest that the header must have; None where the payload brings the roster and the caller compares them.
+            max_payload: most bytes of the payload, if they are known; nothing of a longer request is copied.
 
         Raises:
             EnvelopeError: each its own, see :mod:`fedlora.formats.envelope`; and what ``expects`` raises.
         """
-        envelope = parse(take(request), max_bytes=self.max_request_bytes)
+        most = self.max_request_bytes
+        if max_payload is not None:
+            most = min(most, max_payload + overhead(MAX_SITES, max_payload))
+        envelope = parse(take(request), max_bytes=most)
         header = envelope.header
         verify(envelope, self.server)
         fed = federation(self.server)

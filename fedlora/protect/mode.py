@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
+from fedlora.answers import Survives
 from fedlora.core.adapter import Adapter, Layout
-from fedlora.core.answers import Survives
+from fedlora.core.codes import Code
 from fedlora.core.errors import WrongContext
 from fedlora.core.events import Report
 from fedlora.core.messages import Reveals
@@ -94,6 +95,7 @@ class Mode:
         reveals: what the server learns.
         phases: names of its requests.
         work: phases whose answer may take a site hours; all others take seconds.
+        carries: phases whose answer carries the update, or the numbers of the last evaluation.
         steps: where a rehearsal can drop a site; ``train`` stands for the request that brings the work.
         needs_roster: the coordinator's signed roster says who takes part.
         once: no round can be repeated, so that its result is kept in two files.
@@ -103,6 +105,7 @@ class Mode:
     reveals: ClassVar[Reveals] = "each"
     phases: ClassVar[frozenset[str]] = frozenset()
     work: ClassVar[frozenset[str]] = frozenset()
+    carries: ClassVar[frozenset[str]] = frozenset()
     steps: ClassVar[tuple[str, ...]] = ("train",)
     needs_roster: ClassVar[bool] = False
     once: ClassVar[bool] = False
@@ -140,8 +143,8 @@ class Mode:
         yield from ()
 
     @classmethod
-    def refusals(cls, plan: Plan, limits: Limits) -> Iterator[str]:
-        """Why a site with this policy would not take part, each in a sentence."""
+    def refusals(cls, plan: Plan, limits: Limits) -> Iterator[tuple[Code, str]]:
+        """Why a site with this policy would not take part: a code, which may leave the site, and a sentence, which may not."""
         yield from ()
 
     @classmethod

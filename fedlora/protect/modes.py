@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from fedlora.core.adapter import Update
 from fedlora.core.errors import WrongContext
-from fedlora.core.messages import Request, Task
+from fedlora.core.messages import Request
 from fedlora.core.plan import Plan
 from fedlora.core.registry import MODES
-from fedlora.protect import SiteProtection
+from fedlora.protect import SiteProtection, Work
 from fedlora.protect.mode import Mode, SiteParts
 from fedlora.protect.sealed import Sealed
 from fedlora.protect.secagg.mode import SecAgg
@@ -28,6 +27,11 @@ def mode_of(plan: Plan) -> type[Mode]:
 def brings_work(phase: str) -> bool:
     """Whether a site may take hours over the answer to a request of this phase."""
     return any(phase in _mode(name).work for name in MODES)
+
+
+def carries_update(phase: str) -> bool:
+    """Whether the answer to a request of this phase carries what a round has made."""
+    return any(phase in _mode(name).carries for name in MODES)
 
 
 def _mode(name: str) -> type[Mode]:
@@ -49,7 +53,7 @@ class SiteModes:
         """All modes' halves of one site."""
         return cls({name: _mode(name).site(parts) for name in MODES})
 
-    def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
+    def answer(self, request: Request, work: Work) -> bytes:
         """As :class:`fedlora.protect.SiteProtection`.
 
         Raises:

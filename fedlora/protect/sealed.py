@@ -16,7 +16,7 @@ from fedlora.core.plan import Dtype, Plan, parse_plan
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import KEM_BYTES, PublicIdentity
-from fedlora.protect import Exchange, Tally
+from fedlora.protect import Exchange, Tally, Work
 from fedlora.protect.ledger import Base, ContributionStore
 from fedlora.protect.link import Context, ServerLink, SiteLink, pinned, receive, reply_bytes
 from fedlora.protect.mode import Mode, ServerParts, SiteParts, check_mode
@@ -84,7 +84,7 @@ class SealedSite:
     link: SiteLink
     uncovers: Callable[[str], Collection[str]] = lambda plan: ()
 
-    def answer(self, request: Request, work: Callable[[Task], Update]) -> bytes:
+    def answer(self, request: Request, work: Work) -> bytes:
         """As :class:`fedlora.protect.SiteProtection`.
 
         Raises:
@@ -95,10 +95,13 @@ class SealedSite:
         given = ContributionStore(self.link.memory, self.link.identity, self.link.entropy)
         ledger = given.load()
         ledger.check(base, None, uncovers=self.uncovers(task.plan_digest))
-        update, layout = work(task), task.reply_layout
+
+        def admitted() -> None:  # on the disk before the work: a code for which it fails may follow from the rows, too
+            if base not in ledger.sealed:
+                given.save(ledger.after_sealed(base))
+
+        update, layout = work(task, admitted), task.reply_layout
         del task  # the adapter goes before the update is copied
-        if base not in ledger.sealed:
-            given.save(ledger.after_sealed(base))  # on the disk before it is sent
         payload = wire.dump_update(update, layout, dtype=dtype)
         del update
         return self.link.seal(down, payload, codec=f"update/1/{dtype}", n_params=layout.size, to=reply_key)
@@ -115,7 +118,7 @@ class SealedSite:
 class Sealed(Mode):
     """Each update is encrypted to the aggregator and signed by its site."""
 
-    phases = work = frozenset(PHASES.values())
+    phases = work = carries = frozenset(PHASES.values())
 
     @classmethod
     def server(cls, parts: ServerParts) -> SealedServer:

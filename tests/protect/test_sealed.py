@@ -45,7 +45,8 @@ def task(**changes) -> Task:
     return replace(Task("1" * 64, PLAN, TOY_BASE, "train", 1, 0, toy_adapter(2.0)), **changes)
 
 
-def work(_: Task) -> Update:
+def work(_: Task, admitted=lambda: None) -> Update:
+    admitted()
     return Update(np.full(toy_layout().size, 0.5, np.float32), 3, {"eval/nats": 65536})
 
 
@@ -247,7 +248,7 @@ LIES = {
 def refused_without_work(request) -> str:
     worked = []
     with pytest.raises(FedLoRAError) as error:
-        site("a").answer(request, lambda todo: worked.append(todo) or work(todo))
+        site("a").answer(request, lambda todo, admitted: worked.append(todo) or work(todo))
     assert worked == []
     return error.value.code
 

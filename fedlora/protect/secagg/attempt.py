@@ -16,6 +16,7 @@ from fedlora.core.errors import (
 )
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import LoneChange as LoneChangeFacts
+from fedlora.core.facts import Rejected
 from fedlora.core.messages import Reply, Request, Task
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.signed_roster import SignedRoster
@@ -129,11 +130,21 @@ class Attempt:
     ) -> None:
         """Takes replies as they come and collects their errors; a site that can never answer again is gone from the session."""
         now: Errors = {}
-        receive(replies, names, take, now.setdefault)
+        receive(replies, names, take, self.noting(now))
         for site, error in now.items():
             errors.setdefault(site, error)
             if session is not None and isinstance(error, RemoteError) and error.remote_code in _FINAL:
                 session.gone.add(session.cohort.number(site))
+
+    def noting(self, errors: Errors) -> Callable[[str, FedLoRAError], object]:
+        """Keeps a site's first error, and reports it at once: its round may last until a deadline without it."""
+
+        def note(site: str, error: FedLoRAError) -> None:
+            if site not in errors:
+                self.report(Event.ERRED, Rejected(site=site, code=code_of(error)))
+            errors.setdefault(site, error)
+
+        return note
 
     def seal(self, phase: str, payload: bytes, *, names: Sequence[str], session: ServerSession | None) -> bytes:
         """A request to these sites."""
@@ -152,9 +163,13 @@ class Attempt:
         return self.signed.roster.site(name)
 
     def caught(self, site: str) -> None:
-        """Excludes a site that has provably lied from the rest of this round and from the next one."""
-        for round in (self.task.round, self.task.round + 1):
-            self.sessions.exclude(site, round=round, code=DealerLied.code)
+        """Excludes a site that has provably lied from the rest of the run."""
+        self.sessions.expel(site, code=DealerLied.code)
+
+
+def code_of(error: FedLoRAError) -> str:
+    """The code of a site's error, as it has said it."""
+    return error.remote_code if isinstance(error, RemoteError) else error.code
 
 
 def away(requirements: SessionRequirements, names: Collection[str]) -> list[str]:

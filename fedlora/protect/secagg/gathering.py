@@ -31,14 +31,13 @@ from fedlora.protect.secagg.protocol.complaints import (
     dump_opened,
 )
 from fedlora.protect.secagg.protocol.dealing import Opened
+from fedlora.protect.secagg.protocol.lengths import ADVERT_BYTES
 from fedlora.protect.secagg.protocol.opening import Deal, deal_bytes, relay
 from fedlora.protect.secagg.protocol.rings import Words, packed_bytes, unpack
 from fedlora.protect.secagg.protocol.votes import Delivered
 from fedlora.protect.secagg.sessions import Ended, ServerSession
 from fedlora.protect.secagg.settling import settle
 from fedlora.protect.secagg.terms import Offer, codec
-
-_ADVERT_BYTES = 4096
 
 _LIED_TO = frozenset({BadShare.code})
 """Codes of a site whose share from a dealer does not match that dealer's commitment."""
@@ -52,7 +51,7 @@ def advertised(at: Attempt, asked: Sequence[str], scales: F32) -> Generator[Any,
     adverts: list[Advert] = []
 
     def take(reply: Reply) -> None:
-        payload = at.open(reply, phase, max_payload=_ADVERT_BYTES)
+        payload = at.open(reply, phase, max_payload=ADVERT_BYTES)
         reader = Reader(payload, "advertisement")
         advert = Advert.read(reader)
         reader.end()
@@ -67,9 +66,9 @@ def advertised(at: Attempt, asked: Sequence[str], scales: F32) -> Generator[Any,
     offer = Offer(at.signed.dump(), inner).dump()
     body = at.link.seal(Context.of(at.task), offer, phase=phase, codec=codec(phase), to=asked)
     del offer, inner
-    replies = yield [Request(site, phase, body, reply_bytes(_ADVERT_BYTES)) for site in asked]
+    replies = yield [Request(site, phase, body, reply_bytes(ADVERT_BYTES)) for site in asked]
     del body
-    receive(replies, asked, take, at.errors.setdefault)
+    receive(replies, asked, take, at.noting(at.errors))
     together = at.whole([a.name for a in adverts], at.errors, least=at.terms.requirements.smallest)
     return Cohort.of([a for a in adverts if a.name in together], at.terms.requirements)
 

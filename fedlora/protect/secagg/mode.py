@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
+from fedlora.answers import Survives
 from fedlora.core.adapter import Adapter, Layout
-from fedlora.core.answers import Survives
+from fedlora.core.codes import Code
 from fedlora.core.errors import PlanRefused
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Dtype, Plan
@@ -29,6 +30,7 @@ class SecAgg(Mode):
     Settings: ClassVar[type[Section]] = Settings
     reveals: ClassVar[Reveals] = "sum"
     work = frozenset({"advertise"})
+    carries = frozenset({"mask"})
     phases = work | {"share", "mask", "complain", "open", "vote", "unmask"}
     steps = ("train", "share", "mask", "vote", "unmask")
     needs_roster = True
@@ -79,15 +81,18 @@ class SecAgg(Mode):
             )
 
     @classmethod
-    def refusals(cls, plan: Plan, limits: Limits) -> Iterator[str]:
+    def refusals(cls, plan: Plan, limits: Limits) -> Iterator[tuple[Code, str]]:
         if first_range(plan) > limits.max_first_range:
-            yield f"the first range {first_range(plan):g} is above max_first_range {limits.max_first_range:g}"
+            said = f"the first range {first_range(plan):g} is above max_first_range {limits.max_first_range:g}"
+            yield "policy-max-first-range", said
         if settings_of(plan).lone_change == "allow" and limits.lone_change == "refuse":
-            yield "secagg.lone_change = 'allow': two sums may reveal one site's update, and policy.lone_change is 'refuse'"
+            said = "secagg.lone_change = 'allow': two sums may reveal one site's update, and policy.lone_change is 'refuse'"
+            yield "policy-lone-change", said
         if kept := sorted(set(plan.evaluation.share) - set(limits.share)):
             yield (
+                "policy-share",
                 f"evaluation.share asks for {', '.join(kept)}, which policy.share does not list: under secagg either all sites "
-                "send a metric or none does, because no sum hides what one site alone sends"
+                "send a metric or none does, because no sum hides what one site alone sends",
             )
 
     @classmethod

@@ -16,9 +16,10 @@ from fedlora.core.messages import Task
 from fedlora.formats.derive import derive
 from fedlora.formats.files import Damaged, frame, unframe
 from fedlora.formats.keys import Identity
+from fedlora.formats.state.journal import check_takes_part, sits_out
 from fedlora.formats.state.memory import Memory
 from fedlora.protect.encrypted import EncryptedMemory
-from fedlora.protect.ledger import Base, Contribution
+from fedlora.protect.ledger import USED, Base, Contribution
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.rings import Words
 from fedlora.protect.secagg.terms import Terms
@@ -157,6 +158,19 @@ class Records:
             memory, derive(identity.signing.private_bytes_raw(), "site-records", context=run.encode()), entropy
         )
 
+    @classmethod
+    def of_part(cls, memory: Memory, run: str, identity: Identity, entropy: Callable[[int], bytes]) -> Records:
+        """The records of a run that this site takes part in.
+
+        Raises:
+            PlanRefused (sits-out): its operator has ended what is open, too, so that the session's secrets are deleted.
+        """
+        records = cls(memory, run, identity, entropy)
+        if sits_out(memory, run):
+            records.end_session()
+        check_takes_part(memory, run)
+        return records
+
     def session(self) -> Session | None:
         """The session that was opened last; None if there is none or its file is damaged: the site then counts as dropped out."""
         try:
@@ -176,10 +190,10 @@ class Records:
     def end_other_runs(self) -> None:
         """Deletes the secrets of unfinished sessions of all other runs, so that they cannot be opened later."""
         for one in self._of_other_runs():
-            one._end_session()
+            one.end_session()
 
-    def _end_session(self) -> None:
-        """Deletes its secrets. A record that cannot be read is written over: it may still hold them."""
+    def end_session(self) -> None:
+        """Deletes the secrets of this run's session. A record that cannot be read is written over: it may still hold them."""
         name = self._name("session")
         try:
             found = self._hidden.get(name, "session")
@@ -196,22 +210,18 @@ class Records:
             StoreError: damaged. The site then takes part in nothing, because it cannot know what it has sent.
         """
         try:
-            found = self._hidden.get(self._name("used"), "used")
+            found = self._hidden.get(f"{self._run}/{USED}", "used")
         except ValueError:
             hint = "let this site sit out the run (`fedlora site repair`): it no longer knows what it has sent"
             raise StoreError("the record of what this site has sent in secure aggregation is damaged", hint=hint) from None
         return None if found is None else Used(**found)
-
-    def has_given(self) -> bool:
-        """Whether this site has sent a masked update in any run."""
-        return any(one.used() is not None for one in (self, *self._of_other_runs()))
 
     def _of_other_runs(self) -> list[Records]:
         runs = {key.partition("/")[0] for key in self._memory.keys()}  # noqa: SIM118  # a memory is no dict
         return [Records(self._memory, run, self._identity, self._entropy) for run in runs - {self._run} if is_digest(run)]
 
     def save_used(self, used: Used) -> None:
-        self._hidden.put(self._name("used"), "used", asdict(used))
+        self._hidden.put(f"{self._run}/{USED}", "used", asdict(used))
 
     def blob(self, kind: str) -> bytes:
         """Bytes of a kind, such as ``cohort`` or ``relay``, as received; empty if there are none."""

@@ -15,8 +15,6 @@ from fedlora.core.adapter import F32, Update
 from fedlora.core.errors import (
     CohortTooSmall,
     DealerLied,
-    FedLoRAError,
-    RemoteError,
     SessionError,
     UpdateRejected,
     WrongContext,
@@ -30,7 +28,7 @@ from fedlora.core.reader import Reader
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.protect import Exchange, Tally
 from fedlora.protect.link import ServerLink
-from fedlora.protect.secagg.attempt import Attempt, Errors, away
+from fedlora.protect.secagg.attempt import Attempt, Errors, away, code_of
 from fedlora.protect.secagg.gathering import advertised, dealt, gather
 from fedlora.protect.secagg.protocol.cohort import SIGNATURE, read_session
 from fedlora.protect.secagg.protocol.opening import parse_reveal, reveal_bytes, unmask
@@ -102,7 +100,7 @@ class SecAggServer:
             if session is None or session.stage != "done" or site not in session.names(session.counted):
                 tally.reject(site, error)
             else:
-                self.report(Event.UNHEARD, Rejected(site=site, code=_code(error)))  # its update counts
+                self.report(Event.UNHEARD, Rejected(site=site, code=code_of(error)))  # its update counts
 
     def _attempt(self, task: Task, signed: SignedRoster, errors: Errors | None = None) -> Attempt:
         roster = signed.roster
@@ -281,7 +279,3 @@ class SecAggServer:
             session.stage = "void"
             tally.void(CohortTooSmall("too few sites of the session are left to end it"))
         self.sessions.save(session)
-
-
-def _code(error: FedLoRAError) -> str:
-    return error.remote_code if isinstance(error, RemoteError) else error.code

@@ -167,18 +167,28 @@ class SessionStore:
         put_record(self.memory, "secagg/ended", "ended", facts)
 
     def exclude(self, site: str, *, round: int, code: str) -> None:
-        """Excludes a site from further sessions of one round. Exclusions of rounds before the last one are deleted."""
-        known = {r: sites for r, sites in self._excluded().items() if int(r) >= round - 1}
-        known[str(round)] = known.get(str(round), {}) | {site: code}
-        put_record(self.memory, "secagg/excluded", "excluded", {"rounds": known})
+        """Excludes a site from further sessions of one round. Exclusions of earlier rounds are deleted."""
+        known = self._excluded()
+        sites = known["sites"] if known["round"] == round else {}
+        self._save_excluded(known | {"round": round, "sites": sites | {site: code}})
+
+    def expel(self, site: str, *, code: str) -> None:
+        """Excludes a site from all further sessions of the run."""
+        known = self._excluded()
+        self._save_excluded(known | {"expelled": known["expelled"] | {site: code}})
 
     def excluded(self, site: str, *, round: int) -> str:
         """The code for which this site is excluded from this round; empty if it is not."""
-        return self._excluded().get(str(round), {}).get(site, "")
+        known = self._excluded()
+        sites = known["sites"] if known["round"] == round else {}
+        return str((sites | known["expelled"]).get(site, ""))
 
-    def _excluded(self) -> dict[str, dict[str, str]]:
-        found = get_record(self.memory, "secagg/excluded", "excluded") or {"rounds": {}}
-        return dict(found["rounds"])
+    def _excluded(self) -> dict[str, Any]:
+        found = get_record(self.memory, "secagg/excluded", "excluded") or {}
+        return {"round": 0, "sites": {}, "expelled": {}} | dict(found)
+
+    def _save_excluded(self, known: dict[str, Any]) -> None:
+        put_record(self.memory, "secagg/excluded", "excluded", known)
 
     def _put(self, kind: str, blob: bytes) -> None:
         self.memory.put(f"secagg/{kind}", blob)

@@ -37,7 +37,7 @@ def _complaints(
     cohort, complaints = session.cohort, dict[int, Complaint]()
 
     def receive_complaint(reply: Reply) -> None:
-        payload = at.open(reply, "complain", max_payload=most_complaint_bytes(cohort), session=session)
+        payload = at.open(reply, "complain", max_payload=most_complaint_bytes(len(cohort.adverts)), session=session)
         reader = Reader(payload, "complaint")
         one = Complaint.read(reader, cohort)
         reader.end()
@@ -51,7 +51,7 @@ def _complaints(
     requests = []
     for name in complaining:
         body = at.seal("complain", relay(cohort, deals, cohort.number(name)), names=[name], session=session)
-        requests.append(Request(name, "complain", body, reply_bytes(most_complaint_bytes(cohort))))
+        requests.append(Request(name, "complain", body, reply_bytes(most_complaint_bytes(len(cohort.adverts)))))
     replies = yield requests
     at.receive(replies, receive_complaint, names=complaining, errors=at.errors, session=session)
     return complaints
@@ -63,8 +63,8 @@ def settle(
     """Asks dealers to show the shares that they dealt to the sites which complain.
 
     Returns:
-        What was shown, by holder and dealer. None: a dealer has not shown what it had signed; the session must end and be tried
-        again without that dealer.
+        What was shown, by holder and dealer. None: a dealer has not shown what it had signed, or more sites complain of it than
+        can be in league; the session must end and be tried again without that dealer.
     """
     cohort, complaints = session.cohort, (yield from _complaints(at, session, complaining, deals))
     settled: dict[int, dict[int, Opened]] = {holder: {} for holder in complaints}
@@ -74,11 +74,16 @@ def settle(
         holders = session.names([c.holder for c in found])
         at.report(Event.COMPLAINT, ComplaintFacts(about=cohort.advert(dealer).name, sites=holders))
     liars: Errors = {}
-    most = at.terms.requirements.max_colluding  # this many may lie about a dealer, which answers no more complaints
+    most = at.terms.requirements.max_colluding  # this many may lie about a dealer; one more says the truth
+    for dealer, found in by_dealer.items():
+        if len(found) > most:
+            name = cohort.advert(dealer).name
+            liars[name] = DealerLied(f"what it dealt does not open at {len(found)} sites, more than can be in league", site=name)
+    at.errors.update(liars)
 
     def receive_opened(reply: Reply) -> None:
         dealer = cohort.number(reply.site)
-        due = {c.holder: deals[dealer].dealt[c.holder].commitments for c in by_dealer[dealer][:most]}
+        due = {c.holder: deals[dealer].dealt[c.holder].commitments for c in by_dealer[dealer]}
         payload = at.open(reply, "open", max_payload=opened_bytes(len(due)), session=session)
         try:
             shown = read_opened(cohort, dealer, payload, due)
@@ -91,7 +96,9 @@ def settle(
     requests = []
     for dealer, found in by_dealer.items():
         (name,) = session.names([dealer])
-        body = at.seal("open", dump_complaints(cohort, found[:most]), names=[name], session=session)
+        if name in liars:
+            continue
+        body = at.seal("open", dump_complaints(cohort, found), names=[name], session=session)
         requests.append(Request(name, "open", body, reply_bytes(opened_bytes(most))))
     replies = yield requests
     at.receive(replies, receive_opened, names=[r.site for r in requests], errors=at.errors, session=session)

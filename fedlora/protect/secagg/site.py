@@ -16,7 +16,6 @@ from fedlora.core.reader import Reader
 from fedlora.formats.envelope import Header, match
 from fedlora.formats.keys import PublicIdentity
 from fedlora.formats.roster import Roster
-from fedlora.formats.state.journal import check_takes_part, sits_out
 from fedlora.formats.trust import RosterKeeper
 from fedlora.protect.ledger import Base, Contribution, ContributionStore
 from fedlora.protect.link import SiteLink
@@ -27,6 +26,7 @@ from fedlora.protect.secagg.giving import check_deliveries, masked, reveal
 from fedlora.protect.secagg.protocol.cohort import Advert, Cohort, SessionRequirements, read_session
 from fedlora.protect.secagg.protocol.complaints import Complaint, dump_opened, read_complaints, read_settled
 from fedlora.protect.secagg.protocol.dealing import Inbox, Opened, Received, Secrets, advertise, deal, opened, receive
+from fedlora.protect.secagg.protocol.lengths import most_request_bytes
 from fedlora.protect.secagg.protocol.votes import (
     ABORT,
     BURNED,
@@ -85,18 +85,14 @@ class SecAggSite:
             "vote": self._vote,
             "unmask": self._unmask,
         }
-        offered = request.phase == "advertise"  # an offer brings the roster itself
-        if not offered and request.phase not in steps:
-            raise WrongContext("no phase of this protection", code="wrong-direction")
-        if offered:
+        if request.phase == "advertise":  # an offer brings the roster itself
             return self._advertise(*self._open_offer(request), work)
-        header, payload = self.link.open(request, codec=codec(request.phase), roster=self.roster.current.digest())
+        if request.phase not in steps:
+            raise WrongContext("no phase of this protection", code="wrong-direction")
+        roster, most = self.roster.current.digest(), most_request_bytes(request.phase, len(self.roster.current.sites))
+        header, payload = self.link.open(request, codec=codec(request.phase), roster=roster, max_payload=most)
         self.roster.check_time()
-        records = self._records(header.run)
-        session = records.session()
-        if session is not None and session.root and sits_out(self.link.memory, header.run):
-            self._forget(records, session)  # its operator has ended what is open, too
-        check_takes_part(self.link.memory, header.run)
+        session = (records := self._records(header.run)).session()
         if session is None or (session.round, session.attempt) != (header.round, header.attempt):
             raise SessionError("no session of this round and attempt is open here", code="secrets-gone")
         return self._reply(header, session.reply_key, steps[request.phase](payload, records, session))
@@ -104,11 +100,12 @@ class SecAggSite:
     def _records(self, run: str) -> Records:
         if run != self._run:
             self._run, self._encoded, self._cohort, self._inbox = run, None, None, None
-        return Records(self.link.memory, run, self.link.identity, self.entropy)
+        return Records.of_part(self.link.memory, run, self.link.identity, self.entropy)
 
     def _reply(self, header: Header, reply_key: bytes, payload: bytes | memoryview) -> bytes:
-        key = self.link.reply_key(reply_key)
-        return self.link.seal(header, payload, codec=codec(header.phase), n_params=header.n_params, to=key)
+        self.roster.check_time()  # a step takes its time, too
+        to = self.link.reply_key(reply_key)
+        return self.link.seal(header, payload, codec=codec(header.phase), n_params=header.n_params, to=to)
 
     @property
     def _name(self) -> str:
@@ -144,7 +141,7 @@ class SecAggSite:
         terms = Terms.of(plan, roster)
         contribution = self._contribution(terms.requirements, plan)
         base = Base.of(plan)
-        self._compare(contribution, base, task.plan_digest, records)  # before anything is trained
+        self._compare(contribution, base, task.plan_digest)  # before anything is trained
         scales = terms.scales(task)
         context = terms.context(task, scales, roster.digest(), key)
         session = records.session()
@@ -220,13 +217,13 @@ class SecAggSite:
             session.requirements.check_whole((group or frozenset()) & {cohort.advert(n).name for n in dealers})
             contribution = None if session.contribution is None else Contribution.parse(session.contribution)
             base = Base(session.model, session.base)
-            self._compare(contribution, base, session.plan, records)
+            self._compare(contribution, base, session.plan)
         out, digest = self._masked(cohort, session, records, relayed=relayed, settled=settled)
         if session.digest and digest != session.digest:
             raise SessionError("what this site has sent can not be made again", code="session-spent")
         if not session.digest:
             # On the disk before it is sent. The ledger first: an entry too many is safe, a missing one is not.
-            given = self._given(records)
+            given = self._given()
             given.save(given.load().after(base, contribution))
             records.save_used(Used(session.round, cohort.t1.hex(), digest.hex(), cohort.names, cohort.threshold))
             records.save_blob("relay", relayed)
@@ -326,14 +323,14 @@ class SecAggSite:
         group = requirements.group_of(self._name)
         return None if group is None else Contribution.of(map(self._known, group), measure(plan))
 
-    def _compare(self, contribution: Contribution | None, base: Base, plan: str, records: Records) -> None:
+    def _compare(self, contribution: Contribution | None, base: Base, plan: str) -> None:
         """Refuses a contribution that, with earlier ones, could expose single updates, see :meth:`ContributionStore.compare`."""
-        shown = self._given(records).compare(contribution, base, known=self._known, uncovers=self.uncovers(plan))
+        shown = self._given().compare(contribution, base, known=self._known, uncovers=self.uncovers(plan))
         if shown:
             log.warning("beside what was given before, sums of this plan may show updates of %s", ", ".join(sorted(shown)))
 
-    def _given(self, records: Records) -> ContributionStore:
-        return ContributionStore(self.link.memory, self.link.identity, self.entropy, records.has_given)
+    def _given(self) -> ContributionStore:
+        return ContributionStore(self.link.memory, self.link.identity, self.entropy)
 
     def _unmask(self, payload: bytes, records: Records, session: Session) -> bytes:
         """The request: session (32) | the COMMIT votes. The answer: one share of each site that dealt."""
@@ -344,8 +341,7 @@ class SecAggSite:
         reader.end()
         if session.verdict != COMMIT:
             raise SessionError("this site has not agreed to any set of updates in this session", code="votes-missing")
-        listed = Reader(session.delivered, "deliveries")
-        delivered = Delivered.read_all(listed)
+        delivered = Delivered.read_all(Reader(session.delivered, "deliveries"))
         text = vote_text(cohort.t1, COMMIT, Delivered.digest_of(delivered))
         check_certificate(votes, text, names=cohort.names, threshold=cohort.threshold, known=self._known)
         if session.final:

@@ -12,20 +12,27 @@ import numpy as np
 
 from fedlora.core.adapter import F32, MAX_PARAMETERS, Adapter, Layout
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import WrongContext
-from fedlora.core.grids import BFLOAT16
+from fedlora.core.errors import Oversized, WrongContext
+from fedlora.core.grids import to_bfloat16
 from fedlora.core.messages import EVALUATION, Task
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
 from fedlora.core.schedule import mean_factor
 from fedlora.formats.keys import key_id
-from fedlora.formats.roster import Roster
+from fedlora.formats.roster import MAX_BYTES, Roster
 from fedlora.formats.update import parse_task
 from fedlora.protect.link import Context
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.numbers import Numbers
-from fedlora.protect.secagg.protocol.rings import PROFILES, Profile, most_rounded_up, scales_for
+from fedlora.protect.secagg.protocol.rings import (
+    PROFILES,
+    Profile,
+    most_levels,
+    most_rounded_up,
+    scale_for,
+    scales_for,
+)
 from fedlora.protect.secagg.settings import first_range, settings_of
 from fedlora.rules import Aggregator, optimizer_of, rule_of
 from fedlora.rules.first import first_of
@@ -53,6 +60,15 @@ def reach(plan: Plan, round: int) -> float:
     return max(_HEADROOM * first_range(plan) * course, _LEAST_REACH)
 
 
+def most_moved(plan: Plan, round: int) -> float:
+    """Largest mean change of a value that the sum of a round can show (rounds count from 1): all levels of all its sites, which
+    :func:`fedlora.protect.secagg.protocol.rings.most_levels` rounds up for each."""
+    profile, weighted = PROFILES[settings_of(plan).profile], plan.aggregate.weighting != "uniform"
+    fractions = [w / MAX_UNITS for w in range(1, MAX_UNITS + 1)] if weighted else [1.0]
+    scale = float(scale_for(profile, reach=reach(plan, round)))
+    return max(most_levels(profile, weight_fraction=w) / w for w in fractions) * scale
+
+
 def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
     """At a site: refuses an adapter that no sums of this plan's rounds can have produced from the first adapter.
 
@@ -66,15 +82,11 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
     Raises:
         PlanRefused (impossible-adapter).
     """
-    levels, weighted = PROFILES[settings_of(plan).profile].levels, plan.aggregate.weighting != "uniform"
-    more = max(-(-levels * w // MAX_UNITS) * MAX_UNITS / (levels * w) - 1 for w in range(1, MAX_UNITS + 1)) if weighted else 0.0
     before, rule = range(1, min(round, plan.federation.num_rounds + 1)), rule_of(plan)
     rounds = {factor: [r for r in before if factor in rule.trains(r)] for factor in "AB"}
-    moved = {f: optimizer_of(plan).reach([reach(plan, r) * (1 + more) for r in trained]) for f, trained in rounds.items()}
-    rounding = 0.0 if settings_of(plan).profile == "int24" else BFLOAT16
-    rule.check_published(
-        first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved, rounds=len(before), rounding=rounding
-    )
+    moved = {f: optimizer_of(plan).reach([most_moved(plan, r) for r in trained]) for f, trained in rounds.items()}
+    grid = None if settings_of(plan).profile == "int24" else to_bfloat16
+    rule.check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved, rounds=len(before), grid=grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +212,12 @@ class Offer:
         """Inverse of :meth:`dump`.
 
         Raises:
-            WireError: malformed.
+            WireError, Oversized: malformed; its roster is longer than one may be.
         """
         reader = Reader(blob, "offer")
-        return cls(reader.take(int.from_bytes(reader.take(4), "big")), reader.view(reader.left))
+        if (length := reader.number(4)) > MAX_BYTES:
+            raise Oversized(f"a roster of {length} bytes, at most {MAX_BYTES}")
+        return cls(reader.take(length), reader.view(reader.left))
 
     def open_task(self) -> tuple[Task, bytes]:
         """The task, and the run's key.

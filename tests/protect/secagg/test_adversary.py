@@ -786,10 +786,11 @@ def test_a_dealer_of_false_shares_is_named_the_round_is_void_and_the_next_one_go
     heard = world.collect(world.task(round=2))
     assert heard.codes() == {"site-2": "bad-dealer"}
     assert [list(s) for s, *_ in heard.sums] == [["site-1", "site-3", "site-4", "site-5"]]
-    world.restart()  # it has been repaired
+    world.restart()  # it may have been repaired: in this run nobody finds out
     world.globals[3] = world.globals[1]
     heard = world.collect(world.task(round=3))
-    assert [list(s) for s, *_ in heard.sums] == [ALL]
+    assert heard.codes() == {"site-2": "bad-dealer"}
+    assert [list(s) for s, *_ in heard.sums] == [["site-1", "site-3", "site-4", "site-5"]]
 
 
 def test_a_dealer_of_a_false_mask_seed_who_then_drops_out_is_named():

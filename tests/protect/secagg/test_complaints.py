@@ -132,7 +132,7 @@ def test_a_dealer_that_shows_what_it_has_committed_to_costs_a_question_and_no_ro
 
 
 def test_a_dealer_that_says_nothing_is_left_out_of_the_rest_of_the_round_and_not_of_the_next():
-    world = with_liar(5, ["site-1", "site-3"], shows="an error")
+    world = with_liar(5, ["site-1"], shows="an error")
     heard, _, tries = attempts(world)
     assert tries == 2
     assert check_sum(world, heard) == ["site-1", "site-3", "site-4", "site-5"]
@@ -279,8 +279,22 @@ def test_what_is_read_is_what_was_written():
         read_opened(a.cohort, 1, dump_opened(a.cohort, {3: shown[3]}), due)
 
 
-def test_a_dealer_that_shows_the_truth_to_some_and_lies_to_more_is_left_out_of_the_round():
-    world = with_liar(5, ["site-1", "site-3"], shows="the truth")
-    heard, _, tries = attempts(world)
-    assert tries <= 2
-    assert set(check_sum(world, heard)) >= {"site-1", "site-4", "site-5"}
+@pytest.mark.attack(
+    "C16",
+    "a site deals shares that do not open to more sites than may collude, and shows the truth to those it is asked about",
+    stops="so many complaints cannot all be lies: it is named, and left out of the rest of the run",
+)
+@pytest.mark.parametrize(("n", "victims"), [(5, 2), (7, 6)])
+@pytest.mark.parametrize("shows", ["the truth", "an error"])
+def test_a_dealer_of_whom_more_complain_than_can_be_in_league_is_left_out_of_the_run(n, victims, shows):
+    others = [s for s in names(n) if s != "site-2"]
+    world = with_liar(n, others[:victims], shows=shows)
+    heard, named, tries = attempts(world)
+    assert tries == 2
+    assert named == {"site-2": "bad-dealer"}
+    assert check_sum(world, heard) == others
+    for number in (2, 3):
+        world.globals[number] = world.globals[1]
+        again = world.collect(world.task(round=number))
+        assert again.codes() == {"site-2": "bad-dealer"}
+        assert [list(s) for s, *_ in again.sums] == [others]

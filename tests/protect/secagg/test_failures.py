@@ -17,6 +17,7 @@ from fedlora.formats.state.journal import SITS_OUT
 from fedlora.formats.state.memory import FileMemory
 from fedlora.lab.testing import DictMemory
 from fedlora.protect.secagg.protocol.dealing import Secrets
+from fedlora.protect.secagg.site import SecAggSite
 
 SITE = "site-1"
 STEPS = ("advertise", "share", "mask", "vote", "unmask")
@@ -150,14 +151,16 @@ def test_no_secrets_follow_from_a_root_that_is_none(root):
     "an operator takes the site out of a run in the middle of a session, and the server goes on with the session",
     stops="the site deletes the session's secrets and answers nothing more of that run",
 )
+@pytest.mark.parametrize("first", [None, "advertise"])
 @pytest.mark.parametrize("step", STEPS[1:])
-def test_a_site_that_sits_out_answers_nothing_more_of_an_open_session(step):
+def test_a_site_that_sits_out_answers_nothing_more_of_an_open_session(step, first):
     tale = Tale()
     tale.until(step)
     tale.memory.put(f"{tale.server.task.run}/{SITS_OUT}", b"1")
     tale.server.world.restart(SITE)
-    for again in STEPS[1:]:
+    for again in STEPS[1:] if first is None else (first, *STEPS[1:]):
         assert tale.of(again, SITE) in ("sits-out", "secrets-gone"), again
+        assert not tale.server.records(SITE).session().root, again
     session = tale.server.records(SITE).session()
     assert session is None or session.root == b""
 
@@ -167,12 +170,27 @@ def test_a_site_that_sits_out_answers_nothing_more_of_an_open_session(step):
     "a server that keeps a revocation back opens a session just before the old roster ends, and goes on with it long after",
     stops="a site answers no step under a roster that has ended by its own clock",
 )
-@pytest.mark.parametrize("step", STEPS[1:])
-def test_no_step_is_done_under_a_roster_that_has_ended(step, monkeypatch):
+@pytest.mark.parametrize("after_s", [1, 899, 90 * 86400])
+@pytest.mark.parametrize("step", STEPS)
+def test_no_step_is_done_under_a_roster_that_has_ended(step, after_s, monkeypatch):
     tale = Tale()
     tale.until(step)
-    monkeypatch.setattr(world, "NOW", world.NOW + 90 * 86400)
+    monkeypatch.setattr(world, "NOW", world.signed_roster(5).roster.not_after + after_s)
     tale.server.world.restart(SITE)
+    assert tale.of(step, SITE) == "roster-expired"
+
+
+@pytest.mark.parametrize("step", [s for s in STEPS if s != "advertise"])
+def test_a_step_that_is_done_after_its_roster_has_ended_is_not_answered(step, monkeypatch):
+    tale = Tale()
+    tale.until(step)
+    real = getattr(SecAggSite, f"_{step}")
+
+    def slow(self, *words):
+        monkeypatch.setattr(world, "NOW", world.signed_roster(5).roster.not_after + 1)
+        return real(self, *words)
+
+    monkeypatch.setattr(SecAggSite, f"_{step}", slow)
     assert tale.of(step, SITE) == "roster-expired"
 
 

@@ -29,6 +29,7 @@ from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules.first import first_adapter
+from fedlora.site.admission import Approvals
 from fedlora.site.parts import site_of
 from fedlora.site.site_file import SiteFile
 
@@ -85,6 +86,7 @@ class Federation:
             make_learner=lambda plan: self.learners[name],
             state=self.path / "sites" / name,
             report=lambda event, facts: None,
+            approvals=lambda: Approvals.of(file.model_copy(update={"roster": self.pinned})),  # the site file, read again
         )
 
     def store(self):
@@ -191,7 +193,12 @@ def test_sites_that_have_approved_another_roster_or_none_take_part_in_nothing(tm
             federation.run()
         rejected = [f["code"] for e, f in federation.events if e == "rejected"]
         assert set(rejected) == {"roster-invalid"}
+        at_once = [f["site"] for e, f in federation.events if e == "erred" and f["code"] == "roster-invalid"]
+        assert set(at_once) == set(TARGETS)
+        assert [e for e, f in federation.events].index("erred") < [e for e, f in federation.events].index("rejected")
         assert not any(learner.trained for learner in federation.learners.values())
+        federation.pinned = SignedRoster.parse(federation.roster.read_bytes()).roster.digest()
+        assert federation.run()[1].complete  # the digest was corrected, and no site was started again
 
 
 def test_a_site_whose_policy_wants_secure_aggregation_refuses_less_and_never_trains(tmp_path):
@@ -200,7 +207,7 @@ def test_a_site_whose_policy_wants_secure_aggregation_refuses_less_and_never_tra
     federation = Federation(tmp_path, sealed, policy=open_policy(protect=("secagg",)))
     with raising(RunFailed, code="quorum"):
         federation.run()
-    assert {f["code"] for e, f in federation.events if e == "rejected"} == {"plan-refused"}
+    assert {f["code"] for e, f in federation.events if e == "rejected"} == {"policy-protect"}
 
 
 def test_a_revoked_site_is_out_from_the_next_round_on_and_a_new_epoch_travels_by_itself(tmp_path):
@@ -375,23 +382,43 @@ def test_every_rule_that_adds_up_gives_in_secret_what_it_gives_in_the_open(tmp_p
 # --- liars -----------------------------------------------------------------------------------------------------
 
 
+def lying(federation, *names):
+    """These sites deal false shares in every session."""
+    for name in names:
+        modes = federation.sites[name].protection
+        honest = modes.halves["secagg"]
+        false = FalseDealer(honest.link, honest.roster, honest.entropy)
+        federation.sites[name].protection = replace(modes, halves={**modes.halves, "secagg": false})
+    return federation
+
+
+def two_attempts(plan):
+    return plan.model_copy(update={"federation": plan.federation.model_copy(update={"round_attempts": 2})})
+
+
 @pytest.mark.attack(
     "C16b",
     "a site deals false shares in every session, so that run after run of void rounds stops the run",
-    stops="whoever is proved to have lied is left out of the next round, whatever the rule, if enough are left without it",
+    stops="whoever is proved to have lied is left out of the rest of the run, whatever the rule, if enough are left without it",
 )
 @pytest.mark.parametrize("name", SUMS)
-def test_a_lying_dealer_is_left_out_of_the_next_round_and_stops_no_run(tmp_path, name):
+def test_a_lying_dealer_is_left_out_of_the_rest_of_the_run_and_stops_no_run(tmp_path, name):
     plan = ruled(name, **SUMS[name] | {"rounds": 4}, lone_change="allow")  # without it, no round goes on without one of four
-    plan = plan.model_copy(update={"federation": plan.federation.model_copy(update={"round_attempts": 2})})
-    federation = Ruled(tmp_path, plan)
-    modes = federation.sites["b"].protection
-    honest = modes.halves["secagg"]
-    false = FalseDealer(honest.link, honest.roster, honest.entropy)
-    federation.sites["b"].protection = replace(modes, halves={**modes.halves, "secagg": false})
-    _, store = federation.run()
+    _, store = lying(Ruled(tmp_path, two_attempts(plan)), "b").run()
     records = store.records()
-    assert [(r.round, r.void or "") for r in records] == [(1, "bad-dealer"), (2, ""), (3, "bad-dealer"), (4, "")]
-    for void, good in zip(records[::2], records[1::2], strict=True):
-        assert void.missing["b"] == good.missing["b"] == "bad-dealer"
-        assert list(good.sites) == ["a", "c", "d"]
+    assert [r.void or "" for r in records] == ["bad-dealer", "", "", ""]
+    assert [r.missing["b"] for r in records] == ["bad-dealer"] * 4
+    assert [list(r.sites) for r in records[1:]] == [["a", "c", "d"]] * 3
+
+
+@pytest.mark.attack(
+    "C16b",
+    "two sites take turns: one lies while the other is left out",
+    stops="the same: each voids one round at most",
+)
+def test_two_liars_that_take_turns_void_no_more_rounds_than_they_are(tmp_path):
+    plan = two_attempts(secagg_plan(rounds=5, lone_change="allow"))
+    _, store = lying(Federation(tmp_path, plan, targets=dict.fromkeys("abcdefg", 1.0)), "b", "e").run()
+    records = store.records()
+    assert sum(r.void == "bad-dealer" for r in records) <= 2
+    assert [list(r.sites) for r in records[-3:]] == [list("acdfg")] * 3

@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 from protect.secagg.world import Heard, World, at_phase, identity, names, secagg_plan
 
 from fedlora.core.adapter import Adapter, Layout, Update
-from fedlora.core.errors import FedLoRAError, WireError
+from fedlora.core.errors import FedLoRAError, Oversized, WireError
 from fedlora.core.limits import MAX_SITES
 from fedlora.core.messages import Reply, Request, Task
 from fedlora.core.metrics import MAX_COUNTER
@@ -112,7 +112,7 @@ def test_a_huge_length_in_a_small_message_allocates_nothing_of_that_size(name):
 
 def test_nor_does_an_offer_with_a_roster_of_four_thousand_million_bytes_or_a_vector_that_is_not_there():
     tracemalloc.start()
-    with pytest.raises(WireError):
+    with pytest.raises(Oversized):
         Offer.parse(struct.pack(">I", 0xFFFFFFFF) + bytes(100))
     for profile in PROFILES.values():
         assert unpack(bytes(100), 1 << 40, profile.bits) is None

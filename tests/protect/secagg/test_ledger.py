@@ -431,7 +431,7 @@ def sealed_site(world, site, **more):
     task = replace(world.task(), plan=plan.model_copy(update={"protect": Protect()}).canonical(), run="ef" * 32)
     heard, link = Heard(), replace(world.link(), sites={site: identity(site).public}, roster=pinned(server))
     (request,) = next(talk := SealedServer(link, "float32").collect(task, [site], heard))
-    return task, lambda: half.answer(request, lambda task: world.updates[site]), talk
+    return task, lambda: half.answer(request, lambda task, admitted: admitted() or world.updates[site]), talk
 
 
 @pytest.mark.attack(
@@ -523,6 +523,20 @@ def test_a_ledger_that_is_gone_is_no_empty_one(run_between):
     for site in names(3):  # `fedlora site repair --forget-sums`
         ContributionStore(world.memory[site], identity(site), os.urandom).save(Ledger())
     assert later.collect(replace(later.task(attempt=1), run="cd" * 32)).sums
+
+
+def test_a_ledger_that_is_gone_with_its_note_is_missed_while_a_run_shows_a_sum():
+    """In both modes: what one of them has given counts in the other."""
+    world = World(3)
+    assert world.collect(world.task()).sums
+    for site in names(3):
+        del world.memory[site].values["secagg/given"], world.memory[site].values["secagg/has-given"]
+    world.restart()
+    later = other_plan(world, secagg_plan())
+    assert set(later.collect(replace(later.task(), run="cd" * 32)).codes().values()) == {StoreError.code}
+    _, ask, _ = sealed_site(world, "site-2")
+    with pytest.raises(StoreError, match="gone"):
+        ask()
 
 
 def test_a_run_that_is_not_admitted_ends_no_other_one():

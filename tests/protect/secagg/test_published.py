@@ -10,12 +10,14 @@ from raising import raising
 
 from fedlora.core.adapter import Adapter, Layout, Update
 from fedlora.core.errors import PlanRefused
+from fedlora.core.grids import to_bfloat16
 from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.formats.state.journal import Journal
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
 from fedlora.protect.secagg.mode import SecAgg
-from fedlora.protect.secagg.terms import MAX_UNITS, check_published, reach
+from fedlora.protect.secagg.protocol.rings import PROFILES, encode, scale_for, scales_for, sum_to_mean
+from fedlora.protect.secagg.terms import check_published, most_moved, reach
 from fedlora.rules import add, optimizer_of, rounded, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.work import Site
@@ -38,8 +40,8 @@ SERVERS = {
 }
 
 
-def plan_of(rule, server, *, schedule="cosine", rounds=6, unit=0):
-    made = secagg_plan(rounds=rounds, first_range=0.1, weight_unit=unit).model_dump()
+def plan_of(rule, server, *, schedule="cosine", rounds=6, unit=0, profile="int8"):
+    made = secagg_plan(rounds=rounds, first_range=0.1, weight_unit=unit, profile=profile).model_dump()
     made["aggregate"] = {"weighting": made["aggregate"]["weighting"], **RULES[rule]}
     made["server_optimizer"] = SERVERS[server]
     made["training"] |= {"lr_scheduler_type": schedule}
@@ -47,13 +49,13 @@ def plan_of(rule, server, *, schedule="cosine", rounds=6, unit=0):
 
 
 def publish(plan, moves):
-    """The adapter after each round in which all sites sent ``move(round, n)`` values, each within the round's reach."""
+    """The adapter after each round in which all sites sent ``move(round, n)`` values, within what a round can show."""
     rule, optimizer, now, state = rule_of(plan), optimizer_of(plan), first_adapter(LAYOUT, seed=plan.run.seed), {}
     yield now
     for round, move in enumerate(moves, 1):
         sums = rule.start(now, cohort=4, round=round)
         sent = rule.reply(now.layout, round)
-        sums.add("*", Update(np.float32(reach(plan, round)) * move(sent.size), 1, {}), squares=np.zeros(len(sent.entries)))
+        sums.add("*", Update(np.float32(most_moved(plan, round)) * move(sent.size), 1, {}), squares=np.zeros(len(sent.entries)))
         found = rule.finish(sums, now, scale=1.0, round=round, state=state)
         state = {**state, **found.state}
         if found.delta is not None:
@@ -128,13 +130,13 @@ def test_fedsvd_takes_no_direction_that_training_cannot_give(inside):
 
 def test_a_factor_moves_only_in_rounds_that_train_it():
     plan = plan_of("rolora", "none", schedule="constant")
-    first, far = first_adapter(LAYOUT, seed=plan.run.seed), reach(plan_of("rolora", "none", schedule="constant"), 1)
+    first, far = first_adapter(LAYOUT, seed=plan.run.seed), most_moved(plan, 1)
     for round, factor, rounds in ((2, "A", 0), (2, "B", 1), (3, "A", 1), (4, "A", 1), (4, "B", 2), (6, "B", 3)):
-        rounding = min(rounds * far, 2.0**-8 * (rounds * far + np.abs(first.vector).max()))
-        for by, taken in ((0.999 * rounds * far, True), ((rounds + 0.01) * far + rounding, False)):
+        for by, taken in ((0.999 * rounds * far, True), ((rounds + 0.02) * far, False)):
             moved = first.vector.copy()
             for pair in LAYOUT.pairs():
                 moved[pair.a if factor == "A" else pair.b] += np.float32(by)
+            moved = to_bfloat16(moved)
             if taken:
                 check_published(plan, Adapter(moved, LAYOUT), round=round)
             else:
@@ -160,14 +162,56 @@ def test_no_more_is_taken_than_the_largest_rounds_so_far_can_give(server, schedu
                 check_published(plan, Adapter(most.vector * np.float32(1.02), sent), round=round)
 
 
+@pytest.mark.attack(
+    "D26",
+    "a server publishes an adapter half a percent further than the rounds so far can have moved it",
+    stops="each value lies between the two that the largest rounds lead to, rounded as the server rounds; float32 adds "
+    "(7 n + 7) 2^-24 of the largest that could be there after n rounds",
+)
+@pytest.mark.parametrize("profile", ["int4", "int8", "int24"])
+@pytest.mark.parametrize("server", [s for s in SERVERS if "fedadam" not in s])
+@pytest.mark.parametrize("rule", ["fedavg", "ffa"])
+@pytest.mark.parametrize("way", [1, -1])
+def test_the_bound_on_what_is_published_is_exact(rule, server, profile, way):
+    plan = plan_of(rule, server, schedule="constant", profile=profile)
+    first = first_adapter(LAYOUT, seed=plan.run.seed).vector
+    sent = LAYOUT.only(rule_of(plan).down())
+    for rounds, adapter in enumerate(publish(plan, [lambda n: np.full(n, np.float32(way))] * 6)):
+        published = adapter.part(sent)
+        check_published(plan, published, round=rounds + 1)
+        far = Adapter(first, LAYOUT).part(sent).vector
+        largest = np.abs(published.vector - far) + np.abs(far)  # float32 is as fine as the numbers are large
+        beyond = published.vector + way * np.maximum(rounds, 1) * np.float32(1.1e-6) * max(largest.max(), 1e-3)
+        if profile != "int24":  # the next value that can be published at all
+            beyond = to_bfloat16(published.vector * np.float32(1 + 2**-7))
+        for at in (0, sent.size // 3, sent.size - 1):
+            if published.vector[at] * way <= 0 and profile != "int24":
+                continue
+            made = published.vector.copy()
+            made[at] = beyond[at]
+            with raising(PlanRefused, code="impossible-adapter"):
+                check_published(plan, Adapter(made, sent), round=rounds + 1)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("unit", [0, 50])
+def test_the_most_that_a_round_shows_is_what_sites_at_their_limits_give(profile, unit):
+    plan, layout = plan_of("fedavg", "none", unit=unit, profile=profile), Layout.of({"m.lora_B.weight": (1, 2)})
+    scales, shown = scales_for(layout, PROFILES[profile], reach=reach(plan, 2)), []
+    for weight in range(1, 17) if unit else [16]:
+        one = encode(np.float32([9, -9]), layout, PROFILES[profile], scales, weight_fraction=weight / 16, key=bytes(32))[0]
+        shown.append(sum_to_mean(one * 3, layout, PROFILES[profile], scales, weight=3 * weight / 16, most=1 << 60).max())
+    assert max(shown) == pytest.approx(most_moved(plan, 2), rel=1e-7)
+
+
 @pytest.mark.parametrize("server", ["fedadam", "fedadam-slow"])
 def test_adam_s_first_steps_are_bounded_by_what_its_second_moment_begins_with(server):
     plan = plan_of("ffa", server)
     plan = plan.model_copy(update={"protect": secagg_plan(rounds=6, first_range=1e-5).protect})
     sent, optimizer = LAYOUT.only("B"), optimizer_of(plan)
-    one = optimizer.step(Adapter(np.full(sent.size, reach(plan, 1), np.float32), sent), {})[0].vector.max()
-    for by, taken in ((one, True), (1.2 * one + 3e-6, False)):  # but for what rounding is allowed
-        adapter = Adapter(np.full(sent.size, by, np.float32), sent)
+    one = optimizer.step(Adapter(np.full(sent.size, most_moved(plan, 1), np.float32), sent), {})[0].vector.max()
+    for by, taken in ((one, True), (1.02 * one, False)):
+        adapter = Adapter(to_bfloat16(np.full(sent.size, by, np.float32)), sent)
         if taken:
             check_published(plan, adapter, round=2)
         else:
@@ -188,20 +232,19 @@ def test_fedsvd_takes_no_other_a_before_the_first_decomposition():
     check_published(plan, Adapter(moved, LAYOUT), round=3)
 
 
-@pytest.mark.parametrize(("profile", "most"), [("int24", 1.0), ("int8", 2.0)])
-def test_a_small_move_of_a_large_tensor_is_bounded_too(profile, most):
-    """Rounding takes a value at most as far again as it has moved, because it lay on the grid; what is not rounded, nowhere."""
+@pytest.mark.parametrize(("profile", "by", "taken"), [("int24", 0.99, True), ("int24", 1.05, False), ("int8", 0.99, False)])
+def test_a_small_move_of_a_large_tensor_is_bounded_too(profile, by, taken):
+    """What is rounded is rounded back, because it lay on the grid; what is not, stays where it has come to."""
     made = secagg_plan(rounds=6, first_range=1e-4, profile=profile).model_dump()
     plan = Plan.model_validate(made)
     first = first_adapter(LAYOUT, seed=plan.run.seed)
-    for by, taken in ((0.99 * most, True), (1.05 * most, False)):
-        moved = first.vector.copy()
-        moved[LAYOUT.pairs()[0].a] += np.float32(by * reach(plan, 1))
-        if taken:
+    moved = first.vector.copy()
+    moved[np.argmax(moved)] += np.float32(by * most_moved(plan, 1))
+    if taken:
+        check_published(plan, Adapter(moved, LAYOUT), round=2)
+    else:
+        with raising(PlanRefused, code="impossible-adapter"):
             check_published(plan, Adapter(moved, LAYOUT), round=2)
-        else:
-            with raising(PlanRefused, code="impossible-adapter"):
-                check_published(plan, Adapter(moved, LAYOUT), round=2)
 
 
 def test_under_fedsvd_no_row_of_b_goes_further_than_its_own_changes():
@@ -209,7 +252,7 @@ def test_under_fedsvd_no_row_of_b_goes_further_than_its_own_changes():
     first = first_adapter(LAYOUT, seed=plan.run.seed)
     pair = LAYOUT.pairs()[0]
     longest = max(1.0, np.linalg.norm(first.vector[pair.a].reshape(pair.rank, -1).astype(float), 2))
-    most = 2 * reach(plan, 1) * np.sqrt(pair.rank) * longest
+    most = 2 * most_moved(plan, 1) * np.sqrt(pair.rank) * longest
     for length, taken in ((0.99 * most, True), (1.02 * most, False)):
         moved = first.vector.copy()
         row = np.zeros(pair.rank, np.float32)
@@ -223,6 +266,11 @@ def test_under_fedsvd_no_row_of_b_goes_further_than_its_own_changes():
 
 
 def test_in_the_first_round_only_the_first_adapter_is_taken():
+    exact = plan_of("fedavg", "none", profile="int24")
+    values = first_adapter(LAYOUT, seed=exact.run.seed).vector
+    nearly = Adapter(np.where(values, np.nextafter(values, np.float32(1)), values), LAYOUT)  # B's zeros stay
+    with raising(PlanRefused, code="impossible-adapter"):
+        check_published(exact, nearly, round=1)
     plan = plan_of("fedavg", "none")
     first = first_adapter(LAYOUT, seed=plan.run.seed)
     check_published(plan, first, round=1)
@@ -236,10 +284,10 @@ def test_the_bound_grows_with_the_rounds_by_their_reach_and_where_weights_differ
     for unit in (0, 50):
         plan = plan_of("fedavg", "none", unit=unit)
         first = first_adapter(LAYOUT, seed=plan.run.seed).vector
-        more = 8 * MAX_UNITS / 127 if unit else 1.0  # a sixteenth of 127 levels is eight
+        levels = 8 * 16 if unit else 127  # a sixteenth of 127 levels is eight
         for round in (2, 5, 7, 100):
-            far = more * sum(reach(plan, r) for r in range(1, min(round, 7)))
-            check_published(plan, Adapter(first + np.float32(far), LAYOUT), round=round)
+            far = levels * sum(float(scale_for(PROFILES["int8"], reach=reach(plan, r))) for r in range(1, min(round, 7)))
+            check_published(plan, Adapter(to_bfloat16(first + np.float32(far)), LAYOUT), round=round)
             with raising(PlanRefused, code="impossible-adapter"):
                 check_published(plan, Adapter(first + np.float32(1.03 * far), LAYOUT), round=round)
 

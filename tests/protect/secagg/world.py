@@ -131,7 +131,7 @@ class World:
         import os
 
         server, memory = identity("server").public, self.memory[name]
-        keeper = RosterKeeper(memory, server, signed_digest(self.signed), lambda: NOW, "0.1.0")
+        keeper = RosterKeeper(memory, server, lambda: signed_digest(self.signed), lambda: NOW, "0.1.0")
         return SecAggSite(SiteLink(identity(name), server, memory, 1 << 24, lambda: NOW, os.urandom), keeper, os.urandom)
 
     def link(self) -> ServerLink:

@@ -133,6 +133,17 @@ class SessionRequirements:
         return max(self.threshold(n), self.max_colluding + 2, self.min_cohort)
 
 
+def count_of_sites(reader: Reader, what: str) -> int:
+    """The next number, which counts sites. It is compared before anything of that number is read.
+
+    Raises:
+        WireError: more than a roster has.
+    """
+    if (count := reader.number()) > MAX_SITES:
+        raise WireError(f"{what}: {count} sites, at most {MAX_SITES}")
+    return count
+
+
 def read_session(reader: Reader, t1: bytes) -> None:
     """Reads a session's name, which must be this one.
 
@@ -301,10 +312,7 @@ class Cohort:
             WireError, BadSignature, EnvelopeError (unknown-site), CohortTooSmall, WrongContext.
         """
         reader = Reader(blob, "cohort")
-        count = reader.number()
-        if count > MAX_SITES:
-            raise WireError(f"cohort: {count} sites, at most {MAX_SITES}")
-        adverts = [Advert.read(reader) for _ in range(count)]
+        adverts = [Advert.read(reader) for _ in range(count_of_sites(reader, "cohort"))]
         reader.end()
         for advert in adverts:
             advert.verify(known(advert.name))

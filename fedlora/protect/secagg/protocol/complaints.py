@@ -82,9 +82,9 @@ def _dump_lies(lies: Mapping[int, Statement]) -> bytes:
     return struct.pack(">H", len(lies)) + b"".join(struct.pack(">H", d) + s.dump() for d, s in sorted(lies.items()))
 
 
-def most_complaint_bytes(cohort: Cohort) -> int:
-    """Length of the longest complaint of one holder, which is about all other sites."""
-    return 4 + SIGNATURE + len(cohort.adverts) * (2 + 4 * 32 + SIGNATURE)
+def most_complaint_bytes(sites: int) -> int:
+    """Length of the longest complaint of one holder, which is about all other sites of so many."""
+    return 4 + SIGNATURE + sites * (2 + 4 * 32 + SIGNATURE)
 
 
 def dump_complaints(cohort: Cohort, complaints: Iterable[Complaint]) -> bytes:

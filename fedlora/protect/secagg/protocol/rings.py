@@ -53,17 +53,20 @@ PROFILES: Final[dict[str, Profile]] = {
 
 
 def scales_for(layout: Layout, profile: Profile, *, reach: float) -> F32:
-    """Value of one level, per tensor, (tensors,) float32. It depends only on the plan and the round, not on any update.
+    """Value of one level, per tensor, (tensors,) float32: :func:`scale_for` for each."""
+    return np.full(len(layout.entries), scale_for(profile, reach=reach), np.float32)
+
+
+def scale_for(profile: Profile, *, reach: float) -> np.float32:
+    """Value of one level. It depends only on the plan and the round, not on any update.
 
     Eleven significant bits, half to even, so that the order of a sum of binary64 numbers does not show.
 
     Args:
-        reach: largest change of a value that the levels can represent.
+        reach: largest change of a value that the levels can represent, but for that rounding.
     """
-    out = np.full(len(layout.entries), reach / profile.levels)
-    mantissa, exponent = np.frexp(out)
-    scales: F32 = np.ldexp(np.rint(mantissa * 2048.0) / 2048.0, exponent).astype(np.float32)
-    return scales
+    mantissa, exponent = np.frexp(np.float64(reach / profile.levels))
+    return np.float32(np.ldexp(np.rint(mantissa * 2048.0) / 2048.0, exponent))
 
 
 def most_levels(profile: Profile, *, weight_fraction: float) -> int:

@@ -18,7 +18,7 @@ from fedlora.core.errors import (
 )
 from fedlora.core.reader import Reader
 from fedlora.formats.keys import PublicIdentity
-from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Cohort, check_signature, sign
+from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Cohort, check_signature, count_of_sites, sign
 
 COMMIT: Final = 1
 
@@ -77,9 +77,10 @@ class Delivered:
         """Inverse of :meth:`dump_all`.
 
         Raises:
-            WireError: malformed, or not in strictly rising order.
+            WireError: malformed, more than a roster has sites, or not in strictly rising order.
         """
-        found = [Delivered(reader.number(), reader.take(32), reader.take(SIGNATURE)) for _ in range(reader.number())]
+        count = count_of_sites(reader, "deliveries")
+        found = [Delivered(reader.number(), reader.take(32), reader.take(SIGNATURE)) for _ in range(count)]
         numbers = [d.number for d in found]
         if numbers != sorted(set(numbers)):
             raise WireError("deliveries are not in strictly rising order")
@@ -114,9 +115,9 @@ def read_certificate(reader: Reader) -> dict[int, bytes]:
     """Inverse of :func:`certificate`.
 
     Raises:
-        WireError: malformed, or not in strictly rising order.
+        WireError: malformed, more than a roster has sites, or not in strictly rising order.
     """
-    pairs = [(reader.number(), reader.take(SIGNATURE)) for _ in range(reader.number())]
+    pairs = [(reader.number(), reader.take(SIGNATURE)) for _ in range(count_of_sites(reader, "votes"))]
     if [n for n, _ in pairs] != sorted({n for n, _ in pairs}):
         raise WireError("votes are not in strictly rising order")
     return dict(pairs)
