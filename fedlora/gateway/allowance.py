@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.formats.files import load_record, save_record
+from fedlora.gateway.replies import CHUNK_BYTES, most_bytes, most_parts
 
 log = logging.getLogger("fedlora.gateway")
 
-_ROUNDS = 3  # replies that may be under way: a late one, the one that is due, and one asked for again
-_CHUNK_BYTES = 5 << 20
 _FRAME_BYTES = 1 << 10  # what Flower puts around one chunk
 _MESSAGE_BYTES = 1 << 16  # and around a message
 _SPARE_BYTES = 1 << 18  # for error codes and the like, of a site that owes nothing
@@ -75,54 +74,102 @@ class Allowance:
 class _Site:
     grant: str = ""
     credit: int = 0
-    largest: int = 0
+    most_parts: int = 0
+    announced: bool = False
     spare: float = _SPARE_BYTES
     at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A body that was counted.
+
+    Attributes:
+        grant: the one that it was counted to.
+        credit, spare: bytes of each that it took.
+        most_parts: that a reply under this grant may have.
+    """
+
+    site: str
+    grant: str
+    credit: int
+    spare: int
+    most_parts: int
 
 
 @dataclass(slots=True)
 class Quota:
     """The gateway's end: bytes that a site may still push.
 
-    Each grant adds what a reply of that length takes in Flower's form; what was not used stays for the next ones, up to three
-    times the largest of the run, because a late reply comes in the time of the next. Beyond its grants a site has 256 KiB, which
-    come back at 1 KiB a second: for error codes.
+    A grant lets a site push what a reply of that length takes in Flower's form, and one chunk of it again, whose answer was lost.
+    It ends with the next one: what it left is not added. Beyond its grants a site has 256 KiB, which come back at 1 KiB a second:
+    for error codes.
+
+    Parts of a reply count to a grant only after the reply was announced under it. Those of an earlier, late one are refused,
+    without a note: nobody waits for them, and the reply that is due is not the worse for them.
 
     Args:
         directory: as that of :class:`Allowance`.
         clock: seconds, rising.
+
+    Attributes:
+        sent: ids of objects of this run's requests that no reply may have; about 150 bytes of memory each, and as many as the
+            run's large bodies have arrays and chunks (:func:`fedlora.gateway.replies.shared_ids`). Empty again with the first
+            grant of the next run.
     """
 
     directory: Path
     clock: Callable[[], float]
+    sent: set[bytes] = field(default_factory=set, init=False)
+    _run: str = ""
     _sites: dict[str, _Site] = field(default_factory=dict)
     _seen: tuple[int, int] = (0, 0)
-    _run: str = ""
 
-    def take(self, site: str, size: int) -> bool:
-        """Counts a body of this length; False, and nothing is counted, if it is more than the site may push."""
+    def take(self, site: str, size: int, *, announces: bool) -> Taken | None:
+        """Counts a body of this length; None, and nothing is counted, if it is more than the site may push.
+
+        Args:
+            announces: it is the message that announces a reply, not a part of one.
+        """
         self._load()
         one = self._site(site)
         now = self.clock()
         one.spare, one.at = min(one.spare + (now - one.at) * _SPARE_RATE, _SPARE_BYTES), now
-        if size > one.credit + one.spare:
-            self._note(site, one)
-            return False
-        used = min(size, one.credit)
-        one.credit -= used
-        one.spare -= size - used
-        return True
+        one.announced = one.announced or announces
+        credit = min(size, one.credit if one.announced else 0)
+        if size - credit > one.spare or (announces and size > most_bytes(one.most_parts)):
+            self.refuse(site)
+            return None
+        one.credit -= credit
+        one.spare -= size - credit
+        return Taken(site, one.grant, credit, size - credit, one.most_parts)
 
-    def give_back(self, site: str, size: int) -> None:
-        """A body that was counted has not been stored."""
+    def note_sent(self, ids: Iterable[bytes]) -> None:
+        """Adds to ``sent``. The run has said its first grant before it sends anything."""
+        self._load()
+        self.sent.update(ids)
+
+    def give_back(self, taken: Taken) -> None:
+        """A part that was counted has not been stored. What belonged to an earlier grant is gone with it."""
+        one = self._site(taken.site)
+        one.credit += taken.credit if taken.grant == one.grant else 0
+        one.spare = min(one.spare + taken.spare, _SPARE_BYTES)
+
+    def refuse(self, site: str) -> None:
+        """Notes for the run that the reply which is due will not come, if it was announced."""
         one = self._site(site)
-        back = min(size, max(_ROUNDS * one.largest - one.credit, 0))
-        one.credit += back
-        one.spare = min(one.spare + size - back, _SPARE_BYTES)
+        refused = _read_refused(self.directory)
+        if not one.announced or refused.get(site) == one.grant:
+            return
+        log.warning("%s pushes what its reply may not have", site)
+        try:
+            save_record(_refused(self.directory), "refused", {"sites": {**refused, site: one.grant}})
+        except FedLoRAError as e:  # a full disk: the round then waits for its deadline
+            log.warning("%s", e)
 
     def _site(self, name: str) -> _Site:
         if name not in self._sites:
-            self._sites[name] = _Site(at=self.clock())
+            self._sites[name] = _Site(at=self.clock(), most_parts=most_parts(0))
         return self._sites[name]
 
     def _load(self) -> None:
@@ -139,25 +186,14 @@ class Quota:
             if found is None:
                 return
             if found["run"] != self._run:
-                self._run = str(found["run"])
-                for one in self._sites.values():
-                    one.credit = one.largest = 0
-            for name, (grant, size) in found["due"].items():
+                self._run, self.sent = str(found["run"]), set()
+            for name in {*self._sites, *found["due"]}:  # whom this run has asked nothing owes nothing
+                grant, size = found["due"].get(name, ("", 0))
                 self._grant(self._site(name), str(grant), int(size))
 
     def _grant(self, one: _Site, grant: str, size: int) -> None:
         if grant == one.grant:
             return
-        whole = size + _MESSAGE_BYTES + _FRAME_BYTES * (size // _CHUNK_BYTES + 1)
-        one.grant, one.largest = grant, max(one.largest, whole)
-        one.credit = min(one.credit + whole, _ROUNDS * one.largest)
-
-    def _note(self, site: str, one: _Site) -> None:
-        refused = _read_refused(self.directory)
-        if refused.get(site) == one.grant:
-            return
-        log.warning("%s pushes more than its reply may have", site)
-        try:
-            save_record(_refused(self.directory), "refused", {"sites": {**refused, site: one.grant}})
-        except FedLoRAError as e:  # a full disk: the round then waits for its deadline
-            log.warning("%s", e)
+        whole = size + _MESSAGE_BYTES + _FRAME_BYTES * -(-size // CHUNK_BYTES)
+        one.grant, one.announced, one.most_parts = grant, False, most_parts(size)
+        one.credit = whole + min(whole, CHUNK_BYTES + _FRAME_BYTES) if grant else 0

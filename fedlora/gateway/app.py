@@ -1,11 +1,10 @@
 """The server's only public port: passes a SuperNode's calls to the SuperLink on loopback, and nothing else.
 
-The SuperLink's one port also carries the Control API, which asks nobody for a password, and the Runtime API. Here a
-request gets through only if its raw path is, byte for byte, one of a SuperNode's calls; there is nothing to normalize.
-
-And only if its head is signed by an enrolled site for this very call (:mod:`fedlora.gateway.calls`): any other caller is
-answered from the head alone, the later the more often it calls, and costs the SuperLink nothing. A site's bodies are counted by
-their stated length against what its reply may have (:mod:`fedlora.gateway.allowance`), and have to keep coming.
+The SuperLink's one port also carries the Control API, which asks nobody for a password, and the Runtime API. Here a request
+gets through only if its raw path is, byte for byte, one of a SuperNode's calls, with nothing to normalize, and only if its head
+is signed by an enrolled site for this very call (:mod:`fedlora.gateway.calls`). Any other caller is answered here, from the head
+alone but for a small request to join, the later the more often it calls, and costs the SuperLink nothing. A site's bodies are
+counted by their stated length against what its reply may have (:mod:`fedlora.gateway.allowance`), and have to keep coming.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import logging
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,18 @@ from typing import Any
 import httpx
 import uvicorn
 
+from fedlora.core.errors import WireError
 from fedlora.gateway._internals import Server
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.allowance import Quota
-from fedlora.gateway.bodies import Gone, Header, Receive, Stop, end_to_end, timed, verified
+from fedlora.gateway.bodies import Gone, Header, Receive, Stop, end_to_end, small, stated, timed, verified
 from fedlora.gateway.calls import Caller, Callers, Refused
+from fedlora.gateway.certificates import authority_digest
 from fedlora.gateway.connections import Client, ConnectionSlots, listen, protocol
 from fedlora.gateway.doors import NodeWatch
+from fedlora.gateway.invitations import JOIN, Invitations, answer_join
 from fedlora.gateway.limits import Buckets
+from fedlora.gateway.replies import check_announcement, shared_ids
 
 log = logging.getLogger("fedlora.gateway")
 
@@ -53,9 +56,15 @@ FLEET_CALLS = frozenset(
 )
 """What a SuperNode with a registered key calls. register-node and unregister-node are for keyless nodes and stay closed."""
 
-_ROUTES = frozenset({("GET", b"/health"), *(("POST", path.encode()) for path in FLEET_CALLS)})
-_PUSHES = frozenset({"/v1/fleet/push-object", "/v1/fleet/push-messages"})  # what the relay stores
-_SMALL_BYTES = 1 << 19  # bodies of all calls but push-object
+_JOIN = JOIN.encode()
+_ROUTES = frozenset(
+    {("GET", b"/health"), ("GET", _JOIN), ("POST", _JOIN), *(("POST", path.encode()) for path in FLEET_CALLS)},
+)
+_PART, _ANNOUNCEMENT = "/v1/fleet/push-object", "/v1/fleet/push-messages"  # what the relay stores
+_PULL = "/v1/fleet/pull-messages"
+_PULLED_BYTES = 1 << 20  # of an answer to it: 72 for each 5 MiB of a request
+_SMALL_BYTES = 1 << 12  # bodies of all other calls
+_ANNOUNCEMENT_BYTES = 1 << 19
 _WHOLE_BYTES = 1 << 16  # up to this a body is read and compared before the SuperLink hears of it
 
 _STRANGER_RATE, _STRANGER_BURST, _LONGEST_S = 20.0, 60.0, 15.0  # answers a second to an address's unsigned calls; longest wait
@@ -78,6 +87,7 @@ class Gateway:
         callers: knows the sites.
         quota: what each may push.
         guests: told which connections are a site's.
+        invitations: who may ask to join.
         body_limit_bytes: a request with more gets 413 before any of it is read.
         timeout_s: from the end of a call's body to that of its answer, seconds; then 504.
     """
@@ -89,6 +99,7 @@ class Gateway:
         callers: Callers,
         quota: Quota,
         guests: ConnectionSlots,
+        invitations: Invitations,
         body_limit_bytes: int,
         timeout_s: float,
     ) -> None:
@@ -96,6 +107,7 @@ class Gateway:
         self._callers = callers
         self._quota = quota
         self._guests = guests
+        self._invitations = invitations
         self._body_limit_bytes = body_limit_bytes
         self._timeout_s = timeout_s
         self._strangers = Buckets(_STRANGER_RATE, _STRANGER_BURST, _LONGEST_S, time.monotonic)
@@ -119,9 +131,14 @@ class Gateway:
         if (scope["method"], raw) not in _ROUTES or scope.get("query_string"):
             await self._refuse(client, send, 404, f"{scope['method'][:16]} {raw[:120]!r}")
             return
+        if raw == _JOIN:
+            await self._hold(client)
+            await self._join(scope["method"], headers, receive, send)
+            return
         if scope["method"] == "GET":
             await self._hold(client)
-            await _answer(send, await self._health())
+            status = await self._health()
+            await _answer(send, status, added=self._doors.answer("/health", (), status, peer="-"))  # with this server's time
             return
         try:
             caller = self._callers.check("POST", raw.decode(), headers)
@@ -131,7 +148,7 @@ class Gateway:
             return
         self._guests.known(client, caller.site)
         try:
-            call = _Call("POST", raw.decode(), headers, self._stated(raw.decode(), headers), caller, client[0])
+            call = _Call("POST", raw.decode(), headers, stated(headers, self._most(raw.decode())), caller, client[0])
             await self._admit(caller.site)
         except Stop as e:
             log.warning("refused %s of %s: %s", raw.decode(), caller.site, e)
@@ -141,6 +158,17 @@ class Gateway:
             await self._count(call, receive, send)
         finally:
             self._leave(caller.site)
+
+    async def _join(self, method: str, headers: list[Header], receive: Receive, send: Send) -> None:
+        """What anybody may read before joining, or a request to join."""
+        try:
+            size = stated(headers, _SMALL_BYTES) if method == "POST" else 0
+            status, body = answer_join(self._invitations, await small(receive, size) if size else b"", method)
+        except Stop as e:
+            status, body = e.status, b""
+        except Gone:
+            return
+        await _answer(send, status, body, self._doors.answer(JOIN, (), status, peer="-"))
 
     async def _health(self) -> int:
         """The status of the SuperLink's health, asked at most once a second, however many ask here."""
@@ -154,16 +182,11 @@ class Gateway:
                 self._asked = time.monotonic()
             return self._healthy
 
-    def _stated(self, path: str, headers: Iterable[Header]) -> int:
-        """A body's length, as stated; none without, or with another framing beside it, which HTTP would follow instead."""
-        framing = [(name, value) for name, value in headers if name in (b"content-length", b"transfer-encoding")]
-        if len(framing) != 1 or framing[0][0] != b"content-length" or not framing[0][1].isdigit() or len(framing[0][1]) > 12:
-            raise Stop(411, "a body without one stated length")
-        stated = framing[0][1]
-        limit = self._body_limit_bytes if path == "/v1/fleet/push-object" else min(_SMALL_BYTES, self._body_limit_bytes)
-        if int(stated) > limit:
-            raise Stop(413, f"a body of {int(stated)} bytes, at most {limit} are taken")
-        return int(stated)
+    def _most(self, path: str) -> int:
+        """Most bytes of a site's body."""
+        return min(
+            {_PART: self._body_limit_bytes, _ANNOUNCEMENT: _ANNOUNCEMENT_BYTES}.get(path, _SMALL_BYTES), self._body_limit_bytes
+        )
 
     async def _admit(self, site: str) -> None:
         """Limits the rate of a site's calls, and their number at a time."""
@@ -188,14 +211,18 @@ class Gateway:
 
     async def _count(self, call: _Call, receive: Receive, send: Send) -> None:
         """Passes a site's call on, if the relay may store its body."""
-        if call.caller is None or call.path not in _PUSHES:
+        if call.caller is None or call.path not in (_PART, _ANNOUNCEMENT):
             await self._pass(call, receive, send)
             return
-        site = call.caller.site
-        if not self._quota.take(site, call.size):
+        taken = self._quota.take(call.caller.site, call.size, announces=call.path == _ANNOUNCEMENT)
+        if taken is None:
             await _answer(send, 413)
-        elif not 200 <= await self._pass(call, receive, send) < 300:
-            self._quota.give_back(site, call.size)
+            return
+        status = await self._pass(replace(call, most_parts=taken.most_parts), receive, send)
+        if call.path == _PART and not 200 <= status < 300:  # of an announcement Flower keeps a row even if it fails
+            self._quota.give_back(taken)
+        if status == 413 or (call.path == _ANNOUNCEMENT and status == 400):
+            self._quota.refuse(taken.site)
 
     async def _refuse(self, client: Client, send: Send, status: int, why: str, added: Iterable[Header] = ()) -> None:
         log.warning("refused %s from %s", why, client[0])
@@ -239,24 +266,43 @@ class Gateway:
 
     async def _forward(self, call: _Call, receive: Receive, send: Send) -> None:
         headers = end_to_end(call.headers)
-        content: bytes | AsyncIterator[bytes] | None = None
+        content: Any = None  # bytes, or what yields them
         async with asyncio.timeout(None) as limit:
             if call.caller is not None:
                 body = verified(receive, call.caller.body, call.size)
-                content = (
-                    b"".join([part async for part in body]) if call.size <= _WHOLE_BYTES else timed(body, limit, self._timeout_s)
-                )
+                if call.path != _PART or call.size <= _WHOLE_BYTES:
+                    content = b"".join([part async for part in body])
+                else:
+                    content = timed(body, limit, self._timeout_s)
+                if call.path == _ANNOUNCEMENT:
+                    check_announcement(content, most_parts=call.most_parts, sent=self._quota.sent)
                 headers.append((b"content-length", str(call.size).encode()))
             limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
             async with self._upstream.stream(call.method, call.path, headers=headers, content=content) as answer:
+                pulled = await self._noted(answer) if call.path == _PULL and answer.is_success else b""
                 head = end_to_end(answer.headers.raw)
-                head += self._doors.answer(call.path, call.headers, answer.status_code, peer=call.peer)
+                status = 503 if answer.status_code == 500 else answer.status_code  # a SuperNode gives up at 500
+                head += self._doors.answer(call.path, call.headers, status, peer=call.peer)
                 if "content-length" in answer.headers:
                     head.append((b"content-length", answer.headers["content-length"].encode()))
-                await send({"type": "http.response.start", "status": answer.status_code, "headers": head})
-                async for chunk in answer.aiter_raw():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+                await send({"type": "http.response.start", "status": status, "headers": head})
+                if not answer.is_stream_consumed:
+                    async for chunk in answer.aiter_raw():
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": pulled})
+
+    async def _noted(self, answer: httpx.Response) -> bytes:
+        """An answer to a pull, once the ids that nobody may name are noted; what cannot be read reaches nobody."""
+        body = bytearray()
+        async for chunk in answer.aiter_raw():
+            body += chunk
+            if len(body) > _PULLED_BYTES:
+                raise Stop(503, f"the SuperLink's answer has more than {_PULLED_BYTES} bytes")
+        try:
+            self._quota.note_sent(shared_ids(bytes(body)))
+        except WireError as e:
+            raise Stop(503, f"the SuperLink's answer: {e}") from None
+        return bytes(body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +313,7 @@ class _Call:
     size: int
     caller: Caller | None
     peer: str
+    most_parts: int = 0
 
 
 def _say(line: str) -> None:
@@ -319,9 +366,10 @@ def main(argv: list[str] | None = None) -> None:
     guests = ConnectionSlots(max(args.connections // 2, 1))
     app = Gateway(
         upstream,
-        callers=Callers(args.home / "sites", time.time, time.time()),
+        callers=Callers(args.home / "sites", time.time, time.time(), authority_digest(args.home / "tls" / "ca.crt")),
         quota=Quota(args.home / "flower", time.monotonic),
         guests=guests,
+        invitations=Invitations(args.home, time.time),
         body_limit_bytes=args.body_limit_bytes,
         timeout_s=args.timeout_s,
     )

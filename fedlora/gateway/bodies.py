@@ -66,6 +66,42 @@ async def verified(receive: Receive, digest: str, size: int) -> AsyncIterator[by
     yield bytes(held)
 
 
+def stated(headers: Iterable[Header], most: int) -> int:
+    """A body's length, as stated; none without, or with another framing beside it, which HTTP would follow instead.
+
+    Args:
+        headers: names in lower case.
+        most: bytes that are taken.
+
+    Raises:
+        Stop: 411 or 413.
+    """
+    framing = [(name, value) for name, value in headers if name in (b"content-length", b"transfer-encoding")]
+    if len(framing) != 1 or framing[0][0] != b"content-length" or not framing[0][1].isdigit() or len(framing[0][1]) > 12:
+        raise Stop(411, "a body without one stated length")
+    if int(framing[0][1]) > most:
+        raise Stop(413, f"a body of {int(framing[0][1])} bytes, at most {most} are taken")
+    return int(framing[0][1])
+
+
+async def small(receive: Receive, size: int) -> bytes:
+    """The body of a call that nobody has signed: as long as it states, in ten seconds."""
+    body, more = bytearray(), True
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Gone
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+                if len(body) > size:
+                    raise Stop(413, f"a body of more than the {size} bytes that it states")
+    except TimeoutError:
+        raise Stop(408, f"a body that stopped after {len(body)} bytes") from None
+    return bytes(body)
+
+
 async def timed(body: AsyncIterator[bytes], limit: asyncio.Timeout, timeout_s: float) -> AsyncIterator[bytes]:
     """The same; the call's time begins anew with each piece, because a body has its own limit."""
     async for part in body:

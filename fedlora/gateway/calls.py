@@ -1,8 +1,9 @@
 """A site's calls to the server, signed whole: Flower signs the time stamp only, and a call could be replayed with another body.
 
 The SuperNode adds one header, ``fedlora-call: NONCE BODY SIGNATURE``: 32 hex digits at random, the SHA-256 of the body in hex,
-and the node key's signature (ECDSA P-384, SHA-256, base64) over method, path, body, Flower's time stamp and the nonce. The
-gateway asks for it before it reads a byte of the body.
+and the node key's signature (ECDSA P-384, SHA-256, base64) over the federation's authority, method, path, body, Flower's time
+stamp and the nonce. The gateway asks for it before it reads a byte of the body. The authority is that of TLS, which the site
+pins: a site may be in two federations with one node key, and neither server can use its calls at the other one.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _HEADER: Final = re.compile(rb"([0-9a-f]{32}) ([0-9a-f]{64}) ([A-Za-z0-9+/=]{64,
 _STAMP: Final = re.compile(rb"[0-9T:.+-]{19,40}")
 _OURS: Final = frozenset({CALL.encode(), KEY.encode(), TIME.encode(), b"flwr-signature"})
 _LOOK_S: Final = 1.0
+_SET_BACK_S: Final = 120.0  # by as much may this clock go back without a call counting again
+_MOST_NONCES: Final = 1 << 15  # of one key: a site that calls seventy times a second
 
 
 class Refused(Exception):
@@ -51,19 +54,22 @@ class Refused(Exception):
         self.status = status
 
 
-def _text(method: str, path: str, *, body: bytes, stamp: bytes, nonce: bytes) -> bytes:
-    return b"\n".join([b"fedlora/v1/call", method.encode(), path.encode(), body, stamp, nonce])
+def _text(authority: str, method: str, path: str, *, body: bytes, stamp: bytes, nonce: bytes) -> bytes:
+    return b"\n".join([b"fedlora/v1/call", authority.encode(), method.encode(), path.encode(), body, stamp, nonce])
 
 
-def sign_call(key: ec.EllipticCurvePrivateKey, method: str, path: str, *, body: bytes, stamp: str, nonce: bytes) -> str:
+def sign_call(
+    key: ec.EllipticCurvePrivateKey, method: str, path: str, *, authority: str, body: bytes, stamp: str, nonce: bytes
+) -> str:
     """The header's value.
 
     Args:
+        authority: that the site pins, as :func:`fedlora.gateway.certificates.authority_digest` names it.
         stamp: Flower's time stamp as it stands in its header.
         nonce: 16 random bytes, never used again.
     """
     digest, once = sha256(body).hexdigest(), nonce.hex()
-    text = _text(method, path, body=digest.encode(), stamp=stamp.encode("ascii"), nonce=once.encode())
+    text = _text(authority, method, path, body=digest.encode(), stamp=stamp.encode("ascii"), nonce=once.encode())
     return dump_call(once, digest, key.sign(text, ec.ECDSA(hashes.SHA256())))
 
 
@@ -95,11 +101,13 @@ class Callers:
         sites: ``HOME/sites``.
         clock: seconds since 1970.
         started: when this gateway began; it does not know what was called before.
+        authority: of this federation, as :func:`fedlora.gateway.certificates.authority_digest` names it.
     """
 
     sites: Path
     clock: Callable[[], float]
     started: float
+    authority: str
     _keys: dict[bytes, tuple[str, ec.EllipticCurvePublicKey]] = field(default_factory=dict)
     _files: tuple[tuple[str, int, int], ...] = ()
     _looked: float = float("-inf")
@@ -132,14 +140,17 @@ class Callers:
             raise Refused(f"{site}: its clock is {at - now:+.0f} s off this one's")
         if at <= self.started:
             raise Refused(f"{site}: a call from before this gateway began", status=503)
-        if nonce in self._nonces.get(headers[KEY.encode()], ()):
+        made = self._nonces.get(headers[KEY.encode()], {})
+        if nonce in made:
             raise Refused(f"{site}: a call that was made before")
+        if len(made) >= _MOST_NONCES and next(iter(made.values())) >= now:
+            raise Refused(f"{site}: more calls than this gateway can remember", status=503)
         try:
-            text = _text(method, path, body=digest, stamp=stamp, nonce=nonce)
+            text = _text(self.authority, method, path, body=digest, stamp=stamp, nonce=nonce)
             key.verify(b64decode(signature, validate=True), text, ec.ECDSA(hashes.SHA256()))
         except (InvalidSignature, binascii.Error):
             raise Refused(f"{site}: a signature of another call, or of somebody else") from None
-        self._remember(headers[KEY.encode()], nonce, at + BEHIND_S, now)
+        self._remember(headers[KEY.encode()], nonce, at + BEHIND_S + _SET_BACK_S, now)
         return Caller(site, digest.decode())
 
     def _remember(self, key: bytes, nonce: bytes, until: float, now: float) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 
 from cryptography import x509
@@ -124,6 +126,25 @@ def _general_name(host: str) -> x509.GeneralName:
         raise ConfigError(f"not a host name or IP address: {host[:120]!r}") from None
 
 
+def authority_digest(ca: Path) -> str:
+    """Names a federation by the authority that its sites pin: SHA-256 of the certificate (DER), hex.
+
+    As TLS itself reads the file. With two certificates in it, a server could have the other one named that it has no key for.
+
+    Raises:
+        KeyFileError: not one certificate of an authority, and nothing else.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(str(ca))
+    except (OSError, ssl.SSLError):
+        raise KeyFileError(f"cannot use the authority {ca}", hint="ask the coordinator for ca.crt again") from None
+    found = context.get_ca_certs(binary_form=True)
+    if len(found) != 1 or context.cert_store_stats()["x509"] != 1:
+        raise KeyFileError(f"{ca} does not hold one authority's certificate alone", hint="ask the coordinator for ca.crt again")
+    return sha256(found[0]).hexdigest()
+
+
 def certificate_hosts(certificate: Path) -> frozenset[str]:
     """The names and addresses that a certificate file is valid for.
 
@@ -137,6 +158,18 @@ def certificate_hosts(certificate: Path) -> frozenset[str]:
     except (OSError, ValueError, x509.ExtensionNotFound):
         raise KeyFileError(f"cannot use the certificate {certificate}") from None
     return frozenset(str(n.value) for n in names.value)
+
+
+def certificate_end(certificate: Path) -> datetime:
+    """Until when a certificate file is valid.
+
+    Raises:
+        KeyFileError: not a readable certificate.
+    """
+    try:
+        return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError):
+        raise KeyFileError(f"cannot use the certificate {certificate}") from None
 
 
 def check_tls(directory: Path) -> None:
@@ -196,8 +229,8 @@ def node_key_pem(line: str) -> bytes:
     return key.public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
 
 
-def node_key_public(path: Path) -> bytes:
-    """The public half of a site's private node key, as Flower stores it: PEM, SubjectPublicKeyInfo.
+def node_key_private(path: Path) -> ec.EllipticCurvePrivateKey:
+    """A site's private node key.
 
     Raises:
         KeyFileError: not a private EC P-384 key in OpenSSH's form without a password.
@@ -208,7 +241,16 @@ def node_key_public(path: Path) -> bytes:
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
         raise KeyFileError(f"{path} is not a private node key", hint="`fedlora keygen site` makes keys")
-    return key.public_key().public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
+    return key
+
+
+def node_key_public(path: Path) -> bytes:
+    """The public half of a site's private node key, as Flower stores it: PEM, SubjectPublicKeyInfo.
+
+    Raises:
+        KeyFileError: see :func:`node_key_private`.
+    """
+    return node_key_private(path).public_key().public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
 
 
 def load_node_keys(sites: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Why the server refuses a node, and whether two processes use one node key: the gateway finds out and tells both ends.
+"""Why the server refuses a node, whether two processes use one node key, and how a node goes: the gateway tells both ends.
 
 Flower answers 412 both to an unknown key and to one that is in use, and 401 both to a wrong clock and to a withdrawn key. The
 gateway sees all calls and can tell these apart. It tells the caller in a header of the answer, and the server by a line of its
@@ -29,6 +29,12 @@ WHY_HEADER = "x-fedlora-why"
 answers to two processes that take turns with one key."""
 PROCESS_HEADER = "x-fedlora-process"
 """Random name of a SuperNode's process."""
+GOODBYE_HEADER = "x-fedlora-goodbye"
+"""On the call by which a SuperNode signs off: why, one of :data:`GOODBYES`."""
+GOODBYES = ("paused", "left", "stopped")
+"""It takes no tasks for now; it has left the federation; it was ended in order, and nothing more is known."""
+SENDING = "sending"
+"""Of a notice: the node has sent a part of an answer. Said again every few seconds while it goes on."""
 
 KEY_HEADER, STAMP_HEADER, SIGNATURE_HEADER = KEY, TIME, "flwr-signature"
 """Flower's own, by which a node shows who it is; ``tests/flower/test_contract.py``."""
@@ -39,8 +45,10 @@ _ALIVE_S = 65.0  # Flower takes a node for alive for 60 s after its last sign
 _TURNS_S = 120.0
 _LINES_A_SECOND = 2.0
 _BURST = 10.0
+_SENDING_S = 5.0
 _PROCESS = re.compile(rb"[0-9a-f]{16}")
-_LINE = re.compile(r"door ([0-9a-f]{64}) (clock|withdrawn|in-use|unknown) ([-+][0-9]+\.[0-9]) ([0-9a-fA-F.:]{1,45}|-)")
+_WORDS = "|".join(("clock", "withdrawn", "in-use", "unknown", *GOODBYES, SENDING))
+_LINE = re.compile(rf"door ([0-9a-f]{{64}}) ({_WORDS}) ([-+][0-9]+\.[0-9]) ([0-9a-fA-F.:]{{1,45}}|-)")
 
 
 def key_name(pem: bytes) -> str:
@@ -49,12 +57,12 @@ def key_name(pem: bytes) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class Notice:
     """One line of the gateway about a node.
 
     Attributes:
         key: :func:`key_name`.
-        why: as in :data:`WHY_HEADER`, without the seconds.
+        why: as in :data:`WHY_HEADER`, without the seconds; or one of :data:`GOODBYES`, or :data:`SENDING`.
         ahead_s: the caller's clock minus the gateway's, seconds.
         peer: the caller's address.
     """
@@ -68,10 +76,10 @@ class Refusal:
         return f"door {self.key} {self.why} {self.ahead_s:+.1f} {self.peer}"
 
 
-def parse_refusal(line: str) -> Refusal | None:
+def parse_notice(line: str) -> Notice | None:
     """Inverse of ``str``; None for any other line."""
     match = _LINE.fullmatch(line)
-    return Refusal(match[1], match[2], float(match[3]), match[4]) if match else None
+    return Notice(match[1], match[2], float(match[3]), match[4]) if match else None
 
 
 @dataclass(slots=True)
@@ -82,6 +90,7 @@ class _Node:
     process: bytes
     before: dict[bytes, float] = field(default_factory=dict)
     shared_until: float = float("-inf")
+    sending: float = float("-inf")
 
 
 class NodeWatch:
@@ -147,10 +156,14 @@ class NodeWatch:
     def _accepted(self, call: _Call, path: str) -> str:
         now = self._monotonic()
         if path.endswith("/deactivate-node"):
-            self._nodes.pop(call.key, None)
+            if self._nodes.pop(call.key, None) is not None:
+                self._say(str(Notice(call.key, call.goodbye, 0.0, call.peer)))
             return ""
         node = self._nodes.setdefault(call.key, _Node(now, call.process))
         node.last = now
+        if path.endswith("/push-object") and now - node.sending > _SENDING_S:
+            node.sending = now
+            self._say(str(Notice(call.key, SENDING, 0.0, call.peer)))
         if call.process != node.process:
             if now - node.before.get(call.process, float("-inf")) < _TURNS_S:  # this process, another one, now this one again
                 if now >= node.shared_until:
@@ -169,7 +182,7 @@ class NodeWatch:
             return
         self._budget -= 1
         if not verify or call.is_signed():
-            self._say(str(Refusal(call.key, why, call.ahead_s, call.peer)))
+            self._say(str(Notice(call.key, why, call.ahead_s, call.peer)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +194,7 @@ class _Call:
         stamp: the signed time stamp.
         ahead_s: the caller's clock minus the gateway's, seconds.
         process: random name of its process; empty if it is malformed.
+        goodbye: one of :data:`GOODBYES`.
     """
 
     key: str
@@ -189,6 +203,7 @@ class _Call:
     ahead_s: float
     process: bytes
     signature: bytes
+    goodbye: str
     peer: str
 
     @classmethod
@@ -202,7 +217,9 @@ class _Call:
             return None
         process = headers.get(PROCESS_HEADER.encode(), b"")
         process = process if _PROCESS.fullmatch(process) else b""
-        return cls(key_name(pem), pem, stamp, ahead_s, process, headers.get(SIGNATURE_HEADER.encode(), b""), peer)
+        word = headers.get(GOODBYE_HEADER.encode(), b"").decode("ascii", "replace")
+        goodbye = word if word in GOODBYES else "stopped"
+        return cls(key_name(pem), pem, stamp, ahead_s, process, headers.get(SIGNATURE_HEADER.encode(), b""), goodbye, peer)
 
     def is_signed(self) -> bool:
         """Whether the time stamp is signed with the key."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import os
 import socket
 import ssl
 import time
@@ -21,14 +22,26 @@ from pathlib import Path
 
 from cryptography import x509
 
+from fedlora.core.errors import ConnectionFailed, KeyFileError
 from fedlora.gateway.addresses import split_address
+from fedlora.gateway.calls import CALL, KEY, TIME, sign_call
+from fedlora.gateway.certificates import authority_digest, node_key_private, node_key_public
 from fedlora.gateway.clock import TIME_HEADER, Clock
+from fedlora.gateway.doors import WHY_HEADER
+from fedlora.processes.causes import CAUSES
 
 _TIMEOUT_S = 5.0
 _PROXY_PORT = 3128
 _EXPIRED, _NOT_YET, _HOSTS = 10, 9, (62, 64)  # X509_V_ERR_*
 _AUTHORITY = (2, 18, 19, 20, 21, 24, 30)
 _FOREIGN = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST", "UNEXPECTED_MESSAGE")
+
+
+_AWAY = ("port-closed", "no-route", "no-answer", "cut", "relay-down")
+
+
+class Away(ConnectionFailed):
+    """Nothing answers there now. That it is another server or another program does not show, so that asking again makes sense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +58,16 @@ class Finding:
     facts: Mapping[str, str] = field(default_factory=dict)
     ahead_s: float | None = None
 
+    def error(self) -> ConnectionFailed:
+        """The cause as an error."""
+        cause = CAUSES[self.cause]
+        kind = Away if self.cause in _AWAY else ConnectionFailed
+        return kind(cause.sentence(self.facts), hint=cause.remedy(self.facts))
 
-class _Found(Exception):
+
+class Unreachable(Exception):
+    """A step failed: ``cause`` and ``facts`` as of a :class:`Finding`."""
+
     def __init__(self, cause: str, **facts: str) -> None:
         super().__init__(cause)
         self.cause, self.facts = cause, facts
@@ -64,28 +85,69 @@ def probe(server: str, *, ca: Path, timeout_s: float = _TIMEOUT_S, clock: Callab
     facts = {"server": server, "host": host, "ca": str(ca), "timeout": f"{timeout_s:g}"}
     try:
         ahead = _steps(host, port, ca, timeout_s, clock)
-    except _Found as found:
+    except Unreachable as found:
         return Finding(found.cause, {**facts, **found.facts})
     return Finding("", facts, ahead)
 
 
-def _steps(host: str, port: int, ca: Path, timeout_s: float, clock: Callable[[], float]) -> float | None:
+def enrolled(server: str, *, ca: Path, node_key: Path, ahead_s: float, timeout_s: float = _TIMEOUT_S) -> Finding:
+    """Whether the server lets this site's node key in: a signed call without a body.
+
+    Its gateway knows the caller by the head alone and answers 411 to one that it lets in: nothing of it reaches the relay, and
+    a `site up` that is connected is not disturbed. Whether the key is in use elsewhere does not show.
+
+    Args:
+        ahead_s: this machine's clock minus the server's, as :func:`probe` found it: the signed time is corrected, as by `site
+            up`.
+
+    Raises:
+        KeyFileError: no such key.
+    """
+    host, port = split_address(server)
+    facts, path = {"server": server, "host": host, "ca": str(ca), "timeout": f"{timeout_s:g}"}, "/v1/fleet/activate-node"
+    key = node_key_private(node_key)
     try:
         context = ssl.create_default_context(cafile=str(ca))
-    except (OSError, ssl.SSLError):
-        raise _Found("bad-ca") from None
-    with _connected(host, port, timeout_s) as plain:
+        stamp = datetime.fromtimestamp(time.time() - ahead_s, UTC).isoformat()
+        call = sign_call(key, "POST", path, authority=authority_digest(ca), body=b"", stamp=stamp, nonce=os.urandom(16))
+        named = base64.b64encode(node_key_public(node_key)).decode()
+        lines = [f"POST {path} HTTP/1.1", f"Host: {host.encode('idna').decode()}", f"{CALL}: {call}", f"{KEY}: {named}"]
+        with connected(host, port, timeout_s) as plain, context.wrap_socket(plain, server_hostname=host) as tls:
+            tls.sendall("\r\n".join([*lines, f"{TIME}: {stamp}", "Connection: close", "", ""]).encode())
+            answer = http.client.HTTPResponse(tls, method="POST")
+            answer.begin()
+    except Unreachable as found:
+        return Finding(found.cause, {**facts, **found.facts})
+    except (OSError, http.client.HTTPException) as e:
+        return Finding("cut", {**facts, "detail": _short(e)})
+    why, _, seconds = (answer.getheader(WHY_HEADER) or "").partition(" ")
+    if answer.status == 411:
+        return Finding("", facts)
+    if why == "clock":
+        off = seconds.lstrip("+-")
+        return Finding("clock", {**facts, "seconds": off, "way": "behind" if seconds.startswith("-") else "ahead"})
+    cause = {"unknown": "not-enrolled", "withdrawn": "withdrawn"}.get(why, "refused")
+    return Finding(cause, {**facts, "detail": f"status {answer.status}", "log": "the server's own log"})
+
+
+def _steps(host: str, port: int, ca: Path, timeout_s: float, clock: Callable[[], float]) -> float | None:
+    try:
+        authority_digest(ca)
+        context = ssl.create_default_context(cafile=str(ca))
+    except (OSError, ssl.SSLError, KeyFileError):
+        raise Unreachable("bad-ca") from None
+    with connected(host, port, timeout_s) as plain:
         try:
             tls = context.wrap_socket(plain, server_hostname=host)
         except ssl.SSLCertVerificationError as e:
             raise _distrusted(e, host, port, timeout_s, clock) from None
         except TimeoutError:
-            raise _Found("no-tls" if _speaks_http(host, port, timeout_s) else "no-answer") from None
+            raise Unreachable("no-tls" if _speaks_http(host, port, timeout_s) else "no-answer") from None
         except ssl.SSLError as e:
             foreign = any(word in (e.reason or str(e)).upper() for word in _FOREIGN)
-            raise _Found("no-tls" if foreign else "cut", detail=_short(e)) from None
+            raise Unreachable("no-tls" if foreign else "cut", detail=_short(e)) from None
         except OSError as e:
-            raise _Found("cut", detail=_short(e)) from None
+            raise Unreachable("cut", detail=_short(e)) from None
         with tls:
             return _health(tls, host, clock)
 
@@ -98,23 +160,27 @@ def _health(tls: ssl.SSLSocket, host: str, clock: Callable[[], float]) -> float 
         answer = http.client.HTTPResponse(tls, method="GET")
         answer.begin()
     except TimeoutError:
-        raise _Found("no-answer") from None
+        raise Unreachable("no-answer") from None
     except (http.client.HTTPException, ValueError):
-        raise _Found("not-fedlora", detail="in another protocol") from None
+        raise Unreachable("not-fedlora", detail="in another protocol") from None
     except OSError as e:
-        raise _Found("cut", detail=_short(e)) from None
+        raise Unreachable("cut", detail=_short(e)) from None
     headers = {name.lower(): value for name, value in answer.getheaders()}
     measured.note(headers, sent=sent, late=True)
     if answer.status in (502, 503, 504):
-        raise _Found("relay-down", detail=f"status {answer.status}")
+        raise Unreachable("relay-down", detail=f"status {answer.status}")
     if answer.status != 200 or TIME_HEADER not in headers:
-        raise _Found("not-fedlora", detail=f"with status {answer.status}")
+        raise Unreachable("not-fedlora", detail=f"with status {answer.status}")
     return measured.ahead_s
 
 
 @contextmanager
-def _connected(host: str, port: int, timeout_s: float) -> Iterator[socket.socket]:
-    """A TCP connection to the server, straight or through the proxy that the environment names."""
+def connected(host: str, port: int, timeout_s: float) -> Iterator[socket.socket]:
+    """A TCP connection to the server, straight or through the proxy that the environment names.
+
+    Raises:
+        Unreachable: there is none.
+    """
     proxy = _proxy(host)
     if proxy is None:
         with _dial(host, port, timeout_s) as s:
@@ -122,11 +188,11 @@ def _connected(host: str, port: int, timeout_s: float) -> Iterator[socket.socket
         return
     name = f"{proxy.hostname}:{proxy.port or _PROXY_PORT}"
     if proxy.scheme not in ("http", "") or not proxy.hostname:
-        raise _Found("proxy-away", proxy=name, detail=f"{proxy.scheme or 'no'} proxies are not supported, http is")
+        raise Unreachable("proxy-away", proxy=name, detail=f"{proxy.scheme or 'no'} proxies are not supported, http is")
     try:
         s = _dial(proxy.hostname, proxy.port or _PROXY_PORT, timeout_s)
-    except _Found as found:
-        raise _Found("proxy-away", proxy=name, detail=found.facts.get("detail", found.cause.replace("-", " "))) from None
+    except Unreachable as found:
+        raise Unreachable("proxy-away", proxy=name, detail=found.facts.get("detail", found.cause.replace("-", " "))) from None
     with s:
         _tunnel(s, host, port, proxy, name)
         yield s
@@ -143,9 +209,9 @@ def _tunnel(s: socket.socket, host: str, port: int, proxy: urllib.parse.SplitRes
         answer = http.client.HTTPResponse(s, method="CONNECT")
         answer.begin()
     except (OSError, http.client.HTTPException) as e:
-        raise _Found("proxy-refuses", proxy=name, detail=_short(e)) from None
+        raise Unreachable("proxy-refuses", proxy=name, detail=_short(e)) from None
     if answer.status != 200:
-        raise _Found("proxy-refuses", proxy=name, detail=f"status {answer.status}")
+        raise Unreachable("proxy-refuses", proxy=name, detail=f"status {answer.status}")
 
 
 def _proxy(host: str) -> urllib.parse.SplitResult | None:
@@ -160,18 +226,18 @@ def _dial(host: str, port: int, timeout_s: float) -> socket.socket:
     try:
         return socket.create_connection((host, port), timeout_s)
     except (socket.gaierror, UnicodeError) as e:
-        raise _Found("no-name", host=host, detail=_short(e)) from None
+        raise Unreachable("no-name", host=host, detail=_short(e)) from None
     except ConnectionRefusedError:
-        raise _Found("port-closed") from None
+        raise Unreachable("port-closed") from None
     except TimeoutError:
-        raise _Found("no-answer") from None
+        raise Unreachable("no-answer") from None
     except OSError as e:
-        raise _Found("no-route", detail=_short(e)) from None
+        raise Unreachable("no-route", detail=_short(e)) from None
 
 
 def _distrusted(
     error: ssl.SSLCertVerificationError, host: str, port: int, timeout_s: float, clock: Callable[[], float]
-) -> _Found:
+) -> Unreachable:
     certificate, facts = _certificate(host, port, timeout_s), {"detail": error.verify_message}
     if certificate is not None:
         facts |= {
@@ -182,10 +248,10 @@ def _distrusted(
         }
     code = error.verify_code
     if code in _HOSTS:
-        return _Found("wrong-host", **facts)
+        return Unreachable("wrong-host", **facts)
     if code in _AUTHORITY:
-        return _Found("wrong-ca", **facts)
-    return _Found({_EXPIRED: "expired", _NOT_YET: "not-yet-valid"}.get(code, "bad-certificate"), **facts)
+        return Unreachable("wrong-ca", **facts)
+    return Unreachable({_EXPIRED: "expired", _NOT_YET: "not-yet-valid"}.get(code, "bad-certificate"), **facts)
 
 
 def _names(certificate: x509.Certificate) -> list[str]:
@@ -202,19 +268,19 @@ def _certificate(host: str, port: int, timeout_s: float) -> x509.Certificate | N
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     try:
-        with _connected(host, port, timeout_s) as plain, context.wrap_socket(plain, server_hostname=host) as tls:
+        with connected(host, port, timeout_s) as plain, context.wrap_socket(plain, server_hostname=host) as tls:
             found = tls.getpeercert(binary_form=True)
             return x509.load_der_x509_certificate(found) if found else None
-    except (OSError, ValueError, _Found):
+    except (OSError, ValueError, Unreachable):
         return None
 
 
 def _speaks_http(host: str, port: int, timeout_s: float) -> bool:
     try:
-        with _connected(host, port, timeout_s) as s:
+        with connected(host, port, timeout_s) as s:
             s.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
             return s.recv(5) == b"HTTP/"
-    except (OSError, _Found):
+    except (OSError, Unreachable):
         return False
 
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from flower.signed import Node
+from flower.signed import AUTHORITY, Node
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from raising import raising
 
-from fedlora.gateway.allowance import Allowance, Quota
+from fedlora.core.errors import KeyFileError
+from fedlora.gateway import calls
+from fedlora.gateway.allowance import Allowance, Quota, Taken
 from fedlora.gateway.calls import CALL, KEY, TIME, Callers, Refused
+from fedlora.gateway.certificates import authority_digest, make_tls
 from fedlora.gateway.connections import ConnectionSlots
 from fedlora.gateway.limits import Bucket, Buckets
+from fedlora.gateway.probe import probe
+from fedlora.gateway.replies import most_parts
 
 PATH = "/v1/fleet/push-object"
 
@@ -36,9 +44,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def callers(home: Path, *, now: float | None = None, started: float = 0.0) -> Callers:
-    import time
-
-    return Callers(home / "sites", time.time if now is None else lambda: now, started)
+    return Callers(home / "sites", time.time if now is None else lambda: now, started, AUTHORITY)
 
 
 def pairs(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
@@ -92,11 +98,51 @@ def test_a_call_that_is_changed_or_repeated_is_refused(home, change):
     assert error.value.status == 401
 
 
+@pytest.mark.attack(
+    "B17",
+    "a site is in two federations with one node key: one server passes its call on to the other's gateway",
+    stops="the site signs for the authority that it pins, which the server's TLS certificate is of",
+)
+def test_a_call_counts_at_the_gateway_of_one_federation(tmp_path):
+    nodes, known = [], []
+    for name in ("one", "two"):
+        make_tls(tmp_path / name / "tls", [])
+        (tmp_path / name / "sites").mkdir()
+        nodes.append(Node(tmp_path, "alpha", home=tmp_path / name))  # the same key
+        known.append(Callers(tmp_path / name / "sites", time.time, 0.0, authority_digest(tmp_path / name / "tls" / "ca.crt")))
+    call = pairs(nodes[0].headers(PATH, b"body"))
+    with pytest.raises(Refused, match="a signature of another call") as error:
+        known[1].check("POST", PATH, call)
+    assert error.value.status == 401
+    assert known[0].check("POST", PATH, call).site == "alpha"
+    make_tls(tmp_path / "one" / "tls", ["new.example"])  # renewed
+    again = Node(tmp_path, "alpha", home=tmp_path / "one")
+    assert known[0].check("POST", PATH, pairs(again.headers(PATH, b"body"))).site == "alpha"
+
+
+@pytest.mark.attack(
+    "B17",
+    "one server has the site pin the other's authority beside its own, so that the site signs for the other",
+    stops="a site pins one certificate, counted as TLS reads the file; with more it does not connect",
+)
+@pytest.mark.parametrize("label", ["CERTIFICATE", "TRUSTED CERTIFICATE", "X509 CERTIFICATE"])
+def test_a_federation_is_named_by_one_authority(tmp_path, label):
+    for name in ("one", "two"):
+        make_tls(tmp_path / name, [])
+    ours, others = ((tmp_path / name / "ca.crt").read_bytes() for name in ("one", "two"))
+    (tmp_path / "both").write_bytes(others + ours.replace(b" CERTIFICATE", b" " + label.encode()))
+    assert authority_digest(tmp_path / "one" / "ca.crt") != authority_digest(tmp_path / "two" / "ca.crt")
+    for bad in (tmp_path / "both", tmp_path / "one" / "ca.key", tmp_path / "none", tmp_path / "one"):
+        with raising(KeyFileError, code="key-file"):
+            authority_digest(bad)
+        assert probe("localhost:1", ca=bad).cause == "bad-ca"
+
+
 def test_the_golden_call_is_taken_once_and_no_other(home):
     golden = json.loads((Path(__file__).parents[1] / "vectors" / "call.json").read_text())
     (home / "sites" / "alpha.pub").write_text(golden["pub"])
     method, path, headers = golden["method"], golden["path"], golden["headers"]
-    known = callers(home, now=golden["now"])
+    known = Callers(home / "sites", lambda: golden["now"], 0.0, golden["authority"])
     for other in (
         ("PUT", path, headers),
         (method, path + "x", headers),
@@ -104,6 +150,8 @@ def test_the_golden_call_is_taken_once_and_no_other(home):
     ):
         with pytest.raises(Refused, match="a signature of another call"):
             known.check(other[0], other[1], pairs(other[2]))
+    with pytest.raises(Refused, match="a signature of another call"):
+        callers(home, now=golden["now"]).check(method, path, pairs(headers))
     assert known.check(method, path, pairs(headers)).body == sha256(golden["body"].encode()).hexdigest()
     with pytest.raises(Refused, match="made before"):
         known.check(method, path, pairs(headers))
@@ -140,8 +188,6 @@ def test_a_key_that_is_not_enrolled_is_refused_as_flower_does(home):
 
 
 def test_what_was_signed_before_the_gateway_began_is_to_be_signed_again(home):
-    import time
-
     node = Node(home, "alpha", home=home)
     known = callers(home, started=time.time() + 1)
     with pytest.raises(Refused) as error:
@@ -150,10 +196,8 @@ def test_what_was_signed_before_the_gateway_began_is_to_be_signed_again(home):
 
 
 def test_a_site_that_is_added_or_taken_away_counts_within_a_second(home):
-    import time
-
     clock = Clock(time.time())
-    known = Callers(home / "sites", clock, 0.0)
+    known = Callers(home / "sites", clock, 0.0, AUTHORITY)
     node = Node(home, "alpha", home=home)
     assert known.check("POST", PATH, pairs(node.headers(PATH))).site == "alpha"
     (home / "sites" / "alpha.pub").unlink()
@@ -163,10 +207,8 @@ def test_a_site_that_is_added_or_taken_away_counts_within_a_second(home):
 
 
 def test_a_site_that_is_taken_away_is_so_whatever_is_wrong_with_another_file(home):
-    import time
-
     clock = Clock(time.time())
-    known = Callers(home / "sites", clock, 0.0)
+    known = Callers(home / "sites", clock, 0.0, AUTHORITY)
     node, other = Node(home, "alpha", home=home), Node(home / "b", "beta", home=home)
     assert known.check("POST", PATH, pairs(node.headers(PATH))).site == "alpha"
     (home / "sites" / "alpha.pub").unlink()
@@ -178,10 +220,8 @@ def test_a_site_that_is_taken_away_is_so_whatever_is_wrong_with_another_file(hom
 
 
 def test_a_call_counts_once_whatever_the_site_is_called_by_then(home):
-    import time
-
     clock = Clock(time.time())
-    known = Callers(home / "sites", clock, 0.0)
+    known = Callers(home / "sites", clock, 0.0, AUTHORITY)
     call = pairs(Node(home, "alpha", home=home).headers(PATH))
     assert known.check("POST", PATH, call).site == "alpha"
     (home / "sites" / "alpha.pub").rename(home / "sites" / "alpha-2.pub")
@@ -190,18 +230,46 @@ def test_a_call_counts_once_whatever_the_site_is_called_by_then(home):
         known.check("POST", PATH, call)
 
 
-def test_numbers_are_forgotten_when_their_time_is_over(home):
-    import time
-
+@pytest.mark.parametrize("set_back_s", [2.0, 119.0])
+def test_a_call_counts_once_though_the_clock_goes_back(home, set_back_s):
     clock = Clock(time.time())
-    node, known = Node(home, "alpha", home=home), Callers(home / "sites", clock, 0.0)
+    node, known = Node(home, "alpha", home=home), Callers(home / "sites", clock, 0.0, AUTHORITY)
+    call = pairs(node.headers(PATH))
+    known.check("POST", PATH, call)
+    for later in range(300, 308):  # its time is over, and the site goes on calling
+        clock.now += 300 if later == 300 else 1
+        known.check("POST", PATH, pairs(node.headers(PATH, late_s=-(later + 1))))
+    clock.now -= set_back_s
+    with pytest.raises(Refused, match="made before"):
+        known.check("POST", PATH, call)
+
+
+def test_numbers_are_forgotten_when_their_time_is_over(home):
+    clock = Clock(time.time())
+    node, known = Node(home, "alpha", home=home), Callers(home / "sites", clock, 0.0, AUTHORITY)
     for _ in range(20):
         known.check("POST", PATH, pairs(node.headers(PATH)))
     assert len(next(iter(known._nonces.values()))) == 20
-    clock.now += 400
+    clock.now += 600
     for _ in range(15):
-        known.check("POST", PATH, pairs(node.headers(PATH, late_s=-400)))
+        known.check("POST", PATH, pairs(node.headers(PATH, late_s=-600)))
     assert len(next(iter(known._nonces.values()))) == 15
+
+
+def test_a_site_that_calls_without_end_fills_no_memory(home, monkeypatch):
+    monkeypatch.setattr(calls, "_MOST_NONCES", 5)
+    clock = Clock(time.time())
+    node, other = (Node(home, name, home=home) for name in ("alpha", "beta"))
+    known = Callers(home / "sites", clock, 0.0, AUTHORITY)
+    for number in range(8):
+        with nullcontext() if number < 5 else pytest.raises(Refused, match="more calls than") as refused:
+            known.check("POST", PATH, pairs(node.headers(PATH)))
+    assert refused.value.status == 503
+    assert known.check("POST", PATH, pairs(other.headers(PATH))).site == "beta"
+    clock.now += 600
+    for _ in range(5):
+        known.check("POST", PATH, pairs(node.headers(PATH, late_s=-600)))
+    assert len(known._nonces[next(iter(known._nonces))]) <= 5
 
 
 # --- how often ------------------------------------------------------------------------------------------------------
@@ -266,10 +334,25 @@ def test_a_site_holds_so_many_connections_and_no_more():
 
 WHOLE = 19_000 + (1 << 16) + (1 << 10)  # of a reply of 19 kB in Flower's form
 SPARE = 1 << 18
+HEAD = 1000  # of an announcement
 
 
-def quota(home: Path, clock: Clock) -> Quota:
-    return Quota(home / "flower", clock)
+class Site:
+    """Alpha, who pushes; ``said`` is the run's end."""
+
+    def __init__(self, home: Path, clock: Clock | None = None) -> None:
+        self.said, self.kept = Allowance(home / "flower"), Quota(home / "flower", clock or Clock(0.0))
+
+    def ask(self, size: int, *, announced: bool = True) -> None:
+        self.said.grant({"alpha": size})
+        if announced:
+            assert self.announce() is not None
+
+    def announce(self, size: int = HEAD) -> Taken | None:
+        return self.kept.take("alpha", size, announces=True)
+
+    def push(self, size: int) -> Taken | None:
+        return self.kept.take("alpha", size, announces=False)
 
 
 @pytest.mark.attack(
@@ -277,69 +360,138 @@ def quota(home: Path, clock: Clock) -> Quota:
     "a site pushes 300 MiB to the relay where 19 kB are due, in one piece or in many",
     stops="the gateway counts each body by its stated length against what the run said is due; none of it is read",
 )
-@pytest.mark.parametrize("piece", [300 << 20, 5 << 20, 300_000])
-def test_a_reply_is_stored_up_to_what_is_due_and_not_beyond(home, piece):
-    said, kept = Allowance(home / "flower"), quota(home, Clock(0.0))
-    said.grant({"alpha": 19_000, "beta": 19_000})
-    taken = sum(piece for _ in range(max((300 << 20) // piece, 1)) if kept.take("alpha", piece))
-    assert taken <= WHOLE + SPARE
-    assert said.refused("alpha")
-    assert not said.refused("beta")
-    assert kept.take("beta", WHOLE)
+@pytest.mark.parametrize("piece", [300 << 20, 5 << 20, 300_000, 4000])
+@pytest.mark.parametrize("announces", [True, False])
+def test_a_reply_is_stored_up_to_what_is_due_and_not_beyond(home, piece, announces):
+    site = Site(home)
+    site.said.grant({"alpha": 19_000, "beta": 19_000})
+    assert site.announce()
+    taken = sum(piece for _ in range(max((300 << 20) // piece, 1)) if site.kept.take("alpha", piece, announces=announces))
+    assert taken <= 2 * WHOLE + SPARE
+    assert site.said.refused("alpha")
+    assert not site.said.refused("beta")
+    assert site.kept.take("beta", HEAD, announces=True)
+    assert site.kept.take("beta", WHOLE, announces=False)
 
 
-def test_a_late_reply_does_not_use_up_what_the_next_one_needs(home):
-    said, kept = Allowance(home / "flower"), quota(home, Clock(0.0))
-    for _ in range(9):  # it was away for most of them
-        said.grant({"alpha": 10 << 20})
-        kept.take("alpha", 0)
-    piece = (10 << 20) + 5000
-    assert [kept.take("alpha", piece) for _ in range(4)] == [True, True, True, False]
+@pytest.mark.attack(
+    "D3",
+    "19 kB are due of a site that has left out three replies of 12 MB before",
+    stops="a grant ends with the next one, and what it left with it",
+)
+@pytest.mark.parametrize("aborted", [False, True])
+def test_what_an_earlier_grant_left_is_gone(home, aborted):
+    """Nor does it come back by parts that were under way and then cut."""
+    site = Site(home)
+    for _ in range(3):
+        site.ask(12_000_000)
+    held = [t for t in [site.push(5 << 20), site.push(5 << 20)] if t]
+    assert len(held) == 2
+    site.ask(19_000)
+    taken = 0
+    for _ in range(100):
+        taken += sum(4000 for _ in range(100) if site.push(4000))
+        if aborted and held:
+            site.kept.give_back(held.pop())
+    assert taken <= 2 * WHOLE + SPARE
+
+
+def test_parts_of_a_late_reply_cost_the_next_one_nothing(home):
+    """The SuperNode sends one reply after the other: what comes before the announcement belongs to the last one."""
+    site = Site(home)
+    site.ask(12_000_000)
+    assert site.push(5 << 20)
+    site.ask(19_000, announced=False)
+    assert not site.push(5 << 20)
+    assert not all(site.push(60_000) for _ in range(20))
+    assert not site.said.refused("alpha")
+    assert site.announce()
+    assert site.push(WHOLE)
+    assert not site.push(5 << 20)
+    assert site.said.refused("alpha")
 
 
 def test_every_round_brings_its_own_and_a_run_takes_away_what_the_last_one_left(home):
-    kept = quota(home, Clock(0.0))
-    first = Allowance(home / "flower")
+    site = Site(home)
     for _ in range(50):
-        first.grant({"alpha": 10 << 20})
-        assert kept.take("alpha", 10 << 20)
-        assert not first.refused("alpha")
-    first.grant({"alpha": 10 << 20})
-    Allowance(home / "flower").grant({"alpha": 100})
-    assert not kept.take("alpha", 10 << 20)
+        site.ask(10 << 20)
+        assert site.push(10 << 20)
+        assert not site.said.refused("alpha")
+    site.ask(10 << 20)
+    Allowance(home / "flower").grant({"beta": 100})  # another run, that has not asked alpha yet
+    assert not site.push(10 << 20)
+    assert sum(4000 for _ in range(1000) if site.push(4000)) <= SPARE
+
+
+@pytest.mark.parametrize("due", [0, 19_000, 12_000_000, 1 << 30])
+def test_a_reply_that_is_announced_forty_times_still_fits(home, due):
+    """An announcement counts each time, also if the relay was away. With 72 bytes for each part, as Flower has them."""
+    site = Site(home)
+    site.ask(due, announced=False)
+    assert all(site.announce(300 + 72 * most_parts(due)) for _ in range(40))
+    chunks = [min(5 << 20, due - at) + 256 for at in range(0, due, 5 << 20)]
+    assert all(site.push(size) for size in (*chunks, 1000, 1000, 1000, 1000))
+    assert not site.said.refused("alpha")
 
 
 def test_what_was_not_stored_counts_not(home):
-    said, kept = Allowance(home / "flower"), quota(home, Clock(0.0))
-    said.grant({"alpha": 10 << 20})
+    site = Site(home)
+    site.ask(10 << 20)
     for _ in range(100):  # the relay is away
-        assert kept.take("alpha", 5 << 20)
-        kept.give_back("alpha", 5 << 20)
-    assert [kept.take("alpha", 5 << 20) for _ in range(2)] == [True, True]
+        taken = site.push(5 << 20)
+        assert taken
+        site.kept.give_back(taken)
+    assert [bool(site.push(5 << 20)) for _ in range(4)] == [True, True, True, False]  # one again, whose answer was lost
 
 
 def test_a_site_that_owes_nothing_may_still_send_codes(home):
     clock = Clock(0.0)
-    kept = quota(home, clock)
-    assert sum(kept.take("alpha", 1000) for _ in range(1000)) == SPARE // 1000
+    site = Site(home, clock)
+    assert sum(bool(site.announce()) for _ in range(1000)) == SPARE // HEAD
     clock.now += 60
-    assert sum(kept.take("alpha", 1000) for _ in range(1000)) == 61
+    assert sum(bool(site.announce()) for _ in range(1000)) == 61
     (home / "flower" / "due.json").write_text("{")  # nothing that it cannot read makes it fail
-    assert not kept.take("alpha", 1 << 20)
+    assert not site.push(1 << 20)
+
+
+@pytest.mark.attack(
+    "D3",
+    "a site announces a reply in 500 kB: a long name of its group, or 7000 parts",
+    stops="an announcement may be as long as the tree of the reply that is due makes it; more is refused unread",
+)
+@pytest.mark.parametrize(("due", "most"), [(0, 4096 + 80 * 9), (19_000, 4096 + 80 * 9), (1 << 30, 4096 + 80 * (8 + 205))])
+def test_an_announcement_is_as_long_as_the_tree_of_what_is_due(home, due, most):
+    site = Site(home)
+    site.ask(due)
+    assert site.announce(most).most_parts == (most - 4096) // 80
+    assert not site.announce(most + 1)
+    assert site.said.refused("alpha")
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.one_of(st.integers(0, 1 << 24).map(lambda n: ("grant", n)), st.integers(0, 1 << 22).map(lambda n: ("take", n))))
+    st.lists(
+        st.one_of(
+            st.integers(0, 1 << 24).map(lambda n: ("grant", n)),
+            st.integers(0, 1 << 22).map(lambda n: ("take", n)),
+            st.just(("announce", HEAD)),
+            st.just(("give back", 0)),
+        )
+    )
 )
-def test_no_order_lets_more_through_than_three_of_the_largest_beyond_what_was_granted(tmp_path_factory, steps):
-    directory = tmp_path_factory.mktemp("q")
-    said, kept = Allowance(directory), Quota(directory, lambda: 0.0)
-    granted = stored = 0
+def test_under_no_grant_more_is_stored_than_twice_what_it_gave(tmp_path_factory, steps):
+    (home := tmp_path_factory.mktemp("q") / "flower").mkdir()
+    site = Site(home.parent)
+    grants, held = [[0, 0]], []  # what each allows, and what is stored under it
     for what, n in steps:
         if what == "grant":
-            said.grant({"alpha": n})
-            granted += n + (1 << 16) + (1 << 10) * (n // (5 << 20) + 1)
-        elif kept.take("alpha", n):
-            stored += n
-    assert stored <= granted + SPARE
+            site.said.grant({"alpha": n})
+            grants.append([2 * (n + (1 << 16) + (1 << 10) * -(-n // (5 << 20))), 0])
+        elif what == "give back" and held:
+            grant, taken = held.pop()
+            site.kept.give_back(taken)
+            grant[1] -= taken.credit + taken.spare
+        elif taken := site.kept.take("alpha", n, announces=what == "announce"):
+            grants[-1][1] += n
+            held.append((grants[-1], taken))
+    assert sum(max(stored - most, 0) for most, stored in grants) <= SPARE

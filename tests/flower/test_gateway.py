@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 from flower.harness import environment, until
-from flower.signed import Node
+from flower.signed import Node, announcement
 from raising import raising
 
 from fedlora.core.errors import ConnectionFailed
@@ -36,6 +36,7 @@ pytestmark = pytest.mark.flower
 LIMIT = 300_000
 TIMEOUT_S = 2.0
 CALL = "/v1/fleet/push-object"
+ANNOUNCE = "/v1/fleet/push-messages"
 
 
 @dataclass
@@ -75,6 +76,14 @@ class Place:
         found = answer.status, answer.read()
         connection.close()
         return found
+
+    def announce(self, node: Node) -> None:
+        """What a site sends before the parts of a reply, once the gateway knows it."""
+        body = announcement().SerializeToString()
+        connection = self.connect()
+        connection.request("POST", ANNOUNCE, body=body, headers=node.headers(ANNOUNCE, body))
+        assert connection.getresponse().status == 200
+        connection.close()
 
     def unsigned(self, path: str) -> int:
         """Anybody's call: the status of the answer."""
@@ -182,7 +191,9 @@ def opened(home: Path, *, connections: int, limit: int = LIMIT, timeout_s: float
         )
     try:
         until(lambda: healthy(("127.0.0.1", port), ca=root / "ca.crt"))
-        yield Place(("127.0.0.1", port), root, upstream, root / "log", process.pid, home, node)
+        place = Place(("127.0.0.1", port), root, upstream, root / "log", process.pid, home, node)
+        place.announce(node)
+        yield place
     finally:
         process.kill()
         process.wait()

@@ -19,6 +19,7 @@ from fedlora.gateway import connections
 from fedlora.gateway.allowance import Quota
 from fedlora.gateway.calls import Callers
 from fedlora.gateway.certificates import make_tls
+from fedlora.gateway.invitations import Invitations
 from fedlora.gateway.limits import Buckets
 
 pytestmark = pytest.mark.slow  # to import flwr, that is
@@ -71,9 +72,10 @@ def test_an_address_that_opens_many_connections_waits_before_tls_and_is_then_tur
 def app(tmp_path: Path) -> gate.Gateway:
     return gate.Gateway(
         httpx.AsyncClient(),
-        callers=Callers(tmp_path, time.time, 0.0),
+        callers=Callers(tmp_path, time.time, 0.0, ""),
         quota=Quota(tmp_path, time.monotonic),
         guests=connections.ConnectionSlots(1),
+        invitations=Invitations(tmp_path, time.time),
         body_limit_bytes=1,
         timeout_s=1.0,
     )
