@@ -226,8 +226,8 @@ def leaving(tmp_path, *, examples=1, share=ALL, allowed=ALL, min_cell=1):
     heard, told, one = [], [], fed.sites["a"]
     one.report = lambda event, facts: told.append((event, facts))
 
-    def work(task):
-        heard.append(one.work(task))
+    def work(task, admitted):
+        heard.append(one.work(task, admitted))
         return heard[-1]
 
     fed.answers["a"] = lambda request: safely("a", lambda: one.protection.answer(request, work))
@@ -285,8 +285,8 @@ def test_a_site_that_lies_about_its_counters_ends_nothing(tmp_path, counters):
     )
     one = fed.sites["a"]
 
-    def work(task):
-        update = one.work(task)
+    def work(task, admitted):
+        update = one.work(task, admitted)
         return Update(update.delta, update.weight, counters)
 
     fed.answers["a"] = lambda request: safely("a", lambda: one.protection.answer(request, work))

@@ -357,11 +357,12 @@ def test_a_site_that_differs_is_not_ready(tmp_path, change, code):
 
 
 @pytest.mark.parametrize("policy", [{"max_rounds": 1}, {"min_sites": 9}, {"allowed_models": ("other",)}])
-def test_the_policy_wins(tmp_path, policy):
+def test_the_policy_wins_and_the_server_learns_which_key_it_was_and_no_value(tmp_path, policy):
     fed = Federation(tmp_path, plan(rounds=2), policy=open_policy(**policy))
     with raising(RunFailed, code="quorum"):
         fed.run()
-    assert {c for e, f in fed.events if e == "rejected" for c in [f["code"]]} == {"plan-refused"}
+    (key,) = policy
+    assert {f["code"] for e, f in fed.events if e == "rejected"} == {"policy-" + key.replace("_", "-")}
 
 
 def test_the_text_of_an_exception_never_leaves():
@@ -404,15 +405,16 @@ def test_a_site_starts_from_the_first_adapter_that_its_plan_pins_and_no_other(tm
     assert all(learner.trained == [] for learner in fed.learners.values())
 
 
-def test_a_server_whose_own_step_overflows_stops_and_keeps_the_last_adapter(tmp_path):
+@pytest.mark.parametrize("beyond", [np.nan, np.inf])
+def test_a_server_whose_own_step_overflows_stops_and_keeps_the_last_adapter(tmp_path, beyond):
     class Overflows(FedAvg):
         def finish(self, sums, adapter, **more):
             given = super().finish(sums, adapter, **more)
-            beyond = Adapter(np.full(adapter.layout.size, np.inf, np.float32), adapter.layout)
-            return replace(given, delta=beyond) if more["round"] == 2 else given
+            delta = Adapter(np.full(adapter.layout.size, beyond, np.float32), adapter.layout)
+            return replace(given, delta=delta) if more["round"] == 2 else given
 
     fed = Federation(tmp_path, plan(rounds=3))
-    with pytest.raises(RunFailed, match="not finite"):
+    with pytest.raises(RunFailed, match="that rule 'fedavg' made in round 2 holds NaN"):
         fed.run(aggregator=Overflows())
     assert fed.store().load().round == 1
     assert fed.store().load().adapter.vector == pytest.approx(1.5)
@@ -594,3 +596,21 @@ def test_kill_9_anywhere_loses_nothing(tmp_path, after):
 def test_the_mean_of_nothing_learned_changes_nothing(tmp_path):
     learners = {n: ToyLearner(0.0) for n in TARGETS}
     assert not np.any(Federation(tmp_path, plan(rounds=2), learners=learners).run().adapter.vector)
+
+
+def test_waiting_names_who_is_not_there_each_time_that_changes_and_the_end_names_each_site_with_its_code(tmp_path):
+    """The coordinator telephones whom the line names."""
+    fed = Federation(tmp_path, plan(rounds=1, min_sites=3, deadline_s=30))
+    fed.answers["c"] = lambda request: Reply("c", error="data")
+    there = [["a"], ["a", "b"]]
+
+    class Arriving(LocalTransport):
+        def sites(self):
+            return there.pop(0) if there else ["a", "b", "c"]
+
+    with pytest.raises(RunFailed) as error:
+        fed.run(transport=Arriving(fed.answers))
+    waited = [facts for event, facts in fed.events if event == "waiting"]
+    assert [(facts["sites"], facts["missing"]) for facts in waited[:2]] == [(["a"], ["b", "c"]), (["a", "b"], ["c"])]
+    assert "2 of 3 sites delivered" in str(error.value)
+    assert "(c: data)" in str(error.value)

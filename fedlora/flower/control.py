@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from fedlora.core.errors import FedLoRAError
 from fedlora.flower._internals import Control, Node
 from fedlora.flower.bundle import bundle_bytes
+from fedlora.flower.environment import join_flower
+from fedlora.flower.jobs import load_address
+
+_PATIENCE_S = 10.0
+
+
+@contextmanager
+def opened(home: Path, *, patience_s: float = _PATIENCE_S) -> Iterator[Control]:
+    """The Control API of the server that runs in this home.
+
+    Raises:
+        ConnectionFailed: none runs, or it does not answer.
+    """
+    join_flower(home / "flower" / "home")
+    control = Control(load_address(home).superlink_port, ca=home / "tls" / "ca.crt", patience_s=patience_s)
+    try:
+        yield control
+    finally:
+        control.close()
 
 
 def _live(nodes: list[Node]) -> list[Node]:

@@ -20,6 +20,7 @@ from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.plans import PROMPT, PROOF, load_plan
 from fedlora.formats.records import dump_text
 from fedlora.formats.signed_roster import SignedRoster, load_roster
+from fedlora.formats.state.audit import note
 
 
 def make_site_keys(name: str, out: Path, *, identity: Identity | None = None) -> tuple[Path, str]:
@@ -71,7 +72,32 @@ def make_server_home(home: Path, *, hosts: Sequence[str]) -> str:
     identity = Identity.generate(SERVER)
     write_atomic(home / "server.pub", identity.public.file().encode(), mode=0o644)
     identity.save(home / "server.key")
+    note(home, "init", fingerprint=identity.public.fingerprint(), hosts=list(hosts))
     return identity.public.fingerprint()
+
+
+def renew_certificate(home: Path, hosts: Sequence[str]) -> tuple[list[str], str]:
+    """Makes a server's TLS certificate again under its authority.
+
+    Args:
+        hosts: names and addresses; none: those of the present one.
+
+    Returns:
+        The hosts, and the day until which it is valid, YYYY-MM-DD.
+
+    Raises:
+        KeyFileError: the authority is damaged, or there is none.
+        ConfigError: not a host name or address.
+    """
+    from fedlora.gateway.certificates import certificate_end, certificate_hosts, make_tls
+
+    tls = home / "tls"
+    if not (tls / "ca.key").exists():
+        raise KeyFileError(f"{tls / 'ca.key'} is missing", hint="restore it from a backup: sites trust this authority")
+    make_tls(tls, hosts or sorted(certificate_hosts(tls / "server.crt")))
+    there, until = sorted(certificate_hosts(tls / "server.crt")), certificate_end(tls / "server.crt").date().isoformat()
+    note(home, "renew", hosts=there, until=until)
+    return there, until
 
 
 def make_roster(file: Path, server: PublicIdentity, sites: Sequence[PublicIdentity], coordinator: Identity) -> str:

@@ -31,6 +31,8 @@ log = logging.getLogger("fedlora.executor")
 _POLL_S = 0.25
 _HEARTBEAT_S = 2.0
 _PATIENCE_S = 900.0
+_EMPTY_AGAIN_S = 5.0  # between attempts to empty the database
+_EMPTY_FIRST_S = 60.0  # so long the next run waits for that
 _STOP_S = 10.0
 _APP = [sys.executable, "-P", "-m", "fedlora.flower.server_app"]
 
@@ -144,14 +146,20 @@ def main(argv: list[str] | None = None, *, app: list[str] | None = None) -> None
     claimer = Claimer(
         "flwr-serverapp", address=f"{LOOPBACK}:{args.superlink_port}", secret=secret, ca=args.home / "tls" / "ca.crt"
     )
+    used, next_try, ended = True, 0.0, time.monotonic()  # perhaps, by an executor before this one that was killed
     log.info("ready")
     while True:
         try:
-            token = claimer.claim()
+            if used and time.monotonic() >= next_try:
+                used = not shrink(args.home / "flower" / "state.db")
+                next_try = time.monotonic() + _EMPTY_AGAIN_S
+            waits = used and time.monotonic() < ended + _EMPTY_FIRST_S
+            token = "" if waits else claimer.claim()
             if token:
+                used, next_try = True, 0.0
                 error = execute(token, home=args.home, superlink_port=args.superlink_port, app=app or _APP)
                 log.info("run ended: %s", error or "completed")
-                shrink(args.home / "flower" / "state.db", now=time.time)
+                ended = time.monotonic()
         except ConnectionFailed as e:
             log.warning("%s", e)
             time.sleep(1.0)

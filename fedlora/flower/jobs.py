@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -31,10 +32,27 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run to start: absolute path of the plan, and whether to continue from the last checkpoint."""
+    """A run to start: absolute path of the plan, and whether to continue from the last checkpoint.
+
+    Attributes:
+        name: the plan's ``run.name``; empty in the file of an earlier version.
+        digest: plan digest when the job was made; the file may have been changed since.
+        made: seconds since 1970.
+    """
 
     plan: str
     resume: bool
+    name: str = ""
+    digest: str = ""
+    made: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a coordinator has asked of a run that goes on: it is granted between two rounds."""
+
+    pause: bool = False
+    stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +154,50 @@ def load_outcome(home: Path, name: str) -> Outcome | None:
     return None
 
 
+def over(home: Path, name: str) -> bool:
+    """Whether something was written about how a job ended, even if it is damaged."""
+    with suppress(StoreError):
+        return bool((read_file(_path(home, name, "outcome")) or b"").strip())
+    return True
+
+
+def jobs(home: Path) -> dict[str, Job]:
+    """All jobs whose files are whole, the oldest first."""
+    found = {}
+    for path in (home / "flower" / "jobs").glob("*.job.json"):
+        name = path.name.partition(".")[0]
+        with suppress(FedLoRAError, TypeError):  # one of another version
+            found[name] = load_job(home, name)
+    return dict(sorted(found.items(), key=lambda pair: pair[1].made))
+
+
+def save_run_id(home: Path, name: str, run_id: int) -> None:
+    """Writes as which run Flower knows a job."""
+    save_record(_path(home, name, "run"), "run-id", {"run_id": str(run_id)})
+
+
+def load_run_id(home: Path, name: str) -> int | None:
+    """As which run Flower knows a job; None before that is known, or if the file is damaged."""
+    with suppress(StoreError, ValueError, KeyError):
+        found = load_record(_path(home, name, "run"), "run-id")
+        return int(found["run_id"]) if found is not None else None
+    return None
+
+
+def save_wish(home: Path, name: str, wish: Wish) -> None:
+    """Writes what is asked of a job."""
+    save_record(_path(home, name, "wish"), "wish", asdict(wish))
+
+
+def load_wish(home: Path, name: str) -> Wish:
+    """What is asked of a job; nothing if the file is damaged."""
+    with suppress(StoreError, TypeError):
+        return Wish(**(load_record(_path(home, name, "wish"), "wish") or {}))
+    return Wish()
+
+
 class Events:
-    """Appends a job's events as lines of JSON, for `fedlora server start`, which follows the job from another process.
+    """Appends a job's events as lines of JSON, each with its time (seconds since 1970), for processes that follow the job.
 
     An event that cannot be written is dropped: events are only displayed, and a run must not fail for them.
     """
@@ -147,7 +207,8 @@ class Events:
         self._torn = False
 
     def __call__(self, event: Event, facts: Mapping[str, Any]) -> None:
-        line = ("\n" if self._torn else "") + json.dumps({"event": event, "facts": dump_facts_of(event, facts)}) + "\n"
+        entry = {"event": event, "facts": dump_facts_of(event, facts), "at": time.time()}
+        line = ("\n" if self._torn else "") + json.dumps(entry) + "\n"
         try:
             with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8") as file:
                 file.write(line)
@@ -158,18 +219,28 @@ class Events:
 
 def pass_on(home: Path, name: str, report: Report, *, offset: int) -> int:
     """Reports a job's events from byte ``offset`` of their file on; returns the offset after the last complete line."""
+    entries, offset = read_events(home, name, offset=offset)
+    for _, event, facts in entries:
+        report(event, facts)
+    return offset
+
+
+def read_events(home: Path, name: str, *, offset: int) -> tuple[list[tuple[float, Event, Mapping[str, Any]]], int]:
+    """A job's events from byte ``offset`` of their file on, each with its time (seconds since 1970; 0: not known), and the offset
+    after the last complete line."""
     try:
         with _path(home, name, "events").open("rb") as file:
             file.seek(offset)
             lines = file.read()
     except OSError:
-        return offset
+        return [], offset
     whole = lines[: lines.rfind(b"\n") + 1]
+    entries = []
     for line in whole.splitlines():
         with suppress(ValueError, KeyError, TypeError):  # torn or damaged: one line less on the screen
             entry = json.loads(line)
-            report(*parse_event(entry["event"], json.dumps(entry["facts"])))
-    return offset + len(whole)
+            entries.append((float(entry.get("at", 0.0)), *parse_event(entry["event"], json.dumps(entry["facts"]))))
+    return entries, offset + len(whole)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``fedlora server up`` and ``start``: the processes of the server, the check of its public port, and runs."""
+"""``fedlora server up``: the processes of the server, the check of its public port, and what it says of sites and runs."""
 
 from __future__ import annotations
 
@@ -7,43 +7,35 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 
-from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError, RunFailed
+from fedlora.core.errors import ConfigError, FedLoRAError, KeyFileError
 from fedlora.core.events import Event, Report
-from fedlora.core.facts import AnotherRun, Listening, Process, SiteName, SiteRefused
+from fedlora.core.facts import Listening, Process, SiteName, SiteRefused
+from fedlora.core.sites.facts import SiteAsks
 from fedlora.flower import launch
-from fedlora.flower._internals import Control, RunState
-from fedlora.flower.control import register_sites, start_job
+from fedlora.flower._internals import Control
+from fedlora.flower.control import opened, register_sites
+from fedlora.flower.coordinator.health import Health, answering
+from fedlora.flower.coordinator.pages import Pages
+from fedlora.flower.coordinator.watch import Runs, Sightings
 from fedlora.flower.database import shrink
 from fedlora.flower.environment import join_flower
-from fedlora.flower.jobs import (
-    Address,
-    Job,
-    full,
-    going_on,
-    load_address,
-    load_job,
-    load_outcome,
-    new_job,
-    pass_on,
-    save_address,
-)
-from fedlora.flower.records import safe_code
-from fedlora.formats.plans import load_plan
+from fedlora.flower.jobs import Address, save_address
+from fedlora.formats.state.audit import note, note_changes
 from fedlora.formats.state.lock import hold
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.certificates import certificate_hosts, check_tls, load_node_keys
-from fedlora.gateway.doors import Refusal, key_name, parse_refusal
+from fedlora.gateway.doors import Notice, key_name, parse_notice
 from fedlora.gateway.exposure import check_loopback, check_public, dialled, free_port, healthy
+from fedlora.gateway.invitations import Invitations, waiting
 from fedlora.processes.supervisor import Service, Supervisor, signals
+from fedlora.rounds.server import delete_old_keys
 
-_PATIENCE_S = 10.0
 _LOOK_S = 1.0
 _SECRET_BYTES = 64  # hex digits of 32 random bytes
-_OVER_S = 10.0
-"""How long Flower may take to learn that a run has ended, seconds."""
 _SETTLED_S = 5.0  # a site that corrects its clock is on line long before
 _SAID_AGAIN_S = 600.0
 
@@ -59,6 +51,8 @@ def up(
     timeout_s: float = 120.0,
     connections: int = 512,
     executor: Sequence[str] = (),
+    page: bool = False,
+    monitor: int | None = None,
 ) -> None:
     """Runs the server until SIGTERM or SIGINT, or until ``stop`` is set. Prints nothing.
 
@@ -66,7 +60,7 @@ def up(
     Control and Runtime APIs must answer 404 there.
 
     Args:
-        home: the server's directory, as `fedlora keygen server` made it.
+        home: the server's directory, as `fedlora server init` made it.
         listen: public host:port of the gateway.
         body_limit_bytes: largest single HTTP body; Flower cuts blobs into chunks of 5 MiB.
         report: gets ``process``, ``listening``, ``site-online`` and ``site-offline``.
@@ -75,12 +69,15 @@ def up(
         timeout_s: for one HTTP call, seconds.
         connections: most connections at a time.
         executor: command line in place of :mod:`fedlora.flower.executor`, given home and port as that one is.
+        page: write ``runs/NAME/report.html`` again whenever a round is done.
+        monitor: loopback port for ``/healthz``, ``/readyz``, ``/metrics`` and the page; None: none; 0: any free one.
 
     Raises:
         Held: another server runs in this home; the error says which process.
         ConfigError: a port is taken, or the certificate does not cover a host.
         KeyFileError: a key file is missing or malformed.
         ConnectionFailed: a process does not start, or the server would be open (``exposed``).
+        NotInstalled: ``page`` needs ``fedlora[report]``.
     """
     _check_free(listen)
     home = home.resolve()
@@ -88,7 +85,7 @@ def up(
     _check_files(home, hosts)
     stop = stop or threading.Event()
     with hold(home / "flower", what="fedlora server up"), signals(stop.set):
-        port, heard = free_port(), SimpleQueue[Refusal]()
+        port, heard = free_port(), SimpleQueue[Notice]()
         gateway = launch.gateway(
             listen,
             superlink_port=port,
@@ -98,7 +95,33 @@ def up(
             connections=connections,
         )
         services = _services(home, port, gateway=gateway, public=listen, executor=executor, heard=heard)
-        _serve(home, Address(listen, port), services, stop=stop, report=report, heard=heard)
+        pages = Pages(home, report) if page else None
+        health = Health(home, gateway=lambda: healthy(dialled(listen), ca=home / "tls" / "ca.crt"))
+        with _logged(home, listen), _monitored(health, monitor, report):
+            watch = Watch(home, report=report, health=health, pages=pages, heard=heard)
+            _serve(home, Address(listen, port), services, stop=stop, report=report, watch=watch)
+
+
+@contextmanager
+def _logged(home: Path, listen: str) -> Iterator[None]:
+    """In the server's log: that it is up, what was changed by hand before, and that it is down."""
+    note(home, "up", listen=listen, version=version("fedlora"))
+    note_changes(home)
+    try:
+        yield
+    finally:
+        note(home, "down")
+
+
+@contextmanager
+def _monitored(health: Health, port: int | None, report: Report) -> Iterator[None]:
+    """Answers monitoring meanwhile, if a port is given."""
+    if port is None:
+        yield
+        return
+    with answering(health, port) as at:
+        report(Event.PROCESS, Process(name="monitor", state=f"answers at http://{LOOPBACK}:{at}/"))
+        yield
 
 
 def _serve(
@@ -108,10 +131,11 @@ def _serve(
     *,
     stop: threading.Event,
     report: Report,
-    heard: SimpleQueue[Refusal],
+    watch: Watch,
 ) -> None:
     """Starts the processes, checks that only the gateway is reachable, and watches them until ``stop``; always ends them."""
-    shrink(home / "flower" / "state.db", now=time.time)  # an earlier run has ended with its server
+    delete_old_keys(home / "runs")
+    shrink(home / "flower" / "state.db")  # of a server that was killed; if it fails, the executor tries again
     supervisor = Supervisor(services, log_directory=home / "flower" / "log", report=report)
     supervisor.start()
     try:
@@ -120,38 +144,88 @@ def _serve(
         save_address(home, address)
         sync_sites(home, report=report)
         report(Event.LISTENING, Listening(address=address.listen))
-        _watch(home, supervisor, stop=stop, report=report, heard=heard)
+        watch.until(stop, supervisor)
     finally:
+        watch.end()
         (home / "flower" / "server.json").unlink(missing_ok=True)
         supervisor.stop()
+        watch.note_ends()
+        shrink(home / "flower" / "state.db")  # the run that was stopped with the server begins its round anew
 
 
-def _watch(home: Path, supervisor: Supervisor, *, stop: threading.Event, report: Report, heard: SimpleQueue[Refusal]) -> None:
-    """Keeps processes running, and the SuperLink's list of nodes equal to ``home/sites``."""
-    online: set[str] = set()
-    refused: set[str] = set()
-    refusals = Refusals(report)
+class Watch:
+    """Keeps processes running, and the SuperLink's list of nodes equal to ``home/sites``; says what becomes of sites and runs.
 
-    def refuse(site: str, error: FedLoRAError) -> None:
-        if site not in refused:
-            report(Event.SITE_REFUSED, _removed(site, error))
-        refused.add(site)
+    Args:
+        health: told that somebody looks.
+        pages: told which pages are old; None: none is written.
+        heard: notices of the gateway.
+    """
 
-    while not stop.wait(_LOOK_S):
-        supervisor.check(time.monotonic())
-        with suppress(FedLoRAError), _control(home, patience_s=0.0) as control:
-            keys = load_node_keys(home / "sites")
-            ids = register_sites(control, keys, refused=refuse)
-            status = {n.id: n.status for n in control.nodes()}
-            now = {site for site, node_id in ids.items() if status.get(node_id) == "online"}
-            for site in sorted(now - online):
-                report(Event.SITE_ONLINE, SiteName(site=site))
-            for site in sorted(online - now):
-                report(Event.SITE_OFFLINE, SiteName(site=site))
-            online = now
-            while not heard.empty():
-                refusals.add(heard.get(), {key_name(pem): site for site, pem in keys.items()}, time.monotonic())
-            refusals.say(online, time.monotonic())
+    def __init__(self, home: Path, *, report: Report, health: Health, pages: Pages | None, heard: SimpleQueue[Notice]) -> None:
+        self._home, self._health, self._pages, self._heard = home, health, pages, heard
+        self._sightings = Sightings(home)
+        self._report = self._sightings.through(report)
+        self._runs = Runs(home, report=report, on_round=pages.want if pages is not None else lambda name: None)
+        self.note_ends = self._runs.note_ends
+        self._online: set[str] = set()
+        self._refused: set[str] = set()
+        self._asking: set[str] = set()
+        self._refusals = Refusals(self._report)
+
+    def until(self, stop: threading.Event, supervisor: Supervisor) -> None:
+        """Looks once a second."""
+        while not stop.wait(_LOOK_S):
+            supervisor.check(time.monotonic())
+            relay = False
+            with suppress(FedLoRAError), opened(self._home, patience_s=0.0) as control:
+                self._look(control)
+                relay = True
+            self._health.note(relay=relay)
+            self._say_who_asks()
+            if self._pages is not None:
+                self._pages.look()
+
+    def end(self) -> None:
+        """Ends what was started here."""
+        if self._pages is not None:
+            self._pages.stop()
+
+    def _refuse(self, site: str, error: FedLoRAError) -> None:
+        if site not in self._refused:
+            self._report(Event.SITE_REFUSED, _removed(site, error))
+        self._refused.add(site)
+
+    def _say_who_asks(self) -> None:
+        """Says once of each site that it asks to join."""
+        names = waiting(self._home)
+        if names - self._asking:
+            for one in Invitations(self._home, time.time).asking():
+                if one.site in names - self._asking and one.words:
+                    said = (
+                        f"{one.site} asks to join; words: {' '.join(one.words)}; `fedlora server approve {self._home} {one.site}`"
+                    )
+                    self._report(Event.SITE_ASKS, SiteAsks(site=one.site, words=list(one.words), said=said))
+        self._asking = names
+
+    def _look(self, control: Control) -> None:
+        keys = load_node_keys(self._home / "sites")
+        notices = [self._heard.get() for _ in range(self._heard.qsize())]  # before it is asked who is there
+        ids = register_sites(control, keys, refused=self._refuse)
+        status = {n.id: n.status for n in control.nodes()}
+        now = {site for site, node_id in ids.items() if status.get(node_id) == "online"}
+        for site in sorted(now - self._online):
+            self._report(Event.SITE_ONLINE, SiteName(site=site))
+        for site in sorted(self._online - now):
+            self._report(Event.SITE_OFFLINE, SiteName(site=site))
+        self._online = now
+        names = {key_name(pem): site for site, pem in keys.items()}
+        for notice in notices:
+            self._refusals.add(notice, names, time.monotonic())
+            self._sightings.note(names.get(notice.key, ""), notice.why)
+        self._refusals.say(self._online, time.monotonic())
+        self._sightings.tick()
+        self._runs.look(control)
 
 
 class Refusals:
@@ -163,10 +237,10 @@ class Refusals:
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._open: dict[tuple[str, str], tuple[float, Refusal]] = {}
+        self._open: dict[tuple[str, str], tuple[float, Notice]] = {}
         self._said: dict[tuple[str, str], float] = {}
 
-    def add(self, refusal: Refusal, names: Mapping[str, str], now: float) -> None:
+    def add(self, refusal: Notice, names: Mapping[str, str], now: float) -> None:
         """Takes a line of the gateway. ``names``: site by :func:`fedlora.gateway.doors.key_name`; strangers are left out."""
         if (site := names.get(refusal.key)) is not None and refusal.why in ("clock", "in-use"):
             self._open.setdefault((site, refusal.why), (now, refusal))
@@ -187,7 +261,7 @@ def _removed(site: str, error: FedLoRAError) -> SiteRefused:
     return SiteRefused(site=site, cause="removed", why=why)
 
 
-def _why(site: str, refusal: Refusal) -> str:
+def _why(site: str, refusal: Notice) -> str:
     if refusal.why == "in-use":
         return (
             f"two machines use the key of {site} (one of them calls from {refusal.peer}), or its process was killed less than "
@@ -206,10 +280,10 @@ def _services(
     gateway: list[str],
     public: str,
     executor: Sequence[str],
-    heard: SimpleQueue[Refusal],
+    heard: SimpleQueue[Notice],
 ) -> list[Service]:
     def on_line(line: str) -> None:
-        if refusal := parse_refusal(line):
+        if refusal := parse_notice(line):
             heard.put(refusal)
 
     tls, env = home / "tls", join_flower(home / "flower" / "home")
@@ -225,7 +299,7 @@ def _services(
 def _check_files(home: Path, hosts: Sequence[str]) -> None:
     for name in ("superexec.secret", "tls/ca.crt", "tls/server.crt", "tls/server.key"):
         if not (home / name).is_file():
-            raise KeyFileError(f"{home / name} is missing", hint="create it with `fedlora keygen server`")
+            raise KeyFileError(f"{home / name} is missing", hint="create it with `fedlora server init`")
     check_tls(home / "tls")
     if len((home / "superexec.secret").read_bytes()) < _SECRET_BYTES:
         hint = "restore it from a backup, or replace it by 32 random bytes: this file never leaves this host"
@@ -234,7 +308,7 @@ def _check_files(home: Path, hosts: Sequence[str]) -> None:
     if missing:
         raise ConfigError(
             f"the server's certificate does not cover {', '.join(missing)}",
-            hint="make it again with these hosts (`fedlora keygen server`); the authority stays, so nothing changes at the sites",
+            hint="make it again with these hosts (`fedlora server renew`); the authority stays, so nothing changes at the sites",
         )
 
 
@@ -246,16 +320,6 @@ def _check_free(listen: str) -> None:
             s.bind((host, port))
         except OSError as e:
             raise ConfigError(f"cannot listen on {listen}: {e.strerror}") from None
-
-
-@contextmanager
-def _control(home: Path, *, patience_s: float = _PATIENCE_S) -> Iterator[Control]:
-    join_flower(home / "flower" / "home")
-    control = Control(load_address(home).superlink_port, ca=home / "tls" / "ca.crt", patience_s=patience_s)
-    try:
-        yield control
-    finally:
-        control.close()
 
 
 def sync_sites(home: Path, *, report: Report) -> dict[str, str]:
@@ -270,89 +334,7 @@ def sync_sites(home: Path, *, report: Report) -> dict[str, str]:
         ConnectionFailed: no server runs in this home.
     """
     keys = load_node_keys(home / "sites")
-    with _control(home) as control:
+    with opened(home) as control:
         ids = register_sites(control, keys, refused=lambda site, error: report(Event.SITE_REFUSED, _removed(site, error)))
         status = {n.id: n.status for n in control.nodes()}
     return {site: status[node_id] for site, node_id in ids.items()}
-
-
-def start(home: Path, plan: Path, *, resume: bool, report: Report, poll_s: float = 0.5) -> Path:
-    """Starts a run on a running server and waits for its end. An interrupt does not stop the run.
-
-    Args:
-        home: the server's directory.
-        plan: the plan's file.
-        resume: continue from the run's last checkpoint.
-        report: gets the run's events, and ``("process", {"name": "run ID", "state"})`` for Flower's view of it.
-        poll_s: between two looks, seconds.
-
-    Returns:
-        The directory of the completed run.
-
-    Raises:
-        ConfigError: the plan cannot be read.
-        ConnectionFailed: no server runs in this home.
-        FedLoRAError: the run failed; code, text, hint and exit status are those of the error that ended it.
-    """
-    directory = home / "runs" / load_plan(plan).run.name
-    sync_sites(home, report=report)
-    job = new_job(home, Job(str(plan.resolve()), resume))
-    goes_on = f"continue with `fedlora server start {home} {plan} --resume`; nothing is lost"
-    try:
-        with _control(home) as control:
-            state = _followed(control, start_job(control, job), home=home, job=job, report=report, poll_s=poll_s)
-    except ConnectionFailed as e:
-        outcome = load_outcome(home, job)
-        if outcome is None:
-            raise full(home) or _gone(home, e, goes_on) from None
-        state = None
-    else:
-        outcome = load_outcome(home, job)
-    if outcome is not None and outcome.code:
-        raise outcome.error()
-    if outcome is None and state is not None and state.outcome == "stopped":
-        raise RunFailed("the run was stopped", hint=goes_on, code="stopped")
-    if outcome is None and state is not None and state.outcome != "completed":
-        hint = f"see flower/log/executor.log; {goes_on}"
-        raise full(home) or RunFailed(f"the run ended as {state.outcome}: {safe_code(state.error)}", hint=hint)
-    return directory
-
-
-def _followed(control: Control, run_id: int, *, home: Path, job: str, report: Report, poll_s: float) -> RunState | None:
-    """Passes on a run's events until it has ended; None if its outcome is recorded but Flower does not know it."""
-    said, offset, waits, over_s = "", 0, False, 0.0
-    while True:
-        state = control.run_state(run_id)
-        offset = pass_on(home, job, report, offset=offset)
-        if state.status != said:
-            said = state.status
-            report(Event.PROCESS, Process(name=f"run {run_id}", state=said))
-        if said == "finished":
-            return state
-        if not waits and (other := going_on(home)) not in ("", job):
-            waits = True
-            report(Event.ANOTHER_RUN, AnotherRun(name=_name_of(home, other)))
-        if load_outcome(home, job) is not None:
-            over_s += poll_s
-            if over_s > _OVER_S:
-                return None
-        time.sleep(poll_s)
-
-
-def _name_of(home: Path, job: str) -> str:
-    with suppress(FedLoRAError):
-        return load_plan(Path(load_job(home, job).plan)).run.name
-    return "its name is not known"
-
-
-def _gone(home: Path, error: ConnectionFailed, goes_on: str) -> FedLoRAError:
-    """The error to report when Flower no longer answers."""
-    if not (home / "flower" / "server.json").exists():
-        return RunFailed(
-            "the server was stopped during the run",
-            hint=f"start it again with `fedlora server up`; then {goes_on}",
-            code="stopped",
-        )
-    return ConnectionFailed(
-        f"the server died or was restarted during the run ({error})", hint=f"when `fedlora server up` runs again, {goes_on}"
-    )

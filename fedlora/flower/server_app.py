@@ -17,10 +17,12 @@ from flwr.serverapp import ServerApp
 
 from fedlora.core.errors import FedLoRAError, PlanRefused
 from fedlora.core.events import Report
-from fedlora.flower._internals import Channel, Control, TaskClient
+from fedlora.flower._internals import Control, TaskClient
 from fedlora.flower.control import nodes_by_site
+from fedlora.flower.coordinator.absences import Absences
+from fedlora.flower.coordinator.runs import between_rounds
 from fedlora.flower.jobs import Events, Outcome, full, load_job, save_outcome
-from fedlora.flower.transport import FlowerTransport
+from fedlora.flower.transport import Channel, FlowerTransport
 from fedlora.gateway.addresses import LOOPBACK
 from fedlora.gateway.allowance import Allowance
 from fedlora.gateway.certificates import load_node_keys
@@ -34,7 +36,16 @@ _PATIENCE_S = 900.0
 class Serve(Protocol):
     """All rounds of a run."""
 
-    def __call__(self, home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> object: ...
+    def __call__(
+        self,
+        home: Path,
+        plan_file: Path,
+        transport: Transport,
+        *,
+        resume: bool,
+        report: Report,
+        between: Callable[[int, int], None],
+    ) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,8 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
         control: opens the Control API, to learn which node is which site.
         serve: runs the rounds; a test has its own.
     """
+    events = Events(home, job)
+    told = Absences(home, events)
     try:
         todo = load_job(home, job)
         client = control()
@@ -83,9 +96,10 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
         serve(
             home,
             Path(todo.plan),
-            FlowerTransport(grid, nodes, allowance=Allowance(home / "flower")),
+            FlowerTransport(grid, nodes, allowance=Allowance(home / "flower"), away=told.away, left=told.left),
             resume=todo.resume,
-            report=Events(home, job),
+            report=told,
+            between=between_rounds(home, job, events),
         )
     except FedLoRAError as e:
         log.error("%s: %s", e.code, e)
@@ -98,10 +112,12 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
     return Outcome("", "", "")
 
 
-def _serve(home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report) -> object:
+def _serve(
+    home: Path, plan_file: Path, transport: Transport, *, resume: bool, report: Report, between: Callable[[int, int], None]
+) -> object:
     from fedlora import assemble  # in here, so that even a broken installation becomes an outcome
 
-    return assemble.server(home, plan_file, resume=resume, report=report).run(transport)
+    return assemble.server(home, plan_file, resume=resume, report=report).run(transport, between=between)
 
 
 def main(serve: Serve = _serve) -> int:

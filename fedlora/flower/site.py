@@ -8,28 +8,39 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora.core.errors import ConfigError, FedLoRAError
+from fedlora.core.errors import ConfigError, FedLoRAError, PlanRefused
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Died, Process
 from fedlora.core.messages import Reply, Request
+from fedlora.core.sites.facts import Paused
+from fedlora.doctor import files
+from fedlora.doctor.examine import at_home, settle
+from fedlora.doctor.findings import Found
 from fedlora.flower import launch
-from fedlora.flower.checks import check_bases, check_data, check_keys
 from fedlora.flower.environment import join_flower
 from fedlora.flower.runner import Handle, Runner
 from fedlora.flower.status import StatusTracker
+from fedlora.flower.supernode import GOING, say_goodbye
 from fedlora.formats.files import write_atomic
 from fedlora.formats.state.lock import hold
-from fedlora.gateway.addresses import LOOPBACK, split_address
+from fedlora.formats.state.memory import FileMemory
+from fedlora.formats.state.outbox import NAME, Outbox
+from fedlora.gateway.addresses import split_address
+from fedlora.gateway.certificates import node_key_public
+from fedlora.gateway.exposure import free_port
 from fedlora.gateway.probe import probe
+from fedlora.processes.causes import CAUSES
 from fedlora.processes.death import Cause, Working
 from fedlora.processes.supervisor import Service, Supervisor, rotating_log, signals
+from fedlora.site.parts import load_site_key
+from fedlora.site.pause import Away, away, has_left
+from fedlora.site.progress import Progress
 from fedlora.site.site_file import SiteFile, load_site_file
 
 _FAREWELL_S = 2.0
@@ -41,6 +52,7 @@ _LEAVING_S = 8.0
 """How long the SuperNode of a killed `site up` may still use our port to sign off, seconds."""
 _NEW_SECRET_S = 10.0
 _STATE_S = 5.0
+_PAUSE_S = 1.0
 
 
 def up(
@@ -53,15 +65,15 @@ def up(
 ) -> None:
     """Runs a site until SIGTERM or SIGINT, or until ``stop`` is set. Prints nothing.
 
-    A signal during training ends it at once: the server gets the code ``site-stopped``, the journal keeps finished updates. Wrong
-    keys, ports and locks end it with an error. Problems that may go away (the server is down, a disk with data is not mounted
-    yet) are reported once and checked again.
+    A signal during training ends it at once: the server gets the code ``site-stopped``, the journal keeps finished updates. What
+    only somebody here can mend ends it with an error, before anything is connected: see :mod:`fedlora.doctor`. Problems that may
+    go away (the server is down, a disk with data is not mounted yet) are reported once and checked again.
 
     Args:
         site_file: the site's own file; paths in it are relative to it.
         report: gets ``(event, facts)``; for the event ``site`` see :class:`fedlora.flower.status.StatusTracker`.
         handle: answers requests; None: that of :func:`fedlora.assemble.site`, which is made before anything is connected. Only
-            then bases and data are checked.
+            then the site is looked at as by the doctor; with another handle, only the keys of the connection.
         stop: set it to stop from another thread.
         probe_s: shortest time between two probes of an unreachable server, and the time limit of each step of a probe, seconds.
 
@@ -70,23 +82,41 @@ def up(
         Held: another process uses the state directory; nothing was written there.
         ConfigError (local-port): the loopback port is taken.
         StoreError: the state directory cannot be written.
-        KeyFileError: a key or the authority's certificate is missing, or belongs to another site.
+        FedLoRAError: a finding is wrong; of its code. Or the server is not the one that is pinned (connection).
     """
     file = load_site_file(site_file)
     root = site_file.resolve().parent
     with hold(root / file.state, what="fedlora site up"):
-        pem = check_keys(file, root)
+        if has_left(root / file.state):
+            raise PlanRefused(
+                f"{file.name} has left this federation: `fedlora site leave` was run here",
+                hint="a site that comes back needs new keys and a directory of its own for `state`",
+                code="sits-out",
+            )
         checks: dict[str, Callable[[SiteFile, Path], None]] = {}
+        settle(files.connection_keys(file, root) if handle is not None else at_home(site_file), report)
+        pem = node_key_public(root / file.node_key)
+        progress = Progress(file.name, file.server, root / file.state, report, _outbox(file, root, handle))
         if handle is None:
             from fedlora import assemble
 
-            checks = {"base": check_bases, "data": check_data}
-            handle = assemble.site(site_file, report=report).handle
+            checks = {"base": files.check_bases, "data": files.check_data}
+            handle = assemble.site(site_file, report=progress).handle
         working = Working(root / file.state / "working")
         if death := working.former():
             report(Event.DIED, Died(doing=death.doing, cause=death.cause, why=_DEATHS[death.cause]))
-        _await_port(file.local_port, secret=root / file.state / "flower" / "superexec.secret")
-        _Up(file, root, _noted(handle, working), report, stop or threading.Event(), checks, pem, probe_s).run()
+        port = _await_port(file.local_port, secret=root / file.state / "flower" / "superexec.secret")
+        file = file.model_copy(update={"local_port": port})
+        handle = _noted(progress.handling(handle), working)
+        _Up(file, root, handle, progress, stop or threading.Event(), checks, pem, probe_s).run()
+
+
+def _outbox(file: SiteFile, root: Path, handle: Handle | None) -> Outbox | None:
+    """Of a site whose keys are here; a handle of somebody else's has none."""
+    if handle is not None:
+        return None
+    state = root / file.state
+    return Outbox(state / NAME, FileMemory(state / "memory"), load_site_key(file, root))
 
 
 _DEATHS: Mapping[Cause, str] = {
@@ -112,7 +142,7 @@ class _Up:
     file: SiteFile
     root: Path
     handle: Handle
-    report: Report
+    report: Progress
     stop: threading.Event
     checks: dict[str, Callable[[SiteFile, Path], None]]
     pem: bytes
@@ -122,6 +152,7 @@ class _Up:
     look_now: threading.Event = field(default_factory=threading.Event)
     found: threading.Event = field(default_factory=threading.Event)
     refused: threading.Event = field(default_factory=threading.Event)
+    away: Away | None = None
     password: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     """Shared secret of the SuperNode and the runner; it is in the SuperNode's secret file."""
 
@@ -168,19 +199,25 @@ class _Up:
             argv=launch.supernode(
                 file.server, port=file.local_port, ca=root / file.ca, node_key=root / file.node_key, secret=secret
             ),
-            env=join_flower(flower / "home"),
+            env=join_flower(flower / "home") | {GOING: str(flower / "going")},
             ready=lambda: False,
             ready_s=0,  # it is ready when the standing says so
             death_signal=signal.SIGTERM,  # it says good-bye, so that the next one is let in at once
-            before=lambda: write_atomic(secret, self.password),  # whatever has replaced it
+            before=lambda: self._before(flower, secret),
             on_line=self.status.read_line,
             explain=self.status.ended,
         )
+
+    def _before(self, flower: Path, secret: Path) -> None:
+        write_atomic(secret, self.password)  # whatever has replaced it
+        say_goodbye(flower / "going", "")
 
     def _on_worker(self, state: str) -> None:
         if state == "wrong-secret" and not self.supervisor.pids():
             state = "away"  # another program answers on that port: our SuperNode ended, and its log says why
         self.status.worker(state)  # type: ignore[arg-type]
+        if state == "in":
+            self.report.waits()
         if state == "wrong-secret":
             self.refused.set()
 
@@ -192,8 +229,11 @@ class _Up:
 
         self.status.begin()
         self._check()
-        self.supervisor.start()
-        watcher = threading.Thread(target=self._watch, daemon=True)
+        self._look_first()
+        self._pause(runner)
+        if self.away is None:
+            self.supervisor.start()
+        watcher = threading.Thread(target=self._watch, args=(runner,), daemon=True)
         watcher.start()
         threading.Thread(target=self._probe, daemon=True).start()
         with signals(on_signal):
@@ -207,9 +247,9 @@ class _Up:
             watcher.join()
             self.supervisor.stop()
 
-    def _watch(self) -> None:
+    def _watch(self, runner: Runner) -> None:
         """Restarts what ends, and looks for bases and data twice a minute."""
-        check_at, secret_at = time.monotonic() + _CHECK_S, float("-inf")
+        check_at, secret_at, pause_at = time.monotonic() + _CHECK_S, float("-inf"), 0.0
         while not self.stop.wait(_LOOK_S):
             now = time.monotonic()
             try:
@@ -228,6 +268,32 @@ class _Up:
             if now >= check_at:
                 check_at = now + _CHECK_S
                 self._check()
+            if now >= pause_at:
+                pause_at = now + _PAUSE_S
+                self._pause(runner)
+
+    def _pause(self, runner: Runner) -> None:
+        """Leaves the server, or comes back, as people here and the hours of the policy say; a task in progress is finished."""
+        state = self.root / self.file.state
+        try:
+            if has_left(state):
+                say_goodbye(state / "flower" / "going", "left")
+                self.stop.set()
+                return
+            why = away(state, self.file.policy.hours, now=time.time())
+        except FedLoRAError as e:  # a damaged file pauses nobody, and somebody should know
+            why = Away(0, f"{e}; `fedlora site resume` removes it")
+        if why == self.away or (why is not None and runner.working):
+            return
+        before, self.away = self.away, why
+        said = f"paused: {why.why}" if why is not None else "not paused any more"
+        self.report(Event.PAUSED, Paused(paused=why is not None, until=why.until if why else 0, said=said))
+        self.status.rest(why is not None)
+        if why is not None and before is None:
+            say_goodbye(state / "flower" / "going", "paused")
+            self.supervisor.rest("supernode")
+        elif why is None:
+            self.supervisor.wake("supernode")
 
     def _check(self) -> None:
         for part, check in self.checks.items():
@@ -237,6 +303,17 @@ class _Up:
                 self.status.miss(part, f"no-{part}", detail=str(e))  # type: ignore[arg-type]
             else:
                 self.status.has(part)  # type: ignore[arg-type]
+
+    def _look_first(self) -> None:
+        """Looks for the server before anything is started.
+
+        Raises:
+            FedLoRAError: it is not reached, for a reason that stays until somebody acts.
+        """
+        finding = probe(self.file.server, ca=self.root / self.file.ca, timeout_s=self.probe_s)
+        if finding.cause and CAUSES[finding.cause].lasts:
+            raise Found.caused(finding.cause, finding.facts).error()
+        self.status.probed(finding)
 
     def _probe(self) -> None:
         """Looks for the server at the start and while it is away, and for its clock now and then."""
@@ -275,22 +352,30 @@ def _log_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _await_port(port: int, *, secret: Path) -> None:
-    """Waits for the loopback port while a predecessor's SuperNode leaves it.
+def _await_port(port: int, *, secret: Path) -> int:
+    """Waits while a predecessor's SuperNode leaves the loopback port, and the server.
+
+    Args:
+        port: 0: any free one.
+
+    Returns:
+        The port to use.
 
     Raises:
         ConfigError (local-port): another program keeps it.
     """
     end = time.monotonic() + _LEAVING_S
-    while not _free(port):
+    while not port and time.monotonic() < end and _leaving(secret):
+        time.sleep(_LOOK_S)
+    while not files.is_free(port):
         if time.monotonic() > end or not _leaving(secret):
             raise ConfigError(
                 f"port {port} on loopback is taken by another program",
-                hint="choose another `local_port` in the site file (a second site on this machine needs one), "
-                "or stop that program",
+                hint="set `local_port = 0` in the site file (any free one), or stop that program",
                 code="local-port",
             )
         time.sleep(_LOOK_S)
+    return port or free_port()
 
 
 def _leaving(secret: Path) -> bool:
@@ -301,13 +386,3 @@ def _leaving(secret: Path) -> bool:
             if set(ours) <= set(path.read_bytes().split(b"\0")):
                 return True
     return False
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((LOOPBACK, port))
-        except OSError:
-            return False
-        return True

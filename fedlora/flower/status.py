@@ -15,6 +15,7 @@ from typing import Literal
 
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Clock, SiteStatus
+from fedlora.core.sites.standing import standing_of
 from fedlora.flower.supernode import SAYS
 from fedlora.gateway.clock import MAX_CORRECTION_S
 from fedlora.gateway.probe import Finding
@@ -69,6 +70,7 @@ class StatusTracker:
         self._worker_connected = False
         """The SuperNode accepts our own process, which works for it."""
         self._stopped = False
+        self._resting = False
         self._flicker: tuple[float, str] | None = None
         self._last: Finding | None = None
         self._said_ahead_s = 0.0
@@ -213,6 +215,14 @@ class StatusTracker:
             self._told.pop(part, None)
             self._change()
 
+    def rest(self, resting: bool) -> None:
+        """Takes that this site is paused: it is not connected, and nothing is reported until it goes on."""
+        with self._lock:
+            self._connected = self._child_accepted = self._worker_connected = False
+            self._flicker, self._resting, self._said = None, resting, None
+            self._missing.clear()
+            self._change()
+
     def stop(self) -> None:
         """Takes that this site is being stopped; nothing is reported after that."""
         with self._lock:
@@ -243,7 +253,7 @@ class StatusTracker:
     def _change(self, news: Part | None = None) -> None:
         """Reports the state if it changed, or the cause of a missing part if that changed."""
         with self._lock:
-            if self._stopped:
+            if self._stopped or self._resting:
                 return
             for gone in set(self._told) - set(self._missing):
                 del self._told[gone]
@@ -256,13 +266,15 @@ class StatusTracker:
                 self._told[part] = words["cause"]
             next_s = self.retry_s(words["cause"]) if part else 0.0
             why, cure = words["why"], words["cure"]
+            standing = standing_of(state, cause=words["cause"], known=self._known, doing="ready")
+            word = standing if standing in ("pending", "degraded", "revoked") else state
             facts = SiteStatus(
-                site=self._site, state=state, part=part or "", cause=words["cause"], why=why, cure=cure, next_s=next_s,
-                said=self._line(state, why=why, cure=cure, next_s=next_s),
+                site=self._site, state=state, standing=standing, part=part or "", cause=words["cause"], why=why, cure=cure,
+                next_s=next_s, said=self._line(word, why=why, cure=cure, next_s=next_s),
             )  # fmt: skip
             self._report(Event.SITE, facts)
 
-    def _line(self, state: State, *, why: str, cure: str, next_s: float) -> str:
+    def _line(self, state: str, *, why: str, cure: str, next_s: float) -> str:
         if not why:
             return {
                 "connecting": f"connecting to {self._facts['server']}",

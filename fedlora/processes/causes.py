@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Part = Literal["process", "server", "accepted", "clock", "base", "data"]
+Part = Literal["keys", "disk", "process", "server", "accepted", "clock", "approved", "base", "data", "step"]
 
 PARTS: Final[Mapping[Part, str]] = {
+    "keys": "this site's keys and the server's are there, and belong together",
+    "disk": "the state directory can be written, and has room",
     "process": "this site's connection process runs and accepts this site's own work",
     "server": "the server answers, and is the one whose certificate is pinned",
     "accepted": "the server lets this site's node key in",
     "clock": "this machine's clock is near the server's, or signed time stamps are corrected",
-    "base": "the base models that the site file names exist",
+    "approved": "a person here has approved a plan that this site's policy and roster allow",
+    "base": "the base models that the site file names exist, and are those that approved plans pin",
     "data": "the data can be read",
+    "step": "a training step has been done here, with the memory that it takes",
 }
 """What makes a site ready, in the order in which it is looked for."""
 
@@ -29,18 +33,24 @@ class Cause:
         says: one sentence, with facts to fill in.
         cure: what to do about it; empty where the sentence says it.
         retry_s: pause before the next try, seconds; doubled each time, up to a minute.
+        lasts: nothing changes until somebody acts, so that a site that has never been connected ends with it.
     """
 
     part: Part
     says: str
     cure: str
     retry_s: float = 5.0
+    lasts: bool = False
 
     def sentence(self, facts: Mapping[str, str]) -> str:
         return self.says.format_map(_Filled(facts))
 
     def remedy(self, facts: Mapping[str, str]) -> str:
         return self.cure.format_map(_Filled(facts))
+
+    def explained(self) -> tuple[str, str]:
+        """What it means, and what to do, where nobody knows the facts."""
+        return self.sentence(_IN_GENERAL), self.remedy(_IN_GENERAL) or "Wait a minute; then look at the part that is named."
 
 
 class _Filled(dict[str, str]):
@@ -50,14 +60,27 @@ class _Filled(dict[str, str]):
         return "?"
 
 
-_CA = "compare {ca} with the coordinator's ca.crt: `fedlora keygen server` wrote it beside server.pub"
-_AWAY = "ask the coordinator whether the server is up, and your IT whether a firewall blocks this machine's connections to it"
+_IN_GENERAL: Final[Mapping[str, str]] = {
+    "server": "the server", "host": "HOST", "ca": "ca.crt", "proxy": "of this network", "port": "`local_port`",
+    "timeout": "some", "detail": "the message says more", "until": "the day that the message names",
+    "begin": "the day that the message names", "today": "another day", "names": "other names", "seconds": "N",
+    "way": "ahead or behind", "secret": "the file with it", "log": "the log that the message names",
+}  # fmt: skip
+"""What `fedlora explain` says in the place of a fact."""
+
+_CA = "compare {ca} with the coordinator's ca.crt: `fedlora server init` wrote it beside server.pub"
+_AWAY = (
+    "compare {server} with the address that the coordinator gave (`server` in the site file); if it is right, ask the "
+    "coordinator whether the server is up, and your IT whether a firewall blocks this machine's connections to it"
+)
 
 CAUSES: Final[Mapping[str, Cause]] = {
     # --- the way to the server
     "no-name": Cause("server", "the name {host} does not resolve ({detail})", "correct `server` in the site file, or the DNS"),
     "port-closed": Cause("server", "{server} refuses connections: nothing listens there", _AWAY),
-    "no-route": Cause("server", "there is no way to {server} ({detail})", "look at this machine's network"),
+    "no-route": Cause(
+        "server", "there is no way to {server} ({detail})", "look at this machine's network, and at `server` in the site file"
+    ),
     "no-answer": Cause("server", "{server} does not answer within {timeout} s", _AWAY),
     "cut": Cause("server", "the connection to {server} is cut while it is set up ({detail})", _AWAY),
     "proxy-away": Cause(
@@ -67,13 +90,18 @@ CAUSES: Final[Mapping[str, Cause]] = {
         "server", "the proxy {proxy} does not pass connections on to {server} ({detail})", "ask your IT to allow it there"
     ),
     "no-tls": Cause(
-        "server", "the program that listens on {server} does not use TLS", "correct the port in `server` of the site file"
+        "server",
+        "the program that listens on {server} does not use TLS",
+        "correct the port in `server` of the site file",
+        lasts=True,
     ),
-    "wrong-ca": Cause("server", "the certificate of {server} was not issued by the authority in {ca} ({detail})", _CA),
+    "wrong-ca": Cause(
+        "server", "the certificate of {server} was not issued by the authority in {ca} ({detail})", _CA, lasts=True
+    ),
     "expired": Cause(
         "server",
         "the certificate of {server} ended on {until}; this machine's clock says {today}",
-        "if the clock is right, the coordinator makes a new one: `fedlora keygen server`",
+        "if the clock is right, the coordinator makes a new one: `fedlora server renew`",
     ),
     "not-yet-valid": Cause(
         "server",
@@ -84,10 +112,11 @@ CAUSES: Final[Mapping[str, Cause]] = {
         "server",
         "the certificate of {server} is for {names}",
         "write one of these names into `server` of the site file, or have the coordinator add yours: "
-        "`fedlora keygen server --host {host}`",
+        "`fedlora server renew HOME --host {host}`",
+        lasts=True,
     ),
     "bad-certificate": Cause("server", "the certificate of {server} is refused: {detail}", _CA),
-    "bad-ca": Cause("server", "{ca} holds no certificate", "ask the coordinator for ca.crt again"),
+    "bad-ca": Cause("server", "{ca} does not hold one certificate", "ask the coordinator for ca.crt again", lasts=True),
     "not-fedlora": Cause(
         "server", "{server} answers {detail}, which no FedLoRA server does", "correct `server` in the site file"
     ),
@@ -127,7 +156,7 @@ CAUSES: Final[Mapping[str, Cause]] = {
     "local-port": Cause(
         "process",
         "port {port} on loopback is taken by another program",
-        "choose another `local_port` in the site file, or stop that program",
+        "set `local_port = 0` in the site file (any free one), or stop that program",
     ),
     "wrong-secret": Cause(
         "process",

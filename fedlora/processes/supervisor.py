@@ -132,6 +132,19 @@ class Supervisor:
                 self._end(running)
                 running.restart_at = float("-inf")
 
+    def rest(self, name: str) -> None:
+        """Stops a process in order; it stays away until :meth:`wake`."""
+        for running in self._running:
+            if running.service.name == name:
+                self._end(running)
+                running.restart_at, running.said_end = None, ""
+
+    def wake(self, name: str) -> None:
+        """One that rests is started at the next check."""
+        for running in self._running:
+            if running.service.name == name and running.process is None:
+                running.restart_at = float("-inf")
+
     def hurry(self, name: str) -> None:
         """One that waits for its restart is started at the next check."""
         for running in self._running:

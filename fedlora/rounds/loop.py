@@ -29,6 +29,7 @@ from fedlora.core.plan import Federation, Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
 from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
+from fedlora.rounds.best import keep_best
 from fedlora.rounds.checkpoint import Checkpoint
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Transport, drive
@@ -45,25 +46,31 @@ def run(
     transport: Transport,
     enrolled: Collection[str],
     report: Report,
+    between: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> Checkpoint:
     """Runs the remaining rounds, then one last evaluation; returns the last checkpoint.
 
     Args:
         enrolled: the sites of the federation. The record of a round without one of them says ``partial``.
+        between: called before each round and the last evaluation, with the rounds that are done and those of the plan; it may
+            wait, or raise to end the run there.
 
     Raises:
-        RunFailed (quorum): a round stayed below ``min_sites`` in every attempt, or as many rounds in a row were void. The
-            run can be resumed.
+        RunFailed (quorum): a round stayed below ``min_sites`` in every attempt, or as many rounds in a row were void, not counted
+            those that showed a new liar. The run can be resumed.
     """
     parts = _Parts(plan, protection, transport, enrolled, report)
-    void, rounds = 0, plan.federation.num_rounds
+    void, liars, rounds = 0, set[str](), plan.federation.num_rounds
     checkpoint = store.at_rest(store.resume(report))
     report(Event.START, Start(run=store.run, round=checkpoint.round, rounds=rounds))
     while checkpoint.round < rounds:
-        task = _task("train", checkpoint, plan=plan, run=store.run, aggregator=aggregator)
+        between(checkpoint.round, rounds)
+        task = task_of("train", checkpoint, plan=plan, run=store.run, aggregator=aggregator)
         tally, asked = _ask(task, parts, partial(_start, aggregator, checkpoint))
-        void = 0 if tally.voided is None else void + 1
+        void = 0 if tally.voided is None else void + bool(tally.liars <= liars)  # a new liar is left out from now on
+        liars |= tally.liars
         checkpoint, record = _aggregate(checkpoint, tally, asked, aggregator=aggregator, plan=plan)
+        keep_best(store, before=checkpoint.round)
         store.save(checkpoint)
         checkpoint = store.at_rest(checkpoint)
         report(Event.ROUND if tally.voided is None else Event.ROUND_VOID, Recorded(record=record))
@@ -73,7 +80,8 @@ def run(
             hint = "look at the sites, then resume the run"
             raise RunFailed(f"{void} rounds in a row were void: {tally.voided}", hint=hint, code="quorum")
     if store.final() is None:
-        task = _task("evaluate", checkpoint, plan=plan, run=store.run, aggregator=aggregator)
+        between(checkpoint.round, rounds)
+        task = task_of("evaluate", checkpoint, plan=plan, run=store.run, aggregator=aggregator)
         _, record = _ask(task, parts, lambda cohort: None)
         store.finish(record)
         report(Event.FINAL, Recorded(record=record))
@@ -106,7 +114,10 @@ def _aggregate(
     weight = tally.weight
     after, state, rule = _finish(checkpoint, tally, aggregator=aggregator, plan=plan)
     if not is_finite(after.vector):
-        raise RunFailed("the next adapter is not finite", hint="a smaller server_optimizer.learning_rate, or look at the sites")
+        optimizer = plan.server_optimizer.name
+        whose = f"rule {plan.aggregate.name!r}" + f" and optimizer {optimizer!r}" * (optimizer != "none")
+        hint = "every site's update was finite: look at the rule's finish if it is your own, else a smaller learning rate"
+        raise RunFailed(f"the adapter that {whose} made in round {round} holds NaN or infinity", hint=hint)
     outcome = Outcome(weight=weight, adapter=after.digest(), rule=rule)
     seconds = Seconds(round=record.seconds.round, aggregate=time.monotonic() - began)
     record = record.model_copy(update={"outcome": outcome, "seconds": seconds})
@@ -138,7 +149,7 @@ def _finish(
     return after, state, rule
 
 
-def _task(kind: Kind, checkpoint: Checkpoint, *, plan: Plan, run: str, aggregator: Aggregator) -> Task:
+def task_of(kind: Kind, checkpoint: Checkpoint, *, plan: Plan, run: str, aggregator: Aggregator) -> Task:
     """The task of the next round: the tensors that the rule sends to sites, and those that it wants back."""
     adapter = checkpoint.adapter
     sent = adapter.part(adapter.layout.only(aggregator.down()))
@@ -208,9 +219,10 @@ def _too_few(task: Task, tally: _Tally, record: RoundRecord, federation: Federat
     """The error of a round that stayed below its quorum, with the cause if the sites' answers identify one."""
     answers = {tally.rejected.get(site, "late") for site in record.asked}
     cause = next((c for c in _CAUSES if answers and answers <= c.codes), None)
+    who = ", ".join(f"{site}: {code}" for site, code in record.missing.items())
     text = (
         f"round {task.round}: {len(tally.accepted)} of {federation.min_sites} sites delivered in {federation.round_attempts} "
-        f"attempts{f'; {cause.meaning}' if cause else ''}"
+        f"attempts{f'; {cause.meaning}' if cause else ''}{f' ({who})' if who else ''}"
     )
     return RunFailed(text, hint=cause.hint if cause else _BRING_BACK, code="quorum")
 
@@ -269,16 +281,17 @@ def _left(deadline: float) -> float:
 
 def _await_sites(task: Task, parts: _Parts, deadline: float) -> list[str]:
     """The sites that can be asked now, once there are enough of them and none is missing, or time is up."""
-    need, waiting = parts.plan.federation.min_sites, False
+    need, said = parts.plan.federation.min_sites, None
     while True:
         sites = list(parts.transport.sites())
         missing = parts.protection.missing(task, sites)
         if (len(sites) >= need and not missing) or time.monotonic() >= deadline:
             return sites
-        if not waiting:
+        if said != sites:
             event = Event.WAITING if len(sites) < need else Event.WAITING_FOR
-            parts.report(event, Waiting(sites=sites, need=need, missing=missing))
-            waiting = True
+            away = missing if event == Event.WAITING_FOR else sorted({*parts.enrolled} - {*sites})
+            parts.report(event, Waiting(sites=sites, need=need, missing=away))
+            said = sites
         time.sleep(min(1.0, _left(deadline)))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError
 from fedlora.formats.files import copy_of, set_aside
 from fedlora.formats.keys import load_identity, load_public
+from fedlora.formats.state.audit import note
 from fedlora.formats.state.damage import Finding, alone, damaged_values, problem_text
 from fedlora.formats.state.memory import FileMemory, words
 from fedlora.protect.link import raise_number
@@ -25,7 +26,7 @@ class ServerRepair:
     """A server's directory, and one of its runs.
 
     Args:
-        home: from `fedlora keygen server`.
+        home: from `fedlora server init`.
         name: of the run; empty: only what all runs share.
 
     Raises:
@@ -49,9 +50,10 @@ class ServerRepair:
                 load(path)
             except FedLoRAError as e:
                 found.append(Finding(str(path), str(e), [e.hint]))
-        return found + (self._of_run() if self.name else [])
+        return found + (self.of_run() if self.name else [])
 
-    def _of_run(self) -> list[Finding]:
+    def of_run(self) -> list[Finding]:
+        """The same of the run alone."""
         try:
             store = RunStore.open(self.directory)
         except StoreError as e:
@@ -103,6 +105,7 @@ class ServerRepair:
         with alone(self.home / "flower" / "lock", "the server"):
             store = RunStore.open(self.directory)
             number = raise_number(self.memory, f"{store.run}/down", now=now)
+        note(self.home, "repair", run=self.name, choice="raise-numbers", file="")
         return f"the next message of run {store.run[:12]} has number {number + 1}; resume the run"
 
     def set_aside(self, name: str) -> str:
@@ -126,4 +129,5 @@ class ServerRepair:
             for file in gone:
                 if os.path.lexists(file):
                     set_aside(file)
-        return f"{name} is set aside; resume the run"
+        note(self.home, "repair", run=self.name, choice="set-aside", file=name)
+        return f"set aside: {name}; resume the run"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import ConfigError, KeyFileError, StoreError
+from fedlora.core.errors import ConfigError, FedLoRAError, KeyFileError, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import StateFile
 from fedlora.core.messages import SERVER
@@ -48,11 +48,14 @@ class ServerRun:
     roster: Path
     report: Report
 
-    def run(self, transport: Transport) -> Checkpoint:
+    def run(self, transport: Transport, *, between: Callable[[int, int], None] = lambda done, rounds: None) -> Checkpoint:
         """Runs the remaining rounds.
 
         The run's key is made when the run starts and deleted when it ends: server keys stolen later cannot open updates that were
         recorded during the run.
+
+        Args:
+            between: called before each round; see :func:`fedlora.rounds.loop.run`.
 
         Raises:
             ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
@@ -64,7 +67,7 @@ class ServerRun:
         _check_numbers(store)
         link = ServerLink(
             identity=self.identity,
-            reply_key=_run_key(store.directory, self.report),
+            reply_key=_run_key(store, self.report),
             sites=self.sites,
             roster=pinned(self.identity.public),
             memory=store.memory,
@@ -82,10 +85,9 @@ class ServerRun:
             transport=transport,
             enrolled=self.sites.keys(),
             report=self.report,
+            between=between,
         )
-        for file in _run_key_files(store.directory):
-            file.unlink(missing_ok=True)
-            unfinished(file).unlink(missing_ok=True)
+        _delete_run_key(store.directory)
         return last
 
 
@@ -155,18 +157,46 @@ def _check_numbers(store: RunStore) -> None:
         )
 
 
+_RUN_KEY = "run-key"
+"""Key of the public half of the run's key in the server's memory."""
+
+
+def _public(identity: Identity) -> bytes:
+    return identity.signing.public_key().public_bytes_raw()
+
+
 def _run_key_files(directory: Path) -> tuple[Path, Path]:
     return directory / "run.key", copy_of(directory / "run.key")
 
 
-def _run_key(directory: Path, report: Report) -> Identity:
-    """The run's key. A new one is made only if both of its files are missing or damaged."""
-    found = []
+def _delete_run_key(directory: Path) -> None:
+    for file in _run_key_files(directory):
+        file.unlink(missing_ok=True)
+        unfinished(file).unlink(missing_ok=True)
+
+
+def delete_old_keys(runs: Path) -> None:
+    """Deletes the keys of runs that are done: one that was killed after its last record has left its own.
+
+    Args:
+        runs: ``HOME/runs``.
+    """
+    for directory in sorted(runs.glob("*")):
+        with suppress(FedLoRAError):
+            if RunStore.open(directory).complete:
+                _delete_run_key(directory)
+
+
+def _run_key(store: RunStore, report: Report) -> Identity:
+    """The run's key. A new one is made only if both of its files are missing or damaged, or are another key."""
+    directory, known, found = store.directory, store.memory.get(_RUN_KEY), []
     for file in _run_key_files(directory):
         if file.is_dir():
             set_aside(file)
         with suppress(KeyFileError):
-            found.append((file, load_identity(file)))
+            one = load_identity(file)
+            if one.name == "run" and known in (None, _public(one)):
+                found.append((file, one))
     damaged = [f for f in _run_key_files(directory) if f.exists() and f not in [file for file, _ in found]]
     if not found:
         for file in damaged:
@@ -176,6 +206,7 @@ def _run_key(directory: Path, report: Report) -> Identity:
         Identity.generate("run").save(new)
         os.replace(new, directory / "run.key")
         found.append((directory / "run.key", load_identity(directory / "run.key")))
+    store.memory.put(_RUN_KEY, _public(found[0][1]))
     for file in damaged:
         report(Event.MENDED, StateFile(file=file.name))
     for file in _run_key_files(directory):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.canonical import is_digest
+from fedlora.core.deployment.digests import apart
 from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import RecordsGone, StateFile
@@ -67,7 +68,7 @@ class RunStore:
         self.plan = plan
         self.run = run
         self.memory = FileMemory(directory / "memory", memory_hint(directory))
-        self._keep = keep
+        self.keep = keep
         self._mended = list(mended)
 
     @staticmethod
@@ -108,7 +109,7 @@ class RunStore:
         digest = facts.get("plan") or (kept.digest() if kept is not None else "")
         if plan is not None and digest not in ("", plan.digest()):
             raise StoreError(
-                f"{directory} holds a run of another plan ({digest[:12]}, not {plan.digest()[:12]})",
+                f"{directory} holds a run of another plan ({apart(digest, plan.digest())})",
                 hint="give the new plan another run.name; a plan cannot change under its run",
             )
         if kept is None or kept.digest() != digest:
@@ -140,7 +141,7 @@ class RunStore:
                 file.write(dump_round(record) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-        for old in _numbers(self.directory)[: -self._keep]:
+        for old in _numbers(self.directory)[: -self.keep]:
             for path in (self._path(old), copy_of(self._path(old))):
                 with suppress(OSError):
                     path.unlink()
@@ -151,7 +152,6 @@ class RunStore:
         Raises:
             StoreError: from a use of a vector, if the file is gone or damaged by then.
         """
-
         return at_rest(checkpoint, partial(self._read_vector, checkpoint.round))
 
     def _read_vector(self, number: int, name: str, layout: Layout, digest: str) -> Adapter:

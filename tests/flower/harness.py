@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import queue
-import secrets
 import signal
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from typing import Any
 import fedlora
 from fedlora.core.plan import Plan
 from fedlora.core.toml import dump_toml
-from fedlora.formats.files import write_atomic
-from fedlora.gateway.certificates import make_node_key, make_tls
+from fedlora.flower.enrol import make_server_home
+from fedlora.gateway.certificates import make_node_key
 from fedlora.gateway.exposure import free_port
 from fedlora.processes.parent import die_with_parent
 from fedlora.site.site_file import SiteFile
@@ -112,18 +111,15 @@ def write_site(root: Path, name: str, *, home: Path, listen: str) -> tuple[Path,
 
 def stop_run(home: Path, run_id: int) -> bool:
     """Stops a run through Flower's own API, as anybody on the server's host can."""
-    from fedlora.flower.server import _control
+    from fedlora.flower.control import opened as control_of
 
-    with _control(home) as control:
+    with control_of(home) as control:
         return control.stop_run(run_id)
 
 
 def make_home(home: Path) -> None:
-    """What `fedlora keygen server` makes, without our identity."""
-    make_tls(home / "tls", ["localhost"])
-    write_atomic(home / "superexec.secret", secrets.token_hex(32).encode())
-    for part in ("sites", "runs", "flower"):
-        (home / part).mkdir()
+    """What `fedlora server init` makes."""
+    make_server_home(home, hosts=["localhost"])
 
 
 def environment(audit: Path) -> dict[str, str]:

@@ -7,6 +7,8 @@ import inspect
 import json
 import os
 import re
+import time
+from functools import partial
 
 import httpx
 import pytest
@@ -22,7 +24,7 @@ from flwr.common.constant import (
     ErrorCode,
     SubStatus,
 )
-from flwr.proto import control_pb2, message_pb2, runtime_pb2
+from flwr.proto import control_pb2, fleet_pb2, message_pb2, node_pb2, runtime_pb2
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -45,15 +47,18 @@ from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import node_auth_http_interceptor as auth
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from google.protobuf.descriptor import FieldDescriptor
 
-from fedlora.core.errors import Oversized, WireError
+from fedlora.core.errors import ConnectionFailed, Oversized, WireError
+from fedlora.flower._internals import runtime
 from fedlora.flower._internals.parts import CHUNK_BYTES, check_stated, tree_of, unfold_array
 from fedlora.flower._internals.runtime import BROKEN, TOO_LARGE
 from fedlora.flower._internals.supernode import signing
 from fedlora.flower.records import STYPE, blob_of
-from fedlora.gateway import clock, doors
+from fedlora.gateway import clock, doors, replies
 from fedlora.gateway.app import FLEET_CALLS, NOT_ENROLLED
 from fedlora.gateway.calls import AHEAD_S, BEHIND_S, CALL, KEY, TIME
+from fedlora.gateway.exposure import free_port
 
 pytestmark = pytest.mark.slow  # to import flwr, that is
 
@@ -66,7 +71,7 @@ pytestmark = pytest.mark.slow  # to import flwr, that is
         (RuntimeTokenHttpInterceptor, "token"),
         (RuntimeVersionHttpInterceptor, "component_name"),
         (SuperExecAuthHttpInterceptor, "master_secret protected_methods"),
-        (RetryInvoker, "wait_gen_factory recoverable_exceptions max_tries max_time should_giveup"),
+        (RetryInvoker, "wait_gen_factory recoverable_exceptions max_tries max_time on_backoff should_giveup"),
         (exponential, "base_delay max_delay"),
         (make_pull_object_fn_protobuf, "pull_object_protobuf node run_id"),
         (make_push_object_fn_protobuf, "push_object_protobuf node run_id session_id"),
@@ -130,6 +135,24 @@ def test_a_protobuf_message_still_has_our_fields(message, fields):
     assert set(fields.split()) <= set(message.DESCRIPTOR.fields_by_name)
 
 
+@pytest.mark.parametrize(
+    ("ours", "flowers"),
+    [
+        (replies.REQUEST, fleet_pb2.PushMessagesRequest),
+        (replies.PULLED, fleet_pb2.PullMessagesResponse),
+        (replies.NODE, node_pb2.Node),
+        (replies.MESSAGE, message_pb2.Message),
+        (replies.METADATA, message_pb2.Metadata),
+        (replies.TREE, message_pb2.ObjectTree),
+    ],
+)
+def test_the_gateway_reads_announcements_and_pulls_by_flowers_fields(ours, flowers):
+    kinds = {FieldDescriptor.TYPE_UINT64: (0,), FieldDescriptor.TYPE_DOUBLE: (1,)}
+    found = {f.number: (f.name, kinds.get(f.type, (2,))) for f in flowers.DESCRIPTOR.fields}
+    packed = {n: (f.name, (1, 2)) for n, f in ours.items() if f.kinds == (1, 2)}  # Flower takes numbers in either form
+    assert {n: tuple(f) for n, f in ours.items()} == found | packed
+
+
 def test_the_task_that_is_claimed_is_authenticated_under_this_name():
     assert "/flwr.proto.Runtime/AcquireTask" in inspect.getsource(RuntimeHttpClient.AcquireTask)
 
@@ -189,6 +212,17 @@ def test_no_array_has_more_chunks_than_its_bytes_make(body, times):
         unfold_array(head, pull)
 
 
+@pytest.mark.parametrize("stated", [1, 99])
+def test_an_array_whose_chunk_has_more_bytes_than_it_states_is_refused_as_such(stated):
+    parts = unfolding(bytes(100), times=1)
+    (head,) = (p for p in parts.values() if p.startswith(b"Array "))
+    about, _, table = head.partition(b"\0")
+    table = json.dumps({**json.loads(table), "shape": [stated]}).encode()
+    head = b" ".join([*about.split(b" ")[:-1], str(len(table)).encode()]) + b"\0" + table
+    with pytest.raises(Oversized, match="unfolds to more"):
+        unfold_array(head, lambda ids: {i: parts[i] for i in ids})
+
+
 def test_a_long_message_is_the_same_after_it_was_cut_and_unfolded_a_few_chunks_at_a_time():
     body = os.urandom(9 * CHUNK_BYTES + 17)
     objects = {}
@@ -223,7 +257,7 @@ def test_a_call_is_signed_where_flower_signs_its_time_stamp():
     key, public = generate_key_pairs()
     request = httpx.Request("POST", "https://h:1/v1/fleet/get-run", content=b"body")
     seen = []
-    signing(connection.NodeAuthHttpInterceptor)(key, public).intercept(
+    signing(connection.NodeAuthHttpInterceptor, authority="a" * 64)(key, public).intercept(
         ProtobufRequestContext("/flwr.proto.Fleet/GetRun", message_pb2.PullObjectRequest(), request),
         lambda c: seen.append(c.request),
     )
@@ -280,3 +314,43 @@ def test_flower_answers_412_to_a_key_that_it_does_not_know_and_to_one_in_use_and
     assert source.count("raise ValueError") == 2
     assert "ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED" in source
     assert "HTTP_401_UNAUTHORIZED" in inspect.getsource(node_auth.authenticate_node)
+
+
+@pytest.mark.parametrize(("failures", "works"), [(3, True), (10_000, False)])
+def test_a_relay_that_fails_is_asked_again_for_a_while(monkeypatch, failures, works):
+    """Not for as long as one that is away: a full disk stays full, and its operator should hear of it."""
+    monkeypatch.setattr(runtime, "_FAULT_S", 1.0)
+    answers = iter([500] * failures + [200])
+
+    def call(request):
+        status = next(answers)
+        response = httpx.Response(status, request=httpx.Request("POST", "https://h/v1/runtime/push-messages"))
+        response.raise_for_status()
+        return status
+
+    invoker, began = runtime._patient(30.0), time.monotonic()
+    if works:
+        assert invoker.invoke(call, None) == 200
+    else:
+        with pytest.raises(ConnectionFailed, match="answered 500"):
+            runtime._call(lambda request: invoker.invoke(call, request), None)
+    assert time.monotonic() - began < 20
+
+
+def test_a_client_counts_the_calls_that_found_no_relay():
+    """And not those that it answered with an error: what it gives out once, it still has."""
+    client = runtime.TaskClient(f"127.0.0.1:{free_port()}", token="t", ca=None, patience_s=1.0)
+    for calls in (1, 2):
+        with pytest.raises(ConnectionFailed):
+            client.get_node_ids()
+        assert client.outages == calls
+    client.close()
+
+    def call(request):
+        response = httpx.Response(503, request=httpx.Request("POST", "https://h/v1/runtime/push-messages"))
+        response.raise_for_status()
+
+    noted: list[int] = []
+    with pytest.raises(ConnectionFailed, match="answered 503"):
+        runtime._call(partial(runtime._patient(0.5, lambda: noted.append(1)).invoke, call), None)
+    assert not noted

@@ -29,8 +29,9 @@ from flower.toy_parts import blob
 from fedlora.core.plan import Plan
 from fedlora.core.toml import dump_toml
 from fedlora.flower import launch
-from fedlora.flower.server import Refusals, start
-from fedlora.flower.supernode import CallSigner
+from fedlora.flower.coordinator.follow import start
+from fedlora.flower.server import Refusals
+from fedlora.flower.supernode import CallSigner, said_goodbye, say_goodbye
 from fedlora.gateway import doors
 from fedlora.gateway.certificates import make_node_key, node_key_pem, node_key_public
 from fedlora.gateway.clock import TIME_HEADER, Clock
@@ -40,9 +41,9 @@ from fedlora.gateway.doors import (
     STAMP_HEADER,
     WHY_HEADER,
     NodeWatch,
-    Refusal,
+    Notice,
     key_name,
-    parse_refusal,
+    parse_notice,
 )
 from fedlora.gateway.exposure import free_port
 from fedlora.site.site_file import load_site_file
@@ -406,7 +407,7 @@ def test_a_refused_stamp_is_told_by_how_much_and_reported_only_if_it_is_signed(t
     gate, node = Gate(), Node(tmp_path)
     assert gate.why("activate-node", node.headers(gate.now + 10), 401) == "clock +10.0"
     assert gate.said == [f"door {key_name(node.pem)} clock +10.0 10.0.0.5"]
-    assert parse_refusal(gate.said[0]) == Refusal(key_name(node.pem), "clock", 10.0, "10.0.0.5")
+    assert parse_notice(gate.said[0]) == Notice(key_name(node.pem), "clock", 10.0, "10.0.0.5")
     assert gate.why("activate-node", node.headers(gate.now - 400, forged=True), 401) == "clock -400.0"
     assert len(gate.said) == 1
     assert gate.why("pull-messages", node.headers(gate.now), 401) == ""  # a stranger's key: nothing is told of it
@@ -434,6 +435,36 @@ def test_a_withdrawn_key_is_said_to_its_own_process_and_a_stranger_cannot_make_i
     assert gate.why("activate-node", node.headers(gate.now), 412) == "unknown"
 
 
+def test_a_node_says_why_it_signs_off_and_is_seen_to_send_its_answer(tmp_path):
+    gate, node = Gate(), Node(tmp_path)
+
+    def said() -> list[str]:
+        words = [parse_notice(line).why for line in gate.said]
+        gate.said.clear()
+        return words
+
+    for word, heard in ((b"paused", "paused"), (b"left", "left"), (b"for good", "stopped"), (b"", "stopped")):
+        gate.why("activate-node", node.headers(gate.now), 200)
+        gate.why("deactivate-node", [*node.headers(gate.now), (b"x-fedlora-goodbye", word)], 200)
+        assert said() == [heard]
+    gate.why("deactivate-node", [*node.headers(gate.now), (b"x-fedlora-goodbye", b"left")], 200)  # it was not there
+    gate.why("deactivate-node", [*node.headers(gate.now), (b"x-fedlora-goodbye", b"left")], 401)  # not its key
+    assert said() == []
+    gate.why("activate-node", node.headers(gate.now), 200)
+    for seconds in (0, 1, 3, 2):
+        gate.now += seconds
+        gate.why("push-object", node.headers(gate.now), 200)
+    assert said() == ["sending", "sending"]  # not a line for each part
+
+
+@pytest.mark.parametrize(("left", "said"), [("paused", "paused"), ("left", "left"), ("", "stopped"), ("on holiday", "stopped")])
+def test_a_supernode_says_no_other_word_than_those_of_the_set(tmp_path, left, said):
+    say_goodbye(tmp_path / "going", left)
+    assert said_goodbye(tmp_path / "going") == said
+    assert said_goodbye(tmp_path / "none") == "stopped"
+    say_goodbye(tmp_path / "going" / "x", left)  # a directory in which nothing can be written keeps no site here
+
+
 @pytest.mark.fault("E17", "two processes take turns with one key, after a cut of the line", says="both are told, and the server")
 def test_two_processes_that_take_turns_with_one_key_are_noticed(tmp_path):
     gate, node, a, b = Gate(), Node(tmp_path), b"a" * 16, b"b" * 16
@@ -444,7 +475,7 @@ def test_two_processes_that_take_turns_with_one_key_are_noticed(tmp_path):
 
     assert [calls(p) for p in (a, a, b, b)] == ["", "", "", ""]  # one that was restarted
     assert [calls(p) for p in (a, b, a)] == ["in-use"] * 3
-    assert [parse_refusal(line).why for line in gate.said] == ["in-use"]
+    assert [parse_notice(line).why for line in gate.said] == ["in-use"]
     gate.now += 66
     assert calls(a) == ""
 
@@ -466,7 +497,7 @@ def test_a_flood_of_refusals_is_a_few_lines_and_few_signatures_are_checked(tmp_p
     "line", ["door x clock +1.0 -", "WARNING door " + "a" * 64 + " clock +1.0 -", "door " + "a" * 64 + " clock +1.0 -\n"]
 )
 def test_other_lines_of_the_gateway_are_not_taken_for_refusals(line):
-    assert parse_refusal(line) is None
+    assert parse_notice(line) is None
 
 
 def test_the_server_says_a_wrong_clock_only_of_a_site_that_stays_away_and_each_thing_once():
@@ -474,14 +505,14 @@ def test_the_server_says_a_wrong_clock_only_of_a_site_that_stays_away_and_each_t
     refusals = Refusals(lambda e, f: said.append((f["site"], f["cause"])))
     names = {"a" * 64: "alpha", "b" * 64: "beta"}
     for key in ("a" * 64, "b" * 64, "c" * 64):
-        refusals.add(Refusal(key, "clock", 10.0, "-"), names, 0.0)
+        refusals.add(Notice(key, "clock", 10.0, "-"), names, 0.0)
     refusals.say({"alpha"}, 1.0)  # it has corrected its stamps
     refusals.say(set(), 6.0)
     assert said == [("beta", "clock")]
-    refusals.add(Refusal("b" * 64, "clock", 10.0, "-"), names, 20.0)
+    refusals.add(Notice("b" * 64, "clock", 10.0, "-"), names, 20.0)
     refusals.say(set(), 30.0)
     assert said == [("beta", "clock")]
-    refusals.add(Refusal("b" * 64, "in-use", 0.0, "10.0.0.5"), names, 40.0)
+    refusals.add(Notice("b" * 64, "in-use", 0.0, "10.0.0.5"), names, 40.0)
     refusals.say({"beta"}, 40.0)
     assert said[1:] == [("beta", "in-use")]
 

@@ -25,10 +25,11 @@ from fedlora.flower import launch
 from fedlora.flower._internals import Claimer, Control, TaskClient
 from fedlora.flower.bundle import bundle_bytes
 from fedlora.flower.control import nodes_by_site, register_sites
+from fedlora.flower.coordinator.follow import start
 from fedlora.flower.environment import flower_environment
 from fedlora.flower.jobs import load_address
-from fedlora.flower.records import STYPE, dump_request, parse_reply
-from fedlora.flower.server import start, up
+from fedlora.flower.records import SMALL_BYTES, STYPE, dump_request, parse_reply
+from fedlora.flower.server import up
 from fedlora.flower.transport import FlowerTransport
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.allowance import Allowance
@@ -42,7 +43,7 @@ OTHER_BUNDLE = bundle_bytes().replace(b"no code and no data", b"CODE AND DATA IN
 
 
 def odd(stype: str, **names: str) -> RecordDict:
-    array = Array(dtype="uint8", shape=(1,), stype=stype, data=b"x")
+    array = Array(dtype="uint8", shape=(SMALL_BYTES + 1,), stype=stype, data=bytes(SMALL_BYTES + 1))
     return RecordDict({"fedlora": ConfigRecord(names), "body": ArrayRecord({"blob": array})})
 
 
@@ -79,7 +80,7 @@ def control_of(federation: Federation) -> Iterator[Control]:
 
 @contextlib.contextmanager
 def own_run(federation: Federation, *, bundle: bytes) -> Iterator[TaskClient]:
-    """A run whose server app is this test: the executor is frozen while it is claimed."""
+    """A run whose server app is this test. The executor is frozen: it would claim the run, and empty what it does not know of."""
     port = load_address(federation.home).superlink_port
     ca, secret = federation.home / "tls" / "ca.crt", (federation.home / "superexec.secret").read_bytes()
     executor = pid_of(federation.server.process.pid, "toy_executor")
@@ -90,15 +91,15 @@ def own_run(federation: Federation, *, bundle: bytes) -> Iterator[TaskClient]:
         claimer = Claimer("flwr-serverapp", address=f"127.0.0.1:{port}", secret=secret, ca=ca)
         token = claimer.claim()
         claimer.close()
+        client = TaskClient(f"127.0.0.1:{port}", token=token, ca=ca, patience_s=30)
+        client.start()
+        try:
+            yield client
+        finally:
+            client.finish("")
+            client.close()
     finally:
         os.kill(executor, signal.SIGCONT)
-    client = TaskClient(f"127.0.0.1:{port}", token=token, ca=ca, patience_s=30)
-    client.start()
-    try:
-        yield client
-    finally:
-        client.finish("")
-        client.close()
 
 
 def transport_of(federation: Federation, client: TaskClient) -> FlowerTransport:
@@ -321,7 +322,7 @@ def test_the_runner_outlives_its_supernode(federation):
 
 def test_an_exchange_outlives_the_death_of_the_relay(federation):
     with own_run(federation, bundle=bundle_bytes()) as client:
-        replies = transport_of(federation, client).exchange([Request("alpha", "train", b"x", BLOB_BYTES)], deadline_s=40)
+        replies = transport_of(federation, client).exchange([Request("alpha", "train", b"x", BLOB_BYTES)], deadline_s=120)
         os.kill(pid_of(federation.server.process.pid, "flower-superlink"), signal.SIGKILL)
         (reply,) = replies
     assert reply == Reply("alpha", blob(f"alpha {hashlib.sha256(b'x').hexdigest()}"))

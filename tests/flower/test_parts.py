@@ -19,6 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import make_message
 from flwr.common.config import get_fab_config
+from flwr.supercore.inflatable import inflatable_object
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 from hypothesis import given
@@ -43,7 +44,7 @@ from fedlora.flower._internals import TOO_LARGE
 from fedlora.flower.bundle import BUNDLE_SHA256, bundle_bytes
 from fedlora.flower.environment import flower_environment
 from fedlora.flower.jobs import Events, Job, Outcome, load_address, load_job, load_outcome, new_job, pass_on, save_outcome
-from fedlora.flower.records import STYPE, dump_reply, dump_request, parse_reply, parse_request
+from fedlora.flower.records import SMALL_BYTES, STYPE, dump_reply, dump_request, parse_reply, parse_request
 from fedlora.flower.runner import Runner
 from fedlora.flower.supernode import PollInterval
 from fedlora.gateway.addresses import split_address
@@ -293,12 +294,12 @@ def test_events_are_passed_on_once_and_only_when_whole(tmp_path):
     (tmp_path / "flower" / "jobs").mkdir(parents=True)
     seen, events = [], Events(tmp_path, "0" * 32)
     assert pass_on(tmp_path, "0" * 32, lambda e, f: seen.append(e), offset=0) == 0
-    events(Event.ARM, Arm(name="base"))
+    events(Event.ARM, Arm(name="base", seed=0))
     offset = pass_on(tmp_path, "0" * 32, lambda e, f: seen.append((e, f)), offset=0)
     with (tmp_path / "flower" / "jobs" / f"{'0' * 32}.events.json").open("a") as file:
         file.write('{"event": "half')
     assert pass_on(tmp_path, "0" * 32, lambda e, f: seen.append((e, f)), offset=offset) == offset
-    assert seen == [("arm", {"name": "base"})]
+    assert seen == [("arm", {"name": "base", "seed": 0})]
 
 
 def test_a_home_without_a_server_says_so(tmp_path):
@@ -309,12 +310,13 @@ def test_a_home_without_a_server_says_so(tmp_path):
 # --- records -------------------------------------------------------------------------------------------------------
 
 
-@given(st.binary(max_size=300), st.sampled_from(["train", "evaluate", "mask-2"]))
-def test_a_request_comes_back_as_it_was(body, phase):
-    request = Request("st-marys", phase, body)
-    assert parse_request(dump_request(request), max_bytes=300) == request
+@given(st.binary(max_size=300), st.sampled_from(["train", "evaluate", "mask-2"]), st.sampled_from([0, SMALL_BYTES]))
+def test_a_request_comes_back_as_it_was(body, phase, more):
+    request = Request("st-marys", phase, body + bytes(more))
+    assert parse_request(dump_request(request), max_bytes=300 + more) == request
 
 
+@pytest.mark.usefixtures("in_a_task")
 def test_a_request_that_is_too_long_names_the_setting_in_the_sites_log(tmp_path, caplog):
     runner = Runner(1, site="a", secret_file=tmp_path / "s", handle=lambda r: Reply("a"), max_bytes=100)
     message = make_message(metadata=Message(RecordDict(), 1, "train.fedlora").metadata, error=Error(TOO_LARGE))
@@ -322,6 +324,7 @@ def test_a_request_that_is_too_long_names_the_setting_in_the_sites_log(tmp_path,
     assert "policy.max_request_bytes in site.toml" in caplog.text
 
 
+@pytest.mark.usefixtures("in_a_task")
 def test_the_bytes_of_a_request_leave_its_message_and_then_the_request(tmp_path):
     def handle(request):
         seen.append((dict(message.content), take(request), request.body))
@@ -347,8 +350,7 @@ def test_of_an_error_only_a_code_travels(text):
     assert parse_reply(dump_reply(Reply("st-marys", b"x", "plan-refused")), max_bytes=9) == Reply(
         "st-marys", error="plan-refused"
     )
-    hostile = record(names={"site": "a", "error": text})
-    assert parse_reply(hostile, max_bytes=9) == Reply("a", error="error")
+    assert parse_reply(small(error=text), max_bytes=9) == Reply("a", error="error")
 
 
 def test_twelve_megabytes_are_three_chunks():
@@ -356,12 +358,35 @@ def test_twelve_megabytes_are_three_chunks():
     assert len(array.slice_array()) == 3
 
 
+@pytest.mark.parametrize(("size", "parts"), [(0, 2), (SMALL_BYTES, 2), (SMALL_BYTES + 1, 5)])
+def test_a_small_message_has_few_parts(size, parts):
+    content = dump_reply(Reply("a", bytes(size)))
+    assert len(inflatable_object.get_all_nested_objects(content)) == parts
+    assert parse_reply(content, max_bytes=size) == Reply("a", bytes(size))
+    if size:
+        with pytest.raises(Oversized):
+            parse_reply(content, max_bytes=size - 1)
+
+
+LONG = SMALL_BYTES + 1
+
+
 def record(
-    *, stype: str = STYPE, dtype: str = "uint8", shape: tuple[int, ...] = (1,), names: object = None, **more: object
+    size: int = LONG,
+    *,
+    stype: str = STYPE,
+    dtype: str = "uint8",
+    shape: tuple[int, ...] = (),
+    names: object = None,
+    **more: object,
 ) -> RecordDict:
-    blob = Array(dtype=dtype, shape=shape, stype=stype, data=b"x")
+    blob = Array(dtype=dtype, shape=shape or (size,), stype=stype, data=bytes(size))
     config = ConfigRecord({"site": "a", "error": ""} if names is None else names)
     return RecordDict({"fedlora": config, "body": ArrayRecord({"blob": blob}), **more})
+
+
+def small(**names: object) -> RecordDict:
+    return RecordDict({"fedlora": ConfigRecord({"site": "a", "error": "", "body": b"x"} | names)})
 
 
 @pytest.mark.parametrize(
@@ -371,34 +396,47 @@ def record(
         record(stype="numpy.ndarray"),
         record(dtype="float32"),
         record(shape=(2,)),
-        record(shape=(1, 1)),
+        record(shape=(1, LONG)),
+        record(SMALL_BYTES),
         record(names={"site": "a"}),
         record(names={"site": "a", "error": 1}),
         record(names={"site": "a", "error": "", "more": ""}),
+        record(names={"site": "a", "error": "", "body": b"x"}),
         record(more=ConfigRecord({})),
+        small(body="x"),
+        small(body=[1]),
+        small(body=bytes(LONG)),
+        small(more=""),
+        small(error=1),
+        RecordDict({"fedlora": ConfigRecord({"site": "a", "error": ""})}),
+        RecordDict({"fedlora": ConfigRecord({"site": "a", "error": "", "body": b"x"}), "more": ConfigRecord({})}),
         RecordDict({"fedlora": ConfigRecord({"site": "a", "error": ""}), "body": ArrayRecord({})}),
+        RecordDict({"fedlora": ConfigRecord({"site": "a", "error": ""}), "body": ConfigRecord({"body": b"x"})}),
         RecordDict({"fedlora": ArrayRecord({}), "body": ConfigRecord({})}),
     ],
 )
 def test_records_of_another_form_are_no_reply(content):
-    assert parse_reply(record(), max_bytes=1) == Reply("a", b"x")
+    assert parse_reply(record(), max_bytes=LONG) == Reply("a", bytes(LONG))
+    assert parse_reply(small(), max_bytes=1) == Reply("a", b"x")
     with pytest.raises(WireError):
-        parse_reply(content, max_bytes=10)
+        parse_reply(content, max_bytes=2 * LONG)
 
 
 def test_too_many_bytes_are_refused():
     with pytest.raises(Oversized):
-        parse_reply(record(), max_bytes=0)
+        parse_reply(record(), max_bytes=LONG - 1)
+    with pytest.raises(Oversized):
+        parse_reply(small(), max_bytes=0)
 
 
-def test_a_supernode_asks_often_for_a_minute_after_a_message_and_rarely_otherwise():
-    now, slept = [0.0], []
+@pytest.mark.parametrize(
+    ("since_s", "asked_s", "waits_s"), [(0.0, 3.0, 0.25), (5.0, 3.0, 0.25), (20.0, 3.0, 1.0), (20.0, 0.5, 0.5), (61.0, 3.0, 3.0)]
+)
+def test_a_supernode_waits_a_twentieth_of_the_time_since_the_last_message(since_s, asked_s, waits_s):
+    now, slept = [100.0], []
     poll = PollInterval(clock=lambda: now[0], sleep=slept.append)
     poll.sleep(3)
     poll.note()
-    poll.sleep(3)
-    now[0] = 59.0
-    poll.sleep(0.5)
-    now[0] = 61.0
-    poll.sleep(3)
-    assert slept == [3, 0.25, 0.25, 3]
+    now[0] += since_s
+    poll.sleep(asked_s)
+    assert slept == [3, waits_s]

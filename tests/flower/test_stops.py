@@ -27,8 +27,9 @@ from flower.harness import (
 from fedlora.core.errors import ConnectionFailed, FedLoRAError
 from fedlora.core.events import Event
 from fedlora.core.facts import Arm, Other
+from fedlora.flower.coordinator.follow import start
 from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome
-from fedlora.flower.server import start, up
+from fedlora.flower.server import up
 from fedlora.gateway.exposure import free_port
 
 pytestmark = pytest.mark.slow  # to import flwr, that is
@@ -133,7 +134,7 @@ def test_a_server_that_died_leaves_its_follower_with_the_resume_command(tmp_path
 @pytest.mark.fault(
     "E7",
     "`server start` is killed, or a second one is called, while a run goes on",
-    says="another run goes on (its name); this one waits for its end",
+    says="another run goes on (its name); this one is number 2 in the queue; a second start of the same run follows it",
 )
 def test_a_second_start_says_at_once_that_another_run_goes_on(tmp_path):
     with serving(tmp_path) as federation:
@@ -143,7 +144,7 @@ def test_a_second_start_says_at_once_that_another_run_goes_on(tmp_path):
         until(lambda: second.said("another-run"))
         assert first.thread.is_alive()
         assert second.thread.is_alive()
-        assert dict(second.events)["another-run"] == {"name": "wait"}
+        assert dict(second.events)["another-run"] == {"name": "wait", "place": 2}
         (run,) = {int(f["name"].split()[1]) for e, f in first.events if e == "process"}
         assert stop_run(federation.home, run)
         assert first.ended().code == "stopped"
@@ -195,13 +196,13 @@ def test_the_outcome_of_a_job_is_said_on_a_disk_that_is_full(tmp_path, small_dis
     name = new_job(home, Job("/srv/plan.toml", False))
     assert load_outcome(home, name) is None
     events = Events(home, name)
-    events(Event.ARM, Arm(name="base"))
+    events(Event.ARM, Arm(name="base", seed=0))
     fill(small_disk, leave=0)
     for number in range(200):
         events(Event.OTHER, Other(name=str(number), facts="x" * 200))  # dropped, and the run goes on
     save_outcome(home, name, Outcome("resources", "no space left " + "x" * 5000, "free some"))
     (small_disk / "filler").unlink()
-    events(Event.ARM_DONE, Arm(name="base"))
+    events(Event.ARM_DONE, Arm(name="base", seed=0))
     seen = []
     pass_on(home, name, lambda e, f: seen.append(e), offset=0)
     assert (seen[0], seen[-1]) == ("arm", "arm-done")

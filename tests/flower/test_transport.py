@@ -9,18 +9,19 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import make_message
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.core.errors import ConnectionFailed
+from fedlora.core.events import Event
+from fedlora.core.facts import Ask, Session, Waiting
 from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import BROKEN, TOO_LARGE
+from fedlora.flower.coordinator.absences import Absences
 from fedlora.flower.records import dump_reply, parse_request
 from fedlora.flower.transport import FlowerTransport
 
-pytestmark = pytest.mark.slow  # to import flwr, that is
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_a_task")]  # slow: to import flwr
 
 NODES = {"alpha": 11, "beta": 22}
-TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Channel:
     slept: list[float] = field(default_factory=list)
     sent: dict[str, Message] = field(default_factory=dict)
     online: tuple[int, ...] = (33, 22, 11)
+    outages: int = 0
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
@@ -58,8 +60,8 @@ class Channel:
         return [make_message(metadata=message.metadata, content=content)]
 
 
-def over(channel: Channel) -> FlowerTransport:
-    return FlowerTransport(channel, NODES, allowance=None, clock=lambda: channel.now, sleep=channel.sleep)
+def over(channel: Channel, **more) -> FlowerTransport:
+    return FlowerTransport(channel, NODES, allowance=None, clock=lambda: channel.now, sleep=channel.sleep, **more)
 
 
 BOTH = [Request("alpha", "train", b"a", 8), Request("beta", "mask", b"b", 8)]
@@ -158,6 +160,55 @@ def test_a_site_whose_node_comes_back_gets_the_same_request_again(says):
     assert channel.now < 145
 
 
+class Restarted(Channel):
+    """The relay dies at 103, with alpha's request or its reply on the way: what it hands out once is gone."""
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        self.outages = int(self.now >= 103.0)
+
+    def pull_messages(self, message_ids: Iterable[str], *, max_bytes: int) -> Iterable[Message]:
+        (message_id,) = message_ids
+        return [] if message_id == "m0" and self.lost else super().pull_messages([message_id], max_bytes=max_bytes)
+
+    lost = True
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_who_has_not_answered_when_the_relay_dies_is_asked_again_and_counts_once(lost):
+    channel = Restarted(lambda r: dump_reply(Reply(r.site, r.body)), after_s={11: 9.0, 22: 1.0})
+    channel.lost = lost
+    assert list(over(channel).exchange(BOTH, deadline_s=60)) == [Reply("beta", b"b"), Reply("alpha", b"a")]
+    again = channel.sent["m2"]
+    assert parse_request(again.content, max_bytes=9) == parse_request(channel.sent["m0"].content, max_bytes=9)
+    assert len(channel.sent) == 3
+    assert channel.now < 112
+
+
+def test_a_relay_that_dies_while_requests_go_out_is_noticed():
+    class Dies(Restarted):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            ids = super().push_messages(messages)
+            self.outages += 1
+            return ids
+
+        sleep = Channel.sleep
+
+    channel = Dies(lambda r: dump_reply(Reply(r.site, r.body)))
+    assert set(over(channel).exchange(BOTH, deadline_s=60)) == {Reply("beta", b"b"), Reply("alpha", b"a")}
+
+
+def test_a_relay_that_dies_all_the_time_has_each_site_asked_three_times():
+    class Dies(Channel):
+        def get_node_ids(self) -> Iterable[int]:
+            self.outages += 1
+            return super().get_node_ids()
+
+    channel = Dies(lambda r: dump_reply(Reply(r.site)), after_s={})
+    assert list(over(channel).exchange(BOTH, deadline_s=60)) == []
+    assert len(channel.sent) == 6
+
+
 def test_a_site_that_answers_and_leaves_at_once_has_answered():
     class Leaves(Channel):
         def get_node_ids(self) -> Iterable[int]:
@@ -176,6 +227,48 @@ def test_a_site_whose_node_stays_away_is_waited_for_ten_minutes_at_most(deadline
     assert replies == [Reply("beta", b"b"), Reply("alpha", error="node-unavailable")]
     assert channel.now == pytest.approx(until, abs=2 * 2.1)
     assert len(channel.sent) == 2
+
+
+def test_who_goes_away_is_named_at_once_with_the_wait_and_who_has_left_is_not_waited_for():
+    channel, told = Channel(lambda r: dump_reply(Reply(r.site, r.body)), after_s={22: 2.0}, online=(22,)), []
+
+    def away(site, waits_s):
+        told.append((channel.now - 100, site, waits_s))
+
+    transport = over(channel, away=away, left=lambda site: channel.now > 140)  # it says good-bye 40 seconds later
+    assert list(transport.exchange(BOTH, deadline_s=300)) == [Reply("beta", b"b"), Reply("alpha", error="node-unavailable")]
+    assert [(site, waits_s) for _, site, waits_s in told] == [("alpha", 300), ("alpha", 0)]
+    assert told[0][0] < 1
+    assert 40 < told[1][0] < 43
+    assert channel.now - 100 < 46  # and not the 300 s of the deadline
+
+
+def test_what_a_site_that_goes_away_means_for_a_session_is_said(tmp_path):
+    """And whether a run waits in vain, which nobody else knows."""
+    (tmp_path / "sites").mkdir()
+    for name in "ab":
+        (tmp_path / "sites" / f"{name}.pub").touch()  # c was revoked
+    told = []
+    absences = Absences(tmp_path, lambda event, facts: told.append((event, dict(facts))))
+
+    def said(act):
+        told.clear()
+        act()
+        return [facts["said"] for event, facts in told if event == Event.AWAY]
+
+    absences(Event.ASK, Ask(round=2, attempt=0, kind="train", sites=["a", "b", "c"]))
+    (one,) = said(lambda: absences.away("a", 300.0))
+    assert "up to 300 s" in one
+    assert "session" not in one  # none is open yet
+    absences(Event.SESSION, Session(round=2, sites=["a", "b", "c"], threshold=2))
+    assert "2 are here: this session can end without it" in said(lambda: absences.away("c", 0.0))[0]
+    assert "1 are here: this session CANNOT end without it" in said(lambda: absences.away("a", 20.0))[0]
+    assert [absences.left(site) for site in "abc"] == [False, False, True]
+    waits = Waiting(sites=["a", "b"], need=3, missing=["c"])
+    assert "c: left for good" in said(lambda: absences(Event.WAITING, waits))[0]
+    assert said(lambda: absences(Event.WAITING, {**waits, "need": 2})) == []
+    assert said(lambda: absences(Event.WAITING_FOR, {**waits, "need": 2}))  # a sum needs its whole group
+    assert told[0][0] == Event.WAITING_FOR
 
 
 def test_a_node_that_seems_online_and_never_is_is_sent_to_three_times():

@@ -7,7 +7,6 @@
 from fedlora.flower._internals.runtime import (
     BROKEN,
     TOO_LARGE,
-    Channel,
     Claim,
     Claimer,
     Control,
@@ -17,4 +16,4 @@ from fedlora.flower._internals.runtime import (
     WrongSecret,
 )
 
-__all__ = ["BROKEN", "TOO_LARGE", "Channel", "Claim", "Claimer", "Control", "Node", "RunState", "TaskClient", "WrongSecret"]
+__all__ = ["BROKEN", "TOO_LARGE", "Claim", "Claimer", "Control", "Node", "RunState", "TaskClient", "WrongSecret"]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import Oversized, WireError
 from fedlora.formats.values import fill
+from fedlora.gateway.replies import CHUNK_BYTES
 
-CHUNK_BYTES = 5 << 20  # Flower cuts an array into chunks of this size
 _STRAGGLING_PART_S = 10.0
 _BATCH = 2  # parts of a message that are pulled or pushed at a time
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import httpx
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.app.error import Error
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import SubStatus
@@ -24,14 +25,13 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.retry import RetryInvoker, RetryState, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.core.codes import Code
 from fedlora.core.errors import ConnectionFailed, Oversized, WireError
 from fedlora.flower._internals.parts import (
-    CHUNK_BYTES,
     batches,
     check_stated,
     children_of,
@@ -42,15 +42,17 @@ from fedlora.flower._internals.parts import (
     unfold_array,
 )
 from fedlora.gateway.addresses import LOOPBACK
+from fedlora.gateway.replies import most_parts
 
 T = TypeVar("T")
 
 BROKEN, TOO_LARGE = 1000, 1001
 """Our error codes beside Flower's 0 to 8: a message that cannot be decoded, or is too large when decoded."""
 
-_RETRIED = (502, 503, 504)
-_OTHER_OBJECTS = 8  # message, records, names, array: five, and what Flower may add
-_OVERHEAD_BYTES = 1 << 16  # of all of these
+_ONCE = "once"  # a random number in each record of names
+_RETRIED = (500, 502, 503, 504)
+_FAULT_S = 20.0  # for 500s: a database that another call has locked for a moment; a full disk stays full
+_OVERHEAD_BYTES = 1 << 16  # of a message's objects that are no chunks
 
 
 class WrongSecret(ConnectionFailed):
@@ -59,26 +61,26 @@ class WrongSecret(ConnectionFailed):
     code: Code = "wrong-secret"
 
 
-class Channel(Protocol):
-    """The interface that a server's transport needs: Flower's Grid with a limit on a message's size. See :class:`TaskClient`."""
-
-    def get_node_ids(self) -> Iterable[int]: ...
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]: ...
-    def pull_messages(self, message_ids: Iterable[str], *, max_bytes: int) -> Iterable[Message]: ...
-
-
-def _patient(patience_s: float) -> RetryInvoker:
+def _patient(patience_s: float, on_outage: Callable[[], None] = lambda: None) -> RetryInvoker:
     # Not flwr's own make_simple_http_retry_invoker: on 401 that one sends SIGINT to this process, which holds the base model.
     def hopeless(error: Exception) -> bool:
         if isinstance(error, httpx.HTTPStatusError):
             return error.response.status_code not in _RETRIED
         return "certificate" in str(error).lower()
 
+    def on_backoff(state: RetryState) -> None:
+        error = state.exception
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 500 and state.elapsed_time >= _FAULT_S:
+            raise error
+        if state.tries == 1 and isinstance(error, httpx.TransportError):
+            on_outage()
+
     return RetryInvoker(
         lambda: exponential(base_delay=0.2, max_delay=5),
         (httpx.TransportError, httpx.HTTPStatusError),
         max_tries=None,
         max_time=patience_s,
+        on_backoff=on_backoff,
         should_giveup=hopeless,
     )
 
@@ -94,7 +96,7 @@ def _call(method: Callable[[Any], T], request: object, *, on_401: type[Connectio
         raise ConnectionFailed(f"no answer from Flower: {type(e).__name__}") from None
 
 
-def _runtime(address: str, ca: Path | None, patience_s: float, *interceptors: object) -> Any:
+def _runtime(address: str, ca: Path | None, retry: RetryInvoker, *interceptors: object) -> Any:
     if ca is None and not address.startswith(f"{LOOPBACK}:"):
         raise ValueError("without TLS only on loopback")
     return RuntimeHttpClient.from_server_address(
@@ -102,7 +104,7 @@ def _runtime(address: str, ca: Path | None, patience_s: float, *interceptors: ob
         insecure=ca is None,
         root_certificates=None if ca is None else str(ca),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="fedlora"), *interceptors],
-        retry_invoker=_patient(patience_s),
+        retry_invoker=retry,
     )
 
 
@@ -117,9 +119,9 @@ class Claimer:
     """
 
     def __init__(self, kind: str, *, address: str, secret: bytes, ca: Path | None) -> None:
-        protected = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+        key = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}))
         self._request = runtime_pb2.AcquireTaskRequest(supported_task_types=[kind])
-        self._client = _runtime(address, ca, 0.0, SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=protected))
+        self._client = _runtime(address, ca, _patient(0.0), key)
 
     def claim(self) -> str:
         """A task's token, or an empty string if nothing waits.
@@ -152,13 +154,15 @@ class Claim:
 
 
 class TaskClient:
-    """A claimed task's connection to its Runtime API; for a run it is also the :class:`Channel` to the sites.
+    """A claimed task's connection to its Runtime API; for a run it is also the channel to the sites.
 
     Every method raises ConnectionFailed if Flower does not answer within ``patience_s`` or no longer knows the token.
+    ``outages`` counts the calls whose first try found no relay.
     """
 
     def __init__(self, address: str, *, token: str, ca: Path | None, patience_s: float) -> None:
-        self._client = _runtime(address, ca, patience_s, RuntimeTokenHttpInterceptor(token))
+        self.outages = 0
+        self._client = _runtime(address, ca, _patient(patience_s, self._note_outage), RuntimeTokenHttpInterceptor(token))
         self._run_id = 0
         self._node = node_pb2.Node(node_id=0)
         self._arriving: dict[str, tuple[Any, Any]] = {}
@@ -193,6 +197,9 @@ class TaskClient:
     def close(self) -> None:
         self._client.close()
 
+    def _note_outage(self) -> None:
+        self.outages += 1
+
     def get_node_ids(self) -> list[int]:
         """Nodes that are online."""
         return [int(n.node_id) for n in _call(self._client.GetNodes, runtime_pb2.GetNodesRequest()).nodes]
@@ -206,6 +213,10 @@ class TaskClient:
         return [self._push(m) for m in messages]
 
     def _push(self, message: Message) -> str:
+        # An object's id is the digest of its content, and the relay takes any site's word for what an id's parts are. So no id
+        # may be foreseen: who registers another site's object first, with other parts, keeps it from being stored.
+        for names in _names_of(message):
+            names[_ONCE] = secrets.token_hex(16)
         # Metadata are part of the message's content: the id must be set before the tree is taken.
         message.metadata.__dict__["_message_id"] = message.object_id
         objects: dict[str, Any] = {}
@@ -245,7 +256,7 @@ class TaskClient:
             if message_id not in self._arriving:
                 continue
             tree = self._arriving[message_id][1]
-            if count_parts(tree) > _OTHER_OBJECTS + max(-(-max_bytes // CHUNK_BYTES), 1) or self._is_whole(tree):
+            if count_parts(tree) > most_parts(max_bytes) or self._is_whole(tree):
                 arrived.append(self._unfold(*self._arriving.pop(message_id), max_bytes=max_bytes))
         return arrived
 
@@ -261,6 +272,8 @@ class TaskClient:
             message = inflatable_utils.inflate_object_from_contents(tree.object_id, parts, objects=arrays)
             if not isinstance(message, Message):
                 raise WireError("not a message")
+            for names in _names_of(message):
+                names.pop(_ONCE, None)
         except Oversized:
             message = make_message(metadata=head, error=Error(TOO_LARGE))
         except Exception:  # whatever another site sends must not end the run
@@ -274,7 +287,7 @@ class TaskClient:
 
     def _pull_objects(self, tree: Any, max_bytes: int) -> tuple[dict[str, bytes], dict[str, Any]]:
         """The parts of a message, and its arrays, each filled as its chunks come."""
-        if (count := count_parts(tree)) > _OTHER_OBJECTS + max(-(-max_bytes // CHUNK_BYTES), 1):
+        if (count := count_parts(tree)) > most_parts(max_bytes):
             raise Oversized(f"a message of {count} parts, for at most {max_bytes} bytes")
         nodes = list(inflatable_object.iterate_object_tree(tree))
         inner = dict.fromkeys(node.object_id for node in nodes if node.children)
@@ -300,6 +313,10 @@ class TaskClient:
             return parts, arrays
         except (httpx.HTTPError, inflatable_utils.ObjectPullError) as e:
             raise WireError(f"a message is incomplete: {type(e).__name__}") from None
+
+
+def _names_of(message: Message) -> list[ConfigRecord]:
+    return [r for r in message.content.values() if isinstance(r, ConfigRecord)] if message.has_content() else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,11 +381,19 @@ class Control:
         runs = _call(self._client.ListRuns, control_pb2.ListRunsRequest(run_id=run_id)).run_dict
         if run_id not in runs:
             raise ConnectionFailed(f"the SuperLink knows no run {run_id}")
-        status = runs[run_id].status
-        return RunState(run_id, str(status.status), str(status.sub_status), str(status.details))
+        return _state_of(run_id, runs[run_id])
+
+    def runs(self) -> dict[int, RunState]:
+        """The last thousand runs, by Flower's id."""
+        runs = _call(self._client.ListRuns, control_pb2.ListRunsRequest(limit=1000)).run_dict
+        return {int(i): _state_of(int(i), r) for i, r in runs.items()}
 
     def stop_run(self, run_id: int) -> bool:
         return bool(_call(self._client.StopRun, control_pb2.StopRunRequest(run_id=run_id)).success)
 
     def close(self) -> None:
         self._client.close()
+
+
+def _state_of(run_id: int, run: Any) -> RunState:
+    return RunState(run_id, str(run.status.status), str(run.status.sub_status), str(run.status.details))

@@ -35,8 +35,8 @@ class Calls(Protocol):
         """Seconds that are added to this machine's time in a signature."""
 
 
-def signing(inner: Any) -> Any:
-    """A subclass of Flower's class that signs the time stamp of each call; it also signs the call."""
+def signing(inner: Any, *, authority: str) -> Any:
+    """A subclass of Flower's class that signs the time stamp of each call; it also signs the call, to this authority's server."""
 
     class Signing(inner):  # type: ignore[misc]  # flwr is untyped here
         def __init__(self, private_key: Any, public_key: Any) -> None:
@@ -48,7 +48,13 @@ def signing(inner: Any) -> Any:
                 r = context.request
                 path = r.url.raw_path.decode("ascii")
                 r.headers[CALL] = sign_call(
-                    self._key, r.method, path, body=r.content, stamp=r.headers[TIME], nonce=os.urandom(16)
+                    self._key,
+                    r.method,
+                    path,
+                    authority=authority,
+                    body=r.content,
+                    stamp=r.headers[TIME],
+                    nonce=os.urandom(16),
                 )
                 return call_next(context)
 
@@ -57,10 +63,11 @@ def signing(inner: Any) -> Any:
     return Signing
 
 
-def run(rest: Rest, calls: Calls, *, listening: Callable[[], None]) -> None:
+def run(rest: Rest, calls: Calls, *, authority: str, listening: Callable[[], None]) -> None:
     """The command ``flower-supernode``, with the arguments of this process, until it ends.
 
     Args:
+        authority: of the federation, which each call is signed for.
         listening: called once Flower has installed its own signal handlers.
     """
     push, register = loop._push_messages, loop.register_signal_handlers
@@ -83,5 +90,5 @@ def run(rest: Rest, calls: Calls, *, listening: Callable[[], None]) -> None:
     loop.register_signal_handlers = register_signal_handlers
     auth.now = lambda: now() + timedelta(seconds=calls.correction_s())
     auth.NodeAuthHttpInterceptor.intercept = corrected
-    connection.NodeAuthHttpInterceptor = signing(connection.NodeAuthHttpInterceptor)
+    connection.NodeAuthHttpInterceptor = signing(connection.NodeAuthHttpInterceptor, authority=authority)
     flower_supernode()

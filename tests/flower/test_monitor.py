@@ -1,0 +1,250 @@
+"""What monitoring is told on loopback, and the page that is written while a run goes on."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import yaml
+from flower.harness import ROOT, make_home, until
+from test_best import overfitted
+from test_rounds import interrupted
+
+from fedlora.cli import main
+from fedlora.core.deployment.status import RunState
+from fedlora.core.errors import NotInstalled, StoreError
+from fedlora.core.events import Event
+from fedlora.core.facts import SiteName, SiteRefused, Start
+from fedlora.core.sites.standing import STANDINGS
+from fedlora.flower.coordinator import look as looking
+from fedlora.flower.coordinator import pages
+from fedlora.flower.coordinator.health import Health, answering
+from fedlora.flower.coordinator.look import look
+from fedlora.flower.coordinator.progress import Progress
+from fedlora.flower.coordinator.runs import live, running
+from fedlora.flower.coordinator.watch import Runs, Sightings
+from fedlora.flower.jobs import Events, Job, new_job
+from fedlora.rounds.store import RunStore
+
+pytestmark = pytest.mark.slow  # to import flwr
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A server's directory, without processes: one run of three rounds, three sites."""
+    home = tmp_path / "home"
+    make_home(home)
+    for name in ("alpha", "beta", "gamma"):
+        (home / "sites" / f"{name}.pub").write_text("a key\n")
+    interrupted(overfitted(tmp_path / "fed"), after=3)
+    shutil.copytree(tmp_path / "fed" / "run", home / "runs" / "toy")
+    return home
+
+
+def get(port, path, host=None):
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()
+
+
+def test_ready_and_healthy_are_two_things_and_each_no_says_why(home):
+    now, gateway = [0.0], [True]
+    health = Health(home, gateway=lambda: gateway[0], clock=lambda: now[0])
+    with answering(health, 0) as port:
+        assert get(port, "/healthz") == (200, "ok\n")
+        assert get(port, "/readyz") == (503, "the relay does not answer\n")
+        health.note(relay=True)
+        assert get(port, "/readyz") == (200, "ok\n")
+        gateway[0] = False
+        assert get(port, "/healthz")[0] == 200
+        assert get(port, "/readyz") == (503, "the public port does not answer\n")
+        now[0] = 31.0  # the loop hangs
+        assert get(port, "/healthz") == (503, "server up has not looked at its processes for 31 s\n")
+        health.note(relay=True)
+        assert get(port, "/healthz")[0] == 200
+        assert get(port, "/elsewhere")[0] == 404
+        assert get(port, "/metrics", host="evil.example.org")[0] == 403  # a page in a browser that has rebound its name
+        assert get(port, "/metrics", host=f"localhost:{port}")[0] == 200
+
+
+def test_the_numbers_are_those_of_the_status_in_prometheus_words(home):
+    (home / "sites" / 'od"d\\.pub').write_text("a key\n")
+    text = Health(home, gateway=lambda: True).metrics()
+    for line in text.splitlines():
+        assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|\w+(\{\w+="([^"\\]|\\.)*"(,\w+="([^"\\]|\\.)*")*\})? -?[0-9.e+-]+', line), line
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert values["fedlora_up"] == "0"
+    assert values["fedlora_sites_enrolled"] == "4"
+    assert values['fedlora_run_rounds_done{run="toy"}'] == "3"
+    assert values['fedlora_run_rounds{run="toy"}'] == "8"
+    assert values['fedlora_run_state{run="toy",state="interrupted"}'] == "1"
+    assert values['fedlora_run_held_out_nll{run="toy"}'] == "0"  # measured in round 3: after two, the best
+    assert values['fedlora_site_standing{site="alpha",standing="enrolled"}'] == "1"
+    assert 'site="od\\"d\\\\"' in text
+
+
+def test_what_server_up_has_seen_of_a_site_outlives_it(home):
+    now = [1000.0]
+    seen = Sightings(home, clock=lambda: now[0])
+    report = seen.through(lambda event, facts: None)
+    report(Event.SITE_ONLINE, SiteName(site="alpha"))
+    report(Event.SITE_REFUSED, SiteRefused(site="beta", cause="clock", why="its clock is 90000 s behind this server's"))
+    now[0] = 2000.0
+    seen.tick()  # and it is killed: nothing of its end is written
+    assert "last seen 60 s ago" in next(s["said"] for s in look(home, now=2060.0)["sites"] if s["site"] == "alpha")
+    now[0] = 2500.0
+    Sightings(home, clock=lambda: now[0])  # the next `server up`: nobody is there yet
+    found = {s["site"]: s for s in look(home, now=2600.0)["sites"]}
+    assert "last seen 10 min ago" in found["alpha"]["said"]
+    assert "never called" in found["gamma"]["said"]
+    assert all(s["standing"] == "enrolled" and "no server runs" in s["said"] for s in found.values())
+
+
+def test_a_run_that_was_killed_with_its_server_goes_on_nowhere_and_is_said_once(home):
+    """Flower learns of it a minute later; until then screens must not say that sites train."""
+    plan = RunStore.open(home / "runs" / "toy").plan
+    digest = plan.digest()
+    job, waiting = (new_job(home, Job("toy.toml", resume=False, name=name, digest=digest)) for name in ("toy", "waits"))
+    Events(home, job)(Event.START, Start(run="ab" * 32, round=3, rounds=8))
+    assert next(iter(look(home)["runs"]))["state"] == "interrupted"
+    told = []
+    Runs(home, report=lambda event, facts: told.append((event, facts["name"], facts["state"], facts["said"])))
+    assert [one[:3] for one in told] == [(Event.RUN, "toy", "failed")]
+    assert "killed" in told[0][3]
+    assert "--resume" in told[0][3]
+    assert [*live(home)] == [waiting]
+    assert "killed" in next(run for run in look(home)["runs"] if run["name"] == "toy")["said"]
+    Runs(home, report=lambda event, facts: told.append(facts))  # the next server
+    assert len(told) == 1
+
+
+def test_a_changed_plan_under_the_name_of_a_run_is_not_told_to_resume_it(home):
+    control = SimpleNamespace(runs=dict)
+    plan = RunStore.open(home / "runs" / "toy").plan
+    with pytest.raises(StoreError, match="already") as e:
+        running(home, control, plan, resume=False)
+    assert "--resume" in e.value.hint
+    other = plan.model_copy(update={"training": plan.training.model_copy(update={"learning_rate": 0.5})})
+    for resume in (False, True):
+        with pytest.raises(StoreError, match="another plan") as e:
+            running(home, control, other, resume=resume)
+        assert "--resume" not in e.value.hint
+    store = RunStore.open(home / "runs" / "toy")
+    store.finish(store.records()[-1])
+    with pytest.raises(StoreError, match="that is done") as e:
+        running(home, control, plan, resume=False)
+    assert "--resume" not in e.value.hint
+
+
+def test_the_rules_for_alerts_name_only_metrics_labels_and_values_that_exist(home):
+    """A rule about a metric that nobody has never fires, and nobody notices."""
+    text = Health(home, gateway=lambda: True).metrics()
+    metrics = {name: set() for name in re.findall(r"^# TYPE (\w+) gauge$", text, re.M)} | {"up": {"job"}}  # Prometheus' own
+    for name, inside in re.findall(r"^(\w+)\{(.*)\} ", text, re.M):
+        metrics[name] |= set(re.findall(r'(\w+)="', inside))
+    values = {"standing": set(STANDINGS), "state": set(get_args(RunState)), "job": {"fedlora"}}
+    rules = yaml.safe_load((ROOT / "server" / "alerts.yml").read_text())["groups"][0]["rules"]
+    assert {rule["alert"] for rule in rules} >= {"FedLoRAServerDown", "FedLoRASiteLost", "FedLoRARoundLate", "FedLoRARunFailed"}
+    for rule in rules:
+        assert rule["for"]
+        assert set(rule["annotations"]) == {"summary", "action"}
+        used = re.findall(r"\b(up|fedlora_\w+)(?:\{([^}]*)\})?", rule["expr"])
+        assert used
+        for name, inside in used:
+            for label, word in re.findall(r'(\w+)=~?"([^"]*)"', inside):
+                assert label in metrics[name], (name, label)
+                assert set(word.split("|")) <= values[label], (label, word)
+        shown = set(re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values()))) - {"instance"}
+        assert shown <= set().union(*(metrics[name] for name, _ in used)), rule["alert"]
+    readme = (ROOT / "server" / "README.md").read_text()
+    assert re.search(r"job_name: fedlora\b", readme)
+    assert "alerts.yml" in readme
+
+
+def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(home, monkeypatch, capsys):
+    """All that a server can know of a site, each by what it has seen; the words are those of the site's own table."""
+    now, notes = [1000.0], {"a-paused": "paused", "b-left": "left", "c-stopped": "stopped", "e-sends": "sending"}
+    names = [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "i-refused", "j-new", "k-back"]
+    for name in names:
+        (home / "sites" / f"{name}.pub").write_text("a key\n")
+    seen = Sightings(home, clock=lambda: now[0])
+    report = seen.through(lambda event, facts: None)
+    for name in [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "k-back"]:
+        report(Event.SITE_ONLINE, SiteName(site=name))
+    report(Event.SITE_REFUSED, SiteRefused(site="i-refused", cause="clock", why="its clock is behind"))
+    for name in ("a-paused", "b-left", "c-stopped", "d-lost"):
+        report(Event.SITE_OFFLINE, SiteName(site=name))
+    for name, word in notes.items():
+        seen.note(name, word)
+    seen.note("a-stranger", "left")
+    at = Progress(round=1, rounds=3, now=2, kind="train", since=990.0)
+    at.answers = {"e-sends": None, "f-trains": None, "g-answered": "", "h-failed": "policy-min-sites"}
+    monkeypatch.setattr(looking, "progress", lambda home, name: at)
+    monkeypatch.setattr(looking, "live", lambda home: {"job": Job("toy.toml", resume=False, name="toy")})
+    monkeypatch.setattr(looking, "_server", lambda home: (True, "fed:8443", 1, "up"))
+    found = {s["site"]: s for s in look(home, now=1005.0)["sites"]}
+    expected = {
+        "a-paused": "paused", "b-left": "left", "c-stopped": "lost", "d-lost": "lost", "e-sends": "uploading",
+        "f-trains": "training", "g-answered": "idle", "h-failed": "degraded", "i-refused": "refused", "j-new": "enrolled",
+        "k-back": "connected",
+    }  # fmt: skip
+    assert {site: found[site]["standing"] for site in names} == expected
+    assert set(expected.values()) <= set(STANDINGS)
+    assert all(found[site]["said"].startswith(word) for site, word in expected.items())
+    assert "in order" in found["c-stopped"]["why"]
+    assert "policy.min_sites does not allow the plan's federation.min_sites" in found["h-failed"]["why"]
+    assert {s["site"]: s["standing"] for s in look(home, now=1020.0)["sites"]}["e-sends"] == "training"  # it has stopped sending
+    text = Health(home, gateway=lambda: True).metrics()
+    assert main(["server", "status", str(home)]) == 0
+    screen = capsys.readouterr().out
+    told = dict(re.findall(r"^  ([a-k]-[a-z]+) +([a-z]+)", screen, re.M))
+    for site, word in (expected | {"e-sends": "training"}).items():
+        ones = re.findall(rf'fedlora_site_standing\{{site="{site}",standing="([a-z]+)"\}} 1\n', text)
+        assert (ones, told[site]) == ([word], word)
+
+
+def test_a_site_that_signs_off_and_comes_back_is_not_said_to_pause_when_it_is_lost_later(home, monkeypatch):
+    monkeypatch.setattr(looking, "_server", lambda home: (True, "fed:8443", 1, "up"))
+    seen = Sightings(home)
+    report = seen.through(lambda event, facts: None)
+    report(Event.SITE_ONLINE, SiteName(site="alpha"))
+    seen.note("alpha", "paused")
+    report(Event.SITE_OFFLINE, SiteName(site="alpha"))
+    assert next(s for s in look(home)["sites"] if s["site"] == "alpha")["standing"] == "lost"
+
+
+def test_the_page_is_written_by_another_process_and_what_is_missing_is_said_at_the_start(home, monkeypatch):
+    told = []
+    drawing = pages.Pages(home, lambda event, facts: told.append(facts["state"]))
+    drawing.want("toy")
+    drawing.want("never-begun")
+
+    def written():
+        drawing.look()
+        return (home / "runs" / "toy" / "report.html").exists()
+
+    until(written)
+    drawing.stop()
+    with answering(Health(home, gateway=lambda: True), 0) as port:
+        status, page = get(port, "/")
+    assert (status, "3 of 8 rounds are done" in page) == (200, True)
+    (home / "runs" / "toy" / "rounds.jsonl").write_bytes(b"damaged\n")
+    drawing.want("toy")
+
+    def said():
+        drawing.look()
+        return told
+
+    until(said)
+    assert "was not written, status 3; `fedlora report" in told[0]
+    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotInstalled):
+        pages.Pages(home, lambda event, facts: None)
