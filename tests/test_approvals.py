@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from raising import raising
 
 from fedlora import assemble
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import ConfigError, FedLoRAError, PlanRefused, StoreError
+from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange, NonFiniteUpdate, PlanRefused, StoreError
 from fedlora.core.messages import Request, Task
 from fedlora.core.plan import Evaluation, Plan, Protect
 from fedlora.core.toml import dump_toml
@@ -31,6 +32,7 @@ from fedlora.rules.first import first_adapter
 from fedlora.site.admission import RUNS, Approvals, Begun, Runs, admit
 from fedlora.site.parts import site_of
 from fedlora.site.policy import Policy
+from fedlora.site.repair import SiteRepair
 from fedlora.site.site_file import SiteFile, load_site_file
 
 MODEL = Plan().model.model_name_or_path
@@ -133,6 +135,41 @@ def test_nothing_is_written_for_a_run_that_nobody_approved(tmp_path, phase, begu
     assert [n for n in now if n not in kept] == [] or (not begun and len(now) - len(kept) <= 4)  # the roster, once
 
 
+@pytest.mark.attack(
+    "D27",
+    "a server asks a site for sealed work with adapters made up for it, which always fails: the codes speak of its rows, and "
+    "the base model stays free for sums",
+    stops="that a base model is one for updates that the server reads is on the disk before the work begins",
+)
+@pytest.mark.parametrize("end", [NonFiniteUpdate("made up"), MemoryError(), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_base_on_which_sealed_work_has_failed_gives_to_no_sum(tmp_path, end, kind):
+    one = One(tmp_path, **pinning(SEALED, SECAGG, policy=Policy(protect=("sealed", "secagg"))))
+
+    def fails(plan):  # where the rows are read
+        raise end
+
+    one.load = fails
+    one.restart()
+    asked = {"kind": kind, "round": 1 if kind == "train" else SEALED.federation.num_rounds + 1}
+    with pytest.raises(KeyboardInterrupt) if isinstance(end, KeyboardInterrupt) else nullcontext():
+        assert one.sealed(SEALED, **asked) == getattr(end, "code", "resources")
+    del one.load
+    one.restart()
+    assert one.secagg(SECAGG, run=SECOND) == LoneChange.code
+    assert one.learner.trained == []
+
+
+@pytest.mark.parametrize(
+    ("plans", "protect", "code"),
+    [([SECAGG], ("sealed", "secagg"), "plan-not-approved"), ([SEALED, SECAGG], ("secagg",), "policy-protect")],
+)
+def test_sealed_work_that_was_not_agreed_to_keeps_no_base_from_sums(tmp_path, plans, protect, code):
+    one = One(tmp_path, **pinning(*plans, policy=Policy(protect=protect)))
+    assert one.sealed(SEALED, run=SECOND) == code
+    assert one.secagg(SECAGG) == ""
+
+
 @pytest.mark.parametrize("kind", ["sealed", "secagg"])
 def test_the_number_of_the_message_that_begins_a_run_is_on_the_disk_with_the_answer(tmp_path, kind):
     """So that after a restart no earlier one is taken."""
@@ -160,6 +197,37 @@ def test_a_round_has_two_adapters_at_most(tmp_path):
     assert said == ["", "", "", "wrong-global", "", "wrong-global"]
 
 
+@pytest.mark.attack(
+    "D18",
+    "the same after the count of adapters was damaged or lost, and its operator repairs the site",
+    stops="a run whose count is lost is one that the site can only sit out, while its record of runs is there",
+)
+@pytest.mark.parametrize("damage", ["damaged", "gone", "repaired"])
+def test_a_count_of_adapters_that_is_lost_begins_anew_in_no_run(tmp_path, damage):
+    one = One(tmp_path, **pinning(SECAGG))
+    assert one.secagg(SECAGG) == ""
+    one.path.joinpath("site.toml").write_text(dump_toml(SiteFile(**one.keys)))
+    memory = FileMemory(one.path / "state" / "memory")
+    memory.put(f"{RUN}/secagg/used", b"")  # as if it had given: without that, the run could not go on in any case
+    for file in memory.files(f"{RUN}/secagg/adapters"):
+        if damage == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(b"")
+    repair = SiteRepair(one.path / "site.toml")
+    assert [f for f in repair.look() if "adapters" in f.what and [c[:9] for c in f.choices] == ["--sit-out"]]
+    with pytest.raises(StoreError, match="not known here") as refused:
+        repair.go_on(RUN, now=1)
+    assert "--sit-out" in refused.value.hint
+    if damage == "repaired":
+        repair.sit_out(RUN, now=1)
+    for file in memory.files(f"{RUN}/secagg/used"):
+        file.unlink()
+    one.restart()
+    assert one.secagg(SECAGG, attempt=1) == ("sits-out" if damage == "repaired" else "store")
+    assert one.learner.trained == [1]
+
+
 def test_nothing_is_trained_and_no_base_loaded_for_a_plan_that_nobody_approved(tmp_path):
     one = One(tmp_path)
     assert one.sealed(SEALED) == "plan-not-approved"
@@ -180,7 +248,7 @@ def test_an_approval_that_is_taken_back_ends_the_run_here(tmp_path):
 
 def test_a_plan_that_the_policy_refuses_uses_up_no_approval(tmp_path):
     one = One(tmp_path, **pinning(SEALED, roster=False, policy=Policy(max_rounds=1)))
-    assert one.sealed(SEALED) == "plan-refused"
+    assert one.sealed(SEALED) == "policy-max-rounds"
     one.keys["policy"] = Policy()
     one.restart()
     assert one.sealed(SEALED, run=SECOND) == ""
@@ -218,7 +286,7 @@ def test_a_plan_that_was_approved_under_secure_aggregation_has_no_sealed_twin(tm
     assert one.sealed(DOWNGRADED, run=SECOND) == "plan-not-approved"
     one.keys |= pinning(SECAGG, DOWNGRADED)  # by mistake
     one.restart()
-    assert one.sealed(DOWNGRADED, run=SECOND) == "plan-refused"
+    assert one.sealed(DOWNGRADED, run=SECOND) == "policy-protect"
     assert one.learner.trained == [1]
 
 
@@ -345,25 +413,36 @@ def test_where_a_roster_is_set_secure_aggregation_alone_is_taken_by_default(tmp_
     assert SiteFile().agreed.protect == ("sealed",)
     assert SiteFile(roster="ab" * 32).agreed.protect == ("secagg",)
     assert SiteFile(roster="ab" * 32, policy=Policy(protect=("sealed",))).agreed.protect == ("sealed",)
-    assert "protection 'sealed'" in Policy().refusals(SEALED, models=frozenset({MODEL}))[0]  # where nobody resolved it
+    unresolved = Policy().refusals(SEALED, models=frozenset({MODEL}))
+    assert "protection 'sealed'" in unresolved["policy-protect"]
 
 
 @pytest.mark.parametrize(
-    ("change", "policy", "says"),
+    ("change", "policy", "key", "says"),
     [
-        ({"protect": Protect(mode="secagg", secagg={"lone_change": "allow"})}, {}, "lone_change"),
-        ({"protect": Protect(mode="secagg", secagg={"first_range": 1.5})}, {}, "first range 1.5 is above max_first_range 1"),
-        ({"training": {"learning_rate": 0.02}}, {"max_first_range": 0.01}, "first range 0.02"),
-        ({"evaluation": Evaluation(share=("eval/nll", "eval/tokens"))}, {"share": ("eval/tokens",)}, "asks for eval/nll, which"),
+        ({"protect": Protect(mode="secagg", secagg={"lone_change": "allow"})}, {}, "lone-change", "lone_change"),
+        (
+            {"protect": Protect(mode="secagg", secagg={"first_range": 1.5})},
+            {},
+            "max-first-range",
+            "first range 1.5 is above max_first_range 1",
+        ),
+        ({"training": {"learning_rate": 0.02}}, {"max_first_range": 0.01}, "max-first-range", "first range 0.02"),
+        (
+            {"evaluation": Evaluation(share=("eval/nll", "eval/tokens"))},
+            {"share": ("eval/tokens",)},
+            "share",
+            "asks for eval/nll, which",
+        ),
     ],
 )
-def test_under_secure_aggregation_the_policy_bounds_what_a_plan_may_weaken(tmp_path, change, policy, says):
+def test_under_secure_aggregation_the_policy_bounds_what_a_plan_may_weaken(tmp_path, change, policy, key, says):
     plan = Plan.model_validate(SECAGG.model_dump() | {k: v if isinstance(v, dict) else v.model_dump() for k, v in change.items()})
-    (reason,) = Policy(protect=("secagg",), **policy).refusals(plan, models=frozenset({MODEL}))
+    ((code, reason),) = Policy(protect=("secagg",), **policy).refusals(plan, models=frozenset({MODEL})).items()
     assert says in reason
-    assert open_policy().refusals(plan, models=frozenset({MODEL})) == []
+    assert open_policy().refusals(plan, models=frozenset({MODEL})) == {}
     one = One(tmp_path, **pinning(plan, policy=Policy(**policy)))
-    assert one.secagg(plan) == "plan-refused"
+    assert one.secagg(plan) == code == "policy-" + key
     assert one.idle
 
 
@@ -393,5 +472,5 @@ def test_an_open_sites_approvals_are_those_in_its_file_now(tmp_path):
     file.write_text(
         dump_toml(SiteFile(name="a", key="keys/a.key", models={MODEL: "x"}, **pinning(SEALED, uncovers={"aa" * 32: ("b",)})))
     )
-    assert site.approvals() == Approvals((SEALED.digest(),), {"aa" * 32: ("b",)})
+    assert site.approvals() == Approvals((SEALED.digest(),), {"aa" * 32: ("b",)}, ROSTER.roster.digest())
     assert site.protection.halves["secagg"].uncovers("aa" * 32) == ("b",)

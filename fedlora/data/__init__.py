@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from fedlora.core.tables.data import READERS
 from fedlora.data.batches import Batch, Cursor, Stream, by_rows, in_order, one_a_row, regroup, shard
 from fedlora.data.conversations import Conversation, read
 from fedlora.data.examples import IGNORE, Tokens
-from fedlora.data.files.readers import READERS, Reader
-from fedlora.data.holdout import check_apart, split
+from fedlora.data.files.readers import Reader
+from fedlora.data.holdout import check_apart, shares, split
 from fedlora.data.report import ReadReport, also_bad, check_bad
 from fedlora.data.shapes import SHAPES
 from fedlora.data.tokens import TokenReport, tokenize
@@ -36,6 +37,7 @@ __all__ = [
     "read",
     "regroup",
     "shard",
+    "shares",
     "split",
     "tokenize",
 ]

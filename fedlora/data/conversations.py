@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlora.core.errors import DataError
+from fedlora.core.tables.data import ENCODINGS, READERS
 from fedlora.data.files.json_files import parsed
-from fedlora.data.files.readers import READERS
 from fedlora.data.files.rows import NOT_TEXT, OTHER_SHAPE, PYTHON_LIST, Row
-from fedlora.data.files.sources import ENCODINGS, Source, find, format_of
+from fedlora.data.files.sources import Source, find, format_of
 from fedlora.data.files.tables import HEADER_HINT
 from fedlora.data.report import SHOWN, ReadReport, check_bad
 from fedlora.data.shapes import COLUMNS, PREFERENCE, SHAPES, shape_of
@@ -34,6 +34,7 @@ class Conversation:
         group: patient or customer; ``""``: a group of its own.
         tools: that the assistant may call, a JSON list; ``""``: none.
         file: the file's name without its directory, if several were read; else ``""``.
+        label: what ``label_key`` says of the row; ``""`` without one.
     """
 
     turns: tuple[Turn, ...]
@@ -42,6 +43,7 @@ class Conversation:
     group: str
     tools: str = ""
     file: str = ""
+    label: str = ""
 
 
 def read(
@@ -54,6 +56,7 @@ def read(
     encoding: str = "auto",
     header: bool = True,
     max_bad_share: float = 1.0,
+    label_key: str = "",
 ) -> tuple[list[Conversation], ReadReport]:
     """Reads data files.
 
@@ -66,6 +69,7 @@ def read(
         encoding: one of ENCODINGS, or ``auto``: a byte order mark, else UTF-8.
         header: the first line of a table names its columns; False: they are called 1, 2, 3 ...
         max_bad_share: share of rows that may be bad, over all files together.
+        label_key: the file's column by which a simulation deals rows to sites; a row without it is bad.
 
     Returns:
         The conversations in file order, and the report. Rows that cannot be used are in the report only.
@@ -78,7 +82,7 @@ def read(
     _check_settings(format, shape, columns, encoding)
     paths = [path] if isinstance(path, Path) else list(path)
     files, notes = _found(paths, format)
-    reading = _Reading(shape, dict(columns), group_key, several=len(files) > 1)
+    reading = _Reading(shape, dict(columns), group_key, label_key, several=len(files) > 1)
     for file in files:
         reading.file(file, format, encoding=encoding, header=header)
     name = files[0].name if len(files) == 1 else (paths[0].name or str(paths[0]))
@@ -162,6 +166,7 @@ class _Reading:
     shape: str
     columns: dict[str, str]
     group_key: str
+    label_key: str
     several: bool
     parts: list[_Part] = field(default_factory=list)
     found: list[tuple[str, int, Conversation]] = field(default_factory=list)  # shape, part, conversation
@@ -171,13 +176,13 @@ class _Reading:
     missing: dict[str, str] = field(default_factory=dict)  # columns that no row has had yet -> the setting that names them
 
     def __post_init__(self) -> None:
-        named = {theirs: f"columns.{ours}" for ours, theirs in self.columns.items()}
-        self.missing = named | ({self.group_key: "group_key"} if self.group_key else {})
+        named = {theirs: f"data.columns.{ours}" for ours, theirs in self.columns.items()}
+        self.missing = named | {k: v for k, v in ((self.label_key, "split"), (self.group_key, "data.group_key")) if k}
 
     def wanted(self) -> frozenset[str]:
         """The file's columns that can matter."""
         ours = COLUMNS | {"chosen", "rejected", "tools"} - self.columns.keys()
-        return frozenset({*ours, *self.columns.values(), *({self.group_key} if self.group_key else ())})
+        return frozenset({*ours, *self.columns.values(), self.group_key, self.label_key} - {""})
 
     def file(self, path: Path, format: str, *, encoding: str, header: bool) -> None:
         """Reads one file."""
@@ -217,13 +222,13 @@ class _Reading:
         try:
             keys: list[str] = []
             said = SHAPES[shape].convert(_opened(named), keys.append)
-            group = _group(row.get(self.group_key)) if self.group_key else ""
+            group = _name(row.get(self.group_key), "the group") if self.group_key else ""
+            label = _name(row.get(self.label_key), "the label") if self.label_key else ""
         except BadRow as why:
             part.bad.append((line, str(why)))
             return
-        self.found.append(
-            (shape, at, Conversation(said.turns, said.chat, line, group, said.tools, part.name if self.several else ""))
-        )
+        file = part.name if self.several else ""
+        self.found.append((shape, at, Conversation(said.turns, said.chat, line, group, said.tools, file, label)))
         part.unread.update(f"key {key}" for key in keys)
         reads = self._reads(shape)
         part.unread.update(
@@ -234,7 +239,7 @@ class _Reading:
         """The file's own names of the columns that a shape reads."""
         if shape not in self.reads:
             known = SHAPES[shape].keys | SHAPES[shape].more
-            self.reads[shape] = frozenset({self.columns.get(ours, ours) for ours in known} | {self.group_key})
+            self.reads[shape] = frozenset({self.columns.get(ours, ours) for ours in known} | {self.group_key, self.label_key})
         return self.reads[shape]
 
     def finish(self, name: str, notes: Sequence[str]) -> tuple[list[Conversation], ReadReport]:
@@ -268,7 +273,10 @@ class _Reading:
         readable = sum(part.rows for part in self.parts) > sum(len(part.bad) for part in self.parts) or self.shapes
         for theirs, setting in self.missing.items():
             if readable:
-                raise DataError(f"{name}: no row has the column {theirs!r} that {setting} names", hint=f"correct data.{setting}")
+                raise DataError(
+                    f"{name}: no row has the column {theirs!r} that {setting.removeprefix('data.')} names",
+                    hint=f"correct {setting}",
+                )
 
     def _agreed(self, name: str) -> str:
         """The one shape of all rows that have one, a few slips aside."""
@@ -363,11 +371,11 @@ def _opened(row: dict[str, object]) -> dict[str, object]:
     return row
 
 
-def _group(value: object) -> str:
-    """A group's name as text. Identifiers come as text or numbers."""
+def _name(value: object, of: str) -> str:
+    """A group's or label's name as text. Identifiers come as text or numbers."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow("the group is missing")
-    name = plain_text(str(value), "the group")
+        raise BadRow(f"{of} is missing")
+    name = plain_text(str(value), of)
     if not name.strip() or name in ("nan", "inf", "-inf"):
-        raise BadRow("the group is missing")
+        raise BadRow(f"{of} is missing")
     return name

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from fedlora.core.tables.data import SHAPES as NAMES
 from fedlora.data.turns import BadRow, Turn, Unread, checked, full, functions_of, plain_text, said, tools_of, turns_of
 
 Row: TypeAlias = Mapping[str, object]
@@ -114,13 +115,14 @@ def _text(row: Row, unread: Unread) -> Converted:
 
 # --- registry -----------------------------------------------------------------------------------------------------
 
-SHAPES: dict[str, Shape] = {
-    "messages": Shape(frozenset({"messages"}), _messages, _TOOLS),
-    "sharegpt": Shape(frozenset({"conversations"}), _sharegpt, _TOOLS | {"system"}),
-    "prompt-completion": Shape(frozenset({"prompt", "completion"}), _prompt_completion, _TOOLS),
-    "alpaca": Shape(frozenset({"instruction", "output"}), _alpaca, _TOOLS | {"input", "system", "history"}),
-    "text": Shape(frozenset({"text"}), _text),
-}
+_KINDS = (
+    Shape(frozenset({"messages"}), _messages, _TOOLS),
+    Shape(frozenset({"conversations"}), _sharegpt, _TOOLS | {"system"}),
+    Shape(frozenset({"prompt", "completion"}), _prompt_completion, _TOOLS),
+    Shape(frozenset({"instruction", "output"}), _alpaca, _TOOLS | {"input", "system", "history"}),
+    Shape(frozenset({"text"}), _text),
+)
+SHAPES: dict[str, Shape] = dict(zip(NAMES, _KINDS, strict=True))
 """Shapes by the name that a site file uses, the most telling first: a row with ``messages`` and ``text`` is ``messages``."""
 
 COLUMNS = frozenset().union(*(shape.keys | shape.more for shape in SHAPES.values()))

@@ -27,14 +27,16 @@ class Approvals:
     Attributes:
         plans: digests, hex; an entry that occurs twice allows two runs.
         uncovers: plan -> sites whose update its sums may reveal beside sums of earlier plans on the same base.
+        roster: digest of the roster that they compared by telephone; empty: none.
     """
 
     plans: Sequence[str] = ()
     uncovers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    roster: str = ""
 
     @classmethod
     def of(cls, file: SiteFile) -> Approvals:
-        return cls(file.plans, file.uncovers)
+        return cls(file.plans, file.uncovers, file.roster)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,20 +131,28 @@ def check_round(plan: Plan, task: Task) -> None:
 
 
 _MAX_ADAPTERS = 2
+_SIT_OUT = "nothing more is computed in this run here: `fedlora site repair SITE.TOML --sit-out RUN`; the next run is as ever"
 
 
-def note_adapter(memory: Memory, task: Task) -> None:
+def note_adapter(memory: Memory, task: Task, *, begun: bool) -> None:
     """Notes with which adapter a round has come, before anything is computed from it.
 
     What a site answers, a code of an error too, may follow from its rows: under secure aggregation a server must not ask it again
     and again, each time with an adapter made up for the question. An honest one has a second adapter for a round at the most, if
     it had to do the round before again.
 
+    Args:
+        begun: the run has begun here before, and so its first adapter was noted.
+
     Raises:
         WrongContext (wrong-global): the round has come with too many others.
+        StoreError: what was noted is damaged or gone, so that nobody knows with how many it has come.
     """
     key = f"{task.run}/secagg/adapters"
-    rounds: dict[str, list[str]] = (get_record(memory, key, "adapters") or {"rounds": {}})["rounds"]
+    found = get_record(memory, key, "adapters", hint=_SIT_OUT)
+    if found is None and begun:
+        raise StoreError(f"the record of the adapters of run {task.run[:12]} is gone: {memory.where(key)}", hint=_SIT_OUT)
+    rounds: dict[str, list[str]] = (found or {"rounds": {}})["rounds"]
     seen, adapter = rounds.get(str(task.round), []), task.adapter.digest()
     if adapter in seen:
         return

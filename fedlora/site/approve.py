@@ -12,8 +12,8 @@ from typing import Any
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
-from fedlora.core.answers import Approved
-from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange
+from fedlora.answers import Approved
+from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange, plain
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.formats.files import write_atomic
@@ -44,7 +44,7 @@ def in_words(plan: Plan) -> dict[str, str]:
         "numbers that leave": f"{_listed(plan.evaluation.share)}, as the counts {_listed(counters_of(plan.evaluation.share))}; "
         f"every {plan.evaluation.every} rounds an evaluation",
     }
-    words = {topic: _plain(sentence) for topic, sentence in words.items()}
+    words = {topic: plain(sentence) for topic, sentence in words.items()}
     return words | mode_of(plan).words(plan, words)
 
 
@@ -54,13 +54,14 @@ def _weight(plan: Plan) -> str:
     return f"the {'supervised tokens' if plan.aggregate.weighting == 'tokens' else 'examples'} that it used in the round"
 
 
-def _plain(text: str) -> str:
-    """Escapes unprintable characters: text of a plan from elsewhere must not move the cursor or hide a line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+_MOST = 12  # names and keys that are shown, so that a plan of many moves none of its words out of sight
 
 
 def _listed(names: str | Sequence[str]) -> str:
-    return names if isinstance(names, str) else ", ".join(names) or "none"
+    if isinstance(names, str):
+        return names
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(name[:60] for name in names[:_MOST]) + more or "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Question:
         begun: runs of it that this site has taken part in.
         agreed: sites whose update this plan may reveal, as people here have agreed before.
         named: the same with those that are added now.
-        before: relevant earlier contributions on this base model, in sentences.
+        before: what sums may show beside others, of other plans and earlier contributions on this base model too, in sentences.
         uncovered: sites whose update this plan could reveal beside earlier contributions; None if no roster is known here yet.
     """
 
@@ -110,7 +111,10 @@ class Question:
     def lines(self, *, again: bool) -> list[str]:
         """For a person, in sentences."""
         width = max(map(len, self.words))
-        out = [f"plan {self.digest}"]
+        keys = [f"  {line[:300]}" for line in self.changed]
+        keys = _few(keys, "  and {} more: compare the files")
+        out = ["keys with other values than in the plan that was approved last:", *keys] if keys else []
+        out.append(f"plan {self.digest}")
         for topic, sentence in self.words.items():
             was = self.last.get(topic, "") if self.last else sentence
             out.append(f"{'*' if was != sentence else ' '} {topic:{width}}  {sentence}")
@@ -118,7 +122,6 @@ class Question:
                 out.append(f"  {'':{width}}  was: {was or 'not said'}")
         out += [f"  {topic:{width}}  no longer said; was: {was}" for topic, was in self.last.items() if topic not in self.words]
         out.append("* differs from the plan that was approved last" if self.last else "no earlier plan to compare with")
-        out += [f"  {line}" for line in self.changed]
         out += [f"this site refuses it: {reason}" for reason in self.refusals]
         return [*out, *self._runs(again=again), *self._uncovered()]
 
@@ -133,7 +136,9 @@ class Question:
         return out
 
     def _uncovered(self) -> list[str]:
-        out = list(self.before)
+        plans = [line for line in self.before if line.startswith("plan ")]
+        out = [line for line in self.before if line not in plans]
+        out += _few(plans[::-1], "and {} plans that were approved before these")
         if self.uncovered is None:
             return [
                 *out,
@@ -141,13 +146,19 @@ class Question:
             ]
         left = sorted(set(self.uncovered) - set(self.named))
         if self.named:
-            out.append(f"YOU AGREE that its sums, compared with earlier ones, may reveal the update of {', '.join(self.named)}")
+            out.append(f"YOU AGREE that its sums, compared with earlier ones, may reveal the update of {_listed(self.named)}")
         if left:
+            words = _few([f"--uncovers {name[:60]}" for name in left], "and {} more (all names: --json)")
             out.append(
                 f"compared with this site's earlier contributions on this base model, the plan could reveal the update of "
-                f"{', '.join(left)}: this site will refuse it, unless you add " + " ".join(f"--uncovers {n}" for n in left)
+                f"{_listed(left)}: this site will refuse it, unless you add {' '.join(words)}"
             )
         return out
+
+
+def _few(lines: list[str], more: str) -> list[str]:
+    """The first twelve, and how many there are beside them: what is decided on is not to move out of sight."""
+    return [*lines[:_MOST], *([more.format(len(lines) - _MOST)] if len(lines) > _MOST else [])]
 
 
 def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> Question:
@@ -167,12 +178,16 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
     last = _last(file, state, but=digest)
     told = mode_of(plan).told(plan)
     before, uncovered = _beside(plan, told, file, root)
+    before = [*([_ROWS] if told is not None else []), *_others(plan, told, file, state), *before]
     return Question(
         digest=digest,
         words=in_words(plan),
         last=in_words(last) if last is not None else {},
         changed=_changed(last, plan) if last is not None else (),
-        refusals=[*file.agreed.refusals(plan, models=frozenset(file.models)), *(_unlike(plan, told, file, root) if told else ())],
+        refusals=[
+            *file.refusals(plan),
+            *(_unlike(plan, told, file, root) if told else ()),
+        ],
         approved=file.plans.count(digest),
         begun=sum(one.plan == digest for one in begun),
         agreed=file.uncovers.get(digest, ()),
@@ -185,17 +200,22 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
 def _last(file: SiteFile, state: Path, *, but: str) -> Plan | None:
     for digest in reversed(file.plans):
         if digest != but:
-            try:
-                return parse_plan(_copy(state, digest).read_bytes())
-            except (OSError, FedLoRAError):  # an entry that was typed in, or of an earlier release
-                return None
+            return kept_plan(state, digest)
     return None
+
+
+def kept_plan(state: Path, digest: str) -> Plan | None:
+    """The copy of an approved plan; None for an entry that was typed in, or is of an earlier release."""
+    try:
+        return parse_plan(_copy(state, digest).read_bytes())
+    except (OSError, FedLoRAError):
+        return None
 
 
 def _changed(old: Plan, new: Plan) -> list[str]:
     was, now = (dict(_flat(p.model_dump(mode="json", exclude={"simulation"}))) for p in (old, new))
     return [
-        _plain(f"{key}: {was.get(key, 'not said')} -> {now.get(key, 'not said')}")
+        plain(f"{key}: {was.get(key, 'not said')} -> {now.get(key, 'not said')}")
         for key in dict.fromkeys((*now, *was))
         if was.get(key, _ABSENT) != now.get(key, _ABSENT)
     ]
@@ -230,6 +250,37 @@ def _unlike(plan: Plan, told: SumExposure, file: SiteFile, root: Path) -> list[s
     except LoneChange as error:
         return [f"{error}. {error.hint}"]
     return []
+
+
+_ROWS = (
+    "SUMS OF ONE GROUP DIFFER by what has changed at its sites in between: where the rows of one site alone have, the difference "
+    "is the change of that site's update, and after a trial on rows that the server knows, the update itself. That is so between "
+    "two runs and, if a site starts again with other rows, within one: leave the rows as they are as long as this base model is "
+    "used"
+)
+
+
+def _others(plan: Plan, told: SumExposure | None, file: SiteFile, state: Path) -> list[str]:
+    """The other plans that are approved here on the same base model, also if nothing was given yet: in words what that means
+    beside this one. Plans that are not known here are named, too: they may be on this base model."""
+    lines = []
+    for digest in dict.fromkeys(file.plans):
+        other = kept_plan(state, digest)
+        if digest == plan.digest() or not (other is None or Base.of(plan).meets(Base.of(other))):
+            continue
+        if other is None:
+            lines.append(f"plan {digest[:12]} is approved here and not known: it may be on this base model too")
+            continue
+        sums = mode_of(other).told(other)
+        if told is not None and sums is not None:
+            what = "its sums and this plan's are as of two runs of one plan" if sums.measure == told.measure else "the same holds"
+        elif told is sums:
+            what = "the server reads this site's update in both"
+        else:
+            read = "this one" if told is None else "that one"
+            what = f"the server reads this site's update in {read}, so that after work for one this site refuses the other"
+        lines.append(f"plan {digest[:12]} ({other.run.name}) is approved here on this base model too: {what}")
+    return lines
 
 
 _AGAIN = (

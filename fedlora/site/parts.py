@@ -33,11 +33,15 @@ def site_of(
     state: Path,
     report: Report,
     approvals: Callable[[], Approvals] | None = None,
+    clock: Callable[[], float] = time.time,
+    entropy: Callable[[int], bytes] = os.urandom,
 ) -> Site:
     """A site with these keys and its file's policy, which keeps its state in ``state``.
 
     Args:
         approvals: gives the current approvals; None: those of ``file``.
+        clock: seconds since 1970.
+        entropy: n random bytes.
     """
     approved = approvals or (lambda: Approvals.of(file))
     memory = FileMemory(state / "memory", REPAIR)
@@ -52,14 +56,14 @@ def site_of(
         server=server,
         memory=memory,
         max_request_bytes=file.policy.max_request_bytes,
-        clock=lambda: int(time.time()),
-        entropy=os.urandom,
+        clock=lambda: int(clock()),
+        entropy=entropy,
         expects=expects,
     )
-    roster = RosterKeeper.here(memory, server, file.roster)
+    roster = RosterKeeper.here(memory, server, lambda: approved().roster)
     return Site(
         name=identity.name,
-        protection=SiteModes.of(SiteParts(link, roster, os.urandom, lambda plan: approved().uncovers.get(plan, ()))),
+        protection=SiteModes.of(SiteParts(link, roster, entropy, lambda plan: approved().uncovers.get(plan, ()))),
         learner=make_learner,
         policy=file.agreed,
         models=frozenset(file.models),

@@ -7,11 +7,13 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedlora.core.errors import PlanRefused
+from fedlora.core.codes import REFUSES, Code, policy_key
+from fedlora.core.errors import ConfigError, PlanRefused
 from fedlora.core.plan import Metric, Plan
 from fedlora.core.registry import MODES
 from fedlora.core.section import Section
 from fedlora.protect.modes import mode_of
+from fedlora.site.pause import minutes
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -20,6 +22,16 @@ def _mode(name: str) -> str:
     if name not in MODES:
         raise PydanticCustomError("mode", "{text}", {"text": MODES.unknown(name)})
     return name
+
+
+def _hours(text: str) -> str:
+    try:
+        begin, end = (minutes(part) for part in text.split("-")) if text else (0, 1)
+    except (ConfigError, ValueError):
+        begin = end = 0
+    if begin == end:
+        raise PydanticCustomError("hours", "{text}", {"text": "two times of the day that differ, as in 20:00-06:00; or empty"})
+    return text
 
 
 def default_modes(*, roster: bool) -> tuple[str, ...]:
@@ -44,6 +56,10 @@ class Policy(Section):
     """most optimizer steps in a round"""
     max_request_bytes: Annotated[int, Field(ge=1 << 16, le=1 << 34)] = 1 << 30
     """largest message accepted from the server, bytes"""
+    max_update_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 34)] = 1 << 30
+    """largest update that leaves, bytes; a round whose update would be larger is refused before it is trained"""
+    hours: Annotated[str, AfterValidator(_hours)] = ""
+    """hours of the day in which tasks are taken, by the local clock, e.g. 20:00-06:00; a task begun is finished. Empty: all"""
     max_first_range: Annotated[float, Field(gt=0, le=64)] = 1.0
     """secagg: largest first_range accepted; a larger range makes the quantization of round 1 coarser"""
     lone_change: Literal["refuse", "allow"] = "refuse"
@@ -69,34 +85,43 @@ class Policy(Section):
             key for key in type(self).model_fields if key not in self.model_fields_set or (key == "protect" and not self.protect)
         ]
 
-    def refusals(self, plan: Plan, *, models: frozenset[str]) -> list[str]:
+    def refusals(self, plan: Plan, *, models: frozenset[str]) -> dict[Code, str]:
         """Reasons why this site would refuse a plan, each in a sentence; empty if it would take part.
+
+        A code may leave, so it follows from plan and policy alone and names no value. The first one does.
 
         Args:
             models: ids of the base models at this site.
         """
         f, p, accepted = plan.federation, plan.protect, self.protect or default_modes(roster=True)
         allowed = frozenset(self.allowed_models) or models
-        no = []
+        no: dict[Code, str] = {}
         if plan.model.model_name_or_path not in allowed:
-            no.append(f"base model {plan.model.model_name_or_path!r} is not among {sorted(allowed)}")
+            no["policy-allowed-models"] = f"base model {plan.model.model_name_or_path!r} is not among {sorted(allowed)}"
         if p.mode not in accepted:
-            no.append(f"protection {p.mode!r} is not among {list(accepted)}")
+            no["policy-protect"] = f"protection {p.mode!r} is not among {list(accepted)}"
         if f.min_sites < self.min_sites:
-            no.append(f"min_sites {f.min_sites} is below {self.min_sites}")
+            no["policy-min-sites"] = f"min_sites {f.min_sites} is below {self.min_sites}"
         if f.num_rounds > self.max_rounds:
-            no.append(f"{f.num_rounds} rounds are more than {self.max_rounds}")
+            no["policy-max-rounds"] = f"{f.num_rounds} rounds are more than {self.max_rounds}"
         if f.local_steps > self.max_local_steps:
-            no.append(f"{f.local_steps} steps a round are more than {self.max_local_steps}")
+            no["policy-max-local-steps"] = f"{f.local_steps} steps a round are more than {self.max_local_steps}"
         if not plan.is_pinned:
-            no.append("the plan does not pin both the base and the first adapter by content")
-        return [*no, *mode_of(plan).refusals(plan, self)]
+            no["plan-refused"] = "the plan does not pin both the base and the first adapter by content"
+        return {**no, **dict(mode_of(plan).refusals(plan, self))}
 
     def check(self, plan: Plan, *, models: frozenset[str]) -> None:
         """Checks that this site would take part in a plan.
 
         Raises:
-            PlanRefused: it would not; the text has every reason.
+            PlanRefused: it would not; the text has every reason, the code the key of the first.
         """
         if no := self.refusals(plan, models=models):
-            raise PlanRefused("; ".join(no), hint="change [policy] in the site file, or talk to the coordinator")
+            raise refused(next(iter(no)), "; ".join(no.values()))
+
+
+def refused(code: Code, text: str) -> PlanRefused:
+    """The refusal of a plan, with the keys at both ends of which one has to change."""
+    key = "[models] or policy.allowed_models" if code == "policy-allowed-models" else policy_key(code)
+    keys = f"{key} in the site file, or {REFUSES[code]} in the plan" if code in REFUSES else "the plan"
+    return PlanRefused(text, hint=f"change {keys}; the coordinator sees the name of the key and not its value", code=code)

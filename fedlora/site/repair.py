@@ -18,13 +18,13 @@ from fedlora.formats.keys import load_identity, load_public
 from fedlora.formats.state.damage import Finding, alone, damaged_values, drop, erase, problem_text
 from fedlora.formats.state.journal import SITS_OUT, Journal, sits_out
 from fedlora.formats.state.memory import FileMemory, get_record, put_record, words
-from fedlora.protect.ledger import HAS_GIVEN, KEY, ContributionStore, Ledger
+from fedlora.protect.ledger import HAS_GIVEN, KEY, USED, ContributionStore, Ledger
 from fedlora.protect.link import raise_number
 from fedlora.site.site_file import load_site_file
 
 _KINDS = ("down", "up", "trained", SITS_OUT, "repaired")
 _SECAGG = ("session", "used", "cohort", "relay", "settled", "encoded", "adapters")
-_LOSABLE = frozenset({"up", "trained", "repaired", *(f"secagg/{kind}" for kind in _SECAGG if kind != "used")})
+_LOSABLE = frozenset({"up", "trained", "repaired", *(f"secagg/{kind}" for kind in _SECAGG if kind not in ("used", "adapters"))})
 """Records that a site can lose: it continues from an older state, with raised numbers. All others protect it or other sites."""
 
 
@@ -70,7 +70,7 @@ class SiteRepair:
             elif not self._sits_out(run):
                 what = f"{words(key) if key else 'what was kept there'} is lost: {problem_text(problem)}"
                 found.append(Finding(file, what, self._choices(run, key), run=run))
-        if not self._is_there(KEY) and any(map(self._is_there, [HAS_GIVEN, *(f"{run}/secagg/used" for run in runs)])):
+        if not self._is_there(KEY) and any(map(self._is_there, [HAS_GIVEN, *(f"{run}/{USED}" for run in runs)])):
             what = "the record of the sums that this site has contributed to is gone: it contributes to none"
             found.append(Finding(self.memory.where(KEY), what, self._choices("", KEY)))
         for run in runs:
@@ -91,6 +91,10 @@ class SiteRepair:
             problems = {self.memory.directory: str(e)}
         for path, why in problems.items():
             found.append(Finding(str(path), why, self._choices(run, "down" if path == self.memory.directory else ""), run=run))
+        if self._adapters_gone(run):
+            where = self.memory.where(f"{run}/secagg/adapters")
+            what = "the record of the adapters of each round is gone: this site computes nothing more in this run"
+            found.append(Finding(where, what, self._choices(run, "secagg/adapters"), run=run))
         own = self.journal.own(run)
         if os.path.lexists(own):
             try:
@@ -131,9 +135,15 @@ class SiteRepair:
                 return "what this site has heard or given away is not known here any more"
         if key == "down":
             return "the numbers that this site has heard are gone"
+        if self._adapters_gone(run):
+            return "with how many adapters each round has come is not known here any more"
         session, used = (f"{run}/secagg/{k}" for k in ("session", "used"))
         has = [any(p.exists() for p in self.memory.files(k)) for k in (session, used)]
         return "what this site has given away is not known here any more" if has == [True, False] else ""
+
+    def _adapters_gone(self, run: str) -> bool:
+        there = {kind for kind in _SECAGG if self._is_there(f"{run}/secagg/{kind}")}
+        return bool(there) and "adapters" not in there
 
     def _last_whole(self, run: str) -> int:
         damaged = self.journal.problems(run)
@@ -190,6 +200,7 @@ class SiteRepair:
         run = self.run_named(start)
         with alone(self.state / "lock", "the site"):
             self.memory.put(f"{run}/{SITS_OUT}", b"1")  # before the lost records are dropped, which so far made the site refuse
+            erase(self.memory, f"{run}/secagg/session")  # its secrets, whatever becomes of this site
             self._drop_lost(run)
             self._note(run, {"choice": "sit-out", "when": now})
         return f"run {run[:12]}: this site no longer answers requests of it (sits-out)"

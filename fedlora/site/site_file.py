@@ -2,88 +2,46 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from fedlora.core.plan import Digest, Hex, SiteName
-from fedlora.core.section import Section
-from fedlora.data.files.readers import BUILT_IN, READERS
-from fedlora.data.files.sources import ENCODINGS
-from fedlora.data.shapes import SHAPES
+from fedlora.core.plan import Digest, Plan
+from fedlora.core.section import Section, SiteName
+from fedlora.core.tables.data import SiteData
 from fedlora.formats.plans import load_toml
+from fedlora.protect.modes import mode_of
 from fedlora.site.policy import Policy, default_modes
 
 
-def _format(name: str) -> str:
-    if name != "auto" and name not in READERS:
-        raise PydanticCustomError("format", "{text}, or auto", {"text": READERS.unknown(name)})
-    return name
+def _unprivileged(port: int) -> int:
+    if 0 < port < 1024:
+        raise PydanticCustomError("port", "choose a port from 1024, or 0 for any free one: those below belong to the system")
+    return port
 
 
-def _shape(name: str) -> str:
-    if name != "auto" and name not in SHAPES:
+def _read_aloud(text: str) -> str:
+    """A digest without the blanks with which `fedlora roster show` prints it for the telephone."""
+    digits = "".join(text.split()).lower()
+    if digits and not re.fullmatch(r"[0-9a-f]{64}", digits):
+        other = len(digits) - sum(d in "0123456789abcdef" for d in digits)
+        said = f"{len(digits)} characters" + (f", {other} of them neither 0-9 nor a-f" if other else "")
         raise PydanticCustomError(
-            "shape", "{text}", {"text": f"no shape is called {name[:80]!r}; known: auto, {', '.join(SHAPES)}"}
+            "digest",
+            "{text}",
+            {"text": f"a digest has 64 digits, 0-9 and a-f, with or without blanks between groups; here are {said}"},
         )
-    return name
+    return digits
 
 
-def _encoding(name: str) -> str:
-    if name != "auto" and name not in ENCODINGS:
-        near = difflib.get_close_matches(name, ENCODINGS, n=1)
-        more = f"did you mean {near[0]!r}?" if near else f"known: auto, {', '.join(ENCODINGS)}"
-        raise PydanticCustomError("encoding", "{text}", {"text": f"no encoding is called {name[:80]!r}; {more}"})
-    return name
-
-
-class SiteData(Section):
-    """This site's own rows. Nothing in this table is ever sent."""
-
-    path: str | tuple[str, ...] = "data/train.jsonl"
-    """training rows: file (JSONL, JSON, CSV, TSV, Parquet; .gz, .zst), directory, pattern or list; relative to this file"""
-    held_out_path: str | tuple[str, ...] = ""
-    """the same for rows that are evaluated on; empty: a fraction of path is held out by group"""
-    format: Annotated[
-        str, AfterValidator(_format), Field(description=f"file format: {', '.join(BUILT_IN)}; auto: what the suffix says")
-    ] = "auto"
-    shape: Annotated[
-        str, AfterValidator(_shape), Field(description=f"how a row is laid out: {', '.join(SHAPES)}; auto: by its columns")
-    ] = "auto"
-    encoding: Annotated[
-        str,
-        AfterValidator(_encoding),
-        Field(description="encoding of text files, e.g. cp1252; auto: a byte order mark, else UTF-8"),
-    ] = "auto"
-    header: bool = True
-    """the first line of a CSV or TSV file names its columns; false: they are called 1, 2, 3 ... in columns and group_key"""
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """largest share of bad rows that are left out, named by line number; with more the data is refused. 0: none may be bad"""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """our column name = the file's column name, e.g. { prompt = "question", completion = "answer" }"""
-    group_key: str = ""
-    """column that identifies the patient or customer; all rows of one group stay on the same side of the split"""
-    special_tokens: Literal["text", "keep"] = "text"
-    """strings such as <|im_end|> inside rows; text: ordinary characters; keep: special tokens, also where a user wrote them"""
-    too_long: Literal["keep-answer", "cut", "drop"] = "keep-answer"
-    """rows above max_length; keep-answer: cut the prompt, split long texts; cut: truncate on the right; drop: leave them out"""
-    held_out_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.1
-    """fraction of groups held out for evaluation"""
-
-    def paths(self, root: Path) -> list[Path]:
-        """Files, directories and patterns of the training rows."""
-        return _paths(root, self.path)
-
-    def held_out_paths(self, root: Path) -> list[Path]:
-        """Files, directories and patterns of the rows for evaluation; empty: they are held out of the training rows."""
-        return _paths(root, self.held_out_path)
-
-
-def _paths(root: Path, said: str | tuple[str, ...]) -> list[Path]:
-    return [root / path for path in ([said] if isinstance(said, str) else said) if path]
+NO_ROSTER = "it needs a roster, and `roster` in the site file is empty"
+SET_ROSTER = (
+    "set `roster` to the digest that the coordinators read to you from `fedlora roster show`; a `site up` that runs without any "
+    "has to be started again"
+)
 
 
 class SiteFile(Section):
@@ -97,8 +55,8 @@ class SiteFile(Section):
     """certificate authority of the server; paths are relative to this file"""
     server_key: str = "keys/server.pub"
     """public key of the server, pinned; compare its fingerprint by telephone"""
-    roster: Hex = ""
-    """digest of the roster that you approved after comparing it by telephone; secagg needs it"""
+    roster: Annotated[str, AfterValidator(_read_aloud)] = ""
+    """digest of the roster that you approved after comparing it by telephone, blanks do not count; secagg needs it"""
     plans: tuple[Digest, ...] = ()
     """digests of the plans that you approved, one entry for each run; `fedlora site approve` shows a plan and adds it"""
     uncovers: dict[Digest, tuple[SiteName, ...]] = Field(default_factory=dict)
@@ -125,8 +83,8 @@ class SiteFile(Section):
     """CPU threads; 0: all cores"""
     keep_dequantized: bool = False
     """keep the dequantized 4-bit weights in memory: same bits, faster on a CPU, four times the memory"""
-    local_port: Annotated[int, Field(ge=1024, le=65535)] = 9094
-    """loopback port between the connection process and the training process"""
+    local_port: Annotated[int, Field(ge=0, le=65535), AfterValidator(_unprivileged)] = 0
+    """loopback port between the connection process and the training process; 0: any free one, so that sites may share a host"""
     data: SiteData = SiteData()
     policy: Policy = Policy()
 
@@ -136,6 +94,16 @@ class SiteFile(Section):
         if self.policy.protect:
             return self.policy
         return self.policy.model_copy(update={"protect": default_modes(roster=bool(self.roster))})
+
+    def lacks_roster(self, plan: Plan) -> bool:
+        """Whether a plan needs a roster and nobody here has set one."""
+        return mode_of(plan).needs_roster and not self.roster
+
+    def refusals(self, plan: Plan) -> list[str]:
+        """Reasons why this site would refuse a plan; a lacking roster is said as that, not as the mode that follows of it."""
+        if not self.lacks_roster(plan):
+            return [*self.agreed.refusals(plan, models=frozenset(self.models)).values()]
+        return [NO_ROSTER, *self.model_copy(update={"roster": "0" * 64}).refusals(plan)]
 
 
 def load_site_file(path: Path) -> SiteFile:

@@ -18,15 +18,16 @@ from fedlora.core.limits import MAX_RANK
 from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.metrics import LISTED, counters_of, finish, is_measured, is_small, without_evaluation
 from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.sites.facts import Evaluated
 from fedlora.formats import update as wire
-from fedlora.formats.state.journal import Entry, Journal
+from fedlora.formats.state.journal import Entry, Journal, check_takes_part
 from fedlora.formats.state.memory import FileMemory
 from fedlora.protect import SiteProtection
 from fedlora.protect.modes import mode_of
 from fedlora.rules import Aggregator, max_site_weight, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.admission import Approvals, Begun, Runs, admit, check_round, note_adapter
-from fedlora.site.policy import Policy
+from fedlora.site.policy import Policy, refused
 
 log = logging.getLogger(__name__)
 
@@ -94,12 +95,17 @@ class Learner(Protocol):
         ...
 
 
-def safely(site: str, answer: Callable[[], bytes]) -> Reply:
-    """Runs ``answer`` and turns every error into a code: the text of an exception never leaves a site."""
+def safely(site: str, answer: Callable[[], bytes], *, named: Callable[[FedLoRAError], None] = lambda error: None) -> Reply:
+    """Runs ``answer`` and turns every error into a code: the text of an exception never leaves a site.
+
+    Args:
+        named: told an error that has a name; its text is for this site's own screen.
+    """
     try:
         return Reply(site, answer())
     except FedLoRAError as e:
         log.error("%s: %s%s", e.code, e, f" ({e.hint})" if e.hint else "")
+        named(e)
         return Reply(site, error=e.code)
     except MemoryError:
         log.exception("out of memory")
@@ -140,13 +146,15 @@ class Site:
 
     def handle(self, request: Request) -> Reply:
         """Answers a request. Raises nothing: an error becomes its code."""
-        reply = safely(self.name, lambda: self.protection.answer(request, self.work))
+        errors: list[FedLoRAError] = []
+        reply = safely(self.name, lambda: self.protection.answer(request, self.work), named=errors.append)
         if reply.error:
-            self.report(Event.FAILED, Failed(code=reply.error))
+            why, cure = (str(errors[0]), errors[0].hint) if errors else ("", "its own log says why: state/flower/log/runner.log")
+            self.report(Event.FAILED, Failed(code=reply.error, why=why, cure=cure))
         return reply
 
-    def work(self, task: Task) -> Update:
-        """Does a task whose signature was checked, or takes its result from the journal.
+    def work(self, task: Task, admitted: Callable[[], None] = lambda: None) -> Update:
+        """Does a task whose signature was checked, or takes its result from the journal. See :class:`fedlora.protect.Work`.
 
         Raises:
             PlanRefused (plan-not-approved, run-not-approved), WrongContext (wrong-plan): no person here has agreed to this run.
@@ -157,6 +165,7 @@ class Site:
             UpdateRejected (weight-too-large): this site used more than the plan lets one site weigh; the server would refuse it.
         """
         self._admit(task)
+        admitted()
         plan, rule, learner, adapter = self._prepare(task)
         key = f"{task.kind}/{task.plan_digest}/{task.adapter.digest()}"
         self.journal.check(task.run)
@@ -168,10 +177,10 @@ class Site:
         update.check(task.reply_layout.size)
         own = kept.vector.astype("<f4").tobytes() if rule.keeps_local_factor else b""
         entry = Entry(key, wire.update_parts(update, task.reply_layout), state, own)
-        if rule.keeps_local_factor:
+        if rule.keeps_local_factor or task.kind == "evaluate":  # then it is what the run has come to
             self.journal.save_own(task.run, kept, plan)
-            if task.kind == "evaluate":
-                self.report(Event.OWN, Own(file=str(self.journal.own(task.run))))
+        if task.kind == "evaluate":
+            self.report(Event.OWN, Own(file=str(self.journal.own(task.run))))
         self.journal.save(task.run, task.round, entry)
         self._last = (task.run, task.round, replace(entry, update=b""))  # the next round needs the rest alone
         return update
@@ -184,10 +193,11 @@ class Site:
         after = admit(begun := runs.load(), Begun(task.run, task.plan_digest), plans=plans)
         self.policy.check(plan, models=self.models)  # a refused plan uses up no approval
         check_round(plan, task)
+        check_takes_part(memory, task.run)
+        if mode_of(plan).once:  # before the run itself is: in a run that has begun, a record that is not there is lost
+            note_adapter(memory, task, begun=len(after) == len(begun))
         if len(after) > len(begun):
             runs.save(after)
-        if mode_of(plan).once:
-            note_adapter(memory, task)
 
     def _before(self, task: Task) -> tuple[int, Entry] | None:
         """The last round before this one that this site has trained."""
@@ -208,13 +218,11 @@ class Site:
             before = None  # the last evaluation does not need it, and no round follows
         state = before[1].state if before else b""
         if task.kind == "evaluate":
-            self.report(Event.EVALUATE, Evaluate(round=task.round))
-            counters |= learner.evaluate(adapter)
+            counters |= self._evaluated(task.round, learner, adapter)
             return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, counters)), state, adapter
         every = plan.evaluation.every
         if every and (task.round - 1) % every == 0:
-            self.report(Event.EVALUATE, Evaluate(round=task.round))
-            counters |= learner.evaluate(adapter)
+            counters |= self._evaluated(task.round, learner, adapter)
         self.report(Event.TRAIN, Train(round=task.round, rounds=plan.federation.num_rounds))
         own = adapter.at_rank(min(self._rank(plan), adapter.layout.rank))
         trained = learner.train(own, round=task.round, state=state, factors=rule.trains(task.round))
@@ -226,6 +234,13 @@ class Site:
         if weight > (most := max_site_weight(plan)):
             raise UpdateRejected.too_heavy(self.name, weight, most)
         return Update(delta, weight, self._shared(plan, counters)), trained.state, trained.adapter
+
+    def _evaluated(self, round: int, learner: Learner, adapter: Adapter) -> Mapping[str, int]:
+        """The counters of the adapter that came, over this site's held-out rows."""
+        self.report(Event.EVALUATE, Evaluate(round=round))
+        counters = learner.evaluate(adapter)
+        self.report(Event.EVALUATED, Evaluated(round=round, metrics=finish(LISTED, counters)))
+        return counters
 
     def _rank(self, plan: Plan) -> int:
         """Largest LoRA rank that this site trains."""
@@ -256,7 +271,12 @@ class Site:
                 code="wrong-base",
             )
         if learner.steps > self.policy.max_local_steps:
-            raise PlanRefused(f"a round takes {learner.steps} steps here, more than {self.policy.max_local_steps}")
+            said = f"a round takes {learner.steps} steps here, more than policy.max_local_steps = {self.policy.max_local_steps}"
+            raise PlanRefused(said)  # of no key: passes over the rows became steps, so that the code speaks of the rows
+        size = wire.max_update_bytes(task.reply_layout, dtype=plan.wire.dtype) - wire.MAX_HEADER_BYTES
+        if size > self.policy.max_update_bytes:
+            said = f"an update takes {size} bytes, more than policy.max_update_bytes = {self.policy.max_update_bytes}"
+            raise refused("policy-max-update-bytes", said)
         adapter = self._whole(task, plan, rule, learner)
         if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
             raise PlanRefused("the first adapter is not the one that the plan pins")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from fedlora.core.registry import Registry
+from fedlora.core.tables.data import FORMATS
 from fedlora.data.files.json_files import read_json, read_jsonl
 from fedlora.data.files.parquet import read_parquet
 from fedlora.data.files.rows import Row
@@ -15,15 +15,7 @@ from fedlora.data.files.tables import read_csv, read_postgres, read_tsv
 Reader: TypeAlias = Callable[[Source], Iterator[tuple[int, Row]]]
 """Yields (1-based line or row number, row). Raises OSError, or DataError if the file as a whole cannot be read."""
 
-READERS: Registry[Reader] = Registry("file format", "fedlora.data.files.readers")
-"""``data.format`` of a site file."""
-
-BUILT_IN: dict[str, Reader] = {
-    "jsonl": read_jsonl,
-    "json": read_json,
-    "csv": read_csv,
-    "tsv": read_tsv,
-    "postgres": read_postgres,
-    "parquet": read_parquet,
-}
+BUILT_IN: dict[str, Reader] = dict(
+    zip(FORMATS, (read_jsonl, read_json, read_csv, read_tsv, read_postgres, read_parquet), strict=True)
+)
 """Formats by the name that a site file uses. Closed: a name in a file never becomes code."""

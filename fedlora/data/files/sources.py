@@ -27,14 +27,6 @@ FLOOR = 1 << 31
 RATIO = 250
 """Decompressed bytes for each byte on the disk, beyond FLOOR. Text of people reaches about 30."""
 
-ENCODINGS = (
-    "utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp437", "cp850",
-    "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258",
-    "iso-8859-2", "iso-8859-5", "iso-8859-7", "iso-8859-9", "iso-8859-15", "koi8-r", "mac-roman",
-    "big5", "euc-jp", "euc-kr", "gb18030", "shift_jis",
-)  # fmt: skip
-"""Encodings by the names that a site file may use, beside ``auto``: a byte order mark, else UTF-8. Nothing is guessed."""
-
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 _SNIFFED = 4096
@@ -92,7 +84,7 @@ class Source:
 
     Attributes:
         path: the file.
-        encoding: one of :data:`ENCODINGS`, or ``auto``.
+        encoding: one of :data:`fedlora.core.tables.data.ENCODINGS`, or ``auto``.
         header: the first line of a table names its columns; False: they are called 1, 2, 3 ...
         wanted: the only columns that will be used, in the file's own words; None: all of them.
         shapes: sets of columns; an object that has all of one of them is a row.
@@ -289,12 +281,12 @@ def format_of(path: Path) -> str:
     """The format that the name of a file promises, whether it is compressed or not.
 
     Returns:
-        A key of :data:`fedlora.data.files.readers.READERS`.
+        A key of :data:`fedlora.core.tables.data.READERS`.
 
     Raises:
         DataError: the suffix is none of ours.
     """
-    name = _promised(path)
+    name = promised_format(path)
     if name is None:
         raise DataError(
             f"{path}: the suffix says no known format",
@@ -303,7 +295,8 @@ def format_of(path: Path) -> str:
     return name
 
 
-def _promised(path: Path) -> str | None:
+def promised_format(path: Path) -> str | None:
+    """The same, None where the suffix is none of ours."""
     bare = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
     return _SUFFIXES.get(bare.suffix.lower())
 
@@ -340,7 +333,7 @@ def find(path: Path, *, any_suffix: bool = False) -> tuple[list[Path], list[str]
 def _quietly(search: Callable[[], list[Path]]) -> list[Path] | None:
     try:
         return search()
-    except (ValueError, NotImplementedError):
+    except (ValueError, NotImplementedError):  # pathlib's words for a pattern that is none
         return None
 
 
@@ -350,7 +343,7 @@ def _chosen(base: Path, candidates: list[Path], *, suffixes: bool) -> tuple[list
     for path in sorted(candidates):
         if path.is_symlink() and not path.exists():
             raise DataError(f"{path}: a link to nothing", hint="remove the link, or put the file in its place")
-        if not path.is_file() or (suffixes and _promised(path) is None):
+        if not path.is_file() or (suffixes and promised_format(path) is None):
             others += 1
             continue
         real = path.resolve()

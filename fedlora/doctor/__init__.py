@@ -1,0 +1,1 @@
+"""What keeps a site from taking part: one list of findings, for `site doctor`, `check --site` and `site up`."""

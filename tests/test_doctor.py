@@ -1,0 +1,304 @@
+"""Faults that newcomers make, seeded one at a time: the doctor names each, says what to do, and `check` and `up` agree."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from doctor_site import MODEL, Place, gateway, rows
+
+from fedlora.cli import main
+from fedlora.core.errors import FedLoRAError
+from fedlora.core.plan import Plan
+from fedlora.core.toml import dump_toml
+from fedlora.doctor.examine import at_home, examine, settle
+from fedlora.doctor.files import room
+from fedlora.doctor.findings import FAULTS, worst
+from fedlora.formats.state.lock import hold
+from fedlora.formats.state.memory import FileMemory
+from fedlora.gateway.certificates import make_node_key, make_tls
+from fedlora.site.admission import Begun, Runs
+
+DIGESTS = {"model": {"digest": "a" * 64}, "lora": {"init_digest": "b" * 64}}
+SECAGG = {"protect": {"mode": "secagg"}, "aggregate": {"weighting": "uniform"}}
+
+
+def plan(**more):
+    sections = {"federation": {"min_sites": 3}, **DIGESTS, **more}
+    return Plan(**sections)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def looked(place, *, network=False, about=None):
+    return list(examine(place.file, plan=about, network=network, step=False, report=lambda e, f: None))
+
+
+def named(found):
+    return {f.name: f for f in found if f.name}
+
+
+# --- the table -----------------------------------------------------------------------------------------------------------
+# Each changes a site on which nothing is amiss, and gives what the finding must say.
+
+
+def key_missing(p):
+    (p.root / "ca.crt").unlink()
+    return "ca.crt is missing"
+
+
+def key_open(p):
+    (p.root / "alpha" / "alpha.key").chmod(0o644)
+    return "can be read by others"
+
+
+def bad_key(p):
+    (p.root / "alpha" / "alpha.node.key").write_text("no key")
+    return "not a private node key"
+
+
+def foreign_key(p):
+    p.change(key="beta/beta.key")
+    return "the key of 'beta', the site file says 'alpha'"
+
+
+def foreign_node_key(p):
+    p.change(node_key="beta/beta.node.key")
+    return "it is that of beta"
+
+
+def bad_ca(p):
+    (p.root / "ca.crt").write_text("-----BEGIN CERTIFICATE-----\nno\n-----END CERTIFICATE-----\n")
+    return "does not hold one certificate"
+
+
+def state_not_writable(p):
+    p.change(state="rows.jsonl/x")
+    return "rows.jsonl is no directory"
+
+
+def port_taken(p):
+    import socket
+
+    p.keep = socket.create_server(("127.0.0.1", p.settings["local_port"]))
+    return f"port {p.settings['local_port']} on loopback"
+
+
+def no_approval(p):
+    return "no plan is approved"
+
+
+def approvals_spent(p):
+    digest = p.approve(plan()).digest()
+    Runs(FileMemory(p.root / "state" / "memory")).save([Begun("c" * 64, digest)])
+    return "1 run approved, 1 begun"
+
+
+def plan_unknown(p):
+    p.change(plans=("d" * 64,))
+    return "the approved plan dddddddddddd is not here"
+
+
+def plan_refused(p):
+    p.approve(plan())
+    p.change(policy={"min_sites": 7})
+    return "min_sites 3 is below 7"
+
+
+def no_roster(p):
+    p.approve(plan(**SECAGG))
+    return "`roster` in the site file is empty"
+
+
+def no_base(p):
+    p.change(models={MODEL: "gone"})
+    return "gone is not there"
+
+
+def bad_base(p):
+    p.approve(plan())
+    return "no tokenizer.json"
+
+
+def no_data(p):
+    p.change(data={"path": "rows.csv"})
+    return "rows.csv cannot be read: No such file"
+
+
+def bad_data(p):
+    p.write_rows(rows(8), "half a row", "{")
+    return "2 of 10 rows (20.0%) cannot be used"
+
+
+def rows_dropped(p):
+    p.write_rows(rows(300), "half a row")
+    return "1 of 301 rows of rows.jsonl are left out: not JSON: line 301"
+
+
+def no_group_key(p):
+    p.change(data={"group_key": ""})
+    return "group_key is not set"
+
+
+def held_out_larger(p):
+    same = [{"prompt": "same:", "completion": " same", "patient": f"s{n}"} for n in range(60)]
+    p.write_rows([*same, *rows(8)])  # of five sets one is held out; with this seed the large one
+    p.change(data={"held_out_fraction": 0.3})
+    return "59 rows have the text of another row"
+
+
+def few_held_out(p):
+    p.write_rows(rows(40))
+    return "fewer than policy.min_cell = 20"
+
+
+TABLE = [
+    (key_missing, 3), (key_open, 3), (bad_key, 3), (foreign_key, 3), (foreign_node_key, 3), (bad_ca, 4),
+    (state_not_writable, 3), (port_taken, 3), (no_approval, 0), (approvals_spent, 0), (plan_unknown, 0), (plan_refused, 5),
+    (no_roster, 3), (no_base, 3), (bad_base, 3), (no_data, 3), (bad_data, 3), (rows_dropped, 0), (no_group_key, 0),
+    (held_out_larger, 0), (few_held_out, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("seed", "status"), TABLE, ids=lambda x: getattr(x, "__name__", None))
+def test_each_seeded_fault_is_found_by_its_name_with_a_way_out(place, seed, status):
+    name = seed.__name__.replace("_", "-")
+    healthy = named(looked(place))
+    words = seed(place)
+    fault = named(looked(place))[name]
+    assert words in fault.why
+    assert fault.fix
+    assert fault.status == status
+    if name != "no-approval":
+        assert set(healthy) == {"no-approval"}  # it was the seed that did it
+
+
+def test_a_full_disk_is_said_before_a_round_needs_it(tmp_path):
+    assert [(f.name, f.status) for f in (room(1 << 20, tmp_path), room(1 << 30, tmp_path), room(1 << 40, tmp_path))] == [
+        ("disk-full", 7), ("disk-low", 0), ("", 0)
+    ]  # fmt: skip
+
+
+def test_a_running_site_is_named_and_its_port_is_no_fault(place):
+    with hold(place.root / "state", what="fedlora site up"):
+        found = named(looked(place))
+    assert "fedlora site up" in found["in-use"].why
+    assert "port-taken" not in found
+
+
+def test_a_plan_that_is_named_is_the_one_that_is_looked_at(place):
+    place.approve(plan())
+    assert "no-roster" not in named(looked(place))
+    found = named(looked(place, about=plan(**SECAGG)))
+    assert {"plan-not-approved", "no-roster"} <= set(found)
+
+
+def test_one_plan_that_fits_is_enough(place):
+    place.approve(plan(**SECAGG))
+    place.approve(plan())
+    assert worst(f for f in looked(place) if f.part == "approved") is None
+
+
+# --- the way to the server -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.flower
+def test_whether_the_server_lets_a_site_in_is_found_out_without_a_run(place):
+    with gateway(place.home) as server:
+        place.change(server=server)
+        found = [f for f in looked(place, network=True) if f.part in ("server", "clock", "accepted")]
+        assert [(f.part, f.name) for f in found] == [("server", ""), ("clock", ""), ("accepted", "")]
+        assert abs(found[1].numbers["ahead_s"]) < 60
+        place.change(node_key="stranger.key")
+        make_node_key(place.root / "stranger.key")
+        shutil.rmtree(place.root / "beta")
+        (place.root / "alpha" / "alpha.pub").unlink()
+        fault = named(looked(place, network=True))["not-enrolled"]
+        assert (fault.verdict, fault.status) == ("later", 4)
+        assert ".pub" in fault.fix
+
+
+@pytest.mark.flower
+def test_what_lasts_is_wrong_and_what_may_go_away_is_not(place):
+    with gateway(place.home) as server:
+        make_tls(place.root / "other", ["127.0.0.1"])
+        shutil.copyfile(place.root / "other" / "ca.crt", place.root / "ca.crt")
+        place.change(server=server)
+        assert named(looked(place, network=True))["wrong-ca"].verdict == "wrong"
+    fault = named(looked(place, network=True))["port-closed"]
+    assert (fault.verdict, fault.status) == ("later", 4)
+
+
+def test_a_name_that_does_not_resolve_is_said(place, monkeypatch):
+    """What the resolver of this machine says of a name that is none is tried in tests/flower/test_causes.py."""
+
+    def unknown(*words, **more):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    place.change(server="no-such-host.invalid:8443")
+    found = named(looked(place, network=True))
+    assert "no-name" in found, [f.why for f in found.values()]
+    assert "no-such-host.invalid does not resolve" in found["no-name"].why
+
+
+# --- one path ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seed", "status"), [(bad_data, 3), (plan_refused, 5), (foreign_node_key, 3)])
+def test_up_and_doctor_end_with_the_status_of_the_fault(place, seed, status, capsys):
+    words = seed(place)
+    assert main(["site", "doctor", str(place.file), "--offline"]) == status
+    assert words in capsys.readouterr().out
+    assert main(["site", "up", str(place.file)]) == status
+    assert words in capsys.readouterr().err
+    assert not (place.root / "state" / "flower").exists()
+
+
+def test_a_plan_that_needs_a_roster_does_not_pass_the_check_of_a_site_without_one(place, capsys):
+    (place.root / "plan.toml").write_text(dump_toml(plan(**SECAGG)))
+    assert main(["check", str(place.root / "plan.toml"), "--site", str(place.file)]) == 3
+    assert "`roster` in the site file is empty" in capsys.readouterr().err
+
+
+def test_what_may_go_away_by_itself_ends_nothing(place):
+    no_data(place)
+    settle(at_home(place.file), lambda e, f: None)
+    bad_data(place)
+    place.change(data={"path": "rows.jsonl"})
+    with pytest.raises(FedLoRAError, match="cannot be used"):
+        settle(at_home(place.file), lambda e, f: None)
+
+
+def test_every_fault_of_the_table_is_seeded():
+    seeded = {seed.__name__.replace("_", "-") for seed, _ in TABLE}
+    elsewhere = {"disk-low", "in-use", "plan-not-approved"}
+    with_a_model = {"wrong-base", "step-failed", "too-slow", "no-training"}
+    assert set(FAULTS) - seeded - elsewhere - with_a_model == {"roster-expired"}
+    assert len(seeded) >= 20
+
+
+@pytest.mark.torch
+def test_the_base_is_compared_with_the_plan_and_a_step_is_done(tmp_path):
+    from fedlora.learn.bases.digest import base_digest
+    from fedlora.learn.toy import toy_base
+
+    base = toy_base(tmp_path / "toy")
+    small = {"lora": {"r": 2, "target_modules": ("q_proj",), "init_digest": "b" * 64}, "training": {"max_length": 64}}
+    asks = {"federation": {"min_sites": 3, "local_steps": 1, "round_deadline": 600.0}}
+    unpinned = plan(**small, **asks)
+    place = Place(tmp_path / "x", base=base)
+    place.approve(plan(**small, **asks, model={"digest": "e" * 64}))
+    assert named(looked(place))["wrong-base"].status == 5
+    right = plan(**small, **asks, model={"digest": base_digest(base, unpinned.model)})
+    place.change(plans=())
+    place.approve(right)
+    found = list(examine(place.file, plan=None, network=False, step=True, report=lambda e, f: None))
+    assert worst(found) is None, named(found)
+    assert found[-1].part == "step"
+    assert found[-1].numbers["peak_bytes"] > 0
