@@ -6,9 +6,11 @@ import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from raising import raising
@@ -19,10 +21,12 @@ from fedlora.core.records import Results
 from fedlora.formats.records import parse_text
 from fedlora.lab import report, simulate, tables
 from fedlora.lab.report import load
+from fedlora.lab.surroundings import environment
 
 pytestmark = pytest.mark.slow  # figures
 
 SITES = ("north", "south")
+ROOT = Path(__file__).parents[1]
 
 
 def arm(north, south, *, general=2.0, seconds=10.0):
@@ -262,7 +266,7 @@ def test_any_name_stands_on_the_page_as_it_is(tmp_path):
     words = ["<b>&amp;", "{{ 7*7 }}{% x %}", "\u202eevil", "a\x00b", "datum.value", "__proto__", "'); x('", 'q"q', "\\n\n"]
     odd = run(name=words[0])
     odd["sites"] = words
-    scores = {w: {"nll": 1.0, "exact_match": 0.5, "coarse_match": None, "tokens": 10, "examples": 5} for w in words}
+    scores = {w: {"nll": 1.0, "exact_match": 0.5, "coarse_match": None, "tokens": 10, "examples": 50} for w in words}
     arms = {**{n: a for n, a in odd["arms"].items() if ":" not in n}, **{f"local:{w}": odd["arms"]["base"] for w in words}}
     odd["arms"] = {name: {**one, "sites": scores} for name, one in arms.items()}
     odd["rounds"] = [odd["rounds"][0], {**odd["rounds"][0], "round": 2}]
@@ -273,7 +277,7 @@ def test_any_name_stands_on_the_page_as_it_is(tmp_path):
     read(tmp_path / "report.html")
     text = html.unescape(re.sub("<[^>]*>", "\n", (tmp_path / "report.html").read_text()))
     for word in words:
-        shown = "".join(c if c.isprintable() else "?" for c in word)
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in word)
         assert text.count(f"\n{shown}\n") >= 12, word  # as a cell, and in the figures as a name, an axis and a legend
         assert f"\n{shown}, round 2: counted\n" in text, word  # what a mark says
     assert not {"\u202e", "\x00"} & set(text)
@@ -346,7 +350,7 @@ class Figures(HTMLParser):
 
 
 def test_every_figure_has_its_words_its_numbers_and_colors_for_the_dark(tmp_path):
-    from fedlora.lab.figures import COLORS, PALETTE
+    from fedlora.lab.page.figures import COLORS, PALETTE
 
     results = run()
     one = site(1, eval_nll=1.25)
@@ -368,11 +372,90 @@ def test_every_figure_has_its_words_its_numbers_and_colors_for_the_dark(tmp_path
         float(mark["transform"].rstrip(")").split(",")[1]) for mark in held_out["marks"]
     ]  # of 3.0, 1.25 and 3.5; 0 is the top
     assert 0 < heights[2] < heights[0] < heights[1] < 200
-    head = ["round", "all together", "north", "south"]
+    head = ["rounds done", "all together", "north", "south"]
     assert held_out["cells"] == [*head, "0", "3.125", "3.000", "3.500", "1", "1.250", "1.250", "-"]
     assert took_part["words"] == "Who took part: 2 sites in 2 rounds. counted: 3, late: 1."
     assert took_part["cells"] == ["round", "north", "south", "1", "counted", "counted", "2", "counted", "late"]
     assert parser.colors <= {light for light, _ in COLORS.values()} | set(PALETTE) | {"none", "#14171a", "transparent"}
+
+
+def test_the_page_says_when_with_what_in_which_units_and_what_its_words_mean(tmp_path):
+    results = run()
+    last = {**results["rounds"][0], "round": 2, "kind": "evaluate", "outcome": None}
+    results["rounds"].append(last)
+    results["environment"] |= {"date": "2026-11-27", "fedlora": "0.1.0", "commit": "abcdef012345"}
+    write_html(results, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "2026-11-27 · FedLoRA 0.1.0, commit abcdef012345</p>" in page.split("</header>")[0]
+    drawn = re.findall(r'class="mark-text role-axis-title"[^>]*>.*?<text[^>]*>([^<]*)</text>', page)
+    nats = "nats per token"
+    rounds = ["rounds done", nats, "round", nats, "round", "round", "share of the change"]
+    few = "; *: fewer than 20 rows"
+    assert drawn == [nats + few, f"share of examples{few}", *rounds, "bytes", "round", "MB", "seconds"]
+    words = ("gap", "drift", "nats", "own", "others", "worst", "steps")
+    assert {f"<dt>{word}</dt>" for word in words} <= set(re.findall("<dt>[a-z]*</dt>", page))
+    assert '<th scope="row">last evaluation</th>' in page
+    assert '<th scope="row">2' not in page.split("Round by round")[1].split("</table>")[0]
+
+
+def test_the_page_says_the_rule_how_rows_were_dealt_and_over_which_rows_a_number_is(tmp_path):
+    plan = {"aggregate": {"name": "product"}, "simulation": {"split": "by:ward", "data": {"path": "x", "group_key": "patient"}}}
+    (tmp_path / "plan.json").write_text(json.dumps({"plan": plan}))
+    (tmp_path / "seed-0").mkdir()
+    rows = {"site": "north", "train": 1234, "validation": 9, "test": 16, "groups": 43}
+    (tmp_path / "seed-0" / "rows.json").write_text(json.dumps([rows]))
+    write_html(run(), tmp_path / "report.html")
+    text = re.sub("<[^>]*>", "", (tmp_path / "report.html").read_text())
+    for said in (
+        "rule product",
+        "by the column ward; rows of one patient stay together",
+        "1,234",
+        "test rows of all sites together",
+        "each on its own test rows alone. No contradiction",
+        "one of which is more than 5 points",
+        "Fewer than 20 test rows",
+    ):
+        assert said in text, said
+
+
+def test_what_is_recorded_of_a_simulation_has_its_day_and_the_commit_of_this_checkout():
+    facts = environment("local")
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", str(facts["date"]))
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if head.returncode:
+        pytest.skip("no git checkout")
+    assert str(facts["commit"]).removesuffix("-dirty") == head.stdout[:12]
+
+
+MEASURE = """<script>
+const table = [...document.querySelectorAll('.scroll')].find(e => e.scrollWidth > e.clientWidth)
+const before = table.querySelector('tbody th').getBoundingClientRect().left
+table.scrollLeft = 150
+const cells = table.querySelectorAll('tbody tr:first-child > *')
+parent.document.title = JSON.stringify({
+    window: innerWidth, page: document.documentElement.scrollWidth, scrolled: table.scrollLeft,
+    first: cells[0].getBoundingClientRect().left - before, second: cells[1].getBoundingClientRect().left - before,
+    long: [...document.querySelectorAll('.long')].map(e => e.open)})
+</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_on_a_telephone_the_page_stays_tables_scroll_below_their_names_and_long_ones_are_folded(tmp_path):
+    results = run()
+    results["rounds"] = [{**results["rounds"][0], "round": n} for n in range(1, 15)]
+    write_html(results, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    inner = html.escape(free.replace("</body>", MEASURE + "</body>"))  # a window of chromium is never as narrow as a telephone
+    (tmp_path / "measured.html").write_text(f'<title></title><iframe width="390" height="800" srcdoc="{inner}"></iframe>')
+    argv = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'home'}"]
+    argv += ["--dump-dom", (tmp_path / "measured.html").as_uri()]
+    dom = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
+    assert found["page"] == found["window"] == 390
+    assert (found["scrolled"], found["first"]) == (150, 0)  # the name stays
+    assert found["second"] < 0  # what it names has moved below it
+    assert found["long"] == [False]
 
 
 def test_the_page_allows_its_own_style_and_nothing_else(tmp_path):
@@ -403,11 +486,11 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
 
 def test_a_pdf_does_not_depend_on_the_order_of_a_hash_table(tmp_path):
     from fedlora.core.words import TOGETHER
-    from fedlora.lab.figures import lines
+    from fedlora.lab.page.figures import lines
 
     points = [(1, 2.0), (2, 1.0)]
     pale_and_full = {TOGETHER: points, "north": points, "south": points}  # two graphic states
-    figure = lines("loss", "Loss", "Nats.", pale_and_full)
+    figure = lines("loss", "Loss", "All.", pale_and_full, unit="nats")
     assert len({figure.save(tmp_path)[0].read_bytes() for _ in range(10)}) == 1
 
 
@@ -439,7 +522,7 @@ def test_results_are_found_in_the_order_of_their_seeds_or_their_absence_is_named
 
 @pytest.mark.parametrize("module", ["jinja2", "altair", "vl_convert"])
 def test_without_the_extra_the_numbers_are_kept_and_the_page_is_a_named_error(tmp_path, monkeypatch, capsys, module):
-    for name in ("fedlora.lab.page", "fedlora.lab.figures"):
+    for name in [m for m in sys.modules if m.startswith("fedlora.lab.page.")]:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(NotInstalled, match=f"{module} is not installed"):
@@ -448,7 +531,7 @@ def test_without_the_extra_the_numbers_are_kept_and_the_page_is_a_named_error(tm
     assert main(["report", str(tmp_path)]) == 3
     assert "hint: pip install 'fedlora[report]'" in capsys.readouterr().err
     (tmp_path / "report.html").write_text("of an earlier seed")
-    simulate._write_summary(tmp_path, typed([run()]))
+    simulate.write_summary(tmp_path, typed([run()]))
     assert (tmp_path / "summary.txt").read_text() == table(run()) + "\n"
     assert not (tmp_path / "report.html").exists()
 

@@ -89,8 +89,9 @@ def test_a_run_cut_off_after_any_round_ends_in_the_same_bits(tmp_path, name):
         }
         for site in TARGETS:
             own = [Journal(f.path / site).own(f.store().run) for f in (whole, cut)]
-            assert [file.exists() for file in own] == [name == "fedavg-share-A"] * 2
-            assert not own[0].exists() or load_adapter(own[0])[0].digest() == load_adapter(own[1])[0].digest()
+            kept = {load_adapter(file)[0].digest() for file in own}
+            assert len(kept) == 1
+            assert (kept == {last.adapter.digest()}) == (name != "fedavg-share-A")  # there each site has its own
 
 
 def test_nesterov_with_rate_1_and_momentum_0_is_fedavg_bit_for_bit(tmp_path):
@@ -437,7 +438,7 @@ def test_the_end_of_a_run_is_told_in_rounds_whatever_became_of_its_records(tmp_p
     for _ in range(2):
         facts, text = outcome(fed.path / "run")
         assert facts["rounds"] == 2
-        assert "2 rounds" in text
+        assert "(2 rounds, " in text[0]
         (fed.path / "run" / "rounds.jsonl").write_bytes(b"")  # the disk has lost it
 
 
@@ -473,7 +474,7 @@ def test_every_rule_has_as_many_rounds_as_the_plan_says_and_each_can_be_lost_by_
 @pytest.mark.attack(
     "D12",
     "a server asks sites to evaluate in a round that they have trained: their entry is replaced, and the next round begins anew",
-    stops="a site takes a task to evaluate after the last round only",
+    stops="a site takes a task to evaluate under the number after the last round only, which is no round's",
 )
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_a_site_trains_no_round_that_the_plan_has_not(tmp_path, kind):

@@ -1,6 +1,7 @@
 """Whole federations with a tiny real model: simulated, over real Flower processes, interrupted, exported."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from fedlora.cli import main
 from fedlora.core.errors import StoreError
 from fedlora.formats.plans import load_plan
-from fedlora.lab import simulate
+from fedlora.lab.claims import Options, claim
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "simulations" / "plans" / "toy.toml"
@@ -47,6 +48,17 @@ def test_a_simulation_trains_every_arm_at_equal_tokens(simulated):
 
     assert nll("federated") < nll("base")
     assert nll("pooled-tokens") < nll("base")
+
+
+@pytest.mark.torch
+def test_the_sample_simulation_runs_as_it_is_printed(tmp_path, capsys):
+    """All but its length and its arms, so that this test is short."""
+    assert main(["new", "simulation"]) == 0
+    text = re.sub(r"(?m)^arms = .*$", 'arms = ["federated"]', capsys.readouterr().out)
+    (tmp_path / "toy.toml").write_text(text)
+    short = ["federation.num_rounds=1", "federation.local_steps=1"]
+    words = [w for key in short for w in ("--set", key)]
+    assert main(["simulate", str(tmp_path / "toy.toml"), "--out", str(tmp_path / "out"), "-q", *words]) == 0
 
 
 @pytest.mark.torch
@@ -216,9 +228,12 @@ def test_several_seeds_are_summarized(tmp_path):
     assert (tmp_path / "runs" / "seed-1" / "results.json").exists()
 
 
-@pytest.mark.parametrize("seeds", ["0,0", "a", "-1", ","])
-def test_seeds_are_checked(seeds):
+@pytest.mark.parametrize(
+    ("seeds", "said"), [("0,0", "a seed stands twice"), ("a", "not a list"), ("-1", "not a list"), (",", "not a list")]
+)
+def test_seeds_are_checked(seeds, said, capsys):
     assert main(["simulate", str(TOY), "--seeds", seeds, "--out", "/nonexistent/x", "-q"]) == 3
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.torch
@@ -252,6 +267,7 @@ def test_sites_in_one_pass_are_for_one_process(tmp_path, capsys):
     [
         ((), True),
         (("arms/base.json",), True),
+        (("keys/server.key", "keys/a.key"), True),
         (("arms/base.json", "arms/local:a.json"), False),
         (("federated/run.json",), False),
         (("sites/a/journal/x",), False),
@@ -259,15 +275,15 @@ def test_sites_in_one_pass_are_for_one_process(tmp_path, capsys):
 )
 def test_what_never_trained_a_step_is_started_again_without_resume(tmp_path, made, free):
     plan = load_plan(TOY)
-    simulate._claim(tmp_path, plan, transport="local", drop=(), resume=False, batch_sites=False)
+    claim(tmp_path, plan, Options(tmp_path))
     for name in made:
         (tmp_path / "seed-0" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "seed-0" / name).write_bytes(b"")
     other = plan.model_copy(update={"run": plan.run.model_copy(update={"name": "other"})})
     if free:
-        simulate._claim(tmp_path, other, transport="local", drop=(), resume=False, batch_sites=False)
+        claim(tmp_path, other, Options(tmp_path))
         assert not list(tmp_path.glob("seed-*"))
         assert b'"other"' in (tmp_path / "plan.json").read_bytes()
     else:
         with pytest.raises(StoreError, match="holds a simulation already"):
-            simulate._claim(tmp_path, other, transport="local", drop=(), resume=False, batch_sites=False)
+            claim(tmp_path, other, Options(tmp_path))

@@ -13,7 +13,8 @@ from fedlora.core.adapter import Adapter, Update
 from fedlora.core.errors import StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Train
-from fedlora.core.plan import Arm, Plan
+from fedlora.core.plan import Plan
+from fedlora.core.tables.simulation import Arm
 from fedlora.formats import update as wire
 from fedlora.formats.state.journal import Entry, Journal
 from fedlora.site.work import Learner

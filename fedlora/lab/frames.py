@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora.core.errors import NotInstalled
@@ -12,11 +13,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def results_frame(results: Sequence[Results]) -> pd.DataFrame:
+def results_frame(results: Sequence[Results] | str | Path) -> pd.DataFrame:
     """One row for each seed, arm and site of a simulation; scores on the site's own rows.
 
     Args:
-        results: what :func:`fedlora.simulate` returns.
+        results: what :func:`fedlora.simulate` returns, or the directory that it has written.
 
     Returns:
         Columns ``seed``, ``arm``, ``site`` and the fields of :class:`fedlora.core.records.Score`: ``nll`` (nats per supervised
@@ -24,7 +25,12 @@ def results_frame(results: Sequence[Results]) -> pd.DataFrame:
 
     Raises:
         NotInstalled: pandas is missing.
+        StoreError: the directory has no results.
     """
+    if isinstance(results, str | Path):
+        from fedlora.lab.report import load
+
+        results = load(Path(results))
     try:
         import pandas as pd
     except ImportError:

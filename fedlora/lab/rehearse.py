@@ -12,14 +12,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConnectionFailed
 from fedlora.core.events import Report
-from fedlora.core.plan import Plan, Simulation
+from fedlora.core.plan import Plan
+from fedlora.core.tables.simulation import Simulation
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.formats.files import save_adapter, write_atomic
@@ -29,7 +30,7 @@ from fedlora.formats.signed_roster import load_roster
 from fedlora.lab.testing import open_policy
 from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
-from fedlora.site.site_file import SiteData, SiteFile
+from fedlora.site.site_file import SiteFile
 
 _READY_S = 120.0
 
@@ -54,7 +55,7 @@ def over_flower(
     simulation: Simulation,
     first: Adapter,
     *,
-    data: Path,
+    files: Mapping[str, Mapping[str, Path]],
     base: Path,
     out: Path,
     report: Report,
@@ -64,21 +65,22 @@ def over_flower(
 
     Raises:
         ConnectionFailed: a process does not come up.
-        FedLoRAError: the run failed; see :func:`fedlora.flower.server.start`.
+        FedLoRAError: the run failed; see :func:`fedlora.flower.coordinator.follow.start`.
     """
-    from fedlora.flower.server import start
+    from fedlora.flower.coordinator.follow import start
     from fedlora.gateway.exposure import free_port
 
     root, directory = out / "flower", run_directory(plan, out)
     if not RunStore.holds(directory):
         shutil.rmtree(root, ignore_errors=True)  # cut off before the run began
-        _enrol(plan, simulation, first, data=data, base=base, root=root)
+        _enrol(plan, simulation, first, root=root)
         start_run(directory, plan, first, run=simulated_run(plan), prompt=prompt)
     port = free_port()
     roster = load_roster(root / "server" / "roster.json").roster.digest()
     for name in simulation.sites:
         address = f"127.0.0.1:{port}"
-        _write_site_file(root / name, name, plan, data=data, base=base, server=address, local_port=free_port(), roster=roster)
+        file = _site_file(name, plan, simulation, files[name], base=base, server=address, roster=roster)
+        write_atomic(root / name / "site.toml", dump_toml(file).encode())
     with _processes(root) as begin:
         begin("server", "server", "up", str(root / "server"), "--listen", f"127.0.0.1:{port}")
         _await(root / "server.log", "listening on")
@@ -90,7 +92,7 @@ def over_flower(
     return RunStore.open(directory, plan)
 
 
-def _enrol(plan: Plan, simulation: Simulation, first: Adapter, *, data: Path, base: Path, root: Path) -> None:
+def _enrol(plan: Plan, simulation: Simulation, first: Adapter, *, root: Path) -> None:
     make_server_home(root / "server", hosts=["127.0.0.1"])
     publics = []
     for name in simulation.sites:
@@ -105,27 +107,25 @@ def _enrol(plan: Plan, simulation: Simulation, first: Adapter, *, data: Path, ba
     write_atomic(root / "plan" / "plan.toml", dump_toml(plan.model_copy(update={"simulation": None})).encode(), mode=0o644)
 
 
-def _write_site_file(
-    directory: Path, name: str, plan: Plan, *, data: Path, base: Path, server: str, local_port: int, roster: str
-) -> None:
-    if plan.simulation is None:
-        raise ValueError("a plan with a simulation table is expected")
-    file = SiteFile(
+def _site_file(
+    name: str, plan: Plan, simulation: Simulation, files: Mapping[str, Path], *, base: Path, server: str, roster: str
+) -> SiteFile:
+    from fedlora.gateway.exposure import free_port
+
+    rows = {"path": str(files["train"].resolve()), "held_out_path": str(files["validation"].resolve())}
+    return SiteFile(
         name=name,
         server=server,
         roster=roster,
         key=f"keys/{name}.key",
         node_key=f"keys/{name}.node.key",
         models={plan.model.model_name_or_path: str(base.resolve())},
-        keep_dequantized=plan.simulation.keep_dequantized,
-        local_port=local_port,
-        data=SiteData(
-            path=str((data / f"{name}.train.jsonl").resolve()), held_out_path=str((data / f"{name}.validation.jsonl").resolve())
-        ),
+        keep_dequantized=simulation.keep_dequantized,
+        local_port=free_port(),
+        data=simulation.data.model_copy(update=rows),
         plans=(plan.digest(),),
         policy=open_policy(approve="by-digest", protect=(plan.protect.mode,)),
     )
-    write_atomic(directory / "site.toml", dump_toml(file).encode())
 
 
 @contextmanager

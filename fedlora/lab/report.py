@@ -16,8 +16,9 @@ import numpy as np
 from fedlora.core.errors import ConfigError, NotInstalled, StoreError
 from fedlora.core.records import ArmRecord, Results, Score
 from fedlora.core.words import finite
-from fedlora.formats.files import read_file, write_atomic
+from fedlora.formats.files import read_file
 from fedlora.formats.records import parse_text
+from fedlora.lab.claims import NO_SETTING, Setting, not_one, setting_of
 
 METRICS = ("union_nll", "nll", "exact_match", "coarse_match", "general_nll", "forgetting")
 """What :func:`across` averages: loss over all test tokens together, then means over the sites, then the general hold-out."""
@@ -280,7 +281,8 @@ def load(run: Path) -> list[Results]:
     found = [run] if (run / "results.json").exists() else sorted(run.glob("seed-*"), key=lambda p: (len(p.name), p.name))
     read = [(f, blob) for seed in found if (blob := read_file(f := seed / "results.json")) is not None]
     if not read:
-        raise StoreError(f"{run} holds no results.json", hint="name the directory that `fedlora simulate` has written")
+        missing = StoreError(f"{run} holds no results.json", hint="name the directory that `fedlora simulate` has written")
+        raise not_one(run) or missing
     return [parse_text(Results, blob, where=str(file), hint=REWRITE) for file, blob in read]
 
 
@@ -294,10 +296,10 @@ def write_html(results: Results | Sequence[Results], path: Path) -> None:
         NotInstalled: it needs ``fedlora[report]``.
         StoreError, ResourceError: the file cannot be written.
     """
-    contents = _contents(results)
-    from fedlora.lab.page import document
+    contents = _contents(results, setting_of(path.parent))
+    from fedlora.lab.page.document import write_page
 
-    write_atomic(path, document(**contents).encode("utf-8", "replace"), mode=0o644)
+    write_page(contents, path)
 
 
 def write_figures(results: Results | Sequence[Results], directory: Path) -> list[Path]:
@@ -307,16 +309,16 @@ def write_figures(results: Results | Sequence[Results], directory: Path) -> list
         ConfigError, NotInstalled, StoreError, ResourceError: as :func:`write_html`.
     """
     contents = _contents(results)
-    from fedlora.lab.page import figures
+    from fedlora.lab.page import document
 
-    return [file for figure in figures(contents) for file in figure.save(directory)]
+    return document.write_figures(contents, directory)
 
 
-def _contents(results: Results | Sequence[Results]) -> dict[str, Any]:
+def _contents(results: Results | Sequence[Results], setting: Setting = NO_SETTING) -> dict[str, Any]:
     runs = [results] if isinstance(results, Results) else list(results)
     over = across(runs)  # first: it refuses what does not belong together
     try:
-        from fedlora.lab.page import contents
+        from fedlora.lab.page.simulation import contents
     except ImportError as e:
         raise NotInstalled(e.name or "", extra="report", what="the page and its figures") from None
-    return contents(runs, [summarize(run) for run in runs], over)
+    return contents(runs, [summarize(run) for run in runs], over, setting)

@@ -6,23 +6,22 @@ starts from the same first adapter and is saved round by round, so that a run th
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedlora import assemble
 from fedlora.assemble import Lab
 from fedlora.core.adapter import Adapter
-from fedlora.core.canonical import canonical
-from fedlora.core.errors import ConfigError, NotInstalled, StoreError
+from fedlora.core.errors import ConfigError, NotInstalled
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Arm as ArmName
 from fedlora.core.plan import Plan
 from fedlora.core.records import ArmRecord, ArmSeconds, General, Results, RoundRecord, Score, Traffic
-from fedlora.core.toml import dump_toml
 from fedlora.data.prompt import prompt_of
 from fedlora.flower.enrol import make_roster
 from fedlora.formats.files import load_adapter, read_file, save_adapter, write_atomic
@@ -30,10 +29,14 @@ from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
+from fedlora.lab.claims import ROWS, Options, claim, look
+from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment
 from fedlora.lab.tables import table, table_across
 from fedlora.lab.testing import open_policy
+from fedlora.lab.tracking.live import tracked
+from fedlora.lab.tracking.trackers import check_installed
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
@@ -42,6 +45,9 @@ from fedlora.rules import rule_of
 from fedlora.site.parts import site_of
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
+
+if TYPE_CHECKING:
+    from fedlora.learn.simulated.rows import SimulatedRows
 
 Lost: TypeAlias = frozenset[tuple[str, str, int]]
 
@@ -57,13 +63,15 @@ def simulate(
     report: Report = lambda event, facts: None,
     drop: Sequence[str] = (),
     batch_sites: bool = False,
+    tracker: str = "",
 ) -> list[Results]:
     """Runs the plan once for each seed and writes a directory that describes itself.
 
     ::
 
-        out/plan.toml  report.html  summary.txt
+        out/plan.toml  report.html  summary.txt  results.csv (long form)  table.md  table.tex
         out/seed-0/    results.json  table.txt  arms/*.json  federated/ (checkpoints)  sites/ (journals)  adapter.safetensors
+                   tracking/ (where a tracker is asked for)
 
     Args:
         root: directory against which the plan's data and base are resolved.
@@ -72,38 +80,65 @@ def simulate(
         transport: ``local`` (this process) or ``flower`` (real processes on loopback).
         drop: sites that the federation loses, see :func:`fedlora.rounds.transport.parse_dropouts`; with ``local`` only.
         batch_sites: sites train in one pass over the base, see :mod:`fedlora.learn.fast.joint`; with ``local`` only.
+        tracker: ``tensorboard``, ``mlflow`` or ``wandb``, into ``tracking/`` of each seed, see :mod:`fedlora.lab.tracking.live`.
 
     Returns:
         The contents of each ``results.json``.
 
     Raises:
         ConfigError: no ``[simulation]`` table, or files that it names are missing.
+        NotInstalled: what the tracker needs is missing.
         StoreError: ``out`` holds a simulation that has begun, and ``resume`` is not asked; or it belongs to another plan.
     """
-    if plan.simulation is None:
-        raise ConfigError("the plan has no [simulation] table", hint="`fedlora new simulation` prints one")
-    lost = parse_dropouts(drop, sites=plan.simulation.sites, plan=plan)
-    if lost and transport != "local":
-        raise ConfigError("--drop needs --transport local", hint="over Flower, kill a site's process instead")
+    from fedlora.learn.simulated.rows import read_simulation
+
+    check_installed(tracker)
+    options = Options(root, resume, transport, tuple(drop), batch_sites)
+    look(out, plan, options)  # what is refused anyway is refused before anything is read
+    report = _simulated(report)
+    found = read_simulation(plan, root=root, toys=out.parent / "toy" / "data", report=report)
+    found.tell(report)
+    lost = parse_dropouts(drop, sites=found.simulation.sites, plan=plan)
+    _check_way(plan, options, found, lost)
+    claim(out, plan, options)
+    results: list[Results] = []
+    loaded = assemble.lab(plan, root=root, out=out, report=report, batch_sites=batch_sites, found=found)
+    for seed in seeds or (plan.run.seed,):
+        lab = loaded.reseeded(plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})}))
+        at = out / f"seed-{seed}"
+        write_atomic(at / ROWS, json.dumps(found.counts(), indent=1).encode() + b"\n", mode=0o644)
+        with tracked(tracker, at, _run_directory(lab, at, transport), report) as told:
+            results.append(_one_seed(lab, at, transport=transport, lost=lost, report=told))
+    write_summary(out, results)
+    return results
+
+
+def _simulated(report: Report) -> Report:
+    """Without what a site of a deployment would do with its own adapter."""
+    return lambda event, facts: None if event == Event.OWN else report(event, facts)
+
+
+def _check_way(plan: Plan, options: Options, found: SimulatedRows, lost: Lost) -> None:
+    """Whether the processes and passes that are asked for fit the plan and its rows."""
+    if options.transport != "local":
+        _check_over_flower(found, lost)
     apart = plan.federation.fraction_train < 1 or plan.lora.ranks or rule_of(plan).keeps_local_factor
-    if batch_sites and (transport != "local" or apart):
+    if options.batch_sites and (options.transport != "local" or apart):
         raise ConfigError(
             "--batch-sites needs --transport local, and sites that all train one adapter: "
             "federation.fraction_train = 1, no lora.ranks, aggregate.fedavg.share = 'AB'",
             hint="leave --batch-sites out",
         )
-    _claim(out, plan, transport=transport, drop=drop, resume=resume, batch_sites=batch_sites)
-    results: list[Results] = []
-    lab: Lab | None = None
-    for seed in seeds or (plan.run.seed,):
-        seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
-        if lab is None:
-            lab = assemble.lab(seeded, root=root, out=out, report=report, batch_sites=batch_sites)
-        else:
-            lab = lab.reseeded(seeded)
-        results.append(_one_seed(lab, out / f"seed-{seed}", transport=transport, lost=lost, report=report))
-    _write_summary(out, results)
-    return results
+
+
+def _check_over_flower(found: SimulatedRows, lost: Lost) -> None:
+    if not found.files:
+        raise ConfigError(
+            "--transport flower needs a file for each split of each site: SITE.train.csv, SITE.validation.csv and SITE.test.csv",
+            hint="--transport local deals rows and holds them out itself",
+        )
+    if lost:
+        raise ConfigError("--drop needs --transport local", hint="over Flower, kill a site's process instead")
 
 
 def parse_seeds(text: str, *, default: int) -> list[int]:
@@ -116,40 +151,19 @@ def parse_seeds(text: str, *, default: int) -> list[int]:
         seeds = [int(word) for word in text.split(",")] if text else [default]
     except ValueError:
         seeds = []
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"a seed stands twice in {text!r}", hint="leave out the repetition: the same seed is no other sample")
+    if not seeds or min(seeds) < 0:
         raise ConfigError(f"not a list of seeds: {text!r}", hint="for example --seeds 0,1,2")
     return seeds
 
 
-def _claim(out: Path, plan: Plan, *, transport: str, drop: Sequence[str], resume: bool, batch_sites: bool) -> None:
-    more = ({"drop": sorted(drop)} if drop else {}) | ({"batch_sites": True} if batch_sites else {})
-    facts = canonical({"plan": plan.model_dump(mode="json"), "transport": transport, **more})
-    mark = out / "plan.json"
-    if mark.exists() and not resume and not _begun(out):
-        for seed in out.glob("seed-*"):
-            shutil.rmtree(seed)  # scores of the base under what may be another plan
-    elif mark.exists():
-        if not resume:
-            raise StoreError(f"{out} holds a simulation already", hint="continue it with --resume, or choose another --out")
-        if mark.read_bytes() != facts:
-            raise StoreError(
-                f"{out} holds the simulation of another plan, over another transport, with other dropouts or --batch-sites",
-                hint="choose another --out; none of them can change under a run",
-            )
-        return
-    write_atomic(mark, facts)
-    write_atomic(out / "plan.toml", dump_toml(plan).encode(), mode=0o644)
-
-
-def _begun(out: Path) -> bool:
-    """Whether anything but the base was made there: what never trained a step can be started again."""
-    made = [p.relative_to(seed).as_posix() for seed in out.glob("seed-*") for p in seed.rglob("*") if p.is_file()]
-    return any(name != "arms/base.json" for name in made)
-
-
-def _write_summary(out: Path, results: Sequence[Results]) -> None:
+def write_summary(out: Path, results: Sequence[Results]) -> None:
+    """The files that are about all seeds: summary.txt, results.csv, tables for papers, report.html."""
     text = table(results[0]) if len(results) == 1 else table_across(results)
-    write_atomic(out / "summary.txt", text.encode() + b"\n", mode=0o644)
+    write_atomic(out / "summary.txt", text.encode() + b"\n", mode=0o644, shared=True)
+    write_long(long_form(results), out / "results.csv")
+    write_tables(arms_table(results), out)
     try:
         write_html(results, out / "report.html")
     except NotInstalled:  # the numbers are what was asked; `fedlora report` makes the page later
@@ -165,7 +179,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         return parse_text(Results, blob, where=str(done), hint=REWRITE)
     arms: dict[str, ArmRecord] = {}
     for name, arm in arms_of(lab).items():
-        report(Event.ARM, ArmName(name=name))
+        report(Event.ARM, ArmName(name=name, seed=lab.plan.run.seed))
         path = out / "arms" / f"{name.replace(':', '-')}.json"
         if (blob := read_file(path)) is not None:
             arms[name] = parse_text(ArmRecord, blob, where=str(path), hint="delete it; the arm's scores are then computed again")
@@ -173,7 +187,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
             trained, cost = federated(lab, out, transport, lost, report) if name == "federated" else arm.train(lab, out, report)
             arms[name] = _record(lab, trained, cost)
             write_atomic(path, dump_text(arms[name]))
-        report(Event.ARM_DONE, ArmName(name=name))
+        report(Event.ARM_DONE, ArmName(name=name, seed=lab.plan.run.seed))
     rounds: tuple[RoundRecord, ...] = ()
     traffic: Traffic | None = None
     if "federated" in arms:
@@ -253,8 +267,9 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
         from fedlora.lab.rehearse import over_flower
 
         prompt = prompt_of(lab.lora.tokenizer, lab.plan)
-        places = {"data": lab.data, "base": lab.base, "out": out}
-        store = over_flower(lab.plan, lab.simulation, lab.first, **places, prompt=prompt, report=report)
+        store = over_flower(
+            lab.plan, lab.simulation, lab.first, files=lab.files, base=lab.base, out=out, prompt=prompt, report=report
+        )
     else:
         store = _in_process(lab, out, lost, listen)
     records, f, weighed = store.records(), lab.plan.federation, lab.plan.aggregate.weighting

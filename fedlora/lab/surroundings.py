@@ -6,13 +6,17 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 
 def environment(transport: str) -> dict[str, str | int]:
+    """Day, versions, commit and machine."""
     facts: dict[str, str | int] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count() or 0,
@@ -21,7 +25,25 @@ def environment(transport: str) -> dict[str, str | int]:
     for package in ("fedlora", "torch", "transformers", "peft", "bitsandbytes", "flwr", "cryptography", "numpy"):
         with suppress(importlib.metadata.PackageNotFoundError):
             facts[package] = importlib.metadata.version(package)
+    if found := commit():
+        facts["commit"] = found
     return facts
+
+
+def commit() -> str:
+    """The commit of FedLoRA that runs here, with ``-dirty`` if files differ from it; empty if it cannot be known.
+
+    A checkout says it itself; an installation from a repository has it in ``direct_url.json`` (PEP 610).
+    """
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            argv = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+            return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
+    with suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        found = importlib.metadata.distribution("fedlora").read_text("direct_url.json")
+        return str(json.loads(found or "")["vcs_info"]["commit_id"])[:12]
+    return ""
 
 
 def dataset(data: Path) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETR
     os.environ.setdefault(_name, "1")
 # Micro-batches differ in length: without this, memory falls to pieces that none of them fits into.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-# Threads that wait for each other sleep instead of spinning: beside other busy processes a step takes half the time, and
-# alone it takes the same (simulations/LOG.md). Torch reads it once, when it is loaded.
+# Threads that wait for each other sleep instead of spinning: beside other busy processes a step takes half the time or less;
+# alone it took the same on one machine and 1.6 times as long on another (simulations/LOG.md). Torch reads it when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # It warns that this compiled kernel did not come, and computes the same without it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

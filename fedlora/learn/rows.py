@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.errors import DataError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Data
 from fedlora.core.plan import Plan
+from fedlora.core.tables.data import SiteData
 from fedlora.data import (
     Conversation,
     ReadReport,
@@ -24,22 +25,24 @@ from fedlora.data import (
     tokenize,
 )
 from fedlora.data.identifiers import Found, identifiers
-from fedlora.site.site_file import SiteData, load_site_file
-
-_SPLITS = ("train", "validation", "test")
-_GENERAL = "general.jsonl"  # hold-out that has nothing to do with the task: what does training make the model forget?
+from fedlora.site.site_file import load_site_file
 
 
-def read_rows(path: Path | Sequence[Path], data: SiteData, report: Report) -> list[Conversation]:
+def read_rows(path: Path | Sequence[Path], data: SiteData, report: Report, *, label_key: str = "") -> list[Conversation]:
     """Reads files as the site's ``[data]`` table says.
+
+    Args:
+        label_key: the column by which a simulation deals rows to its sites.
 
     Raises:
         DataError: see :func:`fedlora.data.read`.
     """
-    return _counted_rows(path, data, report)[0]
+    return _counted_rows(path, data, report, label_key=label_key)[0]
 
 
-def _counted_rows(path: Path | Sequence[Path], data: SiteData, report: Report) -> tuple[list[Conversation], ReadReport]:
+def _counted_rows(
+    path: Path | Sequence[Path], data: SiteData, report: Report, *, label_key: str = ""
+) -> tuple[list[Conversation], ReadReport]:
     found, count = read(
         path,
         format=data.format,
@@ -49,6 +52,7 @@ def _counted_rows(path: Path | Sequence[Path], data: SiteData, report: Report) -
         encoding=data.encoding,
         header=data.header,
         max_bad_share=data.max_bad_share,
+        label_key=label_key,
     )
     report(Event.DATA, Data(file=count.path, lines=list(count.lines())))
     return found, count
@@ -155,22 +159,3 @@ def count_identifiers(site_file: Path, *, report: Report) -> list[Found]:
         if paths
         for found in identifiers(read_rows(paths, file.data, report))
     ]
-
-
-def load_splits(
-    data: Path, sites: Sequence[str], *, tokenizer: Tokenizer, plan: Plan, report: Report
-) -> tuple[dict[str, dict[str, list[Tokens]]], list[Tokens]]:
-    """For a comparison: site -> split -> tokens, and the general hold-out; from ``SITE.train.jsonl`` and so on in a directory.
-
-    Raises:
-        ConfigError, DataError: a file is missing or unusable.
-    """
-
-    def tokens(path: Path, append_eos: bool = True) -> list[Tokens]:
-        if not path.exists():
-            raise ConfigError(f"{path} does not exist", hint="simulation.data names a directory with SITE.train.jsonl and so on")
-        found = read_rows(path, SiteData(), report)
-        return to_tokens(tokenizer, found, SiteData(), plan=plan, report=report, append_eos=append_eos)
-
-    rows = {s: {p: tokens(data / f"{s}.{p}.jsonl") for p in _SPLITS} for s in sites}
-    return rows, tokens(data / _GENERAL, append_eos=False) if (data / _GENERAL).exists() else []

@@ -62,7 +62,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def toy_data(directory: Path, sites: Sequence[str]) -> Path:
     """Writes ``SITE.train.jsonl``, ``.validation.jsonl`` and ``.test.jsonl``: each site knows its own things' colors."""
-    if directory.is_dir():
+    if {path.name.partition(".")[0] for path in directory.glob("*.jsonl")} == {*sites}:
         return directory
     new = directory.with_name(f".{directory.name}.{os.getpid()}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -78,5 +78,6 @@ def toy_data(directory: Path, sites: Sequence[str]) -> Path:
                 for thing, text in part
             ]
             (new / f"{site}.{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shutil.rmtree(directory, ignore_errors=True)  # of other sites
     new.rename(directory)
     return directory

@@ -15,7 +15,7 @@ from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 from fedlora.rules.factored import orthonormal_rows, svd_factored
 from fedlora.rules.means import add, factors, mean_delta
-from fedlora.rules.protocol import Aggregated, Rule, State, check_max_change
+from fedlora.rules.protocol import Aggregated, Grid, Rule, State, check_max_change
 from fedlora.rules.sums import Accumulator
 
 _OUTSIDE: Final = 1e-5
@@ -53,11 +53,13 @@ class FedSVD(Rule):
     def trains(self, round: int) -> Factors:
         return "B"
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, rounding: float) -> None:
+    def check_published(
+        self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, grid: Grid | None
+    ) -> None:
         """Until the first decomposition A is the first one and B moves as under any rule. After it, A's rows are orthonormal
         within the first row space, and no row of B is longer than what was added to it, seen through the longest A."""
         if rounds < self.every:
-            Rule.check_published(self, first, now, moved=moved, rounds=rounds, rounding=0.0)
+            Rule.check_published(self, first, now, moved=moved, rounds=rounds, grid=None)
             return
         for old, new in zip(first.layout.pairs(), now.layout.pairs(), strict=True):
             (_, a0), (b, a) = factors(first.vector, old), factors(now.vector, new)

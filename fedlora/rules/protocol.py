@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, Self, TypeAlias
 
@@ -10,13 +10,15 @@ import numpy as np
 
 from fedlora.core.adapter import F32, Adapter, Factors, Layout
 from fedlora.core.errors import PlanRefused, WrongContext
-from fedlora.core.grids import chunks
+from fedlora.core.grids import LARGEST, chunks
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Plan
 from fedlora.core.registry import MODES
 from fedlora.core.section import Section
 from fedlora.rules.sums import MAX_WEIGHT, Accumulator, Each, Sums
 
+Grid: TypeAlias = Callable[[F32], F32]
+"""Rounds values to those that some type holds."""
 State: TypeAlias = Mapping[str, Adapter]
 """What the server remembers from one round to the next besides the adapter: named vectors, in the checkpoint. Never sent."""
 
@@ -87,7 +89,9 @@ class Aggregator(Protocol):
         """
         ...
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, rounding: float) -> None:
+    def check_published(
+        self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, grid: Grid | None
+    ) -> None:
         """At a site: refuses an adapter that no rounds can have made of the first one.
 
         Args:
@@ -95,7 +99,7 @@ class Aggregator(Protocol):
             now: the same tensors, as the server has published them.
             moved: ``A`` and ``B``: most that all rounds so far together can have changed a value of this factor.
             rounds: how many there were.
-            rounding: what rounding a value may change of it; the first adapter's values are not changed by it.
+            grid: rounds values to what the server publishes; None: it publishes float32.
 
         Raises:
             PlanRefused (impossible-adapter): it has gone further.
@@ -117,28 +121,51 @@ class Aggregator(Protocol):
         ...
 
 
-def check_max_change(tensor: str, found: float, most: float, *, slack: float = 1e-6) -> None:
-    """Refuses a tensor that has changed more than is possible.
+def check_max_change(tensor: str, found: float, most: float) -> None:
+    """Refuses a tensor that has changed more than is possible, by a thousandth and a millionth.
 
     Args:
         found: how far it has moved since the first adapter.
         most: how far the rounds so far can have moved it.
-        slack: what float32 may add to that.
 
     Raises:
         PlanRefused (impossible-adapter).
     """
-    if not found <= most * (1 + 1e-3) + slack:
-        raise PlanRefused(
-            f"{tensor} has moved by {found:.3g} since the first adapter; the rounds so far can have moved it by {most:.3g}",
-            hint="treat this as an incident and ask the coordinator: the sums of this plan cannot give the published adapter",
-            code="impossible-adapter",
-        )
+    if not found <= most * (1 + 1e-3) + 1e-6:
+        raise _impossible(tensor, found, most)
 
 
-def _farthest(now: F32, first: F32) -> float:
-    """Largest change of a value; NaN where a value is."""
-    return float(np.max([np.max(np.abs(now[part] - first[part])) for part in chunks(now.size)]))
+def _impossible(tensor: str, found: float, most: float) -> PlanRefused:
+    return PlanRefused(
+        f"{tensor} has moved by {found:.8g} since the first adapter; the rounds so far can have moved it by {most:.8g}",
+        hint="treat this as an incident and ask the coordinator: the sums of this plan cannot give the published adapter",
+        code="impossible-adapter",
+    )
+
+
+def _check_reach(tensor: str, now: F32, first: F32, *, most: float, rounds: int, grid: Grid | None) -> None:
+    """Refuses values that no rounds can have made of the first ones: rounding never changes which of two numbers is the larger.
+
+    Args:
+        most: how far the rounds so far can have moved a value, before it was rounded.
+
+    Raises:
+        PlanRefused (impossible-adapter).
+    """
+    largest = most + max(float(first.max()), -float(first.min()))
+    reach = np.float32(min(most + float32_error(rounds) * largest, LARGEST) if most else 0.0)
+    for part in chunks(now.size):
+        for way, within in ((-reach, np.greater_equal), (reach, np.less_equal)):
+            bound = first[part] + way
+            if not within(now[part], bound if grid is None else grid(bound)).all():
+                raise _impossible(tensor, float(np.max(np.abs(now[part] - first[part]))), most)
+
+
+def float32_error(rounds: int) -> float:
+    """Most that float32 can add to a value in so many rounds, as a part of the largest: in each, its mean is rounded, a server
+    optimizer's step has at most four operations, and two additions follow (see :func:`fedlora.rules.rounding.rounded`). The
+    optimizer's settings are float32, too. The comparison itself rounds twice more: 7 n + 7 is what SECURITY.md promises."""
+    return (7 * rounds + 5) * 2.0**-24
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +232,12 @@ class Rule:
             np.subtract(new[name], old[name], out=out[at].reshape(shape))
         return out
 
-    def check_published(self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, rounding: float) -> None:
+    def check_published(
+        self, first: Adapter, now: Adapter, *, moved: Mapping[str, float], rounds: int, grid: Grid | None
+    ) -> None:
         for name, at, _ in now.layout.slices():
-            farthest = _farthest(now.vector[at], first.vector[at])
             most = moved["A" if name.endswith(".lora_A.weight") else "B"]
-            largest = most + max(float(first.vector[at].max()), -float(first.vector[at].min()))
-            rounded = min(most, rounding * largest)  # never further than back to the first one
-            check_max_change(name, farthest, most + rounded, slack=rounds * 2.0**-23 * largest if most else 0.0)
+            _check_reach(name, now.vector[at], first.vector[at], most=most, rounds=rounds, grid=grid)
 
     def start(self, adapter: Adapter, *, cohort: int, round: int) -> Accumulator:
         layout = self.reply(adapter.layout, round)

@@ -178,7 +178,7 @@ def _producer(places: Mapping[str, Any], processor: Any, file: Path) -> Callable
         tensor = places[name]
         try:
             values: NDArray[np.float32] = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
+        except NotImplementedError:  # gguf's word for a type that it cannot read
             raise ModelError(f"{file.name}: {name} is of type {tensor.tensor_type.name}, which cannot be dequantized") from None
         # The processor undoes llama.cpp's reordering of q and k rows, which pairs the halves of a rotary embedding.
         values = np.array(processor.process(weights=values, name=tensor.name).weights, dtype=np.float32)

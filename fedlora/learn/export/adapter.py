@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from fedlora.core.adapter import F32, Adapter
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Lora
+from fedlora.formats.files import refuse_existing
 from fedlora.formats.published.records import Published, RunFacts
 from fedlora.formats.records import dump_text
 from fedlora.learn.bases.shards import file_digest, new_directory
@@ -83,16 +84,6 @@ def complete(made: Path, run: RunFacts, adapter: Adapter, *, dtype: str, seal: S
     write_sums(made)
     if seal is not None:
         seal(made, published)
-
-
-def refuse_existing(out: Path) -> None:
-    """Confirms that a directory is yet to be made.
-
-    Raises:
-        ConfigError: it is there.
-    """
-    if out.exists():
-        raise ConfigError(f"{out} exists and is not overwritten", hint="name another directory, or move this one away")
 
 
 def folded(adapter: Adapter, scale: float | Mapping[str, float]) -> dict[str, F32]:

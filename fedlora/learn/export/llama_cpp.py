@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoTokenizer
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ModelError
 from fedlora.core.plan import Lora, Plan
+from fedlora.formats.files import refuse_existing
 from fedlora.formats.published.records import RunFacts
 from fedlora.learn.bases._internals import gguf_text_splits
 from fedlora.learn.bases.digest import read_config
 from fedlora.learn.bases.shards import Entry, chunks, load_json, new_directory, scan, weight_files
-from fedlora.learn.export.adapter import PREFIX, Seal, check_rounded, complete, folded, refuse_existing
+from fedlora.learn.export.adapter import PREFIX, Seal, check_rounded, complete, folded
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's name of each architecture that is tried here, by transformers'."""

@@ -12,10 +12,11 @@ import torch
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, ModelError
+from fedlora.formats.files import refuse_existing
 from fedlora.learn.bases.digest import read_config
 from fedlora.learn.bases.names import stored_names
 from fedlora.learn.bases.shards import Entry, chunks, new_directory, scan, weight_files, write
-from fedlora.learn.export.adapter import PREFIX, float_type, refuse_existing, write_sums
+from fedlora.learn.export.adapter import PREFIX, float_type, write_sums
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",

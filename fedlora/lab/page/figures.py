@@ -29,12 +29,13 @@ COLORS: Final = {
     "soft": ("#5c6670", "#9aa4ad"),
     "rule": ("#e2e4e3", "#30363c"),
     "warn": ("#b34700", "#ff9d5c"),
+    "blue": ("#0072b2", "#3f9ae8"),
 }
 """Colors by use: (light, dark). Figures are drawn light; the page's style sheet turns them dark."""
 CARD, INK, SOFT, RULE, WARN = (COLORS[use][0] for use in ("card", "ink", "soft", "rule", "warn"))
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b949c")
 """Okabe and Ito's colors, which the color-blind can tell apart, and a gray. Lines and stacks use the first six in turn."""
-_WIDTH = 460  # units of every figure; about one pixel each, so that 12-unit text can be read on a telephone
+_WIDTH = 400  # units of every figure; four fifths of a pixel each on a telephone, so that 12-unit text can be read there
 _LINE = 15  # height of a bar with its gap
 _FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 _CONFIG = {
@@ -42,12 +43,25 @@ _CONFIG = {
     "background": None,
     "font": _FONT,
     "view": {"stroke": None},
-    "axis": {"domain": False, "ticks": False, "gridColor": RULE, "labelColor": SOFT, "labelFontSize": 11.5, "labelPadding": 7},
+    "axis": {
+        "domain": False,
+        "ticks": False,
+        "gridColor": RULE,
+        "titleColor": SOFT,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "labelColor": SOFT,
+        "labelFontSize": 12,
+        "labelPadding": 7,
+    },
+    "axisX": {"titleAnchor": "end", "titlePadding": 4},
+    "axisY": {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "end", "titleX": 0, "titleY": -9},
     "legend": {"orient": "bottom", "labelColor": INK, "labelFontSize": 12, "rowPadding": 5, "columnPadding": 18, "offset": 16},
     "text": {"color": INK, "fontSize": 12},
 }
 _STATES = {"counted": ("#0072b2", "#0072b2"), "late": ("#e69f00", "#e69f00"), "rejected": ("#d55e00", "#d55e00")}
 _STATES |= {"not asked": (CARD, SOFT)}  # fill, stroke
+_NOT_ASKED = ("offline", "not-drawn")
 _SIGNS = {"late": "L", "rejected": "R"}
 
 
@@ -56,12 +70,18 @@ Drawing: TypeAlias = alt.LayerChart | alt.FacetChart
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells are plain text. ``main``: the first cell of the row to stress."""
+    """Cells are plain text. ``main``: the first cell of the row to stress; ``words``: what the columns' names mean."""
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     main: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> set[int]:
+        """The columns whose cells are sentences."""
+        return {i for row in self.rows for i, cell in enumerate(row) if i and len(cell) > 24}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +136,10 @@ def _ordered(pdf: bytes) -> bytes:
     return re.sub(entries, lambda found: b"\n" + b"\n".join(sorted(found[0][1:].split(b"\n"))), pdf)
 
 
-def _layers(*layers: alt.Chart, height: float) -> Drawing:
+def _layers(*layers: alt.Chart, height: float, left: float = 0) -> Drawing:
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    return alt.layer(*layers).properties(width=_WIDTH, height=height, padding=0, autosize=fit)
+    padding = {"left": left, "right": 0, "top": 0, "bottom": 0}
+    return alt.layer(*layers).properties(width=_WIDTH, height=height, padding=padding, autosize=fit)
 
 
 def _chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
@@ -148,7 +169,14 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def lines(
-    key: str, title: str, note: str, series: Mapping[str, Sequence[tuple[int, float | None]]], *, colors: Sequence[str] = ()
+    key: str,
+    title: str,
+    note: str,
+    series: Mapping[str, Sequence[tuple[int, float | None]]],
+    *,
+    unit: str,
+    across: str = "round",
+    colors: Sequence[str] = (),
 ) -> Figure | None:
     """Lines over round numbers, broken where a value is missing; logarithmic where values span more than a factor of six.
 
@@ -156,6 +184,8 @@ def lines(
 
     Args:
         series: name -> (round, value), ...; the same rounds for each.
+        unit: of the values, as it stands above their axis.
+        across: what the other axis counts.
         colors: of each line; default: six in turn, then the same dashed, then dotted.
     """
     known = [y for points in series.values() for _, y in points if y is not None]
@@ -164,7 +194,7 @@ def lines(
     low, high = min(known), max(known)
     log = low > 0 and high / low > 6
     room = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
-    bottom = low * 0.85 if log else 0.0 if 0 <= low < 0.5 * high else low - room
+    bottom = low * 0.85 if log else 0.0 if 0 <= low <= 0.5 * high else low - room
     names = list(series)
     plots = [n for n in names if n != TOGETHER or len(names) == 1]
     hues = colors or [PALETTE[i % 6] for i in range(len(plots))]
@@ -176,9 +206,9 @@ def lines(
     rows = [{"name": n, "x": x, "y": y, "tip": f"{n}, {x}: {number(y)}"} for n in names for x, y in series[n]]
     xs = [x for points in series.values() for x, _ in points]
     x = alt.X("x:Q", scale=alt.Scale(domain=[min(xs) - 0.3, max(xs) + 0.3], nice=False))
-    x = x.axis(title=None, grid=False, format="d", tickMinStep=1, tickCount=8)
+    x = x.axis(title=across, grid=False, format="d", tickMinStep=1, tickCount=8)
     y = alt.Y("y:Q", scale=alt.Scale(type="log" if log else "linear", domain=[bottom, high * 1.15 if log else high + room]))
-    y = y.axis(title=None, format=".4~g", **({"values": _decades(bottom, high)} if log else {"tickCount": 5}))
+    y = y.axis(title=unit, format=".4~g", **({"values": _decades(bottom, high)} if log else {"tickCount": 5}))
     color = alt.Color("name:N", scale=_scale(names, hue), legend=legend)
     line = _chart(rows).mark_line(invalid="break-paths-filter-domains", strokeJoin="round")
     line = line.encode(x, y, color, alt.StrokeDash("name:N", scale=_scale(names, dash), legend=legend))
@@ -191,7 +221,7 @@ def lines(
     ends = [(n, [(x, v) for x, v in series[n] if v is not None]) for n in names]
     told = [f"{n} from {number(p[0][1])} at {p[0][0]} to {number(p[-1][1])} at {p[-1][0]}" for n, p in ends if p]
     more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
-    table = Table(title, ["round", *names], [[str(x), *(number(dict(series[n]).get(x)) for n in names)] for x in sorted(set(xs))])
+    table = Table(title, [across, *names], [[str(x), *(number(dict(series[n]).get(x)) for n in names)] for x in sorted(set(xs))])
     words = f"{title}: {counted(len(told), 'line')}. {'; '.join(told[:6])}{more}."
     keys = {n: (pens[n][0], " ".join(map(str, pens[n][1])), pens[n][3]) for n in names} if len(names) > 1 else {}
     return Figure(key, title, note + " Logarithmic scale." * log, words, _layers(line, dots, height=200), table, keys)
@@ -213,7 +243,12 @@ class Bar:
     spread: tuple[float, float] | None = None
 
 
-def bars(key: str, title: str, note: str, groups: Sequence[tuple[str, str, Sequence[Bar]]]) -> Figure | None:
+def _named(unit: str) -> alt.Axis:
+    """An axis of which the title alone is drawn: each bar has its number beside it."""
+    return alt.Axis(title=unit, labels=False, ticks=False, grid=False, domain=False)
+
+
+def bars(key: str, title: str, note: str, groups: Sequence[tuple[str, str, Sequence[Bar]]], *, unit: str) -> Figure | None:
     """Horizontal bars from zero in groups of (name, mark, bars), so that any number of sites can be read on a telephone."""
     each = [(name, b) for name, _, group in groups for b in group]
     top = max([v for _, b in each for v in (b.value, *(b.spread or ()))], default=0.0)
@@ -233,7 +268,7 @@ def bars(key: str, title: str, note: str, groups: Sequence[tuple[str, str, Seque
     colors = {b.name: b.color for _, b in each}
     y = alt.Y("line:O", axis=None, scale=alt.Scale(domain=list(range(line - 1)), paddingInner=0.27, paddingOuter=0.1))
     scale = alt.Scale(domain=[0, top * _WIDTH / (_WIDTH - 76)], nice=False)
-    x = alt.X("value:Q", axis=None, scale=scale, stack=None)
+    x = alt.X("value:Q", axis=_named(unit), scale=scale, stack=None)
     color = alt.Color("name:N", scale=_scale(list(colors), list(colors.values())), legend=_legend(list(colors)))
     bar = _chart(rows).mark_bar(cornerRadius=1.5, aria=True).encode(x, y, color, description="tip:N")
     drawn = [r for r in rows if r["low"] < r["high"]]
@@ -268,7 +303,7 @@ def stack(key: str, title: str, note: str, parts: Sequence[tuple[str, float]]) -
         tip = f"{name}: {value:.1f} s, {percent(value / total)}"
         rows.append({"name": name, "start": start, "end": start + value, "tip": tip})
         start += value
-    x = alt.X("start:Q", axis=None, scale=alt.Scale(domain=[0, total], nice=False))
+    x = alt.X("start:Q", axis=_named("seconds"), scale=alt.Scale(domain=[0, total], nice=False))
     hues, tints = [PALETTE[i % 6] for i in range(len(parts))], _turns(len(parts), (1.0, 0.65, 0.4))
     color = alt.Color("name:N", scale=_scale(names, hues), legend=_legend(names))
     tint = alt.Opacity("name:N", scale=_scale(names, tints), legend=_legend(names))
@@ -286,18 +321,18 @@ def participation(key: str, sites: Sequence[str], rounds: Sequence[RoundRecord])
     """Site by round; every state has its own sign besides its color."""
     if not rounds:
         return None
-    width = min(30 * len(rounds), _WIDTH - 132)
+    width = min(30 * len(rounds), _WIDTH - 168)
     rows: list[dict[str, Any]] = []
     for site in sites:
         for record in rounds:
             found = state(record, site)
-            kind = found if found in _STATES else "rejected"
+            kind = found if found in _STATES else "not asked" if found in _NOT_ASKED else "rejected"
             sign = _SIGNS.get(kind, "") if width / len(rounds) > 9 else ""
             tip = f"{plain(site)}, round {record.round}: {found}"
             rows.append({"site": plain(site), "round": record.round, "state": kind, "sign": sign, "tip": tip})
-    axis = alt.Axis(title=None, labelAngle=0, labelOverlap="parity")
+    axis = alt.Axis(title="round", labelAngle=0, labelOverlap="parity", labelSeparation=5)
     x = alt.X("round:O", axis=axis, scale=alt.Scale(range=[0, width], padding=0.07))
-    y = alt.Y("site:N", sort=None, axis=alt.Axis(title=None, labelLimit=124), scale=alt.Scale(padding=0.07))
+    y = alt.Y("site:N", sort=None, axis=alt.Axis(title=None, labelLimit=136), scale=alt.Scale(padding=0.07))
     fills, edges = zip(*_STATES.values(), strict=True)
     cell = _chart(rows).mark_rect(cornerRadius=1.5, aria=True).encode(x=x, y=y, description="tip:N")
     cell = cell.encode(
@@ -309,5 +344,6 @@ def participation(key: str, sites: Sequence[str], rounds: Sequence[RoundRecord])
     words = f"Who took part: {counted(len(sites), 'site')} in {counted(len(rounds), 'round')}. "
     words += ", ".join(f"{kind}: {n}" for kind, n in counts.items() if n) + "."
     table = Table("Who took part", ["round", *map(plain, sites)], [[str(r.round), *(state(r, s) for s in sites)] for r in rounds])
+    wider = min(max(map(len, sites), default=0), 24)  # a browser may lack this font and take a wider one
     note = "Filled: counted. L: late. R: rejected. Outline: not asked."
-    return Figure(key, "Who took part", note, words, _layers(cell, sign, height=24 * len(sites)), table)
+    return Figure(key, "Who took part", note, words, _layers(cell, sign, height=24 * len(sites), left=wider), table)

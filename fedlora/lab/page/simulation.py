@@ -1,90 +1,53 @@
-"""What the page about a simulation says: sections of figures and tables for ``page.html.j2``. Pure: results in, HTML out."""
+"""What the page about a simulation says: results in, sections of figures and tables out."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
-
 from fedlora.core.errors import plain
-from fedlora.core.records import Results, RoundRecord
+from fedlora.core.records import Results
 from fedlora.core.words import (
+    FEW,
     HONEST,
-    TOGETHER,
+    few_rows,
     finite,
     label,
-    majority_line,
     number,
     percent,
     reference_points,
-    reported,
     round_count,
     size,
-    state,
-    training_rounds,
     with_interval,
     with_sd,
 )
-from fedlora.lab.figures import COLORS, PALETTE, Bar, Figure, Table, bars, counted, lines, participation, stack
+from fedlora.lab.claims import NO_SETTING, Setting
+from fedlora.lab.page.document import Section, made_with
+from fedlora.lab.page.figures import PALETTE, Bar, Figure, Table, bars, counted
+from fedlora.lab.page.rounds import one_run
 
-_BLUE, _, _GREEN, _, _ORANGE, _SKY, _GRAY = PALETTE
-_BARS = {"alone": _ORANGE, "federated": _BLUE, "pooled-steps": _GREEN, "pooled-tokens": _SKY}
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A part of the page: figures, then tables, then paragraphs. Those that are None are left out."""
-
-    title: str
-    figures: Sequence[Figure | None] = ()
-    tables: Sequence[Table] = ()
-    notes: Sequence[str] = ()
-
-    def shown(self) -> Section | None:
-        """Without what is empty; None if nothing is left."""
-        figures, tables = [f for f in self.figures if f], [t for t in self.tables if t.rows]
-        return Section(self.title, figures, tables, self.notes) if figures or tables or self.notes else None
+_BLUE, _, _GREEN, _PINK, _ORANGE = PALETTE[:5]
+_BARS = {"alone": _ORANGE, "federated": _BLUE, "pooled-steps": _GREEN, "pooled-tokens": _PINK}
 
 
-def document(title: str, sections: Sequence[Section], **more: Any) -> str:
-    """A page that loads nothing and runs nothing.
-
-    Args:
-        more: what :func:`contents` gives besides; each may be missing.
-    """
-    environment = Environment(
-        loader=FunctionLoader(lambda name: files(__package__).joinpath(name).read_text("utf-8")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
-    )
-    environment.filters["digest"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    empty = {"heading": "", "lead": "", "honest": "", "tiles": (), "seeds": (), "facts": {}}
-    shown = [s for section in sections if (s := section.shown())]
-    return environment.get_template("page.html.j2").render({**empty, **more, "title": title, "sections": shown, "colors": COLORS})
-
-
-def contents(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]], over: Mapping[str, Any]) -> dict[str, Any]:
-    """All that :func:`document` shows of a simulation.
+def contents(
+    runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]], over: Mapping[str, Any], setting: Setting = NO_SETTING
+) -> dict[str, Any]:
+    """All that :func:`fedlora.lab.page.document.document` shows of a simulation.
 
     Args:
         runs: ``results.json`` of each seed, at least one.
         summaries: ``report.summarize`` of each.
         over: ``report.across`` of all.
+        setting: what the directory says of plan and rows.
     """
     run, several = runs[0], len(runs) > 1
     arms = _arms_spread(over) if several else _arms(summaries[0])
-    sections = [arms, Section("On each site's own test", _site_bars(runs, summaries), [_own_sites(summaries, over["seeds"])])]
-    each = [_one_run(r, f"seed-{r.seed}") for r in runs]
+    own = [_own_sites(run, summaries, over["seeds"])]
+    few = [f"{said[0].upper()}{said[1:]}." for said in few_rows(run)]
+    sections = [arms, Section("On each site's own test", _site_bars(runs, summaries), own, few), _dealt(run, setting)]
+    each = [one_run(r, f"seed-{r.seed}") for r in runs]
     parts = [{"seed": r.seed, "sections": _shown([_arms(s), *e])} for r, s, e in zip(runs, summaries, each, strict=True)]
     data = run.dataset or {}
     facts = [(k, data[k]) for k in ("name", "title", "source", "license", "note") if isinstance(data.get(k), str)]
@@ -92,7 +55,7 @@ def contents(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]], ov
     return {
         "title": f"{run.name}: federated fine-tuning",
         "heading": run.name,
-        "lead": _lead(runs),
+        "lead": _lead(runs, setting),
         "honest": HONEST if data.get("note") else "",
         "tiles": _tiles(runs, summaries, over),
         "sections": sections if several else [*sections, *each[0]],
@@ -103,12 +66,6 @@ def contents(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]], ov
     }
 
 
-def figures(page: Mapping[str, Any]) -> list[Figure]:
-    """All figures of :func:`contents`, for papers."""
-    sections = [*page["sections"], *(s for part in page["seeds"] for s in part["sections"])]
-    return [f for s in sections for f in s.figures if f]
-
-
 def _shown(sections: Sequence[Section]) -> list[Section]:
     return [s for section in sections if (s := section.shown())]
 
@@ -116,11 +73,13 @@ def _shown(sections: Sequence[Section]) -> list[Section]:
 # --- above the fold ---------------------------------------------------------------------------------------------
 
 
-def _lead(runs: Sequence[Results]) -> str:
+def _lead(runs: Sequence[Results], setting: Setting) -> str:
     run, several = runs[0], len(runs) > 1
     seeds = f"seed{'s' * several} {', '.join(str(r.seed) for r in runs)}"
     words = [counted(len(run.sites), "site"), counted(round_count(run), "round"), f"{run.split} split", seeds]
-    return " · ".join(words if several else [*words, f"plan {plain(run.plan)[:12]}"])  # the seed is part of the plan
+    words = [f"rule {plain(setting.plan.aggregate.name)}", *words] if setting.plan else words
+    with_plan = words if several else [*words, f"plan {plain(run.plan)[:12]}"]  # the seed is part of the plan
+    return " · ".join([*with_plan, *made_with(run.environment)])
 
 
 def _sd(spread: Mapping[str, Any], unit: str = "") -> str:
@@ -143,11 +102,15 @@ def _tiles(
         to = {m: _better(summaries, m) for m in row}
         loose = " Within the noise: do not quote." if row["union_nll"]["firm"] is False else ""
         else_to = f" of the way to {to['exact_match']}" if to["exact_match"] != to["union_nll"] else ""
-        note = f"of the way from a site alone to {to['union_nll']}; exact match {_sd(row['exact_match'], '%')}{else_to}.{loose}"
+        known = row["exact_match"]["mean"] is not None
+        also = f"; exact match {_sd(row['exact_match'], '%')}{else_to}" if known else "; of exact match nothing can be said"
+        note = f"of the way from a site alone to {to['union_nll']}{also}. {_over(runs[0])}.{loose}"
         tiles.append(("Recovered, loss", _sd(row["union_nll"], "%"), note))
     if summaries[0]["own_site"]:
         worse = [s for s in summaries[0]["own_site"] if any(s in x["worse"] for x in summaries)]
-        note = ", ".join(worse) if worse else "every site gains on its own test"
+        note = f"{', '.join(worse)}: each on its own {runs[0].split} rows alone" if worse else "every site gains on its own test"
+        if worse and any(name.startswith("Recovered") for name, _, _ in tiles):
+            note += ". No contradiction: recovery is over the rows of all sites, on which a site alone does worse"
         tiles.append(("Worse off than alone, by loss", f"{len(worse)} of {counted(len(runs[0].sites), 'site')}", note))
     sent = runs[0].traffic
     if sent and sent.up:
@@ -155,6 +118,11 @@ def _tiles(
         note = f"{both / base:.2g} times the base model ({size(base)})" if base else ""
         tiles.append((f"Sent, both ways, all sites{one_seed}", size(both), note))
     return tiles
+
+
+def _over(run: Results) -> str:
+    scored = next(iter(run.arms.values())).sites.values()
+    return f"Over the {sum(s.examples for s in scored):,} {run.split} rows of all sites together"
 
 
 def _better(summaries: Sequence[Mapping[str, Any]], metric: str) -> str:
@@ -183,7 +151,17 @@ def _arms(summary: Mapping[str, Any]) -> Section:
         "arm", "nats, all", "mean", "worst", "own", "others", "exact match", "own", "others", "coarse", "forgets", "steps",
         "tokens",
     ]  # fmt: skip
-    return Section("Arms", (), [Table(note, head, rows, "federated"), _recovered(summary)])
+    return Section("Arms", (), [Table(note, head, rows, "federated", _COLUMNS), _recovered(summary)])
+
+
+_COLUMNS = {
+    "worst": "the site on whose rows the arm does worst",
+    "own": "a site alone, on its own test rows; on its line the mean of all sites",
+    "others": "a site alone, on the test rows of all other sites",
+    "coarse": "the first characters match, as evaluation.coarse_chars says; a dash: not asked",
+    "steps": "optimizer steps; of the federated arm, at each site",
+    "tokens": "supervised tokens that the arm was trained on; equal for the federation, all sites alone together, and pooled",
+}
 
 
 def _recovered(summary: Mapping[str, Any]) -> Table:
@@ -239,11 +217,11 @@ def _quoted(spread: Mapping[str, Any]) -> str:
 def _site_bars(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]]) -> list[Figure | None]:
     """Two figures: loss and exact match on each site's own test, of its own arm, the federated and the pooled ones."""
     several, drawn = len(runs) > 1, []
-    shown: tuple[tuple[str, str, str, str, Callable[[Any], str]], ...] = (
-        ("nll", "Loss", "Nats per token, less is better.", "benefit", number),
-        ("exact_match", "Exact match", "Share of examples, more is better.", "exact_match_benefit", percent),
+    shown: tuple[tuple[str, str, str, str, Callable[[Any], str], str], ...] = (
+        ("nll", "Loss", "Nats per token, less is better.", "benefit", number, "nats per token"),
+        ("exact_match", "Exact match", "Share of examples, more is better.", "exact_match_benefit", percent, "share of examples"),
     )
-    for metric, name, note, gain, words in shown:
+    for metric, name, note, gain, words, unit in shown:
         groups = []
         for site in runs[0].sites:
             worse = sum((finite(s["own_site"].get(site, {}).get(gain)) or 0.0) < 0 for s in summaries)
@@ -254,9 +232,12 @@ def _site_bars(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]]) 
                 if values := [v for run in runs if (v := _score(run, key, site, metric)) is not None]:
                     mean = math.fsum(values) / len(values)
                     group.append(Bar(arm, color, mean, words(mean), (min(values), max(values))))
-            groups.append((plain(site), mark, group))
+            scored = next(iter(runs[0].arms.values())).sites.get(site)
+            few = " *" if scored is not None and scored.examples < FEW else ""
+            groups.append((plain(site) + few, mark, group))
         key = f"sites-{metric.replace('_', '-')}"
-        drawn.append(bars(key, name, note + " Whiskers: least and greatest over seeds." * several, groups))
+        unit += f"; *: fewer than {FEW} rows" * any(head.endswith(" *") for head, _, _ in groups)
+        drawn.append(bars(key, name, note + " Whiskers: least and greatest over seeds." * several, groups, unit=unit))
     return drawn
 
 
@@ -265,123 +246,34 @@ def _score(run: Results, arm: str, site: str, metric: str) -> float | None:
     return finite(getattr(found.sites.get(site), metric, None)) if found else None
 
 
-def _own_sites(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[Any]) -> Table:
-    rows = []
+def _dealt(run: Results, setting: Setting) -> Section:
+    """How rows were dealt, and how many each site has."""
+    if not setting.rows or setting.plan is None or (table := setting.plan.simulation) is None:
+        return Section("Rows of the sites")
+    rows = [[plain(r["site"]), *(f"{r[k]:,}" for k in ("train", "validation", "test", "groups"))] for r in setting.rows]
+    how = {"files": "each site has files of its own", "iid": "dealt at random, alike many to each site"}
+    drawn = f"shares drawn from Dirichlet({table.split_alpha:g})" + f" by {table.split_label}" * bool(table.split_label)
+    said = how.get(table.split, drawn if table.split == "dirichlet" else f"by the column {table.column}")
+    group = f"rows of one {table.data.group_key} stay together" if table.data.group_key else "no group_key"
+    note = f"simulation.split = {plain(table.split)}: {plain(said)}; {plain(group)}. Scored: {run.split}."
+    return Section("Rows of the sites", (), [Table(note, ["site", "to train", "to validate", "to test", "groups"], rows)])
+
+
+def _own_sites(run: Results, summaries: Sequence[Mapping[str, Any]], seeds: Sequence[Any]) -> Table:
+    rows, scored = [], next(iter(run.arms.values())).sites
     for seed, summary in zip(seeds, summaries, strict=True):
         for site, row in summary["own_site"].items():
             gain, match = row["benefit"], finite(row["exact_match_benefit"])
             points = "-" if match is None else f"{100 * match:+.1f}"
             verdict = "worse off" if gain < 0 else "better off" if gain > 0 else "the same"
-            cells = [number(row["local"]), number(row["federated"]), number(gain, sign="+"), points, verdict]
+            count = scored[site].examples
+            nats = [number(row["local"]), number(row["federated"]), number(gain, sign="+")]
+            cells = [f"{count:,}" + " *" * (count < FEW), *nats, points, verdict]
             rows.append([site + f", seed {seed}" * (len(seeds) > 1), *cells])
     note = "What each site has from federating: its own test, its own arm against the federated one."
-    return Table(note, ["site", "alone, nats", "federated", "gain, nats", "gain in exact match, points", "by loss"], rows)
-
-
-# --- one seed: rounds, bytes, time --------------------------------------------------------------------------------
-
-
-def _one_run(run: Results, key: str) -> list[Section]:
-    return [_training(run, key), _traffic(run, key), _time(run, key)]
-
-
-def _names(rounds: Sequence[RoundRecord], sites: Sequence[str]) -> list[str]:
-    """The run's sites, then whatever else reported."""
-    return [*sites, *sorted({s for r in rounds for s in reported(r)} - set(sites))]
-
-
-def _known(record: RoundRecord, metric: str) -> dict[str, float]:
-    return {s: v for s, m in reported(record).items() if (v := finite(m.metrics.get(metric))) is not None}
-
-
-def _rule(record: RoundRecord, name: str) -> float | None:
-    """One of the rule's own numbers."""
-    return finite(record.outcome.rule.get(name)) if record.outcome else None
-
-
-def _series(
-    rounds: Sequence[RoundRecord], sites: Sequence[str], metric: str, *, shift: int
-) -> dict[str, list[tuple[int, float | None]]]:
-    """A line for each site that reported ``metric``, and one of all together, at round + shift."""
-    rows = [(r.round + shift, known) for r in rounds if (known := _known(r, metric))]
-    names = [TOGETHER, *(n for n in _names(rounds, sites) if n != TOGETHER)]
-    return {plain(n): [(x, row.get(n)) for x, row in rows] for n in names if any(n in row for _, row in rows)}
-
-
-def _training(run: Results, key: str) -> Section:
-    every, rounds, sites = run.rounds, training_rounds(run), run.sites
-    if not every:
-        return Section("Rounds", notes=["No rounds were recorded."])
-    after = "Nats per token of the shared adapter after each number of rounds; 0 is the first adapter."
-    gap = "Greatest possible difference to averaging the products B·A, as a share of the round's change."
-    ratio = {"bound / update": [(r.round, _rule(r, "gap/ratio")) for r in rounds]}
-    within = "Nats per token within each round."
-    drawn = [
-        lines(f"{key}-held-out-loss", "Held-out loss", after, _series(every, sites, "eval/nll", shift=-1)),
-        lines(f"{key}-training-loss", "Training loss", within, _series(rounds, sites, "train/loss", shift=0)),
-        participation(f"{key}-participation", sites, rounds),
-        lines(f"{key}-exactness-gap", "Exactness gap", gap, ratio),
-    ]
-    return Section("Rounds", drawn, [_round_table(run, every)])
-
-
-def _round_table(run: Results, every: Sequence[RoundRecord]) -> Table:
-    rows = []
-    for r in every:
-        missing = [f"{s}: {state(r, s)}" for s in run.sites if state(r, s) != "counted"]
-        cells = [
-            *(number(_known(r, metric).get(TOGETHER)) for metric in ("train/loss", "eval/nll")),
-            f"{len(run.sites) - len(missing)} of {len(r.asked)}",
-            *(number(_rule(r, k)) for k in ("gap/ratio", "drift")),
-            f"{finite(r.seconds.round) or 0:.1f}",
-            *(size(sum(way.values())) for way in (r.bytes.down, r.bytes.up)),
-            "; ".join(missing) or "-",
-        ]
-        rows.append([f"{r.round}" + " (evaluation)" * (r.kind == "evaluate"), *cells])
-    head = [
-        "round", "training loss", "held-out before", "counted", "gap", "drift", "seconds", "to sites", "from sites",
-        "missing",
-    ]  # fmt: skip
-    said = majority_line(training_rounds(run))
-    note = "Round by round. Losses are over the tokens of all sites that reported." + (
-        f" {said[0].upper()}{said[1:]}." if said else ""
+    note += f" *: fewer than {FEW} rows, one of which is more than {100 / FEW:g} points of exact match."
+    return Table(
+        note,
+        ["site", f"{run.split} rows", "alone, nats", "federated", "gain, nats", "gain in exact match, points", "by loss"],
+        rows,
     )
-    return Table(note, head, rows)
-
-
-def _traffic(run: Results, key: str) -> Section:
-    every, sent = run.rounds, run.traffic
-    base = (finite(sent.base) if sent else None) or 0.0
-    rows, groups = [], []
-    for site in _names(every, run.sites):
-        down, up = sum(r.bytes.down.get(site, 0) for r in every), sum(r.bytes.up.get(site, 0) for r in every)
-        if down + up:
-            share = f"{(down + up) / base:.2g}" if base else "-"
-            rows.append([site, size(down), size(up), size((down + up) / len(every)), share])
-            pair = [Bar("to the site", _SKY, down, size(down)), Bar("from the site", _BLUE, up, size(up))]
-            groups.append((plain(site), "", pair))
-    if not rows:
-        return Section("Bytes")
-    if base:
-        groups.append(("The base model, once", "", [Bar("base model", _GRAY, base, size(base))]))
-    by_round: dict[str, list[tuple[int, float | None]]] = {
-        "to the sites": [(r.round, sum(r.bytes.down.values()) / 1e6) for r in training_rounds(run)],
-        "from the sites": [(r.round, sum(r.bytes.up.values()) / 1e6) for r in training_rounds(run)],
-    }
-    note = f"All sites together, in MB. The adapter is {size(sent.adapter if sent else None)} as float32."
-    drawn = [
-        bars(f"{key}-bytes-by-site", "Whole run, by site", "Bytes as sent, against the size of the base model.", groups),
-        lines(f"{key}-bytes-by-round", "By round", note, by_round, colors=(_SKY, _BLUE)),
-    ]
-    head = ["site", "to the site", "from the site", "a round, both ways", "times the base"]
-    return Section("Bytes", drawn, [Table("Sent over the whole run.", head, rows)])
-
-
-def _time(run: Results, key: str) -> Section:
-    phases: dict[str, float] = {}
-    for name, value in run.seconds.items():
-        kind = "train the sites alone" if name.startswith("train local:") else plain(name)
-        phases[kind] = phases.get(kind, 0.0) + max(finite(value) or 0.0, 0.0)
-    parts = [(n, s) for n, s in phases.items() if s > 0]
-    note = f"{math.fsum(s for _, s in parts):,.0f} s together."
-    return Section("Time", [stack(f"{key}-seconds", "Seconds by phase", note, parts)])

@@ -1,0 +1,185 @@
+"""Whose a directory of results is: one plan's, run in one way. What never trained a step can be started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from pydantic import TypeAdapter
+
+from fedlora.core.canonical import canonical
+from fedlora.core.errors import StoreError
+from fedlora.core.events import Event, Report
+from fedlora.core.plan import Plan
+from fedlora.core.tables.lab import SiteRows
+from fedlora.core.toml import dump_toml
+from fedlora.formats.files import write_atomic
+
+
+def _silent(event: Event, facts: object) -> None:
+    """Nobody listens."""
+
+
+class Keywords(TypedDict):
+    """What :func:`fedlora.lab.simulate.simulate` takes besides plan, directory and seeds."""
+
+    root: Path
+    resume: bool
+    transport: str
+    drop: tuple[str, ...]
+    batch_sites: bool
+    report: Report
+    tracker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How plans are run; see :func:`fedlora.lab.simulate.simulate`."""
+
+    root: Path
+    resume: bool = False
+    transport: str = "local"
+    drop: tuple[str, ...] = ()
+    batch_sites: bool = False
+    report: Report = _silent
+    tracker: str = ""
+
+    def keywords(self) -> Keywords:
+        return Keywords(
+            root=self.root,
+            resume=self.resume,
+            transport=self.transport,
+            drop=self.drop,
+            batch_sites=self.batch_sites,
+            report=self.report,
+            tracker=self.tracker,
+        )
+
+
+def claim(out: Path, plan: Plan, options: Options) -> None:
+    """Makes a directory that of this plan, or finds that it is.
+
+    Raises:
+        StoreError: it holds a simulation that has begun, and ``options.resume`` is not asked; or that of another plan.
+    """
+    look(out, plan, options)
+    mark = out / "plan.json"
+    if mark.exists() and options.resume:
+        return
+    if mark.exists():
+        for seed in out.glob("seed-*"):
+            shutil.rmtree(seed)  # scores of the base under what may be another plan
+    write_atomic(mark, _facts(plan, options), shared=True)
+    write_atomic(out / "plan.toml", dump_toml(_seen_from(out, plan, options.root)).encode(), mode=0o644, shared=True)
+
+
+def look(out: Path, plan: Plan, options: Options) -> None:
+    """Refuses what :func:`claim` would, and writes nothing."""
+    mark = out / "plan.json"
+    if not mark.exists():
+        return
+    if not options.resume and is_begun(out):
+        raise StoreError(f"{out} holds a simulation already", hint="continue it with --resume, or choose another --out")
+    if options.resume and mark.read_bytes() != _facts(plan, options):
+        raise StoreError(
+            f"{out} holds the simulation of another plan, over another transport, with other dropouts or --batch-sites",
+            hint="choose another --out; none of them can change under a run",
+        )
+
+
+def _facts(plan: Plan, options: Options) -> bytes:
+    more = ({"drop": sorted(options.drop)} if options.drop else {}) | ({"batch_sites": True} if options.batch_sites else {})
+    return canonical({"plan": plan.model_dump(mode="json"), "transport": options.transport, **more})
+
+
+def _seen_from(out: Path, plan: Plan, root: Path) -> Plan:
+    """The plan with its relative paths as they are in another directory: what lies there can be run again."""
+    table = plan.simulation
+    if table is None:
+        return plan
+
+    def moved(path: str) -> str:
+        return path if path == "toy" or Path(path).is_absolute() else os.path.relpath(root / path, out)
+
+    data = {
+        key: moved(value) if isinstance(value, str) else tuple(map(moved, value))
+        for key in ("path", "held_out_path")
+        if (value := getattr(table.data, key))
+    }
+    rows = table.data.model_copy(update=data)
+    return plan.model_copy(update={"simulation": table.model_copy(update={"base": moved(table.base), "data": rows})})
+
+
+ROWS = "rows.json"
+"""In the directory of a seed: how many rows and groups each site has, as `fedlora check --json` says it."""
+ORDER = "runs.json"
+"""In a sweep's directory: the directories of its runs, in the order of its table."""
+
+
+def runs_inside(directory: Path) -> list[Path]:
+    """The runs of a sweep, or of a directory of runs: in the sweep's order, else by name."""
+    found = sorted({file.parent for file in directory.glob("*/plan.toml")} - {directory / "federated"})
+    try:
+        order = {str(name): at for at, name in enumerate(json.loads((directory / ORDER).read_bytes()))}
+    except (OSError, ValueError, TypeError):
+        order = {}
+    return sorted(found, key=lambda run: order.get(run.name, len(order)))
+
+
+def not_one(directory: Path, *, wanted: str = "results") -> StoreError | None:
+    """Says what a directory is instead of one with a simulation's results, or with an adapter of one seed.
+
+    Args:
+        wanted: ``results`` or ``adapter``.
+    """
+    at = directory.resolve()
+    run = at.parent if at.name.startswith("seed-") else at
+    if not (at.exists() or (run / "plan.json").exists()):
+        return StoreError(f"{directory} is not there", hint="name the directory that `fedlora simulate` has written")
+    if inside := runs_inside(directory):
+        names = ", ".join(str(directory / one.name) for one in inside[:5]) + ", ..." * (len(inside) > 5)
+        compared = "; `fedlora compare` takes all of them" if wanted == "results" else " and a seed of it"
+        return StoreError(f"{directory} holds {len(inside)} simulations, not one", hint=f"name one of them{compared}: {names}")
+    if not (run / "plan.json").exists() or (not any(run.glob("seed-*")) and wanted == "adapter"):
+        return None
+    seeds = sorted(one.name for one in run.glob("seed-*"))
+    if wanted == "adapter" and run == at:
+        return StoreError(
+            f"{directory} is a simulation of {len(seeds)} seed{'s' * (len(seeds) > 1)}; each has an adapter of its own",
+            hint=f"name a seed: {directory / seeds[0]}",
+        )
+    done = f"no adapter of {directory} is there" if wanted == "adapter" else f"{directory} is not finished: no results.json"
+    return StoreError(f"{done} yet", hint=f"go on with the same `fedlora simulate`: its plan, --out {run} and --resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a directory says beside its results: its plan, and how many rows each site has."""
+
+    plan: Plan | None = None
+    rows: tuple[SiteRows, ...] = ()
+
+
+NO_SETTING = Setting()
+
+
+def setting_of(directory: Path) -> Setting:
+    """Of a simulation's directory or one of its seeds; nothing of it where a file is missing or from another version."""
+    home = directory if (directory / "plan.json").exists() else directory.resolve().parent
+    try:
+        plan = Plan.model_validate_json(json.dumps(json.loads((home / "plan.json").read_bytes())["plan"]))
+        file = next(iter(sorted([directory / ROWS, *directory.glob(f"seed-*/{ROWS}")], key=lambda file: not file.exists())))
+        rows = TypeAdapter(tuple[SiteRows, ...]).validate_json(file.read_bytes()) if file.exists() else ()
+    except (OSError, ValueError, KeyError, TypeError):
+        return NO_SETTING
+    return Setting(plan, rows)
+
+
+def is_begun(out: Path) -> bool:
+    """Whether anything but keys and scores of the base was made there: what never trained a step can be started again."""
+    made = [p.relative_to(seed).as_posix() for seed in out.glob("seed-*") for p in seed.rglob("*") if p.is_file()]
+    return any(name not in ("arms/base.json", ROWS) and not name.startswith(("keys/", "tracking/")) for name in made)

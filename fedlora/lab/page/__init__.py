@@ -1,0 +1,1 @@
+"""Pages about runs: their figures, tables and words, and the one template."""

@@ -1,0 +1,131 @@
+"""Rules side by side, each at its own best learning rate: a rule that is run at another one's rate looks worse than it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedlora.core.errors import ConfigError
+from fedlora.core.records import Results
+from fedlora.core.tables.lab import ComparedRules, TunedRule
+from fedlora.formats.plans import load_plan
+from fedlora.lab.claims import Options
+from fedlora.lab.jobs import Jobs
+from fedlora.lab.report import summarize
+from fedlora.lab.sweep import Combination, combinations, run_each, run_failed, written
+
+_FINALISTS = 2  # one seed on the whole grid orders rates badly; the best two are run under further ones
+_RATE = "training.learning_rate"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A rule, or a plan's other keys, under a name."""
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def variants(plan_file: Path, rules: Sequence[str], more: Sequence[str]) -> list[Variant]:
+    """What is compared.
+
+    Args:
+        rules: names of rules, with the settings that the plan file has for them.
+        more: ``NAME:KEY=VALUE`` or ``NAME:KEY=VALUE;KEY=VALUE``.
+
+    Raises:
+        ConfigError: a name twice, fewer than two, or a plan that is not valid.
+    """
+    found = [Variant(rule, {"aggregate.name": rule}) for rule in rules]
+    for text in more:
+        name, colon, settings = text.partition(":")
+        if not (name.strip() and colon and settings.strip()):
+            raise ConfigError(f"--variant {text!r} is none", hint="for example --variant prox:training.proximal_mu=0.01")
+        (one,) = combinations(plan_file, [s for s in settings.split(";") if s.strip()], single=True)
+        found.append(Variant(name.strip(), one.changes))
+    names = [v.name for v in found]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ConfigError("name two rules or variants at least, and each once", hint="for example --rules fedavg,product")
+    return found
+
+
+def compare_rules(
+    plan_file: Path,
+    found: Sequence[Variant],
+    *,
+    rates: Sequence[str],
+    seeds: Sequence[int],
+    tune_seeds: Sequence[int],
+    out: Path,
+    options: Options,
+    jobs: Jobs,
+) -> ComparedRules:
+    """Chooses each variant's peak learning rate by its loss on validation, then scores it on test under other seeds.
+
+    The first of ``tune_seeds`` runs the whole grid, the others the two best rates of each variant. Whatever is there is taken
+    up with ``options.resume``.
+
+    ::
+
+        out/tune/VARIANT,learning_rate=RATE/    out/VARIANT/    out/results.csv  table.md  table.tex  summary.txt
+
+    Args:
+        rates: as typed.
+
+    Raises:
+        ConfigError: seeds of both kinds are the same, or a plan or a file is wrong. Nothing has run then.
+        RunFailed: a variant failed at every rate, or under test seeds.
+    """
+    if shared := set(seeds) & set(tune_seeds):
+        raise ConfigError(f"seeds {sorted(shared)} are to tune and to compare", hint="choose others: --tune-seeds 1000,1001")
+    grid = {v.name: [_combination(plan_file, v, rate, split="validation") for rate in rates] for v in found}
+    finals = {v.name: {rate: _combination(plan_file, v, rate, split="test") for rate in rates} for v in found}
+    losses, failed = _tuned(grid, out=out / "tune", seeds=tune_seeds, options=options, jobs=jobs)
+    if lost := {name: failed[one.name] for name, of in grid.items() for one in of[:1] if not losses[name]}:
+        raise run_failed(lost, of=len(found), out=None)
+    best = {name: min(of, key=lambda rate: (of[rate], float(rate))) for name, of in losses.items()}
+    chosen = [replace(finals[name][rate], name=name) for name, rate in best.items()]
+    done, broken = run_each(chosen, out=out, seeds=seeds, options=options, jobs=jobs)
+    ordered = sorted(map(float, rates))
+    tuned = {
+        name: TunedRule(learning_rate=float(rate), edge=len(rates) > 1 and float(rate) in (ordered[0], ordered[-1]))
+        for name, rate in best.items()
+    }
+    if broken:
+        raise run_failed(broken, of=len(found), out=None)
+    shown = {f"{name} at {best[name]}{' (edge)' * tuned[name]['edge']}": runs for name, runs in done.items()}
+    named = [replace(one, name=name) for one, name in zip(chosen, shown, strict=True)]
+    edge = [f"(edge): the best rate is an end of {', '.join(rates)}: a better one may lie outside, try more --rates"]
+    compared = written(named, shown, out, edge if any(of["edge"] for of in tuned.values()) else ())
+    return ComparedRules(out=str(out), compared=compared, tuned=tuned, failed=failed)
+
+
+def _combination(plan_file: Path, variant: Variant, rate: str, *, split: str) -> Combination:
+    arms = {"simulation.arms": ["federated"], "simulation.evaluate_on": split}
+    plan = load_plan(plan_file, changes={**variant.changes, _RATE: float(rate), **arms})
+    return Combination(f"{variant.name} learning_rate={rate}", {"rule": variant.name, _RATE: rate}, plan)
+
+
+def _tuned(
+    grid: Mapping[str, Sequence[Combination]], *, out: Path, seeds: Sequence[int], options: Options, jobs: Jobs
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Variant -> rate -> mean loss on validation, of the rates that all seeds have run; and what failed."""
+    every = [one for of in grid.values() for one in of]
+    done, failed = run_each(every, out=out, seeds=seeds[:1], options=options, jobs=jobs)
+    best = {
+        name: sorted((one for one in of if one.name in done), key=lambda one: _loss(done[one.name])) for name, of in grid.items()
+    }
+    if seeds[1:]:
+        last = [one for of in best.values() for one in of[:_FINALISTS]]
+        more, lost = run_each(last, out=out, seeds=seeds, options=replace(options, resume=True), jobs=jobs)
+        done, failed = more, failed | lost
+    found = {name: {one.settings[_RATE]: _loss(done[one.name]) for one in of if one.name in done} for name, of in grid.items()}
+    return found, failed
+
+
+def _loss(runs: Sequence[Results]) -> float:
+    losses = [summarize(one)["arms"]["federated"]["union_nll"] for one in runs]
+    return math.fsum(losses) / len(losses) if losses and None not in losses else math.inf

@@ -1,0 +1,221 @@
+"""Several plans that differ in a few keys, each run under the same seeds: one directory, one table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedlora.core.errors import ConfigError, FedLoRAError, RunFailed
+from fedlora.core.events import Event, Report
+from fedlora.core.plan import Plan
+from fedlora.core.records import Results
+from fedlora.core.tables.lab import Compared, Sweep, SweepRun
+from fedlora.formats.files import write_atomic
+from fedlora.formats.plans import load_plan
+from fedlora.lab.claims import ORDER, Options, claim, look
+from fedlora.lab.comparison import compare, compared_table, long_form, write_long, write_tables
+from fedlora.lab.jobs import Jobs
+from fedlora.lab.own_rules import own_errors
+from fedlora.lab.report import load
+from fedlora.lab.simulate import simulate, write_summary
+
+_WORD = re.compile(r"""(?:[^,\[\]{}"']|"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\})+""")
+_MOST = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """One plan of a sweep.
+
+    Attributes:
+        name: what differs, as it was typed; "" where nothing does.
+        settings: key -> value of what differs, as it was typed.
+        changes: key -> value of all that was set.
+    """
+
+    name: str
+    settings: Mapping[str, str]
+    plan: Plan
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Name of its directory; "" for the sweep's own."""
+        return re.sub(r"[^A-Za-z0-9_.=+,-]+", "-", self.name.replace(" ", ","))[:120].strip("-.,")
+
+
+def combinations(plan_file: Path, settings: Sequence[str], *, single: bool = False) -> list[Combination]:
+    """All plans of a sweep, each read as the plan file is.
+
+    Args:
+        settings: ``KEY=VALUE,VALUE``. A value is TOML; a word that is none is text.
+        single: there must be one combination.
+
+    Raises:
+        ConfigError: a key is unknown, twice or has no values; a value is of another type; or a plan is not valid.
+    """
+    keys = dict(map(_parsed, settings))
+    if len(keys) < len(settings):
+        raise ConfigError("--set has a key twice", hint="all values of a key in one --set: KEY=VALUE,VALUE")
+    if single and any(len(words) > 1 for words in keys.values()):
+        raise ConfigError("one value for each key is expected", hint="several values: fedlora simulate --set")
+    if (count := _product(len(words) for words in keys.values())) > _MOST:
+        raise ConfigError(f"--set makes {count:,} combinations, more than {_MOST:,}", hint="fewer values")
+    several = [key for key, words in keys.items() if len(words) > 1]
+    found = []
+    for words in itertools.product(*keys.values()):
+        typed = dict(zip(keys, words, strict=True))
+        changes = {key: _value(word) for key, word in typed.items()}
+        name = " ".join(f"{_short(key, several)}={typed[key]}" for key in several)
+        found.append(Combination(name, {key: typed[key] for key in several}, load_plan(plan_file, changes=changes), changes))
+    if len({one.folder for one in found}) < len(found):
+        raise ConfigError("two combinations of --set would have one directory", hint="values that differ in letters or digits")
+    return found
+
+
+def _parsed(setting: str) -> tuple[str, list[str]]:
+    key, equals, text = (part.strip() for part in setting.partition("="))
+    found = _WORD.findall(text)
+    words = [word.strip() for word in found]
+    if not (key and equals and words and all(words)) or ",".join(found) != text:
+        raise ConfigError(f"--set {setting!r} is no setting", hint="for example --set training.learning_rate=1e-3,2e-3")
+    if key == "run.seed":
+        raise ConfigError("--set run.seed: seeds are no setting to compare", hint="--seeds 0,1,2")
+    if len({repr(_value(word)) for word in words}) < len(words):
+        raise ConfigError(f"--set {key} has a value twice", hint="leave out the repetition")
+    return key, words
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """Its last word, if that says enough."""
+    last = key.rpartition(".")[2]
+    return key if last in ("name", "mode") or [k.rpartition(".")[2] for k in keys].count(last) > 1 else last
+
+
+def _value(word: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {word}")["value"]
+    except tomllib.TOMLDecodeError:
+        return word
+
+
+def _product(numbers: Iterator[int]) -> int:
+    total = 1
+    for number in numbers:
+        total *= number
+    return total
+
+
+def run_all(found: Sequence[Combination], *, out: Path, seeds: Sequence[int], options: Options, jobs: Jobs) -> Compared | None:
+    """Runs each combination under each seed; each has a directory of its own, as a single simulation has.
+
+    A single combination is a simulation in ``out`` itself, and nothing is compared.
+
+    ::
+
+        out/results.csv  table.md  table.tex  summary.txt     all of them
+        out/runs.json    the directories, in the order of the combinations
+        out/NAME/        as of :func:`fedlora.lab.simulate.simulate`
+
+    A run that fails ends no other. What is there is compared.
+
+    Raises:
+        ConfigError: a file that a plan names is missing or unusable. Nothing has run then.
+        StoreError: a directory holds a simulation that has begun, and ``options.resume`` is not asked.
+        RunFailed: runs failed; those that did not are in the table.
+    """
+    if len(found) == 1 and (jobs.count == 1 or len(seeds) == 1):
+        with own_errors():
+            simulate(found[0].plan, out=out, seeds=seeds, **options.keywords())
+        return None
+    done, failed = run_each(found, out=out, seeds=seeds, options=options, jobs=jobs)
+    compared = written(found, done, out) if done and len(found) > 1 else None
+    if failed:
+        raise run_failed(failed, of=len(found), out=out if done else None)
+    return compared
+
+
+def run_each(
+    found: Sequence[Combination], *, out: Path, seeds: Sequence[int], options: Options, jobs: Jobs
+) -> tuple[dict[str, list[Results]], dict[str, str]]:
+    """The results of those that were run, and why the others failed; both by name.
+
+    Raises:
+        ConfigError, StoreError: as :func:`run_all`.
+    """
+    directories = {one.name: out / one.folder for one in found}
+    _look(found, directories, options)
+    if len(found) > 1:
+        write_atomic(out / ORDER, json.dumps([one.folder for one in found]).encode() + b"\n", mode=0o644)
+    report = options.report
+    names = [one.name for one in found]
+    report(Event.SWEEP, Sweep(runs=names, seeds=list(seeds), jobs=jobs.count))
+    failed: dict[str, str] = {}
+    told_once = replace(options, report=lambda event, facts: None if event == Event.DATA else report(event, facts))
+    if jobs.count == 1:
+        for number, one in enumerate(found, 1):
+            report(Event.SWEEP_RUN, SweepRun(run=one.name, number=number, of=len(found), state="begins"))
+            try:
+                with own_errors():
+                    simulate(one.plan, out=directories[one.name], seeds=seeds, **told_once.keywords())
+            except FedLoRAError as e:
+                failed[one.name] = f"{e}" + f" ({e.hint})" * bool(e.hint)
+    else:
+        failed = _in_processes(found, directories, seeds, options, jobs)
+    kept = {one.name: load(directories[one.name]) for one in found if one.name not in failed}
+    return {name: [one for one in runs if one.seed in seeds] for name, runs in kept.items()}, failed
+
+
+def run_failed(failed: Mapping[str, str], *, of: int, out: Path | None) -> RunFailed:
+    """What is said of runs that failed, once the others are compared in ``out``."""
+    said = "; ".join(f"{name}: {why}" for name, why in failed.items())
+    return RunFailed(f"{len(failed)} of {of} runs failed: {said}", hint=f"the others are in {out / 'summary.txt'}" if out else "")
+
+
+def _look(found: Sequence[Combination], directories: Mapping[str, Path], options: Options) -> None:
+    """Everything that the plans name is there, and no directory holds something else."""
+    from fedlora.learn.simulated.rows import read_simulation
+
+    seen: list[object] = []
+    for one in found:
+        directory = directories[one.name]
+        look(directory, one.plan, options)
+        if (what := (one.plan.simulation, one.plan.federation.min_sites)) not in seen:
+            told: Report = options.report if not seen else lambda event, facts: None
+            rows = read_simulation(one.plan, root=options.root, toys=directory.parent / "toy" / "data", report=told)
+            rows.tell(told)
+            seen.append(what)
+
+
+def _in_processes(
+    found: Sequence[Combination], directories: Mapping[str, Path], seeds: Sequence[int], options: Options, jobs: Jobs
+) -> dict[str, str]:
+    for one in found:
+        claim(directories[one.name], one.plan, options)
+    units = [(one.name, one.plan, directories[one.name], seed) for one in found for seed in seeds]
+    failed = jobs.run(units, options)
+    for one in found:
+        if one.name not in failed:
+            write_summary(directories[one.name], load(directories[one.name]))
+    return failed
+
+
+def written(found: Sequence[Combination], done: Mapping[str, list[Results]], out: Path, notes: Sequence[str] = ()) -> Compared:
+    """Writes what compares all runs, the first being what the others are compared with; ``notes`` stand below."""
+    rows = [row for one in found for row in long_form(done.get(one.name, []), one.settings)]
+    write_long(rows, out / "results.csv")
+    arms = [name for name in ("federated", "pooled-tokens", "pooled-steps", "local", "base")]
+    first = next(iter(done.values()))[0]
+    arm = next(name for name in arms if any(known.partition(":")[0] == name for known in first.arms))
+    compared = compare(done, arm=arm)
+    compared["about"] += notes
+    table = compared_table(compared)
+    write_tables(table, out)
+    write_atomic(out / "summary.txt", table.text().encode() + b"\n", mode=0o644)
+    return compared

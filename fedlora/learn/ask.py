@@ -1,0 +1,71 @@
+"""One question to a base with an adapter on it, asked as it was trained."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from fedlora.core.errors import ModelError, StoreError
+from fedlora.core.plan import Plan
+from fedlora.formats.published.records import Prompt, Published
+from fedlora.formats.records import parse_text
+from fedlora.learn.base import load_base, machine_for
+
+
+def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, str, int]:
+    """The most likely answer, token by token.
+
+    Args:
+        adapter: a PEFT directory, as `fedlora export` and `fedlora site pull` make it.
+        base: the base model's directory, in full precision.
+        max_tokens: longest answer.
+
+    Returns:
+        What the model was given, its answer, and the answer's tokens.
+
+    Raises:
+        StoreError: no adapter there.
+        ModelError: no base there, or the adapter is of another one.
+    """
+    if not all((adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
+        raise StoreError(f"{adapter} holds no PEFT adapter", hint="make one: `fedlora site pull SITE.TOML` or `fedlora export`")
+    plan = Plan()
+    loaded = load_base(plan.model, base, machine_for(plan))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft reads an attribute that transformers is renaming
+            model = PeftModel.from_pretrained(loaded.model, str(adapter)).eval()
+    except (RuntimeError, ValueError) as e:
+        made_for = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ModelError(f"the adapter does not fit the base in {base}", hint=f"it was made for {made_for}") from e
+    prompt, tokenizer = _prompt(adapter), loaded.tokenizer
+    given = _given(tokenizer, prompt, text)
+    ids = tokenizer(given, return_tensors="pt", add_special_tokens=given == text).to(loaded.device)
+    ends = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word) for word in (prompt.stop or ()) if prompt)}
+    with torch.inference_mode():
+        out = model.generate(
+            **ids, max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(e for e in ends if isinstance(e, int)),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )  # fmt: skip
+    answer = out[0, ids["input_ids"].shape[1] :]
+    return given, tokenizer.decode(answer, skip_special_tokens=True), len(answer)
+
+
+def _prompt(adapter: Path) -> Prompt:
+    """How the adapter has to be asked."""
+    file = adapter / "fedlora_run.json"
+    if not file.is_file():
+        return Prompt(kind="any", max_length=Plan().training.max_length, template=None, stop=None, example=None)
+    return parse_text(Published, file.read_bytes(), where=str(file), hint="export the adapter again").prompt
+
+
+def _given(tokenizer: Any, prompt: Prompt, text: str) -> str:
+    if prompt.kind == "plain" or not tokenizer.chat_template:
+        return text
+    turns = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))

@@ -1,0 +1,1 @@
+"""What a training script of somebody's own hands over to a federation."""

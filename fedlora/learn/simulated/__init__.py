@@ -1,0 +1,1 @@
+"""What a simulation trains on: rows from files, dealt to sites."""

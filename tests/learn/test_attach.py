@@ -1,0 +1,144 @@
+"""A script with a transformers Trainer joins: real Trainers, whose rows and settings go through the code of every other row."""
+
+import json
+from collections import Counter
+
+import pytest
+from doctor_site import Place
+from test_doctor import plan as pinned_plan
+
+from fedlora.cli import main
+from fedlora.core.errors import ConfigError, DataError, StoreError
+from fedlora.formats.plans import load_plan
+from fedlora.rules.first import first_adapter
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
+RAW = [
+    {"prompt": f"{n} {thing}s:", "completion": f" {color}", "patient": f"{thing}-{n // 2}", "name": "Mrs. Miller"}
+    for n in range(2, 14)
+    for thing, color in (("apple", "red"), ("stone", "blue"), ("river", "green"))
+]
+
+
+def tokens(row, tokenizer, *, prompts=False, end=True):
+    """What such scripts do: one text, the prompt without a loss."""
+    ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id] * end
+    asked = 0 if prompts else len(tokenizer(row["prompt"])["input_ids"])
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * asked + ids[asked:]}
+
+
+def trainer(toy, path, *, dataset=None, lora=None, **arguments):
+    """A real Trainer on the toy base, with a LoRA adapter of PEFT's."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | (lora or {})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(toy, dtype="float32"), LoraConfig(**lora))
+    settings = {"per_device_train_batch_size": 4, "learning_rate": 5e-3, "num_train_epochs": 4, "lr_scheduler_type": "cosine"}
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(path / "out"), report_to=[], use_cpu=True, **(settings | arguments)),
+        train_dataset=[tokens(row, tokenizer) for row in RAW] if dataset is None else dataset,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+
+
+def attach(*args, **kwargs):
+    import fedlora
+
+    return fedlora.attach(*args, **kwargs)
+
+
+def test_three_lines_simulate_what_a_trainer_trains(toy, tmp_path):
+    import fedlora
+
+    mine = trainer(toy, tmp_path, warmup_steps=0.1, num_train_epochs=10)
+    joined = attach(mine, study=tmp_path / "study", rows=RAW, data={"group_key": "patient"})
+    (results,) = fedlora.simulate(joined.plan, out=tmp_path / "study" / "run", root=tmp_path / "study")
+    assert (joined.compared, joined.same) == (len(RAW), len(RAW))
+    assert joined.plan == load_plan(tmp_path / "study" / "plan.toml")  # the command line runs the same
+    plan = joined.plan
+    assert (plan.lora.r, plan.lora.lora_alpha, plan.lora.target_modules) == (4, 8, ("q_proj", "v_proj"))
+    assert (plan.training.learning_rate, plan.training.per_device_train_batch_size) == (5e-3, 4)
+    assert (plan.model.dtype, plan.model.quantization, plan.training.warmup_ratio) == ("float32", "none", pytest.approx(0.1))
+    assert plan.federation.num_rounds * plan.federation.local_steps * 3 == 10 * len(RAW) / 4
+    base, federated = (results.arms[name].sites for name in ("base", "federated"))
+    assert all(federated[site].nll < base[site].nll for site in results.sites)
+
+
+def test_only_what_is_read_is_written_and_for_this_user_alone(toy, tmp_path):
+    joined = attach(trainer(toy, tmp_path), study=tmp_path / "study", rows=RAW, data={"group_key": "patient"})
+    assert Counter(map(len, map(json.loads, joined.rows.read_text().splitlines()))) == {3: len(RAW)}
+    assert "Miller" not in joined.rows.read_text()
+    assert joined.rows.stat().st_mode & 0o777 == 0o600
+    assert not [line for line in joined.said if "apple" in line or "red" in line.split()]
+
+
+@pytest.mark.parametrize(
+    ("made", "same", "said"),
+    [
+        ({"prompts": True}, 0, "36 its ids alone (other tokens are trained on); the first that differs is row 1"),
+        ({"end": False}, 0, "0 its ids alone"),
+    ],
+)
+def test_a_trainer_that_trains_on_other_tokens_is_told(toy, tmp_path, made, same, said):
+    other = trainer(toy, tmp_path)
+    other.train_dataset = [tokens(row, other.processing_class, **made) for row in RAW]
+    joined = attach(other, study=tmp_path / "study", rows=RAW)
+    assert joined.same == same
+    assert said in str(joined)
+    other.train_dataset = other.train_dataset[:-1]
+    assert "not compared" in str(attach(other, study=tmp_path / "fewer", rows=RAW))
+
+
+def test_what_a_plan_cannot_say_is_said_and_not_dropped(toy, tmp_path):
+    other = trainer(toy, tmp_path, label_smoothing_factor=0.1, optim="sgd", lora={"use_dora": True})
+    joined = attach(other, study=tmp_path / "study", rows=RAW)
+    assert "label_smoothing_factor = 0.1, optim = sgd, use_dora = True" in str(joined)
+    with pytest.raises(ConfigError, match="learning_rate"):
+        attach(trainer(toy, tmp_path, learning_rate=2.0), study=tmp_path / "wrong", rows=RAW)
+
+
+def test_mistakes_are_said_with_the_way_out(toy, tmp_path):
+    mine = trainer(toy, tmp_path)
+    with pytest.raises(DataError, match="but token ids") as error:
+        attach(mine, study=tmp_path / "study")
+    assert "rows=raw" in error.value.hint
+    attach(mine, study=tmp_path / "study", rows=RAW)
+    assert attach(mine, study=tmp_path / "study", rows=RAW).same == len(RAW)  # the script runs again
+    with pytest.raises(StoreError, match="other rows"):
+        attach(mine, study=tmp_path / "study", rows=RAW[1:])
+    with pytest.raises(ValueError, match="study=DIRECTORY"):
+        attach(mine, rows=RAW)
+    with pytest.raises(ConfigError, match="group_keys"):
+        attach(mine, study=tmp_path / "typo", rows=RAW, data={"group_keys": "patient"})
+
+
+def test_a_site_trains_on_a_trainers_rows_under_its_own_site_file(toy, tmp_path, capsys):
+    place, mine = Place(tmp_path / "x", base=toy), trainer(toy, tmp_path)
+    with pytest.raises(StoreError, match="other rows"):  # a run may have begun on them
+        attach(mine, site=place.file, rows=RAW)
+    (place.root / "rows.jsonl").unlink()
+    before = place.file.read_text()
+    joined = attach(mine, site=place.file, rows=RAW)
+    assert (joined.plan, joined.same, joined.rows) == (None, len(RAW), place.root / "rows.jsonl")
+    assert place.file.read_text() == before  # policy and approvals are a person's
+    assert main(["site", "dry-run", str(place.file), "--json"]) != 0  # nobody has approved a plan
+    from fedlora.learn.base import load_base, machine_for
+    from fedlora.learn.lora import layout_of
+
+    asked = pinned_plan(lora={"r": 2, "target_modules": ("q_proj",)}, training={"max_length": 64}, model={},
+                        federation={"min_sites": 3, "local_steps": 1})  # fmt: skip
+    base = load_base(asked.model, toy, machine_for(asked, device="cpu"))
+    init = first_adapter(layout_of(base, asked.lora), seed=asked.run.seed).digest()
+    place.approve(asked.pinned(base=base.digest, init=init))
+    capsys.readouterr()
+    assert main(["site", "dry-run", str(place.file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["data"]
+    assert (found["rows"], found["found"]) == (2 * len(RAW), [])
+    place.change(data={"path": "data/*.jsonl"})
+    with pytest.raises(ConfigError, match="as one JSONL file"):
+        attach(mine, site=place.file, rows=RAW)

@@ -1,0 +1,78 @@
+"""Rules side by side: each at the rate that validation chose, scored on test under other seeds."""
+
+import json
+
+import pytest
+from test_sweep import PLAN, STUBBORN
+
+import fedlora
+from fedlora.cli import main
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN)
+    return tmp_path / "plan.toml"
+
+
+def loss(run, *, split, seed):
+    """The federated loss of a run's directory, and that it is of this split alone."""
+    found = json.loads((run / f"seed-{seed}" / "results.json").read_text())
+    assert (found["split"], list(found["arms"])) == (split, ["federated"])
+    scores = found["arms"]["federated"]["sites"].values()
+    return sum(s["nll"] * s["tokens"] for s in scores) / sum(s["tokens"] for s in scores)
+
+
+@pytest.mark.torch
+def test_each_rule_has_the_rate_that_validation_chose_and_is_scored_on_test(plan, tmp_path, capsys):
+    out, rates, two = tmp_path / "out", ["1e-4", "1e-3", "1e-2"], ("fedavg", "slow")
+    words = ["compare-rules", str(plan), "--rules", "fedavg", "--variant", "slow:server_optimizer.name=sgd;lora.lora_alpha=1"]
+    words += ["--rates", ",".join(rates), "--seeds", "0,1", "--tune-seeds", "1000,1001", "--out", str(out)]
+    assert main([*words, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])["data"]
+    for name in two:
+        tried = {rate: out / "tune" / f"{name},learning_rate={rate}" for rate in rates}
+        first = sorted(rates, key=lambda rate: loss(tried[rate], split="validation", seed=1000))
+        assert {r for r in rates if (tried[r] / "seed-1001").exists()} == set(first[:2])  # the others on the two best
+        best = min(first[:2], key=lambda rate: sum(loss(tried[rate], split="validation", seed=s) for s in (1000, 1001)))
+        assert answer["tuned"][name] == {"learning_rate": float(best), "edge": best in (rates[0], rates[-1])}
+        row = next(r for r in answer["compared"]["runs"] if r["run"].startswith(f"{name} at {best}"))
+        assert row["scores"]["union_nll"]["mean"] == pytest.approx(
+            sum(loss(out / name, split="test", seed=s) for s in (0, 1)) / 2
+        )
+        assert row["seeds"] == [0, 1]
+    assert json.loads((out / "slow" / "plan.json").read_text())["plan"]["lora"]["lora_alpha"] == 1
+    assert "slow at" in (out / "table.md").read_text()
+    assert main([*words, "-q"]) == 3
+    assert main([*words, "-q", "--resume"]) == 0
+    assert (out / "summary.txt").read_text().rstrip() in capsys.readouterr().out
+
+
+@pytest.mark.torch
+def test_a_rule_that_fails_at_every_rate_is_named(plan, tmp_path, capsys):
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    words = ["--rules", "fedavg,stubborn", "--rule", str(tmp_path / "stubborn.py"), "--rates", "1e-3", "--tune-seeds", "9"]
+    try:
+        assert main(["compare-rules", str(plan), *words, "--seeds", "0", "--out", str(tmp_path / "out"), "-q"]) == 1
+    finally:
+        fedlora.RULES.forget("stubborn")
+    assert "stubborn: it does not want to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--rules", "fedavg,fedafg", "--rates", "1e-3"], 3, "did you mean 'fedavg'?"),
+        (["--rules", "fedavg", "--rates", "1e-3"], 3, "two rules or variants"),
+        (["--rules", "fedavg,fedavg", "--rates", "1e-3"], 3, "each once"),
+        (["--rules", "fedavg,ffa", "--rates", "1e-3", "--seeds", "0,1", "--tune-seeds", "1"], 3, "seeds [1] are to tune"),
+        (["--rules", "fedavg,ffa", "--rates", "1e-3,quick"], 2, "not a list of numbers"),
+        (["--rules", "fedavg,ffa", "--rates", "1e-3,0.001"], 2, "a rate stands there twice"),
+        (["--rules", "fedavg", "--variant", "prox", "--rates", "1e-3"], 3, "--variant 'prox' is none"),
+        (["--rules", "fedavg", "--variant", "p:training.proximal_m=1", "--rates", "1e-3"], 3, "did you mean 'proximal_mu'?"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_runs(plan, tmp_path, capsys, words, status, said):
+    assert main(["compare-rules", str(plan), *words, "--out", str(tmp_path / "out"), "-q"]) == status
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,258 @@
+"""A sweep: everything read before anything runs, the same numbers however many run at once, and one failure ends no other."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedlora.cli import main
+from fedlora.core.errors import ConfigError
+from fedlora.lab.sweep import combinations
+
+PLAN = """
+run.name = "toy"
+model.model_name_or_path = "fedlora/toy"
+lora.r = 2
+training = { per_device_train_batch_size = 2, max_length = 64, learning_rate = 1e-2 }
+federation = { num_rounds = 1, local_steps = 1 }
+[aggregate.fedavg]
+share = "AB"
+[simulation]
+arms = ["base", "federated"]
+sites = 2
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN)
+    return tmp_path / "plan.toml"
+
+
+def test_all_combinations_are_typed_as_the_plan_is_and_named_by_what_differs(plan):
+    found = combinations(
+        plan, ["training.learning_rate=1e-3, 2e-3", "aggregate.name=fedavg,product", "simulation.arms=['base', 'federated']"]
+    )
+    assert [one.name for one in found] == [
+        f"learning_rate={rate} aggregate.name={rule}" for rate in ("1e-3", "2e-3") for rule in ("fedavg", "product")
+    ]
+    assert [(p.plan.training.learning_rate, p.plan.aggregate.name) for p in found][1:3] == [(1e-3, "product"), (2e-3, "fedavg")]
+    assert found[0].plan.simulation.arms == ("base", "federated")
+    assert found[1].settings == {"training.learning_rate": "1e-3", "aggregate.name": "product"}
+    assert [one.folder for one in combinations(plan, ["lora.r=4"])] == [""]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("training.learnin_rate=1e-3", "did you mean 'learning_rate'?"),
+        ("trainin.learning_rate=1e-3", "did you mean 'training'?"),
+        ("training.learning_rate=1e-3,fast", "training.learning_rate: input should be a valid number"),
+        ("training.packing=1", "input should be a valid boolean"),
+        ("aggregate.name=fedavg,fedafg", "did you mean 'fedavg'?"),
+        ("training.learning_rate.peak=1", "no table [learning_rate]"),
+        ("training.learning_rate", "is no setting"),
+        ("training.learning_rate=", "is no setting"),
+        ("training.learning_rate=1e-3,,2e-3", "is no setting"),
+        ("training.learning_rate=1e-3,0.001", "a value twice"),
+        ("run.seed=1,2", "--seeds"),
+        ("federation.min_sites=2,3", "min_sites = 3, but the simulation has 2 sites"),
+        ("simulation.data.path='toy','nowhere'", "nowhere"),
+    ],
+)
+def test_a_wrong_setting_is_said_before_anything_runs(plan, setting, said, capsys, tmp_path):
+    out = tmp_path / "out"
+    assert main(["simulate", str(plan), "--set", setting, "--out", str(out), "-q"]) == 3
+    assert said in capsys.readouterr().err
+    assert not [p for p in out.rglob("*") if p.is_file() and "toy" not in p.parts]
+
+
+def test_a_key_twice_and_too_many_combinations_are_refused(plan):
+    with pytest.raises(ConfigError, match="a key twice"):
+        combinations(plan, ["lora.r=2", "lora.r=4"])
+    numbers = ",".join(map(str, range(1, 41)))
+    with pytest.raises(ConfigError, match="1,600 combinations"):
+        combinations(plan, [f"lora.r={numbers}", f"federation.num_rounds={numbers}"])
+
+
+def scores(out):
+    return {
+        str(p.relative_to(out).parent): {arm: r["sites"] for arm, r in json.loads(p.read_text())["arms"].items()}
+        for p in out.rglob("results.json")
+    }
+
+
+@pytest.mark.torch
+def test_a_sweep_gives_one_table_and_the_same_numbers_in_one_process_or_two(plan, tmp_path, capsys):
+    words = ["simulate", str(plan), "--set", "training.learning_rate=1e-3,1e-2", "--seeds", "0,1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*words, "--out", str(one)]) == 0
+    told = capsys.readouterr()
+    assert told.err.index("sweep, seeds 0, 1") < told.err.index("loading")
+    assert told.err.count("seed 1, arm federated") == 2
+    assert told.err.count("last evaluation: asking") == 4
+    assert ("round 2: asking" in told.err, "site pull" in told.err) == (False, False)
+    assert main([*words, "--out", str(two), "--jobs", "2", "--json"]) == 0
+    *events, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    answer, told_of = last["data"], [e["data"]["state"] for e in events if e["event"] == "sweep-run"]
+    assert [told_of.count(f"seed {seed} round 1 of 1") for seed in (0, 1)] == [2, 2]  # hours would else pass in silence
+    assert sum("done after" in state for state in told_of) == 4
+    assert [one for one in told_of if "round 2 of 1" in one] == []
+    assert [r["run"] for r in answer["compared"]["runs"]] == ["learning_rate=1e-3", "learning_rate=1e-2"]
+    assert len(answer["results"]) == 4
+    assert scores(one) == scores(two)
+    assert set(scores(one)) == {f"learning_rate={rate}/seed-{seed}" for rate in ("1e-3", "1e-2") for seed in (0, 1)}
+    for name in ("results.csv", "table.md", "table.tex", "summary.txt"):
+        if name != "results.csv":  # it has seconds
+            assert (one / name).read_bytes() == (two / name).read_bytes()
+        assert (one / "learning_rate=1e-3" / name).exists()
+    rows = list(csv.DictReader((two / "results.csv").open()))
+    assert {(r["training.learning_rate"], r["seed"]) for r in rows} == {(x, y) for x in ("1e-3", "1e-2") for y in "01"}
+    assert main(["compare", str(one)]) == 0  # by name, 1e-2 would be what 1e-3 is compared with
+    told = capsys.readouterr().out
+    assert told == (one / "summary.txt").read_text()
+    assert "\nrounds: 1\nlearning rate: 0.001 (learning_rate=1e-3), 0.01 (learning_rate=1e-2)\ntest rows of all 2 sites: " in told
+    assert "fewer than 20 test rows, so little can be said of them alone: site-1 " in told
+    assert main([*words, "--out", str(two), "-q"]) == 3
+    assert "holds a simulation already" in capsys.readouterr().err
+    assert main([*words, "--out", str(two), "--jobs", "2", "--resume", "-q"]) == 0
+
+
+WAITING = """
+import multiprocessing, os, pathlib, time
+import fedlora
+
+@fedlora.RULES.register("waiting")
+class Waiting(fedlora.Rule):
+    def __init__(self, *settings):
+        if multiprocessing.parent_process():
+            (pathlib.Path(__file__).parent / f"began-{os.getpid()}").touch()
+            time.sleep(300)
+
+    def finish(self, sums, adapter, *, scale, round, state):
+        pass
+"""
+
+
+@pytest.mark.torch
+def test_a_ctrl_c_ends_all_runs_at_once_and_begins_no_other(plan, tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    words = ["simulate", plan, "--rule", tmp_path / "waiting.py", "--set", "aggregate.name=waiting", "--seeds", "0,1,2"]
+    command = [sys.executable, "-m", "fedlora", *words, "--jobs", "2", "--out", tmp_path / "out", "-q"]
+    going = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whatever this test's own process makes of it
+    )  # fmt: skip
+    while len(began := list(tmp_path.glob("began-*"))) < 2 and going.poll() is None:
+        time.sleep(0.1)
+    os.killpg(going.pid, signal.SIGINT)  # as a terminal does: to all of them
+    told = going.communicate(timeout=100)[1]
+    assert (going.returncode, told) == (
+        130,
+        "error (interrupted): interrupted\nhint: run the same command with --resume to continue\n",
+    )
+    assert list(tmp_path.glob("began-*")) == began
+    assert not [one for one in began if Path(f"/proc/{one.name.removeprefix('began-')}").exists()]
+
+
+# --- a rule of one's own --------------------------------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "fedlora" / "EXAMPLE.md"
+STUBBORN = """
+import fedlora
+
+@fedlora.RULES.register("stubborn")
+class Stubborn(fedlora.Rule):
+    def finish(self, sums, adapter, *, scale, round, state):
+        raise fedlora.FedLoRAError("it does not want to")
+"""
+
+
+def fedlora(*words, path=()):
+    command = [sys.executable, "-m", "fedlora", *map(str, words)]
+    root = EXAMPLE.parents[1]
+    env = {"PYTHONPATH": ":".join(map(str, [root, *path])), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def rule_of_the_example():
+    """The rule in the documents, as a file."""
+    block = EXAMPLE.read_text().partition("```python\n")[2].partition("```")[0]
+    return "\n".join(line[4:] for line in block.splitlines() if line[:4] in (">>> ", "... ", "..."))
+
+
+@pytest.mark.torch
+def test_the_rule_of_the_example_runs_from_a_file_beside_a_built_in_one(plan, tmp_path):
+    (tmp_path / "agreed.py").write_text(rule_of_the_example())
+    words = ["simulate", plan, "--set", "aggregate.name=fedavg,agreed", "--out", tmp_path / "out", "-q"]
+    refused = fedlora(*words)
+    assert refused.returncode == 3
+    assert "no rule is called 'agreed'" in refused.stderr
+    assert "--rule FILE.py" in refused.stderr
+    proximal = fedlora("check", write(tmp_path / "prox.toml", 'aggregate.name = "fedprox"'))
+    assert "training.proximal_mu" in proximal.stderr
+    done = fedlora(*words, "--rule", tmp_path / "agreed.py", "--jobs", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "aggregate.name=agreed" in done.stdout
+
+
+@pytest.mark.torch
+def test_a_run_that_fails_ends_no_other_and_is_named_with_its_reason(plan, tmp_path):
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    for jobs, place in (("1", ""), ("2", f"({tmp_path / 'stubborn.py'}, line 7)")):
+        if place:  # an error of her own code, in another process
+            (tmp_path / "stubborn.py").write_text(STUBBORN.replace("fedlora.FedLoRAError", "ValueError"))
+        out = tmp_path / f"out-{jobs}"
+        words = ["--set", "aggregate.name=stubborn,fedavg", "--rule", tmp_path / "stubborn.py", "--jobs", jobs]
+        done = fedlora("simulate", plan, *words, "--out", out, "-q")
+        assert done.returncode == 1
+        assert "1 of 2 runs failed: aggregate.name=stubborn: " in done.stderr
+        assert "it does not want to" in done.stderr
+        assert place in done.stderr
+        assert "aggregate.name=fedavg" in (out / "summary.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import fedlora\nx = 1", "registers no rule"),
+        ('import fedlora\n@fedlora.RULES.register("no")\nclass No(fedlora.Rule):\n    pass', "'no' has no method finish"),
+        ("\n1 / 0", "ZeroDivisionError: division by zero"),
+        (None, "no such file"),
+    ],
+)
+def test_a_script_that_is_no_rule_is_said_with_the_place(plan, tmp_path, text, said):
+    if text:
+        (tmp_path / "wrong.py").write_text(text)
+    done = fedlora("simulate", plan, "--rule", tmp_path / "wrong.py", "--out", tmp_path / "out")
+    assert (done.returncode, said in done.stderr) == (3, True)
+
+
+def test_an_installed_rule_is_loaded_because_she_names_it_and_never_because_a_plan_does(plan, tmp_path):
+    package = tmp_path / "site-packages"
+    (package / "ours-1.0.dist-info").mkdir(parents=True)
+    (package / "ours-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: ours\nVersion: 1.0\n")
+    (package / "ours-1.0.dist-info" / "entry_points.txt").write_text("[fedlora.rules]\npart = ours:Part\n")
+    (package / "ours.py").write_text(
+        f"open({str(tmp_path / 'loaded')!r}, 'w').close()\nimport fedlora\n\nclass Part(fedlora.Rule):\n    pass\n"
+    )
+    plan.write_text(PLAN.replace('[aggregate.fedavg]\nshare = "AB"', 'aggregate.name = "part"'))
+    for words in (["check", plan], ["simulate", plan, "--out", tmp_path / "out"]):
+        done = fedlora(*words, path=[package])
+        assert (done.returncode, "no rule is called 'part'" in done.stderr) == (3, True)
+    assert not (tmp_path / "loaded").exists()
+    unknown = fedlora("simulate", plan, "--rule", "par", path=[package])
+    assert "installed are part" in unknown.stderr
+    done = fedlora("check", plan, "--rule", "part", path=[package])
+    assert (done.returncode, (tmp_path / "loaded").exists()) == (0, True)
