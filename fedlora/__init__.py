@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedlora.lab.frames import results_frame as results_frame
     from fedlora.lab.simulate import simulate as simulate
     from fedlora.learn.export import export_adapter as export_adapter
+    from fedlora.learn.scripts.attach import attach as attach
     from fedlora.protect import Protection as Protection
     from fedlora.rounds.loop import run as run
     from fedlora.rules.protocol import Aggregated as Aggregated
@@ -42,6 +43,7 @@ _HOMES = {
     "Section": "fedlora.core.section",
     "Site": "fedlora.site.work",
     "Update": "fedlora.core.adapter",
+    "attach": "fedlora.learn.scripts.attach",
     "export_adapter": "fedlora.learn.export",
     "load_adapter": "fedlora.formats.files",
     "load_plan": "fedlora.formats.plans",

@@ -11,7 +11,8 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Load
-from fedlora.core.plan import Plan, Simulation
+from fedlora.core.plan import Plan
+from fedlora.core.tables.simulation import Simulation
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import load_adapter
 from fedlora.formats.keys import load_public
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fedlora.data import Tokens
     from fedlora.learn.hooks import MicroBatches
     from fedlora.learn.lora import LoraModel
+    from fedlora.learn.simulated.rows import SimulatedRows
 
 
 def server(home: Path, plan_file: Path, *, resume: bool, report: Report) -> ServerRun:
@@ -88,6 +90,8 @@ class Lab:
 
     Attributes:
         plan: pinned to base and first adapter.
+        data: directory of the rows.
+        files: site -> split -> its file; empty where rows were dealt or held out.
         rows: site -> split -> tokens.
         general: tokens of the general hold-out; may be empty.
         micro_batches: how much is computed at once, the same for all learners of the base.
@@ -97,6 +101,7 @@ class Lab:
     plan: Plan
     simulation: Simulation
     data: Path
+    files: Mapping[str, Mapping[str, Path]]
     base: Path
     lora: LoraModel
     first: Adapter
@@ -116,37 +121,39 @@ class Lab:
         return rows[: self.simulation.examples_per_site or None]
 
 
-def lab(plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool = False) -> Lab:
+def lab(
+    plan: Plan, *, root: Path, out: Path, report: Report, batch_sites: bool = False, found: SimulatedRows | None = None
+) -> Lab:
     """Loads base and rows of a plan's simulation.
 
     Args:
         root: directory against which the plan's data and base are resolved.
         out: of the runs; what is made on the spot is put beside it.
+        found: the rows, where they are read already.
 
     Raises:
         ConfigError, DataError, ModelError: something that the simulation table names is missing or unusable.
     """
+    report(Event.LOAD, Load(model=plan.model.model_name_or_path))  # before torch is imported, which takes its time
     from fedlora.learn.base import machine_for
     from fedlora.learn.local import micro_batches_of, report_base
     from fedlora.learn.lora import load_lora
-    from fedlora.learn.rows import load_splits
-    from fedlora.learn.toy import toy_base, toy_data
+    from fedlora.learn.simulated.rows import read_simulation, tokens_of
+    from fedlora.learn.toy import toy_base
 
-    simulation, toys = plan.simulation, out.parent / "toy"  # beside the runs, not the plan: a checkout may be read-only
-    if simulation is None:
-        raise ConfigError("the plan has no [simulation] table")
-    base = toy_base(toys / "base") if simulation.base == "toy" else root / simulation.base
-    data = toy_data(toys / "data", simulation.sites) if simulation.data == "toy" else root / simulation.data
-    machine = machine_for(plan, keep_dequantized=simulation.keep_dequantized, fused=batch_sites or None)
-    report(Event.LOAD, Load(model=plan.model.model_name_or_path))
+    toys = out.parent / "toy"  # beside the runs, not the plan: a checkout may be read-only
+    found = found or read_simulation(plan, root=root, toys=toys / "data", report=report)
+    base = found.base or toy_base(toys / "base")
+    machine = machine_for(plan, keep_dequantized=found.simulation.keep_dequantized, fused=batch_sites or None)
     lora = load_lora(plan, base, machine)
     report_base(lora, plan, report)
-    rows, general = load_splits(data, simulation.sites, tokenizer=lora.tokenizer, plan=plan, report=report)
+    rows, general = tokens_of(found, tokenizer=lora.tokenizer, plan=plan, report=report)
     first = first_adapter(lora.layout, seed=plan.run.seed)
     return Lab(
         plan=plan.pinned(base=lora.base_digest, init=first.digest()),
-        simulation=simulation,
-        data=data,
+        simulation=found.simulation,
+        data=found.where,
+        files=found.files,
         base=base,
         lora=lora,
         first=first,

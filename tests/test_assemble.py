@@ -8,7 +8,7 @@ import pytest
 
 from fedlora import assemble
 from fedlora.core.errors import ConfigError, KeyFileError
-from fedlora.core.plan import Simulation
+from fedlora.core.tables.simulation import Simulation
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.formats.files import save_adapter

@@ -6,13 +6,18 @@ import errno
 import os
 import sys
 import traceback
+from typing import TYPE_CHECKING
 
-from fedlora.cli.output import command_of, fail
+from fedlora.cli.output import command_of, fail, say_error
+
+if TYPE_CHECKING:
+    import click
 
 _TRAIN = frozenset(["accelerate", "bitsandbytes", "gguf", "peft", "pyarrow", "tokenizers", "torch", "transformers"])
 _SIGNALED = 130
 _INTERRUPTED = {
     "simulate": "run the same command with --resume to continue",
+    "compare-rules": "run the same command with --resume to continue",
     "server": "the run continues while the server is up; if the server was stopped, run `fedlora server start ... --resume`",
     "site": "run the same command to continue: finished work is kept in the journal",
 }
@@ -29,10 +34,12 @@ def main(argv: list[str] | None = None) -> int:
         HF_HUB_DISABLE_TELEMETRY="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         TOKENIZERS_PARALLELISM="false",
+        TQDM_DISABLE="1",  # a bar moves the cursor
     )
     import click
     import typer
 
+    from fedlora.cli.asking import Declined
     from fedlora.cli.commands import app
     from fedlora.cli.help import restore
     from fedlora.core.errors import FedLoRAError
@@ -46,14 +53,17 @@ def main(argv: list[str] | None = None) -> int:
         return _interrupted(words, command) if status == _SIGNALED else status  # typer has swallowed Ctrl-C by then
     except FedLoRAError as e:
         return fail(str(e), hint=e.hint, code=e.code, status=e.exit_status, command=command)
+    except Declined as e:
+        return fail(f"{e}: nobody has said yes", hint="", code="declined", status=e.status, command=command)
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _interrupted(words, command)
-    except click.ClickException as e:
+    except click.exceptions.NoArgsIsHelpError as e:
         if command is None:
-            e.show()
+            sys.stderr.write(f"{e.format_message()}\n")  # the help, which is ours
             return e.exit_code
-        hint = f"fedlora {command} --help".replace("  ", " ")
-        return fail(e.format_message(), hint=hint, code="usage", status=e.exit_code, command=command)
+        return _usage(e, command, command)
+    except click.ClickException as e:
+        return _usage(e, command_of(words, program), command)
     except MemoryError:
         return fail("out of memory", hint="use a smaller batch or max_length", code="resources", status=7, command=command)
     except ImportError as e:
@@ -67,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = "free some disk space, then run the command again" if full else "check the path and its permissions"
         return fail(f"{where}{e.strerror or e}", hint=hint, code="os", status=7 if full else 3, command=command)
     except Exception as e:  # the end of the road: whatever it is, it is ours, and it has its own exit status
-        traceback.print_exc()
+        say_error(traceback.format_exc().rstrip())
         hint = "this is a bug of FedLoRA: report the lines above. Before you send them, check that the last line quotes no data"
         return fail(f"unexpected {type(e).__name__}", hint=hint, code="bug", status=70, command=command)
 
@@ -75,6 +85,12 @@ def main(argv: list[str] | None = None) -> int:
 def _options(words: list[str]) -> list[str]:
     """What may be an option: after ``--`` there are only arguments."""
     return words[: words.index("--")] if "--" in words else words
+
+
+def _usage(e: click.ClickException, called: str, command: str | None) -> int:
+    """A command line that is wrong, answered as every other error."""
+    hint = f"fedlora {called} --help".replace("  ", " ")
+    return fail(e.format_message(), hint=hint, code="usage", status=e.exit_code, command=command)
 
 
 def _interrupted(words: list[str], command: str | None) -> int:

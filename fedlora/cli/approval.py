@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedlora.cli.asking import ask
 from fedlora.cli.output import Json, emit
 
 
@@ -39,15 +40,15 @@ def approve(
     from fedlora.core.errors import PlanRefused
     from fedlora.formats.plans import load_plan
     from fedlora.site import approve as library
+    from fedlora.site.site_file import NO_ROSTER, SET_ROSTER
 
     found, named = load_plan(plan), uncovers or []
     asked = library.question(found, site, uncovers=named)
     if not json:
-        emit({}, "\n".join([*asked.lines(again=again), *_told(plan)]), as_json=False)
+        emit({}, [*_told(plan), *asked.lines(again=again)], as_json=False)  # what is decided on stands last
     if asked.refusals:
-        raise PlanRefused(
-            "; ".join(asked.refusals), hint="nothing was approved: change [policy] first, or talk to the coordinator"
-        )
+        way = SET_ROSTER if NO_ROSTER in asked.refusals else "change [policy] first, or talk to the coordinator"
+        raise PlanRefused("; ".join(asked.refusals), hint=f"nothing was approved: {way}")
     adds = again or not asked.approved
     if not adds and set(named) <= set(asked.agreed):
         _said(asked, asked.approved, json=json, text="approved already: nothing was changed. --again allows one more run")
@@ -56,16 +57,21 @@ def approve(
         raise click.UsageError(
             "this is not a terminal, so nobody can be asked: read what the plan asks for, then run this again with --yes"
         )
-    if not yes and not typer.confirm("\napprove?"):
-        raise click.Abort
+    if not yes:
+        ask("\napprove?")
     count = library.approve(found, site, again=again, uncovers=named)
-    _said(asked, count, json=json, text=f"{site}: plan {asked.digest[:12]} is approved for {count} run{'s' if count > 1 else ''}")
+    _said(
+        asked, count, json=json, text=f"plan {asked.digest[:12]} is approved for {count} run{'s' if count > 1 else ''} in {site}"
+    )
+
+
+_MOST = 12
 
 
 def _told(plan: Path) -> list[str]:
     """What the proof beside a plan says, which is the coordinator's word."""
-    from fedlora.core.errors import FedLoRAError, plain
-    from fedlora.formats.plans import load_proof
+    from fedlora.core.errors import FedLoRAError
+    from fedlora.formats.plans import PROOF, load_proof
 
     try:
         proof = load_proof(plan)
@@ -73,7 +79,9 @@ def _told(plan: Path) -> list[str]:
         return [f"the proof beside the plan cannot be read: {e}"]
     if proof is None:
         return []
-    other = [f"  {c.name}: {plain(c.found)[:300]}" for c in proof.checks if c.verdict != "right"]
+    other = [f"  {c.name}: {c.found[:300]}" for c in proof.checks if c.verdict != "right"]
+    if len(other) > _MOST:
+        other[_MOST:] = [f"  and {len(other) - _MOST} more, in {plan.with_name(PROOF)}"]
     return [
         f"the coordinator's machine tried the base ({len(proof.checks)} checks; `fedlora check --site` tries it here):",
         *(other or ["  nothing that works in another way than the plan says"]),
@@ -81,4 +89,4 @@ def _told(plan: Path) -> list[str]:
 
 
 def _said(asked: Any, count: int, *, json: bool, text: str) -> None:
-    emit(asked.facts(approved=count), text, as_json=json)
+    emit(asked.facts(approved=count), [text], as_json=json)

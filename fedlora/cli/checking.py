@@ -10,11 +10,21 @@ import typer
 from fedlora.cli.output import Json, Quiet, Screen, emit
 
 if TYPE_CHECKING:
-    from fedlora.core.answers import Forecast, Identifiers
+    from fedlora.answers import Forecast, Identifiers
     from fedlora.core.events import Report
     from fedlora.core.plan import Plan
     from fedlora.core.records import Proof
+    from fedlora.core.tables.lab import SiteRows
 
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        help="A rule of your own: a Python file that registers it, or the name of an entry point (group fedlora.rules) of an "
+        "installed package. May be repeated.",
+        show_default=False,
+    ),
+]
 PlanFile = Annotated[Path, typer.Argument(help="Plan file (TOML).", show_default=False)]
 
 
@@ -31,39 +41,58 @@ def check(
         bool,
         typer.Option("--identifiers", help="With --site, instead of the step: count what looks like names, dates of birth ..."),
     ] = False,
+    rule: Rules = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check a plan without training.
 
-    All wrong keys are reported at once. With --site, also prove the base on this site's own files and kernels, and estimate
-    the time and memory of a round.
+    All wrong keys are reported at once. Of a simulation, all rows are read and dealt to its sites. With --site, also prove the
+    base on this site's own files and kernels, and estimate the time and memory of a round.
 
     Example: fedlora check plan.toml --site site.toml
     """
-    from fedlora.core.answers import Checked
+    from fedlora.answers import Checked
     from fedlora.formats.plans import load_plan
+    from fedlora.lab.own_rules import told_of, use_rules
     from fedlora.protect.modes import mode_of
 
-    found = load_plan(plan)
+    use_rules(rule or [])
+    with told_of():
+        found = load_plan(plan)
     f = found.federation
     facts = Checked(digest=found.digest(), rounds=f.num_rounds, pinned=found.is_pinned)
-    text = (
+    lines = [
         f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
-        f"{found.wire.dtype} updates, {found.protect.mode}\n"
-        + ("pinned to base and first adapter" if found.is_pinned else "not pinned yet: `fedlora pin` fills in the digests")
-    )
+        f"{found.wire.dtype} updates, {found.protect.mode}",
+        "pinned to base and first adapter" if found.is_pinned else "not pinned yet: `fedlora pin` fills in the digests",
+    ]
     if (survives := mode_of(found).survives(found)) is not None:
         facts["survives"] = survives[0]
-        text += survives[1]
+        lines += survives[1].strip("\n").split("\n")
+    if found.simulation is not None:
+        with Screen(quiet=quiet, as_json=json) as screen:
+            facts["sites"], told = _rows(plan, found, screen)
+        lines += told
     if identifiers:
         facts["identifiers"], told = _identifiers(site, quiet=quiet, as_json=json)
-        text += f"\n{told}"
+        lines += told
     elif site is not None:
         with Screen(quiet=quiet, as_json=json) as screen:
             facts["proof"], facts["round"], told = _forecast(site, found, screen)
-        text += "\n" + "\n".join(_compared(facts["proof"], plan)) + told
-    emit(facts, text, as_json=json)
+        lines += [*_compared(facts["proof"], plan), *told]
+    emit(facts, lines, as_json=json)
+
+
+def _rows(plan_file: Path, plan: Plan, report: Report) -> tuple[list[SiteRows], list[str]]:
+    """The files of a simulation, read and dealt as it would."""
+    from tempfile import TemporaryDirectory
+
+    from fedlora.learn.simulated.rows import read_simulation
+
+    with TemporaryDirectory() as toys:
+        found = read_simulation(plan, root=plan_file.resolve().parent, toys=Path(toys) / "data", report=report)
+    return found.counts(), [f"  {name}: {said}" for name, said in found.told()]
 
 
 def _compared(proof: Proof, plan_file: Path) -> list[str]:
@@ -80,29 +109,32 @@ def _compared(proof: Proof, plan_file: Path) -> list[str]:
     return lines if told is None else [*lines, *differences(proof, told)]
 
 
-def _forecast(site: Path, plan: Plan, report: Report) -> tuple[Proof, Forecast, str]:
+def _forecast(site: Path, plan: Plan, report: Report) -> tuple[Proof, Forecast, list[str]]:
     """The base, proved here, and what a round takes at this site, from one measured step: for a program, and in words."""
+    from fedlora.doctor.examine import of_training, settle
     from fedlora.learn.local import forecast
+    from fedlora.site.site_file import load_site_file
 
+    settle(of_training(load_site_file(site), site.resolve().parent, plan=plan), report)
     proof, measured = forecast(site, plan, report=report)
     here = cast("Forecast", measured)
     at_once = here["micro_batch_tokens"]
-    text = (
-        f"\na round at this site ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
+    lines = [
+        f"a round at this site ({here['device']}): {here['steps']} steps of {here['step_tokens']:.0f} tokens, "
         f"{here['train_s']:.0f} s at {1 / here['token_s']:.0f} tokens/s, and {here['evaluate_s']:.0f} s for an evaluation; "
-        f"{here['peak_bytes'] / 2**30:.1f} GiB, and {here['beside_bytes'] / 2**30:.1f} GiB of memory for the round's adapters\n"
+        f"{here['peak_bytes'] / 2**30:.1f} GiB, and {here['beside_bytes'] / 2**30:.1f} GiB of memory for the round's adapters",
         f"  activation checkpointing {here['checkpointing']}, "
-        + (f"micro-batches of {at_once} tokens" if at_once else "batches as in the plan")
-    )
+        + (f"micro-batches of {at_once} tokens" if at_once else "batches as in the plan"),
+    ]
     deadline = plan.federation.round_deadline
     if here["train_s"] + here["evaluate_s"] > deadline:
-        text += f"\n  longer than the plan's round_deadline of {deadline:.0f} s: this site's updates would come too late"
-    return proof, here, text
+        lines.append(f"  longer than the plan's round_deadline of {deadline:.0f} s: this site's updates would come too late")
+    return proof, here, lines
 
 
-def _identifiers(site: Path | None, *, quiet: bool, as_json: bool) -> tuple[list[Identifiers], str]:
+def _identifiers(site: Path | None, *, quiet: bool, as_json: bool) -> tuple[list[Identifiers], list[str]]:
     """What looks like identifiers of people in a site's rows: counts and line numbers, never the text."""
-    from fedlora.core.answers import Identifiers, Place
+    from fedlora.answers import Identifiers, Place
     from fedlora.data.identifiers import PROMISE
     from fedlora.learn.rows import count_identifiers
 
@@ -115,4 +147,4 @@ def _identifiers(site: Path | None, *, quiet: bool, as_json: bool) -> tuple[list
         for f in found
     ]
     lines = [line for f in found for line in f.text()] or ["nothing in the rows looks like an identifier of a person"]
-    return listed, "\n".join([*lines, f"({PROMISE})"])
+    return listed, [*lines, f"({PROMISE})"]

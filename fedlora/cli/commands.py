@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from fedlora.cli import coordinator
 from fedlora.cli.approval import approve
 from fedlora.cli.checking import PlanFile, check
+from fedlora.cli.doctor import doctor
+from fedlora.cli.explain import STATUSES, explain
+from fedlora.cli.guides import docs
+from fedlora.cli.keeping import enrolling
+from fedlora.cli.keeping.audit import audit
+from fedlora.cli.keeping.backup import backup, restore
+from fedlora.cli.keeping.repair import server_repair, site_repair
+from fedlora.cli.leaving import dry_run, outbox
 from fedlora.cli.output import Json, Quiet, Screen, emit
 from fedlora.cli.publishing import export, verify
-from fedlora.cli.repair import server_repair, site_repair
+from fedlora.cli.result import pull, try_adapter
 from fedlora.cli.roster import roster
+from fedlora.cli.rules import compare_rules
 from fedlora.cli.schema import schema
+from fedlora.cli.service import install_service, leave, pause, resume
+from fedlora.cli.simulating import compare, simulate
+from fedlora.cli.standing import status, watch
+from fedlora.cli.tracking import Tracker, following
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,18 +35,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Federated LoRA fine-tuning: training data stays at each site, only encrypted adapter updates are sent.",
+    epilog="Exit status: " + "; ".join(f"{status} {meaning}" for status, meaning in STATUSES.items()),
 )
 new = typer.Typer(no_args_is_help=True, help="Print a sample file with comments.")
-keygen = typer.Typer(no_args_is_help=True, help="Create the keys of a site or of a server.")
-server = typer.Typer(no_args_is_help=True, help="For the coordinator: run the aggregation server.")
-site = typer.Typer(no_args_is_help=True, help="For a hospital or branch: take part in runs.")
+keygen = typer.Typer(no_args_is_help=True, help="Create keys without an invitation.")
+server = typer.Typer(no_args_is_help=True, help="Run the aggregation server, and runs on it.")
+site = typer.Typer(no_args_is_help=True, help="Take part in runs.")
 app.add_typer(new, name="new")
 app.add_typer(keygen, name="keygen")
 app.add_typer(server, name="server")
 app.add_typer(site, name="site")
 app.add_typer(roster, name="roster")
 app.command()(schema)
+app.command()(explain)
+app.command()(docs)
 site.command("approve")(approve)
+for _command in (doctor, status, watch, outbox, dry_run, pause, resume, leave, install_service, pull):
+    site.command()(_command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions.")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -43,24 +75,28 @@ def version(json: Json = False) -> None:
     """
     from importlib.metadata import version as installed
 
-    from fedlora.core.answers import Version
+    from fedlora.answers import Version
 
     found = Version(fedlora=installed("fedlora"), flwr=installed("flwr"))
-    emit(found, f"fedlora {found['fedlora']} (flwr {found['flwr']})", as_json=json)
+    emit(found, [f"fedlora {found['fedlora']} (flwr {found['flwr']})"], as_json=json)
 
 
 @new.command("plan")
-def new_plan(json: Json = False) -> None:
-    """Print a plan with every key, its default and a comment.
+def new_plan(
+    everything: Annotated[bool, typer.Option("--all", help="All keys, also those that few plans change.")] = False,
+    json: Json = False,
+) -> None:
+    """Print a plan with the keys that most plans set, their defaults and comments.
 
     Example: fedlora new plan > plan.toml
     """
-    from fedlora.core.answers import Sample
-    from fedlora.core.plan import Plan
-    from fedlora.core.toml import sample
+    from fedlora.answers import Sample
+    from fedlora.core.plan import FIRST_KEYS, Plan
+    from fedlora.core.toml import sample, short_sample
 
-    text = sample(Plan).rstrip()
-    emit(Sample(text=text), text, as_json=json)
+    note = "The keys that most plans set; `fedlora new plan --all` prints all."
+    text = (sample(Plan) if everything else short_sample(Plan, FIRST_KEYS, note)).rstrip()
+    emit(Sample(text=text), text.split("\n"), as_json=json)
 
 
 @new.command("site")
@@ -69,12 +105,12 @@ def new_site(json: Json = False) -> None:
 
     Example: fedlora new site > site.toml
     """
-    from fedlora.core.answers import Sample
+    from fedlora.answers import Sample
     from fedlora.core.toml import sample
     from fedlora.site.site_file import SiteFile
 
     text = sample(SiteFile).rstrip()
-    emit(Sample(text=text), text, as_json=json)
+    emit(Sample(text=text), text.split("\n"), as_json=json)
 
 
 @new.command("simulation")
@@ -85,12 +121,13 @@ def new_simulation(json: Json = False) -> None:
 
     Example: fedlora new simulation > toy.toml && fedlora simulate toy.toml
     """
-    from fedlora.core.answers import Sample
-    from fedlora.core.plan import Plan, Simulation
+    from fedlora.answers import Sample
+    from fedlora.core.plan import Plan, Training
+    from fedlora.core.tables.simulation import Simulation
     from fedlora.core.toml import dump_toml
 
-    text = dump_toml(Plan(simulation=Simulation())).rstrip()
-    emit(Sample(text=text), text, as_json=json)
+    text = dump_toml(Plan(simulation=Simulation(), training=Training(max_length=256))).rstrip()  # of the toy's 512 positions
+    emit(Sample(text=text), text.split("\n"), as_json=json)
 
 
 # --- keys ---------------------------------------------------------------------------------------------------
@@ -108,37 +145,17 @@ def keygen_site(
 
     Example: fedlora keygen site st-marys --out keys
     """
-    from fedlora.core.answers import SiteKeys
+    from fedlora.answers import SiteKeys
     from fedlora.flower.enrol import make_site_keys
 
     public, fingerprint = make_site_keys(name, out)
     emit(
         SiteKeys(public=str(public), fingerprint=fingerprint),
-        f"send to the coordinator: {public}\nfingerprint, to compare over the telephone: {fingerprint}",
-        as_json=json,
-    )
-
-
-@keygen.command("server")
-def keygen_server(
-    home: Annotated[Path, typer.Argument(help="Directory of the server; created if it does not exist.")],
-    host: Annotated[list[str], typer.Option(help="Host name or IP address that sites connect to; may be repeated.")],
-    json: Json = False,
-) -> None:
-    """Create a server's directory.
-
-    It holds the signing key, a certificate authority, the TLS certificate and secrets.
-
-    Example: fedlora keygen server study --host fed.example.org
-    """
-    from fedlora.core.answers import ServerKeys
-    from fedlora.flower.enrol import make_server_home
-
-    fingerprint = make_server_home(home, hosts=host)
-    emit(
-        ServerKeys(home=str(home), fingerprint=fingerprint),
-        f"send to every site: {home / 'server.pub'} and {home / 'tls' / 'ca.crt'}\n"
-        f"put each site's .pub file into: {home / 'sites'}\nfingerprint, to compare over the telephone: {fingerprint}",
+        [
+            f"public part, to give away: {public}",
+            f"fingerprint, to compare over the telephone: {fingerprint}",
+            "a site sends it to the coordinator; a coordinator's own goes into `fedlora roster new --coordinator`",
+        ],
         as_json=json,
     )
 
@@ -163,108 +180,65 @@ def pin(
 
     Example: fedlora pin plan.toml --model models/SmolLM2 --out study/plan
     """
-    from fedlora.core.answers import Pinned
+    from fedlora.answers import Pinned
+    from fedlora.core.deployment.digests import grouped
     from fedlora.core.words import proof_lines
     from fedlora.flower.enrol import pin_plan
 
     pinned, proof = pin_plan(plan, model, out)
     facts = Pinned(plan=pinned.digest(), base=pinned.model.digest, init=pinned.lora.init_digest, proof=proof)
-    text = f"{out / 'plan.toml'}: plan {facts['plan'][:12]}, base {facts['base'][:12]}"
-    emit(facts, "\n".join([text, *proof_lines(proof)]), as_json=json)
+    text = f"plan {facts['plan'][:12]}, base {facts['base'][:12]}: {out / 'plan.toml'}"
+    aloud = f"plan digest, to compare over the telephone: {grouped(facts['plan'])}"
+    emit(facts, [text, aloud, *proof_lines(proof)], as_json=json)
 
 
-@app.command()
-def simulate(
-    plan: PlanFile,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of the results; default: runs/NAME, where NAME is run.name of the plan.", show_default=False
-        ),
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; default: run.seed of the plan.")] = "",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted simulation.")] = False,
-    transport: Annotated[
-        Literal["local", "flower"],
-        typer.Option(help="local: everything in this process; flower: real Flower processes on this machine."),
-    ] = "local",
-    drop: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Let a site drop out: SITE@STEP[:ROUND], may be repeated. STEP is train or, under secure aggregation, also "
-            "share, mask, vote or unmask. Without ROUND: in every round.",
-            show_default=False,
-        ),
-    ] = None,
-    batch_sites: Annotated[
-        bool,
-        typer.Option(
-            "--batch-sites",
-            help="Train all sites together, with one pass over the base model for each step. Faster for many small sites on a "
-            "GPU; results differ by rounding only.",
-        ),
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Simulate a federation and its baselines on this machine.
-
-    The baselines are compared at equal numbers of training tokens.
-
-    Example: fedlora simulate simulations/plans/toy.toml --seeds 0,1,2
-    """
-    from fedlora.core.answers import Simulated
-    from fedlora.formats.plans import load_plan
-    from fedlora.lab.simulate import parse_seeds
-    from fedlora.lab.simulate import simulate as run
-
-    found = load_plan(plan)
-    where = out or Path("runs") / found.run.name
-    with Screen(quiet=quiet, as_json=json) as screen:
-        results = run(
-            found,
-            root=plan.resolve().parent,
-            out=where,
-            seeds=parse_seeds(seeds, default=found.run.seed),
-            resume=resume,
-            transport=transport,
-            drop=drop or [],
-            batch_sites=batch_sites,
-            report=screen,
-        )
-    emit(Simulated(out=str(where), results=results), _summary(where), as_json=json)
-
-
-def _summary(where: Path) -> str:
-    page = where / "report.html"
-    later = f"\nno report.html: pip install 'fedlora[report]', then fedlora report {where}"
-    return (where / "summary.txt").read_text() + (f"\nreport: {page}" if page.exists() else later)
+app.command()(simulate)
+app.command()(compare)
+app.command("compare-rules")(compare_rules)
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Directory of a simulation, or of one of its seeds.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Directory of a simulation, or of one of its seeds; or of a server's run, HOME/runs/NAME; or a site file."
+        ),
+    ],
     figures: Annotated[
         Path | None, typer.Option(help="Also write each figure to this directory, as PDF and PNG for papers.", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write report.html from the results of a simulation.
+    """Write report.html from the results of a simulation, the records of a server's run, or what a site keeps of its own rounds.
 
-    Example: fedlora report runs/clinical --figures figures
+    Of a site file site.toml the page is site-report.html beside it, for this user alone.
+
+    Example: fedlora report study/runs/my-run
     """
-    from fedlora.core.answers import Reported
+    from fedlora.answers import Reported
+    from fedlora.lab.page import deployment
     from fedlora.lab.report import load, write_figures, write_html
 
-    results, page = load(run), run / "report.html"
-    write_html(results, page)
-    files = write_figures(results, figures) if figures is not None else []
-    text = f"report: {page}" + f"\nfigures: {len(files)} files in {figures}" * bool(files)
-    emit(Reported(report=str(page), figures=[str(f) for f in files]), text, as_json=json)
+    page = run / "report.html"
+    if run.suffix == ".toml":
+        from fedlora.lab.site.report import write_page
+
+        page = run.with_name(f"{run.stem}-report.html")
+        files = write_page(run, page, figures=figures)
+    elif deployment.holds(run):
+        files = deployment.write_page(run, page, figures=figures)
+    else:
+        results = load(run)
+        write_html(results, page)
+        files = write_figures(results, figures) if figures is not None else []
+    lines = [f"report: {page}", *([f"figures: {len(files)} files in {figures}"] if files else [])]
+    emit(Reported(report=str(page), figures=[str(f) for f in files]), lines, as_json=json)
 
 
 app.command()(export)
 app.command()(verify)
+app.command("try")(try_adapter)
 
 
 @app.command()
@@ -276,8 +250,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="Any file that FedLoRA has
     from fedlora.library.publish import describe
 
     found = describe(file)
-    lines = [f"kind: {found['kind']}", *(f"{k}: {v}" for k, v in found["facts"].items())]
-    emit(found, "\n".join(lines), as_json=json)
+    emit(found, [f"kind: {found['kind']}", *(f"  {k}: {v}" for k, v in found["facts"].items())], as_json=json)
 
 
 # --- deployment -----------------------------------------------------------------------------------------------
@@ -285,12 +258,14 @@ def inspect(file: Annotated[Path, typer.Argument(help="Any file that FedLoRA has
 
 @server.command("up")
 def server_up(
-    home: Annotated[Path, typer.Argument(help="The server's directory, from `fedlora keygen server`.")],
+    home: Annotated[Path, typer.Argument(help="The server's directory, from `fedlora server init`.")],
     listen: Annotated[
         str, typer.Option(help="Address and port on which sites are accepted; 0.0.0.0: all IPv4 addresses of this machine.")
     ] = "0.0.0.0:8443",
     max_body: Annotated[int, typer.Option(help="Largest request body that is accepted, bytes; the default is 64 MiB.")] = 64
     << 20,
+    page: coordinator.Page = False,
+    monitor: coordinator.Monitor = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -300,12 +275,12 @@ def server_up(
 
     Example: fedlora server up study --listen 0.0.0.0:8443
     """
-    from fedlora.core.answers import ServerUp
+    from fedlora.answers import ServerUp
     from fedlora.flower.server import up
 
     with Screen(quiet=quiet, as_json=json) as screen:
-        up(home, listen=listen, body_limit_bytes=max_body, report=screen)
-    emit(ServerUp(home=str(home)), "", as_json=json)
+        up(home, listen=listen, body_limit_bytes=max_body, report=screen, page=page, monitor=monitor)
+    emit(ServerUp(home=str(home)), [], as_json=json)
 
 
 @server.command("start")
@@ -313,6 +288,7 @@ def server_start(
     home: Annotated[Path, typer.Argument(help="The server's directory, on which `fedlora server up` is running.")],
     plan: PlanFile,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this plan that was stopped.")] = False,
+    tracker: Tracker = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -322,11 +298,13 @@ def server_start(
 
     Example: fedlora server start study study/plan/plan.toml
     """
-    from fedlora.flower.server import start
+    from fedlora.flower.coordinator.follow import start
+    from fedlora.formats.plans import load_plan
     from fedlora.library.publish import outcome
 
-    with Screen(quiet=quiet, as_json=json) as screen:
-        directory = start(home, plan, resume=resume, report=screen)
+    name = load_plan(plan).run.name
+    with Screen(quiet=quiet, as_json=json) as screen, following(tracker, home, name, screen) as report:
+        directory = start(home, plan, resume=resume, report=report)
     emit(*outcome(directory), as_json=json)
 
 
@@ -342,13 +320,18 @@ def site_up(
 
     Example: fedlora site up site.toml
     """
-    from fedlora.core.answers import SiteUp
+    from fedlora.answers import SiteUp
     from fedlora.flower.site import up
 
     with Screen(quiet=quiet, as_json=json) as screen:
         up(file, report=screen)
-    emit(SiteUp(file=str(file)), "", as_json=json)
+    emit(SiteUp(file=str(file)), [], as_json=json)
 
 
+enrolling.hook(server, site)
+coordinator.hook(server)
 server.command("repair")(server_repair)
+server.add_typer(audit, name="audit")
+server.command("backup")(backup)
+server.command("restore")(restore)
 site.command("repair")(site_repair)

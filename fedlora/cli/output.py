@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedlora.cli.terminal import fitted, on_terminal, own, show
 from fedlora.core.errors import plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from fedlora.core.answers import Failure
+    from fedlora.answers import Failure
     from fedlora.core.events import Event
 
 
@@ -30,16 +31,19 @@ Json = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show progress.")]
 
 
-def emit(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+def emit(data: Mapping[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
     """One answer: for people, or for programs.
 
     Args:
-        data: of the command's type in :data:`fedlora.core.answers.ANSWERS`.
+        data: of the command's type in :data:`fedlora.answers.ANSWERS`.
+        lines: each is one, whatever it holds; a terminal gets it cut to its width. It begins with a word of ours or a space,
+            never with a value from a file, a name or the other end.
     """
     if as_json:
         _said(_command(), ok=True, data=data)
-    elif text:
-        print(on_terminal(text))
+        return
+    for line in lines:
+        show(plain(line), sys.stdout)
 
 
 def fail(message: str, *, hint: str, code: str, status: int, command: str | None = None) -> int:
@@ -51,15 +55,15 @@ def fail(message: str, *, hint: str, code: str, status: int, command: str | None
     if command is not None:
         error: Failure = {"code": code, "message": message, "hint": hint}
         _envelope(command, ok=False, error=error)
-    print(on_terminal(f"error: {message}", indent="  "), file=sys.stderr)
+    say_error(f"error ({code}): {message}")
     if hint:
-        print(on_terminal(f"hint: {hint}", indent="  "), file=sys.stderr)
+        say_error(f"hint: {hint}")
     return status
 
 
-def on_terminal(text: str, *, indent: str = "") -> str:
-    """Text whose characters move nothing on a terminal but to the next line, which begins with ``indent``."""
-    return f"\n{indent}".join(plain(line) for line in text.split("\n"))
+def say_error(text: str) -> None:
+    """Prints text of several lines on stderr."""
+    show(on_terminal(text), sys.stderr)
 
 
 def _said(command: str, **more: Any) -> None:
@@ -70,11 +74,11 @@ def _said(command: str, **more: Any) -> None:
 
 def _envelope(command: str, **more: Any) -> bool:
     """Prints an envelope; False if the reader has closed the pipe."""
-    from fedlora.core.answers import ENVELOPE
+    from fedlora.answers import ENVELOPE
 
     line = json.dumps({"fedlora": ENVELOPE, "command": command, **more}, allow_nan=False, default=_dumped)
     try:
-        sys.stdout.write(f"{line}\n")  # at once: other threads report, too
+        own(sys.stdout).write(f"{line}\n")  # at once: other threads report, too
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -128,8 +132,9 @@ class Screen:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            console = Console(file=own(sys.stderr))
+            self._bars = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
             self._bars.start()
         return self
 
@@ -156,14 +161,15 @@ class Screen:
     def _print(self, text: str) -> None:
         stamped = on_terminal(f"{time.monotonic() - self._began:7.1f} s  {text}", indent=" " * 11)
         if self._bars is not None:
-            self._bars.console.print(stamped, markup=False, highlight=False)
+            stamped = fitted(stamped, own(sys.stderr))
+            self._bars.console.print(stamped, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
-            print(stamped, file=sys.stderr, flush=True)
+            show(stamped, sys.stderr)
 
     def _step(self, facts: Mapping[str, Any]) -> None:
         if self._bars is None:
             return
-        name = f"{self._arm or 'training'} {facts['site']}  loss {facts['loss']:.3f}"
+        name = plain(f"training {self._arm} {facts['site']}  loss {facts['loss']:.3f}")
         known = {str(t.fields.get("key")): t.id for t in self._bars.tasks}
         key = str(facts["site"])
         if key not in known:
@@ -189,6 +195,7 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     if (record := facts.get("record")) is not None:
         found |= record.together.metrics if record.together else {}
         found |= {**dict(record), "seconds": record.seconds.round, **(record.outcome.rule if record.outcome else {})}
+    found["at"] = "last evaluation" if found.get("kind") == "evaluate" else f"round {found.get('round')}"
     return found
 
 
@@ -203,8 +210,10 @@ def _short(value: Any) -> Any:
 
 
 LINES: Mapping[str, str] = {
-    "load": "loading {model}",
-    "arm": "arm {name}",
+    "load": "loading {model}, and the libraries for it; this may take a minute",
+    "arm": "seed {seed}, arm {name}",
+    "sweep": "sweep, seeds {seeds}, at once {jobs}: {runs}",
+    "sweep-run": "run {number} of {of}: {run} {state}",
     "micro-batches": "micro-batches of {tokens} tokens, activation checkpointing {checkpointing}: {gib} GiB, "
     "{tokens_per_s} tokens/s (measured in {seconds} s)",
     "out-of-memory": "out of memory: micro-batches of {tokens} tokens, activation checkpointing {checkpointing}",
@@ -215,13 +224,15 @@ LINES: Mapping[str, str] = {
     "site-offline": "{site} is offline",
     "site-refused": "{site} is not let in: {why}",
     "died": "the last process of this site died in the middle of the step {doing!r}: {why}",
-    "failed": "a task was not done: {code}; the reason is in this site's own log (state/flower/log/runner.log)",
-    "waiting": "waiting for sites: {need} needed, now {sites}",
+    "failed": "a task was not done: {code}: {why} ({cure})",
+    "waiting": "waiting for sites: {need} needed, now {sites}; missing: {missing}",
     "waiting-for": "waiting for {missing}: without them a sum, beside this plan's earlier sums, would reveal single updates",
     "start": "run {run:.12} from round {round} of {rounds}",
-    "ask": "round {round}: asking {sites}",
+    "ask": "{at}: asking {sites}",
     "update": "  {site}: weight {weight}, training loss {train_loss}, held-out NLL {eval_nll}",
     "rejected": "  {site}: not counted ({code})",
+    "erred": "  {site} has answered {code}; what that means for the round shows when the others have answered",
+    "away": "  {said}",
     "session": "  {sites} open a session; at least {threshold} of them must stay until its end",
     "masked": "  masked updates of {sites}",
     "complaint": "  {sites} cannot open the shares that {about} dealt to them",
@@ -232,19 +243,26 @@ LINES: Mapping[str, str] = {
     "partial: {partial}; not counted: {missing}; gap {gap_ratio}",
     "majority": "  {site} has {percent} % of the round's weight: it alone decides more than all others together",
     "round-void": "round {round} is void ({void}): too few sites stayed until the end of its session; the adapter is unchanged",
-    "void": "round {round}, attempt {attempt}: too few sites; asking again",
+    "void": "{at}, attempt {attempt}: too few sites; asking again",
     "damaged": "{file} is damaged and was set aside; its round is repeated",
     "mended": "{file} was damaged or missing; it has been written again",
     "evaluation-again": "{file} is damaged and was set aside; the last evaluation is repeated",
     "records-gone": "the records of rounds {rounds} are gone from rounds.jsonl; the adapter and the run are not affected",
     "final": "last evaluation done; all together: held-out NLL {eval_nll}",
-    "own": "this site's own adapter: {file}; `fedlora export {file} adapter/` makes a PEFT adapter of it",
+    "own": "the adapter of this run is here: {file}; `fedlora site pull SITE.TOML` makes a PEFT adapter of it",
     "from-journal": "  round {round}: answered from the journal",
-    "another-run": "another run goes on ({name}); this one waits for its end",
+    "another-run": "another run goes on ({name}); this one is number {place}, it begins when those before it have ended",
+    "run": "run {name}: {said}",
+    "site-standing": "site {site}: {said}",
+    "site-asks": "{said}",
+    "joining": "{said}",
     "process": "{name}: {state}",
     "site": "{site}: {said}",
     "clock": "this machine's clock is {seconds} s {way} of the server's: corrected in what is signed for it; set the clock (NTP)",
+    "sent": "{said}",
+    "paused": "{said}",
+    "finding": "{part}: {said}",
     "other": "{name}: reported by another version of FedLoRA",
 }
-QUIET = frozenset(["step", "train", "trained", "evaluate", "arm-done"])
+QUIET = frozenset(["step", "train", "trained", "evaluate", "evaluated", "arm-done"])
 """Events that are not printed: the bars show what matters of them, or another line does. A test wants all others above."""

@@ -9,6 +9,16 @@ import typer
 
 from fedlora.cli.output import Json, emit
 
+Best = Annotated[
+    bool, typer.Option("--best", help="The adapter with the least held-out loss of all sites together, not the last.")
+]
+Round = Annotated[
+    int | None,
+    typer.Option(
+        "--round", min=0, help="The adapter after so many rounds; the last three and the best are kept.", show_default=False
+    ),
+]
+
 
 def export(
     run: Annotated[
@@ -29,6 +39,8 @@ def export(
     with_base: Annotated[
         bool, typer.Option("--with-base", help="With --to gguf: also write the base model, in bfloat16, as base.gguf.")
     ] = False,
+    best: Best = False,
+    round: Round = None,
     json: Json = False,
 ) -> None:
     """Write a standard PEFT adapter, an adapter for llama.cpp, or a merged model.
@@ -37,10 +49,18 @@ def export(
 
     Example: fedlora export runs/clinical/seed-0 adapter/
     """
-    from fedlora.library.publish import export_run, exported_text
+    from fedlora.formats.files import refuse_existing
+    from fedlora.lab.claims import not_one
+    from fedlora.library.publish import export_run, exported_lines, inside
+    from fedlora.rounds.store import RunStore
 
-    done = export_run(run, out, dtype=dtype, to=to, merge=merge, base=base, with_base=with_base)
-    emit(done, exported_text(done, to=to, merge=merge, with_base=with_base), as_json=json)
+    which = _which(best=best, round=round)
+    refuse_existing(out)
+    held = run.is_file() or any(map(RunStore.holds, [run, *inside(run)]))
+    if not held and (why := not_one(run, wanted="adapter")) is not None:
+        raise why
+    done = export_run(run, out, dtype=dtype, to=to, merge=merge, base=base, with_base=with_base, round=which)
+    emit(done, exported_lines(done, to=to, merge=merge, with_base=with_base), as_json=json)
 
 
 def verify(
@@ -52,12 +72,40 @@ def verify(
 
     Example: fedlora verify adapter/ --server keys/server.pub
     """
-    from fedlora.core.answers import Verified
+    from fedlora.answers import Verified
     from fedlora.formats.keys import load_public
     from fedlora.library.signed import verify as check_signed
 
     key = load_public(server)
     found = check_signed(directory, key)
     facts = Verified(fingerprint=key.fingerprint(), files=sorted(found.files), trained=found.trained)
-    text = f"{directory}: {len(found.files)} files as signed by the server with fingerprint {key.fingerprint()}"
-    emit(facts, text, as_json=json)
+    text = f"{len(found.files)} files as signed by the server with fingerprint {key.fingerprint()}: {directory}"
+    emit(facts, [text], as_json=json)
+
+
+def pull(
+    home: Annotated[Path, typer.Argument(help="The server's directory, from `fedlora server init`.")],
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
+    best: Best = False,
+    round: Round = None,
+    json: Json = False,
+) -> None:
+    """Write the adapter of a run as a signed PEFT adapter; the run may go on.
+
+    `fedlora export HOME/runs/NAME` does the same, and more kinds.
+
+    Example: fedlora server pull study my-run adapter/ --best
+    """
+    from fedlora.library.publish import export_run, exported_lines
+
+    done = export_run(home / "runs" / run, out, dtype="bfloat16", round=_which(best=best, round=round))
+    emit(done, exported_lines(done, to="peft", merge=False, with_base=False), as_json=json)
+
+
+def _which(*, best: bool, round: int | None) -> int | Literal["best", "last"]:
+    from fedlora.core.errors import ConfigError
+
+    if best and round is not None:
+        raise ConfigError("--best and --round each name another adapter", hint="give one of them")
+    return "best" if best else "last" if round is None else round

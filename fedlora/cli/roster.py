@@ -11,13 +11,13 @@ import typer
 from fedlora.cli.output import Json, emit
 
 if TYPE_CHECKING:
-    from fedlora.core.answers import RosterFacts
+    from fedlora.answers import RosterFacts
     from fedlora.formats.keys import PublicIdentity
     from fedlora.formats.roster import Roster
     from fedlora.formats.signed_roster import SignedRoster
 
 
-roster = typer.Typer(no_args_is_help=True, help="For coordinators: list the sites that take part, and sign it.")
+roster = typer.Typer(no_args_is_help=True, help="List the sites that take part, and sign the list.")
 
 RosterFile = Annotated[Path, typer.Argument(help="Roster file (JSON).", show_default=False)]
 
@@ -176,6 +176,7 @@ def show(file: RosterFile, json: Json = False) -> None:
 
     Example: fedlora roster show roster.json
     """
+    from fedlora.core.deployment.digests import grouped
     from fedlora.formats.signed_roster import load_roster
 
     found = load_roster(file)
@@ -184,6 +185,7 @@ def show(file: RosterFile, json: Json = False) -> None:
     lines = [
         f"epoch {facts['epoch']} of federation {facts['fed'][:16]}",
         f"digest       {facts['digest']}",
+        f"  (aloud)    {grouped(facts['digest'])}",
         f"valid        {facts['valid_from']} to {facts['valid_until']} ({facts['state']})",
         f"terms        at least {facts['min_cohort']} sites a sum, {facts['max_colluding']} may collude; "
         f"FedLoRA {facts['min_version']} or later",
@@ -195,7 +197,7 @@ def show(file: RosterFile, json: Json = False) -> None:
         *(f"  {p['name']:{width}}  {p['status']:9}  group {p['group'] or '-':<3}  {p['fingerprint']}" for p in facts["sites"]),
         *_idle(facts),
     ]
-    emit(facts, "\n".join(lines), as_json=json)
+    emit(facts, lines, as_json=json)
 
 
 # --- what they share --------------------------------------------------------------------------------------------
@@ -252,17 +254,21 @@ def _save(file: Path, signed: SignedRoster) -> None:
 
 def _to_sign(file: Path, signed: SignedRoster, *, json: bool) -> None:
     """What every change ends with: the digest, and what is still to be done."""
+    from fedlora.core.deployment.digests import grouped
+
     facts = _facts(signed)
     enough = facts["signatures"] >= facts["needed"]
     missing = ", ".join(c["name"] for c in facts["coordinators"] if c["signature"] != "signed")
-    then = "give the file to the server and to every site" if enough else f"fedlora roster sign {file} --key KEY, by {missing}"
+    there = "put the file into the server's directory as roster.json; sites get it from there, and need the digest only"
+    then = there if enough else f"fedlora roster sign {file} --key KEY, by {missing}"
     lines = [
-        f"{file}: epoch {facts['epoch']}, {facts['signatures']} of {facts['needed']} signatures",
+        f"roster {file}: epoch {facts['epoch']}, {facts['signatures']} of {facts['needed']} signatures",
         f"digest {facts['digest']}",
+        f"  to read aloud: {grouped(facts['digest'])}",
         *_idle(facts),
         f"next: {then}",
     ]
-    emit(facts, "\n".join(lines), as_json=json)
+    emit(facts, lines, as_json=json)
 
 
 def _idle(facts: RosterFacts) -> list[str]:
@@ -277,7 +283,7 @@ def _idle(facts: RosterFacts) -> list[str]:
 def _facts(signed: SignedRoster) -> RosterFacts:
     from datetime import UTC, datetime
 
-    from fedlora.core.answers import Coordinator, RosterFacts, RosterSite
+    from fedlora.answers import Coordinator, RosterFacts, RosterSite
     from fedlora.core.errors import RosterExpired
 
     r, valid = signed.roster, signed.signers(signed.roster.coordinators)

@@ -30,13 +30,13 @@ def schema(
     """
     from json import dumps
 
-    from fedlora.core.errors import ConfigError, plain
+    from fedlora.core.errors import ConfigError
 
     names = list(_makers())
     if name and name not in names:
-        raise ConfigError(f"there is no schema of {plain(name)[:80]!r}", hint=f"choose one of: {', '.join(names)}")
+        raise ConfigError(f"there is no schema of {name[:80]!r}", hint=f"choose one of: {', '.join(names)}")
     found = schema_of(name) if name else None
-    emit({"names": names, "schema": found}, dumps(found, indent=2) if found else "\n".join(names), as_json=json)
+    emit({"names": names, "schema": found}, dumps(found, indent=2).split("\n") if found else names, as_json=json)
 
 
 def schema_of(name: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def schema_of(name: str) -> dict[str, Any]:
 
 
 def _makers() -> Mapping[str, Callable[[], dict[str, Any]]]:
-    from fedlora.core.answers import ANSWERS
+    from fedlora.answers import ANSWERS
     from fedlora.core.records import Proof, Results
     from fedlora.formats.published.records import Prompt, Published
 
@@ -91,7 +91,7 @@ def _events() -> dict[str, Any]:
 
 def _output(command: str, kind: Any) -> dict[str, Any]:
     """The last line that a command prints under --json. The lines before it, if any, are ``events``."""
-    from fedlora.core.answers import Failure
+    from fedlora.answers import Failure
 
     parts, defs = _together([kind, Failure])
     head = {"fedlora": _version(), "command": {"const": command}}
@@ -101,7 +101,7 @@ def _output(command: str, kind: Any) -> dict[str, Any]:
 
 
 def _version() -> dict[str, Any]:
-    from fedlora.core.answers import ENVELOPE
+    from fedlora.answers import ENVELOPE
 
     return {"const": ENVELOPE}
 

@@ -10,19 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from fedlora.answers import Exported, Inspected, RunDone
 from fedlora.core.adapter import Adapter
-from fedlora.core.answers import Exported, Inspected, RunDone
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError, WrongContext
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.records import Results
 from fedlora.data.prompt import unseen
-from fedlora.formats.files import load_adapter
+from fedlora.formats.files import load_adapter, refuse_existing
 from fedlora.formats.keys import Identity
 from fedlora.formats.plans import load_plan, load_prompt
 from fedlora.formats.published.records import Prompt, Published, RunFacts
 from fedlora.formats.records import facts_of, parse_text
 from fedlora.formats.signed_roster import load_roster
+from fedlora.formats.state.audit import note
 from fedlora.library.signed import seal
+from fedlora.rounds.best import chosen
 from fedlora.rounds.server import load_server_key
 from fedlora.rounds.store import RunStore
 from fedlora.rules import rule_of
@@ -39,6 +41,7 @@ def export_run(
     merge: bool = False,
     base: Path | None = None,
     with_base: bool = False,
+    round: int | Literal["best", "last"] = "last",
 ) -> Exported:
     """Publishes a run's last adapter, signed by the server if the run lies in the server's directory, ``HOME/runs/NAME``.
 
@@ -49,13 +52,14 @@ def export_run(
         to: ``peft``, or ``gguf``: for llama.cpp, which needs ``base``.
         merge: write the base with the adapter merged in, which needs ``base`` in full precision.
         with_base: write the base beside the adapter, as GGUF in bfloat16.
+        round: the adapter after so many rounds, the one with the least held-out loss, or the last one.
         base: the base's directory; what the run does not know of prompts is then read from it.
 
     Returns:
         What was written, by whom it is signed, and what of the prompt is not known.
 
     Raises:
-        StoreError: no run there, or ``out`` exists.
+        StoreError: no run there, ``out`` exists, or the adapter after that round is not kept.
         KeyFileError: the server's key is damaged.
         ConfigError: ``merge`` or ``gguf`` without ``base``, options that do not go together, or the run has no adapter for
             everybody.
@@ -63,9 +67,10 @@ def export_run(
         WrongContext (wrong-base): it is another one than the plan pins.
     """
     _check_options(to, merge=merge, with_base=with_base)
+    refuse_existing(out)  # before anything is read or loaded
     signer = _signer(run)
     sealed = partial(seal, signer=signer) if signer else None
-    plan, adapter, facts = _finished(run)
+    plan, adapter, facts = _finished(run, round)
     if base is None and (merge or to == "gguf"):
         raise _without_base("--merge" if merge else "--to gguf", plan)
     if base is not None:
@@ -75,15 +80,37 @@ def export_run(
 
     if merge and base is not None:
         export.merge(adapter, base, out, scale=plan.lora.scale, dtype=dtype)
-        return Exported(out=str(out), signed_by=None, unknown=[])
+        return _noted(run, signer, facts, _written(out, facts, by="", unknown=[]), kind="merged")
     if to == "gguf" and base is not None:
         from fedlora.learn.export.llama_cpp import export_gguf
 
         export_gguf(adapter, out, plan=plan, base=base, with_base=with_base, run=facts, dtype=dtype, seal=sealed)
     else:
         _export_peft(adapter, out, plan=plan, dtype=dtype, run=facts, seal=sealed)
-    signed_by = signer.public.fingerprint() if signer else None
-    return Exported(out=str(out), signed_by=signed_by, unknown=_unknown(facts.prompt))
+    by = signer.public.fingerprint() if signer else ""
+    return _noted(run, signer, facts, _written(out, facts, by=by, unknown=_unknown(facts.prompt)), kind=to)
+
+
+def _written(out: Path, facts: RunFacts, *, by: str, unknown: list[str]) -> Exported:
+    return Exported(out=str(out), signed_by=by or None, unknown=unknown, rounds=facts.rounds, complete=facts.complete)
+
+
+def _noted(run: Path, signer: Identity | None, facts: RunFacts, done: Exported, *, kind: str) -> Exported:
+    """What was written, once that stands in the log of the server in whose directory the run lies."""
+    if signer is not None:
+        place = run.resolve()
+        adapter, rounds = facts.adapter, facts.rounds or 0
+        note(
+            place.parent.parent,
+            "export",
+            run=place.name,
+            id=facts.run,
+            rounds=rounds,
+            adapter=adapter,
+            kind=kind,
+            out=done["out"],
+        )
+    return done
 
 
 def _check_options(to: str, *, merge: bool, with_base: bool) -> None:
@@ -119,11 +146,16 @@ def _without_base(option: str, plan: Plan) -> ConfigError:
     return ConfigError(f"{option} needs --base", hint=f"give --base the full-precision directory of {name}")
 
 
-def exported_text(done: Exported, *, to: str, merge: bool, with_base: bool) -> str:
+def exported_lines(done: Exported, *, to: str, merge: bool, with_base: bool) -> list[str]:
     """What came of :func:`export_run`, and what is missing, for people."""
-    out, lines = done["out"], [done["out"]]
+    after = (
+        ""
+        if done["rounds"] is None
+        else f", after round {done['rounds']}{'' if done['complete'] else ': NOT THE LAST of its plan'}"
+    )
+    out, lines = done["out"], [f"written: {done['out']}{after}"]
     if merge:
-        return out
+        return lines
     if done["signed_by"]:
         lines.append(f"signed by this server, fingerprint {done['signed_by']}")
     else:
@@ -141,7 +173,7 @@ def exported_text(done: Exported, *, to: str, merge: bool, with_base: bool) -> s
         lines += ["", f"  llama-server -m {base} --lora {out}/adapter.gguf"]
     else:
         lines += ["", "  from peft import PeftModel", f'  model = PeftModel.from_pretrained(base, "{out}")']
-    return "\n".join(lines)
+    return lines
 
 
 def _signer(run: Path) -> Identity | None:
@@ -175,34 +207,45 @@ def _check_base(plan: Plan, base: Path) -> None:
         )
 
 
-def _finished(run: Path) -> tuple[Plan, Adapter, RunFacts]:
-    """The plan, the last adapter, and how it came to be."""
+def inside(run: Path) -> list[Path]:
+    """Where a seed of a simulation has its federation, of one kind or the other."""
+    return [run / "federated", *sorted((run / "flower" / "server" / "runs").glob("*"))]
+
+
+def _finished(run: Path, round: int | Literal["best", "last"]) -> tuple[Plan, Adapter, RunFacts]:
+    """The plan, the chosen adapter, and how it came to be."""
     if run.is_file():
+        if round != "last":
+            raise ConfigError("a site's own adapter has no rounds to choose from", hint="leave --best and --round out")
         return _own(run)
-    inside = [run / "federated", *sorted((run / "flower" / "server" / "runs").glob("*"))]  # of a simulation; which kind
-    store = RunStore.open(next((d for d in inside if d.is_dir()), run))
+    store = RunStore.open(next((d for d in inside(run) if d.is_dir()), run))
     if rule_of(store.plan).keeps_local_factor:
         raise ConfigError(
             "aggregate.fedavg.share = 'A': every site has its own B, so there is no global adapter",
             hint="run `fedlora export STATE/journal/RUN.safetensors OUT` at a site: it writes that site's PEFT adapter",
         )
-    at, prompt = store.load(), load_prompt(store.directory / "plan.json")
+    if round == "last":
+        at = store.load()
+        done, adapter = at.round, at.adapter
+    else:
+        done, adapter = chosen(store, round)
+    prompt = load_prompt(store.directory / "plan.json")
     facts = RunFacts(
         of="federation",
         run=store.run,
         plan=store.plan.digest(),
         base=store.plan.model.digest,
-        adapter=at.adapter.digest(),
+        adapter=adapter.digest(),
         aggregate=store.plan.aggregate.name,
         protection=store.plan.protect.mode,
         seed=store.plan.run.seed,
-        rounds=at.round,
-        complete=at.round == store.plan.federation.num_rounds,
-        sites=_sites(store, at.round),
+        rounds=done,
+        complete=done == store.plan.federation.num_rounds,
+        sites=_sites(store, done),
         share=rule_of(store.plan).down(),
         prompt=prompt or unseen(store.plan),
     )
-    return store.plan, at.adapter, facts
+    return store.plan, adapter, facts
 
 
 def _sites(store: RunStore, rounds: int) -> int | None:
@@ -225,8 +268,9 @@ def _own(file: Path) -> tuple[Plan, Adapter, RunFacts]:
             f"{file} holds the adapter of another run", hint="a site names the file after the run: ask for the right one"
         )
     plan = parse_plan(stored["plan"].encode())
+    alone = rule_of(plan).keeps_local_factor  # else a site keeps it when the last round is done
     facts = RunFacts(
-        of="site",
+        of="site" if alone else "federation",
         run=str(stored["run"]),
         plan=plan.digest(),
         base=plan.model.digest,
@@ -234,8 +278,8 @@ def _own(file: Path) -> tuple[Plan, Adapter, RunFacts]:
         aggregate=plan.aggregate.name,
         protection=plan.protect.mode,
         seed=plan.run.seed,
-        rounds=None,
-        complete=None,
+        rounds=None if alone else plan.federation.num_rounds,
+        complete=None if alone else True,
         sites=None,
         share=rule_of(plan).down(),
         prompt=unseen(plan),
@@ -243,7 +287,7 @@ def _own(file: Path) -> tuple[Plan, Adapter, RunFacts]:
     return plan, adapter, facts
 
 
-def outcome(run: Path) -> tuple[RunDone, str]:
+def outcome(run: Path) -> tuple[RunDone, list[str]]:
     """What came of a run: the rounds that were done and those of them without some site, for programs and in words.
 
     Raises:
@@ -255,10 +299,12 @@ def outcome(run: Path) -> tuple[RunDone, str]:
     rounds, records = store.load().round, store.records()
     partial = [r.round for r in records if r.partial]
     said = f"{len(partial)} of {rounds} rounds without some site" if partial else f"{rounds} rounds, every site in each"
-    text = (
-        f"done: {run} ({said})\n{majority_line(records)}\nnext, where fedlora[train] is installed: fedlora export {run} adapter/"
-    )
-    return RunDone(run=str(run), rounds=rounds, partial_rounds=partial), text
+    lines = [
+        f"done: {run} ({said})",
+        majority_line(records),
+        f"next, where fedlora[train] is installed: fedlora export {run} adapter/",
+    ]
+    return RunDone(run=str(run), rounds=rounds, partial_rounds=partial), lines
 
 
 def describe(path: Path) -> Inspected:

@@ -2,18 +2,24 @@
 
 import io
 import json
+import os
 import sys
+import time
 import tomllib
 
+import click
 import pytest
 import typer
 
 from fedlora.cli import main
 from fedlora.cli.output import fail
+from fedlora.cli.terminal import wrapped
 from fedlora.core.plan import Plan, Protect
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_site_keys
+from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, load_identity
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.memory import FileMemory
 from fedlora.lab.testing import toy_plan
 from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
@@ -39,8 +45,9 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_site(home, **more):
-    file = SiteFile(name="guys", key="keys/guys.key", models={MODEL: "x"}, **more)
+def write_site(home, models_too=(), **more):
+    more = {"roster": "ab" * 32, "policy": Policy(protect=("sealed", "secagg"))} | more
+    file = SiteFile(name="guys", key="keys/guys.key", models={MODEL: "x", **dict(models_too)}, **more)
     (home / "site.toml").write_text(dump_toml(file).replace("[data]", "# a comment of our own\n[data]"))
 
 
@@ -72,14 +79,43 @@ def test_without_a_terminal_or_yes_nothing_is_approved(home, monkeypatch, capsys
     assert "--yes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("answer", "status"), [(True, 0), (False, 130)])
-def test_on_a_terminal_a_person_is_asked(home, monkeypatch, answer, status):
+@pytest.mark.parametrize("command", ["approve sealed.toml", "leave site.toml"])
+@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("n", 5), ("", 130)], ids=["yes", "no", "ctrl-c"])
+def test_on_a_terminal_a_person_is_asked(home, monkeypatch, capsys, command, answer, status):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", terminal)
-    monkeypatch.setattr(typer, "confirm", lambda text: answer)
-    assert main(["site", "approve", "sealed.toml"]) == status
-    assert plans(home) == ((SEALED.digest(),) if answer else ())
+
+    def asked(text):
+        if not answer:
+            raise click.Abort
+        return answer == "y"
+
+    monkeypatch.setattr(typer, "confirm", asked)
+    before = sorted(home.rglob("*")), (home / "site.toml").read_text()
+    assert main(["site", *command.split()]) == status
+    changed = (sorted(home.rglob("*")), (home / "site.toml").read_text()) != before
+    assert changed is (answer == "y")
+    said = capsys.readouterr().err
+    assert said == ("" if answer == "y" else "error (declined): nothing was changed: nobody has said yes\n")
+
+
+def test_a_roster_is_typed_as_it_is_read_aloud_and_a_wrong_or_a_missing_one_is_said_in_words(home, capsys):
+    aloud = " ".join(["B4A5", "cda3", "e67e", "15a8"] * 4)
+    write_site(home, roster=aloud)
+    assert load_site_file(home / "site.toml").roster == "".join(aloud.split()).lower()
+    assert main(["site", "approve", "secret.toml", "--yes"]) == 0
+    for wrong, said in ((aloud[:-1], "here are 63 characters"), (f"{aloud[:-1]}o", "1 of them neither 0-9 nor a-f")):
+        (home / "site.toml").write_text(f'name = "guys"\nroster = "{wrong}"\n')
+        assert main(["site", "approve", "secret.toml", "--yes"]) == 3
+        error = capsys.readouterr().err
+        assert said in error
+        assert "pattern" not in error
+    write_site(home, roster="", policy=Policy())
+    assert main(["site", "approve", "secret.toml", "--yes"]) == 5
+    error = capsys.readouterr().err
+    assert "`roster` in the site file is empty\nhint: nothing was approved: set `roster`" in error
+    assert "[policy]" not in error
 
 
 def test_a_plan_that_is_approved_already_is_not_added_twice_unless_again(home, capsys):
@@ -144,6 +180,22 @@ def test_a_plan_cannot_write_over_what_a_person_reads():
 
 @pytest.mark.attack(
     "C1c",
+    "a proof of hundreds of lines beside the plan, so that what a person decides on is out of sight",
+    stops="twelve of them are shown, before the plan; the plan's words and what is agreed to stand directly above the question",
+)
+def test_a_long_proof_moves_nothing_out_of_sight(home, capsys):
+    check = {"name": "ids", "verdict": "wrong", "found": "FOUND", "way_out": ""}
+    proof = {"format": 1, "plan": SEALED.digest(), "base": SEALED.model.digest, "machine": "m", "checks": [check] * 300}
+    (home / "proof.json").write_text(json.dumps(proof))
+    assert main(["site", "approve", "sealed.toml", "--yes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("FOUND" in line for line in lines) == 12
+    assert lines[13] == "  and 288 more, in proof.json"
+    assert lines[14] == f"plan {SEALED.digest()}"
+
+
+@pytest.mark.attack(
+    "C1c",
     "the same with a name of a key, which is quoted in the error",
     stops="no text that the command prints holds such characters; a line that continues is indented",
 )
@@ -160,7 +212,12 @@ def test_no_error_writes_over_what_a_person_reads(tmp_path, capsys, command, as_
 
 def test_what_is_printed_moves_nothing_but_to_the_next_line(capsys):
     assert fail("one\x1b[2J\nrun this", hint="two\r\u202e\nand this", code="config", status=3) == 3
-    assert capsys.readouterr().err.splitlines() == ["error: one?[2J", "  run this", "hint: two??", "  and this"]
+    assert capsys.readouterr().err.splitlines() == [
+        "error (config): one\\x1b[2J",
+        "  run this",
+        "hint: two\\r\\u202e",
+        "  and this",
+    ]
 
 
 # --- secure aggregation --------------------------------------------------------------------------------------------------
@@ -200,6 +257,125 @@ def test_whose_update_could_be_uncovered_is_said_and_has_to_be_named(grown, caps
     assert plans(grown) == (SECAGG.digest(),)  # one entry still
     assert main(["site", "approve", "secret.toml", "--yes", "--uncovers", "Not A Site"]) == 3
     assert load_site_file(grown / "site.toml").uncovers == {SECAGG.digest(): four}
+
+
+ROWS = "where the rows of one site alone have, the difference is the change of that site's update"
+
+
+def test_what_changed_rows_show_is_said_whenever_sums_are_approved_also_for_the_first_time(home, capsys):
+    write_site(home, policy={"protect": ("sealed", "secagg")})
+    assert main(["site", "approve", "sealed.toml", "--yes"]) == 0
+    assert ROWS not in capsys.readouterr().out
+    assert main(["site", "approve", "secret.toml", "--yes"]) == 0
+    first = capsys.readouterr().out
+    assert ROWS in first
+    assert "within one" in first
+    assert "after work for one this site refuses the other" in first  # the sealed plan has no sums
+
+
+def test_other_plans_that_were_approved_on_one_base_model_are_named_before_any_sum(home, capsys):
+    """Plans of another name, which train to the same bits, and of another number of rounds."""
+    again = SECAGG.model_copy(update={"run": SECAGG.run.model_copy(update={"name": "second"})})
+    longer = SECAGG.model_copy(update={"federation": SECAGG.federation.model_copy(update={"num_rounds": 4})})
+    elsewhere = SECAGG.model_copy(
+        update={"model": SECAGG.model.model_copy(update={"model_name_or_path": "other/base", "digest": "cd" * 32})}
+    )
+    write_site(home, models_too={"other/base": "y"}, plans=("ab" * 32,), policy={"protect": ("sealed", "secagg")})
+    for name, plan in {"again": again, "longer": longer, "elsewhere": elsewhere}.items():
+        (home / f"{name}.toml").write_text(dump_toml(plan))
+    told = {}
+    for name in ("secret", "again", "longer", "elsewhere", "again"):
+        assert main(["site", "approve", f"{name}.toml", "--yes", "--json"]) == 0
+        told[name] = json.loads(capsys.readouterr().out)["data"]["before"]
+    one, two = f"plan {SECAGG.digest()[:12]} (", "is approved here on this base model too: "
+    assert [line for line in told["longer"] if two in line and line.endswith("the same holds")] == [
+        f"{one}{SECAGG.run.name}) {two}the same holds",
+        f"plan {again.digest()[:12]} (second) {two}the same holds",
+    ]
+    assert f"{one}{SECAGG.run.name}) {two}its sums and this plan's are as of two runs of one plan" in told["again"]
+    assert not [line for line in told["elsewhere"] if two in line]
+    unknown = f"plan {'ab' * 6} is approved here and not known: it may be on this base model too"
+    assert all(ROWS in lines[0] and lines.count(unknown) == 1 for lines in told.values())
+
+
+def test_a_plan_with_sums_and_one_without_name_each_other(home, capsys):
+    write_site(home, policy={"protect": ("sealed", "secagg")})
+    told = {}
+    for name in ("sealed", "secret", "sealed"):
+        assert main(["site", "approve", f"{name}.toml", "--yes", "--json"]) == 0
+        told[name] = " ".join(json.loads(capsys.readouterr().out)["data"]["before"])
+    assert f"plan {SEALED.digest()[:12]} ({SEALED.run.name}) is approved here" in told["secret"]
+    assert f"plan {SECAGG.digest()[:12]} ({SECAGG.run.name}) is approved here" in told["sealed"]
+    assert "this site's update in that one, so that" in told["secret"]
+    assert "this site's update in this one, so that" in told["sealed"]
+
+
+@pytest.mark.attack(
+    "C1c",
+    "a plan of thousands of names, or of values of any length, whose own words push each other out of sight",
+    stops="no list of a plan holds a value twice, and twelve values are shown: fewer than 100 rows of 80 columns in all",
+)
+@pytest.mark.parametrize("first", [SEALED, SECAGG])
+@pytest.mark.parametrize("then", [SEALED, SECAGG])
+def test_no_plan_is_so_long_that_its_words_leave_the_screen(home, first, then, capsys):
+    """As many names and as many changed keys as a plan can hold, beside an earlier plan and earlier sums of such a one."""
+
+    def long(plan, word):
+        targets = tuple(f"{word}{n:03}".ljust(200, "x") for n in range(120))
+        few = {"train/loss": ("train/loss",), "eval": ("eval/nll", "eval/examples")}
+        changes = {
+            "lora": {"target_modules": targets, "ranks": {}},
+            "evaluation": {"share": few["eval" if word == "b" else "train/loss"]},
+            "training": {"max_grad_norm": 7.0 if word == "b" else 3.0, "max_length": 64 + ord(word)},
+            "model": {"revision": word * 200},
+        }
+        return plan.model_copy(update={k: getattr(plan, k).model_copy(update=v) for k, v in changes.items()})
+
+    write_site(home, policy={"protect": ("sealed", "secagg")})
+    for word, plan in (("a", long(first, "a")), ("b", long(then, "b"))):
+        assert len(plan.canonical()) > 20_000
+        (home / "long.toml").write_text(dump_toml(plan))
+        main(["site", "approve", "long.toml", "--yes"])
+        out = capsys.readouterr().out
+        assert sum(len(wrapped(line, 80).split("\n")) for line in out[out.index("\nplan ") :].splitlines()) < 100, word
+
+
+def rows_of(text):
+    return [row for line in text[text.index("plan ") :].splitlines() for row in wrapped(line, 80).split("\n")]
+
+
+@pytest.mark.attack(
+    "C1c",
+    "plan after plan on one base model, all approved, so that what is said of them moves the next one's words out of sight",
+    stops="twelve of them are named, the last first, and how many more there are",
+)
+def test_however_many_plans_were_approved_the_words_of_the_next_stay_on_the_screen(home, capsys):
+    for n in range(40):
+        plan = SEALED.model_copy(update={"run": SEALED.run.model_copy(update={"name": f"learning-rate-sweep-{n:02}"})})
+        (home / "next.toml").write_text(dump_toml(plan))
+        assert main(["site", "approve", "next.toml", "--yes"]) == 0
+        assert len(rows_of(capsys.readouterr().out)) < 100
+
+
+@pytest.mark.attack(
+    "C1c",
+    "a group of 256 sites with long names, all of which a plan would uncover",
+    stops="twelve names are shown, and how many more there are; a program is told all",
+)
+def test_a_large_group_moves_no_words_off_the_screen(home, capsys):
+    me = load_identity(home / "keys" / "guys.key")
+    sites = [me.public, *(Identity.generate(f"hospital-{n:03}".ljust(60, "x")).public for n in range(63))]
+    server, carol = Identity.generate("server"), Identity.generate("carol")
+    roster = SignedRoster(first_epoch(server.public, sites, [carol.public], group_size=64, now=int(time.time()))).sign(carol)
+    write_site(home, roster=roster.roster.digest())
+    memory = FileMemory(home / "state" / "memory")
+    memory.put("roster", roster.dump())
+    ContributionStore(memory, me, os.urandom).save(Ledger().after(Base.of(SECAGG), Contribution.of(sites, measure(SECAGG))))
+    other = SECAGG.model_copy(update={"training": SECAGG.training.model_copy(update={"learning_rate": 0.5})})
+    (home / "other.toml").write_text(dump_toml(other))
+    main(["site", "approve", "other.toml", "--yes"])
+    assert len(rows_of(capsys.readouterr().out)) < 100
+    assert len(question(other, home / "site.toml").uncovered) > 60
 
 
 def test_a_plan_that_lets_sums_differ_by_one_site_says_so_loudly(grown, capsys):

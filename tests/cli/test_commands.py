@@ -5,23 +5,32 @@ import re
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 from fedlora.cli import main
 from fedlora.cli.commands import app
+from fedlora.cli.explain import STATUSES, meanings
+from fedlora.cli.help import SECTIONS
 from fedlora.cli.output import Screen
+from fedlora.core.codes import CODES, exit_status
+from fedlora.doctor.findings import FAULTS
+from fedlora.flower import records
 from fedlora.formats.keys import PublicIdentity
+from fedlora.processes.causes import CAUSES
 
 COMMANDS = [
     ["version"],
     ["schema"],
+    ["explain"],
+    ["docs"],
     ["new", "plan"],
     ["new", "site"],
     ["new", "simulation"],
     ["keygen", "site"],
-    ["keygen", "server"],
+    ["server", "init"],
     ["check"],
     ["pin"],
     ["simulate"],
@@ -30,6 +39,12 @@ COMMANDS = [
     ["inspect"],
     ["server", "up"],
     ["server", "start"],
+    ["server", "attach"],
+    ["server", "status"],
+    ["server", "watch"],
+    ["server", "stop"],
+    ["server", "pause"],
+    ["server", "resume"],
     ["server", "repair"],
     ["site", "up"],
     ["site", "approve"],
@@ -73,9 +88,80 @@ def test_help_explains_every_argument_and_option_once(capsys, monkeypatch):
             assert re.search(r"\S  +(?!\[)\S", lines[0]), f"{words}: {lines[0]}"
 
 
-@pytest.mark.parametrize("kind", ["plan", "simulation"])
+def test_every_command_stands_once_under_the_one_who_uses_it_with_a_whole_sentence(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = [name for names in SECTIONS.values() for name in names]
+    assert sorted(listed) == sorted(get_command(app).commands)
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    at = [out.index(f"\n{title}:\n") for title in SECTIONS]
+    assert at == sorted(at)
+    assert "..." not in out.partition("To begin:")[2]
+    assert "\nCommands:" not in out
+
+
+def test_a_command_that_stands_in_no_section_is_listed_all_the_same(capsys, monkeypatch):
+    monkeypatch.setitem(SECTIONS, "To begin", ("new",))
+    assert main(["--help"]) == 0
+    assert "\n  keygen " in capsys.readouterr().out.partition("\nCommands:\n")[2]
+
+
+def test_the_help_lists_the_exit_statuses_that_errors_have(capsys):
+    assert main(["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{status} {meaning}" in said for status, meaning in STATUSES.items())
+    assert {exit_status(code) for code in CODES} <= set(STATUSES)
+
+
+def test_the_version_is_an_option_too(capsys):
+    said = []
+    for words in (["--version"], ["version"]):
+        assert main(words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].startswith("fedlora ")
+
+
+def words_of_records():
+    """Every word that stands for an error, or for why a site is not in a round."""
+    return {
+        *CODES,
+        *records._FLOWER_ERRORS.values(),
+        "flower",
+        "late",
+        "offline",
+        "not-drawn",
+        "site-stopped",
+        "os",
+        "usage",
+        "bug",
+        *FAULTS,  # what `site doctor` and `site up` print in brackets
+        *CAUSES,
+    }
+
+
+@pytest.mark.parametrize("code", sorted(words_of_records()))
+def test_each_code_is_explained_by_what_it_means_and_what_to_do(code, capsys):
+    assert main(["explain", code]) == 0
+    meaning, cure, *_ = capsys.readouterr().out.splitlines()
+    assert meaning.endswith(".")
+    assert cure.endswith(".")
+    assert meaning != cure
+    assert "?" not in meaning + cure  # a fact that nobody filled in
+
+
+def test_an_error_names_its_code_and_an_unknown_one_its_neighbor(capsys):
+    assert main(["explain", "wrong-bas"]) == 3
+    assert capsys.readouterr().err.splitlines() == [
+        "error (config): there is no code 'wrong-bas'",
+        "hint: did you mean wrong-base?",
+    ]
+    assert set(meanings()) == {*words_of_records(), "interrupted", "declined"}
+
+
+@pytest.mark.parametrize("kind", ["plan", "plan --all", "simulation"])
 def test_what_new_prints_passes_check(kind, tmp_path, capsys):
-    main(["new", kind])
+    main(["new", *kind.split()])
     plan = tmp_path / "plan.toml"
     plan.write_text(capsys.readouterr().out)
     assert main(["check", str(plan)]) == 0
@@ -100,7 +186,7 @@ def test_an_error_is_one_json_object_for_programs_and_two_lines_for_people(tmp_p
     found = json.loads(out.out)
     assert found["ok"] is False
     assert found["error"]["code"]
-    assert out.err.startswith("error: ")
+    assert out.err.startswith("error (")
     assert main(["check", missing]) == 3
     assert capsys.readouterr().out == ""
 
@@ -141,6 +227,29 @@ def test_what_the_world_does_is_no_bug(raised, status, said, monkeypatch, capsys
     assert json.loads(out.out)["ok"] is False
 
 
+PRESSED = """
+import importlib, sys, tomllib
+
+class Pressed:
+    def find_spec(self, name, path=None, target=None):
+        if name == pressed:
+            raise KeyboardInterrupt
+
+pressed = sys.argv[1]
+sys.meta_path.insert(0, Pressed())
+module, _, function = tomllib.load(open(sys.argv[2], "rb"))["project"]["scripts"]["fedlora"].partition(":")
+sys.argv[1:] = ["docs"]
+sys.exit(getattr(importlib.import_module(module), function)())
+"""
+
+
+@pytest.mark.parametrize("module", ["fedlora.cli.output", "typer", "fedlora.cli.commands", "fedlora.cli.help"])
+def test_a_ctrl_c_while_the_command_itself_is_imported_is_no_traceback(module):
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    done = subprocess.run([sys.executable, "-c", PRESSED, module, str(project)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error (interrupted): interrupted\n")
+
+
 def test_inspect_shows_no_values_of_a_list(tmp_path, capsys):
     (tmp_path / "x.json").write_text('["secret", {"a": 1}]')
     assert main(["inspect", str(tmp_path / "x.json")]) == 0
@@ -169,14 +278,14 @@ def test_a_bad_site_name_makes_no_file(name, tmp_path):
 
 def test_a_server_directory_is_made_once(tmp_path, capsys):
     home = tmp_path / "study"
-    assert main(["keygen", "server", str(home), "--host", "127.0.0.1", "--json"]) == 0
+    assert main(["server", "init", str(home), "--host", "127.0.0.1", "--json"]) == 0
     public = PublicIdentity.parse((home / "server.pub").read_text())
     assert answer(capsys)["data"]["fingerprint"] == public.fingerprint()
     files = {str(p.relative_to(home)) for p in home.rglob("*") if p.is_file()}
     assert {"server.key", "server.pub", "tls/ca.crt", "superexec.secret"} <= files
     private = [p for p in home.rglob("*") if p.suffix in (".key", ".secret")]
     assert all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in private)
-    assert main(["keygen", "server", str(home), "--host", "127.0.0.1"]) == 3
+    assert main(["server", "init", str(home), "--host", "127.0.0.1"]) == 3
 
 
 def test_inspect_says_what_a_file_is_and_refuses_others(tmp_path, capsys):
@@ -189,7 +298,7 @@ def test_inspect_says_what_a_file_is_and_refuses_others(tmp_path, capsys):
     other.write_bytes(b"\x00\xff" * 9)
     assert main(["inspect", str(other)]) == 3
     assert main(["inspect", str(tmp_path / "none")]) == 3
-    assert "error:" in capsys.readouterr().err
+    assert "error (" in capsys.readouterr().err
 
 
 def test_exporting_what_is_no_run_says_so(tmp_path, capsys):
@@ -209,12 +318,16 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
         screen("site-offline", {"site": "north"})
         screen("rejected", {"site": "north", "code": "late"})
         screen("update", {"site": "south", "weight": 3, "metrics": {}})
+        for kind in ("train", "evaluate"):
+            screen("ask", {"round": 7, "attempt": 0, "kind": kind, "sites": ["north"]})
         screen("no-such-event", {})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("s  ", 1)[1].strip() for line in lines] == [
         "north is offline",
         "north: not counted (late)",
         "south: weight 3, training loss -, held-out NLL -",
+        "round 7: asking north",
+        "last evaluation: asking north",
         "no-such-event: reported by another version of FedLoRA",
     ]
     with Screen(quiet=True) as screen:

@@ -88,6 +88,7 @@ def test_show_says_who_takes_part_and_who_has_signed(say, study, capsys):
     assert main(["roster", "show", str(study / "r.json")]) == 0
     text = capsys.readouterr().out
     assert shown["digest"] in text
+    assert " ".join(shown["digest"][i : i + 4] for i in range(0, 64, 4)) in text  # to be read aloud
     assert "0 of 1 needed" in text
     assert all(s["fingerprint"] in text for s in shown["sites"])
 

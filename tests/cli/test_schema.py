@@ -4,10 +4,8 @@ import functools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,18 +17,17 @@ from test_rounds import Federation, interrupted
 from test_rounds import plan as toy_plan
 from test_run_records import PUBLISHED, RECORD, results_of_a_simulation
 
+from fedlora.answers import ANSWERS, Forecast
 from fedlora.cli import main
 from fedlora.cli.commands import app
 from fedlora.cli.output import command_of
 from fedlora.cli.schema import schema_of
-from fedlora.core.answers import ANSWERS, Forecast
 from fedlora.core.events import Event
 from fedlora.core.plan import Plan
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.formats.records import dump_round, dump_text
-from fedlora.gateway.exposure import free_port
-from fedlora.processes.parent import die_with_parent
+from fedlora.site.progress import Progress
 from fedlora.site.site_file import SiteFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,20 +67,34 @@ NEW = ["new.json", "keys/a.pub", "keys/b.pub", "keys/c.pub", "--server", "server
 FILES = ("rounds.jsonl", "results.json", "fedlora_run.json", "proof.json", "prompt.json")
 CASES = {
     "version": [[]],
+    "explain": [[], ["data"]],
+    "docs": [[], ["site.toml"], ["--out", "guides"]],
     "schema": [[], *([name.replace(" ", "-")] for name in ANSWERS), *([f] for f in FILES), ["events"]],
-    "new plan": [[]],
+    "new plan": [[], ["--all"]],
     "new site": [[]],
     "new simulation": [[]],
     "keygen site": [["north", "--out", "more"]],
-    "keygen server": [["another", "--host", "127.0.0.1"]],
+    "server init": [["another", "--host", "127.0.0.1"]],
     "check": [["sealed.toml"], ["secret.toml"], ["open.toml"]],
+    "compare": [["done"], ["done", "--arm", "federated", "--format", "tex"], ["done", "--format", "csv"]],
     "inspect": [
         ["sealed.toml"], ["roster.json"], ["results.json"], ["fedlora_run.json"], ["any.json"], ["list.json"],
         ["run.safetensors"], ["update.flup"], ["task.fltk"], ["envelope.flse"],
     ],
     "site approve": [["sealed.toml", "--yes"], ["sealed.toml", "--yes", "--again"], ["secret.toml", "--yes"]],
     "site repair": [["site.toml"]],
+    "server status": [["server"]],
+    "site status": [["site.toml"]],
+    "site watch": [["site.toml"]],
+    "site pause": [["site.toml"], ["site.toml", "--until", "18:00"]],
+    "site resume": [["site.toml"]],
+    "site leave": [["site.toml", "--yes"], ["site.toml", "--yes", "--erase"]],
+    "site install-service": [["site.toml", "--show"]],
+    "site outbox": [["site.toml"], ["site.toml", "--verify"]],
+    "site doctor": [["site.toml", "--offline", "--no-step"]],
     "server repair": [["server"], ["server", "my-run"]],
+    "server audit show": [["server"]],
+    "server audit verify": [["server"]],
     "roster new": [NEW, [*NEW, "--group-size", "3"]],
     "roster add": [["roster.json", "keys/d.pub"], ["roster.json", "--days", "9"]],
     "roster revoke": [["roster.json", "a"]],
@@ -91,14 +102,22 @@ CASES = {
     "roster show": [["roster.json"], ["unsigned.json"]],
 }  # fmt: skip
 """Commands that need neither a model nor a network, and the ways in which each is run here."""
-ONLY_READ = {"version", "schema", "new plan", "new site", "new simulation", "check", "inspect", "roster show"}
-WITH_A_MODEL = {"pin", "check", "simulate", "report", "export", "inspect"}
-DEPLOYED = {"keygen server", "keygen site", "pin", "site approve", "server up", "site up", "server start", "export", "verify",
-            "site repair", "server repair"}  # fmt: skip
+ONLY_READ = {"version", "schema", "explain", "docs", "new plan", "new site", "new simulation", "check", "compare", "inspect",
+             "roster show", "server status", "server audit show", "server audit verify"}  # fmt: skip
+WITH_A_MODEL = {"pin", "check", "simulate", "compare-rules", "report", "export", "inspect", "site dry-run", "try"}
+KEEPING = {"server backup", "server restore"}
+"""Tried in tests/test_backup.py."""
+JOINING = {"site join", "server invite", "server requests", "server approve", "server revoke", "server sites", "server renew"}
+"""Tried in tests/flower/test_joining.py."""
+ON_A_SERVER = {"server attach", "server watch", "server stop", "server pause", "server resume"}
+"""Tried in tests/flower/test_coordinator.py."""
+DEPLOYED = {"server init", "server invite", "server approve", "site join", "pin", "site approve", "server up", "site up",
+            "server start", "export", "verify", "site repair", "server repair", "server pull", "server status", "report",
+            "site pull"}  # fmt: skip
 
 
 def test_no_command_is_left_out():
-    assert set(COMMANDS) == set(ANSWERS) == set(CASES) | WITH_A_MODEL | DEPLOYED
+    assert set(COMMANDS) == set(ANSWERS) == set(CASES) | WITH_A_MODEL | DEPLOYED | ON_A_SERVER | JOINING | KEEPING
     for name, command in COMMANDS.items():
         assert "--json" in {option for p in command.params for option in p.opts}, name
 
@@ -122,14 +141,17 @@ def study(tmp_path_factory):
     for name, more in {"sealed": sealed, "secret": {**DIGESTS, **secret}, "open": {}}.items():
         (root / f"{name}.toml").write_text(dump_toml(Plan(**more)))
     keys, policy = {"key": "keys/a.key", "server_key": "server/server.pub"}, {"protect": ("sealed", "secagg")}
-    site = SiteFile(name="a", **keys, models={MODEL: "x"}, policy=policy)
+    site = SiteFile(name="a", **keys, models={MODEL: "x"}, policy=policy, roster="ab" * 32)
     (root / "site.toml").write_text(dump_toml(site))
+    Progress("a", "fed.example.org:8443", root / "state", lambda e, f: None)
     interrupted(Federation(root / "fed", toy_plan(rounds=3)), after=2)
     shutil.copytree(root / "fed" / "run", root / "server" / "runs" / "my-run")
     (root / "server" / "runs" / "my-run" / "rounds.jsonl").write_bytes(b"damaged\n")
     shutil.copyfile(root / "fed" / "run" / "round-000002.safetensors", root / "run.safetensors")
     results = results_of_a_simulation()
     (root / "results.json").write_bytes(dump_text(results))
+    (root / "done").mkdir()
+    (root / "done" / "results.json").write_bytes(dump_text(results))
     (root / "fedlora_run.json").write_bytes(dump_text(PUBLISHED))
     (root / "any.json").write_text('{"a": 1}')
     (root / "list.json").write_text("[1]")
@@ -159,7 +181,8 @@ def test_what_a_command_answers_is_what_its_schema_says(command, study, tmp_path
         status = main([*command.split(), *words, "--json"])
         out = capsys.readouterr().out
         data = answered(out, command)
-        assert status == (1 if data.get("wrong") else 0)
+        ended = 4 if data.get("running") is False else data.get("status", 0)
+        assert status == (1 if data.get("wrong") else ended)
         assert out.count("\n") == 1
 
 
@@ -171,7 +194,7 @@ def test_a_wrong_option_is_answered_too(command, capsys):
     error = answered(out.out, command, ok=False)
     assert (error["code"], error["hint"]) == ("usage", f"fedlora {command} --help")
     assert "--nonsense" in error["message"]
-    assert out.err.startswith("error: ")
+    assert out.err.startswith("error (")
 
 
 @pytest.mark.slow
@@ -195,7 +218,18 @@ def test_a_command_that_lacks_an_argument_says_so(command, capsys):
         (["keygen", "site", "NOT A NAME"], 3, "config"),
         (["server", "up", "none", "--listen", "nonsense"], 3, "config"),
         (["server", "start", "none", "none.toml"], 3, "config"),
+        (["server", "status", "none"], 3, "store"),
+        (["server", "attach", "server"], 4, "connection"),
+        (["server", "stop", "server"], 4, "connection"),
+        (["server", "pause", "server"], 4, "connection"),
+        (["server", "resume", "server"], 4, "connection"),
         (["server", "repair", "server", "--raise-numbers"], 3, "config"),
+        (["server", "audit", "show", "none"], 3, "key-file"),
+        (["server", "backup", "none", "b.tar"], 3, "key-file"),
+        (["server", "backup", "server", "server/b.tar"], 3, "config"),
+        (["server", "restore", "any.json", "new"], 3, "store"),
+        (["server", "restore", "none", "new"], 3, "store"),
+        (["server", "audit", "verify", "none"], 3, "key-file"),
         (["site", "up", "none.toml"], 3, "config"),
         (["site", "approve", "none.toml", "--yes"], 3, "config"),
         (["site", "approve", "sealed.toml"], 2, "usage"),
@@ -227,7 +261,8 @@ def test_programs_that_name_no_command_get_an_envelope_without_one(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "status", "said"), [("version", 130, "error: interrupted"), ("check none.toml", 3, "error: cannot read none.toml")]
+    ("words", "status", "said"),
+    [("version", 130, "error (interrupted): interrupted"), ("check none.toml", 3, "error (config): cannot read none.toml")],
 )
 def test_an_answer_that_nobody_reads_is_an_interruption_and_no_bug(words, status, said):
     read, write = os.pipe()
@@ -323,18 +358,28 @@ def test_with_a_model_too(tmp_path, capsys):
     simulation = {"base": str(base), "data": str(data), "sites": NAMES, "arms": ("base", "federated"), "examples_per_site": 4}
     (tmp_path / "plan.toml").write_text(dump_toml(Plan(**SMALL)))
     (tmp_path / "toy.toml").write_text(dump_toml(Plan(**SMALL, simulation=simulation)))
-    site = SiteFile(name="a", models={MODEL: str(base)}, device="cpu", data={"path": str(data / "a.train.jsonl")})
+    make_site_keys("a", tmp_path / "keys")
+    rows = {"path": str(data / "a.train.jsonl")}
+    site = SiteFile(name="a", key="keys/a.key", models={MODEL: str(base)}, device="cpu", data=rows)
     (tmp_path / "site.toml").write_text(dump_toml(site))
     run("pin", tmp_path / "plan.toml", "--model", base, "--out", tmp_path / "pinned")
     assert run("check", tmp_path / "pinned" / "plan.toml", "--site", tmp_path / "site.toml")["round"]["steps"] == 1
+    dry = run("site dry-run", tmp_path / "site.toml", "--plan", tmp_path / "pinned" / "plan.toml")
+    assert sum(part["size_bytes"] for part in dry["parts"]) == dry["size_bytes"]
     done = run("simulate", tmp_path / "toy.toml", "--out", tmp_path / "runs")
     assert done["results"] == [json.loads((tmp_path / "runs" / "seed-0" / "results.json").read_text())]
     validator("results.json").validate(done["results"][0])
     for line in (tmp_path / "runs" / "seed-0" / "federated" / "rounds.jsonl").read_text().splitlines():
         validator("rounds.jsonl").validate(json.loads(line))
+    done = run("simulate", tmp_path / "toy.toml", "--set", "lora.lora_alpha=1,2", "--out", tmp_path / "sweep")
+    assert [r["run"] for r in done["compared"]["runs"]] == ["lora_alpha=1", "lora_alpha=2"]
+    words = ["--rules", "fedavg,ffa", "--rates", "1e-3", "--seeds", "0", "--tune-seeds", "9", "--out", tmp_path / "rules"]
+    assert set(run("compare-rules", tmp_path / "toy.toml", *words)["tuned"]) == {"fedavg", "ffa"}
     run("report", tmp_path / "runs", "--figures", tmp_path / "figures")
     done = run("export", tmp_path / "runs" / "seed-0", tmp_path / "adapter")
     assert (done["signed_by"], done["unknown"]) == (None, ["prompt"])
+    asked = run("try", tmp_path / "adapter", "--base", base, "--prompt", "3 apples:", "--max-tokens", 4)
+    assert (asked["prompt"], 0 < asked["tokens"] <= 4) == ("3 apples:", True)
     run("export", tmp_path / "runs" / "seed-0", tmp_path / "gguf", "--to", "gguf", "--base", base)
     assert {p.name for p in (tmp_path / "gguf").iterdir()} == {"adapter.gguf", "fedlora_run.json", "SHA256SUMS"}
     validator("fedlora_run.json").validate(json.loads((tmp_path / "adapter" / "fedlora_run.json").read_text()))
@@ -355,88 +400,6 @@ def test_with_a_model_too(tmp_path, capsys):
         "round",
         "final",
         "arm-done",
+        "sweep",
+        "sweep-run",
     } <= run.events
-
-
-class Up:
-    """A command that runs until it is told to stop, in a process of its own."""
-
-    def __init__(self, command, *words):
-        parent = os.getpid()
-        self.command, self.lines, self._news = command, [], threading.Condition()
-        argv = [sys.executable, "-m", "fedlora", *command.split(), *map(str, words), "--json"]
-        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                                        preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent=parent))  # fmt: skip
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            with self._news:
-                self.lines.append(line)
-                self._news.notify_all()
-
-    def heard(self, event, **facts):
-        def there():
-            found = [json.loads(line) for line in self.lines]
-            return any(x.get("event") == event and facts.items() <= x["data"].items() for x in found)
-
-        with self._news:
-            assert self._news.wait_for(there, 200), (event, self.lines)
-
-    def stop(self):
-        """Asks it to stop; returns its answer."""
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0
-        with self._news:
-            self._news.wait_for(lambda: '"ok"' in (self.lines or [""])[-1], 20)
-        return answered("".join(self.lines), self.command)
-
-
-@pytest.mark.torch
-@pytest.mark.flower
-def test_a_whole_deployment_too(tmp_path, capsys):
-    """A server, two sites and a run, each command as an operator gives it."""
-    from fedlora.learn.toy import toy_base, toy_data
-
-    run, base, data = Ran(capsys), toy_base(tmp_path / "base"), toy_data(tmp_path / "data", NAMES)
-    (tmp_path / "plan.toml").write_text(dump_toml(Plan(**SMALL)))
-    home, plan, port = tmp_path / "study", tmp_path / "pinned" / "plan.toml", free_port()
-    run("pin", tmp_path / "plan.toml", "--model", base, "--out", plan.parent)
-    run("keygen server", home, "--host", "127.0.0.1")
-    for name in NAMES:
-        public = Path(run("keygen site", name, "--out", tmp_path / name / "keys")["public"])
-        shutil.copyfile(public, home / "sites" / public.name)
-        for file in ("server.pub", "tls/ca.crt"):
-            shutil.copyfile(home / file, tmp_path / name / "keys" / Path(file).name)
-        site = SiteFile(
-            name=name, server=f"127.0.0.1:{port}", key=f"keys/{name}.key", node_key=f"keys/{name}.node.key",
-            local_port=free_port(), models={MODEL: str(base)}, device="cpu", policy={"min_sites": 2},
-            data={"path": str(data / f"{name}.train.jsonl"), "held_out_path": str(data / f"{name}.validation.jsonl")},
-        )  # fmt: skip
-        (tmp_path / name / "site.toml").write_text(dump_toml(site))
-        run("site approve", plan, "--site", tmp_path / name / "site.toml", "--yes")
-    up = [Up("server up", home, "--listen", f"127.0.0.1:{port}")]
-    try:
-        up[0].heard("listening")
-        up += [Up("site up", tmp_path / name / "site.toml") for name in NAMES]
-        for name in NAMES:
-            up[0].heard("site-online", site=name)
-        done = run("server start", home, plan)
-        assert (done["rounds"], done["partial_rounds"]) == (1, [])
-        for name, one in zip(NAMES, up[1:], strict=True):
-            one.heard("trained", round=1)
-            assert one.stop() == {"file": str(tmp_path / name / "site.toml")}
-        assert up[0].stop() == {"home": str(home)}
-    finally:
-        for one in up:
-            one.process.kill()
-            one.process.wait()
-    run.commands |= {"server up", "site up"}
-    published = run("export", done["run"], tmp_path / "adapter")
-    checked = run("verify", tmp_path / "adapter", "--server", home / "server.pub")
-    assert (published["signed_by"], published["unknown"]) == (checked["fingerprint"], ["prompt"])
-    assert checked["trained"]["prompt"] == json.loads((plan.parent / "prompt.json").read_text())
-    run("site repair", tmp_path / "a" / "site.toml")
-    run("server repair", home, "my-run" if (home / "runs" / "my-run").exists() else "toy")
-    assert run.commands == DEPLOYED
-    assert {"start", "ask", "update", "round", "final", "process"} <= run.events <= set(Event)

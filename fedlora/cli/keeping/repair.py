@@ -97,11 +97,11 @@ def server_repair(
 
 
 def _say(done: Sequence[str], found: Sequence[Finding], *, json: bool) -> None:
-    from fedlora.core.answers import Repaired
+    from fedlora.answers.keeping import Repaired
 
     wrong = any(f.wrong for f in found)
     lines = [*done, *(line for f in found for line in f.lines())]
     facts = Repaired(done=list(done), wrong=wrong, findings=[f.facts() for f in found])
-    emit(facts, "\n".join(lines) or "nothing is damaged", as_json=json)
+    emit(facts, lines or ["nothing is damaged"], as_json=json)
     if wrong:
         raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""What keeps a federation: who joins and leaves, the server's log, backups, repair."""
