@@ -4,7 +4,8 @@ python simulations/bench.py federation --values 84e6 --mode sealed --sites 3 --r
 
 Real Flower processes on loopback, TLS, node keys, journals and databases on the disk. The sites' learners know an adapter of a
 large base's layout, and training takes no time; they hold what training holds: the adapter that came and the one that goes.
-A run with a small adapter goes before; what each process has by then is subtracted.
+A run with a small adapter goes before; what each process has by then is subtracted. With `--line 100,50` each site has a line of
+its own, of 100 Mbit/s each way and 50 ms from end to end, and a row says how full it was.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from line import Line
 
 import fedlora
 from fedlora.core.adapter import Adapter, Factors, Layout
@@ -122,7 +124,9 @@ def site(path: Path, number: int, values: int) -> None:
 class Deployment:
     """A server and its sites, each a process with a directory of its own. All end with the block."""
 
-    def __init__(self, root: Path, *, mode: str, sites: int, rounds: int, values: int) -> None:
+    def __init__(
+        self, root: Path, *, mode: str, sites: int, rounds: int, values: int, line: tuple[float, float] | None = None
+    ) -> None:
         from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
         from fedlora.formats.files import save_adapter
         from fedlora.gateway.exposure import free_port
@@ -131,6 +135,11 @@ class Deployment:
         self.names = [f"site-{i + 1}" for i in range(sites)]
         self.listen = f"127.0.0.1:{free_port()}"
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.lines: dict[str, Line] = {}
+        self.bits_s = 1e6 * line[0] if line is not None else 0.0
+        if line is not None:
+            port = int(self.listen.rpartition(":")[2])
+            self.lines = {name: Line(port, bits_s=self.bits_s, delay_s=line[1] / 1e3) for name in self.names}
         self.plans = {}
         for name, size in ((SMALL, 0), (LARGE, values)):
             layout = layout_of(size)
@@ -148,6 +157,8 @@ class Deployment:
             for file in ("server.pub", "tls/ca.crt"):
                 (root / name / "keys" / Path(file).name).write_bytes((self.home / file).read_bytes())
             publics.append(load_public(public))
+        for one in self.lines.values():
+            one.__enter__()
         server = load_identity(self.home / "server.key").public
         pinned = make_roster(self.home / "roster.json", server, publics, Identity.generate("coordinator"))
         for name in self.names:
@@ -157,7 +168,7 @@ class Deployment:
         policy = {"approve": "any-within-policy", "protect": ("sealed", "secagg"), "min_sites": 2}
         file = SiteFile(
             name=name,
-            server=self.listen,
+            server=f"127.0.0.1:{self.lines[name].port}" if name in self.lines else self.listen,
             roster=pinned,
             key=f"keys/{name}.key",
             node_key=f"keys/{name}.node.key",
@@ -184,6 +195,8 @@ class Deployment:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+        for one in self.lines.values():
+            one.__exit__(None, None, None)
 
     def _begin(self, name: str, *words: str) -> None:
         from fedlora.processes.parent import die_with_parent
@@ -220,6 +233,10 @@ class Deployment:
         logs = [(self.root / f"{name}.log").read_text().splitlines() for name in self.names]
         rows = [[json.loads(line)["trained"] for line in log if "trained" in line] for log in logs]
         return [max(found) for found in zip(*rows, strict=False)][1:]  # but the small run's
+
+    def carried(self, way: int) -> float:
+        """Most megabytes over any site's line so far: to the server (0) or from it (1)."""
+        return max((line.sent[way] for line in self.lines.values()), default=0) / 1e6
 
     def database(self) -> int:
         """Bytes of the relay's database, its log included."""
@@ -261,25 +278,33 @@ class Watch:
 
 def measure(deployment: Deployment, name: str) -> tuple[Watch, list[dict[str, float]]]:
     """One run: the most memory, and of each round its seconds, the relay's disk and the load of the machine."""
-    from fedlora.flower.server import start
+    from fedlora.flower.coordinator.follow import start
 
     rounds: list[dict[str, float]] = []
     with Watch(deployment) as watch:
-        last = [time.monotonic()]
+        last, carried = [time.monotonic()], [0.0, 0.0]
 
         def report(event: Any, facts: Any) -> None:
             if event in ("rejected", "void", "round-void", "unheard"):
                 print(event, facts, file=sys.stderr)
             if event == "start":
-                last[0] = time.monotonic()
+                last[0], carried[:] = time.monotonic(), (deployment.carried(0), deployment.carried(1))
             if event in ("round", "final"):
                 now = time.monotonic()
                 found = {"seconds": now - last[0], "disk_mb": watch.disk / 1e6, "load": os.getloadavg()[0]}
+                found |= {"up_mb": deployment.carried(0) - carried[0], "down_mb": deployment.carried(1) - carried[1]}
+                carried[:] = deployment.carried(0), deployment.carried(1)
                 rounds.append({**found, "void": int(event == "round-void")})
                 last[0], watch.disk = now, 0
 
         start(deployment.home, deployment.plans[name], resume=False, report=report)
     return watch, rounds
+
+
+def numbers(text: str) -> tuple[float, float]:
+    """Two numbers with a comma between them."""
+    first, second = text.split(",")
+    return float(first), float(second)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -289,12 +314,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mode", choices=["sealed", "secagg"], default="sealed")
     parser.add_argument("--sites", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--line", type=numbers, metavar="MBIT,MS", help="each site's line: megabits a second, milliseconds one way"
+    )
     parser.add_argument("--directory", type=Path, help="where the homes lie; a temporary directory if left out")
     options = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         root = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         shape = {"mode": options.mode, "sites": options.sites, "rounds": options.rounds}
-        deployment = stack.enter_context(Deployment(root, values=int(options.values), **shape))
+        deployment = stack.enter_context(Deployment(root, values=int(options.values), line=options.line, **shape))
         before, _ = measure(deployment, SMALL)
         watch, rounds = measure(deployment, LARGE)
         size = 4 * layout_of(int(options.values)).size
@@ -317,6 +345,9 @@ def print_rows(
         training = trained[number - 1] if number <= len(trained) else 0.0
         disk, load = found["disk_mb"], found["load"]
         spent = {"beside_training_s": found["seconds"] - training, "training_s": training}
+        if deployment.lines:  # a site takes the task first and sends its update then
+            spent |= {"line_mb": found["up_mb"] + found["down_mb"]}
+            spent |= {"line_busy": 8e6 * spent["line_mb"] / (deployment.bits_s * spent["beside_training_s"])}
         row(round=number, **spent, relay_disk_adapters=disk * 1e6 / size, disk_mb=disk, load=load)
 
 

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "flower")]
 from flower.harness import Federation, descendants, opened, toys  # noqa: E402
 from flower.toy_parts import DUE  # noqa: E402
 
-from fedlora.flower.server import start  # noqa: E402
+from fedlora.flower.coordinator.follow import start  # noqa: E402
 from fedlora.gateway.addresses import split_address  # noqa: E402
 
 _MIB = 1 << 20

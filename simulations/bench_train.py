@@ -168,9 +168,9 @@ def ours(shape: str, device: str, *, gib: float = 0.0, **held: Any) -> dict[str,
         torch.cuda.reset_peak_memory_stats()
     ends.clear()
     began = time.perf_counter()
-    done = learner.train(warm.adapter, round=2, state=warm.state)
+    learner.train(warm.adapter, round=2, state=warm.state)
     seconds = time.perf_counter() - began
-    tokens = cursor_tokens(done.state) - cursor_tokens(warm.state)
+    tokens = tokens_of(learner, 2)
     took = np.diff([began, *ends])
     facts: dict[str, Any] = {
         "tokens_s": tokens / float(np.sum(took)),
@@ -296,7 +296,7 @@ def gpus(shape: str, count: int) -> None:
             started = time.perf_counter()
             done = learner.train(first, round=2, state=warm.state)
             seconds = time.perf_counter() - started
-            tokens = cursor_tokens(done.state) - cursor_tokens(warm.state)
+            tokens = tokens_of(learner, 2)
             rates[number] = tokens / seconds
             step_s[number] = float(np.diff(ends[-plan.federation.local_steps :]).mean())
             chosen = [facts for event, facts in events if event == "micro-batches"]
@@ -404,7 +404,7 @@ def sites(shape: str, device: str, *, count: int = 8, steps: int = 20) -> None:
             for s in learners:
                 done[s] = ask(s).train(first, round=number, state=states[s])
             took = time.perf_counter() - began
-            tokens = sum(cursor_tokens(done[s].state) - (cursor_tokens(states[s]) if states[s] else 0) for s in learners)
+            tokens = sum(tokens_of(one, number) for one in learners.values())
             states = {s: d.state for s, d in done.items()}
         moved.append(np.concatenate([d.adapter.vector - first.vector for d in done.values()]))
         facts: dict[str, Any] = {
@@ -430,9 +430,9 @@ def swapped_steps_s(ends: list[float], steps: int) -> float:
     return float(np.diff(rounds, axis=1).sum() + len(rounds) * np.median(np.diff(rounds, axis=1)))
 
 
-def cursor_tokens(state: bytes) -> int:
-    """Tokens consumed since the start, without padding."""
-    return int(json.loads(state.partition(b"\n")[0])["cursor"]["tokens"])
+def tokens_of(learner: HFLearner, round: int) -> int:
+    """Tokens of a round's examples, without padding, with or without a loss."""
+    return learner.place(round + 1).tokens - learner.place(round).tokens
 
 
 def peak_gib(device: str) -> float:

@@ -35,13 +35,15 @@ from fedlora import assemble
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.events import Event
-from fedlora.core.plan import Arm, Plan
+from fedlora.core.plan import Plan
+from fedlora.core.tables.data import SiteData
+from fedlora.core.tables.simulation import Arm
 from fedlora.core.words import number, with_interval, with_sd
 from fedlora.formats.plans import load_plan
 from fedlora.lab import simulate
 from fedlora.lab.arms import arms_of
 from fedlora.lab.report import interval, spread
-from fedlora.learn.rows import load_splits
+from fedlora.learn.simulated.rows import read_simulation, tokens_of
 from fedlora.rounds.store import RunStore
 
 SPLITS: Final = ("domain", "iid", "dirichlet")
@@ -226,9 +228,12 @@ class Worker:
                 first = assemble.lab(self.plan, root=self.root, out=self.out, report=quiet)
             plan = simulation(self.plan)
             sites = (_ONE,) if split == _ONE else plan.sites
-            data = make_split(split, self.root / plan.data, plan.sites, self.out / "data" / split)
-            rows, general = load_splits(data, sites, tokenizer=first.lora.tokenizer, plan=self.plan, report=quiet)
-            inner = plan.model_copy(update={"sites": sites})
+            data = make_split(split, self.root / path_of(plan), plan.sites, self.out / "data" / split)
+            inner = plan.model_copy(update={"sites": sites, "data": SiteData(path=str(data.resolve()))})
+            any_number = self.plan.federation.model_copy(update={"min_sites": 1})
+            looked = self.plan.model_copy(update={"simulation": inner, "federation": any_number})
+            found = read_simulation(looked, root=self.root, toys=self.out, report=quiet)
+            rows, general = tokens_of(found, tokenizer=first.lora.tokenizer, plan=self.plan, report=quiet)
             self._labs[split] = replace(first, rows=rows, general=general, data=data, simulation=inner)
         return self._labs[split]
 
@@ -253,6 +258,11 @@ def simulation(plan: Plan) -> Any:
     if plan.simulation is None:
         raise SystemExit("the plan has no [simulation] table")
     return plan.simulation
+
+
+def path_of(table: Any) -> str:
+    """The directory of the rows."""
+    return str(table.data.path)
 
 
 def planned(plan: Plan, job: Job) -> Plan:
@@ -493,8 +503,8 @@ def _kilo(value: float | None) -> str:
 
 def write(out: Path, done: Mapping[Job, dict[str, Any]], rates: Mapping[tuple[str, int, str], float]) -> str:
     """table.md and report.html."""
-    from fedlora.lab.figures import Table
-    from fedlora.lab.page import Section, document
+    from fedlora.lab.page.document import Section, document
+    from fedlora.lab.page.figures import Table
 
     text, sections = "", []
     for split, steps, rows in tables(done, rates):
@@ -508,7 +518,7 @@ def write(out: Path, done: Mapping[Job, dict[str, Any]], rates: Mapping[tuple[st
 
 
 def _figures(key: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-    from fedlora.lab.figures import PALETTE, Bar, bars
+    from fedlora.lab.page.figures import PALETTE, Bar, bars
 
     def bar(row: Mapping[str, Any], metric: str, unit: str) -> Bar:
         mean, sd = row[metric]["mean"], row[metric]["sd"] or 0.0
@@ -517,9 +527,10 @@ def _figures(key: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
         return Bar(kind, color, mean, with_sd(row[metric], unit=unit), (mean - sd, mean + sd))
 
     found = []
-    for metric, title, unit in (("nll", "Test loss, nats per token (less is better)", ""), ("exact", "Exact match", "%")):
+    metrics = (("nll", "Test loss (less is better)", "", "nats per token"), ("exact", "Exact match", "%", "share of the rows"))
+    for metric, title, unit, axis in metrics:
         shown = [(r["name"], f"rate {r['rate']:g}", [bar(r, metric, unit)]) for r in rows if r[metric]["mean"] is not None]
-        found.append(bars(f"{key}-{metric}", title, "Mean over seeds, whiskers one standard deviation.", shown))
+        found.append(bars(f"{key}-{metric}", title, "Mean over seeds, whiskers one standard deviation.", shown, unit=axis))
     return found
 
 
@@ -551,7 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [arm_of(s, k, n) for k in steps for s in splits for n in names if s == "domain" or not n.startswith("one-site")]
     arms = list(dict.fromkeys(wanted))
     plan = load_plan(given.plan)
-    data = given.plan.resolve().parent / simulation(plan).data
+    data = given.plan.resolve().parent / path_of(simulation(plan))
     book = Book.open(given.results or given.out / "results.jsonl", about(plan, data))
     whole_run = plan.federation.num_rounds * plan.federation.local_steps
     if uneven := [k for k in steps if whole_run % k]:

