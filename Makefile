@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 # Compiled files are kept: without them every process of a test compiles this library anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: docs test demo demo-secagg bank bench clean quick mutants
+.PHONY: docs test long demo demo-secagg bank bench clean quick mutants
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -19,10 +19,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 test: $(VENV)/.ready  ## style, types, all tests
 	$(RUN)/ruff format --check . && $(RUN)/ruff check .
 	$(RUN)/mypy && $(RUN)/mypy simulations
-	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not mutant'
+	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not mutant and not long'
+
+long: $(VENV)/.ready  ## before a release: more examples of what `make test` tries
+	$(RUN)/python -m pytest --numprocesses 2 --dist worksteal -m long
 
 quick: $(VENV)/.ready  ## for every save, half a minute: no torch, no Flower, nothing that takes seconds
-	$(RUN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not torch and not flower and not real and not slow and not mutant'
+	$(RUN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not torch and not flower and not real and not slow and not mutant and not long'
 
 mutants: $(VENV)/.ready  ## break each check and promise by hand: which breaks does no test notice?
 	$(RUN)/python -m pytest -m mutant tests/protect/secagg/test_search.py

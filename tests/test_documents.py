@@ -10,9 +10,12 @@ from test_house import ORDER
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     p
-    for p in [*ROOT.glob("*.md"), *(p for d in ("fedlora", "server", "client", "simulations") for p in (ROOT / d).rglob("*.md"))]
+    for p in [
+        *ROOT.glob("*.md"),
+        *(p for d in ("fedlora", "server", "client", "simulations", "tests") for p in (ROOT / d).rglob("*.md")),
+    ]
 )
-QUOTES = {"simulations/datasets/NOTICE.md"}
+QUOTES = {"simulations/corpora/NOTICE.md"}
 """Holds a text that is not ours."""
 READMES = ("README.md", "CONTRIBUTING.md", "server/README.md", "client/README.md", "simulations/README.md")
 BRITISH = re.compile(

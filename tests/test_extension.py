@@ -22,9 +22,9 @@ from fedlora.core.messages import Request
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.registry import MODES, RULES, Registry
 from fedlora.core.section import Section
+from fedlora.core.tables.data import READERS
 from fedlora.core.toml import dump_toml, sample
 from fedlora.data.conversations import read
-from fedlora.data.files.readers import READERS
 from fedlora.data.files.rows import NOT_FIELDS
 from fedlora.formats import update as wire
 from fedlora.formats.keys import Identity
@@ -242,7 +242,7 @@ def test_an_added_mode_is_asked_by_everything_that_depends_on_the_mode(added, tm
         parse_dropouts(["a@mask"], sites=LINES, plan=plan)
     assert "steps under protect.mode = 'veil': train;" in error.value.hint
     refused = load_policy(tmp_path, "sealed").refusals(plan, models=frozenset({plan.model.model_name_or_path}))
-    assert refused == ["protection 'veil' is not among ['sealed']"]
+    assert refused == {"policy-protect": "protection 'veil' is not among ['sealed']"}
 
 
 def load_policy(tmp_path, mode):

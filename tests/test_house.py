@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import tables
 
 import fedlora
+from fedlora.cli.guides import GUIDES
 from fedlora.core.plan import Plan
 from fedlora.core.toml import sample
 from fedlora.site.site_file import SiteFile
@@ -22,6 +24,7 @@ from fedlora.site.site_file import SiteFile
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "core",  # pure
+    "answers",  # pure
     "formats",
     "processes",
     "rules",
@@ -37,6 +40,7 @@ ORDER = (
     "learn/fast",
     "gateway",
     "assemble",
+    "doctor",
     "worker",  # a process of its own at a site with several GPUs
     "flower",
     "library",
@@ -64,6 +68,9 @@ HOMES = {
     "jinja2": {"lab"},
     "altair": {"lab"},
     "vl_convert": {"lab"},
+    "tensorboardX": {"lab"},
+    "mlflow": {"lab"},
+    "wandb": {"lab"},
     "pickle": set(),
     "random": {"learn"},  # the toy data only
 }
@@ -203,10 +210,11 @@ def test_learn_looks_for_what_is_fast_in_one_place():
 
 UNUSED = {
     "wait_closed": "asyncio calls it on a server",
+    "do_GET": "http.server calls it on a handler",
     "handleError": "logging calls it on a handler",
+    "log_message": "http.server calls it on a handler",
     "readinto": "io.BufferedReader calls it on a raw stream",
-    "forget": "a script takes back what it registered",
-    "stop_run": "Flower's own API can stop a run, which then has to say so: tests stop one by it",
+    "writelines": "of a stream, for libraries",
     "site_link": "a part of lab/testing.py, by which others test a rule or a mode of their own",
     "tokenise": "an earlier name of tokenize, for scripts of others",
 }
@@ -360,7 +368,27 @@ def test_the_wheel_holds_only_fedlora(tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"fedlora"}
     assert "fedlora/py.typed" in names
     assert {f"fedlora/{page}.md" for page in ("ARCHITECTURE", "DECISIONS", "EXAMPLE", "FORMAT")} <= set(names)
-    assert "fedlora/lab/page.html.j2" in names
+    assert "fedlora/lab/page/page.html.j2" in names
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    read_from_the_wheel(tmp_path / "installed", tmp_path / "elsewhere")
+
+
+def read_from_the_wheel(installed, cwd):
+    """Far from a checkout: the guides, the sample files and the commands that the README begins with."""
+    cwd.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    code = "import sys; from fedlora.cli import main; from fedlora.cli.guides import place; sys.exit(main(sys.argv[1:]))"
+    for words in (
+        ["docs", "--out", "."],
+        ["check", "simulations/plans/toy.toml"],
+        ["check", "server/plan.toml"],
+        ["docs", "site"],
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stderr)
+    assert done.stdout.startswith("# ")
+    for where, _ in GUIDES.values():
+        assert (cwd / where).read_bytes() == (ROOT / where).read_bytes()
 
 
 def test_help_imports_nothing_heavy():

