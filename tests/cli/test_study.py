@@ -151,6 +151,7 @@ class Walk:
         found = self.answers[name] = self.run(name, *words[len(name.split()) :])
         if name == "site join":
             self.answers[name, found["site"]] = found
+            self.up["coordinator", "up"].heard("site-asks", site=found["site"], words=found["words"])  # then she approves
         if into:
             Path(into).write_text(found["text"])
         if name == "pin":  # "send study/plan/ to every site"
@@ -193,7 +194,6 @@ def test_who_follows_the_guides_behind_a_proxy_gets_there(tmp_path, capsys, monk
 def there_is(walk: Walk) -> None:
     """What all of them have at the end."""
     answers, run, home = walk.answers, walk.run, walk.root / "coordinator"
-    walk.up["coordinator", "up"].heard("site-asks", site="guys", words=answers["site join", "guys"]["words"])
     walk.up["coordinator", "watch"].heard("run", state="running")
     done, checked = answers["server start"], answers["verify"]
     assert (done["rounds"], done["partial_rounds"]) == (1, [])
