@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 import traceback
@@ -37,16 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         TQDM_DISABLE="1",  # a bar moves the cursor
     )
     import click
-    import typer
 
     from fedlora.cli.asking import Declined
-    from fedlora.cli.commands import app
-    from fedlora.cli.help import restore
     from fedlora.core.errors import FedLoRAError
 
-    words = sys.argv[1:] if argv is None else argv
-    program = typer.main.get_command(app)
-    restore(program)
+    words, program = sys.argv[1:] if argv is None else argv, _program()
     command = command_of(words, program) if "--json" in _options(words) else None  # as which a program is answered
     try:
         status = int(program.main(words, standalone_mode=False, prog_name="fedlora") or 0)
@@ -80,6 +76,19 @@ def main(argv: list[str] | None = None) -> int:
         say_error(traceback.format_exc().rstrip())
         hint = "this is a bug of FedLoRA: report the lines above. Before you send them, check that the last line quotes no data"
         return fail(f"unexpected {type(e).__name__}", hint=hint, code="bug", status=70, command=command)
+
+
+@functools.cache
+def _program() -> click.Command:
+    """All commands: from their functions' signatures, which takes longer than most of them."""
+    import typer
+
+    from fedlora.cli.commands import app
+    from fedlora.cli.help import restore
+
+    program = typer.main.get_command(app)
+    restore(program)
+    return program
 
 
 def _options(words: list[str]) -> list[str]:

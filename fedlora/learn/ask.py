@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from fedlora.core.errors import ModelError, StoreError
 from fedlora.core.plan import Plan
 from fedlora.formats.published.records import Prompt, Published
 from fedlora.formats.records import parse_text
 from fedlora.learn.base import load_base, machine_for
+from fedlora.learn.bases.libraries import peft
 
 
 def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, str, int]:
@@ -39,7 +39,7 @@ def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft reads an attribute that transformers is renaming
-            model = PeftModel.from_pretrained(loaded.model, str(adapter)).eval()
+            model = peft.PeftModel.from_pretrained(loaded.model, str(adapter)).eval()
     except (RuntimeError, ValueError) as e:
         made_for = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
         raise ModelError(f"the adapter does not fit the base in {base}", hint=f"it was made for {made_for}") from e

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -18,6 +17,7 @@ from fedlora.core.plan import Model, Plan
 from fedlora.learn.bases._internals import keep_as_packed, multiplies
 from fedlora.learn.bases.digest import base_digest, read_config
 from fedlora.learn.bases.failures import check_known, why_not_loaded
+from fedlora.learn.bases.libraries import bitsandbytes as bnb
 from fedlora.learn.bases.quantized import check_quantized
 from fedlora.learn.bases.shards import file_digest
 from fedlora.learn.hooks import fast

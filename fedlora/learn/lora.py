@@ -7,18 +7,16 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, RunFailed, WrongContext
 from fedlora.core.plan import Lora, Plan
 from fedlora.learn.base import Base, DequantizedLinear, load_base
 from fedlora.learn.bases._internals import copy_all, replace_layers
+from fedlora.learn.bases.libraries import bitsandbytes as bnb
+from fedlora.learn.bases.libraries import peft
 from fedlora.learn.bases.limits import pad_token_id
 from fedlora.learn.bases.targets import adapted_layers
 from fedlora.learn.forward import Forward
@@ -29,7 +27,7 @@ from fedlora.rules.first import first_adapter
 _ADAPTER = "default"  # PEFT's own name for the first adapter; it stands in parameter names, not in saved ones
 
 
-class _LoraOnDequantized(LoraLinear):  # type: ignore[misc]  # PEFT ships no usable types
+class _LoraOnDequantized(peft.tuners.lora.Linear):  # type: ignore[misc]  # PEFT ships no usable types
     """PEFT's arithmetic for 4-bit layers on a written-out one: the product is rounded before it is added.
 
     PEFT adds in float32 over a plain layer and in the layer's own type over a 4-bit one; without this class,
@@ -73,7 +71,7 @@ class LoraModel:
         self.scale = _one_scale(peft_model)
         self.forward = _forward(base, peft_model.get_base_model())
         self.packs = self.forward.packs
-        self.fused = all(hasattr(m, "keep_inputs") for m in peft_model.modules() if isinstance(m, LoraLayer))
+        self.fused = all(hasattr(m, "keep_inputs") for m in peft_model.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
         self.trained: Factors = "AB"
         self._checkpointing: Checkpointing = "none"
         self._spare: tuple[Hashable, torch.optim.Optimizer] | None = None
@@ -234,7 +232,7 @@ def attach(base: Base, settings: Lora, *, seed: int) -> LoraModel:
     Raises:
         ConfigError: a target does not exist, is an embedding or the head, or has no plain (d_out, d_in) weight.
     """
-    if any(isinstance(m, LoraLayer) for m in base.model.modules()):
+    if any(isinstance(m, peft.tuners.lora.LoraLayer) for m in base.model.modules()):
         raise ValueError("this base has an adapter already; load it again, or share the LoraModel")
     config = _config(base, settings)
     faster = fast() if base.machine.fused else None
@@ -246,7 +244,7 @@ def attach(base: Base, settings: Lora, *, seed: int) -> LoraModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers is renaming
-            peft_model = get_peft_model(base.model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=True)
+            peft_model = peft.get_peft_model(base.model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=True)
     except ValueError as e:
         raise ConfigError(f"target_modules: {str(e)[:300]}", hint="name other linear layers of this base") from e
     model = LoraModel(base, settings, peft_model)
@@ -263,8 +261,8 @@ def _forward(base: Base, model: Any) -> Forward:
     return found or Forward(model, base.device)
 
 
-def _config(base: Base, settings: Lora) -> LoraConfig:
-    return LoraConfig(
+def _config(base: Base, settings: Lora) -> peft.LoraConfig:
+    return peft.LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -286,7 +284,7 @@ def _is_factor(name: str) -> bool:
 
 
 def _one_scale(peft_model: Any) -> float:
-    scales = {float(m.scaling[_ADAPTER]) for m in peft_model.modules() if isinstance(m, LoraLayer)}
+    scales = {float(m.scaling[_ADAPTER]) for m in peft_model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     if len(scales) != 1:
         raise ConfigError(f"layers have different alpha / r: {sorted(scales)}; such factors cannot be averaged")
     return scales.pop()

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from fedlora.core.errors import ModelError
 from fedlora.core.plan import Plan
 from fedlora.data.prompt import unseen
 from fedlora.formats.published.records import RunFacts
+from fedlora.learn.bases.libraries import bitsandbytes as bnb
+from fedlora.learn.bases.libraries import peft
 from fedlora.learn.bases.names import stored_names
 from fedlora.learn.bases.shards import chunks, scan, weight_files
 from fedlora.learn.export import export_adapter
@@ -51,7 +52,7 @@ def check_export(model: LoraModel, plan: Plan) -> str:
         plain = _logits(model.peft_model.unload().eval(), model, ids)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft reads an attribute that transformers is renaming
-            loaded = PeftModel.from_pretrained(base, out).eval()
+            loaded = peft.PeftModel.from_pretrained(base, out).eval()
         try:
             theirs = _logits(loaded, model, ids)
             names = {n.replace(".default.", ".") for n, _ in loaded.named_parameters() if ".lora_" in n}
@@ -108,8 +109,6 @@ def _weight(model: LoraModel, module: str) -> torch.Tensor | None:
         plain: torch.Tensor = weight.detach().cpu().float()
         return plain
     if getattr(weight, "quant_state", None) is not None:
-        import bitsandbytes as bnb
-
         found: torch.Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         return found.cpu().float()
     return None

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
@@ -42,6 +44,28 @@ def test_a_library_whose_private_names_are_used_has_an_upper_bound_that_the_test
     major, minor, *_ = map(int, tested[1].split("."))
     assert not specifier.contains(f"{major}.{minor + 1}.0"), "the next minor version was tried by nobody"
     assert specifier.contains(version(name).partition("+")[0])
+
+
+# --- what is loaded -------------------------------------------------------------------------------------------------------
+
+EVERYTHING = """
+import pkgutil, sys, torch
+own = torch.compile
+import fedlora.learn
+for part in pkgutil.walk_packages(fedlora.learn.__path__, "fedlora.learn."):
+    __import__(part.name)
+from fedlora.learn.bases.libraries import bitsandbytes as bnb
+odd = torch.arange(195.0).reshape(13, 15)
+found = bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(odd, blocksize=64, quant_type="nf4"))
+print(found.shape == odd.shape, float((found - odd).abs().max()) < 30, torch.compile is own)
+print(sorted({"torch._inductor.compile_fx", "torch._inductor.lowering"} & {*sys.modules}))
+"""
+
+
+def test_torchs_compiler_is_neither_loaded_nor_used():
+    """By an odd width neither: bitsandbytes compiles that kernel by the machine's compiler, if there is one, in a minute."""
+    told = subprocess.run([sys.executable, "-c", EVERYTHING], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == ["True True True", "[]"]
 
 
 # --- torch -------------------------------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Model
+from fedlora.learn.bases.libraries import bitsandbytes as bnb
 from fedlora.learn.bases.targets import holds_experts, language_model
 
 

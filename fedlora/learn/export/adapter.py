@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import peft
 import torch
 from safetensors.torch import save_file
 
@@ -18,6 +17,7 @@ from fedlora.core.plan import Lora
 from fedlora.formats.files import refuse_existing
 from fedlora.formats.published.records import Published, RunFacts
 from fedlora.formats.records import dump_text
+from fedlora.learn.bases.libraries import peft
 from fedlora.learn.bases.shards import file_digest, new_directory
 
 PREFIX = "base_model.model."

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import bitsandbytes as bnb
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch.nn import functional
 
 from fedlora.learn.bases._internals import reshaped
+from fedlora.learn.bases.libraries import bitsandbytes as bnb
+from fedlora.learn.bases.libraries import peft
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -50,7 +50,7 @@ def note_made(value: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> T
     return value
 
 
-class FusedLora(LoraLinear):  # type: ignore[misc]  # PEFT ships no usable types
+class FusedLora(peft.tuners.lora.Linear):  # type: ignore[misc]  # PEFT ships no usable types
     """PEFT's LoRA layer over a 4-bit or plain linear layer, with :class:`_Product` for its arithmetic.
 
     Attributes:
