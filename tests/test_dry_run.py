@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 from doctor_site import Place
+from hypothesis import given
+from hypothesis import strategies as st
 from test_doctor import plan as pinned_plan
 from test_rounds import KEYS, MODEL, plan
 
@@ -213,6 +215,49 @@ def test_a_text_is_found_wherever_it_stands(at):
     assert not holds_any(noise, [text])
     assert holds_any(noise[: 1000 + 3 * at] + text.encode()[at : at + 15] + noise[1000:], [text])
     assert not holds_any(noise + b"        " * 9, ["          indented"[:16]])
+
+
+@given(st.text("abcdefgh", min_size=8, max_size=40), st.data())
+def test_a_stretch_of_fifteen_bytes_is_found_and_a_shorter_one_is_not(text, data):
+    """Whatever stands around it. A text of 8 to 14 bytes is found whole."""
+    enough = min(15, len(text))
+    size = data.draw(st.integers(8, len(text)))
+    at = data.draw(st.integers(0, len(text) - size))
+    blob = b"\xff" * data.draw(st.integers(0, 9)) + text[at : at + size].encode() + b"\xff" * data.draw(st.integers(8, 20))
+    repeated = any(len(set(text[n : n + 8])) == 1 for n in range(0, len(text) - 7, 8))
+    if not repeated:
+        assert holds_any(blob, [text]) == (size >= enough)
+
+
+def named_as_the_machine(root):
+    """A site ``st-marys`` in a directory of that name, and what would leave it."""
+    place = Place(root / "st-marys")
+    place.change(name="st-marys")
+    place.write_rows([{"prompt": "3 apples and 4 pears", "completion": " make 7 pieces", "patient": "p1"}])
+    stage = Stage(server=KEYS["server"], reply=KEYS["run"])
+    file = FILE.model_copy(update={"name": "st-marys"})
+    identity = Identity.derived("st-marys", b"1" * 32)
+    return place, played(identity, file, asks(), ToyLearner(1.0), state=root / "dry", report=lambda e, f: None, stage=stage)
+
+
+def test_a_directory_called_as_the_site_leaves_nothing_that_should_not(tmp_path):
+    """Its name is in the header by design; at one depth of eight, words of eight bytes meet in it."""
+    for depth in range(8):
+        place, would = named_as_the_machine(tmp_path / ("x" * (1 + depth)))
+        assert b"st-marys" in would.message
+        assert canaries(would, place.file)[1] == []
+        planted = replace(would, payload=would.payload + str(place.root).encode())
+        assert canaries(planted, place.file)[1] == ["path"]
+
+
+def test_a_machine_or_a_user_called_as_the_site_leaves_nothing_that_should_not(tmp_path, monkeypatch):
+    place, would = named_as_the_machine(tmp_path)
+    for asked, kind in (("platform.node", "host name"), ("getpass.getuser", "user name")):
+        monkeypatch.setattr(asked, lambda: "st-marys")
+        assert canaries(would, place.file)[1] == []
+        monkeypatch.setattr(asked, lambda: "ward7-laptop")
+        assert canaries(replace(would, payload=would.payload + b"ward7-laptop"), place.file)[1] == [kind]
+        monkeypatch.setattr(asked, lambda: "")
 
 
 def test_every_message_of_a_round_is_searched(tmp_path):

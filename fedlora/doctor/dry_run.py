@@ -11,7 +11,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,14 +225,25 @@ def canaries(would: WouldLeave, site_file: Path) -> tuple[int, list[str]]:
     paths = [p for p in (file.data.paths(root), file.data.held_out_paths(root)) if p]
     texts = [turn.text for p in paths for conversation in read_rows(file, p)[0] for turn in conversation.turns]
     blob = would.payload + would.message + b"".join(part for both in would.others.values() for part in both)
-    kinds = {
-        "row": texts,
-        "path": [str(root), *map(str, file.data.paths(root)), *file.models.values()],
-    }
-    found = [kind for kind, words in kinds.items() if holds_any(blob, words)]
-    machine = {"host name": platform.node(), "user name": _user()}
-    found += [kind for kind, word in machine.items() if len(word) > 3 and word.encode() in blob]
+    stretches = {"row": texts, "path": [str(root), *map(str, file.data.paths(root)), *file.models.values()]}
+    words = {kind: word.encode() for kind, word in {"host name": platform.node(), "user name": _user()}.items() if len(word) > 3}
+
+    def found_in(blob: bytes) -> list[str]:
+        return [k for k, texts in stretches.items() if holds_any(blob, texts)] + [k for k, word in words.items() if word in blob]
+
+    found = found_in(blob)
+    if found:  # a directory or a machine may be called as the site is, which leaves by design
+        named = {file.name, *(part["name"] for part in would.contents), *map(str, would.header.fields().values())}
+        found = found_in(_without(blob, named))
     return len(texts), found
+
+
+def _without(blob: bytes, names: Iterable[str]) -> bytes:
+    """Without names of four characters and more, the longest first."""
+    for name in sorted(names, key=len, reverse=True):
+        if len(name) > 3:
+            blob = blob.replace(name.encode(), b"\0")
+    return blob
 
 
 def _user() -> str:
