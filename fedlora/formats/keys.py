@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -151,12 +151,23 @@ class Identity:
     """Private keys. Shows only its name and fingerprint.
 
     Python cannot wipe memory reliably; keep core dumps off.
+
+    Attributes:
+        public: the part that others may see.
+
+    Raises:
+        KeyFileError: the name is wrong.
     """
 
     name: str
     signing: Ed25519PrivateKey
     mlkem: MLKEM768PrivateKey
     x25519: X25519PrivateKey
+    public: PublicIdentity = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        kem = self.mlkem.public_key().public_bytes_raw() + self.x25519.public_key().public_bytes_raw()
+        object.__setattr__(self, "public", PublicIdentity(self.name, self.signing.public_key().public_bytes_raw(), kem))
 
     @classmethod
     def generate(cls, name: str) -> Identity:
@@ -177,12 +188,6 @@ class Identity:
             MLKEM768PrivateKey.from_seed_bytes(seed("ml-kem-768", 64)),
             X25519PrivateKey.from_private_bytes(seed("x25519", 32)),
         )
-
-    @property
-    def public(self) -> PublicIdentity:
-        """The part that others may see."""
-        kem = self.mlkem.public_key().public_bytes_raw() + self.x25519.public_key().public_bytes_raw()
-        return PublicIdentity(self.name, self.signing.public_key().public_bytes_raw(), kem)
 
     def kem_key(self) -> MLKEM768X25519PrivateKey:
         """The unsealing key as the library wants it."""

@@ -184,7 +184,8 @@ class Records:
         return Session(**values)
 
     def save_session(self, session: Session) -> None:
-        facts = {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(session).items()}
+        values = {f.name: getattr(session, f.name) for f in fields(Session)}
+        facts = {k: v.hex() if isinstance(v, bytes) else v for k, v in values.items()}
         self._hidden.put(self._name("session"), "session", facts)
 
     def end_other_runs(self) -> None:
