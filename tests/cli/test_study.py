@@ -1,10 +1,12 @@
-"""The guides followed literally: a coordinator and two sites behind a proxy, from nothing to an adapter that a site has.
+"""The guides followed literally: a coordinator and her sites behind a proxy, from nothing to an adapter that a site has.
 
-``study.txt`` holds what people type. Each command runs under ``--json``, so that its answers are held against the schemas too.
+``study.txt`` holds what people type, ``study-secagg.txt`` what they type under secure aggregation. Each command runs under
+``--json``, so that its answers are held against the schemas too.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,8 +33,14 @@ from fedlora.processes.parent import die_with_parent
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import load_site_file
 
-LINES = [line for line in (Path(__file__).parent / "study.txt").read_text().splitlines() if line and not line.startswith("#")]
-TYPED = [tuple(line.split("$ ", 1)) for line in LINES]  # who, what
+
+def typed(name: str) -> list[tuple[str, str]]:
+    """Who, what; line by line."""
+    lines = (Path(__file__).parent / name).read_text().splitlines()
+    return [(who, what) for line in lines if line and not line.startswith("#") for who, what in [line.split("$ ", 1)]]
+
+
+TYPED, MASKED = typed("study.txt"), typed("study-secagg.txt")
 SITES = ("st-marys", "guys")
 ELSEWHERE = {
     "fedlora server attach study": "tests/flower/test_coordinator.py",
@@ -45,12 +54,15 @@ ELSEWHERE = {
 # --- the guides and the file say the same ------------------------------------------------------------------------
 
 
-def commands(page: str, *, until: str) -> list[str]:
-    """The commands of a page's console blocks, as far as its part for sealed mode goes."""
-    text = (ROOT / page).read_text("utf-8").partition(until)[0]
+def commands(text: str) -> list[str]:
+    """The commands of a text's console blocks."""
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line.removeprefix("$ ").split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith("fedlora ")]
+
+
+def is_typed(command: str, file: list[tuple[str, str]]) -> bool:
+    return any(set(shlex.split(command)) <= set(shlex.split(what.removesuffix(" &"))) for _, what in file)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +70,22 @@ def commands(page: str, *, until: str) -> list[str]:
     [("README.md", "With `protect.mode"), ("server/README.md", "## Secure aggregation"), ("client/README.md", "## The rows")],
 )
 def test_every_command_of_a_guide_is_followed(page, until):
-    found = commands(page, until=until)
-    typed = [shlex.split(what.removesuffix(" &")) for _, what in TYPED]
+    found = commands((ROOT / page).read_text("utf-8").partition(until)[0])
     assert len(found) >= 5
-    assert [c for c in found if c not in ELSEWHERE and not any(set(shlex.split(c)) <= set(words) for words in typed)] == []
+    assert [c for c in found if c not in ELSEWHERE and not is_typed(c, TYPED)] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "since", "until"),
+    [
+        ("README.md", "With `protect.mode", "## I am a researcher"),
+        ("server/README.md", "## Secure aggregation", "## Secure aggregation: groups"),
+    ],
+)
+def test_every_command_of_a_guide_to_secure_aggregation_is_followed(page, since, until):
+    found = commands((ROOT / page).read_text("utf-8").partition(since)[2].partition(until)[0])
+    assert len(found) >= 4
+    assert [c for c in found if not is_typed(c, MASKED)] == []
 
 
 # --- and the file works ------------------------------------------------------------------------------------------
@@ -105,14 +129,22 @@ class Up:
 class Walk:
     """Types the lines. Whoever gives a command stands in a directory of that name."""
 
-    def __init__(self, root: Path, run: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, root: Path, run: Ran, stand: Callable[[Path], None], sites: Sequence[str] = SITES, **plan: object) -> None:
         from fedlora.learn.toy import toy_base, toy_data
 
-        self.root, self.run, self._stand = root, run, monkeypatch.chdir
-        self.base, self.rows = toy_base(root / "base"), toy_data(root / "rows", SITES)
+        self.root, self.run, self._stand, self.sites, self._plan = root, run, stand, sites, plan
+        self.base, self.rows = toy_base(root / "base"), toy_data(root / "rows", sites)
         self.address, self.up, self.answers = f"127.0.0.2:{free_port()}", {}, {}
-        for who in ("coordinator", *SITES):
+        for who in ("coordinator", *sites):
             (root / who).mkdir()
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.up.values():
+            one.process.kill()
+            one.process.wait()
 
     def type(self, who: str, what: str) -> None:
         self._stand(self.root / who)
@@ -132,6 +164,7 @@ class Walk:
         lines = {one["site"]: one["invitation"] for one in self.answers.get("server invite", {}).get("invitations", ())}
         names = {"fed.example.org": "127.0.0.2", "0.0.0.0:8443": self.address, "models/SmolLM2-135M-Instruct": str(self.base)}
         words = [lines[who] if word.startswith("fl1:") else names.get(word, word) for word in words]
+        words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
         match words[1:3]:
             case ["server", "invite"]:
                 return [*words, "--address", self.address]
@@ -155,16 +188,18 @@ class Walk:
         if into:
             Path(into).write_text(found["text"])
         if name == "pin":  # "send study/plan/ to every site"
-            for site in SITES:
+            for site in self.sites:
                 shutil.copytree("study/plan", self.root / site, dirs_exist_ok=True)
 
     def edit(self, who: str, file: str) -> None:
         """As its owner leaves it."""
         if file == "plan.toml":
-            Path(file).write_text(dump_toml(Plan(**{**SMALL, "run": {"name": "my-run"}})))
+            Path(file).write_text(dump_toml(Plan(**{**SMALL, "run": {"name": "my-run"}, **self._plan})))
             return
         rows = {"path": str(self.rows / f"{who}.train.jsonl"), "held_out_path": str(self.rows / f"{who}.validation.jsonl")}
         more = {"local_port": free_port(), "models": {MODEL: str(self.base)}, "device": "cpu", "policy": Policy(min_sites=2)}
+        if roster := self.answers.get("roster show"):
+            more["roster"] = roster["digest"]  # read to her over the telephone
         site = load_site_file(Path(file)).model_copy(update={**more, "data": SiteData(**rows)})
         Path(file).write_text(dump_toml(site))
 
@@ -173,22 +208,42 @@ class Walk:
 @pytest.mark.flower
 @pytest.mark.timeout(600)
 def test_who_follows_the_guides_behind_a_proxy_gets_there(tmp_path, capsys, monkeypatch):
-    with proxy(monkeypatch) as tunnel:
-        walk = Walk(tmp_path, Ran(capsys), monkeypatch)
-        try:
-            for who, what in TYPED:
-                walk.type(who, what)
-            for site in SITES:
-                walk.up[site, "up"].heard("trained", round=1)
-                assert walk.up[site, "up"].stop() == {"file": "site.toml"}
-            assert walk.up["coordinator", "up"].stop() == {"home": "study"}
-        finally:
-            for one in walk.up.values():
-                one.process.kill()
-                one.process.wait()
+    with proxy(monkeypatch) as tunnel, Walk(tmp_path, Ran(capsys), monkeypatch.chdir) as walk:
+        for who, what in TYPED:
+            walk.type(who, what)
+        for site in SITES:
+            walk.up[site, "up"].heard("trained", round=1)
+            assert walk.up[site, "up"].stop() == {"file": "site.toml"}
+        assert walk.up["coordinator", "up"].stop() == {"home": "study"}
     assert {line.split()[1] for line in tunnel.asked} == {walk.address}
     assert len(tunnel.asked) > 6  # both sites, joining and in the run
     there_is(walk)
+
+
+@pytest.mark.torch
+@pytest.mark.flower
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_three_sites_under_secure_aggregation_get_there_too(tmp_path, capsys, monkeypatch):
+    masked = {
+        "federation": {**SMALL["federation"], "min_sites": 3},
+        "protect": {"mode": "secagg"}, "aggregate": {"weighting": "uniform"},
+    }  # fmt: skip
+    sites = (*SITES, "kings")
+    with proxy(monkeypatch) as tunnel, Walk(tmp_path, Ran(capsys), monkeypatch.chdir, sites, **masked) as walk:
+        for who, what in MASKED:
+            walk.type(who, what)
+    answers, home = walk.answers, walk.root / "coordinator"
+    assert {line.split()[1] for line in tunnel.asked} == {walk.address}
+    assert (answers["server start"]["rounds"], answers["server start"]["partial_rounds"]) == (1, [])
+    assert answers["server audit verify"]["findings"] == []
+    assert {part["name"] for part in answers["site dry-run"]["others"]} >= {"advertise", "unmask"}
+    assert "all together" in (home / answers["report"]["report"]).read_text()
+    tensors = "adapter_model.safetensors"
+    assert (walk.root / "st-marys" / "adapter" / tensors).read_bytes() == (home / "adapter" / tensors).read_bytes()
+    assert answers["roster revoke"]["digest"] != answers["roster show"]["digest"]
+    for key in (p.read_text().split("-----")[2] for p in walk.root.glob("*/*.key")):  # no site's secret went through the proxy
+        assert key.strip().encode() not in bytes(tunnel.sent)
 
 
 def there_is(walk: Walk) -> None:
