@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,6 +114,10 @@ def command_of(words: Sequence[str], app: Any) -> str:
     return " ".join(found)
 
 
+_SILENCE_S = 20.0
+"""Longest silence while something loads."""
+
+
 class Screen:
     """Progress of long work, told by events. Bars on a terminal, one line an event elsewhere, nothing when quiet.
 
@@ -126,6 +131,7 @@ class Screen:
         self._began = time.monotonic()
         self._bars: Progress | None = None
         self._arm = ""
+        self._spoken = threading.Event()
 
     def __enter__(self) -> Screen:
         if not self._quiet and self._command is None and sys.stderr.isatty():
@@ -139,10 +145,12 @@ class Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._spoken.set()
         if self._bars is not None:
             self._bars.stop()
 
     def __call__(self, event: Event, facts: Mapping[str, Any]) -> None:
+        self._spoken.set()
         if self._command is not None:
             from fedlora.core.events import dump_facts_of
 
@@ -157,6 +165,19 @@ class Screen:
             self._print(
                 LINES[event if known else "other"].format_map(_FlatFacts(facts if known else {"name": event}, arm=self._arm))
             )
+
+        if event == "load" and not self._quiet:
+            self._say_again(f"still loading {facts['model']}: this machine is busy, or the files are large")
+
+    def _say_again(self, text: str) -> None:
+        """Until the next event: libraries and weights are loaded by code that says nothing."""
+        over = self._spoken = threading.Event()
+
+        def say() -> None:
+            while not over.wait(_SILENCE_S):
+                self._print(text)
+
+        threading.Thread(target=say, daemon=True).start()
 
     def _print(self, text: str) -> None:
         stamped = on_terminal(f"{time.monotonic() - self._began:7.1f} s  {text}", indent=" " * 11)

@@ -5,6 +5,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -333,3 +334,20 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
     with Screen(quiet=True) as screen:
         screen("site-offline", {"site": "north"})
     assert capsys.readouterr().err == ""
+
+
+def test_who_waits_for_a_base_is_told_so_until_something_else_is_said(capsys, monkeypatch):
+    monkeypatch.setattr("fedlora.cli.output._SILENCE_S", 0.01)
+    for quiet in (False, True):
+        with Screen(quiet=quiet) as screen:
+            screen("load", {"model": "m"})
+            said, end = "", time.monotonic() + (0.1 if quiet else 20)
+            while said.count("still loading m") < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+                said += capsys.readouterr().err
+            assert (said.count("still loading m") >= 2) is not quiet
+            screen("site-offline", {"site": "north"})
+            time.sleep(0.05)  # a line that was on its way
+            capsys.readouterr()
+            time.sleep(0.05)
+            assert capsys.readouterr().err == ""
