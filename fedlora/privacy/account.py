@@ -7,7 +7,6 @@ mechanisms, as if every unit were drawn in every step: always an upper bound, an
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -73,15 +72,14 @@ def _epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float
     if min(z for z, _, _ in kinds) < _LEAST_MULTIPLIER or all(rate == 1 for _, rate, _ in kinds):
         return bound
     try:
-        dp_event = importlib.import_module("dp_accounting.dp_event")
-        neighbors = importlib.import_module("dp_accounting.privacy_accountant").NeighboringRelation
-        pld = importlib.import_module("dp_accounting.pld.pld_privacy_accountant")
+        from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent
+        from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+        from dp_accounting.privacy_accountant import NeighboringRelation
     except ImportError:
         return bound
-    composed: Any = pld.PLDAccountant(neighbors.ADD_OR_REMOVE_ONE, value_discretization_interval=_GRID)
+    composed: Any = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=_GRID)
     for z, rate, count in kinds:
-        release = dp_event.GaussianDpEvent(z)
-        composed.compose(release if rate == 1 else dp_event.PoissonSampledDpEvent(rate, release), count)
+        composed.compose(GaussianDpEvent(z) if rate == 1 else PoissonSampledDpEvent(rate, GaussianDpEvent(z)), count)
     return min(float(composed.get_epsilon(delta)), bound)
 
 

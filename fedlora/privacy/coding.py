@@ -3,7 +3,8 @@
 The values are those that exact arithmetic would give: where a float64 lies so near the middle between two levels that its error
 could decide, the value is computed again to 50 digits. So the textbook's Gaussian is the one that is released, and the usual
 objections to noise in floating point (Mironov, On Significance of the Least Significant Bits for Differential Privacy, 2012) find
-nothing: there are no lower bits, and no value has another probability than its integral.
+nothing: there are no lower bits, and no value has another probability than its integral. For the same reason the levels of one
+secret are the same on every machine, however its logarithm and cosine round.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.core.adapter import F32
 from fedlora.privacy.draws import F64, digits, normals
@@ -28,9 +30,7 @@ _MARGIN: Final = 2.0**-20
 """In levels; eight times the largest error of a float64 (:func:`fedlora.privacy.draws.normals`)."""
 
 
-def encode(
-    total: F32 | F64, terms: PrivacyTerms, *, levels: int, secret: bytes, step: int
-) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def encode(total: F32 | F64, terms: PrivacyTerms, *, levels: int, secret: bytes, step: int) -> NDArray[np.int32]:
     """The clipped sum of a step, with this site's noise, in levels.
 
     A value that is not finite counts as 0: to stop would tell something about the rows.

@@ -181,8 +181,8 @@ class PrivacyLedger:
         """Charges a release; the charge is on the disk when this returns. To be called before the first unit is drawn.
 
         Args:
-            repeatable: whether the same secret gives the same bits, so that what is charged already may be computed again. False
-                charges once more, with another secret.
+            repeatable: whether what is charged already may be computed again from its secret: nothing of it can have been sent,
+                or the same secret gives the same bits here. False charges once more, with another secret.
 
         Returns:
             The secret of this charge, 32 bytes; the same one if it was charged before.

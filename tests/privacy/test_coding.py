@@ -13,7 +13,7 @@ import pytest
 from fedlora.privacy import coding
 from fedlora.privacy.account import gaussian_delta
 from fedlora.privacy.coding import aliasing, encode, failure
-from fedlora.privacy.draws import digits, gaussian
+from fedlora.privacy.draws import digits, gaussian, normals
 from fedlora.privacy.terms import PrivacyTerms
 from fedlora.protect.secagg.protocol.rings import PROFILES
 
@@ -77,6 +77,18 @@ def test_every_value_is_rounded_as_exact_arithmetic_does(monkeypatch):
     fast = encode(total, terms(), levels=LEVELS, secret=SECRET, step=0)
     monkeypatch.setattr(coding, "_MARGIN", 2.0)
     assert np.array_equal(fast, encode(total, terms(), levels=LEVELS, secret=SECRET, step=0))
+
+
+def test_levels_do_not_depend_on_how_a_machine_rounds_logarithm_and_cosine(monkeypatch):
+    total = np.random.default_rng(0).normal(0, 0.05, 200_000)
+    here = encode(total, terms(), levels=LEVELS, secret=SECRET, step=0)
+
+    def elsewhere(*args, **more):
+        for at, values, rare in normals(*args, **more):
+            yield at, values * (1 + np.random.default_rng(at).integers(-8, 9, values.size) * 2.0**-52), rare
+
+    monkeypatch.setattr(coding, "normals", elsewhere)
+    assert np.array_equal(here, encode(total, terms(), levels=LEVELS, secret=SECRET, step=0))
 
 
 def test_a_value_in_the_middle_between_two_levels_is_decided_exactly():

@@ -7,9 +7,11 @@ import math
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_house import impure
 
 from fedlora.privacy.draws import Stream, digits, gaussian, normals, poisson
 
@@ -32,6 +34,11 @@ def test_a_stream_can_be_read_from_any_block_and_does_not_show_its_secret():
     assert SECRET.hex() not in repr(Stream(SECRET, 7))
     with pytest.raises(ValueError, match="32 bytes"):
         Stream(b"short", 0)
+
+
+@pytest.mark.parametrize("name", ["terms", "draws", "coding", "account", "spending"])
+def test_nothing_here_draws_from_a_generator_a_clock_or_the_system(name):
+    assert not impure((Path(__file__).resolve().parents[2] / "fedlora" / "privacy" / f"{name}.py").read_text())
 
 
 # --- which units --------------------------------------------------------------------------------------------------------
