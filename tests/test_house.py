@@ -28,6 +28,7 @@ ORDER = (
     "formats",
     "processes",
     "rules",
+    "privacy",
     "protect/secagg/protocol",
     "protect",
     "data/files",
@@ -61,7 +62,12 @@ HOMES = {
     "httpx": {"flower", "gateway"},
     "starlette": {"gateway"},
     "uvicorn": {"gateway"},
-    "cryptography": {"formats", "protect", "gateway"},  # gateway: TLS certificates, and the node keys that Flower wants
+    "cryptography": {
+        "formats",
+        "privacy",
+        "protect",
+        "gateway",
+    },  # gateway: TLS certificates, and the node keys that Flower wants
     "typer": {"cli"},
     "rich": {"cli"},
     "pyarrow": {"data"},
@@ -71,6 +77,7 @@ HOMES = {
     "tensorboardX": {"lab"},
     "mlflow": {"lab"},
     "wandb": {"lab"},
+    "dp_accounting": {"privacy"},
     "pickle": set(),
     "random": {"learn"},  # the toy data only
 }

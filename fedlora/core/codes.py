@@ -17,6 +17,7 @@ Connection = Literal[
 """4: connection and enrollment."""
 
 Refused = Literal[
+    "budget",
     "impossible-adapter",
     "plan-not-approved",
     "plan-refused",

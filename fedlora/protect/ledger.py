@@ -30,8 +30,8 @@ from fedlora.core.errors import LoneChange, StoreError
 from fedlora.core.plan import Plan
 from fedlora.formats.derive import derive
 from fedlora.formats.keys import Identity, PublicIdentity
+from fedlora.formats.state.encrypted import EncryptedMemory
 from fedlora.formats.state.memory import Memory
-from fedlora.protect.encrypted import EncryptedMemory
 
 _MOST = 12  # keys of a plan that a sentence names
 KEY: Final = "secagg/given"

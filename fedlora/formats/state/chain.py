@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedlora.core.canonical import canonical, parse_object
-from fedlora.formats.files import named_disk_errors, read_file, set_aside
+from fedlora.formats.files import flush_directory, named_disk_errors, read_file, set_aside
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.state.memory import Memory, get_record, put_record
 
@@ -66,6 +66,8 @@ class Chain:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            if not whole:
+                flush_directory(self.file.parent)
         put_record(self.memory, self.kind, self.kind, {"number": last + 1, "digest": digest_of(line)})
         return last + 1
 
@@ -83,6 +85,14 @@ class Chain:
             ends = f"ends with line {end[0]}" if end[0] >= 0 else f"ends with what this {self.owner} has not written"
             wrong.append(f"{self.file} {ends}; line {known[0]} was the last that was written")
         return found, wrong
+
+    def digests(self) -> list[str]:
+        """The digest of each line, in their order, whoever has written it.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
+        return [digest_of(blob) for blob in _lines(self.file)[0]]
 
     def _checked(self, blobs: list[bytes], key: PublicIdentity, found: list[dict[str, Any]]) -> Iterator[str]:
         expected, previous = 1, NONE

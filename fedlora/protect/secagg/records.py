@@ -16,9 +16,9 @@ from fedlora.core.messages import Task
 from fedlora.formats.derive import derive
 from fedlora.formats.files import Damaged, frame, unframe
 from fedlora.formats.keys import Identity
+from fedlora.formats.state.encrypted import EncryptedMemory
 from fedlora.formats.state.journal import check_takes_part, sits_out
 from fedlora.formats.state.memory import Memory
-from fedlora.protect.encrypted import EncryptedMemory
 from fedlora.protect.ledger import USED, Base, Contribution
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.rings import Words
