@@ -1,4 +1,4 @@
-"""Speed and memory, as JSON lines: `python simulations/bench.py protect wire aggregate product rounds sim secagg`, and
+"""Speed and memory, as JSON lines: `python simulations/bench.py protect wire aggregate product rounds sim secagg privacy`, and
 `bench.py train --help` for training, `bench.py federation --help` for a whole federation at the size that users have.
 
 Each row states what it measured, the median of its repeats and, where there is one, the ratio to a peer in the same run.
@@ -315,6 +315,15 @@ def bench_secagg() -> None:
     bench_secagg.main()
 
 
+def bench_privacy() -> None:
+    """What differential privacy costs; see the file of that name."""
+    import bench_privacy
+
+    for measure in bench_privacy.ROWS:
+        for facts in measure():
+            row("privacy", **facts)
+
+
 BENCHES = {
     "protect": bench_protect,
     "wire": bench_wire,
@@ -323,6 +332,7 @@ BENCHES = {
     "rounds": bench_rounds,
     "sim": bench_sim,
     "secagg": bench_secagg,
+    "privacy": bench_privacy,
 }
 
 
