@@ -434,6 +434,11 @@ def test_dropout_is_refused_in_the_adapter_and_found_in_the_base(
         try_units(model)
 
 
+def test_a_base_in_8_bits_is_refused(lora: Callable[..., Any]):
+    with pytest.raises(ConfigError, match="load_in_8bit"):
+        clipped(lora({"load_in_8bit": True}))
+
+
 def test_a_layer_that_sees_its_tokens_in_another_order_or_only_some_of_them_is_found(ready: Callable[..., Any]):
     """As an expert's layers would, which get the tokens that are routed to them."""
     flip = lambda own: lambda x: own(x.flip(1)).flip(1)  # noqa: E731

@@ -52,7 +52,7 @@ class ClippedGradients:
         checkpointing: what is recomputed in the backward pass.
 
     Raises:
-        ConfigError: the adapter has dropout.
+        ConfigError: the adapter has dropout, or the base is held in 8 bits.
         ModelError: this base does not give each document's own gradient, see :func:`fedlora.learn.private.trial.try_units`.
         ResourceError: not enough memory to try it.
         ValueError: clip_norm is not positive and finite, or tokens is below 1.
