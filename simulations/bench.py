@@ -316,9 +316,12 @@ def bench_secagg() -> None:
 
 
 def bench_privacy() -> None:
-    """Noise, the privacy ledger, calibration."""
+    """What differential privacy costs: a clipped step, noise, the privacy ledger, calibration."""
+    import bench_clipped
     import bench_privacy
 
+    for facts in bench_clipped.clipped_step():
+        row("privacy/step", **facts)
     bench_privacy.main()
 
 

@@ -180,8 +180,9 @@ class Forward:
         mask = block_mask(documents, window=window)
         if not self._additive:
             return mask
-        dtype = self._model.get_input_embeddings().weight.dtype  # the eager kernel adds its mask to the scores
-        return torch.zeros(mask.shape, dtype=dtype, device=self._device).masked_fill(~mask, torch.finfo(dtype).min)
+        # The eager kernel adds its mask to the scores. No finite number hides a token whatever they are: the others may overflow.
+        dtype = self._model.get_input_embeddings().weight.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=self._device).masked_fill(~mask, -torch.inf)
 
     def one_document(self, length: int) -> dict[str, Any]:
         """What the model's attention wants besides the tokens of one document."""

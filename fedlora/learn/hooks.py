@@ -7,9 +7,9 @@ form, and training on a CPU gives the same bits.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 
@@ -21,6 +21,9 @@ from fedlora.learn.forward import Forward
 from fedlora.learn.options import Checkpointing
 
 _FAST = "fedlora.learn.fast"
+TakeGradient: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor, float], None]
+"""Given which factor ("A" or "B"), p (tokens, n), q (tokens, m) and a scale: the gradient of that factor, (n, m), is
+scale * p^T q, in the order of the layer's rows."""
 
 
 class MicroBatches(Protocol):
@@ -55,6 +58,7 @@ class ProcessGroup(Protocol):
     """This process among those that compute a step together, each on a device of its own. Rank 0 leads."""
 
     rank: int
+    count: int
 
     def broadcast(self, command: tuple[Adapter, int, bytes, Factors] | None) -> None:
         """Rank 0: sends the next training command, the arguments of ``Learner.train``; None ends the other ranks."""
@@ -67,6 +71,13 @@ class ProcessGroup(Protocol):
 
         Raises:
             ResourceError: another rank ended, or is not at the same step.
+        """
+
+    def sum_up(self, tensors: Sequence[torch.Tensor], total: int) -> None:
+        """Puts the sum of all ranks' tensors in the place of this one's, the same bits at all; ``total`` is equal at all.
+
+        Raises:
+            ResourceError: another rank ended, or has another total.
         """
 
     def abandon(self) -> None:
@@ -99,7 +110,8 @@ class Fast(Protocol):
     def fused_layer(self, model: Any, device: torch.device) -> type:
         """PEFT's LoRA layer with a faster arithmetic; puts kernels into the model, in place.
 
-        The layer has an attribute ``keep_inputs``; False: inputs that can be recomputed are not kept.
+        The layer has an attribute ``keep_inputs``; False: inputs that can be recomputed are not kept. And ``take_gradient``, a
+        :data:`TakeGradient` or None: called in the backward pass for each factor that is trained, which then gets no gradient.
         """
 
     def micro_batches(

@@ -16,6 +16,7 @@ from fedlora.data import Tokens, in_order, regroup
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.fast.tuning import MicroBatchTuner
 from fedlora.learn.learner import HFLearner
+from fedlora.learn.private.clipped import ClippedGradients
 from fedlora.rules.first import first_adapter
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
@@ -374,3 +375,21 @@ def test_two_cards_give_the_same_bits_twice_and_a_killed_process_is_noticed_and_
     assert time.monotonic() - began < 30
     assert team.ranks().count == 2  # another process took its place
     team.close()
+
+
+@pytest.mark.parametrize("kernel", [{}, {"fused": True, "attn_implementation": "varlen"}])
+@pytest.mark.parametrize("held", [{"load_in_4bit": True}, {"dtype": "float32"}])
+def test_sums_of_clipped_gradients_are_those_of_a_cpu(
+    lora: Callable[..., Any], rows: Sequence[Tokens], moved: Any, held: dict[str, Any], kernel: dict[str, Any]
+):
+    found = []
+    exact = {"device": "cpu", "dtype": "float32", "bnb_4bit_compute_dtype": "float32"}
+    for base in ({**held, **exact}, {**held, **kernel, "device": "cuda"}):
+        model = lora(base)
+        model.set(moved(model.get(), size=0.1))
+        for checkpointing in model.checkpointing_modes if base["device"] == "cuda" else ("none",):
+            gradients = ClippedGradients(model, clip_norm=0.3, tokens=150, max_length=96, checkpointing=checkpointing)
+            sums = gradients.sum([rows[:1], rows[1:4], rows[4:5], rows[5:9]]).tensors
+            found.append(torch.cat([t.reshape(-1) for t in sums]).cpu())
+    for one in found[1:]:
+        assert float((one - found[0]).norm() / found[0].norm()) < (1e-3 if held.get("dtype") == "float32" else 0.05)

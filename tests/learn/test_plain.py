@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAINING = (
     "test_arithmetic",
     "test_base",
+    "test_clipped",
     "test_evaluate",
     "test_forward",
     "test_learner",

@@ -17,6 +17,7 @@ from torch.nn import functional
 from fedlora.learn.bases._internals import reshaped
 from fedlora.learn.bases.libraries import bitsandbytes as bnb
 from fedlora.learn.bases.libraries import peft
+from fedlora.learn.hooks import TakeGradient
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -55,9 +56,11 @@ class FusedLora(peft.tuners.lora.Linear):  # type: ignore[misc]  # PEFT ships no
 
     Attributes:
         keep_inputs: False: inputs that can be recomputed are not stored for the backward pass.
+        take_gradient: given what the factors' gradients are products of; then autograd gets none of them.
     """
 
     keep_inputs = True
+    take_gradient: TakeGradient | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.base_layer
@@ -69,10 +72,12 @@ class FusedLora(peft.tuners.lora.Linear):  # type: ignore[misc]  # PEFT ships no
         made, sources = (None, ()) if self.keep_inputs else getattr(x, "_fedlora_made", (None, ()))
         if isinstance(drop, torch.nn.Dropout) and drop.p > 0 and self.training:
             # Dropout stands before A alone: the base's product has another input than the adapter's.
-            base: Tensor = _Product.apply(x, None, None, layer, 0.0, None)  # type: ignore[no-untyped-call]
+            base: Tensor = _Product.apply(x, None, None, layer, 0.0, None, None)  # type: ignore[no-untyped-call]
             low = functional.linear(drop(x), a.to(x.dtype))
             return base + functional.linear(low, (b * self.scaling[name]).to(x.dtype))
-        y: Tensor = _Product.apply(x, a, b, layer, self.scaling[name], made, *sources)  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x, a, b, layer, self.scaling[name], self.take_gradient, made, *sources
+        )
         return y
 
 
@@ -94,6 +99,7 @@ class _Product(torch.autograd.Function):
         b: Tensor | None,
         layer: torch.nn.Linear,
         scale: float,
+        take: TakeGradient | None,
         made: Made | None,
         *sources: Tensor,
     ) -> Tensor:
@@ -111,6 +117,7 @@ class _Product(torch.autograd.Function):
             made.readers += 1
         ctx.save_for_backward(a, b, low, *kept)
         ctx.layer, ctx.scale, ctx.made, ctx.shape, ctx.sources = layer, scale, made, x.shape, len(sources)
+        ctx.take = take or _gradient
         return reshaped(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
@@ -127,10 +134,16 @@ class _Product(torch.autograd.Function):
                 _add_product(_split(dx, a), gb, a.to(g.dtype))
             if ctx.needs_input_grad[1]:
                 x: Tensor = ctx.made.read(*kept) if ctx.made is not None else kept[0]
-                da = _in_float32(gb.mT, _split(x.reshape(-1, x.shape[-1]), a))
+                da = ctx.take("A", gb, _split(x.reshape(-1, x.shape[-1]), a), 1.0)
             if ctx.needs_input_grad[2]:
-                db = _in_float32(parts.mT, low).mul_(ctx.scale)
-        return dx.view(ctx.shape) if dx is not None else None, da, db, None, None, None, *[None] * ctx.sources
+                db = ctx.take("B", parts, low, ctx.scale)
+        return dx.view(ctx.shape) if dx is not None else None, da, db, None, None, None, None, *[None] * ctx.sources
+
+
+def _gradient(factor: str, p: Tensor, q: Tensor, scale: float) -> Tensor:
+    """scale p^T q in float32: what :data:`fedlora.learn.hooks.TakeGradient` is given instead."""
+    found = _in_float32(p.mT, q)
+    return found if scale == 1.0 else found.mul_(scale)
 
 
 def _split(rows: Tensor, a: Tensor) -> Tensor:

@@ -151,17 +151,32 @@ class TrainingGroup:
         Raises:
             ResourceError: another rank ended, or is not at the same step.
         """
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        sums, losses = self._sum(gradients, loss, total)
+        for p, gradient in zip(parameters, sums, strict=True):
+            p.grad = gradient
+        return losses
+
+    def sum_up(self, tensors: Sequence[torch.Tensor], total: int) -> None:
+        """Puts the sum of all ranks' tensors in the place of this one's, the same bits at all; ``total`` is equal at all.
+
+        Raises:
+            ResourceError: another rank ended, or has another total.
+        """
+        sums, _ = self._sum(tensors, torch.zeros((), device=self._device), total)
+        for tensor, value in zip(tensors, sums, strict=True):
+            tensor.copy_(value)
+
+    def _sum(self, tensors: Sequence[torch.Tensor], loss: torch.Tensor, total: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Sums over all ranks, as views of one new tensor; and of the losses, float64."""
+        flat = torch.cat([t.reshape(-1) for t in tensors])
         numbers = torch.stack([loss.double(), torch.tensor(float(total), dtype=torch.float64, device=loss.device)])
         self._guarded(lambda: dist.all_reduce(flat, async_op=True))
         self._guarded(lambda: dist.all_reduce(numbers, async_op=True))
         if float(numbers[1]) != self.count * total:
             raise ResourceError("the processes of this site's GPUs do not train on the same rows", hint="restart the site")
-        at = 0
-        for p in parameters:
-            p.grad = flat[at : at + p.numel()].view_as(p)
-            at += p.numel()
-        return numbers[0]
+        parts = torch.split(flat, [t.numel() for t in tensors])
+        return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)], numbers[0]
 
     def abandon(self) -> None:
         """This group is over: one of it ended, so that what the others wait for will not come. From any thread."""
