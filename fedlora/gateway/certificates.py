@@ -23,6 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedlora.core.errors import ConfigError, KeyFileError
 from fedlora.core.messages import check_site_name
 from fedlora.formats.files import write_atomic
+from fedlora.gateway.addresses import ascii_name
 
 _SKEW = timedelta(hours=1)
 
@@ -119,9 +120,7 @@ def _general_name(host: str) -> x509.GeneralName:
     except ValueError:
         pass
     try:
-        if not host or any(c.isspace() or c in "/:@" for c in host):
-            raise ValueError
-        return x509.DNSName(host.encode("idna").decode())
+        return x509.DNSName(ascii_name(host))
     except ValueError:
         raise ConfigError(f"not a host name or IP address: {host[:120]!r}") from None
 

@@ -503,7 +503,14 @@ def test_nothing_of_another_site_is_written_over(live, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [([], "usage"), (["fl1:x", "--from-file", "y"], "usage"), (["no line"], "config"), (["--from-file", "nowhere"], "config")],
+    [
+        ([], "usage"),
+        (["fl1:x", "--from-file", "y"], "usage"),
+        (["no line"], "config"),
+        (["--from-file", "nowhere"], "config"),
+        ([f"fl1:north.{'A' * 43}.{'B' * 22}@a..b:443"], "config"),
+        ([f"fl1:north.{'A' * 43}.{'B' * 22}@{'a' * 64}:443"], "config"),
+    ],
 )
 def test_a_wrong_command_line_says_so(tmp_path, capsys, monkeypatch, words, code):
     monkeypatch.chdir(tmp_path)

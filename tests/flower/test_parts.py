@@ -135,10 +135,15 @@ def test_flower_itself_reads_these_command_lines_as_closed():
     assert supernode.root_certificates == str(HOME / "ca")
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:0", "host:65536", "host:x"])
+NO_PORT = ["", "host", "host:", "host:0", "host:65536", "host:x", "host:8²", "host:٨٠", "host:" + 5000 * "8"]
+NO_HOST = [":80", "a..b:80", ".a:80", 64 * "a" + ":80", 64 * "é" + ":80", "a b:80", "a\r\nb:80", "a\0b:80", "a:b:80", "::1%\n:80", "\udc80:80"]
+
+
+@pytest.mark.parametrize("address", [*NO_PORT, *NO_HOST])
 def test_an_address_has_a_host_and_a_port(address):
     assert split_address("[::1]:80") == ("::1", 80)
-    with pytest.raises(ConfigError):
+    assert split_address("fed.example.org.:8443") == ("fed.example.org.", 8443)
+    with pytest.raises(ConfigError, match="not host:port"):
         split_address(address)
 
 
