@@ -61,7 +61,9 @@ def test_a_time_of_the_day_is_the_next_one():
     assert until_of("18:00", now=at(18)) == at(18) - 30 + 86400
 
 
-@pytest.mark.parametrize("text", ["six", "1²:00", "1:0²", "١٨:00", "018:00", "-1:00", "24:00", "18:60", "18", ":00", "18:" + 5000 * "0"])
+@pytest.mark.parametrize(
+    "text", ["six", "1²:00", "1:0²", "١٨:00", "018:00", "-1:00", "24:00", "18:60", "18", ":00", "18:" + 5000 * "0"]
+)
 def test_what_is_no_time_of_the_day_is_refused_by_name(text):
     with pytest.raises(ConfigError, match="no time of the day"):
         until_of(text, now=0)

@@ -341,6 +341,7 @@ def _fields(body: bytes) -> tuple[str, str, bytes, tuple[bytes, bytes]]:
         proof = [base64.b64decode(p, validate=True) for p in facts.pop("proof")]
         if set(facts) != {"name", "secret", "site"} or not all(isinstance(x, str) for x in facts.values()) or len(proof) != 2:
             raise ValueError
+        facts["secret"].encode("ascii")  # here, before it matters whether the name is invited
         return check_site_name(facts["name"]), facts["secret"], facts["site"].encode("ascii"), (proof[0], proof[1])
     except (ValueError, KeyError, TypeError, ConfigError):
         raise Refusal("malformed") from None

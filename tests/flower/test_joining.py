@@ -36,7 +36,7 @@ from fedlora.formats.state.lock import hold
 from fedlora.gateway import invitations
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import load_node_keys, node_key_private
-from fedlora.gateway.invitations import JOIN, Invitations, Refusal, dump_ask
+from fedlora.gateway.invitations import JOIN, Invitations, Refusal, answer_join, dump_ask
 from fedlora.site.site_file import load_site_file
 
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True).filter(lambda n: n != "server")
@@ -457,6 +457,20 @@ def test_junk_at_the_door_is_refused_and_leaves_nothing(live):
     assert call("POST", JOIN, b"x", **{"Transfer-Encoding": "chunked"}) == 411
     assert call("GET", f"{JOIN}?x", b"") == call("PUT", JOIN, b"") == call("POST", f"{JOIN}/", b"") == 404
     assert sorted(home.rglob("*")) == before
+
+
+def test_the_answer_to_junk_does_not_say_which_names_are_invited(study):
+    study.book.invite("north", address="127.0.0.1:1", hours=1)
+    fields = {"proof": ["AA==", "AA=="], "site": "t"}
+    for junk in ("\ud800", "é", "\0", "s" * 5000, "٣"):
+        bodies = [json.dumps({**fields, "name": name, "secret": junk}, separators=(",", ":"), sort_keys=True).encode()
+                  for name in ("north", "south")]  # fmt: skip
+        bodies += [json.dumps({**fields, "name": name, "secret": junk}, separators=(",", ":"), sort_keys=True,
+                              ensure_ascii=False).encode(errors="surrogatepass") for name in ("north", "south")]  # fmt: skip
+        answers = [answer_join(study.book, body, "POST") for body in bodies]
+        assert answers[0] == answers[1]
+        assert answers[2] == answers[3]
+        assert {status for status, _ in answers} == {403}
 
 
 # --- interrupted, and in a wrong place ---------------------------------------------------------------------------

@@ -136,7 +136,19 @@ def test_flower_itself_reads_these_command_lines_as_closed():
 
 
 NO_PORT = ["", "host", "host:", "host:0", "host:65536", "host:x", "host:8²", "host:٨٠", "host:" + 5000 * "8"]
-NO_HOST = [":80", "a..b:80", ".a:80", 64 * "a" + ":80", 64 * "é" + ":80", "a b:80", "a\r\nb:80", "a\0b:80", "a:b:80", "::1%\n:80", "\udc80:80"]
+NO_HOST = [
+    ":80",
+    "a..b:80",
+    ".a:80",
+    64 * "a" + ":80",
+    64 * "é" + ":80",
+    "a b:80",
+    "a\r\nb:80",
+    "a\0b:80",
+    "a:b:80",
+    "::1%\n:80",
+    "\udc80:80",
+]
 
 
 @pytest.mark.parametrize("address", [*NO_PORT, *NO_HOST])
