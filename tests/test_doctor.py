@@ -286,6 +286,11 @@ def test_whether_the_server_lets_a_site_in_is_found_out_without_a_run(place):
         assert ".pub" in fault.fix
 
 
+def test_an_authority_that_cannot_be_used_is_said_once(place):
+    bad_ca(place)
+    assert [f.name for f in looked(place, network=True) if f.part == "server"] == ["bad-ca"]
+
+
 @pytest.mark.flower
 def test_what_lasts_is_wrong_and_what_may_go_away_is_not(place):
     with gateway(place.home) as server:

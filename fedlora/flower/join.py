@@ -87,6 +87,12 @@ def _check_place(invitation: Invitation, file: Path, keys: Path) -> None:
             raise ConfigError(f"{file} is of {there.name} at {there.server}", hint="join in another directory: --out")
     if keys.exists() and not (keys / f"{invitation.site}.pub").exists():
         raise ConfigError(f"{keys} holds other keys", hint="join in another directory: --out")
+    files = ("ca.crt", "server.pub", f"{invitation.site}.key", f"{invitation.site}.node.key")
+    if keys.exists() and (lacks := [name for name in files if not (keys / name).is_file()]):
+        raise ConfigError(
+            f"{keys} was not made by `fedlora site join`, or has lost files since: {', '.join(lacks)} {'is' if len(lacks) == 1 else 'are'} "
+            "not there", hint="join in another directory: --out; keys of `fedlora keygen site` are enrolled by their .pub file instead",
+        )  # fmt: skip
 
 
 def _make_keys(site: str, found: ServerFiles, keys: Path) -> None:

@@ -515,6 +515,21 @@ def test_nothing_of_another_site_is_written_over(live, tmp_path):
     assert [a.state for a in book.asking() if a.site == "two"] == ["invited"]  # its line is not used up
 
 
+@pytest.mark.parametrize("lost", [("ca.crt", "server.pub"), ("server.pub",), ("one.key",), ("one.node.key",)])
+def test_a_directory_of_keys_that_is_not_whole_is_refused_before_anything_is_sent(tmp_path, lost):
+    """As `keygen site` makes one, into which somebody joins."""
+    make_server_home(tmp_path / "srv", hosts=["127.0.0.1"])
+    make_site_keys("one", tmp_path / "keys")
+    for name, at in (("ca.crt", "tls/ca.crt"), ("server.pub", "server.pub")):
+        (tmp_path / "keys" / name).write_bytes((tmp_path / "srv" / at).read_bytes())
+    for name in lost:
+        (tmp_path / "keys" / name).unlink()
+    line = Invitation("one", "A" * 43, "B" * 22, "127.0.0.1:9")
+    with pytest.raises(ConfigError, match=f"{', '.join(lost)} (is|are) not there") as e:
+        joining.join(line, tmp_path, wait_s=0, report=lambda e, f: None)
+    assert "--out" in e.value.hint
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [
