@@ -102,7 +102,6 @@ def test_half_a_line_of_a_power_cut_costs_itself_alone(tmp_path, cut):
     assert b"\n\n" not in file.read_bytes()
 
 
-
 def test_the_page_has_no_row_no_path_and_loads_nothing(made, capsys):
     place, _ = made
     page_of(place, capsys)

@@ -90,9 +90,9 @@ def _check_place(invitation: Invitation, file: Path, keys: Path) -> None:
     files = ("ca.crt", "server.pub", f"{invitation.site}.key", f"{invitation.site}.node.key")
     if keys.exists() and (lacks := [name for name in files if not (keys / name).is_file()]):
         raise ConfigError(
-            f"{keys} was not made by `fedlora site join`, or has lost files since: {', '.join(lacks)} {'is' if len(lacks) == 1 else 'are'} "
-            "not there", hint="join in another directory: --out; keys of `fedlora keygen site` are enrolled by their .pub file instead",
-        )  # fmt: skip
+            f"{keys} holds no {', no '.join(lacks)}: it was not made by `fedlora site join`, or has lost files since",
+            hint="join in another directory: --out. Keys of `fedlora keygen site` need no joining: their .pub file is enrolled",
+        )
 
 
 def _make_keys(site: str, found: ServerFiles, keys: Path) -> None:

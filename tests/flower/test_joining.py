@@ -525,7 +525,7 @@ def test_a_directory_of_keys_that_is_not_whole_is_refused_before_anything_is_sen
     for name in lost:
         (tmp_path / "keys" / name).unlink()
     line = Invitation("one", "A" * 43, "B" * 22, "127.0.0.1:9")
-    with pytest.raises(ConfigError, match=f"{', '.join(lost)} (is|are) not there") as e:
+    with pytest.raises(ConfigError, match=f"holds no {', no '.join(lost)}: ") as e:
         joining.join(line, tmp_path, wait_s=0, report=lambda e, f: None)
     assert "--out" in e.value.hint
 
