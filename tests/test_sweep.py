@@ -64,6 +64,10 @@ def test_all_combinations_are_typed_as_the_plan_is_and_named_by_what_differs(pla
         ("run.seed=1,2", "--seeds"),
         ("federation.min_sites=2,3", "min_sites = 3, but the simulation has 2 sites"),
         ("simulation.data.path='toy','nowhere'", "nowhere"),
+        ("simulation.sites=2,3", "'sites=3' has other sites, or is scored on another split, than 'sites=2'"),
+        ("simulation.evaluate_on=test,validation", "scored on another split"),
+        ("simulation.arms=['base'],['federated']", "no arm in common"),
+        ("simulation.data.group_key='a','A'", "would have one directory"),
     ],
 )
 def test_a_wrong_setting_is_said_before_anything_runs(plan, setting, said, capsys, tmp_path):
@@ -79,6 +83,14 @@ def test_a_key_twice_and_too_many_combinations_are_refused(plan):
     numbers = ",".join(map(str, range(1, 41)))
     with pytest.raises(ConfigError, match="1,600 combinations"):
         combinations(plan, [f"lora.r={numbers}", f"federation.num_rounds={numbers}"])
+
+
+def test_each_combination_has_a_directory_of_its_own_whatever_letters_it_is_of(plan):
+    found = combinations(plan, ["simulation.data.group_key='größe','grüße','" + "a" * 200 + "','" + "a" * 201 + "','ж','plain'"])
+    folders = [one.folder for one in found]
+    assert len({*folders}) == len(folders) == 6
+    assert all(one.isascii() and one and len(one) < 140 for one in folders)
+    assert folders[-1] == "group_key=-plain"
 
 
 def scores(out):
