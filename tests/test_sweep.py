@@ -1,5 +1,6 @@
 """A sweep: everything read before anything runs, the same numbers however many run at once, and one failure ends no other."""
 
+import contextlib
 import csv
 import json
 import os
@@ -8,11 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fedlora.cli import main
 from fedlora.core.errors import ConfigError
+from fedlora.core.plan import Plan
+from fedlora.core.section import Section
+from fedlora.core.tagged import Tagged
 from fedlora.lab.sweep import combinations
 
 PLAN = """
@@ -83,6 +88,44 @@ def test_a_key_twice_and_too_many_combinations_are_refused(plan):
     numbers = ",".join(map(str, range(1, 41)))
     with pytest.raises(ConfigError, match="1,600 combinations"):
         combinations(plan, [f"lora.r={numbers}", f"federation.num_rounds={numbers}"])
+
+
+def keys_of(section, at=""):
+    """All keys of a plan, tables and settings of registry entries included."""
+    for name, field in section.model_fields.items():
+        yield f"{at}{name}"
+        kinds = (field.annotation, *get_args(field.annotation))
+        for below in [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]:
+            yield from keys_of(below, f"{at}{name}.")
+            if issubclass(below, Tagged):
+                for entry in below.registry.names():
+                    yield from [f"{at}{name}.{entry}", *keys_of(below.registry[entry].Settings, f"{at}{name}.{entry}.")]
+
+
+KEYS = sorted({*keys_of(Plan), "nothing", "nothing.at.all", "run..name", "aggregate.name.x", "simulation.data.columns.prompt"})
+VALUES = [
+    "[]", "[1,2]", "[[]]", "[{}]", "['a']", "{}", "{a=1}", "{a={b=[2024-01-01]}}", "''", "'ä'", "'name'", "x", "true", "0", "-1",
+    "1.5", "nan", "-inf", "1e999", "1" * 5000, "9" * 40, "0x" + "f" * 400, "2024-01-01", "[2024-01-01]",
+    "{a=2024-01-01T00:00:00Z}",
+    "12:30:00", "[" * 5000 + "]" * 5000, "['federated','federated']", "'by:'", "'toy'", "1000000",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:20])
+def test_no_value_of_a_key_is_a_bug(plan, value):
+    """A plan that is whole, or an error that names what is wrong."""
+    for key in KEYS:
+        with contextlib.suppress(ConfigError):
+            assert combinations(plan, [f"{key}={value}"])[0].plan.digest()
+
+
+@pytest.mark.parametrize(
+    "text", ["lora.r = " + "1" * 5000, "lora.r = " + "[" * 5000 + "]" * 5000, "lora = 1979-05-27", "a.b = {}"]
+)
+def test_no_text_of_a_plan_is_a_bug(tmp_path, text):
+    (tmp_path / "plan.toml").write_text(text)
+    with pytest.raises(ConfigError):
+        combinations(tmp_path / "plan.toml", [])
 
 
 def test_each_combination_has_a_directory_of_its_own_whatever_letters_it_is_of(plan):

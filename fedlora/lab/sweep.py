@@ -105,7 +105,7 @@ def _short(key: str, keys: Sequence[str]) -> str:
 def _value(word: str) -> Any:
     try:
         return tomllib.loads(f"value = {word}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return word
 
 
