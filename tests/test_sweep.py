@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,8 +17,12 @@ import pytest
 from fedlora.cli import main
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Plan
+from fedlora.core.registry import RULES
 from fedlora.core.section import Section
 from fedlora.core.tagged import Tagged
+from fedlora.lab.claims import Options
+from fedlora.lab.jobs import Jobs
+from fedlora.lab.own_rules import use_rules
 from fedlora.lab.sweep import combinations
 
 PLAN = """
@@ -292,6 +297,38 @@ def test_a_script_that_is_no_rule_is_said_with_the_place(plan, tmp_path, text, s
         (tmp_path / "wrong.py").write_text(text)
     done = fedlora("simulate", plan, "--rule", tmp_path / "wrong.py", "--out", tmp_path / "out")
     assert (done.returncode, said in done.stderr) == (3, True)
+
+
+def test_a_script_that_failed_once_is_not_taken_for_a_rule_the_next_time(tmp_path):
+    file = tmp_path / "again.py"
+    for text, said in (
+        ("import fedlora\nx = 1", "registers no rule"),
+        (STUBBORN.replace("stubborn", "again") + "1 / 0", "ZeroDivisionError"),
+        ('import fedlora\n@fedlora.RULES.register("again")\nclass No(fedlora.Rule):\n    pass', "no method finish"),
+    ):
+        file.write_text(text)
+        for _ in range(2):  # as in a notebook
+            with pytest.raises(ConfigError, match=said):
+                use_rules([str(file)])
+            assert "again" not in RULES
+
+
+def test_a_ctrl_c_ends_no_process_that_was_there_before(monkeypatch, tmp_path):
+    theirs = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    theirs.start()
+
+    def interrupted(going):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedlora.lab.jobs.as_completed", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Jobs(2).run([], Options(tmp_path))
+        theirs.join(0.5)
+        assert theirs.is_alive()
+    finally:
+        theirs.kill()
+        theirs.join()
 
 
 def test_an_installed_rule_is_loaded_because_she_names_it_and_never_because_a_plan_does(plan, tmp_path):

@@ -43,6 +43,9 @@ def pull(
             hint="the adapter comes with the last evaluation; `fedlora site status` says how far a run is. A site that was away "
             "then asks the coordinator for it, who has it by `fedlora server pull`",
         )
+    if run and len(fitting) > 1:
+        names = ", ".join(sorted(p.stem[: len(run) + 8] for p in fitting))
+        raise StoreError(f"{len(fitting)} runs begin with {run}", hint=f"more digits of the run's id, of one of: {names}")
     done = export_run(fitting[-1], out, dtype="bfloat16", base=base)
     lines = [
         f"written: {out}, the adapter of run {fitting[-1].stem[:12]}",
