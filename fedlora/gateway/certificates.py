@@ -144,8 +144,8 @@ def authority_digest(ca: Path) -> str:
     return sha256(found[0]).hexdigest()
 
 
-def certificate_hosts(certificate: Path) -> frozenset[str]:
-    """The names and addresses that a certificate file is valid for.
+def certificate_hosts(certificate: Path) -> tuple[str, ...]:
+    """The names and addresses that a certificate file is valid for, in its order: the first is the one named first.
 
     Raises:
         KeyFileError: not a readable certificate.
@@ -156,7 +156,7 @@ def certificate_hosts(certificate: Path) -> frozenset[str]:
         )
     except (OSError, ValueError, x509.ExtensionNotFound):
         raise KeyFileError(f"cannot use the certificate {certificate}") from None
-    return frozenset(str(n.value) for n in names.value)
+    return tuple(str(n.value) for n in names.value)
 
 
 def certificate_end(certificate: Path) -> datetime:

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from fedlora.cli import main
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError
+from fedlora.core.limits import MAX_SITES
 from fedlora.flower import join as joining
 from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.flower.jobs import Address, save_address
@@ -209,6 +210,36 @@ def test_an_invitation_names_the_port_that_is_open(study, capsys):
         assert "@127.0.0.1:8543'" in invited("east")
         assert "listens on port 8543" in invited("south", "--address", address)
         assert "CHECK" not in invited("west", "--address", "127.0.0.1:8543")
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["west", "North"], "not a site name"),
+        (["west", "west"], "west is named twice"),
+        (["west", "north"], "north is enrolled"),
+        (["west", *(f"many-{n}" for n in range(MAX_SITES))], "sites at most"),
+    ],
+)
+def test_names_that_cannot_all_be_invited_are_said_before_any_line_is_made(study, capsys, names, why):
+    (study.home / "sites" / "north.pub").write_bytes(study.site("north"))
+    study.book.invite("west", address="127.0.0.1:8443", hours=1)
+    before = (study.home / "invitations" / "west.json").read_bytes()
+    assert main(["server", "invite", str(study.home), *names]) != 0
+    assert why in capsys.readouterr().err
+    assert (study.home / "invitations" / "west.json").read_bytes() == before  # the line that west has still holds
+    (study.root / "file").touch()
+    assert main(["server", "invite", str(study.home), "west", "--out", str(study.root / "file")]) == 3
+    assert (study.home / "invitations" / "west.json").read_bytes() == before
+
+
+def test_an_invitation_names_the_host_that_the_coordinator_named_first(tmp_path, capsys):
+    home = tmp_path / "study"
+    make_server_home(home, hosts=["fed.example.org", "10.1.2.3"])
+    for _ in range(2):
+        (made,) = said(capsys, "server invite", str(home), "north")["invitations"]
+        assert made["invitation"].endswith("@fed.example.org:8443")
+        assert said(capsys, "server renew", str(home))["hosts"][:2] == ["fed.example.org", "10.1.2.3"]
 
 
 # --- what a server on the way gets -------------------------------------------------------------------------------

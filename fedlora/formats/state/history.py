@@ -1,4 +1,4 @@
-"""What a site keeps of its own rounds, for its own eyes: a line for each answer that carried what a round made. FORMAT.md, 11.8.
+"""What a site keeps of its own rounds, for its own eyes: a line for each answer that carried what a round made. FORMAT.md, 11.9.
 
 It is news, not evidence: the outbox says what left. A line that cannot be read is left out.
 """
