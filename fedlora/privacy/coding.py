@@ -88,5 +88,6 @@ def failure(values: int, *, sites: int, epsilon: float) -> float:
         sites: most that add up.
         epsilon: of the whole claim.
     """
-    each = aliasing(sites, std=NOISE_LEVELS) + _TAIL + _COMPUTED
+    cut = _TAIL if sites > 1 else 0.0  # the clamp of a single site's noisy value is computed from that value alone
+    each = aliasing(sites, std=NOISE_LEVELS) + cut + _COMPUTED
     return min((1.0 + math.exp(min(epsilon, 700.0))) * values * each, 1.0)

@@ -213,7 +213,7 @@ def kept_plan(state: Path, digest: str) -> Plan | None:
 
 
 def _changed(old: Plan, new: Plan) -> list[str]:
-    was, now = (dict(_flat(p.model_dump(mode="json", exclude={"simulation"}))) for p in (old, new))
+    was, now = (dict(_flat(p.agreed())) for p in (old, new))
     return [
         plain(f"{key}: {was.get(key, 'not said')} -> {now.get(key, 'not said')}")
         for key in dict.fromkeys((*now, *was))
