@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.core.section import Section
-
-if TYPE_CHECKING:
-    from fedlora.core.plan import Plan
 
 Mechanism = Literal["local", "distributed"]
 """Who adds the noise: each site all of it, or the sites of a secure aggregation session together."""
@@ -19,7 +16,7 @@ Unit = Literal["group", "row"]
 """Whose presence is hidden: all rows with one value of ``data.group_key``, or one row."""
 FEWEST_STEPS: Final = 5
 """Local steps below which an Adam whose moments are reset each round takes little but signs of noise."""
-RULES: Final = ("fedavg", "ffa", "rolora", "fedsvd")
+PRIVATE_RULES: Final = ("fedavg", "ffa", "rolora", "fedsvd")
 """Aggregation rules that are tested with [privacy]."""
 
 
@@ -68,15 +65,15 @@ class Privacy(Section):
         return self.sampling_rate * self.units_per_site
 
 
-def private_misfits(plan: Plan) -> Iterator[str]:
+def private_misfits(plan: Any) -> Iterator[str]:
     """What in a plan does not go with its [privacy], each in a sentence that says what to do; nothing without that table."""
     p, t, f, a = plan.privacy, plan.training, plan.federation, plan.aggregate
     if p is None:
         return
     if a.weighting != "uniform":
         yield f"[privacy] with aggregate.weighting = {a.weighting!r}: a count of rows would leave without noise: set 'uniform'"
-    if a.name not in RULES:
-        yield f"[privacy] is not built for aggregate.name = {a.name!r}: choose {', '.join(RULES)}"
+    if a.name not in PRIVATE_RULES:
+        yield f"[privacy] is not built for aggregate.name = {a.name!r}: choose {', '.join(PRIVATE_RULES)}"
     elif getattr(a.settings, "share", "AB") != "AB":
         yield "[privacy] is not built for a factor that stays at each site: leave aggregate.fedavg.share out"
     if plan.lora.ranks:
@@ -101,7 +98,7 @@ def private_misfits(plan: Plan) -> Iterator[str]:
         )
 
 
-def _training_misfits(plan: Plan) -> Iterator[str]:
+def _training_misfits(plan: Any) -> Iterator[str]:
     t = plan.training
     if plan.lora.lora_dropout:
         yield "[privacy] with lora_dropout: what is dropped for one row depends on those before it: set lora.lora_dropout = 0"
