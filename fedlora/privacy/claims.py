@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from fedlora.core.claims import PrivacyClaim
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Plan
 from fedlora.core.tables.privacy import Privacy
-from fedlora.formats.published.private import PrivacyClaim
 from fedlora.formats.state.budget import Event
 from fedlora.privacy.account import accountant, calibrate, epsilon
 from fedlora.privacy.coding import failure
@@ -17,6 +17,7 @@ FEWEST_UNITS: Final = 500
 """Units in a federation below which no epsilon of any use leaves anything to learn."""
 NO_CLAIM: Final = "secure aggregation and an audit; no DP claim"
 """What is said of a federation with fewer."""
+NO_PRIVACY: Final = "no differential privacy: the adapter can remember rows that it was trained on"
 _VALUES: Final = 1 << 34
 """More than any adapter has: an update has at most so many bytes."""
 
@@ -107,6 +108,22 @@ def check_claim(plan: Plan) -> float:
 def federation_units(plan: Plan) -> int:
     """Units that the plan's smallest federation has, by its public numbers: units_per_site times min_sites."""
     return private_of(plan).units_per_site * plan.federation.min_sites
+
+
+def claim_lines(claim: PrivacyClaim | None) -> list[str]:
+    """The same words in check, pin, report and model card."""
+    if claim is None:
+        return [NO_PRIVACY]
+    whose = "group (patient or customer)" if claim.unit == "group" else "row"
+    numbers = (
+        f"C {claim.clip_norm:g}, z {claim.noise_multiplier:g}, q {claim.sampling_rate:g}, T {claim.releases}, secret Poisson "
+        f"sampling, {claim.relation}; counted by {claim.accountant}"
+    )
+    bound = f"epsilon {claim.epsilon:g} at delta {claim.delta:g} for each {whose} of one site, over the whole run"
+    if not claim.claimed:
+        few = f"fewer than {FEWEST_UNITS} units in the smallest federation of this plan (units_per_site x min_sites)"
+        return [f"differential privacy: {few}: {NO_CLAIM}", f"  each site's noise is computed for {bound}: {numbers}"]
+    return [f"differential privacy: {bound}; each site adds its own noise ({claim.mechanism})", f"  {numbers}"]
 
 
 def claim_of(plan: Plan) -> PrivacyClaim | None:
