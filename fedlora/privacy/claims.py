@@ -7,7 +7,7 @@ from typing import Final
 from fedlora.core.claims import PrivacyClaim
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Plan
-from fedlora.core.tables.privacy import Privacy
+from fedlora.core.tables.privacy import MOST_EPSILON, Privacy
 from fedlora.formats.state.budget import Event
 from fedlora.privacy.account import accountant, calibrate, epsilon
 from fedlora.privacy.coding import failure
@@ -52,7 +52,7 @@ def run_event(plan: Plan) -> Event:
 
 
 def _event(private: Privacy, releases: int) -> Event:
-    return PrivacyTerms.of(private).event(releases, failure=failure(_VALUES, sites=1, epsilon=private.epsilon))
+    return PrivacyTerms.of(private).event(releases, failure=failure(_VALUES, sites=1, epsilon=MOST_EPSILON))
 
 
 def run_epsilon(plan: Plan) -> float:

@@ -13,7 +13,7 @@ from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 from fedlora.core.tables.data import SiteData
-from fedlora.core.tables.privacy import Unit
+from fedlora.core.tables.privacy import MOST_EPSILON, Unit
 from fedlora.formats.state.memory import Memory, get_record, put_record
 from fedlora.privacy.account import accountant
 from fedlora.privacy.claims import round_event, run_epsilon, run_event
@@ -32,7 +32,7 @@ class SitePrivacy(Section):
     """name for the people behind the rows, a-z, 0-9 and -; one budget each; empty: plans with [privacy] are refused"""
     units: Annotated[int, Field(ge=1, le=1 << 31)] = 1000
     """how many they are, about: patients or customers, or rows with unit = "row"; delta must be below one over it"""
-    budget_epsilon: Annotated[float, Field(ge=0, le=1000)] = 8.0
+    budget_epsilon: Annotated[float, Field(ge=0, le=MOST_EPSILON)] = 8.0
     """epsilon of all plans ever at budget_delta, at most; a plan that would exceed it is refused. Higher: less privacy"""
     budget_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """delta at which the budget is counted; it cannot be changed once the first plan is charged"""

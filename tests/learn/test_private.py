@@ -124,11 +124,6 @@ def _drawing_all(units: int) -> bytes:
     return next(s for n in range(1000) if len(poisson(s := n.to_bytes(32, "big"), units, 0.5, step=0)) == units)
 
 
-@pytest.mark.attack(
-    "P1",
-    "who sees a step without noise, or with less than was accounted for, reads whose rows were in it",
-    stops="each step has the whole noise of its plan, whether or not it drew anybody",
-)
 def test_05_an_empty_draw_is_noise_alone_of_the_whole_size(learner: Callable[..., PrivateLearner], one_step: None):
     one = learner(local_steps=1, optimizer_state="keep", sampling_rate=1e-9, units_per_site=10)
     first = one.model.get()

@@ -291,7 +291,7 @@ def test_a_round_that_may_have_been_sent_is_never_computed_again_from_the_same_s
 
 
 def test_15_a_server_that_asks_again_and_again_drains_two_charges_of_an_exchange_and_no_more(tmp_path):
-    one, codes = One(tmp_path, settings=SETTINGS.model_copy(update={"budget_epsilon": 100.0})), []
+    one, codes = One(tmp_path, settings=SETTINGS.model_copy(update={"budget_epsilon": 50.0})), []
     one.site.work(task(private(rounds=60)))
     for n in range(50):
         try:
@@ -302,7 +302,7 @@ def test_15_a_server_that_asks_again_and_again_drains_two_charges_of_an_exchange
 
 
 def test_15_no_run_releases_more_than_its_plan_claims_although_the_budget_has_room(tmp_path):
-    one = One(tmp_path, settings=SETTINGS.model_copy(update={"budget_epsilon": 1000.0}))
+    one = One(tmp_path, settings=SETTINGS.model_copy(update={"budget_epsilon": 50.0}))
     one.site.work(task())
     for number, value in ((2, 1.0), (2, 2.0)):
         one.site.work(task(round=number, adapter=toy_adapter(value)))
@@ -335,7 +335,7 @@ def test_an_older_copy_of_the_ledger_or_none_is_noticed_and_nothing_is_computed(
 
 
 def test_after_an_accepted_loss_a_run_that_it_touches_does_not_go_on_and_the_next_one_counts_all(tmp_path):
-    one = One(tmp_path, settings=SETTINGS.model_copy(update={"budget_epsilon": 100.0}))
+    one = One(tmp_path, settings=SETTINGS.model_copy(update={"budget_epsilon": 50.0}))
     one.site.work(task())
     ledger = one.site.private.watched.ledger
     before = ledger.spending()

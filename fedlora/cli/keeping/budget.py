@@ -72,8 +72,8 @@ def accept_loss(
 ) -> None:
     """Count as spent whatever lost lines of the privacy ledger can have held.
 
-    All that was set aside and all of the named plans count, and each lost line as the costliest release that is known. There is no way
-    back.
+    All that was set aside and all of the named plans count, and each lost line as the costliest release that is known. It cannot
+    be undone.
 
     Example: fedlora budget accept-loss site.toml --plan plan.toml
     """

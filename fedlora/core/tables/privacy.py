@@ -16,6 +16,8 @@ Unit = Literal["group", "row"]
 """Whose presence is hidden: all rows with one value of ``data.group_key``, or one row."""
 FEWEST_STEPS: Final = 5
 """Local steps below which an Adam whose moments are reset each round takes little but signs of noise."""
+MOST_EPSILON: Final = 50.0
+"""Beyond it an epsilon bounds nothing, and what computing costs of delta is not negligible any more."""
 PRIVATE_RULES: Final = ("fedavg", "ffa", "rolora", "fedsvd")
 """Aggregation rules that are tested with [privacy]."""
 
@@ -33,7 +35,7 @@ class Privacy(Section):
     """who adds the noise; local: each site, in every local step (DP-SGD), so that nobody else has to be trusted"""
     unit: Unit = "group"
     """whose presence is hidden; group: all rows with one value of data.group_key; row: one row, where each is another person"""
-    epsilon: Annotated[float, Field(gt=0, le=100)] = 8.0
+    epsilon: Annotated[float, Field(gt=0, le=MOST_EPSILON)] = 8.0
     """privacy loss of the whole run for one unit of one site, at most; lower: more noise, less is learned"""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """probability with which epsilon may not hold; at most 1 / (10 units_per_site)"""
