@@ -107,6 +107,23 @@ def test_a_step_is_the_clipped_sum_of_its_secret_draw_over_the_public_expected_n
     assert found == pytest.approx(-flat / 9.0, abs=7 * 1e-4 * terms.clip_norm / 9.0 + 1e-6)
 
 
+def test_11_a_step_owes_nothing_to_the_one_before_it_but_the_adapter(
+    learner: Callable[..., PrivateLearner], lora: Callable[..., Any], plain_steps: None, moved: Any, monkeypatch: Any
+):
+    """The first of two steps does not move the adapter: then the second is as if it were alone."""
+    monkeypatch.setattr("fedlora.learn.private.learner.rate_of", lambda plan, *, round, step, steps: float(step))
+    one = learner(local_steps=2, optimizer_state="keep", noise_multiplier=1e-4)
+    first = moved(one.model.get())
+    found = change(one, first)
+    model = lora()
+    model.set(first)
+    private = one.plan.privacy
+    clipped = ClippedGradients(model, clip_norm=0.3 / 1.001, tokens=micro_batch_tokens(one.plan, private), max_length=48)  # type: ignore[arg-type]
+    total = clipped.sum([one.units[n] for n in poisson(SECRET, 12, 0.5, step=1)])
+    flat = np.concatenate([t.numpy().reshape(-1) for t in total.tensors])
+    assert found == pytest.approx(-flat / 5.0, abs=7 * 1e-4 * 0.3 / 5.0 + 1e-6)
+
+
 def test_no_unit_moves_a_step_by_more_than_the_clip_norm(
     learner: Callable[..., PrivateLearner], rows: Sequence[Tokens], one_step: None, moved: Any
 ):
