@@ -24,6 +24,7 @@ from fedlora.lab.jobs import Jobs
 from fedlora.lab.own_rules import own_errors
 from fedlora.lab.report import load
 from fedlora.lab.simulate import simulate, write_summary
+from fedlora.privacy.claims import with_noise
 
 _WORD = re.compile(r"""(?:[^,\[\]{}"']|"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\})+""")
 _MOST = 1000
@@ -149,6 +150,7 @@ def run_each(
     Raises:
         ConfigError, StoreError: as :func:`run_all`.
     """
+    found = [replace(one, plan=with_noise(one.plan)) for one in found]
     directories = {one.name: out / one.folder for one in found}
     _look(found, directories, options)
     if len(found) > 1:

@@ -24,7 +24,7 @@ from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_adapter, 
 from fedlora.privacy.account import epsilon
 from fedlora.privacy.claims import check_claim, claim_of, run_epsilon, run_event, with_noise
 from fedlora.site.parts import site_of
-from fedlora.site.private import SitePrivacy, private_refusals
+from fedlora.site.private import PrivateRuns, SitePrivacy, private_refusals
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Trained
 
@@ -280,9 +280,15 @@ def test_16_killed_between_charge_and_journal_a_site_takes_the_same_secret_and_i
     assert secrets[0] == secrets[1]
 
 
-def test_a_round_that_may_have_been_sent_is_never_computed_again_from_the_same_secret(tmp_path):
+def test_a_round_that_may_have_been_sent_is_never_computed_again_from_the_same_secret(tmp_path, monkeypatch):
     one = One(tmp_path)
-    one.site.work(task())
+
+    def stopped(self, task):
+        raise KeyboardInterrupt  # before the secret is deleted
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PrivateRuns, "finished", stopped)
+        one.site.work(task())
     (tmp_path / "journal" / RUN / "round-000001.journal").unlink()
     again = One(tmp_path)
     again.site.work(task())
