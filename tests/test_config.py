@@ -120,7 +120,8 @@ SECAGG = (
         (5, "uniform", "max_colluding = 2", "", "min_sites"),
         (3, "tokens", "", "", "weight_unit"),
         (3, "uniform", "weight_unit = 100", "", "weight_unit"),
-        (3, "uniform", "", "local_steps = 0\nlocal_epochs = 1", "first_range"),
+        (3, "uniform", "first_range = 0.5", "local_steps = 0\nlocal_epochs = 1", "local_steps: as many at every site"),
+        (3, 'examples"\nmax_weight = 9 #', "weight_unit = 1", "local_steps = 0\nlocal_epochs = 1", "local_epochs"),
         (3, "uniform", 'profile = "int9"', "", "profile"),
         (3, "uniform", "max_colluding = 0", "", "max_colluding"),
         (257, "uniform", "", "", "min_sites"),
@@ -137,7 +138,7 @@ def test_a_plan_that_secure_aggregation_cannot_keep_is_refused(tmp_path, sites, 
         (3, "uniform", "", ""),
         (6, "uniform", "max_colluding = 2", ""),
         (3, "tokens", "weight_unit = 500", ""),
-        (3, 'examples"\nmax_weight = 9 #', "weight_unit = 1\nfirst_range = 0.5", "local_steps = 0\nlocal_epochs = 1"),
+        (3, 'examples"\nmax_weight = 9 #', "weight_unit = 1\nfirst_range = 0.5", "local_steps = 5"),
     ],
 )
 def test_a_plan_for_secure_aggregation(tmp_path, sites, weighting, protect, more):

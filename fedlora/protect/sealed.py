@@ -134,7 +134,11 @@ class Sealed(Mode):
 
     @classmethod
     def words(cls, plan: Plan, said: Mapping[str, str]) -> dict[str, str]:
-        return {"who reads this site's update": "the aggregator. On the way nobody can read, change or replay it"}
+        few = "two sites in a round" if plan.federation.min_sites <= 2 else "few sites in a round"
+        return {
+            "who reads this site's update": "the aggregator. On the way nobody can read, change or replay it. Other sites see "
+            f"what is published: with {few}, or a rule that keeps few updates, one of them can compute another's"
+        }
 
 
 def check_task(header: Header, task: Task, key: bytes, *, phase: str) -> None:

@@ -100,6 +100,20 @@ def test_on_a_terminal_a_person_is_asked(home, monkeypatch, capsys, command, ans
     assert said == ("" if answer == "y" else "error (declined): nothing was changed: nobody has said yes\n")
 
 
+def test_who_reads_an_update_is_said_with_what_few_or_uneven_sites_show():
+    def reads(**plan):
+        return in_words(Plan(**plan))["who reads this site's update"]
+
+    assert "with two sites in a round" in reads()
+    assert "with two sites" not in reads(federation={"min_sites": 3})
+    assert "one of them can compute another's" in reads(federation={"min_sites": 3})
+    masked = {"federation": {"min_sites": 3}, "protect": {"mode": "secagg"}, "aggregate": {"weighting": "uniform"}}
+    assert "NEARLY" not in reads(**masked).upper()
+    weighed = reads(**masked | {"protect": {"mode": "secagg", "secagg": {"weight_unit": 50}}, "aggregate": {}})
+    assert "WHERE THIS SITE WEIGHS MORE THAN THE OTHERS TOGETHER, the sum is nearly its update" in weighed
+    assert "from what is published all sites do" in weighed
+
+
 def test_a_roster_is_typed_as_it_is_read_aloud_and_a_wrong_or_a_missing_one_is_said_in_words(home, capsys):
     aloud = " ".join(["B4A5", "cda3", "e67e", "15a8"] * 4)
     write_site(home, roster=aloud)

@@ -23,6 +23,8 @@ from fedlora.protect.secagg.terms import check_published
 from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
 
+_UNEVEN = ". WHERE THIS SITE WEIGHS MORE THAN THE OTHERS TOGETHER, the sum is nearly its update: no site is told their weights"
+
 
 class SecAgg(Mode):
     """The aggregator learns the sum of a round's updates and nothing else."""
@@ -66,8 +68,12 @@ class SecAgg(Mode):
                 f"aggregate.name = {a.name!r} with a factor that stays at each site does not go with protect.mode = 'secagg', "
                 "because it depends on the rounds that a site was asked for: leave out share, so that all that is trained travels"
             )
-        if f.local_epochs and not s.first_range:
-            yield "protect.mode = 'secagg' with local_epochs needs protect.secagg.first_range"
+        if f.local_epochs:
+            yield (
+                "federation.local_epochs does not go with protect.mode = 'secagg': the site with the most rows takes the most "
+                "steps, and where it has many times those of the others the sum is nearly its update. Choose local_steps: "
+                "as many at every site"
+            )
         if f.fraction_train < 1 and s.lone_change == "refuse":
             yield (
                 "federation.fraction_train below 1 draws other sites for each round, protect.secagg.lone_change = 'refuse' wants "
@@ -118,7 +124,8 @@ class SecAgg(Mode):
         s, weight = settings_of(plan), said["weight of a site"]
         return {
             "weight of a site": f"{weight}, in units of {s.weight_unit}" if s.weight_unit else weight,
-            "who reads this site's update": "nobody. The aggregator learns the sum over the sites of a round",
+            "who reads this site's update": "nobody. The aggregator learns the sum over the sites of a round, and from what is "
+            f"published all sites do{_UNEVEN if s.weight_unit else ''}",
             "numbers that leave": said["numbers that leave"] + "; they too only as sums over sites",
             "colluding sites": f"up to {s.max_colluding} may collude with the server without learning another site's update",
             "sums that differ": "differ by whole groups of the roster, never by one site"
