@@ -85,7 +85,7 @@ def failure(values: int, *, sites: int, epsilon: float) -> float:
 
     Args:
         values: that are released, of one adapter.
-        sites: most that add up.
+        sites: most that add up; with one, nothing is computed from its noisy value but by itself.
         epsilon: of the whole claim.
     """
     cut = _TAIL if sites > 1 else 0.0  # the clamp of a single site's noisy value is computed from that value alone

@@ -145,7 +145,8 @@ class PrivateRuns:
         ledger.begin(delta=self.settings.budget_delta, units=self.settings.units)
         if begun and not ledger.knows(task.run):
             raise StateLost(f"what run {task.run[:12]} has released is not in the privacy ledger any more", hint=_SIT_OUT)
-        ledger.close(task.plan_digest)  # set aside by hand for this plan
+        if not begun:
+            ledger.close(task.plan_digest)  # set aside by hand for this run of the plan
         ledger.reserve(task.run, [run_event(plan)], budget=self.budget)
         self._watched.note()
 

@@ -189,6 +189,8 @@ class Site:
         self.journal.check(task.run)
         done = self.journal.find(task.run, task.round)
         if done is not None and done.key == key:
+            if plan.privacy is not None:
+                self.private.finished(task)  # its secret may have outlived a kill; it is gone before anything leaves
             self.report(Event.FROM_JOURNAL, FromJournal(round=task.round))
             return wire.parse_update(done.whole(), task.reply_layout)
         update, state, kept = self._learn(task, plan, rule, learner, adapter)

@@ -325,6 +325,23 @@ def test_the_secret_of_a_round_goes_once_its_result_is_in_the_journal(tmp_path):
     assert ledger._seeds() == {}
 
 
+def test_a_secret_that_outlived_a_kill_is_gone_before_the_journal_is_sent(tmp_path, monkeypatch):
+    one = One(tmp_path)
+
+    def stopped(self, task):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateRuns, "finished", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            one.site.work(task())
+    again = One(tmp_path)
+    assert again.site.private.watched.ledger._seeds() != {}
+    again.site.work(task())
+    assert again.site.private.watched.ledger._seeds() == {}
+    assert again.learner.secrets == []
+
+
 def test_an_older_copy_of_the_ledger_or_none_is_noticed_and_nothing_is_computed(tmp_path):
     one = One(tmp_path)
     one.site.work(task())
