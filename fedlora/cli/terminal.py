@@ -118,6 +118,10 @@ class Guarded:
             self.behind.write("\n")
             self._at = 0
 
+    def close(self) -> None:
+        """Leaves the stream behind it open: what closes this one at the end (absl's log does) has not opened it."""
+        self.end_line()
+
     @property
     def buffer(self) -> _Bytes:
         return _Bytes(self)

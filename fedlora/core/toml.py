@@ -115,6 +115,9 @@ def _below(table: type[Section], key: str) -> type[Section] | None:
     return None
 
 
+_OWN_SAMPLE = ("simulation",)
+"""Tables that another sample shows."""
+
 # --- samples ---------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +171,8 @@ def _described(value: Section, prefix: str, *, others: bool) -> Iterator[str]:
         item = getattr(value, key)
         if isinstance(item, Section) and not (isinstance(value, Tagged) and key == "settings"):
             yield from _table(item, f"{prefix}{key}", _first_line(type(item)), others=others)
+        elif item is None and others and key not in _OWN_SAMPLE and (kind := _below(type(value), key)) is not None:
+            yield from _table(kind(), f"{prefix}{key}", _first_line(kind), others=others, mark="#")
     if isinstance(value, Tagged):
         yield from _chosen(value, prefix, others=others)
 

@@ -19,6 +19,7 @@ from fedlora.learn.bases.digest import arithmetic, base_digest
 from fedlora.site.admission import Runs
 from fedlora.site.approve import kept_plan
 from fedlora.site.policy import refused
+from fedlora.site.private import private_refusals
 from fedlora.site.site_file import NO_ROSTER, SET_ROSTER, SiteFile
 
 _APPROVE = "`fedlora site approve PLAN.toml --site SITE.toml` shows what a plan asks for, and approves one run"
@@ -82,7 +83,10 @@ def _refused(plan: Plan, file: SiteFile) -> Found | None:
         return Found(
             "approved", "no-roster", "wrong", f"plan {digest}: {NO_ROSTER}", SET_ROSTER, "config",
         )  # fmt: skip
-    if plan.is_pinned and (no := file.agreed.refusals(plan, models=frozenset(file.models))):
+    no = dict(file.agreed.refusals(plan, models=frozenset(file.models)))
+    if private := list(private_refusals(plan, file.privacy, file.data)):
+        no.setdefault("plan-refused", "; ".join(private))
+    if plan.is_pinned and no:
         code, said = next(iter(no)), "; ".join(no.values())
         return Found("approved", "plan-refused", "wrong", f"plan {digest}: {said}", refused(code, said).hint, code)
     return None

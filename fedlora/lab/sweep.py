@@ -25,6 +25,7 @@ from fedlora.lab.jobs import Jobs
 from fedlora.lab.own_rules import own_errors
 from fedlora.lab.report import load
 from fedlora.lab.simulate import simulate, write_summary
+from fedlora.privacy.claims import with_noise
 
 _WORD = re.compile(r"""(?:[^,\[\]{}"']|"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\})+""")
 _MOST = 1000
@@ -154,6 +155,7 @@ def run_each(
         ConfigError, StoreError: as :func:`run_all`; or what would be compared at the end cannot be.
     """
     _check_comparable(found)
+    found = [replace(one, plan=with_noise(one.plan)) for one in found]
     directories = {one.name: out / one.folder for one in found}
     _look(found, directories, options)
     if len(found) > 1:

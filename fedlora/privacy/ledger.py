@@ -65,6 +65,18 @@ class BudgetDrained(FedLoRAError):
         )
 
 
+class ClaimSpent(FedLoRAError):
+    """The run has released all that its plan claims. Nothing was drawn or trained."""
+
+    code: Code = "budget"
+
+    def __init__(self, population: str, *, run: str) -> None:
+        super().__init__(
+            f"run {run[:12]} has released about population {population} all that its plan claims: a round was asked for twice",
+            hint="the run cannot have another round here; the coordinator can publish the last one that is done",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Release:
     """What is about to be computed.
@@ -94,11 +106,13 @@ class Budget:
         epsilon: of all plans ever.
         honest_others: whether it counts on the noise of other sites.
         releases_per_exchange: most charges for one exchange.
+        within_reserve: a run releases nothing beyond what was set aside for it, which is what its plan claims.
     """
 
     epsilon: float
     honest_others: bool
     releases_per_exchange: int = 2
+    within_reserve: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +198,7 @@ class PrivacyLedger:
             The secret of this charge, 32 bytes; the same one if it was charged before.
 
         Raises:
-            BudgetSpent, BudgetDrained: nothing was written.
+            BudgetSpent, BudgetDrained, ClaimSpent: nothing was written.
             StoreError, ResourceError: nothing may be drawn; the call may be repeated.
         """
         with self._held():
@@ -196,7 +210,10 @@ class PrivacyLedger:
             if len(same) >= budget.releases_per_exchange:
                 raise BudgetDrained(self.population, exchange=release.exchange, most=len(same))
             before = state.spending()
-            rest = rest_of(before.reserved.get(release.run, ()), [release.event])
+            aside = before.reserved.get(release.run, ())
+            if budget.within_reserve and rest_of([release.event], aside):
+                raise ClaimSpent(self.population, run=release.run)
+            rest = rest_of(aside, [release.event])
             self._check(without(before, release.run), (*rest, release.event), budget)
             secret = self.entropy(SECRET_BYTES)
             # The secret first: it counts only with a charge of its number, so that none is left over without one.
@@ -213,6 +230,11 @@ class PrivacyLedger:
             kept = {key: one for key, one in seeds.items() if key.split("/")[0] != run or int(key.split("/")[1]) > through}
             if kept != seeds:
                 self._hidden().put(_SEEDS, _SEEDS, kept)
+
+    def knows(self, run: str) -> bool:
+        """Whether what this run has released since it began is in the ledger: no line of it can be among lost ones."""
+        with self._held():
+            return run in self._state().known
 
     def close(self, run: str) -> None:
         """Frees what a run has set aside and not released. What it has released stays charged, whoever says what of it."""
