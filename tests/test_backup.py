@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -15,8 +16,10 @@ from test_state import RUN, Cut, Place, masked, opened_with, repair, sealed
 from fedlora.cli import main
 from fedlora.core.errors import RunFailed
 from fedlora.core.plan import Wire
+from fedlora.flower.coordinator import backup
 from fedlora.flower.enrol import make_server_home
 from fedlora.flower.jobs import Job, Outcome, jobs, load_outcome, new_job, save_outcome
+from fedlora.formats.archive import write_archive
 from fedlora.formats.state import audit
 from fedlora.formats.state.lock import hold
 from fedlora.gateway.invitations import Invitations
@@ -222,3 +225,50 @@ def test_a_run_that_is_about_to_begin_is_no_time_for_a_backup(home, tmp_path, ca
     assert "run a-run goes on" in error["message"]
     assert not (tmp_path / "b.tar").exists()
     said(capsys, "server backup", home, tmp_path / "b.tar")  # without `server up` nothing goes on
+
+
+def test_a_run_that_goes_on_while_it_is_copied_leaves_no_backup(home, tmp_path, capsys, monkeypatch):
+    def begins(*args):
+        made = write_archive(*args)
+        new_job(home, Job("plan.toml", resume=False, name="a-run"))
+        return made
+
+    monkeypatch.setattr(backup, "write_archive", begins)
+    with hold(home / "flower", what="fedlora server up"):
+        error = said(capsys, "server backup", home, tmp_path / "b.tar", ok=False, status=3)
+    assert "nothing was written" in error["message"]
+    assert not list(tmp_path.glob("*.tar"))
+
+
+@pytest.mark.parametrize("call", ["scandir", "lstat"])
+@pytest.mark.parametrize(
+    ("name", "how", "refused"),
+    [
+        ("runs/secret", errno.EACCES, True),
+        ("flower/jobs", errno.EACCES, True),
+        ("sites", errno.EIO, True),
+        ("flower/log", errno.EACCES, False),  # nothing of it is kept
+        ("runs/secret", errno.ENOENT, False),  # gone since its name was read
+    ],
+)
+def test_what_cannot_be_read_is_named_and_not_left_out(home, tmp_path, capsys, monkeypatch, call, name, how, refused):
+    for made in ("runs/secret", "flower/jobs", "flower/log"):
+        (home / made).mkdir(exist_ok=True, parents=True)
+        (home / made / "file").write_text("x")
+    there = home / name if call == "scandir" else home / name / "file"
+    (home / name / "file").write_text("x")
+    called = getattr(os, call)
+
+    def unread(path=".", *args, **options):
+        if os.fspath(path) == str(there):
+            raise OSError(how, os.strerror(how), str(path))
+        return called(path, *args, **options)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, call, unread)
+        if not refused:
+            said(capsys, "server backup", home, tmp_path / "b.tar")
+            return
+        error = said(capsys, "server backup", home, tmp_path / "b.tar", ok=False, status=3)
+    assert f"cannot read {there}: " in error["message"]
+    assert not list(tmp_path.glob("*.tar"))

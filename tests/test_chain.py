@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rounds import KEYS
 
-from fedlora.core.errors import StoreError
+from fedlora.core.errors import ResourceError, StoreError
 from fedlora.flower.enrol import make_server_home
 from fedlora.formats.keys import load_identity
 from fedlora.formats.state import audit
@@ -133,6 +134,79 @@ def test_a_chain_that_was_lost_goes_on_and_the_gap_shows_for_ever(written, tmp_p
     assert [f["number"] for f in found] == [4, 5]
     assert wrong == [f"{file} begins with line 4: what was written before is not in it"]
     assert file.with_suffix(".damaged").exists() is (how != "gone")
+
+
+class Full(DictMemory):
+    """A memory on a full disk: the file of lines takes a few bytes more, a new file it does not."""
+
+    takes: bool = False
+    """Whether the value is there although its write has failed, as when only the directory could not be flushed."""
+
+    def put(self, key, *parts):
+        if self.takes:
+            super().put(key, *parts)
+        raise ResourceError("no space left")
+
+
+def fails(path, memory, times=3):
+    """So many lines that cannot be written down; the bytes of the file after each."""
+    full, found = Full(), []
+    full.values = memory.values
+    for _ in range(times):
+        with pytest.raises(ResourceError):
+            chain(path, full).add({"what": "not done"}, KEYS["server"])
+        found.append((path / "lines.jsonl").read_bytes() if (path / "lines.jsonl").exists() else b"")
+    return found
+
+
+@pytest.mark.parametrize("lines", [0, 1, 3])
+def test_a_line_that_cannot_be_written_down_is_not_in_the_file_and_nobody_is_accused(tmp_path, lines):
+    memory = DictMemory()
+    for number in range(1, lines + 1):
+        chain(tmp_path, memory).add({"what": f"deed {number}"}, KEYS["server"])
+    before = (tmp_path / "lines.jsonl").read_bytes() if lines else b""
+    assert fails(tmp_path, memory) == [before] * 3
+    assert chain(tmp_path, memory).add({"what": "done"}, KEYS["server"]) == lines + 1
+    found, wrong = chain(tmp_path, memory).read(KEYS["server"].public)
+    assert ([f["what"] for f in found], wrong) == ([*(f"deed {n}" for n in range(1, lines + 1)), "done"], [])
+    assert [p.name for p in tmp_path.iterdir()] == ["lines.jsonl"]
+
+
+def test_where_the_line_cannot_be_cut_off_either_one_stands_beyond_the_memory_and_never_two(tmp_path, monkeypatch):
+    memory = DictMemory()
+    chain(tmp_path, memory).add({"what": "deed 1"}, KEYS["server"])
+
+    def read_only(path, mode="r", opened=Path.open):
+        if mode == "r+b":
+            raise OSError(errno.EROFS, "read-only file system")
+        return opened(path, mode)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "open", read_only)
+        first, second, third = fails(tmp_path, memory)
+    assert first == second == third
+    assert chain(tmp_path, memory).read(KEYS["server"].public)[1] == []
+    assert chain(tmp_path, memory).add({"what": "done"}, KEYS["server"]) == 3
+    assert chain(tmp_path, memory).read(KEYS["server"].public)[1] == []
+    assert [p.name for p in tmp_path.iterdir()] == ["lines.jsonl"]
+
+
+def test_a_line_that_the_memory_knows_stays_although_its_write_has_failed(tmp_path, monkeypatch):
+    memory = DictMemory()
+    monkeypatch.setattr(Full, "takes", True)
+    fails(tmp_path, memory)
+    found, wrong = chain(tmp_path, memory).read(KEYS["server"].public)
+    assert ([f["number"] for f in found], wrong) == ([1, 2, 3], [])
+    assert [p.name for p in tmp_path.iterdir()] == ["lines.jsonl"]
+
+
+def test_numbers_do_not_begin_anew_where_the_memory_is_lost_and_the_disk_is_full(tmp_path):
+    memory = DictMemory()
+    for number in range(1, 4):
+        chain(tmp_path, memory).add({"what": f"deed {number}"}, KEYS["server"])
+    before, memory = (tmp_path / "lines.jsonl").read_bytes(), DictMemory()
+    assert fails(tmp_path, memory) == [before] * 3
+    assert chain(tmp_path, memory).add({"what": "done"}, KEYS["server"]) == 4
 
 
 # --- a server's log ----------------------------------------------------------------------------------------------

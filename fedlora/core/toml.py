@@ -44,7 +44,7 @@ def parse_toml(text: str, section: type[S], *, name: str, changes: Mapping[str, 
     """
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also a number of thousands of digits, or lists in lists in lists
         raise ConfigError(f"{name} is not TOML: {e}") from None
     for dotted, value in changes.items():
         _change(table, section, dotted.split("."), value)
@@ -66,8 +66,9 @@ def _change(table: dict[str, Any], section: type[Section], keys: list[str], valu
         if not isinstance(table, dict):
             raise ConfigError(f"{'.'.join(keys)}: the file says {key} = {_toml(table)}, and no table [{key}]")
     if kind is not None and issubclass(kind, Tagged) and last == kind.chooses:
-        for name in set(kind.registry) - {value}:
-            table.pop(name, None)
+        for name in kind.registry:
+            if name != value:
+                table.pop(name, None)
     table[last] = value
 
 
@@ -204,4 +205,4 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
-    return json.dumps(value)
+    return json.dumps(value, default=str)  # a date is text, as in validation

@@ -95,8 +95,8 @@ def renew_certificate(home: Path, hosts: Sequence[str]) -> tuple[list[str], str]
     tls = home / "tls"
     if not (tls / "ca.key").exists():
         raise KeyFileError(f"{tls / 'ca.key'} is missing", hint="restore it from a backup: sites trust this authority")
-    make_tls(tls, hosts or sorted(certificate_hosts(tls / "server.crt")))
-    there, until = sorted(certificate_hosts(tls / "server.crt")), certificate_end(tls / "server.crt").date().isoformat()
+    make_tls(tls, hosts or certificate_hosts(tls / "server.crt"))
+    there, until = list(certificate_hosts(tls / "server.crt")), certificate_end(tls / "server.crt").date().isoformat()
     note(home, "renew", hosts=there, until=until)
     return there, until
 

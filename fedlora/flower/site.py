@@ -281,8 +281,8 @@ class _Up:
                 self.stop.set()
                 return
             why = away(state, self.file.policy.hours, now=time.time())
-        except FedLoRAError as e:  # a damaged file pauses nobody, and somebody should know
-            why = Away(0, f"{e}; `fedlora site resume` removes it")
+        except FedLoRAError as e:  # what people here have said is lost: no task is taken until they say it again
+            why = Away(0, f"{e}; {e.hint}")
         if why == self.away or (why is not None and runner.working):
             return
         before, self.away = self.away, why

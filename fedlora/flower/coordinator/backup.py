@@ -39,7 +39,7 @@ def backup(home: Path, file: Path) -> BackedUp:
     Raises:
         ConfigError: a run goes on and is not paused, the file would lie in the directory, or a link lies there.
         KeyFileError: it is no server's directory.
-        StoreError: the file exists, or something was changed while it was copied.
+        StoreError: the file exists, something cannot be read, or was changed while it was copied.
         ResourceError: no space left.
     """
     home = home.resolve()
@@ -50,9 +50,12 @@ def backup(home: Path, file: Path) -> BackedUp:
     open_runs = sorted(_open_runs(home))
     facts = {"made": int(time.time()), "fedlora": version("fedlora"), "open": open_runs}
     made = write_archive(file, home, there, facts)
-    if _paused(home) != before:
+    try:
+        if _paused(home) != before:
+            raise StoreError("a run went on while the backup was made: it was deleted", hint="run the command again")
+    except BaseException:
         file.unlink()
-        raise StoreError("a run went on while the backup was made: it was deleted", hint="run the command again")
+        raise
     note(home, "backup", digest=made.digest, files=len(made.members), file=str(file.resolve()))
     return BackedUp(file=str(file), digest=made.digest, files=len(made.members), size_bytes=made.size, open=open_runs)
 
@@ -135,12 +138,25 @@ def _files(home: Path) -> Iterator[str]:
 
     Raises:
         ConfigError: a link, or something else that is no plain file.
+        StoreError: a directory of which files would go into it cannot be read.
     """
-    for directory, names, files in os.walk(home):
+
+    def unread(e: OSError) -> None:
+        below = Path(e.filename).relative_to(home).as_posix()
+        if isinstance(e, FileNotFoundError) or _OUT.fullmatch(f"{below}/file"):
+            return  # gone meanwhile, or nothing of it is kept
+        raise _unreadable(e)
+
+    for directory, names, files in os.walk(home, onerror=unread):
         for name in [*names, *files]:
             path = Path(directory, name)
             below = path.relative_to(home).as_posix()
             if _OUT.fullmatch(below):
+                continue
+            try:
+                os.lstat(path)
+            except OSError as e:
+                unread(e)
                 continue
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 raise ConfigError(
@@ -149,6 +165,13 @@ def _files(home: Path) -> Iterator[str]:
                 )
             if path.is_file():
                 yield below
+
+
+def _unreadable(e: OSError) -> StoreError:
+    return StoreError(
+        f"cannot read {e.filename}: {e.strerror}; nothing was written",
+        hint="make it readable for this user, or run this as the user of `fedlora server up`: no file is left out in silence",
+    )
 
 
 def _open_runs(home: Path) -> dict[str, RunStore]:

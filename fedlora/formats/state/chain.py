@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedlora.core.canonical import canonical, parse_object
+from fedlora.core.errors import FedLoRAError
 from fedlora.formats.files import flush_directory, named_disk_errors, read_file, set_aside
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.state.memory import Memory, get_record, put_record
@@ -54,12 +55,21 @@ class Chain:
             The line's number: 1, 2 and so on.
 
         Raises:
-            ResourceError, StoreError: it cannot be written, or the memory is damaged.
+            ResourceError, StoreError: it cannot be written, or the memory is damaged. The file is then as it was before.
         """
         (last, previous), whole = self._end_to_go_on(identity.public)
         signed = {**facts, "number": last + 1, "previous": previous}
         signature = base64.b64encode(identity.signing.sign(self._signed(signed))).decode()
         line = canonical({**signed, "signature": signature})
+        try:
+            self._append(line, whole)
+            self._remember(last + 1, digest_of(line))
+        except BaseException:
+            self._take_back(last + 1, whole)
+            raise
+        return last + 1
+
+    def _append(self, line: bytes, whole: int) -> None:
         with named_disk_errors(self.file), open(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
             file.truncate(whole)  # half a line is one that was never written to its end
             file.seek(whole)
@@ -68,8 +78,24 @@ class Chain:
             os.fsync(file.fileno())
             if not whole:
                 flush_directory(self.file.parent)
-        put_record(self.memory, self.kind, self.kind, {"number": last + 1, "digest": digest_of(line)})
-        return last + 1
+
+    def _remember(self, number: int, digest: str) -> None:
+        put_record(self.memory, self.kind, self.kind, {"number": number, "digest": digest})
+
+    def _take_back(self, number: int, whole: int) -> None:
+        """Cuts off what failed to be written down, unless the memory knows it. Where the disk refuses that too, one line stands
+        beyond the memory, as after a power cut, and never two: see :meth:`_end_to_go_on`.
+        """
+        with suppress(FedLoRAError, OSError):
+            if self.known()[0] >= number:
+                return
+            if whole == 0:
+                self.file.unlink()
+                flush_directory(self.file.parent)
+                return
+            with self.file.open("r+b") as cut:
+                cut.truncate(whole)
+                os.fsync(cut.fileno())
 
     def read(self, key: PublicIdentity) -> tuple[list[dict[str, Any]], list[str]]:
         """The facts of each line that is signed by this key, ``number`` included; and what is wrong, in sentences.
@@ -148,14 +174,21 @@ class Chain:
             return -1, NONE
 
     def _end_to_go_on(self, key: PublicIdentity) -> tuple[tuple[int, str], int]:
-        """The end after which the next line stands, and the bytes of the file that stay before it."""
+        """The end after which the next line stands, and the bytes of the file that stay before it. The memory knows this end when
+        this returns: what fails later leaves no second line beyond it, and no number that is used again.
+        """
         blobs, whole = _last_lines(self.file)
         known, end = self.known(), self._end(blobs, key)
-        if known == end or (end[0] == known[0] + 1 and known == self._end(blobs[:-1], key)):
-            return end, whole
+        follows = known == end or (end[0] == known[0] + 1 and known == self._end(blobs[:-1], key))
+        on = end if follows or not known[0] else known  # without a memory the numbers go on from the file
+        on = max(on, (0, NONE))
+        if on != known:
+            self._remember(*on)
+        if follows:
+            return on, whole
         if os.path.lexists(self.file):
             set_aside(self.file)
-        return (known if known[0] else max(end, (0, NONE))), 0  # without a memory the numbers go on from the file
+        return on, 0
 
 
 def digest_of(line: bytes) -> str:
