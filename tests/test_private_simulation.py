@@ -133,11 +133,12 @@ def test_17_over_real_sites_with_their_ledgers_the_bits_are_those_of_the_simulat
     store = RunStore.open(tmp_path / "out" / "seed-0" / "federated")
     plan, first = store.plan, load_adapter(store.directory / "round-000000.safetensors")[0]
     toys, root, simulation = tmp_path / "toy", tmp_path / "real", load_plan(tmp_path / "out" / "plan.toml").simulation
-    simulation = simulation.model_copy(update={"data": simulation.data.model_copy(update={"path": str(toys / "data")})})
+    (rows,) = (toys / "data").iterdir()
+    simulation = simulation.model_copy(update={"data": simulation.data.model_copy(update={"path": str(rows)})})
     rehearse._enrol(plan, simulation, first, root=root)
     sites = {}
     for name in ("site-1", "site-2"):
-        files = {part: toys / "data" / f"{name}.{part}.jsonl" for part in ("train", "validation")}
+        files = {part: rows / f"{name}.{part}.jsonl" for part in ("train", "validation")}
         file = rehearse._site_file(name, plan, simulation, files, base=toys / "base", server="127.0.0.1:1", roster="")
         (root / name / "site.toml").write_text(dump_toml(file))
         sites[name] = assemble.site(root / name / "site.toml", report=lambda e, f: None)

@@ -18,12 +18,12 @@ TRAINING = (
     "test_arithmetic",
     "test_base",
     "test_clipped",
-    "test_private",
     "test_evaluate",
     "test_forward",
     "test_learner",
     "test_loop",
     "test_lora",
+    "test_private",
     "test_rules",
 )
 """What does not ask for anything of ``learn/fast`` by name."""
