@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
@@ -130,6 +131,10 @@ class Site:
         models: ids of the base models at this site.
         report: gets events about progress; they stay at the site.
         approvals: gives what people here have approved so far; called at every task. By default nothing is approved.
+        clock: seconds, rising.
+
+    Attributes:
+        owes_until: by ``clock``, when the server has asked for more in an exchange that was begun here, or has given it up.
     """
 
     name: str
@@ -140,6 +145,8 @@ class Site:
     journal: Journal
     report: Report = lambda event, facts: None
     approvals: Callable[[], Approvals] = Approvals
+    clock: Callable[[], float] = time.monotonic
+    owes_until: float = field(default=float("-inf"), init=False)
     _ready: tuple[str, Plan, Aggregator, Learner] | None = field(default=None, init=False)
     _last: tuple[str, int, Entry] | None = field(default=None, init=False)  # run, round; a cache of the journal
     _told_small: bool = field(default=False, init=False)
@@ -151,6 +158,8 @@ class Site:
         if reply.error:
             why, cure = (str(errors[0]), errors[0].hint) if errors else ("", "its own log says why: state/flower/log/runner.log")
             self.report(Event.FAILED, Failed(code=reply.error, why=why, cure=cure))
+        plan = None if reply.error or self._ready is None else self._ready[1]
+        self.owes_until = self.clock() + (mode_of(plan).more_s(plan, request.phase) if plan is not None else 0.0)
         return reply
 
     def work(self, task: Task, admitted: Callable[[], None] = lambda: None) -> Update:

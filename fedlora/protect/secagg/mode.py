@@ -33,7 +33,8 @@ class SecAgg(Mode):
     reveals: ClassVar[Reveals] = "sum"
     work = frozenset({"advertise"})
     carries = frozenset({"mask"})
-    phases = work | {"share", "mask", "complain", "open", "vote", "unmask"}
+    goes_on = work | {"share", "mask", "complain", "open", "vote"}
+    phases = goes_on | {"unmask"}
     steps = ("train", "share", "mask", "vote", "unmask")
     needs_roster = True
     once = True
