@@ -36,7 +36,7 @@ from fedlora.formats.state.lock import hold
 from fedlora.gateway import invitations
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import load_node_keys, node_key_private
-from fedlora.gateway.invitations import JOIN, Invitations, Refusal, dump_ask
+from fedlora.gateway.invitations import JOIN, Invitations, Refusal, answer_join, dump_ask
 from fedlora.site.site_file import load_site_file
 
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True).filter(lambda n: n != "server")
@@ -406,6 +406,27 @@ def test_keys_of_another_site_are_refused_at_the_door(study, part, enrolled):
     for name in {"north", "south"} - {"north"} if enrolled else ("north", "south"):
         study.enroll(name)
     assert {*load_enrolled(study.home / "sites")} == {*load_node_keys(study.home / "sites")} == {"north", "south"}
+
+
+@pytest.mark.parametrize("harm", ["damaged", "no-text", "directory", "authority", "server"])
+def test_what_is_wrong_with_the_servers_own_files_uses_up_nobodys_line(study, caplog, harm):
+    study.enroll("north")
+    line = study.book.invite("south", address="127.0.0.1:8443", hours=1)
+    body = study.asks(line, study.site("south"), by="south")
+    file = study.home / {"authority": "tls/ca.crt", "server": "server.pub"}.get(harm, "sites/old.pub")
+    before = file.read_bytes() if file.exists() else None
+    file.unlink(missing_ok=True)
+    if harm == "directory":
+        file.mkdir()
+    elif before is None:
+        file.write_bytes(b"garbage\n" if harm == "damaged" else b"\xff\n\xff\n")
+    for _ in range(6):
+        assert answer_join(study.book, body, "POST") == (503, b"")
+    assert str(file if before is None else study.home) in caplog.text
+    file.rmdir() if harm == "directory" else file.unlink(missing_ok=True)
+    if before is not None:
+        file.write_bytes(before)
+    assert study.book.ask(body) == "waiting"
 
 
 def test_the_sealing_key_of_an_enrolled_site_is_refused_too(study):
