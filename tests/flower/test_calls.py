@@ -219,6 +219,26 @@ def test_a_site_that_is_taken_away_is_so_whatever_is_wrong_with_another_file(hom
     assert known.check("POST", PATH, pairs(other.headers(PATH))).site == "beta"
 
 
+def test_a_damaged_file_costs_the_other_sites_nothing_and_its_own_one_nothing_that_it_had(home):
+    clock = Clock(time.time())
+    (home / "sites" / "gamma.pub").write_text("half a fi")
+    known = Callers(home / "sites", clock, 0.0, AUTHORITY)
+    node, other = Node(home, "alpha", home=home), Node(home / "b", "beta", home=home)
+    for each, site in ((node, "alpha"), (other, "beta")):
+        assert known.check("POST", PATH, pairs(each.headers(PATH))).site == site
+    (home / "sites" / "beta.pub").write_text("half a fi")
+    delta = Node(home / "d", "delta", home=home)
+    clock.now += 1.1
+    for each, site in ((node, "alpha"), (other, "beta"), (delta, "delta")):
+        assert known.check("POST", PATH, pairs(each.headers(PATH))).site == site
+    for file in (home / "sites").glob("*.pub"):
+        file.unlink()
+    clock.now += 1.1
+    for each in (node, other, delta):
+        with pytest.raises(Refused, match="not enrolled"):
+            known.check("POST", PATH, pairs(each.headers(PATH)))
+
+
 def test_a_call_counts_once_whatever_the_site_is_called_by_then(home):
     clock = Clock(time.time())
     known = Callers(home / "sites", clock, 0.0, AUTHORITY)
