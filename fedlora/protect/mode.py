@@ -15,6 +15,7 @@ from fedlora.core.events import Report
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Dtype, Plan
 from fedlora.core.section import Section
+from fedlora.formats import update as wire
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.memory import Memory
 from fedlora.formats.trust import RosterKeeper
@@ -164,6 +165,11 @@ class Mode:
     def down(cls, plan: Plan) -> Dtype:
         """Type of the values to which the server rounds the next adapter, so that a task costs no more than its answer."""
         return "bfloat16"
+
+    @classmethod
+    def update_bytes(cls, plan: Plan, layout: Layout) -> int:
+        """Bytes in which the values of an update leave a site."""
+        return wire.max_update_bytes(layout, dtype=plan.wire.dtype) - wire.MAX_HEADER_BYTES
 
     @classmethod
     def step_timeout_s(cls, plan: Plan) -> float:

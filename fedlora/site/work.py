@@ -282,7 +282,7 @@ class Site:
         if learner.steps > self.policy.max_local_steps:
             said = f"a round takes {learner.steps} steps here, more than policy.max_local_steps = {self.policy.max_local_steps}"
             raise PlanRefused(said)  # of no key: passes over the rows became steps, so that the code speaks of the rows
-        size = wire.max_update_bytes(task.reply_layout, dtype=plan.wire.dtype) - wire.MAX_HEADER_BYTES
+        size = mode_of(plan).update_bytes(plan, task.reply_layout)
         if size > self.policy.max_update_bytes:
             said = f"an update takes {size} bytes, more than policy.max_update_bytes = {self.policy.max_update_bytes}"
             raise refused("policy-max-update-bytes", said)
