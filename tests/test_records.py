@@ -200,6 +200,7 @@ def test_what_each_site_may_push_is_not_raised_by_a_damaged_file_and_holds_until
     assert not quota.take("a", 9 << 20, announces=False)
     assert "due.json is damaged" in caplog.text
     allowance.grant({"a": 1 << 20})
+    quota.note_pulled("a", bytes([18, 0]))  # a request
     assert quota.take("a", 1000, announces=True)
     assert quota.take("a", 1 << 20, announces=False)
     assert allowance.refused("a") is False

@@ -36,12 +36,17 @@ def _live(nodes: list[Node]) -> list[Node]:
 
 
 def register_sites(
-    control: Control, keys: Mapping[str, bytes], *, refused: Callable[[str, FedLoRAError], None] | None = None
+    control: Control,
+    keys: Mapping[str, bytes],
+    *,
+    refused: Callable[[str, FedLoRAError], None] | None = None,
+    whole: bool = True,
 ) -> dict[str, int]:
     """Makes the SuperLink's list of nodes equal to the enrolled sites. Doing it twice changes nothing.
 
     Args:
         keys: PEM of each site's node key. An empty mapping changes nothing: a missing folder must not expel all sites for good.
+        whole: False: a site's key may be missing only because its file is damaged; nobody is expelled, which is for good.
         refused: called for each site whose key the SuperLink refuses; None: the first such site raises.
 
     Returns:
@@ -54,7 +59,7 @@ def register_sites(
         return {}
     known = {n.key: n.id for n in _live(control.nodes())}
     for key, node_id in known.items():
-        if key not in keys.values():
+        if whole and key not in keys.values():
             control.unregister(node_id)
     ids = {}
     for site, key in keys.items():

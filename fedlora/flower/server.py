@@ -6,12 +6,12 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 
-from fedlora.core.errors import ConfigError, FedLoRAError, KeyFileError
+from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Listening, Process, SiteName, SiteRefused
 from fedlora.core.sites.facts import SiteAsks
@@ -172,16 +172,24 @@ class Watch:
         self._refused: set[str] = set()
         self._asking: set[str] = set()
         self._refusals = Refusals(self._report)
+        self._keys: dict[str, bytes] = {}
+        self._wrong = ""
 
     def until(self, stop: threading.Event, supervisor: Supervisor) -> None:
         """Looks once a second."""
         while not stop.wait(_LOOK_S):
             supervisor.check(time.monotonic())
-            relay = False
-            with suppress(FedLoRAError), opened(self._home, patience_s=0.0) as control:
-                self._look(control)
+            relay, wrong = False, self._read_keys()
+            try:
+                with opened(self._home, patience_s=0.0) as control:
+                    self._look(control, whole=not wrong)
                 relay = True
-            self._health.note(relay=relay)
+            except ConnectionFailed:
+                pass
+            except FedLoRAError as e:
+                wrong = wrong or str(e)
+            self._say(wrong)
+            self._health.note(relay=relay, wrong=wrong)
             self._say_who_asks()
             if self._pages is not None:
                 self._pages.look()
@@ -190,6 +198,19 @@ class Watch:
         """Ends what was started here."""
         if self._pages is not None:
             self._pages.stop()
+
+    def _read_keys(self) -> str:
+        """Takes the keys of the enrolled sites, of one whose file is damaged that of before; what is wrong, in a sentence."""
+        wrong: dict[str, FedLoRAError] = {}
+        keys = load_node_keys(self._home / "sites", left_out=wrong.__setitem__)
+        self._keys = {site: pem for site, pem in self._keys.items() if site in wrong and pem not in keys.values()} | keys
+        return "; ".join(f"{e} ({e.hint})" if e.hint else str(e) for e in wrong.values())
+
+    def _say(self, wrong: str) -> None:
+        """Says once what is wrong with the server's own files, and once that it no longer is."""
+        if wrong != self._wrong:
+            self._report(Event.PROCESS, Process(name="files", state=wrong or "whole again"))
+        self._wrong = wrong
 
     def _refuse(self, site: str, error: FedLoRAError) -> None:
         if site not in self._refused:
@@ -208,10 +229,10 @@ class Watch:
                     self._report(Event.SITE_ASKS, SiteAsks(site=one.site, words=list(one.words), said=said))
         self._asking = names
 
-    def _look(self, control: Control) -> None:
-        keys = load_node_keys(self._home / "sites")
+    def _look(self, control: Control, *, whole: bool) -> None:
+        keys = self._keys
         notices = [self._heard.get() for _ in range(self._heard.qsize())]  # before it is asked who is there
-        ids = register_sites(control, keys, refused=self._refuse)
+        ids = register_sites(control, keys, refused=self._refuse, whole=whole)
         status = {n.id: n.status for n in control.nodes()}
         now = {site for site, node_id in ids.items() if status.get(node_id) == "online"}
         for site in sorted(now - self._online):

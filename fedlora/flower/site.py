@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import secrets
 import signal
 import threading
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora.core.errors import ConfigError, FedLoRAError, PlanRefused
+from fedlora.core.errors import FedLoRAError, PlanRefused
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Died, Process
 from fedlora.core.messages import Reply, Request
@@ -24,6 +23,8 @@ from fedlora.doctor.examine import at_home, settle
 from fedlora.doctor.findings import Found
 from fedlora.flower import launch
 from fedlora.flower.environment import join_flower
+from fedlora.flower.owed import Owed
+from fedlora.flower.port import await_port
 from fedlora.flower.runner import Handle, Runner
 from fedlora.flower.status import StatusTracker
 from fedlora.flower.supernode import GOING, say_goodbye
@@ -33,7 +34,6 @@ from fedlora.formats.state.memory import FileMemory
 from fedlora.formats.state.outbox import NAME, Outbox
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import node_key_public
-from fedlora.gateway.exposure import free_port
 from fedlora.gateway.probe import probe
 from fedlora.processes.causes import CAUSES
 from fedlora.processes.death import Cause, Working
@@ -42,14 +42,13 @@ from fedlora.site.parts import load_site_key
 from fedlora.site.pause import Away, away, has_left
 from fedlora.site.progress import Progress
 from fedlora.site.site_file import SiteFile, load_site_file
+from fedlora.site.work import Site
 
 _FAREWELL_S = 2.0
 _LOOK_S = 0.1
 _CHECK_S = 30.0
 _LONGEST_PROBE_S = 60.0
 _CLOCK_S = 600.0
-_LEAVING_S = 8.0
-"""How long the SuperNode of a killed `site up` may still use our port to sign off, seconds."""
 _NEW_SECRET_S = 10.0
 _STATE_S = 5.0
 _PAUSE_S = 1.0
@@ -94,6 +93,7 @@ def up(
                 code="sits-out",
             )
         checks: dict[str, Callable[[SiteFile, Path], None]] = {}
+        site: Site | None = None
         settle(files.connection_keys(file, root) if handle is not None else at_home(site_file), report)
         pem = node_key_public(root / file.node_key)
         progress = Progress(file.name, file.server, root / file.state, report, _outbox(file, root, handle))
@@ -101,14 +101,16 @@ def up(
             from fedlora import assemble
 
             checks = {"base": files.check_bases, "data": files.check_data}
-            handle = assemble.site(site_file, report=progress).handle
+            site = assemble.site(site_file, report=progress)
+            handle = site.handle
         working = Working(root / file.state / "working")
         if death := working.former():
             report(Event.DIED, Died(doing=death.doing, cause=death.cause, why=_DEATHS[death.cause]))
-        port = _await_port(file.local_port, secret=root / file.state / "flower" / "superexec.secret")
+        port = await_port(file.local_port, secret=root / file.state / "flower" / "superexec.secret")
         file = file.model_copy(update={"local_port": port})
         handle = _noted(progress.handling(handle), working)
-        _Up(file, root, handle, progress, stop or threading.Event(), checks, pem, probe_s).run()
+        owed = Owed(until=lambda: site.owes_until if site is not None else float("-inf"), delivered=progress.waits)
+        _Up(file, root, handle, progress, stop or threading.Event(), checks, pem, probe_s, owed).run()
 
 
 def _outbox(file: SiteFile, root: Path, handle: Handle | None) -> Outbox | None:
@@ -147,12 +149,17 @@ class _Up:
     checks: dict[str, Callable[[SiteFile, Path], None]]
     pem: bytes
     probe_s: float
+    owed: Owed
     status: StatusTracker = field(init=False)
     supervisor: Supervisor = field(init=False)
     look_now: threading.Event = field(default_factory=threading.Event)
     found: threading.Event = field(default_factory=threading.Event)
     refused: threading.Event = field(default_factory=threading.Event)
     away: Away | None = None
+    owing: bool = False
+    """A pause begins once what is owed was delivered."""
+    going: str = ""
+    """With which word the SuperNode is to sign off; with one it asks for no more messages."""
     password: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     """Shared secret of the SuperNode and the runner; it is in the SuperNode's secret file."""
 
@@ -204,20 +211,24 @@ class _Up:
             ready_s=0,  # it is ready when the standing says so
             death_signal=signal.SIGTERM,  # it says good-bye, so that the next one is let in at once
             before=lambda: self._before(flower, secret),
-            on_line=self.status.read_line,
+            on_line=self._read_line,
             explain=self.status.ended,
         )
 
     def _before(self, flower: Path, secret: Path) -> None:
         write_atomic(secret, self.password)  # whatever has replaced it
         say_goodbye(flower / "going", "")
+        self.going = ""
+        self.owed.forget()
+
+    def _read_line(self, line: str) -> None:
+        self.status.read_line(line)
+        self.owed.read_line(line)
 
     def _on_worker(self, state: str) -> None:
         if state == "wrong-secret" and not self.supervisor.pids():
             state = "away"  # another program answers on that port: our SuperNode ended, and its log says why
         self.status.worker(state)  # type: ignore[arg-type]
-        if state == "in":
-            self.report.waits()
         if state == "wrong-secret":
             self.refused.set()
 
@@ -269,11 +280,11 @@ class _Up:
                 check_at = now + _CHECK_S
                 self._check()
             if now >= pause_at:
-                pause_at = now + _PAUSE_S
                 self._pause(runner)
+                pause_at = now + (_LOOK_S if self.owing else _PAUSE_S)
 
     def _pause(self, runner: Runner) -> None:
-        """Leaves the server, or comes back, as people here and the hours of the policy say; a task in progress is finished."""
+        """Leaves the server, or comes back, as people here and the hours of the policy say; what is owed is delivered first."""
         state = self.root / self.file.state
         try:
             if has_left(state):
@@ -283,17 +294,23 @@ class _Up:
             why = away(state, self.file.policy.hours, now=time.time())
         except FedLoRAError as e:  # what people here have said is lost: no task is taken until they say it again
             why = Away(0, f"{e}; {e.hint}")
-        if why == self.away or (why is not None and runner.working):
+        self.owing = why is not None and self.away is None and self.owed.owes(working=runner.working)
+        self._go("" if why is None or (self.owing and self.owed.more()) else "paused")  # then no message is asked for any more
+        if why == self.away or self.owing:
             return
         before, self.away = self.away, why
         said = f"paused: {why.why}" if why is not None else "not paused any more"
         self.report(Event.PAUSED, Paused(paused=why is not None, until=why.until if why else 0, said=said))
         self.status.rest(why is not None)
         if why is not None and before is None:
-            say_goodbye(state / "flower" / "going", "paused")
             self.supervisor.rest("supernode")
         elif why is None:
             self.supervisor.wake("supernode")
+
+    def _go(self, word: str) -> None:
+        if word != self.going:
+            say_goodbye(self.root / self.file.state / "flower" / "going", word)
+        self.going = word
 
     def _check(self) -> None:
         for part, check in self.checks.items():
@@ -350,39 +367,3 @@ def _log_file(path: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
-
-
-def _await_port(port: int, *, secret: Path) -> int:
-    """Waits while a predecessor's SuperNode leaves the loopback port, and the server.
-
-    Args:
-        port: 0: any free one.
-
-    Returns:
-        The port to use.
-
-    Raises:
-        ConfigError (local-port): another program keeps it.
-    """
-    end = time.monotonic() + _LEAVING_S
-    while not port and time.monotonic() < end and _leaving(secret):
-        time.sleep(_LOOK_S)
-    while not files.is_free(port):
-        if time.monotonic() > end or not _leaving(secret):
-            raise ConfigError(
-                f"port {port} on loopback is taken by another program",
-                hint="set `local_port = 0` in the site file (any free one), or stop that program",
-                code="local-port",
-            )
-        time.sleep(_LOOK_S)
-    return port or free_port()
-
-
-def _leaving(secret: Path) -> bool:
-    """Whether a SuperNode of this very state directory still runs."""
-    ours = (b"fedlora.flower.supernode", os.fsencode(secret))
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if set(ours) <= set(path.read_bytes().split(b"\0")):
-                return True
-    return False

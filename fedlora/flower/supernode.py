@@ -29,7 +29,11 @@ from fedlora.gateway.clock import TIME_HEADER, Clock
 from fedlora.gateway.doors import GOODBYE_HEADER, GOODBYES, PROCESS_HEADER, WHY_HEADER
 
 SAYS = "fedlora: "
-"""Prefix of our own lines in the log; after it ``accepted``, ``lost CAUSE``, ``back``, ``refused WHY`` or ``clock SECONDS``."""
+"""Prefix of our own lines in the log; after it ``accepted``, ``lost CAUSE``, ``back``, ``refused WHY``, ``clock SECONDS``, or one
+of the two words below."""
+
+ARRIVED, ANSWERED = "arrived", "answered"
+"""A message has arrived; its reply was sent, or given up by Flower. There is one message at a time."""
 
 GOING = "FEDLORA_GOING"
 """Environment variable: path of the file in which `site up` leaves the word of :func:`say_goodbye`."""
@@ -51,13 +55,29 @@ class PollInterval:
     Args:
         clock: seconds, rising.
         sleep: waits that many seconds.
+        say: logs a line.
+        pausing: whether no more messages are to be asked for: a pause begins once the last answer is safe.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._clock, self._sleep, self._last = clock, sleep, float("-inf")
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        say: Callable[[str], None] = lambda line: None,
+        pausing: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._clock, self._sleep, self._say, self._pausing, self._last = clock, sleep, say, pausing, float("-inf")
 
-    def note(self) -> None:
+    def arrived(self) -> None:
         """Called when a message has arrived."""
+        self._last = self._clock()
+        self._say(ARRIVED)
+
+    def answered(self) -> None:
+        """Called when its reply was sent, or could not be. Returns when the next message may be asked for."""
+        self._say(ANSWERED)
+        while self._pausing():
+            self._sleep(_STEP_S)
         self._last = self._clock()
 
     def sleep(self, seconds: float) -> None:
@@ -159,7 +179,8 @@ def main() -> None:
     authority = authority_digest(Path(sys.argv[sys.argv.index("--root-certificates") + 1]))
     going = Path(os.environ.get(GOING, ""))
     signer = CallSigner(_say, process=os.urandom(8).hex(), goodbye=lambda: said_goodbye(going))
-    supernode.run(PollInterval(), signer, authority=authority, listening=leaving.set)
+    rest = PollInterval(say=_say, pausing=lambda: said_goodbye(going) != "stopped")
+    supernode.run(rest, signer, authority=authority, listening=leaving.set)
 
 
 def say_goodbye(going: Path, word: str) -> None:

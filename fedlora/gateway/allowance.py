@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.formats.files import load_record, save_record
-from fedlora.gateway.replies import CHUNK_BYTES, most_bytes, most_parts
+from fedlora.gateway.replies import CHUNK_BYTES, most_bytes, most_parts, shared_ids
 
 log = logging.getLogger("fedlora.gateway")
 
@@ -75,6 +75,7 @@ class _Site:
     grant: str = ""
     credit: int = 0
     most_parts: int = 0
+    pulled: bool = False
     announced: bool = False
     spare: float = _SPARE_BYTES
     at: float = 0.0
@@ -105,8 +106,9 @@ class Quota:
     It ends with the next one: what it left is not added. Beyond its grants a site has 256 KiB, which come back at 1 KiB a second:
     for error codes.
 
-    Parts of a reply count to a grant only after the reply was announced under it. Those of an earlier, late one are refused,
-    without a note: nobody waits for them, and the reply that is due is not the worse for them.
+    Parts of a reply count to a grant only after the reply was announced under it, and that only after a request was pulled under
+    it: a site asks for no request before it is done with the one before. What comes of an earlier, late reply is refused, without
+    a note: nobody waits for it, and the reply that is due is not the worse for it.
 
     Args:
         directory: as that of :class:`Allowance`.
@@ -135,7 +137,7 @@ class Quota:
         one = self._site(site)
         now = self.clock()
         one.spare, one.at = min(one.spare + (now - one.at) * _SPARE_RATE, _SPARE_BYTES), now
-        one.announced = one.announced or announces
+        one.announced = one.announced or (announces and one.pulled)
         credit = min(size, one.credit if one.announced else 0)
         if size - credit > one.spare or (announces and size > most_bytes(one.most_parts)):
             self.refuse(site)
@@ -144,10 +146,17 @@ class Quota:
         one.spare -= size - credit
         return Taken(site, one.grant, credit, size - credit, one.most_parts)
 
-    def note_sent(self, ids: Iterable[bytes]) -> None:
-        """Adds to ``sent``. The run has said its first grant before it sends anything."""
+    def note_pulled(self, site: str, body: bytes) -> None:
+        """Takes the answer to a site's pull: a request of the grant of now, if it has one. The run grants before it sends.
+
+        Raises:
+            WireError: it is no such answer.
+        """
+        ids = shared_ids(body)
         self._load()
-        self.sent.update(ids)
+        if ids is not None:
+            self._site(site).pulled = True
+            self.sent.update(ids)
 
     def give_back(self, taken: Taken) -> None:
         """A part that was counted has not been stored. What belonged to an earlier grant is gone with it."""
@@ -174,7 +183,7 @@ class Quota:
 
     def _load(self) -> None:
         with suppress(OSError):
-            stat = _due(self.directory).stat()
+            first, stat = self._seen == (0, 0), _due(self.directory).stat()
             if (seen := (stat.st_mtime_ns, stat.st_ino)) == self._seen:
                 return
             self._seen = seen
@@ -190,10 +199,11 @@ class Quota:
             for name in {*self._sites, *found["due"]}:  # whom this run has asked nothing owes nothing
                 grant, size = found["due"].get(name, ("", 0))
                 self._grant(self._site(name), str(grant), int(size))
+                self._site(name).pulled |= first  # it may have been, from the gateway before this one
 
     def _grant(self, one: _Site, grant: str, size: int) -> None:
         if grant == one.grant:
             return
         whole = size + _MESSAGE_BYTES + _FRAME_BYTES * -(-size // CHUNK_BYTES)
-        one.grant, one.announced, one.most_parts = grant, False, most_parts(size)
+        one.grant, one.pulled, one.announced, one.most_parts = grant, False, False, most_parts(size)
         one.credit = whole + min(whole, CHUNK_BYTES + _FRAME_BYTES) if grant else 0

@@ -35,7 +35,7 @@ from fedlora.gateway.connections import Client, ConnectionSlots, listen, protoco
 from fedlora.gateway.doors import NodeWatch
 from fedlora.gateway.invitations import JOIN, Invitations, answer_join
 from fedlora.gateway.limits import Buckets
-from fedlora.gateway.replies import check_announcement, shared_ids
+from fedlora.gateway.replies import check_announcement
 
 log = logging.getLogger("fedlora.gateway")
 
@@ -279,7 +279,7 @@ class Gateway:
                 headers.append((b"content-length", str(call.size).encode()))
             limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
             async with self._upstream.stream(call.method, call.path, headers=headers, content=content) as answer:
-                pulled = await self._noted(answer) if call.path == _PULL and answer.is_success else b""
+                pulled = await self._noted(answer, call) if call.path == _PULL and answer.is_success else b""
                 head = end_to_end(answer.headers.raw)
                 status = 503 if answer.status_code == 500 else answer.status_code  # a SuperNode gives up at 500
                 head += self._doors.answer(call.path, call.headers, status, peer=call.peer)
@@ -291,15 +291,15 @@ class Gateway:
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": pulled})
 
-    async def _noted(self, answer: httpx.Response) -> bytes:
-        """An answer to a pull, once the ids that nobody may name are noted; what cannot be read reaches nobody."""
+    async def _noted(self, answer: httpx.Response, call: _Call) -> bytes:
+        """An answer to a pull, once it is noted what was pulled; what cannot be read reaches nobody."""
         body = bytearray()
         async for chunk in answer.aiter_raw():
             body += chunk
             if len(body) > _PULLED_BYTES:
                 raise Stop(503, f"the SuperLink's answer has more than {_PULLED_BYTES} bytes")
         try:
-            self._quota.note_sent(shared_ids(bytes(body)))
+            self._quota.note_pulled(call.caller.site if call.caller else "", bytes(body))
         except WireError as e:
             raise Stop(503, f"the SuperLink's answer: {e}") from None
         return bytes(body)

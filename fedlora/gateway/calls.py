@@ -109,7 +109,8 @@ class Callers:
     started: float
     authority: str
     _keys: dict[bytes, tuple[str, ec.EllipticCurvePublicKey]] = field(default_factory=dict)
-    _files: tuple[tuple[str, int, int], ...] = ()
+    _files: tuple[tuple[str, int, int], ...] | None = None
+    """Whose keys are known; None: to be read again."""
     _looked: float = float("-inf")
     _nonces: dict[bytes, dict[bytes, float]] = field(default_factory=dict)
 
@@ -166,16 +167,16 @@ class Callers:
         self._looked = now
         try:
             files = tuple((p.name, (s := p.stat()).st_mtime_ns, s.st_size) for p in sorted(self.sites.glob("*.pub")))
-            if files == self._files:
-                return
-            pems = load_node_keys(self.sites)
-        except (OSError, FedLoRAError):  # half a file: the keys of before hold until it is whole, but for those taken away
-            there = {p.stem for p in self.sites.glob("*.pub")}
-            self._keys = {pem: known for pem, known in self._keys.items() if known[0] in there}
+        except OSError:  # one was taken away just now
+            files = None
+        if files is not None and files == self._files:
             return
+        damaged: dict[str, FedLoRAError] = {}
+        pems = load_node_keys(self.sites, left_out=damaged.__setitem__)
         keys = {b64encode(pem): (site, load_pem_public_key(pem)) for site, pem in pems.items()}
-        self._keys = {pem: (site, key) for pem, (site, key) in keys.items() if isinstance(key, ec.EllipticCurvePublicKey)}
-        self._files = files
+        before = {pem: known for pem, known in self._keys.items() if known[0] in damaged}  # half a file: until it is whole
+        sound = {pem: (site, key) for pem, (site, key) in keys.items() if isinstance(key, ec.EllipticCurvePublicKey)}
+        self._keys, self._files = before | sound, None if damaged else files
 
 
 def _seconds(site: str, stamp: bytes) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import serialization as ser
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedlora.core.errors import ConfigError, KeyFileError
+from fedlora.core.errors import ConfigError, FedLoRAError, KeyFileError
 from fedlora.core.messages import check_site_name
 from fedlora.formats.files import write_atomic
 from fedlora.gateway.addresses import ascii_name
@@ -252,8 +252,11 @@ def node_key_public(path: Path) -> bytes:
     return node_key_private(path).public_key().public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
 
 
-def load_node_keys(sites: Path) -> dict[str, bytes]:
+def load_node_keys(sites: Path, *, left_out: Callable[[str, FedLoRAError], None] | None = None) -> dict[str, bytes]:
     """Public node keys of the enrolled sites, from the second lines of ``NAME.pub``.
+
+    Args:
+        left_out: told the name of each file that cannot be used, without its ending, and why; None: the first one raises.
 
     Returns:
         Site name to PEM, sorted by name.
@@ -264,23 +267,30 @@ def load_node_keys(sites: Path) -> dict[str, bytes]:
     """
     keys: dict[str, bytes] = {}
     for path in sorted(sites.glob("*.pub")):
-        name = check_site_name(path.stem)
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as e:
-            raise KeyFileError(f"cannot read {path}: {e.strerror}", hint="ask the site for its .pub file again") from None
-        if len(lines) < 2:
-            raise KeyFileError(
-                f"{path} has no second line with the node's public key", hint="ask the site for its .pub file again"
-            )
-        try:
-            pem = node_key_pem(lines[1])
-        except KeyFileError as e:
-            raise KeyFileError(f"{path}: {e}", hint="ask the site for its .pub file again") from None
-        if pem in keys.values():
-            raise KeyFileError(f"{path} repeats another site's node key")
-        keys[name] = pem
+            name, pem = check_site_name(path.stem), _node_key_in(path)
+            if pem in keys.values():
+                raise KeyFileError(f"{path} repeats another site's node key")
+        except FedLoRAError as e:
+            if left_out is None:
+                raise
+            left_out(path.stem, e)
+        else:
+            keys[name] = pem
     return keys
+
+
+def _node_key_in(path: Path) -> bytes:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as e:
+        raise KeyFileError(f"cannot read {path}: {e.strerror}", hint="ask the site for its .pub file again") from None
+    if len(lines) < 2:
+        raise KeyFileError(f"{path} has no second line with the node's public key", hint="ask the site for its .pub file again")
+    try:
+        return node_key_pem(lines[1])
+    except KeyFileError as e:
+        raise KeyFileError(f"{path}: {e}", hint="ask the site for its .pub file again") from None
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -13,7 +13,7 @@ import hashlib
 import hmac
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +178,7 @@ class Invitations:
                 raise ConfigError(
                     f"other keys came for {site} in the meantime: nothing was enrolled", hint="compare the words anew"
                 )
-            self._check_keys(site, blob)
+            _check_keys(site, blob, self._enrolled_keys())
             write_atomic(self._enrolled(site), blob, mode=0o644)
             self._asked(site).unlink(missing_ok=True)
         note(self.home, "approve", site=site, fingerprint=PublicIdentity.parse(blob.decode("ascii")).fingerprint())
@@ -252,10 +252,11 @@ class Invitations:
         return facts
 
     def _bind(self, site: str, facts: dict[str, Any], public: bytes, proof: tuple[bytes, bytes]) -> None:
-        """Binds an invitation to a file of keys; a few unfit ones use it up."""
+        """Binds an invitation to a file of keys; a few unfit ones use it up, and what is wrong with this server's files none."""
+        enrolled, pin = self._enrolled_keys(), self.pin()
         try:
-            self._check_keys(site, public)
-            check_proof(proof, public, pin=self.pin())
+            _check_keys(site, public, enrolled)
+            check_proof(proof, public, pin=pin)
         except FedLoRAError:
             save_record(self._file(site), _KIND, {**facts, "unfit": facts["unfit"] + 1})
             raise Refusal("malformed") from None
@@ -271,19 +272,14 @@ class Invitations:
             )
         return found[0], found[1]
 
-    def _check_keys(self, site: str, blob: bytes) -> None:
-        """One key at two sites would have every site refuse every task."""
-        mine = _keys(blob)
-        if mine.name != site:
-            raise KeyFileError(f"{site} has sent the keys of {mine.name}", hint=_HINT)
-        for other, theirs in self._enrolled_keys().items():
-            if other != site and {mine.signing, mine.kem, mine.node} & {theirs.signing, theirs.kem, theirs.node}:
-                raise KeyFileError(f"{site} and {other} share a key", hint="one of them copied it: ask both for new keys")
-
     def _enrolled_keys(self) -> dict[str, _Keys]:
-        """Of each enrolled site; a file is read again when it has changed."""
+        """Of each enrolled site; a file is read again when it has changed.
+
+        Raises:
+            KeyFileError: one is damaged; the error names it.
+        """
         files = {p: ((s := p.stat()).st_mtime_ns, s.st_size) for p in sorted((self.home / "sites").glob("*.pub"))}
-        self._read = {p: self._read[p] if p in self._read and self._read[p][0] == at else (at, _keys(p.read_bytes()))
+        self._read = {p: self._read[p] if p in self._read and self._read[p][0] == at else (at, _keys_in(p))
                       for p, at in files.items()}  # fmt: skip
         return {path.stem: keys for path, (_, keys) in self._read.items()}
 
@@ -318,7 +314,7 @@ def answer_join(invitations: Invitations, body: bytes, method: str) -> tuple[int
     except Refusal as e:
         return 403, canonical({"why": e.why})
     except (FedLoRAError, OSError, KeyError, ValueError, TypeError) as e:
-        log.warning("joining: %s", type(e).__name__)
+        log.warning("joining: %s", e if isinstance(e, FedLoRAError) else type(e).__name__)
         return 503, b""
 
 
@@ -370,6 +366,28 @@ class _Keys:
     signing: bytes
     kem: bytes
     node: bytes
+
+
+def _check_keys(site: str, blob: bytes, enrolled: Mapping[str, _Keys]) -> None:
+    """One key at two sites would have every site refuse every task.
+
+    Raises:
+        KeyFileError: the file is malformed, another site's, or shares a key with an enrolled one.
+    """
+    mine = _keys(blob)
+    if mine.name != site:
+        raise KeyFileError(f"{site} has sent the keys of {mine.name}", hint=_HINT)
+    for other, theirs in enrolled.items():
+        if other != site and {mine.signing, mine.kem, mine.node} & {theirs.signing, theirs.kem, theirs.node}:
+            raise KeyFileError(f"{site} and {other} share a key", hint="one of them copied it: ask both for new keys")
+
+
+def _keys_in(path: Path) -> _Keys:
+    try:
+        return _keys(read_file(path) or b"")
+    except FedLoRAError as e:
+        hint = "put the site's .pub file there again, or take this one away; nobody joins before"
+        raise KeyFileError(f"{path} is damaged: {e}", hint=hint) from None
 
 
 def _keys(blob: bytes) -> _Keys:

@@ -95,19 +95,23 @@ def most_bytes(parts: int) -> int:
     return _HEAD_BYTES + _PART_BYTES * parts
 
 
-def shared_ids(body: bytes) -> set[bytes]:
+def shared_ids(body: bytes) -> set[bytes] | None:
     """Ids of the objects that the requests in an answer to ``pull-messages`` may share with those to other sites.
 
     A request's first two levels and its record of names have a random number in them; its array of a large body, and what is in
     that, follow from the body alone.
 
     Returns:
-        Each 64 hexadecimal digits; one for each 5 MiB of a body and two more, none for a body beside the names.
+        Each 64 hexadecimal digits; one for each 5 MiB of a body and two more, none for a body beside the names. None: there is no
+        request in it.
 
     Raises:
         WireError: not such an answer.
     """
-    parts = chain.from_iterable(_parts(tree) for tree in _read(body, PULLED).get("message_object_trees", []))
+    pulled = _read(body, PULLED)
+    if not pulled.get("messages_list") and not pulled.get("message_object_trees"):
+        return None
+    parts = chain.from_iterable(_parts(tree) for tree in pulled.get("message_object_trees", []))
     return {part.id for part in parts if part.depth > _OWN or (part.depth == _OWN and part.has_children)}
 
 

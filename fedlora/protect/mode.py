@@ -15,6 +15,7 @@ from fedlora.core.events import Report
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Dtype, Plan
 from fedlora.core.section import Section
+from fedlora.formats import update as wire
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.memory import Memory
 from fedlora.formats.trust import RosterKeeper
@@ -95,6 +96,7 @@ class Mode:
         reveals: what the server learns.
         phases: names of its requests.
         work: phases whose answer may take a site hours; all others take seconds.
+        goes_on: phases after whose answer the server asks the site for more in the same round.
         carries: phases whose answer carries the update, or the numbers of the last evaluation.
         steps: where a rehearsal can drop a site; ``train`` stands for the request that brings the work.
         needs_roster: the coordinator's signed roster says who takes part.
@@ -105,6 +107,7 @@ class Mode:
     reveals: ClassVar[Reveals] = "each"
     phases: ClassVar[frozenset[str]] = frozenset()
     work: ClassVar[frozenset[str]] = frozenset()
+    goes_on: ClassVar[frozenset[str]] = frozenset()
     carries: ClassVar[frozenset[str]] = frozenset()
     steps: ClassVar[tuple[str, ...]] = ("train",)
     needs_roster: ClassVar[bool] = False
@@ -164,9 +167,21 @@ class Mode:
         return "bfloat16"
 
     @classmethod
+    def update_bytes(cls, plan: Plan, layout: Layout) -> int:
+        """Bytes in which the values of an update leave a site."""
+        return wire.max_update_bytes(layout, dtype=plan.wire.dtype) - wire.MAX_HEADER_BYTES
+
+    @classmethod
     def step_timeout_s(cls, plan: Plan) -> float:
         """Time limit of each step that is not work, seconds."""
         return 300.0
+
+    @classmethod
+    def more_s(cls, plan: Plan, phase: str) -> float:
+        """Seconds within which the server asks a site that has answered this phase for more; 0: it has all of this round."""
+        if phase not in cls.goes_on:
+            return 0.0
+        return plan.federation.round_deadline if phase in cls.work else cls.step_timeout_s(plan)
 
     @classmethod
     def told(cls, plan: Plan) -> SumExposure | None:

@@ -142,7 +142,7 @@ class Progress:
         self._change()
 
     def waits(self) -> None:
-        """Takes that this site asks for work: what it has answered is delivered."""
+        """Takes that what this site has answered was sent, or will not be any more."""
         with self._lock:
             if self._doing == "uploading":
                 self._doing = "idle"

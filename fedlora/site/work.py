@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, cast
@@ -147,6 +148,10 @@ class Site:
         private: what is released about the people behind its rows under plans with [privacy].
         report: gets events about progress; they stay at the site.
         approvals: gives what people here have approved so far; called at every task. By default nothing is approved.
+        clock: seconds, rising.
+
+    Attributes:
+        owes_until: by ``clock``, when the server has asked for more in an exchange that was begun here, or has given it up.
     """
 
     name: str
@@ -158,6 +163,8 @@ class Site:
     private: PrivateRuns = field(default_factory=PrivateRuns)
     report: Report = lambda event, facts: None
     approvals: Callable[[], Approvals] = Approvals
+    clock: Callable[[], float] = time.monotonic
+    owes_until: float = field(default=float("-inf"), init=False)
     _ready: tuple[str, Plan, Aggregator, Learner] | None = field(default=None, init=False)
     _last: tuple[str, int, Entry] | None = field(default=None, init=False)  # run, round; a cache of the journal
     _told_small: bool = field(default=False, init=False)
@@ -169,6 +176,8 @@ class Site:
         if reply.error:
             why, cure = (str(errors[0]), errors[0].hint) if errors else ("", "its own log says why: state/flower/log/runner.log")
             self.report(Event.FAILED, Failed(code=reply.error, why=why, cure=cure))
+        plan = None if reply.error or self._ready is None else self._ready[1]
+        self.owes_until = self.clock() + (mode_of(plan).more_s(plan, request.phase) if plan is not None else 0.0)
         return reply
 
     def work(self, task: Task, admitted: Callable[[], None] = lambda: None) -> Update:
@@ -304,7 +313,7 @@ class Site:
         if learner.steps > self.policy.max_local_steps:
             said = f"a round takes {learner.steps} steps here, more than policy.max_local_steps = {self.policy.max_local_steps}"
             raise PlanRefused(said)  # of no key: passes over the rows became steps, so that the code speaks of the rows
-        size = wire.max_update_bytes(task.reply_layout, dtype=plan.wire.dtype) - wire.MAX_HEADER_BYTES
+        size = mode_of(plan).update_bytes(plan, task.reply_layout)
         if size > self.policy.max_update_bytes:
             said = f"an update takes {size} bytes, more than policy.max_update_bytes = {self.policy.max_update_bytes}"
             raise refused("policy-max-update-bytes", said)

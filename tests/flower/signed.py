@@ -15,6 +15,13 @@ from fedlora.gateway.calls import CALL, KEY, TIME, sign_call
 from fedlora.gateway.certificates import authority_digest, make_node_key
 
 
+def pulled() -> bytes:
+    """An answer to a pull, with a request."""
+    found = fleet_pb2.PullMessagesResponse()
+    found.messages_list.add().CopyFrom(announcement().messages_list[0])
+    return found.SerializeToString()
+
+
 def announcement(*, node: int = 7, parts: int = 5, run_id: int = 1, reply_to: str = "b" * 64) -> fleet_pb2.PushMessagesRequest:
     """A reply of so many parts as Flower announces it: four in each other, chunks in the last."""
     root = tree = message_pb2.ObjectTree(object_id=os.urandom(32).hex())

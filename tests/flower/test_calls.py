@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from flower.signed import AUTHORITY, Node
+from flower.signed import AUTHORITY, Node, pulled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raising import raising
@@ -23,7 +23,7 @@ from fedlora.gateway.certificates import authority_digest, make_tls
 from fedlora.gateway.connections import ConnectionSlots
 from fedlora.gateway.limits import Bucket, Buckets
 from fedlora.gateway.probe import probe
-from fedlora.gateway.replies import most_parts
+from fedlora.gateway.replies import CHUNK_BYTES, most_bytes, most_parts
 
 PATH = "/v1/fleet/push-object"
 
@@ -219,6 +219,26 @@ def test_a_site_that_is_taken_away_is_so_whatever_is_wrong_with_another_file(hom
     assert known.check("POST", PATH, pairs(other.headers(PATH))).site == "beta"
 
 
+def test_a_damaged_file_costs_the_other_sites_nothing_and_its_own_one_nothing_that_it_had(home):
+    clock = Clock(time.time())
+    (home / "sites" / "gamma.pub").write_text("half a fi")
+    known = Callers(home / "sites", clock, 0.0, AUTHORITY)
+    node, other = Node(home, "alpha", home=home), Node(home / "b", "beta", home=home)
+    for each, site in ((node, "alpha"), (other, "beta")):
+        assert known.check("POST", PATH, pairs(each.headers(PATH))).site == site
+    (home / "sites" / "beta.pub").write_text("half a fi")
+    delta = Node(home / "d", "delta", home=home)
+    clock.now += 1.1
+    for each, site in ((node, "alpha"), (other, "beta"), (delta, "delta")):
+        assert known.check("POST", PATH, pairs(each.headers(PATH))).site == site
+    for file in (home / "sites").glob("*.pub"):
+        file.unlink()
+    clock.now += 1.1
+    for each in (node, other, delta):
+        with pytest.raises(Refused, match="not enrolled"):
+            known.check("POST", PATH, pairs(each.headers(PATH)))
+
+
 def test_a_call_counts_once_whatever_the_site_is_called_by_then(home):
     clock = Clock(time.time())
     known = Callers(home / "sites", clock, 0.0, AUTHORITY)
@@ -346,7 +366,11 @@ class Site:
     def ask(self, size: int, *, announced: bool = True) -> None:
         self.said.grant({"alpha": size})
         if announced:
+            self.pull()
             assert self.announce() is not None
+
+    def pull(self) -> None:
+        self.kept.note_pulled("alpha", pulled())
 
     def announce(self, size: int = HEAD) -> Taken | None:
         return self.kept.take("alpha", size, announces=True)
@@ -405,10 +429,37 @@ def test_parts_of_a_late_reply_cost_the_next_one_nothing(home):
     assert not site.push(5 << 20)
     assert not all(site.push(60_000) for _ in range(20))
     assert not site.said.refused("alpha")
+    site.pull()
     assert site.announce()
     assert site.push(WHOLE)
     assert not site.push(5 << 20)
     assert site.said.refused("alpha")
+
+
+@pytest.mark.parametrize("parts", [1, 100])
+def test_the_announcement_of_a_late_reply_costs_the_next_one_nothing(home, parts):
+    """It is late while no request was pulled under the grant of now, whether its length or its tree is refused."""
+    site = Site(home)
+    site.ask(parts * CHUNK_BYTES)
+    site.ask(19_000, announced=False)
+    site.kept.note_pulled("alpha", b"")  # a pull that brings nothing
+    assert (site.announce(most_bytes(most_parts(parts * CHUNK_BYTES))) is None) == (parts > 1)
+    site.kept.refuse("alpha")  # as of a tree with too many parts
+    assert not site.push(5 << 20)
+    assert not site.said.refused("alpha")
+    site.pull()
+    assert site.announce()
+    assert site.push(WHOLE)
+    assert not site.said.refused("alpha")
+    site.kept.refuse("alpha")
+    assert site.said.refused("alpha")
+
+
+def test_a_gateway_that_begins_in_the_middle_takes_the_reply_that_is_due(home):
+    site = Site(home)
+    site.said.grant({"alpha": 19_000})
+    assert site.announce()
+    assert site.push(WHOLE)
 
 
 def test_every_round_brings_its_own_and_a_run_takes_away_what_the_last_one_left(home):

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 from flower.harness import environment, until
-from flower.signed import Node, announcement
+from flower.signed import Node, announcement, pulled
 from raising import raising
 
 from fedlora.core.errors import ConnectionFailed
@@ -78,12 +78,12 @@ class Place:
         return found
 
     def announce(self, node: Node) -> None:
-        """What a site sends before the parts of a reply, once the gateway knows it."""
-        body = announcement().SerializeToString()
-        connection = self.connect()
-        connection.request("POST", ANNOUNCE, body=body, headers=node.headers(ANNOUNCE, body))
-        assert connection.getresponse().status == 200
-        connection.close()
+        """A site's calls before the parts of a reply, once the gateway knows it."""
+        for path, body in (("/v1/fleet/pull-messages", pulled()), (ANNOUNCE, announcement().SerializeToString())):
+            connection = self.connect()
+            connection.request("POST", path, body=body, headers=node.headers(path, body))
+            assert connection.getresponse().status == 200
+            connection.close()
 
     def unsigned(self, path: str) -> int:
         """Anybody's call: the status of the answer."""

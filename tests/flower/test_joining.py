@@ -439,6 +439,27 @@ def test_keys_of_another_site_are_refused_at_the_door(study, part, enrolled):
     assert {*load_enrolled(study.home / "sites")} == {*load_node_keys(study.home / "sites")} == {"north", "south"}
 
 
+@pytest.mark.parametrize("harm", ["damaged", "no-text", "directory", "authority", "server"])
+def test_what_is_wrong_with_the_servers_own_files_uses_up_nobodys_line(study, caplog, harm):
+    study.enroll("north")
+    line = study.book.invite("south", address="127.0.0.1:8443", hours=1)
+    body = study.asks(line, study.site("south"), by="south")
+    file = study.home / {"authority": "tls/ca.crt", "server": "server.pub"}.get(harm, "sites/old.pub")
+    before = file.read_bytes() if file.exists() else None
+    file.unlink(missing_ok=True)
+    if harm == "directory":
+        file.mkdir()
+    elif before is None:
+        file.write_bytes(b"garbage\n" if harm == "damaged" else b"\xff\n\xff\n")
+    for _ in range(6):
+        assert answer_join(study.book, body, "POST") == (503, b"")
+    assert str(file if before is None else study.home) in caplog.text
+    file.rmdir() if harm == "directory" else file.unlink(missing_ok=True)
+    if before is not None:
+        file.write_bytes(before)
+    assert study.book.ask(body) == "waiting"
+
+
 def test_the_sealing_key_of_an_enrolled_site_is_refused_too(study):
     """Nobody can sign with one: who is enrolled first has it."""
     study.enroll("north")

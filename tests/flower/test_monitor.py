@@ -6,9 +6,12 @@ import re
 import shutil
 import socket
 import struct
+import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import nullcontext
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import get_args
 
@@ -24,6 +27,7 @@ from fedlora.core.errors import NotInstalled, StoreError
 from fedlora.core.events import Event
 from fedlora.core.facts import SiteName, SiteRefused, Start
 from fedlora.core.sites.standing import STANDINGS
+from fedlora.flower import server
 from fedlora.flower.coordinator import look as looking
 from fedlora.flower.coordinator import pages
 from fedlora.flower.coordinator.health import Health, answering
@@ -32,6 +36,7 @@ from fedlora.flower.coordinator.progress import Progress
 from fedlora.flower.coordinator.runs import live, running
 from fedlora.flower.coordinator.watch import Runs, Sightings
 from fedlora.flower.jobs import Events, Job, new_job
+from fedlora.gateway.certificates import make_node_key, node_key_pem
 from fedlora.rounds.store import RunStore
 
 pytestmark = pytest.mark.slow  # to import flwr
@@ -76,6 +81,67 @@ def test_ready_and_healthy_are_two_things_and_each_no_says_why(home):
         assert get(port, "/elsewhere")[0] == 404
         assert get(port, "/metrics", host="evil.example.org")[0] == 403  # a page in a browser that has rebound its name
         assert get(port, "/metrics", host=f"localhost:{port}")[0] == 200
+
+
+def test_a_damaged_file_of_a_site_is_named_once_and_the_others_go_on(home, monkeypatch):
+    lines = {n: make_node_key(home / f"{n}.node.key") for n in ("alpha", "beta", "gamma")}
+    for name, line in lines.items():
+        (home / "sites" / f"{name}.pub").write_text(f"identity of {name}\n{line}\n")
+    control, told = Relay(), []
+    health = Health(home, gateway=lambda: True)
+    monkeypatch.setattr(server, "_LOOK_S", 0)
+    monkeypatch.setattr(server, "opened", lambda home, patience_s: nullcontext(control))
+    watch = server.Watch(home, report=lambda e, f: told.append((e, dict(f))), health=health, pages=None, heard=SimpleQueue())
+
+    def look():
+        told.clear()
+        for _ in range(2):
+            stop = threading.Event()
+            watch.until(stop, SimpleNamespace(check=lambda now, stop=stop: stop.set()))
+        return [f["state"] for e, f in told if e == Event.PROCESS]
+
+    assert (look(), health.readyz()) == ([], "")
+    assert control.known == {node_key_pem(line) for line in lines.values()}
+    (home / "sites" / "beta.pub").write_text("half\n")
+    (home / "sites" / "gamma.pub").unlink()
+    (home / "sites" / "delta.pub").write_text(f"identity of delta\n{make_node_key(home / 'delta.node.key')}\n")
+    (said,) = look()
+    assert f"{home / 'sites' / 'beta.pub'} has no second line" in said == health.readyz()
+    assert len(control.known) == 4  # delta is let in, and nobody is expelled for a file that may come back
+    assert watch._online == {"alpha", "beta", "delta"}
+    (home / "sites" / "beta.pub").write_text(f"identity of beta\n{lines['beta']}\n")
+    assert (look(), health.readyz()) == (["whole again"], "")
+    assert node_key_pem(lines["beta"]) in control.known
+    assert node_key_pem(lines["gamma"]) not in control.known  # it was removed
+    monkeypatch.setattr(control, "nodes", raising(StoreError("the list of runs is damaged")))
+    assert (look(), health.readyz()) == (["the list of runs is damaged"], "the list of runs is damaged")
+
+
+class Relay:
+    """Stands for the SuperLink: a set of keys."""
+
+    def __init__(self):
+        self.known = set()
+
+    def nodes(self):
+        return [SimpleNamespace(id=hash(key), key=key, status="online") for key in self.known]
+
+    def register(self, key):
+        self.known.add(key)
+        return hash(key)
+
+    def unregister(self, node_id):
+        self.known = {key for key in self.known if hash(key) != node_id}
+
+    def runs(self):
+        return {}
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
 
 
 def test_the_numbers_are_those_of_the_status_in_prometheus_words(home):

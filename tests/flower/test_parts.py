@@ -44,6 +44,7 @@ from fedlora.flower._internals import TOO_LARGE
 from fedlora.flower.bundle import BUNDLE_SHA256, bundle_bytes
 from fedlora.flower.environment import flower_environment
 from fedlora.flower.jobs import Events, Job, Outcome, load_address, load_job, load_outcome, new_job, pass_on, save_outcome
+from fedlora.flower.owed import Owed
 from fedlora.flower.records import SMALL_BYTES, STYPE, dump_reply, dump_request, parse_reply, parse_request
 from fedlora.flower.runner import Runner
 from fedlora.flower.supernode import PollInterval
@@ -453,7 +454,42 @@ def test_a_supernode_waits_a_twentieth_of_the_time_since_the_last_message(since_
     now, slept = [100.0], []
     poll = PollInterval(clock=lambda: now[0], sleep=slept.append)
     poll.sleep(3)
-    poll.note()
+    poll.answered()
     now[0] += since_s
     poll.sleep(asked_s)
     assert slept == [3, waits_s]
+
+
+def test_a_supernode_says_what_it_has_and_asks_for_nothing_more_while_a_pause_is_wished():
+    said, slept = [], []
+    poll = PollInterval(sleep=slept.append, say=said.append, pausing=lambda: len(slept) < 3)
+    poll.arrived()
+    assert (said, slept) == (["arrived"], [])  # what has arrived is answered
+    poll.answered()
+    assert (said, slept) == (["arrived", "answered"], [0.25] * 3)
+
+
+def test_a_site_owes_from_the_arrival_of_a_message_until_its_reply_is_safe_and_not_for_ever():
+    now, until, delivered = [100.0], [0.0], []
+    owed = Owed(until=lambda: until[0], delivered=lambda: delivered.append(now[0]), clock=lambda: now[0])
+
+    def owes(after_s: float, *, working: bool = False) -> bool:
+        now[0] += after_s
+        return owed.owes(working=working)
+
+    assert not owes(0)
+    owed.read_line("fedlora: arrived")
+    assert owes(10)  # before the work begins
+    assert owes(5000, working=True)
+    assert owes(800)  # it has ended, and the reply is on its way
+    owed.read_line("INFO : fedlora: answered")  # nobody but our own process says so
+    assert (owes(0), delivered) == (True, [])
+    owed.read_line("fedlora: answered")
+    assert (owes(9), owes(2), delivered) == (True, False, [5910.0])  # the run takes it from the relay
+    owed.read_line("fedlora: arrived")
+    assert (owes(899), owes(2)) == (True, False)  # no reply comes through
+    owed.read_line("fedlora: arrived")
+    owed.forget()  # another SuperNode
+    assert not owes(0)
+    until[0] = now[0] + 50
+    assert (owes(49), owes(2)) == (True, False)  # a session of secure aggregation is open

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 
 import pytest
-from flower.harness import Federation, until
+from flower.harness import Federation, descendants, toys, until
+from flower.test_stops import Follower
 
 from fedlora.cli import main
 from fedlora.flower.coordinator.look import look
@@ -22,6 +26,28 @@ def standing(federation, word):
 
     until(lambda: found()["standing"] == word)
     return found()
+
+
+def test_a_pause_waits_until_the_answer_of_the_task_has_reached_the_server(federation: Federation):
+    root, site = federation.home.parent / "beta", federation.sites["beta"]
+    file, since, seen = str(root / "site.toml"), len(site.events), len(federation.server.events)
+    (gateway,) = (p for p, argv in descendants(federation.server.process.pid).items() if "fedlora.gateway.app" in argv)
+    run = Follower(federation, "held")
+    site.wait_for(lambda e, f: e == "toy-works", since=since)
+    os.kill(gateway, signal.SIGSTOP)  # no answer comes through
+    try:
+        assert main(["site", "pause", file]) == 0
+        federation.plan("held").with_suffix(".go").touch()
+        time.sleep(2.5)  # a pause is looked for once a second
+        assert load_state(root / "state")["standing"] == "uploading"
+        assert not [f for e, f in site.events[since:] if e == "paused"]
+    finally:
+        os.kill(gateway, signal.SIGCONT)
+    assert run.ended() is None
+    assert [(f["site"], f["error"]) for f in toys(run.events, "reply")] == [("beta", "")]
+    seen = federation.server.wait_for(lambda e, f: e == "site-offline" and f["site"] == "beta", since=seen)
+    assert main(["site", "resume", file]) == 0
+    federation.server.wait_for(lambda e, f: e == "site-online" and f["site"] == "beta", since=seen)
 
 
 def test_a_pause_takes_a_site_off_the_server_and_back_and_leaving_is_for_good(federation: Federation, capsys):

@@ -30,6 +30,10 @@ def handle(request: Request) -> Reply:
     if request.phase == "slow":
         report("toy-works", {})
         time.sleep(30)
+    if request.phase == "held":
+        report("toy-works", {})
+        while not Path(request.body.decode()).exists():
+            time.sleep(0.05)
     return Reply(request.site, request.body)
 
 

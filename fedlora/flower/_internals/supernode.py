@@ -23,8 +23,11 @@ class Rest(Protocol):
     """The pause between two polls for messages; replaces the module ``time`` in the SuperNode's loop."""
 
     def sleep(self, seconds: float) -> None: ...
-    def note(self) -> None:
+    def arrived(self) -> None:
         """Called when a message has arrived."""
+
+    def answered(self) -> None:
+        """Called when its reply was sent, or could not be."""
 
 
 class Calls(Protocol):
@@ -74,9 +77,9 @@ def run(rest: Rest, calls: Calls, *, authority: str, listening: Callable[[], Non
     intercept, now = auth.NodeAuthHttpInterceptor.intercept, auth.now
 
     def push_messages(*args: Any, **kwargs: Any) -> None:
-        rest.note()
+        rest.arrived()
         push(*args, **kwargs)
-        rest.note()
+        rest.answered()
 
     def register_signal_handlers(*args: Any, **kwargs: Any) -> None:
         register(*args, **kwargs)  # its handler puts ours back at the first signal

@@ -42,11 +42,16 @@ class Health:
     def __init__(self, home: Path, *, gateway: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
         self._home, self._gateway, self._clock = home, gateway, clock
         self._looked = clock()
-        self._relay = False
+        self._relay, self._wrong = False, ""
 
-    def note(self, *, relay: bool) -> None:
-        """`server up` has looked at its processes; ``relay``: the SuperLink has answered."""
-        self._looked, self._relay = self._clock(), relay
+    def note(self, *, relay: bool, wrong: str = "") -> None:
+        """`server up` has looked at its processes.
+
+        Args:
+            relay: the SuperLink has answered.
+            wrong: what is wrong with the server's own files, by name.
+        """
+        self._looked, self._relay, self._wrong = self._clock(), relay, wrong
 
     def healthz(self) -> str:
         """Empty: `server up` works. Else what is wrong with it: it should be restarted."""
@@ -57,6 +62,8 @@ class Health:
         """Empty: sites are let in and a run can go on. Else why not."""
         if wrong := self.healthz():
             return wrong
+        if self._wrong:
+            return self._wrong
         if not self._relay:
             return "the relay does not answer"
         if not self._gateway():

@@ -15,6 +15,7 @@ from fedlora.core.section import Section
 from fedlora.protect.mode import Limits, Mode, ServerParts, SiteParts, SumExposure
 from fedlora.protect.secagg.planning import survival
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
+from fedlora.protect.secagg.protocol.rings import PROFILES, packed_bytes
 from fedlora.protect.secagg.server import SecAggServer
 from fedlora.protect.secagg.sessions import SessionStore
 from fedlora.protect.secagg.settings import Settings, first_range, measure, settings_of
@@ -33,7 +34,8 @@ class SecAgg(Mode):
     reveals: ClassVar[Reveals] = "sum"
     work = frozenset({"advertise"})
     carries = frozenset({"mask"})
-    phases = work | {"share", "mask", "complain", "open", "vote", "unmask"}
+    goes_on = work | {"share", "mask", "complain", "open", "vote"}
+    phases = goes_on | {"unmask"}
     steps = ("train", "share", "mask", "vote", "unmask")
     needs_roster = True
     once = True
@@ -110,6 +112,10 @@ class SecAgg(Mode):
     @classmethod
     def down(cls, plan: Plan) -> Dtype:
         return "float32" if settings_of(plan).profile == "int24" else "bfloat16"
+
+    @classmethod
+    def update_bytes(cls, plan: Plan, layout: Layout) -> int:
+        return packed_bytes(layout.size, PROFILES[settings_of(plan).profile].bits)
 
     @classmethod
     def step_timeout_s(cls, plan: Plan) -> float:

@@ -17,7 +17,7 @@ from raising import raising
 
 from fedlora.core.adapter import Layout
 from fedlora.core.errors import ConfigError, RunFailed, StoreError
-from fedlora.core.messages import Reply
+from fedlora.core.messages import Reply, Request
 from fedlora.core.plan import Evaluation, Plan, Wire
 from fedlora.core.records import Numbers
 from fedlora.formats.epochs import first_epoch, next_epoch
@@ -25,6 +25,8 @@ from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
+from fedlora.protect.secagg.protocol.rings import PROFILES
+from fedlora.protect.secagg.settings import settings_of
 from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
@@ -177,6 +179,48 @@ def test_void_rounds_are_said_and_end_the_run_in_the_end_but_lose_nothing(tmp_pa
     assert at.round == 6
     assert [bool(r.sites) for r in store.records()] == [False] * 3 + [True] * 3
     assert at.adapter.vector == pytest.approx(4.0 * (1 - 0.5**3), abs=0.1)
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+@pytest.mark.parametrize("profile", ["int4", "int12", "int24"])
+def test_the_policy_limits_an_update_by_the_bytes_in_which_it_leaves_masked(tmp_path, profile, spare):
+    layout = toy_layout(rank=2, d_in=3000)
+    first = first_adapter(layout, seed=0)
+    plan = world.secagg_plan(first_range=3.5, rounds=1, profile=profile).pinned(base=TOY_BASE, init=first.digest())
+    leaves, sent = -(-layout.size * PROFILES[profile].bits // 8), {}
+    learners = {n: ToyLearner(t, layout=layout) for n, t in TARGETS.items()}
+    fed = Federation(tmp_path, plan, learners=learners, policy=open_policy(max_update_bytes=leaves + spare))
+
+    def handle(request):
+        reply = fed.handle(request)
+        sent.setdefault((request.site, request.phase), reply.error or len(reply.body))
+        return reply
+
+    start_run(tmp_path / "run", plan, first, run="ab" * 32)
+    if spare < 0:
+        with pytest.raises(RunFailed):
+            fed.run(LocalTransport(dict.fromkeys(fed.sites, handle)))
+        assert sent == {(n, "advertise"): "policy-max-update-bytes" for n in TARGETS}
+    else:
+        fed.run(LocalTransport(dict.fromkeys(fed.sites, handle)))
+        assert leaves <= sent["b", "mask"] < leaves + 3000  # the rest is its envelope
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_site_owes_more_until_the_session_is_over_and_no_longer_than_the_plan_waits(tmp_path, refused):
+    fed, seen = Federation(tmp_path, secagg_plan(rounds=1)), []
+    fed.sites["a"].clock = lambda: 100.0
+
+    def handle(request):
+        reply = fed.sites[request.site].handle(replace(request, body=b"") if refused else request)
+        if request.site == "a":
+            seen.append((request.phase, fed.sites["a"].owes_until - 100.0))
+        return reply
+
+    fed.run(LocalTransport(dict.fromkeys(fed.sites, handle))) if not refused else handle(Request("a", "advertise", b""))
+    waits, step = fed.plan.federation.round_deadline, settings_of(fed.plan).phase_deadline
+    session = [("advertise", waits), ("share", step), ("mask", step), ("vote", step), ("unmask", 0.0)]
+    assert seen == ([("advertise", 0.0)] if refused else session * 2)  # the last evaluation has one, too
 
 
 def test_without_a_roster_there_is_no_run(tmp_path):
