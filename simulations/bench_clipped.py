@@ -1,4 +1,4 @@
-"""What a clipped step costs, as rows of `python simulations/bench.py privacy`.
+"""What differential privacy costs, as rows of `python simulations/bench.py privacy`. One function a row: see ROWS.
 
 A clipped step against an ordinary one, optimizer included, on the same documents in the same micro-batches. On a CPU at the
 demo's shape: SmolLM2-135M in NF4, r = 8, one row of 184 tokens, about eight documents, each of which is a unit. With CUDA at the
@@ -84,7 +84,7 @@ def clipped_step() -> Iterator[dict[str, Any]]:
         model = attach(base_of(step.base, step.machine), Lora(r=step.rank), seed=0)
         documents = step.documents()
         ours, ordinary = in_turns(private(model, step, documents), plain(model, step, documents), model.base.device)
-        yield {"base": step.name, "units": len(documents), "tokens": sum(map(len, documents)),
+        yield {"row": "clipped step", "base": step.name, "units": len(documents), "tokens": sum(map(len, documents)),
                "values": model.layout.size, "threads": torch.get_num_threads(), "clipped_s": ours, "ordinary_s": ordinary,
                "ratio": ours / ordinary}  # fmt: skip
 
@@ -131,3 +131,7 @@ def in_turns(first: Callable[[], None], second: Callable[[], None], device: torc
 
     times = [(seconds(first), seconds(second)) for _ in range(REPEATS + 1)][1:]  # the first fills caches
     return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+
+
+ROWS: tuple[Callable[[], Iterator[dict[str, Any]]], ...] = (clipped_step,)
+"""What is measured, in order; ``row`` names it in the output."""

@@ -114,3 +114,9 @@ def test_files_of_sites_and_rosters_that_were_changed_by_hand_are_seen_at_the_ne
     (gone, unsigned) = audit.read(home)[0][7:]
     assert (gone.what, gone.facts) == ("site-file", {"site": "a", "fingerprint": ""})
     assert unsigned.facts == {"digest": roster.roster.digest(), "epoch": 1, "signatures": 0}
+
+
+def test_a_zero_is_shown_and_what_is_empty_is_not(place, capsys):
+    audit.note(place.home, "ended", run=RUN, rounds=0, epoch=0, code="", late=False, sites=[])
+    assert main(["server", "audit", "show", str(place.home)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"ended      epoch 0, rounds 0, run {RUN}")

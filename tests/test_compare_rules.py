@@ -38,14 +38,42 @@ def test_each_rule_has_the_rate_that_validation_chose_and_is_scored_on_test(plan
         assert answer["tuned"][name] == {"learning_rate": float(best), "edge": best in (rates[0], rates[-1])}
         row = next(r for r in answer["compared"]["runs"] if r["run"].startswith(f"{name} at {best}"))
         assert row["scores"]["union_nll"]["mean"] == pytest.approx(
-            sum(loss(out / name, split="test", seed=s) for s in (0, 1)) / 2
+            sum(loss(out / f"{name},learning_rate={best}", split="test", seed=s) for s in (0, 1)) / 2
         )
         assert row["seeds"] == [0, 1]
-    assert json.loads((out / "slow" / "plan.json").read_text())["plan"]["lora"]["lora_alpha"] == 1
+    slow = out / f"slow,learning_rate={next(rate for rate in rates if float(rate) == answer['tuned']['slow']['learning_rate'])}"
+    assert json.loads((slow / "plan.json").read_text())["plan"]["lora"]["lora_alpha"] == 1
     assert "slow at" in (out / "table.md").read_text()
     assert main([*words, "-q"]) == 3
     assert main([*words, "-q", "--resume"]) == 0
     assert (out / "summary.txt").read_text().rstrip() in capsys.readouterr().out
+
+
+@pytest.mark.torch
+def test_what_was_tuned_is_taken_up_with_more_rates_although_another_one_wins(plan, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["compare-rules", str(plan), "--rules", "fedavg,ffa", "--seeds", "0", "--tune-seeds", "9", "--out", str(out), "-q"]
+    assert main([*words, "--rates", "1e-6"]) == 0
+    assert main([*words, "--rates", "1e-6,1e-2", "--resume"]) == 0
+    assert "fedavg at 1e-2 (edge)" in capsys.readouterr().out
+    assert {f"fedavg,learning_rate={rate}" for rate in ("1e-6", "1e-2")} < {one.name for one in out.iterdir()}
+
+
+@pytest.mark.torch
+def test_a_rule_whose_finalists_all_fail_is_named(plan, tmp_path, capsys, monkeypatch):
+    from fedlora.lab import sweep
+
+    real = sweep.simulate
+
+    def deadly(plan, *, seeds, **more):
+        if plan.aggregate.name == "ffa" and 10 in seeds:
+            raise fedlora.FedLoRAError("it does not want to")
+        return real(plan, seeds=seeds, **more)
+
+    monkeypatch.setattr(sweep, "simulate", deadly)
+    words = ["--rules", "fedavg,ffa", "--rates", "1e-4,1e-3,1e-2", "--seeds", "0", "--tune-seeds", "9,10"]
+    assert main(["compare-rules", str(plan), *words, "--out", str(tmp_path / "out"), "-q"]) == 1
+    assert "ffa: it does not want to" in capsys.readouterr().err
 
 
 @pytest.mark.torch

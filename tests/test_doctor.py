@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import shutil
 import socket
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from doctor_site import MODEL, Place, gateway, rows
 
 from fedlora.cli import main
+from fedlora.core.deployment.digests import grouped
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.plan import Plan
 from fedlora.core.toml import dump_toml
 from fedlora.doctor.examine import at_home, examine, settle
 from fedlora.doctor.files import room
 from fedlora.doctor.findings import FAULTS, worst
+from fedlora.formats.epochs import first_epoch
+from fedlora.formats.keys import Identity, load_public
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.lock import hold
 from fedlora.formats.state.memory import FileMemory
 from fedlora.gateway.certificates import make_node_key, make_tls
@@ -115,6 +121,35 @@ def no_roster(p):
     return "`roster` in the site file is empty"
 
 
+def accepted(p, *, days=0, epochs=1):
+    """Puts a roster where `site up` keeps the one in force; gives the last of so many epochs, and the first."""
+    server, carol = load_public(p.root / "server.pub"), Identity.generate("carol")
+    sites = [load_public(p.root / "alpha" / "alpha.pub"), *(Identity.generate(n).public for n in ("b1", "c1"))]
+    first = last = first_epoch(server, sites, [carol.public], max_colluding=1, now=int(time.time()) - 86400 * days)
+    for epoch in range(2, epochs + 1):
+        last = replace(last, epoch=epoch, previous=last.digest())
+    FileMemory(p.root / "state" / "memory").put("roster", SignedRoster(last).sign(carol).dump())
+    return last, first
+
+
+def other_roster(p):
+    accepted(p)
+    p.change(roster="f" * 64)
+    return "ffff, which is not in force"
+
+
+def roster_expired(p):
+    p.change(roster=accepted(p, days=60)[0].digest())
+    return "has expired"
+
+
+def bad_roster(p):
+    p.change(roster=accepted(p)[0].digest())
+    for file in FileMemory(p.root / "state" / "memory").files("roster"):
+        file.write_bytes(b"damaged")
+    return "cannot be read from"
+
+
 def no_base(p):
     p.change(models={MODEL: "gone"})
     return "gone is not there"
@@ -160,8 +195,8 @@ def few_held_out(p):
 TABLE = [
     (key_missing, 3), (key_open, 3), (bad_key, 3), (foreign_key, 3), (foreign_node_key, 3), (bad_ca, 4),
     (state_not_writable, 3), (port_taken, 3), (no_approval, 0), (approvals_spent, 0), (plan_unknown, 0), (plan_refused, 5),
-    (no_roster, 3), (no_base, 3), (bad_base, 3), (no_data, 3), (bad_data, 3), (rows_dropped, 0), (no_group_key, 0),
-    (held_out_larger, 0), (few_held_out, 0),
+    (no_roster, 3), (other_roster, 0), (roster_expired, 4), (bad_roster, 3), (no_base, 3), (bad_base, 3),
+    (no_data, 3), (bad_data, 3), (rows_dropped, 0), (no_group_key, 0), (held_out_larger, 0), (few_held_out, 0),
 ]  # fmt: skip
 
 
@@ -176,6 +211,34 @@ def test_each_seeded_fault_is_found_by_its_name_with_a_way_out(place, seed, stat
     assert fault.status == status
     if name != "no-approval":
         assert set(healthy) == {"no-approval"}  # it was the seed that did it
+
+
+@pytest.mark.parametrize(
+    ("epochs", "approved", "says"),
+    [
+        (0, "f" * 64, "ffff is approved, and comes with a run's first task"),
+        (1, "last", "is in force, epoch 1"),
+        (2, "first", "the one before it"),
+        (3, "first", "an earlier one, or one that a later task brings"),
+    ],
+)
+def test_a_roster_is_said_to_be_in_force_by_its_own_digest(place, epochs, approved, says):
+    last = first = None
+    if epochs:
+        last, first = accepted(place, epochs=epochs)
+    place.change(roster={"last": last, "first": first}[approved].digest() if epochs else approved)
+    [found] = [f for f in looked(place) if f.why.startswith("the roster ")]
+    assert found.verdict == "right"
+    assert found.why.endswith(says)
+    assert not epochs or f"the roster {grouped(last.digest())} is in force, epoch {epochs}" in found.why
+
+
+def test_a_record_of_the_roster_that_is_none_is_wrong_and_repair_offers_a_way(place, capsys):
+    place.change(roster="f" * 64)
+    FileMemory(place.root / "state" / "memory").put("roster", b"whole, and no roster")
+    assert named(looked(place))["bad-roster"].verdict == "wrong"
+    assert main(["site", "repair", str(place.file), "--forget-roster"]) == 0
+    assert "bad-roster" not in named(looked(place))
 
 
 def test_a_full_disk_is_said_before_a_round_needs_it(tmp_path):
@@ -221,6 +284,11 @@ def test_whether_the_server_lets_a_site_in_is_found_out_without_a_run(place):
         fault = named(looked(place, network=True))["not-enrolled"]
         assert (fault.verdict, fault.status) == ("later", 4)
         assert ".pub" in fault.fix
+
+
+def test_an_authority_that_cannot_be_used_is_said_once(place):
+    bad_ca(place)
+    assert [f.name for f in looked(place, network=True) if f.part == "server"] == ["bad-ca"]
 
 
 @pytest.mark.flower
@@ -279,7 +347,7 @@ def test_every_fault_of_the_table_is_seeded():
     seeded = {seed.__name__.replace("_", "-") for seed, _ in TABLE}
     elsewhere = {"disk-low", "in-use", "plan-not-approved"}
     with_a_model = {"wrong-base", "step-failed", "too-slow", "no-training"}
-    assert set(FAULTS) - seeded - elsewhere - with_a_model == {"roster-expired"}
+    assert set(FAULTS) - seeded - elsewhere - with_a_model == set()
     assert len(seeded) >= 20
 
 

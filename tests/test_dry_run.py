@@ -245,33 +245,58 @@ def test_a_directory_called_as_the_site_leaves_nothing_that_should_not(tmp_path)
     for depth in range(8):
         place, would = named_as_the_machine(tmp_path / ("x" * (1 + depth)))
         assert b"st-marys" in would.message
-        assert canaries(would, place.file)[1] == []
+        assert canaries(would, place.file).found == []
         planted = replace(would, payload=would.payload + str(place.root).encode())
-        assert canaries(planted, place.file)[1] == ["path"]
+        assert canaries(planted, place.file).found == ["path"]
 
 
 def test_a_machine_or_a_user_called_as_the_site_leaves_nothing_that_should_not(tmp_path, monkeypatch):
     place, would = named_as_the_machine(tmp_path)
     for asked, kind in (("platform.node", "host name"), ("getpass.getuser", "user name")):
         monkeypatch.setattr(asked, lambda: "st-marys")
-        assert canaries(would, place.file)[1] == []
+        assert canaries(would, place.file).found == []
         monkeypatch.setattr(asked, lambda: "ward7-laptop")
-        assert canaries(replace(would, payload=would.payload + b"ward7-laptop"), place.file)[1] == [kind]
+        assert canaries(replace(would, payload=would.payload + b"ward7-laptop"), place.file).found == [kind]
         monkeypatch.setattr(asked, lambda: "")
+
+
+@pytest.mark.parametrize("how", ["sealed", "masked"])
+def test_a_short_name_is_looked_for_where_it_could_stand_and_not_in_values(tmp_path, monkeypatch, how):
+    """Four bytes stand in 200 MB of values by chance in one case of twenty; eight do not."""
+    place, would = named_as_the_machine(tmp_path)
+    would = dry_secagg(tmp_path / "secagg") if how == "masked" else would
+    monkeypatch.setattr("platform.node", lambda: "ward")
+    monkeypatch.setattr("getpass.getuser", lambda: "al")
+    searched = canaries(would, place.file)
+    assert searched.found == []
+    assert searched.not_searched == [
+        "host name in values: fewer than 8 bytes stand there by chance",
+        "user name: it has fewer than 4 bytes, or is not known",
+    ]
+    ends = {name: {name: getattr(would, name)[:-4] + b"ward"} for name in ("payload", "message")}  # values, and encrypted ones
+    for changed in ends.values():
+        assert canaries(replace(would, **changed), place.file).found == []
+    in_a_field = replace(would, payload=would.payload[:4] + b"ward" + would.payload[8:])
+    assert canaries(in_a_field, place.file).found == ["host name"]
+    for step, (message, payload) in would.others.items():
+        other = {**would.others, step: (message, payload + b"ward")}
+        assert canaries(replace(would, others=other), place.file).found == ["host name"]
 
 
 def test_every_message_of_a_round_is_searched(tmp_path):
     place, text = Place(tmp_path / "x"), "Mrs. Miller, born 3 May 1948, was admitted with chest pain"
-    place.write_rows([{"prompt": text, "completion": " discharged", "patient": "p1"}])
+    place.write_rows([{"prompt": text, "completion": " home", "patient": "p1"}])
     would = dry_secagg(tmp_path / "dry")
-    assert canaries(would, place.file)[1] == []
+    searched = canaries(would, place.file)
+    assert (searched.rows, searched.found) == (1, [])
+    assert "1 text of rows: fewer than 8 bytes stand there by chance" in searched.not_searched
     for step in would.others:
         other = {**would.others, step: (would.others[step][0], would.others[step][1] + text.encode())}
-        assert canaries(replace(would, others=other), place.file)[1] == ["row"]
+        assert canaries(replace(would, others=other), place.file).found == ["row"]
 
 
 @pytest.mark.torch
-def test_under_secure_aggregation_a_site_sees_its_masked_update_and_keeps_its_own_state(tmp_path, capsys):
+def test_under_secure_aggregation_a_site_sees_its_masked_update_and_keeps_its_own_state(tmp_path, capsys, monkeypatch):
     from fedlora.learn.base import load_base, machine_for
     from fedlora.learn.lora import layout_of
     from fedlora.learn.toy import toy_base
@@ -292,8 +317,10 @@ def test_under_secure_aggregation_a_site_sees_its_masked_update_and_keeps_its_ow
     assert {part["name"] for part in found["others"]} == {"advertise", "share", "vote", "unmask"}
     assert (found["played"], found["found"], found["rows"]) == ("the server and 2 other sites, whose updates are zero", [], 600)
     assert {p: p.read_bytes() for p in (place.root / "state").rglob("*") if p.is_file()} == state
+    monkeypatch.setattr("platform.node", lambda: "ward")
     assert main(["site", "dry-run", str(place.file), "--quiet"]) == 0
     said = capsys.readouterr().out
+    assert "\n  not looked for: host name in values: fewer than 8 bytes stand there by chance\n" in said
     assert "played here: the server and 2 other sites, whose updates are zero" in said
     assert "message of its own: unmask" in said
     assert said.endswith("nothing was sent\n")

@@ -1,5 +1,6 @@
 """When a site takes tasks: pauses, hours of the day, and what leaving deletes."""
 
+import json
 import os
 import shlex
 import time
@@ -14,9 +15,10 @@ from test_rounds import TARGETS, Federation, plan
 from fedlora.cli import main
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError
+from fedlora.formats.files import Damaged
 from fedlora.lab.testing import ToyLearner, open_policy, toy_layout
 from fedlora.rounds.server import start_run
-from fedlora.site.pause import away, leave, pause, resume, until_of
+from fedlora.site.pause import away, has_left, leave, pause, resume, until_of
 from fedlora.site.policy import Policy
 
 
@@ -57,8 +59,44 @@ def test_a_pause_ends_at_its_time_or_when_somebody_says_so(tmp_path):
 def test_a_time_of_the_day_is_the_next_one():
     assert until_of("18:00", now=at(17)) == at(18) - 30
     assert until_of("18:00", now=at(18)) == at(18) - 30 + 86400
-    with pytest.raises(ConfigError):
-        until_of("six", now=0)
+
+
+@pytest.mark.parametrize(
+    "text", ["six", "1²:00", "1:0²", "١٨:00", "018:00", "-1:00", "24:00", "18:60", "18", ":00", "18:" + 5000 * "0"]
+)
+def test_what_is_no_time_of_the_day_is_refused_by_name(text):
+    with pytest.raises(ConfigError, match="no time of the day"):
+        until_of(text, now=0)
+
+
+def test_a_damaged_file_of_a_pause_or_of_leaving_names_a_way_out_that_works(tmp_path, capsys):
+    place = Place(tmp_path)
+    state, file = tmp_path / "state", str(place.file)
+
+    def shown():
+        capsys.readouterr()
+        main(["site", "repair", file, "--json"])
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])["data"]["findings"]
+        return {Path(f["file"]).name: " ".join(f["choices"]) for f in found if Path(f["file"]).parent == state}
+
+    for way in ("resume", "pause"):
+        pause(state, until=0)
+        (state / "paused.json").write_bytes(b"\0")
+        with pytest.raises(Damaged) as e:
+            away(state, "", now=at(17))
+        assert f"`fedlora site {way}`" in e.value.hint
+        assert shown() == {"paused.json": e.value.hint}
+        assert main(["site", way, file]) == 0
+        assert (away(state, "", now=at(17)) is None) == (way == "resume")
+    resume(state)
+    for way in ("leave", "delete"):
+        (state / "left.json").write_bytes(b"\0")
+        assert main(["site", "up", file]) == 3
+        assert "run `fedlora site leave` again" in capsys.readouterr().err
+        assert "if it is to stay, delete this file" in shown()["left.json"]
+        (state / "left.json").unlink() if way == "delete" else main(["site", "leave", file, "--yes"])
+        assert bool(has_left(state)) == (way == "leave")
+    assert shown() == {}
 
 
 @pytest.mark.parametrize("hours", ["20:00", "8-17", "24:00-06:00", "07:00-07:00", "always"])

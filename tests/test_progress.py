@@ -8,6 +8,7 @@ import pytest
 from test_rounds import KEYS, Federation, plan
 
 from fedlora.cli import main
+from fedlora.core.errors import ResourceError
 from fedlora.core.events import Event
 from fedlora.core.messages import Reply, Request
 from fedlora.core.sites.standing import STANDINGS, Standing, standing_of
@@ -263,3 +264,31 @@ def test_what_cannot_be_written_down_does_not_leave(tmp_path):
     progress = Progress("a", "s:1", tmp_path / "state", lambda e, f: None, box)
     (tmp_path / "state" / NAME).mkdir()
     assert progress.handling(lambda request: Reply("a", b"x"))(Request("a", "train", b"")) == Reply("a", error="store")
+
+
+def test_a_code_that_leaves_is_counted_once_the_disk_takes_it(tmp_path):
+    """Also the code that leaves instead of an update which cannot be written down."""
+
+    class Filling(DictMemory):
+        full = True
+
+        def put(self, key, value):
+            if self.full:
+                raise ResourceError("no space left")
+            super().put(key, value)
+
+    memory = Filling()
+    box = outbox(tmp_path, memory)
+    progress = Progress("a", "s:1", tmp_path, lambda e, f: None, box, clock=lambda: 7)
+    fails, trains = (progress.handling(lambda request, r=r: r) for r in (Reply("a", error="data"), Reply("a", b"x")))
+    ask = Request("a", "train", b"")
+    assert [handle(ask).error for handle in (fails, fails, trains)] == ["data", "data", "resources"]
+    assert read_codes(memory) == {}
+    known = load_state(tmp_path)
+    assert known["codes"] == {"data": 2, "resources": 1}
+    assert (known["refused"]["code"], known["messages"]) == ("resources", 0)
+    memory.full = False
+    assert trains(ask).body == b"x"
+    assert read_codes(memory) == {"data": (2, 7), "resources": (1, 7)}
+    assert fails(ask).error == "data"
+    assert read_codes(memory) == {"data": (3, 7), "resources": (1, 7)}

@@ -17,6 +17,7 @@ from vectors.make_records import read_record
 
 from fedlora.answers import ANSWERS
 from fedlora.cli.schema import schema_of
+from fedlora.core.claims import PrivacyClaim
 from fedlora.core.errors import FedLoRAError, StoreError, WireError
 from fedlora.core.events import FACTS, Event, dump_facts_of, parse_event
 from fedlora.core.records import (
@@ -110,6 +111,19 @@ prompts = st.builds(
     stop=maybe(st.lists(names, max_size=3).map(tuple)),
     example=maybe(st.builds(Example, prompt=names, completion=names)),
 )
+above_zero = st.floats(0, 1e9, exclude_min=True)
+claims = st.builds(
+    PrivacyClaim,
+    epsilon=above_zero,
+    clip_norm=above_zero,
+    noise_multiplier=above_zero,
+    delta=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    sampling_rate=st.floats(0, 1, exclude_min=True),
+    releases=counts,
+    units_per_site=counts,
+    relation=names,
+    accountant=names,
+)
 published = st.builds(
     Published,
     of=st.sampled_from(["federation", "site"]),
@@ -125,6 +139,7 @@ published = st.builds(
     sites=maybe(counts),
     share=names,
     prompt=prompts,
+    privacy=maybe(claims),
     dtype=st.sampled_from(["bfloat16", "float16"]),
 )
 IN_WORDS = {"where": "the file", "hint": "the way on"}
@@ -308,6 +323,7 @@ PUBLISHED = Published(
         stop=("<|im_end|>",),
         example=Example(prompt="Question: What is the capital of France?\nAnswer:", completion=" Paris.<|im_end|>"),
     ),
+    privacy=None,
     dtype="bfloat16",
 )
 

@@ -17,7 +17,7 @@ from fedlora.core.facts import Step
 from fedlora.core.messages import Reply, Request
 from fedlora.formats.keys import load_identity
 from fedlora.formats.state.history import NAME as HISTORY
-from fedlora.formats.state.history import read_history
+from fedlora.formats.state.history import Answered, note, read_history
 from fedlora.formats.state.memory import FileMemory
 from fedlora.formats.state.outbox import NAME, Outbox
 from fedlora.lab.testing import ToyLearner
@@ -85,6 +85,21 @@ def test_each_round_stands_there_with_own_losses_and_the_digest_of_what_left(mad
     assert "nats per token; the final adapter; the base:" in said
     assert "whole and signed by this site's key: 4 messages" in said
     assert (place.root / "site-report.html").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("cut", [1, 40, -1])
+def test_half_a_line_of_a_power_cut_costs_itself_alone(tmp_path, cut):
+    file = tmp_path / HISTORY
+    facts = {"run": "0" * 64, "rounds": 3, "kind": "train", "steps": 1, "before": 1.0, "after": 1.0, "held_out": {}}
+    lines = [Answered(at=1, round=n, size_bytes=1, sha256="0" * 64, seconds=1.0, **facts) for n in (1, 2, 3)]
+    note(file, lines[0])
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:cut])
+    note(file, lines[1])
+    note(file, lines[2])
+    # cut = -1: only the line's end is lost, and all of it is there
+    assert [a.round for a in read_history(file)] == ([1, 1, 2, 3] if cut == -1 else [1, 2, 3])
+    assert b"\n\n" not in file.read_bytes()
 
 
 def test_the_page_has_no_row_no_path_and_loads_nothing(made, capsys):

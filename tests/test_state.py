@@ -643,7 +643,7 @@ def test_no_key_is_left_of_a_start_that_was_killed(left, tmp_path):
     "a server is killed after a run's last record, before the run's key is deleted",
     stops="`server up` deletes the keys of runs that are done when it starts, and no other",
 )
-def test_the_key_of_a_run_that_is_done_goes_when_the_server_starts(left, tmp_path, monkeypatch):
+def test_the_key_of_a_run_that_is_done_goes_when_the_server_starts(left, tmp_path, monkeypatch, caplog):
     place = left["sealed"][0].copy(tmp_path / "x")
     home, keys = place.run_directory.parents[1], ("run.key", "run.key.copy")
     before = {name: (place.run_directory / name).read_bytes() for name in keys}
@@ -665,6 +665,19 @@ def test_the_key_of_a_run_that_is_done_goes_when_the_server_starts(left, tmp_pat
         (place.run_directory / name).write_bytes(blob)  # as a kill leaves them
     starts()
     assert not any(b"PRIVATE KEY" in p.read_bytes() for p in place.run_directory.iterdir() if p.is_file())
+    (place.run_directory / "run.key").mkdir()  # what is there cannot keep a server from its start
+    (place.run_directory / "run.key.copy").write_bytes(before["run.key.copy"])
+    starts()
+    assert not list(place.run_directory.glob("run.key*"))
+    (place.run_directory / "run.key").write_bytes(before["run.key"])
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", raises_permission_error)
+        starts()
+    assert "cannot be deleted; do it by hand" in caplog.text
+
+
+def raises_permission_error(*words, **more):
+    raise PermissionError(13, "Permission denied")
 
 
 def opened_with(directory, blobs):

@@ -1,18 +1,28 @@
 """A sweep: everything read before anything runs, the same numbers however many run at once, and one failure ends no other."""
 
+import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fedlora.cli import main
 from fedlora.core.errors import ConfigError
+from fedlora.core.plan import Plan
+from fedlora.core.registry import RULES
+from fedlora.core.section import Section
+from fedlora.core.tagged import Tagged
+from fedlora.lab.claims import Options
+from fedlora.lab.jobs import Jobs
+from fedlora.lab.own_rules import use_rules
 from fedlora.lab.sweep import combinations
 
 PLAN = """
@@ -64,6 +74,10 @@ def test_all_combinations_are_typed_as_the_plan_is_and_named_by_what_differs(pla
         ("run.seed=1,2", "--seeds"),
         ("federation.min_sites=2,3", "min_sites = 3, but the simulation has 2 sites"),
         ("simulation.data.path='toy','nowhere'", "nowhere"),
+        ("simulation.sites=2,3", "'sites=3' has other sites, or is scored on another split, than 'sites=2'"),
+        ("simulation.evaluate_on=test,validation", "scored on another split"),
+        ("simulation.arms=['base'],['federated']", "no arm in common"),
+        ("simulation.data.group_key='a','A'", "would have one directory"),
     ],
 )
 def test_a_wrong_setting_is_said_before_anything_runs(plan, setting, said, capsys, tmp_path):
@@ -79,6 +93,52 @@ def test_a_key_twice_and_too_many_combinations_are_refused(plan):
     numbers = ",".join(map(str, range(1, 41)))
     with pytest.raises(ConfigError, match="1,600 combinations"):
         combinations(plan, [f"lora.r={numbers}", f"federation.num_rounds={numbers}"])
+
+
+def keys_of(section, at=""):
+    """All keys of a plan, tables and settings of registry entries included."""
+    for name, field in section.model_fields.items():
+        yield f"{at}{name}"
+        kinds = (field.annotation, *get_args(field.annotation))
+        for below in [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]:
+            yield from keys_of(below, f"{at}{name}.")
+            if issubclass(below, Tagged):
+                for entry in below.registry.names():
+                    yield from [f"{at}{name}.{entry}", *keys_of(below.registry[entry].Settings, f"{at}{name}.{entry}.")]
+
+
+KEYS = sorted({*keys_of(Plan), "nothing", "nothing.at.all", "run..name", "aggregate.name.x", "simulation.data.columns.prompt"})
+VALUES = [
+    "[]", "[1,2]", "[[]]", "[{}]", "['a']", "{}", "{a=1}", "{a={b=[2024-01-01]}}", "''", "'ä'", "'name'", "x", "true", "0", "-1",
+    "1.5", "nan", "-inf", "1e999", "1" * 5000, "9" * 40, "0x" + "f" * 400, "2024-01-01", "[2024-01-01]",
+    "{a=2024-01-01T00:00:00Z}",
+    "12:30:00", "[" * 5000 + "]" * 5000, "['federated','federated']", "'by:'", "'toy'", "1000000",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:20])
+def test_no_value_of_a_key_is_a_bug(plan, value):
+    """A plan that is whole, or an error that names what is wrong."""
+    for key in KEYS:
+        with contextlib.suppress(ConfigError):
+            assert combinations(plan, [f"{key}={value}"])[0].plan.digest()
+
+
+@pytest.mark.parametrize(
+    "text", ["lora.r = " + "1" * 5000, "lora.r = " + "[" * 5000 + "]" * 5000, "lora = 1979-05-27", "a.b = {}"]
+)
+def test_no_text_of_a_plan_is_a_bug(tmp_path, text):
+    (tmp_path / "plan.toml").write_text(text)
+    with pytest.raises(ConfigError):
+        combinations(tmp_path / "plan.toml", [])
+
+
+def test_each_combination_has_a_directory_of_its_own_whatever_letters_it_is_of(plan):
+    found = combinations(plan, ["simulation.data.group_key='größe','grüße','" + "a" * 200 + "','" + "a" * 201 + "','ж','plain'"])
+    folders = [one.folder for one in found]
+    assert len({*folders}) == len(folders) == 6
+    assert all(one.isascii() and one and len(one) < 140 for one in folders)
+    assert folders[-1] == "group_key=-plain"
 
 
 def scores(out):
@@ -237,6 +297,38 @@ def test_a_script_that_is_no_rule_is_said_with_the_place(plan, tmp_path, text, s
         (tmp_path / "wrong.py").write_text(text)
     done = fedlora("simulate", plan, "--rule", tmp_path / "wrong.py", "--out", tmp_path / "out")
     assert (done.returncode, said in done.stderr) == (3, True)
+
+
+def test_a_script_that_failed_once_is_not_taken_for_a_rule_the_next_time(tmp_path):
+    file = tmp_path / "again.py"
+    for text, said in (
+        ("import fedlora\nx = 1", "registers no rule"),
+        (STUBBORN.replace("stubborn", "again") + "1 / 0", "ZeroDivisionError"),
+        ('import fedlora\n@fedlora.RULES.register("again")\nclass No(fedlora.Rule):\n    pass', "no method finish"),
+    ):
+        file.write_text(text)
+        for _ in range(2):  # as in a notebook
+            with pytest.raises(ConfigError, match=said):
+                use_rules([str(file)])
+            assert "again" not in RULES
+
+
+def test_a_ctrl_c_ends_no_process_that_was_there_before(monkeypatch, tmp_path):
+    theirs = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    theirs.start()
+
+    def interrupted(going):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedlora.lab.jobs.as_completed", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Jobs(2).run([], Options(tmp_path))
+        theirs.join(0.5)
+        assert theirs.is_alive()
+    finally:
+        theirs.kill()
+        theirs.join()
 
 
 def test_an_installed_rule_is_loaded_because_she_names_it_and_never_because_a_plan_does(plan, tmp_path):

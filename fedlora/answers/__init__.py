@@ -9,6 +9,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from fedlora.answers import enrollment, keeping
+from fedlora.core.claims import PrivacyClaim
 from fedlora.core.deployment.status import Asked, ServerStatus
 from fedlora.core.records import Proof, Results
 from fedlora.core.sites import facts as sites
@@ -137,6 +138,18 @@ class Identifiers(TypedDict):
 
 
 @_exact
+class PlanBudget(TypedDict):
+    """A plan beside the privacy budget of a site's population, in epsilon; null where it is infinite."""
+
+    budget_epsilon: float
+    spent: float | None
+    """by what may have been released, or is set aside for other runs"""
+    after: float | None
+    """with this plan, if it runs to its end"""
+    fits: bool
+
+
+@_exact
 class Checked(TypedDict):
     digest: str
     """plan digest"""
@@ -152,6 +165,10 @@ class Checked(TypedDict):
     """what was found out about the base here; only with --site"""
     identifiers: NotRequired[list[Identifiers]]
     """only with --identifiers"""
+    privacy: NotRequired[PrivacyClaim]
+    """only of a plan with [privacy] whose noise is known"""
+    budget: NotRequired[PlanBudget]
+    """only of such a plan with --site"""
 
 
 @_exact
@@ -164,6 +181,8 @@ class Pinned(TypedDict):
     """adapter digest of the first adapter"""
     proof: Proof
     """what was found out about the base"""
+    privacy: PrivacyClaim | None
+    """null: a plan without [privacy]"""
 
 
 @_exact

@@ -100,6 +100,26 @@ class Restored(TypedDict):
     """runs that are not over"""
 
 
+@_exact
+class BudgetShown(TypedDict):
+    """Epsilon of one population, at one delta; null where it is infinite."""
+
+    population: str
+    budget_epsilon: float
+    delta: float
+    spent: float | None
+    """by what may have been released"""
+    committed: float | None
+    """by that and all that is set aside"""
+    left: float
+    """of the budget, once all that is set aside is spent"""
+    reserved: Mapping[str, float | None]
+    """run, or plan digest -> epsilon of what is set aside for it, alone"""
+    charges: int
+    """rounds that were charged"""
+    accountant: str
+
+
 ANSWERS: Final[Mapping[str, type[Any]]] = {
     "site repair": Repaired,
     "server repair": Repaired,
@@ -107,4 +127,7 @@ ANSWERS: Final[Mapping[str, type[Any]]] = {
     "server audit verify": AuditVerified,
     "server backup": BackedUp,
     "server restore": Restored,
+    "budget show": BudgetShown,
+    "budget reserve": BudgetShown,
+    "budget accept-loss": BudgetShown,
 }

@@ -10,7 +10,7 @@ import typer
 from fedlora.cli.output import Json, Quiet, Screen, emit
 
 if TYPE_CHECKING:
-    from fedlora.answers import Forecast, Identifiers
+    from fedlora.answers import Checked, Forecast, Identifiers
     from fedlora.core.events import Report
     from fedlora.core.plan import Plan
     from fedlora.core.records import Proof
@@ -70,6 +70,7 @@ def check(
     if (survives := mode_of(found).survives(found)) is not None:
         facts["survives"] = survives[0]
         lines += survives[1].strip("\n").split("\n")
+    lines += _private(found, site, facts)
     if found.simulation is not None:
         with Screen(quiet=quiet, as_json=json) as screen:
             facts["sites"], told = _rows(plan, found, screen)
@@ -82,6 +83,28 @@ def check(
             facts["proof"], facts["round"], told = _forecast(site, found, screen)
         lines += [*_compared(facts["proof"], plan), *told]
     emit(facts, lines, as_json=json)
+
+
+def _private(plan: Plan, site: Path | None, facts: Checked) -> list[str]:
+    """What a plan says of differential privacy, and what it costs this site's budget; filled into ``facts`` as well."""
+    from fedlora.answers import PlanBudget
+    from fedlora.privacy.claims import claim_lines, claim_of
+    from fedlora.site.budget import cost_at, finite
+
+    claim = claim_of(plan)
+    if plan.privacy is None or claim is None:
+        return claim_lines(claim)
+    if not plan.privacy.noise_multiplier:
+        return [*claim_lines(claim), "  its noise is not known yet: `fedlora pin` finds it"]
+    facts["privacy"] = claim
+    if site is None:
+        return claim_lines(claim)
+    cost, said = cost_at(site, plan)
+    if cost is not None:
+        facts["budget"] = PlanBudget(
+            budget_epsilon=cost.budget, spent=finite(cost.spent), after=finite(cost.after), fits=cost.fits
+        )
+    return [*claim_lines(claim), said]
 
 
 def _rows(plan_file: Path, plan: Plan, report: Report) -> tuple[list[SiteRows], list[str]]:

@@ -16,6 +16,7 @@ from fedlora.cli.guides import docs
 from fedlora.cli.keeping import enrolling
 from fedlora.cli.keeping.audit import audit
 from fedlora.cli.keeping.backup import backup, restore
+from fedlora.cli.keeping.budget import budget
 from fedlora.cli.keeping.repair import server_repair, site_repair
 from fedlora.cli.leaving import dry_run, outbox
 from fedlora.cli.output import Json, Quiet, Screen, emit
@@ -46,6 +47,7 @@ app.add_typer(keygen, name="keygen")
 app.add_typer(server, name="server")
 app.add_typer(site, name="site")
 app.add_typer(roster, name="roster")
+app.add_typer(budget, name="budget")
 app.command()(schema)
 app.command()(explain)
 app.command()(docs)
@@ -176,7 +178,7 @@ def pin(
     """Prove a base model, pin a plan to it and create the first adapter.
 
     The pinned plan holds a digest of each; a site refuses a task for any other base model or first adapter. What was found out
-    about the base is printed and kept beside the plan.
+    about the base is printed and kept beside the plan. Of a plan with [privacy] it finds the noise for its epsilon.
 
     Example: fedlora pin plan.toml --model models/SmolLM2 --out study/plan
     """
@@ -184,12 +186,14 @@ def pin(
     from fedlora.core.deployment.digests import grouped
     from fedlora.core.words import proof_lines
     from fedlora.flower.enrol import pin_plan
+    from fedlora.privacy.claims import claim_lines, claim_of
 
     pinned, proof = pin_plan(plan, model, out)
-    facts = Pinned(plan=pinned.digest(), base=pinned.model.digest, init=pinned.lora.init_digest, proof=proof)
+    claim = claim_of(pinned)
+    facts = Pinned(plan=pinned.digest(), base=pinned.model.digest, init=pinned.lora.init_digest, proof=proof, privacy=claim)
     text = f"plan {facts['plan'][:12]}, base {facts['base'][:12]}: {out / 'plan.toml'}"
     aloud = f"plan digest, to compare over the telephone: {grouped(facts['plan'])}"
-    emit(facts, [text, aloud, *proof_lines(proof)], as_json=json)
+    emit(facts, [text, aloud, *claim_lines(claim), *proof_lines(proof)], as_json=json)
 
 
 app.command()(simulate)

@@ -14,6 +14,7 @@ GUIDES: Final = {
     "site": ("client/README.md", "for a hospital or branch: what leaves, what the screen says, what to do then"),
     "coordinator": ("server/README.md", "the runbook of a server"),
     "security": ("server/SECURITY.md", "what each mode promises, and the attacks that were tried"),
+    "privacy": ("server/PRIVACY.md", "differential privacy in plain words: what it promises, and what a site controls"),
     "faults": ("server/FAULTS.md", "the faults that were tried, and what is said of each"),
     "rules": ("server/RULES.md", "which aggregation rule when"),
     "researcher": ("simulations/README.md", "simulations, arms, data sets and numbers"),

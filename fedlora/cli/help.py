@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import click
 from typer.models import ArgumentInfo
@@ -14,7 +15,7 @@ from fedlora.cli.terminal import guarded
 
 SECTIONS: Final = {
     "To begin": ("docs", "new", "keygen", "check"),
-    "For a hospital or branch": ("site", "try"),
+    "For a hospital or branch": ("site", "budget", "try"),
     "For the coordinator": ("pin", "roster", "server", "export", "verify"),
     "For the researcher": ("simulate", "compare", "compare-rules", "report"),
     "About files and errors": ("explain", "inspect", "schema", "version"),
@@ -45,6 +46,17 @@ class _Context(click.Context):
     formatter_class = _Formatter
 
 
+def _guarded(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """A command during which nobody else writes on stdout and stderr unseen, or on stdout at all if a program reads it."""
+
+    @functools.wraps(callback)
+    def call(*args: Any, **options: Any) -> Any:
+        with guarded(as_json=bool(options.get("json"))):
+            return callback(*args, **options)
+
+    return call
+
+
 def restore(command: click.Command) -> None:
     """Gives every argument of a command, and of the commands below it, the help text of its declaration; and guards what others
     write while it runs.
@@ -60,7 +72,7 @@ def restore(command: click.Command) -> None:
             restore(below)
     if command.callback is None:
         return
-    command.callback = guarded()(command.callback)
+    command.callback = _guarded(command.callback)
     signature = inspect.signature(inspect.unwrap(command.callback), eval_str=True)
     for parameter in command.params:
         if parameter.param_type_name == "argument" and parameter.name in signature.parameters:

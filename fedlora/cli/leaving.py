@@ -93,17 +93,18 @@ def dry_run(
         raise ConfigError("no plan is approved here, so that nothing would leave", hint="name one by --plan")
     with Screen(quiet=quiet, as_json=json) as screen:
         would = play(file, about, report=screen)
-        rows, leaks = canaries(would, file)
+        searched = canaries(would, file)
     if save is not None:
         write_atomic(save, would.message)
     parts, digest = would.parts(), sha256(would.message).hexdigest()
     others = [Leaving(name=step, what="message of its own", size_bytes=len(m)) for step, (m, _) in would.others.items()]
     answer = DryRun(
         site=found.name, plan=about.digest(), size_bytes=len(would.message), sha256=digest, parts=parts, others=others,
-        played=would.stage, rows=rows, found=leaks, saved=str(save or ""),
+        played=would.stage, rows=searched.rows, found=list(searched.found), not_searched=list(searched.not_searched),
+        saved=str(save or ""),
     )  # fmt: skip
     emit(answer, _would_leave(answer), as_json=json)
-    if leaks:
+    if searched.found:
         raise typer.Exit(1)
 
 
@@ -118,4 +119,5 @@ def _would_leave(dry: DryRun) -> list[str]:
     lines += [f"  {p['size_bytes']:>12} bytes  {p['what']}: {p['name']}" for p in dry["others"]]
     leaks = ", ".join(dry["found"])
     looked = f"found in it: {leaks}" if leaks else f"not in it: any of {dry['rows']} texts of rows, paths, host and user name"
-    return [*lines, f"  played here: {dry['played']}", f"  {looked}", "nothing was sent"]
+    not_searched = [f"  not looked for: {what}" for what in dry["not_searched"]]
+    return [*lines, f"  played here: {dry['played']}", f"  {looked}", *not_searched, "nothing was sent"]

@@ -7,7 +7,6 @@ Under ``--json`` stdout has one envelope a line: events while work goes on, then
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.cli.terminal import fitted, on_terminal, own, show
+from fedlora.cli.terminal import fitted, on_terminal, own, put, show
 from fedlora.core.errors import plain
 
 if TYPE_CHECKING:
@@ -78,13 +77,7 @@ def _envelope(command: str, **more: Any) -> bool:
     from fedlora.answers import ENVELOPE
 
     line = json.dumps({"fedlora": ENVELOPE, "command": command, **more}, allow_nan=False, default=_dumped)
-    try:
-        own(sys.stdout).write(f"{line}\n")  # at once: other threads report, too
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+    return put(f"{line}\n", sys.stdout)
 
 
 def _dumped(value: Any) -> Any:

@@ -68,7 +68,21 @@ def fitted(text: str, stream: TextIO, *, at: int = 0) -> str:
 
 
 def show(text: str, stream: TextIO) -> None:
-    print(fitted(text, own(stream)), file=own(stream))
+    """Prints lines; if the reader of stdout has closed the pipe, ends as by Ctrl-C."""
+    if not put(f"{fitted(text, own(stream))}\n", stream) and stream is sys.stdout:
+        raise KeyboardInterrupt
+
+
+def put(text: str, stream: TextIO) -> bool:
+    """Writes text at once, so that a reader of a pipe waits for no more of it; False if there is no reader any more."""
+    ours = own(stream)
+    try:
+        ours.write(text)  # in one call: other threads report, too
+        ours.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), ours.fileno())
+        return False
+    return True
 
 
 class Guarded:
@@ -77,12 +91,15 @@ class Guarded:
 
     Args:
         behind: where the command itself writes.
+        aside: where what others write is shown instead.
     """
 
-    def __init__(self, behind: TextIO) -> None:
-        self.behind, self._at = behind, 0
+    def __init__(self, behind: TextIO, aside: Guarded | None = None) -> None:
+        self.behind, self._at, self._aside = behind, 0, aside
 
     def write(self, text: str) -> int:
+        if self._aside is not None:
+            return self._aside.write(text)
         _end_lines(but=self)
         for line in re.findall(r"[^\n]*\n|[^\n]+", text):
             part = plain(line.removesuffix("\n"))
@@ -101,6 +118,10 @@ class Guarded:
             self.behind.write("\n")
             self._at = 0
 
+    def close(self) -> None:
+        """Leaves the stream behind it open: what closes this one at the end (absl's log does) has not opened it."""
+        self.end_line()
+
     @property
     def buffer(self) -> _Bytes:
         return _Bytes(self)
@@ -108,7 +129,7 @@ class Guarded:
     def __getattr__(self, name: str) -> Any:
         if name not in _ASKED:  # nothing else by which one could write
             raise AttributeError(name)
-        return getattr(self.behind, name)
+        return getattr(self.behind if self._aside is None else self._aside, name)
 
 
 _ASKED = frozenset(
@@ -144,10 +165,16 @@ def _end_lines(*, but: Guarded | None = None) -> None:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Guards stdout and stderr."""
+def guarded(*, as_json: bool = False) -> Iterator[None]:
+    """Guards stdout and stderr.
+
+    Args:
+        as_json: a program reads stdout: what others write there is shown on stderr.
+    """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast("TextIO", Guarded(own(stream))) for stream in before)
+    errors = Guarded(own(sys.stderr))
+    answers = Guarded(own(sys.stdout), errors if as_json else None)
+    sys.stdout, sys.stderr = cast("TextIO", answers), cast("TextIO", errors)
     try:
         yield
     finally:

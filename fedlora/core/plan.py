@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from calendar import monthrange
 from collections.abc import Iterator
-from typing import Annotated, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.limits import MAX_PLAN_BYTES, MAX_RANK, MAX_SITES
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
 from fedlora.core.section import Section
+from fedlora.core.tables.privacy import Privacy, private_misfits
 from fedlora.core.tables.simulation import Simulation
 from fedlora.core.tagged import Tagged
 from fedlora.core.toml import readable
@@ -248,6 +249,7 @@ class Plan(Section):
     wire: Wire = Wire()
     protect: Protect = Field(default_factory=Protect)
     evaluation: Evaluation = Evaluation()
+    privacy: Privacy | None = None
     simulation: Simulation | None = None
 
     @model_validator(mode="after")
@@ -258,8 +260,13 @@ class Plan(Section):
         return self
 
     def canonical(self) -> bytes:
-        """The agreed part (all but ``simulation``) as canonical JSON: sorted keys, no spaces, ASCII, no default left out."""
-        return canonical(self.model_dump(mode="json", exclude={"simulation"}))
+        """The agreed part as canonical JSON: sorted keys, no spaces, ASCII, no default left out. All but ``simulation``, and
+        but ``privacy`` where there is none."""
+        return canonical(self.agreed())
+
+    def agreed(self) -> dict[str, Any]:
+        """What :meth:`canonical` writes, as a table of tables."""
+        return self.model_dump(mode="json", exclude={"simulation"} if self.privacy else {"simulation", "privacy"})
 
     def digest(self) -> str:
         """SHA-256 of :meth:`canonical`, hex."""
@@ -267,8 +274,9 @@ class Plan(Section):
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the digests of the base and of the first adapter are filled in; `fedlora pin` does that."""
-        return bool(self.model.digest and self.lora.init_digest)
+        """Whether `fedlora pin` has filled in the digests of base and first adapter and, with [privacy], the noise."""
+        noisy = self.privacy is None or self.privacy.noise_multiplier > 0
+        return bool(self.model.digest and self.lora.init_digest) and noisy
 
     def pinned(self, *, base: str, init: str) -> Plan:
         """This plan with the digests of the base and of the first adapter filled in."""
@@ -301,6 +309,7 @@ def _misfits(plan: Plan) -> Iterator[str]:
             )
     for entry in (rule, plan.server_optimizer.entry, mode):
         yield from entry.conflicts(plan)
+    yield from private_misfits(plan)
 
 
 def parse_plan(blob: bytes) -> Plan:

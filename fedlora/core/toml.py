@@ -44,7 +44,7 @@ def parse_toml(text: str, section: type[S], *, name: str, changes: Mapping[str, 
     """
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also a number of thousands of digits, or lists in lists in lists
         raise ConfigError(f"{name} is not TOML: {e}") from None
     for dotted, value in changes.items():
         _change(table, section, dotted.split("."), value)
@@ -66,8 +66,9 @@ def _change(table: dict[str, Any], section: type[Section], keys: list[str], valu
         if not isinstance(table, dict):
             raise ConfigError(f"{'.'.join(keys)}: the file says {key} = {_toml(table)}, and no table [{key}]")
     if kind is not None and issubclass(kind, Tagged) and last == kind.chooses:
-        for name in set(kind.registry) - {value}:
-            table.pop(name, None)
+        for name in kind.registry:
+            if name != value:
+                table.pop(name, None)
     table[last] = value
 
 
@@ -113,6 +114,9 @@ def _below(table: type[Section], key: str) -> type[Section] | None:
         return settings
     return None
 
+
+_OWN_SAMPLE = ("simulation",)
+"""Tables that another sample shows."""
 
 # --- samples ---------------------------------------------------------------------------------------------------
 
@@ -167,6 +171,8 @@ def _described(value: Section, prefix: str, *, others: bool) -> Iterator[str]:
         item = getattr(value, key)
         if isinstance(item, Section) and not (isinstance(value, Tagged) and key == "settings"):
             yield from _table(item, f"{prefix}{key}", _first_line(type(item)), others=others)
+        elif item is None and others and key not in _OWN_SAMPLE and (kind := _below(type(value), key)) is not None:
+            yield from _table(kind(), f"{prefix}{key}", _first_line(kind), others=others, mark="#")
     if isinstance(value, Tagged):
         yield from _chosen(value, prefix, others=others)
 
@@ -199,4 +205,4 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
-    return json.dumps(value)
+    return json.dumps(value, default=str)  # a date is text, as in validation

@@ -26,6 +26,8 @@ class Tokens:
         input_ids: (n,) int32, n >= 1. Made read-only.
         labels: (n,) int32, IGNORE or equal to input_ids; IGNORE at position 0, which nothing predicts. Made read-only.
         line: line or row of the file.
+        group: patient or customer; ``""``: not known.
+        file: the file's name, if several were read; else ``""``.
 
     Raises:
         ValueError: shapes, types or the first label are wrong.
@@ -34,6 +36,8 @@ class Tokens:
     input_ids: I32
     labels: I32
     line: int
+    group: str = ""
+    file: str = ""
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 1 or self.input_ids.size == 0 or self.input_ids.shape != self.labels.shape:
@@ -75,10 +79,10 @@ class Example:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def tokens(self, line: int) -> Tokens:
+    def tokens(self, line: int, *, group: str = "", file: str = "") -> Tokens:
         labels = np.where(self.trained, self.ids, np.int32(IGNORE))
         labels[0] = IGNORE
-        return Tokens(self.ids, labels, line)
+        return Tokens(self.ids, labels, line, group, file)
 
 
 def examples_of(

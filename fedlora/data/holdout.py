@@ -82,8 +82,16 @@ def shares(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> S
     return Shares(len(train), len(held_out), len(groups), len(sets), max(sets.values(), default=0), len(rows) - len(texts))
 
 
-def check_apart(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> None:
+def check_apart(
+    train: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    *,
+    sides: tuple[str, str] = ("for training", "for evaluation"),
+) -> None:
     """Checks that a given split keeps each group on one side, as :func:`split` does.
+
+    Args:
+        sides: what the rows are for, in words.
 
     Raises:
         DataError: a group has rows on both sides. The text names line numbers of ``held_out``, never the group.
@@ -92,9 +100,9 @@ def check_apart(train: Sequence[Conversation], held_out: Sequence[Conversation])
     both = [c for c in held_out if c.group in known]
     if both:
         raise DataError(
-            f"{len({c.group for c in both})} groups stand among the rows for training and for evaluation: "
+            f"{len({c.group for c in both})} groups stand among the rows {sides[0]} and {sides[1]}: "
             + numbered([c.line for c in both])
-            + " for evaluation",
+            + f" {sides[1]}",
             hint="the same patient or customer in both sets inflates the score; move all their rows to one side",
         )
 

@@ -214,7 +214,7 @@ class _Maker:
         self._lengths.append(longest)
         if longest > self.max_length:
             examples = list(self._fitted(c, examples))
-        tokens = [example.tokens(c.line) for example in examples]
+        tokens = [example.tokens(c.line, group=c.group, file=c.file) for example in examples]
         if not any(t.supervised for t in tokens):
             self._dropped.append(c.line)
             return

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-_WINDOW = 8
+LEAST_BYTES = 8
+"""Of a text that is looked for: fewer stand anywhere by chance."""
+_WINDOW = LEAST_BYTES
 _STRETCH = 15
 
 

@@ -26,7 +26,7 @@ from fedlora.core.events import Report
 from fedlora.core.messages import SERVER, Reply, Task
 from fedlora.core.plan import Dtype, Plan
 from fedlora.core.sites.facts import Leaving
-from fedlora.doctor.canaries import holds_any
+from fedlora.doctor.canaries import LEAST_BYTES, holds_any
 from fedlora.doctor.masked import MakeSite, masked_parts, play
 from fedlora.doctor.rows import read_rows
 from fedlora.formats.envelope import Header, open_envelope, parse
@@ -45,6 +45,7 @@ from fedlora.site.site_file import SiteFile, load_site_file
 from fedlora.site.work import Learner, Site
 
 Entropy = Callable[[int], bytes]
+_SHORTEST = 4  # bytes of a name that is looked for at all
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +79,20 @@ class WouldLeave:
         parts = [*head, *self.contents]
         rest = len(self.message) - sum(part["size_bytes"] for part in parts)
         return [*parts, Leaving(name="encryption, signature, names of fields", what="", size_bytes=rest)]
+
+    def everything(self) -> bytes:
+        """All that would leave, before and after encryption."""
+        return self.payload + self.message + b"".join(part for both in self.others.values() for part in both)
+
+    def in_fields(self) -> bytes:
+        """What would leave, without values and what they are encrypted to: headers and numbers, and the other messages before
+        encryption."""
+        tensors = {name for name, _, _ in self.layout.slices()}
+        values_bytes = sum(part["size_bytes"] for part in self.contents if part["name"] in tensors)
+        parts = [self.payload[: max(len(self.payload) - values_bytes, 0)], canonical(self.header.fields())]
+        for message, payload in self.others.values():
+            parts += [canonical(parse(message, max_bytes=len(message)).header.fields()), payload]
+        return b"\0".join(parts)
 
 
 def _contents(update: Update, layout: Layout, dtype: Dtype) -> list[Leaving]:
@@ -215,27 +230,54 @@ def _masked(
     )  # fmt: skip
 
 
-def canaries(would: WouldLeave, site_file: Path) -> tuple[int, list[str]]:
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What was looked for in what would leave.
+
+    Attributes:
+        rows: how many texts of rows.
+        found: kinds of what was found.
+        not_searched: what was not looked for, or not everywhere, in words.
+    """
+
+    rows: int
+    found: Sequence[str]
+    not_searched: Sequence[str]
+
+
+def canaries(would: WouldLeave, site_file: Path) -> Searched:
     """Looks in what would leave for what must not: as it stands, before and after encryption.
 
-    Returns:
-        The number of texts of rows that were looked for, and kinds of what was found.
+    Values, masked or encrypted or not, hold any few bytes by chance: in 200 MB of them, four bytes stand in one case of twenty.
+    A name of fewer than :data:`LEAST_BYTES` is looked for in the fields alone, where one could stand.
     """
     file, root = load_site_file(site_file), site_file.resolve().parent
     paths = [p for p in (file.data.paths(root), file.data.held_out_paths(root)) if p]
     texts = [turn.text for p in paths for conversation in read_rows(file, p)[0] for turn in conversation.turns]
-    blob = would.payload + would.message + b"".join(part for both in would.others.values() for part in both)
-    stretches = {"row": texts, "path": [str(root), *map(str, file.data.paths(root)), *file.models.values()]}
-    words = {kind: word.encode() for kind, word in {"host name": platform.node(), "user name": _user()}.items() if len(word) > 3}
+    long = [text for text in texts if len(text.encode("utf-8", "replace")) >= LEAST_BYTES]
+    stretches = {"row": long, "path": [str(root), *map(str, file.data.paths(root)), *file.models.values()]}
+    words = {kind: word.encode("utf-8", "replace") for kind, word in {"host name": platform.node(), "user name": _user()}.items()}
 
-    def found_in(blob: bytes) -> list[str]:
-        return [k for k, texts in stretches.items() if holds_any(blob, texts)] + [k for k, word in words.items() if word in blob]
+    def found_in(everything: bytes, fields: bytes) -> list[str]:
+        found = [k for k, texts in stretches.items() if holds_any(everything, texts)]
+        places = {k: everything if len(word) >= LEAST_BYTES else fields for k, word in words.items()}
+        return found + [k for k, word in words.items() if len(word) >= _SHORTEST and word in places[k]]
 
-    found = found_in(blob)
+    everything, fields = would.everything(), would.in_fields()
+    found = found_in(everything, fields)
     if found:  # a directory or a machine may be called as the site is, which leaves by design
         named = {file.name, *(part["name"] for part in would.contents), *map(str, would.header.fields().values())}
-        found = found_in(_without(blob, named))
-    return len(texts), found
+        found = found_in(_without(everything, named), _without(fields, named))
+    return Searched(len(long), found, _not_searched(len(texts) - len(long), words))
+
+
+def _not_searched(short: int, words: Mapping[str, bytes]) -> list[str]:
+    few = f"fewer than {LEAST_BYTES} bytes stand there by chance"
+    said = [f"{short} text{'s' * (short > 1)} of rows: {few}"] if short else []
+    said += [f"{k} in values: {few}" for k, word in words.items() if _SHORTEST <= len(word) < LEAST_BYTES]
+    return said + [
+        f"{k}: it has fewer than {_SHORTEST} bytes, or is not known" for k, word in words.items() if len(word) < _SHORTEST
+    ]
 
 
 def _without(blob: bytes, names: Iterable[str]) -> bytes:

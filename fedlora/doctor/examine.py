@@ -83,7 +83,7 @@ def examine(site_file: Path, *, plan: Plan | None, network: bool, step: bool, re
         found.append(one)
         yield one
     yield from files.process(file, root)
-    if network and not any(f.part == "keys" and f.status for f in found):
+    if network and not any(f.part in ("keys", "server") and f.status for f in found):  # "server": its authority's file
         yield from online(file, root)
     about = plan or next(iter(plans.known_plans(file, root)), None)
     if step and about is not None and worst(found) is None:

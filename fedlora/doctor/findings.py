@@ -78,6 +78,14 @@ FAULTS: Final[Mapping[str, tuple[str, str]]] = {
         "the roster in force here has ended",
         "The coordinators sign the next epoch, which comes with a run's first task; check this machine's clock.",
     ),
+    "other-roster": (
+        "the roster in force here is not the one that the site file names",
+        "Read both digests to the coordinators over the telephone, then correct `roster` in the site file.",
+    ),
+    "bad-roster": (
+        "the roster that was in force here cannot be read",
+        "`fedlora site repair SITE.TOML` names the file and the choices.",
+    ),
     "no-base": (
         "a base model is not there",
         "Correct [models] in the site file, or copy the base model there.",

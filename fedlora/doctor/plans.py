@@ -6,18 +6,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fedlora.core.errors import FedLoRAError, RosterExpired, RosterInvalid
+from fedlora.core.deployment.digests import grouped
+from fedlora.core.errors import FedLoRAError, RosterExpired
 from fedlora.core.plan import Plan
 from fedlora.doctor.files import check_bases
 from fedlora.doctor.findings import Found
 from fedlora.formats.files import Damaged, load_record, save_record
-from fedlora.formats.keys import load_public
+from fedlora.formats.roster import Roster
+from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.memory import FileMemory
-from fedlora.formats.trust import RosterKeeper
 from fedlora.learn.bases.digest import arithmetic, base_digest
 from fedlora.site.admission import Runs
 from fedlora.site.approve import kept_plan
 from fedlora.site.policy import refused
+from fedlora.site.private import private_refusals
 from fedlora.site.site_file import NO_ROSTER, SET_ROSTER, SiteFile
 
 _APPROVE = "`fedlora site approve PLAN.toml --site SITE.toml` shows what a plan asks for, and approves one run"
@@ -81,7 +83,10 @@ def _refused(plan: Plan, file: SiteFile) -> Found | None:
         return Found(
             "approved", "no-roster", "wrong", f"plan {digest}: {NO_ROSTER}", SET_ROSTER, "config",
         )  # fmt: skip
-    if plan.is_pinned and (no := file.agreed.refusals(plan, models=frozenset(file.models))):
+    no = dict(file.agreed.refusals(plan, models=frozenset(file.models)))
+    if private := list(private_refusals(plan, file.privacy, file.data)):
+        no.setdefault("plan-refused", "; ".join(private))
+    if plan.is_pinned and no:
         code, said = next(iter(no)), "; ".join(no.values())
         return Found("approved", "plan-refused", "wrong", f"plan {digest}: {said}", refused(code, said).hint, code)
     return None
@@ -90,17 +95,38 @@ def _refused(plan: Plan, file: SiteFile) -> Found | None:
 def _roster(file: SiteFile, root: Path) -> Iterator[Found]:
     if not file.roster:
         return
-    grouped = " ".join(file.roster[i : i + 4] for i in range(0, 64, 4))
+    memory = FileMemory(root / file.state / "memory")
     try:
-        server = load_public(root / file.server_key)
-        keeper = RosterKeeper.here(FileMemory(root / file.state / "memory"), server, lambda: file.roster)
-        keeper.current.check_time(int(time.time()))
+        blob = memory.get("roster")
+        if not blob:
+            yield Found.right("approved", f"the roster {grouped(file.roster)} is approved, and comes with a run's first task")
+            return
+        roster = SignedRoster.parse(blob).roster
+        roster.check_time(int(time.time()))
     except RosterExpired as e:
         yield Found.of("approved", "roster-expired", e, verdict="later")  # the next epoch comes with a run's first task
-    except (RosterInvalid, FedLoRAError):
-        yield Found.right("approved", f"the roster {grouped} is approved, and comes with a run's first task")
+    except FedLoRAError as e:
+        said = f"the roster that was in force here cannot be read from {memory.where('roster')}: {e}"
+        yield Found(
+            "approved", "bad-roster", "wrong", said,
+            "`fedlora site repair SITE.TOML` names the choices; without a copy of the file: `--forget-roster`", e.code,
+        )  # fmt: skip
     else:
-        yield Found.right("approved", f"the roster {grouped} is in force, epoch {keeper.current.epoch}")
+        yield _in_force(roster, file.roster)
+
+
+def _in_force(roster: Roster, approved: str) -> Found:
+    """The roster that a task is compared with. It is the approved one, or has followed it by signatures, or was there before."""
+    said = f"the roster {grouped(roster.digest())} is in force, epoch {roster.epoch}"
+    if roster.digest() == approved:
+        return Found.right("approved", said)
+    if roster.epoch == 1:
+        return Found(
+            "approved", "other-roster", "note", f"{said}; `roster` in the site file names another, {grouped(approved)}, which is "
+            "not in force", "read both to the coordinators over the telephone, then correct `roster` in the site file",
+        )  # fmt: skip
+    which = "the one before it" if roster.previous == approved else "an earlier one, or one that a later task brings"
+    return Found.right("approved", f"{said}; `roster` in the site file names {grouped(approved)}, {which}")
 
 
 # --- bases ----------------------------------------------------------------------------------------------------------------

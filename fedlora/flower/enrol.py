@@ -21,6 +21,7 @@ from fedlora.formats.plans import PROMPT, PROOF, load_plan
 from fedlora.formats.records import dump_text
 from fedlora.formats.signed_roster import SignedRoster, load_roster
 from fedlora.formats.state.audit import note
+from fedlora.privacy.claims import with_noise
 
 
 def make_site_keys(name: str, out: Path, *, identity: Identity | None = None) -> tuple[Path, str]:
@@ -94,8 +95,8 @@ def renew_certificate(home: Path, hosts: Sequence[str]) -> tuple[list[str], str]
     tls = home / "tls"
     if not (tls / "ca.key").exists():
         raise KeyFileError(f"{tls / 'ca.key'} is missing", hint="restore it from a backup: sites trust this authority")
-    make_tls(tls, hosts or sorted(certificate_hosts(tls / "server.crt")))
-    there, until = sorted(certificate_hosts(tls / "server.crt")), certificate_end(tls / "server.crt").date().isoformat()
+    make_tls(tls, hosts or certificate_hosts(tls / "server.crt"))
+    there, until = list(certificate_hosts(tls / "server.crt")), certificate_end(tls / "server.crt").date().isoformat()
     note(home, "renew", hosts=there, until=until)
     return there, until
 
@@ -119,7 +120,8 @@ def pin_plan(plan_file: Path, model: Path, out: Path) -> tuple[Plan, Proof]:
     Raises:
         StoreError: ``out`` exists.
         ModelError: nothing usable at ``model``.
-        ConfigError: the base does not carry this plan, see :func:`fedlora.learn.proof.check_proven`.
+        ConfigError: the base does not carry this plan, see :func:`fedlora.learn.proof.check_proven`; or its noise does not
+            give the epsilon that it claims, see :func:`fedlora.privacy.claims.with_noise`.
     """
     from fedlora.data.prompt import prompt_of
     from fedlora.learn.base import load_base, machine_for
@@ -129,7 +131,7 @@ def pin_plan(plan_file: Path, model: Path, out: Path) -> tuple[Plan, Proof]:
 
     if out.exists():
         raise StoreError(f"{out} exists", hint="choose another --out; a pinned plan is not changed under its run")
-    plan = load_plan(plan_file).model_copy(update={"simulation": None})
+    plan = with_noise(load_plan(plan_file).model_copy(update={"simulation": None}))
     base = load_base(plan.model, model, machine_for(plan, device="cpu"))
     first = first_adapter(layout_of(base, plan.lora), seed=plan.run.seed)
     pinned = plan.pinned(base=base.digest, init=first.digest())

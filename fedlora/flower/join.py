@@ -87,6 +87,12 @@ def _check_place(invitation: Invitation, file: Path, keys: Path) -> None:
             raise ConfigError(f"{file} is of {there.name} at {there.server}", hint="join in another directory: --out")
     if keys.exists() and not (keys / f"{invitation.site}.pub").exists():
         raise ConfigError(f"{keys} holds other keys", hint="join in another directory: --out")
+    files = ("ca.crt", "server.pub", f"{invitation.site}.key", f"{invitation.site}.node.key")
+    if keys.exists() and (lacks := [name for name in files if not (keys / name).is_file()]):
+        raise ConfigError(
+            f"{keys} holds no {', no '.join(lacks)}: it was not made by `fedlora site join`, or has lost files since",
+            hint="join in another directory: --out. Keys of `fedlora keygen site` need no joining: their .pub file is enrolled",
+        )
 
 
 def _make_keys(site: str, found: ServerFiles, keys: Path) -> None:

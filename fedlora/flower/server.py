@@ -325,7 +325,7 @@ def _check_files(home: Path, hosts: Sequence[str]) -> None:
     if len((home / "superexec.secret").read_bytes()) < _SECRET_BYTES:
         hint = "restore it from a backup, or replace it by 32 random bytes: this file never leaves this host"
         raise KeyFileError(f"{home / 'superexec.secret'} is damaged: it is too short", hint=hint)
-    missing = sorted(set(hosts) - certificate_hosts(home / "tls" / "server.crt"))
+    missing = sorted({*hosts} - {*certificate_hosts(home / "tls" / "server.crt")})
     if missing:
         raise ConfigError(
             f"the server's certificate does not cover {', '.join(missing)}",

@@ -96,7 +96,7 @@ def run_server_app(grid: Channel, *, home: Path, job: str, control: Callable[[],
         serve(
             home,
             Path(todo.plan),
-            FlowerTransport(grid, nodes, allowance=Allowance(home / "flower"), away=told.away, left=told.left),
+            FlowerTransport(grid, nodes, allowance=Allowance(home / "flower"), away=told.away, left=told.left, back=told.back),
             resume=todo.resume,
             report=told,
             between=between_rounds(home, job, events),

@@ -21,10 +21,10 @@ from fedlora.core.sites.facts import Paused
 from fedlora.doctor import files
 from fedlora.doctor.examine import at_home, settle
 from fedlora.doctor.findings import Found
+from fedlora.doctor.port import await_port
 from fedlora.flower import launch
 from fedlora.flower.environment import join_flower
 from fedlora.flower.owed import Owed
-from fedlora.flower.port import await_port
 from fedlora.flower.runner import Handle, Runner
 from fedlora.flower.status import StatusTracker
 from fedlora.flower.supernode import GOING, say_goodbye
@@ -292,8 +292,8 @@ class _Up:
                 self.stop.set()
                 return
             why = away(state, self.file.policy.hours, now=time.time())
-        except FedLoRAError as e:  # a damaged file pauses nobody, and somebody should know
-            why = Away(0, f"{e}; `fedlora site resume` removes it")
+        except FedLoRAError as e:  # what people here have said is lost: no task is taken until they say it again
+            why = Away(0, f"{e}; {e.hint}")
         self.owing = why is not None and self.away is None and self.owed.owes(working=runner.working)
         self._go("" if why is None or (self.owing and self.owed.more()) else "paused")  # then no message is asked for any more
         if why == self.away or self.owing:

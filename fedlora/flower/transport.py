@@ -92,6 +92,7 @@ class FlowerTransport:
         allowance: told how much each site may upload, which the gateway enforces; None where there is no gateway.
         away: told of a site that goes away while it is asked, with the longest wait for it, seconds; 0: it has left for good.
         left: whether a site that is away has left for good.
+        back: told of a site that was away and is asked again.
         clock: seconds, rising.
         sleep: waits that many seconds.
     """
@@ -104,13 +105,14 @@ class FlowerTransport:
         allowance: Allowance | None,
         away: Callable[[str, float], None] = lambda site, waits_s: None,
         left: Callable[[str], bool] = lambda site: False,
+        back: Callable[[str], None] = lambda site: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._grid = grid
         self._nodes = dict(nodes)
         self._allowance = allowance
-        self._away, self._left = away, left
+        self._away, self._left, self._back = away, left, back
         self._clock = clock
         self._sleep = sleep
 
@@ -223,6 +225,7 @@ class FlowerTransport:
                 yield Reply(site, error=_AWAY)
             elif site in online and self._again(open_, gone.request, end):
                 log.warning("%s was away; asked again", site)
+                self._back(site)
                 del open_.away[site]
 
     def _ask_again(self, open_: _Open, end: float) -> None:

@@ -50,7 +50,7 @@ def named_disk_errors(path: Path) -> Iterator[None]:
             raise ResourceError(f"no space left for {path}", hint=hint) from None
         hint = (
             "move away the file or directory in its place"
-            if e.errno in (errno.EISDIR, errno.ENOTDIR)
+            if e.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
             else "make it writable for this user"
         )
         raise StoreError(f"cannot write {path}: {e.strerror}", hint=hint) from None

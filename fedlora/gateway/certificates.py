@@ -23,6 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedlora.core.errors import ConfigError, FedLoRAError, KeyFileError
 from fedlora.core.messages import check_site_name
 from fedlora.formats.files import write_atomic
+from fedlora.gateway.addresses import ascii_name
 
 _SKEW = timedelta(hours=1)
 
@@ -119,9 +120,7 @@ def _general_name(host: str) -> x509.GeneralName:
     except ValueError:
         pass
     try:
-        if not host or any(c.isspace() or c in "/:@" for c in host):
-            raise ValueError
-        return x509.DNSName(host.encode("idna").decode())
+        return x509.DNSName(ascii_name(host))
     except ValueError:
         raise ConfigError(f"not a host name or IP address: {host[:120]!r}") from None
 
@@ -145,8 +144,8 @@ def authority_digest(ca: Path) -> str:
     return sha256(found[0]).hexdigest()
 
 
-def certificate_hosts(certificate: Path) -> frozenset[str]:
-    """The names and addresses that a certificate file is valid for.
+def certificate_hosts(certificate: Path) -> tuple[str, ...]:
+    """The names and addresses that a certificate file is valid for, in its order: the first is the one named first.
 
     Raises:
         KeyFileError: not a readable certificate.
@@ -157,7 +156,7 @@ def certificate_hosts(certificate: Path) -> frozenset[str]:
         )
     except (OSError, ValueError, x509.ExtensionNotFound):
         raise KeyFileError(f"cannot use the certificate {certificate}") from None
-    return frozenset(str(n.value) for n in names.value)
+    return tuple(str(n.value) for n in names.value)
 
 
 def certificate_end(certificate: Path) -> datetime:

@@ -13,7 +13,7 @@ import hashlib
 import hmac
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,17 +100,7 @@ class Invitations:
             ConfigError: no site's name, it is enrolled already, too many sites, or the certificate is for other hosts.
             KeyFileError: the server's own files are missing.
         """
-        check_site_name(site)
-        hosts = certificate_hosts(self.home / "tls" / "server.crt")
-        if split_address(address)[0] not in hosts:
-            raise ConfigError(
-                f"the server's certificate is not for {split_address(address)[0]}; it is for {', '.join(sorted(hosts))}",
-                hint="name one of these, or make the certificate again",
-            )
-        if self._enrolled(site).exists():
-            raise ConfigError(f"{site} is enrolled", hint=f"`fedlora server revoke {self.home} {site}` first, if it has new keys")
-        if len({p.stem for part in ("invitations", "sites") for p in (self.home / part).glob("*.*")} | {site}) > MAX_SITES:
-            raise ConfigError(f"a federation has {MAX_SITES} sites at most")
+        self.check([site], address=address)
         for part in ("invitations", "requests"):
             (self.home / part).mkdir(exist_ok=True, mode=0o700)
         made = Invitation.new(site, self.pin(), address)
@@ -124,6 +114,31 @@ class Invitations:
             )
         note(self.home, "invite", site=site, until=until)
         return made
+
+    def check(self, sites: Sequence[str], *, address: str) -> None:
+        """Raises whatever :meth:`invite` would for any of them, and writes nothing: a line that was made is shown once only.
+
+        Raises:
+            ConfigError, KeyFileError: see :meth:`invite`; or a site is named twice, whose first line would be void at once.
+        """
+        for site in sites:
+            check_site_name(site)
+        if twice := sorted({site for site in sites if sites.count(site) > 1}):
+            raise ConfigError(f"{', '.join(twice)} is named twice", hint="each site gets one line; leave out the repetition")
+        hosts = certificate_hosts(self.home / "tls" / "server.crt")
+        if split_address(address)[0] not in hosts:
+            raise ConfigError(
+                f"the server's certificate is not for {split_address(address)[0]}; it is for {', '.join(hosts)}",
+                hint="name one of these, or make the certificate again",
+            )
+        for site in sites:
+            if self._enrolled(site).exists():
+                hint = f"`fedlora server revoke {self.home} {site}` first, if it has new keys"
+                raise ConfigError(f"{site} is enrolled", hint=hint)
+        known = {p.stem for part in ("invitations", "sites") for p in (self.home / part).glob("*.*")}
+        if len(known.union(sites)) > MAX_SITES:
+            raise ConfigError(f"a federation has {MAX_SITES} sites at most")
+        self.pin()
 
     def asking(self) -> list[Asking]:
         """All sites that were invited and are not enrolled yet, by name; a file that is damaged counts as expired."""
@@ -258,11 +273,7 @@ class Invitations:
         return found[0], found[1]
 
     def _enrolled_keys(self) -> dict[str, _Keys]:
-        """Of each enrolled site; a file is read again when it has changed.
-
-        Raises:
-            KeyFileError: one is damaged; the error names it.
-        """
+        """Of each enrolled site; a file is read again when it has changed. A damaged one raises KeyFileError, by its name."""
         files = {p: ((s := p.stat()).st_mtime_ns, s.st_size) for p in sorted((self.home / "sites").glob("*.pub"))}
         self._read = {p: self._read[p] if p in self._read and self._read[p][0] == at else (at, _keys_in(p))
                       for p, at in files.items()}  # fmt: skip
@@ -337,6 +348,7 @@ def _fields(body: bytes) -> tuple[str, str, bytes, tuple[bytes, bytes]]:
         proof = [base64.b64decode(p, validate=True) for p in facts.pop("proof")]
         if set(facts) != {"name", "secret", "site"} or not all(isinstance(x, str) for x in facts.values()) or len(proof) != 2:
             raise ValueError
+        facts["secret"].encode("ascii")  # here, before it matters whether the name is invited
         return check_site_name(facts["name"]), facts["secret"], facts["site"].encode("ascii"), (proof[0], proof[1])
     except (ValueError, KeyError, TypeError, ConfigError):
         raise Refusal("malformed") from None

@@ -60,6 +60,7 @@ class Jobs:
         told: Told = context.SimpleQueue()
         listener = Thread(target=_listen, args=(told, report, units), daemon=True)
         listener.start()
+        others = set(active_children())  # of the notebook or script that calls this
         start = (os.getpid(), threads, self.rules, told)
         with ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin, initargs=start) as pool:
             going: dict[Future[str], Unit] = {}
@@ -77,7 +78,7 @@ class Jobs:
                     f"one of {self.count} processes was killed", hint="each holds a base in memory: fewer --jobs, then --resume"
                 ) from None
             except BaseException:
-                for child in active_children():
+                for child in set(active_children()) - others:
                     child.kill()  # at once: the round that it is in would take its time, and the next run would begin
                 raise
             finally:

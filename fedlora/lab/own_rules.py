@@ -10,7 +10,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -104,12 +104,21 @@ def _from_file(file: Path) -> None:
     found, before = importlib.util.module_from_spec(spec), set(RULES.names())
     sys.modules[module] = found
     _OWN.add(module)
-    _tried(f"--rule {file}", lambda: spec.loader.exec_module(found))
-    if not set(RULES.names()) - before:
-        raise ConfigError(f"--rule {file} registers no rule", hint='a class with @fedlora.RULES.register("my-rule") above it')
-    for name in set(RULES.names()) - before:
-        if not callable(getattr(RULES[name], "finish", None)):
+    try:
+        _tried(f"--rule {file}", lambda: spec.loader.exec_module(found))
+        _check_registered(file, set(RULES.names()) - before)
+    except BaseException:  # or a notebook that asks again would find the module there, and take it for whole
+        del sys.modules[module]
+        for name in set(RULES.names()) - before:
             RULES.forget(name)
+        raise
+
+
+def _check_registered(file: Path, names: Collection[str]) -> None:
+    if not names:
+        raise ConfigError(f"--rule {file} registers no rule", hint='a class with @fedlora.RULES.register("my-rule") above it')
+    for name in names:
+        if not callable(getattr(RULES[name], "finish", None)):
             raise ConfigError(f"--rule {file}: the rule {name!r} has no method finish", hint=_EXAMPLE)
 
 

@@ -27,9 +27,11 @@ from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.formats.published.records import Prompt
 from fedlora.formats.signed_roster import load_roster
+from fedlora.lab.private import private_tables
 from fedlora.lab.testing import open_policy
 from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
+from fedlora.site.private import SitePrivacy
 from fedlora.site.site_file import SiteFile
 
 _READY_S = 120.0
@@ -113,6 +115,7 @@ def _site_file(
     from fedlora.gateway.exposure import free_port
 
     rows = {"path": str(files["train"].resolve()), "held_out_path": str(files["validation"].resolve())}
+    private = private_tables(plan, simulation.data, population=name)
     return SiteFile(
         name=name,
         server=server,
@@ -125,6 +128,7 @@ def _site_file(
         data=simulation.data.model_copy(update=rows),
         plans=(plan.digest(),),
         policy=open_policy(approve="by-digest", protect=(plan.protect.mode,)),
+        privacy=private.get("privacy", SitePrivacy()),
     )
 
 

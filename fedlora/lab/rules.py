@@ -70,7 +70,8 @@ def compare_rules(
 
     ::
 
-        out/tune/VARIANT,learning_rate=RATE/    out/VARIANT/    out/results.csv  table.md  table.tex  summary.txt
+        out/tune/VARIANT,learning_rate=RATE/    out/VARIANT,learning_rate=RATE/
+        out/results.csv  table.md  table.tex  summary.txt
 
     Args:
         rates: as typed.
@@ -84,11 +85,11 @@ def compare_rules(
     grid = {v.name: [_combination(plan_file, v, rate, split="validation") for rate in rates] for v in found}
     finals = {v.name: {rate: _combination(plan_file, v, rate, split="test") for rate in rates} for v in found}
     losses, failed = _tuned(grid, out=out / "tune", seeds=tune_seeds, options=options, jobs=jobs)
-    if lost := {name: failed[one.name] for name, of in grid.items() for one in of[:1] if not losses[name]}:
+    if lost := {name: _first(failed, of) for name, of in grid.items() if not losses[name]}:
         raise run_failed(lost, of=len(found), out=None)
     best = {name: min(of, key=lambda rate: (of[rate], float(rate))) for name, of in losses.items()}
-    chosen = [replace(finals[name][rate], name=name) for name, rate in best.items()]
-    done, broken = run_each(chosen, out=out, seeds=seeds, options=options, jobs=jobs)
+    chosen = {name: finals[name][rate] for name, rate in best.items()}  # each in a directory of this rate
+    done, broken = run_each(list(chosen.values()), out=out, seeds=seeds, options=options, jobs=jobs)
     ordered = sorted(map(float, rates))
     tuned = {
         name: TunedRule(learning_rate=float(rate), edge=len(rates) > 1 and float(rate) in (ordered[0], ordered[-1]))
@@ -96,8 +97,8 @@ def compare_rules(
     }
     if broken:
         raise run_failed(broken, of=len(found), out=None)
-    shown = {f"{name} at {best[name]}{' (edge)' * tuned[name]['edge']}": runs for name, runs in done.items()}
-    named = [replace(one, name=name) for one, name in zip(chosen, shown, strict=True)]
+    named = [replace(one, name=f"{name} at {best[name]}{' (edge)' * tuned[name]['edge']}") for name, one in chosen.items()]
+    shown = {new.name: done[one.name] for new, one in zip(named, chosen.values(), strict=True)}
     edge = [f"(edge): the best rate is an end of {', '.join(rates)}: a better one may lie outside, try more --rates"]
     compared = written(named, shown, out, edge if any(of["edge"] for of in tuned.values()) else ())
     return ComparedRules(out=str(out), compared=compared, tuned=tuned, failed=failed)
@@ -124,6 +125,11 @@ def _tuned(
         done, failed = more, failed | lost
     found = {name: {one.settings[_RATE]: _loss(done[one.name]) for one in of if one.name in done} for name, of in grid.items()}
     return found, failed
+
+
+def _first(failed: Mapping[str, str], of: Sequence[Combination]) -> str:
+    """Why the first of a variant's runs failed that did."""
+    return next(failed[one.name] for one in of if one.name in failed)
 
 
 def _loss(runs: Sequence[Results]) -> float:

@@ -31,12 +31,14 @@ from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
 from fedlora.lab.claims import ROWS, Options, claim, look
 from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
+from fedlora.lab.private import check_private, private_learners, private_tables
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment
 from fedlora.lab.tables import table, table_across
 from fedlora.lab.testing import open_policy
 from fedlora.lab.tracking.live import tracked
 from fedlora.lab.tracking.trackers import check_installed
+from fedlora.privacy.claims import with_noise
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
@@ -93,6 +95,7 @@ def simulate(
     from fedlora.learn.simulated.rows import read_simulation
 
     check_installed(tracker)
+    plan = with_noise(plan)
     options = Options(root, resume, transport, tuple(drop), batch_sites)
     look(out, plan, options)  # what is refused anyway is refused before anything is read
     report = _simulated(report)
@@ -120,6 +123,8 @@ def _simulated(report: Report) -> Report:
 
 def _check_way(plan: Plan, options: Options, found: SimulatedRows, lost: Lost) -> None:
     """Whether the processes and passes that are asked for fit the plan and its rows."""
+    if plan.privacy is not None:
+        check_private(plan, found.simulation, batch_sites=options.batch_sites)
     if options.transport != "local":
         _check_over_flower(found, lost)
     apart = plan.federation.fraction_train < 1 or plan.lora.ranks or rule_of(plan).keeps_local_factor
@@ -323,6 +328,8 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
 
 def _learners(lab: Lab, report: Report) -> Mapping[str, Learner]:
     """A learner for each site, on the base that all of them share."""
+    if lab.plan.privacy is not None:
+        return private_learners(lab)
     from fedlora.learn.learner import HFLearner
     from fedlora.learn.local import step_reporter
 
@@ -354,6 +361,7 @@ def _virtual_site(
         roster=roster,
         models={lab.plan.model.model_name_or_path: str(lab.base)},
         policy=open_policy(protect=(lab.plan.protect.mode,)),  # who simulates has written the plan
+        **private_tables(lab.plan, lab.simulation.data, population=identity.name),
     )
     quiet = partial(_named, identity.name, report)
     return site_of(identity, server, file, make_learner=lambda plan: learner, state=state, report=quiet)

@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ from fedlora.lab.jobs import Jobs
 from fedlora.lab.own_rules import own_errors
 from fedlora.lab.report import load
 from fedlora.lab.simulate import simulate, write_summary
+from fedlora.privacy.claims import with_noise
 
 _WORD = re.compile(r"""(?:[^,\[\]{}"']|"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\})+""")
 _MOST = 1000
+_LONGEST = 120  # characters of a directory's name
+_ARMS = ("federated", "pooled-tokens", "pooled-steps", "local", "base")
+"""Of which arm a table of several runs is: the first that all of them have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +51,10 @@ class Combination:
 
     @property
     def folder(self) -> str:
-        """Name of its directory; "" for the sweep's own."""
-        return re.sub(r"[^A-Za-z0-9_.=+,-]+", "-", self.name.replace(" ", ","))[:120].strip("-.,")
+        """Name of its directory; "" for the sweep's own. Letters beyond ASCII, and what is cut off, are said by a digest."""
+        name = re.sub(r"[^A-Za-z0-9_.=+,-]+", "-", self.name.replace(" ", ",")).strip("-.,")
+        whole = self.name.isascii() and len(name) <= _LONGEST
+        return name if whole else f"{name[:_LONGEST]}-{sha256(self.name.encode()).hexdigest()[:8]}".lstrip("-")
 
 
 def combinations(plan_file: Path, settings: Sequence[str], *, single: bool = False) -> list[Combination]:
@@ -74,8 +81,6 @@ def combinations(plan_file: Path, settings: Sequence[str], *, single: bool = Fal
         changes = {key: _value(word) for key, word in typed.items()}
         name = " ".join(f"{_short(key, several)}={typed[key]}" for key in several)
         found.append(Combination(name, {key: typed[key] for key in several}, load_plan(plan_file, changes=changes), changes))
-    if len({one.folder for one in found}) < len(found):
-        raise ConfigError("two combinations of --set would have one directory", hint="values that differ in letters or digits")
     return found
 
 
@@ -101,7 +106,7 @@ def _short(key: str, keys: Sequence[str]) -> str:
 def _value(word: str) -> Any:
     try:
         return tomllib.loads(f"value = {word}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return word
 
 
@@ -147,8 +152,10 @@ def run_each(
     """The results of those that were run, and why the others failed; both by name.
 
     Raises:
-        ConfigError, StoreError: as :func:`run_all`.
+        ConfigError, StoreError: as :func:`run_all`; or what would be compared at the end cannot be.
     """
+    _check_comparable(found)
+    found = [replace(one, plan=with_noise(one.plan)) for one in found]
     directories = {one.name: out / one.folder for one in found}
     _look(found, directories, options)
     if len(found) > 1:
@@ -178,11 +185,34 @@ def run_failed(failed: Mapping[str, str], *, of: int, out: Path | None) -> RunFa
     return RunFailed(f"{len(failed)} of {of} runs failed: {said}", hint=f"the others are in {out / 'summary.txt'}" if out else "")
 
 
+def _check_comparable(found: Sequence[Combination]) -> None:
+    """Each has a directory of its own, and there is an arm that all of them have."""
+    known: dict[str, str] = {}
+    for one in found:
+        other = known.setdefault(one.folder.lower(), one.name)  # some disks take capital letters for small ones
+        if other != one.name:
+            raise ConfigError(
+                f"{other!r} and {one.name!r} would have one directory, {one.folder}",
+                hint="values that differ in letters or digits",
+            )
+    if len(found) > 1 and not _common([one.plan.simulation.arms for one in found if one.plan.simulation is not None]):
+        raise ConfigError(
+            "these plans have no arm in common, so their results cannot be compared",
+            hint="an arm in simulation.arms that all of them have; or `fedlora simulate` for each, with an --out of its own",
+        )
+
+
+def _common(arms: Sequence[Sequence[str]]) -> str:
+    """The arm of a table; empty: there is none that all have."""
+    return next((name for name in _ARMS if all(name in of for of in arms)), "")
+
+
 def _look(found: Sequence[Combination], directories: Mapping[str, Path], options: Options) -> None:
-    """Everything that the plans name is there, and no directory holds something else."""
+    """Everything that the plans name is there, no directory holds something else, and all are scored at the same sites."""
     from fedlora.learn.simulated.rows import read_simulation
 
     seen: list[object] = []
+    scored: dict[tuple[str, tuple[str, ...]], str] = {}
     for one in found:
         directory = directories[one.name]
         look(directory, one.plan, options)
@@ -191,6 +221,13 @@ def _look(found: Sequence[Combination], directories: Mapping[str, Path], options
             rows = read_simulation(one.plan, root=options.root, toys=directory.parent / "toy" / "data", report=told)
             rows.tell(told)
             seen.append(what)
+            scored.setdefault((rows.simulation.evaluate_on, tuple(rows.simulation.sites)), one.name)
+    if len(scored) > 1:
+        first, second, *_ = scored.values()
+        raise ConfigError(
+            f"{second!r} has other sites, or is scored on another split, than {first!r}: their scores cannot be compared",
+            hint="`fedlora simulate` for each, with an --out of its own: a directory of several runs is a comparison",
+        )
 
 
 def _in_processes(
@@ -210,10 +247,8 @@ def written(found: Sequence[Combination], done: Mapping[str, list[Results]], out
     """Writes what compares all runs, the first being what the others are compared with; ``notes`` stand below."""
     rows = [row for one in found for row in long_form(done.get(one.name, []), one.settings)]
     write_long(rows, out / "results.csv")
-    arms = [name for name in ("federated", "pooled-tokens", "pooled-steps", "local", "base")]
-    first = next(iter(done.values()))[0]
-    arm = next(name for name in arms if any(known.partition(":")[0] == name for known in first.arms))
-    compared = compare(done, arm=arm)
+    arms = [[name.partition(":")[0] for name in runs[0].arms] for runs in done.values()]
+    compared = compare(done, arm=_common(arms))
     compared["about"] += notes
     table = compared_table(compared)
     write_tables(table, out)

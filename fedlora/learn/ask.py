@@ -11,10 +11,14 @@ import torch
 
 from fedlora.core.errors import ModelError, StoreError
 from fedlora.core.plan import Plan
+from fedlora.formats.files import Damaged
 from fedlora.formats.published.records import Prompt, Published
 from fedlora.formats.records import parse_text
 from fedlora.learn.base import load_base, machine_for
+from fedlora.learn.bases.digest import has_digest
 from fedlora.learn.bases.libraries import peft
+
+_AGAIN = "export the adapter again, or copy it again"
 
 
 def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, str, int]:
@@ -29,11 +33,10 @@ def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, 
         What the model was given, its answer, and the answer's tokens.
 
     Raises:
-        StoreError: no adapter there.
-        ModelError: no base there, or the adapter is of another one.
+        StoreError: no adapter there, or it is damaged.
+        ModelError: no base there, or the adapter is of another one, also where only the values of its weights differ.
     """
-    if not all((adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
-        raise StoreError(f"{adapter} holds no PEFT adapter", hint="make one: `fedlora site pull SITE.TOML` or `fedlora export`")
+    made_for, run = _made_for(adapter), _run(adapter)
     plan = Plan()
     loaded = load_base(plan.model, base, machine_for(plan))
     try:
@@ -41,9 +44,15 @@ def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, 
             warnings.simplefilter("ignore")  # peft reads an attribute that transformers is renaming
             model = peft.PeftModel.from_pretrained(loaded.model, str(adapter)).eval()
     except (RuntimeError, ValueError) as e:
-        made_for = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
         raise ModelError(f"the adapter does not fit the base in {base}", hint=f"it was made for {made_for}") from e
-    prompt, tokenizer = _prompt(adapter), loaded.tokenizer
+    except Exception as e:  # whatever a library makes of files from elsewhere
+        raise Damaged(f"PEFT cannot read the adapter in {adapter}: {type(e).__name__}", hint=_AGAIN) from e
+    if run is not None and run.base not in ("", loaded.digest) and not has_digest(loaded.directory, run.base):
+        raise ModelError(
+            f"the base in {base} is not the one that the adapter was trained on: {loaded.digest[:12]}, not {run.base[:12]}",
+            hint=f"it was made for {made_for}, whose files `fedlora pin` has read",
+        )
+    prompt, tokenizer = _prompt(run), loaded.tokenizer
     given = _given(tokenizer, prompt, text)
     ids = tokenizer(given, return_tensors="pt", add_special_tokens=given == text).to(loaded.device)
     ends = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word) for word in (prompt.stop or ()) if prompt)}
@@ -56,12 +65,31 @@ def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, 
     return given, tokenizer.decode(answer, skip_special_tokens=True), len(answer)
 
 
-def _prompt(adapter: Path) -> Prompt:
-    """How the adapter has to be asked."""
+def _made_for(adapter: Path) -> str:
+    """The base's public name, as PEFT's settings have it."""
+    file = adapter / "adapter_config.json"
+    if not (file.is_file() and (adapter / "adapter_model.safetensors").is_file()):
+        raise StoreError(f"{adapter} holds no PEFT adapter", hint="make one: `fedlora site pull SITE.TOML` or `fedlora export`")
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise Damaged(f"{file} is damaged: it is no JSON object", hint=_AGAIN)
+    return str(config.get("base_model_name_or_path"))
+
+
+def _run(adapter: Path) -> Published | None:
+    """How the adapter was trained; None: another program has made it."""
     file = adapter / "fedlora_run.json"
-    if not file.is_file():
+    return parse_text(Published, file.read_bytes(), where=str(file), hint=_AGAIN) if file.is_file() else None
+
+
+def _prompt(run: Published | None) -> Prompt:
+    """How the adapter has to be asked."""
+    if run is None:
         return Prompt(kind="any", max_length=Plan().training.max_length, template=None, stop=None, example=None)
-    return parse_text(Published, file.read_bytes(), where=str(file), hint="export the adapter again").prompt
+    return run.prompt
 
 
 def _given(tokenizer: Any, prompt: Prompt, text: str) -> str:

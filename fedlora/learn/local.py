@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.events import Event, Report
-from fedlora.core.facts import Base, Load, Step
+from fedlora.core.facts import Base, Data, Load, Step
 from fedlora.core.plan import Plan
 from fedlora.core.records import Proof
 from fedlora.learn.rows import load_tokens
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedlora.learn.loop import OnStep
     from fedlora.learn.lora import LoraModel
     from fedlora.learn.options import Checkpointing
+    from fedlora.learn.private.learner import PrivateLearner
 
 WORKER = (sys.executable, "-P", "-m", "fedlora.worker")
 """The command of a process for a further GPU. -P: nothing of the working directory is code."""
@@ -53,7 +54,7 @@ class LocalLearners:
             before.close()
         devices = devices_of(load_site_file(self.site_file))
         learner = load_learner(self.site_file, plan, report=self.report)
-        if len(devices) > 1 and (faster := fast()) is not None:
+        if len(devices) > 1 and plan.privacy is None and (faster := fast()) is not None:
             self._team = faster.team(
                 WORKER,
                 self.site_file,
@@ -96,11 +97,29 @@ def _learner_on(lora: LoraModel, file: SiteFile, root: Path, plan: Plan, report:
     from fedlora.learn.learner import HFLearner
 
     report_base(lora, plan, report)
+    if plan.privacy is not None:
+        return private_learner(lora, file, root, plan, report)
     micro_batches = micro_batches_of(plan, lora, file, report=report)
     train, held_out = load_tokens(file.data, root, tokenizer=lora.tokenizer, plan=plan, report=report)
     return HFLearner(
         lora, train, held_out, plan, site=file.name, micro_batches=micro_batches, on_step=step_reporter(file.name, report)
     )
+
+
+def private_learner(lora: LoraModel, file: SiteFile, root: Path, plan: Plan, report: Report) -> PrivateLearner:
+    """The learner of a plan with [privacy], on one device. How much it computes at once follows from the plan."""
+    from fedlora.learn.private.learner import PrivateLearner
+
+    train, held_out = load_tokens(file.data, root, tokenizer=lora.tokenizer, plan=plan, report=report)
+    wanted, floor = file.activation_checkpointing, "full" if plan.training.gradient_checkpointing else "none"
+    checkpointing = cast("Checkpointing", wanted if wanted in lora.checkpointing_modes else floor)
+    learner = PrivateLearner(lora, train, held_out, plan, site=file.name, checkpointing=checkpointing)
+    left = len({(e.file, e.line) for e in train}) - len({(e.file, e.line) for unit in learner.units for e in unit})
+    lines = [f"{len(learner.units):,} units of privacy; one GPU computes, and micro-batches follow from the plan"]
+    if left:
+        lines.append(f"{left:,} rows are left out: without a group, or more than privacy.max_rows_per_unit of their unit")
+    report(Event.DATA, Data(file="privacy", lines=lines))
+    return learner
 
 
 def report_base(lora: LoraModel, plan: Plan, report: Report) -> None:

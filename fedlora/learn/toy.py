@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -47,7 +48,17 @@ def toy_base(directory: Path) -> Path:
         torch.random.set_rng_state(state)
     model.save_pretrained(new, safe_serialization=True)
     _byte_tokenizer().save_pretrained(new)
-    new.rename(directory)
+    return _appeared(new, directory)
+
+
+def _appeared(new: Path, directory: Path) -> Path:
+    """A directory that is there whole, or not at all; that of another process, if it was faster: its bytes are the same."""
+    try:
+        new.rename(directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
+        shutil.rmtree(new)
     return directory
 
 
@@ -61,8 +72,13 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def toy_data(directory: Path, sites: Sequence[str]) -> Path:
-    """Writes ``SITE.train.jsonl``, ``.validation.jsonl`` and ``.test.jsonl``: each site knows its own things' colors."""
-    if {path.name.partition(".")[0] for path in directory.glob("*.jsonl")} == {*sites}:
+    """Writes ``SITE.train.jsonl``, ``.validation.jsonl`` and ``.test.jsonl``: each site knows its own things' colors.
+
+    Returns:
+        Where they are: a directory in ``directory`` that is named after these sites, so that other sites have their own.
+    """
+    directory /= f"{len(sites)}-sites-{sha256(' '.join(sites).encode()).hexdigest()[:12]}"
+    if directory.is_dir():
         return directory
     new = directory.with_name(f".{directory.name}.{os.getpid()}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -78,6 +94,4 @@ def toy_data(directory: Path, sites: Sequence[str]) -> Path:
                 for thing, text in part
             ]
             (new / f"{site}.{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)  # of other sites
-    new.rename(directory)
-    return directory
+    return _appeared(new, directory)

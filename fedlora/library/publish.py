@@ -24,6 +24,7 @@ from fedlora.formats.records import facts_of, parse_text
 from fedlora.formats.signed_roster import load_roster
 from fedlora.formats.state.audit import note
 from fedlora.library.signed import seal
+from fedlora.privacy.claims import claim_of
 from fedlora.rounds.best import chosen
 from fedlora.rounds.server import load_server_key
 from fedlora.rounds.store import RunStore
@@ -244,6 +245,7 @@ def _finished(run: Path, round: int | Literal["best", "last"]) -> tuple[Plan, Ad
         sites=_sites(store, done),
         share=rule_of(store.plan).down(),
         prompt=prompt or unseen(store.plan),
+        privacy=claim_of(store.plan),
     )
     return store.plan, adapter, facts
 
@@ -283,6 +285,7 @@ def _own(file: Path) -> tuple[Plan, Adapter, RunFacts]:
         sites=None,
         share=rule_of(plan).down(),
         prompt=unseen(plan),
+        privacy=claim_of(plan),
     )
     return plan, adapter, facts
 

@@ -85,8 +85,9 @@ def failure(values: int, *, sites: int, epsilon: float) -> float:
 
     Args:
         values: that are released, of one adapter.
-        sites: most that add up.
+        sites: most that add up; with one, nothing is computed from its noisy value but by itself.
         epsilon: of the whole claim.
     """
-    each = aliasing(sites, std=NOISE_LEVELS) + _TAIL + _COMPUTED
+    cut = _TAIL if sites > 1 else 0.0  # the clamp of a single site's noisy value is computed from that value alone
+    each = aliasing(sites, std=NOISE_LEVELS) + cut + _COMPUTED
     return min((1.0 + math.exp(min(epsilon, 700.0))) * values * each, 1.0)

@@ -27,7 +27,7 @@ from fedlora.formats.state.lock import hold
 from fedlora.formats.state.memory import FileMemory
 from fedlora.privacy.account import merged
 from fedlora.privacy.draws import SECRET_BYTES
-from fedlora.privacy.rebuild import as_lost, finish_replacing, replace_chain
+from fedlora.privacy.rebuild import as_lost, finish_replacing, replace_chain, unestimated
 from fedlora.privacy.spending import LedgerState, Spending, begun_line, rest_of, without
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,18 @@ class BudgetDrained(FedLoRAError):
         )
 
 
+class ClaimSpent(FedLoRAError):
+    """The run has released all that its plan claims. Nothing was drawn or trained."""
+
+    code: Code = "budget"
+
+    def __init__(self, population: str, *, run: str) -> None:
+        super().__init__(
+            f"run {run[:12]} has released about population {population} all that its plan claims: a round was asked for twice",
+            hint="the run cannot have another round here; the coordinator can publish the last one that is done",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Release:
     """What is about to be computed.
@@ -94,11 +106,13 @@ class Budget:
         epsilon: of all plans ever.
         honest_others: whether it counts on the noise of other sites.
         releases_per_exchange: most charges for one exchange.
+        within_reserve: a run releases nothing beyond what was set aside for it, which is what its plan claims.
     """
 
     epsilon: float
     honest_others: bool
     releases_per_exchange: int = 2
+    within_reserve: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +167,9 @@ class PrivacyLedger:
                     f"the privacy ledger of {self.population} counts at delta {found:g}, and {delta:g} is asked for",
                     hint=f"set privacy.budget_delta to {found:g}: what was promised at one delta cannot be counted at another",
                 )
-            if delta > 1 / units:
-                raise ConfigError(
-                    f"delta {delta:g} is more than 1 / {units}: it would allow to publish a unit's rows",
-                    hint=f"at most {1 / (10 * units):.1g}",
-                )
+            begun = self._begun(delta, units)
             if not lines:
-                self._add(Begun(at=self._now(), delta=delta, units=units))
+                self._add(begun)
 
     def reserve(self, run: str, events: Sequence[Event], *, budget: Budget) -> Spending:
         """Sets aside what a run may release, once for each run.
@@ -188,7 +198,7 @@ class PrivacyLedger:
             The secret of this charge, 32 bytes; the same one if it was charged before.
 
         Raises:
-            BudgetSpent, BudgetDrained: nothing was written.
+            BudgetSpent, BudgetDrained, ClaimSpent: nothing was written.
             StoreError, ResourceError: nothing may be drawn; the call may be repeated.
         """
         with self._held():
@@ -200,7 +210,10 @@ class PrivacyLedger:
             if len(same) >= budget.releases_per_exchange:
                 raise BudgetDrained(self.population, exchange=release.exchange, most=len(same))
             before = state.spending()
-            rest = rest_of(before.reserved.get(release.run, ()), [release.event])
+            aside = before.reserved.get(release.run, ())
+            if budget.within_reserve and rest_of([release.event], aside):
+                raise ClaimSpent(self.population, run=release.run)
+            rest = rest_of(aside, [release.event])
             self._check(without(before, release.run), (*rest, release.event), budget)
             secret = self.entropy(SECRET_BYTES)
             # The secret first: it counts only with a charge of its number, so that none is left over without one.
@@ -217,6 +230,11 @@ class PrivacyLedger:
             kept = {key: one for key, one in seeds.items() if key.split("/")[0] != run or int(key.split("/")[1]) > through}
             if kept != seeds:
                 self._hidden().put(_SEEDS, _SEEDS, kept)
+
+    def knows(self, run: str) -> bool:
+        """Whether what this run has released since it began is in the ledger: no line of it can be among lost ones."""
+        with self._held():
+            return run in self._state().known
 
     def close(self, run: str) -> None:
         """Frees what a run has set aside and not released. What it has released stays charged, whoever says what of it."""
@@ -243,9 +261,7 @@ class PrivacyLedger:
             StateLost: it is not: an older copy of the directory stands in its place.
         """
         with self._held():
-            lines = self._lines()
-            accepted = {line.head for line in lines if isinstance(line, Lost)}
-            if echoed not in {NONE, *accepted, *self._chain().digests()}:
+            if not self._knows(echoed, self._lines()):
                 raise StateLost(
                     f"the privacy ledger of {self.population} is older than what this site last told the server: "
                     "releases are missing in it",
@@ -263,7 +279,8 @@ class PrivacyLedger:
             also: all releases of plans that this site took part in and whose lines may be lost.
 
         Raises:
-            ConfigError: nothing is left by which the lost lines could be estimated, and ``also`` is empty.
+            ConfigError: nothing is left by which the lost lines could be estimated, and ``also`` is empty; or the first line is
+                lost, and delta is more than 1 / units. Nothing was written.
         """
         with self._held():
             chain = self._chain()
@@ -273,14 +290,32 @@ class PrivacyLedger:
                 if finish_replacing(chain):  # killed in the middle of the same call
                     return self._state().spending()
                 begun, events = as_lost(chain, self.identity, also)
-                begun = begun or Begun(at=self._now(), delta=delta, units=units)
+                begun = begun or self._begun(delta, units)
                 replace_chain(chain, self.identity, [begun, Lost(at=self._now(), head=echoed, events=events)])
             else:
+                rest = [*also]
+                if lines:
+                    rest += [event for events in LedgerState.of(lines).spending().reserved.values() for event in events]
+                if not rest and not self._knows(echoed, lines):  # an older copy, or an empty directory: it would count nothing
+                    raise unestimated("lines")
                 if not lines:
-                    self._add(Begun(at=self._now(), delta=delta, units=units))
-                rest = [event for events in self._state().spending().reserved.values() for event in events]
-                self._add(Lost(at=self._now(), head=echoed, events=merged((*rest, *also))))
+                    self._add(self._begun(delta, units))
+                self._add(Lost(at=self._now(), head=echoed, events=merged(rest)))
             return self._state().spending()
+
+    def _begun(self, delta: float, units: int) -> Begun:
+        """The first line of a ledger at this delta."""
+        if delta > 1 / units:
+            raise ConfigError(
+                f"delta {delta:g} is more than 1 / {units}: it would allow to publish a unit's rows",
+                hint=f"at most {1 / (10 * units):.1g}",
+            )
+        return Begun(at=self._now(), delta=delta, units=units)
+
+    def _knows(self, echoed: str, lines: Sequence[Line]) -> bool:
+        """Whether a line that was the last one once is in the ledger, or a person has accepted that it is not."""
+        accepted = {line.head for line in lines if isinstance(line, Lost)}
+        return echoed in {NONE, *accepted, *self._chain().digests()}
 
     # --- the disk -------------------------------------------------------------------------------------------------------
 

@@ -52,13 +52,18 @@ def as_lost(chain: Chain, identity: Identity, also: Sequence[Event]) -> tuple[Be
     aside = [event for events in reserved.values() for event in events]
     known = [*charged, *aside, *also]
     if missing and not known:
-        raise ConfigError(
-            f"{missing} lines of the privacy ledger are lost, and nothing says what a release was",
-            hint="name the plans that this site took part in with --plan",
-        )
+        raise unestimated(f"{missing} lines")
     guess = [_costliest(known, [*charged, *also], missing)] if missing else []
     begun = next((line for line in whole if isinstance(line, Begun)), None)
     return begun, merged([*charged, *lost, *aside, *also, *guess])
+
+
+def unestimated(lines: str) -> ConfigError:
+    """Lines are lost, and counting nothing for them would take the releases back."""
+    return ConfigError(
+        f"{lines} of the privacy ledger are lost, and nothing says what a release was",
+        hint="name the plans that this site took part in with --plan",
+    )
 
 
 def _costliest(known: Sequence[Event], single: Sequence[Event], missing: int) -> Event:

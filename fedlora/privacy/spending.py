@@ -45,6 +45,7 @@ class LedgerState:
         charges: all, in their order.
         lost: events of all losses.
         open: run -> what it has set aside in all.
+        known: runs of which no line can be lost.
         counted_from: run -> the first of ``charges`` that counts against what it has set aside, if a loss stands before it.
     """
 
@@ -52,23 +53,27 @@ class LedgerState:
     charges: tuple[Charged, ...]
     lost: tuple[Event, ...]
     open: Mapping[str, tuple[Event, ...]]
+    known: frozenset[str]
     counted_from: Mapping[str, int]
 
     @classmethod
     def of(cls, lines: Sequence[Line]) -> LedgerState:
         charges, lost, open_runs, begins = list[Charged](), list[Event](), dict[str, tuple[Event, ...]](), dict[str, int]()
+        known = set[str]()
         for line in lines:
             if isinstance(line, Charged):
                 charges.append(line)
             elif isinstance(line, Lost):
                 lost += line.events
                 open_runs.clear()
+                known.clear()
                 begins = dict.fromkeys({one.run for one in charges}, len(charges))
             elif isinstance(line, Reserved):
                 open_runs[line.run] = line.events
+                known.add(line.run)
             elif isinstance(line, Closed):
                 open_runs.pop(line.run, None)
-        return cls(begun_line(lines), tuple(charges), tuple(lost), open_runs, begins)
+        return cls(begun_line(lines), tuple(charges), tuple(lost), open_runs, frozenset(known), begins)
 
     def exchange(self, run: str, number: int) -> list[Charged]:
         return [one for one in self.charges if (one.run, one.exchange) == (run, number)]

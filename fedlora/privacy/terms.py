@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 
-from fedlora.formats.state.budget import Event, Mechanism, Unit
+from fedlora.core.tables.privacy import Mechanism, Privacy, Unit
+from fedlora.formats.state.budget import Event
 
 NOISE_LEVELS: Final = 8
 """Standard deviation of a site's noise, in levels: so fine that the sum of rounded values is a rounded sum (FORMAT.md, 15.4)."""
@@ -55,6 +56,14 @@ class PrivacyTerms:
             raise ValueError(f"of {self.threshold} sites {self.colluders} may collude: no site's noise can be counted on")
         if self.mechanism == "local" and (self.threshold, self.colluders) != (1, 0):
             raise ValueError("a site with the mechanism 'local' counts on nobody's noise but its own")
+
+    @classmethod
+    def of(cls, plan: Privacy) -> Self:
+        """The terms of a plan with the mechanism ``local``, whose noise is known."""
+        return cls(
+            mechanism=plan.mechanism, unit=plan.unit, clip_norm=plan.clip_norm, noise_multiplier=plan.noise_multiplier,
+            sampling_rate=plan.sampling_rate, delta=plan.delta, expected_units=plan.expected_units,
+        )  # fmt: skip
 
     @property
     def honest_sites(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
@@ -28,6 +29,8 @@ from fedlora.rounds.loop import run as run_rounds
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Transport
 from fedlora.rules import rule_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,9 +173,10 @@ def _run_key_files(directory: Path) -> tuple[Path, Path]:
 
 
 def _delete_run_key(directory: Path) -> None:
-    for file in _run_key_files(directory):
+    for file in (path for key in _run_key_files(directory) for path in (key, unfinished(key))):
+        if file.is_dir():
+            set_aside(file)
         file.unlink(missing_ok=True)
-        unfinished(file).unlink(missing_ok=True)
 
 
 def delete_old_keys(runs: Path) -> None:
@@ -182,9 +186,14 @@ def delete_old_keys(runs: Path) -> None:
         runs: ``HOME/runs``.
     """
     for directory in sorted(runs.glob("*")):
-        with suppress(FedLoRAError):
-            if RunStore.open(directory).complete:
+        complete = False
+        with suppress(FedLoRAError, OSError):  # no run, or one that cannot be read: nobody can say that it is done
+            complete = RunStore.open(directory).complete
+        try:
+            if complete:
                 _delete_run_key(directory)
+        except (FedLoRAError, OSError) as e:  # no reason for a server not to begin
+            log.warning("%s: the key of this run, which is done, cannot be deleted; do it by hand: %s", directory, e)
 
 
 def _run_key(store: RunStore, report: Report) -> Identity:

@@ -20,6 +20,7 @@ from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.memory import FileMemory
+from fedlora.privacy.claims import claim_lines, claim_of
 from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.mode import SumExposure
 from fedlora.protect.modes import mode_of
@@ -43,6 +44,7 @@ def in_words(plan: Plan) -> dict[str, str]:
         "weight of a site": _weight(plan),
         "numbers that leave": f"{_listed(plan.evaluation.share)}, as the counts {_listed(counters_of(plan.evaluation.share))}; "
         f"every {plan.evaluation.every} rounds an evaluation",
+        "privacy": "; ".join(line.strip() for line in claim_lines(claim_of(plan))),
     }
     words = {topic: plain(sentence) for topic, sentence in words.items()}
     return words | mode_of(plan).words(plan, words)
@@ -213,7 +215,7 @@ def kept_plan(state: Path, digest: str) -> Plan | None:
 
 
 def _changed(old: Plan, new: Plan) -> list[str]:
-    was, now = (dict(_flat(p.model_dump(mode="json", exclude={"simulation"}))) for p in (old, new))
+    was, now = (dict(_flat(p.agreed())) for p in (old, new))
     return [
         plain(f"{key}: {was.get(key, 'not said')} -> {now.get(key, 'not said')}")
         for key in dict.fromkeys((*now, *was))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedlora.core.errors import ConfigError
+from fedlora.site.private import LEDGERS
 from fedlora.site.site_file import SiteFile
 
 
 def doomed(file: SiteFile, root: Path) -> list[Path]:
     """What goes when a site leaves for good: its two keys and its state directory, as far as they are there.
+
+    Privacy ledgers stay: what was released about people stays released, whoever trains on their rows next.
 
     Args:
         root: the directory of the site file.
@@ -25,4 +28,6 @@ def doomed(file: SiteFile, root: Path) -> list[Path]:
             f"{root / file.state}, the state directory, holds what is never deleted: {', '.join(inside)}",
             hint="move it, or delete by hand what you no longer want",
         )
-    return [path for path in (root / file.key, root / file.node_key, root / file.state) if path.exists()]
+    ledgers = root / file.state / LEDGERS
+    gone = sorted(path for path in (root / file.state).iterdir() if path != ledgers) if ledgers.exists() else [root / file.state]
+    return [path for path in (root / file.key, root / file.node_key, *gone) if path.exists()]

@@ -16,10 +16,12 @@ from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.state.journal import REPAIR, Journal
 from fedlora.formats.state.memory import FileMemory
 from fedlora.formats.trust import RosterKeeper
+from fedlora.privacy.ledger import PrivacyLedger
 from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import SiteParts
 from fedlora.protect.modes import SiteModes
 from fedlora.site.admission import Approvals, Begun, Runs, admit
+from fedlora.site.private import LEDGERS, PrivateRuns, WatchedLedger
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
 
@@ -60,6 +62,7 @@ def site_of(
         entropy=entropy,
         expects=expects,
     )
+    watched = ledger_of(file, identity, state, entropy=entropy, clock=clock)
     roster = RosterKeeper.here(memory, server, lambda: approved().roster)
     return Site(
         name=identity.name,
@@ -68,9 +71,26 @@ def site_of(
         policy=file.agreed,
         models=frozenset(file.models),
         journal=Journal(state / "journal", memory),
+        private=PrivateRuns(file.privacy, file.data, watched),
         report=report,
         approvals=approved,
     )
+
+
+def ledger_of(
+    file: SiteFile,
+    identity: Identity,
+    state: Path,
+    *,
+    entropy: Callable[[int], bytes] = os.urandom,
+    clock: Callable[[], float] = time.time,
+) -> WatchedLedger | None:
+    """The privacy ledger of the population that a site file names; None if it names none."""
+    name = file.privacy.population
+    if not name:
+        return None
+    ledger = PrivacyLedger(state / LEDGERS / name, name, identity, entropy, clock, f"site {file.name}")
+    return WatchedLedger(ledger, FileMemory(state / "memory", REPAIR))
 
 
 def load_site_key(file: SiteFile, root: Path) -> Identity:

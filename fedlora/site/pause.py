@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedlora.core.errors import ConfigError
+from fedlora.core.errors import ConfigError, StoreError
 from fedlora.formats.files import load_record, save_record
 
 _PAUSED: Final = "paused.json"
 _LEFT: Final = "left.json"
+_HINTS: Final = {
+    _PAUSED: "`fedlora site resume` removes it, and this site takes tasks; `fedlora site pause` writes it anew",
+    _LEFT: "if this site is to leave, run `fedlora site leave` again, which writes it anew; if it is to stay, delete this file",
+}
+_TIME: Final = re.compile(r"([0-9]{1,2}):([0-9]{1,2})")
 _DAY_S: Final = 24 * 60
 
 
@@ -50,8 +56,13 @@ def leave(state: Path, *, at: int) -> None:
 
 
 def has_left(state: Path) -> int:
-    """When this site has left, seconds since 1970; 0: it has not."""
-    found = load_record(state / _LEFT, "left")
+    """When this site has left, seconds since 1970; 0: it has not.
+
+    Raises:
+        Damaged: the file that says so is.
+        StoreError: it cannot be read.
+    """
+    found = load_record(state / _LEFT, "left", hint=_HINTS[_LEFT])
     return int(found["at"]) if found else 0
 
 
@@ -64,8 +75,9 @@ def away(state: Path, hours: str, *, now: float) -> Away | None:
 
     Raises:
         Damaged: the file of a pause is.
+        StoreError: it cannot be read.
     """
-    if (found := load_record(state / _PAUSED, "paused")) is not None and not 0 < found["until"] <= now:
+    if (found := load_record(state / _PAUSED, "paused", hint=_HINTS[_PAUSED])) is not None and not 0 < found["until"] <= now:
         until = int(found["until"])
         return Away(until, "`fedlora site pause` was run here" + (f": until {clock_time(until)}" if until else ""))
     if not hours:
@@ -78,16 +90,27 @@ def away(state: Path, hours: str, *, now: float) -> Away | None:
     return Away(until, f"outside policy.hours = {hours}: until {clock_time(until)}")
 
 
+def problems(state: Path) -> dict[Path, StoreError]:
+    """Files of a pause or of leaving that cannot be read. A site takes no task beside one: what people here have said is lost."""
+    found = {}
+    for name, kind in ((_PAUSED, "paused"), (_LEFT, "left")):
+        try:
+            load_record(state / name, kind, hint=_HINTS[name])
+        except StoreError as e:
+            found[state / name] = e
+    return found
+
+
 def minutes(text: str) -> int:
     """``20:15`` as minutes since midnight.
 
     Raises:
         ConfigError: no time of the day.
     """
-    hour, _, minute = text.strip().partition(":")
-    if not (hour.isdigit() and minute.isdigit() and int(hour) < 24 and int(minute) < 60):
+    found = _TIME.fullmatch(text.strip())
+    if found is None or int(found[1]) >= 24 or int(found[2]) >= 60:
         raise ConfigError(f"{text[:20]!r} is no time of the day", hint="write it as 18:00")
-    return 60 * int(hour) + int(minute)
+    return 60 * int(found[1]) + int(found[2])
 
 
 def until_of(text: str, *, now: float) -> int:

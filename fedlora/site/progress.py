@@ -164,12 +164,18 @@ class Progress:
         return handled
 
     def _leaving(self, request: Request, reply: Reply) -> Reply:
-        body = b"" if reply.error else reply.body
+        left = None
         try:
-            left = self._written_down(request, reply)
+            if self.outbox is not None and not reply.error:
+                left = self.outbox.note(reply.body, phase=request.phase, at=int(self.clock()))
         except FedLoRAError as e:  # what cannot be written down does not leave
             log.error("%s: the outbox: %s (%s)", e.code, e, e.hint)
-            return Reply(reply.site, error=e.code)
+            self._refused = NotDone(code=e.code, why=str(e), cure=e.hint, at=int(self.clock()))
+            reply = Reply(reply.site, error=e.code)
+        if self.outbox is not None and reply.error:
+            codes = self.outbox.count(reply.error, at=int(self.clock()))
+            self._facts["codes"] = {code: count for code, (count, _) in codes.items()}
+        body = b"" if reply.error else reply.body
         self._facts |= {
             "messages": self._facts["messages"] + (not reply.error),
             "sent_bytes": self._facts["sent_bytes"] + len(body),
@@ -184,15 +190,6 @@ class Progress:
                 self._keep(sent, left)
         self._change()
         return reply
-
-    def _written_down(self, request: Request, reply: Reply) -> Left | None:
-        if self.outbox is None:
-            return None
-        if not reply.error:
-            return self.outbox.note(reply.body, phase=request.phase, at=int(self.clock()))
-        codes = self.outbox.count(reply.error, at=int(self.clock()))
-        self._facts["codes"] = {code: count for code, (count, _) in codes.items()}
-        return None
 
     def _sent(self, body: bytes) -> Sent:
         now, rounds, end = self._now, self._facts["rounds"], self.monotonic()

@@ -20,6 +20,7 @@ from fedlora.formats.state.journal import SITS_OUT, Journal, sits_out
 from fedlora.formats.state.memory import FileMemory, get_record, put_record, words
 from fedlora.protect.ledger import HAS_GIVEN, KEY, USED, ContributionStore, Ledger
 from fedlora.protect.link import raise_number
+from fedlora.site.pause import problems
 from fedlora.site.site_file import load_site_file
 
 _KINDS = ("down", "up", "trained", SITS_OUT, "repaired")
@@ -57,6 +58,7 @@ class SiteRepair:
                 load(path)
             except FedLoRAError as e:
                 found.append(Finding(str(path), str(e), [e.hint]))
+        found += [Finding(str(path), f"{e}: no task is taken", [e.hint]) for path, e in problems(self.state).items()]
         runs = self._runs()
         keys = [*(k for run in runs for k in _keys(run)), "roster", KEY, HAS_GIVEN]
         for file, key, problem, lost in damaged_values(self.memory, keys):

@@ -15,6 +15,7 @@ from fedlora.core.tables.data import SiteData
 from fedlora.formats.plans import load_toml
 from fedlora.protect.modes import mode_of
 from fedlora.site.policy import Policy, default_modes
+from fedlora.site.private import SitePrivacy, private_refusals
 
 
 def _unprivileged(port: int) -> int:
@@ -86,6 +87,7 @@ class SiteFile(Section):
     local_port: Annotated[int, Field(ge=0, le=65535), AfterValidator(_unprivileged)] = 0
     """loopback port between the connection process and the training process; 0: any free one, so that sites may share a host"""
     data: SiteData = SiteData()
+    privacy: SitePrivacy = SitePrivacy()
     policy: Policy = Policy()
 
     @property
@@ -102,7 +104,8 @@ class SiteFile(Section):
     def refusals(self, plan: Plan) -> list[str]:
         """Reasons why this site would refuse a plan; a lacking roster is said as that, not as the mode that follows of it."""
         if not self.lacks_roster(plan):
-            return [*self.agreed.refusals(plan, models=frozenset(self.models)).values()]
+            no = self.agreed.refusals(plan, models=frozenset(self.models)).values()
+            return [*no, *private_refusals(plan, self.privacy, self.data)]
         return [NO_ROSTER, *self.model_copy(update={"roster": "0" * 64}).refusals(plan)]
 
 

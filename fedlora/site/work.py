@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from fedlora.rules import Aggregator, max_site_weight, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.admission import Approvals, Begun, Runs, admit, check_round, note_adapter
 from fedlora.site.policy import Policy, refused
+from fedlora.site.private import PrivateRuns, evaluates
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,21 @@ class Learner(Protocol):
         ...
 
 
+class PrivateLearner(Learner, Protocol):
+    """A learner of a plan with [privacy]; its :meth:`Learner.train` refuses."""
+
+    def train_private(self, adapter: Adapter, *, round: int, state: bytes, secret: bytes, factors: Factors = "AB") -> Trained:
+        """As :meth:`Learner.train`, with clipped gradients, draws and noise from the secret of a charge.
+
+        Args:
+            secret: 32 bytes.
+
+        Returns:
+            What it comes to, with no count of rows or tokens and no loss.
+        """
+        ...
+
+
 def safely(site: str, answer: Callable[[], bytes], *, named: Callable[[FedLoRAError], None] = lambda error: None) -> Reply:
     """Runs ``answer`` and turns every error into a code: the text of an exception never leaves a site.
 
@@ -129,6 +145,7 @@ class Site:
     Args:
         learner: makes the learner of a plan; called once a run, because it loads the base.
         models: ids of the base models at this site.
+        private: what is released about the people behind its rows under plans with [privacy].
         report: gets events about progress; they stay at the site.
         approvals: gives what people here have approved so far; called at every task. By default nothing is approved.
         clock: seconds, rising.
@@ -143,6 +160,7 @@ class Site:
     policy: Policy
     models: frozenset[str]
     journal: Journal
+    private: PrivateRuns = field(default_factory=PrivateRuns)
     report: Report = lambda event, facts: None
     approvals: Callable[[], Approvals] = Approvals
     clock: Callable[[], float] = time.monotonic
@@ -180,6 +198,8 @@ class Site:
         self.journal.check(task.run)
         done = self.journal.find(task.run, task.round)
         if done is not None and done.key == key:
+            if plan.privacy is not None:
+                self.private.finished(task)  # its secret may have outlived a kill; it is gone before anything leaves
             self.report(Event.FROM_JOURNAL, FromJournal(round=task.round))
             return wire.parse_update(done.whole(), task.reply_layout)
         update, state, kept = self._learn(task, plan, rule, learner, adapter)
@@ -192,6 +212,8 @@ class Site:
             self.report(Event.OWN, Own(file=str(self.journal.own(task.run))))
         self.journal.save(task.run, task.round, entry)
         self._last = (task.run, task.round, replace(entry, update=b""))  # the next round needs the rest alone
+        if plan.privacy is not None:
+            self.private.finished(task)
         return update
 
     def _admit(self, task: Task) -> None:
@@ -203,6 +225,7 @@ class Site:
         self.policy.check(plan, models=self.models)  # a refused plan uses up no approval
         check_round(plan, task)
         check_takes_part(memory, task.run)
+        self.private.admit(plan, task, begun=len(after) == len(begun))
         if mode_of(plan).once:  # before the run itself is: in a run that has begun, a record that is not there is lost
             note_adapter(memory, task, begun=len(after) == len(begun))
         if len(after) > len(begun):
@@ -227,14 +250,14 @@ class Site:
             before = None  # the last evaluation does not need it, and no round follows
         state = before[1].state if before else b""
         if task.kind == "evaluate":
-            counters |= self._evaluated(task.round, learner, adapter)
+            counters |= self._evaluated(task.round, learner, adapter) if evaluates(plan) else {}
             return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, counters)), state, adapter
-        every = plan.evaluation.every
+        every = plan.evaluation.every if evaluates(plan) else 0
         if every and (task.round - 1) % every == 0:
             counters |= self._evaluated(task.round, learner, adapter)
         self.report(Event.TRAIN, Train(round=task.round, rounds=plan.federation.num_rounds))
         own = adapter.at_rank(min(self._rank(plan), adapter.layout.rank))
-        trained = learner.train(own, round=task.round, state=state, factors=rule.trains(task.round))
+        trained = self._trained(task, plan, learner, own, state=state, factors=rule.trains(task.round))
         counters |= trained.counters
         spent = {"train/steps": float(trained.steps), "train/seconds": trained.seconds}
         self.report(Event.TRAINED, TrainedFacts(round=task.round, metrics=finish(LISTED, counters) | spent))
@@ -243,6 +266,14 @@ class Site:
         if weight > (most := max_site_weight(plan)):
             raise UpdateRejected.too_heavy(self.name, weight, most)
         return Update(delta, weight, self._shared(plan, counters)), trained.state, trained.adapter
+
+    def _trained(self, task: Task, plan: Plan, learner: Learner, own: Adapter, *, state: bytes, factors: Factors) -> Trained:
+        """Local training. Under a plan with [privacy] its releases are on the disk before its first gradient."""
+        if plan.privacy is None:
+            return learner.train(own, round=task.round, state=state, factors=factors)
+        secret = self.private.charge(plan, task, sent=task.round in self.journal.trained(task.run))
+        private = cast("PrivateLearner", learner)
+        return private.train_private(own, round=task.round, state=state, secret=secret, factors=factors)
 
     def _evaluated(self, round: int, learner: Learner, adapter: Adapter) -> Mapping[str, int]:
         """The counters of the adapter that came, over this site's held-out rows."""

@@ -63,6 +63,10 @@ def commands(group=None, before=()):
 
 
 COMMANDS = dict(commands())
+PRIVATE = Plan(
+    **DIGESTS, aggregate={"weighting": "uniform"}, evaluation={"share": ()}, privacy={"noise_multiplier": 2.0, "epsilon": 50.0}
+)
+WARD = {"privacy": {"population": "ward", "budget_epsilon": 50.0}, "data": {"group_key": "patient", "held_out_fraction": 0.0}}
 NEW = ["new.json", "keys/a.pub", "keys/b.pub", "keys/c.pub", "--server", "server/server.pub", "--coordinator", "keys/carol.pub"]
 FILES = ("rounds.jsonl", "results.json", "fedlora_run.json", "proof.json", "prompt.json")
 CASES = {
@@ -75,7 +79,7 @@ CASES = {
     "new simulation": [[]],
     "keygen site": [["north", "--out", "more"]],
     "server init": [["another", "--host", "127.0.0.1"]],
-    "check": [["sealed.toml"], ["secret.toml"], ["open.toml"]],
+    "check": [["sealed.toml"], ["secret.toml"], ["open.toml"], ["private.toml"]],
     "compare": [["done"], ["done", "--arm", "federated", "--format", "tex"], ["done", "--format", "csv"]],
     "inspect": [
         ["sealed.toml"], ["roster.json"], ["results.json"], ["fedlora_run.json"], ["any.json"], ["list.json"],
@@ -92,6 +96,9 @@ CASES = {
     "site install-service": [["site.toml", "--show"]],
     "site outbox": [["site.toml"], ["site.toml", "--verify"]],
     "site doctor": [["site.toml", "--offline", "--no-step"]],
+    "budget show": [["ward.toml"]],
+    "budget reserve": [["ward.toml", "private.toml"], ["ward.toml", "--release", PRIVATE.digest()[:9]]],
+    "budget accept-loss": [["ward.toml", "--yes", "--plan", "private.toml"]],
     "server repair": [["server"], ["server", "my-run"]],
     "server audit show": [["server"]],
     "server audit verify": [["server"]],
@@ -102,6 +109,7 @@ CASES = {
     "roster show": [["roster.json"], ["unsigned.json"]],
 }  # fmt: skip
 """Commands that need neither a model nor a network, and the ways in which each is run here."""
+BUILDING = {"site approve", "budget reserve"}
 ONLY_READ = {"version", "schema", "explain", "docs", "new plan", "new site", "new simulation", "check", "compare", "inspect",
              "roster show", "server status", "server audit show", "server audit verify"}  # fmt: skip
 WITH_A_MODEL = {"pin", "check", "simulate", "compare-rules", "report", "export", "inspect", "site dry-run", "try"}
@@ -143,6 +151,8 @@ def study(tmp_path_factory):
     keys, policy = {"key": "keys/a.key", "server_key": "server/server.pub"}, {"protect": ("sealed", "secagg")}
     site = SiteFile(name="a", **keys, models={MODEL: "x"}, policy=policy, roster="ab" * 32)
     (root / "site.toml").write_text(dump_toml(site))
+    (root / "ward.toml").write_text(dump_toml(SiteFile(name="a", **keys, models={MODEL: "x"}, **WARD)))
+    (root / "private.toml").write_text(dump_toml(PRIVATE))
     Progress("a", "fed.example.org:8443", root / "state", lambda e, f: None)
     interrupted(Federation(root / "fed", toy_plan(rounds=3)), after=2)
     shutil.copytree(root / "fed" / "run", root / "server" / "runs" / "my-run")
@@ -173,7 +183,7 @@ def study(tmp_path_factory):
 @pytest.mark.parametrize("command", CASES)
 def test_what_a_command_answers_is_what_its_schema_says(command, study, tmp_path, monkeypatch, capsys):
     for number, words in enumerate(CASES[command]):
-        place = tmp_path / str(number) if command != "site approve" else tmp_path / "0"  # there each builds on the one before
+        place = tmp_path / str(number) if command not in BUILDING else tmp_path / "0"  # there each builds on the one before
         if command not in ONLY_READ and not place.exists():
             shutil.copytree(study, place)
         monkeypatch.chdir(study if command in ONLY_READ else place)

@@ -1,5 +1,6 @@
 """A researcher's own files: what `[simulation]` takes, and each mistake said at once, before any base is loaded."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -101,6 +102,7 @@ def test_an_uneven_split_loses_no_row_and_is_the_same_each_time(tree, capsys):
         ('sites = ["north", "east"]\nbase = "wards"', 'path = "wards"', "wards is no base model: it has no config.json"),
         ('sites = ["north", "north"]', 'path = "wards"', "named twice"),
         ('split = "iid"\nsplit_label = "ward"', 'path = "pool.csv"', "split_label belongs to"),
+        ('split = "by:ward"', 'path = "toy"', "generated rows have no such column"),
     ],
 )
 def test_each_mistake_is_said_before_a_base_is_loaded_and_leaves_nothing_behind(tree, capsys, simulation, data, words):
@@ -124,6 +126,25 @@ def test_the_plan_of_a_run_names_the_same_rows_from_where_it_lies(tree, capsys):
     assert counts(json.loads(capsys.readouterr().out.splitlines()[-1])).keys() == {"east-wing", "north"}
 
 
+@pytest.mark.parametrize("parts", [("train", "validation"), ("train", "test"), ("validation", "test")])
+def test_no_patient_stands_in_two_files_of_a_site(tree, capsys, parts):
+    for site, part in itertools.product(("north", "east"), ("train", "validation", "test")):
+        patients = [f"{part}-{n}" for n in range(12)] + (["shared"] if part in parts else [])
+        table(tree / "files" / f"{site}.{part}.csv", [(patient, part) for patient in patients])
+    status, answer, _ = said(tree, capsys, 'sites = ["north", "east"]', GROUPED.format(path="files"))
+    assert (status, "1 groups stand among the rows" in answer["error"]["message"]) == (3, True)
+
+
+def test_no_patient_of_the_test_is_found_because_its_group_was_held_out(tree, capsys):
+    """Each of the groups to train on may be the one that is held out to validate: none may be in the file to test."""
+    for shared in range(6):
+        for site in ("north", "east"):
+            table(tree / "files" / f"{site}.train.csv", [(f"p{n}", "x") for n in range(6)])
+            table(tree / "files" / f"{site}.test.csv", [(f"q{n}", "y") for n in range(6)] + [(f"p{shared}", "y")])
+        status, answer, _ = said(tree, capsys, 'sites = ["north", "east"]', GROUPED.format(path="files"))
+        assert (status, "1 groups stand among the rows for training and for the test" in answer["error"]["message"]) == (3, True)
+
+
 def test_two_files_of_one_site_are_named(tree, capsys):
     table(tree / "wards" / "north.train.csv", [("p1", "north")])
     status, answer, _ = said(tree, capsys, 'sites = ["north", "east"]', 'path = "wards"')
@@ -145,6 +166,21 @@ def test_what_is_not_used_and_what_may_leak_is_said(tree, capsys):
     assert "no simulation.data.group_key: rows of one patient" in text
     assert text.count("rows to train") == 2
     assert "few rows: fewer than 20 rows to test, so its numbers say little: " in text
+
+
+@pytest.mark.torch
+def test_generated_rows_of_other_sites_stay_and_the_same_ones_are_made_once(tmp_path):
+    from fedlora.learn.toy import _appeared, toy_data
+
+    one = toy_data(tmp_path, ("a", "b"))
+    before = {path: path.read_bytes() for path in one.iterdir()}
+    other = toy_data(tmp_path, ("a",))  # of a simulation that runs at the same time
+    assert {path.name for path in other.iterdir()} == {f"a.{part}.jsonl" for part in ("train", "validation", "test")}
+    (tmp_path / "slower").mkdir()
+    (tmp_path / "slower" / "file").touch()
+    assert _appeared(tmp_path / "slower", one) == toy_data(tmp_path, ("a", "b")) == one
+    assert {path: path.read_bytes() for path in one.iterdir()} == before
+    assert not (tmp_path / "slower").exists()
 
 
 @pytest.mark.torch

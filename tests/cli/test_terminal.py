@@ -5,19 +5,21 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 import sys
 import tomllib
 import warnings
 
+import click
 import pytest
 import tomlkit
 import typer
 from cli.test_schema import CASES, COMMANDS, study  # noqa: F401  # a fixture
 
 from fedlora.cli import main
-from fedlora.cli.output import Screen, fail
+from fedlora.cli.output import Screen, emit, fail
 from fedlora.cli.terminal import Guarded, guarded
 from fedlora.core.events import Event
 from fedlora.flower.enrol import make_server_home
@@ -258,6 +260,38 @@ def test_a_library_that_prints_while_a_command_runs_forges_no_line(printed, monk
 
     monkeypatch.setattr("fedlora.library.publish.describe", prints)
     assert printed("inspect", "x")[0] == 0
+
+
+def test_what_libraries_print_never_stands_among_the_lines_that_a_program_reads(monkeypatch, capsys):
+    def prints(path):
+        print("warming", end=" ")
+        print("up", file=sys.stderr)
+        sys.stdout.buffer.write(b"done\n")
+        sys.stdout.flush()
+        return {"kind": "plan", "facts": {}}
+
+    monkeypatch.setattr("fedlora.library.publish.describe", prints)
+    assert main(["inspect", "x", "--json"]) == 0
+    said = capsys.readouterr()
+    assert [json.loads(line)["ok"] for line in said.out.splitlines()] == [True]
+    assert said.err == "  warming up\n  done\n"
+
+
+def test_a_line_is_there_as_soon_as_it_is_said_although_nobody_sits_at_a_terminal(monkeypatch):
+    arrived = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(arrived)))
+    with guarded():
+        emit({}, ["ward is connected"], as_json=False)
+        assert arrived.getvalue() == b"ward is connected\n"
+
+
+def test_a_command_whose_reader_has_gone_ends(monkeypatch):
+    for as_json in (False, True):
+        reader, writer = os.pipe()
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+        with click.Context(click.Command("x")), pytest.raises(KeyboardInterrupt):
+            emit({}, ["ward is connected"], as_json=as_json)
 
 
 def test_a_command_s_own_lines_are_not_indented_by_the_guard(printed):

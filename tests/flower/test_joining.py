@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from fedlora.cli import main
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError
+from fedlora.core.limits import MAX_SITES
 from fedlora.flower import join as joining
 from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.flower.jobs import Address, save_address
@@ -209,6 +210,36 @@ def test_an_invitation_names_the_port_that_is_open(study, capsys):
         assert "@127.0.0.1:8543'" in invited("east")
         assert "listens on port 8543" in invited("south", "--address", address)
         assert "CHECK" not in invited("west", "--address", "127.0.0.1:8543")
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["west", "North"], "not a site name"),
+        (["west", "west"], "west is named twice"),
+        (["west", "north"], "north is enrolled"),
+        (["west", *(f"many-{n}" for n in range(MAX_SITES))], "sites at most"),
+    ],
+)
+def test_names_that_cannot_all_be_invited_are_said_before_any_line_is_made(study, capsys, names, why):
+    (study.home / "sites" / "north.pub").write_bytes(study.site("north"))
+    study.book.invite("west", address="127.0.0.1:8443", hours=1)
+    before = (study.home / "invitations" / "west.json").read_bytes()
+    assert main(["server", "invite", str(study.home), *names]) != 0
+    assert why in capsys.readouterr().err
+    assert (study.home / "invitations" / "west.json").read_bytes() == before  # the line that west has still holds
+    (study.root / "file").touch()
+    assert main(["server", "invite", str(study.home), "west", "--out", str(study.root / "file")]) == 3
+    assert (study.home / "invitations" / "west.json").read_bytes() == before
+
+
+def test_an_invitation_names_the_host_that_the_coordinator_named_first(tmp_path, capsys):
+    home = tmp_path / "study"
+    make_server_home(home, hosts=["fed.example.org", "10.1.2.3"])
+    for _ in range(2):
+        (made,) = said(capsys, "server invite", str(home), "north")["invitations"]
+        assert made["invitation"].endswith("@fed.example.org:8443")
+        assert said(capsys, "server renew", str(home))["hosts"][:2] == ["fed.example.org", "10.1.2.3"]
 
 
 # --- what a server on the way gets -------------------------------------------------------------------------------
@@ -480,6 +511,20 @@ def test_junk_at_the_door_is_refused_and_leaves_nothing(live):
     assert sorted(home.rglob("*")) == before
 
 
+def test_the_answer_to_junk_does_not_say_which_names_are_invited(study):
+    study.book.invite("north", address="127.0.0.1:1", hours=1)
+    fields = {"proof": ["AA==", "AA=="], "site": "t"}
+    for junk in ("\ud800", "é", "\0", "s" * 5000, "٣"):
+        bodies = [json.dumps({**fields, "name": name, "secret": junk}, separators=(",", ":"), sort_keys=True).encode()
+                  for name in ("north", "south")]  # fmt: skip
+        bodies += [json.dumps({**fields, "name": name, "secret": junk}, separators=(",", ":"), sort_keys=True,
+                              ensure_ascii=False).encode(errors="surrogatepass") for name in ("north", "south")]  # fmt: skip
+        answers = [answer_join(study.book, body, "POST") for body in bodies]
+        assert answers[0] == answers[1]
+        assert answers[2] == answers[3]
+        assert {status for status, _ in answers} == {403}
+
+
 # --- interrupted, and in a wrong place ---------------------------------------------------------------------------
 
 
@@ -522,9 +567,31 @@ def test_nothing_of_another_site_is_written_over(live, tmp_path):
     assert [a.state for a in book.asking() if a.site == "two"] == ["invited"]  # its line is not used up
 
 
+@pytest.mark.parametrize("lost", [("ca.crt", "server.pub"), ("server.pub",), ("one.key",), ("one.node.key",)])
+def test_a_directory_of_keys_that_is_not_whole_is_refused_before_anything_is_sent(tmp_path, lost):
+    """As `keygen site` makes one, into which somebody joins."""
+    make_server_home(tmp_path / "srv", hosts=["127.0.0.1"])
+    make_site_keys("one", tmp_path / "keys")
+    for name, at in (("ca.crt", "tls/ca.crt"), ("server.pub", "server.pub")):
+        (tmp_path / "keys" / name).write_bytes((tmp_path / "srv" / at).read_bytes())
+    for name in lost:
+        (tmp_path / "keys" / name).unlink()
+    line = Invitation("one", "A" * 43, "B" * 22, "127.0.0.1:9")
+    with pytest.raises(ConfigError, match=f"holds no {', no '.join(lost)}: ") as e:
+        joining.join(line, tmp_path, wait_s=0, report=lambda e, f: None)
+    assert "--out" in e.value.hint
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
-    [([], "usage"), (["fl1:x", "--from-file", "y"], "usage"), (["no line"], "config"), (["--from-file", "nowhere"], "config")],
+    [
+        ([], "usage"),
+        (["fl1:x", "--from-file", "y"], "usage"),
+        (["no line"], "config"),
+        (["--from-file", "nowhere"], "config"),
+        ([f"fl1:north.{'A' * 43}.{'B' * 22}@a..b:443"], "config"),
+        ([f"fl1:north.{'A' * 43}.{'B' * 22}@{'a' * 64}:443"], "config"),
+    ],
 )
 def test_a_wrong_command_line_says_so(tmp_path, capsys, monkeypatch, words, code):
     monkeypatch.chdir(tmp_path)

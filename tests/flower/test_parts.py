@@ -136,10 +136,27 @@ def test_flower_itself_reads_these_command_lines_as_closed():
     assert supernode.root_certificates == str(HOME / "ca")
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:0", "host:65536", "host:x"])
+NO_PORT = ["", "host", "host:", "host:0", "host:65536", "host:x", "host:8²", "host:٨٠", "host:" + 5000 * "8"]
+NO_HOST = [
+    ":80",
+    "a..b:80",
+    ".a:80",
+    64 * "a" + ":80",
+    64 * "é" + ":80",
+    "a b:80",
+    "a\r\nb:80",
+    "a\0b:80",
+    "a:b:80",
+    "::1%\n:80",
+    "\udc80:80",
+]
+
+
+@pytest.mark.parametrize("address", [*NO_PORT, *NO_HOST])
 def test_an_address_has_a_host_and_a_port(address):
     assert split_address("[::1]:80") == ("::1", 80)
-    with pytest.raises(ConfigError):
+    assert split_address("fed.example.org.:8443") == ("fed.example.org.", 8443)
+    with pytest.raises(ConfigError, match="not host:port"):
         split_address(address)
 
 
@@ -189,7 +206,7 @@ def shake_hands(directory: Path, *, trust: Path, name: str) -> str:
 
 def test_sites_can_check_the_servers_certificate_under_each_of_its_names(tmp_path):
     make_tls(tmp_path, ["fed.example.org", "10.1.2.3"], valid_days=30, now=datetime.now(UTC))
-    assert certificate_hosts(tmp_path / "server.crt") == {"fed.example.org", "10.1.2.3", "localhost", "127.0.0.1"}
+    assert certificate_hosts(tmp_path / "server.crt") == ("fed.example.org", "10.1.2.3", "localhost", "127.0.0.1")
     for name in ("fed.example.org", "10.1.2.3", "localhost", "127.0.0.1"):
         assert shake_hands(tmp_path, trust=tmp_path, name=name) == "TLSv1.3"
     with pytest.raises(ssl.SSLCertVerificationError):

@@ -66,6 +66,13 @@ def test_a_pause_takes_a_site_off_the_server_and_back_and_leaving_is_for_good(fe
     site.wait_for(lambda e, f: e == "site" and f["state"] == "ready", since=since)
     seen = server.wait_for(lambda e, f: e == "site-online" and f["site"] == "alpha", since=seen)
     assert load_state(root / "state")["standing"] == "ready"
+    for name, way in (("paused.json", "fedlora site resume"), ("left.json", "delete this file")):
+        then = len(site.events)
+        (root / "state" / name).write_bytes(b"damaged")
+        site.wait_for(lambda e, f, way=way: e == "paused" and f["paused"] and way in f["said"], since=then)
+        (root / "state" / name).unlink()
+        site.wait_for(lambda e, f: e == "site" and f["state"] == "ready", since=then)
+    seen = len(server.events)
     words = [f["state"] for e, f in site.events[since:] if e == "site"]
     assert "lost" not in words
     assert main(["site", "leave", file, "--yes"]) == 0

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,11 @@ from flower.harness import (
 from fedlora.core.errors import ConnectionFailed, FedLoRAError
 from fedlora.core.events import Event
 from fedlora.core.facts import Arm, Other
-from fedlora.flower.coordinator.follow import start
-from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome
+from fedlora.flower._internals import RunState
+from fedlora.flower.coordinator import follow as follow_module
+from fedlora.flower.coordinator.follow import attach, start
+from fedlora.flower.coordinator.runs import one_start
+from fedlora.flower.jobs import Events, Job, Outcome, load_job, load_outcome, new_job, pass_on, save_outcome, save_run_id
 from fedlora.flower.server import up
 from fedlora.gateway.exposure import free_port
 
@@ -257,3 +261,33 @@ def test_a_server_with_a_damaged_file_of_the_connection_names_it_and_does_not_st
         up(home, listen=f"127.0.0.1:{free_port()}", body_limit_bytes=1, report=lambda e, f: None)
     assert file.name in str(error.value)
     assert error.value.hint
+
+
+def test_attach_waits_for_a_start_that_has_no_number_of_its_run_yet(tmp_path, monkeypatch):
+    """It said that the server had died or was restarted."""
+
+    class Ended:
+        def runs(self) -> dict[int, RunState]:
+            return {7: RunState(7, "running", "", "")}
+
+        def run_state(self, run_id: int) -> RunState:
+            return RunState(7, "finished", "completed", "")
+
+    found: list[Path | FedLoRAError] = []
+
+    def follow() -> None:
+        try:
+            found.append(attach(tmp_path, "toy", report=lambda e, facts: None, poll_s=0.01))
+        except FedLoRAError as e:
+            found.append(e)
+
+    monkeypatch.setattr(follow_module, "opened", lambda home: contextlib.nullcontext(Ended()))
+    (tmp_path / "flower" / "jobs").mkdir(parents=True)
+    follower = threading.Thread(target=follow, daemon=True)
+    with one_start(tmp_path):
+        job = new_job(tmp_path, Job("plan.toml", resume=False, name="toy", digest="d" * 64, made=time.time()))
+        follower.start()
+        follower.join(0.3)
+        save_run_id(tmp_path, job, 7)
+    follower.join(20)
+    assert found == [tmp_path / "runs" / "toy"]

@@ -152,8 +152,10 @@ class Revived(Channel):
 @pytest.mark.parametrize("says", [True, False])  # False: half of the reply had come when the power failed
 def test_a_site_whose_node_comes_back_gets_the_same_request_again(says):
     channel = Revived(lambda r: dump_reply(Reply(r.site, r.body)))
-    channel.says = says
-    assert list(over(channel).exchange(BOTH, deadline_s=90)) == [Reply("beta", b"b"), Reply("alpha", b"a")]
+    channel.says, back = says, []
+    transport = over(channel, back=back.append)
+    assert list(transport.exchange(BOTH, deadline_s=90)) == [Reply("beta", b"b"), Reply("alpha", b"a")]
+    assert back == ["alpha"]
     again = channel.sent["m2"]
     assert parse_request(again.content, max_bytes=9).body == BOTH[0].body
     assert again.metadata.ttl == pytest.approx(190 - 140, abs=2.1)  # it still dies at the deadline
@@ -263,6 +265,10 @@ def test_what_a_site_that_goes_away_means_for_a_session_is_said(tmp_path):
     absences(Event.SESSION, Session(round=2, sites=["a", "b", "c"], threshold=2))
     assert "2 are here: this session can end without it" in said(lambda: absences.away("c", 0.0))[0]
     assert "1 are here: this session CANNOT end without it" in said(lambda: absences.away("a", 20.0))[0]
+    absences.back("a")
+    assert "1 are here: this session CANNOT end without it" in said(lambda: absences.away("b", 20.0))[0]
+    absences.back("b")
+    assert "1 are here" in said(lambda: absences.away("a", 20.0))[0]  # c has left for good, b is here
     assert [absences.left(site) for site in "abc"] == [False, False, True]
     waits = Waiting(sites=["a", "b"], need=3, missing=["c"])
     assert "c: left for good" in said(lambda: absences(Event.WAITING, waits))[0]

@@ -1,11 +1,13 @@
 """A script with a transformers Trainer joins: real Trainers, whose rows and settings go through the code of every other row."""
 
+import dataclasses
 import json
 from collections import Counter
 
 import pytest
 from doctor_site import Place
 from test_doctor import plan as pinned_plan
+from transformers import TrainingArguments
 
 from fedlora.cli import main
 from fedlora.core.errors import ConfigError, DataError, StoreError
@@ -44,6 +46,13 @@ def trainer(toy, path, *, dataset=None, lora=None, **arguments):
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
+
+
+@dataclasses.dataclass
+class WithLoss(TrainingArguments):
+    """As TRL has it, which is not installed here."""
+
+    completion_only_loss: bool | None = None
 
 
 def attach(*args, **kwargs):
@@ -97,9 +106,43 @@ def test_a_trainer_that_trains_on_other_tokens_is_told(toy, tmp_path, made, same
 def test_what_a_plan_cannot_say_is_said_and_not_dropped(toy, tmp_path):
     other = trainer(toy, tmp_path, label_smoothing_factor=0.1, optim="sgd", lora={"use_dora": True})
     joined = attach(other, study=tmp_path / "study", rows=RAW)
-    assert "label_smoothing_factor = 0.1, optim = sgd, use_dora = True" in str(joined)
+    assert "for it: optim = sgd, label_smoothing_factor = 0.1, use_dora = True\n" in str(joined)
     with pytest.raises(ConfigError, match="learning_rate"):
         attach(trainer(toy, tmp_path, learning_rate=2.0), study=tmp_path / "wrong", rows=RAW)
+
+
+OTHER = {
+    "lr_scheduler_kwargs": {"num_cycles": 2}, "bf16": True, "fp16": True, "adam_beta1": 0.0, "optim_args": "a=1",
+    "dataloader_drop_last": True, "neftune_noise_alpha": 5.0, "load_best_model_at_end": True, "completion_only_loss": False,
+}  # fmt: skip
+OTHER_LORA = {
+    "init_lora_weights": "gaussian", "exclude_modules": ["v_proj"], "lora_alpha": 8.5, "bias": "all", "lora_bias": True,
+    "rank_pattern": {"q_proj": 2}, "modules_to_save": ["lm_head"], "target_parameters": ["x"], "layer_replication": [[0, 1]],
+}  # fmt: skip
+
+
+def test_every_setting_that_is_not_at_its_default_is_in_the_plan_or_said(toy, tmp_path):
+    from fedlora.learn.scripts.settings import not_taken
+
+    mine = trainer(toy, tmp_path, lora={"task_type": "CAUSAL_LM", "lora_dropout": 0.1}, weight_decay=0.1, seed=3, logging_steps=1)
+    mine.args = WithLoss(**{f.name: getattr(mine.args, f.name) for f in dataclasses.fields(mine.args) if f.init})
+    assert not_taken(mine) == []
+    mine.args.completion_only_loss = True
+    assert not_taken(mine) == []  # as a plan does
+    config = mine.model.peft_config["default"]
+    for settings, name, value in [(mine.args, *o) for o in OTHER.items()] + [(config, *o) for o in OTHER_LORA.items()]:
+        before = getattr(settings, name)
+        setattr(settings, name, value)
+        assert f"{name} = {value}" in "".join(not_taken(mine))
+        setattr(settings, name, before)
+
+
+def test_what_a_later_version_of_a_library_adds_is_said_too(toy, tmp_path):
+    from fedlora.learn.scripts.settings import _others
+
+    later = dataclasses.make_dataclass("Later", [("new_loss", str, "nll"), ("save_more", bool, False)])
+    assert _others(later()) == []
+    assert _others(later("dft", save_more=True)) == ["new_loss = dft"]
 
 
 def test_mistakes_are_said_with_the_way_out(toy, tmp_path):

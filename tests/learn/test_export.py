@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from fedlora.cli import main
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import ConfigError, ModelError
+from fedlora.core.errors import ConfigError, FedLoRAError, ModelError
+from fedlora.core.plan import Model
+from fedlora.formats.files import Damaged
 from fedlora.formats.published.records import Prompt, RunFacts
+from fedlora.learn.ask import ask
+from fedlora.learn.bases.digest import base_digest
 from fedlora.learn.export import export_adapter, merge
 
 pytestmark = pytest.mark.torch
@@ -35,6 +42,7 @@ FACTS = RunFacts(
     sites=2,
     share="AB",
     prompt=Prompt(kind="plain", max_length=256, template=None, stop=("</s>",), example=None),
+    privacy=None,
 )
 IDS = torch.tensor([[1, 70, 33, 250, 9, 9, 120, 4]])
 
@@ -132,7 +140,7 @@ def test_the_run_is_named_beside_the_adapter(lora: Any, publish: Any):
     facts = json.loads((publish(model, model.get()) / "fedlora_run.json").read_text())
     known = {"adapter": model.get().digest(), "dtype": "bfloat16"}
     assert facts == FACTS.model_dump(mode="json") | known
-    assert (facts["format"], facts["rounds"]) == (2, 3)
+    assert (facts["format"], facts["rounds"]) == (3, 3)
 
 
 def test_the_same_adapter_gives_the_same_bytes(lora: Any, publish: Any, tmp_path: Path):
@@ -229,3 +237,53 @@ def test_merging_overwrites_nothing(lora: Any, toy: Path, tmp_path: Path):
     model = lora()
     with pytest.raises(ConfigError, match="not overwritten"):
         merge(model.get(), toy, tmp_path, scale=1.0)
+
+
+# --- a question to it ---------------------------------------------------------------------------------------------------
+
+
+def test_another_base_of_the_same_shape_is_not_asked(lora: Any, toy: Path, publish: Any, tmp_path: Path, capsys: Any):
+    model = lora()
+    other = shutil.copytree(toy, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    held = [
+        Model(),
+        Model(load_in_4bit=False, dtype="float16"),
+        Model(load_in_4bit=False, load_in_8bit=True),
+        Model(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False, bnb_4bit_compute_dtype="float32"),
+    ]
+    for number, settings in enumerate(held):
+        run = FACTS.model_copy(update={"base": base_digest(toy, settings)})
+        out = publish(model, model.get(), tmp_path / str(number), run=run)
+        assert ask(out, toy, "3 apples:", max_tokens=1)[2] == 1
+        with pytest.raises(ModelError, match=r"is not the one that the adapter was trained on: \w{12}, not \w{12}") as wrong:
+            ask(out, other, "3 apples:", max_tokens=1)
+        assert "org/tiny" in wrong.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"peft_type": "LORA"', "{}"])
+def test_an_adapter_whose_settings_are_damaged_is_named(lora: Any, toy: Path, publish: Any, text: str):
+    model = lora()
+    out = publish(model, model.get())
+    (out / "adapter_config.json").write_text(text)
+    with pytest.raises(FedLoRAError, match="adapter"):
+        ask(out, toy, "3 apples:", max_tokens=1)
+
+
+def test_weights_of_an_adapter_that_are_cut_off_are_named(lora: Any, toy: Path, publish: Any):
+    model = lora()
+    out = publish(model, model.get())
+    (out / "adapter_model.safetensors").write_bytes((out / "adapter_model.safetensors").read_bytes()[:100])
+    with pytest.raises(Damaged, match="PEFT cannot read the adapter"):
+        ask(out, toy, "3 apples:", max_tokens=1)
+
+
+def test_the_text_of_a_patient_goes_in_by_standard_input(lora: Any, toy: Path, publish: Any, monkeypatch: Any, capsys: Any):
+    model = lora()
+    out = publish(model, model.get(), run=FACTS.model_copy(update={"base": base_digest(toy, Model())}))
+    for given, status, said in ((b"3 apfel: \xc3\xa4\r\n", 0, "3 apfel: ä"), (b"\xff", 3, "no text in UTF-8")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        assert main(["try", str(out), "--base", str(toy), "--prompt", "-", "--max-tokens", "1", "--json"]) == status
+        answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert said in (answer["data"]["prompt"] if status == 0 else answer["error"]["message"])

@@ -18,6 +18,7 @@ TRAINING = (
     "test_arithmetic",
     "test_base",
     "test_clipped",
+    "test_private",
     "test_evaluate",
     "test_forward",
     "test_learner",

@@ -450,6 +450,34 @@ def test_where_nothing_says_what_was_released_no_number_is_made_up(begun):
     assert found.spent(honest_others=True) == epsilon([event(4 + 5 * 4)], delta=DELTA)
 
 
+@pytest.mark.parametrize("kind", ["an empty directory", "an older copy"])
+def test_an_older_or_empty_directory_is_never_accepted_as_nothing_spent(begun, tmp_path, kind):
+    if kind == "an older copy":
+        shutil.copytree(begun.directory, tmp_path / "copy" / "ledger")
+    charge(begun)
+    told, other = begun.head(), ledger(tmp_path / "copy")
+    for echoed in (told, ""):
+        with pytest.raises(ConfigError, match="nothing says what a release was") as lost:
+            other.accept_loss(echoed=echoed, delta=DELTA, units=500)
+        assert "--plan" in lost.value.hint
+    if kind == "an empty directory":
+        assert not (other.directory / NAME).exists()
+    found = other.accept_loss(echoed=told, delta=DELTA, units=500, also=[event(3)])
+    assert found.spent(honest_others=True) == epsilon([event(3)], delta=DELTA)
+    again = other.accept_loss(echoed=told, delta=DELTA, units=500)  # nothing more is lost
+    assert again.spent(honest_others=True) == epsilon([event(3)], delta=DELTA)
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"{}\n"])
+def test_a_loss_is_not_accepted_at_a_delta_that_would_publish_rows(begun, tmp_path, damage):
+    other = ledger(tmp_path / "copy")
+    if damage is not None:
+        other.begin(delta=DELTA, units=500)
+        (other.directory / NAME).write_bytes(damage)
+    with pytest.raises(ConfigError, match="more than 1 / 500"):
+        other.accept_loss(echoed="", delta=0.01, units=500, also=[event(1)])
+
+
 def test_a_damaged_memory_is_refused_and_can_be_accepted_too(begun):
     charge(begun)
     for path in (begun.directory / "memory").iterdir():

@@ -31,7 +31,7 @@ def plan(tmp_path_factory):
 
     home = tmp_path_factory.mktemp("toy")
     toy_base(home / "base")
-    toy_data(home / "data", SITES)
+    toy_data(home / "rows", SITES).rename(home / "data")
     text = (ROOT / "simulations" / "plans" / "toy.toml").read_text()
     text = text.replace('data = "toy"', 'data = "data"').replace('base = "toy"', 'base = "base"')
     few = "examples_per_site = 4\n"

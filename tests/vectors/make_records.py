@@ -81,12 +81,16 @@ def vectors() -> Iterator[tuple[str, bytes]]:
         field = "max_length" if stem == "prompt" else "seed"
         wrong = json.dumps({**values, field: -1}).encode()
         yield f"{stem}_range", _vector(file, "store", "record-field", f"a {field} below zero", wrong)
-    before = {k: v for k, v in facts_of(PUBLISHED).items() if k != "prompt"} | {"format": 1, "scale": 2.0}
+    before = {k: v for k, v in facts_of(PUBLISHED).items() if k not in ("prompt", "privacy")} | {"format": 1, "scale": 2.0}
     why = "of the format before: B @ A was still to be multiplied by its scale"
     yield (
         "published_format_1",
         _vector("fedlora_run.json", "version-unsupported", "record-format", why, json.dumps(before).encode()),
     )
+    two = {k: v for k, v in facts_of(PUBLISHED).items() if k != "privacy"} | {"format": 2}
+    why = "of the format before: it does not say whether there was differential privacy"
+    text = json.dumps(two).encode()
+    yield "published_format_2", _vector("fedlora_run.json", "version-unsupported", "record-format", why, text)
     endless = dump_text(results_of_a_simulation()).replace(b'"cores": 2', b'"cores": 1e999')
     yield "results_endless", _vector("results.json", "store", "record-field", "a number beyond all binary64", endless)
     yield from _lines(facts)

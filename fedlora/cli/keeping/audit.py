@@ -72,7 +72,9 @@ def _facts(line: Line) -> Any:
 
 def _line(line: Line) -> str:
     at = datetime.fromtimestamp(line.at, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    facts = ", ".join(f"{name} {_short(name, value)}" for name, value in line.facts.items() if value not in ("", [], False))
+    facts = ", ".join(
+        f"{name} {_short(name, value)}" for name, value in line.facts.items() if value not in ("", []) and value is not False
+    )
     return f"  {line.number:>5}  {at} UTC  {line.by:<10}  {line.what:<9}  {facts}"
 
 

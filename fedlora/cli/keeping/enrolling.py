@@ -136,15 +136,18 @@ def invite(
     Example: fedlora server invite study st-marys guys
     """
     from fedlora.answers.enrollment import Invited
-    from fedlora.formats.files import write_atomic
+    from fedlora.formats.files import named_disk_errors, write_atomic
 
-    book = _book(home)
+    book, at = _book(home), address or _address(home)
+    book.check(names, address=at)  # all before the first: an error at the next one would take with it what was made
+    if out is not None:
+        with named_disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
     made = []
     for name in names:
-        found = book.invite(name, address=address or _address(home), hours=hours)
+        found = book.invite(name, address=at, hours=hours)
         file = out / f"{name}.join" if out is not None else None
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, f"{found.line()}\n".encode())
         until = int(time.time() + 3600 * hours)
         made.append(Invited(site=name, invitation=found.line(), until=until, file=str(file) if file else None))
@@ -269,8 +272,8 @@ def _address(home: Path) -> str:
     from fedlora.gateway.certificates import certificate_hosts
 
     hosts = certificate_hosts(home / "tls" / "server.crt")
-    others = sorted(hosts - {"localhost", "127.0.0.1"}) or ["127.0.0.1"]
-    host, port = others[0], _port(home) or 8443
+    host = next((host for host in hosts if host not in ("localhost", "127.0.0.1")), "127.0.0.1")
+    port = _port(home) or 8443
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -248,6 +248,8 @@ class DryRun(TypedDict):
     """texts that were looked for in all of them"""
     found: list[str]
     """kinds of what was found in it and must not be: ``row``, ``host name``, ``user name``, ``path``; empty: nothing"""
+    not_searched: list[str]
+    """what was not looked for, or not everywhere, and why, in words"""
     saved: str
     """path of the message, if it was asked for"""
 

@@ -91,6 +91,8 @@ class SiteData(Section):
     """rows above max_length; keep-answer: cut the prompt, split long texts; cut: truncate on the right; drop: leave them out"""
     held_out_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.1
     """fraction of groups held out for evaluation"""
+    held_out_public: bool = False
+    """the rows of held_out_path are public: counts over them may leave under a plan with [privacy], without noise"""
 
     def paths(self, root: R) -> list[R]:
         """Files, directories and patterns of the training rows."""

@@ -54,7 +54,7 @@ class Simulation(Section):
     """directory or GGUF file of the base model, relative to the plan file; toy: a tiny random model"""
     keep_dequantized: bool = False
     """keep the dequantized 4-bit weights in memory: same bits, faster on a CPU, four times the memory"""
-    arms: tuple[Literal["base", "local", "federated", "pooled-steps", "pooled-tokens"], ...] = (
+    arms: Annotated[tuple[Literal["base", "local", "federated", "pooled-steps", "pooled-tokens"], ...], Field(min_length=1)] = (
         "base",
         "local",
         "federated",

@@ -53,6 +53,10 @@ class Absences:
         said_so = load_seen(self.home).get(site, Seen()).gone == "left"
         return said_so or not (self.home / "sites" / f"{site}.pub").exists()
 
+    def back(self, site: str) -> None:
+        """A site that was away is asked again."""
+        self._gone.discard(site)
+
     def away(self, site: str, waits_s: float) -> None:
         """A site is gone; it is waited for so many seconds, or has left for good (0)."""
         self._gone.add(site)

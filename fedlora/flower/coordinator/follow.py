@@ -70,7 +70,7 @@ def attach(home: Path, name: str, *, report: Report, poll_s: float = 0.5) -> Pat
         ConnectionFailed: no server runs in this home.
         FedLoRAError: the run failed, as in :func:`start`.
     """
-    with opened(home) as control:
+    with opened(home) as control, one_start(home):  # a start that is under way has not written Flower's number of its run yet
         settle(home, control, now=time.time())
         job, _ = find(home, name)
     return _joined(home, job, report=report, poll_s=poll_s)

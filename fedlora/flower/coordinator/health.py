@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -147,6 +148,13 @@ def _labels(**labels: str) -> str:
 _ESCAPED = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A caller that hangs up is nobody's fault; of anything else socketserver prints the traceback."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
 @contextmanager
 def answering(health: Health, port: int) -> Iterator[int]:
     """Answers on loopback while inside, in threads of its own; yields the port.
@@ -180,7 +188,7 @@ def answering(health: Health, port: int) -> Iterator[int]:
             """Nothing is printed for a request."""
 
     try:
-        server = ThreadingHTTPServer((LOOPBACK, port), Handler)
+        server = _Server((LOOPBACK, port), Handler)
     except OSError as e:
         raise ConfigError(
             f"cannot listen on {LOOPBACK}:{port}: {os.strerror(e.errno or 0)}", hint="choose another port"

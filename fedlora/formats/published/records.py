@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from fedlora.core.claims import PrivacyClaim
 from fedlora.core.plan import Digest
 from fedlora.core.records import Count, Filed, Record
 
@@ -40,9 +41,9 @@ class Prompt(Filed):
 class RunFacts(Filed):
     """How an adapter was trained: sites by number, never by name."""
 
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     of: Literal["federation", "site"]
     """whose adapter it is: everybody's, or one site's own under ``aggregate.fedavg.share = 'A'``"""
     run: str
@@ -68,6 +69,8 @@ class RunFacts(Filed):
     """the factors that sites send: ``AB``, ``A`` or ``B``"""
     prompt: Prompt
     """how it has to be asked"""
+    privacy: PrivacyClaim | None
+    """null: no differential privacy"""
 
 
 class Published(RunFacts):

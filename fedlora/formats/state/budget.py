@@ -10,12 +10,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fedlora.core.canonical import canonical
 from fedlora.core.plan import Digest
 from fedlora.core.records import Count, Record
+from fedlora.core.tables.privacy import Mechanism, Unit
 from fedlora.formats.files import Damaged
-
-Mechanism = Literal["local", "distributed"]
-"""Who adds the noise: each site all of it, or the sites of a secure aggregation session together."""
-Unit = Literal["group", "row"]
-"""Whose presence is hidden: all rows with one value of ``data.group_key``, or one row."""
 
 
 class Event(Record):

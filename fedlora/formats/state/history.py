@@ -1,4 +1,4 @@
-"""What a site keeps of its own rounds, for its own eyes: a line for each answer that carried what a round made. FORMAT.md, 11.8.
+"""What a site keeps of its own rounds, for its own eyes: a line for each answer that carried what a round made. FORMAT.md, 11.9.
 
 It is news, not evidence: the outbox says what left. A line that cannot be read is left out.
 """
@@ -53,13 +53,16 @@ class Answered(Filed):
 
 
 def note(file: Path, record: Answered) -> None:
-    """Adds a line.
+    """Adds a line. A half one of a power cut is ended first, so that it costs itself alone.
 
     Raises:
         ResourceError, StoreError: it cannot be written.
     """
-    with named_disk_errors(file), open(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as out:
-        out.write(canonical(facts_of(record)) + b"\n")
+    with named_disk_errors(file), open(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+b") as out:
+        size = out.seek(0, os.SEEK_END)
+        out.seek(max(size - 1, 0))
+        torn = out.read(1) not in (b"", b"\n")
+        out.write(b"\n" * torn + canonical(facts_of(record)) + b"\n")
 
 
 def read_history(file: Path) -> list[Answered]:

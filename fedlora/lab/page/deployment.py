@@ -20,6 +20,7 @@ from fedlora.core.records import Results, RoundRecord, Traffic
 from fedlora.core.words import number, size, training_rounds
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.lab.surroundings import commit
+from fedlora.privacy.claims import claim_lines, claim_of
 from fedlora.rounds.best import best_round, losses
 from fedlora.rounds.store import RunStore
 
@@ -214,6 +215,7 @@ def _facts(run: Deployed) -> list[tuple[str, str]]:
         ("base digest", plan.model.digest),
         ("aggregation", plan.aggregate.name),
         ("protection", plan.protect.mode),
+        ("privacy", "; ".join(line.strip() for line in claim_lines(claim_of(plan)))),
         ("sites that a round needs", str(plan.federation.min_sites)),
         ("FedLoRA", version("fedlora")),
     ]

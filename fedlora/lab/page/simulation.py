@@ -26,6 +26,7 @@ from fedlora.lab.claims import NO_SETTING, Setting
 from fedlora.lab.page.document import Section, made_with
 from fedlora.lab.page.figures import PALETTE, Bar, Figure, Table, bars, counted
 from fedlora.lab.page.rounds import one_run
+from fedlora.privacy.claims import NO_PRIVACY, claim_lines, claim_of
 
 _BLUE, _, _GREEN, _PINK, _ORANGE = PALETTE[:5]
 _BARS = {"alone": _ORANGE, "federated": _BLUE, "pooled-steps": _GREEN, "pooled-tokens": _PINK}
@@ -60,10 +61,18 @@ def contents(
         "tiles": _tiles(runs, summaries, over),
         "sections": sections if several else [*sections, *each[0]],
         "seeds": parts if several else [],
-        "facts": {"Data": facts, "Environment": list(run.environment.items())},
+        "facts": {"Data": facts, "Privacy": _privacy(setting), "Environment": list(run.environment.items())},
         "command": f"fedlora simulate plan.toml --seeds {','.join(str(r.seed) for r in runs)} --out again",
         "plan": run.plan,
     }
+
+
+def _privacy(setting: Setting) -> list[tuple[str, str]]:
+    """What the plan claims for the arm `federated`; the others have no noise."""
+    if setting.plan is None:
+        return []
+    said = "; ".join(line.strip() for line in claim_lines(claim_of(setting.plan)))
+    return [("federated", said)] if setting.plan.privacy is None else [("federated", said), ("other arms", NO_PRIVACY)]
 
 
 def _shown(sections: Sequence[Section]) -> list[Section]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +39,45 @@ def base_digest(directory: Path, model: Model) -> str:
     Raises:
         ModelError: a file is missing or malformed, the weights are pickled, or already quantized.
     """
-    config = read_config(directory)
-    h = hashlib.sha256(b"fedlora base 1\0")
-    h.update(canonical({"arithmetic": arithmetic(model), "config": _without(config, _COSMETIC_CONFIG)}) + b"\0")
-    h.update(canonical(_tokenizer(directory)) + b"\0")
-    for name, entry in scan(weight_files(directory)).items():
-        h.update(canonical([name, entry.dtype, list(entry.shape)]) + b"\0")
-        for chunk in chunks(entry):
-            h.update(chunk)
-    return h.hexdigest()
+    return _digests(directory, [arithmetic(model)])[0]
+
+
+def has_digest(directory: Path, digest: str) -> bool:
+    """Whether a base has this digest, however its weights are to be held: under any types and any quantization of a plan.
+
+    All in one pass over the files, a thread a core. It takes as long as about 40 of :func:`base_digest`, on one core.
+
+    Raises:
+        ModelError: see :func:`base_digest`.
+    """
+    types = ("bfloat16", "float16", "float32")
+    held: list[dict[str, Any]] = [{"dtype": t} for t in types] + [{"dtype": t, "load_in_8bit": True} for t in types]
+    for dtype, kind, double, compute in itertools.product(types, ("nf4", "fp4"), (True, False), types):
+        four = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": compute}
+        held.append(arithmetic(Model.model_validate({"dtype": dtype, **four})))
+    return digest in _digests(directory, held)
+
+
+def _digests(directory: Path, held: Sequence[dict[str, Any]]) -> list[str]:
+    """The digest under each of several ways to hold the weights; see :func:`arithmetic`."""
+    config = _without(read_config(directory), _COSMETIC_CONFIG)
+    hashes = [hashlib.sha256(b"fedlora base 1\0") for _ in held]
+    for h, one in zip(hashes, held, strict=True):
+        h.update(canonical({"arithmetic": one, "config": config}) + b"\0")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def update(data: bytes) -> None:
+            if len(hashes) == 1:
+                hashes[0].update(data)
+            else:
+                deque(pool.map(lambda h: h.update(data), hashes), maxlen=0)
+
+        update(canonical(_tokenizer(directory)) + b"\0")
+        for name, entry in scan(weight_files(directory)).items():
+            update(canonical([name, entry.dtype, list(entry.shape)]) + b"\0")
+            for chunk in chunks(entry):
+                update(chunk)
+    return [h.hexdigest() for h in hashes]
 
 
 def arithmetic(model: Model) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedlora.core.adapter import F32, Adapter
+from fedlora.core.claims import PrivacyClaim
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Lora
 from fedlora.formats.files import refuse_existing
@@ -19,6 +20,7 @@ from fedlora.formats.published.records import Published, RunFacts
 from fedlora.formats.records import dump_text
 from fedlora.learn.bases.libraries import peft
 from fedlora.learn.bases.shards import file_digest, new_directory
+from fedlora.privacy.claims import claim_lines
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name."""
@@ -72,7 +74,9 @@ def export_adapter(
         (made / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(rounded, made / "adapter_model.safetensors", metadata={"format": "pt"})
         (made / "adapter_model.safetensors").chmod(0o644)
-        (made / "README.md").write_text(_card(config, dtype=dtype, quantization=quantization), encoding="utf-8")
+        (made / "README.md").write_text(
+            _card(config, dtype=dtype, quantization=quantization, privacy=run.privacy), encoding="utf-8"
+        )
         complete(made, run, adapter, dtype=dtype, seal=seal)
     return out
 
@@ -152,7 +156,7 @@ def _targets(modules: Sequence[str], lora: Lora) -> Sequence[str]:
     return sorted(modules if wrapped or any(name.isdigit() for name in last) else last)
 
 
-def _card(config: Mapping[str, Any], *, dtype: str, quantization: str) -> str:
+def _card(config: Mapping[str, Any], *, dtype: str, quantization: str, privacy: PrivacyClaim | None) -> str:
     header = {
         "library_name": "peft",
         "base_model": config["base_model_name_or_path"],
@@ -168,7 +172,8 @@ def _card(config: Mapping[str, Any], *, dtype: str, quantization: str) -> str:
         f"whose data stayed where it was. Rank {config['r']}, every scale folded into B, values in {dtype}, on "
         f"{layers}. How it was trained stands in `fedlora_run.json`."
     ) + _held(quantization)
-    return f"---\n{yaml}\n---\n\n# Federated LoRA adapter\n\n{facts}\n"
+    said = "\n".join(line.strip() for line in claim_lines(privacy))
+    return f"---\n{yaml}\n---\n\n# Federated LoRA adapter\n\n{facts}\n\n## Privacy\n\n{said[0].upper()}{said[1:]}.\n"
 
 
 def _held(quantization: str) -> str:

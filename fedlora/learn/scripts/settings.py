@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Final
 
@@ -13,24 +14,38 @@ _OPTIMIZERS: Final = {
     "paged_adamw_32bit": "paged_adamw_32bit",
 }
 _ROUNDS: Final = 10
+_TAKEN: Final = frozenset([
+    "learning_rate", "warmup_steps", "warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay",
+    "max_grad_norm", "gradient_checkpointing", "max_length", "max_seq_length", "packing", "seed", "max_steps",
+    "num_train_epochs", "bf16", "fp16", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+])  # fmt: skip
+"""Arguments that the plan has, or that :func:`not_taken` says itself."""
+_HARMLESS: Final = (
+    # where and how it is written down, and evaluated meanwhile
+    "output_dir", "overwrite_output_dir", "log_", "logging_", "report_to", "run_name", "project", "trackio_", "disable_tqdm",
+    "hub_", "push_to_hub", "save_", "eval_", "do_", "per_device_eval_", "prediction_loss_only", "include_", "batch_eval_metrics",
+    "metric_for_best_model", "greater_is_better", "bf16_full_eval", "fp16_full_eval", "debug", "skip_memory_metrics",
+    "resume_from_checkpoint", "ignore_data_skip", "restore_callback_", "enable_jit_checkpoint",
+    # how rows reach it: a federation reads files
+    "dataset_num_proc", "dataset_text_field", "remove_unused_columns", "label_names", "length_column_name", "data_seed",
+    "shuffle_dataset", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order", "pad_", "padding_free",
+    # the machine: the same sums, faster or in less memory
+    "use_cpu", "no_cuda", "tf32", "activation_", "gradient_checkpointing_kwargs", "torch_compile", "use_liger_kernel",
+    "liger_kernel_config", "use_cache", "torch_empty_cache_steps", "auto_find_batch_size", "full_determinism", "ddp_", "fsdp",
+    "deepspeed", "local_rank", "accelerator_config", "parallelism_config", "average_tokens_across_devices", "model_init_kwargs",
+    # of PEFT: what it finds itself, or asks for only beside another setting
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "fan_in_fan_out", "layers_pattern", "megatron_", "qalora_group_size", "runtime_config",
+)  # fmt: skip
+"""What arguments begin with that change nothing of what is trained."""
 _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
-    "adam_beta1": (0.9,),
-    "adam_beta2": (0.999,),
-    "adam_epsilon": (1e-8,),
-    "label_smoothing_factor": (0.0,),
-    "neftune_noise_alpha": (None,),
     "lr_scheduler_type": tuple(_SCHEDULES),
     "optim": tuple(_OPTIMIZERS),
+    "completion_only_loss": (None, True),
+    "assistant_only_loss": (False, True),
 }
-_PLAIN_LORA: Final[dict[str, tuple[Any, ...]]] = {
-    "use_dora": (False, None),
-    "bias": ("none",),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None,),
-}
-"""Arguments that a plan has no key for -> the values that need none."""
+"""Further arguments -> the values, besides a library's default, with which a plan trains the same."""
 
 
 def settings_of(trainer: Any, *, sites: int, max_length: int) -> dict[str, dict[str, Any]]:
@@ -80,7 +95,9 @@ def steps_of(trainer: Any) -> int:
 def not_taken(trainer: Any) -> list[str]:
     """Settings of a Trainer that a plan has no key for, in sentences."""
     config = _peft(trainer.model)
-    found = _others(trainer.args, _PLAIN) + (_others(config, _PLAIN_LORA) if config is not None else [])
+    found = _others(trainer.args) + _mixed(trainer) + (_others(config) if config is not None else [])
+    if config is not None and config.lora_alpha != int(config.lora_alpha):
+        found.append(f"lora_alpha = {config.lora_alpha} (the plan has {int(config.lora_alpha)})")
     said = [f"not in the plan, which has no key for it: {', '.join(found)}"] if found else []
     if config is None:
         said.append("the Trainer trains without LoRA: the plan has [lora] at its defaults")
@@ -89,14 +106,35 @@ def not_taken(trainer: Any) -> list[str]:
     return said
 
 
-def _others(settings: Any, plain: dict[str, tuple[Any, ...]]) -> list[str]:
-    values = {name: _word(getattr(settings, name, plain[name][0])) for name in plain}
-    return [f"{name} = {value}" for name, value in values.items() if value not in plain[name]]
+def _others(settings: Any) -> list[str]:
+    """All fields that are not at their library's default, but for those that the plan has and those that change nothing."""
+    found = []
+    for field in dataclasses.fields(settings):
+        if field.name in _TAKEN or field.name.startswith(("_", *_HARMLESS)):
+            continue
+        value, plain = _word(getattr(settings, field.name)), _default(field)
+        if value != plain and value not in _PLAIN.get(field.name, ()):
+            found.append(f"{field.name} = {str(value)[:80]}")
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return _word(field.default_factory())
+    return None if field.default is dataclasses.MISSING else _word(field.default)
+
+
+def _mixed(trainer: Any) -> list[str]:
+    """Mixed precision, where the plan's base does not compute in that type anyway."""
+    held = _model(trainer.model)
+    types = {held["dtype"], held.get("bnb_4bit_compute_dtype")}
+    asked = {"bf16": "bfloat16", "fp16": "float16"}
+    return [f"{name} = True" for name, kind in asked.items() if getattr(trainer.args, name, False) and kind not in types]
 
 
 def _word(value: Any) -> Any:
-    """An enumeration's value; else what it is."""
-    return getattr(value, "value", value)
+    """An enumeration's value; None for what is empty; else what it is."""
+    return None if value in ({}, [], (), set()) else getattr(value, "value", value)
 
 
 def _peft(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from fedlora.data.report import listed
 from fedlora.learn.rows import read_rows, to_tokens
 
 _FEWEST = 10  # rows to train on
+_FOR = {"train": "for training", "validation": "for validation", "test": "for the test"}
 GENERAL = "general.jsonl"
 """In the directory of the rows: a hold-out that has nothing to do with the task. What does training make the model forget?"""
 
@@ -130,6 +132,11 @@ def _read_simulation(plan: Plan, root: Path, toys: Path, report: Report) -> Simu
             hint="a directory or GGUF file of the base model, relative to the plan file; `toy` needs none",
         )
     if simulation.data.path == "toy":
+        if simulation.split.startswith("by:"):
+            raise ConfigError(
+                f"simulation.split = {simulation.split!r}: generated rows have no such column",
+                hint="name your own rows in simulation.data.path; generated ones are dealt by split = 'iid' or 'dirichlet'",
+            )
         from fedlora.learn.toy import toy_data
 
         path = str(toy_data(toys, simulation.sites).resolve())
@@ -231,10 +238,11 @@ def _three(of: Mapping[str, Path], simulation: Simulation, report: Report) -> di
     name = next(iter(of.values())).name
     if "" in read:
         return _held_out(name, read[""], simulation)
+    given = [part for part in SPLITS if part in read]
+    for one, other in itertools.combinations(given, 2):  # before any split: it would move groups out of sight
+        check_apart(read[one], read[other], sides=(_FOR[one], _FOR[other]))
     for part in SPLITS[1:]:
-        if part in read:
-            check_apart(read["train"], read[part])
-        else:
+        if part not in read:
             _check_fraction(name, data)
             read["train"], read[part] = split(read["train"], fraction=data.held_out_fraction, seed=seed)
     return {part: _some(name, read[part]) for part in SPLITS}

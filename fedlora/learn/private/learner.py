@@ -1,0 +1,129 @@
+"""A site's learner under a plan with [privacy]: nothing is trained but with the secret of a charge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from fedlora.core.adapter import Adapter, Factors
+from fedlora.core.errors import ResourceError
+from fedlora.core.plan import Plan
+from fedlora.core.tables.privacy import Privacy
+from fedlora.data import Batch, Cursor, Tokens, in_order
+from fedlora.learn.bases.memory import is_out_of_memory
+from fedlora.learn.learner import HFLearner, dump_state
+from fedlora.learn.loop import PlanBatches, rate_of
+from fedlora.learn.lora import LoraModel
+from fedlora.learn.optimizer import dump_moments
+from fedlora.learn.options import Checkpointing
+from fedlora.learn.private.clipped import ClippedGradients
+from fedlora.learn.private.grouping import units_of
+from fedlora.learn.private.steps import private_steps
+from fedlora.privacy.claims import private_of
+from fedlora.privacy.terms import SLACK, PrivacyTerms
+from fedlora.site.work import Trained
+
+
+class PrivateLearner(HFLearner):
+    """Trains on one site's units by DP-SGD; implements :class:`fedlora.site.work.PrivateLearner`.
+
+    Args:
+        train: this site's examples, of which each unit's first ``max_rows_per_unit`` are used.
+        plan: with [privacy].
+        checkpointing: what is recomputed in the backward pass.
+
+    Raises:
+        DataError: no unit to train on.
+        ConfigError, ModelError, ResourceError: see :class:`fedlora.learn.learner.HFLearner` and
+            :class:`fedlora.learn.private.clipped.ClippedGradients`.
+    """
+
+    def __init__(
+        self,
+        model: LoraModel,
+        train: Sequence[Tokens],
+        held_out: Sequence[Tokens],
+        plan: Plan,
+        *,
+        site: str,
+        checkpointing: Checkpointing = "none",
+    ) -> None:
+        private = private_of(plan)
+        self.units = units_of(train, private.unit, most=private.max_rows_per_unit)
+        used = [example for unit in self.units for example in unit]
+        super().__init__(model, used, held_out, plan, site=site, micro_batches=PlanBatches(model, checkpointing))
+        self._clipped = ClippedGradients(
+            model,
+            clip_norm=private.clip_norm / SLACK,
+            tokens=micro_batch_tokens(plan, private),
+            max_length=plan.training.max_length,
+            checkpointing=checkpointing,
+        )
+
+    def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
+        """Refuses: without a charge nothing is trained.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a plan with [privacy] is trained by train_private")
+
+    def train_private(self, adapter: Adapter, *, round: int, state: bytes, secret: bytes, factors: Factors = "AB") -> Trained:
+        """Trains from ``adapter`` for one round; the result holds no count and no loss.
+
+        The same adapter, round, state and secret give the same bits on a CPU with the same number of threads.
+
+        Args:
+            secret: 32 bytes, of the charge for this round.
+
+        Raises:
+            StoreError: ``state`` is damaged or another plan's.
+            ResourceError: out of memory whatever is done about it.
+        """
+        plan, steps, began = self._plan, self.steps, time.perf_counter()
+        if not 1 <= round <= plan.federation.num_rounds:
+            raise ValueError(f"round {round} of {plan.federation.num_rounds}")
+        self._model.set(adapter)
+        self._model.set_trained(factors)
+        optimizer = self._restored(state, factors)
+        try:
+            private_steps(
+                self._model,
+                self._clipped,
+                self.units,
+                PrivacyTerms.of(private_of(plan)),
+                secret=secret,
+                steps=steps,
+                optimizer=optimizer,
+                rate=lambda step: rate_of(plan, round=round, step=step, steps=steps),
+                factors=factors,
+                proximal_mu=plan.training.proximal_mu,
+            )
+        except (RuntimeError, MemoryError) as e:
+            if is_out_of_memory(e):
+                raise ResourceError("out of memory", hint="a smaller max_length or max_rows_per_unit in the plan") from None
+            raise
+        keeps = plan.training.optimizer_state == "keep"
+        after = dump_state(round, dump_moments(optimizer) if keeps else b"")
+        self._given = after if keeps else b""
+        spent = time.perf_counter() - began
+        return Trained(self._model.get(), tokens=0, examples=0, counters={}, steps=steps, seconds=spent, state=after)
+
+    def group(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
+        """As much as a step draws on average, for a forecast of time and memory: no draw, always the same units."""
+        private, training = private_of(self._plan), self._plan.training
+        some = self.units[: max(1, round(private.sampling_rate * len(self.units)))]
+        documents = [example for unit in some for example in unit]
+        batches = in_order(
+            documents,
+            rows=max(1, micro_batch_tokens(self._plan, private) // training.max_length),
+            max_length=training.max_length,
+            packing=training.packing and self._model.packs,
+            pad_token_id=self._model.pad_token_id,
+        )
+        return list(batches), cursor
+
+
+def micro_batch_tokens(plan: Plan, private: Privacy) -> int:
+    """Tokens that are computed at once: by the plan alone, so that every machine rounds alike, and enough for any unit."""
+    return plan.training.max_length * max(plan.training.per_device_train_batch_size, private.max_rows_per_unit)
