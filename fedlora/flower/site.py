@@ -21,10 +21,10 @@ from fedlora.core.sites.facts import Paused
 from fedlora.doctor import files
 from fedlora.doctor.examine import at_home, settle
 from fedlora.doctor.findings import Found
+from fedlora.doctor.port import await_port
 from fedlora.flower import launch
 from fedlora.flower.environment import join_flower
 from fedlora.flower.owed import Owed
-from fedlora.flower.port import await_port
 from fedlora.flower.runner import Handle, Runner
 from fedlora.flower.status import StatusTracker
 from fedlora.flower.supernode import GOING, say_goodbye

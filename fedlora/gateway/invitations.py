@@ -273,11 +273,7 @@ class Invitations:
         return found[0], found[1]
 
     def _enrolled_keys(self) -> dict[str, _Keys]:
-        """Of each enrolled site; a file is read again when it has changed.
-
-        Raises:
-            KeyFileError: one is damaged; the error names it.
-        """
+        """Of each enrolled site; a file is read again when it has changed. A damaged one raises KeyFileError, by its name."""
         files = {p: ((s := p.stat()).st_mtime_ns, s.st_size) for p in sorted((self.home / "sites").glob("*.pub"))}
         self._read = {p: self._read[p] if p in self._read and self._read[p][0] == at else (at, _keys_in(p))
                       for p, at in files.items()}  # fmt: skip
