@@ -56,9 +56,12 @@ class Owed:
     def owes(self, *, working: bool) -> bool:
         """Whether something is owed. A reply that is not sent a quarter of an hour after its work has ended is given up: the
         server is away, and the journal has it.
+
+        Who works has a message: the SuperNode says that it has arrived only once the server has confirmed that, which may take
+        longer than the work.
         """
         now = self._clock()
         if working:
-            self._limit = now + _DELIVERY_S
+            self._there, self._limit = True, now + _DELIVERY_S
             return True
         return self.more() or (now < self._limit if self._there else now < self._answered + _PULLED_S)

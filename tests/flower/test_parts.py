@@ -493,3 +493,7 @@ def test_a_site_owes_from_the_arrival_of_a_message_until_its_reply_is_safe_and_n
     assert not owes(0)
     until[0] = now[0] + 50
     assert (owes(49), owes(2)) == (True, False)  # a session of secure aggregation is open
+    assert owes(1, working=True)
+    assert owes(100)  # its arrival has not been said yet: the server is slow to confirm it
+    owed.read_line("fedlora: answered")
+    assert not owes(11)
