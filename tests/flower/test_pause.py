@@ -38,6 +38,7 @@ def test_a_pause_waits_until_the_answer_of_the_task_has_reached_the_server(feder
     try:
         assert main(["site", "pause", file]) == 0
         federation.plan("held").with_suffix(".go").touch()
+        until(lambda: load_state(root / "state")["standing"] == "uploading")
         time.sleep(2.5)  # a pause is looked for once a second
         assert load_state(root / "state")["standing"] == "uploading"
         assert not [f for e, f in site.events[since:] if e == "paused"]
