@@ -95,7 +95,8 @@ def _sealed_parts() -> dict[str, Any]:
     from fedlora.core.messages import Task
     from fedlora.formats.envelope import open_envelope, verify
     from fedlora.formats.keys import Identity
-    from fedlora.lab.testing import DictMemory, server_link
+    from fedlora.formats.state.memory import DictMemory
+    from fedlora.lab.testing import server_link
     from fedlora.protect.link import Context
 
     a, b = Identity.generate("server"), Identity.generate("b")

@@ -41,7 +41,8 @@ from fedlora.formats import update as wire
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, PublicIdentity
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.lab.testing import TOY_BASE, DictMemory, toy_adapter, toy_plan
+from fedlora.formats.state.memory import DictMemory
+from fedlora.lab.testing import TOY_BASE, toy_adapter, toy_plan
 from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.giving import reveal
 from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Advert, Cohort, SessionRequirements, sign

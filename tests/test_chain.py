@@ -17,8 +17,7 @@ from fedlora.flower.enrol import make_server_home
 from fedlora.formats.keys import load_identity
 from fedlora.formats.state import audit
 from fedlora.formats.state.chain import Chain
-from fedlora.formats.state.memory import FileMemory
-from fedlora.lab.testing import DictMemory
+from fedlora.formats.state.memory import DictMemory, FileMemory
 
 LINES = 6
 

@@ -23,9 +23,9 @@ from fedlora.doctor.dry_run import Stage, canaries, played
 from fedlora.flower.enrol import make_roster
 from fedlora.formats.envelope import parse
 from fedlora.formats.keys import Identity
-from fedlora.formats.state.memory import FileMemory
+from fedlora.formats.state.memory import DictMemory, FileMemory
 from fedlora.formats.state.outbox import NAME, Outbox, read_outbox
-from fedlora.lab.testing import DictMemory, ToyLearner, open_policy, server_link, toy_layout, toy_plan
+from fedlora.lab.testing import ToyLearner, open_policy, server_link, toy_layout, toy_plan
 from fedlora.protect.sealed import SealedServer
 from fedlora.rounds.loop import run
 from fedlora.rounds.server import ServerRun, start_run

@@ -16,9 +16,8 @@ from fedlora.core.toml import dump_toml
 from fedlora.formats.files import Damaged
 from fedlora.formats.state import chain
 from fedlora.formats.state.lock import hold
-from fedlora.formats.state.memory import FileMemory
+from fedlora.formats.state.memory import DictMemory, FileMemory
 from fedlora.formats.state.outbox import NAME, Outbox, read_codes, read_outbox
-from fedlora.lab.testing import DictMemory
 from fedlora.site.progress import Progress, load_state
 from fedlora.site.site_file import SiteFile
 

@@ -24,8 +24,8 @@ from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import dump_facts, save_adapter
 from fedlora.formats.keys import Identity, load_identity
 from fedlora.formats.state.journal import Entry, Journal
-from fedlora.formats.state.memory import FileMemory
-from fedlora.lab.testing import TOY_BASE, DictMemory, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
+from fedlora.formats.state.memory import DictMemory, FileMemory
+from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, server_link, site_link, toy_adapter, toy_plan
 from fedlora.protect.sealed import SealedServer, SealedSite
 from fedlora.rounds.loop import run
 from fedlora.rounds.server import start_run

@@ -23,8 +23,8 @@ from fedlora.core.errors import FedLoRAError
 from fedlora.core.messages import Reply, Request
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import open_envelope, parse, verify
-from fedlora.formats.state.memory import put_record
-from fedlora.lab.testing import DictMemory, server_link, site_link
+from fedlora.formats.state.memory import DictMemory, put_record
+from fedlora.lab.testing import server_link, site_link
 from fedlora.protect.sealed import SealedServer, SealedSite
 
 ROOT = Path(__file__).parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,25 +77,6 @@ class ToyLearner:
         loss = float(np.abs(adapter.vector[0] - self.target))
         counters = {"train/nats": to_nats(loss * self.tokens), "train/tokens": self.tokens}
         return Trained(local, self.tokens, 1, counters, steps=1, seconds=0.0, state=after)
-
-
-@dataclass(slots=True)
-class DictMemory:
-    """:class:`fedlora.formats.state.memory.Memory` that does not outlive the process."""
-
-    values: dict[str, bytes] = field(default_factory=dict)
-
-    def get(self, key: str) -> bytes | None:
-        return self.values.get(key)
-
-    def put(self, key: str, *parts: bytes | memoryview) -> None:
-        self.values[key] = b"".join(parts)
-
-    def keys(self) -> Collection[str]:
-        return list(self.values)
-
-    def where(self, key: str) -> str:
-        return key
 
 
 def server_link(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,8 @@ from fedlora.formats.files import flush_directory, named_disk_errors, read_file,
 from fedlora.formats.keys import Identity
 from fedlora.formats.state.budget import Begun, Charged, Event, Line, Lost, Reserved, facts_of, parse_line
 from fedlora.formats.state.chain import NONE, Chain
-from fedlora.formats.state.memory import get_record, put_record
+from fedlora.formats.state.memory import DictMemory, get_record, put_record
 from fedlora.privacy.account import merged
-
-
-@dataclass(slots=True)
-class _Scratch:
-    """A memory that does not outlive the call."""
-
-    values: dict[str, bytes] = field(default_factory=dict)
-
-    def get(self, key: str) -> bytes | None:
-        return self.values.get(key)
-
-    def put(self, key: str, *parts: bytes | memoryview) -> None:
-        self.values[key] = b"".join(parts)
-
-    def keys(self) -> Collection[str]:
-        return list(self.values)
-
-    def where(self, key: str) -> str:
-        return key
 
 
 def as_lost(chain: Chain, identity: Identity, also: Sequence[Event]) -> tuple[Begun | None, tuple[Event, ...]]:
@@ -81,7 +61,7 @@ def _costliest(known: Sequence[Event], single: Sequence[Event], missing: int) ->
 
 def _whole_lines(chain: Chain, identity: Identity) -> tuple[list[Line], int]:
     """The lines that this site has signed, each once, and the number of those that are not there."""
-    found, _ = Chain(chain.file, _Scratch(), chain.kind, chain.owner).read(identity.public)
+    found, _ = Chain(chain.file, DictMemory(), chain.kind, chain.owner).read(identity.public)
     lines: dict[int, Line] = {}
     for facts in found:
         number = facts.pop("number")
@@ -101,7 +81,7 @@ def replace_chain(chain: Chain, identity: Identity, lines: Sequence[Line]) -> No
 
     Killed anywhere, the ledger is still refused, or is the new one; the call may be repeated.
     """
-    new, memory = unfinished(chain.file), _Scratch()
+    new, memory = unfinished(chain.file), DictMemory()
     new.unlink(missing_ok=True)
     fresh = Chain(new, memory, chain.kind, chain.owner)
     for line in lines:

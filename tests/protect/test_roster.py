@@ -19,8 +19,8 @@ from fedlora.formats.epochs import first_epoch, next_epoch
 from fedlora.formats.keys import Identity
 from fedlora.formats.roster import Member, Roster, federation
 from fedlora.formats.signed_roster import SignedRoster, load_roster
+from fedlora.formats.state.memory import DictMemory
 from fedlora.formats.trust import RosterKeeper, accept
-from fedlora.lab.testing import DictMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 VECTORS = sorted((ROOT / "vectors" / "roster").glob("*.txt"))

@@ -16,7 +16,8 @@ from fedlora.core.plan import Aggregate, Protect
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, match, open_envelope, parse, seal, verify
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
-from fedlora.lab.testing import TOY_BASE, DictMemory, server_link, site_link, toy_adapter, toy_layout, toy_plan
+from fedlora.formats.state.memory import DictMemory
+from fedlora.lab.testing import TOY_BASE, server_link, site_link, toy_adapter, toy_layout, toy_plan
 from fedlora.protect.link import Context
 from fedlora.protect.sealed import SealedServer, SealedSite
 

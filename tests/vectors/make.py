@@ -30,7 +30,8 @@ from fedlora.core.messages import EVALUATION, Task
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Envelope, parse, seal
 from fedlora.formats.keys import Identity
-from fedlora.lab.testing import DictMemory, server_link
+from fedlora.formats.state.memory import DictMemory
+from fedlora.lab.testing import server_link
 from fedlora.protect.sealed import SealedServer
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -198,3 +198,22 @@ def _listed(directory: Path) -> list[Path]:
         return sorted(directory.iterdir())
     except OSError:
         return []
+
+
+@dataclass(slots=True)
+class DictMemory:
+    """A :class:`Memory` that does not outlive the process."""
+
+    values: dict[str, bytes] = field(default_factory=dict)
+
+    def get(self, key: str) -> bytes | None:
+        return self.values.get(key)
+
+    def put(self, key: str, *parts: bytes | memoryview) -> None:
+        self.values[key] = b"".join(parts)
+
+    def keys(self) -> Collection[str]:
+        return list(self.values)
+
+    def where(self, key: str) -> str:
+        return key

@@ -30,8 +30,8 @@ from fedlora.formats import update as wire
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.formats.state.memory import FileMemory
-from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
+from fedlora.formats.state.memory import DictMemory, FileMemory
+from fedlora.lab.testing import TOY_BASE, toy_layout
 from fedlora.protect.link import Context, ServerLink, pinned
 from fedlora.protect.sealed import PHASES
 from fedlora.protect.secagg.protocol.cohort import Advert, Cohort, SessionRequirements

@@ -20,7 +20,7 @@ from fedlora.formats.envelope import HPKE
 from fedlora.formats.epochs import next_epoch
 from fedlora.formats.keys import Identity
 from fedlora.formats.signed_roster import SignedRoster
-from fedlora.lab.testing import DictMemory
+from fedlora.formats.state.memory import DictMemory
 from fedlora.protect.link import Context, pinned
 from fedlora.protect.modes import SiteModes
 from fedlora.protect.sealed import SealedServer, SealedSite

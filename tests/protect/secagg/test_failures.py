@@ -14,8 +14,7 @@ import fedlora.protect.secagg.site as site_module
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import PlanRefused, ResourceError, SessionError
 from fedlora.formats.state.journal import SITS_OUT
-from fedlora.formats.state.memory import FileMemory
-from fedlora.lab.testing import DictMemory
+from fedlora.formats.state.memory import DictMemory, FileMemory
 from fedlora.protect.secagg.protocol.dealing import Secrets
 from fedlora.protect.secagg.site import SecAggSite
 

@@ -27,7 +27,8 @@ from fedlora.core.plan import Protect
 from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.formats.envelope import Header, open_envelope, parse, seal, verify
-from fedlora.lab.testing import TOY_BASE, DictMemory, toy_layout
+from fedlora.formats.state.memory import DictMemory
+from fedlora.lab.testing import TOY_BASE, toy_layout
 from fedlora.protect.link import Context
 from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Advert
 from fedlora.protect.secagg.protocol.numbers import Numbers

@@ -19,8 +19,7 @@ from fedlora.core.canonical import canonical
 from fedlora.core.errors import CohortTooSmall, FedLoRAError, LoneChange, PlanRefused, StoreError
 from fedlora.core.plan import Plan, Protect, parse_plan
 from fedlora.formats.epochs import first_epoch, next_epoch
-from fedlora.formats.state.memory import FileMemory
-from fedlora.lab.testing import DictMemory
+from fedlora.formats.state.memory import DictMemory, FileMemory
 from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.link import SiteLink, pinned
 from fedlora.protect.sealed import SealedServer, SealedSite

@@ -16,7 +16,7 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.errors import CohortTooSmall
 from fedlora.core.metrics import finish
 from fedlora.core.reader import Reader
-from fedlora.lab.testing import DictMemory
+from fedlora.formats.state.memory import DictMemory
 from fedlora.protect.secagg.giving import check_deliveries, masks_of, reveal
 from fedlora.protect.secagg.protocol.cohort import Cohort, SessionRequirements, leads
 from fedlora.protect.secagg.protocol.dealing import Secrets, advertise, deal, receive

@@ -18,8 +18,9 @@ from fedlora.formats.derive import derive
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity
 from fedlora.formats.signed_roster import SignedRoster
+from fedlora.formats.state.memory import DictMemory
 from fedlora.formats.trust import RosterKeeper
-from fedlora.lab.testing import DictMemory, toy_layout, toy_plan
+from fedlora.lab.testing import toy_layout, toy_plan
 from fedlora.protect.link import ServerLink, SiteLink
 from fedlora.protect.secagg import SecAggServer, SecAggSite
 from fedlora.protect.secagg.protocol.rings import encode, sum_to_mean
