@@ -146,6 +146,8 @@ class PlanBudget(TypedDict):
     """by what may have been released, or is set aside for other runs"""
     after: float | None
     """with this plan, if it runs to its end"""
+    own_noise: float | None
+    """the same, if no noise is counted but this site's"""
     fits: bool
 
 

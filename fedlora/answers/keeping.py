@@ -111,6 +111,8 @@ class BudgetShown(TypedDict):
     """by what may have been released"""
     committed: float | None
     """by that and all that is set aside"""
+    own_noise: float | None
+    """the same, if no noise is counted but this site's"""
     left: float
     """of the budget, once all that is set aside is spent"""
     reserved: Mapping[str, float | None]

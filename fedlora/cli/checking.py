@@ -102,7 +102,11 @@ def _private(plan: Plan, site: Path | None, facts: Checked) -> list[str]:
     cost, said = cost_at(site, plan)
     if cost is not None:
         facts["budget"] = PlanBudget(
-            budget_epsilon=cost.budget, spent=finite(cost.spent), after=finite(cost.after), fits=cost.fits
+            budget_epsilon=cost.budget,
+            spent=finite(cost.spent),
+            after=finite(cost.after),
+            own_noise=finite(cost.own_noise),
+            fits=cost.fits,
         )
     return [*claim_lines(claim), said]
 

@@ -31,6 +31,12 @@ class PrivacyClaim(Record):
     """T: noisy steps of one site in the whole run"""
     units_per_site: Count
     """public number by which sums were divided, times q"""
+    sum_of: Annotated[int, Field(ge=1)]
+    """t: fewest sites of a sum that is opened; 1: each site adds all of the noise"""
+    colluding: Count
+    """c: sites of it whose noise is not counted on"""
+    own_epsilon: Annotated[float, Field(gt=0)] | None
+    """with no noise but that of the unit's own site; null: not known yet, or no bound"""
     accountant: str
     """by what epsilon was counted, and its version"""
     claimed: bool

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.errors import ConfigError, FedLoRAError
 from fedlora.core.events import Event
@@ -56,6 +59,12 @@ class StandIn:
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         counters = {"train/nats": 0, "train/tokens": 1}
         return Trained(adapter, 1, 1, counters, steps=self.steps, seconds=0.0, state=b"")
+
+    def train_private(self, adapter: Adapter, *, round: int, state: bytes, secret: bytes, factors: Factors = "AB") -> Trained:
+        return Trained(adapter, 0, 0, {}, steps=self.steps, seconds=0.0, state=b"")
+
+    def noisy_sum(self, adapter: Adapter, *, round: int, secret: bytes, factors: Factors = "AB") -> NDArray[np.int32]:
+        return np.zeros(self.layout.only(factors).size, np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

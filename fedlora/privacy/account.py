@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -72,15 +72,19 @@ def _epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float
     if min(z for z, _, _ in kinds) < _LEAST_MULTIPLIER or all(rate == 1 for _, rate, _ in kinds):
         return bound
     try:
-        from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent
-        from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
-        from dp_accounting.privacy_accountant import NeighboringRelation
+        losses = [_losses(z, rate).self_compose(count) for z, rate, count in kinds]
     except ImportError:
         return bound
-    composed: Any = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=_GRID)
-    for z, rate, count in kinds:
-        composed.compose(GaussianDpEvent(z) if rate == 1 else PoissonSampledDpEvent(rate, GaussianDpEvent(z)), count)
-    return min(float(composed.get_epsilon(delta)), bound)
+    composed = reduce(lambda one, other: one.compose(other), losses)
+    return min(float(composed.get_epsilon_for_delta(delta)), bound)
+
+
+@lru_cache(maxsize=64)
+def _losses(z: float, rate: float) -> Any:
+    """The privacy losses of one release: most of the time of an answer, and the same for any number of releases."""
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(z, sampling_prob=rate, value_discretization_interval=_GRID)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
+from fedlora.core.adapter import MAX_PARAMETERS
 from fedlora.core.claims import PrivacyClaim
 from fedlora.core.errors import ConfigError
-from fedlora.core.plan import Plan
-from fedlora.core.tables.privacy import MOST_EPSILON, Privacy
+from fedlora.core.limits import MAX_SITES
+from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.tables.privacy import MOST_EPSILON, MOST_SHARED_EPSILON, Privacy, sends_gradients
 from fedlora.formats.state.budget import Event
 from fedlora.privacy.account import accountant, calibrate, epsilon
 from fedlora.privacy.coding import failure
@@ -39,10 +42,9 @@ def round_event(plan: Plan) -> Event:
     Raises:
         ConfigError: the plan's noise is not known yet.
     """
-    private = private_of(plan)
-    if not private.noise_multiplier:
+    if not private_of(plan).noise_multiplier:
         raise ConfigError("privacy.noise_multiplier is 0", hint="`fedlora pin` finds it and writes it into the pinned plan")
-    return _event(private, plan.federation.local_steps)
+    return _event(PrivacyTerms.of(plan), plan.federation.local_steps)
 
 
 def run_event(plan: Plan) -> Event:
@@ -51,13 +53,25 @@ def run_event(plan: Plan) -> Event:
     return one.model_copy(update={"count": one.count * plan.federation.num_rounds})
 
 
-def _event(private: Privacy, releases: int) -> Event:
-    return PrivacyTerms.of(private).event(releases, failure=failure(_VALUES, sites=1, epsilon=MOST_EPSILON))
+def _event(terms: PrivacyTerms, releases: int) -> Event:
+    if terms.mechanism == "local":
+        return terms.event(releases, failure=failure(_VALUES, sites=1, epsilon=MOST_EPSILON))
+    return terms.event(releases, failure=failure(MAX_PARAMETERS, sites=MAX_SITES, epsilon=MOST_SHARED_EPSILON))
 
 
-def run_epsilon(plan: Plan) -> float:
-    """Epsilon of the whole run at the plan's delta, for one unit of one site, as this machine's accountant has it."""
-    return epsilon([run_event(plan)], delta=private_of(plan).delta)
+def run_epsilon(plan: Plan, *, honest_others: bool = True) -> float:
+    """Epsilon of the whole run at the plan's delta, for one unit of one site, as this machine's accountant has it.
+
+    Args:
+        honest_others: False counts on no noise but that of the unit's own site.
+    """
+    return epsilon([run_event(plan)], delta=private_of(plan).delta, honest_others=honest_others)
+
+
+def epsilon_after(plan: Plan, *, rounds: int) -> float:
+    """The same of the first rounds alone: public, as it follows from the plan."""
+    one = round_event(plan)
+    return epsilon([one.model_copy(update={"count": one.count * rounds})], delta=private_of(plan).delta)
 
 
 def with_noise(plan: Plan) -> Plan:
@@ -66,7 +80,8 @@ def with_noise(plan: Plan) -> Plan:
     Takes seconds.
 
     Raises:
-        ConfigError: the noise that it names is too small for the epsilon that it claims, or none is enough.
+        ConfigError: the noise that it names is too small for the epsilon that it claims, none is enough, or its ring is too
+            small.
     """
     private = plan.privacy
     if private is None:
@@ -77,7 +92,7 @@ def with_noise(plan: Plan) -> Plan:
     releases = plan.federation.num_rounds * plan.federation.local_steps
     try:
         found = calibrate(
-            lambda z: [_event(private.model_copy(update={"noise_multiplier": z}), releases)],
+            lambda z: [_event(PrivacyTerms.of(plan, noise_multiplier=z), releases)],
             epsilon_most=private.epsilon,
             delta=private.delta,
         )
@@ -86,7 +101,10 @@ def with_noise(plan: Plan) -> Plan:
             f"no noise is enough for privacy.epsilon = {private.epsilon:g} with {releases} releases",
             hint="fewer rounds or local steps, or a larger epsilon",
         ) from None
-    return plan.model_copy(update={"privacy": private.model_copy(update={"noise_multiplier": found})})
+    noisy = plan.model_copy(update={"privacy": private.model_copy(update={"noise_multiplier": found})})
+    if sends_gradients(plan):
+        parse_plan(noisy.canonical())  # whether its ring is wide enough is known with the noise alone
+    return noisy
 
 
 def check_claim(plan: Plan) -> float:
@@ -120,10 +138,17 @@ def claim_lines(claim: PrivacyClaim | None) -> list[str]:
         f"sampling, {claim.relation}; counted by {claim.accountant}"
     )
     bound = f"epsilon {claim.epsilon:g} at delta {claim.delta:g} for each {whose} of one site, over the whole run"
+    adds = "each site adds its own noise (local)"
+    if claim.mechanism == "distributed":
+        own = "no bound" if claim.own_epsilon is None else f"{claim.own_epsilon:.3g}"
+        bound += (
+            f", if at most {claim.colluding} of the {claim.sum_of} or more sites of a sum cheat; {own} with no noise but its own"
+        )
+        adds = "the sites of a sum share the noise (distributed)"
     if not claim.claimed:
         few = f"fewer than {FEWEST_UNITS} units in the smallest federation of this plan (units_per_site x min_sites)"
         return [f"differential privacy: {few}: {NO_CLAIM}", f"  each site's noise is computed for {bound}: {numbers}"]
-    return [f"differential privacy: {bound}; each site adds its own noise ({claim.mechanism})", f"  {numbers}"]
+    return [f"differential privacy: {bound}; {adds}", f"  {numbers}"]
 
 
 def claim_of(plan: Plan) -> PrivacyClaim | None:
@@ -132,6 +157,8 @@ def claim_of(plan: Plan) -> PrivacyClaim | None:
     if private is None:
         return None
     releases = plan.federation.num_rounds * plan.federation.local_steps
+    terms = PrivacyTerms.of(plan, noise_multiplier=private.noise_multiplier or 1.0)
+    own = run_epsilon(plan, honest_others=False) if private.noise_multiplier else math.inf
     return PrivacyClaim(
         mechanism=private.mechanism,
         unit=private.unit,
@@ -142,6 +169,9 @@ def claim_of(plan: Plan) -> PrivacyClaim | None:
         sampling_rate=private.sampling_rate,
         releases=releases,
         units_per_site=private.units_per_site,
+        sum_of=terms.threshold,
+        colluding=terms.colluders,
+        own_epsilon=own if math.isfinite(own) else None,
         accountant=accountant(),
         claimed=federation_units(plan) >= FEWEST_UNITS,
     )

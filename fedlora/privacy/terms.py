@@ -8,7 +8,8 @@ from typing import Final, Self
 
 import numpy as np
 
-from fedlora.core.tables.privacy import Mechanism, Privacy, Unit
+from fedlora.core.plan import Plan
+from fedlora.core.tables.privacy import Mechanism, Unit
 from fedlora.formats.state.budget import Event
 
 NOISE_LEVELS: Final = 8
@@ -30,7 +31,7 @@ class PrivacyTerms:
         noise_multiplier: z, standard deviation of the noise in what others see, over C.
         sampling_rate: q, probability that a unit is drawn in a step.
         delta: of the claimed epsilon.
-        expected_units: E, units that a step draws on average, in all sites that add up; public. Sums are divided by it.
+        expected_units: units that a step of one site draws on average; public. A sum is divided by it, and by its sites.
         threshold: t, fewest sites of a sum that may be opened; 1 if ``local``.
         colluders: c, sites that may tell their noise to others; 0 if ``local``.
 
@@ -58,11 +59,28 @@ class PrivacyTerms:
             raise ValueError("a site with the mechanism 'local' counts on nobody's noise but its own")
 
     @classmethod
-    def of(cls, plan: Privacy) -> Self:
-        """The terms of a plan with the mechanism ``local``, whose noise is known."""
+    def of(cls, plan: Plan, *, noise_multiplier: float | None = None) -> Self:
+        """The terms of a plan with [privacy].
+
+        Under ``distributed`` t is ``federation.min_sites``: no site agrees to a sum over fewer, however many sites a session has,
+        and how many it will have is not known when the noise is added.
+
+        Args:
+            noise_multiplier: in place of the plan's, which may not be known yet.
+
+        Raises:
+            ValueError: no [privacy], or as for any terms.
+        """
+        private = plan.privacy
+        if private is None:
+            raise ValueError("a plan without [privacy]")
+        shared = private.mechanism == "distributed"
+        z = private.noise_multiplier if noise_multiplier is None else noise_multiplier
         return cls(
-            mechanism=plan.mechanism, unit=plan.unit, clip_norm=plan.clip_norm, noise_multiplier=plan.noise_multiplier,
-            sampling_rate=plan.sampling_rate, delta=plan.delta, expected_units=plan.expected_units,
+            mechanism=private.mechanism, unit=private.unit, clip_norm=private.clip_norm, noise_multiplier=z,
+            sampling_rate=private.sampling_rate, delta=private.delta, expected_units=private.expected_units,
+            threshold=plan.federation.min_sites if shared else 1,
+            colluders=plan.protect.settings.max_colluding if shared else 0,  # type: ignore[attr-defined]
         )  # fmt: skip
 
     @property

@@ -10,12 +10,14 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from fedlora.core.adapter import F32, Adapter
+from fedlora.core.adapter import F32, Adapter, Layout
 from fedlora.core.plan import Plan
+from fedlora.core.schedule import learning_rate
 from fedlora.core.section import Section
 from fedlora.rules.protocol import State
 
 Moment = Annotated[float, Field(ge=0, lt=1)]
+_STEPS = Layout((("steps", (1,)),))
 
 
 class Sgd(Section):
@@ -49,6 +51,17 @@ class FedAdam(Sgd):
     """added to the denominator; larger: smaller steps for parameters that hardly change"""
 
 
+class Adam(Section):
+    """For name = "adam", under [privacy] mechanism = "distributed". Its learning rate and schedule are those of [training]."""
+
+    beta1: Moment = 0.9
+    """decay of the first moment"""
+    beta2: Moment = 0.99
+    """decay of the second moment"""
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """added to the denominator"""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerOptimizer:
     """Turns the aggregated update D of the sites into the server update. The pseudo-gradient is -D; ``none`` applies D itself.
@@ -59,6 +72,7 @@ class ServerOptimizer:
     nesterov     v <- momentum v + D;  lr (D + momentum v)                                       Douillard et al., DiLoCo, 2023
     fedadam      m <- beta1 m + (1 - beta1) D;  v <- beta2 v + (1 - beta2) D^2;                  Reddi et al., Adaptive
                  lr m / (sqrt(v) + tau); m starts at 0, v at tau^2                               Federated Optimization, 2021
+    adam         of a gradient G, and so against it: as torch.optim.Adam, with bias correction   Kingma, Ba, Adam, 2015
     ===========  ==============================================================================  ==============================
 
     ``nesterov`` with lr 1 and momentum 0 gives D bit for bit. The state is kept for each set of factors that moved, so that a
@@ -71,6 +85,23 @@ class ServerOptimizer:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+    eps: float = 1e-8
+
+    def adam_reach(self, rates: Sequence[float]) -> float:
+        """Most that steps of ``adam`` at these learning rates can have changed a value, whatever the gradients were.
+
+        By Cauchy and Schwarz, |m| <= (1 - beta1) sqrt(sum of (beta1^2 / beta2)^k) sqrt(v / (1 - beta2)); rounds that were void
+        only lower the number of a step, and so the most of any number so far is taken.
+        """
+        if not self.beta2:
+            return math.inf
+        ratio, terms, most, reached = self.beta1**2 / self.beta2, 0.0, 0.0, 0.0
+        for k, rate in enumerate(rates, 1):
+            terms += ratio ** (k - 1)
+            mean = (1 - self.beta1) / (1 - self.beta1**k) * math.sqrt(terms)
+            most = max(most, mean * math.sqrt((1 - self.beta2**k) / (1 - self.beta2)))
+            reached += rate * most
+        return reached
 
     def reach(self, deltas: Sequence[float]) -> float:
         """Most that all its steps together can have changed a value, from the most that each round's mean can have.
@@ -108,11 +139,13 @@ class ServerOptimizer:
         """The server's step and the new state, which holds what ``state`` had of other factors.
 
         Args:
-            delta: change of some of the adapter's tensors.
+            delta: change of some of the adapter's tensors; their gradient for ``adam``.
             state: of earlier steps; empty at first.
         """
-        formula = self._formulas()[self.name]
         ends = f".{_factors(delta)}"
+        if self.name == "adam":
+            return self._adam(delta, state, ends)
+        formula = self._formulas()[self.name]
         own = {k.removesuffix(ends): a.vector for k, a in state.items() if k.endswith(ends)}
         with np.errstate(under="ignore"):
             moved, new = formula(delta.vector, own)
@@ -154,14 +187,40 @@ class ServerOptimizer:
         moved = self.learning_rate * mean / (np.sqrt(square) + self.tau)
         return moved.astype(np.float32), {"mean": mean.astype(np.float32), "square": square.astype(np.float32)}
 
+    def _adam(self, gradient: Adapter, state: State, ends: str) -> tuple[Adapter, State]:
+        """Steps are counted, as a round that is void is none; a factor that rests (RoLoRA) has a count of its own."""
+        layout, wide = gradient.layout, gradient.vector.astype(np.float64)
+        at = {name: f"adam-{name}{ends}" for name in ("mean", "square", "steps")}
+        mean, square = (state[at[m]].vector if at[m] in state else np.zeros_like(gradient.vector) for m in ("mean", "square"))
+        steps = 1 + (int(state[at["steps"]].vector[0]) if at["steps"] in state else 0)
+        with np.errstate(under="ignore"):
+            first = self.beta1 * mean.astype(np.float64) + (1 - self.beta1) * wide
+            second = self.beta2 * square.astype(np.float64) + (1 - self.beta2) * wide * wide
+            root = np.sqrt(second / (1 - self.beta2**steps)) + self.eps
+            moved = -self.learning_rate / (1 - self.beta1**steps) * first / root
+            kept = {at["mean"]: first.astype(np.float32), at["square"]: second.astype(np.float32)}
+        after = {name: Adapter(vector, layout) for name, vector in kept.items()}
+        after[at["steps"]] = Adapter(np.array([steps], np.float32), _STEPS)
+        return Adapter(moved.astype(np.float32), layout), {**state, **after}
+
 
 def _factors(delta: Adapter) -> str:
     return "".join(f for f in "AB" if any(n.endswith(f".lora_{f}.weight") for n, _ in delta.layout.entries))
 
 
-def optimizer_of(plan: Plan) -> ServerOptimizer:
-    """The plan's server optimizer."""
-    return ServerOptimizer(plan.server_optimizer.name, **plan.server_optimizer.settings.model_dump())
+def optimizer_of(plan: Plan, *, round: int = 1) -> ServerOptimizer:
+    """The plan's server optimizer in a round; its learning rate depends on the round for ``adam`` alone."""
+    name, settings = plan.server_optimizer.name, plan.server_optimizer.settings.model_dump()
+    if name == "adam":
+        settings["learning_rate"] = gradient_rate(plan, round=round)
+    return ServerOptimizer(name, **settings)
+
+
+def gradient_rate(plan: Plan, *, round: int) -> float:
+    """The learning rate of ``adam`` in a round, from 1: [training]'s schedule in the middle of the round, as at a site."""
+    t = plan.training
+    middle = (round - 0.5) / plan.federation.num_rounds
+    return learning_rate(t.lr_scheduler_type, middle, peak=t.learning_rate, warmup_ratio=t.warmup_ratio)
 
 
 class _None:
@@ -199,5 +258,11 @@ class _FedAdam(_None):
     Settings = FedAdam
 
 
-BUILT_IN = {"none": _None, "sgd": _Sgd, "fedavgm": _FedAvgM, "nesterov": _Nesterov, "fedadam": _FedAdam}
+class _Adam(_None):
+    """Adam along summed gradients; only with [privacy] mechanism = "distributed", which needs it."""
+
+    Settings = Adam
+
+
+BUILT_IN = {"none": _None, "sgd": _Sgd, "fedavgm": _FedAvgM, "nesterov": _Nesterov, "fedadam": _FedAdam, "adam": _Adam}
 """Optimizers by the name that a plan uses."""

@@ -26,6 +26,7 @@ class Account:
     Attributes:
         spent: by what may have been released.
         committed: by that and all that is set aside.
+        own_noise: committed, if no noise is counted but this site's; the same where no plan shares its noise.
         reserved: run, or plan that was set aside for by hand -> epsilon of what is set aside for it alone.
         charges: rounds that were charged.
     """
@@ -35,6 +36,7 @@ class Account:
     delta: float
     spent: float
     committed: float
+    own_noise: float
     reserved: dict[str, float]
     charges: int
     accountant: str
@@ -50,6 +52,7 @@ class Account:
             f"population {self.population}: epsilon {self.spent:.2f} of {self.budget:g} spent at delta {self.delta:g}, "
             f"{self.committed:.2f} with all that is set aside, {self.left:.2f} left",
             f"  {self.charges} rounds were charged; counted together by {self.accountant}",
+            *([f"  {own} with nobody's noise but ours"] if (own := f"{self.own_noise:.2f}") != f"{self.committed:.2f}" else []),
             *(f"  set aside for {name[:12]}: epsilon {alone:.2f} alone" for name, alone in self.reserved.items()),
         ]
 
@@ -61,12 +64,14 @@ class PlanCost:
     Attributes:
         spent: epsilon of what may have been released, and of what is set aside for other runs.
         after: epsilon with this plan.
+        own_noise: the same, if no noise is counted but this site's.
     """
 
     population: str
     budget: float
     spent: float
     after: float
+    own_noise: float
 
     @property
     def fits(self) -> bool:
@@ -77,7 +82,9 @@ class PlanCost:
         so_far = f"population {self.population}: epsilon {self.spent:.2f} of {self.budget:g} spent or set aside"
         said = f"{so_far}; this plan: +{self.after - self.spent:.2f} if it runs to the end"
         left = f"; after it {self.budget - self.after:.2f} left"
-        return said + (left if self.fits else ": over the budget, this site refuses it")
+        own = f"{self.own_noise:.2f}"
+        alone = f"; {own} in all with nobody's noise but ours" if own != f"{self.after:.2f}" else ""
+        return said + (left if self.fits else ": over the budget, this site refuses it") + alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +108,16 @@ class BudgetDesk:
             StateLost, StoreError: the ledger is older than this site remembers, or damaged.
         """
         file, watched = self._open()
-        spending = self._spending(file, watched)
+        spending, honest = self._spending(file, watched), file.privacy.honest_others
         return Account(
             population=file.privacy.population,
             budget=file.privacy.budget_epsilon,
             delta=spending.delta,
-            spent=spending.spent(honest_others=True),
-            committed=spending.committed(honest_others=True),
+            spent=spending.spent(honest_others=honest),
+            committed=spending.committed(honest_others=honest),
+            own_noise=spending.committed(honest_others=False),
             reserved={
-                name: Spending(spending.delta, events).spent(honest_others=True) for name, events in spending.reserved.items()
+                name: Spending(spending.delta, events).spent(honest_others=honest) for name, events in spending.reserved.items()
             },
             charges=spending.charges,
             accountant=accountant(),
@@ -128,8 +136,9 @@ class BudgetDesk:
         return PlanCost(
             population=file.privacy.population,
             budget=file.privacy.budget_epsilon,
-            spent=others.committed(honest_others=True),
-            after=others.committed([run_event(plan)], honest_others=True),
+            spent=others.committed(honest_others=file.privacy.honest_others),
+            after=others.committed([run_event(plan)], honest_others=file.privacy.honest_others),
+            own_noise=others.committed([run_event(plan)], honest_others=False),
         )
 
     def reserve(self, plan: Plan) -> Account:

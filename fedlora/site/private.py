@@ -13,7 +13,7 @@ from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 from fedlora.core.tables.data import SiteData
-from fedlora.core.tables.privacy import MOST_EPSILON, Unit
+from fedlora.core.tables.privacy import MOST_EPSILON, MOST_SHARED_EPSILON, Mechanism, Unit
 from fedlora.formats.state.memory import Memory, get_record, put_record
 from fedlora.privacy.account import accountant
 from fedlora.privacy.claims import round_event, run_epsilon, run_event
@@ -40,6 +40,10 @@ class SitePrivacy(Section):
     """refuse plans without [privacy]"""
     unit: Unit = "group"
     """weakest unit accepted; row: also plans that hide single rows, because here each row is another person"""
+    mechanisms: tuple[Mechanism, ...] = ("local", "distributed")
+    """mechanisms accepted; without distributed: only plans whose noise does not count on other sites"""
+    honest_others: bool = True
+    """count on the noise of other sites in the budget; false: distributed is charged as if nobody else added any"""
 
 
 def private_refusals(plan: Plan, settings: SitePrivacy, data: SiteData) -> Iterator[str]:
@@ -67,6 +71,13 @@ def private_refusals(plan: Plan, settings: SitePrivacy, data: SiteData) -> Itera
         yield (
             "evaluation.share sends counts over held-out rows, and this site has not declared them public: name "
             "data.held_out_path and set data.held_out_public = true, or have evaluation.share = []"
+        )
+    if private.mechanism not in settings.mechanisms:
+        yield f"its mechanism is {private.mechanism!r}, which privacy.mechanisms in the site file does not list"
+    if private.mechanism == "distributed" and settings.budget_epsilon > MOST_SHARED_EPSILON:
+        yield (
+            f"its mechanism is 'distributed', and privacy.budget_epsilon {settings.budget_epsilon:g} in the site file is above "
+            f"{MOST_SHARED_EPSILON:g}, beyond which the noise that a ring cuts off is not counted: lower it"
         )
     if private.delta * settings.units > 1:
         yield f"its delta {private.delta:g} is more than 1 / {settings.units} (privacy.units): it may publish one person's rows"
@@ -179,7 +190,7 @@ class PrivateRuns:
     @property
     def budget(self) -> Budget:
         """What the site allows its population."""
-        return Budget(self.settings.budget_epsilon, honest_others=True, within_reserve=True)
+        return Budget(self.settings.budget_epsilon, honest_others=self.settings.honest_others, within_reserve=True)
 
     @property
     def _watched(self) -> WatchedLedger:

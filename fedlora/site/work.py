@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.core.adapter import Adapter, Factors, Layout, Update
 from fedlora.core.errors import FedLoRAError, PlanRefused, ResourceError, StateLost, UpdateRejected, WrongContext
@@ -20,6 +21,7 @@ from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.metrics import LISTED, counters_of, finish, is_measured, is_small, without_evaluation
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.sites.facts import Evaluated
+from fedlora.core.tables.privacy import sends_gradients
 from fedlora.formats import update as wire
 from fedlora.formats.state.journal import Entry, Journal, check_takes_part
 from fedlora.formats.state.memory import FileMemory
@@ -108,6 +110,17 @@ class PrivateLearner(Learner, Protocol):
 
         Returns:
             What it comes to, with no count of rows or tokens and no loss.
+        """
+        ...
+
+    def noisy_sum(self, adapter: Adapter, *, round: int, secret: bytes, factors: Factors = "AB") -> NDArray[np.int32]:
+        """The clipped gradients of one step's units with this site's part of the noise, at an adapter that does not change.
+
+        Args:
+            secret: 32 bytes, of the charge for this round.
+
+        Returns:
+            In levels of the plan's ring, (n,) int32, of the trained factors in the layout's order.
         """
         ...
 
@@ -256,6 +269,8 @@ class Site:
         if every and (task.round - 1) % every == 0:
             counters |= self._evaluated(task.round, learner, adapter)
         self.report(Event.TRAIN, Train(round=task.round, rounds=plan.federation.num_rounds))
+        if sends_gradients(plan):
+            return self._gradient(task, plan, rule, learner, adapter, counters), b"", adapter
         own = adapter.at_rank(min(self._rank(plan), adapter.layout.rank))
         trained = self._trained(task, plan, learner, own, state=state, factors=rule.trains(task.round))
         counters |= trained.counters
@@ -274,6 +289,18 @@ class Site:
         secret = self.private.charge(plan, task, sent=task.round in self.journal.trained(task.run))
         private = cast("PrivateLearner", learner)
         return private.train_private(own, round=task.round, state=state, secret=secret, factors=factors)
+
+    def _gradient(
+        self, task: Task, plan: Plan, rule: Aggregator, learner: Learner, adapter: Adapter, counters: Mapping[str, int]
+    ) -> Update:
+        """One noisy gradient, in levels, and nothing else that depends on the rows. It is charged before any unit is drawn."""
+        began = time.monotonic()
+        secret = self.private.charge(plan, task, sent=task.round in self.journal.trained(task.run))
+        private = cast("PrivateLearner", learner)
+        levels = private.noisy_sum(adapter, round=task.round, secret=secret, factors=rule.trains(task.round))
+        spent = {"train/steps": 1.0, "train/seconds": time.monotonic() - began}
+        self.report(Event.TRAINED, TrainedFacts(round=task.round, metrics=spent))
+        return Update(levels.astype(np.float32), 1, self._shared(plan, counters))
 
     def _evaluated(self, round: int, learner: Learner, adapter: Adapter) -> Mapping[str, int]:
         """The counters of the adapter that came, over this site's held-out rows."""

@@ -96,7 +96,7 @@ def test_a_step_is_the_clipped_sum_of_its_secret_draw_over_the_public_expected_n
     found = change(one, first)
     model = lora()
     model.set(first)
-    terms = PrivacyTerms.of(one.plan.privacy)  # type: ignore[arg-type]
+    terms = PrivacyTerms.of(one.plan)
     drawn = poisson(SECRET, 12, 0.5, step=0)
     clipped = ClippedGradients(model, clip_norm=terms.clip_to, tokens=micro_batch_tokens(one.plan, one.plan.privacy),  # type: ignore[arg-type]
                                max_length=48)  # fmt: skip
@@ -146,7 +146,7 @@ def test_05_an_empty_draw_is_noise_alone_of_the_whole_size(learner: Callable[...
     first = one.model.get()
     expected = 1e-9 * 10
     noise = change(one, first) * expected / 0.3
-    terms = PrivacyTerms.of(one.plan.privacy)  # type: ignore[arg-type]
+    terms = PrivacyTerms.of(one.plan)
     assert terms.site_std == pytest.approx(0.3, rel=1e-6)
     assert noise.std() == pytest.approx(1.0, rel=4 / np.sqrt(2 * noise.size))
     assert abs(noise.mean()) < 4 / np.sqrt(noise.size)

@@ -74,10 +74,12 @@ def test_12_without_the_extra_epsilon_is_the_closed_form_and_the_report_says_so(
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     account._epsilon.cache_clear()
+    account._losses.cache_clear()
     try:
         found = epsilon([event(1.0, 0.064, 100)], delta=1e-4)
     finally:
         account._epsilon.cache_clear()
+        account._losses.cache_clear()
     assert found == gaussian_epsilon(10.0, 1e-4)
     monkeypatch.setattr(account, "version", lambda name: (_ for _ in ()).throw(account.PackageNotFoundError))
     assert "closed form" in accountant()

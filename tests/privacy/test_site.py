@@ -132,7 +132,7 @@ WRONG = [
     ({"training": {"max_grad_norm": 2.0}}, "max_grad_norm"),
     ({"training": {"gradient_accumulation_steps": 2}}, "gradient_accumulation_steps"),
     ({"model": {"load_in_4bit": False, "load_in_8bit": True}}, "load_in_8bit"),
-    ({"privacy": {"mechanism": "distributed"}}, "not built yet"),
+    ({"privacy": {"mechanism": "distributed"}}, "protect.mode = 'secagg'"),
     ({"privacy": {"delta": 2e-4}}, "10 units_per_site"),
     ({"privacy": {"sampling_rate": 0.6}}, "0.5"),
     ({"privacy": {"epsilon": 0.0}}, "greater than 0"),

@@ -96,6 +96,7 @@ def _facts(account: Account) -> BudgetShown:
         delta=account.delta,
         spent=finite(account.spent),
         committed=finite(account.committed),
+        own_noise=finite(account.own_noise),
         left=account.left,
         reserved={name: finite(alone) for name, alone in account.reserved.items()},
         charges=account.charges,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.core.section import Section
@@ -18,21 +18,19 @@ FEWEST_STEPS: Final = 5
 """Local steps below which an Adam whose moments are reset each round takes little but signs of noise."""
 MOST_EPSILON: Final = 50.0
 """Beyond it an epsilon bounds nothing, and what computing costs of delta is not negligible any more."""
+MOST_SHARED_EPSILON: Final = 12.0
+"""The same under ``distributed``: what a ring cuts off the noise counts e^epsilon times."""
 PRIVATE_RULES: Final = ("fedavg", "ffa", "rolora", "fedsvd")
 """Aggregation rules that are tested with [privacy]."""
-
-
-def _built(mechanism: Mechanism) -> Mechanism:
-    if mechanism == "distributed":
-        raise PydanticCustomError("mechanism", "'distributed' is not built yet: choose 'local': each site adds its own noise")
-    return mechanism
+GRADIENT_RULES: Final = ("fedavg", "ffa", "rolora")
+"""Those of them whose updates may be gradients, for an Adam at the server."""
 
 
 class Privacy(Section):
     """Differential privacy of each person at a site: clipped gradients, secret draws, noise at the site."""
 
-    mechanism: Annotated[Mechanism, AfterValidator(_built)] = "local"
-    """who adds the noise; local: each site, in every local step (DP-SGD), so that nobody else has to be trusted"""
+    mechanism: Mechanism = "local"
+    """local: each site adds all noise, in every step; distributed: the sites of a sum add it together, so less is needed"""
     unit: Unit = "group"
     """whose presence is hidden; group: all rows with one value of data.group_key; row: one row, where each is another person"""
     epsilon: Annotated[float, Field(gt=0, le=MOST_EPSILON)] = 8.0
@@ -67,10 +65,17 @@ class Privacy(Section):
         return self.sampling_rate * self.units_per_site
 
 
+def sends_gradients(plan: Any) -> bool:
+    """Whether what sites send is a noisy gradient (``distributed``), and not the change of an adapter."""
+    return plan.privacy is not None and plan.privacy.mechanism == "distributed"
+
+
 def private_misfits(plan: Any) -> Iterator[str]:
     """What in a plan does not go with its [privacy], each in a sentence that says what to do; nothing without that table."""
     p, t, f, a = plan.privacy, plan.training, plan.federation, plan.aggregate
     if p is None:
+        if plan.server_optimizer.name == "adam":
+            yield "server_optimizer.name = 'adam' is for gradients, which no plan without [privacy] sends: choose 'fedadam'"
         return
     if a.weighting != "uniform":
         yield f"[privacy] with aggregate.weighting = {a.weighting!r}: a count of rows would leave without noise: set 'uniform'"
@@ -93,11 +98,50 @@ def private_misfits(plan: Any) -> Iterator[str]:
             f"[privacy] draws a unit {p.sampling_rate * f.num_rounds * f.local_steps:.2g} times in the whole run: most are never "
             "seen; raise privacy.sampling_rate, or rounds and steps, until sampling_rate x num_rounds x local_steps is 1"
         )
+    if p.mechanism == "distributed":
+        yield from _distributed_misfits(plan)
+        return
+    if plan.server_optimizer.name == "adam":
+        yield "server_optimizer.name = 'adam' is for gradients, which privacy.mechanism = 'distributed' sends: choose 'fedadam'"
     if t.optimizer_state == "reset" and 0 < f.local_steps < FEWEST_STEPS:
         yield (
             f"[privacy] with training.optimizer_state = 'reset' and {f.local_steps} local steps: Adam's first steps take signs "
-            f"of noise: set federation.local_steps to {FEWEST_STEPS} or more, or optimizer_state = 'keep'"
+            f"of noise: set federation.local_steps to {FEWEST_STEPS} or more, or optimizer_state = 'keep'; or, under "
+            "protect.mode = 'secagg', privacy.mechanism = 'distributed'"
         )
+
+
+def _distributed_misfits(plan: Any) -> Iterator[str]:
+    """What does not go with gradients that are summed once a round, for an optimizer at the server."""
+    p, t, f, mode = plan.privacy, plan.training, plan.federation, plan.protect.mode
+    said = "privacy.mechanism = 'distributed'"
+    if mode != "secagg":
+        yield (
+            f"{said} with protect.mode = {mode!r}: whoever reads one site's sum finds a part of the noise in it only: set "
+            "protect.mode = 'secagg', or mechanism = 'local'"
+        )
+    elif (colluding := plan.protect.settings.max_colluding) >= f.min_sites - 1:
+        yield (
+            f"{said} with max_colluding = {colluding} of min_sites = {f.min_sites}: the noise of fewer than two sites could be "
+            f"counted on: set federation.min_sites to {colluding + 2} or more"
+        )
+    if f.local_steps > 1:
+        yield f"{said} sends one gradient a round: set federation.local_steps = 1, and num_rounds to the number of steps"
+    if plan.aggregate.name == "fedsvd":
+        yield (
+            f"{said} with aggregate.name = 'fedsvd': the server turns the factors each round, and Adam's moments "
+            "belong to the old ones: choose 'ffa'"
+        )
+    if plan.server_optimizer.name != "adam":
+        yield (
+            f"{said} with server_optimizer.name = {plan.server_optimizer.name!r}: gradients are sent, and the server steps along "
+            "them: set 'adam'; its learning rate and schedule are those of [training]"
+        )
+    for key in ("weight_decay", "proximal_mu"):
+        if getattr(t, key):
+            yield f"{said}: training.{key} does nothing, as no optimizer runs at a site: leave it out"
+    if p.epsilon > MOST_SHARED_EPSILON:
+        yield f"{said} with epsilon = {p.epsilon:g}: what a ring cuts off the noise counts then: at most {MOST_SHARED_EPSILON:g}"
 
 
 def _training_misfits(plan: Any) -> Iterator[str]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.core.adapter import Adapter, Factors
 from fedlora.core.errors import ResourceError
@@ -18,9 +22,11 @@ from fedlora.learn.optimizer import dump_moments
 from fedlora.learn.options import Checkpointing
 from fedlora.learn.private.clipped import ClippedGradients
 from fedlora.learn.private.grouping import units_of
-from fedlora.learn.private.steps import private_steps
+from fedlora.learn.private.steps import noisy_sum, private_steps
 from fedlora.privacy.claims import private_of
 from fedlora.privacy.terms import SLACK, PrivacyTerms
+from fedlora.protect.secagg.protocol.rings import PROFILES
+from fedlora.protect.secagg.settings import settings_of
 from fedlora.site.work import Trained
 
 
@@ -86,12 +92,12 @@ class PrivateLearner(HFLearner):
         self._model.set(adapter)
         self._model.set_trained(factors)
         optimizer = self._restored(state, factors)
-        try:
+        with _named_memory():
             private_steps(
                 self._model,
                 self._clipped,
                 self.units,
-                PrivacyTerms.of(private_of(plan)),
+                PrivacyTerms.of(plan),
                 secret=secret,
                 steps=steps,
                 optimizer=optimizer,
@@ -99,15 +105,28 @@ class PrivateLearner(HFLearner):
                 factors=factors,
                 proximal_mu=plan.training.proximal_mu,
             )
-        except (RuntimeError, MemoryError) as e:
-            if is_out_of_memory(e):
-                raise ResourceError("out of memory", hint="a smaller max_length or max_rows_per_unit in the plan") from None
-            raise
         keeps = plan.training.optimizer_state == "keep"
         after = dump_state(round, dump_moments(optimizer) if keeps else b"")
         self._given = after if keeps else b""
         spent = time.perf_counter() - began
         return Trained(self._model.get(), tokens=0, examples=0, counters={}, steps=steps, seconds=spent, state=after)
+
+    def noisy_sum(self, adapter: Adapter, *, round: int, secret: bytes, factors: Factors = "AB") -> NDArray[np.int32]:
+        """See :meth:`fedlora.site.work.PrivateLearner.noisy_sum`.
+
+        The same adapter and secret give the same bits on a CPU with the same number of threads.
+
+        Raises:
+            ResourceError: out of memory whatever is done about it.
+        """
+        plan = self._plan
+        if not 1 <= round <= plan.federation.num_rounds:
+            raise ValueError(f"round {round} of {plan.federation.num_rounds}")
+        self._model.set(adapter)
+        levels = PROFILES[settings_of(plan).profile].levels
+        with _named_memory():
+            terms = PrivacyTerms.of(plan)
+            return noisy_sum(self._clipped, self.units, terms, secret=secret, levels=levels, factors=factors)
 
     def group(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
         """As much as a step draws on average, for a forecast of time and memory: no draw, always the same units."""
@@ -122,6 +141,16 @@ class PrivateLearner(HFLearner):
             pad_token_id=self._model.pad_token_id,
         )
         return list(batches), cursor
+
+
+@contextmanager
+def _named_memory() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
+            raise ResourceError("out of memory", hint="a smaller max_length or max_rows_per_unit in the plan") from None
+        raise
 
 
 def micro_batch_tokens(plan: Plan, private: Privacy) -> int:

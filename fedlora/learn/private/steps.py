@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedlora.core.adapter import Factors
 from fedlora.learn.loop import add_proximal_term
@@ -18,7 +19,7 @@ from fedlora.learn.lora import LoraModel
 from fedlora.learn.private.clipped import ClippedGradients, ClippedSum
 from fedlora.learn.private.units import Unit
 from fedlora.privacy.coding import encode
-from fedlora.privacy.draws import poisson
+from fedlora.privacy.draws import F64, poisson
 from fedlora.privacy.terms import PrivacyTerms
 
 LEVELS: Final = 1 << 30
@@ -66,6 +67,38 @@ def private_steps(
         optimizer.zero_grad(set_to_none=True)
 
 
+def noisy_sum(
+    clipped: ClippedGradients,
+    units: Sequence[Unit],
+    terms: PrivacyTerms,
+    *,
+    secret: bytes,
+    levels: int,
+    factors: Factors = "AB",
+) -> NDArray[np.int32]:
+    """One site's part of a step that many sites take together: drawn, clipped, and with its part of the noise.
+
+    Law: as :func:`private_steps`. An empty draw gives noise alone; a unit that is not finite counts zero.
+
+    Args:
+        levels: most that a value may have in the ring in which the parts are added.
+
+    Returns:
+        In levels, (n,) int32, of the trained factors in the layout's order.
+
+    Raises:
+        ResourceError: out of memory on a single unit.
+        ValueError: the ring is too narrow for the noise.
+    """
+    drawn = poisson(secret, len(units), terms.sampling_rate, step=0)
+    total = clipped.sum([units[number] for number in drawn], factors=factors)
+    return encode(_flat(total), terms, levels=levels, secret=secret, step=0)
+
+
+def _flat(total: ClippedSum) -> F64:
+    return np.concatenate([tensor.cpu().numpy().reshape(-1) for tensor in total.tensors])
+
+
 def noisy_mean(total: ClippedSum, terms: PrivacyTerms, *, secret: bytes, step: int) -> list[torch.Tensor]:
     """The clipped sum with this step's noise, in whole levels, over the expected number of units: never over the drawn one.
 
@@ -75,8 +108,7 @@ def noisy_mean(total: ClippedSum, terms: PrivacyTerms, *, secret: bytes, step: i
     Returns:
         Of the sum's shapes, float32, on the CPU.
     """
-    flat = np.concatenate([tensor.cpu().numpy().reshape(-1) for tensor in total.tensors])
-    levels = encode(flat, terms, levels=LEVELS, secret=secret, step=step)
+    levels = encode(_flat(total), terms, levels=LEVELS, secret=secret, step=step)
     mean = torch.from_numpy((levels * (terms.level / terms.expected_units)).astype(np.float32))
     parts = torch.split(mean, [tensor.numel() for tensor in total.tensors])
     return [part.reshape(tensor.shape).clone() for part, tensor in zip(parts, total.tensors, strict=True)]

@@ -12,6 +12,9 @@ from fedlora.core.errors import PlanRefused
 from fedlora.core.messages import Reveals
 from fedlora.core.plan import Dtype, Plan
 from fedlora.core.section import Section
+from fedlora.core.tables.privacy import sends_gradients
+from fedlora.privacy.coding import ROOM
+from fedlora.privacy.terms import PrivacyTerms
 from fedlora.protect.mode import Limits, Mode, ServerParts, SiteParts, SumExposure
 from fedlora.protect.secagg.planning import survival
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
@@ -23,7 +26,10 @@ from fedlora.protect.secagg.site import SecAggSite
 from fedlora.protect.secagg.terms import check_published
 from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
+from fedlora.rules.sums import MAX_DELTA
 
+_LEAST_LEVEL = 2.0**-30  # of a mean gradient: the server adds up in steps of 2^-42
+_MOST_SIGNAL = 100.0  # of a site's noise, for int8: beyond it a sum of few large values is cut
 _UNEVEN = ". WHERE THIS SITE WEIGHS MORE THAN THE OTHERS TOGETHER, the sum is nearly its update: no site is told their weights"
 
 
@@ -87,10 +93,12 @@ class SecAgg(Mode):
                 "evaluation.share lists eval/coarse_match, which nobody measures without evaluation.coarse_chars: under "
                 "protect.mode = 'secagg' its sum would say 0"
             )
+        if sends_gradients(plan):
+            yield from _ring_misfits(plan)
 
     @classmethod
     def refusals(cls, plan: Plan, limits: Limits) -> Iterator[tuple[Code, str]]:
-        if first_range(plan) > limits.max_first_range:
+        if not sends_gradients(plan) and first_range(plan) > limits.max_first_range:
             said = f"the first range {first_range(plan):g} is above max_first_range {limits.max_first_range:g}"
             yield "policy-max-first-range", said
         if settings_of(plan).lone_change == "allow" and limits.lone_change == "refuse":
@@ -137,7 +145,9 @@ class SecAgg(Mode):
             "sums that differ": "differ by whole groups of the roster, never by one site"
             if s.lone_change == "refuse"
             else "ALLOWED by single sites: two sums on this base model may reveal the update of a site that is in one of them",
-            "quantization": f"{s.profile}, for changes of a value up to {first_range(plan):g} in the first round",
+            "quantization": f"{s.profile}, in eighths of this site's noise"
+            if sends_gradients(plan)
+            else f"{s.profile}, for changes of a value up to {first_range(plan):g} in the first round",
         }
 
     @classmethod
@@ -162,3 +172,26 @@ class SecAgg(Mode):
             )
         facts = [Survives(sites=s.sites, stay=s.stay, away=s.away, lost=s.lost, left_out=s.left_out) for s in found]
         return facts, text
+
+
+def _ring_misfits(plan: Plan) -> Iterator[str]:
+    """What a ring cannot hold of noisy gradients; what depends on their noise is known once that is."""
+    s, private = settings_of(plan), plan.privacy
+    profile, said = PROFILES[s.profile], "privacy.mechanism = 'distributed'"
+    if s.first_range:
+        yield f"{said}: protect.secagg.first_range does nothing, as levels follow from the noise: leave it out"
+    if profile.levels <= ROOM:
+        yield (
+            f"{said} with protect.secagg.profile = {s.profile!r}: {profile.levels} levels cannot hold a site's noise, "
+            f"which takes {ROOM}: choose 'int8', or 'int12'"
+        )
+    elif private is not None and private.noise_multiplier and plan.federation.min_sites - s.max_colluding > 0:
+        terms = PrivacyTerms.of(plan)
+        signal, mean = terms.expected_units * terms.clip_norm, terms.level / terms.expected_units
+        if s.profile == "int8" and signal > _MOST_SIGNAL * terms.site_std:
+            yield (
+                f"{said} with profile = 'int8': the units of a step may add up to {signal / terms.site_std:.0f} times a "
+                "site's noise, and much of it would be cut: choose protect.secagg.profile = 'int12'"
+            )
+        if not (mean >= _LEAST_LEVEL and mean * profile.levels <= MAX_DELTA):
+            yield f"{said}: privacy.clip_norm = {terms.clip_norm:g} gives gradients that the server cannot add: choose it near 1"

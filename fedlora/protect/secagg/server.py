@@ -237,12 +237,14 @@ class SecAggServer:
             weight = self._weight(at, totals.weight, len(counted))
             most = at.terms.most(weight=totals.weight, sites=len(counted)) if at.task.kind == "train" else 0
             mean = sum_to_mean(vector, at.task.reply_layout, at.terms.profile, scales, weight=weight, most=most)
-            counters = dict(totals.counters)
-            if at.task.kind == "train":
+            counters, counted_in_all = dict(totals.counters), totals.counted
+            if at.terms.private is not None:
+                counted_in_all = totals.weight  # sites count nothing: each weighs 1
+            elif at.task.kind == "train":
                 values, cut = len(counted) * mean.size, sum(int(n) for n in totals.cut)
                 counters |= {"secagg/cut": min(max(cut, 0), values), "secagg/values": values}
             update = Update(mean, totals.weight, counters)
-            tally.accept_sum(session.names(counted), update, squares=totals.squares, counted=totals.counted)
+            tally.accept_sum(session.names(counted), update, squares=totals.squares, counted=counted_in_all)
         except DealerLied as e:
             at.caught(e.site)
             at.errors[e.site] = e  # replaces a lesser error of this site
@@ -253,7 +255,7 @@ class SecAggServer:
             tally.void(e)
 
     def _weight(self, at: Attempt, weight: int, sites: int) -> float:
-        """Sum of the weights over the largest weight of one.
+        """Sum of the weights over the largest weight of one, times :attr:`Terms.divisor`.
 
         Raises:
             SessionError: not a possible sum of that many weights.
@@ -263,7 +265,7 @@ class SecAggServer:
         most = at.terms.weight(max_site_weight(self.plan))
         if not sites <= weight <= sites * most:
             raise SessionError("the sum of the weights is none of this many sites", hint="a site has sent numbers out of range")
-        return weight / at.terms.max_weight
+        return weight / at.terms.max_weight * at.terms.divisor
 
     def _too_few_left(self, session: ServerSession, votes: Mapping[int, bytes]) -> bool:
         return len(votes) + len([n for n in session.counted if n not in session.gone and n not in votes]) < (

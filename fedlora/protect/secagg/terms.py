@@ -12,16 +12,18 @@ import numpy as np
 
 from fedlora.core.adapter import F32, MAX_PARAMETERS, Adapter, Layout
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import Oversized, WrongContext
+from fedlora.core.errors import Oversized, PlanRefused, WrongContext
 from fedlora.core.grids import to_bfloat16
 from fedlora.core.messages import EVALUATION, Task
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
 from fedlora.core.schedule import mean_factor
+from fedlora.core.tables.privacy import sends_gradients
 from fedlora.formats.keys import key_id
 from fedlora.formats.roster import MAX_BYTES, Roster
 from fedlora.formats.update import parse_task
+from fedlora.privacy.terms import PrivacyTerms
 from fedlora.protect.link import Context
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.numbers import Numbers
@@ -36,6 +38,7 @@ from fedlora.protect.secagg.protocol.rings import (
 from fedlora.protect.secagg.settings import first_range, settings_of
 from fedlora.rules import Aggregator, optimizer_of, rule_of
 from fedlora.rules.first import first_of
+from fedlora.rules.server_optimizer import gradient_rate
 
 MAX_UNITS = 16
 """Largest weight of a site: a larger one would cost the others' updates too many bits."""
@@ -84,9 +87,16 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
     """
     before, rule = range(1, min(round, plan.federation.num_rounds + 1)), rule_of(plan)
     rounds = {factor: [r for r in before if factor in rule.trains(r)] for factor in "AB"}
-    moved = {f: optimizer_of(plan).reach([most_moved(plan, r) for r in trained]) for f, trained in rounds.items()}
+    moved = {f: _reached(plan, trained) for f, trained in rounds.items()}
     grid = None if settings_of(plan).profile == "int24" else to_bfloat16
     rule.check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved, rounds=len(before), grid=grid)
+
+
+def _reached(plan: Plan, rounds: list[int]) -> float:
+    """Most that the steps of these rounds can have changed a value."""
+    if sends_gradients(plan):
+        return optimizer_of(plan).adam_reach([gradient_rate(plan, round=r) for r in rounds])
+    return optimizer_of(plan).reach([most_moved(plan, r) for r in rounds])
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +111,7 @@ class Terms:
         counters: names of the counters that are summed, in order.
         rule: the aggregation rule.
         requirements: minimum requirements for a session.
+        private: of a plan whose sites send noisy gradients (``distributed``), else None.
     """
 
     profile: Profile
@@ -110,11 +121,21 @@ class Terms:
     counters: tuple[str, ...]
     rule: Aggregator
     requirements: SessionRequirements
+    private: PrivacyTerms | None = None
 
     @classmethod
     def of(cls, plan: Plan, roster: Roster) -> Terms:
-        """The plan's terms, made stricter where the roster at this end demands more."""
+        """The plan's terms, made stricter where the roster at this end demands more.
+
+        Raises:
+            PlanRefused: its sites share their noise, and the roster expects more sites to collude than that noise allows for.
+        """
         p, f = settings_of(plan), plan.federation
+        if sends_gradients(plan) and roster.max_colluding > p.max_colluding:
+            raise PlanRefused(
+                f"the roster expects {roster.max_colluding} sites to collude, the noise of the plan allows for {p.max_colluding}",
+                hint="set protect.secagg.max_colluding in the plan to what the roster says, and pin it anew",
+            )
         colluding, cohort = max(p.max_colluding, roster.max_colluding), max(f.min_sites, roster.min_cohort)
         groups = None if p.lone_change == "allow" else tuple(g for g in roster.groups() if len(g) >= colluding + 2)
         requirements = SessionRequirements(colluding, cohort, groups)
@@ -126,6 +147,7 @@ class Terms:
             counters=counters_of(plan.evaluation.share),
             rule=rule_of(plan),
             requirements=requirements,
+            private=PrivacyTerms.of(plan) if sends_gradients(plan) else None,
         )
 
     @property
@@ -154,7 +176,14 @@ class Terms:
             raise WrongContext("the server asks for other tensors than the plan's rule sends", code="wrong-layout")
         if not 1 <= task.round <= self.num_rounds:
             raise WrongContext(f"round {task.round} of {self.num_rounds}", code="wrong-round")
+        if self.private is not None:
+            return np.full(len(layout.entries), self.private.level, np.float32)
         return scales_for(layout, self.profile, reach=self.reach(task.round))
+
+    @property
+    def divisor(self) -> float:
+        """What a sum of training is divided by, beside its weight: units that a site draws on average, from the plan; or 1."""
+        return 1.0 if self.private is None else self.private.expected_units
 
     def weight_fraction(self, weight: int) -> float:
         """A site's weight as a fraction of the largest weight, in (0, 1]."""
