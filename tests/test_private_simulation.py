@@ -10,9 +10,11 @@ from fedlora import assemble
 from fedlora.cli import main
 from fedlora.core.toml import dump_toml
 from fedlora.formats.enrolled import load_enrolled
-from fedlora.formats.files import load_adapter
+from fedlora.formats.files import load_adapter, save_adapter
 from fedlora.formats.plans import load_plan
+from fedlora.formats.signed_roster import load_roster
 from fedlora.formats.state.budget import Charged, parse_line
+from fedlora.lab import simulate as simulation
 from fedlora.privacy.account import epsilon
 from fedlora.privacy.claims import NO_CLAIM, NO_PRIVACY
 from fedlora.rounds.server import ServerRun, load_server_key, start_run
@@ -83,6 +85,18 @@ def final(path):
     return load_adapter(path / "out" / "seed-0" / "adapter.safetensors")[0].digest()
 
 
+@pytest.fixture
+def first(tmp_path, monkeypatch):
+    """Keeps the first adapter of a simulation: of its checkpoints the last ones alone stay."""
+    real = simulation.start_run
+
+    def begin(directory, plan, adapter, **more):
+        save_adapter(tmp_path / "first.safetensors", adapter, {})
+        return real(directory, plan, adapter, **more)
+
+    monkeypatch.setattr(simulation, "start_run", begin)
+
+
 def charges(state):
     (ledger,) = state.glob("privacy/*/ledger.jsonl")
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
@@ -126,29 +140,36 @@ def test_interrupted_between_charge_and_journal_a_simulation_goes_on_to_the_same
     assert [len(charges(tmp_path / "cut" / "out" / "seed-0" / "sites" / s)) for s in ("site-1", "site-2")] == [2, 2]
 
 
-def test_17_over_real_sites_with_their_ledgers_the_bits_are_those_of_the_simulation(tmp_path):
+def over_real_sites(tmp_path, names):
+    """The run of a simulation again, over sites that read their own files; its last adapter, and the directory of the sites."""
     from fedlora.lab import rehearse
 
-    assert simulate(tmp_path) == 0
     store = RunStore.open(tmp_path / "out" / "seed-0" / "federated")
-    plan, first = store.plan, load_adapter(store.directory / "round-000000.safetensors")[0]
+    plan, first = store.plan, load_adapter(tmp_path / "first.safetensors")[0]
     toys, root, simulation = tmp_path / "toy", tmp_path / "real", load_plan(tmp_path / "out" / "plan.toml").simulation
     (rows,) = (toys / "data").iterdir()
     simulation = simulation.model_copy(update={"data": simulation.data.model_copy(update={"path": str(rows)})})
     rehearse._enrol(plan, simulation, first, root=root)
+    server = root / "server"
+    roster = load_roster(server / "roster.json").roster.digest()
     sites = {}
-    for name in ("site-1", "site-2"):
+    for name in names:
         files = {part: rows / f"{name}.{part}.jsonl" for part in ("train", "validation")}
-        file = rehearse._site_file(name, plan, simulation, files, base=toys / "base", server="127.0.0.1:1", roster="")
+        file = rehearse._site_file(name, plan, simulation, files, base=toys / "base", server="127.0.0.1:1", roster=roster)
         (root / name / "site.toml").write_text(dump_toml(file))
         sites[name] = assemble.site(root / name / "site.toml", report=lambda e, f: None)
-    server = root / "server"
     real = start_run(server / "runs" / "private", plan, first, run=rehearse.simulated_run(plan))
     publics = load_enrolled(server / "sites")
     run = ServerRun(real, load_server_key(server), publics, server / "roster.json", lambda e, f: None)
     run.run(LocalTransport({name: site.handle for name, site in sites.items()}))
-    assert real.load().adapter.digest() == final(tmp_path)
-    for name in sites:
+    return real.load().adapter.digest(), root
+
+
+def test_17_over_real_sites_with_their_ledgers_the_bits_are_those_of_the_simulation(tmp_path, first):
+    assert simulate(tmp_path) == 0
+    adapter, root = over_real_sites(tmp_path, ("site-1", "site-2"))
+    assert adapter == final(tmp_path)
+    for name in ("site-1", "site-2"):
         assert charges(root / name / "state") == charges(tmp_path / "out" / "seed-0" / "sites" / name)
 
 

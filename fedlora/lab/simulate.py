@@ -34,7 +34,7 @@ from fedlora.lab.comparison import arms_table, long_form, write_long, write_tabl
 from fedlora.lab.private import check_private, private_learners, private_tables
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment
-from fedlora.lab.tables import table, table_across
+from fedlora.lab.tables import summary
 from fedlora.lab.testing import open_policy
 from fedlora.lab.tracking.live import tracked
 from fedlora.lab.tracking.trackers import check_installed
@@ -112,7 +112,7 @@ def simulate(
         write_atomic(at / ROWS, json.dumps(found.counts(), indent=1).encode() + b"\n", mode=0o644)
         with tracked(tracker, at, _run_directory(lab, at, transport), report) as told:
             results.append(_one_seed(lab, at, transport=transport, lost=lost, report=told))
-    write_summary(out, results)
+    write_summary(out, results, plan)
     return results
 
 
@@ -163,10 +163,9 @@ def parse_seeds(text: str, *, default: int) -> list[int]:
     return seeds
 
 
-def write_summary(out: Path, results: Sequence[Results]) -> None:
+def write_summary(out: Path, results: Sequence[Results], plan: Plan) -> None:
     """The files that are about all seeds: summary.txt, results.csv, tables for papers, report.html."""
-    text = table(results[0]) if len(results) == 1 else table_across(results)
-    write_atomic(out / "summary.txt", text.encode() + b"\n", mode=0o644, shared=True)
+    write_atomic(out / "summary.txt", summary(results, plan).encode() + b"\n", mode=0o644, shared=True)
     write_long(long_form(results), out / "results.csv")
     write_tables(arms_table(results), out)
     try:

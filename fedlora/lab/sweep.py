@@ -239,7 +239,7 @@ def _in_processes(
     failed = jobs.run(units, options)
     for one in found:
         if one.name not in failed:
-            write_summary(directories[one.name], load(directories[one.name]))
+            write_summary(directories[one.name], load(directories[one.name]), one.plan)
     return failed
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.core.errors import plain
+from fedlora.core.plan import Plan
 from fedlora.core.records import Results
 from fedlora.core.words import (
     HONEST,
@@ -21,6 +23,7 @@ from fedlora.core.words import (
     with_sd,
 )
 from fedlora.lab.report import across, summarize
+from fedlora.privacy.claims import claim_lines, claim_of
 
 
 def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
@@ -32,6 +35,15 @@ def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
 def _title(run: Results, seeds: str) -> str:
     about = f"{plain(run.split)} split, {len(run.sites)} sites, {round_count(run)} rounds"
     return f"{plain(run.name)[:36]}: {about}, {seeds}"[:100]
+
+
+def summary(runs: Sequence[Results], plan: Plan) -> str:
+    """The table of one run or of several seeds, and what the plan's [privacy] claims for the arm ``federated``."""
+    lines = [table(runs[0]) if len(runs) == 1 else table_across(runs)]
+    if plan.privacy is not None and any("federated" in run.arms for run in runs):
+        for said in claim_lines(claim_of(plan)):
+            lines += textwrap.wrap(said.strip(), 100, subsequent_indent="  ")
+    return "\n".join(lines)
 
 
 def table(results: Results) -> str:

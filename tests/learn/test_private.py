@@ -11,15 +11,17 @@ import pytest
 import torch
 from learn.plans import plan_of
 
-from fedlora.core.plan import Plan
+from fedlora.core.plan import Plan, Protect, ServerOptimizer
 from fedlora.core.tables.privacy import Privacy
 from fedlora.data import IGNORE, Tokens
 from fedlora.learn import learner as learning
 from fedlora.learn.private.clipped import ClippedGradients
 from fedlora.learn.private.grouping import units_of
 from fedlora.learn.private.learner import PrivateLearner, micro_batch_tokens
-from fedlora.privacy.draws import poisson
+from fedlora.privacy.coding import encode
+from fedlora.privacy.draws import gaussian, poisson
 from fedlora.privacy.terms import NOISE_LEVELS, PrivacyTerms
+from fedlora.protect.secagg.protocol.rings import PROFILES
 from fedlora.site.work import PrivateLearner as Wanted
 
 pytestmark = pytest.mark.torch
@@ -216,3 +218,81 @@ def test_a_forecast_is_made_without_a_draw_and_any_unit_fits_into_a_micro_batch(
     assert all(sum(map(len, unit)) <= micro_batch_tokens(one.plan, one.plan.privacy) for unit in one.units)  # type: ignore[arg-type]
     most = plan(max_rows_per_unit=64)
     assert micro_batch_tokens(most, most.privacy) == 64 * 48  # type: ignore[arg-type]
+
+
+# --- distributed: one step a round, summed with other sites' -----------------------------------------------------------------
+
+
+def shared(**changes: Any) -> Plan:
+    """The same with the noise of three sites, of which one may collude."""
+    made = plan(local_steps=1, **changes)
+    facts = {"mechanism": "distributed"}
+    return made.model_copy(
+        update={
+            "privacy": made.privacy.model_copy(update=facts),  # type: ignore[union-attr]
+            "federation": made.federation.model_copy(update={"min_sites": 3}),
+            "protect": Protect(mode="secagg", secagg={"profile": "int12"}),
+            "server_optimizer": ServerOptimizer(name="adam"),
+        }
+    )
+
+
+@pytest.fixture
+def summing(lora: Callable[..., Any], rows: Sequence[Tokens]) -> Callable[..., PrivateLearner]:
+    def make(data: Sequence[Tokens] | None = None, **options: Any) -> PrivateLearner:
+        return PrivateLearner(lora(), grouped(rows) if data is None else data, [], shared(**options), site="a")
+
+    return make
+
+
+@pytest.mark.parametrize("factors", ["AB", "A", "B"])
+def test_a_sites_part_is_its_clipped_sum_with_a_part_of_the_noise_in_levels_of_the_ring(
+    summing: Callable[..., PrivateLearner], lora: Callable[..., Any], moved: Any, factors: Any
+):
+    one = summing(clip_norm=5.0)
+    first, terms = moved(one.model.get()), PrivacyTerms.of(one.plan)
+    found = one.noisy_sum(first, round=1, secret=SECRET, factors=factors)
+    model = lora()
+    model.set(first)
+    clipped = ClippedGradients(model, clip_norm=terms.clip_to, tokens=micro_batch_tokens(one.plan, one.plan.privacy),  # type: ignore[arg-type]
+                               max_length=48)  # fmt: skip
+    drawn = poisson(SECRET, 12, 0.5, step=0)
+    assert 0 < len(drawn) < 12
+    total = clipped.sum([one.units[n] for n in drawn], factors=factors)
+    flat = np.concatenate([t.numpy().reshape(-1) for t in total.tensors])
+    noise = found - flat / terms.level
+    assert found.size == first.layout.only(factors).size
+    assert terms.site_std == pytest.approx(5.0 / 2**0.5, rel=1e-6)
+    assert noise == pytest.approx(NOISE_LEVELS * gaussian(SECRET, found.size, step=0), abs=0.5 + 1e-3)
+    assert one.model.get().digest() == first.digest()
+
+
+def test_05_an_empty_draw_sends_noise_alone_of_the_whole_size(summing: Callable[..., PrivateLearner]):
+    one = summing(sampling_rate=1e-9)
+    first, terms = one.model.get(), PrivacyTerms.of(one.plan)
+    found = one.noisy_sum(first, round=1, secret=SECRET)
+    levels = PROFILES["int12"].levels
+    assert np.array_equal(found, encode(np.zeros(first.layout.size), terms, levels=levels, secret=SECRET, step=0))
+
+
+def test_05_a_row_that_gives_nan_adds_nothing_to_a_sum(summing: Callable[..., PrivateLearner], rows: Sequence[Tokens]):
+    bad = replace(rows[0], input_ids=np.full(8, 7, np.int32), labels=np.array([IGNORE, *[7] * 7], np.int32))
+    sums = []
+    for data in (grouped(rows[1:4]), [*grouped(rows[1:4]), replace(bad, line=99, group="bad")]):
+        one = summing(data)
+        with torch.no_grad():
+            one.model.base.model.get_input_embeddings().weight[7] = float("nan")
+        sums.append(one.noisy_sum(one.model.get(), round=1, secret=_drawing_all(4)))
+    assert np.abs(sums[0] - sums[1]).max() <= 1  # the last bits of others beside it
+
+
+def test_a_sum_follows_from_secret_and_adapter_and_the_seed_of_the_plan_has_no_part_in_it(
+    summing: Callable[..., PrivateLearner], moved: Any
+):
+    one = summing()
+    first = moved(one.model.get())
+    same = one.noisy_sum(first, round=1, secret=SECRET)
+    assert np.array_equal(same, summing(seed=1).noisy_sum(first, round=3, secret=SECRET))
+    assert not np.array_equal(same, one.noisy_sum(first, round=1, secret=OTHER))
+    with pytest.raises(ValueError, match="round 5"):
+        one.noisy_sum(first, round=5, secret=SECRET)
