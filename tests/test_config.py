@@ -240,6 +240,22 @@ def test_a_plan_holds_the_settings_of_what_is_chosen_with_their_defaults_and_no_
         parse_plan(left_out)
 
 
+SHARED = """
+[aggregate]
+weighting = "uniform"
+[federation]
+min_sites = 3
+local_steps = 1
+[protect]
+mode = "secagg"
+[evaluation]
+share = []
+[privacy]
+mechanism = "distributed"
+"""
+"""What [server_optimizer] name = "adam" goes with."""
+
+
 @pytest.mark.parametrize("section", [Plan, SiteFile])
 def test_what_the_sample_shows_of_others_can_be_chosen(tmp_path, section):
     """Each commented table, without its marks and with its name chosen, is a table of the plan."""
@@ -256,6 +272,7 @@ def test_what_the_sample_shows_of_others_can_be_chosen(tmp_path, section):
         for name in registry:
             assert f"{key} = {name}:" in sample(Plan)
             more = "" if registry is not MODES else '[aggregate]\nweighting = "uniform"\n[federation]\nmin_sites = 3\n'
+            more = SHARED if name == "adam" else more
             shown = [
                 line.lstrip("#") for line in sample(Plan).split(f"[{table}.{name}]", 1)[-1].split("\n\n")[0].splitlines()[1:]
             ]

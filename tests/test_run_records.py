@@ -120,6 +120,8 @@ claims = st.builds(
     delta=st.floats(0, 1, exclude_min=True, exclude_max=True),
     sampling_rate=st.floats(0, 1, exclude_min=True),
     releases=counts,
+    sum_of=st.integers(1, 256),
+    own_epsilon=maybe(above_zero),
     units_per_site=counts,
     relation=names,
     accountant=names,

@@ -68,10 +68,17 @@ def run_epsilon(plan: Plan, *, honest_others: bool = True) -> float:
     return epsilon([run_event(plan)], delta=private_of(plan).delta, honest_others=honest_others)
 
 
-def epsilon_after(plan: Plan, *, rounds: int) -> float:
-    """The same of the first rounds alone: public, as it follows from the plan."""
+def spent_after(plan: Plan, *, rounds: int) -> dict[str, float]:
+    """The same of the first rounds alone, for their record: public, as it follows from the plan.
+
+    Returns:
+        ``privacy/epsilon``; nothing without [privacy], or without a bound.
+    """
+    if plan.privacy is None:
+        return {}
     one = round_event(plan)
-    return epsilon([one.model_copy(update={"count": one.count * rounds})], delta=private_of(plan).delta)
+    found = epsilon([one.model_copy(update={"count": one.count * rounds})], delta=plan.privacy.delta)
+    return {"privacy/epsilon": found} if math.isfinite(found) else {}
 
 
 def with_noise(plan: Plan) -> Plan:

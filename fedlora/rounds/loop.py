@@ -28,7 +28,7 @@ from fedlora.core.metrics import finish, pool
 from fedlora.core.plan import Federation, Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
 from fedlora.core.tables.privacy import sends_gradients
-from fedlora.privacy.claims import epsilon_after
+from fedlora.privacy.claims import spent_after
 from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.best import keep_best
@@ -111,7 +111,7 @@ def _aggregate(
     """The checkpoint after the round, and the round's record with its outcome."""
     began, round = time.monotonic(), checkpoint.round + 1
     if tally.voided is not None:  # the sites have trained and go on; the adapter stays as it was
-        rule = _spent(plan, round)  # the sites were charged
+        rule = spent_after(plan, rounds=round)  # the sites were charged
         record = record.model_copy(update={"outcome": Outcome(weight=0, adapter=checkpoint.adapter.digest(), rule=rule)})
         return Checkpoint(round, checkpoint.adapter, record, checkpoint.state), record
     weight = tally.weight
@@ -121,17 +121,10 @@ def _aggregate(
         whose = f"rule {plan.aggregate.name!r}" + f" and optimizer {optimizer!r}" * (optimizer != "none")
         hint = "every site's update was finite: look at the rule's finish if it is your own, else a smaller learning rate"
         raise RunFailed(f"the adapter that {whose} made in round {round} holds NaN or infinity", hint=hint)
-    outcome = Outcome(weight=weight, adapter=after.digest(), rule=rule | _spent(plan, round))
+    outcome = Outcome(weight=weight, adapter=after.digest(), rule=rule | spent_after(plan, rounds=round))
     seconds = Seconds(round=record.seconds.round, aggregate=time.monotonic() - began)
     record = record.model_copy(update={"outcome": outcome, "seconds": seconds})
     return Checkpoint(round, after, record, state), record
-
-
-def _spent(plan: Plan, round: int) -> dict[str, float]:
-    """What the rounds so far cost a person at most, by the plan alone; nothing if it has no bound, or no [privacy]."""
-    if plan.privacy is None or not math.isfinite(epsilon := epsilon_after(plan, rounds=round)):
-        return {}
-    return {"privacy/epsilon": epsilon}
 
 
 def _finish(

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from privacy.test_distributed import shared
 from privacy.test_site import PLAN, RUN, SETTINGS, One, task
 
 from fedlora.cli import main
@@ -85,6 +86,24 @@ def test_check_says_the_claim_and_the_budget_or_that_there_is_no_privacy(site, c
     assert main(["budget", "show", str(site)]) == 0
     assert "epsilon 0.00 of 8 spent" in capsys.readouterr().out
     assert main(["budget", "reserve", str(site)]) == 2
+
+
+def test_an_account_and_a_plan_say_what_is_left_with_nobodys_noise_but_ours(site, capsys):
+    plan = shared(noise_multiplier=6.0)
+    own = run_epsilon(plan, honest_others=False)
+    cost, said = cost_at(site, plan)
+    assert (cost.after, cost.own_noise) == (run_epsilon(plan), own)
+    assert f"{own:.2f} in all with nobody's noise but ours" in said
+    (site.parent / "plan.toml").write_text(dump_toml(plan))
+    assert main(["budget", "reserve", str(site), str(site.parent / "plan.toml")]) == 0
+    assert f"{own:.2f} with nobody's noise but ours" in capsys.readouterr().out
+    account = BudgetDesk(site).account()
+    assert (account.committed, account.own_noise) == (run_epsilon(plan), own)
+    (site.parent / "site.toml").write_text(site.read_text().replace("honest_others = true", "honest_others = false"))
+    assert BudgetDesk(site).account().committed == own
+    assert cost_at(site, plan)[0].after == own
+    assert main(["check", str(site.parent / "plan.toml")]) == 0
+    assert f"{own:.3g} with no noise but its own" in capsys.readouterr().out
 
 
 def test_leaving_for_good_keeps_the_ledger_of_what_was_released(tmp_path):

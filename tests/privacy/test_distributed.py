@@ -13,21 +13,25 @@ from privacy.test_site import ROWS, RUN, SETTINGS, One, task
 from protect.secagg.world import World, at_phase, identity, names, signed_roster
 
 from fedlora.core.adapter import Adapter, Update
-from fedlora.core.errors import FedLoRAError, PlanRefused
+from fedlora.core.errors import FedLoRAError, PlanRefused, SessionError
 from fedlora.core.limits import MAX_SITES
 from fedlora.core.plan import Evaluation, Federation, Plan, Protect, ServerOptimizer, Training
+from fedlora.core.records import Bytes, RoundRecord, Seconds
 from fedlora.core.tables.privacy import Privacy
 from fedlora.lab.testing import TOY_BASE, toy_layout, toy_plan
 from fedlora.privacy.account import epsilon
-from fedlora.privacy.claims import NO_CLAIM, claim_lines, claim_of, epsilon_after, run_epsilon, run_event, with_noise
-from fedlora.privacy.coding import encode
+from fedlora.privacy.claims import NO_CLAIM, claim_lines, claim_of, run_epsilon, run_event, spent_after, with_noise
+from fedlora.privacy.coding import encode, failure
 from fedlora.privacy.terms import NOISE_LEVELS, PrivacyTerms
 from fedlora.protect.secagg.encoding import encode_update, in_ring
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.rings import PROFILES, sum_to_mean
 from fedlora.protect.secagg.terms import Terms
+from fedlora.rounds import loop
+from fedlora.rounds.checkpoint import Checkpoint
+from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
-from fedlora.site.private import private_refusals
+from fedlora.site.private import PrivateRuns, private_refusals
 
 RIGHT = {
     "aggregate": {"weighting": "uniform"}, "evaluation": {"share": []}, "privacy": {"mechanism": "distributed"},
@@ -127,6 +131,7 @@ def test_the_claim_counts_on_all_but_the_colluding_sites_and_says_what_is_left_w
     claim = claim_of(plan)
     assert (claim.sum_of, claim.colluding, claim.releases) == (7, 2, 10)
     assert run_event(plan).honest_sites == 5
+    assert run_event(plan).failure == failure(1 << 31, sites=MAX_SITES, epsilon=12.0) > 1e-9
     assert run_epsilon(plan) == epsilon([run_event(plan)], delta=1e-3)
     alone = run_event(plan).model_copy(update={"noise_multiplier": 2.0 / 5**0.5, "honest_sites": 1})
     assert claim.own_epsilon == pytest.approx(epsilon([alone], delta=1e-3), rel=1e-6)
@@ -143,9 +148,10 @@ def test_few_people_have_no_claim_whatever_the_epsilon():
 
 def test_epsilon_after_each_round_follows_from_the_plan_and_ends_at_its_claim():
     plan = shared(noise_multiplier=1.0, rounds=4)
-    spent = [epsilon_after(plan, rounds=r) for r in range(1, 5)]
+    spent = [spent_after(plan, rounds=r)["privacy/epsilon"] for r in range(1, 5)]
     assert spent == sorted(spent)
     assert spent[-1] == run_epsilon(plan)
+    assert spent_after(toy_plan(), rounds=1) == {}
 
 
 # --- test 9: the sum, and its noise ---------------------------------------------------------------------------------------
@@ -235,12 +241,15 @@ class Summing:
     data: np.ndarray
     plan: Plan = PLAN
     secrets: list = field(default_factory=list)
+    charged: list = field(default_factory=list)
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
     def noisy_sum(self, adapter, *, round, secret, factors="AB"):
         self.secrets.append(secret)
+        lines = [json.loads(line) for line in self.inner.ledger.read_text().splitlines()]
+        self.charged.append([line["exchange"] for line in lines if line["op"] == "charge"])
         return levels_of(secret, self.data, self.plan)
 
 
@@ -348,6 +357,44 @@ def test_a_round_that_is_void_stays_charged_and_the_next_one_has_a_secret_of_its
     second = one.site.work(asked(round=2)).delta  # from the same adapter: the first was void
     assert [charge.exchange for charge in one.charges()] == [1, 2]
     assert not np.array_equal(first, second)
+
+
+def test_a_gradient_is_charged_on_the_disk_before_it_is_computed(tmp_path):
+    one = one_site(tmp_path, some())
+    one.site.work(asked())
+    one.site.work(asked(round=2, moved=0.1))
+    assert one.learner.charged == [[1], [1, 2]]
+    assert len(set(one.learner.secrets)) == 2
+
+
+def test_16_a_gradient_that_may_have_been_sent_is_computed_with_other_noise_and_charged_again(tmp_path, monkeypatch):
+    one = one_site(tmp_path, some())
+
+    def stopped(self, task):
+        raise KeyboardInterrupt  # before the secret is deleted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateRuns, "finished", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            one.site.work(asked())
+    for file in (tmp_path / "journal" / RUN).glob("round-000001.journal*"):
+        file.unlink()
+    again = one_site(tmp_path, some())
+    again.site.work(asked())
+    assert again.learner.secrets != one.learner.secrets
+    assert len(again.charges()) == 2
+
+
+def test_a_void_round_is_in_the_records_with_what_it_cost():
+    tally = loop._Tally(None, lambda event, facts: None, frozenset())
+    tally.void(SessionError("a liar"))
+    record = RoundRecord(
+        kind="train", round=2, attempt=0, asked=(), sites={}, missing={}, together=None, majority={}, partial=True,
+        void="session", bytes=Bytes(down={}, up={}), seconds=Seconds(round=0.0, aggregate=0.0), outcome=None,
+    )  # fmt: skip
+    done, record = loop._aggregate(Checkpoint(1, at()), tally, record, aggregator=rule_of(PLAN), plan=PLAN)
+    assert done.adapter.digest() == at().digest()
+    assert record.outcome.rule == spent_after(PLAN, rounds=2)
 
 
 # --- what a site says ---------------------------------------------------------------------------------------------------------

@@ -22,8 +22,6 @@ MOST_SHARED_EPSILON: Final = 12.0
 """The same under ``distributed``: what a ring cuts off the noise counts e^epsilon times."""
 PRIVATE_RULES: Final = ("fedavg", "ffa", "rolora", "fedsvd")
 """Aggregation rules that are tested with [privacy]."""
-GRADIENT_RULES: Final = ("fedavg", "ffa", "rolora")
-"""Those of them whose updates may be gradients, for an Adam at the server."""
 
 
 class Privacy(Section):
