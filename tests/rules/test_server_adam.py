@@ -134,3 +134,16 @@ def test_no_more_is_taken_than_steps_so_far_can_have_moved(rule):
     for round, far in ((1, 0.02), (2, 1.05 * rate)):
         with raising(PlanRefused, code="impossible-adapter"):
             check_published(plan, Adapter(to_bfloat16(first.vector + np.float32(far)), sent), round=round)
+
+
+def test_the_gradients_that_move_a_value_furthest_are_taken_and_the_bound_is_near():
+    """They rise by beta2 / beta1 from round to round: a step is then longer than the learning rate."""
+    plan = plan_of("ffa", rounds=40, rate=0.01, schedule="constant")
+    gradients = [lambda n, k=k: np.full(n, -1e-3 * (0.99 / 0.9) ** k, np.float32) for k in range(40)]
+    sent = LAYOUT.only("B")
+    for round, adapter in enumerate(publish(plan, gradients), 1):
+        last = adapter.part(sent)
+        check_published(plan, last, round=round)
+    rates = [gradient_rate(plan, round=r) for r in range(1, 41)]
+    moved, bound = float(last.vector.max()), optimizer_of(plan).adam_reach(rates)
+    assert 1.1 * sum(rates) < moved < 1.01 * bound < 1.1 * moved  # published in bfloat16
