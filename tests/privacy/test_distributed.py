@@ -18,7 +18,8 @@ from fedlora.core.limits import MAX_SITES
 from fedlora.core.plan import Evaluation, Federation, Plan, Protect, ServerOptimizer, Training
 from fedlora.core.records import Bytes, RoundRecord, Seconds
 from fedlora.core.tables.privacy import Privacy
-from fedlora.lab.testing import TOY_BASE, toy_layout, toy_plan
+from fedlora.doctor.dry_run import Stage, played
+from fedlora.lab.testing import TOY_BASE, open_policy, toy_layout, toy_plan
 from fedlora.privacy.account import epsilon
 from fedlora.privacy.claims import NO_CLAIM, claim_lines, claim_of, run_epsilon, run_event, spent_after, with_noise
 from fedlora.privacy.coding import encode, failure
@@ -432,3 +433,25 @@ def test_a_gradient_at_an_adapter_leaves_the_adapter_as_it_is(tmp_path):
     assert np.array_equal(update.delta, np.rint(update.delta))
     kept = one.site.journal.find(RUN, 1)
     assert (kept.kept, kept.state) == (b"", b"")
+
+
+@pytest.mark.parametrize("mechanism", ["distributed", "local"])
+def test_a_dry_run_under_secure_aggregation_plays_sites_that_give_nothing(tmp_path, mechanism):
+    plan = PLAN
+    if mechanism == "local":
+        changed = {"mechanism": "local", "noise_multiplier": 8.0}
+        plan = PLAN.model_copy(update={
+            "privacy": PLAN.privacy.model_copy(update=changed), "server_optimizer": ServerOptimizer(),
+            "federation": PLAN.federation.model_copy(update={"local_steps": 5}),
+        })  # fmt: skip
+    one = one_site(tmp_path / "own", some())
+    learner = one.learner if mechanism == "distributed" else one.learner.inner
+    learner.ledger = learner.__dict__.get("inner", learner).ledger = (
+        tmp_path / "dry" / "site" / "privacy" / "ward" / "ledger.jsonl"
+    )
+    policy = open_policy(approve="by-digest", max_first_range=64.0)
+    file = one.file.model_copy(update={"roster": "e" * 64, "policy": policy})
+    would = played(identity("a"), file, plan, learner, state=tmp_path / "dry", report=lambda e, f: None, stage=Stage())
+    assert set(would.others) == {"advertise", "share", "vote", "unmask"}
+    assert would.stage == "the server and 2 other sites, whose updates are zero"
+    assert one.charges() == []  # nothing is charged for what nobody is sent
