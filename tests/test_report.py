@@ -17,6 +17,7 @@ from raising import raising
 
 from fedlora.cli import main
 from fedlora.core.errors import ConfigError, NotInstalled, StoreError, WireError
+from fedlora.core.plan import Plan
 from fedlora.core.records import Results
 from fedlora.formats.records import parse_text
 from fedlora.lab import report, simulate, tables
@@ -531,7 +532,7 @@ def test_without_the_extra_the_numbers_are_kept_and_the_page_is_a_named_error(tm
     assert main(["report", str(tmp_path)]) == 3
     assert "hint: pip install 'fedlora[report]'" in capsys.readouterr().err
     (tmp_path / "report.html").write_text("of an earlier seed")
-    simulate.write_summary(tmp_path, typed([run()]))
+    simulate.write_summary(tmp_path, typed([run()]), Plan())
     assert (tmp_path / "summary.txt").read_text() == table(run()) + "\n"
     assert not (tmp_path / "report.html").exists()
 

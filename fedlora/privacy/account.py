@@ -14,6 +14,7 @@ from functools import lru_cache, reduce
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+from fedlora.core.tables.privacy import MOST_SHARED_EPSILON
 from fedlora.formats.state.budget import Event
 
 _LEAST_MULTIPLIER: Final = 0.2
@@ -53,17 +54,20 @@ def epsilon(events: Iterable[Event], *, delta: float, honest_others: bool = True
         honest_others: False counts on this site's own noise alone.
 
     Returns:
-        Epsilon; 0 without releases; infinite if the releases take all of delta.
+        Epsilon; 0 without releases; infinite if the releases take all of delta, or if it is above 12 and counts on shared noise,
+        of which what a ring cuts off is counted up to there.
     """
     kinds: Counter[tuple[float, float]] = Counter()
-    left = delta
+    left, shared = delta, False
     for event in merged(events):
+        shared |= event.honest_sites > 1
         alone = 1.0 if honest_others else math.sqrt(event.honest_sites)
         kinds[event.noise_multiplier / alone, event.sampling_rate] += event.count
         left -= event.failure * event.count
     if not kinds:
         return 0.0
-    return _epsilon(tuple(sorted((*kind, count) for kind, count in kinds.items())), left) if left > 0 else math.inf
+    found = _epsilon(tuple(sorted((*kind, count) for kind, count in kinds.items())), left) if left > 0 else math.inf
+    return math.inf if honest_others and shared and found > MOST_SHARED_EPSILON else found
 
 
 @lru_cache(maxsize=256)

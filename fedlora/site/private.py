@@ -13,7 +13,7 @@ from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
 from fedlora.core.tables.data import SiteData
-from fedlora.core.tables.privacy import MOST_EPSILON, MOST_SHARED_EPSILON, Mechanism, Unit
+from fedlora.core.tables.privacy import MOST_EPSILON, Mechanism, Unit
 from fedlora.formats.state.memory import Memory, get_record, put_record
 from fedlora.privacy.account import accountant
 from fedlora.privacy.claims import round_event, run_epsilon, run_event
@@ -74,11 +74,6 @@ def private_refusals(plan: Plan, settings: SitePrivacy, data: SiteData) -> Itera
         )
     if private.mechanism not in settings.mechanisms:
         yield f"its mechanism is {private.mechanism!r}, which privacy.mechanisms in the site file does not list"
-    if private.mechanism == "distributed" and settings.budget_epsilon > MOST_SHARED_EPSILON:
-        yield (
-            f"its mechanism is 'distributed', and privacy.budget_epsilon {settings.budget_epsilon:g} in the site file is above "
-            f"{MOST_SHARED_EPSILON:g}, beyond which the noise that a ring cuts off is not counted: lower it"
-        )
     if private.delta * settings.units > 1:
         yield f"its delta {private.delta:g} is more than 1 / {settings.units} (privacy.units): it may publish one person's rows"
     if private.noise_multiplier and not (found := run_epsilon(plan)) <= private.epsilon:

@@ -405,8 +405,19 @@ def test_a_site_may_take_part_where_it_adds_all_noise_alone_only():
     alone = SETTINGS.model_copy(update={"mechanisms": ("local",)})
     assert any("mechanisms" in said for said in private_refusals(PLAN, alone, ROWS))
     assert list(private_refusals(PLAN, SETTINGS, ROWS)) == []
-    rich = SETTINGS.model_copy(update={"budget_epsilon": 13.0})
-    assert any("budget_epsilon" in said for said in private_refusals(PLAN, rich, ROWS))
+
+
+def test_epsilon_beyond_what_the_cut_of_a_ring_is_counted_for_is_not_known():
+    one = run_event(shared(noise_multiplier=2.0)).model_copy(update={"sampling_rate": 1.0})
+    lone = one.model_copy(update={"mechanism": "local", "honest_sites": 1})
+    for count in (1, 20, 40):
+        found = epsilon([one.model_copy(update={"count": count})], delta=1e-3)
+        plain = epsilon([lone.model_copy(update={"count": count})], delta=1e-3)
+        assert found == (plain if plain <= 12 else np.inf)
+    assert plain > 12
+    assert np.isfinite(epsilon([one.model_copy(update={"count": 40})], delta=1e-3, honest_others=False))
+    small = one.model_copy(update={"count": 1})
+    assert epsilon([small, lone.model_copy(update={"count": 40})], delta=1e-3) == np.inf  # together, whatever comes later
 
 
 def test_who_counts_on_nobody_is_charged_at_the_own_noise(tmp_path):
