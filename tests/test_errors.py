@@ -16,8 +16,8 @@ from fedlora.site.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 BEFORE = {
-    1: "bad-dealer bad-share bad-signature both-secrets cannot-open cohort-too-small complaint-unanswered envelope equivocation "
-    "error internal lone-change malformed-header non-finite oversized payload-mismatch remote replayed run-failed "
+    1: "bad-dealer bad-share bad-signature both-secrets cannot-open cohort-too-small complaint-unanswered dropped-out envelope "
+    "equivocation error internal lone-change malformed-header non-finite oversized payload-mismatch remote replayed run-failed "
     "secrets-gone session session-spent stopped suite-downgrade trailing-bytes truncated update-rejected votes-missing "
     "weight-too-large wire wrong-context wrong-direction wrong-federation wrong-global wrong-layout wrong-plan wrong-recipient "
     "wrong-round wrong-run",

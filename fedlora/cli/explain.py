@@ -136,6 +136,8 @@ MEANINGS: Final[dict[str, tuple[str, str]]] = {
                      "The session is burnt and nothing was opened. Keep the server's files: this is an attack or a bug."),
     "cohort-too-small": ("So few sites are left that the sum would show too much of one.", "Wait until more sites are there."),
     "complaint-unanswered": ("A site did not show what it had dealt.", "It is left out; the round is tried again."),
+    "dropped-out": ("A site gave no update to a session that could not end without it.",
+                    "The round is tried again. Ask the site what stops it in the middle of a round."),
     "lone-change": ("This sum, alone or beside earlier ones, could show one site's update.",
                     "`fedlora check` says what a plan of so many sites survives; a person may approve it with --uncovers."),
     "secrets-gone": ("The secrets of this session are not there any more, often after a restart.",

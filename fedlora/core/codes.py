@@ -92,6 +92,7 @@ Sessions = Literal[
     "both-secrets",
     "cohort-too-small",
     "complaint-unanswered",
+    "dropped-out",
     "lone-change",
     "secrets-gone",
     "session",

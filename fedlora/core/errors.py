@@ -247,7 +247,7 @@ class SessionError(FedLoRAError):
     session-spent: this site has given its masked update of the round already. secrets-gone: the secrets of the session are not
     there (any more); the site counts as one that dropped out. both-secrets: somebody asked for both kinds of share of one site,
     which would open its update; the session is burnt. votes-missing: not enough signed votes. complaint-unanswered: a
-    dealer did not show what it had dealt.
+    dealer did not show what it had dealt. dropped-out: a site gave no update to a session that could not end without it.
     """
 
     code: Code = "session"

@@ -64,11 +64,13 @@ def forecast(
     steps: int,
     micro_batches: MicroBatches,
     processes: int = 1,
+    timed: Callable[[Sequence[Sequence[Batch]]], float] | None = None,
 ) -> Forecast:
     """Makes a few steps at a learning rate of zero, which change nothing, and times the last, the largest of some.
 
     Args:
         group: the batches of the step at a place in the data, and the place behind them.
+        timed: makes steps of these batches in another way, and returns the seconds of the last for each of its tokens.
         processes: GPUs among which each step is divided. The forecast leaves out the time for adding up their gradients.
     """
     groups, cursor = [], Cursor()
@@ -84,7 +86,7 @@ def forecast(
         own.append(own[-1])
     held = _memory("VmRSS")
     model.set_trained("AB")
-    token_s = _token_s(model, own, training, micro_batches)
+    token_s = timed(own) if timed is not None else _token_s(model, own, training, micro_batches)
     return Forecast(
         device=torch.cuda.get_device_name(model.base.device) if on_gpu else _cpu(model),
         checkpointing=micro_batches.checkpointing,
@@ -128,12 +130,13 @@ def _token_s(model: LoraModel, groups: Sequence[Sequence[Batch]], training: Trai
         max_grad_norm=training.max_grad_norm,
         proximal_mu=training.proximal_mu,
         micro_batches=micro_batches,
-        on_step=lambda *_: _mark(model, ends),
+        on_step=lambda *_: mark(model, ends),
     )
     return (ends[-1] - ends[-2]) / sum(b.tokens for b in groups[-1])
 
 
-def _mark(model: LoraModel, ends: list[float]) -> None:
+def mark(model: LoraModel, ends: list[float]) -> None:
+    """Notes the end of a step; after the first, what measuring and compiling took of a GPU's memory is forgotten."""
     if model.base.device.type == "cuda":
         torch.cuda.synchronize(model.base.device)
         if not ends:  # measuring micro-batches and compiling kernels are over

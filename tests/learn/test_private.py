@@ -210,11 +210,26 @@ def test_moments_that_are_kept_go_on_from_the_journal_to_the_same_bits(learner: 
     assert went_on.adapter.digest() == again.adapter.digest()
 
 
-def test_a_forecast_is_made_without_a_draw_and_any_unit_fits_into_a_micro_batch(
-    learner: Callable[..., PrivateLearner], rows: Sequence[Tokens]
-):
+def test_a_forecast_is_made_without_a_draw_and_changes_nothing(learner: Callable[..., PrivateLearner], rows: Sequence[Tokens]):
     one = learner(grouped(rows, size=2))
-    assert one.forecast().steps == 5
+    before = one.model.get().digest()
+    found = one.forecast()
+    assert (found.steps, found.micro_batch_tokens) == (5, micro_batch_tokens(one.plan, one.plan.privacy))  # type: ignore[arg-type]
+    assert found.token_s > 0
+    assert one.model.get().digest() == before
+
+
+def test_a_forecast_measures_the_gradient_of_each_unit(learner: Callable[..., PrivateLearner], monkeypatch: pytest.MonkeyPatch):
+    """What a unit takes beside an ordinary step is an adapter in float32 for each unit of a micro-batch."""
+    seen, real = [], ClippedGradients.sum
+    monkeypatch.setattr(ClippedGradients, "sum", lambda self, units, **more: seen.append(len(units)) or real(self, units, **more))
+    one = learner()
+    one.forecast()
+    assert seen == [max(1, round(0.5 * len(one.units)))] * 2
+
+
+def test_any_unit_fits_into_a_micro_batch(learner: Callable[..., PrivateLearner], rows: Sequence[Tokens]):
+    one = learner(grouped(rows, size=2))
     assert all(sum(map(len, unit)) <= micro_batch_tokens(one.plan, one.plan.privacy) for unit in one.units)  # type: ignore[arg-type]
     most = plan(max_rows_per_unit=64)
     assert micro_batch_tokens(most, most.privacy) == 64 * 48  # type: ignore[arg-type]

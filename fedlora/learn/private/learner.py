@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +16,16 @@ from fedlora.core.plan import Plan
 from fedlora.core.tables.privacy import Privacy
 from fedlora.data import Batch, Cursor, Tokens, in_order
 from fedlora.learn.bases.memory import is_out_of_memory
+from fedlora.learn.forecast import Forecast, forecast, mark
 from fedlora.learn.learner import HFLearner, dump_state
 from fedlora.learn.loop import PlanBatches, rate_of
 from fedlora.learn.lora import LoraModel
-from fedlora.learn.optimizer import dump_moments
+from fedlora.learn.optimizer import dump_moments, make_optimizer
 from fedlora.learn.options import Checkpointing
 from fedlora.learn.private.clipped import ClippedGradients
 from fedlora.learn.private.grouping import units_of
-from fedlora.learn.private.steps import noisy_sum, private_steps
+from fedlora.learn.private.steps import apply_noisy, noisy_sum, private_steps
+from fedlora.learn.private.units import Unit
 from fedlora.privacy.claims import private_of
 from fedlora.privacy.terms import SLACK, PrivacyTerms
 from fedlora.protect.secagg.protocol.rings import PROFILES
@@ -128,11 +131,42 @@ class PrivateLearner(HFLearner):
             terms = PrivacyTerms.of(plan)
             return noisy_sum(self._clipped, self.units, terms, secret=secret, levels=levels, factors=factors)
 
+    def forecast(self, *, processes: int = 1) -> Forecast:
+        """What a round will take here, from one measured step over as many units as are drawn on average; nothing is changed."""
+        measured = forecast(
+            self._model,
+            self.group,
+            self._held_out,
+            self._plan.training,
+            steps=self.steps,
+            micro_batches=self._micro_batches,
+            processes=processes,
+            timed=self._token_s,
+        )
+        return replace(measured, micro_batch_tokens=micro_batch_tokens(self._plan, private_of(self._plan)))
+
+    def _token_s(self, groups: Sequence[Sequence[Batch]]) -> float:
+        """Seconds a token of the last of some steps with noise, at a learning rate of zero and with a secret that is none."""
+        ends: list[float] = []
+        terms, optimizer = PrivacyTerms.of(self._plan), make_optimizer(self._model, self._plan.training)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        for _ in groups:
+            apply_noisy(self._model.trainable(), self._clipped.sum(self._some), terms, secret=bytes(32), step=0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            mark(self._model, ends)
+        return (ends[-1] - ends[-2]) / sum(b.tokens for b in groups[-1])
+
+    @property
+    def _some(self) -> Sequence[Unit]:
+        """As many units as a step draws on average, always the same ones."""
+        return self.units[: max(1, round(private_of(self._plan).sampling_rate * len(self.units)))]
+
     def group(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
         """As much as a step draws on average, for a forecast of time and memory: no draw, always the same units."""
         private, training = private_of(self._plan), self._plan.training
-        some = self.units[: max(1, round(private.sampling_rate * len(self.units)))]
-        documents = [example for unit in some for example in unit]
+        documents = [example for unit in self._some for example in unit]
         batches = in_order(
             documents,
             rows=max(1, micro_batch_tokens(self._plan, private) // training.max_length),

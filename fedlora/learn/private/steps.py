@@ -57,9 +57,7 @@ def private_steps(
     for step in range(steps):
         drawn = poisson(secret, len(units), terms.sampling_rate, step=step)
         total = clipped.sum([units[number] for number in drawn], factors=factors)
-        gradients = noisy_mean(total, terms, secret=secret, step=step)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.to(parameter.device)
+        apply_noisy(parameters, total, terms, secret=secret, step=step)
         add_proximal_term(parameters, anchors, proximal_mu)
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
@@ -97,6 +95,14 @@ def noisy_sum(
 
 def _flat(total: ClippedSum) -> F64:
     return np.concatenate([tensor.cpu().numpy().reshape(-1) for tensor in total.tensors])
+
+
+def apply_noisy(
+    parameters: Sequence[torch.nn.Parameter], total: ClippedSum, terms: PrivacyTerms, *, secret: bytes, step: int
+) -> None:
+    """Gives each parameter its part of the noisy mean as its gradient; see :func:`noisy_mean`."""
+    for parameter, gradient in zip(parameters, noisy_mean(total, terms, secret=secret, step=step), strict=True):
+        parameter.grad = gradient.to(parameter.device)
 
 
 def noisy_mean(total: ClippedSum, terms: PrivacyTerms, *, secret: bytes, step: int) -> list[torch.Tensor]:

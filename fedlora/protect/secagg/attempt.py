@@ -68,10 +68,7 @@ class Attempt:
             if code == DealerLied.code:
                 caught[site] = DealerLied("left out: what it dealt is not what it had signed for", site=site)
             elif code:
-                caught[site] = SessionError(
-                    "left out of this round: it did not show what it had dealt to a site that complained",
-                    code="complaint-unanswered",
-                )
+                caught[site] = dropped_out() if code == dropped_out().code else _unanswered()
             else:
                 admitted.append(site)
         if caught and len(requirements.whole(admitted)) < requirements.smallest <= len(requirements.whole([*admitted, *caught])):
@@ -165,6 +162,17 @@ class Attempt:
     def caught(self, site: str) -> None:
         """Excludes a site that has provably lied from the rest of the run."""
         self.sessions.expel(site, code=DealerLied.code)
+
+
+def dropped_out() -> SessionError:
+    """The error of a site that gave no update to a session that could not end without it."""
+    return SessionError("it gave no update to a session that could not end without it", code="dropped-out")
+
+
+def _unanswered() -> SessionError:
+    return SessionError(
+        "left out of this round: it did not show what it had dealt to a site that complained", code="complaint-unanswered"
+    )
 
 
 def code_of(error: FedLoRAError) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from fedlora.core.reader import Reader
 from fedlora.formats import update as wire
 from fedlora.protect import Exchange
 from fedlora.protect.link import Context, receive, reply_bytes
-from fedlora.protect.secagg.attempt import Attempt, Errors
+from fedlora.protect.secagg.attempt import Attempt, Errors, dropped_out
 from fedlora.protect.secagg.protocol.cohort import SIGNATURE, Advert, Cohort, read_session
 from fedlora.protect.secagg.protocol.complaints import (
     dump_opened,
@@ -126,6 +126,8 @@ def gather(at: Attempt, session: ServerSession, ended: Ended) -> Exchange:
     session.delivered = sorted(delivered.values(), key=lambda d: d.number)
     if lied or not _enough(at, session):
         session.stage = "abort"
+        if not lied:
+            _name_dropped(at, session, shown)
     else:
         session.stage, session.vector, session.numbers = "vote", gathering.vector, gathering.numbers
         at.sessions.save_sum(session)
@@ -216,6 +218,20 @@ class _Gathering:
     def _limit(self) -> int:
         """Longest reply."""
         return 32 + SIGNATURE + self._body_bytes
+
+
+def _name_dropped(at: Attempt, session: ServerSession, asked: Collection[int]) -> None:
+    """Names the sites that gave no update to a session that ends without a sum, and leaves out who alone has ended it.
+
+    That are sites that have measured something where the others would be enough, but for the evaluations of too few that would be
+    in the sum. Asked again, one of them could end each session so; without them fewer have measured, and all send zeros.
+    """
+    requirements, names = at.terms.requirements, session.names(session.counted)
+    for name in session.names(sorted(set(asked).difference(session.counted))):
+        at.errors.setdefault(name, dropped_out())
+    if requirements.whole(names) == set(names) and len(names) >= requirements.fewest_inputs(len(session.cohort.adverts)):
+        for name in sorted(requirements.counting(session.cohort.measured).difference(names)):
+            at.sessions.exclude(name, round=at.task.round, code=dropped_out().code)
 
 
 def _enough(at: Attempt, session: ServerSession) -> bool:

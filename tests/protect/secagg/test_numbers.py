@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from protect.secagg.world import World, secagg_plan, signed_roster
+from protect.secagg.world import World, at_phase, names, secagg_plan, signed_roster
 
 from fedlora.core.errors import LoneChange
 from fedlora.core.metrics import MAX_COUNTER, counters_of, finish
@@ -130,6 +130,42 @@ def test_where_measured_sites_are_lost_the_round_is_done_again_without_their_fig
     assert update.counters["train/tokens"] == sum(world.updates[s].counters["train/tokens"] for s in counted)
 
 
+@pytest.mark.parametrize(
+    ("n", "measured", "dropping", "left_out"),
+    [
+        (5, 3, ["site-3"], ["site-3"]),
+        (5, 3, ["site-1", "site-2"], ["site-1"]),
+        (7, 4, ["site-1 site-4"], ["site-1", "site-4"]),
+        (9, 3, ["site-1 site-2", "site-3"], ["site-1", "site-2"]),
+    ],
+)
+def test_measured_sites_that_drop_out_each_time_are_named_and_stop_no_run(n, measured, dropping, left_out):
+    """In each attempt others mask nothing: who has cost one is left out of this round, which has its sum."""
+    world = World(n, plan=secagg_plan(lone_change="allow"))
+    measure(world, names(n)[:measured])
+    named = {}
+    for attempt, out in enumerate([*dropping, ""]):
+        heard = world.collect(world.task(attempt=attempt), lost=lambda r, out=out: r.site in out.split() and r.phase == "mask")
+        named |= {s: code for s, code in heard.codes().items() if code == "dropped-out"}
+        if heard.sums:
+            break
+    ((counted, update, *_),) = heard.sums
+    assert not {*left_out} & {*counted}
+    assert named == dict.fromkeys(left_out, "dropped-out")
+    assert update.counters["eval/tokens"] == 0
+    world.globals[2] = world.globals[1]
+    assert [list(s) for s, *_ in world.collect(world.task(round=2)).sums] == [names(n)]
+
+
+def test_a_measured_site_without_which_there_is_no_session_is_named():
+    world = World(6, plan=secagg_plan(lone_change="allow"))
+    measure(world, names(3))
+    for attempt in range(3):  # three of these six are there; each is needed
+        heard = world.collect(world.task(attempt=attempt), lost=at_phase(**{"site-2": "mask"}), sites=names(4)[:3])
+        assert heard.sums == []
+    assert heard.codes() == {"site-1": "cohort-too-small", "site-2": "dropped-out", "site-3": "cohort-too-small"}
+
+
 @st.composite
 def cohorts(draw):
     n, c = draw(st.integers(3, 12)), draw(st.integers(0, 3))
@@ -162,8 +198,8 @@ def test_sums_over_whole_groups_never_differ_by_few_evaluations(made, data):
     assume(requirements.groups is not None)
     counting = requirements.counting(measured)
     one, two = (frozenset().union(*data.draw(st.sets(st.sampled_from(requirements.groups)))) for _ in range(2))
-    for names in (one, two):
-        requirements.check_counting(counting, names)  # whole groups are always agreed to
+    for some in (one, two):
+        requirements.check_counting(counting, some)  # whole groups are always agreed to
     assert len((one ^ two) & counting) in (0, *range(requirements.max_colluding + 2, len(everybody) + 1))
 
 
