@@ -170,6 +170,18 @@ def test_9_every_set_of_sites_that_a_site_agrees_to_has_all_of_the_noise_althoug
     assert (there - c) * terms.site_std**2 >= (terms.noise_multiplier * terms.clip_norm) ** 2
 
 
+@pytest.mark.parametrize(("least", "c", "n"), [(3, 1, 3), (3, 1, 5), (7, 2, 7), (9, 3, 12)])
+def test_9_the_noise_of_a_sum_is_what_is_claimed_although_c_sites_add_none(least, c, n):
+    plan = shared(min_sites=least, max_colluding=c, noise_multiplier=2.0)
+    terms, total = PrivacyTerms.of(plan), np.zeros(40_000)
+    for site in range(n - c):
+        total += levels_of(hashlib.sha256(bytes([site])).digest(), np.zeros(total.size), plan) * terms.level
+    claimed = terms.noise_multiplier * terms.clip_norm
+    expected = claimed * ((n - c) / (least - c) * (1 + 1 / (12 * NOISE_LEVELS**2))) ** 0.5
+    assert np.std(total) == pytest.approx(expected, rel=4 / (2 * total.size) ** 0.5)
+    assert np.std(total) >= claimed * (1 - 4 / (2 * total.size) ** 0.5)
+
+
 @pytest.mark.parametrize("profile", ["int8", "int12"])
 def test_9_at_256_sites_no_sum_of_what_sites_can_send_wraps_around(profile):
     """All sites at the largest levels, and with the largest sums and noise of eight standard deviations."""
