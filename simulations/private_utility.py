@@ -27,6 +27,9 @@ sys.path.insert(0, str(HERE / "corpora"))
 ROUNDS = 40
 CLIP_NORM = 0.3
 RATE = 0.15
+SECAGG = """[protect.secagg]
+profile = "int12"
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ round_deadline = 3000.0
 {rank}weighting = "uniform"
 [protect]
 mode = "{"sealed" if run.mechanism == "local" else "secagg"}"
-[evaluation]
+{"" if run.mechanism == "local" else SECAGG}[evaluation]
 every = {ROUNDS}
 coarse_chars = {task.coarse_chars}
 share = []
