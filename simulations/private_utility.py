@@ -54,8 +54,8 @@ TASKS = {
 }
 GRIDS = {
     "none": (2.8e-3, 5.6e-3, 1.1e-2),
-    "local": (1e-3, 4e-3, 1.6e-2),
-    "distributed": (1e-3, 4e-3, 1.6e-2),
+    "local": (1e-3, 4e-3, 1.6e-2, 6.4e-2),
+    "distributed": (1e-3, 4e-3, 1.6e-2, 6.4e-2),
 }
 
 
