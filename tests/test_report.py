@@ -521,7 +521,7 @@ def test_results_are_found_in_the_order_of_their_seeds_or_their_absence_is_named
     assert [r.seed for r in load(tmp_path / "seed-10")] == [10]
 
 
-@pytest.mark.parametrize("module", ["jinja2", "altair", "vl_convert"])
+@pytest.mark.parametrize("module", ["jinja2", "vl_convert"])
 def test_without_the_extra_the_numbers_are_kept_and_the_page_is_a_named_error(tmp_path, monkeypatch, capsys, module):
     for name in [m for m in sys.modules if m.startswith("fedlora.lab.page.")]:
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -94,7 +94,10 @@ def plan_of(mode: str, rule: str) -> Any:
     return plan.model_copy(update={"aggregate": Aggregate(name=rule, weighting="uniform")})
 
 
-@pytest.fixture(scope="module", params=[(mode, rule) for mode in ("sealed", "secagg") for rule in ("fedavg", "fedsvd")])
+BOTH = [(mode, rule) for mode in ("sealed", "secagg") for rule in ("fedavg", "fedsvd")]
+
+
+@pytest.fixture(scope="module", params=[*BOTH[:3], pytest.param(BOTH[3], marks=pytest.mark.long)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Meter:
     """What a run of two rounds and the last evaluation takes, by mode and rule."""
     first, (mode, rule) = first_adapter(LAYOUT, seed=0), request.param

@@ -312,9 +312,9 @@ def check(place, path, whole, undisturbed):
 @pytest.mark.parametrize(
     ("mode", "share"),
     [
-        ("sealed", 1),
-        pytest.param("secagg", 6, id="secagg-some"),
-        pytest.param("secagg", 1, id="secagg", marks=pytest.mark.long),
+        pytest.param("sealed", 3, id="sealed-some"),
+        pytest.param("secagg", 9, id="secagg-some"),
+        *(pytest.param(mode, 1, id=mode, marks=pytest.mark.long) for mode in ("sealed", "secagg")),
         ("done", 1),
     ],
 )

@@ -181,7 +181,7 @@ def test_a_sweep_gives_one_table_and_the_same_numbers_in_one_process_or_two(plan
     assert "fewer than 20 test rows, so little can be said of them alone: site-1 " in told
     assert main([*words, "--out", str(two), "-q"]) == 3
     assert "holds a simulation already" in capsys.readouterr().err
-    assert main([*words, "--out", str(two), "--jobs", "2", "--resume", "-q"]) == 0
+    assert main([*words, "--out", str(two), "--resume", "-q"]) == 0  # one process goes on with what two have begun
 
 
 WAITING = """
@@ -262,25 +262,37 @@ def test_the_rule_of_the_example_runs_from_a_file_beside_a_built_in_one(plan, tm
     assert "--rule FILE.py" in refused.stderr
     proximal = fedlora("check", write(tmp_path / "prox.toml", 'aggregate.name = "fedprox"'))
     assert "training.proximal_mu" in proximal.stderr
-    done = fedlora(*words, "--rule", tmp_path / "agreed.py", "--jobs", "2")
+    done = fedlora(*words, "--rule", tmp_path / "agreed.py")  # the next test's is one that two processes load
     assert (done.returncode, done.stderr) == (0, "")
     assert "aggregate.name=agreed" in done.stdout
 
 
 @pytest.mark.torch
-def test_a_run_that_fails_ends_no_other_and_is_named_with_its_reason(plan, tmp_path):
-    (tmp_path / "stubborn.py").write_text(STUBBORN)
-    for jobs, place in (("1", ""), ("2", f"({tmp_path / 'stubborn.py'}, line 7)")):
-        if place:  # an error of her own code, in another process
-            (tmp_path / "stubborn.py").write_text(STUBBORN.replace("fedlora.FedLoRAError", "ValueError"))
+def test_a_run_that_fails_ends_no_other_and_is_named_with_its_reason(plan, tmp_path, capsys):
+    """In this process, then in two others, which load a rule that goes on from its file, too."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for at, stubborn in ((tmp_path, STUBBORN), (theirs, STUBBORN.replace("fedlora.FedLoRAError", "ValueError"))):
+        (at / "stubborn.py").write_text(stubborn)
+    (theirs / "agreed.py").write_text(rule_of_the_example())
+    for at, jobs, names, place in (
+        (tmp_path, 1, "stubborn,fedavg", ""),
+        (theirs, 2, "stubborn,agreed", f"({theirs / 'stubborn.py'}, line 7)"),  # an error of her own code
+    ):
         out = tmp_path / f"out-{jobs}"
-        words = ["--set", "aggregate.name=stubborn,fedavg", "--rule", tmp_path / "stubborn.py", "--jobs", jobs]
-        done = fedlora("simulate", plan, *words, "--out", out, "-q")
-        assert done.returncode == 1
-        assert "1 of 2 runs failed: aggregate.name=stubborn: " in done.stderr
-        assert "it does not want to" in done.stderr
-        assert place in done.stderr
-        assert "aggregate.name=fedavg" in (out / "summary.txt").read_text()
+        words = ["--set", f"aggregate.name={names}", "--jobs", jobs, "--out", out, "-q"]
+        for rule in names.replace(",fedavg", "").split(","):
+            words += ["--rule", at / f"{rule}.py"]
+        try:
+            assert main(list(map(str, ["simulate", plan, *words]))) == 1
+        finally:
+            for rule in set(names.split(",")) - {"fedavg"}:
+                RULES.forget(rule)
+        told = capsys.readouterr().err
+        assert "1 of 2 runs failed: aggregate.name=stubborn: " in told
+        assert "it does not want to" in told
+        assert place in told
+        assert f"aggregate.name={names.rpartition(',')[2]}" in (out / "summary.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -14,6 +16,7 @@ from cli.test_schema import answered
 from flower.harness import ROOT, until
 from flower.test_stops import Follower, serving
 
+from fedlora.cli import main
 from fedlora.core.errors import ConfigError, FedLoRAError
 from fedlora.core.plan import Plan
 from fedlora.core.toml import dump_toml
@@ -27,11 +30,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.flower]
 
 
 def fedlora(*words, status=0):
-    """A command as a coordinator gives it in another terminal: what it prints, and on stderr."""
+    """A command as a coordinator gives it: what it prints, and on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        found = main(list(map(str, words)))
+    assert found == status, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def elsewhere(*words):
+    """The same in another terminal: what it prints."""
     argv = [sys.executable, "-m", "fedlora", *map(str, words)]
-    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout, done.stderr
+    return subprocess.run(argv, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout
 
 
 def answer(*words, status=0):
@@ -54,7 +64,7 @@ def test_a_coordinator_sees_joins_pauses_and_stops_a_run_and_the_server_says_how
 
         first = Follower(f, "steps")
         until(lambda: first.said("round"))
-        out, _ = fedlora("server", "status", home)
+        out = elsewhere("server", "status", home)
         assert f"up, sites are let in at {f.listen}" in out
         assert "run steps: round" in out
         assert "of 900: 1 of 2 sites have answered; not yet: alpha" in out or "between two rounds" in out

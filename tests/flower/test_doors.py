@@ -177,7 +177,7 @@ def test_a_supernode_that_is_still_starting_leaves_at_once(server, tmp_path):
             id="behind",
             marks=pytest.mark.fault("E14", "a site's clock 400 s behind", says="the same"),
         ),
-        pytest.param(7200.0, id="hours ahead, as with a wrong time zone"),
+        pytest.param(7200.0, id="hours ahead, as with a wrong time zone", marks=pytest.mark.long),
     ],
 )
 def test_a_clock_that_is_wrong_is_said_and_corrected(server, ahead_s):
@@ -193,7 +193,7 @@ def test_a_clock_that_is_wrong_is_said_and_corrected(server, ahead_s):
         if ahead_s == 10.0:
             time.sleep(6)  # long enough for the server to say that this site is refused, if it were
             assert not [f for e, f in server.child.events[since:] if e == "site-refused"]
-            return  # the other two do a round
+            return  # the others do a round
         plan = server.root / f"exchange-{name}.toml"
         plan.write_text(dump_toml(Plan(run={"name": f"exchange-{name}"})))
         events: list[tuple[str, Any]] = []

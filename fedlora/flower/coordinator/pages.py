@@ -30,7 +30,7 @@ class Pages:
     """
 
     def __init__(self, home: Path, report: Report) -> None:
-        for module in ("jinja2", "altair", "vl_convert"):
+        for module in ("jinja2", "vl_convert"):
             if importlib.util.find_spec(module) is None:
                 raise NotInstalled(module, extra="report", what="the page and its figures")
         self._home, self._report = home, report

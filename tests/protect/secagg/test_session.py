@@ -171,7 +171,10 @@ def test_three_sites_whoever_drops_out_and_whenever(first):
         check(world, world.collect(world.task(), lost=at_phase(**lost)), lost)
 
 
-@pytest.mark.parametrize(("n", "most"), [(4, 1), (4, 2), (4, 3), (5, 1), (5, 2), (7, 1), (7, 2), (7, 3)])
+LARGE = pytest.param(7, 3, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(("n", "most"), [(4, 1), (4, 2), (4, 3), (5, 1), (5, 2), (7, 1), (7, 2), LARGE])
 def test_more_sites_with_dropouts_in_every_step(n, most):
     """Every choice of so many steps at which a site goes, each time other sites."""
     for k, steps in enumerate(itertools.combinations_with_replacement(PHASES[:-1], most)):
