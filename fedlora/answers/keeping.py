@@ -120,6 +120,38 @@ class BudgetShown(TypedDict):
     accountant: str
 
 
+@_exact
+class CameOut(TypedDict):
+    """Rows that a model said word by word when it was given their first half."""
+
+    rows: int
+    """rows that were tried"""
+    found: int
+    longest: int
+    """longest run of equal tokens"""
+
+
+@_exact
+class RowsAudited(TypedDict):
+    """How well a site's own rows can be told from others. For that site alone."""
+
+    run: str
+    score: str
+    """``ratio`` or ``loss``"""
+    members: int
+    """rows that were trained on"""
+    others: int
+    """held-out rows"""
+    auc: float
+    """0.5: this attack failed"""
+    tpr_1: float
+    """share of members found with at most 1 % false alarms"""
+    tpr_01: float
+    """the same with 0.1 %"""
+    with_adapter: CameOut
+    with_base: CameOut
+
+
 ANSWERS: Final[Mapping[str, type[Any]]] = {
     "site repair": Repaired,
     "server repair": Repaired,
@@ -130,4 +162,5 @@ ANSWERS: Final[Mapping[str, type[Any]]] = {
     "budget show": BudgetShown,
     "budget reserve": BudgetShown,
     "budget accept-loss": BudgetShown,
+    "audit rows": RowsAudited,
 }

@@ -112,7 +112,7 @@ CASES = {
 BUILDING = {"site approve", "budget reserve"}
 ONLY_READ = {"version", "schema", "explain", "docs", "new plan", "new site", "new simulation", "check", "compare", "inspect",
              "roster show", "server status", "server audit show", "server audit verify"}  # fmt: skip
-WITH_A_MODEL = {"pin", "check", "simulate", "compare-rules", "report", "export", "inspect", "site dry-run", "try"}
+WITH_A_MODEL = {"pin", "check", "simulate", "compare-rules", "report", "export", "inspect", "site dry-run", "try", "audit rows"}
 KEEPING = {"server backup", "server restore"}
 """Tried in tests/test_backup.py."""
 JOINING = {"site join", "server invite", "server requests", "server approve", "server revoke", "server sites", "server renew"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +57,9 @@ def test_18_without_delta_it_is_the_exact_binomial_tail():
 
 def test_the_p_value_rises_with_epsilon_and_falls_with_right_guesses():
     grid = [one_run_p_value(canaries=256, guesses=64, right=50, epsilon=e, delta=1e-5) for e in np.linspace(0, 8, 60)]
-    assert all(a <= b + 1e-12 for a, b in zip(grid, grid[1:], strict=False))
+    assert all(a <= b + 1e-12 for a, b in pairwise(grid))
     by_right = [one_run_p_value(canaries=256, guesses=64, right=v, epsilon=1, delta=0) for v in range(65)]
-    assert all(a >= b - 1e-12 for a, b in zip(by_right, by_right[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(by_right))
     assert one_run_p_value(canaries=256, guesses=64, right=0, epsilon=1, delta=0) == pytest.approx(1)
     assert one_run_p_value(canaries=64, guesses=0, right=0, epsilon=0, delta=0) == 1
 
