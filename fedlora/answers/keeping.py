@@ -8,6 +8,8 @@ from typing import Any, Final
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from fedlora.core.tables.audited import AuditRecord
+
 _exact = with_config(ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False))
 
 
@@ -152,6 +154,39 @@ class RowsAudited(TypedDict):
     with_base: CameOut
 
 
+@_exact
+class RunAudited(TypedDict):
+    """What a leakage audit of a run found."""
+
+    file: str
+    wrong: bool
+    """whether it found what stops the adapter; the exit status is then 1"""
+    audit: AuditRecord
+
+
+@_exact
+class CanariesOpened(TypedDict):
+    """A site shows its canaries of a run."""
+
+    file: str
+    """what was written, for the coordinator"""
+    run: str
+    commitment: str
+
+
+@_exact
+class CanariesChecked(TypedDict):
+    """A site's canaries are those that it committed to."""
+
+    site: str
+    run: str
+    round: int
+    """in which its commitment came first"""
+    canaries: int
+    inside: int
+    """of these, trained on"""
+
+
 ANSWERS: Final[Mapping[str, type[Any]]] = {
     "site repair": Repaired,
     "server repair": Repaired,
@@ -162,5 +197,8 @@ ANSWERS: Final[Mapping[str, type[Any]]] = {
     "budget show": BudgetShown,
     "budget reserve": BudgetShown,
     "budget accept-loss": BudgetShown,
+    "audit run": RunAudited,
     "audit rows": RowsAudited,
+    "audit open": CanariesOpened,
+    "audit check": CanariesChecked,
 }

@@ -60,7 +60,8 @@ def _binomial(n: int, epsilon: float) -> F64:
     log_right, log_wrong = -math.log1p(math.exp(-epsilon)), -epsilon - math.log1p(math.exp(-epsilon))
     ways = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1)]
     k = np.arange(n + 1)
-    return np.exp(np.array(ways) + k * log_right + (n - k) * log_wrong)
+    logs: F64 = np.array(ways) + k * log_right + (n - k) * log_wrong
+    return np.exp(logs)
 
 
 def epsilon_bound(*, canaries: int, guesses: int, right: int, delta: float, confidence: float = CONFIDENCE) -> float:

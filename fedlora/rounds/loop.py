@@ -27,6 +27,7 @@ from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.metrics import finish, pool
 from fedlora.core.plan import Federation, Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
+from fedlora.core.tables.audit import shared_metrics
 from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.best import keep_best
@@ -191,7 +192,7 @@ def _attempt(
     plan, report = parts.plan, parts.report
     at_hand = _await_sites(task, parts, time.monotonic() + plan.federation.round_deadline)
     sites = _drawn(at_hand, plan, task) if task.kind == "train" else at_hand
-    tally = _Tally(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
+    tally = _Tally(start(max(len(sites), 1)), report, shared_metrics(plan, task.kind))
     tally.max_weight = max_site_weight(plan) if task.kind == "train" else 0
     report(Event.ASK, Ask(round=task.round, attempt=task.attempt, kind=task.kind, sites=sites))
     began = time.monotonic()

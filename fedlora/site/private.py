@@ -40,6 +40,8 @@ class SitePrivacy(Section):
     """refuse plans without [privacy]"""
     unit: Unit = "group"
     """weakest unit accepted; row: also plans that hide single rows, because here each row is another person"""
+    canaries: bool = True
+    """whether synthetic canary rows of a plan's [audit] may be mixed in; false: this site takes no part in leakage audits"""
 
 
 def private_refusals(plan: Plan, settings: SitePrivacy, data: SiteData) -> Iterator[str]:

@@ -43,6 +43,7 @@ FACTS = RunFacts(
     share="AB",
     prompt=Prompt(kind="plain", max_length=256, template=None, stop=("</s>",), example=None),
     privacy=None,
+    audit=None,
 )
 IDS = torch.tensor([[1, 70, 33, 250, 9, 9, 120, 4]])
 

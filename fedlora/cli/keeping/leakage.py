@@ -19,6 +19,70 @@ leakage = typer.Typer(no_args_is_help=True, help="Leakage audit: what an adapter
 
 
 @leakage.command()
+def run(
+    run: Annotated[Path, typer.Argument(help="Run directory of a server, HOME/runs/NAME, or seed directory of a simulation.")],
+    json: Json = False,
+) -> None:
+    """Say what sites guessed about their canaries, and write audit.json, without which `export` may refuse.
+
+    It is evidence of leakage where it finds much, and no evidence of safety where it finds nothing. Needs a plan with [audit].
+
+    Example: fedlora audit run study/runs/my-run
+    """
+    from fedlora.answers.keeping import RunAudited
+    from fedlora.core.tables.audited import NAME
+    from fedlora.library.leakage import audit_run
+
+    found = audit_run(run)
+    wrong = found.verdict == "failed"
+    emit(RunAudited(file=str(run / NAME), wrong=wrong, audit=found), list(found.said), as_json=json)
+    if wrong:
+        raise typer.Exit(1)
+
+
+@leakage.command("open")
+def open_canaries(
+    file: SiteToml,
+    out: Annotated[Path, typer.Argument(help="File to write, for the coordinator.", show_default=False)],
+    run: Annotated[str, typer.Option(help="First digits of the run's id; default: the last run that was done.")] = "",
+    json: Json = False,
+) -> None:
+    """Show a coordinator who doubts which canaries this site had in a run that is over.
+
+    Canaries are synthetic: the file holds nothing of this site's rows. It is written here, and a person sends it.
+
+    Example: fedlora audit open site.toml canaries.json
+    """
+    from fedlora.answers.keeping import CanariesOpened
+    from fedlora.site.auditing import open_run
+
+    name, said = open_run(file, out, run=run)
+    lines = [f"written: {out}, the canaries of run {name[:12]}; give it to the coordinator"]
+    emit(CanariesOpened(file=str(out), run=name, commitment=said), lines, as_json=json)
+
+
+@leakage.command()
+def check(
+    run: Annotated[Path, typer.Argument(help="Run directory of a server, HOME/runs/NAME.")],
+    opened: Annotated[Path, typer.Argument(help="File that a site has written with `fedlora audit open`.")],
+    json: Json = False,
+) -> None:
+    """Check that the canaries a site shows are those it committed to before it trained.
+
+    Example: fedlora audit check study/runs/my-run canaries.json
+    """
+    from fedlora.answers.keeping import CanariesChecked
+    from fedlora.library.leakage import check_opening, load_opening
+
+    opening = load_opening(opened)
+    canaries, round = check_opening(run, opening)
+    inside = sum(canary.inside for canary in canaries)
+    facts = CanariesChecked(site=opening.site, run=opening.run, round=round, canaries=len(canaries), inside=inside)
+    text = f"{len(canaries)} canaries of {opening.site}, {inside} of them trained on, as it committed to in round {round}"
+    emit(facts, [text], as_json=json)
+
+
+@leakage.command()
 def rows(
     file: SiteToml = Path("site.toml"),
     run: Annotated[str, typer.Option(help="First digits of the run's id; default: the last run that was done.")] = "",

@@ -41,8 +41,8 @@ class Audit(Section):
     """rows of one canary; canaries are dealt to these numbers alike, each reported apart. 1: as a single row; 16: a detector"""
     score: Score = "loss"
     """guesses go by; loss: the loss under the adapter; ratio: the base's loss minus that. Declared before the run"""
-    max_rows_share: Annotated[float, Field(gt=0, le=1)] = SMALL_SHARE
-    """canary rows expected at a site, at most, as a share of its rows; a site with fewer rows takes no part in the audit"""
+    max_rows_share: Annotated[float, Field(gt=0, le=100)] = SMALL_SHARE
+    """canary rows expected at a site over its own rows, at most; a site with fewer rows takes no part. Higher: a worse model"""
     required: bool = False
     """publish nothing without an audit that could have found something and found nothing that stops it"""
     max_tpr: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -73,6 +73,11 @@ def audit_counters(plan: Any) -> tuple[str, ...]:
     """Those of a plan; empty without an audit."""
     audit = audited(plan)
     return counter_names(audit) if audit is not None else ()
+
+
+def shared_metrics(plan: Any, kind: str) -> frozenset[str]:
+    """Names of the metrics that come with a reply to a task; the guesses of an audit come with the last evaluation."""
+    return frozenset(plan.evaluation.share) | (frozenset(audit_counters(plan)) if kind == "evaluate" else frozenset())
 
 
 def fewest_guesses(strata: int, *, epsilon: float = 1.0, alpha: float = 0.05) -> int:

@@ -19,6 +19,7 @@ from fedlora.learn.audit.scores import scores
 from fedlora.learn.local import load_lora_of
 from fedlora.learn.rows import load_tokens
 from fedlora.privacy.audit import Membership, membership
+from fedlora.site.auditing import own_adapter
 from fedlora.site.site_file import load_site_file
 
 
@@ -91,23 +92,6 @@ def audit_own_rows(
     found = [scores(lora, adapter, some[:most_rows], score=score, max_length=length, rows=rows) for some in (train, held_out)]
     with_adapter, with_base = extract_both(lora, adapter, halves(train)[:extracted])
     return OwnRows(name, score, membership(*found), with_adapter, with_base)
-
-
-def own_adapter(journal: Path, run: str) -> Path:
-    """The file that a site keeps of a run's end.
-
-    Raises:
-        StoreError: none, or several whose ids begin so.
-    """
-    kept = sorted(journal.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
-    fitting = [path for path in kept if path.stem.startswith(run)]
-    if not fitting or (run and len(fitting) > 1):
-        known = ", ".join(path.stem[:12] for path in kept) or "none"
-        raise StoreError(
-            f"{len(fitting)} runs {f'that begin with {run}' if run else ''} have come to their end here; done are: {known}",
-            hint="the adapter comes with the last evaluation; `fedlora site status` says how far a run is",
-        )
-    return fitting[-1]
 
 
 def _kept(file: Path) -> tuple[Adapter, Plan, str]:
