@@ -519,3 +519,23 @@ def test_canaries_and_commitment_are_those_of_the_format():
         assert (canary.inside, canary.repeats) == (word(0, i) & 1 == 1, vector["repeats"][i % 2])
         assert (canary.prompt, canary.secret) == (f"{text(1, 2 * i)}:", f" {text(1, 2 * i + 1)}")
     assert fillers(seed, 3, 2) == [f" {text(5, 0)}", f" {text(5, 1)}"]
+
+
+def test_under_privacy_a_sites_own_number_of_rows_decides_nothing():
+    """Whether it takes part is seen by others."""
+    from fedlora.site.auditing import AuditRuns
+
+    private = Plan(audit=AUDIT, privacy={}, **PRIVATE)
+    for plan, takes_part in ((private, True), (Plan(audit=AUDIT), False)):
+        memory, learner = DictMemory(), Audited(0.0)
+        learner.rows = 1
+        AuditRuns(memory).plant(plan, "r", learner, report=lambda e, f: None)
+        assert bool(load_planted(memory, "r").seed) == takes_part
+
+
+def test_who_approves_a_plan_reads_of_its_canaries():
+    from fedlora.site.approve import in_words
+
+    said = in_words(Plan(audit=AUDIT))["leakage audit"]
+    assert said.startswith("32 synthetic canary rows, about half of which are mixed into this site's rows 1, 4 times each")
+    assert "leakage audit" not in in_words(Plan())
