@@ -184,6 +184,15 @@ def test_sites_plant_commit_and_guess_and_the_coordinator_sees_the_sums(tmp_path
     assert load_audit(tmp_path / "run") == record
 
 
+def test_a_deployments_page_says_what_the_audit_says(done, tmp_path):
+    from fedlora.lab.page.deployment import load
+
+    assert load(done[2] / "run").audit == " ".join(done[1].said)
+    fed = federation(tmp_path, audit=None)
+    fed.run()
+    assert load(tmp_path / "run").audit == ""
+
+
 def test_guesses_of_a_learner_that_knows_nothing_are_coin_tosses(tmp_path):
     fed = federation(tmp_path, signal=0.0, audit={"canaries_per_site": 256, "repeats": (1,)})
     _, store = fed.run()
