@@ -112,9 +112,9 @@ CASES = {
 BUILDING = {"site approve", "budget reserve"}
 ONLY_READ = {"version", "schema", "explain", "docs", "new plan", "new site", "new simulation", "check", "compare", "inspect",
              "roster show", "server status", "server audit show", "server audit verify"}  # fmt: skip
-WITH_A_MODEL = {"pin", "check", "simulate", "compare-rules", "report", "export", "inspect", "site dry-run", "try", "audit rows"}
-AUDITED = {"audit run", "audit open", "audit check"}
-"""Tried in tests/privacy/test_audit.py."""
+WITH_A_MODEL = {"pin", "check", "simulate", "compare-rules", "report", "export", "inspect", "site dry-run", "try"}
+AUDITED = {"audit run", "audit open", "audit check", "audit rows"}
+"""Tried in tests/privacy/test_audit.py and tests/learn/test_audit_rows.py."""
 KEEPING = {"server backup", "server restore"}
 """Tried in tests/test_backup.py."""
 JOINING = {"site join", "server invite", "server requests", "server approve", "server revoke", "server sites", "server renew"}

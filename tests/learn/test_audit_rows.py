@@ -6,9 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 from learn.plans import plan_of
 
 from fedlora.cli import main
+from fedlora.cli.schema import schema_of
 from fedlora.core.adapter import Adapter
 from fedlora.core.toml import dump_toml
 from fedlora.data import Conversation, tokenize
@@ -127,7 +129,9 @@ def site(learned, toy, tmp_path):
 def test_the_command_shows_it_here_and_quotes_no_row(site, capsys, caplog):
     assert main(["audit", "rows", str(site / "site.toml"), "--json", "--quiet"]) == 0
     out = capsys.readouterr().out
-    data = json.loads(out.splitlines()[-1])["data"]
+    answer = json.loads(out.splitlines()[-1])
+    Draft202012Validator(schema_of("audit-rows")).validate(answer)
+    data = answer["data"]
     assert (data["members"], data["others"], data["auc"], data["tpr_1"]) == (4, 4, 1.0, 1.0)
     assert (data["with_adapter"]["found"], data["with_base"]["found"]) == (4, 0)
     assert main(["audit", "rows", str(site / "site.toml"), "--quiet", "--run", "ab"]) == 0

@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 from protect.secagg.test_federation import START, Federation, secagg_plan
 from raising import raising
 from test_house import ROOT, impure
 
 from fedlora.cli import main
+from fedlora.cli.schema import schema_of
 from fedlora.core.errors import AuditFailed, ConfigError, EnvelopeError, StoreError
 from fedlora.core.metrics import counters_of, pool
 from fedlora.core.plan import Plan, parse_plan
@@ -302,10 +304,13 @@ def test_20_an_opened_seed_is_what_the_site_committed_to(tmp_path, capsys):
     assert (tmp_path / "opened.json").stat().st_mode & 0o777 == 0o600
     out = capsys.readouterr().out
     planted = seed_of(fed, "a")
+    Draft202012Validator(schema_of("audit-open")).validate(json.loads(out))
     assert planted.seed.hex() not in out
     assert json.loads(out)["data"]["commitment"] == planted.commitment
     assert main(["audit", "check", str(run), str(tmp_path / "opened.json"), "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)["data"]
+    answer = json.loads(capsys.readouterr().out)
+    Draft202012Validator(schema_of("audit-check")).validate(answer)
+    data = answer["data"]
     inside = sum(c.inside for c in canaries_of(planted.seed, fed.plan.audit))
     assert data == {"site": "a", "run": "ab" * 32, "round": 1, "canaries": 32, "inside": inside}
     opening = parse_text(Opening, (tmp_path / "opened.json").read_bytes(), where="", hint="")
@@ -375,6 +380,13 @@ def done(tmp_path_factory):
     fed = federation(path)
     fed.run()
     return fed.plan, audit_run(path / "run"), path
+
+
+def test_what_audit_run_answers_is_what_its_schema_says(done, capsys):
+    assert main(["audit", "run", str(done[2] / "run"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    Draft202012Validator(schema_of("audit-run")).validate(answer)
+    assert answer["data"]["wrong"] is False
 
 
 def test_counts_that_cannot_be_are_named(done, tmp_path):
