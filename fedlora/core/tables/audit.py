@@ -75,9 +75,9 @@ def audit_counters(plan: Any) -> tuple[str, ...]:
     return counter_names(audit) if audit is not None else ()
 
 
-def shared_metrics(plan: Any, kind: str) -> frozenset[str]:
-    """Names of the metrics that come with a reply to a task; the guesses of an audit come with the last evaluation."""
-    return frozenset(plan.evaluation.share) | (frozenset(audit_counters(plan)) if kind == "evaluate" else frozenset())
+def shared_metrics(plan: Any) -> frozenset[str]:
+    """Names of the metrics that come with a reply; the guesses of an audit come with the last evaluation alone."""
+    return frozenset(plan.evaluation.share) | frozenset(audit_counters(plan))
 
 
 def fewest_guesses(strata: int, *, epsilon: float = 1.0, alpha: float = 0.05) -> int:
