@@ -35,6 +35,7 @@ from fedlora.core.records import (
     Seconds,
     Traffic,
 )
+from fedlora.core.tables.audited import AuditRecord, MeasuredStratum, Opening, Stratum
 from fedlora.formats.files import Damaged, dump_facts
 from fedlora.formats.published.records import Example, Prompt, Published
 from fedlora.formats.records import dump_round, dump_text, facts_of, parse_round, parse_text, scan_rounds
@@ -126,6 +127,50 @@ claims = st.builds(
     relation=names,
     accountant=names,
 )
+rates = st.floats(0, 1)
+audits = st.builds(
+    AuditRecord,
+    run=names,
+    plan=digests,
+    adapter=digests,
+    sites=counts,
+    score=st.sampled_from(["loss", "ratio"]),
+    confidence=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    delta=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    strata=st.lists(
+        st.builds(
+            Stratum, repeats=st.integers(1, 99), canaries=counts, guesses=counts, right=counts, bound=seconds, largest=seconds
+        ),
+        max_size=2,
+    ).map(tuple),
+    bound=seconds,
+    largest=seconds,
+    claimed=maybe(above_zero),
+    measured=maybe(
+        st.lists(
+            st.builds(
+                MeasuredStratum,
+                repeats=st.integers(1, 99),
+                members=counts,
+                others=counts,
+                auc=rates,
+                tpr_1=rates,
+                tpr_01=rates,
+                exposure=maybe(seconds),
+                chance=seconds,
+                candidates=counts,
+                tried=counts,
+                extracted=counts,
+                extracted_base=counts,
+            ),
+            max_size=2,
+        ).map(tuple)
+    ),
+    verdict=st.sampled_from(["failed", "not-auditable", "nothing-found"]),
+    reasons=st.lists(names, max_size=2).map(tuple),
+    said=st.lists(names, max_size=2).map(tuple),
+)
+openings = st.builds(Opening, run=names, plan=digests, site=names, seed=digests, nonce=digests)
 published = st.builds(
     Published,
     of=st.sampled_from(["federation", "site"]),
@@ -142,6 +187,7 @@ published = st.builds(
     share=names,
     prompt=prompts,
     privacy=maybe(claims),
+    audit=maybe(audits),
     dtype=st.sampled_from(["bfloat16", "float16"]),
 )
 IN_WORDS = {"where": "the file", "hint": "the way on"}
@@ -159,7 +205,7 @@ def test_a_round_is_read_as_it_was_written(record):
     assert b"\n" not in line
 
 
-@given(st.one_of(arms, results, published, prompts))
+@given(st.one_of(arms, results, published, prompts, audits, openings))
 def test_a_file_is_read_as_it_was_written(record):
     blob = dump_text(record)
     again = parse_text(type(record), blob, **IN_WORDS)
@@ -305,6 +351,24 @@ def results_of_a_simulation():
     )
 
 
+AUDITED = AuditRecord(
+    run="2b" * 32,
+    plan="1a" * 32,
+    adapter="0f" * 32,
+    sites=4,
+    score="loss",
+    confidence=0.95,
+    delta=1e-5,
+    strata=(Stratum(repeats=16, canaries=256, guesses=64, right=60, bound=1.5, largest=3.0),),
+    bound=1.5,
+    largest=3.0,
+    claimed=None,
+    measured=None,
+    verdict="nothing-found",
+    reasons=(),
+    said=("This audit found epsilon >= 1.5.",),
+)
+OPENED = Opening(run="2b" * 32, plan="1a" * 32, site="a", seed="5e" * 32, nonce="6f" * 32)
 PUBLISHED = Published(
     of="federation",
     run="2b" * 32,
@@ -326,6 +390,7 @@ PUBLISHED = Published(
         example=Example(prompt="Question: What is the capital of France?\nAnswer:", completion=" Paris.<|im_end|>"),
     ),
     privacy=None,
+    audit=None,
     dtype="bfloat16",
 )
 
@@ -397,7 +462,17 @@ def read_as(file, text, where):
     if file == "answer":
         Draft202012Validator(schema_of(json.loads(text)["command"].replace(" ", "-"))).validate(json.loads(text))
         return True
-    return parse_text({"results.json": Results, "fedlora_run.json": Published, "prompt.json": Prompt}[file], text, **where)
+    return parse_text(
+        {
+            "results.json": Results,
+            "fedlora_run.json": Published,
+            "prompt.json": Prompt,
+            "audit.json": AuditRecord,
+            "opened.json": Opening,
+        }[file],
+        text,
+        **where,
+    )
 
 
 def test_making_the_vectors_again_changes_none():
@@ -416,12 +491,29 @@ def test_every_condition_of_the_format_has_a_vector_with_its_code():
 def described(kind):
     """The fields of a record that FORMAT.md lists, in order."""
     section = FORMAT.split(f"\n**`{kind.__name__}`**")[1].split("\n**`")[0].split("\n###")[0]
-    return re.findall(r"^\| `([a-z_]+)` \|", section, re.MULTILINE)
+    return re.findall(r"^\| `([a-z0-9_]+)` \|", section, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     "kind",
-    [RoundRecord, Numbers, Outcome, Results, ArmRecord, Score, Traffic, Published, Prompt, Example, Proof, Check],
+    [
+        RoundRecord,
+        Numbers,
+        Outcome,
+        Results,
+        ArmRecord,
+        Score,
+        Traffic,
+        Published,
+        Prompt,
+        Example,
+        Proof,
+        Check,
+        AuditRecord,
+        Stratum,
+        MeasuredStratum,
+        Opening,
+    ],
     ids=lambda k: k.__name__,
 )
 def test_the_format_lists_the_fields_of_every_record(kind):

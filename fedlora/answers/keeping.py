@@ -8,6 +8,8 @@ from typing import Any, Final
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from fedlora.core.tables.audited import AuditRecord
+
 _exact = with_config(ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False))
 
 
@@ -122,6 +124,71 @@ class BudgetShown(TypedDict):
     accountant: str
 
 
+@_exact
+class CameOut(TypedDict):
+    """Rows that a model said word by word when it was given their first half."""
+
+    rows: int
+    """rows that were tried"""
+    found: int
+    longest: int
+    """longest run of equal tokens"""
+
+
+@_exact
+class RowsAudited(TypedDict):
+    """How well a site's own rows can be told from others. For that site alone."""
+
+    run: str
+    score: str
+    """``ratio`` or ``loss``"""
+    members: int
+    """rows that were trained on"""
+    others: int
+    """held-out rows"""
+    auc: float
+    """0.5: this attack failed"""
+    tpr_1: float
+    """share of members found with at most 1 % false alarms"""
+    tpr_01: float
+    """the same with 0.1 %"""
+    with_adapter: CameOut
+    with_base: CameOut
+
+
+@_exact
+class RunAudited(TypedDict):
+    """What a leakage audit of a run found."""
+
+    file: str
+    wrong: bool
+    """whether it found what stops the adapter; the exit status is then 1"""
+    audit: AuditRecord
+
+
+@_exact
+class CanariesOpened(TypedDict):
+    """A site shows its canaries of a run."""
+
+    file: str
+    """what was written, for the coordinator"""
+    run: str
+    commitment: str
+
+
+@_exact
+class CanariesChecked(TypedDict):
+    """A site's canaries are those that it committed to."""
+
+    site: str
+    run: str
+    round: int
+    """in which its commitment came first"""
+    canaries: int
+    inside: int
+    """of these, trained on"""
+
+
 ANSWERS: Final[Mapping[str, type[Any]]] = {
     "site repair": Repaired,
     "server repair": Repaired,
@@ -132,4 +199,8 @@ ANSWERS: Final[Mapping[str, type[Any]]] = {
     "budget show": BudgetShown,
     "budget reserve": BudgetShown,
     "budget accept-loss": BudgetShown,
+    "audit run": RunAudited,
+    "audit rows": RowsAudited,
+    "audit open": CanariesOpened,
+    "audit check": CanariesChecked,
 }

@@ -17,6 +17,7 @@ from fedlora.cli.keeping import enrolling
 from fedlora.cli.keeping.audit import audit
 from fedlora.cli.keeping.backup import backup, restore
 from fedlora.cli.keeping.budget import budget
+from fedlora.cli.keeping.leakage import leakage
 from fedlora.cli.keeping.repair import server_repair, site_repair
 from fedlora.cli.leaving import dry_run, outbox
 from fedlora.cli.output import Json, Quiet, Screen, emit
@@ -48,6 +49,7 @@ app.add_typer(server, name="server")
 app.add_typer(site, name="site")
 app.add_typer(roster, name="roster")
 app.add_typer(budget, name="budget")
+app.add_typer(leakage, name="audit")
 app.command()(schema)
 app.command()(explain)
 app.command()(docs)

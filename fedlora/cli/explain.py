@@ -74,6 +74,8 @@ MEANINGS: Final[dict[str, tuple[str, str]]] = {
     "wrong-secret": ("The file with the secret between two processes of this machine is another one's.",
                      "Stop all processes of this site or server, then start it again."),
     # 5: refused
+    "audit": ("An adapter is not published: its plan asks for a leakage audit, which is missing or has found something.",
+              "`fedlora audit run RUN` says what was found; the message has the way out. Train again before you publish."),
     "budget": ("One more release would exceed the privacy budget of this site, or a round was asked for too often.",
                "Fewer rounds or more noise in the plan; or the operator decides on a larger privacy.budget_epsilon."),
     "impossible-adapter": ("The published adapter moved further than the sums of its rounds can move it.",

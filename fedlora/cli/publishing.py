@@ -51,7 +51,8 @@ def export(
     """
     from fedlora.formats.files import refuse_existing
     from fedlora.lab.claims import not_one
-    from fedlora.library.publish import export_run, exported_lines, inside
+    from fedlora.library.leakage import inside
+    from fedlora.library.publish import export_run, exported_lines
     from fedlora.rounds.store import RunStore
 
     which = _which(best=best, round=round)

@@ -47,7 +47,7 @@ def compare_rules(
     from fedlora.lab.own_rules import told_of, use_rules
     from fedlora.lab.rules import compare_rules as side_by_side
     from fedlora.lab.rules import variants
-    from fedlora.lab.simulate import parse_seeds
+    from fedlora.lab.sweep import parse_seeds
 
     use_rules(rule or [])
     with told_of():

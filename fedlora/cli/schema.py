@@ -47,6 +47,7 @@ def schema_of(name: str) -> dict[str, Any]:
 def _makers() -> Mapping[str, Callable[[], dict[str, Any]]]:
     from fedlora.answers import ANSWERS
     from fedlora.core.records import Proof, Results
+    from fedlora.core.tables.audited import AuditRecord
     from fedlora.formats.published.records import Prompt, Published
 
     files: dict[str, Callable[[], dict[str, Any]]] = {
@@ -55,6 +56,7 @@ def _makers() -> Mapping[str, Callable[[], dict[str, Any]]]:
         "fedlora_run.json": partial(_of, Published),
         "proof.json": partial(_of, Proof),
         "prompt.json": partial(_of, Prompt),
+        "audit.json": partial(_of, AuditRecord),
         "events": _events,
     }
     return files | {command.replace(" ", "-"): partial(_output, command, kind) for command, kind in ANSWERS.items()}

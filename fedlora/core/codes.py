@@ -17,6 +17,7 @@ Connection = Literal[
 """4: connection and enrollment."""
 
 Refused = Literal[
+    "audit",
     "budget",
     "impossible-adapter",
     "plan-not-approved",

@@ -109,6 +109,12 @@ class PlanRefused(FedLoRAError):
     code: Code = "plan-refused"
 
 
+class AuditFailed(FedLoRAError):
+    """An adapter is not published: its leakage audit is missing, could show nothing, or has found what stops it."""
+
+    code: Code = "audit"
+
+
 # --- the run -------------------------------------------------------------------------------------------------------
 
 

@@ -76,9 +76,14 @@ def to_nats(value: float) -> int:
     return min(max(round(value * NATS), 0), MAX_COUNTER)
 
 
+def _metric(name: str) -> Metric:
+    """One of METRICS, or a plain count of a leakage audit, see :mod:`fedlora.core.tables.audit`."""
+    return Metric(name) if name.startswith("audit/") else METRICS[name]
+
+
 def counters_of(names: Iterable[str]) -> tuple[str, ...]:
     """The counters that these metrics are made of, sorted, each once."""
-    return tuple(sorted({counter for name in names for counter in METRICS[name].counters}))
+    return tuple(sorted({counter for name in names for counter in _metric(name).counters}))
 
 
 def finish(names: Iterable[str], counters: Mapping[str, int]) -> dict[str, float]:
@@ -87,7 +92,7 @@ def finish(names: Iterable[str], counters: Mapping[str, int]) -> dict[str, float
     Returns:
         Without those of which a counter is missing or that would divide by zero.
     """
-    found = {name: METRICS[name].finish(counters) for name in sorted(names)}
+    found = {name: _metric(name).finish(counters) for name in sorted(names)}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -95,9 +100,10 @@ def pool(names: Iterable[str], sites: Collection[Mapping[str, int]]) -> dict[str
     """These metrics over the rows of all sites together. A site counts in those metrics of which it has sent every counter."""
     found: dict[str, float] = {}
     for name in sorted(names):
-        whole = [site for site in sites if all(counter in site for counter in METRICS[name].counters)]
+        needed = _metric(name).counters
+        whole = [site for site in sites if all(counter in site for counter in needed)]
         if whole:
-            found |= finish([name], {counter: sum(site[counter] for site in whole) for counter in METRICS[name].counters})
+            found |= finish([name], {counter: sum(site[counter] for site in whole) for counter in needed})
     return found
 
 

@@ -19,6 +19,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.limits import MAX_PLAN_BYTES, MAX_RANK, MAX_SITES
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
 from fedlora.core.section import Section
+from fedlora.core.tables.audit import Audit, audit_misfits
 from fedlora.core.tables.privacy import Privacy, private_misfits
 from fedlora.core.tables.simulation import Simulation
 from fedlora.core.tagged import Tagged
@@ -250,6 +251,7 @@ class Plan(Section):
     protect: Protect = Field(default_factory=Protect)
     evaluation: Evaluation = Evaluation()
     privacy: Privacy | None = None
+    audit: Audit | None = None
     simulation: Simulation | None = None
 
     @model_validator(mode="after")
@@ -261,12 +263,13 @@ class Plan(Section):
 
     def canonical(self) -> bytes:
         """The agreed part as canonical JSON: sorted keys, no spaces, ASCII, no default left out. All but ``simulation``, and
-        but ``privacy`` where there is none."""
+        but ``privacy`` and ``audit`` where there is none."""
         return canonical(self.agreed())
 
     def agreed(self) -> dict[str, Any]:
         """What :meth:`canonical` writes, as a table of tables."""
-        return self.model_dump(mode="json", exclude={"simulation"} if self.privacy else {"simulation", "privacy"})
+        absent = {name for name in ("privacy", "audit") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude={"simulation", *absent})
 
     def digest(self) -> str:
         """SHA-256 of :meth:`canonical`, hex."""
@@ -310,6 +313,7 @@ def _misfits(plan: Plan) -> Iterator[str]:
     for entry in (rule, plan.server_optimizer.entry, mode):
         yield from entry.conflicts(plan)
     yield from private_misfits(plan)
+    yield from audit_misfits(plan)
 
 
 def parse_plan(blob: bytes) -> Plan:

@@ -26,6 +26,7 @@ from fedlora.core.events import Report
 from fedlora.core.messages import SERVER, Reply, Task
 from fedlora.core.plan import Dtype, Plan
 from fedlora.core.sites.facts import Leaving
+from fedlora.core.tables.audit import audited
 from fedlora.doctor.canaries import LEAST_BYTES, holds_any
 from fedlora.doctor.masked import MakeSite, masked_parts, play
 from fedlora.doctor.rows import read_rows
@@ -187,7 +188,7 @@ def played(
     site = make_site(identity, file, lambda plan: learner, state / "site")
     link = ServerLink(
         stage.server, stage.reply, {identity.name: identity.public}, pinned(stage.server.public), FileMemory(state / "server"),
-        lambda: int(stage.clock()), os.urandom,
+        lambda: int(stage.clock()), os.urandom, audited(plan) is not None,
     )  # fmt: skip
     taken = _Taken()
     exchange = SealedServer(link, plan.wire.dtype).collect(task, [identity.name], taken)

@@ -22,6 +22,7 @@ from fedlora.core.messages import Reply, Request, Task
 from fedlora.core.metrics import ROWS, counters_of
 from fedlora.core.plan import Plan
 from fedlora.core.sites.facts import Leaving
+from fedlora.core.tables.audit import audited
 from fedlora.formats.envelope import open_envelope, parse
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.files import write_atomic
@@ -116,10 +117,13 @@ def play(
     answers = {identity.name: _answering(own, messages, errors)}
     stand_in = StandIn(learner.base, learner.layout, learner.steps)
     for name, one in played.items():
-        site = make_site(one, here.model_copy(update={"name": name}), lambda plan: stand_in, state / name)
+        alone = {"name": name, "privacy": here.privacy.model_copy(update={"canaries": False})}  # it trains nothing
+        site = make_site(one, here.model_copy(update=alone), lambda plan: stand_in, state / name)
         answers[name] = _answering(site, {}, [])
     memory = FileMemory(state / "server")
-    link = ServerLink(server, reply, publics, pinned(server.public), memory, lambda: int(clock()), os.urandom)
+    link = ServerLink(
+        server, reply, publics, pinned(server.public), memory, lambda: int(clock()), os.urandom, audited(plan) is not None
+    )
     parts = ServerParts(plan, link, memory, lambda: rosters_in(roster, memory, server.public), _silent)
     drive(mode_of(plan).server(parts).collect(task, sorted(publics), tally), LocalTransport(answers), deadline_s=lambda _: 3600.0)
     if errors:

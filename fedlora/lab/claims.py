@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -12,12 +14,13 @@ from typing import TypedDict
 from pydantic import TypeAdapter
 
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import StoreError
+from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.plan import Plan
 from fedlora.core.tables.lab import SiteRows
 from fedlora.core.toml import dump_toml
 from fedlora.formats.files import write_atomic
+from fedlora.library.leakage import load_audit
 
 
 def _silent(event: Event, facts: object) -> None:
@@ -158,10 +161,11 @@ def not_one(directory: Path, *, wanted: str = "results") -> StoreError | None:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a directory says beside its results: its plan, and how many rows each site has."""
+    """What a directory says beside its results: its plan, how many rows each site has, what audits of its seeds say."""
 
     plan: Plan | None = None
     rows: tuple[SiteRows, ...] = ()
+    audits: tuple[tuple[str, str], ...] = ()
 
 
 NO_SETTING = Setting()
@@ -176,7 +180,16 @@ def setting_of(directory: Path) -> Setting:
         rows = TypeAdapter(tuple[SiteRows, ...]).validate_json(file.read_bytes()) if file.exists() else ()
     except (OSError, ValueError, KeyError, TypeError):
         return NO_SETTING
-    return Setting(plan, rows)
+    return Setting(plan, rows, tuple(audits_of(directory)))
+
+
+def audits_of(directory: Path) -> Iterator[tuple[str, str]]:
+    """Seed, and what its leakage audit says; a seed that was not audited is left out."""
+    seeds = sorted(directory.glob("seed-*"), key=lambda p: (len(p.name), p.name)) or [directory]
+    for seed in seeds:
+        with suppress(FedLoRAError):
+            if (found := load_audit(seed)) is not None:
+                yield seed.name, " ".join(found.said)
 
 
 def is_begun(out: Path) -> bool:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedlora import assemble
@@ -29,8 +30,9 @@ from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
-from fedlora.lab.claims import ROWS, Options, claim, look
+from fedlora.lab.claims import ROWS, Options, audits_of, claim, look
 from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
+from fedlora.lab.leakage import audit_simulation, check_audited
 from fedlora.lab.private import check_private, private_learners, private_tables
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment
@@ -123,6 +125,7 @@ def _simulated(report: Report) -> Report:
 
 def _check_way(plan: Plan, options: Options, found: SimulatedRows, lost: Lost) -> None:
     """Whether the processes and passes that are asked for fit the plan and its rows."""
+    check_audited(plan, batch_sites=options.batch_sites)
     if plan.privacy is not None:
         check_private(plan, found.simulation, batch_sites=options.batch_sites)
     if options.transport != "local":
@@ -146,26 +149,11 @@ def _check_over_flower(found: SimulatedRows, lost: Lost) -> None:
         raise ConfigError("--drop needs --transport local", hint="over Flower, kill a site's process instead")
 
 
-def parse_seeds(text: str, *, default: int) -> list[int]:
-    """``"0,1,2"`` to numbers; ``default`` alone if the text is empty.
-
-    Raises:
-        ConfigError: not numbers, or one of them twice.
-    """
-    try:
-        seeds = [int(word) for word in text.split(",")] if text else [default]
-    except ValueError:
-        seeds = []
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"a seed stands twice in {text!r}", hint="leave out the repetition: the same seed is no other sample")
-    if not seeds or min(seeds) < 0:
-        raise ConfigError(f"not a list of seeds: {text!r}", hint="for example --seeds 0,1,2")
-    return seeds
-
-
 def write_summary(out: Path, results: Sequence[Results], plan: Plan) -> None:
     """The files that are about all seeds: summary.txt, results.csv, tables for papers, report.html."""
-    write_atomic(out / "summary.txt", summary(results, plan).encode() + b"\n", mode=0o644, shared=True)
+    text = summary(results, plan)
+    text += "".join(f"\n\nleakage audit, {seed}:\n{fill(said, 98)}" for seed, said in audits_of(out))
+    write_atomic(out / "summary.txt", text.encode() + b"\n", mode=0o644, shared=True)
     write_long(long_form(results), out / "results.csv")
     write_tables(arms_table(results), out)
     try:
@@ -178,8 +166,7 @@ def write_summary(out: Path, results: Sequence[Results], plan: Plan) -> None:
 
 
 def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report) -> Results:
-    done = out / "results.json"
-    if (blob := read_file(done)) is not None:
+    if (blob := read_file(done := out / "results.json")) is not None:
         return parse_text(Results, blob, where=str(done), hint=REWRITE)
     arms: dict[str, ArmRecord] = {}
     for name, arm in arms_of(lab).items():
@@ -199,6 +186,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         if not rule_of(lab.plan).keeps_local_factor:
             save_adapter(out / "adapter.safetensors", store.load().adapter, {"run": store.run})
         rounds, traffic = _federation(lab, store)
+        audit_simulation(lab, out, store)
     results = Results(
         name=lab.plan.run.name,
         seed=lab.plan.run.seed,
@@ -362,6 +350,7 @@ def _virtual_site(
         policy=open_policy(protect=(lab.plan.protect.mode,)),  # who simulates has written the plan
         **private_tables(lab.plan, lab.simulation.data, population=identity.name),
     )
+
     quiet = partial(_named, identity.name, report)
     return site_of(identity, server, file, make_learner=lambda plan: learner, state=state, report=quiet)
 

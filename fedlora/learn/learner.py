@@ -11,10 +11,12 @@ import torch
 
 from fedlora.core.adapter import Adapter, Factors, Layout
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import DataError, NonFiniteUpdate, ResourceError, StoreError
+from fedlora.core.errors import ConfigError, DataError, NonFiniteUpdate, ResourceError, StoreError
 from fedlora.core.metrics import ROWS, to_nats
 from fedlora.core.plan import Plan
+from fedlora.core.tables.audit import Score
 from fedlora.data import Batch, Cursor, Stream, Tokens
+from fedlora.learn.audit.planted import Plants
 from fedlora.learn.bases.limits import check_length
 from fedlora.learn.bases.memory import is_out_of_memory
 from fedlora.learn.evaluate import evaluate, evaluated_at_once
@@ -24,6 +26,8 @@ from fedlora.learn.loop import OnStep, PlanBatches, derived_seed, rate_of, train
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.optimizer import dump_moments, forget_moments, load_moments, make_optimizer
 from fedlora.learn.options import Checkpointing
+from fedlora.privacy.audit import F64
+from fedlora.privacy.planted import Canary
 from fedlora.site.work import Trained
 
 
@@ -73,15 +77,44 @@ class HFLearner:
         self._over: tuple[Factors, Layout] = ("AB", model.layout)  # what it is an optimizer of
         self._place = 1, Cursor()  # where a round begins in the data
         self._given = b""  # the state that this optimizer is in
-        self._stream = Stream(
-            list(train),
-            seed=plan.run.seed,
-            site=site,
+        self._plants: Plants | None = None
+        self._stream = self._streamed(train)
+
+    def _streamed(self, examples: Sequence[Tokens]) -> Stream:
+        training = self._plan.training
+        return Stream(
+            list(examples),
+            seed=self._plan.run.seed,
+            site=self._site,
             rows=training.per_device_train_batch_size,
             max_length=training.max_length,
-            packing=training.packing and model.packs,
-            pad_token_id=model.pad_token_id,
+            packing=training.packing and self._model.packs,
+            pad_token_id=self._model.pad_token_id,
         )
+
+    @property
+    def rows(self) -> int:
+        """Rows of files behind the training examples."""
+        return len({(example.file, example.line) for example in self._stream.examples})
+
+    def plant(self, canaries: Sequence[Canary]) -> None:
+        """Implements :class:`fedlora.site.auditing.AuditedLearner`; not for a site that trains on several GPUs."""
+        if self._team is not None:
+            hint = "gpus = 1 in the site file, or privacy.canaries = false: this site then takes no part in the audit"
+            raise ConfigError("[audit] is not built for a site that trains on several GPUs", hint=hint)
+        self._plants = Plants(canaries, self._model, self._plan)
+        self._stream, self._place = self._streamed([*self._stream.examples, *self._plants.inside]), (1, Cursor())
+
+    def score_canaries(self, adapter: Adapter, *, score: Score) -> F64:
+        """See :class:`fedlora.site.auditing.AuditedLearner`.
+
+        Raises:
+            ValueError: no canaries were planted.
+        """
+        if self._plants is None:
+            raise ValueError("no canaries were planted")
+        rows = evaluated_at_once(self._plan.training, self._micro_batches.tokens)
+        return self._plants.scores(adapter, score=score, rows=rows)
 
     @property
     def model(self) -> LoraModel:

@@ -76,10 +76,19 @@ def load_learner(site_file: Path, plan: Plan, *, report: Report) -> HFLearner:
         DataError: see :func:`fedlora.learn.rows.load_tokens`.
         ConfigError: the site file asks for what this installation or machine lacks.
     """
+    file, root = load_site_file(site_file), site_file.resolve().parent
+    return _learner_on(load_lora_of(file, root, plan, report=report), file, root, plan, report)
+
+
+def load_lora_of(file: SiteFile, root: Path, plan: Plan, *, report: Report) -> LoraModel:
+    """A site's copy of the plan's base, with the plan's adapter on it.
+
+    Raises:
+        ModelError, ConfigError: see :func:`load_learner`.
+    """
     from fedlora.learn.lora import attach
 
-    file, root = load_site_file(site_file), site_file.resolve().parent
-    return _learner_on(attach(_load_base(file, root, plan, report), plan.lora, seed=plan.run.seed), file, root, plan, report)
+    return attach(_load_base(file, root, plan, report), plan.lora, seed=plan.run.seed)
 
 
 def _load_base(file: SiteFile, root: Path, plan: Plan, report: Report) -> LoadedBase:

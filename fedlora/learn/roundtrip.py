@@ -126,4 +126,5 @@ def _nobody(plan: Plan, model: LoraModel, adapter: str) -> RunFacts:
         of="federation", run=none, plan=none, base=model.base.digest, adapter=adapter, aggregate=plan.aggregate.name,
         protection=plan.protect.mode, seed=plan.run.seed, rounds=0, complete=False, sites=None, share="AB", prompt=unseen(plan),
         privacy=None,
+        audit=None,
     )  # fmt: skip

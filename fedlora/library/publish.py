@@ -23,6 +23,7 @@ from fedlora.formats.published.records import Prompt, Published, RunFacts
 from fedlora.formats.records import facts_of, parse_text
 from fedlora.formats.signed_roster import load_roster
 from fedlora.formats.state.audit import note
+from fedlora.library.leakage import check_gate, inside, load_audit
 from fedlora.library.signed import seal
 from fedlora.privacy.claims import claim_of
 from fedlora.rounds.best import chosen
@@ -62,6 +63,7 @@ def export_run(
     Raises:
         StoreError: no run there, ``out`` exists, or the adapter after that round is not kept.
         KeyFileError: the server's key is damaged.
+        AuditFailed: the plan asks for a leakage audit, which is missing or has found what stops the adapter.
         ConfigError: ``merge`` or ``gguf`` without ``base``, options that do not go together, or the run has no adapter for
             everybody.
         ModelError: the base is quantized, or not one that is written as GGUF.
@@ -72,6 +74,8 @@ def export_run(
     signer = _signer(run)
     sealed = partial(seal, signer=signer) if signer else None
     plan, adapter, facts = _finished(run, round)
+    if facts.of == "federation" and not run.is_file():  # a site has no audit; the coordinator has published already
+        facts = _audited(run, plan, facts)
     if base is None and (merge or to == "gguf"):
         raise _without_base("--merge" if merge else "--to gguf", plan)
     if base is not None:
@@ -90,6 +94,18 @@ def export_run(
         _export_peft(adapter, out, plan=plan, dtype=dtype, run=facts, seal=sealed)
     by = signer.public.fingerprint() if signer else ""
     return _noted(run, signer, facts, _written(out, facts, by=by, unknown=_unknown(facts.prompt)), kind=to)
+
+
+def _audited(run: Path, plan: Plan, facts: RunFacts) -> RunFacts:
+    """With what an audit has found of this very adapter.
+
+    Raises:
+        AuditFailed: the adapter may not be published.
+    """
+    found = load_audit(run)
+    check_gate(plan, found, adapter=facts.adapter)
+    same = found is not None and (found.plan, found.adapter) == (facts.plan, facts.adapter)
+    return facts.model_copy(update={"audit": found if same else None})
 
 
 def _written(out: Path, facts: RunFacts, *, by: str, unknown: list[str]) -> Exported:
@@ -208,11 +224,6 @@ def _check_base(plan: Plan, base: Path) -> None:
         )
 
 
-def inside(run: Path) -> list[Path]:
-    """Where a seed of a simulation has its federation, of one kind or the other."""
-    return [run / "federated", *sorted((run / "flower" / "server" / "runs").glob("*"))]
-
-
 def _finished(run: Path, round: int | Literal["best", "last"]) -> tuple[Plan, Adapter, RunFacts]:
     """The plan, the chosen adapter, and how it came to be."""
     if run.is_file():
@@ -246,6 +257,7 @@ def _finished(run: Path, round: int | Literal["best", "last"]) -> tuple[Plan, Ad
         share=rule_of(store.plan).down(),
         prompt=prompt or unseen(store.plan),
         privacy=claim_of(store.plan),
+        audit=None,
     )
     return store.plan, adapter, facts
 
@@ -286,6 +298,7 @@ def _own(file: Path) -> tuple[Plan, Adapter, RunFacts]:
         share=rule_of(plan).down(),
         prompt=unseen(plan),
         privacy=claim_of(plan),
+        audit=None,
     )
     return plan, adapter, facts
 

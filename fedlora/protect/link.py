@@ -14,6 +14,7 @@ from fedlora.core.messages import SERVER, Reply, Request, Task
 from fedlora.formats.envelope import BROADCAST, NONE, SUITE, VERSION, Header, match, open_envelope, overhead, parse, seal, verify
 from fedlora.formats.keys import Identity, PublicIdentity, key_id
 from fedlora.formats.roster import federation
+from fedlora.formats.state.commitment import note_commitment, split_codec, with_commitment
 from fedlora.formats.state.memory import Memory, get_record, put_record
 from fedlora.protect import Tally
 
@@ -137,6 +138,7 @@ class ServerLink:
         memory: sequence numbers, durable.
         clock: seconds since 1970, for ``created``.
         entropy: n random bytes.
+        audited: the plan has an [audit]: sites commit to their canaries, see :mod:`fedlora.formats.state.commitment`.
     """
 
     identity: Identity
@@ -146,6 +148,7 @@ class ServerLink:
     memory: Memory
     clock: Callable[[], int]
     entropy: Callable[[int], bytes]
+    audited: bool = False
 
     def known(self, sites: Sequence[str], tally: Tally) -> list[str]:
         """Those of ``sites`` that are enrolled; the others are rejected."""
@@ -201,8 +204,9 @@ class ServerLink:
         if name not in self.sites:
             raise EnvelopeError("the sender is not enrolled", code="unknown-site")
         verify(envelope, self.sites[name])
+        plain, committed = split_codec(envelope.header.codec) if self.audited else (envelope.header.codec, "")
         match(
-            envelope.header,
+            replace(envelope.header, codec=plain),
             fed=federation(self.identity.public),
             dir="up",
             phase=phase,
@@ -216,6 +220,8 @@ class ServerLink:
         self._check_chain(envelope.header, envelope.digest, reply.site)
         counter = _Counter(self.memory, f"{context.run}/up/{reply.site}")
         counter.admit(envelope.header.seq, envelope.digest, again=False)
+        if committed:
+            note_commitment(self.memory, context.run, name, committed, round=context.round)
         return open_envelope(envelope, self.reply_key)
 
     def _check_chain(self, header: Header, digest: str, site: str) -> None:
@@ -346,7 +352,7 @@ class SiteLink:
             to=SERVER,
             from_key=self.identity.public.signing_id,
             to_key=to.kem_id,
-            codec=codec,
+            codec=with_commitment(codec, self.memory, down.run),
             seq=last + 1,
             prev=prev,
             created=self.clock(),

@@ -27,6 +27,7 @@ from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.metrics import finish, pool
 from fedlora.core.plan import Federation, Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
+from fedlora.core.tables.audit import shared_metrics
 from fedlora.core.tables.privacy import sends_gradients
 from fedlora.privacy.claims import spent_after
 from fedlora.protect import Protection
@@ -194,7 +195,7 @@ def _attempt(
     plan, report = parts.plan, parts.report
     at_hand = _await_sites(task, parts, time.monotonic() + plan.federation.round_deadline)
     sites = _drawn(at_hand, plan, task) if task.kind == "train" else at_hand
-    tally = _Tally(start(max(len(sites), 1)), report, frozenset(plan.evaluation.share))
+    tally = _Tally(start(max(len(sites), 1)), report, shared_metrics(plan))
     tally.max_weight = max_site_weight(plan) if task.kind == "train" else 0
     report(Event.ASK, Ask(round=task.round, attempt=task.attempt, kind=task.kind, sites=sites))
     began = time.monotonic()

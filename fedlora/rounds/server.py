@@ -17,6 +17,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import StateFile
 from fedlora.core.messages import SERVER
 from fedlora.core.plan import Plan
+from fedlora.core.tables.audit import audited
 from fedlora.formats.files import copy_of, set_aside, unfinished, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity, load_public
 from fedlora.formats.published.records import Prompt
@@ -76,6 +77,7 @@ class ServerRun:
             memory=store.memory,
             clock=lambda: int(time.time()),
             entropy=os.urandom,
+            audited=audited(plan) is not None,
         )
         parts = ServerParts(
             plan, link, store.memory, lambda: rosters_in(self.roster, store.memory, self.identity.public), self.report

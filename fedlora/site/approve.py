@@ -16,6 +16,7 @@ from fedlora.answers import Approved
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange, plain
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.tables.audit import audited
 from fedlora.formats.files import write_atomic
 from fedlora.formats.keys import load_identity
 from fedlora.formats.signed_roster import SignedRoster
@@ -46,6 +47,11 @@ def in_words(plan: Plan) -> dict[str, str]:
         f"every {plan.evaluation.every} rounds an evaluation",
         "privacy": "; ".join(line.strip() for line in claim_lines(claim_of(plan))),
     }
+    if (audit := audited(plan)) is not None:
+        words["leakage audit"] = (
+            f"{audit.canaries_per_site} synthetic canary rows, about half of which are mixed into this site's rows "
+            f"{_listed([str(r) for r in audit.repeats])} times each; how many guesses about them were right leaves at the end"
+        )
     words = {topic: plain(sentence) for topic, sentence in words.items()}
     return words | mode_of(plan).words(plan, words)
 

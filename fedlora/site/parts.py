@@ -21,6 +21,7 @@ from fedlora.protect.link import SiteLink
 from fedlora.protect.mode import SiteParts
 from fedlora.protect.modes import SiteModes
 from fedlora.site.admission import Approvals, Begun, Runs, admit
+from fedlora.site.auditing import AuditRuns
 from fedlora.site.private import LEDGERS, PrivateRuns, WatchedLedger
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
@@ -72,6 +73,7 @@ def site_of(
         models=frozenset(file.models),
         journal=Journal(state / "journal", memory),
         private=PrivateRuns(file.privacy, file.data, watched),
+        audits=AuditRuns(memory, file.privacy.canaries, entropy),
         report=report,
         approvals=approved,
     )

@@ -44,6 +44,8 @@ class SitePrivacy(Section):
     """mechanisms accepted; without distributed: only plans whose noise does not count on other sites"""
     honest_others: bool = True
     """count on the noise of other sites in the budget; false: distributed is charged as if nobody else added any"""
+    canaries: bool = True
+    """whether synthetic canary rows of a plan's [audit] may be mixed in; false: this site takes no part in leakage audits"""
 
 
 def private_refusals(plan: Plan, settings: SitePrivacy, data: SiteData) -> Iterator[str]:

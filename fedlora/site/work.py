@@ -21,6 +21,7 @@ from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.metrics import LISTED, counters_of, finish, is_measured, is_small, without_evaluation
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.sites.facts import Evaluated
+from fedlora.core.tables.audit import audit_counters, audited
 from fedlora.core.tables.privacy import sends_gradients
 from fedlora.formats import update as wire
 from fedlora.formats.state.journal import Entry, Journal, check_takes_part
@@ -30,6 +31,7 @@ from fedlora.protect.modes import mode_of
 from fedlora.rules import Aggregator, max_site_weight, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.admission import Approvals, Begun, Runs, admit, check_round, note_adapter
+from fedlora.site.auditing import AuditedLearner, AuditRuns
 from fedlora.site.policy import Policy, refused
 from fedlora.site.private import PrivateRuns, evaluates
 
@@ -159,6 +161,7 @@ class Site:
         learner: makes the learner of a plan; called once a run, because it loads the base.
         models: ids of the base models at this site.
         private: what is released about the people behind its rows under plans with [privacy].
+        audits: its part in leakage audits; None: in the journal's memory, with canaries wherever a plan asks for them.
         report: gets events about progress; they stay at the site.
         approvals: gives what people here have approved so far; called at every task. By default nothing is approved.
         clock: seconds, rising.
@@ -174,6 +177,7 @@ class Site:
     models: frozenset[str]
     journal: Journal
     private: PrivateRuns = field(default_factory=PrivateRuns)
+    audits: AuditRuns | None = None
     report: Report = lambda event, facts: None
     approvals: Callable[[], Approvals] = Approvals
     clock: Callable[[], float] = time.monotonic
@@ -264,6 +268,8 @@ class Site:
         state = before[1].state if before else b""
         if task.kind == "evaluate":
             counters |= self._evaluated(task.round, learner, adapter) if evaluates(plan) else {}
+            if audited(plan) is not None:
+                counters |= self._audits.guesses(plan, task.run, cast("AuditedLearner", learner), adapter)
             return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, counters)), state, adapter
         every = plan.evaluation.every if evaluates(plan) else 0
         if every and (task.round - 1) % every == 0:
@@ -323,13 +329,21 @@ class Site:
                 said = f"fewer than {self.policy.min_cell} held-out rows (policy.min_cell): the evaluation is sent as zeros"
                 log.info(said)
                 self.report(Event.DATA, Data(file="evaluation", lines=[said]))
-        return {name: value for name, value in counters.items() if name in wanted}
+        return {name: value for name, value in counters.items() if name in wanted or name in audit_counters(plan)}
+
+    @property
+    def _audits(self) -> AuditRuns:
+        return self.audits or AuditRuns(self.journal.memory or FileMemory(self.journal.directory / "memory"))
 
     def _prepare(self, task: Task) -> tuple[Plan, Aggregator, Learner, Adapter]:
-        if self._ready is None or self._ready[0] != task.plan_digest:
-            plan = parse_plan(task.plan)
+        plan = parse_plan(task.plan)
+        key = task.plan_digest if audited(plan) is None else f"{task.plan_digest}/{task.run}"  # each run has its own canaries
+        if self._ready is None or self._ready[0] != key:
             self._ready = None  # frees the old base before the new one is loaded
-            self._ready = (task.plan_digest, plan, rule_of(plan), self.learner(plan))
+            learner = self.learner(plan)
+            if audited(plan) is not None:
+                self._audits.plant(plan, task.run, cast("AuditedLearner", learner), report=self.report)
+            self._ready = (key, plan, rule_of(plan), learner)
         _, plan, rule, learner = self._ready
         if not learner.base == task.base == plan.model.digest:
             raise WrongContext(

@@ -102,7 +102,7 @@ def _export(lora: LoraModel, adapter: Adapter, out: Path) -> Path:
     none = "0" * 64
     facts = RunFacts(of="federation", run=none, plan=none, base=none, adapter=none, aggregate="fedavg", protection="sealed",
                      seed=0, rounds=1, complete=True, sites=1, share="AB", prompt=unseen(Plan()),
-                     privacy=None)  # fmt: skip
+                     privacy=None, audit=None)  # fmt: skip
     return export_adapter(adapter, out, lora=lora.settings, base_model="org/tiny", revision="main", run=facts)
 
 

@@ -43,6 +43,7 @@ FACTS = RunFacts(
     share="AB",
     prompt=Prompt(kind="plain", max_length=256, template=None, stop=("</s>",), example=None),
     privacy=None,
+    audit=None,
 )
 IDS = torch.tensor([[1, 70, 33, 250, 9, 9, 120, 4]])
 
@@ -140,7 +141,7 @@ def test_the_run_is_named_beside_the_adapter(lora: Any, publish: Any):
     facts = json.loads((publish(model, model.get()) / "fedlora_run.json").read_text())
     known = {"adapter": model.get().digest(), "dtype": "bfloat16"}
     assert facts == FACTS.model_dump(mode="json") | known
-    assert (facts["format"], facts["rounds"]) == (3, 3)
+    assert (facts["format"], facts["rounds"]) == (4, 3)
 
 
 def test_the_same_adapter_gives_the_same_bytes(lora: Any, publish: Any, tmp_path: Path):

@@ -27,7 +27,7 @@ def _vector(file: str, expect: str, condition: str, why: str, text: bytes) -> by
 
 def vectors() -> Iterator[tuple[str, bytes]]:
     """Name and contents of each file."""
-    from test_run_records import PUBLISHED, RECORD, results_of_a_simulation
+    from test_run_records import AUDITED, OPENED, PUBLISHED, RECORD, results_of_a_simulation
 
     from fedlora.core.records import Numbers, Outcome
     from fedlora.formats.files import dump_facts
@@ -69,6 +69,8 @@ def vectors() -> Iterator[tuple[str, bytes]]:
         ("fedlora_run.json", "published", PUBLISHED),
         ("fedlora_run.json", "published_own", own),
         ("prompt.json", "prompt", PUBLISHED.prompt),
+        ("audit.json", "audit", AUDITED),
+        ("opened.json", "opened", OPENED),
     ):
         text, values = dump_text(record), facts_of(record)
         yield f"{stem}_valid", _vector(file, "success", "-", f"a {file} of format {record.FORMAT}", text)
@@ -78,19 +80,26 @@ def vectors() -> Iterator[tuple[str, bytes]]:
         yield f"{stem}_format", _vector(file, "version-unsupported", "record-format", "of a later format", other)
         yield f"{stem}_more", _vector(file, "store", "record-unknown", "a field more", json.dumps({**values, "more": 1}).encode())
         yield f"{stem}_cut", _vector(file, "store", "record-json", "the second half is missing", text[: len(text) // 2])
-        field = "max_length" if stem == "prompt" else "seed"
+        field = {"prompt": "max_length", "audit": "sites"}.get(stem, "seed")
         wrong = json.dumps({**values, field: -1}).encode()
         yield f"{stem}_range", _vector(file, "store", "record-field", f"a {field} below zero", wrong)
-    before = {k: v for k, v in facts_of(PUBLISHED).items() if k not in ("prompt", "privacy")} | {"format": 1, "scale": 2.0}
+    before = {k: v for k, v in facts_of(PUBLISHED).items() if k not in ("prompt", "privacy", "audit")} | {
+        "format": 1,
+        "scale": 2.0,
+    }
     why = "of the format before: B @ A was still to be multiplied by its scale"
     yield (
         "published_format_1",
         _vector("fedlora_run.json", "version-unsupported", "record-format", why, json.dumps(before).encode()),
     )
-    two = {k: v for k, v in facts_of(PUBLISHED).items() if k != "privacy"} | {"format": 2}
+    two = {k: v for k, v in facts_of(PUBLISHED).items() if k not in ("privacy", "audit")} | {"format": 2}
     why = "of the format before: it does not say whether there was differential privacy"
     text = json.dumps(two).encode()
     yield "published_format_2", _vector("fedlora_run.json", "version-unsupported", "record-format", why, text)
+    three = {k: v for k, v in facts_of(PUBLISHED).items() if k != "audit"} | {"format": 3}
+    why = "of the format before: it does not say whether there was a leakage audit"
+    text = json.dumps(three).encode()
+    yield "published_format_3", _vector("fedlora_run.json", "version-unsupported", "record-format", why, text)
     endless = dump_text(results_of_a_simulation()).replace(b'"cores": 2', b'"cores": 1e999')
     yield "results_endless", _vector("results.json", "store", "record-field", "a number beyond all binary64", endless)
     yield from _lines(facts)

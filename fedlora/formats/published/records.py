@@ -9,6 +9,7 @@ from pydantic import Field
 from fedlora.core.claims import PrivacyClaim
 from fedlora.core.plan import Digest
 from fedlora.core.records import Count, Filed, Record
+from fedlora.core.tables.audited import AuditRecord
 
 
 class Example(Record):
@@ -41,9 +42,9 @@ class Prompt(Filed):
 class RunFacts(Filed):
     """How an adapter was trained: sites by number, never by name."""
 
-    FORMAT: ClassVar[int] = 3
+    FORMAT: ClassVar[int] = 4
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     of: Literal["federation", "site"]
     """whose adapter it is: everybody's, or one site's own under ``aggregate.fedavg.share = 'A'``"""
     run: str
@@ -71,6 +72,8 @@ class RunFacts(Filed):
     """how it has to be asked"""
     privacy: PrivacyClaim | None
     """null: no differential privacy"""
+    audit: AuditRecord | None
+    """null: no leakage audit was made of this adapter"""
 
 
 class Published(RunFacts):

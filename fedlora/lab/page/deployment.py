@@ -20,6 +20,7 @@ from fedlora.core.records import Results, RoundRecord, Traffic
 from fedlora.core.words import number, size, training_rounds
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.lab.surroundings import commit
+from fedlora.library.leakage import load_audit
 from fedlora.privacy.claims import claim_lines, claim_of
 from fedlora.rounds.best import best_round, losses
 from fedlora.rounds.store import RunStore
@@ -34,6 +35,7 @@ class Deployed:
         rounds: its records, the last evaluation last.
         complete: the last evaluation is done.
         written: when the last record was, UTC.
+        audit: what a leakage audit says; empty: none was made.
     """
 
     plan: Plan
@@ -42,6 +44,7 @@ class Deployed:
     rounds: tuple[RoundRecord, ...]
     complete: bool
     written: str
+    audit: str = ""
 
 
 def holds(run: Path) -> bool:
@@ -65,7 +68,8 @@ def load(run: Path) -> Deployed:
     sites = enrolled.union(*({*r.asked, *r.sites, *r.missing} for r in rounds))
     times = [p.stat().st_mtime for p in (run / "rounds.jsonl", run / "final.json", run / "run.json") if p.exists()]
     written = datetime.fromtimestamp(max(times, default=0.0), UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return Deployed(store.plan, store.run, tuple(sorted(sites)), rounds, final is not None, written)
+    audit = " ".join(found.said) if (found := load_audit(run)) is not None else ""
+    return Deployed(store.plan, store.run, tuple(sorted(sites)), rounds, final is not None, written, audit)
 
 
 def write_page(run: Path, page: Path, *, figures: Path | None = None) -> list[Path]:
@@ -216,6 +220,7 @@ def _facts(run: Deployed) -> list[tuple[str, str]]:
         ("aggregation", plan.aggregate.name),
         ("protection", plan.protect.mode),
         ("privacy", "; ".join(line.strip() for line in claim_lines(claim_of(plan)))),
+        *([("leakage audit", run.audit)] if run.audit else []),
         ("sites that a round needs", str(plan.federation.min_sites)),
         ("FedLoRA", version("fedlora")),
     ]

@@ -61,7 +61,12 @@ def contents(
         "tiles": _tiles(runs, summaries, over),
         "sections": sections if several else [*sections, *each[0]],
         "seeds": parts if several else [],
-        "facts": {"Data": facts, "Privacy": _privacy(setting), "Environment": list(run.environment.items())},
+        "facts": {
+            "Data": facts,
+            "Privacy": _privacy(setting),
+            "Leakage audit": list(setting.audits),
+            "Environment": list(run.environment.items()),
+        },
         "command": f"fedlora simulate plan.toml --seeds {','.join(str(r.seed) for r in runs)} --out again",
         "plan": run.plan,
     }

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from fedlora.core.adapter import F32, Adapter
-from fedlora.core.claims import PrivacyClaim
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Lora
 from fedlora.formats.files import refuse_existing
@@ -74,9 +73,7 @@ def export_adapter(
         (made / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(rounded, made / "adapter_model.safetensors", metadata={"format": "pt"})
         (made / "adapter_model.safetensors").chmod(0o644)
-        (made / "README.md").write_text(
-            _card(config, dtype=dtype, quantization=quantization, privacy=run.privacy), encoding="utf-8"
-        )
+        (made / "README.md").write_text(_card(config, dtype=dtype, quantization=quantization, run=run), encoding="utf-8")
         complete(made, run, adapter, dtype=dtype, seal=seal)
     return out
 
@@ -156,7 +153,7 @@ def _targets(modules: Sequence[str], lora: Lora) -> Sequence[str]:
     return sorted(modules if wrapped or any(name.isdigit() for name in last) else last)
 
 
-def _card(config: Mapping[str, Any], *, dtype: str, quantization: str, privacy: PrivacyClaim | None) -> str:
+def _card(config: Mapping[str, Any], *, dtype: str, quantization: str, run: RunFacts) -> str:
     header = {
         "library_name": "peft",
         "base_model": config["base_model_name_or_path"],
@@ -172,8 +169,10 @@ def _card(config: Mapping[str, Any], *, dtype: str, quantization: str, privacy: 
         f"whose data stayed where it was. Rank {config['r']}, every scale folded into B, values in {dtype}, on "
         f"{layers}. How it was trained stands in `fedlora_run.json`."
     ) + _held(quantization)
-    said = "\n".join(line.strip() for line in claim_lines(privacy))
-    return f"---\n{yaml}\n---\n\n# Federated LoRA adapter\n\n{facts}\n\n## Privacy\n\n{said[0].upper()}{said[1:]}.\n"
+    said = "\n".join(line.strip() for line in claim_lines(run.privacy))
+    audit = "No leakage audit was made of this adapter." if run.audit is None else "\n\n".join(run.audit.said)
+    privacy = f"## Privacy\n\n{said[0].upper()}{said[1:]}.\n\n## Leakage audit\n\n{audit}\n"
+    return f"---\n{yaml}\n---\n\n# Federated LoRA adapter\n\n{facts}\n\n{privacy}"
 
 
 def _held(quantization: str) -> str:

@@ -27,6 +27,7 @@ from fedlora.learn.private.grouping import units_of
 from fedlora.learn.private.steps import apply_noisy, noisy_sum, private_steps
 from fedlora.learn.private.units import Unit
 from fedlora.privacy.claims import private_of
+from fedlora.privacy.planted import Canary
 from fedlora.privacy.terms import SLACK, PrivacyTerms
 from fedlora.protect.secagg.protocol.rings import PROFILES
 from fedlora.protect.secagg.settings import settings_of
@@ -68,6 +69,13 @@ class PrivateLearner(HFLearner):
             max_length=plan.training.max_length,
             checkpointing=checkpointing,
         )
+
+    def plant(self, canaries: Sequence[Canary]) -> None:
+        """As :meth:`fedlora.learn.learner.HFLearner.plant`: each canary that is in is one unit more."""
+        super().plant(canaries)
+        private = private_of(self._plan)
+        planted = self._plants.inside if self._plants is not None else []
+        self.units += units_of(planted, private.unit, most=private.max_rows_per_unit)
 
     def train(self, adapter: Adapter, *, round: int, state: bytes, factors: Factors = "AB") -> Trained:
         """Refuses: without a charge nothing is trained.

@@ -19,6 +19,7 @@ from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan
 from fedlora.core.reader import Reader
 from fedlora.core.schedule import mean_factor
+from fedlora.core.tables.audit import audit_counters
 from fedlora.core.tables.privacy import sends_gradients
 from fedlora.formats.keys import key_id
 from fedlora.formats.roster import MAX_BYTES, Roster
@@ -109,6 +110,7 @@ class Terms:
         num_rounds: rounds of training.
         weight_unit: tokens or examples that make a weight of one; 0: all weights are one.
         counters: names of the counters that are summed, in order.
+        guesses: names of the counters of a leakage audit, summed in the last evaluation alone, behind the others.
         rule: the aggregation rule.
         requirements: minimum requirements for a session.
         private: of a plan whose sites send noisy gradients (``distributed``), else None.
@@ -122,6 +124,7 @@ class Terms:
     rule: Aggregator
     requirements: SessionRequirements
     private: PrivacyTerms | None = None
+    guesses: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, plan: Plan, roster: Roster) -> Terms:
@@ -145,6 +148,7 @@ class Terms:
             num_rounds=f.num_rounds,
             weight_unit=0 if plan.aggregate.weighting == "uniform" else p.weight_unit,
             counters=counters_of(plan.evaluation.share),
+            guesses=audit_counters(plan),
             rule=rule_of(plan),
             requirements=requirements,
             private=PrivacyTerms.of(plan) if sends_gradients(plan) else None,
@@ -160,7 +164,9 @@ class Terms:
 
     def numbers(self, layout: Layout) -> Numbers:
         """Order of the numbers for replies of this layout."""
-        return Numbers(0 if layout == EVALUATION else len(layout.entries), self.counters)
+        if layout == EVALUATION:
+            return Numbers(0, (*self.counters, *self.guesses))
+        return Numbers(len(layout.entries), self.counters)
 
     def scales(self, task: Task) -> F32:
         """Scales of the reply to this task; one for an evaluation, whose vector is a zero.

@@ -1,0 +1,1 @@
+"""What an adapter gives away of rows, measured by attacks on it: losses, membership, extraction, planted canaries."""

@@ -1,0 +1,562 @@
+"""The leakage audit of whole runs: what sites plant, commit to, guess and send; what the coordinator makes of it; the gate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+from protect.secagg.test_federation import START, Federation, secagg_plan
+from raising import raising
+from test_house import ROOT, impure
+
+from fedlora.cli import main
+from fedlora.cli.schema import schema_of
+from fedlora.core.errors import AuditFailed, ConfigError, EnvelopeError, StoreError
+from fedlora.core.metrics import counters_of, pool
+from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.tables.audit import Audit, audit_counters, fewest_guesses
+from fedlora.core.tables.audited import AuditRecord, MeasuredStratum, Opening
+from fedlora.core.toml import dump_toml
+from fedlora.doctor.canaries import holds_any
+from fedlora.formats.records import dump_text, parse_text
+from fedlora.formats.state.commitment import known_commitment, load_planted, note_commitment, split_codec
+from fedlora.formats.state.memory import DictMemory, FileMemory
+from fedlora.lab.testing import TOY_BASE, ToyLearner
+from fedlora.library.leakage import audit_run, check_gate, check_opening, load_audit
+from fedlora.privacy.audit import epsilon_bound, largest_bound
+from fedlora.privacy.planted import canaries_of, commitment, fillers
+from fedlora.protect.link import SiteLink
+from fedlora.site.site_file import SiteFile
+
+SEED = hashlib.sha256(b"a test's seed").digest()
+AUDIT = {"canaries_per_site": 32, "repeats": (1, 4)}
+
+
+# --- canaries ------------------------------------------------------------------------------------------------------------
+
+
+def test_canaries_follow_from_their_seed_alone_and_coins_are_fair():
+    audit = Audit(canaries_per_site=4096, repeats=(1, 4))
+    canaries = canaries_of(SEED, audit)
+    assert canaries == canaries_of(SEED, audit)
+    assert Counter(c.repeats for c in canaries) == {1: 2048, 4: 2048}
+    assert abs(sum(c.inside for c in canaries) - 2048) < 4 * 32
+    for repeats in (1, 4):
+        assert abs(sum(c.inside for c in canaries if c.repeats == repeats) - 1024) < 4 * 23
+    assert len({c.prompt for c in canaries} | {c.secret for c in canaries}) == 2 * 4096
+    other = canaries_of(hashlib.sha256(SEED).digest(), audit)
+    assert abs(sum(a.inside == b.inside for a, b in zip(canaries, other, strict=True)) - 2048) < 4 * 32
+    assert not {c.secret for c in canaries} & {c.secret for c in other}
+
+
+def test_words_are_uniform_and_fillers_are_other_secrets_of_the_same_kind():
+    canaries = canaries_of(SEED, Audit(canaries_per_site=4096))
+    words = Counter(word for c in canaries for word in f"{c.prompt[:-1]} {c.secret}".split())
+    expected = 8 * 4096 / 2048
+    square = sum((words[w] - expected) ** 2 / expected for w in words) + (2048 - len(words)) * expected
+    assert abs(square - 2047) < 5 * (2 * 2047) ** 0.5
+    others = fillers(SEED, 3, 255)
+    assert len({*others, canaries[3].secret}) == 256
+    assert {len(text.split()) for text in [*others, canaries[3].secret]} == {4}
+    assert others != fillers(SEED, 4, 255)
+
+
+def test_a_canary_does_not_show_itself():
+    said = repr(canaries_of(SEED, Audit(canaries_per_site=8)))
+    assert "True" not in said
+    assert not any(c.secret in said for c in canaries_of(SEED, Audit(canaries_per_site=8)))
+    assert not impure((ROOT / "fedlora" / "privacy" / "planted.py").read_text())
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_with_an_audit_is_another_plan_and_one_without_is_what_it_was():
+    plain = Plan()
+    audited = Plan(audit=AUDIT)
+    assert "audit" not in json.loads(plain.canonical())
+    assert parse_plan(audited.canonical()) == audited
+    assert audited.digest() != plain.digest()
+    assert audit_counters(plain) == audit_counters(Plan(audit={})) == ()
+    assert audit_counters(audited) == ("audit/right/1", "audit/guesses/1", "audit/right/4", "audit/guesses/4")
+
+
+PRIVATE = {"aggregate": {"weighting": "uniform"}, "evaluation": {"share": ()}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"audit": {"required": True}}, "nothing could be found: set canaries_per_site"),
+        ({"audit": {"canaries_per_site": 15}}, "set a multiple of 2, 16 or more"),
+        ({"audit": {"canaries_per_site": 14}}, "set a multiple of 2, 16 or more"),
+        ({"audit": {"canaries_per_site": 32, "required": True}}, "12 are needed"),
+        ({"audit": AUDIT, "aggregate": {"name": "fedavg", "fedavg": {"share": "A"}}}, "one adapter for all"),
+        ({"audit": {"canaries_per_site": 32, "repeats": (4, 1)}}, "the smallest first"),
+        ({"audit": {"canaries_per_site": 48, "repeats": (1, 2, 4, 8, 16)}}, "1 to 4 different numbers"),
+        ({"audit": {**AUDIT, "repeats": (1, 32)}, "privacy": {}, **PRIVATE}, "fewer repeats, or more rows per unit"),
+        ({"audit": {**AUDIT, "canaries_per_site": 48}, "privacy": {}, **PRIVATE}, "not auditable at this size with more than 40"),
+    ],
+)
+def test_a_plan_whose_audit_could_find_nothing_is_refused_with_the_way_out(sections, said):
+    with pytest.raises(ValueError, match=said):
+        Plan(**sections)
+
+
+def test_the_fewest_guesses_are_those_with_which_a_bound_of_one_can_be_shown():
+    for strata in (1, 2, 3, 4):
+        need = fewest_guesses(strata)
+        confidence = 1 - 0.05 / strata
+        assert largest_bound(canaries=need, guesses=need, delta=0, confidence=confidence) >= 1
+        assert largest_bound(canaries=need, guesses=need - 1, delta=0, confidence=confidence) < 1
+
+
+def test_guesses_are_plain_counts():
+    names = audit_counters(Plan(audit=AUDIT))
+    assert counters_of(names) == tuple(sorted(names))
+    assert pool(["audit/right/1"], [{"audit/right/1": 3}, {"audit/right/1": 2}, {"eval/nats": 7}]) == {"audit/right/1": 5.0}
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------------
+
+
+class Audited(ToyLearner):
+    """Learns as the toy does; knows each canary that it was given as far as ``signal`` says."""
+
+    rows = 100_000
+    signal = 1.0
+    planted = None
+
+    def plant(self, canaries):
+        self.planted = canaries
+
+    def score_canaries(self, adapter, *, score):
+        self.scored = adapter.digest(), score
+        noise = np.random.default_rng(len(self.planted)).normal(0, 1e-3, len(self.planted))
+        return np.array([self.signal * c.inside for c in self.planted]) + noise
+
+
+def federation(path, *, mode="sealed", audit=AUDIT, canaries=True, seeded=True, **learner):
+    plan = secagg_plan(rounds=2)
+    if mode == "sealed":
+        plan = plan.model_copy(update={"protect": Plan().protect})
+    plan = Plan.model_validate({**plan.model_dump(), "audit": audit}) if audit else plan
+    plan = plan.pinned(base=TOY_BASE, init=START.digest())
+    learners = {name: Audited(float(at)) for at, name in enumerate("abcd")}
+    for one in learners.values():
+        for key, value in learner.items():
+            setattr(one, key, value)
+    fed = Federation(path, plan, learners=learners)
+    for site in fed.sites.values():
+        site.audits = replace(site.audits, wanted=canaries)
+    return fed
+
+
+def seed_of(fed, name):
+    return load_planted(FileMemory(fed.path / "sites" / name / "memory"), "ab" * 32)
+
+
+@pytest.mark.parametrize("mode", ["sealed", "secagg"])
+def test_sites_plant_commit_and_guess_and_the_coordinator_sees_the_sums(tmp_path, mode):
+    fed = federation(tmp_path, mode=mode)
+    last, store = fed.run()
+    final = store.final()
+    for repeats in (1, 4):
+        assert final.together.metrics[f"audit/guesses/{repeats}"] == 4 * 4
+        assert final.together.metrics[f"audit/right/{repeats}"] == 4 * 4
+    assert all("audit/" not in name for r in store.records() for name in r.together.metrics)
+    if mode == "secagg":
+        assert all(numbers.metrics == {} for numbers in final.sites.values())
+    for name, learner in fed.learners.items():
+        planted = seed_of(fed, name)
+        assert learner.planted == canaries_of(planted.seed, fed.plan.audit)
+        assert learner.scored == (last.adapter.digest(), "loss")  # what is published, and no other
+        assert known_commitment(store.memory, store.run, name) == (commitment(planted.seed, planted.nonce), 1)
+    assert len({seed_of(fed, name).seed for name in "abcd"}) == 4
+    record = audit_run(tmp_path / "run")
+    assert (record.sites, record.bound) == (4, record.largest)
+    assert record.largest == largest_bound(canaries=64, guesses=16, delta=1e-5, confidence=0.975)
+    assert record.said[0].startswith("This audit found epsilon >= 1.3 (95 %, one run, 64 canaries, delta 1e-05). The largest ")
+    assert "It is evidence of leakage where high; it is no evidence of safety where low. No bound is proven." in record.said[0]
+    assert load_audit(tmp_path / "run") == record
+
+
+def test_a_deployments_page_says_what_the_audit_says(done, tmp_path):
+    from fedlora.lab.page.deployment import load
+
+    assert load(done[2] / "run").audit == " ".join(done[1].said)
+    fed = federation(tmp_path, audit=None)
+    fed.run()
+    assert load(tmp_path / "run").audit == ""
+
+
+def test_guesses_of_a_learner_that_knows_nothing_are_coin_tosses(tmp_path):
+    fed = federation(tmp_path, signal=0.0, audit={"canaries_per_site": 256, "repeats": (1,)})
+    _, store = fed.run()
+    right = store.final().together.metrics["audit/right/1"]
+    assert store.final().together.metrics["audit/guesses/1"] == 256
+    assert abs(right - 128) < 4 * 8
+    record = audit_run(tmp_path / "run")
+    assert record.bound == epsilon_bound(canaries=1024, guesses=256, right=int(right), delta=1e-5)
+    assert record.verdict == "nothing-found"
+    assert "pass" not in " ".join(record.said).lower()
+
+
+@pytest.mark.parametrize(
+    ("less", "why"),
+    [({"canaries": False}, "privacy.canaries in the site file is false"), ({"rows": 999}, "not auditable at this size")],
+)
+def test_a_site_that_takes_no_part_says_so_here_and_sends_nothing_of_it(tmp_path, less, why):
+    """40 canary rows expected; 2 % of 999 rows are 19."""
+    fed = federation(tmp_path, **less)
+    said = []
+    for site in fed.sites.values():
+        site.report = lambda event, facts: said.append(str(facts))
+    _, store = fed.run()
+    assert sum(why in line for line in said) == 4
+    assert all(learner.planted is None for learner in fed.learners.values())
+    assert all(known_commitment(store.memory, store.run, name) is None for name in "abcd")
+    assert not any("audit" in name for name in store.final().together.metrics)
+    record = audit_run(tmp_path / "run")
+    assert (record.verdict, record.sites, record.largest) == ("not-auditable", 0, 0.0)
+    assert record.said[0].startswith("Not auditable at this size")
+
+
+def test_rows_for_two_percent_are_enough(tmp_path):
+    """8 canaries with one number of repeats: 4 in on average, which is 2 % of 200 rows."""
+    one = {"canaries_per_site": 8, "repeats": (1,)}
+    assert federation(tmp_path / "a", audit=one, rows=200).run()[1].final().together.metrics["audit/guesses/1"] == 8
+    assert "audit/guesses/1" not in federation(tmp_path / "b", audit=one, rows=199).run()[1].final().together.metrics
+
+
+def test_a_restart_keeps_the_canaries_and_another_run_has_others(tmp_path):
+    fed = federation(tmp_path)
+    fed.run()
+    before = seed_of(fed, "a")
+    again = federation(tmp_path)
+    again.sites["a"].audits.plant(again.plan, "ab" * 32, again.learners["a"], report=lambda e, f: None)
+    assert again.learners["a"].planted == canaries_of(before.seed, again.plan.audit)
+    again.sites["a"].audits.plant(again.plan, "cd" * 32, again.learners["a"], report=lambda e, f: None)
+    assert again.learners["a"].planted != canaries_of(before.seed, again.plan.audit)
+
+
+def test_one_learner_is_not_used_for_two_runs_of_an_audited_plan(tmp_path):
+    """Its rows have the canaries of the first among them."""
+    fed = federation(tmp_path)
+    made = []
+    fed.sites["a"].learner = lambda plan: made.append(1) or fed.learners["a"]
+    fed.run()
+    assert len(made) == 1
+    task = replace(fed_task(fed), run="cd" * 32)
+    fed.sites["a"]._prepare(task)
+    assert len(made) == 2
+
+
+def fed_task(fed):
+    from fedlora.core.messages import Task
+
+    return Task("ab" * 32, fed.plan.canonical(), TOY_BASE, "train", 1, 0, START)
+
+
+# --- nothing of a canary leaves; test 20 -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["sealed", "secagg"])
+def test_20_nothing_of_a_canary_or_its_coins_is_in_any_byte_that_leaves(tmp_path, monkeypatch, mode):
+    sealed = []
+    real = SiteLink.seal
+
+    def seal(self, down, payload, **more):
+        blob = real(self, down, payload, **more)
+        sealed.append((self.identity.name, bytes(payload), bytes(blob)))
+        return blob
+
+    monkeypatch.setattr(SiteLink, "seal", seal)
+    fed = federation(tmp_path, mode=mode)
+    fed.run()
+    assert {name for name, *_ in sealed} == set("abcd")
+    for name, payload, blob in sealed:
+        planted = seed_of(fed, name)
+        canaries = canaries_of(planted.seed, fed.plan.audit)
+        for secret in (planted.seed, planted.nonce):
+            assert secret not in payload + blob
+            assert secret.hex().encode() not in payload + blob
+        coins = np.packbits([c.inside for c in canaries]).tobytes()
+        for bits in (coins, np.packbits([c.inside for c in canaries], bitorder="little").tobytes()):
+            assert bits not in payload
+        assert not holds_any(payload, [text for c in canaries for text in (c.prompt, c.secret)])
+        assert not holds_any(blob, [text for c in canaries for text in (c.prompt, c.secret)])
+        assert planted.commitment.encode() in blob  # and the test looks where there is something
+    assert holds_any(canaries[0].prompt.encode(), [canaries[0].prompt])
+
+
+def test_20_an_opened_seed_is_what_the_site_committed_to(tmp_path, capsys):
+    fed = federation(tmp_path)
+    fed.run()
+    state, run = tmp_path / "sites" / "a", tmp_path / "run"
+    (tmp_path / "site.toml").write_text(dump_toml(SiteFile(name="a", state=str(state))))
+    assert main(["audit", "open", str(tmp_path / "site.toml"), str(tmp_path / "opened.json"), "--json"]) == 0
+    assert (tmp_path / "opened.json").stat().st_mode & 0o777 == 0o600
+    out = capsys.readouterr().out
+    planted = seed_of(fed, "a")
+    Draft202012Validator(schema_of("audit-open")).validate(json.loads(out))
+    assert planted.seed.hex() not in out
+    assert json.loads(out)["data"]["commitment"] == planted.commitment
+    assert main(["audit", "check", str(run), str(tmp_path / "opened.json"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    Draft202012Validator(schema_of("audit-check")).validate(answer)
+    data = answer["data"]
+    inside = sum(c.inside for c in canaries_of(planted.seed, fed.plan.audit))
+    assert data == {"site": "a", "run": "ab" * 32, "round": 1, "canaries": 32, "inside": inside}
+    opening = parse_text(Opening, (tmp_path / "opened.json").read_bytes(), where="", hint="")
+    for wrong in ({"seed": "00" * 32}, {"nonce": "00" * 32}, {"site": "b"}, {"site": "z"}, {"run": "cd" * 32}):
+        with pytest.raises(AuditFailed):
+            check_opening(run, opening.model_copy(update=wrong))
+    (tmp_path / "forged.json").write_bytes(dump_text(opening.model_copy(update={"seed": "00" * 32})))
+    assert main(["audit", "check", str(run), str(tmp_path / "forged.json")]) == 5
+    assert "other canaries than those it committed to in round 1" in capsys.readouterr().err
+
+
+def test_canaries_are_not_opened_before_the_run_is_over(tmp_path, capsys):
+    fed = federation(tmp_path)
+    fed.sites["a"].audits.plant(fed.plan, "ab" * 32, fed.learners["a"], report=lambda e, f: None)
+    (tmp_path / "site.toml").write_text(dump_toml(SiteFile(name="a", state=str(tmp_path / "sites" / "a"))))
+    assert main(["audit", "open", str(tmp_path / "site.toml"), str(tmp_path / "opened.json")]) == 3
+    assert not (tmp_path / "opened.json").exists()
+
+
+def test_a_second_commitment_is_refused_and_what_is_none_is_malformed():
+    memory = DictMemory()
+    note_commitment(memory, "r", "a", "11" * 32, round=2)
+    note_commitment(memory, "r", "a", "11" * 32, round=3)
+    assert known_commitment(memory, "r", "a") == ("11" * 32, 2)
+    with raising(EnvelopeError, code="equivocation"):
+        note_commitment(memory, "r", "a", "22" * 32, round=3)
+    assert split_codec("update/1/int8") == ("update/1/int8", "")
+    assert split_codec(f"update/1/int8;audit={'1a' * 32}") == ("update/1/int8", "1a" * 32)
+    for bad in ("update/1/int8;audit=", f"x;audit={'1A' * 32}", f"x;audit={'1a' * 32};audit={'1a' * 32}"):
+        with raising(EnvelopeError, code="malformed-header"):
+            split_codec(bad)
+
+
+def test_a_site_that_changes_its_canaries_in_a_run_does_not_count(tmp_path):
+    fed = federation(tmp_path)
+    handle = fed.handle
+
+    def changed(request):
+        memory = FileMemory(tmp_path / "sites" / "b" / "memory")
+        planted = load_planted(memory, "ab" * 32)
+        if request.site == "b" and planted is not None:
+            from fedlora.formats.state.commitment import save_planted
+
+            save_planted(memory, "ab" * 32, replace(planted, commitment="11" * 32))
+        return handle(request)
+
+    fed.handle = changed
+    _, store = fed.run()
+    assert [r.missing for r in store.records()] == [{}, {"b": "equivocation"}]
+
+
+def test_a_commitment_under_a_plan_without_an_audit_is_another_codec(tmp_path):
+    fed = federation(tmp_path, audit=None)
+    from fedlora.formats.state.commitment import Planted, save_planted
+
+    save_planted(FileMemory(tmp_path / "sites" / "b" / "memory"), "ab" * 32, Planted(SEED, SEED, "11" * 32))
+    _, store = fed.run()
+    assert {tuple(r.missing.items()) for r in store.records()} == {(("b", "wrong-context"),)}
+
+
+# --- what the coordinator makes of it ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    path = tmp_path_factory.mktemp("done")
+    fed = federation(path)
+    fed.run()
+    return fed.plan, audit_run(path / "run"), path
+
+
+def test_what_audit_run_answers_is_what_its_schema_says(done, capsys):
+    assert main(["audit", "run", str(done[2] / "run"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    Draft202012Validator(schema_of("audit-run")).validate(answer)
+    assert answer["data"]["wrong"] is False
+
+
+def test_counts_that_cannot_be_are_named(done, tmp_path):
+    import shutil
+
+    from fedlora.formats.records import dump_round
+    from fedlora.rounds.store import RunStore
+
+    shutil.copytree(done[2] / "run", tmp_path / "run")
+    final = RunStore.open(tmp_path / "run").final()
+    for wrong in ({"audit/right/1": 17.0}, {"audit/guesses/1": 15.0}, {"audit/guesses/1": 400.0}):
+        metrics = {**final.together.metrics, **wrong}
+        record = final.model_copy(update={"together": final.together.model_copy(update={"metrics": metrics})})
+        (tmp_path / "run" / "final.json").write_bytes(dump_round(record))
+        with pytest.raises(StoreError, match="which cannot be"):
+            audit_run(tmp_path / "run")
+
+
+def test_a_run_without_canaries_or_without_an_end_is_not_audited(tmp_path):
+    fed = federation(tmp_path / "a", audit=None)
+    fed.run()
+    with pytest.raises(ConfigError, match=r"no \[audit\]"):
+        audit_run(tmp_path / "a" / "run")
+    fed = federation(tmp_path / "b")
+    fed.run()
+    (tmp_path / "b" / "run" / "final.json").unlink()
+    with pytest.raises(StoreError, match="not done"):
+        audit_run(tmp_path / "b" / "run")
+
+
+def gated(done, record=..., *, adapter="", **audit):
+    plan, found, _ = done
+    plan = plan.model_copy(update={"audit": plan.audit.model_copy(update=audit)})
+    if record is ...:
+        record = found
+    record = record and record.model_copy(update={"plan": plan.digest()})
+    check_gate(plan, record, adapter=adapter or found.adapter)
+
+
+def test_the_gate(done):
+    found = done[1]
+    gated(done, required=True)
+    gated(done, None)
+    with pytest.raises(AuditFailed, match="was not audited"):
+        gated(done, None, required=True)
+    with pytest.raises(AuditFailed, match="another adapter"):
+        gated(done, required=True, adapter="0f" * 32)
+    gated(done, adapter="0f" * 32)
+    failed = found.model_copy(update={"verdict": "failed", "reasons": ("it leaks",)})
+    gated(done, failed)
+    with pytest.raises(AuditFailed, match="it leaks"):
+        gated(done, failed, required=True)
+    weak = found.model_copy(update={"verdict": "not-auditable", "reasons": ("not auditable at this size",)})
+    with pytest.raises(AuditFailed, match="not auditable"):
+        gated(done, weak, required=True)
+    false = failed.model_copy(update={"claimed": 1.0, "bound": 1.1})
+    with pytest.raises(AuditFailed, match="it leaks"):
+        gated(done, false)  # a claim that is false is not published, whatever the plan says
+
+
+def measured(**more):
+    facts = {
+        "repeats": 1, "members": 40, "others": 40, "auc": 0.6, "tpr_1": 0.1, "tpr_01": 0.0, "exposure": 3.0, "chance": 1.42,
+        "candidates": 256, "tried": 32, "extracted": 2, "extracted_base": 2,
+    }  # fmt: skip
+    return MeasuredStratum(**{**facts, **more})
+
+
+@pytest.mark.parametrize(
+    ("strata", "fails"),
+    [
+        ([measured()], ""),
+        ([measured(tpr_1=0.11)], "11% of canaries that stood once were told apart"),
+        ([measured(exposure=3.01)], "mean exposure of canaries that stood once is 3.0 bits"),
+        ([measured(extracted=3)], "3 of 32 canaries that stood once came out word by word"),
+        ([measured(), measured(repeats=16, tpr_1=1.0, exposure=8.0, extracted=32)], ""),  # 16 shows that the detector works
+    ],
+)
+def test_without_dp_what_a_simulation_measures_fails_an_adapter(done, tmp_path, strata, fails):
+    from fedlora.library.leakage import write_audit
+    from fedlora.rounds.store import RunStore
+
+    record = write_audit(tmp_path, RunStore.open(done[2] / "run"), measured=strata)
+    assert record.verdict == ("failed" if fails else "nothing-found")
+    assert fails in " ".join(record.reasons)
+    assert (record.said[0] == record.reasons[0]) if fails else record.said[0].startswith("This audit found")
+    assert f"AUC {strata[0].auc:.2f} (0.5: this attack failed)" in " ".join(record.said)
+    assert isinstance(parse_text(AuditRecord, (tmp_path / "audit.json").read_bytes(), where="", hint=""), AuditRecord)
+
+
+def test_with_dp_a_bound_above_the_claim_fails_an_adapter(done, tmp_path):
+    from fedlora.core.tables.privacy import Privacy
+    from fedlora.library.leakage import write_audit
+    from fedlora.rounds.store import RunStore
+
+    for epsilon, verdict in ((1.0, "failed"), (8.0, "nothing-found")):
+        store = RunStore.open(done[2] / "run")
+        privacy = Privacy(epsilon=epsilon, delta=1e-5, noise_multiplier=1.0)
+        store.plan = store.plan.model_copy(update={"privacy": privacy})
+        record = write_audit(tmp_path, store, measured=[measured(tpr_1=1.0)])
+        assert (record.verdict, record.claimed) == (verdict, epsilon)
+        said = " ".join(record.said)
+        assert f"The proven bound is epsilon = {epsilon:g} (delta 1e-05, per patient or customer of one site" in said
+        assert ("could not have contradicted the proven bound" in said) == (epsilon == 8.0)
+    assert "FAILED: epsilon is at least" not in said
+
+
+@pytest.mark.parametrize("mode", ["sealed", "secagg"])
+def test_a_dry_run_of_an_audited_plan_commits_as_a_live_one_does(tmp_path, mode):
+    from test_dry_run import FILE, KEYS
+
+    from fedlora.doctor.dry_run import Stage, played
+    from fedlora.formats.envelope import parse
+
+    fed = federation(tmp_path / "fed", mode=mode)
+    learner, stage = Audited(1.0), Stage(server=KEYS["server"], reply=KEYS["run"])
+    file = FILE.model_copy(update={"policy": fed.policy, "models": {fed.plan.model.model_name_or_path: "x"}})
+    would = played(KEYS["a"], file, fed.plan, learner, state=tmp_path / "dry", report=lambda e, f: None, stage=stage)
+    assert learner.planted
+    messages = [would.message, *(message for message, _ in would.others.values())]
+    assert all(split_codec(parse(m, max_bytes=len(m)).header.codec)[1] for m in messages)
+
+
+def test_canaries_and_commitment_are_those_of_the_format():
+    """tests/vectors/audit.json, and the same from FORMAT.md, 16.1 and 16.2, with another program's AES."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    from mnemonic import Mnemonic
+
+    vector = json.loads((ROOT / "tests" / "vectors" / "audit.json").read_text())
+    seed, nonce = bytes.fromhex(vector["seed"]), bytes.fromhex(vector["nonce"])
+    audit = Audit(canaries_per_site=vector["canaries_per_site"], repeats=tuple(vector["repeats"]))
+    found = canaries_of(seed, audit)
+    assert [[c.repeats, c.inside, c.prompt, c.secret] for c in found] == vector["canaries"]
+    assert fillers(seed, 3, 2) == vector["fillers_of_3"]
+    assert commitment(seed, nonce) == vector["commitment"] == hashlib.sha256(b"fedlora/v1/audit\0" + seed + nonce).hexdigest()
+
+    def word(number, at):
+        block = (
+            Cipher(algorithms.AES256(seed), modes.ECB())
+            .encryptor()
+            .update(number.to_bytes(8, "big") + (at // 2).to_bytes(8, "big"))
+        )
+        return int.from_bytes(block[8 * (at % 2) : 8 * (at % 2) + 8], "little")
+
+    english = Mnemonic("english").wordlist
+
+    def text(number, at):
+        return " ".join(english[word(number, 4 * at + j) & 2047] for j in range(4))
+
+    for i, canary in enumerate(found):
+        assert (canary.inside, canary.repeats) == (word(0, i) & 1 == 1, vector["repeats"][i % 2])
+        assert (canary.prompt, canary.secret) == (f"{text(1, 2 * i)}:", f" {text(1, 2 * i + 1)}")
+    assert fillers(seed, 3, 2) == [f" {text(5, 0)}", f" {text(5, 1)}"]
+
+
+def test_under_privacy_a_sites_own_number_of_rows_decides_nothing():
+    """Whether it takes part is seen by others."""
+    from fedlora.site.auditing import AuditRuns
+
+    private = Plan(audit=AUDIT, privacy={}, **PRIVATE)
+    for plan, takes_part in ((private, True), (Plan(audit=AUDIT), False)):
+        memory, learner = DictMemory(), Audited(0.0)
+        learner.rows = 1
+        AuditRuns(memory).plant(plan, "r", learner, report=lambda e, f: None)
+        assert bool(load_planted(memory, "r").seed) == takes_part
+
+
+def test_who_approves_a_plan_reads_of_its_canaries():
+    from fedlora.site.approve import in_words
+
+    said = in_words(Plan(audit=AUDIT))["leakage audit"]
+    assert said.startswith("32 synthetic canary rows, about half of which are mixed into this site's rows 1, 4 times each")
+    assert "leakage audit" not in in_words(Plan())

@@ -1,0 +1,79 @@
+"""An audited run of a real model, simulated: what is written, what is published, and what is refused."""
+
+import json
+
+import pytest
+
+from fedlora.cli import main
+
+pytestmark = pytest.mark.torch
+
+PLAN = """
+[run]
+name = "audited"
+[training]
+max_length = 128
+[lora]
+r = 2
+[federation]
+num_rounds = 1
+local_steps = 1
+[audit]
+canaries_per_site = 24
+repeats = [2]
+max_rows_share = 100.0
+required = true
+[simulation]
+sites = 2
+arms = ["federated"]
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    path = tmp_path_factory.mktemp("audited")
+    (path / "plan.toml").write_text(PLAN)
+    assert main(["simulate", str(path / "plan.toml"), "--out", str(path / "out"), "-q"]) == 0
+    return path
+
+
+def test_it_is_measured_and_said_everywhere_alike(done, capsys):
+    audit = json.loads((done / "out" / "seed-0" / "audit.json").read_text())
+    (stratum,), (measured,) = audit["strata"], audit["measured"]
+    assert (audit["sites"], stratum["canaries"], stratum["guesses"]) == (2, 48, 12)
+    assert measured["members"] + measured["others"] == 48
+    assert (audit["verdict"], audit["claimed"]) == ("nothing-found", None)  # one step of rank 2
+    assert "No bound is proven." in audit["said"][0]
+    flat = " ".join((done / "out" / "summary.txt").read_text().split())
+    page = (done / "out" / "report.html").read_text()
+    for text in (flat, page.replace("&gt;", ">")):
+        assert audit["said"][0] in text
+    capsys.readouterr()
+    assert main(["audit", "run", str(done / "out" / "seed-0"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["audit"] == audit  # what was measured stays
+
+
+def test_an_adapter_is_published_with_its_audit_and_not_without(done, tmp_path, capsys):
+    seed = done / "out" / "seed-0"
+    assert main(["export", str(seed), str(tmp_path / "adapter")]) == 0
+    card, facts = (tmp_path / "adapter" / name for name in ("README.md", "fedlora_run.json"))
+    audit = json.loads((seed / "audit.json").read_text())
+    assert json.loads(facts.read_text())["audit"] == audit
+    assert f"## Leakage audit\n\n{audit['said'][0]}" in card.read_text()
+    kept = (seed / "audit.json").read_bytes()
+    try:
+        (seed / "audit.json").write_text(json.dumps({**audit, "verdict": "failed", "reasons": ["FAILED: it leaks"]}))
+        assert main(["export", str(seed), str(tmp_path / "failed")]) == 5
+        assert "it leaks" in capsys.readouterr().err
+        (seed / "audit.json").unlink()
+        assert main(["export", str(seed), str(tmp_path / "none")]) == 5
+        assert "was not audited" in capsys.readouterr().err
+    finally:
+        (seed / "audit.json").write_bytes(kept)
+    assert not (tmp_path / "failed").exists()
+    assert not (tmp_path / "none").exists()
+
+
+def test_sites_in_one_pass_are_not_audited(done, tmp_path, capsys):
+    assert main(["simulate", str(done / "plan.toml"), "--out", str(tmp_path / "out"), "-q", "--batch-sites"]) == 3
+    assert "--batch-sites is not built for plans with [audit]" in capsys.readouterr().err
