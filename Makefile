@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 # Compiled files are kept: without them every process of a test compiles this library anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: docs test long demo demo-secagg bank bench clean quick mutants
+.PHONY: docs test long demo demo-secagg demo-dp bank bench clean quick mutants
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -36,6 +36,9 @@ demo: $(VENV)/.ready  ## a real federation: real model, real text, report in run
 
 demo-secagg: $(VENV)/.ready  ## the same under secure aggregation: the server learns the sum of the updates and nothing else
 	$(RUN)/python simulations/run.py demo-secagg
+
+demo-dp: $(VENV)/.ready  ## the same with differential privacy, noise that the sites share, and a leakage audit
+	$(RUN)/python simulations/run.py demo-dp
 
 bank: $(VENV)/.ready  ## the same for bank branches
 	$(RUN)/python simulations/run.py bank

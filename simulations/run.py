@@ -1,4 +1,4 @@
-"""Same as `fedlora simulate`; `run.py demo` (or `demo-secagg`, `bank`) prepares that task first and shows what it brought."""
+"""Same as `fedlora simulate`; `run.py demo` (or `demo-secagg`, `demo-dp`, `bank`) prepares that task first and shows what it brought."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ HERE = Path(__file__).resolve().parent
 DEMOS = {
     "demo": ("icd10cm", "clinical"),
     "demo-secagg": ("icd10cm", "clinical-secagg"),
+    "demo-dp": ("icd10cm", "clinical-dp"),
     "bank": ("naics", "bank"),
 }  # word -> data set, plan
 
