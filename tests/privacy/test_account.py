@@ -55,6 +55,39 @@ def test_12_epsilon_is_that_of_independent_accountants(at, right, below, above):
     assert below <= found <= above
 
 
+SPREAD = [
+    *(at for at, *_ in TABLE[1:]),
+    (1.46, 0.15, 60, 1e-3),
+    (0.84, 0.15, 60, 1e-3),
+    (3.2, 0.5, 40, 1e-5),
+    (0.6, 0.01, 1000, 1e-6),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("z", "q", "count", "delta"), SPREAD)
+def test_12_epsilon_lies_within_the_bounds_of_prv_accountant(z, q, count, delta):
+    """Gopi, Lee, Wutschitz, Numerical Composition of Differential Privacy, 2021: their program, by Fourier transforms."""
+    pld()
+    prv = pytest.importorskip("prv_accountant")
+    one = prv.PoissonSubsampledGaussianMechanism(noise_multiplier=z, sampling_probability=q)
+    theirs = prv.PRVAccountant(prvs=[one], max_self_compositions=[count], eps_error=0.02, delta_error=delta / 1e4)
+    low, _, high = theirs.compute_epsilon(delta=delta, num_self_compositions=[count])
+    assert low <= epsilon([event(z, q, count)], delta=delta) <= high
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("z", "q", "count", "delta"), SPREAD)
+def test_12_epsilon_is_at_most_that_of_opacus_and_hardly_less(z, q, count, delta):
+    """Its PRV accountant answers with an upper bound, 0.01 above what it finds."""
+    pld()
+    opacus = pytest.importorskip("opacus.accountants")
+    theirs = opacus.PRVAccountant()
+    theirs.history = [(z, q, count)]
+    found, theirs = epsilon([event(z, q, count)], delta=delta), theirs.get_epsilon(delta=delta)
+    assert theirs - 0.03 <= found <= theirs
+
+
 @pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(
