@@ -1,4 +1,4 @@
-"""Same as `fedlora simulate`; `run.py demo` (or `demo-secagg`, `demo-dp`, `bank`) prepares that task first and shows what it brought."""
+"""As `fedlora simulate`; `run.py demo` (`demo-secagg`, `demo-dp`, `bank`) prepares that task first and shows what it brought."""
 
 from __future__ import annotations
 
