@@ -55,6 +55,7 @@ def check(
     from fedlora.answers import Checked
     from fedlora.formats.plans import load_plan
     from fedlora.lab.own_rules import told_of, use_rules
+    from fedlora.library.leakage import audit_lines
     from fedlora.protect.modes import mode_of
 
     use_rules(rule or [])
@@ -70,7 +71,7 @@ def check(
     if (survives := mode_of(found).survives(found)) is not None:
         facts["survives"] = survives[0]
         lines += survives[1].strip("\n").split("\n")
-    lines += _private(found, site, facts)
+    lines += [*_private(found, site, facts), *audit_lines(found)]
     if found.simulation is not None:
         with Screen(quiet=quiet, as_json=json) as screen:
             facts["sites"], told = _rows(plan, found, screen)

@@ -188,6 +188,7 @@ def pin(
     from fedlora.core.deployment.digests import grouped
     from fedlora.core.words import proof_lines
     from fedlora.flower.enrol import pin_plan
+    from fedlora.library.leakage import audit_lines
     from fedlora.privacy.claims import claim_lines, claim_of
 
     pinned, proof = pin_plan(plan, model, out)
@@ -195,7 +196,7 @@ def pin(
     facts = Pinned(plan=pinned.digest(), base=pinned.model.digest, init=pinned.lora.init_digest, proof=proof, privacy=claim)
     text = f"plan {facts['plan'][:12]}, base {facts['base'][:12]}: {out / 'plan.toml'}"
     aloud = f"plan digest, to compare over the telephone: {grouped(facts['plan'])}"
-    emit(facts, [text, aloud, *claim_lines(claim), *proof_lines(proof)], as_json=json)
+    emit(facts, [text, aloud, *claim_lines(claim), *audit_lines(pinned), *proof_lines(proof)], as_json=json)
 
 
 app.command()(simulate)

@@ -46,6 +46,21 @@ def audit_run(run: Path) -> AuditRecord:
     return write_audit(run, store, measured=measured)
 
 
+def audit_lines(plan: Plan) -> list[str]:
+    """What a plan's audit could show at most, said before it runs, if the smallest number of sites takes part; or nothing."""
+    audit = audited(plan)
+    if audit is None:
+        return []
+    sites, each = plan.federation.min_sites, 2 * guesses_each_side(audit.per_stratum)
+    canaries, guesses, confidence = sites * audit.per_stratum, sites * each, _confidence(audit)
+    most = largest_bound(canaries=canaries, guesses=guesses, delta=_delta(plan), confidence=confidence)
+    means = "not auditable at this size" if most < LEAST_POWER else "evidence of leakage where high, none of safety where low"
+    return [
+        f"leakage audit: {audit.canaries_per_site} canaries a site; {guesses} guesses of {sites} sites for each number of "
+        f"repeats can show epsilon >= {most:.1f} at most: {means}"
+    ]
+
+
 def write_audit(run: Path, store: RunStore, *, measured: Sequence[MeasuredStratum] | None = None) -> AuditRecord:
     """The same with what was measured.
 
@@ -166,8 +181,13 @@ def _delta(plan: Plan) -> float:
     return plan.privacy.delta if plan.privacy is not None else WITHOUT_DP_DELTA
 
 
+def _confidence(audit: Audit) -> float:
+    """Of each stratum's bound, by Bonferroni: one of several is larger by chance."""
+    return 1 - (1 - CONFIDENCE) / len(audit.repeats)
+
+
 def _strata(audit: Audit, counts: Mapping[str, float], *, delta: float, most: int) -> Iterator[Stratum]:
-    confidence = 1 - (1 - CONFIDENCE) / len(audit.repeats)  # Bonferroni: one of several strata is larger by chance
+    confidence = _confidence(audit)
     each = 2 * guesses_each_side(audit.per_stratum)
     for repeats in audit.repeats:
         right, guesses = (int(counts.get(f"audit/{what}/{repeats}", 0)) for what in ("right", "guesses"))

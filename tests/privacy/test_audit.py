@@ -560,3 +560,15 @@ def test_who_approves_a_plan_reads_of_its_canaries():
     said = in_words(Plan(audit=AUDIT))["leakage audit"]
     assert said.startswith("32 synthetic canary rows, about half of which are mixed into this site's rows 1, 4 times each")
     assert "leakage audit" not in in_words(Plan())
+
+
+@pytest.mark.parametrize(
+    ("canaries", "sites", "said"), [(64, 4, "can show epsilon >= 3.0 at most"), (8, 2, "not auditable at this size")]
+)
+def test_check_says_what_the_audit_could_show_before_it_runs(tmp_path, capsys, canaries, sites, said):
+    file = tmp_path / "plan.toml"
+    file.write_text(f"[federation]\nmin_sites = {sites}\n[audit]\ncanaries_per_site = {canaries}\nrepeats = [1]\n")
+    assert main(["check", str(file)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert said in out
+    assert f"leakage audit: {canaries} canaries a site; {canaries // 4 * sites} guesses of {sites} sites" in out
