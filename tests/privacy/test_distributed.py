@@ -85,6 +85,8 @@ WRONG = [
     ({"aggregate": {"name": "product", "weighting": "uniform"}}, "'product'"),
     ({"server_optimizer": {"name": "none"}}, "set 'adam'"),
     ({"server_optimizer": {"name": "fedadam"}}, "set 'adam'"),
+    ({"server_optimizer": {"name": "adam", "adam": {"beta2": 0.81}}}, "set beta2 above 0.81"),
+    ({"server_optimizer": {"name": "adam", "adam": {"beta1": 0.0, "beta2": 0.0}}}, "set beta2 above 0"),
     ({"training": {"weight_decay": 0.1}}, "weight_decay"),
     ({"training": {"proximal_mu": 0.1}}, "proximal_mu"),
     ({"training": {"optimizer_state": "keep"}}, "'reset'"),
