@@ -3,7 +3,11 @@
 import hashlib
 import itertools
 import json
+import re
+import textwrap
+import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +38,7 @@ from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.private import PrivateRuns, private_refusals
 
+ROOT = Path(__file__).parents[2]
 RIGHT = {
     "aggregate": {"weighting": "uniform"}, "evaluation": {"share": []}, "privacy": {"mechanism": "distributed"},
     "federation": {"local_steps": 1, "min_sites": 3}, "protect": {"mode": "secagg"}, "server_optimizer": {"name": "adam"},
@@ -114,6 +119,12 @@ def test_what_goes_with_shared_noise(rule, profile):
     mode = {"mode": "secagg", "secagg": {"profile": profile}}
     made = {**RIGHT, "aggregate": {"name": rule, "weighting": "uniform"}, "protect": mode}
     assert Plan.model_validate_json(json.dumps(made)).privacy.mechanism == "distributed"
+
+
+def test_the_plan_that_privacy_md_shows_is_one():
+    (shown,) = re.findall(r"## A plan whose sites share the noise\n\n((?: {4}.*\n)+)", (ROOT / "server/PRIVACY.md").read_text())
+    table = tomllib.loads(textwrap.dedent(shown))
+    assert Plan.model_validate_json(json.dumps(table)).privacy.mechanism == "distributed"
 
 
 def test_a_ring_that_the_found_noise_makes_too_small_is_refused_when_the_plan_is_pinned():
