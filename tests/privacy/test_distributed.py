@@ -155,6 +155,19 @@ def test_the_claim_counts_on_all_but_the_colluding_sites_and_says_what_is_left_w
     assert f"{claim.own_epsilon:.3g} with no noise but its own" in said
 
 
+def test_the_claim_that_privacy_md_shows_is_what_is_said_of_that_plan():
+    pytest.importorskip("dp_accounting", reason="needs the extra dp")
+    page = " ".join((ROOT / "server/PRIVACY.md").read_text().split())
+    numbers = (
+        r'Sixty rounds with q = ([\d.]+), z = ([\d.]+) and delta = ([\d.]+) have epsilon (\d+) "if at most 1 of the (\d) (.+?)"'
+    )
+    ((rate, z, delta, most, sites, said),) = re.findall(numbers, page)
+    facts = {"sampling_rate": float(rate), "noise_multiplier": float(z), "delta": float(delta), "epsilon": float(most)}
+    plan = shared(rounds=60, min_sites=int(sites), **facts)
+    assert 0.95 * float(most) < run_epsilon(plan) <= float(most)
+    assert f"of the {sites} {said}" in "\n".join(claim_lines(claim_of(plan)))
+
+
 def test_few_people_have_no_claim_whatever_the_epsilon():
     assert NO_CLAIM in claim_lines(claim_of(shared(units_per_site=166, delta=5e-4)))[0]
     assert NO_CLAIM not in claim_lines(claim_of(shared(units_per_site=167, delta=5e-4, noise_multiplier=8.0)))[0]
