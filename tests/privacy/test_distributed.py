@@ -168,6 +168,10 @@ def test_the_claim_that_privacy_md_shows_is_what_is_said_of_that_plan():
     assert f"of the {sites} {said}" in "\n".join(claim_lines(claim_of(plan)))
 
 
+def test_before_a_plan_is_pinned_the_epsilon_of_the_own_noise_is_not_known_yet():
+    assert "cheat; not known yet with no noise but its own" in "\n".join(claim_lines(claim_of(shared(noise_multiplier=0.0))))
+
+
 def test_few_people_have_no_claim_whatever_the_epsilon():
     assert NO_CLAIM in claim_lines(claim_of(shared(units_per_site=166, delta=5e-4)))[0]
     assert NO_CLAIM not in claim_lines(claim_of(shared(units_per_site=167, delta=5e-4, noise_multiplier=8.0)))[0]
