@@ -122,14 +122,14 @@ class ServerOptimizer:
         if self.name == "none":
             return math.fsum(deltas)
         if self.name == "fedadam":
-            return lr * self._adam_reach(deltas)
+            return lr * self._fedadam_reach(deltas)
         # What a round's mean adds up to in all steps from its own to the last one.
         full = [math.fsum(m**i for i in range(n - k)) for k in range(n)] if self.name in ("fedavgm", "nesterov") else [1.0] * n
         if self.name == "nesterov":
             full = [1 + m * f for f in full]
         return lr * math.fsum(d * f for d, f in zip(deltas, full, strict=True))
 
-    def _adam_reach(self, deltas: Sequence[float]) -> float:
+    def _fedadam_reach(self, deltas: Sequence[float]) -> float:
         """Most that all steps through the learning rate can be: the smaller of two bounds, each of which void rounds only lower.
 
         By Cauchy and Schwarz, however large the deltas are; and with nothing in the second moment but what is left of its start,
