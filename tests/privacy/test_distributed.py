@@ -6,7 +6,7 @@ import json
 import re
 import textwrap
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from fedlora.privacy.account import epsilon
 from fedlora.privacy.claims import NO_CLAIM, claim_lines, claim_of, run_epsilon, run_event, spent_after, with_noise
 from fedlora.privacy.coding import encode, failure
 from fedlora.privacy.terms import NOISE_LEVELS, PrivacyTerms
+from fedlora.protect.secagg import server
 from fedlora.protect.secagg.encoding import encode_update, in_ring
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.rings import PROFILES, sum_to_mean
@@ -266,11 +267,23 @@ def test_9_the_opened_sum_has_the_signal_of_all_sites_and_the_noise_of_each():
     assert np.std(off) == pytest.approx(terms.site_std * 2, rel=0.5)
 
 
-def test_a_roster_that_expects_more_colluders_than_the_noise_allows_for_is_refused_at_both_ends():
-    roster = signed_roster(6, max_colluding=2, min_cohort=6)
+def test_a_roster_that_expects_more_colluders_than_the_noise_allows_for_is_refused_at_both_ends(monkeypatch):
+    world, worked = Shared(6), []
+    world.signed = signed_roster(6, max_colluding=2, min_cohort=6)
+    world.restart()
+    world.work = lambda site, task: worked.append(site)
     with pytest.raises(PlanRefused, match="noise of the plan allows for 1"):
-        Terms.of(PLAN, roster.roster)
-    assert Terms.of(shared(min_sites=6, max_colluding=2), roster.roster).private.honest_sites == 4
+        world.collect(world.task())
+
+    class Careless:  # a server that asks all the same
+        @staticmethod
+        def of(plan, roster):
+            return Terms.of(plan, replace(roster, max_colluding=1))
+
+    monkeypatch.setattr(server, "Terms", Careless)
+    assert world.collect(world.task()).codes() == dict.fromkeys(names(6), "plan-refused")
+    assert not worked
+    assert Terms.of(shared(min_sites=6, max_colluding=2), world.signed.roster).private.honest_sites == 4
 
 
 # --- tests 10 and 11: nothing else ------------------------------------------------------------------------------------------
