@@ -17,7 +17,7 @@ from privacy.test_site import ROWS, RUN, SETTINGS, One, task
 from protect.secagg.world import World, at_phase, identity, names, signed_roster
 
 from fedlora.core.adapter import Adapter, Update
-from fedlora.core.errors import FedLoRAError, PlanRefused, SessionError
+from fedlora.core.errors import FedLoRAError, PlanRefused, SessionError, StoreError
 from fedlora.core.limits import MAX_SITES
 from fedlora.core.plan import Evaluation, Federation, Plan, Protect, ServerOptimizer, Training
 from fedlora.core.records import Bytes, RoundRecord, Seconds
@@ -439,6 +439,20 @@ def test_16_a_gradient_that_may_have_been_sent_is_computed_with_other_noise_and_
     again.site.work(asked())
     assert again.learner.secrets != one.learner.secrets
     assert len(again.charges()) == 2
+
+
+def test_the_way_on_from_a_damaged_gradient_says_that_it_costs_another_charge(tmp_path):
+    one = one_site(tmp_path, some())
+    first = one.site.work(asked()).delta
+    (file,) = (tmp_path / "journal" / RUN).glob("round-000001.journal")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StoreError) as found:
+        one_site(tmp_path, some()).site.work(asked())
+    assert "with [privacy] to another, charged anew" in found.value.hint
+    assert len(one.charges()) == 1
+    file.unlink()
+    assert not np.array_equal(one_site(tmp_path, some()).site.work(asked()).delta, first)
+    assert len(one.charges()) == 2
 
 
 def test_a_void_round_is_in_the_records_with_what_it_cost():
