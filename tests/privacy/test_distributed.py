@@ -27,6 +27,7 @@ from fedlora.lab.testing import TOY_BASE, open_policy, toy_layout, toy_plan
 from fedlora.privacy.account import epsilon
 from fedlora.privacy.claims import NO_CLAIM, claim_lines, claim_of, run_epsilon, run_event, spent_after, with_noise
 from fedlora.privacy.coding import encode, failure
+from fedlora.privacy.ledger import Budget
 from fedlora.privacy.terms import NOISE_LEVELS, PrivacyTerms
 from fedlora.protect.secagg import server
 from fedlora.protect.secagg.encoding import encode_update, in_ring
@@ -487,6 +488,19 @@ def test_epsilon_beyond_what_the_cut_of_a_ring_is_counted_for_is_not_known():
     assert np.isfinite(epsilon([one.model_copy(update={"count": 40})], delta=1e-3, honest_others=False))
     small = one.model_copy(update={"count": 1})
     assert epsilon([small, lone.model_copy(update={"count": 40})], delta=1e-3) == np.inf  # together, whatever comes later
+
+
+def test_where_no_epsilon_is_known_nobody_is_told_to_have_a_larger_budget(tmp_path):
+    one = One(tmp_path, settings=SETTINGS.model_copy(update={"budget_epsilon": 50.0}))
+    ledger, budget = one.site.private.watched.ledger, Budget(50.0, honest_others=True)
+    alone = {"mechanism": "local", "honest_sites": 1, "noise_multiplier": 1.0, "sampling_rate": 1.0, "count": 9}
+    ledger.begin(delta=1e-3, units=100)
+    spending = ledger.reserve("cd" * 32, [run_event(PLAN).model_copy(update=alone)], budget=budget)
+    assert 12 < spending.committed(honest_others=True) < 50
+    with pytest.raises(FedLoRAError, match="would reach inf") as found:
+        one.site.work(asked())
+    assert "beyond 12" in found.value.hint
+    assert "larger" not in found.value.hint
 
 
 def test_who_counts_on_nobody_is_charged_at_the_own_noise(tmp_path):
