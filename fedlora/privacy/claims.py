@@ -147,7 +147,8 @@ def claim_lines(claim: PrivacyClaim | None) -> list[str]:
     bound = f"epsilon {claim.epsilon:g} at delta {claim.delta:g} for each {whose} of one site, over the whole run"
     adds = "each site adds its own noise (local)"
     if claim.mechanism == "distributed":
-        own = "no bound" if claim.own_epsilon is None else f"{claim.own_epsilon:.3g}"
+        unknown = "no bound" if claim.noise_multiplier else "not known yet"
+        own = unknown if claim.own_epsilon is None else f"{claim.own_epsilon:.3g}"
         bound += (
             f", if at most {claim.colluding} of the {claim.sum_of} or more sites of a sum cheat; {own} with no noise but its own"
         )

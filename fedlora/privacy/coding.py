@@ -20,10 +20,10 @@ from fedlora.core.adapter import F32
 from fedlora.privacy.draws import F64, digits, normals
 from fedlora.privacy.terms import NOISE_LEVELS, PrivacyTerms
 
-ROOM: Final = 10 * NOISE_LEVELS
-"""Levels that are kept free for the noise: ten standard deviations."""
-_TAIL: Final = 1.6e-23
-"""Probability that the noise of a value is beyond them."""
+ROOM: Final = 11 * NOISE_LEVELS
+"""Levels that are kept free for the noise: eleven standard deviations."""
+_TAIL: Final = 3.9e-28
+"""Probability that one site's noise of a value is beyond them."""
 _COMPUTED: Final = 2.0**-150
 """Distance of a computed value's distribution from the ideal one's, read at levels: 192 bits of chance, 50 digits."""
 _MARGIN: Final = 2.0**-20
@@ -38,7 +38,7 @@ def encode(total: F32 | F64, terms: PrivacyTerms, *, levels: int, secret: bytes,
     Args:
         total: sum of the clipped gradients of the drawn units, (n,) float32 or float64.
         levels: most that a value may have in the ring (:class:`fedlora.protect.secagg.protocol.rings.Profile`). The sum is cut to
-            ``levels - 80`` before the noise is added, which no unit's norm outgrows.
+            ``levels - 88`` before the noise is added, which no unit's norm outgrows.
         secret: 32 bytes, of one charge; each step of it has noise of its own.
 
     Returns:
@@ -85,9 +85,9 @@ def failure(values: int, *, sites: int, epsilon: float) -> float:
 
     Args:
         values: that are released, of one adapter.
-        sites: most that add up; with one, nothing is computed from its noisy value but by itself.
+        sites: most that add up. Each computes noise of its own and may cut it; with one, its cut value is computed from itself.
         epsilon: of the whole claim.
     """
     cut = _TAIL if sites > 1 else 0.0  # the clamp of a single site's noisy value is computed from that value alone
-    each = aliasing(sites, std=NOISE_LEVELS) + cut + _COMPUTED
+    each = aliasing(sites, std=NOISE_LEVELS) + sites * (cut + _COMPUTED)
     return min((1.0 + math.exp(min(epsilon, 700.0))) * values * each, 1.0)

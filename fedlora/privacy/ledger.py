@@ -8,6 +8,7 @@ it is the same release. Everything counts together, what other runs may still re
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 from fedlora.core.codes import Code
 from fedlora.core.errors import ConfigError, FedLoRAError, StateLost, StoreError
+from fedlora.core.tables.privacy import MOST_SHARED_EPSILON
 from fedlora.formats.derive import derive
 from fedlora.formats.files import Damaged
 from fedlora.formats.keys import Identity
@@ -47,9 +49,12 @@ class BudgetSpent(FedLoRAError):
     code: Code = "budget"
 
     def __init__(self, population: str, *, reaches: float, budget: float) -> None:
+        other = "or a larger privacy.budget_epsilon at this site"
+        if math.isinf(reaches):  # no budget is large enough
+            other = f"as beyond {MOST_SHARED_EPSILON:g} in all no epsilon is known where a plan shares its noise"
         super().__init__(
             f"epsilon of population {population} would reach {reaches:.2f}; this site allows {budget:.2f}",
-            hint="fewer rounds or more noise in the plan, or a larger privacy.budget_epsilon at this site",
+            hint=f"fewer rounds or more noise in the plan, {other}",
         )
 
 

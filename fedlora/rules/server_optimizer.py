@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from fedlora.core.adapter import F32, Adapter, Layout
 from fedlora.core.plan import Plan
@@ -57,9 +58,19 @@ class Adam(Section):
     beta1: Moment = 0.9
     """decay of the first moment"""
     beta2: Moment = 0.99
-    """decay of the second moment"""
+    """decay of the second moment; above the square of beta1"""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """added to the denominator"""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if not self.beta1**2 < self.beta2:  # no limit to a step, and so sites would take any adapter for possible
+            raise PydanticCustomError(
+                "beta",
+                "beta1 = {beta1} with beta2 = {beta2}: a step may be any number of learning rates; set beta2 above {least}",
+                {"beta1": f"{self.beta1:g}", "beta2": f"{self.beta2:g}", "least": f"{self.beta1**2:.3g}"},
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +101,9 @@ class ServerOptimizer:
     def adam_reach(self, rates: Sequence[float]) -> float:
         """Most that steps of ``adam`` at these learning rates can have changed a value, whatever the gradients were.
 
-        By Cauchy and Schwarz, |m| <= (1 - beta1) sqrt(sum of (beta1^2 / beta2)^k) sqrt(v / (1 - beta2)); rounds that were void
-        only lower the number of a step, and so the most of any number so far is taken.
+        By Cauchy and Schwarz, |m| <= (1 - beta1) sqrt(sum of (beta1^2 / beta2)^k) sqrt(v / (1 - beta2)), where beta1^2 < beta2
+        (:class:`Adam`); rounds that were void only lower the number of a step, and so the most of any number so far is taken.
         """
-        if not self.beta2:
-            return math.inf
         ratio, terms, most, reached = self.beta1**2 / self.beta2, 0.0, 0.0, 0.0
         for k, rate in enumerate(rates, 1):
             terms += ratio ** (k - 1)
@@ -113,14 +122,14 @@ class ServerOptimizer:
         if self.name == "none":
             return math.fsum(deltas)
         if self.name == "fedadam":
-            return lr * self._adam_reach(deltas)
+            return lr * self._fedadam_reach(deltas)
         # What a round's mean adds up to in all steps from its own to the last one.
         full = [math.fsum(m**i for i in range(n - k)) for k in range(n)] if self.name in ("fedavgm", "nesterov") else [1.0] * n
         if self.name == "nesterov":
             full = [1 + m * f for f in full]
         return lr * math.fsum(d * f for d, f in zip(deltas, full, strict=True))
 
-    def _adam_reach(self, deltas: Sequence[float]) -> float:
+    def _fedadam_reach(self, deltas: Sequence[float]) -> float:
         """Most that all steps through the learning rate can be: the smaller of two bounds, each of which void rounds only lower.
 
         By Cauchy and Schwarz, however large the deltas are; and with nothing in the second moment but what is left of its start,

@@ -3,7 +3,11 @@
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass, field
+import re
+import textwrap
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from privacy.test_site import ROWS, RUN, SETTINGS, One, task
 from protect.secagg.world import World, at_phase, identity, names, signed_roster
 
 from fedlora.core.adapter import Adapter, Update
-from fedlora.core.errors import FedLoRAError, PlanRefused, SessionError
+from fedlora.core.errors import FedLoRAError, PlanRefused, SessionError, StoreError
 from fedlora.core.limits import MAX_SITES
 from fedlora.core.plan import Evaluation, Federation, Plan, Protect, ServerOptimizer, Training
 from fedlora.core.records import Bytes, RoundRecord, Seconds
@@ -23,7 +27,9 @@ from fedlora.lab.testing import TOY_BASE, open_policy, toy_layout, toy_plan
 from fedlora.privacy.account import epsilon
 from fedlora.privacy.claims import NO_CLAIM, claim_lines, claim_of, run_epsilon, run_event, spent_after, with_noise
 from fedlora.privacy.coding import encode, failure
+from fedlora.privacy.ledger import Budget
 from fedlora.privacy.terms import NOISE_LEVELS, PrivacyTerms
+from fedlora.protect.secagg import server
 from fedlora.protect.secagg.encoding import encode_update, in_ring
 from fedlora.protect.secagg.protocol.cohort import SessionRequirements
 from fedlora.protect.secagg.protocol.rings import PROFILES, sum_to_mean
@@ -34,6 +40,7 @@ from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.private import PrivateRuns, private_refusals
 
+ROOT = Path(__file__).parents[2]
 RIGHT = {
     "aggregate": {"weighting": "uniform"}, "evaluation": {"share": []}, "privacy": {"mechanism": "distributed"},
     "federation": {"local_steps": 1, "min_sites": 3}, "protect": {"mode": "secagg"}, "server_optimizer": {"name": "adam"},
@@ -85,6 +92,8 @@ WRONG = [
     ({"aggregate": {"name": "product", "weighting": "uniform"}}, "'product'"),
     ({"server_optimizer": {"name": "none"}}, "set 'adam'"),
     ({"server_optimizer": {"name": "fedadam"}}, "set 'adam'"),
+    ({"server_optimizer": {"name": "adam", "adam": {"beta2": 0.81}}}, "set beta2 above 0.81"),
+    ({"server_optimizer": {"name": "adam", "adam": {"beta1": 0.0, "beta2": 0.0}}}, "set beta2 above 0"),
     ({"training": {"weight_decay": 0.1}}, "weight_decay"),
     ({"training": {"proximal_mu": 0.1}}, "proximal_mu"),
     ({"training": {"optimizer_state": "keep"}}, "'reset'"),
@@ -114,6 +123,12 @@ def test_what_goes_with_shared_noise(rule, profile):
     assert Plan.model_validate_json(json.dumps(made)).privacy.mechanism == "distributed"
 
 
+def test_the_plan_that_privacy_md_shows_is_one():
+    (shown,) = re.findall(r"## A plan whose sites share the noise\n\n((?: {4}.*\n)+)", (ROOT / "server/PRIVACY.md").read_text())
+    table = tomllib.loads(textwrap.dedent(shown))
+    assert Plan.model_validate_json(json.dumps(table)).privacy.mechanism == "distributed"
+
+
 def test_a_ring_that_the_found_noise_makes_too_small_is_refused_when_the_plan_is_pinned():
     pytest.importorskip("dp_accounting", reason="needs the extra dp")
     wide = shared(noise_multiplier=0.0, epsilon=12.0, units_per_site=3000, delta=1e-5, rounds=4, sampling_rate=0.3)
@@ -132,7 +147,7 @@ def test_the_claim_counts_on_all_but_the_colluding_sites_and_says_what_is_left_w
     claim = claim_of(plan)
     assert (claim.sum_of, claim.colluding, claim.releases) == (7, 2, 10)
     assert run_event(plan).honest_sites == 5
-    assert run_event(plan).failure == failure(1 << 31, sites=MAX_SITES, epsilon=12.0) > 1e-9
+    assert run_event(plan).failure == failure(1 << 31, sites=MAX_SITES, epsilon=12.0) > 1e-11
     assert run_epsilon(plan) == epsilon([run_event(plan)], delta=1e-3)
     alone = run_event(plan).model_copy(update={"noise_multiplier": 2.0 / 5**0.5, "honest_sites": 1})
     assert claim.own_epsilon == pytest.approx(epsilon([alone], delta=1e-3), rel=1e-6)
@@ -140,6 +155,23 @@ def test_the_claim_counts_on_all_but_the_colluding_sites_and_says_what_is_left_w
     said = "\n".join(claim_lines(claim))
     assert "at most 2 of the 7 or more sites" in said
     assert f"{claim.own_epsilon:.3g} with no noise but its own" in said
+
+
+def test_the_claim_that_privacy_md_shows_is_what_is_said_of_that_plan():
+    pytest.importorskip("dp_accounting", reason="needs the extra dp")
+    page = " ".join((ROOT / "server/PRIVACY.md").read_text().split())
+    numbers = (
+        r'Sixty rounds with q = ([\d.]+), z = ([\d.]+) and delta = ([\d.]+) have epsilon (\d+) "if at most 1 of the (\d) (.+?)"'
+    )
+    ((rate, z, delta, most, sites, said),) = re.findall(numbers, page)
+    facts = {"sampling_rate": float(rate), "noise_multiplier": float(z), "delta": float(delta), "epsilon": float(most)}
+    plan = shared(rounds=60, min_sites=int(sites), **facts)
+    assert 0.95 * float(most) < run_epsilon(plan) <= float(most)
+    assert f"of the {sites} {said}" in "\n".join(claim_lines(claim_of(plan)))
+
+
+def test_before_a_plan_is_pinned_the_epsilon_of_the_own_noise_is_not_known_yet():
+    assert "cheat; not known yet with no noise but its own" in "\n".join(claim_lines(claim_of(shared(noise_multiplier=0.0))))
 
 
 def test_few_people_have_no_claim_whatever_the_epsilon():
@@ -187,7 +219,7 @@ def test_9_at_256_sites_no_sum_of_what_sites_can_send_wraps_around(profile):
     """All sites at the largest levels, and with the largest sums and noise of eight standard deviations."""
     ring, plan = PROFILES[profile], shared(profile=profile)
     layout = toy_layout()
-    for each in (ring.levels, -ring.levels, ring.levels - 80 + 8 * NOISE_LEVELS):
+    for each in (ring.levels, -ring.levels, ring.levels - 88 + 8 * NOISE_LEVELS):
         words = np.zeros(layout.size, ring.word)
         for _ in range(MAX_SITES):
             words += in_ring(np.full(layout.size, each, np.float32), ring)
@@ -236,11 +268,23 @@ def test_9_the_opened_sum_has_the_signal_of_all_sites_and_the_noise_of_each():
     assert np.std(off) == pytest.approx(terms.site_std * 2, rel=0.5)
 
 
-def test_a_roster_that_expects_more_colluders_than_the_noise_allows_for_is_refused_at_both_ends():
-    roster = signed_roster(6, max_colluding=2, min_cohort=6)
+def test_a_roster_that_expects_more_colluders_than_the_noise_allows_for_is_refused_at_both_ends(monkeypatch):
+    world, worked = Shared(6), []
+    world.signed = signed_roster(6, max_colluding=2, min_cohort=6)
+    world.restart()
+    world.work = lambda site, task: worked.append(site)
     with pytest.raises(PlanRefused, match="noise of the plan allows for 1"):
-        Terms.of(PLAN, roster.roster)
-    assert Terms.of(shared(min_sites=6, max_colluding=2), roster.roster).private.honest_sites == 4
+        world.collect(world.task())
+
+    class Careless:  # a server that asks all the same
+        @staticmethod
+        def of(plan, roster):
+            return Terms.of(plan, replace(roster, max_colluding=1))
+
+    monkeypatch.setattr(server, "Terms", Careless)
+    assert world.collect(world.task()).codes() == dict.fromkeys(names(6), "plan-refused")
+    assert not worked
+    assert Terms.of(shared(min_sites=6, max_colluding=2), world.signed.roster).private.honest_sites == 4
 
 
 # --- tests 10 and 11: nothing else ------------------------------------------------------------------------------------------
@@ -398,6 +442,20 @@ def test_16_a_gradient_that_may_have_been_sent_is_computed_with_other_noise_and_
     assert len(again.charges()) == 2
 
 
+def test_the_way_on_from_a_damaged_gradient_says_that_it_costs_another_charge(tmp_path):
+    one = one_site(tmp_path, some())
+    first = one.site.work(asked()).delta
+    (file,) = (tmp_path / "journal" / RUN).glob("round-000001.journal")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StoreError) as found:
+        one_site(tmp_path, some()).site.work(asked())
+    assert "with [privacy] to another, charged anew" in found.value.hint
+    assert len(one.charges()) == 1
+    file.unlink()
+    assert not np.array_equal(one_site(tmp_path, some()).site.work(asked()).delta, first)
+    assert len(one.charges()) == 2
+
+
 def test_a_void_round_is_in_the_records_with_what_it_cost():
     tally = loop._Tally(None, lambda event, facts: None, frozenset())
     tally.void(SessionError("a liar"))
@@ -430,6 +488,19 @@ def test_epsilon_beyond_what_the_cut_of_a_ring_is_counted_for_is_not_known():
     assert np.isfinite(epsilon([one.model_copy(update={"count": 40})], delta=1e-3, honest_others=False))
     small = one.model_copy(update={"count": 1})
     assert epsilon([small, lone.model_copy(update={"count": 40})], delta=1e-3) == np.inf  # together, whatever comes later
+
+
+def test_where_no_epsilon_is_known_nobody_is_told_to_have_a_larger_budget(tmp_path):
+    one = One(tmp_path, settings=SETTINGS.model_copy(update={"budget_epsilon": 50.0}))
+    ledger, budget = one.site.private.watched.ledger, Budget(50.0, honest_others=True)
+    alone = {"mechanism": "local", "honest_sites": 1, "noise_multiplier": 1.0, "sampling_rate": 1.0, "count": 9}
+    ledger.begin(delta=1e-3, units=100)
+    spending = ledger.reserve("cd" * 32, [run_event(PLAN).model_copy(update=alone)], budget=budget)
+    assert 12 < spending.committed(honest_others=True) < 50
+    with pytest.raises(FedLoRAError, match="would reach inf") as found:
+        one.site.work(asked())
+    assert "beyond 12" in found.value.hint
+    assert "larger" not in found.value.hint
 
 
 def test_who_counts_on_nobody_is_charged_at_the_own_noise(tmp_path):

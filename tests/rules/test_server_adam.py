@@ -16,7 +16,7 @@ from fedlora.protect.secagg.mode import SecAgg
 from fedlora.protect.secagg.terms import check_published
 from fedlora.rules import add, optimizer_of, rounded, rule_of
 from fedlora.rules.first import first_adapter
-from fedlora.rules.server_optimizer import ServerOptimizer, gradient_rate
+from fedlora.rules.server_optimizer import Adam, ServerOptimizer, gradient_rate
 
 LAYOUT = Layout.of({"m.lora_A.weight": (3, 6), "m.lora_B.weight": (5, 3)})
 GRADIENTS = [np.random.default_rng(i).normal(scale=10.0 ** (i - 4), size=LAYOUT.size).astype(np.float32) for i in range(6)]
@@ -122,6 +122,14 @@ def test_whatever_gradients_give_is_taken_by_a_site(rule, schedule, seed, void, 
 
     for round, adapter in enumerate(publish(plan, [gradient(r) for r in range(6)], void=void), 1):
         check_published(plan, adapter.part(adapter.layout.only(rule_of(plan).down())), round=round)
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.0, 1e-9), (0.9, 0.8100001), (0.99, 0.999), (0.999, 0.9999)])
+def test_steps_of_any_number_are_bounded_for_all_betas_that_a_plan_may_have(beta1, beta2):
+    Adam(beta1=beta1, beta2=beta2)
+    most = (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
+    reached = ServerOptimizer("adam", beta1=beta1, beta2=beta2).adam_reach([1.0] * 100_000)
+    assert 1.0 <= reached / 100_000 <= 1.001 * max(most, 1.0)
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "ffa"])

@@ -137,7 +137,7 @@ class Journal:
             self.before(run, round)
         except StoreError:
             return REPAIR
-        return "move it away; the round is then trained again, to the same update"
+        return "move it away; the round is then trained again, to the same update; with [privacy] to another, charged anew"
 
     def _read(self, run: str, round: int) -> Entry | None:
         path = self._path(run, round)
