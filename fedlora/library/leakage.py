@@ -74,18 +74,21 @@ def load_audit(run: Path) -> AuditRecord | None:
     Raises:
         Damaged, WireError (version-unsupported): see :func:`fedlora.formats.records.parse_text`.
     """
-    for directory in (run, run.parent) if run.name == "federated" else (run,):
+    here = run.resolve()
+    for directory in (run, *(above for above in here.parents[:4] if here in inside(above))):
         if (blob := read_file(directory / NAME)) is not None:
             return parse_text(AuditRecord, blob, where=str(directory / NAME), hint=REWRITE)
     return None
 
 
-def check_gate(plan: Plan, record: AuditRecord | None, *, adapter: str) -> None:
+def check_gate(plan: Plan, record: AuditRecord | None, *, run: str, adapter: str) -> None:
     """Whether an adapter may be published.
 
-    A claim of [privacy] that the audit contradicts stops it in any case, all else where the plan says ``required``.
+    A claim of [privacy] that the audit contradicts stops every adapter of the run: one mechanism has made them all. All else
+    stops the adapter that was audited, where the plan says ``required``.
 
     Args:
+        run: id of the run that it is of.
         adapter: digest of what is to be published.
 
     Raises:
@@ -94,22 +97,22 @@ def check_gate(plan: Plan, record: AuditRecord | None, *, adapter: str) -> None:
     audit = plan.audit
     if audit is None:
         return
-    if record is not None and (record.plan != plan.digest() or record.adapter != adapter):
-        if audit.required:
-            raise AuditFailed(
-                "the audit is of another adapter than the one that is to be published",
-                hint="publish the last adapter, which sites were asked about, without --best and --round; or audit again",
-            )
-        record = None
-    if record is None:
-        if audit.required:
-            raise AuditFailed(
-                "the plan says audit.required = true, and this run was not audited",
-                hint="run `fedlora audit run RUN` first",
-            )
+    of_run = record is not None and (record.run, record.plan) == (run, plan.digest())
+    if record is not None and of_run and record.claimed is not None and record.bound > record.claimed:
+        raise AuditFailed("; ".join(record.reasons), hint=_way_out(record))
+    if not audit.required:
         return
-    contradicted = record.claimed is not None and record.bound > record.claimed
-    if contradicted or (audit.required and record.verdict != "nothing-found"):
+    if record is None:
+        raise AuditFailed(
+            "the plan says audit.required = true, and this run was not audited",
+            hint="run `fedlora audit run RUN` first",
+        )
+    if not of_run or record.adapter != adapter:
+        raise AuditFailed(
+            "the audit is of another adapter than the one that is to be published",
+            hint="publish the last adapter, which sites were asked about, without --best and --round; or audit again",
+        )
+    if record.verdict != "nothing-found":
         raise AuditFailed("; ".join(record.reasons), hint=_way_out(record))
 
 

@@ -417,13 +417,13 @@ def test_a_run_without_canaries_or_without_an_end_is_not_audited(tmp_path):
         audit_run(tmp_path / "b" / "run")
 
 
-def gated(done, record=..., *, adapter="", **audit):
+def gated(done, record=..., *, run="", adapter="", **audit):
     plan, found, _ = done
     plan = plan.model_copy(update={"audit": plan.audit.model_copy(update=audit)})
     if record is ...:
         record = found
     record = record and record.model_copy(update={"plan": plan.digest()})
-    check_gate(plan, record, adapter=adapter or found.adapter)
+    check_gate(plan, record, run=run or found.run, adapter=adapter or found.adapter)
 
 
 def test_the_gate(done):
@@ -445,6 +445,27 @@ def test_the_gate(done):
     false = failed.model_copy(update={"claimed": 1.0, "bound": 1.1})
     with pytest.raises(AuditFailed, match="it leaks"):
         gated(done, false)  # a claim that is false is not published, whatever the plan says
+    with pytest.raises(AuditFailed, match="it leaks"):
+        gated(done, false, adapter="0f" * 32)  # nor with the adapter of another round: it would repeat the claim
+    gated(done, false, run="0f" * 32)
+    with pytest.raises(AuditFailed, match="another adapter"):
+        gated(done, run="0f" * 32, required=True)
+
+
+def test_an_audit_is_found_from_wherever_the_run_is_named(done, tmp_path, monkeypatch):
+    from fedlora.library.leakage import inside
+
+    blob = (done[2] / "run" / "audit.json").read_bytes()
+    for seed, within in (("a", "federated"), ("b", "flower/server/runs/toy")):
+        directory = tmp_path / seed / within
+        directory.mkdir(parents=True)
+        (tmp_path / seed / "audit.json").write_bytes(blob)
+        assert directory in inside(tmp_path / seed)
+        monkeypatch.chdir(directory)
+        assert load_audit(type(tmp_path)(".")) == load_audit(directory) == done[1]
+    (tmp_path / "c" / "runs" / "toy").mkdir(parents=True)
+    (tmp_path / "c" / "runs" / "audit.json").write_bytes(blob)
+    assert load_audit(tmp_path / "c" / "runs" / "toy") is None
 
 
 def measured(**more):
