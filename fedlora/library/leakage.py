@@ -21,6 +21,9 @@ from fedlora.rounds.store import RunStore
 
 MOST_EXPOSURE: Final = 3.0
 """Mean exposure of canaries that stood once among the rows, bits, above which an adapter without [privacy] is stopped."""
+FEWEST_OTHERS: Final = 100
+"""Canaries that are out, of a stratum, without which 1 % false alarms is no false alarm: of 8 members and 8 others every second
+sound adapter has a member above all others."""
 REWRITE: Final = "delete it; `fedlora audit run RUN` writes it again"
 
 
@@ -225,7 +228,7 @@ def _failures(audit: Audit, *, bound: float, claimed: float | None, measured: Se
             yield f"FAILED: epsilon is at least {bound:.2f} (95 %), and {claimed:g} is claimed: the claim is false"
         return
     for m in measured:
-        if m.tpr_1 > audit.max_tpr and m.repeats == 1:
+        if m.tpr_1 > audit.max_tpr and m.repeats == 1 and m.others >= FEWEST_OTHERS:
             yield (
                 f"FAILED: {m.tpr_1:.0%} of canaries that stood once were told apart with 1 % false alarms, more than "
                 f"audit.max_tpr = {audit.max_tpr:g}"
@@ -256,9 +259,11 @@ def _said(
         times = "once" if m.repeats == 1 else f"{m.repeats} times"
         bits = f"{m.exposure or 0:.2f} bits of {math.log2(max(m.candidates, 1)):.0f} (chance {m.chance:.2f})"
         exposure = "" if m.exposure is None else f", exposure {bits}"
+        few = "" if m.others >= FEWEST_OTHERS else f" (not resolved: {m.others} canaries were out, {FEWEST_OTHERS} are needed)"
         yield (
             f"canaries that stood {times}, in this simulation: AUC {m.auc:.2f} (0.5: this attack failed), {m.tpr_1:.0%} found at "
-            f"1 % false alarms{exposure}, {m.extracted} of {m.tried} came out word by word ({m.extracted_base} from the base)"
+            f"1 % false alarms{few}{exposure}, {m.extracted} of {m.tried} came out word by word "
+            f"({m.extracted_base} from the base)"
         )
 
 

@@ -28,7 +28,7 @@ from fedlora.formats.state.commitment import known_commitment, load_planted, not
 from fedlora.formats.state.memory import DictMemory, FileMemory
 from fedlora.lab.testing import TOY_BASE, ToyLearner
 from fedlora.library.leakage import audit_run, check_gate, check_opening, load_audit
-from fedlora.privacy.audit import epsilon_bound, largest_bound
+from fedlora.privacy.audit import epsilon_bound, largest_bound, membership
 from fedlora.privacy.planted import canaries_of, commitment, fillers
 from fedlora.protect.link import SiteLink
 from fedlora.site.site_file import SiteFile
@@ -470,7 +470,7 @@ def test_an_audit_is_found_from_wherever_the_run_is_named(done, tmp_path, monkey
 
 def measured(**more):
     facts = {
-        "repeats": 1, "members": 40, "others": 40, "auc": 0.6, "tpr_1": 0.1, "tpr_01": 0.0, "exposure": 3.0, "chance": 1.42,
+        "repeats": 1, "members": 100, "others": 100, "auc": 0.6, "tpr_1": 0.1, "tpr_01": 0.0, "exposure": 3.0, "chance": 1.42,
         "candidates": 256, "tried": 32, "extracted": 2, "extracted_base": 2,
     }  # fmt: skip
     return MeasuredStratum(**{**facts, **more})
@@ -481,6 +481,7 @@ def measured(**more):
     [
         ([measured()], ""),
         ([measured(tpr_1=0.11)], "11% of canaries that stood once were told apart"),
+        ([measured(tpr_1=0.9, others=99)], ""),  # one false alarm is more than 1 % of them
         ([measured(exposure=3.01)], "mean exposure of canaries that stood once is 3.0 bits"),
         ([measured(extracted=3)], "3 of 32 canaries that stood once came out word by word"),
         ([measured(), measured(repeats=16, tpr_1=1.0, exposure=8.0, extracted=32)], ""),  # 16 shows that the detector works
@@ -495,7 +496,18 @@ def test_without_dp_what_a_simulation_measures_fails_an_adapter(done, tmp_path, 
     assert fails in " ".join(record.reasons)
     assert (record.said[0] == record.reasons[0]) if fails else record.said[0].startswith("This audit found")
     assert f"AUC {strata[0].auc:.2f} (0.5: this attack failed)" in " ".join(record.said)
+    assert ("not resolved: 99 canaries were out, 100 are needed" in " ".join(record.said)) == (strata[0].others == 99)
     assert isinstance(parse_text(AuditRecord, (tmp_path / "audit.json").read_bytes(), where="", hint=""), AuditRecord)
+
+
+def test_an_adapter_that_knows_nothing_is_stopped_by_membership_in_one_audit_of_twenty_at_most():
+    from fedlora.library.leakage import FEWEST_OTHERS
+
+    random, alarms = np.random.default_rng(7), 0
+    for _ in range(400):
+        found = membership(random.normal(size=FEWEST_OTHERS), random.normal(size=FEWEST_OTHERS))
+        alarms += found.tpr_1 > Audit().max_tpr
+    assert alarms <= 20
 
 
 def test_with_dp_a_bound_above_the_claim_fails_an_adapter(done, tmp_path):
