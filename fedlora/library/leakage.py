@@ -200,7 +200,7 @@ def _record(
     bound, largest = max(s.bound for s in strata), max(s.largest for s in strata)
     failures = list(_failures(audit, bound=bound, claimed=claimed, measured=measured or ()))
     weak, guesses = largest < LEAST_POWER, max(s.guesses for s in strata)
-    size = f"not auditable at this size: with {guesses} guesses no epsilon above {largest:.2g} could have been shown"
+    size = f"not auditable at this size: with {guesses} guesses no epsilon above {largest:.3g} could have been shown"
     each = 2 * guesses_each_side(audit.per_stratum)
     return AuditRecord(
         run=store.run,
@@ -225,7 +225,7 @@ def _failures(audit: Audit, *, bound: float, claimed: float | None, measured: Se
     """What stops an adapter, each in a sentence."""
     if claimed is not None:
         if bound > claimed:
-            yield f"FAILED: epsilon is at least {bound:.2f} (95 %), and {claimed:g} is claimed: the claim is false"
+            yield f"FAILED: epsilon is at least {_down(bound, 2)} (95 %), and {claimed:g} is claimed: the claim is false"
         return
     for m in measured:
         if m.tpr_1 > audit.max_tpr and m.repeats == 1 and m.others >= FEWEST_OTHERS:
@@ -246,15 +246,18 @@ def _said(
     yield from failures or ([weak[0].upper() + weak[1:] + "."] if weak else [])
     best = max(strata, key=lambda s: (s.bound, s.largest))
     yield (
-        f"This audit found epsilon >= {best.bound:.1f} (95 %, one run, {best.canaries} canaries, delta {_delta(plan):g}). "
-        f"The largest value it could have found, with its {best.guesses} guesses, is {best.largest:.1f}. It is evidence of "
+        f"This audit found epsilon >= {_down(best.bound, 1)} (95 %, one run, {best.canaries} canaries, delta {_delta(plan):g}). "
+        f"The largest value it could have found, with its {best.guesses} guesses, is {_down(best.largest, 1)}. It is evidence of "
         f"leakage where high; it is no evidence of safety where low. {_proven(plan)}"
     )
+    if plan.privacy is None and best.bound > 0:
+        yield "That is leakage. It stops nothing by itself, as the plan claims no bound: who publishes decides."
     if plan.privacy is not None and max(s.largest for s in strata) <= plan.privacy.epsilon:
         yield f"It could not have contradicted the proven bound: {plan.privacy.epsilon:g} is more than it can show."
     for s in strata:
         times = "once" if s.repeats == 1 else f"{s.repeats} times"
-        yield f"canaries that stood {times}: {s.right} of {s.guesses} guesses right, epsilon >= {s.bound:.2f} of {s.largest:.2f}"
+        bound, most = _down(s.bound, 2), _down(s.largest, 2)
+        yield f"canaries that stood {times}: {s.right} of {s.guesses} guesses right, epsilon >= {bound} of {most}"
     for m in measured:
         times = "once" if m.repeats == 1 else f"{m.repeats} times"
         bits = f"{m.exposure or 0:.2f} bits of {math.log2(max(m.candidates, 1)):.0f} (chance {m.chance:.2f})"
@@ -265,6 +268,11 @@ def _said(
             f"1 % false alarms{few}{exposure}, {m.extracted} of {m.tried} came out word by word "
             f"({m.extracted_base} from the base)"
         )
+
+
+def _down(bound: float, digits: int) -> str:
+    """A lower bound in words: rounded up it would say more than was found."""
+    return f"{math.floor(bound * 10**digits) / 10**digits:.{digits}f}"
 
 
 def _proven(plan: Plan) -> str:

@@ -186,6 +186,37 @@ def test_sites_plant_commit_and_guess_and_the_coordinator_sees_the_sums(tmp_path
     assert load_audit(tmp_path / "run") == record
 
 
+def test_no_bound_is_rounded_up(done, tmp_path):
+    """14 of 16 guesses: 0.473 of 1.347."""
+    found = audited_again(done, tmp_path, right=14)
+    assert 0.473 < found.bound < 0.474
+    assert 1.346 < found.largest < 1.347
+    assert found.said[0].startswith("This audit found epsilon >= 0.4 (95 %, ")
+    assert "guesses, is 1.3. It" in found.said[0]
+    assert "14 of 16 guesses right, epsilon >= 0.47 of 1.34" in " ".join(found.said)
+
+
+def test_a_bound_that_stops_nothing_is_called_leakage_all_the_same(done, tmp_path):
+    said = "That is leakage. It stops nothing by itself, as the plan claims no bound: who publishes decides."
+    assert said in done[1].said
+    assert said not in audited_again(done, tmp_path, right=8).said
+
+
+def audited_again(done, path, *, right):
+    """The same run with other guesses."""
+    import shutil
+
+    from fedlora.formats.records import dump_round
+    from fedlora.rounds.store import RunStore
+
+    shutil.copytree(done[2] / "run", path / "run")
+    final = RunStore.open(path / "run").final()
+    metrics = {**final.together.metrics, "audit/right/1": float(right), "audit/right/4": 8.0}
+    record = final.model_copy(update={"together": final.together.model_copy(update={"metrics": metrics})})
+    (path / "run" / "final.json").write_bytes(dump_round(record))
+    return audit_run(path / "run")
+
+
 def test_a_deployments_page_says_what_the_audit_says(done, tmp_path):
     from fedlora.lab.page.deployment import load
 
