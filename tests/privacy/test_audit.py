@@ -19,7 +19,7 @@ from fedlora.cli.schema import schema_of
 from fedlora.core.errors import AuditFailed, ConfigError, EnvelopeError, StoreError
 from fedlora.core.metrics import counters_of, pool
 from fedlora.core.plan import Plan, parse_plan
-from fedlora.core.tables.audit import Audit, audit_counters, fewest_guesses
+from fedlora.core.tables.audit import Audit, audit_counters, fewest_guesses, shows
 from fedlora.core.tables.audited import AuditRecord, MeasuredStratum, Opening
 from fedlora.core.toml import dump_toml
 from fedlora.doctor.canaries import holds_any
@@ -96,6 +96,13 @@ PRIVATE = {"aggregate": {"weighting": "uniform"}, "evaluation": {"share": ()}}
         ({"audit": {"canaries_per_site": 15}}, "set a multiple of 2, 16 or more"),
         ({"audit": {"canaries_per_site": 14}}, "set a multiple of 2, 16 or more"),
         ({"audit": {"canaries_per_site": 32, "required": True}}, "12 are needed"),
+        (  # 2 of 14 guesses a site, which would be enough without a delta
+            {
+                "audit": {"canaries_per_site": 32, "repeats": (1, 2, 3, 4), "required": True},
+                "federation": {"min_sites": 7},
+            },
+            "14 would do without delta = 1e-05: more canaries_per_site",
+        ),
         ({"audit": AUDIT, "aggregate": {"name": "fedavg", "fedavg": {"share": "A"}}}, "one adapter for all"),
         ({"audit": {"canaries_per_site": 32, "repeats": (4, 1)}}, "the smallest first"),
         ({"audit": {"canaries_per_site": 48, "repeats": (1, 2, 4, 8, 16)}}, "1 to 4 different numbers"),
@@ -114,6 +121,18 @@ def test_the_fewest_guesses_are_those_with_which_a_bound_of_one_can_be_shown():
         confidence = 1 - 0.05 / strata
         assert largest_bound(canaries=need, guesses=need, delta=0, confidence=confidence) >= 1
         assert largest_bound(canaries=need, guesses=need - 1, delta=0, confidence=confidence) < 1
+
+
+def test_what_a_plan_takes_for_enough_is_what_its_audit_calls_enough():
+    random = np.random.default_rng(3)
+    found = set()
+    for _ in range(200):
+        strata, guesses = int(random.integers(1, 5)), int(random.integers(1, 120))
+        canaries, delta = 4 * guesses, float(10 ** random.uniform(-6, -2))
+        enough = shows(guesses, canaries=canaries, strata=strata, delta=delta)
+        assert enough == (largest_bound(canaries=canaries, guesses=guesses, delta=delta, confidence=1 - 0.05 / strata) >= 1)
+        found.add((enough, guesses >= fewest_guesses(strata)))
+    assert found == {(True, True), (False, True), (False, False)}
 
 
 def test_guesses_are_plain_counts():
