@@ -342,7 +342,8 @@ class Site:
             self._ready = None  # frees the old base before the new one is loaded
             learner = self.learner(plan)
             if audited(plan) is not None:
-                self._audits.plant(plan, task.run, cast("AuditedLearner", learner), report=self.report)
+                planting, trained = cast("AuditedLearner", learner), bool(self.journal.trained(task.run))
+                self._audits.plant(plan, task.run, planting, trained=trained, report=self.report)
             self._ready = (key, plan, rule_of(plan), learner)
         _, plan, rule, learner = self._ready
         if not learner.base == task.base == plan.model.digest:

@@ -289,10 +289,38 @@ def test_a_restart_keeps_the_canaries_and_another_run_has_others(tmp_path):
     fed.run()
     before = seed_of(fed, "a")
     again = federation(tmp_path)
-    again.sites["a"].audits.plant(again.plan, "ab" * 32, again.learners["a"], report=lambda e, f: None)
+    again.sites["a"].audits.plant(again.plan, "ab" * 32, again.learners["a"], trained=False, report=lambda e, f: None)
     assert again.learners["a"].planted == canaries_of(before.seed, again.plan.audit)
-    again.sites["a"].audits.plant(again.plan, "cd" * 32, again.learners["a"], report=lambda e, f: None)
+    again.sites["a"].audits.plant(again.plan, "cd" * 32, again.learners["a"], trained=False, report=lambda e, f: None)
     assert again.learners["a"].planted != canaries_of(before.seed, again.plan.audit)
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_site_that_does_not_know_its_canaries_any_more_trains_no_others(tmp_path, how):
+    """They would stand beside the first, and its next commitment would be refused in every round, without a word to it."""
+    from fedlora.site.repair import SiteRepair
+
+    fed = federation(tmp_path)
+    handle, memory = fed.handle, FileMemory(tmp_path / "sites" / "b" / "memory")
+
+    def losing(request):
+        if request.site == "b" and fed.sites["b"].journal.trained("ab" * 32) == [1]:
+            fed.sites["b"]._ready = None  # as after a restart
+            for file in memory.files(f"{'ab' * 32}/audit"):
+                file.unlink(missing_ok=True) if how == "gone" else file.write_bytes(b"x")
+        return handle(request)
+
+    fed.handle = losing
+    _, store = fed.run()
+    code = "state-lost" if how == "gone" else "store"
+    assert [r.missing for r in store.records()] == [{}, {"b": code}]
+    assert fed.sites["b"].journal.trained("ab" * 32) == [1]
+    (tmp_path / "site.toml").write_text(dump_toml(SiteFile(name="b", state=str(tmp_path / "sites" / "b"))))
+    repair = SiteRepair(tmp_path / "site.toml")
+    found = [f for f in repair.look() if "'audit'" in f.what]
+    assert [[choice[:10] for choice in f.choices] for f in found] == ([] if how == "gone" else [["--sit-out "]])
+    repair.sit_out("ab", now=1)
+    assert not [f for f in repair.look() if f.run]
 
 
 def test_one_learner_is_not_used_for_two_runs_of_an_audited_plan(tmp_path):
@@ -374,7 +402,7 @@ def test_20_an_opened_seed_is_what_the_site_committed_to(tmp_path, capsys):
 
 def test_canaries_are_not_opened_before_the_run_is_over(tmp_path, capsys):
     fed = federation(tmp_path)
-    fed.sites["a"].audits.plant(fed.plan, "ab" * 32, fed.learners["a"], report=lambda e, f: None)
+    fed.sites["a"].audits.plant(fed.plan, "ab" * 32, fed.learners["a"], trained=False, report=lambda e, f: None)
     (tmp_path / "site.toml").write_text(dump_toml(SiteFile(name="a", state=str(tmp_path / "sites" / "a"))))
     assert main(["audit", "open", str(tmp_path / "site.toml"), str(tmp_path / "opened.json")]) == 3
     assert not (tmp_path / "opened.json").exists()
@@ -633,7 +661,7 @@ def test_under_privacy_a_sites_own_number_of_rows_decides_nothing():
     for plan, takes_part in ((private, True), (Plan(audit=AUDIT), False)):
         memory, learner = DictMemory(), Audited(0.0)
         learner.rows = 1
-        AuditRuns(memory).plant(plan, "r", learner, report=lambda e, f: None)
+        AuditRuns(memory).plant(plan, "r", learner, trained=False, report=lambda e, f: None)
         assert bool(load_planted(memory, "r").seed) == takes_part
 
 
