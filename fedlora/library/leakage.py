@@ -65,7 +65,8 @@ def write_audit(run: Path, store: RunStore, *, measured: Sequence[MeasuredStratu
     if final is None:
         raise StoreError(f"{store.directory}: the run is not done", hint="sites guess in its last evaluation: resume the run")
     counts = final.together.metrics if final.together is not None else {}
-    strata = tuple(_strata(audit, counts, delta=_delta(plan), most=len(final.sites)))
+    committed = sum(known_commitment(store.memory, store.run, site) is not None for site in final.sites)
+    strata = tuple(_strata(audit, counts, delta=_delta(plan), most=committed))
     record = _record(plan, store, audit, strata, tuple(measured) if measured is not None else None)
     write_atomic(run / NAME, dump_text(record), mode=0o644, shared=True)
     return record
@@ -141,7 +142,7 @@ def check_opening(run: Path, opening: Opening) -> tuple[list[Canary], int]:
         All of its canaries, and the round in which its commitment came first.
 
     Raises:
-        AuditFailed: they are others, the site has never committed, or the opening is of another run.
+        AuditFailed: they are others, the site has committed never or after all training, or the opening is of another run.
         StoreError: no run there.
         ConfigError: its plan has no [audit].
     """
@@ -157,6 +158,11 @@ def check_opening(run: Path, opening: Opening) -> tuple[list[Canary], int]:
     seed, nonce = bytes.fromhex(opening.seed), bytes.fromhex(opening.nonce)
     if commitment(seed, nonce) != known[0]:
         raise AuditFailed(f"{opening.site} shows other canaries than those it committed to in round {known[1]}", hint=hint)
+    if known[1] > store.plan.federation.num_rounds:
+        raise AuditFailed(
+            f"{opening.site} committed in the last evaluation, when nothing was trained any more and the adapter was known",
+            hint="it was away from all rounds, or chose canaries by the adapter: its guesses count for nothing either way",
+        )
     return canaries_of(seed, audit), known[1]
 
 

@@ -483,6 +483,39 @@ def test_counts_that_cannot_be_are_named(done, tmp_path):
             audit_run(tmp_path / "run")
 
 
+def test_guesses_of_a_site_that_has_committed_to_no_canaries_cannot_be(done, tmp_path):
+    import shutil
+
+    from fedlora.rounds.store import RunStore
+
+    shutil.copytree(done[2] / "run", tmp_path / "run")
+    store = RunStore.open(tmp_path / "run")
+    for file in store.memory.files(f"{store.run}/audit/c"):
+        file.unlink()
+    with pytest.raises(StoreError, match="16 right of 16 guesses about canaries with 1 repeats, which cannot be"):
+        audit_run(tmp_path / "run")
+
+
+def test_canaries_that_were_fixed_when_all_training_was_done_are_refused(done, tmp_path):
+    """A site that was away from all rounds, or one that has seen the adapter first."""
+    import shutil
+
+    from fedlora.formats.state.memory import put_record
+    from fedlora.rounds.store import RunStore
+
+    shutil.copytree(done[2] / "run", tmp_path / "run")
+    store = RunStore.open(tmp_path / "run")
+    planted = load_planted(FileMemory(done[2] / "sites" / "a" / "memory"), store.run)
+    opening = Opening(run=store.run, plan=store.plan.digest(), site="a", seed=planted.seed.hex(), nonce=planted.nonce.hex())
+    for round in (1, 2, 3):
+        facts = {"commitment": planted.commitment, "round": round}
+        put_record(store.memory, f"{store.run}/audit/a", "commitment", facts)
+        if round <= 2:
+            assert check_opening(tmp_path / "run", opening)[1] == round
+    with pytest.raises(AuditFailed, match="committed in the last evaluation"):
+        check_opening(tmp_path / "run", opening)
+
+
 def test_a_run_without_canaries_or_without_an_end_is_not_audited(tmp_path):
     fed = federation(tmp_path / "a", audit=None)
     fed.run()
