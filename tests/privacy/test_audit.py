@@ -702,5 +702,9 @@ def test_who_approves_a_plan_reads_of_its_canaries():
     from fedlora.site.approve import in_words
 
     said = in_words(Plan(audit=AUDIT))["leakage audit"]
-    assert said.startswith("32 synthetic canary rows, about half of which are mixed into this site's rows 1, 4 times each")
+    assert said.startswith("32 synthetic canaries, about half of which are mixed into this site's rows, 1, 4 rows each: ")
+    assert "about 40 foreign rows, at most 2% of its own or it takes no part; " in said
+    many = {"canaries_per_site": 4096, "repeats": (4096,), "max_rows_share": 100.0}
+    assert "about 8388608 foreign rows, at most 10000% of its own" in in_words(Plan(audit=many))["leakage audit"]
+    assert "about 40 foreign rows; how" in in_words(Plan(audit=AUDIT, privacy={}, **PRIVATE))["leakage audit"]
     assert "leakage audit" not in in_words(Plan())
