@@ -107,11 +107,10 @@ class AuditRuns:
     def guesses(self, plan: Plan, run: str, learner: AuditedLearner, adapter: Adapter) -> dict[str, int]:
         """Counters of the last evaluation: how many guesses about this site's canaries were right, of how many.
 
-        Law: they follow from canaries, coins and the published adapter alone; no row of the site has a part in them but through
-        that adapter.
+        Law: they follow from canaries, coins and the adapter alone; no row of the site has a part in them but through that.
 
         Args:
-            adapter: the one that is published.
+            adapter: that came; the one that is published, if the server is honest.
         """
         audit, planted = audited(plan), load_planted(self.memory, run)
         if audit is None or planted is None or not planted.seed:
