@@ -236,6 +236,36 @@ def audited_again(done, path, *, right):
     return audit_run(path / "run")
 
 
+@pytest.mark.parametrize("end", ["site", "server"])
+@pytest.mark.parametrize("mode", ["sealed", "secagg"])
+def test_guesses_are_in_no_round_of_training_whatever_a_learner_counts(tmp_path, monkeypatch, mode, end):
+    """Each end by itself: the other one lets all counters pass."""
+    from fedlora.site import work
+
+    fed = federation(tmp_path, mode=mode)
+    for learner in fed.learners.values():
+        real = learner.train
+        learner.train = lambda *given, real=real, **more: with_guesses(real(*given, **more))
+    if end == "server":
+        monkeypatch.setattr(work, "counters_of", lambda names: ("audit/right/1", *counters_of(names)))
+    sent = []
+    seal = SiteLink.seal
+    monkeypatch.setattr(
+        SiteLink, "seal", lambda self, down, payload, **m: sent.append(bytes(payload)) or seal(self, down, payload, **m)
+    )
+    _, store = fed.run()
+    assert all("audit/" not in name for r in store.records() for name in r.together.metrics)
+    assert store.final().together.metrics["audit/right/1"] == 16
+    if mode == "sealed":
+        of_training = [payload for payload in sent if b"train/tokens" in payload]
+        assert len(of_training) == 8
+        assert all((b"audit/right/1" in payload) == (end == "server") for payload in of_training)
+
+
+def with_guesses(trained):
+    return replace(trained, counters={**trained.counters, "audit/right/1": 3})
+
+
 def test_a_deployments_page_says_what_the_audit_says(done, tmp_path):
     from fedlora.lab.page.deployment import load
 

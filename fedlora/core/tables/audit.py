@@ -76,9 +76,13 @@ def audit_counters(plan: Any) -> tuple[str, ...]:
     return counter_names(audit) if audit is not None else ()
 
 
-def shared_metrics(plan: Any) -> frozenset[str]:
-    """Names of the metrics that come with a reply; the guesses of an audit come with the last evaluation alone."""
-    return frozenset(plan.evaluation.share) | frozenset(audit_counters(plan))
+def shared_metrics(plan: Any, *, last: bool) -> frozenset[str]:
+    """Names of the metrics that come with a reply.
+
+    Args:
+        last: of the last evaluation, with which alone the guesses of an audit come.
+    """
+    return frozenset(plan.evaluation.share) | frozenset(audit_counters(plan) if last else ())
 
 
 def fewest_guesses(strata: int, *, epsilon: float = 1.0, alpha: float = 0.05) -> int:
