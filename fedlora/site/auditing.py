@@ -82,11 +82,14 @@ class AuditRuns:
         if planted is None and trained:
             way = f"nothing more is computed in this run here: `fedlora site repair SITE.TOML --sit-out {run[:12]}`"
             raise StateLost("the record of this run's audit canaries is gone, though rounds of it were done here", hint=way)
+        new = planted is None
         if planted is None:
             planted = self._decided(audit, plan, learner)
-            save_planted(self.memory, run, planted)
         if planted.seed:
             learner.plant(canaries_of(planted.seed, audit))
+        if new:  # not before they are planted: who cannot have them may still decide to take no part
+            save_planted(self.memory, run, planted)
+        if planted.seed:
             said = f"{audit.canaries_per_site} canaries, synthetic rows, about half of which are mixed in (plan: [audit])"
         else:
             said = f"this site takes no part in the leakage audit: {planted.why}"

@@ -315,6 +315,21 @@ def test_a_site_that_takes_no_part_says_so_here_and_sends_nothing_of_it(tmp_path
     assert record.said[0].startswith("Not auditable at this size")
 
 
+def test_a_site_that_cannot_plant_may_still_decide_to_take_no_part(tmp_path):
+    """On several GPUs, say, where the error's hint is privacy.canaries = false."""
+
+    class Several(Audited):
+        def plant(self, canaries):
+            raise ConfigError("several GPUs", hint="privacy.canaries = false")
+
+    fed = federation(tmp_path)
+    plan, learner, audits = fed.plan, Several(0.0), fed.sites["a"].audits
+    with pytest.raises(ConfigError, match="several GPUs"):
+        audits.plant(plan, "ab" * 32, learner, trained=False, report=lambda e, f: None)
+    replace(audits, wanted=False).plant(plan, "ab" * 32, learner, trained=False, report=lambda e, f: None)
+    assert seed_of(fed, "a").seed == b""
+
+
 def test_rows_for_two_percent_are_enough(tmp_path):
     """8 canaries with one number of repeats: 4 in on average, which is 2 % of 200 rows."""
     one = {"canaries_per_site": 8, "repeats": (1,)}
