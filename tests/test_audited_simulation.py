@@ -74,6 +74,27 @@ def test_an_adapter_is_published_with_its_audit_and_not_without(done, tmp_path, 
     assert not (tmp_path / "none").exists()
 
 
+def test_a_site_that_was_never_asked_is_left_out_of_what_is_measured(done, tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN.replace("sites = 2", "sites = 3"))
+    out = tmp_path / "out"
+    assert main(["simulate", str(tmp_path / "plan.toml"), "--out", str(out), "-q", "--drop", "site-3@train"]) == 0
+    audit = json.loads((out / "seed-0" / "audit.json").read_text())
+    assert (audit["sites"], audit["strata"][0]["canaries"]) == (2, 48)
+    assert audit["measured"][0]["members"] + audit["measured"][0]["others"] == 48
+
+
+def test_an_audit_that_is_damaged_is_said_to_be(done):
+    from fedlora.lab.claims import audits_of
+
+    file = done / "out" / "seed-0" / "audit.json"
+    kept = file.read_bytes()
+    try:
+        file.write_bytes(kept[:-9])
+        assert list(audits_of(done / "out")) == [("seed-0", "cannot be read: delete it; `fedlora audit run RUN` writes it again")]
+    finally:
+        file.write_bytes(kept)
+
+
 def test_sites_in_one_pass_are_not_audited(done, tmp_path, capsys):
     assert main(["simulate", str(done / "plan.toml"), "--out", str(tmp_path / "out"), "-q", "--batch-sites"]) == 3
     assert "--batch-sites is not built for plans with [audit]" in capsys.readouterr().err

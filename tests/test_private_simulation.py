@@ -118,6 +118,25 @@ def test_17_epsilon_of_the_report_is_recomputed_from_what_each_site_was_charged(
     assert "z 0.5" in page
 
 
+AUDIT = "[audit]\ncanaries_per_site = 16\nrepeats = [1, 4]\nmax_rows_share = 1.0\n[simulation]\n"
+
+
+def test_an_audited_private_run_sends_guesses_at_its_end_and_no_metric_else(tmp_path):
+    """As many from each site, whatever its rows: how many are right is all that differs."""
+    assert simulate(tmp_path, PLAN.replace("[simulation]\n", AUDIT, 1)) == 0
+    store = RunStore.open(tmp_path / "out" / "seed-0" / "federated")
+    assert [{s: dict(n.metrics) for s, n in r.sites.items()} for r in store.records()] == [{"site-1": {}, "site-2": {}}] * 2
+    last = {site: dict(numbers.metrics) for site, numbers in store.final().sites.items()}
+    for metrics in last.values():
+        assert sorted(metrics) == ["audit/guesses/1", "audit/guesses/4", "audit/right/1", "audit/right/4"]
+        assert (metrics["audit/guesses/1"], metrics["audit/guesses/4"]) == (2, 2)
+    assert len(last) == 2
+    audit = json.loads((tmp_path / "out" / "seed-0" / "audit.json").read_text())
+    assert (audit["claimed"], audit["delta"], audit["sites"], audit["verdict"]) == (20.0, 0.002, 2, "not-auditable")
+    for site in ("site-1", "site-2"):  # canaries are units of their own: nobody is charged more
+        assert [event.count for event in charges(tmp_path / "out" / "seed-0" / "sites" / site)] == [5, 5]
+
+
 def test_interrupted_between_charge_and_journal_a_simulation_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     from fedlora.learn.private import learner
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -187,9 +186,11 @@ def audits_of(directory: Path) -> Iterator[tuple[str, str]]:
     """Seed, and what its leakage audit says; a seed that was not audited is left out."""
     seeds = sorted(directory.glob("seed-*"), key=lambda p: (len(p.name), p.name)) or [directory]
     for seed in seeds:
-        with suppress(FedLoRAError):
+        try:
             if (found := load_audit(seed)) is not None:
                 yield seed.name, " ".join(found.said)
+        except FedLoRAError as e:
+            yield seed.name, f"cannot be read: {e.hint}"
 
 
 def is_begun(out: Path) -> bool:

@@ -44,8 +44,9 @@ def audit_simulation(lab: Lab, out: Path, store: RunStore) -> AuditRecord | None
 
     sown = []
     for site in lab.simulation.sites:
-        memory = next(d for d in (out / "sites" / site / "memory", out / "flower" / site / "state" / "memory") if d.is_dir())
-        planted = load_planted(FileMemory(memory), store.run)
+        places = out / "sites" / site, out / "flower" / site / "state"
+        state = next((place for place in places if place.is_dir()), None)
+        planted = None if state is None else load_planted(FileMemory(state / "memory"), store.run)  # None: it was never asked
         if planted is not None and planted.seed:
             sown += [(planted.seed, canary) for canary in canaries_of(planted.seed, audit)]
     adapter: Adapter = store.load().adapter

@@ -21,6 +21,9 @@ from fedlora.rounds.store import RunStore
 
 MOST_EXPOSURE: Final = 3.0
 """Mean exposure of canaries that stood once among the rows, bits, above which an adapter without [privacy] is stopped."""
+FEWEST_OTHERS: Final = 100
+"""Canaries that are out, of a stratum, without which 1 % false alarms is no false alarm: of 8 members and 8 others every second
+sound adapter has a member above all others."""
 REWRITE: Final = "delete it; `fedlora audit run RUN` writes it again"
 
 
@@ -77,7 +80,8 @@ def write_audit(run: Path, store: RunStore, *, measured: Sequence[MeasuredStratu
     if final is None:
         raise StoreError(f"{store.directory}: the run is not done", hint="sites guess in its last evaluation: resume the run")
     counts = final.together.metrics if final.together is not None else {}
-    strata = tuple(_strata(audit, counts, delta=_delta(plan), most=len(final.sites)))
+    committed = sum(known_commitment(store.memory, store.run, site) is not None for site in final.sites)
+    strata = tuple(_strata(audit, counts, delta=_delta(plan), most=committed))
     record = _record(plan, store, audit, strata, tuple(measured) if measured is not None else None)
     write_atomic(run / NAME, dump_text(record), mode=0o644, shared=True)
     return record
@@ -89,18 +93,21 @@ def load_audit(run: Path) -> AuditRecord | None:
     Raises:
         Damaged, WireError (version-unsupported): see :func:`fedlora.formats.records.parse_text`.
     """
-    for directory in (run, run.parent) if run.name == "federated" else (run,):
+    here = run.resolve()
+    for directory in (run, *(above for above in here.parents[:4] if here in inside(above))):
         if (blob := read_file(directory / NAME)) is not None:
             return parse_text(AuditRecord, blob, where=str(directory / NAME), hint=REWRITE)
     return None
 
 
-def check_gate(plan: Plan, record: AuditRecord | None, *, adapter: str) -> None:
+def check_gate(plan: Plan, record: AuditRecord | None, *, run: str, adapter: str) -> None:
     """Whether an adapter may be published.
 
-    A claim of [privacy] that the audit contradicts stops it in any case, all else where the plan says ``required``.
+    A claim of [privacy] that the audit contradicts stops every adapter of the run: one mechanism has made them all. All else
+    stops the adapter that was audited, where the plan says ``required``.
 
     Args:
+        run: id of the run that it is of.
         adapter: digest of what is to be published.
 
     Raises:
@@ -109,22 +116,22 @@ def check_gate(plan: Plan, record: AuditRecord | None, *, adapter: str) -> None:
     audit = plan.audit
     if audit is None:
         return
-    if record is not None and (record.plan != plan.digest() or record.adapter != adapter):
-        if audit.required:
-            raise AuditFailed(
-                "the audit is of another adapter than the one that is to be published",
-                hint="publish the last adapter, which sites were asked about, without --best and --round; or audit again",
-            )
-        record = None
-    if record is None:
-        if audit.required:
-            raise AuditFailed(
-                "the plan says audit.required = true, and this run was not audited",
-                hint="run `fedlora audit run RUN` first",
-            )
+    of_run = record is not None and (record.run, record.plan) == (run, plan.digest())
+    if record is not None and of_run and record.claimed is not None and record.bound > record.claimed:
+        raise AuditFailed("; ".join(record.reasons), hint=_way_out(record))
+    if not audit.required:
         return
-    contradicted = record.claimed is not None and record.bound > record.claimed
-    if contradicted or (audit.required and record.verdict != "nothing-found"):
+    if record is None:
+        raise AuditFailed(
+            "the plan says audit.required = true, and this run was not audited",
+            hint="run `fedlora audit run RUN` first",
+        )
+    if not of_run or record.adapter != adapter:
+        raise AuditFailed(
+            "the audit is of another adapter than the one that is to be published",
+            hint="publish the last adapter, which sites were asked about, without --best and --round; or audit again",
+        )
+    if record.verdict != "nothing-found":
         raise AuditFailed("; ".join(record.reasons), hint=_way_out(record))
 
 
@@ -150,7 +157,7 @@ def check_opening(run: Path, opening: Opening) -> tuple[list[Canary], int]:
         All of its canaries, and the round in which its commitment came first.
 
     Raises:
-        AuditFailed: they are others, the site has never committed, or the opening is of another run.
+        AuditFailed: they are others, the site has committed never or after all training, or the opening is of another run.
         StoreError: no run there.
         ConfigError: its plan has no [audit].
     """
@@ -166,6 +173,11 @@ def check_opening(run: Path, opening: Opening) -> tuple[list[Canary], int]:
     seed, nonce = bytes.fromhex(opening.seed), bytes.fromhex(opening.nonce)
     if commitment(seed, nonce) != known[0]:
         raise AuditFailed(f"{opening.site} shows other canaries than those it committed to in round {known[1]}", hint=hint)
+    if known[1] > store.plan.federation.num_rounds:
+        raise AuditFailed(
+            f"{opening.site} committed in the last evaluation, when nothing was trained any more and the adapter was known",
+            hint="it was away from all rounds, or chose canaries by the adapter: its guesses count for nothing either way",
+        )
     return canaries_of(seed, audit), known[1]
 
 
@@ -214,7 +226,7 @@ def _record(
     bound, largest = max(s.bound for s in strata), max(s.largest for s in strata)
     failures = list(_failures(audit, bound=bound, claimed=claimed, measured=measured or ()))
     weak, guesses = largest < LEAST_POWER, max(s.guesses for s in strata)
-    size = f"not auditable at this size: with {guesses} guesses no epsilon above {largest:.2g} could have been shown"
+    size = f"not auditable at this size: with {guesses} guesses no epsilon above {largest:.3g} could have been shown"
     each = 2 * guesses_each_side(audit.per_stratum)
     return AuditRecord(
         run=store.run,
@@ -239,10 +251,10 @@ def _failures(audit: Audit, *, bound: float, claimed: float | None, measured: Se
     """What stops an adapter, each in a sentence."""
     if claimed is not None:
         if bound > claimed:
-            yield f"FAILED: epsilon is at least {bound:.2f} (95 %), and {claimed:g} is claimed: the claim is false"
+            yield f"FAILED: epsilon is at least {_down(bound, 2)} (95 %), and {claimed:g} is claimed: the claim is false"
         return
     for m in measured:
-        if m.tpr_1 > audit.max_tpr and m.repeats == 1:
+        if m.tpr_1 > audit.max_tpr and m.repeats == 1 and m.others >= FEWEST_OTHERS:
             yield (
                 f"FAILED: {m.tpr_1:.0%} of canaries that stood once were told apart with 1 % false alarms, more than "
                 f"audit.max_tpr = {audit.max_tpr:g}"
@@ -260,23 +272,33 @@ def _said(
     yield from failures or ([weak[0].upper() + weak[1:] + "."] if weak else [])
     best = max(strata, key=lambda s: (s.bound, s.largest))
     yield (
-        f"This audit found epsilon >= {best.bound:.1f} (95 %, one run, {best.canaries} canaries, delta {_delta(plan):g}). "
-        f"The largest value it could have found, with its {best.guesses} guesses, is {best.largest:.1f}. It is evidence of "
+        f"This audit found epsilon >= {_down(best.bound, 1)} (95 %, one run, {best.canaries} canaries, delta {_delta(plan):g}). "
+        f"The largest value it could have found, with its {best.guesses} guesses, is {_down(best.largest, 1)}. It is evidence of "
         f"leakage where high; it is no evidence of safety where low. {_proven(plan)}"
     )
+    if plan.privacy is None and best.bound > 0:
+        yield "That is leakage. It stops nothing by itself, as the plan claims no bound: who publishes decides."
     if plan.privacy is not None and max(s.largest for s in strata) <= plan.privacy.epsilon:
         yield f"It could not have contradicted the proven bound: {plan.privacy.epsilon:g} is more than it can show."
     for s in strata:
         times = "once" if s.repeats == 1 else f"{s.repeats} times"
-        yield f"canaries that stood {times}: {s.right} of {s.guesses} guesses right, epsilon >= {s.bound:.2f} of {s.largest:.2f}"
+        bound, most = _down(s.bound, 2), _down(s.largest, 2)
+        yield f"canaries that stood {times}: {s.right} of {s.guesses} guesses right, epsilon >= {bound} of {most}"
     for m in measured:
         times = "once" if m.repeats == 1 else f"{m.repeats} times"
         bits = f"{m.exposure or 0:.2f} bits of {math.log2(max(m.candidates, 1)):.0f} (chance {m.chance:.2f})"
         exposure = "" if m.exposure is None else f", exposure {bits}"
+        few = "" if m.others >= FEWEST_OTHERS else f" (not resolved: {m.others} canaries were out, {FEWEST_OTHERS} are needed)"
         yield (
             f"canaries that stood {times}, in this simulation: AUC {m.auc:.2f} (0.5: this attack failed), {m.tpr_1:.0%} found at "
-            f"1 % false alarms{exposure}, {m.extracted} of {m.tried} came out word by word ({m.extracted_base} from the base)"
+            f"1 % false alarms{few}{exposure}, {m.extracted} of {m.tried} came out word by word "
+            f"({m.extracted_base} from the base)"
         )
+
+
+def _down(bound: float, digits: int) -> str:
+    """A lower bound in words: rounded up it would say more than was found."""
+    return f"{math.floor(bound * 10**digits) / 10**digits:.{digits}f}"
 
 
 def _proven(plan: Plan) -> str:

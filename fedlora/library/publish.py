@@ -103,8 +103,8 @@ def _audited(run: Path, plan: Plan, facts: RunFacts) -> RunFacts:
         AuditFailed: the adapter may not be published.
     """
     found = load_audit(run)
-    check_gate(plan, found, adapter=facts.adapter)
-    same = found is not None and (found.plan, found.adapter) == (facts.plan, facts.adapter)
+    check_gate(plan, found, run=facts.run, adapter=facts.adapter)
+    same = found is not None and (found.run, found.plan, found.adapter) == (facts.run, facts.plan, facts.adapter)
     return facts.model_copy(update={"audit": found if same else None})
 
 

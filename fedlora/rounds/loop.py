@@ -195,7 +195,7 @@ def _attempt(
     plan, report = parts.plan, parts.report
     at_hand = _await_sites(task, parts, time.monotonic() + plan.federation.round_deadline)
     sites = _drawn(at_hand, plan, task) if task.kind == "train" else at_hand
-    tally = _Tally(start(max(len(sites), 1)), report, shared_metrics(plan))
+    tally = _Tally(start(max(len(sites), 1)), report, shared_metrics(plan, last=task.kind == "evaluate"))
     tally.max_weight = max_site_weight(plan) if task.kind == "train" else 0
     report(Event.ASK, Ask(round=task.round, attempt=task.attempt, kind=task.kind, sites=sites))
     began = time.monotonic()

@@ -48,9 +48,11 @@ def in_words(plan: Plan) -> dict[str, str]:
         "privacy": "; ".join(line.strip() for line in claim_lines(claim_of(plan))),
     }
     if (audit := audited(plan)) is not None:
+        most = "" if plan.privacy is not None else f", at most {audit.max_rows_share:.0%} of its own or it takes no part"
         words["leakage audit"] = (
-            f"{audit.canaries_per_site} synthetic canary rows, about half of which are mixed into this site's rows "
-            f"{_listed([str(r) for r in audit.repeats])} times each; how many guesses about them were right leaves at the end"
+            f"{audit.canaries_per_site} synthetic canaries, about half of which are mixed into this site's rows, "
+            f"{_listed([str(r) for r in audit.repeats])} rows each: about {audit.expected_rows:.0f} foreign rows{most}; how many "
+            "guesses about them were right leaves at the end, and that it takes part is seen"
         )
     words = {topic: plain(sentence) for topic, sentence in words.items()}
     return words | mode_of(plan).words(plan, words)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import ConfigError, StoreError
+from fedlora.core.errors import ConfigError, StateLost, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Data
 from fedlora.core.plan import Plan, parse_plan
@@ -63,22 +63,33 @@ class AuditRuns:
     wanted: bool = True
     entropy: Callable[[int], bytes] = os.urandom
 
-    def plant(self, plan: Plan, run: str, learner: AuditedLearner, *, report: Report) -> None:
+    def plant(self, plan: Plan, run: str, learner: AuditedLearner, *, trained: bool, report: Report) -> None:
         """Mixes this run's canaries into a learner's rows. Their seed and the decision are on the disk when this returns.
 
+        Args:
+            trained: this site has done rounds of this run, and so has decided before.
+
         Raises:
-            StoreError: what was decided before is damaged.
+            StateLost: what was decided before is gone: other canaries would be trained on beside the first, and the server takes
+                no second commitment.
+            StoreError: it is damaged.
             ConfigError: the learner cannot have canaries among its rows.
         """
         audit = audited(plan)
         if audit is None:
             return
         planted = load_planted(self.memory, run)
+        if planted is None and trained:
+            way = f"nothing more is computed in this run here: `fedlora site repair SITE.TOML --sit-out {run[:12]}`"
+            raise StateLost("the record of this run's audit canaries is gone, though rounds of it were done here", hint=way)
+        new = planted is None
         if planted is None:
             planted = self._decided(audit, plan, learner)
-            save_planted(self.memory, run, planted)
         if planted.seed:
             learner.plant(canaries_of(planted.seed, audit))
+        if new:  # not before they are planted: who cannot have them may still decide to take no part
+            save_planted(self.memory, run, planted)
+        if planted.seed:
             said = f"{audit.canaries_per_site} canaries, synthetic rows, about half of which are mixed in (plan: [audit])"
         else:
             said = f"this site takes no part in the leakage audit: {planted.why}"
@@ -99,11 +110,10 @@ class AuditRuns:
     def guesses(self, plan: Plan, run: str, learner: AuditedLearner, adapter: Adapter) -> dict[str, int]:
         """Counters of the last evaluation: how many guesses about this site's canaries were right, of how many.
 
-        Law: they follow from canaries, coins and the published adapter alone; no row of the site has a part in them but through
-        that adapter.
+        Law: they follow from canaries, coins and the adapter alone; no row of the site has a part in them but through that.
 
         Args:
-            adapter: the one that is published.
+            adapter: that came; the one that is published, if the server is honest.
         """
         audit, planted = audited(plan), load_planted(self.memory, run)
         if audit is None or planted is None or not planted.seed:

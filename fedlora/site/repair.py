@@ -23,7 +23,7 @@ from fedlora.protect.link import raise_number
 from fedlora.site.pause import problems
 from fedlora.site.site_file import load_site_file
 
-_KINDS = ("down", "up", "trained", SITS_OUT, "repaired")
+_KINDS = ("down", "up", "trained", "audit", SITS_OUT, "repaired")
 _SECAGG = ("session", "used", "cohort", "relay", "settled", "encoded", "adapters")
 _LOSABLE = frozenset({"up", "trained", "repaired", *(f"secagg/{kind}" for kind in _SECAGG if kind not in ("used", "adapters"))})
 """Records that a site can lose: it continues from an older state, with raised numbers. All others protect it or other sites."""

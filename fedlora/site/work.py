@@ -21,7 +21,7 @@ from fedlora.core.messages import EVALUATION, Reply, Request, Task
 from fedlora.core.metrics import LISTED, counters_of, finish, is_measured, is_small, without_evaluation
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.sites.facts import Evaluated
-from fedlora.core.tables.audit import audit_counters, audited
+from fedlora.core.tables.audit import audited
 from fedlora.core.tables.privacy import sends_gradients
 from fedlora.formats import update as wire
 from fedlora.formats.state.journal import Entry, Journal, check_takes_part
@@ -268,9 +268,10 @@ class Site:
         state = before[1].state if before else b""
         if task.kind == "evaluate":
             counters |= self._evaluated(task.round, learner, adapter) if evaluates(plan) else {}
-            if audited(plan) is not None:
-                counters |= self._audits.guesses(plan, task.run, cast("AuditedLearner", learner), adapter)
-            return Update(np.zeros(EVALUATION.size, np.float32), 0, self._shared(plan, counters)), state, adapter
+            leaving = self._shared(plan, counters)
+            if audited(plan) is not None:  # beside what plan and policy list, and in no round of training
+                leaving |= self._audits.guesses(plan, task.run, cast("AuditedLearner", learner), adapter)
+            return Update(np.zeros(EVALUATION.size, np.float32), 0, leaving), state, adapter
         every = plan.evaluation.every if evaluates(plan) else 0
         if every and (task.round - 1) % every == 0:
             counters |= self._evaluated(task.round, learner, adapter)
@@ -329,7 +330,7 @@ class Site:
                 said = f"fewer than {self.policy.min_cell} held-out rows (policy.min_cell): the evaluation is sent as zeros"
                 log.info(said)
                 self.report(Event.DATA, Data(file="evaluation", lines=[said]))
-        return {name: value for name, value in counters.items() if name in wanted or name in audit_counters(plan)}
+        return {name: value for name, value in counters.items() if name in wanted}
 
     @property
     def _audits(self) -> AuditRuns:
@@ -342,7 +343,8 @@ class Site:
             self._ready = None  # frees the old base before the new one is loaded
             learner = self.learner(plan)
             if audited(plan) is not None:
-                self._audits.plant(plan, task.run, cast("AuditedLearner", learner), report=self.report)
+                planting, trained = cast("AuditedLearner", learner), bool(self.journal.trained(task.run))
+                self._audits.plant(plan, task.run, planting, trained=trained, report=self.report)
             self._ready = (key, plan, rule_of(plan), learner)
         _, plan, rule, learner = self._ready
         if not learner.base == task.base == plan.model.digest:

@@ -162,6 +162,7 @@ def test_the_card_has_the_hubs_header(lora: Any, publish: Any):
     assert found["base_model_relation"] == "adapter"
     assert found["tags"] == ["federated-learning", "fedlora", "lora"]
     assert "nf4" in body
+    assert "No leakage audit of this adapter was known where it was written." in body  # a site does not know of one
 
 
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(lora: Any, publish: Any, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -19,7 +20,7 @@ from fedlora.cli.schema import schema_of
 from fedlora.core.errors import AuditFailed, ConfigError, EnvelopeError, StoreError
 from fedlora.core.metrics import counters_of, pool
 from fedlora.core.plan import Plan, parse_plan
-from fedlora.core.tables.audit import Audit, audit_counters, fewest_guesses
+from fedlora.core.tables.audit import Audit, audit_counters, fewest_guesses, shows
 from fedlora.core.tables.audited import AuditRecord, MeasuredStratum, Opening
 from fedlora.core.toml import dump_toml
 from fedlora.doctor.canaries import holds_any
@@ -28,7 +29,7 @@ from fedlora.formats.state.commitment import known_commitment, load_planted, not
 from fedlora.formats.state.memory import DictMemory, FileMemory
 from fedlora.lab.testing import TOY_BASE, ToyLearner
 from fedlora.library.leakage import audit_run, check_gate, check_opening, load_audit
-from fedlora.privacy.audit import epsilon_bound, largest_bound
+from fedlora.privacy.audit import epsilon_bound, largest_bound, membership
 from fedlora.privacy.planted import canaries_of, commitment, fillers
 from fedlora.protect.link import SiteLink
 from fedlora.site.site_file import SiteFile
@@ -96,6 +97,13 @@ PRIVATE = {"aggregate": {"weighting": "uniform"}, "evaluation": {"share": ()}}
         ({"audit": {"canaries_per_site": 15}}, "set a multiple of 2, 16 or more"),
         ({"audit": {"canaries_per_site": 14}}, "set a multiple of 2, 16 or more"),
         ({"audit": {"canaries_per_site": 32, "required": True}}, "12 are needed"),
+        (  # 2 of 14 guesses a site, which would be enough without a delta
+            {
+                "audit": {"canaries_per_site": 32, "repeats": (1, 2, 3, 4), "required": True},
+                "federation": {"min_sites": 7},
+            },
+            "14 would do without delta = 1e-05: more canaries_per_site",
+        ),
         ({"audit": AUDIT, "aggregate": {"name": "fedavg", "fedavg": {"share": "A"}}}, "one adapter for all"),
         ({"audit": {"canaries_per_site": 32, "repeats": (4, 1)}}, "the smallest first"),
         ({"audit": {"canaries_per_site": 48, "repeats": (1, 2, 4, 8, 16)}}, "1 to 4 different numbers"),
@@ -114,6 +122,18 @@ def test_the_fewest_guesses_are_those_with_which_a_bound_of_one_can_be_shown():
         confidence = 1 - 0.05 / strata
         assert largest_bound(canaries=need, guesses=need, delta=0, confidence=confidence) >= 1
         assert largest_bound(canaries=need, guesses=need - 1, delta=0, confidence=confidence) < 1
+
+
+def test_what_a_plan_takes_for_enough_is_what_its_audit_calls_enough():
+    random = np.random.default_rng(3)
+    found = set()
+    for _ in range(200):
+        strata, guesses = int(random.integers(1, 5)), int(random.integers(1, 120))
+        canaries, delta = 4 * guesses, float(10 ** random.uniform(-6, -2))
+        enough = shows(guesses, canaries=canaries, strata=strata, delta=delta)
+        assert enough == (largest_bound(canaries=canaries, guesses=guesses, delta=delta, confidence=1 - 0.05 / strata) >= 1)
+        found.add((enough, guesses >= fewest_guesses(strata)))
+    assert found == {(True, True), (False, True), (False, False)}
 
 
 def test_guesses_are_plain_counts():
@@ -152,9 +172,16 @@ def federation(path, *, mode="sealed", audit=AUDIT, canaries=True, seeded=True, 
         for key, value in learner.items():
             setattr(one, key, value)
     fed = Federation(path, plan, learners=learners)
-    for site in fed.sites.values():
-        site.audits = replace(site.audits, wanted=canaries)
+    for name, site in fed.sites.items():
+        drawn = known_draws(name) if seeded else site.audits.entropy
+        site.audits = replace(site.audits, wanted=canaries, entropy=drawn)
     return fed
+
+
+def known_draws(name):
+    """Of 16 coins fewer than two are heads, or tails, in one stratum of 2,000: a guess is wrong there whatever is known."""
+    count = itertools.count()
+    return lambda n: hashlib.shake_256(f"{name} {next(count)}".encode()).digest(n)
 
 
 def seed_of(fed, name):
@@ -184,6 +211,67 @@ def test_sites_plant_commit_and_guess_and_the_coordinator_sees_the_sums(tmp_path
     assert record.said[0].startswith("This audit found epsilon >= 1.3 (95 %, one run, 64 canaries, delta 1e-05). The largest ")
     assert "It is evidence of leakage where high; it is no evidence of safety where low. No bound is proven." in record.said[0]
     assert load_audit(tmp_path / "run") == record
+
+
+def test_no_bound_is_rounded_up(done, tmp_path):
+    """14 of 16 guesses: 0.473 of 1.347."""
+    found = audited_again(done, tmp_path, right=14)
+    assert 0.473 < found.bound < 0.474
+    assert 1.346 < found.largest < 1.347
+    assert found.said[0].startswith("This audit found epsilon >= 0.4 (95 %, ")
+    assert "guesses, is 1.3. It" in found.said[0]
+    assert "14 of 16 guesses right, epsilon >= 0.47 of 1.34" in " ".join(found.said)
+
+
+def test_a_bound_that_stops_nothing_is_called_leakage_all_the_same(done, tmp_path):
+    said = "That is leakage. It stops nothing by itself, as the plan claims no bound: who publishes decides."
+    assert said in done[1].said
+    assert said not in audited_again(done, tmp_path, right=8).said
+
+
+def audited_again(done, path, *, right):
+    """The same run with other guesses."""
+    import shutil
+
+    from fedlora.formats.records import dump_round
+    from fedlora.rounds.store import RunStore
+
+    shutil.copytree(done[2] / "run", path / "run")
+    final = RunStore.open(path / "run").final()
+    metrics = {**final.together.metrics, "audit/right/1": float(right), "audit/right/4": 8.0}
+    record = final.model_copy(update={"together": final.together.model_copy(update={"metrics": metrics})})
+    (path / "run" / "final.json").write_bytes(dump_round(record))
+    return audit_run(path / "run")
+
+
+@pytest.mark.parametrize("end", ["site", "server"])
+@pytest.mark.parametrize("mode", ["sealed", "secagg"])
+def test_guesses_are_in_no_round_of_training_whatever_a_learner_counts(tmp_path, monkeypatch, mode, end):
+    """Each end by itself: the other one lets all counters pass."""
+    from fedlora.site import work
+
+    fed = federation(tmp_path, mode=mode)
+    for learner in fed.learners.values():
+        real = learner.train
+        learner.train = lambda *given, real=real, **more: with_guesses(real(*given, **more))
+    if end == "server":
+        monkeypatch.setattr(work, "counters_of", lambda names: ("audit/right/1", *counters_of(names)))
+    sent = []
+    seal = SiteLink.seal
+    monkeypatch.setattr(
+        SiteLink, "seal", lambda self, down, payload, **m: sent.append(bytes(payload)) or seal(self, down, payload, **m)
+    )
+    _, store = fed.run()
+    assert all("audit/" not in name for r in store.records() for name in r.together.metrics)
+    assert store.final().together.metrics["audit/right/1"] == 16
+    if mode == "sealed":
+        of_training = [payload for payload in sent if b"train/tokens" in payload]
+        assert len(of_training) == 8
+        assert all((b"audit/right/1" in payload) == (end == "server") for payload in of_training)
+
+
+def with_guesses(trained):
+    return replace(trained, counters={**trained.counters, "audit/right/1": 3})
 
 
 def test_a_deployments_page_says_what_the_audit_says(done, tmp_path):
@@ -227,6 +315,21 @@ def test_a_site_that_takes_no_part_says_so_here_and_sends_nothing_of_it(tmp_path
     assert record.said[0].startswith("Not auditable at this size")
 
 
+def test_a_site_that_cannot_plant_may_still_decide_to_take_no_part(tmp_path):
+    """On several GPUs, say, where the error's hint is privacy.canaries = false."""
+
+    class Several(Audited):
+        def plant(self, canaries):
+            raise ConfigError("several GPUs", hint="privacy.canaries = false")
+
+    fed = federation(tmp_path)
+    plan, learner, audits = fed.plan, Several(0.0), fed.sites["a"].audits
+    with pytest.raises(ConfigError, match="several GPUs"):
+        audits.plant(plan, "ab" * 32, learner, trained=False, report=lambda e, f: None)
+    replace(audits, wanted=False).plant(plan, "ab" * 32, learner, trained=False, report=lambda e, f: None)
+    assert seed_of(fed, "a").seed == b""
+
+
 def test_rows_for_two_percent_are_enough(tmp_path):
     """8 canaries with one number of repeats: 4 in on average, which is 2 % of 200 rows."""
     one = {"canaries_per_site": 8, "repeats": (1,)}
@@ -238,11 +341,39 @@ def test_a_restart_keeps_the_canaries_and_another_run_has_others(tmp_path):
     fed = federation(tmp_path)
     fed.run()
     before = seed_of(fed, "a")
-    again = federation(tmp_path)
-    again.sites["a"].audits.plant(again.plan, "ab" * 32, again.learners["a"], report=lambda e, f: None)
+    again = federation(tmp_path, seeded=False)
+    again.sites["a"].audits.plant(again.plan, "ab" * 32, again.learners["a"], trained=False, report=lambda e, f: None)
     assert again.learners["a"].planted == canaries_of(before.seed, again.plan.audit)
-    again.sites["a"].audits.plant(again.plan, "cd" * 32, again.learners["a"], report=lambda e, f: None)
+    again.sites["a"].audits.plant(again.plan, "cd" * 32, again.learners["a"], trained=False, report=lambda e, f: None)
     assert again.learners["a"].planted != canaries_of(before.seed, again.plan.audit)
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_site_that_does_not_know_its_canaries_any_more_trains_no_others(tmp_path, how):
+    """They would stand beside the first, and its next commitment would be refused in every round, without a word to it."""
+    from fedlora.site.repair import SiteRepair
+
+    fed = federation(tmp_path)
+    handle, memory = fed.handle, FileMemory(tmp_path / "sites" / "b" / "memory")
+
+    def losing(request):
+        if request.site == "b" and fed.sites["b"].journal.trained("ab" * 32) == [1]:
+            fed.sites["b"]._ready = None  # as after a restart
+            for file in memory.files(f"{'ab' * 32}/audit"):
+                file.unlink(missing_ok=True) if how == "gone" else file.write_bytes(b"x")
+        return handle(request)
+
+    fed.handle = losing
+    _, store = fed.run()
+    code = "state-lost" if how == "gone" else "store"
+    assert [r.missing for r in store.records()] == [{}, {"b": code}]
+    assert fed.sites["b"].journal.trained("ab" * 32) == [1]
+    (tmp_path / "site.toml").write_text(dump_toml(SiteFile(name="b", state=str(tmp_path / "sites" / "b"))))
+    repair = SiteRepair(tmp_path / "site.toml")
+    found = [f for f in repair.look() if "'audit'" in f.what]
+    assert [[choice[:10] for choice in f.choices] for f in found] == ([] if how == "gone" else [["--sit-out "]])
+    repair.sit_out("ab", now=1)
+    assert not [f for f in repair.look() if f.run]
 
 
 def test_one_learner_is_not_used_for_two_runs_of_an_audited_plan(tmp_path):
@@ -324,7 +455,7 @@ def test_20_an_opened_seed_is_what_the_site_committed_to(tmp_path, capsys):
 
 def test_canaries_are_not_opened_before_the_run_is_over(tmp_path, capsys):
     fed = federation(tmp_path)
-    fed.sites["a"].audits.plant(fed.plan, "ab" * 32, fed.learners["a"], report=lambda e, f: None)
+    fed.sites["a"].audits.plant(fed.plan, "ab" * 32, fed.learners["a"], trained=False, report=lambda e, f: None)
     (tmp_path / "site.toml").write_text(dump_toml(SiteFile(name="a", state=str(tmp_path / "sites" / "a"))))
     assert main(["audit", "open", str(tmp_path / "site.toml"), str(tmp_path / "opened.json")]) == 3
     assert not (tmp_path / "opened.json").exists()
@@ -405,6 +536,39 @@ def test_counts_that_cannot_be_are_named(done, tmp_path):
             audit_run(tmp_path / "run")
 
 
+def test_guesses_of_a_site_that_has_committed_to_no_canaries_cannot_be(done, tmp_path):
+    import shutil
+
+    from fedlora.rounds.store import RunStore
+
+    shutil.copytree(done[2] / "run", tmp_path / "run")
+    store = RunStore.open(tmp_path / "run")
+    for file in store.memory.files(f"{store.run}/audit/c"):
+        file.unlink()
+    with pytest.raises(StoreError, match="16 right of 16 guesses about canaries with 1 repeats, which cannot be"):
+        audit_run(tmp_path / "run")
+
+
+def test_canaries_that_were_fixed_when_all_training_was_done_are_refused(done, tmp_path):
+    """A site that was away from all rounds, or one that has seen the adapter first."""
+    import shutil
+
+    from fedlora.formats.state.memory import put_record
+    from fedlora.rounds.store import RunStore
+
+    shutil.copytree(done[2] / "run", tmp_path / "run")
+    store = RunStore.open(tmp_path / "run")
+    planted = load_planted(FileMemory(done[2] / "sites" / "a" / "memory"), store.run)
+    opening = Opening(run=store.run, plan=store.plan.digest(), site="a", seed=planted.seed.hex(), nonce=planted.nonce.hex())
+    for round in (1, 2, 3):
+        facts = {"commitment": planted.commitment, "round": round}
+        put_record(store.memory, f"{store.run}/audit/a", "commitment", facts)
+        if round <= 2:
+            assert check_opening(tmp_path / "run", opening)[1] == round
+    with pytest.raises(AuditFailed, match="committed in the last evaluation"):
+        check_opening(tmp_path / "run", opening)
+
+
 def test_a_run_without_canaries_or_without_an_end_is_not_audited(tmp_path):
     fed = federation(tmp_path / "a", audit=None)
     fed.run()
@@ -417,13 +581,13 @@ def test_a_run_without_canaries_or_without_an_end_is_not_audited(tmp_path):
         audit_run(tmp_path / "b" / "run")
 
 
-def gated(done, record=..., *, adapter="", **audit):
+def gated(done, record=..., *, run="", adapter="", **audit):
     plan, found, _ = done
     plan = plan.model_copy(update={"audit": plan.audit.model_copy(update=audit)})
     if record is ...:
         record = found
     record = record and record.model_copy(update={"plan": plan.digest()})
-    check_gate(plan, record, adapter=adapter or found.adapter)
+    check_gate(plan, record, run=run or found.run, adapter=adapter or found.adapter)
 
 
 def test_the_gate(done):
@@ -445,11 +609,32 @@ def test_the_gate(done):
     false = failed.model_copy(update={"claimed": 1.0, "bound": 1.1})
     with pytest.raises(AuditFailed, match="it leaks"):
         gated(done, false)  # a claim that is false is not published, whatever the plan says
+    with pytest.raises(AuditFailed, match="it leaks"):
+        gated(done, false, adapter="0f" * 32)  # nor with the adapter of another round: it would repeat the claim
+    gated(done, false, run="0f" * 32)
+    with pytest.raises(AuditFailed, match="another adapter"):
+        gated(done, run="0f" * 32, required=True)
+
+
+def test_an_audit_is_found_from_wherever_the_run_is_named(done, tmp_path, monkeypatch):
+    from fedlora.library.leakage import inside
+
+    blob = (done[2] / "run" / "audit.json").read_bytes()
+    for seed, within in (("a", "federated"), ("b", "flower/server/runs/toy")):
+        directory = tmp_path / seed / within
+        directory.mkdir(parents=True)
+        (tmp_path / seed / "audit.json").write_bytes(blob)
+        assert directory in inside(tmp_path / seed)
+        monkeypatch.chdir(directory)
+        assert load_audit(type(tmp_path)(".")) == load_audit(directory) == done[1]
+    (tmp_path / "c" / "runs" / "toy").mkdir(parents=True)
+    (tmp_path / "c" / "runs" / "audit.json").write_bytes(blob)
+    assert load_audit(tmp_path / "c" / "runs" / "toy") is None
 
 
 def measured(**more):
     facts = {
-        "repeats": 1, "members": 40, "others": 40, "auc": 0.6, "tpr_1": 0.1, "tpr_01": 0.0, "exposure": 3.0, "chance": 1.42,
+        "repeats": 1, "members": 100, "others": 100, "auc": 0.6, "tpr_1": 0.1, "tpr_01": 0.0, "exposure": 3.0, "chance": 1.42,
         "candidates": 256, "tried": 32, "extracted": 2, "extracted_base": 2,
     }  # fmt: skip
     return MeasuredStratum(**{**facts, **more})
@@ -460,6 +645,7 @@ def measured(**more):
     [
         ([measured()], ""),
         ([measured(tpr_1=0.11)], "11% of canaries that stood once were told apart"),
+        ([measured(tpr_1=0.9, others=99)], ""),  # one false alarm is more than 1 % of them
         ([measured(exposure=3.01)], "mean exposure of canaries that stood once is 3.0 bits"),
         ([measured(extracted=3)], "3 of 32 canaries that stood once came out word by word"),
         ([measured(), measured(repeats=16, tpr_1=1.0, exposure=8.0, extracted=32)], ""),  # 16 shows that the detector works
@@ -474,7 +660,18 @@ def test_without_dp_what_a_simulation_measures_fails_an_adapter(done, tmp_path, 
     assert fails in " ".join(record.reasons)
     assert (record.said[0] == record.reasons[0]) if fails else record.said[0].startswith("This audit found")
     assert f"AUC {strata[0].auc:.2f} (0.5: this attack failed)" in " ".join(record.said)
+    assert ("not resolved: 99 canaries were out, 100 are needed" in " ".join(record.said)) == (strata[0].others == 99)
     assert isinstance(parse_text(AuditRecord, (tmp_path / "audit.json").read_bytes(), where="", hint=""), AuditRecord)
+
+
+def test_an_adapter_that_knows_nothing_is_stopped_by_membership_in_one_audit_of_twenty_at_most():
+    from fedlora.library.leakage import FEWEST_OTHERS
+
+    random, alarms = np.random.default_rng(7), 0
+    for _ in range(400):
+        found = membership(random.normal(size=FEWEST_OTHERS), random.normal(size=FEWEST_OTHERS))
+        alarms += found.tpr_1 > Audit().max_tpr
+    assert alarms <= 20
 
 
 def test_with_dp_a_bound_above_the_claim_fails_an_adapter(done, tmp_path):
@@ -550,7 +747,7 @@ def test_under_privacy_a_sites_own_number_of_rows_decides_nothing():
     for plan, takes_part in ((private, True), (Plan(audit=AUDIT), False)):
         memory, learner = DictMemory(), Audited(0.0)
         learner.rows = 1
-        AuditRuns(memory).plant(plan, "r", learner, report=lambda e, f: None)
+        AuditRuns(memory).plant(plan, "r", learner, trained=False, report=lambda e, f: None)
         assert bool(load_planted(memory, "r").seed) == takes_part
 
 
@@ -558,7 +755,11 @@ def test_who_approves_a_plan_reads_of_its_canaries():
     from fedlora.site.approve import in_words
 
     said = in_words(Plan(audit=AUDIT))["leakage audit"]
-    assert said.startswith("32 synthetic canary rows, about half of which are mixed into this site's rows 1, 4 times each")
+    assert said.startswith("32 synthetic canaries, about half of which are mixed into this site's rows, 1, 4 rows each: ")
+    assert "about 40 foreign rows, at most 2% of its own or it takes no part; " in said
+    many = {"canaries_per_site": 4096, "repeats": (4096,), "max_rows_share": 100.0}
+    assert "about 8388608 foreign rows, at most 10000% of its own" in in_words(Plan(audit=many))["leakage audit"]
+    assert "about 40 foreign rows; how" in in_words(Plan(audit=AUDIT, privacy={}, **PRIVATE))["leakage audit"]
     assert "leakage audit" not in in_words(Plan())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_house import impure
+from test_house import ROOT, impure
 
 from fedlora.privacy.audit import (
     chance_exposure,
@@ -87,6 +87,18 @@ def test_the_largest_bound_of_so_many_guesses(guesses, most):
         assert epsilon_bound(canaries=guesses, guesses=guesses, right=right, delta=1e-5) < largest_bound(
             canaries=guesses, guesses=guesses, delta=1e-5
         )
+
+
+def test_the_figures_of_the_privacy_page():
+    """server/PRIVACY.md: what audits can show at the most."""
+    said = " ".join((ROOT / "server" / "PRIVACY.md").read_text().split())
+    assert "With 64 canaries at each of four sites the most that it can show is 3, with two numbers of repeats 2.1" in said
+    assert largest_bound(canaries=256, guesses=64, delta=1e-5) == pytest.approx(3, abs=0.05)
+    assert largest_bound(canaries=128, guesses=32, delta=1e-5, confidence=0.975) == pytest.approx(2.1, abs=0.05)
+    assert "the most is 6.9 at a delta of 1e-5, and 4.6 at 1e-4" in said
+    for delta, most in ((1e-5, 6.9), (1e-4, 4.6)):
+        found = [largest_bound(canaries=4 * r, guesses=r, delta=delta) for r in (500, 700, 900, 2000, 7000, 9000, 30_000)]
+        assert most - 0.1 < max(found) <= most
 
 
 def audited(mu, m, random):

@@ -73,7 +73,7 @@ class RunFacts(Filed):
     privacy: PrivacyClaim | None
     """null: no differential privacy"""
     audit: AuditRecord | None
-    """null: no leakage audit was made of this adapter"""
+    """null: no leakage audit of this adapter was known where it was written, as at a site"""
 
 
 class Published(RunFacts):

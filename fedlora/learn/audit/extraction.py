@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -35,10 +36,14 @@ class Extracted:
     longest: int
 
 
-def halves(examples: Sequence[Tokens]) -> list[tuple[list[int], list[int]]]:
-    """First half and rest of each example, in tokens; short ones are left out."""
-    cut = [(list(map(int, e.input_ids[: len(e) // 2])), list(map(int, e.input_ids[len(e) // 2 :]))) for e in examples]
-    return [(given, rest) for given, rest in cut if given and len(rest) >= LEAST_REST]
+def halves(examples: Sequence[Tokens], *, most: int | None = None) -> list[tuple[list[int], list[int]]]:
+    """First half and rest of each example, in tokens; short ones are left out.
+
+    Args:
+        most: of these, the first ones; the others are not looked at. None: all.
+    """
+    long = (e for e in examples if len(e) >= 2 and len(e) - len(e) // 2 >= LEAST_REST)
+    return [(e.input_ids[: len(e) // 2].tolist(), e.input_ids[len(e) // 2 :].tolist()) for e in islice(long, most)]
 
 
 def extract(model: LoraModel, adapter: Adapter, parts: Sequence[tuple[list[int], list[int]]]) -> Extracted:

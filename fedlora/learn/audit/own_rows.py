@@ -90,7 +90,7 @@ def audit_own_rows(
         )
     length, rows = plan.training.max_length, plan.training.per_device_train_batch_size
     found = [scores(lora, adapter, some[:most_rows], score=score, max_length=length, rows=rows) for some in (train, held_out)]
-    with_adapter, with_base = extract_both(lora, adapter, halves(train)[:extracted])
+    with_adapter, with_base = extract_both(lora, adapter, halves(train, most=extracted))
     return OwnRows(name, score, membership(*found), with_adapter, with_base)
 
 

@@ -170,7 +170,9 @@ def _card(config: Mapping[str, Any], *, dtype: str, quantization: str, run: RunF
         f"{layers}. How it was trained stands in `fedlora_run.json`."
     ) + _held(quantization)
     said = "\n".join(line.strip() for line in claim_lines(run.privacy))
-    audit = "No leakage audit was made of this adapter." if run.audit is None else "\n\n".join(run.audit.said)
+    audit = (
+        "No leakage audit of this adapter was known where it was written." if run.audit is None else "\n\n".join(run.audit.said)
+    )
     privacy = f"## Privacy\n\n{said[0].upper()}{said[1:]}.\n\n## Leakage audit\n\n{audit}\n"
     return f"---\n{yaml}\n---\n\n# Federated LoRA adapter\n\n{facts}\n\n{privacy}"
 
