@@ -60,7 +60,7 @@ def audit_lines(plan: Plan) -> list[str]:
     means = "not auditable at this size" if most < LEAST_POWER else "evidence of leakage where high, none of safety where low"
     return [
         f"leakage audit: {audit.canaries_per_site} canaries a site; {guesses} guesses of {sites} sites for each number of "
-        f"repeats can show epsilon >= {most:.1f} at most: {means}"
+        f"repeats can show epsilon >= {_down(most, 1)} at most: {means}"
     ]
 
 
