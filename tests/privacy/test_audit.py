@@ -764,7 +764,7 @@ def test_who_approves_a_plan_reads_of_its_canaries():
 
 
 @pytest.mark.parametrize(
-    ("canaries", "sites", "said"), [(64, 4, "can show epsilon >= 2.9 at most"), (8, 2, "not auditable at this size")]
+    ("canaries", "sites", "said"), [(64, 4, "can show epsilon >= 3.0 at most"), (8, 2, "not auditable at this size")]
 )
 def test_check_says_what_the_audit_could_show_before_it_runs(tmp_path, capsys, canaries, sites, said):
     file = tmp_path / "plan.toml"
