@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError
+from fedlora.core.events import Event, Report
+from fedlora.core.facts import Data
 from fedlora.core.plan import Plan
 from fedlora.core.tables.audit import audited
 from fedlora.core.tables.audited import AuditRecord
@@ -30,7 +32,7 @@ def check_audited(plan: Plan, *, batch_sites: bool) -> None:
         raise ConfigError("--batch-sites is not built for plans with [audit]", hint="leave it out")
 
 
-def audit_simulation(lab: Lab, out: Path, store: RunStore) -> AuditRecord | None:
+def audit_simulation(lab: Lab, out: Path, store: RunStore, report: Report) -> AuditRecord | None:
     """Measures and writes ``audit.json``; None for a plan without canaries.
 
     Args:
@@ -50,6 +52,8 @@ def audit_simulation(lab: Lab, out: Path, store: RunStore) -> AuditRecord | None
         if planted is not None and planted.seed:
             sown += [(planted.seed, canary) for canary in canaries_of(planted.seed, audit)]
     adapter: Adapter = store.load().adapter
+    said = f"leakage audit: attacking {len(sown)} canaries; each of up to 32 that are in is ranked among 256 secrets"
+    report(Event.DATA, Data(file="audit", lines=[said]))
     rows = evaluated_at_once(lab.plan.training, lab.micro_batches.tokens)
     measured = measure(lab.lora, adapter, sown, lab.plan, audit, rows=rows) if sown else None
     return write_audit(out, store, measured=measured)

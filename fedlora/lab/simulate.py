@@ -186,7 +186,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         if not rule_of(lab.plan).keeps_local_factor:
             save_adapter(out / "adapter.safetensors", store.load().adapter, {"run": store.run})
         rounds, traffic = _federation(lab, store)
-        audit_simulation(lab, out, store)
+        audit_simulation(lab, out, store, report)
     results = Results(
         name=lab.plan.run.name,
         seed=lab.plan.run.seed,

@@ -62,6 +62,19 @@ def test_losses_of_single_rows_add_up_to_the_evaluation(lora, rows):
     assert base == pytest.approx(first, abs=1e-6)  # B is zero in the first adapter: it is the base
 
 
+def test_short_rows_are_computed_as_many_at_once_as_have_the_tokens_of_a_long_one(lora, rows, monkeypatch):
+    from fedlora.learn.forward import Forward
+
+    model, seen, real = lora(), [], Forward.__call__
+    monkeypatch.setattr(Forward, "__call__", lambda self, batch: seen.append(len(batch.sources)) or real(self, batch))
+    longest = max(map(len, rows))
+    one = losses(model, model.get(), rows, max_length=longest, rows=1)
+    assert seen == [1] * len(rows)
+    seen.clear()
+    assert losses(model, model.get(), rows, max_length=4 * longest + 1, rows=1) == pytest.approx(one, abs=2e-3)
+    assert max(seen) == 4
+
+
 def test_a_row_whose_loss_is_no_number_is_the_least_likely_and_no_error(lora, rows):
     model = lora()
     adapter = Adapter(np.full(model.layout.size, 1e30, np.float32), model.layout)

@@ -28,12 +28,13 @@ def losses(model: LoraModel, adapter: Adapter, examples: Sequence[Tokens], *, ma
 
     Args:
         max_length: tokens of a row.
-        rows: at once, at most.
+        rows: of max_length tokens at once, at most; of shorter ones as many more as have no more tokens.
 
     Raises:
         ResourceError: out of memory on a single row.
         WrongContext (wrong-layout): the adapter is not this model's.
     """
+    rows = rows * max(1, max_length // max(map(len, examples), default=max_length))
     model.set(adapter)
     was_training = model.peft_model.training
     model.peft_model.eval()
