@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from fedlora.core.messages import Reply, Request
+from fedlora.flower.runner import Handle
 from fedlora.flower.supernode import ANSWERED, ARRIVED, SAYS
 
 _OURS: Final = re.compile(rf"{re.escape(SAYS)}({ARRIVED}|{ANSWERED})")
@@ -32,7 +34,7 @@ class Owed:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._until, self._delivered, self._clock = until, delivered, clock
-        self._there = False
+        self._there = self._works = False
         self._limit = self._answered = float("-inf")
 
     def read_line(self, line: str) -> None:
@@ -53,15 +55,26 @@ class Owed:
         """Whether the server will ask for more in an exchange that has begun here."""
         return self._clock() < self._until()
 
-    def owes(self, *, working: bool) -> bool:
+    def handling(self, handle: Handle) -> Handle:
+        """``handle``, whose answers are owed from the moment at which it is called.
+
+        The SuperNode says that a message has arrived only once the server has confirmed that, which may take longer than the
+        work; and work may begin and end between two looks at :meth:`owes`.
+        """
+
+        def handled(request: Request) -> Reply:
+            self._there = self._works = True
+            try:
+                return handle(request)
+            finally:
+                self._limit = self._clock() + _DELIVERY_S
+                self._works = False
+
+        return handled
+
+    def owes(self) -> bool:
         """Whether something is owed. A reply that is not sent a quarter of an hour after its work has ended is given up: the
         server is away, and the journal has it.
-
-        Who works has a message: the SuperNode says that it has arrived only once the server has confirmed that, which may take
-        longer than the work.
         """
         now = self._clock()
-        if working:
-            self._there, self._limit = True, now + _DELIVERY_S
-            return True
-        return self.more() or (now < self._limit if self._there else now < self._answered + _PULLED_S)
+        return self._works or self.more() or (now < self._limit if self._there else now < self._answered + _PULLED_S)

@@ -172,7 +172,7 @@ class _Up:
             self.file.local_port,
             site=self.file.name,
             secret_file=secret,
-            handle=self.handle,
+            handle=self.owed.handling(self.handle),
             max_bytes=self.file.policy.max_request_bytes,
             on_state=self._on_worker,
         )
@@ -241,10 +241,10 @@ class _Up:
         self.status.begin()
         self._check()
         self._look_first()
-        self._pause(runner)
+        self._pause()
         if self.away is None:
             self.supervisor.start()
-        watcher = threading.Thread(target=self._watch, args=(runner,), daemon=True)
+        watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
         threading.Thread(target=self._probe, daemon=True).start()
         with signals(on_signal):
@@ -258,7 +258,7 @@ class _Up:
             watcher.join()
             self.supervisor.stop()
 
-    def _watch(self, runner: Runner) -> None:
+    def _watch(self) -> None:
         """Restarts what ends, and looks for bases and data twice a minute."""
         check_at, secret_at, pause_at = time.monotonic() + _CHECK_S, float("-inf"), 0.0
         while not self.stop.wait(_LOOK_S):
@@ -280,10 +280,10 @@ class _Up:
                 check_at = now + _CHECK_S
                 self._check()
             if now >= pause_at:
-                self._pause(runner)
+                self._pause()
                 pause_at = now + (_LOOK_S if self.owing else _PAUSE_S)
 
-    def _pause(self, runner: Runner) -> None:
+    def _pause(self) -> None:
         """Leaves the server, or comes back, as people here and the hours of the policy say; what is owed is delivered first."""
         state = self.root / self.file.state
         try:
@@ -294,7 +294,7 @@ class _Up:
             why = away(state, self.file.policy.hours, now=time.time())
         except FedLoRAError as e:  # what people here have said is lost: no task is taken until they say it again
             why = Away(0, f"{e}; {e.hint}")
-        self.owing = why is not None and self.away is None and self.owed.owes(working=runner.working)
+        self.owing = why is not None and self.away is None and self.owed.owes()
         self._go("" if why is None or (self.owing and self.owed.more()) else "paused")  # then no message is asked for any more
         if why == self.away or self.owing:
             return

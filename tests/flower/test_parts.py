@@ -473,14 +473,23 @@ def test_a_site_owes_from_the_arrival_of_a_message_until_its_reply_is_safe_and_n
     now, until, delivered = [100.0], [0.0], []
     owed = Owed(until=lambda: until[0], delivered=lambda: delivered.append(now[0]), clock=lambda: now[0])
 
-    def owes(after_s: float, *, working: bool = False) -> bool:
+    def owes(after_s: float) -> bool:
         now[0] += after_s
-        return owed.owes(working=working)
+        return owed.owes()
+
+    def work(seconds: float, cut: type[BaseException] | None = None) -> None:
+        def handle(request: Request) -> Reply:
+            assert owes(seconds)
+            if cut is not None:
+                raise cut
+            return Reply("alpha")
+
+        owed.handling(handle)(Request("alpha", "train", b""))
 
     assert not owes(0)
     owed.read_line("fedlora: arrived")
     assert owes(10)  # before the work begins
-    assert owes(5000, working=True)
+    work(5000)
     assert owes(800)  # it has ended, and the reply is on its way
     owed.read_line("INFO : fedlora: answered")  # nobody but our own process says so
     assert (owes(0), delivered) == (True, [])
@@ -493,7 +502,10 @@ def test_a_site_owes_from_the_arrival_of_a_message_until_its_reply_is_safe_and_n
     assert not owes(0)
     until[0] = now[0] + 50
     assert (owes(49), owes(2)) == (True, False)  # a session of secure aggregation is open
-    assert owes(1, working=True)
+    work(1)  # begun and ended between two looks
     assert owes(100)  # its arrival has not been said yet: the server is slow to confirm it
     owed.read_line("fedlora: answered")
     assert not owes(11)
+    with pytest.raises(KeyboardInterrupt):
+        work(1000, KeyboardInterrupt)
+    assert (owes(899), owes(2)) == (True, False)  # that this site was stopped is an answer, too
