@@ -236,6 +236,7 @@ LINES: Mapping[str, str] = {
     "listening": "listening on {address}",
     "site-online": "{site} is online",
     "site-offline": "{site} is offline",
+    "site-silent": "  {said}",
     "site-refused": "{site} is not let in: {why}",
     "died": "the last process of this site died in the middle of the step {doing!r}: {why}",
     "failed": "a task was not done: {code}: {why} ({cure})",

@@ -42,6 +42,7 @@ from fedlora.core.facts import (
     RecordsGone,
     Rejected,
     Session,
+    Silent,
     SiteName,
     SiteRefused,
     SiteStatus,
@@ -114,6 +115,7 @@ class Event(StrEnum):
     RUN = "run"
     SITE_ONLINE = "site-online"
     SITE_OFFLINE = "site-offline"
+    SITE_SILENT = "site-silent"
     SITE_REFUSED = "site-refused"
     ANOTHER_RUN = "another-run"
     SITE = "site"
@@ -178,6 +180,7 @@ FACTS: Mapping[Event, type[Any]] = {
     Event.RUN: RunNews,
     Event.SITE_ONLINE: SiteName,
     Event.SITE_OFFLINE: SiteName,
+    Event.SITE_SILENT: Silent,
     Event.SITE_REFUSED: SiteRefused,
     Event.ANOTHER_RUN: AnotherRun,
     Event.SITE: SiteStatus,

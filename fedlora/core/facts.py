@@ -54,6 +54,8 @@ class Ask(TypedDict):
     attempt: int
     kind: Kind
     sites: list[str]
+    need: int
+    """so many of their answers have to count"""
 
 
 @_exact
@@ -312,6 +314,16 @@ class SiteName(TypedDict):
     """A site is there, or is gone."""
 
     site: str
+
+
+@_exact
+class Silent(TypedDict):
+    """A site that is connected has given no sign of life for longer than it can by itself."""
+
+    site: str
+    since: int
+    """its last sign, seconds since 1970"""
+    said: str
 
 
 @_exact

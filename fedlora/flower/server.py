@@ -13,13 +13,14 @@ from queue import SimpleQueue
 
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError
 from fedlora.core.events import Event, Report
-from fedlora.core.facts import Listening, Process, SiteName, SiteRefused
+from fedlora.core.facts import Listening, Process, SiteRefused
 from fedlora.core.sites.facts import SiteAsks
 from fedlora.flower import launch
 from fedlora.flower._internals import Control
 from fedlora.flower.control import opened, register_sites
 from fedlora.flower.coordinator.health import Health, answering
 from fedlora.flower.coordinator.pages import Pages
+from fedlora.flower.coordinator.presence import Presence
 from fedlora.flower.coordinator.watch import Runs, Sightings
 from fedlora.flower.database import shrink
 from fedlora.flower.environment import join_flower
@@ -63,7 +64,7 @@ def up(
         home: the server's directory, as `fedlora server init` made it.
         listen: public host:port of the gateway.
         body_limit_bytes: largest single HTTP body; Flower cuts blobs into chunks of 5 MiB.
-        report: gets ``process``, ``listening``, ``site-online`` and ``site-offline``.
+        report: gets ``process``, ``listening``, ``site-online``, ``site-silent`` and ``site-offline``.
         hosts: names and addresses that sites dial; the certificate must cover them.
         stop: set it to stop from another thread.
         timeout_s: for one HTTP call, seconds.
@@ -168,7 +169,7 @@ class Watch:
         self._report = self._sightings.through(report)
         self._runs = Runs(home, report=report, on_round=pages.want if pages is not None else lambda name: None)
         self.note_ends = self._runs.note_ends
-        self._online: set[str] = set()
+        self._presence = Presence(self._report)
         self._refused: set[str] = set()
         self._asking: set[str] = set()
         self._refusals = Refusals(self._report)
@@ -233,18 +234,14 @@ class Watch:
         keys = self._keys
         notices = [self._heard.get() for _ in range(self._heard.qsize())]  # before it is asked who is there
         ids = register_sites(control, keys, refused=self._refuse, whole=whole)
-        status = {n.id: n.status for n in control.nodes()}
-        now = {site for site, node_id in ids.items() if status.get(node_id) == "online"}
-        for site in sorted(now - self._online):
-            self._report(Event.SITE_ONLINE, SiteName(site=site))
-        for site in sorted(self._online - now):
-            self._report(Event.SITE_OFFLINE, SiteName(site=site))
-        self._online = now
+        nodes = {n.id: n for n in control.nodes()}
+        heard = {site: nodes[i].heard for site, i in ids.items() if i in nodes and nodes[i].status == "online"}
+        self._presence.note(heard, now=time.time())
         names = {key_name(pem): site for site, pem in keys.items()}
         for notice in notices:
             self._refusals.add(notice, names, time.monotonic())
             self._sightings.note(names.get(notice.key, ""), notice.why)
-        self._refusals.say(self._online, time.monotonic())
+        self._refusals.say(self._presence.online, time.monotonic())
         self._sightings.tick()
         self._runs.look(control)
 

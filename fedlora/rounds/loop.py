@@ -197,7 +197,7 @@ def _attempt(
     sites = _drawn(at_hand, plan, task) if task.kind == "train" else at_hand
     tally = _Tally(start(max(len(sites), 1)), report, shared_metrics(plan, last=task.kind == "evaluate"))
     tally.max_weight = max_site_weight(plan) if task.kind == "train" else 0
-    report(Event.ASK, Ask(round=task.round, attempt=task.attempt, kind=task.kind, sites=sites))
+    report(Event.ASK, Ask(round=task.round, attempt=task.attempt, kind=task.kind, sites=sites, need=plan.federation.min_sites))
     began = time.monotonic()
     deadline = began + plan.federation.round_deadline  # waiting for the sites to come does not count
     drive(parts.protection.collect(task, sites, tally), meter, deadline_s=partial(_deadline_s, plan, deadline))

@@ -320,7 +320,7 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
         screen("rejected", {"site": "north", "code": "late"})
         screen("update", {"site": "south", "weight": 3, "metrics": {}})
         for kind in ("train", "evaluate"):
-            screen("ask", {"round": 7, "attempt": 0, "kind": kind, "sites": ["north"]})
+            screen("ask", {"round": 7, "attempt": 0, "kind": kind, "sites": ["north"], "need": 1})
         screen("no-such-event", {})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("s  ", 1)[1].strip() for line in lines] == [

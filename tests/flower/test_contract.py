@@ -18,6 +18,7 @@ from flwr.app.message import make_message, remove_content_from_message
 from flwr.common import serde
 from flwr.common.constant import (
     FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE,
+    HEARTBEAT_PATIENCE,
     SYSTEM_TIME_TOLERANCE,
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
@@ -25,6 +26,7 @@ from flwr.common.constant import (
     SubStatus,
 )
 from flwr.proto import control_pb2, fleet_pb2, message_pb2, node_pb2, runtime_pb2
+from flwr.supercore import heartbeat
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -50,10 +52,11 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from google.protobuf.descriptor import FieldDescriptor
 
 from fedlora.core.errors import ConnectionFailed, Oversized, WireError
-from fedlora.flower._internals import runtime
+from fedlora.flower._internals import runtime, supernode
 from fedlora.flower._internals.parts import CHUNK_BYTES, check_stated, tree_of, unfold_array
 from fedlora.flower._internals.runtime import BROKEN, TOO_LARGE
 from fedlora.flower._internals.supernode import signing
+from fedlora.flower.coordinator import presence
 from fedlora.flower.records import STYPE, blob_of
 from fedlora.gateway import clock, doors, replies
 from fedlora.gateway.app import FLEET_CALLS, NOT_ENROLLED
@@ -288,6 +291,17 @@ def test_the_supernodes_loop_waits_by_the_names_that_are_replaced():
     assert "_push_messages(" in inspect.getsource(loop.start_client_internal)
 
 
+def test_a_supernode_sends_signs_of_life_as_often_as_its_module_says_and_is_waited_for_as_before():
+    interval = "next_interval: float = HEARTBEAT_DEFAULT_INTERVAL - HEARTBEAT_CALL_TIMEOUT"
+    assert interval in inspect.getsource(heartbeat.HeartbeatSender)
+    assert heartbeat.HEARTBEAT_CALL_TIMEOUT == 5
+    longest = (supernode._SIGN_S - 5) * (heartbeat.HEARTBEAT_BASE_MULTIPLIER + heartbeat.HEARTBEAT_RANDOM_RANGE[1])
+    assert 2 * longest < presence._SILENT_S  # one may be lost
+    assert "heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL" in inspect.getsource(connection)
+    assert connection.HEARTBEAT_DEFAULT_INTERVAL * HEARTBEAT_PATIENCE == 60
+    assert {"online_until", "heartbeat_interval"} <= set(node_pb2.NodeInfo.DESCRIPTOR.fields_by_name)
+
+
 def test_what_stands_around_the_supernodes_calls_is_called_by_these_names():
     assert list(inspect.signature(auth.NodeAuthHttpInterceptor.intercept).parameters) == ["self", "context", "call_next"]
     assert "timestamp = now().isoformat()" in inspect.getsource(auth.NodeAuthHttpInterceptor.intercept)
@@ -328,12 +342,12 @@ def test_a_relay_that_fails_is_asked_again_for_a_while(monkeypatch, failures, wo
         response.raise_for_status()
         return status
 
-    invoker, began = runtime._patient(30.0), time.monotonic()
+    invoker, began = runtime.patient(30.0), time.monotonic()
     if works:
         assert invoker.invoke(call, None) == 200
     else:
         with pytest.raises(ConnectionFailed, match="answered 500"):
-            runtime._call(lambda request: invoker.invoke(call, request), None)
+            runtime.call(lambda request: invoker.invoke(call, request), None)
     assert time.monotonic() - began < 20
 
 
@@ -352,5 +366,5 @@ def test_a_client_counts_the_calls_that_found_no_relay():
 
     noted: list[int] = []
     with pytest.raises(ConnectionFailed, match="answered 503"):
-        runtime._call(partial(runtime._patient(0.5, lambda: noted.append(1)).invoke, call), None)
+        runtime.call(partial(runtime.patient(0.5, lambda: noted.append(1)).invoke, call), None)
     assert not noted

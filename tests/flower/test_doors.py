@@ -130,6 +130,28 @@ def test_a_site_that_was_killed_is_offline_within_seconds_and_back_at_once(serve
     assert "refused" not in log
 
 
+@pytest.mark.fault(
+    "E5", "the power fails at a site, or the network to it", says="said within half a minute: it counts as gone after a minute"
+)
+def test_a_site_without_a_good_bye_is_said_to_be_silent_long_before_it_counts_as_gone(server):
+    file = server.site("dark")
+    with server.up(file) as site:
+        becomes(site, "ready")
+        server.wait("site-online", "dark")
+        since = len(server.child.events)
+        pids = (site.process.pid, supernode_of(site))
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)  # as a machine that hangs
+        try:
+            silent = server.wait("site-silent", "dark", since=since, timeout_s=45)
+            assert "no sign of life for 2" in silent["said"]
+            since = len(server.child.events)
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        server.wait("site-online", "dark", since=since)  # it is heard again
+
+
 @pytest.mark.fault("E5", "a SuperNode gets its death signal several times", says="the good-bye is not disturbed")
 def test_many_signals_are_one_good_bye(server):
     file = server.site("signaled")

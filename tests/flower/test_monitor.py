@@ -25,7 +25,7 @@ from fedlora.cli import main
 from fedlora.core.deployment.status import RunState
 from fedlora.core.errors import NotInstalled, StoreError
 from fedlora.core.events import Event
-from fedlora.core.facts import SiteName, SiteRefused, Start
+from fedlora.core.facts import Silent, SiteName, SiteRefused, Start
 from fedlora.core.sites.standing import STANDINGS
 from fedlora.flower import server
 from fedlora.flower.coordinator import look as looking
@@ -108,7 +108,7 @@ def test_a_damaged_file_of_a_site_is_named_once_and_the_others_go_on(home, monke
     (said,) = look()
     assert f"{home / 'sites' / 'beta.pub'} has no second line" in said == health.readyz()
     assert len(control.known) == 4  # delta is let in, and nobody is expelled for a file that may come back
-    assert watch._online == {"alpha", "beta", "delta"}
+    assert watch._presence.online == {"alpha", "beta", "delta"}
     (home / "sites" / "beta.pub").write_text(f"identity of beta\n{lines['beta']}\n")
     assert (look(), health.readyz()) == (["whole again"], "")
     assert node_key_pem(lines["beta"]) in control.known
@@ -124,7 +124,7 @@ class Relay:
         self.known = set()
 
     def nodes(self):
-        return [SimpleNamespace(id=hash(key), key=key, status="online") for key in self.known]
+        return [SimpleNamespace(id=hash(key), key=key, status="online", heard=time.time()) for key in self.known]
 
     def register(self, key):
         self.known.add(key)
@@ -270,16 +270,17 @@ def test_the_rules_for_alerts_name_only_metrics_labels_and_values_that_exist(hom
 def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(home, monkeypatch, capsys):
     """All that a server can know of a site, each by what it has seen; the words are those of the site's own table."""
     now, notes = [1000.0], {"a-paused": "paused", "b-left": "left", "c-stopped": "stopped", "e-sends": "sending"}
-    names = [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "i-refused", "j-new", "k-back"]
+    names = [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "i-refused", "j-new", "k-back", "l-silent"]
     for name in names:
         (home / "sites" / f"{name}.pub").write_text("a key\n")
     seen = Sightings(home, clock=lambda: now[0])
     report = seen.through(lambda event, facts: None)
-    for name in [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "k-back"]:
+    for name in [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "k-back", "l-silent"]:
         report(Event.SITE_ONLINE, SiteName(site=name))
     report(Event.SITE_REFUSED, SiteRefused(site="i-refused", cause="clock", why="its clock is behind"))
     for name in ("a-paused", "b-left", "c-stopped", "d-lost"):
         report(Event.SITE_OFFLINE, SiteName(site=name))
+    report(Event.SITE_SILENT, Silent(site="l-silent", since=984, said=""))
     for name, word in notes.items():
         seen.note(name, word)
     seen.note("a-stranger", "left")
@@ -292,18 +293,19 @@ def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(
     expected = {
         "a-paused": "paused", "b-left": "left", "c-stopped": "lost", "d-lost": "lost", "e-sends": "uploading",
         "f-trains": "training", "g-answered": "idle", "h-failed": "degraded", "i-refused": "refused", "j-new": "enrolled",
-        "k-back": "connected",
+        "k-back": "connected", "l-silent": "lost",
     }  # fmt: skip
     assert {site: found[site]["standing"] for site in names} == expected
     assert set(expected.values()) <= set(STANDINGS)
     assert all(found[site]["said"].startswith(word) for site, word in expected.items())
     assert "in order" in found["c-stopped"]["why"]
+    assert "no sign of life for 21 s" in found["l-silent"]["why"]
     assert "policy.min_sites does not allow the plan's federation.min_sites" in found["h-failed"]["why"]
     assert {s["site"]: s["standing"] for s in look(home, now=1020.0)["sites"]}["e-sends"] == "training"  # it has stopped sending
     text = Health(home, gateway=lambda: True).metrics()
     assert main(["server", "status", str(home)]) == 0
     screen = capsys.readouterr().out
-    told = dict(re.findall(r"^  ([a-k]-[a-z]+) +([a-z]+)", screen, re.M))
+    told = dict(re.findall(r"^  ([a-l]-[a-z]+) +([a-z]+)", screen, re.M))
     for site, word in (expected | {"e-sends": "training"}).items():
         ones = re.findall(rf'fedlora_site_standing\{{site="{site}",standing="([a-z]+)"\}} 1\n', text)
         assert (ones, told[site]) == ([word], word)

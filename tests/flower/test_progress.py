@@ -28,7 +28,7 @@ def done(round, seconds=10.0):
 
 
 ROUNDS = [(10.0 * n, Event.ROUND, {"record": done(n)}) for n in (1, 2, 3)]
-ASKED = (30.0, Event.ASK, {"round": 4, "attempt": 0, "kind": "train", "sites": ["a", "b", "c"]})
+ASKED = (30.0, Event.ASK, {"round": 4, "attempt": 0, "kind": "train", "sites": ["a", "b", "c"], "need": 2})
 
 
 def test_what_is_left_is_as_many_rounds_and_one_evaluation_less_what_this_round_took():
@@ -47,7 +47,7 @@ def test_each_answer_is_counted_and_the_last_evaluation_is_no_round():
         (32.0, Event.REJECTED, {"site": "b", "code": "data"}),
     )
     assert found.said() == "round 4 of 8: 2 of 3 sites have answered; not yet: c"
-    last = (90.0, Event.ASK, {"round": 9, "attempt": 0, "kind": "evaluate", "sites": ["a"]})
+    last = (90.0, Event.ASK, {"round": 9, "attempt": 0, "kind": "evaluate", "sites": ["a"], "need": 1})
     assert after(last).said() == "last evaluation, after 8 rounds: 0 of 1 sites have answered; not yet: a"
     assert told(done(9), 8).startswith("last evaluation, after 8 rounds")
 

@@ -12,7 +12,7 @@ from flwr.app.message import make_message
 
 from fedlora.core.errors import ConnectionFailed
 from fedlora.core.events import Event
-from fedlora.core.facts import Ask, Session, Waiting
+from fedlora.core.facts import Ask, Rejected, Session, Waiting
 from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import BROKEN, TOO_LARGE
 from fedlora.flower.coordinator.absences import Absences
@@ -258,10 +258,15 @@ def test_what_a_site_that_goes_away_means_for_a_session_is_said(tmp_path):
         act()
         return [facts["said"] for event, facts in told if event == Event.AWAY]
 
-    absences(Event.ASK, Ask(round=2, attempt=0, kind="train", sites=["a", "b", "c"]))
+    absences(Event.ASK, Ask(round=2, attempt=0, kind="train", sites=["a", "b", "c"], need=2))
     (one,) = said(lambda: absences.away("a", 300.0))
     assert "up to 300 s" in one
-    assert "session" not in one  # none is open yet
+    assert "2 of 3 sites have to answer, 2 have answered or are here: this round can end without it" in one
+    absences(Event.REJECTED, Rejected(site="b", code="data"))
+    absences.back("a")
+    assert "1 have answered or are here: this round CANNOT end" in said(lambda: absences.away("a", 300.0))[0]
+    absences(Event.ASK, Ask(round=2, attempt=1, kind="train", sites=["a", "b"], need=2))
+    assert "1 have answered or are here: this round CANNOT end" in said(lambda: absences.away("b", 300.0))[0]
     absences(Event.SESSION, Session(round=2, sites=["a", "b", "c"], threshold=2))
     assert "2 are here: this session can end without it" in said(lambda: absences.away("c", 0.0))[0]
     assert "1 are here: this session CANNOT end without it" in said(lambda: absences.away("a", 20.0))[0]

@@ -56,7 +56,7 @@ def steps(report: Report, between: Callable[[int, int], None]) -> None:
     report(Event.START, Start(run="0" * 64, round=0, rounds=900))
     for done in range(900):
         between(done, 900)
-        report(Event.ASK, Ask(round=done + 1, attempt=0, kind="train", sites=["alpha", "beta"]))
+        report(Event.ASK, Ask(round=done + 1, attempt=0, kind="train", sites=["alpha", "beta"], need=1))
         report(Event.REJECTED, Rejected(site="beta", code="data"))
         time.sleep(0.25)
         report(Event.ROUND, Recorded(record=record(done + 1)))

@@ -1,4 +1,4 @@
-"""Flower's Runtime API (for a task) and Control API (of a SuperLink), through clients that flwr does not publish."""
+"""Flower's Runtime API (for a task), through a client that flwr does not publish."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from flwr.app import ConfigRecord, Message
 from flwr.app.error import Error
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import SubStatus
-from flwr.common.serde import fab_to_proto, message_from_proto, message_to_proto, user_config_from_proto, user_config_to_proto
-from flwr.proto import control_pb2, message_pb2, node_pb2, runtime_pb2
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.fab import Fab
+from flwr.common.serde import message_from_proto, message_to_proto, user_config_from_proto
+from flwr.proto import message_pb2, node_pb2, runtime_pb2
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
 from flwr.supercore.interceptors import (
@@ -61,7 +59,9 @@ class WrongSecret(ConnectionFailed):
     code: Code = "wrong-secret"
 
 
-def _patient(patience_s: float, on_outage: Callable[[], None] = lambda: None) -> RetryInvoker:
+def patient(patience_s: float, on_outage: Callable[[], None] = lambda: None) -> RetryInvoker:
+    """Tries again for that long what may go away by itself."""
+
     # Not flwr's own make_simple_http_retry_invoker: on 401 that one sends SIGINT to this process, which holds the base model.
     def hopeless(error: Exception) -> bool:
         if isinstance(error, httpx.HTTPStatusError):
@@ -85,7 +85,7 @@ def _patient(patience_s: float, on_outage: Callable[[], None] = lambda: None) ->
     )
 
 
-def _call(method: Callable[[Any], T], request: object, *, on_401: type[ConnectionFailed] = ConnectionFailed) -> T:
+def call(method: Callable[[Any], T], request: object, *, on_401: type[ConnectionFailed] = ConnectionFailed) -> T:
     """Makes one request; turns httpx's errors into ours."""
     try:
         return method(request)
@@ -121,7 +121,7 @@ class Claimer:
     def __init__(self, kind: str, *, address: str, secret: bytes, ca: Path | None) -> None:
         key = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}))
         self._request = runtime_pb2.AcquireTaskRequest(supported_task_types=[kind])
-        self._client = _runtime(address, ca, _patient(0.0), key)
+        self._client = _runtime(address, ca, patient(0.0), key)
 
     def claim(self) -> str:
         """A task's token, or an empty string if nothing waits.
@@ -130,7 +130,7 @@ class Claimer:
             WrongSecret: the API answers and refuses the secret.
             ConnectionFailed: no answer.
         """
-        return str(_call(self._client.AcquireTask, self._request, on_401=WrongSecret).token)
+        return str(call(self._client.AcquireTask, self._request, on_401=WrongSecret).token)
 
     def close(self) -> None:
         self._client.close()
@@ -162,7 +162,7 @@ class TaskClient:
 
     def __init__(self, address: str, *, token: str, ca: Path | None, patience_s: float) -> None:
         self.outages = 0
-        self._client = _runtime(address, ca, _patient(patience_s, self._note_outage), RuntimeTokenHttpInterceptor(token))
+        self._client = _runtime(address, ca, patient(patience_s, self._note_outage), RuntimeTokenHttpInterceptor(token))
         self._run_id = 0
         self._node = node_pb2.Node(node_id=0)
         self._arriving: dict[str, tuple[Any, Any]] = {}
@@ -174,7 +174,7 @@ class TaskClient:
 
     def start(self) -> Claim:
         """Tells Flower that the task has started, and sends messages in its name from now on."""
-        answer = _call(self._client.PullTaskInput, runtime_pb2.PullTaskInputRequest())
+        answer = call(self._client.PullTaskInput, runtime_pb2.PullTaskInputRequest())
         claim = Claim(
             run_id=answer.run.run_id,
             task_id=answer.task_id,
@@ -187,12 +187,12 @@ class TaskClient:
 
     def heartbeat(self) -> bool:
         """Keeps the task alive; False if Flower has stopped it or let it expire."""
-        return bool(_call(self._client.SendTaskHeartbeat, runtime_pb2.SendTaskHeartbeatRequest()).success)
+        return bool(call(self._client.SendTaskHeartbeat, runtime_pb2.SendTaskHeartbeatRequest()).success)
 
     def finish(self, error: str) -> None:
         """Ends the task: completed for an empty code, failed otherwise."""
         status = SubStatus.FAILED if error else SubStatus.COMPLETED
-        _call(self._client.PushTaskOutput, runtime_pb2.PushTaskOutputRequest(sub_status=status, details=error))
+        call(self._client.PushTaskOutput, runtime_pb2.PushTaskOutputRequest(sub_status=status, details=error))
 
     def close(self) -> None:
         self._client.close()
@@ -202,7 +202,7 @@ class TaskClient:
 
     def get_node_ids(self) -> list[int]:
         """Nodes that are online."""
-        return [int(n.node_id) for n in _call(self._client.GetNodes, runtime_pb2.GetNodesRequest()).nodes]
+        return [int(n.node_id) for n in call(self._client.GetNodes, runtime_pb2.GetNodesRequest()).nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Sends messages one by one, each in chunks. A chunk is stored once, to however many sites it goes.
@@ -221,7 +221,7 @@ class TaskClient:
         message.metadata.__dict__["_message_id"] = message.object_id
         objects: dict[str, Any] = {}
         tree = tree_of(message.object_id, message, objects)
-        answer = _call(
+        answer = call(
             self._client.PushMessages,
             runtime_pb2.PushAppMessagesRequest(
                 messages_list=[message_to_proto(remove_content_from_message(message))], message_object_trees=[tree]
@@ -248,7 +248,7 @@ class TaskClient:
         asked = list(message_ids)
         for message_id in [i for i in asked or [""] if i not in self._arriving]:
             request = runtime_pb2.PullAppMessagesRequest(message_ids=[message_id] if message_id else [])
-            answer = _call(self._client.PullMessages, request)
+            answer = call(self._client.PullMessages, request)
             for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
                 self._arriving[message_id] = (message_from_proto(head).metadata, tree)
         arrived = []
@@ -263,7 +263,7 @@ class TaskClient:
     def _is_whole(self, tree: Any) -> bool:
         # The root goes up last, so that it is enough to ask for it.
         request = message_pb2.PullObjectRequest(node=self._node, run_id=self._run_id, object_id=tree.object_id)
-        answer = _call(self._client.PullObject, request)
+        answer = call(self._client.PullObject, request)
         return bool(answer.object_available) or not answer.object_found
 
     def _unfold(self, head: Any, tree: Any, *, max_bytes: int) -> Message:
@@ -281,7 +281,7 @@ class TaskClient:
         confirm = message_pb2.ConfirmMessageReceivedRequest(
             node=self._node, run_id=self._run_id, message_object_id=tree.object_id
         )
-        _call(self._client.ConfirmMessageReceived, confirm)
+        call(self._client.ConfirmMessageReceived, confirm)
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
@@ -317,83 +317,3 @@ class TaskClient:
 
 def _names_of(message: Message) -> list[ConfigRecord]:
     return [r for r in message.content.values() if isinstance(r, ConfigRecord)] if message.has_content() else []
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A registered node: its id, its public key (PEM) and ``registered``, ``online``, ``offline`` or ``unregistered``."""
-
-    id: int
-    key: bytes
-    status: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """State of a run: ``pending``, ``starting``, ``running`` or ``finished``; then how, and with which error code.
-
-    Attributes:
-        outcome: empty, ``completed``, ``failed`` or ``stopped``.
-        error: code of the error that ended it, if one did.
-    """
-
-    id: int
-    status: str
-    outcome: str
-    error: str
-
-
-class Control:
-    """The SuperLink's Control API, on loopback. It has no password: everybody who can reach it can start and stop runs.
-
-    Every method raises ConnectionFailed if the SuperLink does not answer or refuses.
-    """
-
-    def __init__(self, port: int, *, ca: Path, patience_s: float) -> None:
-        self._client = ControlHttpClient.from_server_address(
-            server_address=f"{LOOPBACK}:{port}",
-            insecure=False,
-            root_certificates=str(ca),
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="fedlora")],
-            retry_invoker=_patient(patience_s),
-        )
-
-    def register(self, key: bytes) -> int:
-        return int(_call(self._client.RegisterNode, control_pb2.RegisterNodeRequest(public_key=key)).node_id)
-
-    def unregister(self, node_id: int) -> None:
-        _call(self._client.UnregisterNode, control_pb2.UnregisterNodeRequest(node_id=node_id))
-
-    def nodes(self) -> list[Node]:
-        answer = _call(self._client.ListNodes, control_pb2.ListNodesRequest())
-        return [Node(int(n.node_id), bytes(n.public_key), str(n.status)) for n in answer.nodes_info]
-
-    def start_run(self, bundle: bytes, *, sha256: str, config: Mapping[str, str]) -> int:
-        request = control_pb2.StartRunRequest(
-            fab=fab_to_proto(Fab(sha256, bundle, {})), override_config=user_config_to_proto(dict(config))
-        )
-        answer = _call(self._client.StartRun, request)
-        if not answer.HasField("run_id"):
-            raise ConnectionFailed("the SuperLink did not take the run")
-        return int(answer.run_id)
-
-    def run_state(self, run_id: int) -> RunState:
-        runs = _call(self._client.ListRuns, control_pb2.ListRunsRequest(run_id=run_id)).run_dict
-        if run_id not in runs:
-            raise ConnectionFailed(f"the SuperLink knows no run {run_id}")
-        return _state_of(run_id, runs[run_id])
-
-    def runs(self) -> dict[int, RunState]:
-        """The last thousand runs, by Flower's id."""
-        runs = _call(self._client.ListRuns, control_pb2.ListRunsRequest(limit=1000)).run_dict
-        return {int(i): _state_of(int(i), r) for i, r in runs.items()}
-
-    def stop_run(self, run_id: int) -> bool:
-        return bool(_call(self._client.StopRun, control_pb2.StopRunRequest(run_id=run_id)).success)
-
-    def close(self) -> None:
-        self._client.close()
-
-
-def _state_of(run_id: int, run: Any) -> RunState:
-    return RunState(run_id, str(run.status.status), str(run.status.sub_status), str(run.status.details))

@@ -25,14 +25,18 @@ class Absences:
     report: Report
     _asked: list[str] = field(default_factory=list)
     _need: int = 0
+    _session: bool = False
+    """a session of secure aggregation is open: who is gone cannot come into it again"""
+    _failed: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
 
     def __call__(self, event: Event, facts: Mapping[str, Any]) -> None:
-        """One of the run's events. A session says how many sites have to stay; before that, nobody knows."""
-        if event == Event.ASK:
-            self._asked, self._need, self._gone = facts["sites"], 0, set()
-        elif event == Event.SESSION:
-            self._asked, self._need, self._gone = facts["sites"], facts["threshold"], set()
+        """One of the run's events. An attempt says how many answers have to count, a session how many sites have to stay."""
+        if event in (Event.ASK, Event.SESSION):
+            self._session, self._gone, self._failed = event == Event.SESSION, set(), set()
+            self._asked, self._need = facts["sites"], facts["threshold" if self._session else "need"]
+        elif event in (Event.ERRED, Event.REJECTED) and not self._session:
+            self._failed.add(facts["site"])
         report = self.report
         report(event, facts)
         if event in (Event.WAITING, Event.WAITING_FOR):
@@ -66,9 +70,17 @@ class Absences:
             )
         else:
             said = f"{site} has left for good, or its enrollment was taken back: it is not waited for"
-        if self._need:
-            stay = [one for one in self._asked if one not in self._gone]
-            ends = "can" if len(stay) >= self._need else "CANNOT"
-            said += f". {self._need} of {len(self._asked)} sites have to stay, {len(stay)} are here: "
-            said += f"this session {ends} end without it"
-        self.report(Event.AWAY, Away(site=site, waits_s=waits_s, said=said))
+        self.report(Event.AWAY, Away(site=site, waits_s=waits_s, said=f"{said}. {self._verdict()}"))
+
+    def _verdict(self) -> str:
+        """Whether the session, or before one the attempt of the round, can end with the sites that are left."""
+        left = [one for one in self._asked if one not in self._gone | self._failed]
+        ends = "can" if len(left) >= self._need else "CANNOT"
+        if self._session:
+            return (
+                f"{self._need} of {len(self._asked)} sites have to stay, {len(left)} are here: this session {ends} end without it"
+            )
+        return (
+            f"{self._need} of {len(self._asked)} sites have to answer, {len(left)} have answered or are here: "
+            f"this round {ends} end without it"
+        )

@@ -11,6 +11,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import AnotherRun, Process
 from fedlora.flower._internals import Control, RunState
 from fedlora.flower.control import opened, start_job
+from fedlora.flower.coordinator.presence import Silences
 from fedlora.flower.coordinator.runs import find, live, one_start, progress, running, settle
 from fedlora.flower.jobs import Job, full, load_job, load_outcome, load_run_id, new_job, pass_on, read_events, save_run_id
 from fedlora.flower.records import safe_code
@@ -109,6 +110,7 @@ def _to_the_end(home: Path, job: str, todo: Job, *, offset: int, report: Report,
 def _followed(control: Control, *, home: Path, job: str, report: Report, offset: int, poll_s: float) -> RunState | None:
     """Passes on a run's events until it has ended; None if its outcome is recorded but Flower does not know it."""
     said, place, over_s, run_id = "", 0, 0.0, load_run_id(home, job)
+    silences = Silences(home, report, clock=time.time)
     if run_id is None:
         raise ConnectionFailed("Flower's number of this run is not known")
     while True:
@@ -120,6 +122,7 @@ def _followed(control: Control, *, home: Path, job: str, report: Report, offset:
         if said == "finished":
             return state
         place = _say_place(home, job, place, report)
+        silences.look()
         if load_outcome(home, job) is not None:
             over_s += poll_s
             if over_s > _OVER_S:

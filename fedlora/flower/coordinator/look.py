@@ -18,6 +18,7 @@ from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.records import RoundRecord
 from fedlora.core.sites.standing import Standing
+from fedlora.flower.coordinator.presence import silent_for
 from fedlora.flower.coordinator.progress import Progress, step, told
 from fedlora.flower.coordinator.runs import live, progress
 from fedlora.flower.coordinator.watch import Seen, last_look, load_seen
@@ -193,6 +194,9 @@ def _site(site: str, seen: Seen, at: Progress, *, up: bool, live: bool, looked: 
     if not seen.online:
         why, cure = f"no call for {ago}", "ask whether `fedlora site up` runs there and what it says"
         return _standing(site, "lost", part="server", cause="lost", why=why, cure=cure)
+    if seen.silent:
+        why, cure = silent_for(now - seen.silent), "nothing if it is back within ten minutes; else ask there"
+        return _standing(site, "lost", part="server", cause="silent", why=why, cure=cure)
     return _online(site, seen, at, now=now) if live else _between_runs(site, at)
 
 

@@ -29,7 +29,7 @@ _PASSED_ON = (
 """Of a run's events, what the coordinator sees at `server up` too."""
 
 
-_TIMES = ("since", "sending")  # a record holds no floats
+_TIMES = ("since", "sending", "silent")  # a record holds no floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Seen:
         why: the same in a sentence.
         gone: if it has signed off: one of ``gateway.doors.GOODBYES``.
         sending: when it has sent a part of an answer, seconds since 1970; 0: never.
+        silent: when it gave its last sign of life, seconds since 1970, if it is connected and another one is overdue; else 0.
     """
 
     online: bool = False
@@ -51,6 +52,7 @@ class Seen:
     why: str = ""
     gone: str = ""
     sending: float = 0.0
+    silent: float = 0.0
 
 
 def _file(home: Path) -> Path:
@@ -115,6 +117,8 @@ class Sightings:
             self._seen[facts["site"]] = Seen(True, self._clock())
         elif event == Event.SITE_OFFLINE:
             self._seen[facts["site"]] = Seen(False, self._clock())
+        elif event == Event.SITE_SILENT:
+            self._seen[facts["site"]] = replace(self._seen.get(facts["site"], Seen(True)), silent=float(facts["since"]))
         elif event == Event.SITE_REFUSED:
             seen = self._seen.get(facts["site"], Seen())
             self._seen[facts["site"]] = replace(seen, cause=facts["cause"], why=facts["why"])
