@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
 import threading
 import time
 import urllib.error
@@ -265,6 +266,25 @@ def test_the_rules_for_alerts_name_only_metrics_labels_and_values_that_exist(hom
     readme = (ROOT / "server" / "README.md").read_text()
     assert re.search(r"job_name: fedlora\b", readme)
     assert "alerts.yml" in readme
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus")
+def test_prometheus_takes_rules_and_metrics_and_each_alert_begins_when_it_should(home, tmp_path):
+    def promtool(*argv, given=""):
+        subprocess.run(["promtool", *argv], input=given, text=True, check=True, capture_output=True)
+
+    file, cases = ROOT / "server" / "alerts.yml", (ROOT / "tests" / "fixtures" / "alerts_test.yml").read_text()
+    promtool("check", "rules", str(file))
+    promtool("check", "metrics", given=Health(home, gateway=lambda: True).metrics())
+    rules = yaml.safe_load(file.read_text())
+    assert all(
+        f"alertname: {rule['alert']}\n        eval_time" in cases for rule in rules["groups"][0]["rules"]
+    )  # each begins once
+    for rule in rules["groups"][0]["rules"]:
+        del rule["annotations"]  # words, which a test need not repeat
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    (tmp_path / "cases.yml").write_text(cases.replace("RULES", str(tmp_path / "rules.yml")))
+    promtool("test", "rules", str(tmp_path / "cases.yml"))
 
 
 def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(home, monkeypatch, capsys):
