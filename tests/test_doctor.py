@@ -16,6 +16,7 @@ from fedlora.core.deployment.digests import grouped
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.plan import Plan
 from fedlora.core.toml import dump_toml
+from fedlora.doctor import gpus
 from fedlora.doctor.examine import at_home, examine, settle
 from fedlora.doctor.files import room
 from fedlora.doctor.findings import FAULTS, worst
@@ -26,6 +27,7 @@ from fedlora.formats.state.lock import hold
 from fedlora.formats.state.memory import FileMemory
 from fedlora.gateway.certificates import make_node_key, make_tls
 from fedlora.site.admission import Begun, Runs
+from fedlora.site.site_file import load_site_file
 
 DIGESTS = {"model": {"digest": "a" * 64}, "lora": {"init_digest": "b" * 64}}
 SECAGG = {"protect": {"mode": "secagg"}, "aggregate": {"weighting": "uniform"}}
@@ -345,10 +347,44 @@ def test_what_may_go_away_by_itself_ends_nothing(place):
 
 def test_every_fault_of_the_table_is_seeded():
     seeded = {seed.__name__.replace("_", "-") for seed, _ in TABLE}
-    elsewhere = {"disk-low", "in-use", "plan-not-approved"}
+    elsewhere = {"disk-low", "in-use", "plan-not-approved", "gpu-unused", "small-shm"}
     with_a_model = {"wrong-base", "step-failed", "too-slow", "no-training"}
     assert set(FAULTS) - seeded - elsewhere - with_a_model == set()
     assert len(seeded) >= 20
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
+@pytest.mark.parametrize("mark", ["proc/driver/nvidia/version", "dev/nvidiactl", "dev/dxg", ""])
+def test_a_gpu_that_is_not_used_is_said_with_the_way_to_it(place, tmp_path, monkeypatch, device, mark):
+    """A container that has lost its GPU trains on a CPU, and nothing fails."""
+    machine = tmp_path / "machine"
+    (machine / "dev").mkdir(parents=True)
+    if mark:
+        (machine / mark).parent.mkdir(parents=True, exist_ok=True)
+        (machine / mark).touch()
+    place.change(device=device)
+    file = load_site_file(place.file)
+
+    def found(seen, built):
+        monkeypatch.setattr(gpus, "_seen", lambda: (seen, built))
+        return list(gpus.gpus(file, machine=machine))
+
+    if device == "cpu" or not mark:
+        assert found(0, True) == []
+        return
+    verdict = "note" if device == "auto" else "wrong"
+    for built, words in ((False, "built for CPUs"), (True, "nvidia-smi")):
+        (one,) = found(0, built)
+        assert (one.name, one.verdict) == ("gpu-unused", verdict)
+        assert words in one.why + one.fix
+    (machine / ".dockerenv").touch()
+    assert "daemon-reload" in found(0, True)[0].fix
+    assert [f.verdict for f in found(1, True)] == ["right"]
+    monkeypatch.setattr(gpus, "_shared_bytes", lambda machine: 64 << 20)
+    assert [f.name for f in found(2, True)] == ["", "small-shm"]
+    assert "64 MiB" in found(2, True)[1].why
+    monkeypatch.setattr(gpus, "_shared_bytes", lambda machine: 1 << 30)
+    assert [f.name for f in found(2, True)] == [""]
 
 
 @pytest.mark.torch

@@ -11,6 +11,7 @@ from fedlora.core.plan import Plan
 from fedlora.core.sites.facts import SiteFinding
 from fedlora.doctor import files, plans, rows
 from fedlora.doctor.findings import Found, worst
+from fedlora.doctor.gpus import gpus
 from fedlora.gateway.clock import MAX_CORRECTION_S
 from fedlora.gateway.probe import enrolled, probe
 from fedlora.site.site_file import SiteFile, load_site_file
@@ -33,6 +34,7 @@ def at_home(site_file: Path, *, plan: Plan | None = None) -> Iterator[Found]:
     yield from files.disk(file, root)
     if worst(keys) is not None:
         return
+    yield from gpus(file)
     yield from of_training(file, root, plan=plan)
 
 

@@ -122,6 +122,14 @@ FAULTS: Final[Mapping[str, tuple[str, str]]] = {
         "so few rows are held out that their evaluation leaves as zeros",
         "More rows, a larger data.held_out_fraction, or a smaller policy.min_cell; this site trains all the same.",
     ),
+    "gpu-unused": (
+        "this machine has a GPU, and torch does not find it",
+        "`nvidia-smi` says whether the driver works; torch has to be built for CUDA; a container may have lost its GPU.",
+    ),
+    "small-shm": (
+        "GPUs that train together have little memory to share",
+        "Start the container with --shm-size=1g, or set gpus = 1 in the site file.",
+    ),
     "no-training": (
         "the packages for training are not installed",
         "Install the extra that the message names.",

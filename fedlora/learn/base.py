@@ -154,6 +154,11 @@ def has_products(device: torch.device, dtype: str) -> bool:
     return multiplies({"bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
 
 
+def built_for_cuda() -> bool:
+    """Whether this torch could find a GPU."""
+    return torch.version.cuda is not None
+
+
 def cuda_devices() -> list[str]:
     """The GPUs that torch sees, ``cuda:0`` and so on."""
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Part = Literal["keys", "disk", "process", "server", "accepted", "clock", "approved", "base", "data", "step"]
+Part = Literal["keys", "disk", "process", "server", "accepted", "clock", "approved", "base", "data", "gpu", "step"]
 
 PARTS: Final[Mapping[Part, str]] = {
     "keys": "this site's keys and the server's are there, and belong together",
@@ -19,6 +19,7 @@ PARTS: Final[Mapping[Part, str]] = {
     "approved": "a person here has approved a plan that this site's policy and roster allow",
     "base": "the base models that the site file names exist, and are those that approved plans pin",
     "data": "the data can be read",
+    "gpu": "the GPUs of this machine are used, if it has any",
     "step": "a training step has been done here, with the memory that it takes",
 }
 """What makes a site ready, in the order in which it is looked for."""
