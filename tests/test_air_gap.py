@@ -38,9 +38,17 @@ def commands():
     return [[shlex.split(line, comments=True) for line in part.splitlines()] for part in (with_one, without)]
 
 
+_LOOPBACK = """
+import fcntl, os, socket, struct, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 def no_network():
-    """A prefix that takes the network away where the kernel lets us; else a proxy that is dead has to do."""
-    words = ["unshare", "-rn"]
+    """A prefix that takes the network but loopback away where the kernel lets us; else a proxy that is dead has to do."""
+    words = ["unshare", "-rn", sys.executable, "-c", _LOOPBACK]
     return words if shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0 else []
 
 
@@ -93,7 +101,7 @@ def test_a_sites_set_installs_and_trains_without_a_network(tmp_path, index):
     assert {"fedlora", "flwr", "torch", "transformers", "peft", "bitsandbytes"} <= wheels(here, tmp_path)
     fedlora = "fedlora-env/bin/fedlora"
     train = [fedlora, "simulate", "guides/simulations/plans/toy.toml", "--transport", "flower", "--out", "run"]
-    for words in [*there, [fedlora, "docs", "--out", "guides"], train, [fedlora, "export", "run/federated", "adapter"]]:
+    for words in [*there, [fedlora, "docs", "--out", "guides"], train, [fedlora, "export", "run/seed-0", "adapter"]]:
         done = alone(words, tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
