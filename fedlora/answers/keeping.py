@@ -125,6 +125,51 @@ class BudgetShown(TypedDict):
 
 
 @_exact
+class SideScored(TypedDict):
+    """One model on the rows of `evaluate`."""
+
+    nll: float
+    """nats a token of the answers"""
+    exact: int
+    """answers that greedy decoding would give"""
+
+
+@_exact
+class ShownExample(TypedDict):
+    """An example, where --show asked for it."""
+
+    line: int
+    prompt: str
+    """its end"""
+    expected: str
+    base: str
+    adapter: str
+
+
+@_exact
+class Evaluation(TypedDict):
+    """Base and adapter on rows at hand. For this site alone."""
+
+    examples: int
+    tokens: int
+    """of the answers"""
+    base: SideScored
+    adapter: SideScored
+    nll_change: float
+    """the adapter's less the base's"""
+    nll_low: float
+    """of the change, 95 %"""
+    nll_high: float
+    gained: int
+    """exact answers of the adapter alone"""
+    lost: int
+    """of the base alone"""
+    p: float
+    """of McNemar's exact test"""
+    shown: list[ShownExample]
+
+
+@_exact
 class CameOut(TypedDict):
     """Rows that a model said word by word when it was given their first half."""
 
@@ -201,6 +246,7 @@ ANSWERS: Final[Mapping[str, type[Any]]] = {
     "budget accept-loss": BudgetShown,
     "audit run": RunAudited,
     "audit rows": RowsAudited,
+    "evaluate": Evaluation,
     "audit open": CanariesOpened,
     "audit check": CanariesChecked,
 }

@@ -19,6 +19,7 @@ from fedlora.cli.keeping.backup import backup, restore
 from fedlora.cli.keeping.budget import budget
 from fedlora.cli.keeping.leakage import leakage
 from fedlora.cli.keeping.repair import server_repair, site_repair
+from fedlora.cli.keeping.scoring import evaluate
 from fedlora.cli.leaving import dry_run, outbox
 from fedlora.cli.output import Json, Quiet, Screen, emit
 from fedlora.cli.publishing import export, verify
@@ -246,6 +247,7 @@ def report(
 app.command()(export)
 app.command()(verify)
 app.command("try")(try_adapter)
+app.command("evaluate")(evaluate)
 
 
 @app.command()

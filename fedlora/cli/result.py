@@ -49,6 +49,7 @@ def pull(
     done = export_run(fitting[-1], out, dtype="bfloat16", base=base)
     lines = [
         f"written: {out}, the adapter of run {fitting[-1].stem[:12]}",
+        f"is it better here: fedlora evaluate {out} --base BASE --on ROWS",
         f"try it: fedlora try {out} --base BASE --prompt '...'",
     ]
     emit(done, lines, as_json=json)
@@ -69,7 +70,7 @@ def try_adapter(
     Example: fedlora try adapter --base models/SmolLM2 --prompt - < note.txt
     """
     from fedlora.core.sites.facts import Tried
-    from fedlora.learn.ask import ask
+    from fedlora.learn.published.ask import ask
 
     began = time.monotonic()
     prompt = _from_input() if prompt == "-" else prompt

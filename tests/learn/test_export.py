@@ -23,9 +23,9 @@ from fedlora.core.errors import ConfigError, FedLoRAError, ModelError
 from fedlora.core.plan import Model
 from fedlora.formats.files import Damaged
 from fedlora.formats.published.records import Prompt, RunFacts
-from fedlora.learn.ask import ask
 from fedlora.learn.bases.digest import base_digest
 from fedlora.learn.export import export_adapter, merge
+from fedlora.learn.published.ask import ask
 
 pytestmark = pytest.mark.torch
 FACTS = RunFacts(

@@ -1,13 +1,12 @@
-"""One question to a base with an adapter on it, asked as it was trained."""
+"""A base with a published adapter on it, by PEFT itself."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedlora.core.errors import ModelError, StoreError
 from fedlora.core.plan import Plan
@@ -21,16 +20,39 @@ from fedlora.learn.bases.libraries import peft
 _AGAIN = "export the adapter again, or copy it again"
 
 
-def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, str, int]:
-    """The most likely answer, token by token.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What answers.
+
+    Attributes:
+        model: PEFT's, on its device, in evaluation.
+        tokenizer: the base's.
+        prompt: how the adapter has to be asked.
+    """
+
+    model: Any
+    tokenizer: Any
+    prompt: Prompt
+
+    @property
+    def stops(self) -> list[int]:
+        """Ids that end an answer, sorted."""
+        ids = {self.tokenizer.eos_token_id, *(self.tokenizer.convert_tokens_to_ids(word) for word in self.prompt.stop or ())}
+        return sorted(i for i in ids if isinstance(i, int))
+
+    @property
+    def pad(self) -> int | None:
+        """Id that fills short rows up."""
+        found: int | None = self.tokenizer.pad_token_id
+        return found if found is not None else self.tokenizer.eos_token_id
+
+
+def load(adapter: Path, base: Path) -> Loaded:
+    """Puts a published adapter on its base.
 
     Args:
         adapter: a PEFT directory, as `fedlora export` and `fedlora site pull` make it.
         base: the base model's directory, in full precision.
-        max_tokens: longest answer.
-
-    Returns:
-        What the model was given, its answer, and the answer's tokens.
 
     Raises:
         StoreError: no adapter there, or it is damaged.
@@ -52,17 +74,7 @@ def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, 
             f"the base in {base} is not the one that the adapter was trained on: {loaded.digest[:12]}, not {run.base[:12]}",
             hint=f"it was made for {made_for}, whose files `fedlora pin` has read",
         )
-    prompt, tokenizer = _prompt(run), loaded.tokenizer
-    given = _given(tokenizer, prompt, text)
-    ids = tokenizer(given, return_tensors="pt", add_special_tokens=given == text).to(loaded.device)
-    ends = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word) for word in (prompt.stop or ()) if prompt)}
-    with torch.inference_mode():
-        out = model.generate(
-            **ids, max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(e for e in ends if isinstance(e, int)),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )  # fmt: skip
-    answer = out[0, ids["input_ids"].shape[1] :]
-    return given, tokenizer.decode(answer, skip_special_tokens=True), len(answer)
+    return Loaded(model, loaded.tokenizer, _prompt(run))
 
 
 def _made_for(adapter: Path) -> str:
@@ -90,10 +102,3 @@ def _prompt(run: Published | None) -> Prompt:
     if run is None:
         return Prompt(kind="any", max_length=Plan().training.max_length, template=None, stop=None, example=None)
     return run.prompt
-
-
-def _given(tokenizer: Any, prompt: Prompt, text: str) -> str:
-    if prompt.kind == "plain" or not tokenizer.chat_template:
-        return text
-    turns = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))

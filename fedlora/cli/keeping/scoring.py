@@ -1,0 +1,74 @@
+"""`fedlora evaluate`: whether an adapter helps on rows at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.cli.output import Json, Quiet, Screen, emit
+
+if TYPE_CHECKING:
+    from fedlora.answers.keeping import Evaluation
+    from fedlora.learn.published.score import Scored, Side
+
+
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="PEFT directory, from `fedlora site pull` or `fedlora export`.")],
+    base: Annotated[Path, typer.Option(help="Directory of the base model, in full precision.")],
+    on: Annotated[list[Path], typer.Option(help="File, directory or pattern of rows; give it again for more of them.")],
+    site: Annotated[
+        Path | None,
+        typer.Option(help="Site file whose [data] says how the rows are read; default: by their columns.", show_default=False),
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="So many examples with both answers, the adapter's worst first.")] = 0,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Compare an adapter with its base on rows at hand, on this machine.
+
+    Loss and exact answers of both, with a 95 % interval and what chance alone would do. Rows are put as they were trained. Give
+    rows that no run has trained on. Nothing is sent or logged; --show prints texts of rows, on this screen only.
+
+    Example: fedlora evaluate adapter --base models/SmolLM2 --on test.jsonl --show 3
+    """
+    from fedlora.core.tables.data import SiteData
+    from fedlora.learn.published.score import score
+    from fedlora.site.site_file import load_site_file
+
+    data = load_site_file(site).data if site is not None else SiteData()
+    with Screen(quiet=quiet, as_json=json) as screen:
+        found = score(adapter, base, on, data=data, show=show, report=screen)
+    emit(_evaluation(found), [*found.lines(), *_examples(found)], as_json=json)
+
+
+def _examples(found: Scored) -> list[str]:
+    lines = []
+    for one in found.shown:
+        lines += ["", f"line {one.line}: ...{one.prompt}", f"  expected: {one.expected}", f"  base:     {one.base}"]
+        lines += [f"  adapter:  {one.adapter}"]
+    return lines
+
+
+def _evaluation(found: Scored) -> Evaluation:
+    from fedlora.answers.keeping import Evaluation, ShownExample, SideScored
+
+    def side(one: Side) -> SideScored:
+        return SideScored(nll=found.nll(one), exact=int(one.right.sum()))
+
+    return Evaluation(
+        examples=len(found.tokens),
+        tokens=int(found.tokens.sum()),
+        base=side(found.base),
+        adapter=side(found.adapter),
+        nll_change=found.nll(found.adapter) - found.nll(found.base),
+        nll_low=found.interval[0],
+        nll_high=found.interval[1],
+        gained=found.gained,
+        lost=found.lost,
+        p=found.p,
+        shown=[
+            ShownExample(line=s.line, prompt=s.prompt, expected=s.expected, base=s.base, adapter=s.adapter) for s in found.shown
+        ],
+    )

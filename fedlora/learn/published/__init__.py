@@ -1,0 +1,1 @@
+"""A published adapter on its base, as its users load it: plain PEFT."""
