@@ -16,9 +16,11 @@ from plain import PlainServer, PlainSite
 from raising import raising
 
 from fedlora.core.adapter import Adapter, Layout
+from fedlora.core.codes import REFUSES
 from fedlora.core.errors import ConfigError, KeyFileError, RunFailed, StoreError, WireError
 from fedlora.core.messages import Reply
 from fedlora.core.plan import Aggregate, Evaluation, Wire
+from fedlora.core.sites.cures import CURES
 from fedlora.formats import enrolled
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import dump_facts, save_adapter
@@ -244,8 +246,9 @@ def test_more_sites_than_a_task_can_be_sealed_to_are_refused_before_it_is(tmp_pa
 def test_below_quorum_the_round_is_void_and_the_run_resumes(tmp_path):
     fed = Federation(tmp_path, plan(rounds=2, min_sites=3))
     fed.answers["b"] = lambda r: Reply("b", error="resources")
-    with raising(RunFailed, code="quorum", match="2 of 3"):
+    with raising(RunFailed, code="quorum", match="2 of 3") as failed:
         fed.run()
+    assert "resources: its memory or disk is full; it runs `fedlora check PLAN --site SITE`" in failed.value.hint
     assert [f["record"].attempt for e, f in fed.events if e == "void"] == [0, 1, 2]
     assert fed.learners["a"].trained == [1]  # later attempts were answered from the journal
     fed.answers["b"] = fed.sites["b"].handle
@@ -253,11 +256,32 @@ def test_below_quorum_the_round_is_void_and_the_run_resumes(tmp_path):
     assert fed.learners["a"].trained == [1, 2]
 
 
+@pytest.mark.parametrize("code", sorted(CURES))
+def test_the_end_of_a_run_says_what_each_answer_asks_for(tmp_path, code):
+    """Nobody has to bring back a site that is there and refuses."""
+    fed = Federation(tmp_path, plan(rounds=1, min_sites=3))
+    for name, answered in (("a", code), ("b", code)):
+        fed.answers[name] = lambda r, name=name, answered=answered: Reply(name, error=answered)
+    with raising(RunFailed, code="quorum") as failed:
+        fed.run()
+    why, cure = CURES[code]
+    passing = code in ("late", "node-unavailable", "quorum")
+    assert (f"{code}: {why}; {cure}" in failed.value.hint) != passing
+    assert ("bring the sites back" in failed.value.hint) == passing
+    if code in REFUSES:
+        assert REFUSES[code] in failed.value.hint
+    fed.answers["b"] = lambda r: Reply("b", error="node-unavailable")
+    with raising(RunFailed, code="quorum") as failed:
+        fed.run()
+    assert ("bring the others back" in failed.value.hint) != passing
+
+
 def test_too_few_sites_online_is_a_quorum_error_too(tmp_path):
     fed = Federation(tmp_path, plan(rounds=1, min_sites=3, deadline_s=0.05))
     del fed.answers["b"]
-    with raising(RunFailed, code="quorum"):
+    with raising(RunFailed, code="quorum") as failed:
         fed.run()
+    assert failed.value.hint == "nothing is lost; bring the sites back and resume the run"
 
 
 def interrupted(fed, after):

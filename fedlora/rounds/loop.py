@@ -18,14 +18,13 @@ from fedlora.core.errors import (
     FedLoRAError,
     RemoteError,
     RunFailed,
-    StateLost,
     UpdateRejected,
 )
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Ask, Majority, Recorded, Rejected, SiteUpdate, Start, Sum, Waiting
 from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.metrics import finish, pool
-from fedlora.core.plan import Federation, Plan
+from fedlora.core.plan import Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
 from fedlora.core.tables.audit import shared_metrics
 from fedlora.core.tables.privacy import sends_gradients
@@ -34,6 +33,7 @@ from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.best import keep_best
 from fedlora.rounds.checkpoint import Checkpoint
+from fedlora.rounds.failure import too_few
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Transport, drive
 from fedlora.rules import Accumulator, Aggregator, State, add, max_site_weight, optimizer_of, rounded
@@ -185,7 +185,7 @@ def _ask(task: Task, parts: _Parts, start: Callable[[int], Accumulator | None]) 
             allowed += 1
         attempt += 1
         if attempt >= allowed:
-            raise _too_few(task, tally, record, federation)
+            raise too_few(task, record, federation)
 
 
 def _attempt(
@@ -217,44 +217,6 @@ def _attempt(
         outcome=None,
     )
     return tally, record
-
-
-def _too_few(task: Task, tally: _Tally, record: RoundRecord, federation: Federation) -> RunFailed:
-    """The error of a round that stayed below its quorum, with the cause if the sites' answers identify one."""
-    answers = {tally.rejected.get(site, "late") for site in record.asked}
-    cause = next((c for c in _CAUSES if answers and answers <= c.codes), None)
-    who = ", ".join(f"{site}: {code}" for site, code in record.missing.items())
-    text = (
-        f"round {task.round}: {len(tally.accepted)} of {federation.min_sites} sites delivered in {federation.round_attempts} "
-        f"attempts{f'; {cause.meaning}' if cause else ''}{f' ({who})' if who else ''}"
-    )
-    return RunFailed(text, hint=cause.hint if cause else _BRING_BACK, code="quorum")
-
-
-_BRING_BACK = "nothing is lost; bring the sites back and resume the run"
-
-
-@dataclass(frozen=True, slots=True)
-class _Cause:
-    """A cause of a failed round: all sites answer with one of ``codes``."""
-
-    codes: frozenset[str]
-    meaning: str
-    hint: str
-
-
-_CAUSES = (
-    _Cause(
-        frozenset({"replayed", "equivocation"}),
-        "every site that was asked has seen later messages of this server: the server's numbers are those of an old backup",
-        "stop the server, run `fedlora server repair HOME RUN --raise-numbers`, then resume the run",
-    ),
-    _Cause(
-        frozenset({StateLost.code, "wrong-round"}),
-        "every site that was asked has done later rounds of this run: the checkpoints here are those of an old backup",
-        "restore newer checkpoints of the run and resume it; without them, export this run or start again under another name",
-    ),
-)
 
 
 def _drawn(at_hand: list[str], plan: Plan, task: Task) -> list[str]:

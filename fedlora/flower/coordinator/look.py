@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedlora.core.codes import REFUSES, policy_key
 from fedlora.core.deployment.status import RunNews, RunState, RunStatus, ServerStatus, SiteStanding
 from fedlora.core.errors import FedLoRAError, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.records import RoundRecord
+from fedlora.core.sites.cures import CURES
 from fedlora.core.sites.standing import Standing
 from fedlora.flower.coordinator.presence import silent_for
 from fedlora.flower.coordinator.progress import Progress, step, told
@@ -146,26 +146,6 @@ def last_line(run: RunStatus) -> str:
 
 # --- sites ----------------------------------------------------------------------------------------------------------------
 
-_CURES = {
-    "plan-not-approved": ("nobody at the site has approved this plan", "it runs `fedlora site approve PLAN`"),
-    "run-not-approved": ("the site has approved one run of this plan only", "it runs `fedlora site approve --again`"),
-    "plan-refused": ("it refuses this plan", "its log says why"),
-    **{
-        code: (f"its {policy_key(code)} does not allow the plan's {key}", "change one of the two")
-        for code, key in REFUSES.items()
-    },
-    "wrong-base": ("its base model has other contents", "compare the digest of `fedlora pin` with the site's"),
-    "model": ("its base model cannot be loaded", "it runs `fedlora check PLAN --site SITE`"),
-    "data": ("its data cannot be used", "it runs `fedlora check PLAN --site SITE`"),
-    "resources": ("its memory or disk is full", "it runs `fedlora check PLAN --site SITE`"),
-    "roster-invalid": ("it has approved another roster, or none", "compare digests by telephone"),
-    "late": ("it gave no answer before the deadline", "it is asked again in the next round"),
-    "site-process": ("its own process does not run, or died", "ask whether `fedlora site up` runs there"),
-    "node-unavailable": ("its connection was lost", "nothing if it comes back within ten minutes"),
-    "quorum": ("too few sites", ""),
-}
-"""Code with which a site answered -> what that site lacks, and the way out."""
-
 
 def _site(site: str, seen: Seen, at: Progress, *, up: bool, live: bool, looked: float, now: float) -> SiteStanding:
     """How a site stands, as far as this server knows it.
@@ -238,7 +218,7 @@ _NOT_ASKED = ("", "not-drawn", "offline")
 
 
 def _degraded(site: str, code: str, where: str) -> SiteStanding:
-    why, cure = _CURES.get(code, (f"it answered {code}", "server/README.md says what that means; its own log says why"))
+    why, cure = CURES.get(code, (f"it answered {code}", "server/README.md says what that means; its own log says why"))
     return _standing(site, "degraded", part="run", cause=code, why=f"{where} was without it: {why} ({code})", cure=cure)
 
 
