@@ -132,6 +132,17 @@ class SideScored(TypedDict):
     """nats a token of the answers"""
     exact: int
     """answers that greedy decoding would give"""
+    accuracy: float | None
+    """share of right labels; this and the next three are null or empty without --labels"""
+    macro_f1: float | None
+    calibration_error: float | None
+    f1: Mapping[str, float | None]
+    """of each label; null: it stands in no row and was not said"""
+    token_f1: float | None
+    """mean over the answers that were written out; this and the next three are null without --generate"""
+    rouge_1: float | None
+    rouge_2: float | None
+    rouge_l: float | None
 
 
 @_exact
@@ -166,6 +177,8 @@ class Evaluation(TypedDict):
     """of the base alone"""
     p: float
     """of McNemar's exact test"""
+    written: int
+    """answers that were written out"""
     shown: list[ShownExample]
 
 

@@ -112,7 +112,7 @@ CASES = {
 BUILDING = {"site approve", "budget reserve"}
 ONLY_READ = {"version", "schema", "explain", "docs", "new plan", "new site", "new simulation", "check", "compare", "inspect",
              "roster show", "server status", "server audit show", "server audit verify"}  # fmt: skip
-WITH_A_MODEL = {"pin", "check", "simulate", "compare-rules", "report", "export", "inspect", "site dry-run", "try"}
+WITH_A_MODEL = {"pin", "check", "simulate", "compare-rules", "report", "export", "inspect", "site dry-run", "try", "evaluate"}
 AUDITED = {"audit run", "audit open", "audit check", "audit rows"}
 """Tried in tests/privacy/test_audit.py and tests/learn/test_audit_rows.py."""
 KEEPING = {"server backup", "server restore"}
@@ -392,6 +392,12 @@ def test_with_a_model_too(tmp_path, capsys):
     assert (done["signed_by"], done["unknown"]) == (None, ["prompt"])
     asked = run("try", tmp_path / "adapter", "--base", base, "--prompt", "3 apples:", "--max-tokens", 4)
     assert (asked["prompt"], 0 < asked["tokens"] <= 4) == ("3 apples:", True)
+    rows = tmp_path / "some.jsonl"
+    rows.write_text('{"prompt": "3 apples:", "completion": "few"}\n{"prompt": "9 apples:", "completion": "many"}\n')
+    words = ["--labels", "few,many", "--generate", 1, "--show", 1]
+    scored = run("evaluate", tmp_path / "adapter", "--base", base, "--on", rows, *words)
+    assert (scored["examples"], scored["written"], len(scored["shown"])) == (2, 1, 1)
+    assert run("evaluate", tmp_path / "adapter", "--base", base, "--on", rows)["adapter"]["accuracy"] is None
     run("export", tmp_path / "runs" / "seed-0", tmp_path / "gguf", "--to", "gguf", "--base", base)
     assert {p.name for p in (tmp_path / "gguf").iterdir()} == {"adapter.gguf", "fedlora_run.json", "SHA256SUMS"}
     validator("fedlora_run.json").validate(json.loads((tmp_path / "adapter" / "fedlora_run.json").read_text()))

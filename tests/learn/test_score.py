@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from fedlora.formats.published.records import Prompt, RunFacts
 from fedlora.learn.bases.digest import base_digest
 from fedlora.learn.evaluate import evaluate
 from fedlora.learn.export import export_adapter
-from fedlora.learn.published import score as scoring
-from fedlora.learn.published.ask import go_on
+from fedlora.learn.published import sides
+from fedlora.learn.published.ask import answers
 from fedlora.learn.published.loaded import load
-from fedlora.learn.published.score import _side, interval, mcnemar, score
+from fedlora.learn.published.score import interval, mcnemar, score
+from fedlora.learn.published.sides import forced
 from fedlora.learn.rows import read_rows, to_tokens
 
 pytestmark = pytest.mark.torch
@@ -68,7 +70,7 @@ def test_both_sides_are_what_the_loop_of_the_rounds_says(published, toy, monkeyp
         assert int(side.right.sum()) == ours.exact
     assert np.abs(found.adapter.nats - found.base.nats).max() > 0.3
     for most in (1, 10**6):
-        monkeypatch.setattr(scoring, "_AT_ONCE", most)
+        monkeypatch.setattr(sides, "_AT_ONCE", most)
         again = score(out, toy, [file], data=SiteData(), report=silent)
         assert np.allclose(again.adapter.nats, found.adapter.nats, rtol=0.02)
 
@@ -86,7 +88,7 @@ def test_an_answer_is_right_if_greedy_decoding_gives_it(published, toy):
             ids = torch.cat([ids, best.indices[None, :1]], dim=1)
         if least < 0.03:
             continue  # bfloat16 may round these two the other way in another batch
-        assert go_on(loaded, ids[:, :prompt], max_tokens=2).tolist() == ids[0, prompt:].tolist()
+        assert answers(loaded, [ids[0, :prompt].tolist()], max_tokens=2) == [ids[0, prompt:].tolist()]
         for wrong in (0, 1):
             given = ids[0].to(torch.int32).numpy()
             given[-1] = (given[-1] + wrong) % 256
@@ -94,9 +96,48 @@ def test_an_answer_is_right_if_greedy_decoding_gives_it(published, toy):
             labels[:prompt] = IGNORE
             examples.append(Tokens(given, labels, n))
     assert len(examples) >= 6
-    assert _side(loaded, examples).right.tolist() == [True, False] * (len(examples) // 2)
+    assert forced(loaded, examples)[1].tolist() == [True, False] * (len(examples) // 2)
     with loaded.model.disable_adapter():
-        assert _side(loaded, examples).right.sum() < len(examples) // 2
+        assert forced(loaded, examples)[1].sum() < len(examples) // 2
+
+
+def test_answers_that_are_written_together_are_those_written_alone(published, toy):
+    """Shorter prompts are filled up on their left, and answers end where they end."""
+    _, _, out, _ = published
+    loaded = load(out, toy)
+    prompts = [loaded.tokenizer("abcxyz"[n] * (3 * n + 1))["input_ids"] for n in range(6)]
+    together = answers(loaded, prompts, max_tokens=4)
+    alone = [answers(loaded, [p], max_tokens=4)[0] for p in prompts]
+    same = sum(a == b for a, b in zip(together, alone, strict=True))
+    assert same >= 4, (together, alone)  # two tokens of a random model are often as likely in bfloat16
+    stop = together[0][0]
+    asked = loaded.prompt.model_copy(update={"stop": (loaded.tokenizer.convert_ids_to_tokens(stop),)})
+    ended = answers(replace(loaded, prompt=asked), prompts, max_tokens=4)
+    assert ended[0] == [stop]
+    assert max(map(len, ended)) > 1  # others go on beside it
+
+
+def test_with_labels_nothing_else_may_be_said(published, toy, tmp_path, capsys):
+    _, _, out, file = published
+    rows = [{"prompt": f"{n} apples:", "completion": " many" if n > 9 else " few"} for n in range(1, 25)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = score(out, toy, [file], data=SiteData(), labels=["few", "many"], report=silent)
+    for side in (found.base, found.adapter):
+        said = side.labeled
+        assert said.truth.tolist() == [0] * 9 + [1] * 15
+        own = said.nats[np.arange(24), said.truth]
+        assert np.allclose(own, side.nats, rtol=0.02)  # the label that is in the row is the row
+        assert said.accuracy == (said.nats.argmin(1) == said.truth).mean()
+    words = ["evaluate", str(out), "--base", str(toy), "--on", str(file)]
+    assert main([*words, "--labels", "few, many", "--generate", "3", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])["data"]
+    assert set(answer["adapter"]["f1"]) == {"few", "many"}
+    assert answer["written"] == 3
+    assert 0 <= answer["base"]["rouge_l"] <= 1
+    assert main([*words, "--labels", "few,lots"]) == 3
+    assert "none of the 2 labels in lines 10, 11, 12" in capsys.readouterr().err
+    assert main([*words, "--labels", "few,few"]) == 3
+    assert "2 to 64 different ones" in capsys.readouterr().err
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12))
@@ -130,7 +171,7 @@ def test_the_command_says_both_sides_and_shows_rows_only_where_it_is_asked_to(pu
     assert "30 examples" in said.out
     assert "p = " in said.out
     assert "zz-" not in said.out + said.err
-    assert main([*words, "--json"]) == 0
+    assert main([*words, "--json", "--generate", "1"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"]["shown"] == []
     assert main([*words, "--show", "30", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])["data"]

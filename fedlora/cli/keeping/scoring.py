@@ -11,7 +11,8 @@ from fedlora.cli.output import Json, Quiet, Screen, emit
 
 if TYPE_CHECKING:
     from fedlora.answers.keeping import Evaluation
-    from fedlora.learn.published.score import Scored, Side
+    from fedlora.learn.published.score import Scored
+    from fedlora.learn.published.sides import Side, Writing
 
 
 def evaluate(
@@ -22,16 +23,22 @@ def evaluate(
         Path | None,
         typer.Option(help="Site file whose [data] says how the rows are read; default: by their columns.", show_default=False),
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="So many examples with both answers, the adapter's worst first.")] = 0,
+    labels: Annotated[
+        str, typer.Option(help="All answers that there can be, by commas: then labels are scored, too.", show_default=False)
+    ] = "",
+    generate: Annotated[int, typer.Option(min=0, help="Write out so many answers, and compare their words.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Print so many examples with both answers.")] = 0,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Compare an adapter with its base on rows at hand, on this machine.
 
-    Loss and exact answers of both, with a 95 % interval and what chance alone would do. Rows are put as they were trained. Give
-    rows that no run has trained on. Nothing is sent or logged; --show prints texts of rows, on this screen only.
+    Loss and exact answers of both, with a 95 % interval and what chance alone would do; with --labels accuracy, F1 and
+    calibration where nothing but a label may be said; with --generate token F1 and ROUGE of written answers, which takes time.
+    Rows are put as they were trained. Give rows that no run has trained on. Nothing is sent or logged; --show prints texts of
+    rows, on this screen only.
 
-    Example: fedlora evaluate adapter --base models/SmolLM2 --on test.jsonl --show 3
+    Example: fedlora evaluate adapter --base models/SmolLM2 --on test.jsonl --labels yes,no --show 3
     """
     from fedlora.core.tables.data import SiteData
     from fedlora.learn.published.score import score
@@ -39,7 +46,8 @@ def evaluate(
 
     data = load_site_file(site).data if site is not None else SiteData()
     with Screen(quiet=quiet, as_json=json) as screen:
-        found = score(adapter, base, on, data=data, show=show, report=screen)
+        words = [label.strip() for label in labels.split(",")] if labels else []
+        found = score(adapter, base, on, data=data, labels=words, write=generate, show=show, report=screen)
     emit(_evaluation(found), [*found.lines(), *_examples(found)], as_json=json)
 
 
@@ -54,20 +62,35 @@ def _examples(found: Scored) -> list[str]:
 def _evaluation(found: Scored) -> Evaluation:
     from fedlora.answers.keeping import Evaluation, ShownExample, SideScored
 
-    def side(one: Side) -> SideScored:
-        return SideScored(nll=found.nll(one), exact=int(one.right.sum()))
+    def side(one: Side, writing: Writing | None) -> SideScored:
+        labeled, w = one.labeled, writing
+        return SideScored(
+            nll=found.nll(one),
+            exact=int(one.right.sum()),
+            accuracy=labeled.accuracy if labeled else None,
+            macro_f1=labeled.macro_f1 if labeled else None,
+            calibration_error=labeled.calibration_error if labeled else None,
+            f1=dict(zip(found.labels, labeled.f1, strict=True)) if labeled else {},
+            token_f1=w.token_f1 if w else None,
+            rouge_1=w.rouge_1 if w else None,
+            rouge_2=w.rouge_2 if w else None,
+            rouge_l=w.rouge_l if w else None,
+        )
+
+    before, after = found.writing or (None, None)
 
     return Evaluation(
         examples=len(found.tokens),
         tokens=int(found.tokens.sum()),
-        base=side(found.base),
-        adapter=side(found.adapter),
+        base=side(found.base, before),
+        adapter=side(found.adapter, after),
         nll_change=found.nll(found.adapter) - found.nll(found.base),
         nll_low=found.interval[0],
         nll_high=found.interval[1],
         gained=found.gained,
         lost=found.lost,
         p=found.p,
+        written=before.examples if before else 0,
         shown=[
             ShownExample(line=s.line, prompt=s.prompt, expected=s.expected, base=s.base, adapter=s.adapter) for s in found.shown
         ],

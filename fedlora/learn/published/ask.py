@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,32 @@ def ask(adapter: Path, base: Path, text: str, *, max_tokens: int) -> tuple[str, 
     """
     loaded = load(adapter, base)
     given = _given(loaded.tokenizer, loaded.prompt, text)
-    ids = loaded.tokenizer(given, return_tensors="pt", add_special_tokens=given == text)["input_ids"]
-    answer = go_on(loaded, ids, max_tokens=max_tokens)
+    ids = loaded.tokenizer(given, add_special_tokens=given == text)["input_ids"]
+    (answer,) = answers(loaded, [ids], max_tokens=max_tokens)
     return given, loaded.tokenizer.decode(answer, skip_special_tokens=True), len(answer)
 
 
-def go_on(loaded: Loaded, ids: torch.Tensor, *, max_tokens: int) -> torch.Tensor:
-    """The most likely tokens after a prompt.
-
-    Args:
-        ids: (1, n) int64, the prompt.
+def answers(loaded: Loaded, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> list[list[int]]:
+    """The most likely tokens after each prompt, all at once.
 
     Returns:
-        (m,) int64, m <= max_tokens, with the token that ends them.
+        For each prompt at most ``max_tokens``, with the token that ends them.
     """
-    ids = ids.to(loaded.model.device)
+    pad, longest = loaded.pad or 0, max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + [*p] for p in prompts], device=loaded.model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=loaded.model.device)
     with torch.inference_mode():
-        out: torch.Tensor = loaded.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
-            eos_token_id=loaded.stops, pad_token_id=loaded.pad,
+        out = loaded.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False,
+            eos_token_id=loaded.stops, pad_token_id=pad,
         )  # fmt: skip
-    return out[0, ids.shape[1] :]
+    return [_to_its_end(row, loaded.stops) for row in out[:, longest:].tolist()]
+
+
+def _to_its_end(row: list[int], stops: Collection[int]) -> list[int]:
+    """Without what fills the row up once it has ended."""
+    end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+    return row[:end]
 
 
 def _given(tokenizer: Any, prompt: Prompt, text: str) -> str:

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fedlora.core.errors import DataError
 from fedlora.core.events import Report
-from fedlora.core.plan import Plan, Training
 from fedlora.core.tables.data import SiteData
-from fedlora.data import IGNORE, Tokens
-from fedlora.learn.published.ask import go_on
-from fedlora.learn.published.loaded import Loaded, load
-from fedlora.learn.rows import read_rows, to_tokens
+from fedlora.learn.published.loaded import load
+from fedlora.learn.published.sides import Side, Writing, examples_of, expected, prompt, side, text
+from fedlora.learn.rows import read_rows
 
-_AT_ONCE: Final = 2048
-"""Tokens of a batch, most: with a vocabulary of 150,000 their logits take 1.2 GB."""
 _DRAWS: Final = 2000
 _SHOWN_CHARS: Final = 300
-_MOST_TOKENS: Final = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One model on n examples.
-
-    Attributes:
-        nats: (n,) float64, loss of each over its supervised tokens.
-        right: (n,) bool, whether greedy decoding would give exactly the answer.
-    """
-
-    nats: NDArray[np.float64]
-    right: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +38,20 @@ class Scored:
 
     Attributes:
         tokens: (n,) int64, supervised tokens of each.
+        labels: names, empty: none were given.
         interval: of the adapter's loss a token minus the base's, 95 %, by drawing examples anew.
         p: of McNemar's exact test: how likely chance alone parts the examples that only one of the two has right as unevenly.
-        shown: those on which the adapter is worst.
+        writing: of base and adapter; None: nothing was written out.
+        shown: the first of those that were written out.
     """
 
     tokens: NDArray[np.int64]
+    labels: tuple[str, ...]
     base: Side
     adapter: Side
     interval: tuple[float, float]
     p: float
+    writing: tuple[Writing, Writing] | None
     shown: tuple[Shown, ...]
 
     @property
@@ -81,9 +64,9 @@ class Scored:
         """Examples that only the base has right."""
         return int((self.base.right & ~self.adapter.right).sum())
 
-    def nll(self, side: Side) -> float:
+    def nll(self, of: Side) -> float:
         """Nats a supervised token."""
-        return math.fsum(side.nats) / int(self.tokens.sum())
+        return math.fsum(of.nats) / int(self.tokens.sum())
 
     def lines(self) -> list[str]:
         """For people."""
@@ -94,75 +77,75 @@ class Scored:
             f"{after - before:+.3f} (95 %: {low:+.3f} to {high:+.3f})",
             f"  exact answers           base {self.base.right.mean():.1%}, with the adapter {self.adapter.right.mean():.1%}: "
             f"{self.gained} only with it, {self.lost} only without (p = {self.p:.2g})",
+            *self._label_lines(),
+            *self._writing_lines(),
         ]
         if n < 20:
             found.append(f"  {n} examples say little")
         return [*found, "Rows that the adapter was trained on say nothing about new ones."]
 
+    def _label_lines(self) -> list[str]:
+        a, b = self.base.labeled, self.adapter.labeled
+        if a is None or b is None:
+            return []
+        rows = [("right label", a.accuracy, b.accuracy), ("macro F1", a.macro_f1, b.macro_f1)]
+        rows += [("calibration error", a.calibration_error, b.calibration_error)]
+        found = [f"  {name:23} base {x:.3f}, with the adapter {y:.3f}" for name, x, y in rows]
+        for i, label in enumerate(self.labels):
+            x, y = (f"{value:.3f}" if value is not None else "-" for value in (a.f1[i], b.f1[i]))
+            found.append(f"    {int((a.truth == i).sum()):5} of {label}: F1 base {x}, with the adapter {y}")
+        return found
 
-def score(adapter: Path, base: Path, rows: Sequence[Path], *, data: SiteData, show: int = 0, report: Report) -> Scored:
+    def _writing_lines(self) -> list[str]:
+        if self.writing is None:
+            return []
+        a, b = self.writing
+        names = (("token F1", "token_f1"), ("ROUGE-1", "rouge_1"), ("ROUGE-2", "rouge_2"), ("ROUGE-L", "rouge_l"))
+        found = [f"  {name:23} base {getattr(a, k):.3f}, with the adapter {getattr(b, k):.3f}" for name, k in names]
+        return [f"  {a.examples} answers written out:", *found]
+
+
+def score(
+    adapter: Path,
+    base: Path,
+    rows: Sequence[Path],
+    *,
+    data: SiteData,
+    labels: Sequence[str] = (),
+    write: int = 0,
+    show: int = 0,
+    report: Report,
+) -> Scored:
     """Scores a published adapter and its base on rows.
 
     Args:
         adapter, base: see :func:`fedlora.learn.published.loaded.load`.
         data: how the rows are read; its paths are not used.
-        show: so many examples with both answers.
+        labels: all answers that there can be; empty: they are texts.
+        write: so many answers are written out, of the first examples.
+        show: so many of them are given back with their prompts.
 
     Raises:
         StoreError, ModelError: see :func:`fedlora.learn.published.loaded.load`.
         DataError: the rows cannot be used.
     """
     loaded = load(adapter, base)
-    training = Training(prompt=loaded.prompt.kind, max_length=loaded.prompt.max_length)
-    found = read_rows(rows, data, report)
-    examples = to_tokens(loaded.tokenizer, found, data, plan=Plan(training=training), report=report)
-    if not examples:
-        raise DataError("no row has an answer to score", hint="the lines above say what was left out, and why")
-    tokens = np.array([int((e.labels != IGNORE).sum()) for e in examples])
-    with loaded.model.disable_adapter():
-        before = _side(loaded, examples)
-    after = _side(loaded, examples)
-    worst = np.argsort(-after.nats / tokens, kind="stable")[:show]
+    asked = examples_of(loaded, read_rows(rows, data, report), data=data, labels=labels, report=report)
+    before, after = (side(loaded, asked, with_adapter=on, write=max(write, show)) for on in (False, True))
+    tokens, spoken = asked.lengths(), [expected(loaded, e) for e in asked.tokens[: max(write, show)]]
     return Scored(
-        tokens, before, after, interval(after.nats - before.nats, tokens), mcnemar(before.right, after.right),
-        tuple(_shown(loaded, examples[i]) for i in worst),
-    )  # fmt: skip
-
-
-def _side(loaded: Loaded, examples: Sequence[Tokens]) -> Side:
-    nats, right = np.zeros(len(examples)), np.zeros(len(examples), bool)
-    for numbers in _batches([len(e.input_ids) for e in examples]):
-        length = max(len(examples[i].input_ids) for i in numbers)
-        ids = torch.full((len(numbers), length), loaded.pad or 0)
-        labels = torch.full((len(numbers), length), IGNORE)
-        for row, i in enumerate(numbers):
-            ids[row, : len(examples[i].input_ids)] = torch.from_numpy(examples[i].input_ids.astype(np.int64))
-            labels[row, : len(examples[i].labels)] = torch.from_numpy(examples[i].labels.astype(np.int64))
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(numbers):
-            mask[row, : len(examples[i].input_ids)] = 1
-        device = loaded.model.device
-        with torch.inference_mode():
-            logits = loaded.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]
-            for row, i in enumerate(numbers):
-                at = labels[row, 1:] != IGNORE
-                wanted, own = labels[row, 1:][at].to(device), logits[row][at.to(device)].float()
-                each = torch.nn.functional.cross_entropy(own, wanted, reduction="none").double().cpu().numpy()
-                nats[i] = math.fsum(each)
-                right[i] = bool((own.argmax(-1) == wanted).all())
-    return Side(nats, right)
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Examples of like length together, no more than _AT_ONCE tokens with what fills them up, one at least."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[i] > _AT_ONCE:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+        tokens,
+        asked.labels,
+        before,
+        after,
+        interval(after.nats - before.nats, tokens),
+        mcnemar(before.right, after.right),
+        (Writing.of(spoken, before.written), Writing.of(spoken, after.written)) if write else None,
+        tuple(
+            Shown(e.line, text(loaded, prompt(e))[-_SHOWN_CHARS:], said, one, other)
+            for e, said, one, other in list(zip(asked.tokens, spoken, before.written, after.written, strict=False))[:show]
+        ),
+    )
 
 
 def interval(differences: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[float, float]:
@@ -187,20 +170,3 @@ def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> float:
     n, few = gained + lost, min(gained, lost)
     tail = sum(math.comb(n, k) for k in range(few + 1))
     return min(1.0, 2 * tail / (1 << n))
-
-
-def _shown(loaded: Loaded, example: Tokens) -> Shown:
-    first = int(np.flatnonzero(example.labels != IGNORE)[0])
-    wanted = example.labels[example.labels != IGNORE]
-    prompt = torch.from_numpy(example.input_ids[:first].astype(np.int64))[None]
-    most, answers = min(2 * len(wanted) + 8, _MOST_TOKENS), []
-    for side in (loaded.model.disable_adapter(), nullcontext()):
-        with side:
-            answers.append(_text(loaded, go_on(loaded, prompt, max_tokens=most).tolist()))
-    end = _text(loaded, example.input_ids[:first].tolist())[-_SHOWN_CHARS:]
-    return Shown(example.line, end, _text(loaded, wanted.tolist()), *answers)
-
-
-def _text(loaded: Loaded, ids: Sequence[int]) -> str:
-    text: str = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-    return text

@@ -1,0 +1,1 @@
+"""What users know a model by: pure functions of what it said."""
