@@ -265,8 +265,8 @@ def _unlike(plan: Plan, told: SumExposure, file: SiteFile, root: Path) -> list[s
 _ROWS = (
     "SUMS OF ONE GROUP DIFFER by what has changed at its sites in between: where the rows of one site alone have, the difference "
     "is the change of that site's update, and after a trial on rows that the server knows, the update itself. That is so between "
-    "two runs and, if a site starts again with other rows, within one: leave the rows as they are as long as this base model is "
-    "used"
+    "two runs and, if a site starts again with other rows, within one: leave the rows, and privacy.canaries, as they are as long "
+    "as this base model is used"
 )
 
 

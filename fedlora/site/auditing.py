@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from fedlora.core.adapter import Adapter
+from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, StateLost, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Data
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.tables.audit import Audit, Score, audited
 from fedlora.core.tables.audited import Opening
+from fedlora.formats.derive import derive
 from fedlora.formats.files import load_adapter, refuse_existing, write_atomic
 from fedlora.formats.records import dump_text
 from fedlora.formats.state.commitment import Planted, load_planted, save_planted
 from fedlora.formats.state.memory import FileMemory, Memory
 from fedlora.privacy.audit import F64, count_right, guesses_each_side
 from fedlora.privacy.planted import Canary, canaries_of, commitment
+from fedlora.protect.secagg.settings import measure
 from fedlora.site.site_file import load_site_file
 
 NOT_WANTED = "privacy.canaries in the site file is false"
@@ -55,13 +57,15 @@ class AuditRuns:
 
     Args:
         memory: durable; holds the seed of each run's canaries.
+        root: 32 bytes that only this site knows, and that stay: its canaries follow from them and from all of a plan that decides
+            what is trained. Canaries drawn anew for each run would make two runs of one plan differ at the sites that plant
+            alone, and the difference of two sums of a group their updates.
         wanted: whether canaries may be mixed in here.
-        entropy: n random bytes.
     """
 
     memory: Memory
+    root: bytes = field(repr=False)
     wanted: bool = True
-    entropy: Callable[[int], bytes] = os.urandom
 
     def plant(self, plan: Plan, run: str, learner: AuditedLearner, *, trained: bool, report: Report) -> None:
         """Mixes this run's canaries into a learner's rows. Their seed and the decision are on the disk when this returns.
@@ -104,7 +108,8 @@ class AuditRuns:
                 why=f"about {audit.expected_rows:g} canary rows are more than {audit.max_rows_share:.0%} of its {learner.rows} "
                 "rows: not auditable at this size"
             )
-        seed, nonce = self.entropy(32), self.entropy(32)
+        of = canonical(measure(plan))
+        seed, nonce = (derive(self.root, label, context=of) for label in ("audit-seed", "audit-nonce"))
         return Planted(seed, nonce, commitment(seed, nonce))
 
     def guesses(self, plan: Plan, run: str, learner: AuditedLearner, adapter: Adapter) -> dict[str, int]:

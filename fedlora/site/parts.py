@@ -11,6 +11,7 @@ from fedlora.core.errors import KeyFileError
 from fedlora.core.events import Report
 from fedlora.core.messages import check_site_name
 from fedlora.core.plan import Plan
+from fedlora.formats.derive import derive
 from fedlora.formats.envelope import Header
 from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.state.journal import REPAIR, Journal
@@ -73,7 +74,7 @@ def site_of(
         models=frozenset(file.models),
         journal=Journal(state / "journal", memory),
         private=PrivateRuns(file.privacy, file.data, watched),
-        audits=AuditRuns(memory, file.privacy.canaries, entropy),
+        audits=AuditRuns(memory, derive(identity.signing.private_bytes_raw(), "site-audits"), file.privacy.canaries),
         report=report,
         approvals=approved,
     )

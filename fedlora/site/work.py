@@ -161,7 +161,7 @@ class Site:
         learner: makes the learner of a plan; called once a run, because it loads the base.
         models: ids of the base models at this site.
         private: what is released about the people behind its rows under plans with [privacy].
-        audits: its part in leakage audits; None: in the journal's memory, with canaries wherever a plan asks for them.
+        audits: its part in leakage audits; None: it takes none.
         report: gets events about progress; they stay at the site.
         approvals: gives what people here have approved so far; called at every task. By default nothing is approved.
         clock: seconds, rising.
@@ -334,11 +334,13 @@ class Site:
 
     @property
     def _audits(self) -> AuditRuns:
-        return self.audits or AuditRuns(self.journal.memory or FileMemory(self.journal.directory / "memory"))
+        if self.audits is not None:
+            return self.audits
+        return AuditRuns(self.journal.memory or FileMemory(self.journal.directory / "memory"), b"", wanted=False)
 
     def _prepare(self, task: Task) -> tuple[Plan, Aggregator, Learner, Adapter]:
         plan = parse_plan(task.plan)
-        key = task.plan_digest if audited(plan) is None else f"{task.plan_digest}/{task.run}"  # each run has its own canaries
+        key = task.plan_digest if audited(plan) is None else f"{task.plan_digest}/{task.run}"  # each run has its own commitment
         if self._ready is None or self._ready[0] != key:
             self._ready = None  # frees the old base before the new one is loaded
             learner = self.learner(plan)

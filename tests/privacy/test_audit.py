@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from protect.secagg.test_federation import START, Federation, secagg_plan
 from raising import raising
@@ -32,6 +33,9 @@ from fedlora.library.leakage import audit_run, check_gate, check_opening, load_a
 from fedlora.privacy.audit import epsilon_bound, largest_bound, membership
 from fedlora.privacy.planted import canaries_of, commitment, fillers
 from fedlora.protect.link import SiteLink
+from fedlora.rounds.server import ServerRun, start_run
+from fedlora.rounds.transport import LocalTransport
+from fedlora.site.auditing import AuditRuns
 from fedlora.site.site_file import SiteFile
 
 SEED = hashlib.sha256(b"a test's seed").digest()
@@ -173,15 +177,72 @@ def federation(path, *, mode="sealed", audit=AUDIT, canaries=True, seeded=True, 
             setattr(one, key, value)
     fed = Federation(path, plan, learners=learners)
     for name, site in fed.sites.items():
-        drawn = known_draws(name) if seeded else site.audits.entropy
-        site.audits = replace(site.audits, wanted=canaries, entropy=drawn)
+        root = hashlib.sha256(name.encode()).digest() if seeded else site.audits.root
+        site.audits = replace(site.audits, wanted=canaries, root=root)
     return fed
 
 
-def known_draws(name):
-    """Of 16 coins fewer than two are heads, or tails, in one stratum of 2,000: a guess is wrong there whatever is known."""
-    count = itertools.count()
-    return lambda n: hashlib.shake_256(f"{name} {next(count)}".encode()).digest(n)
+def planted_by(root, plan, *, rows=100_000, run="r"):
+    """The canaries that a site with this root mixes in, and its commitment."""
+    memory, learner = DictMemory(), Audited(0.0)
+    learner.rows = rows
+    AuditRuns(memory, root).plant(plan, run, learner, trained=False, report=lambda e, f: None)
+    return learner.planted, load_planted(memory, run).commitment
+
+
+NAMED = {"run": {"name": "other"}}
+AGAIN = {"federation": {**Plan().federation.model_dump(), "round_deadline": 77.0, "round_attempts": 2}}
+
+
+@given(
+    st.binary(min_size=32, max_size=32),
+    st.sampled_from([{}, NAMED, AGAIN]),
+    st.sampled_from(["training.learning_rate", "audit.score", "run.seed", "lora.r"]),
+)
+def test_every_run_of_a_plan_has_the_same_canaries_and_no_other_plan_or_site_has(root, name, key):
+    """Drawn anew, they would make two sums of a group differ by the change of the one site that plants."""
+    plan = Plan(audit=AUDIT)
+    again = Plan.model_validate({**plan.model_dump(), **name})
+    assert planted_by(root, again, run="another") == planted_by(root, plan)
+    table, field = key.split(".")
+    value = {"learning_rate": 1.25e-3, "score": "ratio" if plan.audit.score == "loss" else "loss", "seed": 77, "r": 3}[field]
+    facts = plan.model_dump()
+    other = Plan.model_validate({**facts, table: {**facts[table], field: value}})
+    assert planted_by(root, other)[1] != planted_by(root, plan)[1]
+    assert planted_by(root[:-1] + bytes([root[-1] ^ 1]), plan)[1] != planted_by(root, plan)[1]
+
+
+class Shifted(Audited):
+    """What it learns follows from its canaries, too."""
+
+    def train(self, adapter, **task):
+        inside = "".join(c.secret for c in self.planted or () if c.inside)
+        kept, self.target = self.target, self.target + hashlib.sha256(inside.encode()).digest()[0] / 256
+        try:
+            found = super().train(adapter, **task)
+        finally:
+            self.target = kept
+        self.given = [*self.given, (task["round"], adapter.digest(), found.adapter.digest())]
+        return found
+
+    given = ()
+
+
+def test_what_a_site_gives_does_not_follow_from_the_run_where_one_site_alone_plants(tmp_path):
+    """The attack: rows unchanged, one group, a plan for which one site alone is large enough, and two runs of it."""
+    fed = federation(tmp_path, mode="secagg", seeded=False)
+    fed.learners |= {name: Shifted(learner.target) for name, learner in fed.learners.items()}
+    publics, given = {n: fed.keys[n].public for n in fed.sites}, []
+    for run in ("01", "02"):
+        fed.sites = {name: fed.site(name) for name in fed.sites}  # started again
+        for name, learner in fed.learners.items():
+            learner.rows, learner.planted, learner.given = 100_000 if name == "c" else 10, None, ()
+        store = start_run(tmp_path / run, fed.plan, START, run=run * 32)
+        at = ServerRun(store, fed.keys["server"], publics, fed.roster, lambda e, f: None)
+        at.run(LocalTransport(dict.fromkeys(fed.sites, fed.handle)))
+        assert [name for name, learner in fed.learners.items() if learner.planted] == ["c"]
+        given.append({name: learner.given[0] for name, learner in fed.learners.items()})  # of round 1: from one adapter
+    assert given[0] == given[1]
 
 
 def seed_of(fed, name):
@@ -741,13 +802,11 @@ def test_canaries_and_commitment_are_those_of_the_format():
 
 def test_under_privacy_a_sites_own_number_of_rows_decides_nothing():
     """Whether it takes part is seen by others."""
-    from fedlora.site.auditing import AuditRuns
-
     private = Plan(audit=AUDIT, privacy={}, **PRIVATE)
     for plan, takes_part in ((private, True), (Plan(audit=AUDIT), False)):
         memory, learner = DictMemory(), Audited(0.0)
         learner.rows = 1
-        AuditRuns(memory).plant(plan, "r", learner, trained=False, report=lambda e, f: None)
+        AuditRuns(memory, bytes(32)).plant(plan, "r", learner, trained=False, report=lambda e, f: None)
         assert bool(load_planted(memory, "r").seed) == takes_part
 
 
