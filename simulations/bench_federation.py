@@ -219,7 +219,7 @@ class Deployment:
 
     def processes(self) -> Iterator[tuple[str, int]]:
         """(what it is, its number) of each process of the deployment."""
-        words = {".gateway": "gateway", ".server_app": "server app", ".executor": "executor", "flower-superlink": "relay"}
+        words = {".gateway": "gateway", ".server_app": "server app", ".executor": "executor", ".superlink": "relay"}
         for name, process in self.running.items():
             yield ("server up" if name == "server" else name), process.pid
             for pid, argv in descendants(process.pid).items():

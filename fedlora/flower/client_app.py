@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from flwr.clientapp import ClientApp
-
 from fedlora.core.errors import PlanRefused
+from fedlora.flower.libraries import ClientApp
 
 
 class _Refuses(ClientApp):  # type: ignore[misc]  # flwr is untyped here

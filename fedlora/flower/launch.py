@@ -6,20 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.core.errors import ConfigError
 from fedlora.gateway.addresses import LOOPBACK
-
-
-def executable(name: str) -> str:
-    """Path of a console script in this Python environment; PATH is not searched.
-
-    Raises:
-        ConfigError: it does not exist.
-    """
-    path = Path(sys.executable).parent / name
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing", hint="install FedLoRA with pip into one environment: pip install fedlora")
-    return str(path)
 
 
 def _module(name: str, package: str = "flower") -> list[str]:
@@ -30,7 +17,7 @@ def _module(name: str, package: str = "flower") -> list[str]:
 def superlink(port: int, *, tls: Path, database: Path, secret: Path) -> list[str]:
     """Flower's relay, on loopback: its one port also carries the Control API, which needs no password."""
     return [
-        executable("flower-superlink"),
+        *_module("superlink"),
         *("--host", LOOPBACK, "--port", str(port)),
         *("--ssl-ca-certfile", str(tls / "ca.crt"), "--ssl-certfile", str(tls / "server.crt")),
         *("--ssl-keyfile", str(tls / "server.key"), "--enable-supernode-auth", "--database", str(database)),

@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-
 from fedlora.core.errors import Oversized, WireError
 from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import BROKEN, TOO_LARGE
+from fedlora.flower.libraries import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 STYPE = "fedlora.sealed.v1"
 SMALL_BYTES = 1 << 16

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from flwr.app import Message
-
 from fedlora.core.errors import ConnectionFailed, FedLoRAError, Oversized
 from fedlora.core.messages import Reply, Request
 from fedlora.flower._internals import Claimer, TaskClient, WrongSecret
 from fedlora.flower.bundle import BUNDLE_SHA256
+from fedlora.flower.libraries import Message
 from fedlora.flower.records import dump_reply, flower_error, parse_request
 from fedlora.gateway.addresses import LOOPBACK
 from fedlora.processes.memory import give_back

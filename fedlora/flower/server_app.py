@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from flwr.serverapp import ServerApp
-
 from fedlora.core.errors import FedLoRAError, PlanRefused
 from fedlora.core.events import Report
 from fedlora.flower._internals import Control, TaskClient
@@ -22,6 +20,7 @@ from fedlora.flower.control import nodes_by_site
 from fedlora.flower.coordinator.absences import Absences
 from fedlora.flower.coordinator.runs import between_rounds
 from fedlora.flower.jobs import Events, Outcome, full, load_job, save_outcome
+from fedlora.flower.libraries import ServerApp
 from fedlora.flower.transport import Channel, FlowerTransport
 from fedlora.gateway.addresses import LOOPBACK
 from fedlora.gateway.allowance import Allowance

@@ -9,10 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flwr.app import Array, Message
-
 from fedlora.core.errors import ConnectionFailed, Oversized, WireError
 from fedlora.core.messages import Reply, Request
+from fedlora.flower.libraries import Array, Message
 from fedlora.flower.records import blob_of, dump_request, flower_error, parse_reply
 from fedlora.gateway.allowance import Allowance
 

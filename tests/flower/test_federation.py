@@ -323,7 +323,7 @@ def test_the_runner_outlives_its_supernode(federation):
 def test_an_exchange_outlives_the_death_of_the_relay(federation):
     with own_run(federation, bundle=bundle_bytes()) as client:
         replies = transport_of(federation, client).exchange([Request("alpha", "train", b"x", BLOB_BYTES)], deadline_s=120)
-        os.kill(pid_of(federation.server.process.pid, "flower-superlink"), signal.SIGKILL)
+        os.kill(pid_of(federation.server.process.pid, ".superlink"), signal.SIGKILL)
         (reply,) = replies
     assert reply == Reply("alpha", blob(f"alpha {hashlib.sha256(b'x').hexdigest()}"))
 

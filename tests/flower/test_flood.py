@@ -283,13 +283,13 @@ SMALL = {"alpha": DUE, "beta": DUE}
 @pytest.mark.parametrize("size", [64 * MIB, *(pytest.param(n, marks=pytest.mark.long) for n in (2 * MIB, 500_000))])
 def test_a_long_reply_is_refused_by_its_length_and_stored_nowhere(server, size):
     rounds(server, f"rounds-warm-{size}", [SMALL])
-    relay = memory(server, "flower-superlink")
+    relay = memory(server, ".superlink")
     took, replies = rounds(server, f"rounds-long-{size}", [{**SMALL, "alpha": size}, SMALL, SMALL])
     assert [r for r in replies if r[1] == "beta"] == [(n, "beta", "") for n in range(3)]
     alpha = [error for _, site, error in replies if site == "alpha"]  # what it still pushes may cost it the next one, too
     assert (alpha[0], alpha[2]) == ("oversized", "")
     assert max(took) < 50
-    assert memory(server, "flower-superlink") - relay < 8 * MIB
+    assert memory(server, ".superlink") - relay < 8 * MIB
     assert sum(p.stat().st_size for p in (server.home / "flower").glob("state.db*")) < 8 * MIB
 
 

@@ -124,7 +124,7 @@ def test_no_command_line_is_insecure_or_holds_more_than_paths_and_numbers():
 
 def test_flower_itself_reads_these_command_lines_as_closed():
     relay, _, _, node = argvs()
-    link = _parse_args_run_superlink().parse_args(relay[1:])
+    link = _parse_args_run_superlink().parse_args(relay[4:])
     assert (link.host, link.insecure, link.enable_supernode_auth, link.isolation) == ("127.0.0.1", False, True, "process")
     assert link.superexec_auth_secret_file == str(HOME / "superexec.secret")
     assert link.runtime_dependency_install is False

@@ -8,14 +8,17 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import httpx
-from flwr.supercore import heartbeat
-from flwr.supercore.retry import http_retry
-from flwr.supernode import fleet_http_connection as connection
-from flwr.supernode import node_auth_http_interceptor as auth
-from flwr.supernode import start_client_internal as loop
-from flwr.supernode.cli.flower_supernode import flower_supernode
 
 from fedlora.gateway.calls import CALL, TIME, sign_call
+from fedlora.processes.imports import without_collecting
+
+with without_collecting():
+    from flwr.supercore import heartbeat
+    from flwr.supercore.retry import http_retry
+    from flwr.supernode import fleet_http_connection as connection
+    from flwr.supernode import node_auth_http_interceptor as auth
+    from flwr.supernode import start_client_internal as loop
+    from flwr.supernode.cli.flower_supernode import flower_supernode
 
 _LONGEST_RETRY_S = 5  # Flower's 20 s keep a site out of a round that a server which is back has begun
 

@@ -5,20 +5,19 @@ bitsandbytes decorates its fallbacks with ``torch.compile``, which loads the com
 on a CPU) then compile themselves by the machine's C++ compiler, if it has one: minutes, and bits that depend on it. Here they run
 as they are written. Once bitsandbytes is there, ``torch.compile`` is torch's own again.
 
-Python's search for garbage is off while they are imported, and at the process's end it is told that there is nothing to find:
-both times it walks through thousands of modules, 2.0 of 6.6 seconds of processor time of a process that does no more
-(simulations/LOG.md).
+Python's search for garbage is off while they are imported, and at the process's end: 2.0 of 6.6 seconds of processor time of a
+process that does no more (simulations/LOG.md).
 """
 
 from __future__ import annotations
 
-import atexit
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from fedlora.processes.imports import without_collecting
 
 
 @contextmanager
@@ -33,21 +32,8 @@ def _without_compiler() -> Iterator[None]:
         torch.compile = own
 
 
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    own = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if own:
-            gc.enable()
-
-
-with _without_collecting():
+with without_collecting():
     with _without_compiler():
         import bitsandbytes as bitsandbytes
 
     import peft as peft  # it imports bitsandbytes
-
-atexit.register(gc.freeze)  # at the end only: what is frozen earlier is never freed, a notebook's own models too
