@@ -253,18 +253,21 @@ def rule_of_the_example():
 
 
 @pytest.mark.torch
-def test_the_rule_of_the_example_runs_from_a_file_beside_a_built_in_one(plan, tmp_path):
-    (tmp_path / "agreed.py").write_text(rule_of_the_example())
-    words = ["simulate", plan, "--set", "aggregate.name=fedavg,agreed", "--out", tmp_path / "out", "-q"]
-    refused = fedlora(*words)
-    assert refused.returncode == 3
-    assert "no rule is called 'agreed'" in refused.stderr
-    assert "--rule FILE.py" in refused.stderr
-    proximal = fedlora("check", write(tmp_path / "prox.toml", 'aggregate.name = "fedprox"'))
-    assert "training.proximal_mu" in proximal.stderr
-    done = fedlora(*words, "--rule", tmp_path / "agreed.py")  # the next test's is one that two processes load
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "aggregate.name=agreed" in done.stdout
+def test_the_rule_of_the_example_runs_from_a_file_beside_a_built_in_one(plan, tmp_path, capsys):
+    words = ["simulate", str(plan), "--set", "aggregate.name=fedavg,agreed", "--out", str(tmp_path / "out"), "-q"]
+    assert main(words) == 3
+    refused = capsys.readouterr().err
+    assert "no rule is called 'agreed'" in refused
+    assert "--rule FILE.py" in refused
+    main(["check", str(write(tmp_path / "prox.toml", 'aggregate.name = "fedprox"'))])
+    assert "training.proximal_mu" in capsys.readouterr().err
+    try:
+        assert main([*words, "--rule", str(write(tmp_path / "agreed.py", rule_of_the_example()))]) == 0
+    finally:
+        RULES.forget("agreed")  # the next test's is one that two processes load
+    done = capsys.readouterr()
+    assert done.err == ""
+    assert "aggregate.name=agreed" in done.out
 
 
 @pytest.mark.torch
