@@ -151,6 +151,7 @@ def test_real_flower_processes_give_the_simulated_bits_although_the_power_fails(
 
 @pytest.mark.torch
 @pytest.mark.flower
+@pytest.mark.long  # with privacy besides: test_shared_simulation.py
 def test_under_secure_aggregation_real_processes_give_the_simulated_bits(tmp_path):
     """The rounding's noise is a secret of each site; a rehearsal has the simulation's keys and run."""
     plan = tmp_path / "toy.toml"
