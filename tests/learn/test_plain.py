@@ -14,19 +14,11 @@ from learn.plainly import rounds
 
 pytestmark = pytest.mark.torch
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = (
-    "test_arithmetic",
-    "test_base",
-    "test_clipped",
-    "test_evaluate",
-    "test_forward",
-    "test_learner",
-    "test_loop",
-    "test_lora",
-    "test_private",
-    "test_rules",
-)
-"""What does not ask for anything of ``learn/fast`` by name."""
+ASKING = ("test_base", "test_learner", "test_loop", "test_lora", "test_rules")
+"""The tests of what looks for ``learn/fast``, and does something else without it."""
+
+OTHERS = ("test_arithmetic", "test_clipped", "test_evaluate", "test_forward", "test_private")
+"""What does not look for it: in all other runs of these tests it is the same code."""
 
 SMALL = {"training": {"max_length": 64, "per_device_train_batch_size": 4}, "federation": {"local_steps": 2, "num_rounds": 2}}
 PLAIN = {**SMALL, "model": {"dtype": "float32", "load_in_4bit": False}}
@@ -55,8 +47,9 @@ def run(tree: Path, *argv: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_the_tests_of_training_pass_without_the_folder(bare: Path):
-    files = [f"tests/learn/{name}.py" for name in TRAINING]
+@pytest.mark.parametrize("names", [ASKING, pytest.param(OTHERS, marks=pytest.mark.long)], ids=["asking", "others"])
+def test_the_tests_of_training_pass_without_the_folder(bare: Path, names: tuple[str, ...]):
+    files = [f"tests/learn/{name}.py" for name in names]
     out = run(bare, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not long and not mutant", *files)
     assert " passed" in out
 
