@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -39,6 +40,17 @@ _PASSED: dict[str, bool] = {}  # test -> whether all its cases passed
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tables", action="store_true", help="write the tables of attacks and faults from this run's results")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """No search for garbage among the modules and the tests, neither now nor later: they are there until the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
