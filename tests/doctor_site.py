@@ -52,7 +52,7 @@ def gateway(home: Path, *, host: str = "127.0.0.1") -> Iterator[str]:
     threading.Thread(target=relay.serve_forever, daemon=True).start()
     listen, parent = f"{host}:{free_port()}", os.getpid()
     argv = launch.gateway(
-        listen, superlink_port=relay.server_port, home=home, body_limit_bytes=1 << 20, timeout_s=5, connections=32
+        listen, superlink_port=relay.server_port, home=home, body_limit_bytes=1 << 20, timeout_s=5, strangers=16
     )
     child = subprocess.Popen(
         argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,

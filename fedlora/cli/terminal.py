@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO, cast
 
+from fedlora.core.columns import columns as width
+from fedlora.core.columns import fitting
 from fedlora.core.errors import plain
 
 
@@ -28,31 +30,17 @@ def wrapped(line: str, columns: int, *, at: int = 0) -> str:
     width; all characters but spaces stay, in order.
 
     Args:
-        line: printable characters. One beyond ASCII counts as two columns: no terminal takes more for it, and many take as much
-            for one that is narrow, combines or is ambiguous elsewhere.
+        line: printable characters, as wide as :func:`fedlora.core.columns.columns` says.
         columns: width, 20 at least.
         at: columns that are taken already in the line's first row.
     """
     lines, indent = [], " " * min(len(line) - len(line.lstrip(" ")) + 4, columns // 2)
-    while (end := _fit(line, columns - at)) < len(line):
+    while (end := fitting(line, columns - at)) < len(line):
         cut = line.rfind(" ", 0, end + 1)
         cut = cut if line[: max(cut, 0)].strip() else end
         lines.append(line[:cut])
         line, at = indent + line[cut:].lstrip(" "), 0
     return "\n".join([*lines, line])
-
-
-def _columns(text: str) -> int:
-    return sum(1 if c.isascii() else 2 for c in text)
-
-
-def _fit(line: str, columns: int) -> int:
-    """Number of characters that fit."""
-    for number, c in enumerate(line):
-        columns -= _columns(c)
-        if columns < 0:
-            return number
-    return len(line)
 
 
 def fitted(text: str, stream: TextIO, *, at: int = 0) -> str:
@@ -106,7 +94,7 @@ class Guarded:
             said = fitted(part if self._at else f"  {part}", self.behind, at=self._at)
             self.behind.write(said + "\n" * line.endswith("\n"))
             last = said.rpartition("\n")[2]
-            self._at = 0 if line.endswith("\n") else _columns(last) + (self._at if last == said else 0)
+            self._at = 0 if line.endswith("\n") else width(last) + (self._at if last == said else 0)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -31,13 +31,13 @@ def executor(home: Path, *, superlink_port: int, command: Sequence[str] = ()) ->
 
 
 def gateway(
-    listen: str, *, superlink_port: int, home: Path, body_limit_bytes: int, timeout_s: float, connections: int
+    listen: str, *, superlink_port: int, home: Path, body_limit_bytes: int, timeout_s: float, strangers: int
 ) -> list[str]:
     """The public port. It reads ``tls``, ``sites`` and ``flower/due.json`` in ``home``, and writes ``flower/refused.json``."""
     return [
         *_module("app", "gateway"),
         *("--listen", listen, "--superlink-port", str(superlink_port), "--home", str(home)),
-        *("--body-limit-bytes", str(body_limit_bytes), "--timeout-s", str(timeout_s), "--connections", str(connections)),
+        *("--body-limit-bytes", str(body_limit_bytes), "--timeout-s", str(timeout_s), "--strangers", str(strangers)),
     ]
 
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError, KeyFileError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Listening, Process, SiteRefused
+from fedlora.core.limits import MAX_SITES
 from fedlora.core.sites.facts import SiteAsks
 from fedlora.flower import launch
 from fedlora.flower._internals import Control
@@ -29,9 +30,11 @@ from fedlora.formats.state.audit import note, note_changes
 from fedlora.formats.state.lock import hold
 from fedlora.gateway.addresses import LOOPBACK, split_address
 from fedlora.gateway.certificates import certificate_hosts, check_tls, load_node_keys
+from fedlora.gateway.connections import open_files
 from fedlora.gateway.doors import Notice, key_name, parse_notice
 from fedlora.gateway.exposure import check_loopback, check_public, dialled, free_port, healthy
 from fedlora.gateway.invitations import Invitations, waiting
+from fedlora.processes.files import allow_open_files
 from fedlora.processes.supervisor import Service, Supervisor, signals
 from fedlora.rounds.server import delete_old_keys
 
@@ -50,7 +53,7 @@ def up(
     hosts: Sequence[str] = (),
     stop: threading.Event | None = None,
     timeout_s: float = 120.0,
-    connections: int = 512,
+    strangers: int = 256,
     executor: Sequence[str] = (),
     page: bool = False,
     monitor: int | None = None,
@@ -68,7 +71,7 @@ def up(
         hosts: names and addresses that sites dial; the certificate must cover them.
         stop: set it to stop from another thread.
         timeout_s: for one HTTP call, seconds.
-        connections: most connections at a time.
+        strangers: most connections at a time of all callers that are not enrolled; each enrolled site has its own.
         executor: command line in place of :mod:`fedlora.flower.executor`, given home and port as that one is.
         page: write ``runs/NAME/report.html`` again whenever a round is done.
         monitor: loopback port for ``/healthz``, ``/readyz``, ``/metrics`` and the page; None: none; 0: any free one.
@@ -79,11 +82,14 @@ def up(
         KeyFileError: a key file is missing or malformed.
         ConnectionFailed: a process does not start, or the server would be open (``exposed``).
         NotInstalled: ``page`` needs ``fedlora[report]``.
+        ResourceError: this system allows fewer open files than so many sites need.
     """
     _check_free(listen)
     home = home.resolve()
-    load_node_keys(home / "sites")  # a bad file is found before anything starts
+    enrolled = len(load_node_keys(home / "sites"))  # a bad file is found before anything starts
     _check_files(home, hosts)
+    most = open_files(MAX_SITES, strangers=strangers)  # sites are enrolled while the server is up
+    allow_open_files(open_files(enrolled, strangers=strangers), at_most=most, whose=f"a server of {enrolled} sites")
     stop = stop or threading.Event()
     with hold(home / "flower", what="fedlora server up"), signals(stop.set):
         port, heard = free_port(), SimpleQueue[Notice]()
@@ -93,7 +99,7 @@ def up(
             home=home,
             body_limit_bytes=body_limit_bytes,
             timeout_s=timeout_s,
-            connections=connections,
+            strangers=strangers,
         )
         services = _services(home, port, gateway=gateway, public=listen, executor=executor, heard=heard)
         pages = Pages(home, report) if page else None

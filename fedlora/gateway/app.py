@@ -31,7 +31,7 @@ from fedlora.gateway.allowance import Quota
 from fedlora.gateway.bodies import Gone, Header, Receive, Stop, end_to_end, small, stated, timed, verified
 from fedlora.gateway.calls import Caller, Callers, Refused
 from fedlora.gateway.certificates import authority_digest
-from fedlora.gateway.connections import Client, ConnectionSlots, listen, protocol
+from fedlora.gateway.connections import SITE_CONNECTIONS, Client, ConnectionSlots, listen, protocol
 from fedlora.gateway.doors import NodeWatch
 from fedlora.gateway.invitations import JOIN, Invitations, answer_join
 from fedlora.gateway.limits import Buckets
@@ -69,7 +69,7 @@ _WHOLE_BYTES = 1 << 16  # up to this a body is read and compared before the Supe
 
 _STRANGER_RATE, _STRANGER_BURST, _LONGEST_S = 20.0, 60.0, 15.0  # answers a second to an address's unsigned calls; longest wait
 _SITE_RATE, _SITE_BURST, _SITE_WAIT_S = 50.0, 500.0, 10.0  # a site makes four calls a second, and one for each chunk
-_SITE_CALLS = 32  # of one site at a time
+_SITE_CALLS = SITE_CONNECTIONS  # of one site at a time: those of connections that were cut may go on at the SuperLink
 _HEALTH_S = 1.0
 
 NOT_ENROLLED = b'{"code": 2004, "public_message": "Failed to activate SuperNode.", "public_details": null}'
@@ -336,13 +336,14 @@ async def _lifespan(receive: Receive, send: Send) -> None:
             return
 
 
-def upstream_client(port: int, *, ca: Path, timeout_s: float, connections: int) -> httpx.AsyncClient:
-    """A client for the SuperLink on loopback that believes our authority only, and no proxy setting."""
+def upstream_client(port: int, *, ca: Path, timeout_s: float) -> httpx.AsyncClient:
+    """A client for the SuperLink on loopback that believes our authority only, and no proxy setting. It has no limit of its own:
+    one over all sites would let some of them take others' calls."""
     return httpx.AsyncClient(
         base_url=f"https://{LOOPBACK}:{port}",
         verify=ssl.create_default_context(cafile=str(ca)),
         timeout=timeout_s,
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
         trust_env=False,
         follow_redirects=False,
     )
@@ -356,14 +357,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--body-limit-bytes", type=int, required=True)
     parser.add_argument("--timeout-s", type=float, required=True)
-    parser.add_argument("--connections", type=int, required=True)
+    parser.add_argument("--strangers", type=int, required=True)
     args = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     host, port = split_address(args.listen)
-    upstream = upstream_client(
-        args.superlink_port, ca=args.home / "tls" / "ca.crt", timeout_s=args.timeout_s, connections=args.connections
-    )
-    guests = ConnectionSlots(max(args.connections // 2, 1))
+    upstream = upstream_client(args.superlink_port, ca=args.home / "tls" / "ca.crt", timeout_s=args.timeout_s)
+    guests = ConnectionSlots(args.strangers)
     app = Gateway(
         upstream,
         callers=Callers(args.home / "sites", time.time, time.time(), authority_digest(args.home / "tls" / "ca.crt")),
@@ -384,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        limit_concurrency=args.connections,
+        limit_concurrency=None,  # one over all would let strangers take sites' places: guests has the limits
         timeout_keep_alive=75,
         timeout_graceful_shutdown=3,
         ssl_certfile=str(args.home / "tls" / "server.crt"),

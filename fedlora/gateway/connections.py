@@ -1,4 +1,8 @@
-"""Limits on the gateway's connections: who may open one, how long it may be idle, which one is cut when places run out."""
+"""Limits on the gateway's connections: who may open one, how long it may be idle, which one is cut when places run out.
+
+There is no limit over all of them: each enrolled site has its own places and all strangers together have theirs, so that nobody's
+connections take anything from a site's. What that comes to is :func:`open_files`.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,21 @@ from fedlora.gateway.limits import Buckets
 log = logging.getLogger("fedlora.gateway")
 
 _HEAD_S = 20.0  # from a connection's opening, or a call's first byte, to the end of its head; and for TLS before it
-_SITE_CONNECTIONS = 64  # of one site
 _OPEN_RATE, _OPEN_BURST, _OPEN_WAIT_S = 100.0, 400.0, 2.0  # connections that one address opens; the TLS of one takes 1 to 2 ms
 _BACKLOG = 2048
+_OWN_FILES = 128  # of the process itself: logs, files that are read, the listening socket
+
+SITE_CONNECTIONS = 8
+"""Connections of one site at a time. A SuperNode has one while it waits and three at most in a round (two bodies, and its
+heartbeat); after a restart or a change of the network those of before may look open for a minute."""
 
 Client = tuple[str, int]
+
+
+def open_files(sites: int, *, strangers: int) -> int:
+    """Most files that the gateway has open at a time: each connection of a site may have one to the SuperLink, and as many
+    strangers as have a place may wait for TLS."""
+    return _OWN_FILES + 2 * strangers + 2 * SITE_CONNECTIONS * sites
 
 
 class _Connection(Protocol):
@@ -36,12 +50,14 @@ class _Connection(Protocol):
 class ConnectionSlots:
     """The open connections: a connection is a stranger's until its first signed call, then a site's.
 
-    Half of all places are for strangers. When these are full, the oldest connection of the address with the most is cut. A site
-    makes a call right after its handshake, so that sites get in beside a flood from their own address. Only a firewall helps
-    against an attacker with many addresses.
+    When the strangers' places are full, the oldest connection of the address with the most is cut. A site makes a call right
+    after its handshake, so that sites get in beside a flood from their own address. Only a firewall helps against an attacker
+    with many addresses. Of a site that has more connections than it may, the one whose last call began longest ago is cut.
+
+    Law: whatever comes from strangers and from other sites, no connection of a site is cut that has at most ``SITE_CONNECTIONS``.
 
     Args:
-        places: for strangers.
+        places: for all strangers together.
     """
 
     places: int
@@ -66,15 +82,18 @@ class ConnectionSlots:
         return client in self._of
 
     def known(self, client: Client, site: str) -> None:
-        """Marks the connection as a site's."""
+        """Marks the connection as a site's, with a call that begins now."""
         one = self._of.get(client)
-        if one is None or one in self._sites.get(site, {}):
+        if one is None:
             return
         self._forget(self._strangers, client[0], one)
         own = self._sites.setdefault(site, {})
+        own.pop(one, None)
         own[one] = None
-        if len(own) > _SITE_CONNECTIONS:
-            next(iter(own)).cut()
+        if len(own) > SITE_CONNECTIONS:
+            oldest = next(iter(own))
+            del own[oldest]
+            oldest.cut()
 
     def go(self, client: Client) -> None:
         """Removes a closed connection."""
@@ -142,6 +161,21 @@ def protocol(guests: ConnectionSlots) -> type[_Impatient]:
 
 
 @dataclass(slots=True, eq=False)
+class _Waiting:
+    """A socket that waits for its turn before TLS."""
+
+    accepted: socket.socket
+    turn: asyncio.TimerHandle | None = None
+
+    def cut(self) -> None:
+        """Resets it: nothing stays behind."""
+        if self.turn is not None:
+            self.turn.cancel()
+        self.accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.accepted.close()
+
+
+@dataclass(slots=True, eq=False)
 class _Handshake:
     task: asyncio.Task[None]
 
@@ -156,6 +190,7 @@ class _Porch:
         self, listening: socket.socket, make: Callable[[], asyncio.Protocol], *, guests: ConnectionSlots, context: ssl.SSLContext
     ) -> None:
         self._listening, self._make, self._guests, self._context = listening, make, guests, context
+        self._queue = ConnectionSlots(guests.places)
         self._turns = Buckets(_OPEN_RATE, _OPEN_BURST, 2 * _OPEN_WAIT_S, time.monotonic)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -168,16 +203,17 @@ class _Porch:
             except OSError:  # no descriptor left: some will come back
                 await asyncio.sleep(0.1)
                 continue
-            turn = self._turns.of(client[0])
+            turn, waiting = self._turns.of(client[0]), _Waiting(one)
             wait_s = turn.wait_s()
             if wait_s > _OPEN_WAIT_S:
                 turn.put_back()
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset: nothing stays behind
-                one.close()
+                waiting.cut()
             else:
-                self._loop.call_later(wait_s, self._let_in, one, (client[0], client[1]))
+                waiting.turn = self._loop.call_later(wait_s, self._let_in, one, (client[0], client[1]))
+                self._queue.come(waiting, (client[0], client[1]))
 
     def _let_in(self, one: socket.socket, client: Client) -> None:
+        self._queue.go(client)
         task = self._loop.create_task(self._shake(one, client))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

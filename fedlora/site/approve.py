@@ -13,6 +13,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from fedlora.answers import Approved
+from fedlora.core.columns import shortened
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange, plain
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
@@ -37,7 +38,8 @@ def in_words(plan: Plan) -> dict[str, str]:
     optimizer = "" if plan.server_optimizer.name == "none" else f", server optimizer {plan.server_optimizer.name}"
     words = {
         "name": f"{plan.run.name}, seed {plan.run.seed}",
-        "base model": f"{m.model_name_or_path} at {m.revision}, loaded in {bits}, content {m.digest[:16] or 'not pinned'}",
+        "base model": f"{_shown(m.model_name_or_path, 200)} at {_shown(m.revision, 200)}, loaded in {bits}, "
+        f"content {m.digest[:16] or 'not pinned'}",
         "adapter": f"rank {plan.lora.r}, alpha {plan.lora.lora_alpha}, on {_listed(plan.lora.target_modules)}",
         "training": f"{f.num_rounds} rounds of {work}, learning rate {t.learning_rate:g}, rows of {t.max_length} tokens",
         "sites": f"at least {f.min_sites} in a round",
@@ -71,7 +73,29 @@ def _listed(names: str | Sequence[str]) -> str:
     if isinstance(names, str):
         return names
     more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return ", ".join(name[:60] for name in names[:_MOST]) + more or "none"
+    return ", ".join(_shown(name) for name in names[:_MOST]) + more or "none"
+
+
+def _shown(value: object, most: int = 60) -> str:
+    """What a plan says, in so many columns at most once it is spelled out."""
+    return shortened(plain(value), most)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key that has another value than in the plan that was approved last, with both values, printable."""
+
+    key: str
+    was: str
+    now: str
+
+    def whole(self) -> str:
+        """For a program."""
+        return f"{self.key}: {self.was} -> {self.now}"
+
+    def brief(self) -> str:
+        """For a person: each value is cut by itself, so that a long one leaves room for the other."""
+        return f"{_shown(self.key)}: {_shown(self.was, 80)} -> {_shown(self.now, 80)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +105,7 @@ class Question:
     Attributes:
         words: see :func:`in_words`.
         last: the same for the plan that was approved last; empty if there is none.
-        changed: keys with other values than in that plan, with both values.
+        changed: what is not as in that plan.
         refusals: reasons why this site would refuse the plan: its policy, and its earlier contributions.
         approved: entries for this plan in the site file.
         begun: runs of it that this site has taken part in.
@@ -94,7 +118,7 @@ class Question:
     digest: str
     words: Mapping[str, str]
     last: Mapping[str, str]
-    changed: Sequence[str]
+    changed: Sequence[Change]
     refusals: Sequence[str]
     approved: int
     begun: int
@@ -109,7 +133,7 @@ class Question:
             plan=self.digest,
             asks=dict(self.words),
             last=dict(self.last),
-            changed=list(self.changed),
+            changed=[one.whole() for one in self.changed],
             refusals=list(self.refusals),
             begun=self.begun,
             uncovers=list(self.named),
@@ -121,8 +145,7 @@ class Question:
     def lines(self, *, again: bool) -> list[str]:
         """For a person, in sentences."""
         width = max(map(len, self.words))
-        keys = [f"  {line[:300]}" for line in self.changed]
-        keys = _few(keys, "  and {} more: compare the files")
+        keys = _few([f"  {one.brief()}" for one in self.changed], "  and {} more: compare the files")
         out = ["keys with other values than in the plan that was approved last:", *keys] if keys else []
         out.append(f"plan {self.digest}")
         for topic, sentence in self.words.items():
@@ -158,7 +181,7 @@ class Question:
         if self.named:
             out.append(f"YOU AGREE that its sums, compared with earlier ones, may reveal the update of {_listed(self.named)}")
         if left:
-            words = _few([f"--uncovers {name[:60]}" for name in left], "and {} more (all names: --json)")
+            words = _few([f"--uncovers {_shown(name)}" for name in left], "and {} more (all names: --json)")
             out.append(
                 f"compared with this site's earlier contributions on this base model, the plan could reveal the update of "
                 f"{_listed(left)}: this site will refuse it, unless you add {' '.join(words)}"
@@ -222,10 +245,10 @@ def kept_plan(state: Path, digest: str) -> Plan | None:
         return None
 
 
-def _changed(old: Plan, new: Plan) -> list[str]:
+def _changed(old: Plan, new: Plan) -> list[Change]:
     was, now = (dict(_flat(p.agreed())) for p in (old, new))
     return [
-        plain(f"{key}: {was.get(key, 'not said')} -> {now.get(key, 'not said')}")
+        Change(plain(key), plain(was.get(key, "not said")), plain(now.get(key, "not said")))
         for key in dict.fromkeys((*now, *was))
         if was.get(key, _ABSENT) != now.get(key, _ABSENT)
     ]

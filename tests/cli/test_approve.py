@@ -6,14 +6,19 @@ import os
 import sys
 import time
 import tomllib
+import unicodedata
 
 import click
 import pytest
 import typer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from fedlora.cli import main
 from fedlora.cli.output import fail
 from fedlora.cli.terminal import wrapped
+from fedlora.core.columns import columns
+from fedlora.core.errors import plain
 from fedlora.core.plan import Plan, Protect
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_site_keys
@@ -25,7 +30,7 @@ from fedlora.lab.testing import toy_plan
 from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
-from fedlora.site.approve import in_words, question, with_approval
+from fedlora.site.approve import Question, _changed, in_words, question, with_approval
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteFile, load_site_file
 
@@ -327,7 +332,8 @@ def test_a_plan_with_sums_and_one_without_name_each_other(home, capsys):
 @pytest.mark.attack(
     "C1c",
     "a plan of thousands of names, or of values of any length, whose own words push each other out of sight",
-    stops="no list of a plan holds a value twice, and twelve values are shown: fewer than 100 rows of 80 columns in all",
+    stops="no list of a plan holds a value twice, and twelve values are shown: from its digest on, fewer than 100 rows of 80 "
+    "columns",
 )
 @pytest.mark.parametrize("first", [SEALED, SECAGG])
 @pytest.mark.parametrize("then", [SEALED, SECAGG])
@@ -352,6 +358,50 @@ def test_no_plan_is_so_long_that_its_words_leave_the_screen(home, first, then, c
         main(["site", "approve", "long.toml", "--yes"])
         out = capsys.readouterr().out
         assert sum(len(wrapped(line, 80).split("\n")) for line in out[out.index("\nplan ") :].splitlines()) < 100, word
+
+
+FILLS = st.text(st.sampled_from("x\u754c\u0301\u00e4\u200b\x1b\U000e0001 \U0001f600"), min_size=1, max_size=7)
+"""Narrow, wide, combining, ambiguous and unprintable characters: these are spelled out in up to ten."""
+
+
+def seen_columns(text):
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+@pytest.mark.attack(
+    "C1c",
+    "the same with values of wide characters, which take two columns, or of such as are spelled out in ten",
+    stops="values are cut by the columns that they can take once they are spelled out, not by their characters",
+)
+@pytest.mark.parametrize("plan", [SEALED, SECAGG], ids=["sealed", "secagg"])
+@given(old=FILLS, new=FILLS)
+@settings(max_examples=30)
+@example(old="\u754c", new="\u754c")
+@example(old="\u0301", new="\U000e0001")
+def test_whatever_characters_a_plan_has_its_words_stay_on_the_screen(plan, old, new):
+    def long(fill, word):
+        def full(start):
+            return (start + fill * 200)[:200]
+
+        targets = tuple(full(f"{word}{n:02}") for n in range(13))
+        lora = {"target_modules": targets, "ranks": dict.fromkeys(targets, 1) if plan is SEALED else {}}
+        model = {"model_name_or_path": full("m"), "revision": full(word)}
+        return plan.model_copy(update={"model": plan.model.model_copy(update=model), "lora": plan.lora.model_copy(update=lora)})
+
+    was, now = long(old, "o"), long(new, "n")
+    asked = Question(
+        digest=now.digest(), words=in_words(now), last=in_words(was), changed=_changed(was, now), refusals=(), approved=0,
+        begun=0, agreed=(), named=(), before=[], uncovered=[],
+    )  # fmt: skip
+    lines = [plain(line) for line in asked.lines(again=False)]
+    begin = next(i for i, line in enumerate(lines) if line.startswith("plan "))
+    for some, most in ((lines[begin:], 100), (lines[:begin], 40)):  # the plan; and above it, what is not as in the last one
+        assert sum(len(wrapped(line, 80).split("\n")) for line in some) < most
+        assert sum(-(-max(seen_columns(line), 1) // 80) for line in some) < most  # where a terminal cuts them itself
+    assert all(columns(one.brief()) <= 60 + 2 + 80 + 4 + 80 for one in asked.changed)
+    (targets,) = [one for one in asked.changed if one.key == "lora.target_modules"]
+    assert " -> ['n00" in targets.brief()
+    assert targets.whole().endswith(plain(list(now.lora.target_modules)))  # a program is told all
 
 
 def rows_of(text):

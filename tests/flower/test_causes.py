@@ -262,7 +262,7 @@ def no_relay(place: Place) -> Iterator[str]:
     """The real gateway, with no SuperLink behind it."""
     listen, parent = f"127.0.0.1:{free_port()}", os.getpid()
     argv = launch.gateway(
-        listen, superlink_port=free_port(), home=place.home, body_limit_bytes=1 << 20, timeout_s=5, connections=32
+        listen, superlink_port=free_port(), home=place.home, body_limit_bytes=1 << 20, timeout_s=5, strangers=16
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     gateway = subprocess.Popen(

@@ -35,7 +35,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with opened(tmp_path_factory.mktemp("wide"), connections=512, limit=8 * MIB, timeout_s=20.0) as found:
+    with opened(tmp_path_factory.mktemp("wide"), strangers=256, limit=8 * MIB, timeout_s=20.0) as found:
         yield found
 
 

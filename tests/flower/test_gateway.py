@@ -163,7 +163,7 @@ def serve(upstream: Upstream, tls: Path) -> ThreadingHTTPServer:
 
 
 @contextlib.contextmanager
-def opened(home: Path, *, connections: int, limit: int = LIMIT, timeout_s: float = TIMEOUT_S) -> Iterator[Place]:
+def opened(home: Path, *, strangers: int, limit: int = LIMIT, timeout_s: float = TIMEOUT_S) -> Iterator[Place]:
     """A gateway whose one site, alpha, may push as much as it likes."""
     root = home / "tls"
     make_tls(root, [])
@@ -180,7 +180,7 @@ def opened(home: Path, *, connections: int, limit: int = LIMIT, timeout_s: float
         home=home,
         body_limit_bytes=limit,
         timeout_s=timeout_s,
-        connections=connections,
+        strangers=strangers,
     )
     with (root / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -203,7 +203,7 @@ def opened(home: Path, *, connections: int, limit: int = LIMIT, timeout_s: float
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with opened(tmp_path_factory.mktemp("gateway"), connections=8) as found:
+    with opened(tmp_path_factory.mktemp("gateway"), strangers=4) as found:
         yield found
 
 
@@ -346,7 +346,7 @@ def test_who_says_nothing_is_cut_and_no_address_takes_all_places(place):
             return one.recv(1) == b""
         return True
 
-    silent = [open_and_say(words) for words in (b"", b"POST /v1/fleet/push-obj", b"", b"G")]  # half of eight places
+    silent = [open_and_say(words) for words in (b"", b"POST /v1/fleet/push-obj", b"", b"G")]  # all four places
     began = time.monotonic()
     silent.append(open_and_say(b""))  # one more: the first one gives way
     assert ended(silent.pop(0))
@@ -367,7 +367,7 @@ def test_the_gateway_believes_our_authority_only(place, tmp_path):
     make_tls(tmp_path, [])
 
     async def ask(ca: Path) -> int:
-        async with upstream_client(place.upstream.port, ca=ca, timeout_s=5, connections=1) as client:
+        async with upstream_client(place.upstream.port, ca=ca, timeout_s=5) as client:
             return (await client.get("/health")).status_code
 
     assert asyncio.run(ask(place.tls / "ca.crt")) == 200

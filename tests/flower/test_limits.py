@@ -7,12 +7,10 @@ import contextlib
 import socket
 import ssl
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from flower.test_flood import wide  # noqa: F401  a fixture
 
 from fedlora.gateway import app as gate
 from fedlora.gateway import connections
@@ -104,9 +102,45 @@ def test_a_site_that_calls_too_often_waits_and_is_then_told_to_try_again(tmp_pat
     assert slept[-1] == pytest.approx(10.0)
 
 
-@pytest.mark.flower
-def test_a_site_makes_so_many_calls_at_a_time(wide):  # noqa: F811
-    with ThreadPoolExecutor(45) as pool:
-        found = list(pool.map(lambda _: wide.call("/v1/fleet/get-run")[0], range(45)))
-    assert set(found) == {200, 503}
-    assert found.count(200) >= 32
+def test_a_site_makes_so_many_calls_at_a_time_and_no_other_site_is_told_of_it(tmp_path):
+    """Also where the connections of the first ones were cut since."""
+
+    async def call() -> tuple[int, int]:
+        one = app(tmp_path)
+        for _ in range(connections.SITE_CONNECTIONS):
+            await one._admit("alpha")
+        with pytest.raises(gate.Stop) as refused:
+            await one._admit("alpha")
+        await one._admit("beta")
+        one._leave("alpha")
+        await one._admit("alpha")
+        return refused.value.status, one._calls["beta"]
+
+    assert asyncio.run(call()) == (503, 1)
+
+
+def test_no_more_wait_for_their_turn_than_strangers_have_places(tmp_path, monkeypatch):
+    make_tls(tmp_path, [])
+    for name, value in (("_OPEN_RATE", 0.01), ("_OPEN_BURST", 1.0), ("_OPEN_WAIT_S", 9999.0)):
+        monkeypatch.setattr(connections, name, value)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+    async def ended(reader: asyncio.StreamReader) -> bool:
+        try:
+            return await asyncio.wait_for(reader.read(), 1.0) == b""
+        except TimeoutError:
+            return False
+        except ConnectionError:
+            return True
+
+    async def flood() -> list[bool]:
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setblocking(False)
+        porch = connections._Porch(listening, Quiet, guests=connections.ConnectionSlots(5), context=server)
+        streams = [await asyncio.open_connection(*listening.getsockname()) for _ in range(20)]
+        found = await asyncio.gather(*(ended(reader) for reader, _ in streams[1:]))  # the first one has its turn
+        porch.close()
+        await porch.wait_closed()
+        return found
+
+    assert asyncio.run(flood()) == [True] * 14 + [False] * 5

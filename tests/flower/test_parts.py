@@ -111,7 +111,7 @@ def argvs() -> list[list[str]]:
     return [
         launch.superlink(9000, tls=HOME / "tls", database=HOME / "state.db", secret=HOME / "superexec.secret"),
         launch.executor(HOME, superlink_port=9000),
-        launch.gateway("0.0.0.0:8443", superlink_port=9000, home=HOME, body_limit_bytes=1, timeout_s=1.0, connections=1),
+        launch.gateway("0.0.0.0:8443", superlink_port=9000, home=HOME, body_limit_bytes=1, timeout_s=1.0, strangers=1),
         launch.supernode("fed.example.org:8443", port=9094, ca=HOME / "ca", node_key=HOME / "key", secret=HOME / "s"),
     ]
 
