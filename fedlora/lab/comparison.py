@@ -120,8 +120,8 @@ def write_tables(table: Table, directory: Path) -> None:
     write_atomic(directory / "table.tex", table.latex().encode(), mode=0o644, shared=True)
 
 
-def arms_table(runs: Sequence[Results]) -> Table:
-    """The arms of one plan over its seeds.
+def arms_table(runs: Sequence[Results], more: Sequence[str] = ()) -> Table:
+    """The arms of one plan over its seeds; ``more`` stands below.
 
     Raises:
         ConfigError: see :func:`fedlora.lab.report.across`.
@@ -131,7 +131,9 @@ def arms_table(runs: Sequence[Results]) -> Table:
     seeds = f"mean +- sd over {len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
     rates = {label(name): f"{arm.learning_rate:g}" for name, arm in runs[0].arms.items() if arm.learning_rate is not None}
     notes = [n for n in about({"": runs}, next(iter(runs[0].arms))) if not n.startswith("learning rate")]
-    return Table((f"arm ({seeds})", *METRICS.values()), tuple(rows), (*notes, *filter(None, [_each("learning rate", rates)])))
+    return Table(
+        (f"arm ({seeds})", *METRICS.values()), tuple(rows), (*notes, *filter(None, [_each("learning rate", rates)]), *more)
+    )
 
 
 def compared_table(found: Compared) -> Table:

@@ -162,7 +162,7 @@ def test_what_is_not_used_and_what_may_leak_is_said(tree, capsys):
     out = capsys.readouterr()
     text = out.out + out.err
     assert "15 rows of sites that are not named are not used: west (15)" in text
-    assert "values spelled in several ways are one site: east" in text
+    assert "values that differ in capital letters or white space alone are one site: east (2)" in text
     assert "no simulation.data.group_key: rows of one patient" in text
     assert text.count("rows to train") == 2
     assert "few rows: fewer than 20 rows to test, so its numbers say little: " in text

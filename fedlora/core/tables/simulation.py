@@ -12,6 +12,8 @@ from fedlora.core.section import Section, SiteName
 from fedlora.core.tables.data import SiteData
 
 _DEFAULT_SITES = ("site-1", "site-2", "site-3")
+TOY_BASE = "fedlora/toy"
+"""What the generated base is called wherever a model has a public name: an adapter of it is of no use with any other."""
 
 
 def _names(said: Any) -> Any:
@@ -95,3 +97,8 @@ class Simulation(Section):
                 "held_out", "data.held_out_path is of site files: here SITE.test files say it, or data.held_out_fraction"
             )
         return self
+
+
+def is_toy(table: Simulation | None) -> bool:
+    """Whether the base is the generated one."""
+    return table is not None and table.base == "toy"

@@ -23,6 +23,7 @@ from fedlora.core.words import (
     with_sd,
 )
 from fedlora.lab.claims import NO_SETTING, Setting
+from fedlora.lab.notes import base_of
 from fedlora.lab.page.document import Section, made_with
 from fedlora.lab.page.figures import PALETTE, Bar, Figure, Table, bars, counted
 from fedlora.lab.page.rounds import one_run
@@ -91,7 +92,7 @@ def _lead(runs: Sequence[Results], setting: Setting) -> str:
     run, several = runs[0], len(runs) > 1
     seeds = f"seed{'s' * several} {', '.join(str(r.seed) for r in runs)}"
     words = [counted(len(run.sites), "site"), counted(round_count(run), "round"), f"{run.split} split", seeds]
-    words = [f"rule {plain(setting.plan.aggregate.name)}", *words] if setting.plan else words
+    words = [f"base {base_of(setting.plan)}", f"rule {plain(setting.plan.aggregate.name)}", *words] if setting.plan else words
     with_plan = words if several else [*words, f"plan {plain(run.plan)[:12]}"]  # the seed is part of the plan
     return " · ".join([*with_plan, *made_with(run.environment)])
 
@@ -268,9 +269,11 @@ def _dealt(run: Results, setting: Setting) -> Section:
     how = {"files": "each site has files of its own", "iid": "dealt at random, alike many to each site"}
     drawn = f"shares drawn from Dirichlet({table.split_alpha:g})" + f" by {table.split_label}" * bool(table.split_label)
     said = how.get(table.split, drawn if table.split == "dirichlet" else f"by the column {table.column}")
-    group = f"rows of one {table.data.group_key} stay together" if table.data.group_key else "no group_key"
+    within = " within a site" * (table.split not in ("iid", "dirichlet"))  # a person may be at two hospitals
+    group = f"rows of one {table.data.group_key} stay together{within}" if table.data.group_key else "no group_key"
     note = f"simulation.split = {plain(table.split)}: {plain(said)}; {plain(group)}. Scored: {run.split}."
-    return Section("Rows of the sites", (), [Table(note, ["site", "to train", "to validate", "to test", "groups"], rows)])
+    notes = [f"{said[:1].upper()}{said[1:]}." for said in map(plain, setting.notes)]
+    return Section("Rows of the sites", (), [Table(note, ["site", "to train", "to validate", "to test", "groups"], rows)], notes)
 
 
 def _own_sites(run: Results, summaries: Sequence[Mapping[str, Any]], seeds: Sequence[Any]) -> Table:
