@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SITE_NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-SiteName = Annotated[str, Field(pattern=SITE_NAME)]
+WORDS: Final[dict[str, str]] = {}
+"""Pattern -> what may stand there, in words: who writes a file by hand reads no regular expressions."""
+
+
+def worded(pattern: str, words: str) -> Any:
+    """A field's pattern, which :func:`fedlora.core.toml.readable` says in words."""
+    WORDS[pattern] = words
+    return Field(pattern=pattern)
+
+
+SITE_NAME: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+SiteName = Annotated[str, worded(SITE_NAME, "the name of a site has 1 to 63 characters: a-z, 0-9, and - between them")]
 _LETTERS = str.maketrans(
     {
         "ä": "ae",

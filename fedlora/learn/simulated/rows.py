@@ -19,7 +19,7 @@ from fedlora.core.tables.simulation import Simulation
 from fedlora.core.words import FEW
 from fedlora.data import Conversation, Tokenizer, TokenReport, Tokens, check_apart
 from fedlora.data.deal import SPLITS, deal, three_ways
-from fedlora.data.files.sources import promised_format
+from fedlora.data.files.sources import check_sheets, promised_format
 from fedlora.data.holdout import components, split
 from fedlora.data.report import SHOWN
 from fedlora.learn.rows import counted_tokens, read_rows
@@ -241,6 +241,8 @@ def _cut(counts: Sequence[tuple[str, TokenReport]], too_long: str) -> str:
 
 def _of_files(simulation: Simulation, root: Path, base: Path | None, report: Report) -> SimulatedRows:
     data = simulation.data
+    if isinstance(data.path, str) and (root / data.path).is_file():
+        check_sheets([root / data.path])
     if not isinstance(data.path, str) or not (where := root / data.path).is_dir():
         named = data.path if isinstance(data.path, str) else ", ".join(data.path)
         one = not isinstance(data.path, str) or (root / data.path).exists()
@@ -298,6 +300,8 @@ def _files_of(where: Path, site: str, data: SiteData) -> dict[str, Path]:
 def _no_file(where: Path, missing: Sequence[str], data: SiteData) -> ConfigError:
     there = sorted({p.name.split(".")[0].lower() for p in _data_files(where, data) if p.name != GENERAL})
     names = ", ".join(repr(name) for name in there[:20])
+    if not there:
+        check_sheets(where.iterdir())
     return ConfigError(
         f"{where} has no rows to train on of {', '.join(missing[:20])}",
         hint=f"there are files of {len(there)} sites: sites = [{names}]" if there else "a file for each site, e.g. north.csv",
@@ -351,7 +355,10 @@ def _some(name: str, rows: list[Conversation]) -> list[Conversation]:
 def _dealt(simulation: Simulation, root: Path, base: Path | None, report: Report) -> SimulatedRows:
     data = simulation.data
     paths = data.paths(root)
-    pool = read_rows(paths, data, report, label_key=simulation.column)
+    try:
+        pool = read_rows(paths, data, report, label_key=simulation.column)
+    except DataError as e:
+        raise _of_label(e) if simulation.split_label else e from None
     if simulation.split.startswith("by:"):
         parts = by_column(pool, simulation, report)
     else:
@@ -361,3 +368,9 @@ def _dealt(simulation: Simulation, root: Path, base: Path | None, report: Report
     rows = {site: _held_out(site, of, simulation) for site, of in parts.items()}
     where = paths[0] if paths[0].is_dir() else paths[0].parent
     return SimulatedRows(simulation.model_copy(update={"sites": tuple(parts)}), where, base, rows, [])
+
+
+def _of_label(e: DataError) -> DataError:
+    """The column by which rows are dealt is that of split_label here."""
+    said, hint = (text.replace("simulation.split", "simulation.split_label") for text in (str(e), e.hint))
+    return DataError(said, hint=hint, code=e.code)
