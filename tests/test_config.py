@@ -374,7 +374,6 @@ def test_no_table_shows_a_regular_expression_to_who_writes_it():
             "simulation.sites.0: 'St. Jürgen' cannot stand there: the name of a site",
         ),
         ('simulation.sites = ["-"]', load_plan, "simulation.sites.0: the name of a site"),
-        ('name = "Nord Klinik"', load_site_file, "'nord-klinik' can"),
         ('privacy.population = "Alle!"', load_site_file, "privacy.population: up to 63 characters: a-z, 0-9, -"),
     ],
 )

@@ -187,3 +187,12 @@ def test_values_that_differ_by_more_than_capitals_and_spaces_are_never_one_site(
 )  # fmt: skip
 def test_a_sites_name_is_what_is_heard_of_letters_beyond_ascii(text, name):
     assert site_name(text) == name
+
+
+def test_a_file_is_named_once_where_its_rows_are_told_and_a_simulation_needs_no_pin(tree, capsys):
+    assert main(["check", plan(tree)]) == 0
+    said = capsys.readouterr()
+    assert "data pool.csv: 96 of 96 rows used" in " ".join((said.out + said.err).split())
+    assert "pin" not in said.out
+    assert main(["check", plan(tree, text="lora.r = 2\n")]) == 0
+    assert "not pinned yet: `fedlora pin`" in capsys.readouterr().out

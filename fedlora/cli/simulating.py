@@ -66,7 +66,7 @@ def simulate(
     The baselines are compared at equal numbers of training tokens. With several values in --set, each combination has a
     directory of its own, and one table compares them.
 
-    Example: fedlora simulate toy.toml --seeds 0,1,2 --set training.learning_rate=1e-3,2e-3
+    Example: fedlora simulate toy.toml --seeds 0,1,2 --out runs/toy-3
     """
     from fedlora.answers import Simulated
     from fedlora.lab.claims import Options

@@ -54,7 +54,8 @@ def _counted_rows(
         max_bad_share=data.max_bad_share,
         label_key=label_key,
     )
-    report(Event.DATA, Data(file=count.path, lines=list(count.lines())))
+    head, *more = count.lines()
+    report(Event.DATA, Data(file=count.path, lines=[head.removeprefix(f"{count.path}: "), *more]))
     return found, count
 
 
