@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Load
 from fedlora.core.plan import Plan
-from fedlora.core.tables.simulation import Simulation
+from fedlora.core.tables.simulation import Simulation, is_toy
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import load_adapter
 from fedlora.formats.keys import load_public
@@ -96,6 +96,7 @@ class Lab:
         general: tokens of the general hold-out; may be empty.
         micro_batches: how much is computed at once, the same for all learners of the base.
         batch_sites: the federation's sites train in one pass.
+        cut: what is worth knowing of rows that were cut or dropped: about what, and a sentence.
     """
 
     plan: Plan
@@ -109,6 +110,7 @@ class Lab:
     general: list[Tokens]
     micro_batches: MicroBatches
     batch_sites: bool = False
+    cut: Sequence[tuple[str, str]] = ()
 
     def reseeded(self, plan: Plan) -> Lab:
         """The same base and rows under another seed."""
@@ -134,7 +136,8 @@ def lab(
     Raises:
         ConfigError, DataError, ModelError: something that the simulation table names is missing or unusable.
     """
-    report(Event.LOAD, Load(model=plan.model.model_name_or_path))  # before torch is imported, which takes its time
+    name = "the toy base" if is_toy(plan.simulation) else plan.model.model_name_or_path
+    report(Event.LOAD, Load(model=name))  # before torch is imported, which takes its time
     from fedlora.learn.base import machine_for
     from fedlora.learn.local import micro_batches_of, report_base
     from fedlora.learn.lora import load_lora
@@ -147,7 +150,7 @@ def lab(
     machine = machine_for(plan, keep_dequantized=found.simulation.keep_dequantized, fused=batch_sites or None)
     lora = load_lora(plan, base, machine)
     report_base(lora, plan, report)
-    rows, general = tokens_of(found, tokenizer=lora.tokenizer, plan=plan, report=report)
+    rows, general, cut = tokens_of(found, tokenizer=lora.tokenizer, plan=plan, report=report)
     first = first_adapter(lora.layout, seed=plan.run.seed)
     return Lab(
         plan=plan.pinned(base=lora.base_digest, init=first.digest()),
@@ -161,4 +164,5 @@ def lab(
         general=general,
         micro_batches=micro_batches_of(plan, lora, SiteFile(), report=report),
         batch_sites=batch_sites,
+        cut=cut,
     )

@@ -233,7 +233,7 @@ class Worker:
             any_number = self.plan.federation.model_copy(update={"min_sites": 1})
             looked = self.plan.model_copy(update={"simulation": inner, "federation": any_number})
             found = read_simulation(looked, root=self.root, toys=self.out, report=quiet)
-            rows, general = tokens_of(found, tokenizer=first.lora.tokenizer, plan=self.plan, report=quiet)
+            rows, general, _ = tokens_of(found, tokenizer=first.lora.tokenizer, plan=self.plan, report=quiet)
             self._labs[split] = replace(first, rows=rows, general=general, data=data, simulation=inner)
         return self._labs[split]
 

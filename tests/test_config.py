@@ -7,6 +7,7 @@ from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, PlanRefused
 from fedlora.core.plan import FIRST_KEYS, Model, Plan, parse_plan
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
+from fedlora.core.section import WORDS, Section
 from fedlora.core.tables.data import READERS
 from fedlora.core.tables.simulation import Simulation
 from fedlora.core.toml import dump_toml, sample, short_sample
@@ -337,3 +338,48 @@ def test_the_short_plan_is_the_default_one_with_its_first_keys_alone(tmp_path):
     said = [line for line in text.splitlines() if not line.startswith(("#", "[")) and line]
     assert len(said) == len(FIRST_KEYS) < 20
     assert all(line in sample(Plan).splitlines() for line in said)
+
+
+def tables(of=Section):
+    """Every table that people write."""
+    return [of, *(below for kind in of.__subclasses__() for below in tables(kind))]
+
+
+def patterns(schema):
+    """All patterns of a JSON schema."""
+    if isinstance(schema, list):
+        return {found for item in schema for found in patterns(item)}
+    if not isinstance(schema, dict):
+        return set()
+    own = {schema["pattern"]} if isinstance(schema.get("pattern"), str) else set()
+    return own.union(*(patterns(item) for item in schema.values()))
+
+
+def test_no_table_shows_a_regular_expression_to_who_writes_it():
+    found = set().union(*(patterns(kind.model_json_schema()) for kind in tables() if kind.__module__.startswith("fedlora")))
+    assert len(found) >= 6
+    assert found <= WORDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "load", "said"),
+    [
+        ('run.name = "My Run"', load_plan, "run.name: 1 to 63 characters: a-z, 0-9, and - but not first"),
+        ('model.digest = "abc"', load_plan, "model.digest: a digest has 64 characters"),
+        ('training.template_date = "1.2.2026"', load_plan, "training.template_date: a date is year-month-day"),
+        ('simulation.split = "random"', load_plan, "a split is files, iid, dirichlet, or by:"),
+        (
+            'simulation.sites = ["St. Jürgen"]',
+            load_plan,
+            "simulation.sites.0: 'St. Jürgen' cannot stand there: the name of a site",
+        ),
+        ('simulation.sites = ["-"]', load_plan, "simulation.sites.0: the name of a site"),
+        ('privacy.population = "Alle!"', load_site_file, "privacy.population: up to 63 characters: a-z, 0-9, -"),
+    ],
+)
+def test_a_text_that_does_not_fit_is_answered_in_words(tmp_path, text, load, said):
+    (tmp_path / "f.toml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "f.toml")
+    assert said in str(error.value)
+    assert "pattern" not in str(error.value)

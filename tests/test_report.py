@@ -409,7 +409,7 @@ def test_the_page_says_the_rule_how_rows_were_dealt_and_over_which_rows_a_number
     text = re.sub("<[^>]*>", "", (tmp_path / "report.html").read_text())
     for said in (
         "rule product",
-        "by the column ward; rows of one patient stay together",
+        "by the column ward; rows of one patient stay together within a site",
         "1,234",
         "test rows of all sites together",
         "each on its own test rows alone. No contradiction",

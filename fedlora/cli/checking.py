@@ -66,8 +66,11 @@ def check(
     lines = [
         f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
         f"{found.wire.dtype} updates, {found.protect.mode}",
-        "pinned to base and first adapter" if found.is_pinned else "not pinned yet: `fedlora pin` fills in the digests",
     ]
+    if found.is_pinned:
+        lines.append("pinned to base and first adapter")
+    elif found.simulation is None:  # a simulation pins its own plan
+        lines.append("not pinned yet: `fedlora pin` fills in the digests")
     if (survives := mode_of(found).survives(found)) is not None:
         facts["survives"] = survives[0]
         lines += survives[1].strip("\n").split("\n")

@@ -66,7 +66,7 @@ def simulate(
     The baselines are compared at equal numbers of training tokens. With several values in --set, each combination has a
     directory of its own, and one table compares them.
 
-    Example: fedlora simulate toy.toml --seeds 0,1,2 --set training.learning_rate=1e-3,2e-3
+    Example: fedlora simulate toy.toml --seeds 0,1,2 --out runs/toy-3
     """
     from fedlora.answers import Simulated
     from fedlora.lab.claims import Options
@@ -118,11 +118,14 @@ def compare(
     """
     from fedlora.lab.comparison import compare as side_by_side
     from fedlora.lab.comparison import compared_table, long_csv
+    from fedlora.lab.notes import notes_side_by_side
     from fedlora.lab.report import load
 
     each = [one for run in runs for one in _inside(run)]
-    found = {name: load(one) for name, one in zip(_names(each), each, strict=True)}
+    directories = dict(zip(_names(each), each, strict=True))
+    found = {name: load(one) for name, one in directories.items()}
     compared = side_by_side(found, arm=arm)
+    compared["about"] += notes_side_by_side(directories)
     table = compared_table(compared)
     text = long_csv(found) if form == "csv" else {"text": table.text, "md": table.markdown, "tex": table.latex}[form]()
     emit(compared, text.rstrip("\n").split("\n"), as_json=json)

@@ -167,7 +167,7 @@ class Load(TypedDict):
     """The base model is loaded."""
 
     model: str
-    """its public id"""
+    """its public id, or ``the toy base``"""
 
 
 @_exact

@@ -18,15 +18,15 @@ from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError
 from fedlora.core.limits import MAX_PLAN_BYTES, MAX_RANK, MAX_SITES
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
-from fedlora.core.section import Section
+from fedlora.core.section import Section, worded
 from fedlora.core.tables.audit import Audit, audit_misfits
 from fedlora.core.tables.privacy import Privacy, private_misfits
 from fedlora.core.tables.simulation import Simulation
 from fedlora.core.tagged import Tagged
 from fedlora.core.toml import readable
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+Digest = Annotated[str, worded(r"^[0-9a-f]{64}$", "a digest has 64 characters: 0-9, a-f")]
+Hex = Annotated[str, worded(r"^([0-9a-f]{64})?$", "a digest has 64 characters, 0-9 and a-f, or is empty")]
 Name = Annotated[str, Field(max_length=200)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "int8"]
@@ -44,7 +44,7 @@ def _once(listed: Listed) -> Listed:
 class Run(Section):
     """Name of the run, and the seed of all its randomness."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "my-run"
+    name: Annotated[str, worded(r"^[a-z0-9][a-z0-9-]{0,62}$", "1 to 63 characters: a-z, 0-9, and - but not first")] = "my-run"
     """names directories and report pages: a-z, 0-9 and -"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """public; initial adapter, data order, dropout and the draw of sites are derived from it"""
@@ -133,7 +133,7 @@ class Training(Section):
     """batches in one optimizer step"""
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] = 1024
     """tokens in a row; data.too_long of a site says what happens to longer examples"""
-    template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2026-01-01"
+    template_date: Annotated[str, worded(r"^\d{4}-\d{2}-\d{2}$", "a date is year-month-day, as 2026-01-31")] = "2026-01-01"
     """date, YYYY-MM-DD, that a chat template sees as today, so that every site has the same tokens on every day"""
     prompt: Literal["any", "chat", "plain"] = "any"
     """what all sites' rows are: chat, plain (text as it stands) or any; others are left out, and the published adapter says it"""

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedlora.core.errors import ConfigError, plain
-from fedlora.core.section import Section
+from fedlora.core.section import SITE_NAME, WORDS, Section, site_name
 from fedlora.core.tagged import Tagged
 
 S = TypeVar("S", bound=Section)
@@ -74,7 +74,7 @@ def _change(table: dict[str, Any], section: type[Section], keys: list[str], valu
 
 def readable(error: ValidationError, section: type[Section], name: str) -> ConfigError:
     """Everything that validation has found, in words."""
-    found = error.errors(include_url=False, include_input=False)
+    found = error.errors(include_url=False)
     lines = [_line(e, section) for e in found]
     plans = ["simulation" if "simulation" in e["loc"][:1] else "plan --all" for e in found]
     wanted = " and ".join(
@@ -87,6 +87,8 @@ def readable(error: ValidationError, section: type[Section], name: str) -> Confi
 def _line(e: ErrorDetails, section: type[Section]) -> str:
     at = [plain(x) for x in e["loc"]]
     dotted = ".".join(at)
+    if e["type"] == "string_pattern_mismatch":
+        return f"{dotted}: {_in_words(e['ctx']['pattern'], e['input'])}"
     if e["type"] != "extra_forbidden":
         return f"{dotted or 'file'}: {e['msg'][0].lower()}{e['msg'][1:]}"
     if dotted in _MOVED:
@@ -102,6 +104,13 @@ def _line(e: ErrorDetails, section: type[Section]) -> str:
     known = sorted(set(table.model_fields) - {"settings"} if issubclass(table, Tagged) else table.model_fields)
     near = difflib.get_close_matches(at[-1], known, n=1)
     return f"{dotted}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})")
+
+
+def _in_words(pattern: str, said: str) -> str:
+    """What may stand where a text does not fit, and for the name of a site what comes next to it."""
+    if pattern == SITE_NAME and (near := site_name(said)):
+        return f"{plain(said)[:80]!r} cannot stand there: {WORDS[pattern]}; {near!r} can"
+    return WORDS.get(pattern, f"the text must match {pattern}")
 
 
 def _below(table: type[Section], key: str) -> type[Section] | None:

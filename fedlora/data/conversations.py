@@ -21,6 +21,7 @@ from fedlora.data.turns import BadRow, Turn, plain_text
 _FEW = 0.01
 """Up to this fraction, rows of another shape are treated as errors in the file; more of them mean two files in one."""
 _MOST_ROWS = 50_000_000
+_NOT_READ = "; without it, `fedlora check` names the columns that nothing reads (`not read: ...`)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class _Reading:
 
     def __post_init__(self) -> None:
         named = {theirs: f"data.columns.{ours}" for ours, theirs in self.columns.items()}
-        self.missing = named | {k: v for k, v in ((self.label_key, "split"), (self.group_key, "data.group_key")) if k}
+        self.missing = named | {k: v for k, v in ((self.label_key, "simulation.split"), (self.group_key, "data.group_key")) if k}
 
     def wanted(self) -> frozenset[str]:
         """The file's columns that can matter."""
@@ -275,7 +276,8 @@ class _Reading:
             if readable:
                 raise DataError(
                     f"{name}: no row has the column {theirs!r} that {setting.removeprefix('data.')} names",
-                    hint=f"correct {setting}",
+                    hint=f"correct {setting}: as the file spells it, capital letters and spaces too"
+                    + _NOT_READ * (not setting.startswith("data.columns")),
                 )
 
     def _agreed(self, name: str) -> str:

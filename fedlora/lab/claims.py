@@ -116,6 +116,8 @@ def _seen_from(out: Path, plan: Plan, root: Path) -> Plan:
     return plan.model_copy(update={"simulation": table.model_copy(update={"base": moved(table.base), "data": rows})})
 
 
+NOTES = "notes.json"
+"""In the directory of a seed: what was told of its rows, in sentences."""
 ROWS = "rows.json"
 """In the directory of a seed: how many rows and groups each site has, as `fedlora check --json` says it."""
 ORDER = "runs.json"
@@ -160,11 +162,12 @@ def not_one(directory: Path, *, wanted: str = "results") -> StoreError | None:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a directory says beside its results: its plan, how many rows each site has, what audits of its seeds say."""
+    """What a directory says beside its results: its plan, its rows and what was told of them, what audits of its seeds say."""
 
     plan: Plan | None = None
     rows: tuple[SiteRows, ...] = ()
     audits: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 NO_SETTING = Setting()
@@ -175,11 +178,18 @@ def setting_of(directory: Path) -> Setting:
     home = directory if (directory / "plan.json").exists() else directory.resolve().parent
     try:
         plan = Plan.model_validate_json(json.dumps(json.loads((home / "plan.json").read_bytes())["plan"]))
-        file = next(iter(sorted([directory / ROWS, *directory.glob(f"seed-*/{ROWS}")], key=lambda file: not file.exists())))
-        rows = TypeAdapter(tuple[SiteRows, ...]).validate_json(file.read_bytes()) if file.exists() else ()
+        rows, notes = _of_a_seed(directory, ROWS), _of_a_seed(directory, NOTES)
+        dealt = TypeAdapter(tuple[SiteRows, ...]).validate_json(rows) if rows else ()
+        told = TypeAdapter(tuple[str, ...]).validate_json(notes) if notes else ()
     except (OSError, ValueError, KeyError, TypeError):
         return NO_SETTING
-    return Setting(plan, rows, tuple(audits_of(directory)))
+    return Setting(plan, dealt, tuple(audits_of(directory)), told)
+
+
+def _of_a_seed(directory: Path, name: str) -> bytes:
+    """A file of a seed, or of the first seed that has it; empty: none has."""
+    files = [directory / name, *sorted(directory.glob(f"seed-*/{name}"))]
+    return next((file.read_bytes() for file in files if file.exists()), b"")
 
 
 def audits_of(directory: Path) -> Iterator[tuple[str, str]]:
@@ -196,4 +206,4 @@ def audits_of(directory: Path) -> Iterator[tuple[str, str]]:
 def is_begun(out: Path) -> bool:
     """Whether anything but keys and scores of the base was made there: what never trained a step can be started again."""
     made = [p.relative_to(seed).as_posix() for seed in out.glob("seed-*") for p in seed.rglob("*") if p.is_file()]
-    return any(name not in ("arms/base.json", ROWS) and not name.startswith(("keys/", "tracking/")) for name in made)
+    return any(name not in ("arms/base.json", ROWS, NOTES) and not name.startswith(("keys/", "tracking/")) for name in made)

@@ -14,7 +14,8 @@ from fedlora.core.records import Results
 from fedlora.core.tables.lab import Compared, ComparedRun, Difference, Spread
 from fedlora.core.words import few_rows, label, round_count, with_interval, with_sd
 from fedlora.formats.files import write_atomic
-from fedlora.lab.report import across, interval, spread, summarize
+from fedlora.lab.noise import of_seeds
+from fedlora.lab.report import across, differences, interval, spread, summarize
 
 METRICS = {"union_nll": "nats per token", "exact_match": "exact match", "forgetting": "forgets, nats"}
 """What a table shows of an arm, and how it is headed. Loss is better when lower, as is forgetting."""
@@ -120,8 +121,8 @@ def write_tables(table: Table, directory: Path) -> None:
     write_atomic(directory / "table.tex", table.latex().encode(), mode=0o644, shared=True)
 
 
-def arms_table(runs: Sequence[Results]) -> Table:
-    """The arms of one plan over its seeds.
+def arms_table(runs: Sequence[Results], more: Sequence[str] = ()) -> Table:
+    """The arms of one plan over its seeds; ``more`` stands below.
 
     Raises:
         ConfigError: see :func:`fedlora.lab.report.across`.
@@ -131,7 +132,9 @@ def arms_table(runs: Sequence[Results]) -> Table:
     seeds = f"mean +- sd over {len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
     rates = {label(name): f"{arm.learning_rate:g}" for name, arm in runs[0].arms.items() if arm.learning_rate is not None}
     notes = [n for n in about({"": runs}, next(iter(runs[0].arms))) if not n.startswith("learning rate")]
-    return Table((f"arm ({seeds})", *METRICS.values()), tuple(rows), (*notes, *filter(None, [_each("learning rate", rates)])))
+    return Table(
+        (f"arm ({seeds})", *METRICS.values()), tuple(rows), (*notes, *filter(None, [_each("learning rate", rates)]), *more)
+    )
 
 
 def compared_table(found: Compared) -> Table:
@@ -198,7 +201,8 @@ def about(runs: Mapping[str, Sequence[Results]], arm: str) -> list[str]:
         _each("learning rate", {name: " ".join(f"{rate:g}" for rate in sorted(of)) for name, of in rates.items() if of}),
         _each(f"{first.split} rows of all {len(first.sites)} sites", {name: f"{rows:,}" for name, rows in scored.items()}),
     ]
-    return [*filter(None, found), *few_rows(first, arm)]
+    least = min(len(seeds) for seeds in runs.values())
+    return [*filter(None, [*found, of_seeds([first], seeds=least)]), *few_rows(first, arm)]
 
 
 def _each(what: str, said: Mapping[str, str]) -> str:
@@ -213,12 +217,12 @@ def _row(name: str, found: Mapping[int, Mapping[str, Any]], base: Mapping[int, M
         run=name,
         seeds=list(found),
         scores={m: Spread(**spread([of[m] for of in found.values()])) for m in METRICS},  # type: ignore[typeddict-item]
-        differences={m: _difference([(found[seed][m], base[seed][m]) for seed in both]) for m in METRICS} if both else {},
+        differences={m: _difference(m, [found[s][m] for s in both], [base[s][m] for s in both]) for m in METRICS} if both else {},
     )
 
 
-def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> Difference:
-    changes = [None if a is None or b is None else a - b for a, b in pairs]
+def _difference(metric: str, ours: Sequence[float | None], theirs: Sequence[float | None]) -> Difference:
+    changes = differences(ours, theirs, metric=metric)
     return Difference(mean=spread(changes)["mean"], low=interval(changes)["low"], high=interval(changes)["high"])
 
 

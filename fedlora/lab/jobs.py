@@ -132,11 +132,15 @@ def _begin(parent: int, threads: int, rules: tuple[str, ...], told: Told) -> Non
 
 def _one(unit: Unit, options: Options) -> str:
     """Runs a unit; returns why it failed, or nothing."""
+    from fedlora.learn.simulated.rows import CUT
+
     name, plan, out, seed = unit
 
     def listen(event: Event, facts: Mapping[str, Any]) -> None:
         if event == Event.ARM:
             _told[0].put((name, seed, f"arm {facts['name']}"))
+        elif event == Event.DATA and facts["file"] == CUT:
+            _told[0].put((name, seed, f"max_length: {', '.join(facts['lines'])}"))
         elif event == Event.ROUND and facts["record"].kind == "train":
             _told[0].put((name, seed, f"round {facts['record'].round} of {plan.federation.num_rounds}"))
         elif event in (Event.LOAD, Event.FINAL):

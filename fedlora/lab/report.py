@@ -19,12 +19,13 @@ from fedlora.core.words import finite
 from fedlora.formats.files import read_file
 from fedlora.formats.records import parse_text
 from fedlora.lab.claims import NO_SETTING, Setting, not_one, setting_of
+from fedlora.lab.noise import LEAST, nothing_right, verdict
 
 METRICS = ("union_nll", "nll", "exact_match", "coarse_match", "general_nll", "forgetting")
 """What :func:`across` averages: loss over all test tokens together, then means over the sites, then the general hold-out."""
 
 _POOLED = ("pooled-steps", "pooled-tokens")
-_LEAST = {"union_nll": 0.02, "exact_match": 0.02}  # nats, share: below this, recovery divides noise by noise
+_LEAST = {"union_nll": LEAST, "exact_match": 0.02}  # nats, share: below this, recovery divides noise by noise
 _SIGN = {"union_nll": 1.0, "exact_match": -1.0}  # times the metric: lower is better
 
 # Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom: NIST/SEMATECH e-Handbook of Statistical Methods,
@@ -46,7 +47,8 @@ def summarize(results: Results) -> dict[str, Any]:
         best_local: the site-alone arm of the lowest union_nll, or None.
         own_site: site -> what it has from federating: local and federated nll on its own test, benefit (local minus
             federated, nats) and exact_match_benefit (federated minus local).
-        worse: the sites with a negative benefit.
+        worse: the sites with a negative benefit that is large enough to be called one, see :mod:`fedlora.lab.noise`.
+        unclear: those whose benefit is not.
         better: union_nll, exact_match -> the pooled arm that does better in it, or "".
         recovery: ``better``, then each pooled arm -> union_nll, exact_match: the share of the way from the mean of the sites
             alone to pooled that federation covers, ``(local - federated) / (local - pooled)``; None where that way is
@@ -68,7 +70,8 @@ def summarize(results: Results) -> dict[str, Any]:
         "arms": arms,
         "best_local": min(ranked, key=lambda n: arms[n]["union_nll"], default=None),
         "own_site": own,
-        "worse": [s for s, row in own.items() if row["benefit"] < 0],
+        "worse": [s for s, row in own.items() if row["benefit"] <= -LEAST],
+        "unclear": [s for s, row in own.items() if abs(row["benefit"]) < LEAST],
         "better": {m: _better(arms, m) for m in _SIGN},
         "recovery": _recoveries(arms),
         "tax": _taxes(arms),
@@ -140,9 +143,13 @@ def _own_site(arms: Mapping[str, ArmRecord], sites: Sequence[str]) -> dict[str, 
                 "local": alone.nll,
                 "federated": together.nll,
                 "benefit": benefit,
-                "exact_match_benefit": _minus(together.exact_match, alone.exact_match),
+                "exact_match_benefit": _points(together.exact_match, alone.exact_match),
             }
     return rows
+
+
+def _points(a: float | None, b: float | None) -> float | None:
+    return None if nothing_right(a, b) else _minus(a, b)
 
 
 def _recovery(arms: Mapping[str, Any], pooled: str, metric: str) -> float | None:
@@ -185,7 +192,10 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
     Returns:
         seeds: in the order given.
         arms: name -> metric of METRICS -> mean and sd (n - 1 in the denominator; None for one seed).
-        differences: arm -> metric -> federated minus that arm: mean, sd, and low and high of the 95 % t-interval.
+        differences: arm -> metric -> federated minus that arm: mean, sd, and low and high of the 95 % t-interval; None of exact
+            match where no answer was right in either.
+        gains: site -> what it has from federating by loss on its own test: mean, sd, low, high, and verdict: ``better off``,
+            ``worse off`` or ``within the noise``.
         beats_alone: union_nll, exact_match -> arms (site-alone arm -> mean, sd of the advantage of federated, better being
             positive) and verdict: whether each mean exceeds 3 sd; None for one seed.
         better: union_nll, exact_match -> the pooled arm of the better mean, or "".
@@ -203,16 +213,29 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
     compared = [n for n in shared if n not in ("base", "federated")] if "federated" in shared else []
     fed = columns.get("federated", {})
     reached = [p for p in each[0]["recovery"] if all(p in s["recovery"] for s in each)]
-    pairs = {n: {m: [_minus(f, o) for f, o in zip(fed[m], columns[n][m], strict=True)] for m in METRICS} for n in compared}
+    pairs = {n: {m: differences(fed[m], columns[n][m], metric=m) for m in METRICS} for n in compared}
     means = {n: {m: _mean(row[m]) for m in METRICS} for n, row in columns.items()}
     return {
         "seeds": [run.seed for run in runs],
         "arms": {n: {m: spread(v) for m, v in row.items()} for n, row in columns.items()},
         "differences": {n: {m: {**spread(v), **interval(v)} for m, v in row.items()} for n, row in pairs.items()},
+        "gains": {site: _gain([s["own_site"].get(site, {}).get("benefit") for s in each]) for site in each[0]["own_site"]},
         "beats_alone": {m: _beats(pairs, m) for m in _SIGN},
         "better": {m: _better(means, m) for m in _SIGN},
         "recovery": {p: {m: _recovered(each, p, m) for m in _SIGN} for p in reached},
     }
+
+
+def differences(ours: Sequence[float | None], theirs: Sequence[float | None], *, metric: str) -> list[float | None]:
+    """Ours minus theirs, pair by pair; of shares in which nothing was ever right there is none."""
+    if metric in ("exact_match", "coarse_match") and nothing_right(*ours, *theirs):
+        return [None] * len(ours)
+    return [_minus(a, b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def _gain(values: Sequence[float | None]) -> dict[str, Any]:
+    found = {**spread(values), **interval(values)}
+    return {**found, "verdict": verdict(found, seeds=len(values))}
 
 
 def _check_comparable(runs: Sequence[Results]) -> None:

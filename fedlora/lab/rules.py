@@ -100,7 +100,8 @@ def compare_rules(
     named = [replace(one, name=f"{name} at {best[name]}{' (edge)' * tuned[name]['edge']}") for name, one in chosen.items()]
     shown = {new.name: done[one.name] for new, one in zip(named, chosen.values(), strict=True)}
     edge = [f"(edge): the best rate is an end of {', '.join(rates)}: a better one may lie outside, try more --rates"]
-    compared = written(named, shown, out, edge if any(of["edge"] for of in tuned.values()) else ())
+    at = {new.name: out / one.folder for new, one in zip(named, chosen.values(), strict=True)}
+    compared = written(named, shown, out, at, edge if any(of["edge"] for of in tuned.values()) else ())
     return ComparedRules(out=str(out), compared=compared, tuned=tuned, failed=failed)
 
 

@@ -33,6 +33,7 @@ from fedlora.lab.arms import Cost, Trained, arms_of
 from fedlora.lab.claims import ROWS, Options, audits_of, claim, look
 from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
 from fedlora.lab.leakage import audit_simulation, check_audited
+from fedlora.lab.notes import notes_of, settled, write_notes
 from fedlora.lab.private import check_private, private_learners, private_tables
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment
@@ -40,7 +41,6 @@ from fedlora.lab.tables import summary
 from fedlora.lab.testing import open_policy
 from fedlora.lab.tracking.live import tracked
 from fedlora.lab.tracking.trackers import check_installed
-from fedlora.privacy.claims import with_noise
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
@@ -97,7 +97,7 @@ def simulate(
     from fedlora.learn.simulated.rows import read_simulation
 
     check_installed(tracker)
-    plan = with_noise(plan)
+    plan = settled(plan)
     options = Options(root, resume, transport, tuple(drop), batch_sites)
     look(out, plan, options)  # what is refused anyway is refused before anything is read
     report = _simulated(report)
@@ -112,6 +112,7 @@ def simulate(
         lab = loaded.reseeded(plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})}))
         at = out / f"seed-{seed}"
         write_atomic(at / ROWS, json.dumps(found.counts(), indent=1).encode() + b"\n", mode=0o644)
+        write_notes(at, [*found.notes(), *loaded.cut])
         with tracked(tracker, at, _run_directory(lab, at, transport), report) as told:
             results.append(_one_seed(lab, at, transport=transport, lost=lost, report=told))
     write_summary(out, results, plan)
@@ -151,11 +152,12 @@ def _check_over_flower(found: SimulatedRows, lost: Lost) -> None:
 
 def write_summary(out: Path, results: Sequence[Results], plan: Plan) -> None:
     """The files that are about all seeds: summary.txt, results.csv, tables for papers, report.html."""
-    text = summary(results, plan)
+    notes = notes_of(out)
+    text = "\n".join([summary(results, plan), *(fill(note, 98, subsequent_indent="  ") for note in notes)])
     text += "".join(f"\n\nleakage audit, {seed}:\n{fill(said, 98)}" for seed, said in audits_of(out))
     write_atomic(out / "summary.txt", text.encode() + b"\n", mode=0o644, shared=True)
     write_long(long_form(results), out / "results.csv")
-    write_tables(arms_table(results), out)
+    write_tables(arms_table(results, notes), out)
     try:
         write_html(results, out / "report.html")
     except NotInstalled:  # the numbers are what was asked; `fedlora report` makes the page later

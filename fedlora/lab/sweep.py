@@ -22,10 +22,10 @@ from fedlora.formats.plans import load_plan
 from fedlora.lab.claims import ORDER, Options, claim, look
 from fedlora.lab.comparison import compare, compared_table, long_form, write_long, write_tables
 from fedlora.lab.jobs import Jobs
+from fedlora.lab.notes import notes_side_by_side, settled
 from fedlora.lab.own_rules import own_errors
 from fedlora.lab.report import load
 from fedlora.lab.simulate import simulate, write_summary
-from fedlora.privacy.claims import with_noise
 
 _WORD = re.compile(r"""(?:[^,\[\]{}"']|"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\})+""")
 _MOST = 1000
@@ -140,7 +140,7 @@ def run_all(found: Sequence[Combination], *, out: Path, seeds: Sequence[int], op
             simulate(found[0].plan, out=out, seeds=seeds, **options.keywords())
         return None
     done, failed = run_each(found, out=out, seeds=seeds, options=options, jobs=jobs)
-    compared = written(found, done, out) if done and len(found) > 1 else None
+    compared = written(found, done, out, {one.name: out / one.folder for one in found}) if done and len(found) > 1 else None
     if failed:
         raise run_failed(failed, of=len(found), out=out if done else None)
     return compared
@@ -155,7 +155,7 @@ def run_each(
         ConfigError, StoreError: as :func:`run_all`; or what would be compared at the end cannot be.
     """
     _check_comparable(found)
-    found = [replace(one, plan=with_noise(one.plan)) for one in found]
+    found = [replace(one, plan=settled(one.plan)) for one in found]
     directories = {one.name: out / one.folder for one in found}
     _look(found, directories, options)
     if len(found) > 1:
@@ -164,7 +164,7 @@ def run_each(
     names = [one.name for one in found]
     report(Event.SWEEP, Sweep(runs=names, seeds=list(seeds), jobs=jobs.count))
     failed: dict[str, str] = {}
-    told_once = replace(options, report=lambda event, facts: None if event == Event.DATA else report(event, facts))
+    told_once = replace(options, report=lambda event, facts: report(event, facts) if _of_a_run(event, facts) else None)
     if jobs.count == 1:
         for number, one in enumerate(found, 1):
             report(Event.SWEEP_RUN, SweepRun(run=one.name, number=number, of=len(found), state="begins"))
@@ -177,6 +177,13 @@ def run_each(
         failed = _in_processes(found, directories, seeds, options, jobs)
     kept = {one.name: load(directories[one.name]) for one in found if one.name not in failed}
     return {name: [one for one in runs if one.seed in seeds] for name, runs in kept.items()}, failed
+
+
+def _of_a_run(event: Event, facts: Mapping[str, Any]) -> bool:
+    """Not what was told of all runs' rows before the first began; what a run's own max_length cut off is its own."""
+    from fedlora.learn.simulated.rows import CUT
+
+    return event != Event.DATA or facts["file"] == CUT
 
 
 def run_failed(failed: Mapping[str, str], *, of: int, out: Path | None) -> RunFailed:
@@ -243,13 +250,24 @@ def _in_processes(
     return failed
 
 
-def written(found: Sequence[Combination], done: Mapping[str, list[Results]], out: Path, notes: Sequence[str] = ()) -> Compared:
-    """Writes what compares all runs, the first being what the others are compared with; ``notes`` stand below."""
+def written(
+    found: Sequence[Combination],
+    done: Mapping[str, list[Results]],
+    out: Path,
+    directories: Mapping[str, Path],
+    notes: Sequence[str] = (),
+) -> Compared:
+    """Writes what compares all runs, the first being what the others are compared with.
+
+    Args:
+        directories: of each run, by name: what they say of base and rows stands below.
+        notes: stand there as well.
+    """
     rows = [row for one in found for row in long_form(done.get(one.name, []), one.settings)]
     write_long(rows, out / "results.csv")
     arms = [[name.partition(":")[0] for name in runs[0].arms] for runs in done.values()]
     compared = compare(done, arm=_common(arms))
-    compared["about"] += notes
+    compared["about"] += [*notes_side_by_side({name: directories[name] for name in done}), *notes]
     table = compared_table(compared)
     write_tables(table, out)
     write_atomic(out / "summary.txt", table.text().encode() + b"\n", mode=0o644)

@@ -22,6 +22,7 @@ from fedlora.core.words import (
     with_interval,
     with_sd,
 )
+from fedlora.lab.noise import LEAST, of_seeds
 from fedlora.lab.report import across, summarize
 from fedlora.privacy.claims import claim_lines, claim_of
 
@@ -86,15 +87,18 @@ def _recovery_lines(s: Mapping[str, Any]) -> list[str]:
 def _worse_lines(s: Mapping[str, Any]) -> list[str]:
     if not s["own_site"]:
         return []
+    close = [plain(site) for site in s["unclear"]]
+    too_close = [f"less than {LEAST:g} nats apart, which one seed cannot tell from noise: {', '.join(close)}"] if close else []
     if not s["worse"]:
-        return ["", "every site does better federated than alone on its own test"]
+        sites = "every other site does" if len(close) < len(s["own_site"]) else "no site clearly does"
+        return ["", f"{sites if close else 'every site does'} better federated than alone on its own test", *too_close]
     lines = ["", "who is worse off federated than alone, on its own test:"]
     for site in s["worse"]:
         row = s["own_site"][site]
         lines.append(
             _line(f"  {plain(site)}", f"{number(row['local'])} alone", f"{number(row['federated'])} federated", width=18)
         )
-    return lines
+    return [*lines, *too_close]
 
 
 def _fact_lines(run: Results) -> list[str]:
@@ -129,16 +133,27 @@ def table_across(runs: Sequence[Results]) -> str:
         nats, shares = [row[m] for m in ("union_nll", "forgetting")], [row[m] for m in ("exact_match", "coarse_match")]
         cells = (with_sd(nats[0]), *(with_sd(v, unit="%") for v in shares), with_sd(nats[1]))
         lines.append(_line(label(name), *cells, width=18))
-    return "\n".join([*lines, *_difference_lines(over), *_verdict_lines(over), *_fact_lines(runs[0])])
+    return "\n".join([*lines, *_difference_lines(runs, over), *_gain_lines(over), *_verdict_lines(over), *_fact_lines(runs[0])])
 
 
-def _difference_lines(over: Mapping[str, Any]) -> list[str]:
+def _difference_lines(runs: Sequence[Results], over: Mapping[str, Any]) -> list[str]:
     if not over["differences"]:
         return []
-    lines = ["", _line("federated minus", "nats per token, 95 %", "exact match, points, 95 %", width=32)]
+    lines = [
+        "",
+        *textwrap.wrap(of_seeds(runs), 98),
+        _line("federated minus", "nats per token, 95 %", "exact match, points, 95 %", width=32),
+    ]
     for name, row in over["differences"].items():
         lines.append(_line(label(name), with_interval(row["union_nll"]), with_interval(row["exact_match"], unit="%"), width=32))
     return lines
+
+
+def _gain_lines(over: Mapping[str, Any]) -> list[str]:
+    if not over["gains"]:
+        return []
+    lines = ["", _line("federated against alone", "gain in nats, 95 %", "on its own test", width=32)]
+    return [*lines, *(_line(f"  {plain(s)}", with_interval(g), g["verdict"], width=32) for s, g in over["gains"].items())]
 
 
 def _verdict_lines(over: Mapping[str, Any]) -> list[str]:

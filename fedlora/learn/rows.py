@@ -54,7 +54,8 @@ def _counted_rows(
         max_bad_share=data.max_bad_share,
         label_key=label_key,
     )
-    report(Event.DATA, Data(file=count.path, lines=list(count.lines())))
+    head, *more = count.lines()
+    report(Event.DATA, Data(file=count.path, lines=[head.removeprefix(f"{count.path}: "), *more]))
     return found, count
 
 
@@ -79,7 +80,7 @@ def load_tokens(
         check_apart(train, held_out)
     else:
         train, held_out = split(train, fraction=data.held_out_fraction, seed=plan.run.seed)
-    trained, first = _counted_tokens(tokenizer, train, data, plan=plan, report=report)
+    trained, first = counted_tokens(tokenizer, train, data, plan=plan, report=report)
     evaluated, second = _held_out_tokens(tokenizer, held_out, data, plan=plan, report=report)
     if counts[0] is counts[1]:
         check_bad(also_bad(counts[0], first.bad + second), data.max_bad_share)
@@ -96,7 +97,7 @@ def _held_out_tokens(
     why = "no held-out rows"
     if held_out:
         try:
-            found, count = _counted_tokens(tokenizer, held_out, data, plan=plan, report=report)
+            found, count = counted_tokens(tokenizer, held_out, data, plan=plan, report=report)
         except DataError as e:
             why = f"no held-out rows: {e}"
         else:
@@ -114,15 +115,11 @@ def to_tokens(
     report: Report,
     append_eos: bool = True,
 ) -> list[Tokens]:
-    """Turns rows into tokens with the mask of what is trained, as the plan and the site's ``[data]`` table say.
-
-    Raises:
-        DataError: see :func:`fedlora.data.tokenize`.
-    """
-    return _counted_tokens(tokenizer, conversations, data, plan=plan, report=report, append_eos=append_eos)[0]
+    """As :func:`counted_tokens`, without the count."""
+    return counted_tokens(tokenizer, conversations, data, plan=plan, report=report, append_eos=append_eos)[0]
 
 
-def _counted_tokens(
+def counted_tokens(
     tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     data: SiteData,
@@ -130,7 +127,16 @@ def _counted_tokens(
     plan: Plan,
     report: Report,
     append_eos: bool = True,
+    name: str = "tokens",
 ) -> tuple[list[Tokens], TokenReport]:
+    """Turns rows into tokens with the mask of what is trained, as the plan and the site's ``[data]`` table say.
+
+    Args:
+        name: under which it is told.
+
+    Raises:
+        DataError: see :func:`fedlora.data.tokenize`.
+    """
     found, count = tokenize(
         conversations,
         tokenizer,
@@ -141,7 +147,7 @@ def _counted_tokens(
         template_date=plan.training.template_date,
         prompt=plan.training.prompt if append_eos else "any",  # a general hold-out is prose, whatever the plan's rows are
     )
-    report(Event.DATA, Data(file="tokens", lines=list(count.lines())))
+    report(Event.DATA, Data(file=name, lines=list(count.lines())))
     return found, count
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from fedlora.core.errors import PlanRefused, StateLost
 from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
-from fedlora.core.section import Section
+from fedlora.core.section import Section, worded
 from fedlora.core.tables.data import SiteData
 from fedlora.core.tables.privacy import MOST_EPSILON, Mechanism, Unit
 from fedlora.formats.state.memory import Memory, get_record, put_record
@@ -28,7 +28,7 @@ _SIT_OUT: Final = "`fedlora site repair SITE.TOML --sit-out RUN`: this site take
 class SitePrivacy(Section):
     """Privacy of the people behind this site's rows: what all plans together may cost them. It overrides every plan."""
 
-    population: Annotated[str, Field(pattern=r"^[a-z0-9-]{0,63}$")] = ""
+    population: Annotated[str, worded(r"^[a-z0-9-]{0,63}$", "up to 63 characters: a-z, 0-9, -")] = ""
     """name for the people behind the rows, a-z, 0-9 and -; one budget each; empty: plans with [privacy] are refused"""
     units: Annotated[int, Field(ge=1, le=1 << 31)] = 1000
     """how many they are, about: patients or customers, or rows with unit = "row"; delta must be below one over it"""

@@ -88,7 +88,12 @@ def test_an_uneven_split_loses_no_row_and_is_the_same_each_time(tree, capsys):
         ('sites = ["north", "east"]', 'path = "pool.csv"', "pool.csv is not a directory"),
         ('sites = ["north", "west"]', 'path = "wards"', "no rows to train on of west"),
         ('sites = ["north", "east"]', 'path = "wards"\ngroup_key = "patientid"', "no row has the column 'patientid'"),
-        ('split = "by:wrd"', 'path = "pool.csv"', "no row has the column 'wrd' that split names"),
+        ('split = "by:wrd"', 'path = "pool.csv"', "no row has the column 'wrd' that simulation.split names"),
+        (
+            'split = "dirichlet"\nsplit_label = "wrd"',
+            'path = "pool.csv"',
+            "correct simulation.split_label: as the file spells it",
+        ),
         ('split = "by:ward"\nsites = ["south", "north"]', 'path = "pool.csv"', "has no value 'south'"),
         ('split = "by:patient"', 'path = "pool.csv"', "fewer than three groups"),
         ('split = "iid"\nsites = 20', 'path = "pool.csv"\ngroup_key = "patient"', "24 groups of rows are too few for 20 sites"),
@@ -102,6 +107,9 @@ def test_an_uneven_split_loses_no_row_and_is_the_same_each_time(tree, capsys):
         ('sites = ["north", "east"]\nbase = "wards"', 'path = "wards"', "wards is no base model: it has no config.json"),
         ('sites = ["north", "north"]', 'path = "wards"', "named twice"),
         ('split = "iid"\nsplit_label = "ward"', 'path = "pool.csv"', "split_label belongs to"),
+        ('split = "bywrd"', 'path = "pool.csv"', "a split is files, iid, dirichlet, or by: and the name of a column"),
+        ('sites = ["Nord-Klinik", "St. Jürgen"]', 'path = "wards"', "simulation.sites.1: 'St. Jürgen' cannot stand there"),
+        ('sites = ["Nord-Klinik", "St. Jürgen"]', 'path = "wards"', "and - between them; 'nord-klinik' can"),
         ('split = "by:ward"', 'path = "toy"', "generated rows have no such column"),
     ],
 )
@@ -114,6 +122,19 @@ def test_each_mistake_is_said_before_a_base_is_loaded_and_leaves_nothing_behind(
         assert words in answer["error"]["message"] + answer["error"]["hint"]
         assert f"error ({answer['error']['code']}): {answer['error']['message']}" in error
     assert not (tree / "runs" / "one").exists()
+
+
+@pytest.mark.parametrize("end", [".xlsx", ".xls", ".XLSX", ".xlsm", ".xlsb", ".ods", ".numbers"])
+@pytest.mark.parametrize("split", ['sites = ["north", "east"]', 'split = "iid"\nsites = 2', 'split = "by:ward"'])
+@pytest.mark.parametrize("path", ["books", "books/north{end}"])
+def test_a_workbook_is_to_be_saved_as_csv_first_of_all(tree, capsys, end, split, path):
+    (tree / "books").mkdir()
+    for site in ("east", "north"):
+        (tree / "books" / f"{site}{end}").write_bytes(b"PK\x03\x04")
+    status, answer, _ = said(tree, capsys, split, f'path = "{path.format(end=end)}"')
+    error = answer["error"]
+    assert (status, "save the table as CSV UTF-8" in error["hint"]) == (3, True), error
+    assert "workbook" in error["message"]
 
 
 def test_the_plan_of_a_run_names_the_same_rows_from_where_it_lies(tree, capsys):
@@ -162,7 +183,7 @@ def test_what_is_not_used_and_what_may_leak_is_said(tree, capsys):
     out = capsys.readouterr()
     text = out.out + out.err
     assert "15 rows of sites that are not named are not used: west (15)" in text
-    assert "values spelled in several ways are one site: east" in text
+    assert "values that differ in capital letters or white space alone are one site: east (2)" in text
     assert "no simulation.data.group_key: rows of one patient" in text
     assert text.count("rows to train") == 2
     assert "few rows: fewer than 20 rows to test, so its numbers say little: " in text

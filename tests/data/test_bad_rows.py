@@ -248,7 +248,7 @@ def loaded(where, data, told):
 @pytest.mark.parametrize("fraction", [0.1, 0.0])
 def test_a_site_with_few_rows_takes_part(tmp_path, monkeypatch, count, held, fraction):
     tokens = TokenReport(0, 0, 0, (), 0, 0, (0, 0, 0, 0), 64)
-    monkeypatch.setattr(rows, "_counted_tokens", lambda tokenizer, found, data, **_: (list(found), tokens))
+    monkeypatch.setattr(rows, "counted_tokens", lambda tokenizer, found, data, **_: (list(found), tokens))
     (tmp_path / "a.jsonl").write_text(lines(ROWS[:count]))
     told = Told()
     train, held_out = loaded(tmp_path, SiteData(path="a.jsonl", held_out_fraction=fraction), told)
@@ -265,7 +265,7 @@ def test_held_out_rows_of_which_none_can_be_used_do_not_keep_the_site_out(tmp_pa
             raise DataError("none of the 1 rows has anything to train on")
         return [], TokenReport(4, 4, 0, (), 0, 0, (0, 0, 0, 0), 64)
 
-    monkeypatch.setattr(rows, "_counted_tokens", tokens)
+    monkeypatch.setattr(rows, "counted_tokens", tokens)
     (tmp_path / "a.jsonl").write_text(lines(ROWS))
     assert loaded(tmp_path, SiteData(path="a.jsonl"), told)[1] == []
     assert told[-1].startswith("no held-out rows: none of the 1 rows")
@@ -280,7 +280,7 @@ def test_bad_rows_of_reading_and_of_tokens_are_one_share(tmp_path, monkeypatch, 
         ruled_out = ((7, "the template refuses it"),) * next(found)
         return [], TokenReport(9, 9, 0, (), 0, 0, (0, 0, 0, 0), 64, bad=ruled_out)
 
-    monkeypatch.setattr(rows, "_counted_tokens", tokens)
+    monkeypatch.setattr(rows, "counted_tokens", tokens)
     (tmp_path / "a.jsonl").write_text(lines([{"text": f"t{n}"} for n in range(99)]) + "{\n")
     data = SiteData(path="a.jsonl", max_bad_share=0.02)
     if bad < 2:

@@ -360,7 +360,7 @@ def test_a_file_that_is_missing_empty_or_a_directory_is_refused(tmp_path):
     assert "No such file" in str(refusal(tmp_path / "no.json"))
     assert "directory" in str(refusal(tmp_path, format="csv"))
     assert "no rows" in str(refusal(write(tmp_path / "a.jsonl")))
-    assert "no known format" in str(refusal(write(tmp_path / "a.xlsx")))
+    assert "no known format" in str(refusal(write(tmp_path / "a.doc")))
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def a_zip():
     ("name", "blob", "words"),
     [
         ("a.csv", a_zip(), "Excel workbook"),
-        ("a.xlsx", a_zip(), "no known format"),
+        ("a.xlsx", a_zip(), "a workbook of Excel"),
         ("a.jsonl", gzip.compress(a_tar(), mtime=0), "tar archive"),
         ("a.csv", b"\xd0\xcf\x11\xe0" + bytes(600), "Excel workbook"),
         ("a.jsonl", b"\xfd7zXZ\x00" + bytes(20), "compressed by xz"),

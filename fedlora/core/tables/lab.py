@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NotRequired
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
@@ -23,6 +24,10 @@ class SiteRows(TypedDict):
     """rows"""
     groups: int
     """of patients, customers or equal texts, none of which stands on two sides"""
+    elsewhere: NotRequired[int]
+    """scored rows of groups that another site trains on"""
+    labels: NotRequired[list[int]]
+    """rows of each value of split_label, by the order of the values; empty where rows are dealt otherwise"""
 
 
 @_exact

@@ -8,10 +8,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.core.limits import MAX_SITES
-from fedlora.core.section import Section, SiteName
+from fedlora.core.section import Section, SiteName, worded
 from fedlora.core.tables.data import SiteData
 
+_SPLITS = "a split is files, iid, dirichlet, or by: and the name of a column, as by:hospital"
 _DEFAULT_SITES = ("site-1", "site-2", "site-3")
+TOY_BASE = "fedlora/toy"
+"""What the generated base is called wherever a model has a public name: an adapter of it is of no use with any other."""
 
 
 def _names(said: Any) -> Any:
@@ -42,7 +45,7 @@ class Simulation(Section):
 
     sites: Annotated[tuple[SiteName, ...], BeforeValidator(_names)] = _DEFAULT_SITES
     """virtual sites: names, or how many; a name is the stem of the site's files; with by:COLUMN the values, [] for all"""
-    split: Annotated[str, Field(pattern=r"^(files|iid|dirichlet|by:.+)$")] = "files"
+    split: Annotated[str, worded(r"^(files|iid|dirichlet|by:.+)$", _SPLITS)] = "files"
     """how sites get rows; files: each its own; iid, dirichlet, by:COLUMN: the rows of data.path are dealt to them by group"""
     split_label: str = ""
     """dirichlet: the column whose values differ between sites; empty: sites differ in their number of rows"""
@@ -95,3 +98,8 @@ class Simulation(Section):
                 "held_out", "data.held_out_path is of site files: here SITE.test files say it, or data.held_out_fraction"
             )
         return self
+
+
+def is_toy(table: Simulation | None) -> bool:
+    """Whether the base is the generated one."""
+    return table is not None and table.base == "toy"

@@ -12,7 +12,7 @@ import io
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,8 @@ _COMPRESSED = (".gz", ".zst", ".zstd")
 _GZIP, _ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 
 _AS_CSV = "open it and save the table as CSV UTF-8"
+_SHEETS = {".xlsx": "Excel", ".xls": "Excel", ".xlsm": "Excel", ".xlsb": "Excel", ".ods": "LibreOffice", ".numbers": "Numbers"}
+"""Ends of names of workbooks, which nothing here reads, by the program that made them."""
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "a ZIP archive or an Excel workbook", f"{_AS_CSV}, or unpack it"),
     (b"\xd0\xcf\x11\xe0", "an Excel workbook (.xls)", _AS_CSV),
@@ -288,11 +290,24 @@ def format_of(path: Path) -> str:
     """
     name = promised_format(path)
     if name is None:
+        check_sheets([path])
         raise DataError(
             f"{path}: the suffix says no known format",
             hint=f"name it {', '.join(_SUFFIXES)} (each also with {' or '.join(_COMPRESSED)}), or set data.format",
         )
     return name
+
+
+def check_sheets(paths: Iterable[Path]) -> None:
+    """For files that are not taken: people have tables in workbooks first of all.
+
+    Raises:
+        DataError: there is a workbook among them.
+    """
+    found = sorted(path for path in paths if path.suffix.lower() in _SHEETS)
+    if found:
+        what = f"{'a workbook' if len(found) == 1 else 'workbooks'} of {_SHEETS[found[0].suffix.lower()]}"
+        raise DataError(f"{found[0].name}{f' and {len(found) - 1:,} more are' if found[1:] else ' is'} {what}", hint=_AS_CSV)
 
 
 def promised_format(path: Path) -> str | None:
@@ -356,6 +371,7 @@ def _chosen(base: Path, candidates: list[Path], *, suffixes: bool) -> tuple[list
             seen.add(real)
             chosen.append(path)
     if not chosen:
+        check_sheets(candidates)
         hint = f"data.path takes files, a directory of {', '.join(_SUFFIXES)}, or a pattern such as '{base}/**/*.jsonl'"
         raise DataError(f"{base}: the directory holds no data file that is meant", hint=hint)
     return chosen, [f"{others:,} of the names in {base.name or base} are no data files and are left out"] if others else []

@@ -23,6 +23,8 @@ from fedlora.core.words import (
     with_sd,
 )
 from fedlora.lab.claims import NO_SETTING, Setting
+from fedlora.lab.noise import LEAST, of_seeds
+from fedlora.lab.notes import base_of
 from fedlora.lab.page.document import Section, made_with
 from fedlora.lab.page.figures import PALETTE, Bar, Figure, Table, bars, counted
 from fedlora.lab.page.rounds import one_run
@@ -44,12 +46,12 @@ def contents(
         setting: what the directory says of plan and rows.
     """
     run, several = runs[0], len(runs) > 1
-    arms = _arms_spread(over) if several else _arms(summaries[0])
-    own = [_own_sites(run, summaries, over["seeds"])]
+    arms = _arms_spread(over, of_seeds(runs)) if several else _arms(summaries[0])
+    own = [*([_gains(over)] if several else []), _own_sites(run, summaries, over["seeds"])]
     few = [f"{said[0].upper()}{said[1:]}." for said in few_rows(run)]
     sections = [arms, Section("On each site's own test", _site_bars(runs, summaries), own, few), _dealt(run, setting)]
     each = [one_run(r, f"seed-{r.seed}") for r in runs]
-    parts = [{"seed": r.seed, "sections": _shown([_arms(s), *e])} for r, s, e in zip(runs, summaries, each, strict=True)]
+    parts = [{"seed": r.seed, "sections": _shown([_arms(s, over), *e])} for r, s, e in zip(runs, summaries, each, strict=True)]
     data = run.dataset or {}
     facts = [(k, data[k]) for k in ("name", "title", "source", "license", "note") if isinstance(data.get(k), str)]
     facts += [(f"exact match of {name}", percent(v)) for name, v in reference_points(data)]
@@ -91,7 +93,7 @@ def _lead(runs: Sequence[Results], setting: Setting) -> str:
     run, several = runs[0], len(runs) > 1
     seeds = f"seed{'s' * several} {', '.join(str(r.seed) for r in runs)}"
     words = [counted(len(run.sites), "site"), counted(round_count(run), "round"), f"{run.split} split", seeds]
-    words = [f"rule {plain(setting.plan.aggregate.name)}", *words] if setting.plan else words
+    words = [f"base {base_of(setting.plan)}", f"rule {plain(setting.plan.aggregate.name)}", *words] if setting.plan else words
     with_plan = words if several else [*words, f"plan {plain(run.plan)[:12]}"]  # the seed is part of the plan
     return " · ".join([*with_plan, *made_with(run.environment)])
 
@@ -121,10 +123,12 @@ def _tiles(
         note = f"of the way from a site alone to {to['union_nll']}{also}. {_over(runs[0])}.{loose}"
         tiles.append(("Recovered, loss", _sd(row["union_nll"], "%"), note))
     if summaries[0]["own_site"]:
-        worse = [s for s in summaries[0]["own_site"] if any(s in x["worse"] for x in summaries)]
-        note = f"{', '.join(worse)}: each on its own {runs[0].split} rows alone" if worse else "every site gains on its own test"
+        worse, close = ([s for s, g in over["gains"].items() if g["verdict"] == v] for v in ("worse off", "within the noise"))
+        gains = "no other site" if close else "no site"
+        note = f"{', '.join(worse)}: each on its own {runs[0].split} rows alone" if worse else f"{gains} loses on its own test"
         if worse and any(name.startswith("Recovered") for name, _, _ in tiles):
             note += ". No contradiction: recovery is over the rows of all sites, on which a site alone does worse"
+        note += f". Within the noise, so neither worse nor better off: {', '.join(close)}" * bool(close)
         tiles.append(("Worse off than alone, by loss", f"{len(worse)} of {counted(len(runs[0].sites), 'site')}", note))
     sent = runs[0].traffic
     if sent and sent.up:
@@ -148,7 +152,8 @@ def _better(summaries: Sequence[Mapping[str, Any]], metric: str) -> str:
 # --- arms -------------------------------------------------------------------------------------------------------
 
 
-def _arms(summary: Mapping[str, Any]) -> Section:
+def _arms(summary: Mapping[str, Any], over: Mapping[str, Any] | None = None) -> Section:
+    """The arms of one seed; ``over``: what all seeds together say, by which a number is not quoted here either."""
     rows = []
     for name, arm in summary["arms"].items():
         own, others = arm.get("own", {}), arm.get("others", {})
@@ -165,7 +170,7 @@ def _arms(summary: Mapping[str, Any]) -> Section:
         "arm", "nats, all", "mean", "worst", "own", "others", "exact match", "own", "others", "coarse", "forgets", "steps",
         "tokens",
     ]  # fmt: skip
-    return Section("Arms", (), [Table(note, head, rows, "federated", _COLUMNS), _recovered(summary)])
+    return Section("Arms", (), [Table(note, head, rows, "federated", _COLUMNS), _recovered(summary, over)])
 
 
 _COLUMNS = {
@@ -178,28 +183,35 @@ _COLUMNS = {
 }
 
 
-def _recovered(summary: Mapping[str, Any]) -> Table:
-    rows = []
+def _recovered(summary: Mapping[str, Any], over: Mapping[str, Any] | None) -> Table:
+    rows, loose = [], False
     for pooled, row in summary["recovery"].items():
         tax = summary["tax"].get(pooled, {})
         costs = [number(tax.get("union_nll"), sign="+"), number(tax.get("perplexity_ratio"))]
-        rows.append([label(pooled), percent(row["union_nll"]), percent(row["exact_match"]), *costs])
+        cells = []
+        for metric in ("union_nll", "exact_match"):
+            firm = (over or {}).get("recovery", {}).get(pooled, {}).get(metric, {}).get("firm")
+            loose = loose or firm is False
+            cells.append(f"({percent(row[metric])})" if firm is False else percent(row[metric]))
+        rows.append([label(pooled), *cells, *costs])
     note = (
         "Recovered: share of the way from the mean of the sites alone to pooled training. Both pooled arms see the federation's "
         "tokens: pooled-steps in as many steps as one site, pooled-tokens in as many as all sites. Quote the better of both."
     )
+    note += " In brackets: over the seeds, the way from a site alone to pooled is not longer than 3 sd: do not quote." * loose
     head = ["federated against", "recovered, loss", "exact match", "costs, nats", "perplexity, times"]
     return Table(note, head, rows, label("better"))
 
 
-def _arms_spread(over: Mapping[str, Any]) -> Section:
+def _arms_spread(over: Mapping[str, Any], said: str) -> Section:
     units = {"union_nll": "", "nll": "", "exact_match": "%", "coarse_match": "%", "forgetting": ""}
     rows = [[label(n), *(_sd(row[m], unit) for m, unit in units.items())] for n, row in over["arms"].items()]
     head = ["arm", "nats, all", "nats, mean of sites", "exact match", "coarse match", "forgets, nats"]
     spread = Table(f"Mean ± standard deviation over {len(over['seeds'])} seeds.", head, rows, "federated")
     paired = {"union_nll": "", "exact_match": "%", "forgetting": ""}
     rows = [[label(n), *(with_interval(r[m], unit=u) for m, u in paired.items())] for n, r in over["differences"].items()]
-    note = "Federated minus each arm, paired by seed, with 95 % t-intervals. Loss: below zero is better; match: above."
+    note = "Federated minus each arm, paired by seed, with 95 % t-intervals. Loss: below zero is better; match: above; a dash: "
+    note += f"no answer right in either. {said[:1].upper()}{said[1:]}."
     minus = Table(note, ["arm", "nats, all", "exact match, points", "forgets, nats"], rows)
     rows = [[label(p), *(_quoted(r[m]) for m in ("union_nll", "exact_match"))] for p, r in over["recovery"].items()]
     note = (
@@ -238,7 +250,8 @@ def _site_bars(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]]) 
     for metric, name, note, gain, words, unit in shown:
         groups = []
         for site in runs[0].sites:
-            worse = sum((finite(s["own_site"].get(site, {}).get(gain)) or 0.0) < 0 for s in summaries)
+            least = LEAST if metric == "nll" else 1e-9
+            worse = sum((finite(s["own_site"].get(site, {}).get(gain)) or 0.0) <= -least for s in summaries)
             mark = "" if not worse else "better off alone" + f" in {worse} of {len(runs)} seeds" * several
             group = []
             for arm, color in _BARS.items():
@@ -268,9 +281,18 @@ def _dealt(run: Results, setting: Setting) -> Section:
     how = {"files": "each site has files of its own", "iid": "dealt at random, alike many to each site"}
     drawn = f"shares drawn from Dirichlet({table.split_alpha:g})" + f" by {table.split_label}" * bool(table.split_label)
     said = how.get(table.split, drawn if table.split == "dirichlet" else f"by the column {table.column}")
-    group = f"rows of one {table.data.group_key} stay together" if table.data.group_key else "no group_key"
+    within = " within a site" * (table.split not in ("iid", "dirichlet"))  # a person may be at two hospitals
+    group = f"rows of one {table.data.group_key} stay together{within}" if table.data.group_key else "no group_key"
     note = f"simulation.split = {plain(table.split)}: {plain(said)}; {plain(group)}. Scored: {run.split}."
-    return Section("Rows of the sites", (), [Table(note, ["site", "to train", "to validate", "to test", "groups"], rows)])
+    notes = [f"{said[:1].upper()}{said[1:]}." for said in map(plain, setting.notes)]
+    return Section("Rows of the sites", (), [Table(note, ["site", "to train", "to validate", "to test", "groups"], rows)], notes)
+
+
+def _gains(over: Mapping[str, Any]) -> Table:
+    note = "Gain in nats from federating, on each site's own test, over the seeds, with its 95 % t-interval. Within the noise: "
+    note += f"the interval holds 0; with two seeds, less than {LEAST:g} nats."
+    rows = [[plain(site), with_interval(gain), gain["verdict"]] for site, gain in over["gains"].items()]
+    return Table(note, ["site", "gain, nats", "by loss"], rows)
 
 
 def _own_sites(run: Results, summaries: Sequence[Mapping[str, Any]], seeds: Sequence[Any]) -> Table:
@@ -279,12 +301,13 @@ def _own_sites(run: Results, summaries: Sequence[Mapping[str, Any]], seeds: Sequ
         for site, row in summary["own_site"].items():
             gain, match = row["benefit"], finite(row["exact_match_benefit"])
             points = "-" if match is None else f"{100 * match:+.1f}"
-            verdict = "worse off" if gain < 0 else "better off" if gain > 0 else "the same"
+            said = "too close to say" if abs(gain) < LEAST else "worse off" if gain < 0 else "better off"
             count = scored[site].examples
             nats = [number(row["local"]), number(row["federated"]), number(gain, sign="+")]
-            cells = [f"{count:,}" + " *" * (count < FEW), *nats, points, verdict]
+            cells = [f"{count:,}" + " *" * (count < FEW), *nats, points, said]
             rows.append([site + f", seed {seed}" * (len(seeds) > 1), *cells])
     note = "What each site has from federating: its own test, its own arm against the federated one."
+    note += f" Too close to say: less than {LEAST:g} nats, which one seed cannot tell from noise."
     note += f" *: fewer than {FEW} rows, one of which is more than {100 / FEW:g} points of exact match."
     return Table(
         note,

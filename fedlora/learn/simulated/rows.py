@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Data
-from fedlora.core.limits import MAX_SITES
 from fedlora.core.plan import Plan
 from fedlora.core.tables.data import SiteData
 from fedlora.core.tables.lab import SiteRows
 from fedlora.core.tables.simulation import Simulation
 from fedlora.core.words import FEW
-from fedlora.data import Conversation, Tokenizer, Tokens, check_apart
+from fedlora.data import Conversation, Tokenizer, TokenReport, Tokens, check_apart
 from fedlora.data.deal import SPLITS, deal, three_ways
-from fedlora.data.files.sources import promised_format
+from fedlora.data.files.sources import check_sheets, promised_format
 from fedlora.data.holdout import components, split
-from fedlora.data.report import listed
-from fedlora.learn.rows import read_rows, to_tokens
+from fedlora.data.report import SHOWN
+from fedlora.learn.rows import counted_tokens, read_rows
+from fedlora.learn.simulated.columns import by_column
+from fedlora.learn.simulated.overlap import Shared, label_counts, shared, shared_line
 
 _FEWEST = 10  # rows to train on
+_LABELS = 20  # of so many the counts are told
+_TO = {"train": "train", "validation": "validate", "test": "test"}
 _FOR = {"train": "for training", "validation": "for validation", "test": "for the test"}
 GENERAL = "general.jsonl"
 """In the directory of the rows: a hold-out that has nothing to do with the task. What does training make the model forget?"""
@@ -43,6 +45,7 @@ class SimulatedRows:
         rows: site -> split -> rows.
         general: rows of the general hold-out; may be empty.
         files: site -> split -> file, where each split of each site has a file of its own; else empty.
+        warned: what is worth knowing of the table itself: about what, and a sentence.
     """
 
     simulation: Simulation
@@ -51,9 +54,11 @@ class SimulatedRows:
     rows: Mapping[str, Mapping[str, list[Conversation]]]
     general: list[Conversation]
     files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
+    warned: tuple[tuple[str, str], ...] = ()
 
     def counts(self) -> list[SiteRows]:
         """How many rows and groups each site has."""
+        elsewhere, labels = self._shared().elsewhere, label_counts(self.rows) if self.simulation.split_label else {}
         return [
             SiteRows(
                 site=name,
@@ -61,6 +66,8 @@ class SimulatedRows:
                 validation=len(of["validation"]),
                 test=len(of["test"]),
                 groups=len(set(components([row for part in SPLITS for row in of[part]]))),
+                elsewhere=elsewhere[name],
+                labels=labels.get(name, []),
             )
             for name, of in self.rows.items()
         ]
@@ -84,9 +91,22 @@ class SimulatedRows:
             to = "train on" if kind == "train" else kind
             if few:
                 lines.append(("few rows", f"fewer than {least} rows to {to}, so its numbers say little: {', '.join(few)}"))
-        if not self.simulation.data.group_key and not self.files:
+        return [*lines, *self.notes()]
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Of these, what has to stand beside the numbers too: about what, and a sentence."""
+        key, lines = self.simulation.data.group_key, list(self.warned)
+        if not key and not self.files:
             lines.append(("split", "no simulation.data.group_key: rows of one patient or customer may be trained on and tested"))
+        if said := shared_line(self._shared(), group_key=key, split=self.simulation.evaluate_on):
+            lines.append(("split", said))
+        if self.simulation.split_label:
+            counts = ", ".join(f"{c['site']} {' '.join(map(str, c['labels'][:_LABELS]))}" for c in self.counts())
+            lines.append(("labels", f"rows of each value of {self.simulation.split_label}, by the order of the values: {counts}"))
         return lines
+
+    def _shared(self) -> Shared:
+        return shared(self.rows, split=self.simulation.evaluate_on)
 
 
 _KEY = re.compile(rf"(?<![\w./])data(?=\.(?:{'|'.join(SiteData.model_fields)})\b)")
@@ -152,24 +172,68 @@ def _read_simulation(plan: Plan, root: Path, toys: Path, report: Report) -> Simu
             f"simulation.base: {base} is no base model: it has no config.json",
             hint="a Hugging Face directory with config.json beside its weights, or a GGUF file",
         )
-    return found
+    return replace(found, warned=(*found.warned, *_warned(plan, base)))
+
+
+def _warned(plan: Plan, base: Path | None) -> Iterator[tuple[str, str]]:
+    """What the plan leaves to a default that may not be meant."""
+    table = plan.simulation
+    if base is not None and "model_name_or_path" not in plan.model.model_fields_set:
+        name = plan.model.model_name_or_path
+        yield (
+            "base",
+            f"simulation.base is {base.name}, and model.model_name_or_path is left at {name}, under which results and exported "
+            "adapters name it: set it to the public name of this base",
+        )
+    if table is not None and table.split in ("iid", "dirichlet") and "sites" not in table.model_fields_set:
+        yield "sites", f"simulation.sites is not set: the rows are dealt to {len(table.sites)} sites; sites = 20 says how many"
 
 
 def tokens_of(
     found: SimulatedRows, *, tokenizer: Tokenizer, plan: Plan, report: Report
-) -> tuple[dict[str, dict[str, list[Tokens]]], list[Tokens]]:
-    """The rows as tokens: site -> split -> tokens, and the general hold-out.
+) -> tuple[dict[str, dict[str, list[Tokens]]], list[Tokens], list[tuple[str, str]]]:
+    """The rows as tokens: site -> split -> tokens; the general hold-out; and what was cut or dropped, as :meth:`told` says it.
 
     Raises:
         DataError: see :func:`fedlora.data.tokenize`.
     """
     data = found.simulation.data
-    rows = {
-        site: {part: to_tokens(tokenizer, rows, data, plan=plan, report=report) for part, rows in of.items()}
-        for site, of in found.rows.items()
-    }
-    general = found.general
-    return rows, to_tokens(tokenizer, general, SiteData(), plan=plan, report=report, append_eos=False) if general else []
+    tokens: dict[str, dict[str, list[Tokens]]] = {site: {} for site in found.rows}
+    counts: list[tuple[str, TokenReport]] = []
+    for site, of in found.rows.items():
+        for part, rows in of.items():
+            name = f"tokens of {site}, {part}"
+            tokens[site][part], count = counted_tokens(tokenizer, rows, data, plan=plan, report=report, name=name)
+            counts.append((part, count))
+    cut = [(CUT, said)] if (said := _cut(counts, data.too_long)) else []
+    for about, said in cut:
+        report(Event.DATA, Data(file=about, lines=[said]))
+    if not found.general:
+        return tokens, [], cut
+    general = counted_tokens(
+        tokenizer, found.general, SiteData(), plan=plan, report=report, append_eos=False, name="tokens of the general hold-out"
+    )
+    return tokens, general[0], cut
+
+
+CUT = "max_length"
+"""About what it is told that rows were cut: the one line of a run's rows that a sweep shows for each run."""
+
+
+def _cut(counts: Sequence[tuple[str, TokenReport]], too_long: str) -> str:
+    """How many rows are not in the numbers as they were written; empty: all are."""
+    long, gone, rows = (
+        sum(n) for n in zip(*((c.truncated, len(c.dropped) + len(c.bad), c.rows) for _, c in counts), strict=True)
+    )
+    if not long and not gone:
+        return ""
+    parts = {part: sum(c.truncated for p, c in counts if p == part) for part in SPLITS}
+    where = ", ".join(f"{n:,} to {_TO[part]}" for part, n in parts.items() if n)
+    how = "left out" if too_long == "drop" else "cut or split"
+    said = [
+        f"{long:,} of {rows:,} rows are longer than training.max_length = {counts[0][1].max_length:,} and were {how} ({where})"
+    ]
+    return "; ".join(said * bool(long) + [f"{gone:,} of {rows:,} rows are neither trained on nor scored"] * bool(gone))
 
 
 # --- a file or more for each site -----------------------------------------------------------------------------------
@@ -177,6 +241,8 @@ def tokens_of(
 
 def _of_files(simulation: Simulation, root: Path, base: Path | None, report: Report) -> SimulatedRows:
     data = simulation.data
+    if isinstance(data.path, str) and (root / data.path).is_file():
+        check_sheets([root / data.path])
     if not isinstance(data.path, str) or not (where := root / data.path).is_dir():
         named = data.path if isinstance(data.path, str) else ", ".join(data.path)
         one = not isinstance(data.path, str) or (root / data.path).exists()
@@ -196,7 +262,16 @@ def _of_files(simulation: Simulation, root: Path, base: Path | None, report: Rep
         rows,
         read_rows(general, SiteData(), report) if general.exists() else [],
         files if all(of.keys() >= {*SPLITS} for of in files.values()) else {},
+        _others(where, files, data),
     )
+
+
+def _others(where: Path, files: Mapping[str, Mapping[str, Path]], data: SiteData) -> tuple[tuple[str, str], ...]:
+    """Data files of the directory that are of no site that is named."""
+    used = {path for of in files.values() for path in of.values()} | {where / GENERAL}
+    left = [path.name for path in _data_files(where, data) if path not in used]
+    named = ", ".join(left[:SHOWN]) + f" and {len(left) - SHOWN:,} more" * (len(left) > SHOWN)
+    return (("files", f"{named}: not used, as no site of simulation.sites is called so"),) if left else ()
 
 
 def _data_files(where: Path, data: SiteData) -> list[Path]:
@@ -225,6 +300,8 @@ def _files_of(where: Path, site: str, data: SiteData) -> dict[str, Path]:
 def _no_file(where: Path, missing: Sequence[str], data: SiteData) -> ConfigError:
     there = sorted({p.name.split(".")[0].lower() for p in _data_files(where, data) if p.name != GENERAL})
     names = ", ".join(repr(name) for name in there[:20])
+    if not there:
+        check_sheets(where.iterdir())
     return ConfigError(
         f"{where} has no rows to train on of {', '.join(missing[:20])}",
         hint=f"there are files of {len(there)} sites: sites = [{names}]" if there else "a file for each site, e.g. north.csv",
@@ -278,9 +355,12 @@ def _some(name: str, rows: list[Conversation]) -> list[Conversation]:
 def _dealt(simulation: Simulation, root: Path, base: Path | None, report: Report) -> SimulatedRows:
     data = simulation.data
     paths = data.paths(root)
-    pool = read_rows(paths, data, report, label_key=simulation.column)
+    try:
+        pool = read_rows(paths, data, report, label_key=simulation.column)
+    except DataError as e:
+        raise _of_label(e) if simulation.split_label else e from None
     if simulation.split.startswith("by:"):
-        parts = _by_column(pool, simulation, report)
+        parts = by_column(pool, simulation, report)
     else:
         alpha = simulation.split_alpha if simulation.split == "dirichlet" else None
         dealt = deal(pool, len(simulation.sites), alpha=alpha, seed=simulation.split_seed)
@@ -290,36 +370,7 @@ def _dealt(simulation: Simulation, root: Path, base: Path | None, report: Report
     return SimulatedRows(simulation.model_copy(update={"sites": tuple(parts)}), where, base, rows, [])
 
 
-def _by_column(pool: Sequence[Conversation], simulation: Simulation, report: Report) -> dict[str, list[Conversation]]:
-    """Rows by the value of a column, whose letters and digits make the site's name."""
-    found: dict[str, list[Conversation]] = defaultdict(list)
-    spelled: dict[str, set[str]] = defaultdict(set)
-    for row in pool:
-        name = re.sub(r"[^a-z0-9]+", "-", row.label.lower()).strip("-")[:63].strip("-")
-        if not name:
-            raise DataError(f"simulation.split: the {simulation.column} of line {row.line} makes no site's name: a-z, 0-9, -")
-        found[name].append(row)
-        spelled[name].add(row.label)
-    if len(found) > MAX_SITES:
-        raise ConfigError(
-            f"the column {simulation.column!r} has {len(found):,} values, more than the {MAX_SITES} sites that there can be",
-            hint="name the column of the hospital or branch in simulation.split",
-        )
-    if twice := sorted(name for name, labels in spelled.items() if len(labels) > 1):
-        report(Event.DATA, Data(file="split", lines=[f"values spelled in several ways are one site: {', '.join(twice[:20])}"]))
-    wanted = simulation.sites or tuple(sorted(found))
-    if unknown := [site for site in wanted if site not in found]:
-        raise ConfigError(
-            f"the column {simulation.column!r} has no value {', '.join(map(repr, unknown[:20]))}",
-            hint=f"sites = [] takes all; they are {', '.join(sorted(found)[:20])}",
-        )
-    if others := sorted((name, len(rows)) for name, rows in found.items() if name not in wanted):
-        told = f"{sum(n for _, n in others):,} rows of sites that are not named are not used: {listed(others)}"
-        report(Event.DATA, Data(file="split", lines=[told]))
-    sites = defaultdict(set)
-    for name in wanted:
-        for row in found[name]:
-            sites[row.group].add(name)
-    if several := sum(len(at) > 1 for group, at in sites.items() if group):
-        report(Event.DATA, Data(file="split", lines=[f"{several:,} groups have rows at more than one site"]))
-    return {name: found[name] for name in wanted}
+def _of_label(e: DataError) -> DataError:
+    """The column by which rows are dealt is that of split_label here."""
+    said, hint = (text.replace("simulation.split", "simulation.split_label") for text in (str(e), e.hint))
+    return DataError(said, hint=hint, code=e.code)
