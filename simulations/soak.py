@@ -38,7 +38,8 @@ def below(pid: int) -> list[int]:
 def taken(pid: int) -> tuple[float, int, int]:
     """Memory in MB, open files, threads."""
     facts = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return round(int(facts["VmRSS"].split()[0]) * 1.024e-3, 1), len(list(Path(f"/proc/{pid}/fd").iterdir())), int(facts["Threads"])
+    files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return round(int(facts["VmRSS"].split()[0]) * 1.024e-3, 1), files, int(facts["Threads"])
 
 
 def command(pid: int) -> str:

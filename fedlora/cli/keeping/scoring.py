@@ -38,7 +38,7 @@ def evaluate(
     Rows are put as they were trained. Give rows that no run has trained on. Nothing is sent or logged; --show prints texts of
     rows, on this screen only.
 
-    Example: fedlora evaluate adapter --base models/SmolLM2 --on test.jsonl --show 3
+    Example: fedlora evaluate adapter --base models/SmolLM2 --on test.jsonl
     """
     from fedlora.core.tables.data import SiteData
     from fedlora.learn.published.score import score
