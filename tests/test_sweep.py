@@ -180,7 +180,7 @@ def test_a_sweep_gives_one_table_and_the_same_numbers_in_one_process_or_two(plan
     assert "\nrounds: 1\nlearning rate: 0.001 (learning_rate=1e-3), 0.01 (learning_rate=1e-2)\ntest rows of all 2 sites: " in told
     assert "fewer than 20 test rows, so little can be said of them alone: site-1 " in told
     assert main([*words, "--out", str(two), "-q"]) == 3
-    assert "holds a simulation already" in capsys.readouterr().err
+    assert "holds a sweep already" in capsys.readouterr().err
     assert main([*words, "--out", str(two), "--resume", "-q"]) == 0  # one process goes on with what two have begun
 
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypeAlias, TypedDict
 
 from pydantic import TypeAdapter
 
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import FedLoRAError, StoreError
+from fedlora.core.errors import FedLoRAError, StoreError, plain
 from fedlora.core.events import Event, Report
 from fedlora.core.plan import Plan
 from fedlora.core.tables.lab import SiteRows
 from fedlora.core.toml import dump_toml
 from fedlora.formats.files import write_atomic
 from fedlora.library.leakage import load_audit
+
+ROWS = "rows.json"
+"""In the directory of a seed: how many rows and groups each site has, as `fedlora check --json` says it."""
+ORDER = "runs.json"
+"""In a sweep's directory: the directories of its runs, in the order of its table."""
 
 
 def _silent(event: Event, facts: object) -> None:
@@ -79,14 +84,44 @@ def claim(out: Path, plan: Plan, options: Options) -> None:
     write_atomic(out / "plan.toml", dump_toml(_seen_from(out, plan, options.root)).encode(), mode=0o644, shared=True)
 
 
+Kind: TypeAlias = Literal["simulation", "sweep", "comparison of rules"]
+"""What a directory of results is of, for good."""
+_MARKS: Mapping[Kind, str] = {"simulation": "plan.json", "comparison of rules": f"tune/{ORDER}", "sweep": ORDER}
+"""The file that is written first. A comparison of rules has that of a sweep, too."""
+_NOBODYS = (".gitkeep", ".gitignore", ".DS_Store", "toy")
+"""What a directory may hold before it is claimed; a base and rows that are generated come before the mark."""
+
+
+def check_kind(out: Path, wanted: Kind, *, resume: bool) -> None:
+    """Refuses a directory that is not one of this kind, or that nobody has said to go on with.
+
+    Raises:
+        StoreError: it holds results of another kind, begun ones while ``resume`` is not asked, or files of somebody else.
+    """
+    if out.is_file():
+        raise StoreError(f"{out} is a file", hint="choose another --out")
+    held = [kind for kind, mark in _MARKS.items() if (out / mark).exists()]
+    if "comparison of rules" in held and "sweep" in held:
+        held.remove("sweep")
+    for other in held:
+        if other != wanted:
+            raise StoreError(f"{out} holds a {other} already", hint="choose another --out")
+    if held and not resume and any(map(is_begun, (out, *runs_inside(out), *runs_inside(out / "tune")))):
+        raise StoreError(f"{out} holds a {wanted} already", hint="continue it with --resume, or choose another --out")
+    names = sorted(one.name for one in out.iterdir()) if out.exists() and not held else []
+    if theirs := [n for n in names if n not in _NOBODYS and not (n.startswith(".") and n.endswith(".new"))]:
+        more = f", and {len(theirs) - 3} more" if len(theirs) > 3 else ""
+        raise StoreError(
+            f"{out} holds something else: {', '.join(map(plain, theirs[:3]))}{more}",
+            hint="choose another --out: a directory that is empty or not there yet",
+        )
+
+
 def look(out: Path, plan: Plan, options: Options) -> None:
     """Refuses what :func:`claim` would, and writes nothing."""
+    check_kind(out, "simulation", resume=options.resume)
     mark = out / "plan.json"
-    if not mark.exists():
-        return
-    if not options.resume and is_begun(out):
-        raise StoreError(f"{out} holds a simulation already", hint="continue it with --resume, or choose another --out")
-    if options.resume and mark.read_bytes() != _facts(plan, options):
+    if mark.exists() and options.resume and mark.read_bytes() != _facts(plan, options):
         raise StoreError(
             f"{out} holds the simulation of another plan, over another transport, with other dropouts or --batch-sites",
             hint="choose another --out; none of them can change under a run",
@@ -116,10 +151,6 @@ def _seen_from(out: Path, plan: Plan, root: Path) -> Plan:
     return plan.model_copy(update={"simulation": table.model_copy(update={"base": moved(table.base), "data": rows})})
 
 
-ROWS = "rows.json"
-"""In the directory of a seed: how many rows and groups each site has, as `fedlora check --json` says it."""
-ORDER = "runs.json"
-"""In a sweep's directory: the directories of its runs, in the order of its table."""
 
 
 def runs_inside(directory: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from fedlora.core.records import Results
 from fedlora.core.tables.lab import Compared, Sweep, SweepRun
 from fedlora.formats.files import write_atomic
 from fedlora.formats.plans import load_plan
-from fedlora.lab.claims import ORDER, Options, claim, look
+from fedlora.lab.claims import ORDER, Options, check_kind, claim, look
 from fedlora.lab.comparison import compare, compared_table, long_form, write_long, write_tables
 from fedlora.lab.jobs import Jobs
 from fedlora.lab.own_rules import own_errors
@@ -132,13 +132,15 @@ def run_all(found: Sequence[Combination], *, out: Path, seeds: Sequence[int], op
 
     Raises:
         ConfigError: a file that a plan names is missing or unusable. Nothing has run then.
-        StoreError: a directory holds a simulation that has begun, and ``options.resume`` is not asked.
+        StoreError: a directory holds what has begun, and ``options.resume`` is not asked; or it is of another kind.
         RunFailed: runs failed; those that did not are in the table.
     """
     if len(found) == 1 and (jobs.count == 1 or len(seeds) == 1):
         with own_errors():
             simulate(found[0].plan, out=out, seeds=seeds, **options.keywords())
         return None
+    if len(found) > 1:
+        check_kind(out, "sweep", resume=options.resume)
     done, failed = run_each(found, out=out, seeds=seeds, options=options, jobs=jobs)
     compared = written(found, done, out) if done and len(found) > 1 else None
     if failed:
