@@ -45,7 +45,8 @@ from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
-from fedlora.rules import rule_of
+from fedlora.rules import BUILT_IN, rule_of
+from fedlora.rules.own import check_encode
 from fedlora.site.parts import site_of
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
@@ -108,6 +109,8 @@ def simulate(
     claim(out, plan, options)
     results: list[Results] = []
     loaded = assemble.lab(plan, root=root, out=out, report=report, batch_sites=batch_sites, found=found)
+    if plan.aggregate.name not in BUILT_IN:
+        check_encode(rule_of(plan), loaded.first)
     for seed in seeds or (plan.run.seed,):
         lab = loaded.reseeded(plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})}))
         at = out / f"seed-{seed}"
@@ -197,7 +200,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         rounds=rounds,
         traffic=traffic,
         seconds=_phases(arms, rounds),
-        environment=environment(transport),
+        environment=environment(transport, lab.plan.aggregate.name),
         dataset=dataset(lab.data),
     )
     write_atomic(done, dump_text(results), mode=0o644)
