@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from pydantic import TypeAdapter
 
@@ -19,6 +19,7 @@ from fedlora.core.plan import Plan
 from fedlora.core.tables.lab import SiteRows
 from fedlora.core.toml import dump_toml
 from fedlora.formats.files import write_atomic
+from fedlora.lab.own_rules import source_of
 from fedlora.library.leakage import load_audit
 
 ROWS = "rows.json"
@@ -75,11 +76,14 @@ def claim(out: Path, plan: Plan, options: Options) -> None:
     """
     look(out, plan, options)
     mark = out / "plan.json"
-    if mark.exists() and options.resume:
+    if mark.exists() and options.resume and not _changed_rule(out, plan, options):
         return
-    if mark.exists():
-        for seed in out.glob("seed-*"):
+    for seed in out.glob("seed-*") if mark.exists() else ():
+        if not options.resume:
             shutil.rmtree(seed)  # scores of the base under what may be another plan
+        else:
+            shutil.rmtree(seed / "federated", ignore_errors=True)  # begun with another text of the rule, without a round
+            shutil.rmtree(seed / "sites", ignore_errors=True)
     write_atomic(mark, _facts(plan, options), shared=True)
     write_atomic(out / "plan.toml", dump_toml(_seen_from(out, plan, options.root)).encode(), mode=0o644, shared=True)
 
@@ -121,15 +125,55 @@ def look(out: Path, plan: Plan, options: Options) -> None:
     """Refuses what :func:`claim` would, and writes nothing."""
     check_kind(out, "simulation", resume=options.resume)
     mark = out / "plan.json"
-    if mark.exists() and options.resume and mark.read_bytes() != _facts(plan, options):
+    if mark.exists() and options.resume and _without_rule(mark.read_bytes()) != _without_rule(_facts(plan, options)):
         raise StoreError(
             f"{out} holds the simulation of another plan, over another transport, with other dropouts or --batch-sites",
             hint="choose another --out; none of them can change under a run",
         )
+    if options.resume and (said := _changed_rule(out, plan, options)) and any(map(_has_rounds, out.glob("seed-*"))):
+        raise StoreError(
+            f"{out} was made with another text of the rule {plan.aggregate.name!r}: {said}; scores of both would be mixed",
+            hint="choose another --out; or put back the text that made it",
+        )
+
+
+def _changed_rule(out: Path, plan: Plan, options: Options) -> str:
+    """What the text of the rule was and is, where they differ."""
+    mark = out / "plan.json"
+    then = _parsed(mark.read_bytes()).get("rule") or {} if mark.exists() else {}
+    now = _parsed(_facts(plan, options)).get("rule", {})
+    if not mark.exists() or all(then.get(key) == now.get(key) for key in ("package", "sha256")):
+        return ""
+    then, now = (
+        f"{of.get('file') or of.get('package') or 'its class'}, sha256 {of.get('sha256', '?')[:12]}" for of in (then, now)
+    )
+    return f"{then} then, {now} now"
+
+
+def _has_rounds(seed: Path) -> bool:
+    """Whether a rule has made a round there, or whatever is not in this process."""
+    rounds = [file for file in seed.glob("federated/round-*") if not file.name.startswith("round-000000.")]  # 0 is the beginning
+    return bool(rounds) or any((seed / name).exists() for name in ("results.json", "arms/federated.json", "flower"))
+
+
+def _parsed(facts: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(facts)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _without_rule(facts: bytes) -> dict[str, Any]:
+    return {key: value for key, value in _parsed(facts).items() if key != "rule"}
 
 
 def _facts(plan: Plan, options: Options) -> bytes:
-    more = ({"drop": sorted(options.drop)} if options.drop else {}) | ({"batch_sites": True} if options.batch_sites else {})
+    more: dict[str, Any] = ({"drop": sorted(options.drop)} if options.drop else {}) | (
+        {"batch_sites": True} if options.batch_sites else {}
+    )
+    source = source_of(plan.aggregate.name)
+    more |= {"rule": dict(source)} if source else {}
     return canonical({"plan": plan.model_dump(mode="json"), "transport": options.transport, **more})
 
 
@@ -149,8 +193,6 @@ def _seen_from(out: Path, plan: Plan, root: Path) -> Plan:
     }
     rows = table.data.model_copy(update=data)
     return plan.model_copy(update={"simulation": table.model_copy(update={"base": moved(table.base), "data": rows})})
-
-
 
 
 def runs_inside(directory: Path) -> list[Path]:

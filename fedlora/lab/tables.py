@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -105,6 +106,8 @@ def _fact_lines(run: Results) -> list[str]:
         lines.append(f"bytes: {size(sent.up)} from the sites, {size(sent.down)} to them{share}")
     if said := majority_line(training_rounds(run)):
         lines.append(said)
+    if rule := run.environment.get("rule"):
+        lines.append(re.sub(r"(sha256 [0-9a-f]{12})[0-9a-f]+", r"\1", f"rule: {plain(rule)}"))
     data = run.dataset or {}
     if reference := reference_points(data):
         lines.append("reference points, exact match: " + ", ".join(f"{name} {percent(v)}" for name, v in reference))
