@@ -7,6 +7,7 @@ starts from the same first adapter and is saved round by round, so that a run th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -60,8 +61,8 @@ Lost: TypeAlias = frozenset[tuple[str, str, int]]
 def simulate(
     plan: Plan,
     *,
-    out: Path,
-    root: Path = Path(),
+    out: str | os.PathLike[str],
+    root: str | os.PathLike[str] = "",
     seeds: Sequence[int] = (),
     resume: bool = False,
     transport: str = "local",
@@ -98,7 +99,7 @@ def simulate(
     from fedlora.learn.simulated.rows import read_simulation
 
     check_installed(tracker)
-    plan = with_noise(plan)
+    out, root, plan = Path(out), Path(root), with_noise(plan)
     options = Options(root, resume, transport, tuple(drop), batch_sites)
     look(out, plan, options)  # what is refused anyway is refused before anything is read
     report = _simulated(report)
