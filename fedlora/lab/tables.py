@@ -12,6 +12,7 @@ from fedlora.core.plan import Plan
 from fedlora.core.records import Results
 from fedlora.core.words import (
     HONEST,
+    counted,
     label,
     majority_line,
     number,
@@ -34,7 +35,7 @@ def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
 
 
 def _title(run: Results, seeds: str) -> str:
-    about = f"{plain(run.split)} split, {len(run.sites)} sites, {round_count(run)} rounds"
+    about = f"{plain(run.split)} split, {counted(len(run.sites), 'site')}, {counted(round_count(run), 'round')}"
     return f"{plain(run.name)[:36]}: {about}, {seeds}"[:100]
 
 
