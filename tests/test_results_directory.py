@@ -1,6 +1,7 @@
 """A directory of results is of one kind, for good: a simulation, a sweep or a comparison of rules; and nobody else's."""
 
 import itertools
+import json
 import shutil
 
 import pytest
@@ -92,3 +93,19 @@ def test_an_empty_directory_and_what_nobody_calls_a_file_are_taken(plan, tmp_pat
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("")
     assert main(["simulate", str(plan), "--out", str(out), "-q"]) == 0
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("kind", ["simulation", "sweep"])
+def test_what_is_done_is_said_to_be_done_and_no_base_is_loaded_for_it(made, tmp_path, kind, jobs, capsys, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(made / kind, out)
+    shutil.copy(made / "plan.toml", tmp_path)
+    before = json.loads(next(iter(out.rglob("results.json"))).read_text())
+    monkeypatch.setattr("fedlora.assemble.lab", None)
+    monkeypatch.setattr("fedlora.lab.jobs.Jobs.run", None)
+    words = [str(tmp_path / "plan.toml"), *KINDS[kind][1:], "--seeds", "0", "--out", str(out), "--resume", "--jobs", jobs]
+    assert main(["simulate", *words]) == 0
+    assert "is already done" in capsys.readouterr().err
+    assert json.loads(next(iter(out.rglob("results.json"))).read_text()) == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
@@ -264,6 +264,11 @@ def audits_of(directory: Path) -> Iterator[tuple[str, str]]:
                 yield seed.name, " ".join(found.said)
         except FedLoRAError as e:
             yield seed.name, f"cannot be read: {e.hint}"
+
+
+def left_of(out: Path, seeds: Sequence[int]) -> list[int]:
+    """The seeds that have no results there yet."""
+    return [seed for seed in seeds if not (out / f"seed-{seed}" / "results.json").exists()]
 
 
 def is_begun(out: Path) -> bool:

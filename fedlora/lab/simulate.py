@@ -31,7 +31,7 @@ from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
-from fedlora.lab.claims import ROWS, Options, audits_of, claim, look
+from fedlora.lab.claims import ROWS, Options, audits_of, claim, left_of, look
 from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
 from fedlora.lab.leakage import audit_simulation, check_audited
 from fedlora.lab.private import check_private, private_learners, private_tables
@@ -108,11 +108,15 @@ def simulate(
     lost = parse_dropouts(drop, sites=found.simulation.sites, plan=plan)
     _check_way(plan, options, found, lost)
     claim(out, plan, options)
-    results: list[Results] = []
+    if not left_of(out, wanted := list(seeds or (plan.run.seed,))):  # nothing is loaded for what is there
+        results = [_kept(out / f"seed-{seed}" / "results.json") for seed in wanted]
+        write_summary(out, results, plan)
+        return results
+    results = []
     loaded = assemble.lab(plan, root=root, out=out, report=report, batch_sites=batch_sites, found=found)
     if plan.aggregate.name not in BUILT_IN:
         check_encode(rule_of(plan), loaded.first)
-    for seed in seeds or (plan.run.seed,):
+    for seed in wanted:
         lab = loaded.reseeded(plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})}))
         at = out / f"seed-{seed}"
         write_atomic(at / ROWS, json.dumps(found.counts(), indent=1).encode() + b"\n", mode=0o644)
@@ -169,9 +173,13 @@ def write_summary(out: Path, results: Sequence[Results], plan: Plan) -> None:
 # --- one seed ---------------------------------------------------------------------------------------------------
 
 
+def _kept(file: Path) -> Results:
+    return parse_text(Results, file.read_bytes(), where=str(file), hint=REWRITE)
+
+
 def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report) -> Results:
-    if (blob := read_file(done := out / "results.json")) is not None:
-        return parse_text(Results, blob, where=str(done), hint=REWRITE)
+    if (done := out / "results.json").exists():
+        return _kept(done)
     arms: dict[str, ArmRecord] = {}
     for name, arm in arms_of(lab).items():
         report(Event.ARM, ArmName(name=name, seed=lab.plan.run.seed))
