@@ -3,11 +3,13 @@
 import ast
 import doctest
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_sweep import PLAN
 
 import fedlora
 
@@ -66,3 +68,52 @@ def test_the_documentation_has_every_name_and_the_example(tmp_path):
     page = (tmp_path / "fedlora.html").read_text()
     assert "A rule of your own, in a script" in page
     assert [name for name in fedlora.__all__ if f'id="{name}"' not in page] == []
+
+
+PATHS = {
+    "load_plan": ["path"],
+    "load_adapter": ["path"],
+    "simulate": ["out", "root"],
+    "results_frame": ["results"],
+    "attach": ["study", "site", "base"],
+    "export_adapter": ["out"],
+}
+
+
+@pytest.mark.torch
+def test_every_path_of_a_public_function_may_be_text():
+    """Whatever a public function calls a Path, in its signature, takes ``str`` and ``os.PathLike`` as well."""
+    found = {}
+    for name in fedlora.__all__:
+        function = getattr(fedlora, name)
+        if inspect.isfunction(function):
+            said = {n: str(p.annotation) for n, p in inspect.signature(function).parameters.items()}
+            assert not [n for n, kind in said.items() if "Path" in kind and "str | os.PathLike[str]" not in kind], name
+            if paths := [n for n, kind in said.items() if "PathLike" in kind]:
+                found[name] = paths
+    assert found == PATHS
+
+
+class Named:
+    """A path of another library."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __fspath__(self):
+        return self.path
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", [str, Named])
+def test_text_is_a_path_in_a_notebook(tmp_path, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exp.toml").write_text(PLAN)
+    plan = fedlora.load_plan(kind("exp.toml"))
+    results = fedlora.simulate(plan, out=kind("runs/nb"), root=kind(tmp_path))
+    assert len(fedlora.results_frame(kind("runs/nb"))) == len(fedlora.results_frame(results)) > 0
+    assert fedlora.load_adapter(kind("runs/nb/seed-0/adapter.safetensors"))[0].layout.size
+    with pytest.raises(ValueError, match="attach takes study"):
+        fedlora.attach(None, study=kind("a"), site=kind("b"))
+    with pytest.raises(fedlora.FedLoRAError, match="runs"):
+        fedlora.export_adapter(None, kind("runs"), lora=plan.lora, base_model="fedlora/toy", revision="", run=None)

@@ -84,7 +84,7 @@ def test_a_rule_that_fails_at_every_rate_is_named(plan, tmp_path, capsys):
         assert main(["compare-rules", str(plan), *words, "--seeds", "0", "--out", str(tmp_path / "out"), "-q"]) == 1
     finally:
         fedlora.RULES.forget("stubborn")
-    assert "stubborn: it does not want to" in capsys.readouterr().err
+    assert "stubborn: the rule of your own fails: FedLoRAError: it does not want to (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

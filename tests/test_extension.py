@@ -18,7 +18,7 @@ from pydantic import Field
 
 from fedlora.core.adapter import MAX_PARAMETERS, Adapter
 from fedlora.core.errors import ConfigError, FedLoRAError, RemoteError
-from fedlora.core.messages import Request
+from fedlora.core.messages import Request, Reveals
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.registry import MODES, RULES, Registry
 from fedlora.core.section import Section
@@ -55,6 +55,7 @@ class Part(Rule):
     """next = adapter + a part of the weighted mean."""
 
     way: float = 0.5
+    needs: ClassVar[Reveals] = "sum"
     Settings: ClassVar[type[Section]] = PartSettings
 
     @classmethod
@@ -287,13 +288,13 @@ def test_a_name_never_becomes_code(name, tmp_path):
 def test_a_name_that_is_there_is_not_given_to_another(added):
     for name in ("fedavg", "part"):
         with pytest.raises(ConfigError, match="is already registered"):
-            RULES.register(name, Part)
+            RULES.register(name, type("Other", (Part,), {}))
     RULES.forget("fedavg")
     assert "fedavg" in RULES
 
 
 def test_a_decorator_registers_and_gives_back_what_it_was_given():
-    registry: Registry[type] = Registry("thing", "fedlora.rules")
+    registry: Registry[type] = Registry("thing", "fedlora.protect.modes")
 
     @registry.register("mine")
     class Mine:

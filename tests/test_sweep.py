@@ -180,7 +180,7 @@ def test_a_sweep_gives_one_table_and_the_same_numbers_in_one_process_or_two(plan
     assert "\nrounds: 1\nlearning rate: 0.001 (learning_rate=1e-3), 0.01 (learning_rate=1e-2)\ntest rows of all 2 sites: " in told
     assert "fewer than 20 test rows, so little can be said of them alone: site-1 " in told
     assert main([*words, "--out", str(two), "-q"]) == 3
-    assert "holds a simulation already" in capsys.readouterr().err
+    assert "holds a sweep already" in capsys.readouterr().err
     assert main([*words, "--out", str(two), "--resume", "-q"]) == 0  # one process goes on with what two have begun
 
 
@@ -190,6 +190,8 @@ import fedlora
 
 @fedlora.RULES.register("waiting")
 class Waiting(fedlora.Rule):
+    needs = "sum"
+
     def __init__(self, *settings):
         if multiprocessing.parent_process():
             (pathlib.Path(__file__).parent / f"began-{os.getpid()}").touch()
@@ -229,6 +231,8 @@ import fedlora
 
 @fedlora.RULES.register("stubborn")
 class Stubborn(fedlora.Rule):
+    needs = "sum"
+
     def finish(self, sums, adapter, *, scale, round, state):
         raise fedlora.FedLoRAError("it does not want to")
 """
@@ -280,7 +284,7 @@ def test_a_run_that_fails_ends_no_other_and_is_named_with_its_reason(plan, tmp_p
     (theirs / "agreed.py").write_text(rule_of_the_example())
     for at, jobs, names, place in (
         (tmp_path, 1, "stubborn,fedavg", ""),
-        (theirs, 2, "stubborn,agreed", f"({theirs / 'stubborn.py'}, line 7)"),  # an error of her own code
+        (theirs, 2, "stubborn,agreed", f"({theirs / 'stubborn.py'}, line 9)"),  # an error of her own code
     ):
         out = tmp_path / f"out-{jobs}"
         words = ["--set", f"aggregate.name={names}", "--jobs", jobs, "--out", out, "-q"]
@@ -302,7 +306,7 @@ def test_a_run_that_fails_ends_no_other_and_is_named_with_its_reason(plan, tmp_p
     ("text", "said"),
     [
         ("import fedlora\nx = 1", "registers no rule"),
-        ('import fedlora\n@fedlora.RULES.register("no")\nclass No(fedlora.Rule):\n    pass', "'no' has no method finish"),
+        ('import fedlora\n@fedlora.RULES.register("no")\nclass No(fedlora.Rule):\n    needs = "sum"', "has no method finish"),
         ("\n1 / 0", "ZeroDivisionError: division by zero"),
         (None, "no such file"),
     ],
@@ -319,7 +323,7 @@ def test_a_script_that_failed_once_is_not_taken_for_a_rule_the_next_time(tmp_pat
     for text, said in (
         ("import fedlora\nx = 1", "registers no rule"),
         (STUBBORN.replace("stubborn", "again") + "1 / 0", "ZeroDivisionError"),
-        ('import fedlora\n@fedlora.RULES.register("again")\nclass No(fedlora.Rule):\n    pass', "no method finish"),
+        ('import fedlora\n@fedlora.RULES.register("again")\nclass No(fedlora.Rule):\n    needs = "sum"', "no method finish"),
     ):
         file.write_text(text)
         for _ in range(2):  # as in a notebook
@@ -352,7 +356,8 @@ def test_an_installed_rule_is_loaded_because_she_names_it_and_never_because_a_pl
     (package / "ours-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: ours\nVersion: 1.0\n")
     (package / "ours-1.0.dist-info" / "entry_points.txt").write_text("[fedlora.rules]\npart = ours:Part\n")
     (package / "ours.py").write_text(
-        f"open({str(tmp_path / 'loaded')!r}, 'w').close()\nimport fedlora\n\nclass Part(fedlora.Rule):\n    pass\n"
+        f"open({str(tmp_path / 'loaded')!r}, 'w').close()\nimport fedlora\n\nclass Part(fedlora.Rule):\n    needs = 'sum'\n"
+        "    def finish(self, sums, adapter, *, scale, round, state): pass\n"
     )
     plan.write_text(PLAN.replace('[aggregate.fedavg]\nshare = "AB"', 'aggregate.name = "part"'))
     for words in (["check", plan], ["simulate", plan, "--out", tmp_path / "out"]):

@@ -10,6 +10,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from fedlora.cli.output import command_of, fail, say_error
+from fedlora.cli.terminal import READER_GONE
 
 if TYPE_CHECKING:
     import click
@@ -103,5 +104,8 @@ def _usage(e: click.ClickException, called: str, command: str | None) -> int:
 
 
 def _interrupted(words: list[str], command: str | None) -> int:
+    if READER_GONE:
+        READER_GONE.clear()
+        return _SIGNALED
     hint = _INTERRUPTED.get(words[0] if words else "", "")
     return fail("interrupted", hint=hint, code="interrupted", status=_SIGNALED, command=command)

@@ -53,6 +53,7 @@ def check(
     Example: fedlora check plan.toml --site site.toml
     """
     from fedlora.answers import Checked
+    from fedlora.core.words import counted
     from fedlora.formats.plans import load_plan
     from fedlora.lab.own_rules import told_of, use_rules
     from fedlora.library.leakage import audit_lines
@@ -64,8 +65,8 @@ def check(
     f = found.federation
     facts = Checked(digest=found.digest(), rounds=f.num_rounds, pinned=found.is_pinned)
     lines = [
-        f"plan {facts['digest'][:12]}: {f.num_rounds} rounds, at least {f.min_sites} sites, {found.aggregate.name}, "
-        f"{found.wire.dtype} updates, {found.protect.mode}",
+        f"plan {facts['digest'][:12]}: {counted(f.num_rounds, 'round')}, at least {counted(f.min_sites, 'site')}, "
+        f"{found.aggregate.name}, {found.wire.dtype} updates, {found.protect.mode}",
     ]
     if found.is_pinned:
         lines.append("pinned to base and first adapter")

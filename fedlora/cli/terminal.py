@@ -55,6 +55,10 @@ def fitted(text: str, stream: TextIO, *, at: int = 0) -> str:
     return "\n".join(wrapped(line, columns, at=at) for line in text.split("\n"))
 
 
+READER_GONE: list[bool] = []
+"""Something, once who read stdout has closed the pipe: that is no error, `head` does it."""
+
+
 def show(text: str, stream: TextIO) -> None:
     """Prints lines; if the reader of stdout has closed the pipe, ends as by Ctrl-C."""
     if not put(f"{fitted(text, own(stream))}\n", stream) and stream is sys.stdout:
@@ -68,6 +72,8 @@ def put(text: str, stream: TextIO) -> bool:
         ours.write(text)  # in one call: other threads report, too
         ours.flush()
     except BrokenPipeError:
+        if stream is sys.stdout:
+            READER_GONE.append(True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), ours.fileno())
         return False
     return True

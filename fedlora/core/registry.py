@@ -30,8 +30,11 @@ class Registry(Generic[T]):
         self.what, self._home = what, home
         self._own: dict[str, T] = {}
 
+    def _at_home(self) -> Any:
+        return importlib.import_module(self._home)
+
     def _built_in(self) -> dict[str, T]:
-        found: dict[str, T] = importlib.import_module(self._home).BUILT_IN
+        found: dict[str, T] = self._at_home().BUILT_IN
         return found
 
     def names(self) -> tuple[str, ...]:
@@ -67,20 +70,39 @@ class Registry(Generic[T]):
         Returns:
             The entry.
 
+        A class that is defined again takes the place of the first: a notebook's cell is run again, a module is loaded again.
+
         Raises:
-            ConfigError: the name is taken.
+            ConfigError: the name is taken; or what is registered is none, as the ``CHECK`` of the home says.
         """
         if entry is None:
             decorate: Callable[[T], T] = lambda found: self.register(name, found)  # noqa: E731
             return decorate
-        if name in self:
+        if name in self and not (name in self._own and _same(self._own[name], entry)):
             raise ConfigError(f"a {self.what} called {name!r} is already registered", hint="choose another name")
+        home = self._at_home()
+        if hasattr(home, "CHECK"):
+            home.CHECK(name, entry)
         self._own[name] = entry
         return entry
 
     def forget(self, name: str) -> None:
         """Takes an added entry out again; a built-in one stays."""
         self._own.pop(name, None)
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether it is one class, defined twice: its name and its place say so; a notebook's cells are no files."""
+    places = [(getattr(e, "__module__", ""), getattr(e, "__qualname__", object()), _file(e)) for e in (one, other)]
+    return places[0] == places[1]
+
+
+def _file(entry: object) -> str:
+    if getattr(entry, "__module__", "") == "__main__":
+        return ""
+    found = [entry, *getattr(entry, "__dict__", {}).values()]
+    codes = [getattr(getattr(one, "__func__", one), "__code__", None) for one in found]
+    return next((code.co_filename for code in codes if code is not None), "")
 
 
 class Entry(Protocol):

@@ -87,6 +87,11 @@ def training_rounds(run: Results) -> list[RoundRecord]:
     return [r for r in run.rounds if r.kind == "train"]
 
 
+def counted(number: int, what: str) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def round_count(run: Results) -> int:
     """Rounds of training."""
     return len(training_rounds(run))

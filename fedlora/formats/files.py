@@ -312,13 +312,13 @@ def _read_vector(file: Any, before: str, tensors: Sequence[str]) -> Adapter:
     return Adapter(vector, layout)
 
 
-def load_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
+def load_adapter(path: str | os.PathLike[str]) -> tuple[Adapter, dict[str, Any]]:
     """Inverse of :func:`save_adapter`, without the state.
 
     Raises:
         StoreError: unreadable, not ours, or other contents than its digest says.
     """
-    adapter, facts, _ = load_vectors(path)
+    adapter, facts, _ = load_vectors(Path(path))
     return adapter, facts
 
 

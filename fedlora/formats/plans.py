@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from fedlora.formats.records import R, parse_text
 S = TypeVar("S", bound=Section)
 
 
-def load_plan(path: Path, *, changes: Mapping[str, Any] = {}) -> Plan:
+def load_plan(path: str | os.PathLike[str], *, changes: Mapping[str, Any] = {}) -> Plan:
     """Reads a plan file.
 
     Args:
@@ -28,7 +29,7 @@ def load_plan(path: Path, *, changes: Mapping[str, Any] = {}) -> Plan:
     Raises:
         ConfigError: unreadable, not TOML, or with every wrong key named.
     """
-    return load_toml(path, Plan, changes=changes)
+    return load_toml(Path(path), Plan, changes=changes)
 
 
 def load_toml(path: Path, section: type[S], *, changes: Mapping[str, Any] = {}) -> S:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from pydantic import TypeAdapter
 
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import FedLoRAError, StoreError
+from fedlora.core.errors import FedLoRAError, StoreError, plain
 from fedlora.core.events import Event, Report
 from fedlora.core.plan import Plan
 from fedlora.core.tables.lab import SiteRows
 from fedlora.core.toml import dump_toml
 from fedlora.formats.files import write_atomic
+from fedlora.lab.own_rules import source_of
 from fedlora.library.leakage import load_audit
+
+NOTES = "notes.json"
+"""In the directory of a seed: what was told of its rows, in sentences."""
+ROWS = "rows.json"
+"""In the directory of a seed: how many rows and groups each site has, as `fedlora check --json` says it."""
+ORDER = "runs.json"
+"""In a sweep's directory: the directories of its runs, in the order of its table."""
 
 
 def _silent(event: Event, facts: object) -> None:
@@ -70,31 +78,104 @@ def claim(out: Path, plan: Plan, options: Options) -> None:
     """
     look(out, plan, options)
     mark = out / "plan.json"
-    if mark.exists() and options.resume:
+    if mark.exists() and options.resume and not _changed_rule(out, plan, options):
         return
-    if mark.exists():
-        for seed in out.glob("seed-*"):
+    for seed in out.glob("seed-*") if mark.exists() else ():
+        if not options.resume:
             shutil.rmtree(seed)  # scores of the base under what may be another plan
+        else:
+            shutil.rmtree(seed / "federated", ignore_errors=True)  # begun with another text of the rule, without a round
+            shutil.rmtree(seed / "sites", ignore_errors=True)
     write_atomic(mark, _facts(plan, options), shared=True)
     write_atomic(out / "plan.toml", dump_toml(_seen_from(out, plan, options.root)).encode(), mode=0o644, shared=True)
 
 
+Kind: TypeAlias = Literal["simulation", "sweep", "comparison of rules"]
+"""What a directory of results is of, for good."""
+_MARKS: Mapping[Kind, str] = {"simulation": "plan.json", "comparison of rules": f"tune/{ORDER}", "sweep": ORDER}
+"""The file that is written first. A comparison of rules has that of a sweep, too."""
+_NOBODYS = (".gitkeep", ".gitignore", ".DS_Store", "toy")
+"""What a directory may hold before it is claimed; a base and rows that are generated come before the mark."""
+
+
+def check_kind(out: Path, wanted: Kind, *, resume: bool) -> None:
+    """Refuses a directory that is not one of this kind, or that nobody has said to go on with.
+
+    Raises:
+        StoreError: it holds results of another kind, begun ones while ``resume`` is not asked, or files of somebody else.
+    """
+    if out.is_file():
+        raise StoreError(f"{out} is a file", hint="choose another --out")
+    held = [kind for kind, mark in _MARKS.items() if (out / mark).exists()]
+    if "comparison of rules" in held and "sweep" in held:
+        held.remove("sweep")
+    for other in held:
+        if other != wanted:
+            raise StoreError(f"{out} holds a {other} already", hint="choose another --out")
+    if held and not resume and any(map(is_begun, (out, *runs_inside(out), *runs_inside(out / "tune")))):
+        raise StoreError(f"{out} holds a {wanted} already", hint="continue it with --resume, or choose another --out")
+    names = sorted(one.name for one in out.iterdir()) if out.exists() and not held else []
+    if theirs := [n for n in names if n not in _NOBODYS and not (n.startswith(".") and n.endswith(".new"))]:
+        more = f", and {len(theirs) - 3} more" if len(theirs) > 3 else ""
+        raise StoreError(
+            f"{out} holds something else: {', '.join(map(plain, theirs[:3]))}{more}",
+            hint="choose another --out: a directory that is empty or not there yet",
+        )
+
+
 def look(out: Path, plan: Plan, options: Options) -> None:
     """Refuses what :func:`claim` would, and writes nothing."""
+    check_kind(out, "simulation", resume=options.resume)
     mark = out / "plan.json"
-    if not mark.exists():
-        return
-    if not options.resume and is_begun(out):
-        raise StoreError(f"{out} holds a simulation already", hint="continue it with --resume, or choose another --out")
-    if options.resume and mark.read_bytes() != _facts(plan, options):
+    if mark.exists() and options.resume and _without_rule(mark.read_bytes()) != _without_rule(_facts(plan, options)):
         raise StoreError(
             f"{out} holds the simulation of another plan, over another transport, with other dropouts or --batch-sites",
             hint="choose another --out; none of them can change under a run",
         )
+    if options.resume and (said := _changed_rule(out, plan, options)) and any(map(_has_rounds, out.glob("seed-*"))):
+        raise StoreError(
+            f"{out} was made with another text of the rule {plan.aggregate.name!r}: {said}; scores of both would be mixed",
+            hint="choose another --out; or put back the text that made it",
+        )
+
+
+def _changed_rule(out: Path, plan: Plan, options: Options) -> str:
+    """What the text of the rule was and is, where they differ."""
+    mark = out / "plan.json"
+    then = _parsed(mark.read_bytes()).get("rule") or {} if mark.exists() else {}
+    now = _parsed(_facts(plan, options)).get("rule", {})
+    if not mark.exists() or all(then.get(key) == now.get(key) for key in ("package", "sha256")):
+        return ""
+    then, now = (
+        f"{of.get('file') or of.get('package') or 'its class'}, sha256 {of.get('sha256', '?')[:12]}" for of in (then, now)
+    )
+    return f"{then} then, {now} now"
+
+
+def _has_rounds(seed: Path) -> bool:
+    """Whether a rule has made a round there, or whatever is not in this process."""
+    rounds = [file for file in seed.glob("federated/round-*") if not file.name.startswith("round-000000.")]  # 0 is the beginning
+    return bool(rounds) or any((seed / name).exists() for name in ("results.json", "arms/federated.json", "flower"))
+
+
+def _parsed(facts: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(facts)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _without_rule(facts: bytes) -> dict[str, Any]:
+    return {key: value for key, value in _parsed(facts).items() if key != "rule"}
 
 
 def _facts(plan: Plan, options: Options) -> bytes:
-    more = ({"drop": sorted(options.drop)} if options.drop else {}) | ({"batch_sites": True} if options.batch_sites else {})
+    more: dict[str, Any] = ({"drop": sorted(options.drop)} if options.drop else {}) | (
+        {"batch_sites": True} if options.batch_sites else {}
+    )
+    source = source_of(plan.aggregate.name)
+    more |= {"rule": dict(source)} if source else {}
     return canonical({"plan": plan.model_dump(mode="json"), "transport": options.transport, **more})
 
 
@@ -114,14 +195,6 @@ def _seen_from(out: Path, plan: Plan, root: Path) -> Plan:
     }
     rows = table.data.model_copy(update=data)
     return plan.model_copy(update={"simulation": table.model_copy(update={"base": moved(table.base), "data": rows})})
-
-
-NOTES = "notes.json"
-"""In the directory of a seed: what was told of its rows, in sentences."""
-ROWS = "rows.json"
-"""In the directory of a seed: how many rows and groups each site has, as `fedlora check --json` says it."""
-ORDER = "runs.json"
-"""In a sweep's directory: the directories of its runs, in the order of its table."""
 
 
 def runs_inside(directory: Path) -> list[Path]:
@@ -201,6 +274,11 @@ def audits_of(directory: Path) -> Iterator[tuple[str, str]]:
                 yield seed.name, " ".join(found.said)
         except FedLoRAError as e:
             yield seed.name, f"cannot be read: {e.hint}"
+
+
+def left_of(out: Path, seeds: Sequence[int]) -> list[int]:
+    """The seeds that have no results there yet."""
+    return [seed for seed in seeds if not (out / f"seed-{seed}" / "results.json").exists()]
 
 
 def is_begun(out: Path) -> bool:

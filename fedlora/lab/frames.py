@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def results_frame(results: Sequence[Results] | str | Path) -> pd.DataFrame:
+def results_frame(results: Sequence[Results] | str | os.PathLike[str]) -> pd.DataFrame:
     """One row for each seed, arm and site of a simulation; scores on the site's own rows.
 
     Args:
@@ -27,7 +28,7 @@ def results_frame(results: Sequence[Results] | str | Path) -> pd.DataFrame:
         NotInstalled: pandas is missing.
         StoreError: the directory has no results.
     """
-    if isinstance(results, str | Path):
+    if isinstance(results, str | os.PathLike):
         from fedlora.lab.report import load
 
         results = load(Path(results))

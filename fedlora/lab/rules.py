@@ -12,7 +12,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.records import Results
 from fedlora.core.tables.lab import ComparedRules, TunedRule
 from fedlora.formats.plans import load_plan
-from fedlora.lab.claims import Options
+from fedlora.lab.claims import Options, check_kind
 from fedlora.lab.jobs import Jobs
 from fedlora.lab.report import summarize
 from fedlora.lab.sweep import Combination, combinations, run_each, run_failed, written
@@ -78,10 +78,12 @@ def compare_rules(
 
     Raises:
         ConfigError: seeds of both kinds are the same, or a plan or a file is wrong. Nothing has run then.
+        StoreError: ``out`` is of another kind, or has begun and ``options.resume`` is not asked.
         RunFailed: a variant failed at every rate, or under test seeds.
     """
     if shared := set(seeds) & set(tune_seeds):
         raise ConfigError(f"seeds {sorted(shared)} are to tune and to compare", hint="choose others: --tune-seeds 1000,1001")
+    check_kind(out, "comparison of rules", resume=options.resume)
     grid = {v.name: [_combination(plan_file, v, rate, split="validation") for rate in rates] for v in found}
     finals = {v.name: {rate: _combination(plan_file, v, rate, split="test") for rate in rates} for v in found}
     losses, failed = _tuned(grid, out=out / "tune", seeds=tune_seeds, options=options, jobs=jobs)

@@ -7,6 +7,7 @@ starts from the same first adapter and is saved round by round, so that a run th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
-from fedlora.lab.claims import ROWS, Options, audits_of, claim, look
+from fedlora.lab.claims import ROWS, Options, audits_of, claim, left_of, look
 from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
 from fedlora.lab.leakage import audit_simulation, check_audited
 from fedlora.lab.notes import notes_of, settled, write_notes
@@ -45,7 +46,8 @@ from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
-from fedlora.rules import rule_of
+from fedlora.rules import BUILT_IN, rule_of
+from fedlora.rules.own import check_encode
 from fedlora.site.parts import site_of
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
@@ -59,8 +61,8 @@ Lost: TypeAlias = frozenset[tuple[str, str, int]]
 def simulate(
     plan: Plan,
     *,
-    out: Path,
-    root: Path = Path(),
+    out: str | os.PathLike[str],
+    root: str | os.PathLike[str] = "",
     seeds: Sequence[int] = (),
     resume: bool = False,
     transport: str = "local",
@@ -97,7 +99,7 @@ def simulate(
     from fedlora.learn.simulated.rows import read_simulation
 
     check_installed(tracker)
-    plan = settled(plan)
+    out, root, plan = Path(out), Path(root), settled(plan)
     options = Options(root, resume, transport, tuple(drop), batch_sites)
     look(out, plan, options)  # what is refused anyway is refused before anything is read
     report = _simulated(report)
@@ -106,9 +108,15 @@ def simulate(
     lost = parse_dropouts(drop, sites=found.simulation.sites, plan=plan)
     _check_way(plan, options, found, lost)
     claim(out, plan, options)
-    results: list[Results] = []
+    if not left_of(out, wanted := list(seeds or (plan.run.seed,))):  # nothing is loaded for what is there
+        results = [_kept(out / f"seed-{seed}" / "results.json") for seed in wanted]
+        write_summary(out, results, plan)
+        return results
+    results = []
     loaded = assemble.lab(plan, root=root, out=out, report=report, batch_sites=batch_sites, found=found)
-    for seed in seeds or (plan.run.seed,):
+    if plan.aggregate.name not in BUILT_IN:
+        check_encode(rule_of(plan), loaded.first)
+    for seed in wanted:
         lab = loaded.reseeded(plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})}))
         at = out / f"seed-{seed}"
         write_atomic(at / ROWS, json.dumps(found.counts(), indent=1).encode() + b"\n", mode=0o644)
@@ -167,9 +175,13 @@ def write_summary(out: Path, results: Sequence[Results], plan: Plan) -> None:
 # --- one seed ---------------------------------------------------------------------------------------------------
 
 
+def _kept(file: Path) -> Results:
+    return parse_text(Results, file.read_bytes(), where=str(file), hint=REWRITE)
+
+
 def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report) -> Results:
-    if (blob := read_file(done := out / "results.json")) is not None:
-        return parse_text(Results, blob, where=str(done), hint=REWRITE)
+    if (done := out / "results.json").exists():
+        return _kept(done)
     arms: dict[str, ArmRecord] = {}
     for name, arm in arms_of(lab).items():
         report(Event.ARM, ArmName(name=name, seed=lab.plan.run.seed))
@@ -199,7 +211,7 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
         rounds=rounds,
         traffic=traffic,
         seconds=_phases(arms, rounds),
-        environment=environment(transport),
+        environment=environment(transport, lab.plan.aggregate.name),
         dataset=dataset(lab.data),
     )
     write_atomic(done, dump_text(results), mode=0o644)

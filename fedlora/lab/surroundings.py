@@ -12,9 +12,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedlora.lab.own_rules import source_line, source_of
 
-def environment(transport: str) -> dict[str, str | int]:
-    """Day, versions, commit and machine."""
+
+def environment(transport: str, rule: str) -> dict[str, str | int]:
+    """Day, versions, commit and machine; and the text of a rule of the researcher's own.
+
+    Args:
+        rule: name of the rule.
+    """
     facts: dict[str, str | int] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
@@ -27,6 +33,8 @@ def environment(transport: str) -> dict[str, str | int]:
             facts[package] = importlib.metadata.version(package)
     if found := commit():
         facts["commit"] = found
+    if source := source_of(rule):
+        facts["rule"] = source_line(rule, source)
     return facts
 
 

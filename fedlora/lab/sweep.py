@@ -19,7 +19,7 @@ from fedlora.core.records import Results
 from fedlora.core.tables.lab import Compared, Sweep, SweepRun
 from fedlora.formats.files import write_atomic
 from fedlora.formats.plans import load_plan
-from fedlora.lab.claims import ORDER, Options, claim, look
+from fedlora.lab.claims import ORDER, Options, check_kind, claim, left_of, look
 from fedlora.lab.comparison import compare, compared_table, long_form, write_long, write_tables
 from fedlora.lab.jobs import Jobs
 from fedlora.lab.notes import notes_side_by_side, settled
@@ -132,13 +132,18 @@ def run_all(found: Sequence[Combination], *, out: Path, seeds: Sequence[int], op
 
     Raises:
         ConfigError: a file that a plan names is missing or unusable. Nothing has run then.
-        StoreError: a directory holds a simulation that has begun, and ``options.resume`` is not asked.
+        StoreError: a directory holds what has begun, and ``options.resume`` is not asked; or it is of another kind.
         RunFailed: runs failed; those that did not are in the table.
     """
     if len(found) == 1 and (jobs.count == 1 or len(seeds) == 1):
+        if not left_of(out, seeds):
+            there = SweepRun(run=found[0].plan.run.name, number=1, of=1, state="is already done")
+            options.report(Event.SWEEP_RUN, there)
         with own_errors():
             simulate(found[0].plan, out=out, seeds=seeds, **options.keywords())
         return None
+    if len(found) > 1:
+        check_kind(out, "sweep", resume=options.resume)
     done, failed = run_each(found, out=out, seeds=seeds, options=options, jobs=jobs)
     compared = written(found, done, out, {one.name: out / one.folder for one in found}) if done and len(found) > 1 else None
     if failed:
@@ -167,7 +172,8 @@ def run_each(
     told_once = replace(options, report=lambda event, facts: report(event, facts) if _of_a_run(event, facts) else None)
     if jobs.count == 1:
         for number, one in enumerate(found, 1):
-            report(Event.SWEEP_RUN, SweepRun(run=one.name, number=number, of=len(found), state="begins"))
+            state = "begins" if left_of(directories[one.name], seeds) else "is already done"
+            report(Event.SWEEP_RUN, SweepRun(run=one.name, number=number, of=len(found), state=state))
             try:
                 with own_errors():
                     simulate(one.plan, out=directories[one.name], seeds=seeds, **told_once.keywords())
@@ -242,8 +248,12 @@ def _in_processes(
 ) -> dict[str, str]:
     for one in found:
         claim(directories[one.name], one.plan, options)
-    units = [(one.name, one.plan, directories[one.name], seed) for one in found for seed in seeds]
-    failed = jobs.run(units, options)
+    units = [(one.name, one.plan, directories[one.name], s) for one in found for s in left_of(directories[one.name], seeds)]
+    for one in found:
+        if not left_of(directories[one.name], seeds):
+            done = SweepRun(run=one.name, number=found.index(one) + 1, of=len(found), state="is already done")
+            options.report(Event.SWEEP_RUN, done)
+    failed = jobs.run(units, options) if units else {}
     for one in found:
         if one.name not in failed:
             write_summary(directories[one.name], load(directories[one.name]), one.plan)

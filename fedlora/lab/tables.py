@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from fedlora.core.plan import Plan
 from fedlora.core.records import Results
 from fedlora.core.words import (
     HONEST,
+    counted,
     label,
     majority_line,
     number,
@@ -34,7 +36,7 @@ def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
 
 
 def _title(run: Results, seeds: str) -> str:
-    about = f"{plain(run.split)} split, {len(run.sites)} sites, {round_count(run)} rounds"
+    about = f"{plain(run.split)} split, {counted(len(run.sites), 'site')}, {counted(round_count(run), 'round')}"
     return f"{plain(run.name)[:36]}: {about}, {seeds}"[:100]
 
 
@@ -109,6 +111,8 @@ def _fact_lines(run: Results) -> list[str]:
         lines.append(f"bytes: {size(sent.up)} from the sites, {size(sent.down)} to them{share}")
     if said := majority_line(training_rounds(run)):
         lines.append(said)
+    if rule := run.environment.get("rule"):
+        lines.append(re.sub(r"(sha256 [0-9a-f]{12})[0-9a-f]+", r"\1", f"rule: {plain(rule)}"))
     data = run.dataset or {}
     if reference := reference_points(data):
         lines.append("reference points, exact match: " + ", ".join(f"{name} {percent(v)}" for name, v in reference))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ from fedlora.rounds.failure import too_few
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Transport, drive
 from fedlora.rules import Accumulator, Aggregator, State, add, max_site_weight, optimizer_of, rounded
+from fedlora.rules.own import finished, replied, started
 from fedlora.rules.rounding import is_finite
 
 
@@ -103,7 +105,7 @@ class _Parts:
 
 
 def _start(aggregator: Aggregator, checkpoint: Checkpoint, cohort: int) -> Accumulator:
-    return aggregator.start(checkpoint.adapter, cohort=cohort, round=checkpoint.round + 1)
+    return started(aggregator.start(checkpoint.adapter, cohort=cohort, round=checkpoint.round + 1), aggregator)
 
 
 def _aggregate(
@@ -140,12 +142,11 @@ def _finish(
     adapter, round = Adapter(checkpoint.adapter.vector, checkpoint.adapter.layout), checkpoint.round + 1
     result = aggregator.finish(tally.sums, adapter, scale=plan.lora.scale, round=round, state=checkpoint.state)
     tally.sums = None
+    result = finished(result, aggregator, adapter)
     state: State = {**checkpoint.state, **result.state}
     rule = {} if sends_gradients(plan) else dict(result.record)  # its numbers compare updates of several steps
     if result.delta is None:
-        if result.adapter is None:
-            raise ValueError("a rule returns a server update or an adapter")
-        return result.adapter, state, rule
+        return cast("Adapter", result.adapter), state, rule
     moved, state = optimizer_of(plan, round=round).step(result.delta, state)
     after = add(adapter, moved)
     del adapter, moved, result
@@ -160,7 +161,7 @@ def task_of(kind: Kind, checkpoint: Checkpoint, *, plan: Plan, run: str, aggrega
     task = Task(run, plan.canonical(), plan.model.digest, kind, checkpoint.round + 1, 0, sent)
     if kind == "evaluate":
         return task
-    reply = aggregator.reply(adapter.layout, checkpoint.round + 1)
+    reply = replied(aggregator.reply(adapter.layout, checkpoint.round + 1), aggregator)
     return replace(task, sends=None if reply == sent.layout else reply)
 
 

@@ -10,6 +10,7 @@ from fedlora.rules.fedavg import FedAvg
 from fedlora.rules.fedsvd import FedSVD
 from fedlora.rules.ffa import FFA
 from fedlora.rules.means import add
+from fedlora.rules.own import check_rule, made
 from fedlora.rules.product import Product
 from fedlora.rules.protocol import Aggregated, Aggregator, Rule, State
 from fedlora.rules.robust import Robust
@@ -51,10 +52,12 @@ BUILT_IN: dict[str, type[Rule]] = {
     "robust": Robust,
 }
 """Rules by the name that a plan uses."""
+CHECK = check_rule
+"""What an entry of somebody's own has to pass; the registry looks for it here."""
 
 
 def rule_of(plan: Plan) -> Aggregator:
     """The plan's rule."""
     chosen = cast("type[Rule]", RULES[plan.aggregate.name])
     together = MODES[plan.protect.mode].reveals == "sum"  # the sum comes as one update with the weight of all
-    return cast("Aggregator", chosen.of(plan, MOST_TOGETHER if together else max_site_weight(plan)))
+    return cast("Aggregator", made(chosen.of(plan, MOST_TOGETHER if together else max_site_weight(plan)), chosen))

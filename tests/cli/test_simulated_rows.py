@@ -97,7 +97,7 @@ def test_an_uneven_split_loses_no_row_and_is_the_same_each_time(tree, capsys):
         ('split = "by:ward"\nsites = ["south", "north"]', 'path = "pool.csv"', "has no value 'south'"),
         ('split = "by:patient"', 'path = "pool.csv"', "fewer than three groups"),
         ('split = "iid"\nsites = 20', 'path = "pool.csv"\ngroup_key = "patient"', "24 groups of rows are too few for 20 sites"),
-        ('split = "iid"\nsites = 1', 'path = "pool.csv"', "min_sites = 2, but the simulation has 1 sites"),
+        ('split = "iid"\nsites = 1', 'path = "pool.csv"', "min_sites = 2, but the simulation has 1 site"),
         ('split = "iid"\nsites = 2', 'path = "pol.csv"', "pol.csv cannot be read"),
         ('split = "iid"\nsites = 2', 'path = "pool.csv"\nheld_out_fraction = 0.5', "held_out_fraction = 0.5"),
         ('splt = "iid"', 'path = "pool.csv"', "did you mean 'split'?"),
@@ -219,3 +219,21 @@ def test_a_start_that_was_cut_off_before_anything_was_trained_does_not_block_the
     assert list(arms["federated"]["sites"]) == ["east-wing", "north"]
     assert main([*words, "-q"]) == 3
     assert "holds a simulation already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"text,label\n", b"", b"GGU", b"PK\x03\x04"])
+@pytest.mark.parametrize("name", ["north.csv", "base.gguf", "model.safetensors"])
+def test_a_base_that_is_another_file_is_refused_before_anything_is_loaded(tmp_path, content, name, capsys):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "plan.toml").write_text(f'simulation = {{ base = "{name}", sites = 2 }}')
+    for command in ("check", "simulate"):
+        assert main([command, str(tmp_path / "plan.toml"), "-q"]) == 3
+        told = capsys.readouterr().err
+        assert f"{name} is a file, and no GGUF file" in told
+
+
+@pytest.mark.parametrize(("number", "said"), [(1, "1 round, at least 2 sites"), (2, "2 rounds, at least 2 sites")])
+def test_one_round_is_one_round(tmp_path, number, said, capsys):
+    (tmp_path / "plan.toml").write_text(f"federation.num_rounds = {number}\nfederation.min_sites = 2")
+    assert main(["check", str(tmp_path / "plan.toml")]) == 0
+    assert said in capsys.readouterr().out

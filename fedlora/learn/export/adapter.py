@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,7 +31,7 @@ _LOST = 0.01
 
 def export_adapter(
     adapter: Adapter,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     lora: Lora,
     base_model: str,
@@ -62,6 +63,7 @@ def export_adapter(
     """
     if base_model.startswith(("/", ".", "~")) or "\\" in base_model or Path(base_model).is_absolute():
         raise ConfigError(f"base model {base_model!r} is a path", hint="published adapters name the base by its public id")
+    out = Path(out)
     refuse_existing(out)
     target = float_type(dtype)
     tensors = folded(adapter, lora.scale if scale is None else scale)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,10 @@ class Attached:
 def attach(
     trainer: Any,
     *,
-    study: str | Path = "",
-    site: str | Path = "",
+    study: str | os.PathLike[str] = "",
+    site: str | os.PathLike[str] = "",
     rows: Iterable[Mapping[str, Any]] | None = None,
-    base: str | Path = "",
+    base: str | os.PathLike[str] = "",
     sites: int = 3,
     data: Mapping[str, Any] = {},
 ) -> Attached:
@@ -91,9 +92,10 @@ def attach(
         ModelError: the base's directory is not known.
         StoreError: other rows or another plan are there already, on which runs may have begun.
     """
-    if bool(str(study)) == bool(str(site)) or (str(site) and data):
+    study, site, base = os.fspath(study), os.fspath(site), os.fspath(base)
+    if bool(study) == bool(site) or (site and data):
         raise ValueError("attach takes study=DIRECTORY, and data={...} with it; or site=SITE_FILE")
-    if str(site):
+    if site:
         return _at_site(trainer, Path(site), rows)
     table, where = _table(data), Path(study)
     length = _max_length(trainer)

@@ -16,7 +16,7 @@ from fedlora.core.plan import Plan
 from fedlora.core.tables.data import SiteData
 from fedlora.core.tables.lab import SiteRows
 from fedlora.core.tables.simulation import Simulation
-from fedlora.core.words import FEW
+from fedlora.core.words import FEW, counted
 from fedlora.data import Conversation, Tokenizer, TokenReport, Tokens, check_apart
 from fedlora.data.deal import SPLITS, deal, three_ways
 from fedlora.data.files.sources import check_sheets, promised_format
@@ -151,6 +151,11 @@ def _read_simulation(plan: Plan, root: Path, toys: Path, report: Report) -> Simu
             f"simulation.base: {base} does not exist",
             hint="a directory or GGUF file of the base model, relative to the plan file; `toy` needs none",
         )
+    if base is not None and base.is_file() and not _is_gguf(base):
+        raise ConfigError(
+            f"simulation.base: {base} is a file, and no GGUF file",
+            hint="a Hugging Face directory with config.json beside its weights, or a GGUF file; rows belong into simulation.data",
+        )
     if simulation.data.path == "toy":
         if simulation.split.startswith("by:"):
             raise ConfigError(
@@ -164,7 +169,7 @@ def _read_simulation(plan: Plan, root: Path, toys: Path, report: Report) -> Simu
     found = _of_files(simulation, root, base, report) if simulation.split == "files" else _dealt(simulation, root, base, report)
     if len(found.rows) < plan.federation.min_sites:
         raise ConfigError(
-            f"federation.min_sites = {plan.federation.min_sites}, but the simulation has {len(found.rows)} sites",
+            f"federation.min_sites = {plan.federation.min_sites}, but the simulation has {counted(len(found.rows), 'site')}",
             hint="a round with fewer sites is void: correct one of both",
         )
     if base is not None and base.is_dir() and not (base / "config.json").is_file():
@@ -187,6 +192,11 @@ def _warned(plan: Plan, base: Path | None) -> Iterator[tuple[str, str]]:
         )
     if table is not None and table.split in ("iid", "dirichlet") and "sites" not in table.model_fields_set:
         yield "sites", f"simulation.sites is not set: the rows are dealt to {len(table.sites)} sites; sites = 20 says how many"
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as f:
+        return f.read(4) == b"GGUF"
 
 
 def tokens_of(
@@ -304,7 +314,9 @@ def _no_file(where: Path, missing: Sequence[str], data: SiteData) -> ConfigError
         check_sheets(where.iterdir())
     return ConfigError(
         f"{where} has no rows to train on of {', '.join(missing[:20])}",
-        hint=f"there are files of {len(there)} sites: sites = [{names}]" if there else "a file for each site, e.g. north.csv",
+        hint=f"there are files of {counted(len(there), 'site')}: sites = [{names}]"
+        if there
+        else "a file for each site, e.g. north.csv",
     )
 
 
