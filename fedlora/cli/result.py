@@ -70,7 +70,10 @@ def try_adapter(
     Example: fedlora try adapter --base models/SmolLM2 --prompt - < note.txt
     """
     from fedlora.core.sites.facts import Tried
-    from fedlora.learn.published.ask import ask
+    from fedlora.formats.published.directory import check_there
+
+    check_there(adapter, base)
+    from fedlora.learn.published.ask import ask  # which takes seconds to load
 
     began = time.monotonic()
     prompt = _from_input() if prompt == "-" else prompt

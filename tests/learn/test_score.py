@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,6 +22,7 @@ from fedlora.cli import main
 from fedlora.core.errors import DataError
 from fedlora.core.plan import Model, Plan
 from fedlora.core.tables.data import SiteData
+from fedlora.core.toml import dump_toml
 from fedlora.data import IGNORE, Tokens
 from fedlora.formats.published.records import Prompt, RunFacts
 from fedlora.learn.bases.digest import base_digest
@@ -30,6 +34,7 @@ from fedlora.learn.published.loaded import load
 from fedlora.learn.published.score import interval, mcnemar, score
 from fedlora.learn.published.sides import forced
 from fedlora.learn.rows import read_rows, to_tokens
+from fedlora.site.site_file import SiteFile
 
 pytestmark = pytest.mark.torch
 ROWS = [{"prompt": f"{n} apples:", "completion": f" {'many ' * (n % 5)}{n}"} for n in range(1, 30)]
@@ -199,3 +204,28 @@ def test_rows_are_read_as_the_site_file_says_and_what_cannot_be_scored_is_named(
         score(out, toy, [other], data=SiteData(), report=silent)
     assert main(["evaluate", str(tmp_path / "none"), "--base", str(toy), "--on", str(file)]) == 3
     assert "holds no PEFT adapter" in capsys.readouterr().err
+    assert main(["evaluate", str(out), "--base", str(tmp_path / "none"), "--on", str(file)]) == 3
+    assert "no base model in" in capsys.readouterr().err
+
+
+def test_rows_that_a_site_trains_on_are_no_test_of_its_adapter(published, toy, tmp_path, capsys):
+    _, _, out, file = published
+    site = tmp_path / "site.toml"
+    site.write_text(dump_toml(SiteFile(name="alpha", data={"path": "rows.jsonl", "held_out_path": "held.jsonl"})))
+    words = ["evaluate", str(out), "--base", str(toy), "--site", str(site)]
+    for on in (str(file), str(tmp_path / "." / "rows.jsonl")):
+        assert main([*words, "--on", on]) == 3
+        assert "this site trains on most of its rows" in capsys.readouterr().err
+    held = tmp_path / "held.jsonl"
+    held.write_text(file.read_text())
+    assert main([*words, "--on", str(held)]) == 0
+
+
+def test_what_is_not_there_is_said_before_torch_is_loaded(tmp_path):
+    """Seconds pass until it is."""
+    for command in (["try", "--prompt", "x"], ["evaluate", "--on", "rows.jsonl"]):
+        words = [sys.executable, "-X", "importtime", "-m", "fedlora", command[0], "none", "--base", "none", *command[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 3
+        assert "holds no PEFT adapter" in done.stderr
+        assert not re.search(r"\| +torch$", done.stderr, re.M)

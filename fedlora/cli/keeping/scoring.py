@@ -11,6 +11,7 @@ from fedlora.cli.output import Json, Quiet, Screen, emit
 
 if TYPE_CHECKING:
     from fedlora.answers.keeping import Evaluation
+    from fedlora.core.tables.data import SiteData
     from fedlora.learn.published.score import Scored
     from fedlora.learn.published.sides import Side, Writing
 
@@ -41,14 +42,35 @@ def evaluate(
     Example: fedlora evaluate adapter --base models/SmolLM2 --on test.jsonl
     """
     from fedlora.core.tables.data import SiteData
-    from fedlora.learn.published.score import score
-    from fedlora.site.site_file import load_site_file
+    from fedlora.formats.published.directory import check_there
 
-    data = load_site_file(site).data if site is not None else SiteData()
+    check_there(adapter, base)
+    data = _data_of(site, on) if site is not None else SiteData()
+    from fedlora.learn.published.score import score  # which takes seconds to load
+
     with Screen(quiet=quiet, as_json=json) as screen:
         words = [label.strip() for label in labels.split(",")] if labels else []
         found = score(adapter, base, on, data=data, labels=words, write=generate, show=show, report=screen)
     emit(_evaluation(found), [*found.lines(), *_examples(found)], as_json=json)
+
+
+def _data_of(site: Path, on: list[Path]) -> SiteData:
+    """How a site's rows are read.
+
+    Raises:
+        ConfigError: the rows to score are those that this site trains on.
+    """
+    from fedlora.core.errors import ConfigError
+    from fedlora.site.site_file import load_site_file
+
+    data = load_site_file(site).data
+    own = {path.resolve() for path in data.paths(site.resolve().parent)}
+    if trained := [path for path in on if path.resolve() in own]:
+        raise ConfigError(
+            f"{trained[0]} is data.path of {site}: this site trains on most of its rows, and they say nothing about new ones",
+            hint="give rows that no run has trained on, as those of data.held_out_path; without --site any file is taken",
+        )
+    return data
 
 
 def _examples(found: Scored) -> list[str]:

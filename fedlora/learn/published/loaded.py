@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.core.errors import ModelError, StoreError
+from fedlora.core.errors import ModelError
 from fedlora.core.plan import Plan
 from fedlora.formats.files import Damaged
+from fedlora.formats.published.directory import AGAIN, made_for
 from fedlora.formats.published.records import Prompt, Published
 from fedlora.formats.records import parse_text
 from fedlora.learn.base import load_base, machine_for
 from fedlora.learn.bases.digest import has_digest
 from fedlora.learn.bases.libraries import peft
-
-_AGAIN = "export the adapter again, or copy it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ def load(adapter: Path, base: Path) -> Loaded:
         StoreError: no adapter there, or it is damaged.
         ModelError: no base there, or the adapter is of another one, also where only the values of its weights differ.
     """
-    made_for, run = _made_for(adapter), _run(adapter)
+    name, run = made_for(adapter), _run(adapter)
     plan = Plan()
     loaded = load_base(plan.model, base, machine_for(plan))
     try:
@@ -66,35 +64,21 @@ def load(adapter: Path, base: Path) -> Loaded:
             warnings.simplefilter("ignore")  # peft reads an attribute that transformers is renaming
             model = peft.PeftModel.from_pretrained(loaded.model, str(adapter)).eval()
     except (RuntimeError, ValueError) as e:
-        raise ModelError(f"the adapter does not fit the base in {base}", hint=f"it was made for {made_for}") from e
+        raise ModelError(f"the adapter does not fit the base in {base}", hint=f"it was made for {name}") from e
     except Exception as e:  # whatever a library makes of files from elsewhere
-        raise Damaged(f"PEFT cannot read the adapter in {adapter}: {type(e).__name__}", hint=_AGAIN) from e
+        raise Damaged(f"PEFT cannot read the adapter in {adapter}: {type(e).__name__}", hint=AGAIN) from e
     if run is not None and run.base not in ("", loaded.digest) and not has_digest(loaded.directory, run.base):
         raise ModelError(
             f"the base in {base} is not the one that the adapter was trained on: {loaded.digest[:12]}, not {run.base[:12]}",
-            hint=f"it was made for {made_for}, whose files `fedlora pin` has read",
+            hint=f"it was made for {name}, whose files `fedlora pin` has read",
         )
     return Loaded(model, loaded.tokenizer, _prompt(run))
-
-
-def _made_for(adapter: Path) -> str:
-    """The base's public name, as PEFT's settings have it."""
-    file = adapter / "adapter_config.json"
-    if not (file.is_file() and (adapter / "adapter_model.safetensors").is_file()):
-        raise StoreError(f"{adapter} holds no PEFT adapter", hint="make one: `fedlora site pull SITE.TOML` or `fedlora export`")
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise Damaged(f"{file} is damaged: it is no JSON object", hint=_AGAIN)
-    return str(config.get("base_model_name_or_path"))
 
 
 def _run(adapter: Path) -> Published | None:
     """How the adapter was trained; None: another program has made it."""
     file = adapter / "fedlora_run.json"
-    return parse_text(Published, file.read_bytes(), where=str(file), hint=_AGAIN) if file.is_file() else None
+    return parse_text(Published, file.read_bytes(), where=str(file), hint=AGAIN) if file.is_file() else None
 
 
 def _prompt(run: Published | None) -> Prompt:
