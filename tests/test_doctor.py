@@ -353,6 +353,36 @@ def test_every_fault_of_the_table_is_seeded():
     assert len(seeded) >= 20
 
 
+@pytest.mark.parametrize(
+    ("files", "verdict"),
+    [
+        ({"tokenizer_config.json": "{}"}, "wrong"),
+        ({"tokenizer_config.json": '{"chat_template": ""}'}, "wrong"),
+        ({"tokenizer_config.json": '{"chat_template": "{{ messages }}"}'}, "right"),
+        ({"tokenizer_config.json": "{}", "chat_template.jinja": "{{ messages }}"}, "right"),
+        ({"tokenizer_config.json": "{}", "chat_template.json": "{}"}, "right"),
+        ({"tokenizer_config.json": "damaged"}, "right"),
+        ({}, "right"),
+    ],
+)
+@pytest.mark.parametrize("chats", [True, False])
+def test_chats_on_a_base_without_a_template_are_said_before_a_site_goes_online(place, files, verdict, chats):
+    """A run of three sites had ended in round 1 by what stands in the base's files."""
+    if chats:
+        turns = [{"role": "user", "content": "zz"}, {"role": "assistant", "content": "zz"}]
+        place.write_rows([{"messages": turns, "patient": f"p{n}"} for n in range(40)])
+    for name, text in files.items():
+        (place.base / name).write_text(text)
+    found = [f for f in looked(place) if f.part == "data"]
+    if not chats:
+        verdict = "right"
+    assert found[0].verdict == verdict
+    if verdict == "wrong":
+        assert "chat template" in found[0].why
+        assert "zz" not in found[0].why + found[0].fix
+        assert main(["site", "up", str(place.file)]) == 3
+
+
 @pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
 @pytest.mark.parametrize("mark", ["proc/driver/nvidia/version", "dev/nvidiactl", "dev/dxg", ""])
 def test_a_gpu_that_is_not_used_is_said_with_the_way_to_it(place, tmp_path, monkeypatch, device, mark):

@@ -9,6 +9,7 @@ from fedlora.core.errors import DataError
 from fedlora.data import Conversation, ReadReport, check_apart, read, shares, split
 from fedlora.doctor.files import check_data
 from fedlora.doctor.findings import Found
+from fedlora.learn.bases.digest import has_template
 from fedlora.site.site_file import SiteFile
 
 
@@ -35,6 +36,12 @@ def data(file: SiteFile, root: Path, *, seed: int) -> Iterator[Found]:
             train, held_out = split(train, fraction=table.held_out_fraction, seed=seed)
     except DataError as e:
         yield Found.of("data", "bad-data", e)
+        return
+    if (chat := next((c for c in (*train, *held_out) if c.chat), None)) is not None and not _takes_chats(file, root):
+        yield Found(
+            "data", "bad-data", "wrong", f"these rows are chats (line {chat.line}), but no base in [models] has a chat template",
+            "an instruction-tuned base, or rows with prompt and completion", "data",
+        )  # fmt: skip
         return
     found = shares(train, held_out)
     rows = sum(r.rows for r in reports)
@@ -64,6 +71,11 @@ def data(file: SiteFile, root: Path, *, seed: int) -> Iterator[Found]:
             "as zeros",
             "more rows, a larger data.held_out_fraction, or a smaller policy.min_cell; this site trains all the same",
         )  # fmt: skip
+
+
+def _takes_chats(file: SiteFile, root: Path) -> bool:
+    """Whether some base here has a chat template, or does not say by its files, as in GGUF."""
+    return not file.models or any(has_template(root / where) is not False for where in file.models.values())
 
 
 def read_rows(file: SiteFile, paths: Sequence[Path]) -> tuple[list[Conversation], ReadReport]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import ModelError
+from fedlora.core.errors import FedLoRAError, ModelError
 from fedlora.core.plan import Model
 from fedlora.learn.bases.shards import chunks, load_json, scan, weight_files
 
@@ -110,6 +110,16 @@ def read_config(directory: Path) -> dict[str, Any]:
             hint="give the full-precision base; it is quantized while it is loaded",
         )
     return config
+
+
+def has_template(directory: Path) -> bool | None:
+    """Whether a base's files hold a chat template; None: they do not say, or cannot be read."""
+    if any(directory.glob("chat_template.*")) or (directory / "additional_chat_templates").is_dir():
+        return True
+    try:
+        return bool(load_json(directory / "tokenizer_config.json").get("chat_template"))
+    except (FedLoRAError, OSError):
+        return None
 
 
 def _tokenizer(directory: Path) -> dict[str, Any]:
