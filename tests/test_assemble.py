@@ -57,6 +57,15 @@ def test_a_run_is_made_or_gone_on_with_and_never_of_a_simulations_plan(home: Pat
     with pytest.raises(ConfigError, match="not for a deployment"):
         assemble.server(home, file, resume=False, report=silent)
     assert not list((home / "runs").iterdir())
+    file.write_text(dump_toml(plan.model_copy(update={"lora": plan.lora.model_copy(update={"init_digest": ""})})))
+    with pytest.raises(ConfigError, match="is not pinned") as refused:
+        assemble.server(home, file, resume=False, report=silent)
+    assert "fedlora pin" in refused.value.hint
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "plan.toml").write_text(dump_toml(plan))
+    with pytest.raises(ConfigError, match=r"first.safetensors is not there"):
+        assemble.server(home, tmp_path / "elsewhere" / "plan.toml", resume=False, report=silent)
+    assert not list((home / "runs").iterdir())
     file.write_text(dump_toml(plan))
     made = assemble.server(home, file, resume=False, report=silent)
     assert set(made.sites) == {"a"}

@@ -209,6 +209,7 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     if (record := facts.get("record")) is not None:
         found |= record.together.metrics if record.together else {}
         found |= {**dict(record), "seconds": record.seconds.round, **(record.outcome.rule if record.outcome else {})}
+        found["measured"] = record.measured_by
     found["at"] = "last evaluation" if found.get("kind") == "evaluate" else f"round {found.get('round')}"
     return found
 
@@ -217,7 +218,7 @@ def _short(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, value)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{k}: {v}" if isinstance(v, str) else str(k) for k, v in value.items()) or "none"
     return value
@@ -254,7 +255,7 @@ LINES: Mapping[str, str] = {
     "lone-change": "  too few of the sites {sites} are in complete groups; missing: {missing}",
     "sum": "  the sum over {sites}: weight {weight}, training loss {train_loss}, held-out NLL {eval_nll} (single sites: unknown)",
     "unheard": "  {site} was counted but did not answer afterwards ({code})",
-    "round": "round {round} done in {seconds} s; all together: training loss {train_loss}, held-out NLL {eval_nll}; "
+    "round": "round {round} done in {seconds} s; all together: training loss {train_loss}, held-out NLL {eval_nll}{measured}; "
     "partial: {partial}; not counted: {missing}; gap {gap_ratio}",
     "majority": "  {site} has {percent} % of the round's weight: it alone decides more than all others together",
     "round-void": "round {round} is void ({void}): too few sites stayed until the end of its session; the adapter is unchanged",
@@ -263,7 +264,7 @@ LINES: Mapping[str, str] = {
     "mended": "{file} was damaged or missing; it has been written again",
     "evaluation-again": "{file} is damaged and was set aside; the last evaluation is repeated",
     "records-gone": "the records of rounds {rounds} are gone from rounds.jsonl; the adapter and the run are not affected",
-    "final": "last evaluation done; all together: held-out NLL {eval_nll}",
+    "final": "last evaluation done; all together: held-out NLL {eval_nll}{measured}",
     "own": "the adapter of this run is here: {file}; `fedlora site pull SITE.TOML` makes a PEFT adapter of it",
     "from-journal": "  round {round}: answered from the journal",
     "another-run": "another run goes on ({name}); this one is number {place}, it begins when those before it have ended",

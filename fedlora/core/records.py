@@ -101,6 +101,15 @@ class RoundRecord(Filed):
     outcome: Outcome | None
     """null in an evaluation, and in an attempt with too few sites"""
 
+    @property
+    def measured_by(self) -> str:
+        """Whose rows the loss over all is of, if fewer sites have measured it than counted: `` (of 1 of 3 sites)``.
+
+        Empty if all have, or, under secure aggregation, if nobody knows.
+        """
+        have = sum("eval/nll" in numbers.metrics for numbers in self.sites.values())
+        return f" (of {have} of {len(self.sites)} sites)" if 0 < have < len(self.sites) else ""
+
 
 # --- a simulation ---------------------------------------------------------------------------------------------------
 

@@ -322,6 +322,7 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
         for kind in ("train", "evaluate"):
             screen("ask", {"round": 7, "attempt": 0, "kind": kind, "sites": ["north"], "need": 1})
         screen("no-such-event", {})
+        screen("waiting", {"sites": [], "need": 2, "missing": ["north", "south"]})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("s  ", 1)[1].strip() for line in lines] == [
         "north is offline",
@@ -330,6 +331,7 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
         "round 7: asking north",
         "last evaluation: asking north",
         "no-such-event: reported by another version of FedLoRA",
+        "waiting for sites: 2 needed, now none; missing: north, south",
     ]
     with Screen(quiet=True) as screen:
         screen("site-offline", {"site": "north"})

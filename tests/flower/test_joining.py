@@ -205,9 +205,13 @@ def test_an_invitation_names_the_port_that_is_open(study, capsys):
     home, address = str(study.home), "127.0.0.1:8443"
     invited = lambda name, *more: (main(["server", "invite", home, name, *more]), capsys.readouterr().out)[1]  # noqa: E731
     save_address(study.home, Address("0.0.0.0:8543", 1))
-    assert f"@{address}'" in invited("north")  # left there by a server that was killed
+    said = invited("north")  # left there by a server that was killed
+    assert f"@{address}'" in said
+    assert f"sites will connect to {address}, which is a guess: --address" in said
+    assert "a guess" not in invited("north", "--address", address)
     with hold(study.home / "flower", what="a test"):
-        assert "@127.0.0.1:8543'" in invited("east")
+        assert "@127.0.0.1:8543'" in (said := invited("east"))
+        assert "a guess" not in said
         assert "listens on port 8543" in invited("south", "--address", address)
         assert "CHECK" not in invited("west", "--address", "127.0.0.1:8543")
 

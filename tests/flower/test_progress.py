@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from flower.toy_parts import record
 
+from fedlora.cli.output import Screen
 from fedlora.core.deployment.digests import apart, grouped
 from fedlora.core.events import Event
-from fedlora.core.records import Seconds
+from fedlora.core.records import Numbers, Seconds
 from fedlora.flower.coordinator.progress import Progress, told
 from fedlora.flower.coordinator.watch import ended
 from fedlora.flower.jobs import Outcome
@@ -50,6 +51,22 @@ def test_each_answer_is_counted_and_the_last_evaluation_is_no_round():
     last = (90.0, Event.ASK, {"round": 9, "attempt": 0, "kind": "evaluate", "sites": ["a"], "need": 1})
     assert after(last).said() == "last evaluation, after 8 rounds: 0 of 1 sites have answered; not yet: a"
     assert told(done(9), 8).startswith("last evaluation, after 8 rounds")
+
+
+@pytest.mark.parametrize(("have", "said"), [("abc", ""), ("ab", " (of 2 of 3 sites)"), ("a", " (of 1 of 3 sites)"), ("", "")])
+def test_a_loss_over_all_says_of_how_many_sites_it_is(have, said, capsys):
+    """A board takes it for three hospitals' result."""
+    known, unknown = Numbers(weight=1, metrics={"eval/nll": 5.39}), Numbers(weight=1, metrics={})
+    sites = {name: known if name in have else unknown for name in "abc"}
+    found = done(3).model_copy(update={"sites": sites, "together": known})
+    assert found.measured_by == said
+    assert f"held-out NLL 5.390{said};" in told(found, 8)
+    with Screen() as screen:
+        screen(Event.ROUND, {"record": found})
+        screen(Event.FINAL, {"record": found})
+    shown = capsys.readouterr().err.splitlines()
+    assert f"held-out NLL 5.39{said};" in shown[0]
+    assert shown[1].endswith(f"held-out NLL 5.39{said}")
 
 
 def test_the_end_says_state_code_and_who_was_missing_with_its_code():

@@ -151,7 +151,7 @@ def invite(
             write_atomic(file, f"{found.line()}\n".encode())
         until = int(time.time() + 3600 * hours)
         made.append(Invited(site=name, invitation=found.line(), until=until, file=str(file) if file else None))
-    lines = _elsewhere(home, address) if address else []
+    lines = _elsewhere(home, address) if address else [] if _port(home) else [_by_default(at)]
     lines.append(f"send each site its line; each works once, until {_when(made[0]['until'])}:")
     lines += [f"fedlora site join '{one['invitation']}'" for one in made]
     lines.append(f"then, while `fedlora server up` runs: `fedlora server requests {home}`")
@@ -288,6 +288,13 @@ def _port(home: Path) -> int:
         return split_address(load_address(home).listen)[1] if holder(home / "flower") is not None else 0
     except FedLoRAError:
         return 0
+
+
+def _by_default(at: str) -> str:
+    return (
+        f"no `fedlora server up` is ready here yet, so sites will connect to {at}, which is a guess: --address HOST:PORT names "
+        "another one, or give this command again once it listens"
+    )
 
 
 def _elsewhere(home: Path, address: str) -> list[str]:

@@ -15,6 +15,12 @@ CURES: Final[Mapping[str, tuple[str, str]]] = {
         code: (f"its {policy_key(code)} does not allow the plan's {key}", "change one of the two")
         for code, key in REFUSES.items()
     },
+    "lone-change": (
+        "on this base model it has given to other sums, or worked for updates that the server could read, as in a sealed run: "
+        "with this one, single updates could show",
+        'take another base model, or each site agrees by `fedlora site approve --uncovers`; server/README.md, "One plan on one '
+        'base model", says what that gives up',
+    ),
     "budget": (
         "its privacy budget allows no more releases",
         "fewer rounds or more noise in the plan, or a larger budget there",

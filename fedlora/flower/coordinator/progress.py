@@ -112,7 +112,8 @@ def told(record: RoundRecord, rounds: int) -> str:
     if record.void:
         at += f" was void ({record.void})"
     metrics = record.together.metrics if record.together else {}
-    losses = [f"{name} {number(metrics[key])}" for key, name in _METRICS.items() if key in metrics]
+    by = {"eval/nll": record.measured_by}
+    losses = [f"{name} {number(metrics[key])}{by.get(key, '')}" for key, name in _METRICS.items() if key in metrics]
     missing = ", ".join(f"{site}: {code}" for site, code in record.missing.items()) or "none"
     took = f"{record.seconds.round + record.seconds.aggregate:.0f} s"
     return "; ".join([f"{at} in {took}: {len(record.sites)} of {len(record.asked)} sites", *losses, f"not counted: {missing}"])
