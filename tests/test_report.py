@@ -420,7 +420,7 @@ def test_the_page_says_the_rule_how_rows_were_dealt_and_over_which_rows_a_number
 
 
 def test_what_is_recorded_of_a_simulation_has_its_day_and_the_commit_of_this_checkout():
-    facts = environment("local")
+    facts = environment("local", "fedavg")
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", str(facts["date"]))
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     if head.returncode:
