@@ -16,7 +16,7 @@ from fedlora.core.tables.simulation import Simulation, is_toy
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import load_adapter
 from fedlora.formats.keys import load_public
-from fedlora.formats.plans import load_plan, load_prompt
+from fedlora.formats.plans import first_file, load_plan, load_prompt
 from fedlora.rounds.server import ServerRun, load_server_key, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rules.first import first_adapter
@@ -52,7 +52,7 @@ def server(home: Path, plan_file: Path, *, resume: bool, report: Report) -> Serv
     if resume:
         store = RunStore.open(directory, plan)
     else:
-        first = load_adapter(_first(plan_file, plan))[0]
+        first = load_adapter(first_file(plan_file, plan))[0]
         store = start_run(directory, plan, first, prompt=load_prompt(plan_file))
     return ServerRun(
         store=store,
@@ -61,16 +61,6 @@ def server(home: Path, plan_file: Path, *, resume: bool, report: Report) -> Serv
         roster=home / "roster.json",
         report=report,
     )
-
-
-def _first(plan_file: Path, plan: Plan) -> Path:
-    """The first adapter beside a pinned plan."""
-    way = "start the plan that `fedlora pin` wrote, which is another file than the one it was given: PINNED/plan.toml"
-    if not plan.is_pinned:
-        raise ConfigError(f"{plan_file} is not pinned: it names neither the base's digest nor the first adapter's", hint=way)
-    if not (found := plan_file.parent / "first.safetensors").is_file():
-        raise ConfigError(f"{found} is not there: the first adapter lies beside the plan that pins it", hint=way)
-    return found
 
 
 def site(path: Path, *, report: Report) -> Site:

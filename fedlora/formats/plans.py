@@ -88,3 +88,17 @@ def _beside(plan_file: Path, name: str, kind: type[R], *, hint: str) -> R | None
     if len(blob) > _MOST:
         raise Damaged(f"{file} is longer than {_MOST} bytes", hint=hint)
     return parse_text(kind, blob, where=str(file), hint=hint)
+
+
+def first_file(plan_file: Path, plan: Plan) -> Path:
+    """Path of the first adapter, which lies beside a pinned plan.
+
+    Raises:
+        ConfigError: the plan is not pinned, or no adapter lies there.
+    """
+    way = "start the plan that `fedlora pin` wrote, which is another file than the one it was given: PINNED/plan.toml"
+    if not plan.is_pinned:
+        raise ConfigError(f"{plan_file} is not pinned: it names neither the base's digest nor the first adapter's", hint=way)
+    if not (found := plan_file.parent / "first.safetensors").is_file():
+        raise ConfigError(f"{found} is not there: the first adapter lies beside the plan that pins it", hint=way)
+    return found
