@@ -320,12 +320,21 @@ def server_start(
 @site.command("up")
 def site_up(
     file: Annotated[Path, typer.Argument(help="Site file (TOML).")],
+    monitor: Annotated[
+        int | None,
+        typer.Option(
+            help="Port on loopback for /healthz, /readyz and /metrics; 0: any free one; default: none.",
+            min=0,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Connect to the server and take part in runs until stopped.
 
-    Only outbound connections are made.
+    Only outbound connections are made; what monitoring asks is answered on this machine alone.
 
     Example: fedlora site up site.toml
     """
@@ -333,7 +342,7 @@ def site_up(
     from fedlora.flower.site import up
 
     with Screen(quiet=quiet, as_json=json) as screen:
-        up(file, report=screen)
+        up(file, report=screen, monitor=monitor)
     emit(SiteUp(file=str(file)), [], as_json=json)
 
 

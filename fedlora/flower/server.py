@@ -19,7 +19,7 @@ from fedlora.core.sites.facts import SiteAsks
 from fedlora.flower import launch
 from fedlora.flower._internals import Control
 from fedlora.flower.control import opened, register_sites
-from fedlora.flower.coordinator.health import Health, answering
+from fedlora.flower.coordinator.health import Health
 from fedlora.flower.coordinator.pages import Pages
 from fedlora.flower.coordinator.presence import Presence
 from fedlora.flower.coordinator.watch import Runs, Sightings
@@ -35,6 +35,7 @@ from fedlora.gateway.doors import Notice, key_name, parse_notice
 from fedlora.gateway.exposure import check_loopback, check_public, dialled, free_port, healthy
 from fedlora.gateway.invitations import Invitations, waiting
 from fedlora.processes.files import allow_open_files
+from fedlora.processes.monitor import monitored
 from fedlora.processes.supervisor import Service, Supervisor, signals
 from fedlora.rounds.server import delete_old_keys
 
@@ -104,7 +105,7 @@ def up(
         services = _services(home, port, gateway=gateway, public=listen, executor=executor, heard=heard)
         pages = Pages(home, report) if page else None
         health = Health(home, gateway=lambda: healthy(dialled(listen), ca=home / "tls" / "ca.crt"))
-        with _logged(home, listen), _monitored(health, monitor, report):
+        with _logged(home, listen), monitored(health.answer, monitor, report):
             watch = Watch(home, report=report, health=health, pages=pages, heard=heard)
             _serve(home, Address(listen, port), services, stop=stop, report=report, watch=watch)
 
@@ -118,17 +119,6 @@ def _logged(home: Path, listen: str) -> Iterator[None]:
         yield
     finally:
         note(home, "down")
-
-
-@contextmanager
-def _monitored(health: Health, port: int | None, report: Report) -> Iterator[None]:
-    """Answers monitoring meanwhile, if a port is given."""
-    if port is None:
-        yield
-        return
-    with answering(health, port) as at:
-        report(Event.PROCESS, Process(name="monitor", state=f"answers at http://{LOOPBACK}:{at}/"))
-        yield
 
 
 def _serve(

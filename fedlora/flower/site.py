@@ -37,7 +37,9 @@ from fedlora.gateway.certificates import node_key_public
 from fedlora.gateway.probe import probe
 from fedlora.processes.causes import CAUSES
 from fedlora.processes.death import Cause, Working
+from fedlora.processes.monitor import monitored
 from fedlora.processes.supervisor import Service, Supervisor, rotating_log, signals
+from fedlora.site.health import SiteHealth
 from fedlora.site.parts import load_site_key
 from fedlora.site.pause import Away, away, has_left
 from fedlora.site.progress import Progress
@@ -61,6 +63,7 @@ def up(
     handle: Handle | None = None,
     stop: threading.Event | None = None,
     probe_s: float = 5.0,
+    monitor: int | None = None,
 ) -> None:
     """Runs a site until SIGTERM or SIGINT, or until ``stop`` is set. Prints nothing.
 
@@ -74,6 +77,7 @@ def up(
         handle: answers requests; None: that of :func:`fedlora.assemble.site`, which is made before anything is connected. Only
             then the site is looked at as by the doctor; with another handle, only the keys of the connection.
         stop: set it to stop from another thread.
+        monitor: loopback port for ``/healthz``, ``/readyz`` and ``/metrics``; None: none; 0: any free one.
         probe_s: shortest time between two probes of an unreachable server, and the time limit of each step of a probe, seconds.
 
     Raises:
@@ -110,7 +114,9 @@ def up(
         file = file.model_copy(update={"local_port": port})
         handle = _noted(progress.handling(handle), working)
         owed = Owed(until=lambda: site.owes_until if site is not None else float("-inf"), delivered=progress.waits)
-        _Up(file, root, handle, progress, stop or threading.Event(), checks, pem, probe_s, owed).run()
+        health = SiteHealth(file.name, root / file.state)
+        with monitored(health.answer, monitor, report):
+            _Up(file, root, handle, progress, stop or threading.Event(), checks, pem, probe_s, owed, health).run()
 
 
 def _outbox(file: SiteFile, root: Path, handle: Handle | None) -> Outbox | None:
@@ -150,6 +156,7 @@ class _Up:
     pem: bytes
     probe_s: float
     owed: Owed
+    health: SiteHealth
     status: StatusTracker = field(init=False)
     supervisor: Supervisor = field(init=False)
     look_now: threading.Event = field(default_factory=threading.Event)
@@ -269,6 +276,7 @@ class _Up:
                 self.status.miss("process", "no-state", detail=str(e))
                 self.stop.wait(_STATE_S)
             self.status.tick()
+            self.health.note()
             if self.found.is_set():
                 self.found.clear()
                 self.supervisor.hurry("supernode")

@@ -11,8 +11,9 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.request
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,9 +74,9 @@ class Server:
         return self.child.events[i - 1][1]
 
     @contextlib.contextmanager
-    def up(self, file: Path, *, ahead_s: float = 0.0) -> Iterator[Child]:
+    def up(self, file: Path, *, ahead_s: float = 0.0, more: Mapping[str, str] = {}) -> Iterator[Child]:
         """`site up` with a toy's answers, as a process whose clock is ahead."""
-        env = {**self.env, "FEDLORA_TEST_CLOCK_AHEAD_S": str(ahead_s)}
+        env = {**self.env, "FEDLORA_TEST_CLOCK_AHEAD_S": str(ahead_s), **more}
         child = Child("toy_site.py", str(file), env=env)
         try:
             yield child
@@ -135,8 +136,14 @@ def test_a_site_that_was_killed_is_offline_within_seconds_and_back_at_once(serve
 )
 def test_a_site_without_a_good_bye_is_said_to_be_silent_long_before_it_counts_as_gone(server):
     file = server.site("dark")
-    with server.up(file) as site:
+    with server.up(file, more={"FEDLORA_TEST_MONITOR": "1"}) as site:
+        at = site.wait_for(lambda e, f: e == "process" and f["name"] == "monitor")
+        url = site.events[at - 1][1]["state"].removeprefix("answers at ")
         becomes(site, "ready")
+        with urllib.request.urlopen(f"{url}readyz", timeout=20) as answer:
+            assert answer.read() == b"ok\n"
+        with urllib.request.urlopen(f"{url}metrics", timeout=20) as answer:
+            assert b'fedlora_site_standing{site="dark",standing="ready"} 1\n' in answer.read()
         server.wait("site-online", "dark")
         since = len(server.child.events)
         pids = (site.process.pid, supernode_of(site))

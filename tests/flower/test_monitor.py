@@ -31,13 +31,14 @@ from fedlora.core.sites.standing import STANDINGS
 from fedlora.flower import server
 from fedlora.flower.coordinator import look as looking
 from fedlora.flower.coordinator import pages
-from fedlora.flower.coordinator.health import Health, answering
+from fedlora.flower.coordinator.health import Health
 from fedlora.flower.coordinator.look import look
 from fedlora.flower.coordinator.progress import Progress
 from fedlora.flower.coordinator.runs import live, running
 from fedlora.flower.coordinator.watch import Runs, Sightings
 from fedlora.flower.jobs import Events, Job, new_job
 from fedlora.gateway.certificates import make_node_key, node_key_pem
+from fedlora.processes.monitor import answering
 from fedlora.rounds.store import RunStore
 
 pytestmark = pytest.mark.slow  # to import flwr
@@ -67,7 +68,7 @@ def get(port, path, host=None):
 def test_ready_and_healthy_are_two_things_and_each_no_says_why(home):
     now, gateway = [0.0], [True]
     health = Health(home, gateway=lambda: gateway[0], clock=lambda: now[0])
-    with answering(health, 0) as port:
+    with answering(health.answer, 0) as port:
         assert get(port, "/healthz") == (200, "ok\n")
         assert get(port, "/readyz") == (503, "the relay does not answer\n")
         health.note(relay=True)
@@ -221,7 +222,7 @@ def test_a_caller_that_hangs_up_prints_nothing(sends, tmp_path, capfd):
             time.sleep(0.3)
             return 200, "text/plain", "x" * 5_000_000
 
-    with answering(Slow(tmp_path, gateway=lambda: True), 0) as port:
+    with answering(Slow(tmp_path, gateway=lambda: True).answer, 0) as port:
         caller = socket.create_connection(("127.0.0.1", port))
         caller.sendall(sends)
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets the connection
@@ -235,7 +236,7 @@ def test_a_defect_of_ours_in_an_answer_is_printed(tmp_path, capfd):
         def answer(self, path):
             raise ZeroDivisionError
 
-    with answering(Broken(tmp_path, gateway=lambda: True), 0) as port, pytest.raises(OSError, match="closed connection"):
+    with answering(Broken(tmp_path, gateway=lambda: True).answer, 0) as port, pytest.raises(OSError, match="closed connection"):
         get(port, "/metrics")
     assert "ZeroDivisionError" in capfd.readouterr().err
 
@@ -353,7 +354,7 @@ def test_the_page_is_written_by_another_process_and_what_is_missing_is_said_at_t
 
     until(written)
     drawing.stop()
-    with answering(Health(home, gateway=lambda: True), 0) as port:
+    with answering(Health(home, gateway=lambda: True).answer, 0) as port:
         status, page = get(port, "/")
     assert (status, "3 of 8 rounds are done" in page) == (200, True)
     (home / "runs" / "toy" / "rounds.jsonl").write_bytes(b"damaged\n")

@@ -6,28 +6,18 @@ everybody there can use Flower's own API. Nothing can be changed through it.
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
 from fedlora.core.deployment.status import RunState, ServerStatus
-from fedlora.core.errors import ConfigError, FedLoRAError
 from fedlora.core.sites.standing import STANDINGS
 from fedlora.flower.coordinator.look import look
 from fedlora.flower.jobs import full
-from fedlora.gateway.addresses import LOOPBACK
+from fedlora.processes.monitor import EXPOSITION, STALE_S, TEXT, labels, metric, probed
 
-_STALE_S = 30.0
-_HOSTS = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")
-_TEXT, _HTML = "text/plain; charset=utf-8", "text/html; charset=utf-8"
-_EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+_HTML = "text/html; charset=utf-8"
 
 
 class Health:
@@ -56,7 +46,7 @@ class Health:
     def healthz(self) -> str:
         """Empty: `server up` works. Else what is wrong with it: it should be restarted."""
         still_s = self._clock() - self._looked
-        return f"server up has not looked at its processes for {still_s:.0f} s" if still_s > _STALE_S else ""
+        return f"server up has not looked at its processes for {still_s:.0f} s" if still_s > STALE_S else ""
 
     def readyz(self) -> str:
         """Empty: sites are let in and a run can go on. Else why not."""
@@ -74,19 +64,18 @@ class Health:
     def metrics(self) -> str:
         """All numbers, in Prometheus' text format 0.0.4."""
         ready = not self.readyz()
-        lines = [*_metric("fedlora_up", "Whether sites are let in and a run can go on.", {"": float(ready)})]
+        lines = [*metric("fedlora_up", "Whether sites are let in and a run can go on.", {"": float(ready)})]
         return "\n".join(lines + _numbers(look(self._home))) + "\n"
 
     def answer(self, path: str) -> tuple[int, str, str]:
         """Status, content type and body for a path."""
-        if path in ("/healthz", "/readyz"):
-            wrong = self.healthz() if path == "/healthz" else self.readyz()
-            return (503, _TEXT, f"{wrong}\n") if wrong else (200, _TEXT, "ok\n")
+        if (found := probed(path, healthz=self.healthz, readyz=self.readyz)) is not None:
+            return found
         if path == "/metrics":
-            return 200, _EXPOSITION, self.metrics()
+            return 200, EXPOSITION, self.metrics()
         if path == "/":
             return self._page()
-        return 404, _TEXT, "there is: / /healthz /readyz /metrics\n"
+        return 404, TEXT, "there is: / /healthz /readyz /metrics\n"
 
     def _page(self) -> tuple[int, str, str]:
         """The page of the run that goes on, or of the last one."""
@@ -94,7 +83,7 @@ class Health:
             page = self._home / "runs" / run["name"] / "report.html"
             if page.is_file():
                 return 200, _HTML, page.read_text(encoding="utf-8")
-        return 404, _TEXT, "there is no page yet: `server up --page` makes one when a round is done\n"
+        return 404, TEXT, "there is no page yet: `server up --page` makes one when a round is done\n"
 
 
 def _numbers(found: ServerStatus) -> list[str]:
@@ -104,28 +93,28 @@ def _numbers(found: ServerStatus) -> list[str]:
     losses = {n: value for n, run in at.items() if (value := _metric_of(run["last"], "eval/nll")) is not None}
     etas = {n: run["eta_s"] for n, run in at.items() if run["eta_s"] is not None}
     return [
-        *_metric("fedlora_sites_enrolled", "Sites whose keys are in HOME/sites.", {"": float(len(sites))}),
-        *_metric(
+        *metric("fedlora_sites_enrolled", "Sites whose keys are in HOME/sites.", {"": float(len(sites))}),
+        *metric(
             "fedlora_site_standing",
             "1 for the standing of a site, 0 for each other one.",
-            {_labels(site=s["site"], standing=word): float(s["standing"] == word) for s in sites for word in STANDINGS},
+            {labels(site=s["site"], standing=word): float(s["standing"] == word) for s in sites for word in STANDINGS},
         ),
-        *_metric("fedlora_runs_waiting", "Runs that wait behind another one.", {"": float(max(len(live) - 1, 0))}),
-        *_metric(
+        *metric("fedlora_runs_waiting", "Runs that wait behind another one.", {"": float(max(len(live) - 1, 0))}),
+        *metric(
             "fedlora_run_state",
             "1 for the state of a run, 0 for each other one.",
-            {_labels(run=n, state=word): float(r["state"] == word) for n, r in at.items() for word in get_args(RunState)},
+            {labels(run=n, state=word): float(r["state"] == word) for n, r in at.items() for word in get_args(RunState)},
         ),
-        *_metric("fedlora_run_rounds_done", "Rounds that are done.", {_labels(run=n): float(r["round"]) for n, r in at.items()}),
-        *_metric("fedlora_run_rounds", "Rounds of the plan.", {_labels(run=n): float(r["rounds"]) for n, r in at.items()}),
-        *_metric(
-            "fedlora_run_missing_sites", "Sites that it waits for.", {_labels(run=r["name"]): len(r["missing"]) for r in live}
+        *metric("fedlora_run_rounds_done", "Rounds that are done.", {labels(run=n): float(r["round"]) for n, r in at.items()}),
+        *metric("fedlora_run_rounds", "Rounds of the plan.", {labels(run=n): float(r["rounds"]) for n, r in at.items()}),
+        *metric(
+            "fedlora_run_missing_sites", "Sites that it waits for.", {labels(run=r["name"]): len(r["missing"]) for r in live}
         ),
-        *_metric("fedlora_run_eta_seconds", "Until its end, by the last rounds.", {_labels(run=n): v for n, v in etas.items()}),
-        *_metric(
+        *metric("fedlora_run_eta_seconds", "Until its end, by the last rounds.", {labels(run=n): v for n, v in etas.items()}),
+        *metric(
             "fedlora_run_held_out_nll",
             "Held-out loss of all sites together that was measured last, nats per token.",
-            {_labels(run=n): value for n, value in losses.items()},
+            {labels(run=n): value for n, value in losses.items()},
         ),
     ]
 
@@ -134,70 +123,3 @@ def _metric_of(record: Mapping[str, object] | None, name: str) -> float | None:
     together = record.get("together") if record is not None else None
     value = together["metrics"].get(name) if isinstance(together, Mapping) else None
     return float(value) if isinstance(value, int | float) else None
-
-
-def _metric(name: str, text: str, values: Mapping[str, float]) -> list[str]:
-    return [f"# HELP {name} {text}", f"# TYPE {name} gauge", *(f"{name}{labels} {value:g}" for labels, value in values.items())]
-
-
-def _labels(**labels: str) -> str:
-    inside = ",".join(f'{k}="{v.translate(_ESCAPED)}"' for k, v in labels.items())
-    return f"{{{inside}}}"
-
-
-_ESCAPED = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
-
-
-class _Server(ThreadingHTTPServer):
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A caller that hangs up is nobody's fault; of anything else socketserver prints the traceback."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
-
-
-@contextmanager
-def answering(health: Health, port: int) -> Iterator[int]:
-    """Answers on loopback while inside, in threads of its own; yields the port.
-
-    Args:
-        port: 0: any free one.
-
-    Raises:
-        ConfigError: the port is taken.
-    """
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 10
-
-        def do_GET(self) -> None:
-            if not _HOSTS.fullmatch(self.headers.get("Host", "")):  # another page in a browser of this host, under its own name
-                status, kind, body = 403, _TEXT, "only as 127.0.0.1 or localhost\n"
-            else:
-                try:
-                    status, kind, body = health.answer(self.path)
-                except (FedLoRAError, OSError) as e:
-                    status, kind, body = 503, _TEXT, f"{type(e).__name__}\n"
-            blob = body.encode("utf-8", "replace")
-            self.send_response(status)
-            for name, value in (("Content-Type", kind), ("Content-Length", str(len(blob))), ("Cache-Control", "no-store")):
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(blob)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Nothing is printed for a request."""
-
-    try:
-        server = _Server((LOOPBACK, port), Handler)
-    except OSError as e:
-        raise ConfigError(
-            f"cannot listen on {LOOPBACK}:{port}: {os.strerror(e.errno or 0)}", hint="choose another port"
-        ) from None
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield int(server.server_address[1])
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
