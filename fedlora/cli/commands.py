@@ -320,15 +320,7 @@ def server_start(
 @site.command("up")
 def site_up(
     file: Annotated[Path, typer.Argument(help="Site file (TOML).")],
-    monitor: Annotated[
-        int | None,
-        typer.Option(
-            help="Port on loopback for /healthz, /readyz and /metrics; 0: any free one; default: none.",
-            min=0,
-            max=65535,
-            show_default=False,
-        ),
-    ] = None,
+    monitor: coordinator.Monitor = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -19,7 +19,7 @@ Page = Annotated[bool, typer.Option("--page", help="Write HOME/runs/NAME/report.
 Monitor = Annotated[
     int | None,
     typer.Option(
-        help="Port on loopback for /healthz, /readyz, /metrics and the run's page; 0: any free one; default: none.",
+        help="Port on loopback for /healthz, /readyz, /metrics, and a server's page of its run; 0: any free one; default: none.",
         min=0,
         max=65535,
         show_default=False,

@@ -89,18 +89,12 @@ def up(
     home = home.resolve()
     enrolled = len(load_node_keys(home / "sites"))  # a bad file is found before anything starts
     _check_files(home, hosts)
-    most = open_files(MAX_SITES, strangers=strangers)  # sites are enrolled while the server is up
-    allow_open_files(open_files(enrolled, strangers=strangers), at_most=most, whose=f"a server of {enrolled} sites")
+    _allow_files(enrolled, strangers=strangers)
     stop = stop or threading.Event()
     with hold(home / "flower", what="fedlora server up"), signals(stop.set):
         port, heard = free_port(), SimpleQueue[Notice]()
         gateway = launch.gateway(
-            listen,
-            superlink_port=port,
-            home=home,
-            body_limit_bytes=body_limit_bytes,
-            timeout_s=timeout_s,
-            strangers=strangers,
+            listen, superlink_port=port, home=home, body_limit_bytes=body_limit_bytes, timeout_s=timeout_s, strangers=strangers
         )
         services = _services(home, port, gateway=gateway, public=listen, executor=executor, heard=heard)
         pages = Pages(home, report) if page else None
@@ -108,6 +102,12 @@ def up(
         with _logged(home, listen), monitored(health.answer, monitor, report):
             watch = Watch(home, report=report, health=health, pages=pages, heard=heard)
             _serve(home, Address(listen, port), services, stop=stop, report=report, watch=watch)
+
+
+def _allow_files(enrolled: int, *, strangers: int) -> None:
+    """Raises the number of files that may be open to what the most sites need: they are enrolled while the server is up."""
+    most = open_files(MAX_SITES, strangers=strangers)
+    allow_open_files(open_files(enrolled, strangers=strangers), at_most=most, whose=f"a server of {enrolled} sites")
 
 
 @contextmanager
