@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from fedlora import assemble
 from fedlora.assemble import Lab
 from fedlora.core.adapter import Adapter
-from fedlora.core.errors import ConfigError, NotInstalled
+from fedlora.core.errors import NotInstalled
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Arm as ArmName
 from fedlora.core.plan import Plan
@@ -33,15 +33,16 @@ from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
 from fedlora.lab.claims import ROWS, Options, audits_of, claim, left_of, look
 from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
-from fedlora.lab.leakage import audit_simulation, check_audited
+from fedlora.lab.leakage import audit_simulation
 from fedlora.lab.notes import notes_of, settled, write_notes
-from fedlora.lab.private import check_private, private_learners, private_tables
+from fedlora.lab.private import private_learners, private_tables
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment
 from fedlora.lab.tables import summary
 from fedlora.lab.testing import open_policy
 from fedlora.lab.tracking.live import tracked
 from fedlora.lab.tracking.trackers import check_installed
+from fedlora.lab.ways import Lost, check_way
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
 from fedlora.rounds.store import RunStore
@@ -53,9 +54,10 @@ from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
 
 if TYPE_CHECKING:
-    from fedlora.learn.simulated.rows import SimulatedRows
+    pass
 
-Lost: TypeAlias = frozenset[tuple[str, str, int]]
+if TYPE_CHECKING:
+    from fedlora.learn.simulated.rows import SimulatedRows
 
 
 def simulate(
@@ -102,27 +104,39 @@ def simulate(
     out, root, plan = Path(out), Path(root), settled(plan)
     options = Options(root, resume, transport, tuple(drop), batch_sites)
     look(out, plan, options)  # what is refused anyway is refused before anything is read
-    report = _simulated(report)
-    found = read_simulation(plan, root=root, toys=out.parent / "toy" / "data", report=report)
+    found = read_simulation(plan, root=root, toys=out.parent / "toy" / "data", report=(report := _simulated(report)))
     found.tell(report)
     lost = parse_dropouts(drop, sites=found.simulation.sites, plan=plan)
-    _check_way(plan, options, found, lost)
+    check_way(plan, options, found, lost)
     claim(out, plan, options)
     if not left_of(out, wanted := list(seeds or (plan.run.seed,))):  # nothing is loaded for what is there
-        results = [_kept(out / f"seed-{seed}" / "results.json") for seed in wanted]
-        write_summary(out, results, plan)
-        return results
+        return _summed_up(out, plan, [_kept(out / f"seed-{seed}" / "results.json") for seed in wanted])
     results = []
     loaded = assemble.lab(plan, root=root, out=out, report=report, batch_sites=batch_sites, found=found)
-    if plan.aggregate.name not in BUILT_IN:
-        check_encode(rule_of(plan), loaded.first)
+    _try_own_rule(plan, loaded)
     for seed in wanted:
-        lab = loaded.reseeded(plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})}))
-        at = out / f"seed-{seed}"
-        write_atomic(at / ROWS, json.dumps(found.counts(), indent=1).encode() + b"\n", mode=0o644)
-        write_notes(at, [*found.notes(), *loaded.cut])
+        lab, at = loaded.reseeded(_seeded(plan, seed)), out / f"seed-{seed}"
+        _note_rows(at, found, loaded)
         with tracked(tracker, at, _run_directory(lab, at, transport), report) as told:
             results.append(_one_seed(lab, at, transport=transport, lost=lost, report=told))
+    return _summed_up(out, plan, results)
+
+
+def _try_own_rule(plan: Plan, loaded: Lab) -> None:
+    if plan.aggregate.name not in BUILT_IN:
+        check_encode(rule_of(plan), loaded.first)
+
+
+def _note_rows(at: Path, found: SimulatedRows, loaded: Lab) -> None:
+    write_atomic(at / ROWS, json.dumps(found.counts(), indent=1).encode() + b"\n", mode=0o644)
+    write_notes(at, [*found.notes(), *loaded.cut])
+
+
+def _seeded(plan: Plan, seed: int) -> Plan:
+    return plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
+
+
+def _summed_up(out: Path, plan: Plan, results: list[Results]) -> list[Results]:
     write_summary(out, results, plan)
     return results
 
@@ -130,32 +144,6 @@ def simulate(
 def _simulated(report: Report) -> Report:
     """Without what a site of a deployment would do with its own adapter."""
     return lambda event, facts: None if event == Event.OWN else report(event, facts)
-
-
-def _check_way(plan: Plan, options: Options, found: SimulatedRows, lost: Lost) -> None:
-    """Whether the processes and passes that are asked for fit the plan and its rows."""
-    check_audited(plan, batch_sites=options.batch_sites)
-    if plan.privacy is not None:
-        check_private(plan, found.simulation, batch_sites=options.batch_sites)
-    if options.transport != "local":
-        _check_over_flower(found, lost)
-    apart = plan.federation.fraction_train < 1 or plan.lora.ranks or rule_of(plan).keeps_local_factor
-    if options.batch_sites and (options.transport != "local" or apart):
-        raise ConfigError(
-            "--batch-sites needs --transport local, and sites that all train one adapter: "
-            "federation.fraction_train = 1, no lora.ranks, aggregate.fedavg.share = 'AB'",
-            hint="leave --batch-sites out",
-        )
-
-
-def _check_over_flower(found: SimulatedRows, lost: Lost) -> None:
-    if not found.files:
-        raise ConfigError(
-            "--transport flower needs a file for each split of each site: SITE.train.csv, SITE.validation.csv and SITE.test.csv",
-            hint="--transport local deals rows and holds them out itself",
-        )
-    if lost:
-        raise ConfigError("--drop needs --transport local", hint="over Flower, kill a site's process instead")
 
 
 def write_summary(out: Path, results: Sequence[Results], plan: Plan) -> None:
