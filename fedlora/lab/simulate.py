@@ -54,9 +54,6 @@ from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from fedlora.learn.simulated.rows import SimulatedRows
 
 
