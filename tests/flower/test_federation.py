@@ -16,6 +16,7 @@ from functools import partial
 import httpx
 import pytest
 from flower.harness import PATIENCE_S, Federation, descendants, running, stop_run, toys, until
+from flower.toy_executor import HELD, HOLD
 from flower.toy_parts import BLOB_BYTES, CANARY, blob
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -80,12 +81,16 @@ def control_of(federation: Federation) -> Iterator[Control]:
 
 @contextlib.contextmanager
 def own_run(federation: Federation, *, bundle: bytes) -> Iterator[TaskClient]:
-    """A run whose server app is this test. The executor is frozen: it would claim the run, and empty what it does not know of."""
+    """A run whose server app is this test. The executor waits: it would claim the run, and empty what it does not know of."""
     port = load_address(federation.home).superlink_port
     ca, secret = federation.home / "tls" / "ca.crt", (federation.home / "superexec.secret").read_bytes()
-    executor = pid_of(federation.server.process.pid, "toy_executor")
-    os.kill(executor, signal.SIGSTOP)
+    hold, held = federation.home / HOLD, federation.home / HELD
+    outermost = not hold.exists()
+    if outermost:
+        held.unlink(missing_ok=True)
+        hold.touch()
     try:
+        until(held.exists)
         with control_of(federation) as control:
             control.start_run(bundle, sha256=hashlib.sha256(bundle).hexdigest(), config={})
         claimer = Claimer("flwr-serverapp", address=f"127.0.0.1:{port}", secret=secret, ca=ca)
@@ -99,7 +104,8 @@ def own_run(federation: Federation, *, bundle: bytes) -> Iterator[TaskClient]:
             client.finish("")
             client.close()
     finally:
-        os.kill(executor, signal.SIGCONT)
+        if outermost:
+            hold.unlink()
 
 
 def transport_of(federation: Federation, client: TaskClient) -> FlowerTransport:
