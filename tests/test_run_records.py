@@ -36,6 +36,7 @@ from fedlora.core.records import (
     Traffic,
 )
 from fedlora.core.tables.audited import AuditRecord, MeasuredStratum, Opening, Stratum
+from fedlora.core.tables.personal import Candidate, Choice
 from fedlora.formats.files import Damaged, dump_facts
 from fedlora.formats.published.records import Example, Prompt, Published
 from fedlora.formats.records import dump_round, dump_text, facts_of, parse_round, parse_text, scan_rounds
@@ -368,6 +369,17 @@ AUDITED = AuditRecord(
     reasons=(),
     said=("This audit found epsilon >= 1.5.",),
 )
+CHOICE = Choice(
+    start="0a" * 32,
+    adapter="0b" * 32,
+    chosen=Candidate(way="further", share=0.5, nats=0.75, distance=2.5, behind=0.5),
+    tried=(
+        Candidate(way="global", share=0.0, nats=1.0, distance=0.0, behind=3.0),
+        Candidate(way="further", share=0.5, nats=0.75, distance=2.5, behind=0.5),
+        Candidate(way="alone", share=1.0, nats=0.7, distance=9.0, behind=None),
+    ),
+    examples=12,
+)
 OPENED = Opening(run="2b" * 32, plan="1a" * 32, site="a", seed="5e" * 32, nonce="6f" * 32)
 PUBLISHED = Published(
     of="federation",
@@ -467,6 +479,7 @@ def read_as(file, text, where):
             "results.json": Results,
             "fedlora_run.json": Published,
             "prompt.json": Prompt,
+            "personal.json": Choice,
             "audit.json": AuditRecord,
             "opened.json": Opening,
         }[file],

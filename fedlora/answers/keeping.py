@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
@@ -183,6 +183,30 @@ class Evaluation(TypedDict):
 
 
 @_exact
+class Personalized(TypedDict):
+    """How a site's own adapter was chosen. For this site alone."""
+
+    out: str
+    way: Literal["global", "further", "alone"]
+    """to which adapter the way goes from the global one: none, further steps here, what this site learns alone"""
+    share: float
+    """how far along that way; 0: the global adapter"""
+    examples: int
+    """held-out examples that chose"""
+    tried: list[Mapping[str, Any]]
+    """candidates, as in personal.json"""
+    apart: int
+    """held-out examples that neither trained nor chose"""
+    before: float | None
+    """loss of a token over these under the global adapter, nats; null: there were too few to keep some apart"""
+    after: float | None
+    """under the chosen one"""
+    tokens: int
+    """that further training used"""
+    steps: int
+
+
+@_exact
 class CameOut(TypedDict):
     """Rows that a model said word by word when it was given their first half."""
 
@@ -260,6 +284,7 @@ ANSWERS: Final[Mapping[str, type[Any]]] = {
     "audit run": RunAudited,
     "audit rows": RowsAudited,
     "evaluate": Evaluation,
+    "personalize": Personalized,
     "audit open": CanariesOpened,
     "audit check": CanariesChecked,
 }

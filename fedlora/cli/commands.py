@@ -18,6 +18,7 @@ from fedlora.cli.keeping.audit import audit
 from fedlora.cli.keeping.backup import backup, restore
 from fedlora.cli.keeping.budget import budget
 from fedlora.cli.keeping.leakage import leakage
+from fedlora.cli.keeping.personalizing import personalize
 from fedlora.cli.keeping.repair import server_repair, site_repair
 from fedlora.cli.keeping.scoring import evaluate
 from fedlora.cli.leaving import dry_run, outbox
@@ -248,6 +249,7 @@ app.command()(export)
 app.command()(verify)
 app.command("try")(try_adapter)
 app.command("evaluate")(evaluate)
+app.command()(personalize)
 
 
 @app.command()

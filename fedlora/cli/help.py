@@ -15,7 +15,7 @@ from fedlora.cli.terminal import guarded
 
 SECTIONS: Final = {
     "To begin": ("docs", "new", "keygen", "check"),
-    "For a hospital or branch": ("site", "budget", "audit", "evaluate", "try"),
+    "For a hospital or branch": ("site", "budget", "audit", "evaluate", "personalize", "try"),
     "For the coordinator": ("pin", "roster", "server", "export", "verify"),
     "For the researcher": ("simulate", "compare", "compare-rules", "report"),
     "About files and errors": ("explain", "inspect", "schema", "version"),

@@ -48,6 +48,7 @@ def _makers() -> Mapping[str, Callable[[], dict[str, Any]]]:
     from fedlora.answers import ANSWERS
     from fedlora.core.records import Proof, Results
     from fedlora.core.tables.audited import AuditRecord
+    from fedlora.core.tables.personal import Choice
     from fedlora.formats.published.records import Prompt, Published
 
     files: dict[str, Callable[[], dict[str, Any]]] = {
@@ -56,6 +57,7 @@ def _makers() -> Mapping[str, Callable[[], dict[str, Any]]]:
         "fedlora_run.json": partial(_of, Published),
         "proof.json": partial(_of, Proof),
         "prompt.json": partial(_of, Prompt),
+        "personal.json": partial(_of, Choice),
         "audit.json": partial(_of, AuditRecord),
         "events": _events,
     }

@@ -191,7 +191,7 @@ class Results(Filed):
     """the rows that were scored: ``validation`` or ``test``"""
     sites: tuple[str, ...]
     arms: Mapping[str, ArmRecord]
-    """``base``, ``local:SITE``, ``federated``, ``pooled-steps``, ``pooled-tokens``"""
+    """``base``, ``local:SITE``, ``federated``, ``personal:SITE``, ``pooled-steps``, ``pooled-tokens``"""
     rounds: tuple[RoundRecord, ...]
     """of the arm ``federated``: its rounds, then its last evaluation; empty without that arm"""
     traffic: Traffic | None

@@ -24,8 +24,8 @@ def finite(value: Any) -> float | None:
 
 def label(arm: str) -> str:
     """An arm's name for people."""
-    known = {"base": "base model", "local": "alone: mean", "better": "the better of both"}
-    return known.get(arm) or plain(arm).replace("local:", "alone: ", 1)
+    known = {"base": "base model", "local": "alone: mean", "personal": "personal: mean", "better": "the better of both"}
+    return known.get(arm) or plain(arm).replace("local:", "alone: ", 1).replace("personal:", "personal: ", 1)
 
 
 def number(value: Any, *, sign: str = "") -> str:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from fedlora.assemble import Lab
-from fedlora.core.adapter import Adapter, Update
-from fedlora.core.errors import StoreError
-from fedlora.core.events import Event, Report
-from fedlora.core.facts import Train
+from fedlora.core.adapter import Adapter
+from fedlora.core.events import Report
 from fedlora.core.plan import Plan
 from fedlora.core.tables.simulation import Arm
-from fedlora.formats import update as wire
-from fedlora.formats.state.journal import Entry, Journal
-from fedlora.site.work import Learner
+from fedlora.site.alone import train_alone
 
 Trained: TypeAlias = Adapter | Mapping[str, Adapter]
 """What an arm gave: one adapter, or one for each site where sites keep a part of it."""
-
-
-_SAVE_EVERY_S = 10.0  # an arm without federation saves a round of seconds less often than it ends one
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +35,7 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class _Alone:
+class Alone:
     """An arm without federation: some sites' rows, ``rounds`` times ``steps`` steps of ``batches`` batches each."""
 
     name: str
@@ -52,8 +44,8 @@ class _Alone:
     batches: int
     settings: Arm | None
 
-    def train(self, lab: Lab, out: Path, report: Report) -> tuple[Adapter, Cost]:
-        """Trains, or goes on where the journal ends. The optimizer is kept throughout: nothing interrupts a site alone."""
+    def train(self, lab: Lab, out: Path, report: Report, first: Adapter | None = None) -> tuple[Adapter, Cost]:
+        """Trains from ``first``, or from the plan's first adapter, or goes on where the journal ends."""
         from fedlora.learn.learner import HFLearner
         from fedlora.learn.local import step_reporter
 
@@ -64,7 +56,9 @@ class _Alone:
         rows = [t for s in self.sites for t in lab.rows[s]["train"]]
         told = step_reporter(self.name, report)
         learner = HFLearner(lab.lora, rows, [], plan, site=self.name, micro_batches=lab.micro_batches, on_step=told)
-        return _rounds_alone(lab, learner, self.rounds, out / "alone" / self.name.replace(":", "-"), report, rate)
+        directory = out / "alone" / self.name.replace(":", "-")
+        adapter, spent = train_alone(learner, first or lab.first, self.rounds, directory, key=lab.plan.digest(), report=report)
+        return adapter, Cost(spent.tokens, spent.steps, spent.seconds, rate)
 
     def _plan(self, plan: Plan) -> Plan:
         """What the plan's local training is in this arm."""
@@ -79,46 +73,23 @@ class _Alone:
         )
 
 
-def _rounds_alone(lab: Lab, learner: Learner, rounds: int, directory: Path, report: Report, rate: float) -> tuple[Adapter, Cost]:
-    journal, key, run = Journal(directory), lab.plan.digest(), "0" * 64
-    adapter, state, facts = lab.first, b"", {"tokens": 0, "steps": 0, "microseconds": 0}
-    done, entry = journal.last(run) or (0, None)
-    if entry is not None:
-        if entry.key != key:
-            raise StoreError(f"{directory} belongs to another plan")
-        update = wire.parse_update(entry.whole(), lab.first.layout)
-        adapter, state, facts = Adapter(update.delta, lab.first.layout), entry.state, dict(update.counters)
-    saved = time.monotonic()
-    for number in range(done + 1, rounds + 1):
-        began = time.monotonic()
-        report(Event.TRAIN, Train(round=number, rounds=rounds))
-        trained = learner.train(adapter, round=number, state=state)
-        adapter, state = trained.adapter, trained.state
-        facts["tokens"] += trained.tokens
-        facts["steps"] += trained.steps
-        facts["microseconds"] += round(1e6 * (time.monotonic() - began))
-        if number == rounds or time.monotonic() - saved > _SAVE_EVERY_S:
-            update = Update(adapter.vector, 0, dict(facts))
-            journal.save(run, number, Entry(key, wire.dump_update(update, lab.first.layout, dtype="float32"), state))
-            saved = time.monotonic()
-    return adapter, Cost(facts["tokens"], facts["steps"], facts["microseconds"] / 1e6, rate)
-
-
-def arms_of(lab: Lab) -> dict[str, _Alone]:
+def arms_of(lab: Lab) -> dict[str, Alone]:
     """The plan's arms at equal tokens: R rounds of K steps at each of N sites, or N R K steps, or R K steps of N batches."""
     s, rounds = lab.simulation, lab.plan.federation.num_rounds
-    arms: dict[str, _Alone] = {}
+    arms: dict[str, Alone] = {}
     for kind in s.arms:
         if kind == "base":
-            arms["base"] = _Alone("base", (), 0, 1, None)
+            arms["base"] = Alone("base", (), 0, 1, None)
         elif kind == "local":
-            arms |= {f"local:{n}": _Alone(f"local:{n}", (n,), rounds, 1, s.local) for n in s.sites}
+            arms |= {f"local:{n}": Alone(f"local:{n}", (n,), rounds, 1, s.local) for n in s.sites}
         elif kind == "federated":
-            arms["federated"] = _Alone("federated", s.sites, rounds, 1, None)
+            arms["federated"] = Alone("federated", s.sites, rounds, 1, None)
+        elif kind == "personal":
+            continue  # what they start from is known when all others are there
         elif kind == "pooled-steps":
-            arms[kind] = _Alone(kind, s.sites, rounds, len(s.sites), s.pooled_steps)
+            arms[kind] = Alone(kind, s.sites, rounds, len(s.sites), s.pooled_steps)
         else:
             # Passes over the pooled rows are as many tokens as passes at every site; steps are not.
             times = len(s.sites) if lab.plan.federation.local_steps else 1
-            arms[kind] = _Alone(kind, s.sites, rounds * times, 1, s.pooled_tokens)
+            arms[kind] = Alone(kind, s.sites, rounds * times, 1, s.pooled_tokens)
     return arms

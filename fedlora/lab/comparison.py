@@ -15,7 +15,8 @@ from fedlora.core.tables.lab import Compared, ComparedRun, Difference, Spread
 from fedlora.core.words import few_rows, label, round_count, with_interval, with_sd
 from fedlora.formats.files import write_atomic
 from fedlora.lab.noise import of_seeds
-from fedlora.lab.report import across, differences, interval, spread, summarize
+from fedlora.lab.report import across, differences, summarize
+from fedlora.lab.spreads import interval, spread
 
 METRICS = {"union_nll": "nats per token", "exact_match": "exact match", "forgetting": "forgets, nats"}
 """What a table shows of an arm, and how it is headed. Loss is better when lower, as is forgetting."""

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedlora.core.errors import ConfigError, NotInstalled, StoreError
 from fedlora.core.records import ArmRecord, Results, Score
 from fedlora.core.words import finite
@@ -20,17 +18,16 @@ from fedlora.formats.files import read_file
 from fedlora.formats.records import parse_text
 from fedlora.lab.claims import NO_SETTING, Setting, not_one, setting_of
 from fedlora.lab.noise import LEAST, nothing_right, verdict
+from fedlora.lab.spreads import interval, mean, minus, spread
 
 METRICS = ("union_nll", "nll", "exact_match", "coarse_match", "general_nll", "forgetting")
 """What :func:`across` averages: loss over all test tokens together, then means over the sites, then the general hold-out."""
 
 _POOLED = ("pooled-steps", "pooled-tokens")
+_OF_SITES = ("local", "personal")
+"""Kinds of arms of which each site has one."""
 _LEAST = {"union_nll": LEAST, "exact_match": 0.02}  # nats, share: below this, recovery divides noise by noise
 _SIGN = {"union_nll": 1.0, "exact_match": -1.0}  # times the metric: lower is better
-
-# Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom: NIST/SEMATECH e-Handbook of Statistical Methods,
-# table 1.3.6.7.2, column 0.975.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------
@@ -42,8 +39,8 @@ def summarize(results: Results) -> dict[str, Any]:
     Returns:
         arms: name -> union_nll (each token weighing the same), nll, exact_match, coarse_match (means over sites),
             worst_nll, general_nll, forgetting (general_nll minus the base's), tokens, steps, seconds, learning_rate; for
-            ``local:SITE`` also own and others: the same two metrics on its own test and the mean on the others'. The arm
-            ``local`` is the mean of all ``local:SITE``.
+            ``local:SITE`` and ``personal:SITE`` also own and others: the same two metrics on its own test and the mean on the
+            others'. The arm ``local`` is the mean of all ``local:SITE``, ``personal`` that of all ``personal:SITE``.
         best_local: the site-alone arm of the lowest union_nll, or None.
         own_site: site -> what it has from federating: local and federated nll on its own test, benefit (local minus
             federated, nats) and exact_match_benefit (federated minus local).
@@ -58,20 +55,21 @@ def summarize(results: Results) -> dict[str, Any]:
     sites = list(results.sites)
     arms = {name: _arm(name, results.arms[name], sites) for name in sorted(results.arms, key=_order)}
     alone = [name for name in arms if name.startswith("local:")]
-    if alone:
-        arms["local"] = _mean_arm([arms[n] for n in alone])
-        arms = {name: arms[name] for name in sorted(arms, key=_order)}
+    for kind in _OF_SITES:
+        if own := [arms[name] for name in arms if name.startswith(f"{kind}:")]:
+            arms[kind] = _mean_arm(own)
+    arms = {name: arms[name] for name in sorted(arms, key=_order)}
     base = arms.get("base", {}).get("general_nll")
     for arm in arms.values():
-        arm["forgetting"] = _minus(arm["general_nll"], base)
+        arm["forgetting"] = minus(arm["general_nll"], base)
     ranked = [n for n in alone if arms[n]["union_nll"] is not None]
-    own = _own_site(results.arms, sites)
+    own_site = _own_site(results.arms, sites)
     return {
         "arms": arms,
         "best_local": min(ranked, key=lambda n: arms[n]["union_nll"], default=None),
-        "own_site": own,
-        "worse": [s for s, row in own.items() if row["benefit"] <= -LEAST],
-        "unclear": [s for s, row in own.items() if abs(row["benefit"]) < LEAST],
+        "own_site": own_site,
+        "worse": [s for s, row in own_site.items() if row["benefit"] <= -LEAST],
+        "unclear": [s for s, row in own_site.items() if abs(row["benefit"]) < LEAST],
         "better": {m: _better(arms, m) for m in _SIGN},
         "recovery": _recoveries(arms),
         "tax": _taxes(arms),
@@ -79,21 +77,9 @@ def summarize(results: Results) -> dict[str, Any]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    kinds = ("base", "local:", "local", "federated", *_POOLED)
-    kind = "local:" if name.startswith("local:") else name
+    kinds = ("base", "local:", "local", "federated", "personal:", "personal", *_POOLED)
+    kind = name[: name.find(":") + 1] or name
     return (kinds.index(kind) if kind in kinds else len(kinds), name)
-
-
-def _mean(values: Sequence[Any]) -> float | None:
-    """The mean, or None unless there are values and all are finite numbers."""
-    numbers = [finite(v) for v in values]
-    known = [v for v in numbers if v is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(numbers) else None
-
-
-def _minus(a: Any, b: Any) -> float | None:
-    x, y = finite(a), finite(b)
-    return None if x is None or y is None else x - y
 
 
 _NONE = Score(nll=None, exact_match=None, coarse_match=None, tokens=0, examples=0)
@@ -103,31 +89,31 @@ _NONE = Score(nll=None, exact_match=None, coarse_match=None, tokens=0, examples=
 def _union(scores: Sequence[Score]) -> float | None:
     """Mean over all test tokens: the sum of nats over the sum of tokens."""
     tokens = sum(s.tokens for s in scores)
-    if _mean([s.nll for s in scores]) is None or not tokens:
+    if mean([s.nll for s in scores]) is None or not tokens:
         return None
     return math.fsum((s.nll or 0.0) * s.tokens for s in scores) / tokens
 
 
 def _arm(name: str, arm: ArmRecord, sites: Sequence[str]) -> dict[str, Any]:
     scores = {s: arm.sites.get(s, _NONE) for s in sites}
-    means: dict[str, Any] = {m: _mean([getattr(s, m) for s in scores.values()]) for m in ("nll", "exact_match", "coarse_match")}
+    means: dict[str, Any] = {m: mean([getattr(s, m) for s in scores.values()]) for m in ("nll", "exact_match", "coarse_match")}
     nll = [v for s in scores.values() if (v := finite(s.nll)) is not None]
     means |= {"union_nll": _union(list(scores.values())), "worst_nll": max(nll) if len(nll) == len(sites) and nll else None}
     means["general_nll"] = finite(arm.general.nll) if arm.general else None
     means |= {"tokens": arm.tokens, "steps": arm.steps, "seconds": arm.seconds.train, "learning_rate": arm.learning_rate}
-    home = name.removeprefix("local:")
-    if name.startswith("local:") and home in scores:
+    kind, _, home = name.partition(":")
+    if kind in _OF_SITES and home in scores:
         for key, among in (("own", [home]), ("others", [s for s in sites if s != home])):
-            means[key] = {m: _mean([getattr(scores[s], m) for s in among]) for m in ("nll", "exact_match")}
+            means[key] = {m: mean([getattr(scores[s], m) for s in among]) for m in ("nll", "exact_match")}
     return means
 
 
 def _mean_arm(arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     nested = ("own", "others")
-    mean: dict[str, Any] = {k: _mean([a[k] for a in arms]) for k in arms[0] if k not in nested}
+    found: dict[str, Any] = {k: mean([a[k] for a in arms]) for k in arms[0] if k not in nested}
     for key in nested:
-        mean[key] = {m: _mean([a.get(key, {}).get(m) for a in arms]) for m in ("nll", "exact_match")}
-    return mean
+        found[key] = {m: mean([a.get(key, {}).get(m) for a in arms]) for m in ("nll", "exact_match")}
+    return found
 
 
 def _own_site(arms: Mapping[str, ArmRecord], sites: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -137,7 +123,7 @@ def _own_site(arms: Mapping[str, ArmRecord], sites: Sequence[str]) -> dict[str, 
     rows = {}
     for site in sites:
         alone, together = score(f"local:{site}", site), score("federated", site)
-        benefit = _minus(alone.nll, together.nll)
+        benefit = minus(alone.nll, together.nll)
         if benefit is not None:
             rows[site] = {
                 "local": alone.nll,
@@ -149,12 +135,12 @@ def _own_site(arms: Mapping[str, ArmRecord], sites: Sequence[str]) -> dict[str, 
 
 
 def _points(a: float | None, b: float | None) -> float | None:
-    return None if nothing_right(a, b) else _minus(a, b)
+    return None if nothing_right(a, b) else minus(a, b)
 
 
 def _recovery(arms: Mapping[str, Any], pooled: str, metric: str) -> float | None:
-    way = _minus(arms.get("local", {}).get(metric), arms.get(pooled, {}).get(metric))
-    done = _minus(arms.get("local", {}).get(metric), arms.get("federated", {}).get(metric))
+    way = minus(arms.get("local", {}).get(metric), arms.get(pooled, {}).get(metric))
+    done = minus(arms.get("local", {}).get(metric), arms.get("federated", {}).get(metric))
     if way is None or done is None or way * _SIGN[metric] < _LEAST[metric]:
         return None
     return done / way
@@ -179,7 +165,7 @@ def _recoveries(arms: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 
 def _taxes(arms: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     fed, pooled = arms.get("federated", {}).get("union_nll"), _pooled(arms, "union_nll")
-    taxes = {p: _minus(fed, arms[arm].get("union_nll")) for p, arm in pooled.items()}
+    taxes = {p: minus(fed, arms[arm].get("union_nll")) for p, arm in pooled.items()}
     return {p: {"union_nll": t, "perplexity_ratio": math.exp(min(t, 700.0))} for p, t in taxes.items() if t is not None}
 
 
@@ -214,7 +200,7 @@ def across(runs: Sequence[Results]) -> dict[str, Any]:
     fed = columns.get("federated", {})
     reached = [p for p in each[0]["recovery"] if all(p in s["recovery"] for s in each)]
     pairs = {n: {m: differences(fed[m], columns[n][m], metric=m) for m in METRICS} for n in compared}
-    means = {n: {m: _mean(row[m]) for m in METRICS} for n, row in columns.items()}
+    means = {n: {m: mean(row[m]) for m in METRICS} for n, row in columns.items()}
     return {
         "seeds": [run.seed for run in runs],
         "arms": {n: {m: spread(v) for m, v in row.items()} for n, row in columns.items()},
@@ -230,7 +216,7 @@ def differences(ours: Sequence[float | None], theirs: Sequence[float | None], *,
     """Ours minus theirs, pair by pair; of shares in which nothing was ever right there is none."""
     if metric in ("exact_match", "coarse_match") and nothing_right(*ours, *theirs):
         return [None] * len(ours)
-    return [_minus(a, b) for a, b in zip(ours, theirs, strict=True)]
+    return [minus(a, b) for a, b in zip(ours, theirs, strict=True)]
 
 
 def _gain(values: Sequence[float | None]) -> dict[str, Any]:
@@ -249,22 +235,6 @@ def _check_comparable(runs: Sequence[Results]) -> None:
         raise ConfigError("a seed occurs twice", hint="leave out the repetition: the same seed is not another sample")
 
 
-def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    mean = _mean(values)
-    if mean is None or len(values) < 2:
-        return {"mean": mean, "sd": None}
-    return {"mean": mean, "sd": float(np.std(np.array(values, np.float64), ddof=1))}
-
-
-def interval(values: Sequence[float | None]) -> dict[str, float | None]:
-    """95 % t-interval of the mean. Beyond ten seeds the factor for ten is kept, which makes it a little too wide."""
-    s = spread(values)
-    if s["mean"] is None or s["sd"] is None:
-        return {"low": None, "high": None}
-    half = _T95[min(len(values) - 2, len(_T95) - 1)] * s["sd"] / math.sqrt(len(values))
-    return {"low": s["mean"] - half, "high": s["mean"] + half}
-
-
 def _beats(pairs: Mapping[str, Mapping[str, Sequence[float | None]]], metric: str) -> dict[str, Any]:
     alone = {n: row[metric] for n, row in pairs.items() if n.startswith("local:")}
     arms = {n: spread([None if v is None else -v * _SIGN[metric] for v in values]) for n, values in alone.items()}
@@ -280,7 +250,7 @@ def _all_firm(spreads: Sequence[Mapping[str, float | None]]) -> bool | None:
 def _recovered(each: Sequence[Mapping[str, Any]], pooled: str, metric: str) -> dict[str, Any]:
     arms = [s["arms"] for s in each]
     names = [_better(a, metric) if pooled == "better" else pooled for a in arms]
-    ways = [_minus(a.get("local", {}).get(metric), a.get(n, {}).get(metric)) for a, n in zip(arms, names, strict=True)]
+    ways = [minus(a.get("local", {}).get(metric), a.get(n, {}).get(metric)) for a, n in zip(arms, names, strict=True)]
     firm = _all_firm([spread([None if w is None else w * _SIGN[metric] for w in ways])])
     return {**spread([s["recovery"][pooled][metric] for s in each]), "firm": firm}
 

@@ -35,6 +35,7 @@ from fedlora.lab.claims import ROWS, Options, audits_of, claim, left_of, look
 from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
 from fedlora.lab.leakage import audit_simulation
 from fedlora.lab.notes import notes_of, settled, write_notes
+from fedlora.lab.personal.arm import choices_of, personal_arms
 from fedlora.lab.private import private_learners, private_tables
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment
@@ -145,7 +146,7 @@ def _simulated(report: Report) -> Report:
 
 def write_summary(out: Path, results: Sequence[Results], plan: Plan) -> None:
     """The files that are about all seeds: summary.txt, results.csv, tables for papers, report.html."""
-    notes = notes_of(out)
+    notes = [*notes_of(out), *choices_of(out)]
     text = "\n".join([summary(results, plan), *(fill(note, 98, subsequent_indent="  ") for note in notes)])
     text += "".join(f"\n\nleakage audit, {seed}:\n{fill(said, 98)}" for seed, said in audits_of(out))
     write_atomic(out / "summary.txt", text.encode() + b"\n", mode=0o644, shared=True)
@@ -168,13 +169,17 @@ def _one_seed(lab: Lab, out: Path, *, transport: str, lost: Lost, report: Report
     if (done := out / "results.json").exists():
         return _kept(done)
     arms: dict[str, ArmRecord] = {}
-    for name, arm in arms_of(lab).items():
+    alone, personal = arms_of(lab), personal_arms(lab, lambda: _given(lab, out, transport))
+    for name in (*alone, *personal):
         report(Event.ARM, ArmName(name=name, seed=lab.plan.run.seed))
         path = out / "arms" / f"{name.replace(':', '-')}.json"
         if (blob := read_file(path)) is not None:
             arms[name] = parse_text(ArmRecord, blob, where=str(path), hint="delete it; the arm's scores are then computed again")
         else:
-            trained, cost = federated(lab, out, transport, lost, report) if name == "federated" else arm.train(lab, out, report)
+            if name == "federated":
+                trained, cost = federated(lab, out, transport, lost, report)
+            else:
+                trained, cost = (personal.get(name) or alone[name]).train(lab, out, report)
             arms[name] = _record(lab, trained, cost)
             write_atomic(path, dump_text(arms[name]))
         report(Event.ARM_DONE, ArmName(name=name, seed=lab.plan.run.seed))
@@ -271,13 +276,18 @@ def federated(lab: Lab, out: Path, transport: str, lost: Lost, report: Report) -
         learning_rate=lab.plan.training.learning_rate,
         steps_s=steps[0],
     )
-    rule = rule_of(lab.plan)
-    if not rule.keeps_local_factor:
-        return store.load().adapter, cost
+    return _given(lab, out, transport), cost
+
+
+def _given(lab: Lab, out: Path, transport: str) -> Trained:
+    """What the federation gave, once it is done."""
+    store = RunStore.open(_run_directory(lab, out, transport), lab.plan)
+    if not rule_of(lab.plan).keeps_local_factor:
+        return store.load().adapter
     home = out / "flower" if transport == "flower" else out / "sites"
     state = "state/journal" if transport == "flower" else "journal"
     own = {n: Journal(home / n / state).own(store.run) for n in lab.simulation.sites}
-    return {n: load_adapter(path)[0] for n, path in own.items()}, cost
+    return {n: load_adapter(path)[0] for n, path in own.items()}
 
 
 def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:

@@ -25,6 +25,7 @@ from fedlora.core.words import (
     with_sd,
 )
 from fedlora.lab.noise import LEAST, of_seeds
+from fedlora.lab.personal.joined import lines as joined_lines
 from fedlora.lab.report import across, summarize
 from fedlora.privacy.claims import claim_lines, claim_of
 
@@ -55,6 +56,7 @@ def table(results: Results) -> str:
     lines = [
         _title(results, f"seed {results.seed}, plan {plain(results.plan)[:12]}"),
         "",
+        *joined_lines([results]),
         _line("", "nats per token (less is better)", "exact match (more is better)", "", width=32)[:98],
         _line("arm", "all", "mean", "own", "others", "mean", "own", "others", "coarse", "forgets", width=8),
     ]
@@ -130,6 +132,7 @@ def table_across(runs: Sequence[Results]) -> str:
     lines = [
         _title(runs[0], f"seeds {seeds}"),
         "",
+        *joined_lines(runs),
         f"mean and standard deviation over {len(runs)} seed{'s' * (len(runs) > 1)}",
         _line("arm", "nats per token", "exact match", "coarse match", "forgets, nats", width=18),
     ]

@@ -68,7 +68,7 @@ PRIVATE = Plan(
 )
 WARD = {"privacy": {"population": "ward", "budget_epsilon": 50.0}, "data": {"group_key": "patient", "held_out_fraction": 0.0}}
 NEW = ["new.json", "keys/a.pub", "keys/b.pub", "keys/c.pub", "--server", "server/server.pub", "--coordinator", "keys/carol.pub"]
-FILES = ("rounds.jsonl", "results.json", "fedlora_run.json", "proof.json", "prompt.json", "audit.json")
+FILES = ("rounds.jsonl", "results.json", "fedlora_run.json", "proof.json", "prompt.json", "personal.json", "audit.json")
 CASES = {
     "version": [[]],
     "explain": [[], ["data"]],
@@ -113,6 +113,8 @@ BUILDING = {"site approve", "budget reserve"}
 ONLY_READ = {"version", "schema", "explain", "docs", "new plan", "new site", "new simulation", "check", "compare", "inspect",
              "roster show", "server status", "server audit show", "server audit verify"}  # fmt: skip
 WITH_A_MODEL = {"pin", "check", "simulate", "compare-rules", "report", "export", "inspect", "site dry-run", "try", "evaluate"}
+PERSONAL = {"personalize"}
+"""Tried in tests/learn/test_personal.py."""
 AUDITED = {"audit run", "audit open", "audit check", "audit rows"}
 """Tried in tests/privacy/test_audit.py and tests/learn/test_audit_rows.py."""
 KEEPING = {"server backup", "server restore"}
@@ -127,7 +129,11 @@ DEPLOYED = {"server init", "server invite", "server approve", "site join", "pin"
 
 
 def test_no_command_is_left_out():
-    assert set(COMMANDS) == set(ANSWERS) == set(CASES) | WITH_A_MODEL | DEPLOYED | ON_A_SERVER | JOINING | KEEPING | AUDITED
+    assert (
+        set(COMMANDS)
+        == set(ANSWERS)
+        == set(CASES) | WITH_A_MODEL | DEPLOYED | ON_A_SERVER | JOINING | KEEPING | AUDITED | PERSONAL
+    )
     for name, command in COMMANDS.items():
         assert "--json" in {option for p in command.params for option in p.opts}, name
 

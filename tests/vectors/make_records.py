@@ -27,7 +27,7 @@ def _vector(file: str, expect: str, condition: str, why: str, text: bytes) -> by
 
 def vectors() -> Iterator[tuple[str, bytes]]:
     """Name and contents of each file."""
-    from test_run_records import AUDITED, OPENED, PUBLISHED, RECORD, results_of_a_simulation
+    from test_run_records import AUDITED, CHOICE, OPENED, PUBLISHED, RECORD, results_of_a_simulation
 
     from fedlora.core.records import Numbers, Outcome
     from fedlora.formats.files import dump_facts
@@ -69,6 +69,7 @@ def vectors() -> Iterator[tuple[str, bytes]]:
         ("fedlora_run.json", "published", PUBLISHED),
         ("fedlora_run.json", "published_own", own),
         ("prompt.json", "prompt", PUBLISHED.prompt),
+        ("personal.json", "personal", CHOICE),
         ("audit.json", "audit", AUDITED),
         ("opened.json", "opened", OPENED),
     ):
@@ -80,7 +81,7 @@ def vectors() -> Iterator[tuple[str, bytes]]:
         yield f"{stem}_format", _vector(file, "version-unsupported", "record-format", "of a later format", other)
         yield f"{stem}_more", _vector(file, "store", "record-unknown", "a field more", json.dumps({**values, "more": 1}).encode())
         yield f"{stem}_cut", _vector(file, "store", "record-json", "the second half is missing", text[: len(text) // 2])
-        field = {"prompt": "max_length", "audit": "sites"}.get(stem, "seed")
+        field = {"prompt": "max_length", "audit": "sites", "personal": "examples"}.get(stem, "seed")
         wrong = json.dumps({**values, field: -1}).encode()
         yield f"{stem}_range", _vector(file, "store", "record-field", f"a {field} below zero", wrong)
     before = {k: v for k, v in facts_of(PUBLISHED).items() if k not in ("prompt", "privacy", "audit")} | {

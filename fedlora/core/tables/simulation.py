@@ -33,6 +33,10 @@ def _table(said: Any) -> Any:
     return {"path": said} if isinstance(said, str) else said
 
 
+ArmKind = Literal["base", "local", "federated", "pooled-steps", "pooled-tokens", "personal"]
+"""Kinds of arms: ``local`` and ``personal`` are one for each site."""
+
+
 class Arm(Section):
     """Settings of one arm of a comparison."""
 
@@ -57,20 +61,22 @@ class Simulation(Section):
     """directory or GGUF file of the base model, relative to the plan file; toy: a tiny random model"""
     keep_dequantized: bool = False
     """keep the dequantized 4-bit weights in memory: same bits, faster on a CPU, four times the memory"""
-    arms: Annotated[tuple[Literal["base", "local", "federated", "pooled-steps", "pooled-tokens"], ...], Field(min_length=1)] = (
+    arms: Annotated[tuple[ArmKind, ...], Field(min_length=1)] = (
         "base",
         "local",
         "federated",
         "pooled-steps",
         "pooled-tokens",
     )
-    """what is trained and compared, at equal numbers of tokens"""
+    """what is compared, at equal tokens; personal: what each site makes of the federated adapter, with more steps of its own"""
     local: Arm | None = None
     """settings of the arm `local`: each site trains alone"""
     pooled_steps: Arm | None = None
     """settings of the arm `pooled-steps`: as many steps as one site, on batches as large as those of all sites together"""
     pooled_tokens: Arm | None = None
     """settings of the arm `pooled-tokens`: as many steps as all sites together"""
+    personal: Arm | None = None
+    """settings of the arm `personal`: each site trains on from the federated adapter, as many steps as in the federation"""
     evaluate_on: Literal["validation", "test"] = "test"
     """split that the table of arms reports; tune on validation, read test once"""
     examples_per_site: Annotated[int, Field(ge=0)] = 0
@@ -93,6 +99,12 @@ class Simulation(Section):
             raise PydanticCustomError("sites", "a site is named twice in sites")
         if self.split_label and self.split != "dirichlet":
             raise PydanticCustomError("label", "split_label belongs to split = 'dirichlet'; by:COLUMN names its own column")
+        if "personal" in self.arms and "federated" not in self.arms:
+            raise PydanticCustomError("arms", "the arm personal begins with what the arm federated gives: name both in arms")
+        if "personal" in self.arms and self.evaluate_on == "validation":
+            raise PydanticCustomError(
+                "arms", "the arm personal chooses on validation rows, so that its score needs evaluate_on = 'test'"
+            )
         if self.data.held_out_path:
             raise PydanticCustomError(
                 "held_out", "data.held_out_path is of site files: here SITE.test files say it, or data.held_out_fraction"

@@ -28,10 +28,11 @@ from fedlora.lab.notes import base_of
 from fedlora.lab.page.document import Section, made_with
 from fedlora.lab.page.figures import PALETTE, Bar, Figure, Table, bars, counted
 from fedlora.lab.page.rounds import one_run
+from fedlora.lab.personal import joined
 from fedlora.privacy.claims import NO_PRIVACY, claim_lines, claim_of
 
 _BLUE, _, _GREEN, _PINK, _ORANGE = PALETTE[:5]
-_BARS = {"alone": _ORANGE, "federated": _BLUE, "pooled-steps": _GREEN, "pooled-tokens": _PINK}
+_BARS = {"alone": _ORANGE, "federated": _BLUE, "personal": PALETTE[1], "pooled-steps": _GREEN, "pooled-tokens": _PINK}
 
 
 def contents(
@@ -49,7 +50,12 @@ def contents(
     arms = _arms_spread(over, of_seeds(runs)) if several else _arms(summaries[0])
     own = [*([_gains(over)] if several else []), _own_sites(run, summaries, over["seeds"])]
     few = [f"{said[0].upper()}{said[1:]}." for said in few_rows(run)]
-    sections = [arms, Section("On each site's own test", _site_bars(runs, summaries), own, few), _dealt(run, setting)]
+    sections = [
+        *_joined(runs),
+        arms,
+        Section("On each site's own test", _site_bars(runs, summaries), own, few),
+        _dealt(run, setting),
+    ]
     each = [one_run(r, f"seed-{r.seed}") for r in runs]
     parts = [{"seed": r.seed, "sections": _shown([_arms(s, over), *e])} for r, s, e in zip(runs, summaries, each, strict=True)]
     data = run.dataset or {}
@@ -255,7 +261,7 @@ def _site_bars(runs: Sequence[Results], summaries: Sequence[Mapping[str, Any]]) 
             mark = "" if not worse else "better off alone" + f" in {worse} of {len(runs)} seeds" * several
             group = []
             for arm, color in _BARS.items():
-                key = f"local:{site}" if arm == "alone" else arm
+                key = {"alone": f"local:{site}", "personal": f"personal:{site}"}.get(arm, arm)
                 if values := [v for run in runs if (v := _score(run, key, site, metric)) is not None]:
                     mean = math.fsum(values) / len(values)
                     group.append(Bar(arm, color, mean, words(mean), (min(values), max(values))))
@@ -286,6 +292,16 @@ def _dealt(run: Results, setting: Setting) -> Section:
     note = f"simulation.split = {plain(table.split)}: {plain(said)}; {plain(group)}. Scored: {run.split}."
     notes = [f"{said[:1].upper()}{said[1:]}." for said in map(plain, setting.notes)]
     return Section("Rows of the sites", (), [Table(note, ["site", "to train", "to validate", "to test", "groups"], rows)], notes)
+
+
+def _joined(runs: Sequence[Results]) -> list[Section]:
+    """What each site gained by joining; nothing where no site has an arm of its own."""
+    if not (found := joined.joined(runs)):
+        return []
+    rows = [[plain(row.site), *(cell.replace("+-", "±") for cell in joined.cells(row, found))] for row in found]
+    return [
+        Section("What each site gains by joining", (), [Table(joined.note(runs, found), ["site", *joined.heads(found)], rows)])
+    ]
 
 
 def _gains(over: Mapping[str, Any]) -> Table:

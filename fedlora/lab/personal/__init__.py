@@ -1,0 +1,1 @@
+"""The arm ``personal``: what each site gains by joining, if it makes the result its own."""
