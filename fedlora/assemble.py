@@ -16,7 +16,7 @@ from fedlora.core.tables.simulation import Simulation, is_toy
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import load_adapter
 from fedlora.formats.keys import load_public
-from fedlora.formats.plans import first_file, load_plan, load_prompt
+from fedlora.formats.plans import check_begun, first_file, load_init, load_plan, load_prompt
 from fedlora.rounds.server import ServerRun, load_server_key, start_run
 from fedlora.rounds.store import RunStore
 from fedlora.rules.first import first_adapter
@@ -114,8 +114,9 @@ class Lab:
 
     def reseeded(self, plan: Plan) -> Lab:
         """The same base and rows under another seed."""
-        first = first_adapter(self.lora.layout, seed=plan.run.seed)
-        return replace(self, first=first, plan=plan.pinned(base=self.lora.base_digest, init=first.digest()))
+        first = self.first if plan.lora.init else first_adapter(self.lora.layout, seed=plan.run.seed)
+        pinned = plan.pinned(base=self.lora.base_digest, init=first.digest(), earlier=bool(plan.lora.init))
+        return replace(self, first=first, plan=pinned)
 
     def tested(self, site: str) -> list[Tokens]:
         """The rows on which the arms are compared."""
@@ -146,14 +147,16 @@ def lab(
 
     toys = out.parent / "toy"  # beside the runs, not the plan: a checkout may be read-only
     found = found or read_simulation(plan, root=root, toys=toys / "data", report=report)
+    begun = load_init(root / "plan.toml", plan) if plan.lora.init else None
     base = found.base or toy_base(toys / "base")
     machine = machine_for(plan, keep_dequantized=found.simulation.keep_dequantized, fused=batch_sites or None)
     lora = load_lora(plan, base, machine)
     report_base(lora, plan, report)
     rows, general, cut = tokens_of(found, tokenizer=lora.tokenizer, plan=plan, report=report)
-    first = first_adapter(lora.layout, seed=plan.run.seed)
+    first = begun or first_adapter(lora.layout, seed=plan.run.seed)
+    check_begun(first, lora.layout)
     return Lab(
-        plan=plan.pinned(base=lora.base_digest, init=first.digest()),
+        plan=plan.pinned(base=lora.base_digest, init=first.digest(), earlier=bool(begun)),
         simulation=found.simulation,
         data=found.where,
         files=found.files,

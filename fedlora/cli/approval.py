@@ -38,11 +38,12 @@ def approve(
     import click
 
     from fedlora.core.errors import PlanRefused
-    from fedlora.formats.plans import load_plan
+    from fedlora.formats.plans import load_init, load_plan
     from fedlora.site import approve as library
     from fedlora.site.site_file import NO_ROSTER, SET_ROSTER
 
     found, named = load_plan(plan), uncovers or []
+    first = load_init(plan, found) if found.lora.init else None
     asked = library.question(found, site, uncovers=named)
     if not json:
         emit({}, [*_told(plan), *asked.lines(again=again)], as_json=False)  # what is decided on stands last
@@ -59,7 +60,7 @@ def approve(
         )
     if not yes:
         ask("\napprove?")
-    count = library.approve(found, site, again=again, uncovers=named)
+    count = library.approve(found, site, again=again, uncovers=named, first=first)
     _said(
         asked, count, json=json, text=f"plan {asked.digest[:12]} is approved for {count} run{'s' if count > 1 else ''} in {site}"
     )

@@ -177,12 +177,17 @@ def pin(
     plan: PlanFile,
     model: Annotated[Path, typer.Option(help="Base model: a Hugging Face directory or a GGUF file.")],
     out: Annotated[Path, typer.Option(help="Directory to create, for the pinned plan and the first adapter.")],
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Begin with an earlier run's adapter: its directory, file, or PEFT export.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Prove a base model, pin a plan to it and create the first adapter.
 
     The pinned plan holds a digest of each; a site refuses a task for any other base model or first adapter. What was found out
-    about the base is printed and kept beside the plan. Of a plan with [privacy] it finds the noise for its epsilon.
+    about the base is printed and kept beside the plan. Of a plan with [privacy] it finds the noise for its epsilon. With --init
+    the run begins where an earlier one ended; sites then need the whole directory.
 
     Example: fedlora pin plan.toml --model models/SmolLM2 --out study/plan
     """
@@ -193,7 +198,7 @@ def pin(
     from fedlora.library.leakage import audit_lines
     from fedlora.privacy.claims import claim_lines, claim_of
 
-    pinned, proof = pin_plan(plan, model, out)
+    pinned, proof = pin_plan(plan, model, out, init=init)
     claim = claim_of(pinned)
     facts = Pinned(plan=pinned.digest(), base=pinned.model.digest, init=pinned.lora.init_digest, proof=proof, privacy=claim)
     text = f"plan {facts['plan'][:12]}, base {facts['base'][:12]}: {out / 'plan.toml'}"

@@ -31,6 +31,7 @@ Refused = Literal[
 
 Policy = Literal[
     "policy-allowed-models",
+    "policy-init",
     "policy-lone-change",
     "policy-max-first-range",
     "policy-max-local-steps",
@@ -44,6 +45,7 @@ Policy = Literal[
 
 REFUSES: Final[Mapping[str, str]] = {
     "policy-allowed-models": "model.model_name_or_path",
+    "policy-init": "lora.init",
     "policy-lone-change": "protect.secagg.lone_change",
     "policy-max-first-range": "protect.secagg.first_range",
     "policy-max-local-steps": "federation.local_steps",

@@ -101,6 +101,8 @@ class Lora(Section):
     """scale by lora_alpha / sqrt(r) instead"""
     ranks: dict[Name, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default_factory=dict)
     """site = rank, for sites that train fewer rank components than r; needs aggregate.name product and protect.mode sealed"""
+    init: Hex = ""
+    """digest of an earlier run's adapter, with which this run begins; `fedlora pin --init` fills it in. Empty: a new one"""
     init_digest: Hex = ""
     """digest of the initial adapter; `fedlora pin` fills it in"""
 
@@ -108,6 +110,8 @@ class Lora(Section):
     def _one_rank(self) -> Self:
         if self.ranks and max(self.ranks.values()) > self.r:
             raise PydanticCustomError("ranks", "lora.ranks: the rank of a site must not exceed lora.r")
+        if self.init and self.init_digest not in ("", self.init):
+            raise PydanticCustomError("init", "lora.init and lora.init_digest name different adapters: use `fedlora pin --init`")
         if self.target_modules == ():
             raise PydanticCustomError("targets", "target_modules is empty; name modules or say 'all-linear'")
         return self
@@ -263,13 +267,15 @@ class Plan(Section):
 
     def canonical(self) -> bytes:
         """The agreed part as canonical JSON: sorted keys, no spaces, ASCII, no default left out. All but ``simulation``, and
-        but ``privacy`` and ``audit`` where there is none."""
+        but ``privacy``, ``audit`` and ``lora.init`` where there is none."""
         return canonical(self.agreed())
 
     def agreed(self) -> dict[str, Any]:
         """What :meth:`canonical` writes, as a table of tables."""
-        absent = {name for name in ("privacy", "audit") if getattr(self, name) is None}
-        return self.model_dump(mode="json", exclude={"simulation", *absent})
+        absent: dict[str, Any] = {name: True for name in ("privacy", "audit") if getattr(self, name) is None}
+        if not self.lora.init:
+            absent["lora"] = {"init"}
+        return self.model_dump(mode="json", exclude={"simulation": True, **absent})
 
     def digest(self) -> str:
         """SHA-256 of :meth:`canonical`, hex."""
@@ -281,10 +287,10 @@ class Plan(Section):
         noisy = self.privacy is None or self.privacy.noise_multiplier > 0
         return bool(self.model.digest and self.lora.init_digest) and noisy
 
-    def pinned(self, *, base: str, init: str) -> Plan:
-        """This plan with the digests of the base and of the first adapter filled in."""
-        model = self.model.model_copy(update={"digest": base})
-        return self.model_copy(update={"model": model, "lora": self.lora.model_copy(update={"init_digest": init})})
+    def pinned(self, *, base: str, init: str, earlier: bool = False) -> Plan:
+        """This plan with the digests of the base and of the first adapter, perhaps an earlier run's, filled in."""
+        model, first = self.model.model_copy(update={"digest": base}), {"init_digest": init, "init": init if earlier else ""}
+        return self.model_copy(update={"model": model, "lora": self.lora.model_copy(update=first)})
 
 
 def _misfits(plan: Plan) -> Iterator[str]:

@@ -39,8 +39,8 @@ from fedlora.protect.sealed import SealedServer
 from fedlora.rounds.checkpoint import Checkpoint
 from fedlora.rounds.loop import task_of
 from fedlora.rules import rule_of
-from fedlora.rules.first import first_adapter
 from fedlora.site.admission import Approvals
+from fedlora.site.first import Firsts
 from fedlora.site.parts import load_site_key, site_of
 from fedlora.site.site_file import SiteFile, load_site_file
 from fedlora.site.work import Learner, Site
@@ -160,18 +160,33 @@ def dry_run(site_file: Path, plan: Plan, *, report: Report) -> WouldLeave:
     file, root = load_site_file(site_file), site_file.resolve().parent
     with tempfile.TemporaryDirectory(prefix="fedlora-dry-run-") as scratch:
         learner = LocalLearners(site_file, Path(scratch) / "team", report)(plan)
-        return played(load_site_key(file, root), file, plan, learner, state=Path(scratch), report=report, stage=Stage())
+        firsts = Firsts(root / file.state, file.agreed.init)
+        key = load_site_key(file, root)
+        return played(key, file, plan, learner, state=Path(scratch), report=report, stage=Stage(), firsts=firsts)
 
 
 def played(
-    identity: Identity, file: SiteFile, plan: Plan, learner: Learner, *, state: Path, report: Report, stage: Stage
+    identity: Identity,
+    file: SiteFile,
+    plan: Plan,
+    learner: Learner,
+    *,
+    state: Path,
+    report: Report,
+    stage: Stage,
+    firsts: Firsts | None = None,
 ) -> WouldLeave:
     """The first round of a plan at one site, before a server that is played.
+
+    Args:
+        state: of this play, and of no run.
+        firsts: where the site has the adapters of earlier runs; None: in ``state``.
 
     Raises:
         ConfigError, PlanRefused, FedLoRAError: see :func:`dry_run`.
     """
-    first = Checkpoint(0, first_adapter(learner.layout, seed=plan.run.seed))
+    firsts = firsts or Firsts(state, file.agreed.init)
+    first = Checkpoint(0, firsts.of(plan, learner.layout))
     task = task_of("train", first, plan=plan, run=stage.run, aggregator=rule_of(plan))
 
     def make_site(who: Identity, settings: SiteFile, make_learner: Callable[[Plan], Learner], where: Path) -> Site:
@@ -179,6 +194,7 @@ def played(
             who, stage.server.public, settings, make_learner=make_learner, state=where,
             report=report if who is identity else lambda event, facts: None,
             approvals=lambda: Approvals((plan.digest(),), roster=settings.roster), clock=stage.clock, entropy=stage.entropy,
+            firsts=firsts,
         )  # fmt: skip
 
     if plan.protect.mode == "secagg":

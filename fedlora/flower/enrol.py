@@ -17,7 +17,7 @@ from fedlora.core.toml import dump_toml
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.formats.plans import PROMPT, PROOF, load_plan
+from fedlora.formats.plans import FIRST, PROMPT, PROOF, check_begun, load_init, load_plan
 from fedlora.formats.records import dump_text
 from fedlora.formats.signed_roster import SignedRoster, load_roster
 from fedlora.formats.state.audit import note
@@ -113,11 +113,16 @@ def make_roster(file: Path, server: PublicIdentity, sites: Sequence[PublicIdenti
     return load_roster(file).roster.digest()
 
 
-def pin_plan(plan_file: Path, model: Path, out: Path) -> tuple[Plan, Proof]:
+def pin_plan(plan_file: Path, model: Path, out: Path, *, init: Path | None = None) -> tuple[Plan, Proof]:
     """Proves a base, fills its digest and the first adapter's into a plan, and writes plan, adapter and proof into ``out``,
     complete or not at all.
 
+    Args:
+        init: the adapter of an earlier run to begin with, see :func:`fedlora.learn.published.begun.begun_with`; None: a new one,
+            or the one beside the plan that ``lora.init`` names.
+
     Raises:
+        StoreError, WrongContext: there is no adapter in ``init`` that this plan can begin with.
         StoreError: ``out`` exists.
         ModelError: nothing usable at ``model``.
         ConfigError: the base does not carry this plan, see :func:`fedlora.learn.proof.check_proven`; or its noise does not
@@ -127,19 +132,26 @@ def pin_plan(plan_file: Path, model: Path, out: Path) -> tuple[Plan, Proof]:
     from fedlora.learn.base import load_base, machine_for
     from fedlora.learn.lora import layout_of
     from fedlora.learn.proof import check_proven, prove
+    from fedlora.learn.published.begun import begun_with
     from fedlora.rules.first import first_adapter
 
     if out.exists():
         raise StoreError(f"{out} exists", hint="choose another --out; a pinned plan is not changed under its run")
     plan = with_noise(load_plan(plan_file).model_copy(update={"simulation": None}))
     base = load_base(plan.model, model, machine_for(plan, device="cpu"))
-    first = first_adapter(layout_of(base, plan.lora), seed=plan.run.seed)
-    pinned = plan.pinned(base=base.digest, init=first.digest())
+    layout = layout_of(base, plan.lora)
+    earlier = init is not None or bool(plan.lora.init)
+    if init is not None:
+        first = begun_with(init, layout, plan=plan, base=base.digest)
+    else:
+        first = load_init(plan_file, plan) if plan.lora.init else first_adapter(layout, seed=plan.run.seed)
+    check_begun(first, layout)
+    pinned = plan.pinned(base=base.digest, init=first.digest(), earlier=earlier)
     proof = prove(base, pinned)
     check_proven(proof)
     new = out.with_name(f".{out.name}.{os.getpid()}.new")
     shutil.rmtree(new, ignore_errors=True)
-    save_adapter(new / "first.safetensors", first, {"round": 0, "plan": pinned.digest()})
+    save_adapter(new / FIRST, first, {"round": 0, "plan": pinned.digest()})
     write_atomic(new / "plan.toml", dump_toml(pinned).encode(), mode=0o644)
     write_atomic(new / PROOF, dump_text(proof), mode=0o644)
     write_atomic(new / PROMPT, dump_text(prompt_of(base.tokenizer, pinned)), mode=0o644)

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.errors import ConfigError
 from fedlora.core.plan import Plan
 from fedlora.core.records import Proof
 from fedlora.core.section import Section
 from fedlora.core.toml import parse_toml
-from fedlora.formats.files import Damaged
+from fedlora.formats.files import Damaged, load_adapter
 from fedlora.formats.published.records import Prompt
 from fedlora.formats.records import R, parse_text
 
@@ -55,6 +56,8 @@ PROOF = "proof.json"
 """Beside a pinned plan: what its coordinator's machine found out about the base."""
 PROMPT = "prompt.json"
 """Beside a pinned plan and in a run's directory: how its adapters have to be asked."""
+FIRST = "first.safetensors"
+"""Beside a pinned plan: the first adapter."""
 _MOST = 64 << 10
 
 
@@ -99,6 +102,43 @@ def first_file(plan_file: Path, plan: Plan) -> Path:
     way = "start the plan that `fedlora pin` wrote, which is another file than the one it was given: PINNED/plan.toml"
     if not plan.is_pinned:
         raise ConfigError(f"{plan_file} is not pinned: it names neither the base's digest nor the first adapter's", hint=way)
-    if not (found := plan_file.parent / "first.safetensors").is_file():
+    if not (found := plan_file.parent / FIRST).is_file():
         raise ConfigError(f"{found} is not there: the first adapter lies beside the plan that pins it", hint=way)
     return found
+
+
+def check_begun(first: Adapter, layout: Layout) -> None:
+    """Whether an adapter is one of this base under the plan's [lora].
+
+    Raises:
+        ConfigError: it has other layers, or another rank.
+    """
+    if first.layout != layout:
+        ranks = {p.rank for p in first.layout.pairs()}, {p.rank for p in layout.pairs()}
+        other = f"rank {ranks[0]}, the plan says lora.r = {layout.rank}" if ranks[0] != ranks[1] else "other layers than the plan"
+        raise ConfigError(
+            f"the adapter with which the run is to begin has {other}",
+            hint="lora.r and lora.target_modules as in the earlier run, and its base",
+        )
+
+
+def load_init(plan_file: Path, plan: Plan) -> Adapter:
+    """The adapter of an earlier run from which a plan begins, which lies beside it.
+
+    Raises:
+        ConfigError: none lies there, or another one than the plan names.
+        Damaged: it cannot be read.
+    """
+    file = plan_file.parent / FIRST
+    if not file.is_file():
+        raise ConfigError(
+            f"{file} is not there: this plan begins with adapter {plan.lora.init[:12]}, which lies beside it",
+            hint="take the whole directory that `fedlora pin --init` wrote, not the plan alone",
+        )
+    adapter = load_adapter(file)[0]
+    if adapter.digest() != plan.lora.init:
+        raise ConfigError(
+            f"{file} is adapter {adapter.digest()[:12]}, the plan begins with {plan.lora.init[:12]}",
+            hint="take plan and adapter from one directory of `fedlora pin --init`",
+        )
+    return adapter

@@ -25,12 +25,14 @@ from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_server_home, make_site_keys
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.keys import Identity, load_identity, load_public
+from fedlora.formats.plans import FIRST
 from fedlora.formats.published.records import Prompt
 from fedlora.formats.signed_roster import load_roster
 from fedlora.lab.private import private_tables
 from fedlora.lab.testing import open_policy
 from fedlora.rounds.server import start_run
 from fedlora.rounds.store import RunStore
+from fedlora.site.first import Firsts
 from fedlora.site.private import SitePrivacy
 from fedlora.site.site_file import SiteFile
 
@@ -103,9 +105,11 @@ def _enrol(plan: Plan, simulation: Simulation, first: Adapter, *, root: Path) ->
         shutil.copyfile(public, root / "server" / "sites" / public.name)
         for file in ("server.pub", "tls/ca.crt"):
             shutil.copyfile(root / "server" / file, root / name / "keys" / Path(file).name)
+        if plan.lora.init:
+            Firsts(root / name / "state", "approved").keep(first)
     server = load_identity(root / "server" / "server.key").public
     make_roster(root / "server" / "roster.json", server, publics, Identity.generate("coordinator"))
-    save_adapter(root / "plan" / "first.safetensors", first, {"round": 0, "plan": plan.digest()})
+    save_adapter(root / "plan" / FIRST, first, {"round": 0, "plan": plan.digest()})
     write_atomic(root / "plan" / "plan.toml", dump_toml(plan.model_copy(update={"simulation": None})).encode(), mode=0o644)
 
 

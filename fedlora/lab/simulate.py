@@ -50,6 +50,7 @@ from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules import BUILT_IN, rule_of
 from fedlora.rules.own import check_encode
+from fedlora.site.first import Firsts
 from fedlora.site.parts import site_of
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
@@ -361,6 +362,8 @@ def _virtual_site(
     )
 
     quiet = partial(_named, identity.name, report)
+    if lab.plan.lora.init:
+        Firsts(state, "approved").keep(lab.first)
     return site_of(identity, server, file, make_learner=lambda plan: learner, state=state, report=quiet)
 
 

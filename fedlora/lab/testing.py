@@ -47,6 +47,7 @@ def open_policy(**limits: object) -> Policy:
         "protect": ("sealed", "secagg"),
         "min_sites": 1,
         "max_first_range": 64.0,
+        "init": "approved",
         "lone_change": "allow",
         "min_cell": 1,
     }

@@ -151,11 +151,11 @@ class Mode:
         yield from ()
 
     @classmethod
-    def check_adapter(cls, plan: Plan, adapter: Adapter, *, layout: Layout, round: int) -> None:
+    def check_adapter(cls, plan: Plan, adapter: Adapter, *, first: Callable[[], Adapter], round: int) -> None:
         """At a site: checks the adapter that the server has sent, before training from it.
 
         Args:
-            layout: of the whole adapter, at this site.
+            first: gives the whole adapter with which the plan begins, as this site has it.
 
         Raises:
             PlanRefused, PlanRefused (impossible-adapter): it must not be trained from.

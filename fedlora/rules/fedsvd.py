@@ -62,14 +62,15 @@ class FedSVD(Rule):
             Rule.check_published(self, first, now, moved=moved, rounds=rounds, grid=None)
             return
         for old, new in zip(first.layout.pairs(), now.layout.pairs(), strict=True):
-            (_, a0), (b, a) = factors(first.vector, old), factors(now.vector, new)
+            (b0, a0), (b, a) = factors(first.vector, old), factors(now.vector, new)
             longest = max(1.0, float(np.linalg.norm(a0, 2)))
             check_max_change(f"{new.module}.lora_A.weight", float(np.linalg.norm(a, 2)), longest)
             space, _ = np.linalg.qr(a0.T.astype(np.float64))
             outside = float(np.linalg.norm(a - (a @ space) @ space.T, 2))
             check_max_change(f"{new.module}.lora_A.weight", outside, _OUTSIDE * longest)
             rows = float(np.max(np.linalg.norm(b, axis=1)))
-            check_max_change(f"{new.module}.lora_B.weight", rows, moved["B"] * math.sqrt(b.shape[1]) * longest)
+            began = float(np.max(np.linalg.norm(b0, axis=1)))  # 0, but in a run that begins with an earlier one's adapter
+            check_max_change(f"{new.module}.lora_B.weight", rows, (began + moved["B"] * math.sqrt(b.shape[1])) * longest)
 
     def finish(self, sums: Accumulator, adapter: Adapter, *, scale: float, round: int, state: State) -> Aggregated:
         mean = mean_delta(sums, adapter, scale=scale)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from fedlora.answers import Approved
-from fedlora.core.columns import shortened
+from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange, plain
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
@@ -27,6 +26,8 @@ from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.mode import SumExposure
 from fedlora.protect.modes import mode_of
 from fedlora.site.admission import Runs
+from fedlora.site.changes import Change, changed_keys, shown
+from fedlora.site.first import Firsts, begins, unknown_first
 from fedlora.site.site_file import SiteFile, load_site_file
 
 
@@ -38,7 +39,7 @@ def in_words(plan: Plan) -> dict[str, str]:
     optimizer = "" if plan.server_optimizer.name == "none" else f", server optimizer {plan.server_optimizer.name}"
     words = {
         "name": f"{plan.run.name}, seed {plan.run.seed}",
-        "base model": f"{_shown(m.model_name_or_path, 200)} at {_shown(m.revision, 200)}, loaded in {bits}, "
+        "base model": f"{shown(m.model_name_or_path, 200)} at {shown(m.revision, 200)}, loaded in {bits}, "
         f"content {m.digest[:16] or 'not pinned'}",
         "adapter": f"rank {plan.lora.r}, alpha {plan.lora.lora_alpha}, on {_listed(plan.lora.target_modules)}",
         "training": f"{f.num_rounds} rounds of {work}, learning rate {t.learning_rate:g}, rows of {t.max_length} tokens",
@@ -55,6 +56,11 @@ def in_words(plan: Plan) -> dict[str, str]:
             f"{audit.canaries_per_site} synthetic canaries, about half of which are mixed into this site's rows, "
             f"{_listed([str(r) for r in audit.repeats])} rows each: about {audit.expected_rows:.0f} foreign rows{most}; how many "
             "guesses about them were right leaves at the end, and that it takes part is seen"
+        )
+    if plan.lora.init:
+        words["begins with"] = (
+            f"adapter {plan.lora.init[:16]} of an earlier run: what is in it of anybody's rows is there already, whatever this "
+            "plan promises"
         )
     words = {topic: plain(sentence) for topic, sentence in words.items()}
     return words | mode_of(plan).words(plan, words)
@@ -73,29 +79,7 @@ def _listed(names: str | Sequence[str]) -> str:
     if isinstance(names, str):
         return names
     more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return ", ".join(_shown(name) for name in names[:_MOST]) + more or "none"
-
-
-def _shown(value: object, most: int = 60) -> str:
-    """What a plan says, in so many columns at most once it is spelled out."""
-    return shortened(plain(value), most)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A key that has another value than in the plan that was approved last, with both values, printable."""
-
-    key: str
-    was: str
-    now: str
-
-    def whole(self) -> str:
-        """For a program."""
-        return f"{self.key}: {self.was} -> {self.now}"
-
-    def brief(self) -> str:
-        """For a person: each value is cut by itself, so that a long one leaves room for the other."""
-        return f"{_shown(self.key)}: {_shown(self.was, 80)} -> {_shown(self.now, 80)}"
+    return ", ".join(shown(name) for name in names[:_MOST]) + more or "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +165,7 @@ class Question:
         if self.named:
             out.append(f"YOU AGREE that its sums, compared with earlier ones, may reveal the update of {_listed(self.named)}")
         if left:
-            words = _few([f"--uncovers {_shown(name)}" for name in left], "and {} more (all names: --json)")
+            words = _few([f"--uncovers {shown(name)}" for name in left], "and {} more (all names: --json)")
             out.append(
                 f"compared with this site's earlier contributions on this base model, the plan could reveal the update of "
                 f"{_listed(left)}: this site will refuse it, unless you add {' '.join(words)}"
@@ -211,14 +195,16 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
     last = _last(file, state, but=digest)
     told = mode_of(plan).told(plan)
     before, uncovered = _beside(plan, told, file, root)
-    before = [*([_ROWS] if told is not None else []), *_others(plan, told, file, state), *before]
+    firsts = Firsts(state, file.agreed.init)
+    before = [*begins(plan, firsts), *([_ROWS] if told is not None else []), *_others(plan, told, file, state), *before]
     return Question(
         digest=digest,
         words=in_words(plan),
         last=in_words(last) if last is not None else {},
-        changed=_changed(last, plan) if last is not None else (),
+        changed=changed_keys(last, plan) if last is not None else (),
         refusals=[
             *file.refusals(plan),
+            *unknown_first(plan, firsts),
             *(_unlike(plan, told, file, root) if told else ()),
         ],
         approved=file.plans.count(digest),
@@ -243,27 +229,6 @@ def kept_plan(state: Path, digest: str) -> Plan | None:
         return parse_plan(_copy(state, digest).read_bytes())
     except (OSError, FedLoRAError):
         return None
-
-
-def _changed(old: Plan, new: Plan) -> list[Change]:
-    was, now = (dict(_flat(p.agreed())) for p in (old, new))
-    return [
-        Change(plain(key), plain(was.get(key, "not said")), plain(now.get(key, "not said")))
-        for key in dict.fromkeys((*now, *was))
-        if was.get(key, _ABSENT) != now.get(key, _ABSENT)
-    ]
-
-
-_ABSENT = object()
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A table with nested keys joined by dots, also those of mappings with free names."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _copy(state: Path, digest: str) -> Path:
@@ -339,8 +304,11 @@ def _beside(plan: Plan, told: SumExposure | None, file: SiteFile, root: Path) ->
     return [*again, *ledger.unlike(base, contribution)], sorted(ledger.shown(base, contribution))
 
 
-def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[str] = ()) -> int:
+def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[str] = (), first: Adapter | None = None) -> int:
     """Writes the approval into the site file, and keeps a copy of the plan for the next comparison.
+
+    Args:
+        first: the adapter of an earlier run with which the plan begins; kept for it.
 
     Returns:
         Number of entries for this plan in the file.
@@ -350,7 +318,10 @@ def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[st
         StoreError, ResourceError: it cannot be written.
     """
     file, digest = load_site_file(site_file), plan.digest()
-    write_atomic(_copy(site_file.resolve().parent / file.state, digest), plan.canonical(), shared=True)
+    state = site_file.resolve().parent / file.state
+    if first is not None and Firsts(state).run_of(plan.lora.init) is None:
+        Firsts(state).keep(first)
+    write_atomic(_copy(state, digest), plan.canonical(), shared=True)
     add = again or digest not in file.plans
     named = sorted({*file.uncovers.get(digest, ()), *uncovers})
     text = with_approval(site_file.read_text("utf-8"), digest, add=add, named=named)

@@ -23,6 +23,7 @@ from fedlora.protect.mode import SiteParts
 from fedlora.protect.modes import SiteModes
 from fedlora.site.admission import Approvals, Begun, Runs, admit
 from fedlora.site.auditing import AuditRuns
+from fedlora.site.first import Firsts
 from fedlora.site.private import LEDGERS, PrivateRuns, WatchedLedger
 from fedlora.site.site_file import SiteFile
 from fedlora.site.work import Learner, Site
@@ -39,10 +40,12 @@ def site_of(
     approvals: Callable[[], Approvals] | None = None,
     clock: Callable[[], float] = time.time,
     entropy: Callable[[int], bytes] = os.urandom,
+    firsts: Firsts | None = None,
 ) -> Site:
     """A site with these keys and its file's policy, which keeps its state in ``state``.
 
     Args:
+        firsts: where it has the adapters of earlier runs; None: in ``state``.
         approvals: gives the current approvals; None: those of ``file``.
         clock: seconds since 1970.
         entropy: n random bytes.
@@ -77,6 +80,7 @@ def site_of(
         audits=AuditRuns(memory, derive(identity.signing.private_bytes_raw(), "site-audits"), file.privacy.canaries),
         report=report,
         approvals=approved,
+        firsts=firsts or Firsts(state, file.agreed.init),
     )
 
 

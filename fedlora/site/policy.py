@@ -62,6 +62,8 @@ class Policy(Section):
     """hours of the day in which tasks are taken, by the local clock, e.g. 20:00-06:00; a task begun is finished. Empty: all"""
     max_first_range: Annotated[float, Field(gt=0, le=64)] = 1.0
     """secagg: largest first_range accepted; a larger range makes the quantization of round 1 coarser"""
+    init: Literal["known", "approved"] = "known"
+    """adapters of earlier runs with which plans may begin; known: of this site's own runs; approved: also others, if approved"""
     lone_change: Literal["refuse", "allow"] = "refuse"
     """secagg: refuse: only plans that guard against sums that differ by one site; allow: also plans that do not"""
     share: tuple[Metric, ...] = get_args(Metric)
@@ -81,9 +83,8 @@ class Policy(Section):
         return self
 
     def _unsaid(self) -> list[str]:
-        return [
-            key for key in type(self).model_fields if key not in self.model_fields_set or (key == "protect" and not self.protect)
-        ]
+        compulsory = [key for key in type(self).model_fields if key != "init"]  # whose default is the least that there is
+        return [key for key in compulsory if key not in self.model_fields_set or (key == "protect" and not self.protect)]
 
     def refusals(self, plan: Plan, *, models: frozenset[str]) -> dict[Code, str]:
         """Reasons why this site would refuse a plan, each in a sentence; empty if it would take part.

@@ -29,9 +29,9 @@ from fedlora.formats.state.memory import FileMemory
 from fedlora.protect import SiteProtection
 from fedlora.protect.modes import mode_of
 from fedlora.rules import Aggregator, max_site_weight, rule_of
-from fedlora.rules.first import first_adapter
 from fedlora.site.admission import Approvals, Begun, Runs, admit, check_round, note_adapter
 from fedlora.site.auditing import AuditedLearner, AuditRuns
+from fedlora.site.first import Firsts
 from fedlora.site.policy import Policy, refused
 from fedlora.site.private import PrivateRuns, evaluates
 
@@ -164,6 +164,7 @@ class Site:
         audits: its part in leakage audits; None: it takes none.
         report: gets events about progress; they stay at the site.
         approvals: gives what people here have approved so far; called at every task. By default nothing is approved.
+        firsts: where it finds the adapters of earlier runs with which plans begin; None: beside its journal, as its policy says.
         clock: seconds, rising.
 
     Attributes:
@@ -180,6 +181,7 @@ class Site:
     audits: AuditRuns | None = None
     report: Report = lambda event, facts: None
     approvals: Callable[[], Approvals] = Approvals
+    firsts: Firsts | None = None
     clock: Callable[[], float] = time.monotonic
     owes_until: float = field(default=float("-inf"), init=False)
     _ready: tuple[str, Plan, Aggregator, Learner] | None = field(default=None, init=False)
@@ -240,6 +242,7 @@ class Site:
         runs, plan = Runs(memory), parse_plan(task.plan)
         after = admit(begun := runs.load(), Begun(task.run, task.plan_digest), plans=plans)
         self.policy.check(plan, models=self.models)  # a refused plan uses up no approval
+        self._firsts.check(plan)
         check_round(plan, task)
         check_takes_part(memory, task.run)
         self.private.admit(plan, task, begun=len(after) == len(begun))
@@ -333,6 +336,10 @@ class Site:
         return {name: value for name, value in counters.items() if name in wanted}
 
     @property
+    def _firsts(self) -> Firsts:
+        return self.firsts or Firsts(self.journal.directory.parent, self.policy.init)
+
+    @property
     def _audits(self) -> AuditRuns:
         if self.audits is not None:
             return self.audits
@@ -365,7 +372,7 @@ class Site:
         adapter = self._whole(task, plan, rule, learner)
         if task.round == 1 and task.kind == "train" and adapter.digest() != plan.lora.init_digest:
             raise PlanRefused("the first adapter is not the one that the plan pins")
-        mode_of(plan).check_adapter(plan, task.adapter, layout=learner.layout, round=task.round)
+        mode_of(plan).check_adapter(plan, task.adapter, first=lambda: self._firsts.of(plan, learner.layout), round=task.round)
         if task.kind == "train" and task.reply_layout != rule.reply(adapter.layout, task.round):
             raise WrongContext("the server asks for other tensors than the plan's rule sends", code="wrong-layout")
         return plan, rule, learner, adapter
@@ -381,4 +388,4 @@ class Site:
             return task.adapter
         before = self._before(task) if rule.keeps_local_factor else None
         own = _kept(before[1], layout) if before is not None else None
-        return (own or first_adapter(layout, seed=plan.run.seed)).replaced(task.adapter)
+        return (own or self._firsts.of(plan, layout)).replaced(task.adapter)

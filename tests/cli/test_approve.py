@@ -30,7 +30,8 @@ from fedlora.lab.testing import toy_plan
 from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
-from fedlora.site.approve import Question, _changed, in_words, question, with_approval
+from fedlora.site.approve import Question, in_words, question, with_approval
+from fedlora.site.changes import changed_keys
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteFile, load_site_file
 
@@ -390,7 +391,7 @@ def test_whatever_characters_a_plan_has_its_words_stay_on_the_screen(plan, old, 
 
     was, now = long(old, "o"), long(new, "n")
     asked = Question(
-        digest=now.digest(), words=in_words(now), last=in_words(was), changed=_changed(was, now), refusals=(), approved=0,
+        digest=now.digest(), words=in_words(now), last=in_words(was), changed=changed_keys(was, now), refusals=(), approved=0,
         begun=0, agreed=(), named=(), before=[], uncovered=[],
     )  # fmt: skip
     lines = [plain(line) for line in asked.lines(again=False)]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from privacy.test_distributed import shared
+from protect.secagg.test_published import check_published
 from raising import raising
 
 from fedlora.core.adapter import Adapter, Layout
@@ -13,7 +14,6 @@ from fedlora.core.grids import to_bfloat16
 from fedlora.core.plan import Aggregate, Training
 from fedlora.formats.files import load_vectors, save_adapter
 from fedlora.protect.secagg.mode import SecAgg
-from fedlora.protect.secagg.terms import check_published
 from fedlora.rules import add, optimizer_of, rounded, rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.rules.server_optimizer import Adam, ServerOptimizer, gradient_rate

@@ -14,19 +14,16 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from fedlora.core.adapter import Adapter, Layout
+from fedlora.core.adapter import Adapter
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import DataError, ModelError, StoreError
+from fedlora.core.errors import DataError, StoreError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Arm
-from fedlora.core.limits import MAX_RANK
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.tables.personal import Choice, Way
 from fedlora.data import IGNORE, Tokens
-from fedlora.formats.files import Damaged, load_adapter, refuse_existing
+from fedlora.formats.files import load_adapter, refuse_existing
 from fedlora.formats.plans import load_plan
 from fedlora.formats.published.directory import AGAIN, made_for
 from fedlora.formats.published.records import Published, RunFacts
@@ -38,8 +35,10 @@ from fedlora.learn.learner import HFLearner
 from fedlora.learn.local import load_lora_of, micro_batches_of, report_base, step_reporter
 from fedlora.learn.lora import LoraModel
 from fedlora.learn.personal.search import choose, scorer
+from fedlora.learn.published.begun import read_factors
 from fedlora.learn.rows import load_tokens
 from fedlora.site.alone import train_alone
+from fedlora.site.first import Firsts
 from fedlora.site.site_file import SiteFile, load_site_file
 
 FILE: Final = "personal.json"
@@ -107,7 +106,7 @@ def personalize(
     ours = _trained_further(plan, rounds=rounds, learning_rate=learning_rate)
     lora = load_lora_of(file, root, ours, report=report)
     report_base(lora, ours, report)
-    start = _adapter(adapter, lora.layout, scale=plan.lora.scale)
+    start = read_factors(adapter, lora.layout, scale=plan.lora.scale)
     train, held_out = load_tokens(file.data, root, tokenizer=lora.tokenizer, plan=ours, report=report)
     if not held_out:
         raise DataError(
@@ -121,7 +120,7 @@ def personalize(
         after, spent = learn(ours, "further", start, directory / "further")
         ends: dict[Way, Adapter] = {"further": after}
         tokens, steps = spent
-        if alone and (first := _first(lora, plan)).layout == start.layout:
+        if alone and (first := Firsts(root / file.state, "approved").of(plan, lora.layout)).layout == start.layout:
             ends["alone"], more = learn(_trained_further(plan, rounds=0, learning_rate=0.0), "alone", first, directory / "alone")
             tokens, steps = tokens + more[0], steps + more[1]
         chosen, choice = choose(start, ends, choosing, scorer(lora, choosing, plan.training))
@@ -179,12 +178,6 @@ def _key(published: Published, plan: Plan, train: Sequence[Tokens]) -> str:
     return h.hexdigest()
 
 
-def _first(lora: LoraModel, plan: Plan) -> Adapter:
-    from fedlora.rules.first import first_adapter
-
-    return first_adapter(lora.layout, seed=plan.run.seed)
-
-
 def _learn(
     lora: LoraModel,
     file: SiteFile,
@@ -230,31 +223,6 @@ def _nats(lora: LoraModel, adapter: Adapter, examples: Sequence[Tokens], plan: P
     training = plan.training
     found = losses(lora, adapter, examples, max_length=training.max_length, rows=training.per_device_train_batch_size)
     return math.fsum(found * tokens) / int(tokens.sum())
-
-
-def _adapter(directory: Path, layout: Layout, *, scale: float) -> Adapter:
-    """The factors in a directory of PEFT that we wrote: its scale, which is folded into B, is taken out again.
-
-    Raises:
-        ModelError: other layers or another rank than the base and the plan have.
-    """
-    file = directory / "adapter_model.safetensors"
-    try:
-        tensors = {name: t.float().numpy() for name, t in load_file(file).items()}
-    except (OSError, SafetensorError, ValueError) as e:
-        raise Damaged(f"{file} is damaged: {type(e).__name__}", hint=AGAIN) from None
-    shapes = {name: t.shape for name, t in tensors.items()}
-    ranks = {shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.weight")}
-    if len(ranks) == 1 and 1 <= (rank := ranks.pop()) <= MAX_RANK:
-        layout = layout.at_rank(rank)  # rules may end with another one than the plan's
-    if shapes != {name: shape for name, _, shape in layout.slices()}:
-        raise ModelError(
-            "the adapter's layers are not those of this site's base under the plan",
-            hint="is it the adapter of another run? `fedlora site pull` writes it anew",
-        )
-    if not all(np.isfinite(t).all() for t in tensors.values()):
-        raise Damaged(f"{file} is damaged: it holds values that are no finite numbers", hint=AGAIN)
-    return Adapter.of({n: t / np.float32(scale) if n.endswith(".lora_B.weight") else t for n, t in tensors.items()})
 
 
 def _write(adapter: Adapter, out: Path, plan: Plan, published: Published, choice: Choice) -> None:

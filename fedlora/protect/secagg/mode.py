@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from fedlora.answers import Survives
@@ -25,7 +25,6 @@ from fedlora.protect.secagg.settings import Settings, first_range, measure, sett
 from fedlora.protect.secagg.site import SecAggSite
 from fedlora.protect.secagg.terms import check_published
 from fedlora.rules import rule_of
-from fedlora.rules.first import first_adapter
 from fedlora.rules.sums import MAX_DELTA
 
 _LEAST_LEVEL = 2.0**-30  # of a mean gradient: the server adds up in steps of 2^-42
@@ -112,10 +111,12 @@ class SecAgg(Mode):
             )
 
     @classmethod
-    def check_adapter(cls, plan: Plan, adapter: Adapter, *, layout: Layout, round: int) -> None:
-        if first_adapter(layout, seed=plan.run.seed).digest() != plan.lora.init_digest:
-            raise PlanRefused("the plan pins another first adapter than the one that follows from run.seed")
-        check_published(plan, adapter, round=round)
+    def check_adapter(cls, plan: Plan, adapter: Adapter, *, first: Callable[[], Adapter], round: int) -> None:
+        begin = first()
+        if begin.digest() != plan.lora.init_digest:
+            begins = "lora.init names" if plan.lora.init else "follows from run.seed"
+            raise PlanRefused(f"the plan pins another first adapter than the one that {begins}")
+        check_published(plan, adapter, first=begin, round=round)
 
     @classmethod
     def down(cls, plan: Plan) -> Dtype:

@@ -38,7 +38,6 @@ from fedlora.protect.secagg.protocol.rings import (
 )
 from fedlora.protect.secagg.settings import first_range, settings_of
 from fedlora.rules import Aggregator, optimizer_of, rule_of
-from fedlora.rules.first import first_of
 from fedlora.rules.server_optimizer import gradient_rate
 
 MAX_UNITS = 16
@@ -73,7 +72,7 @@ def most_moved(plan: Plan, round: int) -> float:
     return max(most_levels(profile, weight_fraction=w) / w for w in fractions) * scale
 
 
-def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
+def check_published(plan: Plan, adapter: Adapter, *, first: Adapter, round: int) -> None:
     """At a site: refuses an adapter that no sums of this plan's rounds can have produced from the first adapter.
 
     This catches plainly made-up adapters, such as one factor scaled up against the other. It does not catch a server that stays
@@ -81,6 +80,7 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
 
     Args:
         adapter: the tensors that the server has sent.
+        first: the whole adapter with which the plan begins.
         round: of the task.
 
     Raises:
@@ -90,7 +90,7 @@ def check_published(plan: Plan, adapter: Adapter, *, round: int) -> None:
     rounds = {factor: [r for r in before if factor in rule.trains(r)] for factor in "AB"}
     moved = {f: _reached(plan, trained) for f, trained in rounds.items()}
     grid = None if settings_of(plan).profile == "int24" else to_bfloat16
-    rule.check_published(first_of(adapter.layout, seed=plan.run.seed), adapter, moved=moved, rounds=len(before), grid=grid)
+    rule.check_published(first.part(adapter.layout), adapter, moved=moved, rounds=len(before), grid=grid)
 
 
 def _reached(plan: Plan, rounds: list[int]) -> float:

@@ -15,11 +15,12 @@ from fedlora.core.messages import Task
 from fedlora.core.plan import Plan
 from fedlora.formats.state.journal import Journal
 from fedlora.lab.testing import TOY_BASE, ToyLearner, open_policy, toy_layout
+from fedlora.protect.secagg import terms
 from fedlora.protect.secagg.mode import SecAgg
 from fedlora.protect.secagg.protocol.rings import PROFILES, encode, scale_for, scales_for, sum_to_mean
-from fedlora.protect.secagg.terms import check_published, most_moved, reach
+from fedlora.protect.secagg.terms import most_moved, reach
 from fedlora.rules import add, optimizer_of, rounded, rule_of
-from fedlora.rules.first import first_adapter
+from fedlora.rules.first import first_adapter, first_of
 from fedlora.site.work import Site
 
 LAYOUT = Layout.of({"m.lora_A.weight": (3, 6), "m.lora_B.weight": (5, 3), "n.lora_A.weight": (3, 4), "n.lora_B.weight": (4, 3)})
@@ -48,9 +49,14 @@ def plan_of(rule, server, *, schedule="cosine", rounds=6, unit=0, profile="int8"
     return Plan.model_validate(made)
 
 
-def publish(plan, moves):
+def check_published(plan, adapter, *, round, first=None):
+    """From the plan's own first adapter, or from that of an earlier run."""
+    terms.check_published(plan, adapter, first=first or first_of(adapter.layout, seed=plan.run.seed), round=round)
+
+
+def publish(plan, moves, first=None):
     """The adapter after each round in which all sites sent ``move(round, n)`` values, within what a round can show."""
-    rule, optimizer, now, state = rule_of(plan), optimizer_of(plan), first_adapter(LAYOUT, seed=plan.run.seed), {}
+    rule, optimizer, now, state = rule_of(plan), optimizer_of(plan), first or first_adapter(LAYOUT, seed=plan.run.seed), {}
     yield now
     for round, move in enumerate(moves, 1):
         sums = rule.start(now, cohort=4, round=round)
@@ -85,6 +91,24 @@ def test_whatever_honest_rounds_give_is_taken(pair, schedule, seed, full):
     for steps in ([move] * 6, [ahead] * 6):
         for round, adapter in enumerate(publish(plan, steps), 1):
             check_published(plan, adapter.part(adapter.layout.only(rule_of(plan).down())), round=round)
+
+
+@given(st.sampled_from(PAIRS), st.integers(0, 2**32), st.sampled_from([0.0, 0.01, 3.0]))
+@settings(max_examples=40, deadline=None)
+def test_honest_rounds_that_begin_with_an_earlier_run_s_adapter_are_taken(pair, seed, size):
+    """Whatever that adapter is; and what is far from it is refused, though it is what began another run."""
+    plan, rng = plan_of(*pair), np.random.default_rng(seed)
+    earlier = Adapter(to_bfloat16(rng.normal(0, size, LAYOUT.size).astype(np.float32)), LAYOUT)
+
+    def move(n):
+        return rng.uniform(-1, 1, n).astype(np.float32)
+
+    sent = LAYOUT.only(rule_of(plan).down())
+    for round, adapter in enumerate(publish(plan, [move] * 4, earlier), 1):
+        check_published(plan, adapter.part(sent), round=round, first=earlier)
+    if size == 3.0 and SERVERS[pair[1]].get("name") != "fedadam":
+        with raising(PlanRefused, code="impossible-adapter"):
+            check_published(plan, earlier.part(sent), round=2)
 
 
 @pytest.mark.attack(
