@@ -17,6 +17,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.plan import Plan
 from fedlora.core.records import Results
 from fedlora.core.tables.lab import Compared, Sweep, SweepRun
+from fedlora.core.told.wrong_keys import homes
 from fedlora.formats.files import write_atomic
 from fedlora.formats.plans import load_plan
 from fedlora.lab.claims import ORDER, Options, check_kind, claim, left_of, look
@@ -102,6 +103,9 @@ def _parsed(setting: str) -> tuple[str, list[str]]:
     words = [word.strip() for word in found]
     if not (key and equals and words and all(words)) or ",".join(found) != text:
         raise ConfigError(f"--set {setting!r} is no setting", hint="for example --set training.learning_rate=1e-3,2e-3")
+    if "." not in key and key not in Plan.model_fields and (meant := homes(Plan, key)):
+        ways = " or ".join(f"--set {one}={text}" for one in meant)
+        raise ConfigError(f"--set {key}: a plan has this key in a table, which has to be said", hint=ways)
     if key == "run.seed":
         raise ConfigError("--set run.seed: seeds are no setting to compare", hint="--seeds 0,1,2")
     if len({repr(_value(word)) for word in words}) < len(words):

@@ -22,7 +22,8 @@ from fedlora.core.errors import ConfigError, DataError, ModelError, StoreError
 from fedlora.core.events import Event
 from fedlora.core.plan import Plan
 from fedlora.core.tables.data import SiteData
-from fedlora.core.toml import dump_toml, readable
+from fedlora.core.told.wrong_keys import readable
+from fedlora.core.toml import dump_toml
 from fedlora.data import Conversation, Tokens
 from fedlora.data.shapes import COLUMNS
 from fedlora.formats.files import read_file, write_atomic
