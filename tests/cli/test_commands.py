@@ -376,7 +376,7 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
 
 
 def test_who_waits_for_a_base_is_told_so_until_something_else_is_said(capsys, monkeypatch):
-    monkeypatch.setattr("fedlora.cli.output._SILENCE_S", 0.01)
+    monkeypatch.setattr("fedlora.lab.progress.pulse.SILENCE_S", 0.01)
     for quiet in (False, True):
         with Screen(quiet=quiet) as screen:
             screen("load", {"model": "m"})
