@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import typer
 from test_sweep import PLAN, STUBBORN
 
 import fedlora
 from fedlora.cli import main
+from fedlora.cli.commands import app
+from fedlora.formats.plans import load_plan
+from fedlora.lab.rules import variants
 
 
 @pytest.fixture
@@ -98,9 +102,60 @@ def test_a_rule_that_fails_at_every_rate_is_named(plan, tmp_path, capsys):
         (["--rules", "fedavg,ffa", "--rates", "1e-3,0.001"], 2, "a rate stands there twice"),
         (["--rules", "fedavg", "--variant", "prox", "--rates", "1e-3"], 3, "--variant 'prox' is none"),
         (["--rules", "fedavg", "--variant", "p:training.proximal_m=1", "--rates", "1e-3"], 3, "did you mean 'proximal_mu'?"),
+        (["--rules", "fedavg,ffa", "--rates", "1e-3", "--set", "lora.r=2,4"], 3, "one value for each key"),
+        (["--rules", "fedavg,ffa", "--rates", "1e-3", "--set", "aggregate.name=ffa"], 3, "are in --rules"),
+        (["--rules", "fedavg,ffa", "--rates", "1e-3", "--set", "lora.rr=2"], 3, "lora.rr: unknown key"),
+        *(
+            (["--rules", "fedavg,ffa", "--rates", "1e-3", *words], 3, f"{key} cannot be set here")
+            for key, value in (
+                ("training.learning_rate", "1"),
+                ("simulation.arms", "['base']"),
+                ("simulation.evaluate_on", "test"),
+            )
+            for words in (["--set", f"{key}={value}"], ["--variant", f"v:{key}={value}"])
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_runs(plan, tmp_path, capsys, words, status, said):
     assert main(["compare-rules", str(plan), *words, "--out", str(tmp_path / "out"), "-q"]) == status
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_every_option_of_simulate_is_one_of_compare_rules():
+    """Whoever has simulated a plan in some way compares rules in the same way."""
+    import click
+
+    commands = typer.main.get_command(app).commands
+    of = {
+        name: {flag for p in commands[name].params if isinstance(p, click.Option) for flag in p.opts}
+        for name in ("simulate", "compare-rules")
+    }
+    assert of["simulate"] - of["compare-rules"] == set()
+
+
+def test_what_is_set_stands_in_the_plan_of_every_rule_and_a_variant_says_otherwise_for_itself(plan):
+    found = variants(plan, ["fedavg", "product"], ["small:lora.r=4"], ["lora.r=8", "aggregate.product.rank=full"])
+    assert [v.changes.get("lora.r") for v in found] == [8, 8, 4]
+    rank = load_plan(plan, changes=found[1].changes).aggregate
+    assert (rank.name, rank.settings.rank) == ("product", "full")
+    assert load_plan(plan, changes=found[0].changes).aggregate.name == "fedavg"
+
+
+def test_how_rules_are_compared_reaches_every_run(plan, tmp_path, monkeypatch):
+    from fedlora.lab import rules
+
+    asked = []
+
+    def ask(found, *, options, **more):
+        asked.append(options)
+        raise fedlora.FedLoRAError("enough")
+
+    monkeypatch.setattr(rules, "run_each", ask)
+    words = ["--rules", "fedavg,ffa", "--rates", "1e-3", "--tracker", "tensorboard", "--drop", "site-1@train", "--batch-sites"]
+    words += ["--transport", "flower", "--set", "run.name=other", "-q"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare-rules", str(plan), *words]) == 1
+    (options,) = asked
+    assert (options.tracker, options.drop, options.batch_sites) == ("tensorboard", ("site-1@train",), True)
+    assert options.transport == "flower"

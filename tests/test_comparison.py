@@ -93,8 +93,8 @@ def test_compare_prints_what_was_asked(form, said, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["report", "sweep"], ["sweep holds 2 simulations, not one", "sweep/a, sweep/b", "`fedlora compare` takes all"]),
-        (["export", "sweep", "new"], ["sweep holds 2 simulations, not one", "sweep/a, sweep/b", "and a seed of it"]),
+        (["report", "sweep"], ["sweep holds 2 simulations; one is expected", "sweep/a, sweep/b", "`fedlora compare` takes all"]),
+        (["export", "sweep", "new"], ["sweep holds 2 simulations; one is expected", "sweep/a, sweep/b", "and a seed of it"]),
         (["export", "sweep/a", "new"], ["sweep/a is a simulation of 2 seeds", "name a seed: sweep/a/seed-0"]),
         (["export", "sweep/a/seed-1", "new"], ["no adapter of sweep/a/seed-1 is there yet", "sweep/a and --resume"]),
         (["report", "sweep/b"], ["sweep/b is not finished", "sweep/b and --resume"]),

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from pydantic import ValidationError
+from test_sweep import keys_of
 
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, PlanRefused
@@ -10,10 +11,13 @@ from fedlora.core.registry import MODES, OPTIMIZERS, RULES
 from fedlora.core.section import WORDS, Section
 from fedlora.core.tables.data import READERS
 from fedlora.core.tables.simulation import Simulation
+from fedlora.core.told.wrong_keys import MOVED, PLANS, SITES, homes
 from fedlora.core.toml import dump_toml, sample, short_sample
 from fedlora.data.conversations import read
+from fedlora.data.files.sources import _SUFFIXES
 from fedlora.doctor.files import check_data
 from fedlora.formats.plans import load_plan
+from fedlora.lab.sweep import combinations
 from fedlora.protect.modes import BUILT_IN as MODES_BUILT_IN
 from fedlora.protect.modes import brings_work
 from fedlora.site.policy import Policy
@@ -41,6 +45,70 @@ def test_all_errors_come_at_once_with_suggestions(tmp_path):
     text = str(error.value)
     for part in ("did you mean 'name'?", "training.learning_rate", "federation.local_steps", "lora.r"):
         assert part in text
+
+
+PLAN_KEYS = sorted({key for key in keys_of(Plan) if not key.endswith(".settings")})
+
+
+@pytest.mark.parametrize("word", sorted({key.rpartition(".")[2] for key in PLAN_KEYS} - set(Plan.model_fields)))
+def test_a_key_that_lacks_its_table_is_named_with_it(tmp_path, word):
+    """In a file and behind --set, for every key that a plan has."""
+    meant = homes(Plan, word)
+    assert meant
+    assert {*meant} <= {*PLAN_KEYS}
+    assert min(key.count(".") for key in PLAN_KEYS if key.rpartition(".")[2] == word) == meant[0].count(".")
+    if word != "data":
+        with pytest.raises(ConfigError) as error:
+            plan_of(tmp_path, f"{word} = 1")
+        assert f"{word}: unknown key; did you mean {' or '.join(meant)}?" in str(error.value) or word in MOVED
+    with pytest.raises(ConfigError) as error:
+        combinations(tmp_path / "plan.toml", [f"{word}=1"])
+    assert error.value.hint == " or ".join(f"--set {key}=1" for key in meant)
+
+
+@pytest.mark.parametrize("table", sorted(set(Plan.model_fields)))
+def test_a_value_where_a_table_stands_names_the_tables_keys(tmp_path, table):
+    with pytest.raises(ConfigError) as error:
+        plan_of(tmp_path, f"{table} = 'ffa'")
+    assert f"{table}: this is a table; " in str(error.value)
+    assert f"{table}." in str(error.value)
+
+
+def test_a_table_of_the_other_kind_of_file_is_sent_there(tmp_path):
+    """Both lists are those of the models."""
+    assert set(SiteFile.model_fields) - set(Plan.model_fields) == SITES
+    assert set(Plan.model_fields) - set(SiteFile.model_fields) == PLANS
+    for key in sorted(SITES):
+        with pytest.raises(ConfigError) as error:
+            plan_of(tmp_path, f"[{key}]\npath = 'rows.csv'")
+        assert "site.toml" in str(error.value)
+        assert ("[simulation.data]" in str(error.value)) is (key == "data")
+    for key in sorted(PLANS):
+        (tmp_path / "site.toml").write_text(f"[{key}]\nx = 1")
+        with pytest.raises(ConfigError, match="it belongs to the coordinator's plan"):
+            load_site_file(tmp_path / "site.toml")
+
+
+@pytest.mark.parametrize(("kind", "load"), [("plan", load_plan), ("site", load_site_file)])
+@pytest.mark.parametrize("name", [*_SUFFIXES, *(f"{end}.gz" for end in _SUFFIXES), ".xlsx", "/"])
+def test_rows_where_a_file_of_tables_is_wanted_are_called_so_with_a_way_to_use_them(tmp_path, kind, load, name):
+    rows = tmp_path / f"rows{name}"
+    if name == "/":
+        rows.mkdir()
+    else:
+        rows.write_bytes(b"prompt,completion\n\xe4,b\n")
+    with pytest.raises(ConfigError) as error:
+        load(rows)
+    assert f"is {'a directory' if name == '/' else 'a file of rows'}, not a {kind}" in str(error.value)
+    assert f'path = "{rows}"' in error.value.hint
+    assert f"`fedlora new {'simulation' if kind == 'plan' else 'site'} > " in error.value.hint
+
+
+def test_a_directory_with_a_plan_names_the_plan(tmp_path):
+    (tmp_path / "plan.toml").write_text("")
+    with pytest.raises(ConfigError) as error:
+        load_plan(tmp_path)
+    assert error.value.hint == f"a plan is in it: {tmp_path / 'plan.toml'}"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +264,7 @@ def test_the_quantization_of_a_base_has_one_name():
         ("[protect.secagg]", "protect.secagg: this table is of mode = 'secagg', the plan says 'sealed': leave it out"),
         ('[aggregate]\nname = "prodcut"', "no rule is called 'prodcut'; did you mean 'product'?"),
         ("[aggregate.settings]", "aggregate.settings: the settings of 'fedavg' stand in a table of its name"),
-        ("[aggregate]\nfedavg = 3", "aggregate.fedavg: input should be an object"),
+        ("[aggregate]\nfedavg = 3", "aggregate.fedavg: this is a table; its keys are aggregate.fedavg.share"),
         ('[aggregate]\nname = "robust"\n[aggregate.robust]\nstatistc = "clip"', "did you mean 'statistic'?"),
         (
             '[aggregate]\nname = "robust"\n[aggregate.robust]\ntrim = 0.2',

@@ -10,9 +10,10 @@ from test_rounds import Federation, plan
 from test_run_records import RECORD
 from typing_extensions import is_typeddict
 
-from fedlora.cli.output import LINES, QUIET, Screen
+from fedlora.cli.output import Screen
 from fedlora.core.events import FACTS, Event, dump_facts_of, facts_of, parse_event
 from fedlora.core.facts import Other, Train
+from fedlora.core.told.lines import LINES, QUIET
 from fedlora.flower.jobs import Events, pass_on
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ import re
 import pytest
 from test_report import across, arm, run, summarize, table, table_across, typed, write_html
 
-from fedlora.lab.comparison import compare, compared_table
+from fedlora.lab.comparison import arms_table, compare, compared_table
 
 pytestmark = pytest.mark.slow  # figures
 
@@ -90,3 +90,16 @@ def test_a_change_of_exact_match_in_which_nothing_was_ever_right_is_none(tmp_pat
     assert "+0.0 [" not in page(runs, tmp_path)
     runs[0]["arms"]["federated"] = arm((1.0, 0.1), (2.0, 0.0))
     assert across(runs)["differences"]["pooled-steps"]["exact_match"]["mean"] == pytest.approx(0.05 / 3)
+
+
+def test_every_table_says_how_many_rows_and_seeds_its_figures_are_of():
+    for seeds, said in (
+        (1, "one training seed on "),
+        (2, "two seeds give no usable interval"),
+        (3, "are over training seeds on "),
+    ):
+        runs = [gained(seed, 0.5) for seed in range(seeds)]
+        rows = sum(s.examples for s in next(iter(typed(runs[0]).arms.values())).sites.values())
+        for found in (arms_table([typed(one) for one in runs]), compared_table(compare({"a": [typed(one) for one in runs]}))):
+            (note,) = [note for note in found.notes if said in note]
+            assert f"{rows:,} test rows" in note

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from test_sweep import PLAN
@@ -109,3 +111,60 @@ def test_what_is_done_is_said_to_be_done_and_no_base_is_loaded_for_it(made, tmp_
     assert main(["simulate", *words]) == 0
     assert "is already done" in capsys.readouterr().err
     assert json.loads(next(iter(out.rglob("results.json"))).read_text()) == before
+
+
+ROWS_OF_README = {
+    cells[0]: re.findall(r"`([^`]+)`", cells[2])
+    for line in (Path(__file__).parents[1] / "simulations/README.md")
+    .read_text("utf-8")
+    .partition("## Kinds of directories")[2]
+    .partition("## Where")[0]
+    .splitlines()
+    if (cells := [cell.strip() for cell in line.strip("|").split("|")]) and line.startswith("| a")
+}
+
+
+@pytest.mark.torch
+def test_each_kind_of_directory_holds_what_the_readme_says(made, tmp_path, capsys):
+    toy = made / "toy" / "base"
+    assert main(["export", str(made / "simulation" / "seed-0"), str(tmp_path / "adapter")]) == 0
+    assert main(["server", "init", str(tmp_path / "study"), "--host", "localhost"]) == 0
+    assert main(["pin", str(made / "plan.toml"), "--model", str(toy), "--out", str(tmp_path / "pinned")]) == 0
+    where = {
+        "a simulation": made / "simulation",
+        "a seed of it": made / "simulation" / "seed-0",
+        "a sweep": made / "sweep",
+        "a comparison of rules": made / "comparison of rules",
+        "an adapter": tmp_path / "adapter",
+        "a pinned plan": tmp_path / "pinned",
+        "a study, the server's": tmp_path / "study",
+        "a run of a server": made / "simulation" / "seed-0" / "federated",
+    }
+    assert where.keys() == ROWS_OF_README.keys()
+    for kind, names in ROWS_OF_README.items():
+        assert names
+        assert [name for name in names if not (where[kind] / name).exists()] == [], kind
+
+
+@pytest.mark.torch
+def test_a_directory_of_another_kind_is_called_what_it_is(made, tmp_path, capsys):
+    """Where a simulation's results or an adapter are wanted."""
+    assert main(["export", str(made / "simulation" / "seed-0"), str(tmp_path / "adapter")]) == 0
+    assert main(["server", "init", str(tmp_path / "study"), "--host", "localhost"]) == 0
+    assert (
+        main(["pin", str(made / "plan.toml"), "--model", str(made / "toy" / "base"), "--out", str(tmp_path / "study/plan")]) == 0
+    )
+    for wrong, said in (
+        ("adapter", "is a published PEFT adapter"),
+        ("study", "is a server's directory\nhint: name one of its runs: there is none yet"),
+        ("study/plan", "holds no"),
+    ):
+        for words in (["report"], ["compare"], ["export"]):
+            capsys.readouterr()
+            assert main([*words, str(tmp_path / wrong), *[str(tmp_path / "new")] * (words == ["export"])]) == 3
+            told = capsys.readouterr().err
+            assert said in told or (wrong, words) == ("study/plan", ["export"])
+            assert "simulations" not in told
+    for directory in (made / "simulation", made / "simulation" / "seed-0"):
+        assert main(["try", str(directory), "--base", str(made / "toy" / "base"), "--prompt", "x"]) == 3
+        assert f"hint: make one: `fedlora export {made / 'simulation' / 'seed-0'} adapter/`" in capsys.readouterr().err

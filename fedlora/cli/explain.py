@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from fedlora.cli.output import Json, emit
 from fedlora.core.codes import REFUSES, policy_key
+
+if TYPE_CHECKING:
+    from fedlora.core.errors import ConfigError
 
 STATUSES: Final = {
     0: "done",
@@ -181,32 +186,62 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
 
 
+_SHOWN: Final = 3
+
+
+def _code_in(text: str, known: Collection[str]) -> str:
+    """The code that a text is, or that an error's whole text names; empty: none.
+
+    In an error's text it stands in brackets; elsewhere a word counts that is a code and no ordinary word.
+    """
+    if (word := text.strip().strip("()`'\".:").lower().replace("_", "-")) in known:
+        return word
+    bracketed = re.findall(r"(?:error|finding)?\s*\(([a-z0-9-]+)\)", text)
+    words = [word for word in re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)+", text)]
+    return next((word for word in [*bracketed, *words] if word in known), "")
+
+
+def _unknown(text: str, known: Collection[str]) -> ConfigError:
+    """Says which codes are spelled like this, or else share a word with it."""
+    from difflib import get_close_matches
+
+    from fedlora.core.errors import ConfigError
+
+    word = text.strip().lower().replace("_", "-")
+    parts = {part for part in word.split("-") if len(part) > 3}
+    shared = {c: len(parts & {*c.split("-")}) for c in sorted(known)}
+    near = get_close_matches(word, known, 1, 0.85) or get_close_matches(word, known, _SHOWN)
+    near = near or sorted((c for c, count in shared.items() if count), key=lambda c: -shared[c])[:_SHOWN]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`fedlora explain` lists all"
+    return ConfigError(f"there is no code {text[:80]!r}", hint=hint)
+
+
 def explain(
-    code: Annotated[str, typer.Argument(help="A code or a finding, as `data`; default: list all.", show_default=False)] = "",
+    code: Annotated[
+        list[str] | None,
+        typer.Argument(help="A code or a finding, as `data`, or an error's text; default: list all.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what a code of an error or the name of a finding means and what to do.
 
-    Works without a network. Codes stand in brackets behind "error" and behind a finding, in a run's records and in JSON.
+    Works without a network. Codes stand in brackets behind "error" and behind a finding, in a run's records and in JSON. Of a
+    whole error, in quotation marks, the code is found.
 
     Example: fedlora explain wrong-base
     """
-    from difflib import get_close_matches
-
     from fedlora.answers import Explained
     from fedlora.core.codes import exit_status, is_code
-    from fedlora.core.errors import ConfigError
 
-    known = meanings()
-    if code and code not in known:
-        near = get_close_matches(code, known, 1)
-        hint = f"did you mean {near[0]}?" if near else "`fedlora explain` lists all"
-        raise ConfigError(f"there is no code {code[:80]!r}", hint=hint)
-    wanted = [code] if code else sorted(known)
+    known, said = meanings(), " ".join(code or ())
+    found = _code_in(said, known)
+    if said and not found:
+        raise _unknown(said, known)
+    wanted = [found] if found else sorted(known)
     lines = [f"{name:22} {known[name][0]}" for name in wanted]
-    if code:
-        lines = [*known[code]]
-        if is_code(code):
-            lines.append(f"A command that ends with it has exit status {exit_status(code)}: {STATUSES[exit_status(code)]}.")
-    found = [Explained(code=name, meaning=known[name][0], cure=known[name][1]) for name in wanted]
-    emit({"codes": found}, lines, as_json=json)
+    if found:
+        lines = [f"{found}:"] * (found != said) + [*known[found]]
+        if is_code(found):
+            lines.append(f"A command that ends with it has exit status {exit_status(found)}: {STATUSES[exit_status(found)]}.")
+    listed = [Explained(code=name, meaning=known[name][0], cure=known[name][1]) for name in wanted]
+    emit({"codes": listed}, lines, as_json=json)

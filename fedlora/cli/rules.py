@@ -9,6 +9,8 @@ import typer
 
 from fedlora.cli.checking import PlanFile, Rules
 from fedlora.cli.output import Json, Quiet, Screen, emit
+from fedlora.cli.simulating import BatchSites, Drop, Transport
+from fedlora.cli.tracking import Tracker
 
 
 def compare_rules(
@@ -21,6 +23,12 @@ def compare_rules(
             help="NAME:KEY=VALUE[;KEY=VALUE]: other keys of the plan under a name. May be repeated.", show_default=False
         ),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="KEY=VALUE: what stands in the plan of all of them instead. May be repeated.", show_default=False
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the results; default: runs/NAME-rules.", show_default=False)
     ] = None,
@@ -31,6 +39,10 @@ def compare_rules(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process with a base of its own.")] = 1,
     rule: Rules = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted comparison.")] = False,
+    transport: Transport = "local",
+    drop: Drop = None,
+    batch_sites: BatchSites = False,
+    tracker: Tracker = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -48,11 +60,13 @@ def compare_rules(
     from fedlora.lab.rules import compare_rules as side_by_side
     from fedlora.lab.rules import variants
     from fedlora.lab.sweep import parse_seeds
+    from fedlora.lab.tracking.trackers import check_installed
 
+    check_installed(tracker or "")
     use_rules(rule or [])
     with told_of():
-        found = variants(plan, [r.strip() for r in rules.split(",") if r.strip()], variant or [])
-    where = out or Path("runs") / f"{load_plan(plan).run.name}-rules"
+        found = variants(plan, [r.strip() for r in rules.split(",") if r.strip()], variant or [], settings or [])
+    where = out or Path("runs") / f"{load_plan(plan, changes=found[0].changes).run.name}-rules"
     with Screen(quiet=quiet, as_json=json) as screen, told_of():
         done = side_by_side(
             plan,
@@ -61,7 +75,7 @@ def compare_rules(
             seeds=parse_seeds(seeds, default=0),
             tune_seeds=parse_seeds(tune_seeds, default=1000),
             out=where,
-            options=Options(plan.resolve().parent, resume, report=screen),
+            options=Options(plan.resolve().parent, resume, transport, tuple(drop or ()), batch_sites, screen, tracker or ""),
             jobs=Jobs(jobs, tuple(rule or ())),
         )
     lines = (where / "summary.txt").read_text().rstrip("\n").split("\n")

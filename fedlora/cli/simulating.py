@@ -29,6 +29,18 @@ Drop = Annotated[
         show_default=False,
     ),
 ]
+Transport = Annotated[
+    Literal["local", "flower"],
+    typer.Option(help="local: everything in this process; flower: real Flower processes on this machine."),
+]
+BatchSites = Annotated[
+    bool,
+    typer.Option(
+        "--batch-sites",
+        help="Train all sites together, with one pass over the base model for each step. Faster for many small sites on a "
+        "GPU; results differ by rounding only.",
+    ),
+]
 
 
 def simulate(
@@ -44,19 +56,9 @@ def simulate(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process with a base of its own.")] = 1,
     rule: Rules = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted simulation.")] = False,
-    transport: Annotated[
-        Literal["local", "flower"],
-        typer.Option(help="local: everything in this process; flower: real Flower processes on this machine."),
-    ] = "local",
+    transport: Transport = "local",
     drop: Drop = None,
-    batch_sites: Annotated[
-        bool,
-        typer.Option(
-            "--batch-sites",
-            help="Train all sites together, with one pass over the base model for each step. Faster for many small sites on a "
-            "GPU; results differ by rounding only.",
-        ),
-    ] = False,
+    batch_sites: BatchSites = False,
     tracker: Tracker = None,
     json: Json = False,
     quiet: Quiet = False,

@@ -56,7 +56,7 @@ from fedlora.core.facts import (
     Waiting,
 )
 from fedlora.core.sites.facts import Evaluated, Joining, Paused, Sent, SiteAsks, SiteFinding
-from fedlora.core.tables.lab import Sweep, SweepRun
+from fedlora.core.tables.lab import Reading, Sweep, SweepRun
 
 
 class Event(StrEnum):
@@ -92,6 +92,7 @@ class Event(StrEnum):
     # Training and evaluation, at a site
     LOAD = "load"
     BASE = "base"
+    READING = "reading"
     DATA = "data"
     MICRO_BATCHES = "micro-batches"
     OUT_OF_MEMORY = "out-of-memory"
@@ -159,6 +160,7 @@ FACTS: Mapping[Event, type[Any]] = {
     Event.RECORDS_GONE: RecordsGone,
     Event.LOAD: Load,
     Event.BASE: Base,
+    Event.READING: Reading,
     Event.DATA: Data,
     Event.MICRO_BATCHES: MicroBatches,
     Event.OUT_OF_MEMORY: OutOfMemory,

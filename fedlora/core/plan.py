@@ -23,7 +23,7 @@ from fedlora.core.tables.audit import Audit, audit_misfits
 from fedlora.core.tables.privacy import Privacy, private_misfits
 from fedlora.core.tables.simulation import Simulation
 from fedlora.core.tagged import Tagged
-from fedlora.core.toml import readable
+from fedlora.core.told.wrong_keys import readable
 
 Digest = Annotated[str, worded(r"^[0-9a-f]{64}$", "a digest has 64 characters: 0-9, a-f")]
 Hex = Annotated[str, worded(r"^([0-9a-f]{64})?$", "a digest has 64 characters, 0-9 and a-f, or is empty")]

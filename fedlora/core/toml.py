@@ -1,35 +1,20 @@
-"""Between the text of a file and its tables: what is wrong in words, and samples made from the models. Pure text."""
+"""Between the text of a file and its tables, and samples made from the models. Pure text."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from fedlora.core.errors import ConfigError, plain
-from fedlora.core.section import SITE_NAME, WORDS, Section, site_name
+from fedlora.core.errors import ConfigError
+from fedlora.core.section import Section
 from fedlora.core.tagged import Tagged
+from fedlora.core.told.wrong_keys import below, readable
 
 S = TypeVar("S", bound=Section)
-
-_MOVED = {
-    "training.max_steps": "use federation.local_steps, the number of steps in one round",
-    "training.num_train_epochs": "use federation.local_epochs, the number of epochs in one round",
-    "federation.max_steps": "use federation.local_steps",
-    "lora.rank": "use lora.r",
-    "lora.alpha": "use lora.lora_alpha",
-    "lora.rank_pattern": "one r for all modules: factors of different alpha / r cannot be averaged",
-    "lora.alpha_pattern": "one lora_alpha for all modules: factors of different alpha / r cannot be averaged",
-    "lora.use_dora": "DoRA's magnitudes are not linear in the update and cannot be averaged",
-    "lora.init_lora_weights": "the first adapter comes from run.seed so that every site has the same one",
-    "lora.modules_to_save": "only LoRA factors are sent",
-    "aggregate.svd_every": "say every in [aggregate.fedsvd]",
-}
 
 
 def parse_toml(text: str, section: type[S], *, name: str, changes: Mapping[str, Any] = {}) -> S:
@@ -61,7 +46,7 @@ def _change(table: dict[str, Any], section: type[Section], keys: list[str], valu
     *above, last = keys
     kind: type[Section] | None = section
     for key in above:
-        kind = _below(kind, key) if kind is not None else None
+        kind = below(kind, key) if kind is not None else None
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
             raise ConfigError(f"{'.'.join(keys)}: the file says {key} = {_toml(table)}, and no table [{key}]")
@@ -70,58 +55,6 @@ def _change(table: dict[str, Any], section: type[Section], keys: list[str], valu
             if name != value:
                 table.pop(name, None)
     table[last] = value
-
-
-def readable(error: ValidationError, section: type[Section], name: str) -> ConfigError:
-    """Everything that validation has found, in words."""
-    found = error.errors(include_url=False)
-    lines = [_line(e, section) for e in found]
-    plans = ["simulation" if "simulation" in e["loc"][:1] else "plan --all" for e in found]
-    wanted = " and ".join(
-        f"`fedlora new {kind}`" for kind in dict.fromkeys(plans if "simulation" in section.model_fields else ["site"])
-    )
-    hint = f"{wanted}: every key with its meaning"
-    return ConfigError(f"{name}: " + "; ".join(dict.fromkeys(lines)), hint=hint)
-
-
-def _line(e: ErrorDetails, section: type[Section]) -> str:
-    at = [plain(x) for x in e["loc"]]
-    dotted = ".".join(at)
-    if e["type"] == "string_pattern_mismatch":
-        return f"{dotted}: {_in_words(e['ctx']['pattern'], e['input'])}"
-    if e["type"] != "extra_forbidden":
-        return f"{dotted or 'file'}: {e['msg'][0].lower()}{e['msg'][1:]}"
-    if dotted in _MOVED:
-        return f"{dotted}: {_MOVED[dotted]}"
-    table: type[Section] | None = section
-    for key in at[:-1]:
-        table = _below(table, key) if table is not None else None
-    if table is None:
-        return f"{dotted}: unknown key"
-    if issubclass(table, Tagged) and (owners := [n for n in table.registry if at[-1] in table.registry[n].Settings.model_fields]):
-        tables = " or ".join(f"[{'.'.join([*at[:-1], name])}]" for name in owners)
-        return f"{dotted}: move this key to the table {tables}"
-    known = sorted(set(table.model_fields) - {"settings"} if issubclass(table, Tagged) else table.model_fields)
-    near = difflib.get_close_matches(at[-1], known, n=1)
-    return f"{dotted}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})")
-
-
-def _in_words(pattern: str, said: str) -> str:
-    """What may stand where a text does not fit, and for the name of a site what comes next to it."""
-    if pattern == SITE_NAME and (near := site_name(said)):
-        return f"{plain(said)[:80]!r} cannot stand there: {WORDS[pattern]}; {near!r} can"
-    return WORDS.get(pattern, f"the text must match {pattern}")
-
-
-def _below(table: type[Section], key: str) -> type[Section] | None:
-    if key in table.model_fields:
-        kind = table.model_fields[key].annotation
-        found = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, Section)]
-        return found[0] if found else None
-    if issubclass(table, Tagged) and key in table.registry:
-        settings: type[Section] = table.registry[key].Settings
-        return settings
-    return None
 
 
 _OWN_SAMPLE = ("simulation",)
@@ -180,7 +113,7 @@ def _described(value: Section, prefix: str, *, others: bool) -> Iterator[str]:
         item = getattr(value, key)
         if isinstance(item, Section) and not (isinstance(value, Tagged) and key == "settings"):
             yield from _table(item, f"{prefix}{key}", _first_line(type(item)), others=others)
-        elif item is None and others and key not in _OWN_SAMPLE and (kind := _below(type(value), key)) is not None:
+        elif item is None and others and key not in _OWN_SAMPLE and (kind := below(type(value), key)) is not None:
             yield from _table(kind(), f"{prefix}{key}", _first_line(kind), others=others, mark="#")
     if isinstance(value, Tagged):
         yield from _chosen(value, prefix, others=others)

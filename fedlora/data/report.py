@@ -18,7 +18,7 @@ _NAME = re.compile(r"(?:column |key )?[^\W\d][\w.-]{0,31}(?: [\w.-]{1,20}){0,2}(
 _CURES = {
     NOT_JSON: "each row must be one whole JSON object",
     NOT_OBJECT: "each row must be one whole JSON object",
-    NOT_FIELDS: "fields that hold the delimiter or a line break need quotation marks",
+    NOT_FIELDS: "the first line must name every column, and fields that hold the delimiter or a line break need quotation marks",
     NOT_CLOSED: "quotation marks inside a quoted field must be doubled",
     PYTHON_LIST: "write the column with json.dumps",
     OTHER_SHAPE: "put rows of another shape into a file of their own, or set data.shape",
@@ -68,7 +68,9 @@ class ReadReport:
         by_reason: dict[str, list[int]] = {}
         for line, reason in self.bad:
             by_reason.setdefault(reason, []).append(line)
-        return [f"{reason}: {numbered(lines)}" for reason, lines in sorted(by_reason.items())]
+        told = [f"{reason}: {numbered(lines)}" for reason, lines in sorted(by_reason.items())]
+        more = [f"and {len(told) - SHOWN:,} more reasons"] if len(told) > SHOWN else []
+        return told[:SHOWN] + more
 
     def _unread(self) -> list[str]:
         """Names that most rows have and that look like names: others may be values, of a file whose first line is missing."""
@@ -140,5 +142,5 @@ def _cure(report: ReadReport) -> str:
     reason = Counter(reason for _, reason in report.bad).most_common(1)[0][0]
     if reason.startswith("not ") and reason.endswith(" text"):
         return "save the file as UTF-8, or set data.encoding to what it is, e.g. 'cp1252' for Western Windows"
-    cure = _CURES.get(reason, "")
+    cure = next((cure for of, cure in _CURES.items() if reason == of or reason.startswith(f"{of}, ")), "")
     return f"correct the rows: {cure}" if cure else "correct the rows; or data.shape and data.columns say what the file holds"

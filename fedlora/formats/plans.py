@@ -39,6 +39,8 @@ def load_toml(path: Path, section: type[S], *, changes: Mapping[str, Any] = {}) 
     Raises:
         ConfigError: as :func:`load_plan`.
     """
+    if wrong := _no_toml(path, section):
+        raise wrong
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as e:
@@ -50,6 +52,33 @@ def load_toml(path: Path, section: type[S], *, changes: Mapping[str, Any] = {}) 
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path} is not TOML: {e}") from None
     return parse_toml(text, section, name=str(path), changes=changes)
+
+
+_ROWS = frozenset([
+    ".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson", ".jsonlines", ".parquet", ".pq", ".xlsx", ".xls", ".ods",
+])  # fmt: skip
+"""Ends of names of files of rows; compressed ones have another behind it. Not of plan.json, which FedLoRA itself writes."""
+
+
+def _no_toml(path: Path, section: type[Section]) -> ConfigError | None:
+    """What a path is that people give for a plan or a site file; None: it may be one."""
+    plan = section is Plan
+    wanted = "a plan" if plan else "a site file"
+    if (inside := path / ("plan.toml" if plan else "site.toml")).is_file():
+        return ConfigError(f"{path} is a directory, not {wanted}", hint=f"{wanted} is in it: {inside}")
+    is_rows = bool(_ROWS & {end.lower() for end in path.suffixes[-2:]}) and path.name != "plan.json"
+    if not path.is_dir() and not (is_rows and path.is_file()):
+        return None
+    what = "a directory" if path.is_dir() else "a file of rows"
+    if not plan:
+        hint = f'`fedlora new site > site.toml` prints one; its [data] names the rows: path = "{path}"'
+    else:
+        key = 'split = "iid"' if path.is_file() else "a split, or sites = [...] with a file each"
+        hint = (
+            f'`fedlora new simulation > plan.toml` prints a plan; its [simulation.data] names the rows: path = "{path}", and '
+            f"[simulation] says {key}, and the base"
+        )
+    return ConfigError(f"{path} is {what}, not {wanted}", hint=hint)
 
 
 PROOF = "proof.json"

@@ -18,6 +18,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.plan import Plan
 from fedlora.core.tables.lab import SiteRows
 from fedlora.core.toml import dump_toml
+from fedlora.core.words import counted
 from fedlora.formats.files import write_atomic
 from fedlora.lab.own_rules import source_of
 from fedlora.library.leakage import load_audit
@@ -199,7 +200,10 @@ def _seen_from(out: Path, plan: Plan, root: Path) -> Plan:
 
 def runs_inside(directory: Path) -> list[Path]:
     """The runs of a sweep, or of a directory of runs: in the sweep's order, else by name."""
-    found = sorted({file.parent for file in directory.glob("*/plan.toml")} - {directory / "federated"})
+    made = {
+        file.parent for file in directory.glob("*/plan.toml") if file.with_name("plan.json").exists()
+    }  # a pinned plan has none
+    found = sorted(made - {directory / "federated"})
     try:
         order = {str(name): at for at, name in enumerate(json.loads((directory / ORDER).read_bytes()))}
     except (OSError, ValueError, TypeError):
@@ -217,10 +221,19 @@ def not_one(directory: Path, *, wanted: str = "results") -> StoreError | None:
     run = at.parent if at.name.startswith("seed-") else at
     if not (at.exists() or (run / "plan.json").exists()):
         return StoreError(f"{directory} is not there", hint="name the directory that `fedlora simulate` has written")
+    if (directory / "adapter_config.json").is_file():
+        hint = "`fedlora evaluate`, `try` and `verify` take it; its numbers are where it was exported from"
+        return StoreError(f"{directory} is a published PEFT adapter", hint=hint)
+    if (directory / "server.key").is_file():
+        names = ", ".join(str(one) for one in sorted((directory / "runs").glob("*"))[:5])
+        return StoreError(f"{directory} is a server's directory", hint=f"name one of its runs: {names or 'there is none yet'}")
     if inside := runs_inside(directory):
         names = ", ".join(str(directory / one.name) for one in inside[:5]) + ", ..." * (len(inside) > 5)
         compared = "; `fedlora compare` takes all of them" if wanted == "results" else " and a seed of it"
-        return StoreError(f"{directory} holds {len(inside)} simulations, not one", hint=f"name one of them{compared}: {names}")
+        return StoreError(
+            f"{directory} holds {counted(len(inside), 'simulation')}; one is expected",
+            hint=f"name one of them{compared}: {names}",
+        )
     if not (run / "plan.json").exists() or (not any(run.glob("seed-*")) and wanted == "adapter"):
         return None
     seeds = sorted(one.name for one in run.glob("seed-*"))

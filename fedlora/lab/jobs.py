@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from threading import Thread
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from fedlora.core.errors import FedLoRAError, ResourceError
 from fedlora.core.events import Event, Report
@@ -21,6 +21,7 @@ from fedlora.core.plan import Plan
 from fedlora.core.tables.lab import SweepRun
 from fedlora.lab.claims import Options
 from fedlora.lab.own_rules import own_errors, use_rules
+from fedlora.lab.progress.pulse import Pulse
 from fedlora.lab.simulate import simulate
 from fedlora.processes.parent import die_with_parent
 
@@ -119,6 +120,8 @@ def _make_toys(units: Sequence[Unit]) -> None:
         toy_base(directory / "toy" / "base")
 
 
+_TOLD: Final = frozenset([Event.ARM, Event.READING, Event.ROUND, Event.LOAD, Event.FINAL])
+"""Events of a run that the process that waits is told."""
 _told: list[Told] = []
 """In a process of a pool: where it tells its rounds."""
 
@@ -136,19 +139,29 @@ def _one(unit: Unit, options: Options) -> str:
 
     name, plan, out, seed = unit
 
-    def listen(event: Event, facts: Mapping[str, Any]) -> None:
-        if event == Event.ARM:
-            _told[0].put((name, seed, f"arm {facts['name']}"))
-        elif event == Event.DATA and facts["file"] == CUT:
-            _told[0].put((name, seed, f"max_length: {', '.join(facts['lines'])}"))
-        elif event == Event.ROUND and facts["record"].kind == "train":
-            _told[0].put((name, seed, f"round {facts['record'].round} of {plan.federation.num_rounds}"))
-        elif event in (Event.LOAD, Event.FINAL):
-            _told[0].put((name, seed, f"loading {facts['model']}" if event == Event.LOAD else "last evaluation done"))
+    def say(text: str) -> None:
+        _told[0].put((name, seed, text))
 
+    def listen(event: Event, facts: Mapping[str, Any]) -> None:
+        pulse.heard(event, facts, shown=event in _TOLD)
+        if event == Event.ARM:
+            say(f"arm {facts['name']}")
+        elif event == Event.READING:
+            say(f"reading the rows of {facts['what']}")
+        elif event == Event.DATA and facts["file"] == CUT:
+            say(f"max_length: {', '.join(facts['lines'])}")
+        elif event == Event.ROUND and facts["record"].kind == "train":
+            say(f"round {facts['record'].round} of {plan.federation.num_rounds}")
+        elif event in (Event.LOAD, Event.FINAL):
+            say(f"loading {facts['model']}" if event == Event.LOAD else "last evaluation done")
+
+    say("begins")
+    pulse = Pulse(say)
     try:
         with own_errors():
             simulate(plan, out=out, seeds=[seed], **replace(options, report=listen).keywords())
     except FedLoRAError as e:
         return f"{e}" + f" ({e.hint})" * bool(e.hint)
+    finally:
+        pulse.close()
     return ""

@@ -1,7 +1,7 @@
 """What a difference between two arms may be called: a finding, or within the noise of the seeds.
 
 Losses of single rows are not kept, so the noise of the test rows is not known: an interval is over training seeds on the same
-rows, and says nothing of other rows.
+rows, and says nothing of other rows. `fedlora evaluate` has an interval over rows, of an exported adapter.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def verdict(gain: Mapping[str, Any], *, seeds: int) -> Verdict:
 
 
 def of_seeds(runs: Sequence[Results], *, seeds: int | None = None) -> str:
-    """What deviations and intervals over seeds are of; empty for one seed.
+    """What deviations and intervals over seeds are of, and that one seed has none.
 
     Args:
         seeds: how many; None: as many as runs.
     """
     count = len(runs) if seeds is None else seeds
-    if count < 2:
-        return ""
     rows = sum(score.examples for score in next(iter(runs[0].arms.values())).sites.values())
     scored = f"{rows:,} {runs[0].split} rows"
+    if count < 2:
+        return f"one training seed on {scored}: no deviation is known; take three or more with --seeds"
     said = f"deviations and intervals are over training seeds on the same {scored}; of other rows they say nothing"
     return said + "; two seeds give no usable interval: take three or more" * (count < FEWEST)
 

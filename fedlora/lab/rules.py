@@ -15,7 +15,7 @@ from fedlora.formats.plans import load_plan
 from fedlora.lab.claims import Options, check_kind
 from fedlora.lab.jobs import Jobs
 from fedlora.lab.report import summarize
-from fedlora.lab.sweep import Combination, combinations, run_each, run_failed, written
+from fedlora.lab.sweep import Combination, changes_of, run_each, run_failed, written
 
 _FINALISTS = 2  # one seed on the whole grid orders rates badly; the best two are run under further ones
 _RATE = "training.learning_rate"
@@ -29,26 +29,46 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def variants(plan_file: Path, rules: Sequence[str], more: Sequence[str]) -> list[Variant]:
+_DECIDED = {
+    _RATE: "rates are in --rates",
+    "simulation.arms": "rules are compared by the arm federated",
+    "simulation.evaluate_on": "rates are chosen on validation, rules compared on test",
+}
+"""Keys that the comparison itself sets, and why."""
+
+
+def variants(plan_file: Path, rules: Sequence[str], more: Sequence[str], settings: Sequence[str] = ()) -> list[Variant]:
     """What is compared.
 
     Args:
         rules: names of rules, with the settings that the plan file has for them.
         more: ``NAME:KEY=VALUE`` or ``NAME:KEY=VALUE;KEY=VALUE``.
+        settings: ``KEY=VALUE``, in the plan of all of them; what a variant says of the same key stands instead.
 
     Raises:
-        ConfigError: a name twice, fewer than two, or a plan that is not valid.
+        ConfigError: a name twice, fewer than two, a key that the comparison itself sets, or a plan that is not valid.
     """
-    found = [Variant(rule, {"aggregate.name": rule}) for rule in rules]
+    every = _checked(settings)
+    if "aggregate.name" in every:
+        raise ConfigError("--set aggregate.name: the rules that are compared are in --rules", hint="--rules fedavg,product")
+    found = [Variant(rule, {**every, "aggregate.name": rule}) for rule in rules]
     for text in more:
-        name, colon, settings = text.partition(":")
-        if not (name.strip() and colon and settings.strip()):
+        name, colon, own = text.partition(":")
+        if not (name.strip() and colon and own.strip()):
             raise ConfigError(f"--variant {text!r} is none", hint="for example --variant prox:training.proximal_mu=0.01")
-        (one,) = combinations(plan_file, [s for s in settings.split(";") if s.strip()], single=True)
-        found.append(Variant(name.strip(), one.changes))
+        found.append(Variant(name.strip(), every | _checked([s for s in own.split(";") if s.strip()])))
     names = [v.name for v in found]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ConfigError("name two rules or variants at least, and each once", hint="for example --rules fedavg,product")
+    return found
+
+
+def _checked(settings: Sequence[str]) -> dict[str, Any]:
+    """Key -> value of settings, of which the comparison itself sets none."""
+    found = changes_of(settings)
+    for key in found:
+        if key in _DECIDED:
+            raise ConfigError(f"{key} cannot be set here: {_DECIDED[key]}", hint="leave it out; or `fedlora simulate --set`")
     return found
 
 

@@ -37,6 +37,7 @@ from fedlora.lab.leakage import audit_simulation
 from fedlora.lab.notes import notes_of, settled, write_notes
 from fedlora.lab.personal.arm import choices_of, personal_arms
 from fedlora.lab.private import private_learners, private_tables
+from fedlora.lab.progress.telling import shown
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment
 from fedlora.lab.tables import summary
@@ -67,7 +68,8 @@ def simulate(
     seeds: Sequence[int] = (),
     resume: bool = False,
     transport: str = "local",
-    report: Report = lambda event, facts: None,
+    report: Report | None = None,
+    quiet: bool = False,
     drop: Sequence[str] = (),
     batch_sites: bool = False,
     tracker: str = "",
@@ -85,6 +87,9 @@ def simulate(
         seeds: each replaces ``run.seed``; the arms of one seed share it, so that they can be compared in pairs. None: the plan's.
         resume: go on in ``out`` rather than refuse it.
         transport: ``local`` (this process) or ``flower`` (real processes on loopback).
+        report: called with each event and its facts (FORMAT.md, 11.5). None: a line on stderr for each round and arm, and after
+            20 seconds without one.
+        quiet: nothing is printed.
         drop: sites that the federation loses, see :func:`fedlora.rounds.transport.parse_dropouts`; with ``local`` only.
         batch_sites: sites train in one pass over the base, see :mod:`fedlora.learn.fast.joint`; with ``local`` only.
         tracker: ``tensorboard``, ``mlflow`` or ``wandb``, into ``tracking/`` of each seed, see :mod:`fedlora.lab.tracking.live`.
@@ -97,18 +102,23 @@ def simulate(
         NotInstalled: what the tracker needs is missing.
         StoreError: ``out`` holds a simulation that has begun, and ``resume`` is not asked; or it belongs to another plan.
     """
+    check_installed(tracker)
+    with shown(report, quiet=quiet) as told:
+        options = Options(Path(root), resume, transport, tuple(drop), batch_sites, told, tracker)
+        return _simulate(settled(plan), Path(out), list(seeds or (plan.run.seed,)), options)
+
+
+def _simulate(plan: Plan, out: Path, wanted: Sequence[int], options: Options) -> list[Results]:
     from fedlora.learn.simulated.rows import read_simulation
 
-    check_installed(tracker)
-    out, root, plan = Path(out), Path(root), settled(plan)
-    options = Options(root, resume, transport, tuple(drop), batch_sites)
     look(out, plan, options)  # what is refused anyway is refused before anything is read
-    found = read_simulation(plan, root=root, toys=out.parent / "toy" / "data", report=(report := _simulated(report)))
+    root, report, batch_sites = options.root, _simulated(options.report), options.batch_sites
+    found = read_simulation(plan, root=root, toys=out.parent / "toy" / "data", report=report)
     found.tell(report)
-    lost = parse_dropouts(drop, sites=found.simulation.sites, plan=plan)
+    lost = parse_dropouts(options.drop, sites=found.simulation.sites, plan=plan)
     check_way(plan, options, found, lost)
     claim(out, plan, options)
-    if not left_of(out, wanted := list(seeds or (plan.run.seed,))):  # nothing is loaded for what is there
+    if not left_of(out, wanted):  # nothing is loaded for what is there
         return _summed_up(out, plan, [_kept(out / f"seed-{seed}" / "results.json") for seed in wanted])
     results = []
     loaded = assemble.lab(plan, root=root, out=out, report=report, batch_sites=batch_sites, found=found)
@@ -116,8 +126,8 @@ def simulate(
     for seed in wanted:
         lab, at = loaded.reseeded(_seeded(plan, seed)), out / f"seed-{seed}"
         _note_rows(at, found, loaded)
-        with tracked(tracker, at, _run_directory(lab, at, transport), report) as told:
-            results.append(_one_seed(lab, at, transport=transport, lost=lost, report=told))
+        with tracked(options.tracker, at, _run_directory(lab, at, options.transport), report) as told:
+            results.append(_one_seed(lab, at, transport=options.transport, lost=lost, report=told))
     return _summed_up(out, plan, results)
 
 

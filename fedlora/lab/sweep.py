@@ -7,7 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.plan import Plan
 from fedlora.core.records import Results
 from fedlora.core.tables.lab import Compared, Sweep, SweepRun
+from fedlora.core.told.wrong_keys import homes
 from fedlora.formats.files import write_atomic
 from fedlora.formats.plans import load_plan
 from fedlora.lab.claims import ORDER, Options, check_kind, claim, left_of, look
@@ -41,13 +42,11 @@ class Combination:
     Attributes:
         name: what differs, as it was typed; "" where nothing does.
         settings: key -> value of what differs, as it was typed.
-        changes: key -> value of all that was set.
     """
 
     name: str
     settings: Mapping[str, str]
     plan: Plan
-    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -57,21 +56,28 @@ class Combination:
         return name if whole else f"{name[:_LONGEST]}-{sha256(self.name.encode()).hexdigest()[:8]}".lstrip("-")
 
 
-def combinations(plan_file: Path, settings: Sequence[str], *, single: bool = False) -> list[Combination]:
+def changes_of(settings: Sequence[str]) -> dict[str, Any]:
+    """Key -> value of settings that have one value each; whether a plan has such keys is not looked at.
+
+    Raises:
+        ConfigError: a key is twice, or has no value or several.
+    """
+    keys = _keys(settings)
+    if any(len(words) > 1 for words in keys.values()):
+        raise ConfigError("one value for each key is expected", hint="several values: fedlora simulate --set")
+    return {key: _value(word) for key, (word,) in keys.items()}
+
+
+def combinations(plan_file: Path, settings: Sequence[str]) -> list[Combination]:
     """All plans of a sweep, each read as the plan file is.
 
     Args:
         settings: ``KEY=VALUE,VALUE``. A value is TOML; a word that is none is text.
-        single: there must be one combination.
 
     Raises:
         ConfigError: a key is unknown, twice or has no values; a value is of another type; or a plan is not valid.
     """
-    keys = dict(map(_parsed, settings))
-    if len(keys) < len(settings):
-        raise ConfigError("--set has a key twice", hint="all values of a key in one --set: KEY=VALUE,VALUE")
-    if single and any(len(words) > 1 for words in keys.values()):
-        raise ConfigError("one value for each key is expected", hint="several values: fedlora simulate --set")
+    keys = _keys(settings)
     if (count := _product(len(words) for words in keys.values())) > _MOST:
         raise ConfigError(f"--set makes {count:,} combinations, more than {_MOST:,}", hint="fewer values")
     several = [key for key, words in keys.items() if len(words) > 1]
@@ -80,8 +86,15 @@ def combinations(plan_file: Path, settings: Sequence[str], *, single: bool = Fal
         typed = dict(zip(keys, words, strict=True))
         changes = {key: _value(word) for key, word in typed.items()}
         name = " ".join(f"{_short(key, several)}={typed[key]}" for key in several)
-        found.append(Combination(name, {key: typed[key] for key in several}, load_plan(plan_file, changes=changes), changes))
+        found.append(Combination(name, {key: typed[key] for key in several}, load_plan(plan_file, changes=changes)))
     return found
+
+
+def _keys(settings: Sequence[str]) -> dict[str, list[str]]:
+    keys = dict(map(_parsed, settings))
+    if len(keys) < len(settings):
+        raise ConfigError("--set has a key twice", hint="all values of a key in one --set: KEY=VALUE,VALUE")
+    return keys
 
 
 def _parsed(setting: str) -> tuple[str, list[str]]:
@@ -90,6 +103,9 @@ def _parsed(setting: str) -> tuple[str, list[str]]:
     words = [word.strip() for word in found]
     if not (key and equals and words and all(words)) or ",".join(found) != text:
         raise ConfigError(f"--set {setting!r} is no setting", hint="for example --set training.learning_rate=1e-3,2e-3")
+    if "." not in key and key not in Plan.model_fields and (meant := homes(Plan, key)):
+        ways = " or ".join(f"--set {one}={text}" for one in meant)
+        raise ConfigError(f"--set {key}: a plan has this key in a table, which has to be said", hint=ways)
     if key == "run.seed":
         raise ConfigError("--set run.seed: seeds are no setting to compare", hint="--seeds 0,1,2")
     if len({repr(_value(word)) for word in words}) < len(words):

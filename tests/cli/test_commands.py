@@ -15,7 +15,7 @@ from fedlora.cli import main
 from fedlora.cli.commands import app
 from fedlora.cli.explain import STATUSES, meanings
 from fedlora.cli.help import SECTIONS
-from fedlora.cli.output import Screen
+from fedlora.cli.output import Screen, fail
 from fedlora.core.codes import CODES, exit_status
 from fedlora.doctor.findings import FAULTS
 from fedlora.flower import records
@@ -149,6 +149,43 @@ def test_each_code_is_explained_by_what_it_means_and_what_to_do(code, capsys):
     assert cure.endswith(".")
     assert meaning != cure
     assert "?" not in meaning + cure  # a fact that nobody filled in
+
+
+@pytest.mark.parametrize("code", sorted(meanings()))
+def test_a_whole_error_is_explained_as_its_code_is(code, capsys):
+    """Pasted from a screen, with its hint and its place, in one word or in several."""
+    main(["explain", code])
+    said = capsys.readouterr().out
+    fail("rows.csv: it has no such thing", hint="see `fedlora check`", code=code, status=3)
+    pasted = capsys.readouterr().err
+    for words in (
+        [pasted],
+        [f"    12.3 s  {pasted.splitlines()[0]}"],
+        pasted.split(),
+        [f"({code})"],
+        [f"{code}:"],
+        [code.upper()],
+    ):
+        assert main(["explain", *words]) == 0
+        assert capsys.readouterr().out.removeprefix(f"{code}:\n") == said
+
+
+@pytest.mark.parametrize("code", sorted(meanings()))
+def test_a_code_with_a_letter_wrong_names_the_right_one(code, capsys):
+    if len(code) < 6:
+        return  # of so few letters one says little
+    for wrong in (code[:-1], f"{code}s", code[0] + code[2:], code.replace(code[3], "x", 1)):
+        if wrong in meanings():
+            continue
+        assert main(["explain", wrong]) == 3
+        assert code in capsys.readouterr().err.partition("hint: ")[2]
+
+
+def test_a_word_that_no_code_is_spelled_like_names_those_that_share_a_part(capsys):
+    assert main(["explain", "some-base-which-is-wrong"]) == 3
+    assert "did you mean wrong-base or" in capsys.readouterr().err
+    assert main(["explain", "it does not work"]) == 3
+    assert "`fedlora explain` lists all" in capsys.readouterr().err
 
 
 def test_an_error_names_its_code_and_an_unknown_one_its_neighbor(capsys):
@@ -339,7 +376,7 @@ def test_progress_is_one_line_an_event_and_nothing_when_quiet(capsys):
 
 
 def test_who_waits_for_a_base_is_told_so_until_something_else_is_said(capsys, monkeypatch):
-    monkeypatch.setattr("fedlora.cli.output._SILENCE_S", 0.01)
+    monkeypatch.setattr("fedlora.lab.progress.pulse.SILENCE_S", 0.01)
     for quiet in (False, True):
         with Screen(quiet=quiet) as screen:
             screen("load", {"model": "m"})

@@ -226,7 +226,39 @@ def test_bytes_that_are_not_utf8_make_bad_rows_in_lines_and_tables(tmp_path):
 
 def test_a_table_row_with_too_many_fields_is_bad(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion\na,b\na,b,c\n")
-    assert read(tmp_path / "a.csv")[1].bad == ((3, "wrong number of fields"),)
+    assert read(tmp_path / "a.csv")[1].bad == ((3, "wrong number of fields, 3 instead of the first line's 2"),)
+
+
+@pytest.mark.parametrize(("suffix", "between"), [("csv", ","), ("csv", ";"), ("tsv", "\t"), ("tsv", "\t\\N\t")])
+@pytest.mark.parametrize(("names", "fields"), [(4, 5), (4, 3), (2, 7), (5, 4)])
+def test_a_row_of_another_width_than_the_first_line_says_both_widths_and_its_line(tmp_path, suffix, between, names, fields):
+    """Also if all rows are so: then the first line lacks a name, and an error says it."""
+    delimiter = between[0]
+    head = delimiter.join(["prompt", "completion", "c", "d", "e"][:names])
+    rows = [delimiter.join(["x"] * fields) for _ in range(3)]
+    if r"\N" in between:
+        rows[0] = rows[0].replace("x", r"\N", 1)
+    (tmp_path / f"a.{suffix}").write_text("\n".join([head, *rows]) + "\n")
+    with pytest.raises(DataError) as error:
+        read(tmp_path / f"a.{suffix}")
+    assert f"wrong number of fields, {fields} instead of the first line's {names}: lines 2, 3, 4" in str(error.value)
+    assert "the first line must name every column" in error.value.hint
+
+
+def test_reasons_of_a_file_are_told_up_to_twenty(tmp_path):
+    rows = [",".join(["x"] * (3 + n)) for n in range(30)]
+    (tmp_path / "a.csv").write_text("\n".join(["prompt,completion", "a,b", *rows]) + "\n")
+    with pytest.raises(DataError) as error:
+        read(tmp_path / "a.csv", max_bad_share=0.01)
+    assert str(error.value).count("wrong number of fields") == 20
+    assert str(error.value).endswith("and 10 more reasons")
+
+
+@pytest.mark.parametrize("name", ["plan.toml", "site.TOML"])
+def test_a_plan_where_rows_are_wanted_is_called_so(tmp_path, name):
+    (tmp_path / name).write_text("[simulation]\n")
+    with pytest.raises(DataError, match="this is a plan or a site file"):
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize("group", [None, "", " ", True, float("nan"), ["p"]])

@@ -185,3 +185,60 @@ def test_a_site_trains_on_a_trainers_rows_under_its_own_site_file(toy, tmp_path,
     place.change(data={"path": "data/*.jsonl"})
     with pytest.raises(ConfigError, match="as one JSONL file"):
         attach(mine, site=place.file, rows=RAW)
+
+
+def other_value(value):
+    """One that is not this, of its kind."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int | float) else [*value, "x"] if isinstance(value, list) else "other"
+
+
+def test_every_argument_that_a_script_has_set_is_in_the_plan_or_named(toy, tmp_path):
+    """One after the other, all that this version of transformers has; what they make of others is not asked here."""
+    from fedlora.learn.scripts.settings import _TAKEN, not_called, not_taken
+
+    mine = trainer(toy, tmp_path)
+    before = "\n".join([*not_taken(mine), *not_called(mine)])
+    names = [
+        f.name for f in dataclasses.fields(mine.args) if not f.name.startswith("_") and f.name not in _TAKEN | {"output_dir"}
+    ]
+    assert len(names) > 60
+    for name in names:
+        value = getattr(mine.args, name)
+        object.__setattr__(mine.args, name, "cosine_with_restarts" if name == "lr_scheduler_type" else other_value(value))
+        if name == "use_cpu":
+            assert "use_cpu" in before
+        elif name != "dataloader_pin_memory":  # which follows from use_cpu
+            assert name in "\n".join([*not_taken(mine), *not_called(mine)]), name
+        object.__setattr__(mine.args, name, value)
+    assert "\n".join([*not_taken(mine), *not_called(mine)]) == before
+
+
+@pytest.mark.parametrize("at", ["study", "site"])
+def test_code_of_her_own_that_a_federation_never_runs_is_named_in_one_sentence(toy, tmp_path, at):
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+    class Mine(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    class Watch(TrainerCallback):
+        pass
+
+    mine = trainer(toy, tmp_path)
+    assert "not run" not in str(attach(mine, study=tmp_path / "before", rows=RAW))
+    mine.__class__ = Mine
+    mine.add_callback(Watch)
+    mine.add_callback(EarlyStoppingCallback(2))
+    mine.compute_loss_func = mine.compute_metrics = mine.preprocess_logits_for_metrics = mine.model_init = lambda *_: None
+    mine.create_optimizer()
+    if at == "site":
+        place = Place(tmp_path / "x", base=toy)
+        (place.root / "rows.jsonl").unlink()
+    joined = attach(mine, rows=RAW, **({"site": place.file} if at == "site" else {"study": tmp_path / "study"}))
+    (said,) = [line for line in joined.said if line.startswith("not run, as a federation trains in FedLoRA's own loop: ")]
+    assert said.partition(": ")[2].split(", ") == [
+        "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "model_init",
+        "callback Watch", "callback EarlyStoppingCallback", "optimizer", "Mine.compute_loss",
+    ]  # fmt: skip

@@ -93,6 +93,14 @@ class ComparedRules(TypedDict):
 
 
 @_exact
+class Reading(TypedDict):
+    """The rows of a simulation are about to be read."""
+
+    what: str
+    """the path that the plan names, or ``toy``"""
+
+
+@_exact
 class Sweep(TypedDict):
     """Several simulations begin that differ in some keys."""
 

@@ -18,3 +18,8 @@ TOO_LONG = "longer than 64 Mi characters"
 NOT_VALUES = "a value that cannot be read"
 OTHER_SHAPE = "another shape than the other rows"
 PYTHON_LIST = "a list as Python writes it, not JSON"
+
+
+def not_fields(found: int, width: int) -> str:
+    """:data:`NOT_FIELDS` of a record, with its number and that of the first line."""
+    return f"{NOT_FIELDS}, {found:,} instead of the first line's {width:,}"

@@ -291,6 +291,8 @@ def format_of(path: Path) -> str:
     name = promised_format(path)
     if name is None:
         check_sheets([path])
+        if path.suffix.lower() == ".toml":
+            raise DataError(f"{path}: this is a plan or a site file, and holds no rows", hint="data.path names the file of rows")
         raise DataError(
             f"{path}: the suffix says no known format",
             hint=f"name it {', '.join(_SUFFIXES)} (each also with {' or '.join(_COMPRESSED)}), or set data.format",

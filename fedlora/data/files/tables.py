@@ -11,7 +11,7 @@ from functools import partial
 from io import TextIOWrapper
 
 from fedlora.core.errors import DataError
-from fedlora.data.files.rows import NOT_CLOSED, NOT_FIELDS, Row
+from fedlora.data.files.rows import NOT_CLOSED, Row, not_fields
 from fedlora.data.files.sources import MAX_ROW, Source
 
 _MOST_FIELD = 1 << 24
@@ -61,7 +61,7 @@ def read_postgres(source: Source) -> Iterator[tuple[int, Row]]:
             if source.header:
                 continue
         if line:
-            yield number, columns.row(fields) if len(fields) == columns.width else NOT_FIELDS
+            yield number, columns.row(fields) if len(fields) == columns.width else not_fields(len(fields), columns.width)
 
 
 def _unescaped(found: re.Match[str]) -> str:
@@ -301,6 +301,6 @@ def _odd(fields: list[str], records: _Records, columns: _Columns, delimiter: str
     if fields:
         if records.lines != lines:
             records.again(len(lines))
-        return NOT_FIELDS
+        return not_fields(len(fields), columns.width)
     records.again(1)
     return NOT_CLOSED

@@ -20,7 +20,9 @@ def made_for(adapter: Path) -> str:
     """
     file = adapter / "adapter_config.json"
     if not (file.is_file() and (adapter / "adapter_model.safetensors").is_file()):
-        raise StoreError(f"{adapter} holds no PEFT adapter", hint="make one: `fedlora site pull SITE.TOML` or `fedlora export`")
+        seed = adapter if (adapter / "results.json").is_file() else next(iter(sorted(adapter.glob("seed-*"))), None)
+        make = f"`fedlora export {seed} adapter/`" if seed else "`fedlora site pull SITE.TOML` or `fedlora export`"
+        raise StoreError(f"{adapter} holds no PEFT adapter", hint=f"make one: {make}")
     try:
         config = json.loads(file.read_bytes())
     except (ValueError, RecursionError):

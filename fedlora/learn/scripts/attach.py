@@ -1,7 +1,8 @@
 """A script with a transformers Trainer joins a federation: its rows and settings become files that all commands take.
 
-Nothing is trained here, and the Trainer is not changed: a federation trains as its plan says, on rows that a site file or a
-simulation names. What the Trainer would have trained on is compared with that, token by token.
+Nothing is trained here, and the Trainer is not changed: a federation trains as its plan says, in FedLoRA's own loop, on rows that
+a site file or a simulation names; what of the Trainer never runs is said.
+What the Trainer would have trained on is compared with that, token by token.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from fedlora.core.errors import ConfigError, DataError, ModelError, StoreError
 from fedlora.core.events import Event
 from fedlora.core.plan import Plan
 from fedlora.core.tables.data import SiteData
-from fedlora.core.toml import dump_toml, readable
+from fedlora.core.told.wrong_keys import readable
+from fedlora.core.toml import dump_toml
 from fedlora.data import Conversation, Tokens
 from fedlora.data.shapes import COLUMNS
 from fedlora.formats.files import read_file, write_atomic
 from fedlora.learn.rows import read_rows, to_tokens
-from fedlora.learn.scripts.settings import not_taken, settings_of, steps_of
+from fedlora.learn.scripts.settings import not_called, not_taken, settings_of, steps_of
 from fedlora.site.site_file import SiteFile, load_site_file
 
 ROWS: Final = "rows.jsonl"
@@ -110,7 +112,7 @@ def attach(
     said.append(
         f"the plan: rounds {f.num_rounds}, steps in a round {f.local_steps}, sites {sites}; a Trainer alone: {steps_of(trainer)}"
     )
-    said += not_taken(trainer)
+    said += [*not_taken(trainer), *not_called(trainer)]
     said.append(f"next: fedlora simulate {where / 'plan.toml'}")
     return Attached(where / ROWS, plan, compared, same, tuple(said))
 
@@ -133,6 +135,7 @@ def _at_site(trainer: Any, path: Path, rows: Iterable[Mapping[str, Any]] | None)
         held = "data.held_out_path names" if file.data.held_out_path else f"{file.data.held_out_fraction:g} of the groups are"
         said.append(f"the Trainer's eval_dataset is not used: {held} what is held out here")
     said += [*_about_base(trainer, file, root), "how is trained is what the federation's plan says, not the Trainer's arguments"]
+    said += not_called(trainer)
     said.append(f"next: fedlora site doctor {path}, then fedlora site up {path}")
     return Attached(target, None, compared, same, tuple(said))
 

@@ -106,6 +106,65 @@ def not_taken(trainer: Any) -> list[str]:
     return said
 
 
+_ATTRIBUTES: Final = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "model_init")
+"""Functions that a script hands to a Trainer."""
+_CALLED_ANYWAY: Final = ("DefaultFlowCallback", "ProgressCallback", "PrinterCallback", "NotebookProgressCallback")
+"""Callbacks that transformers adds itself, as it does those of ``report_to``."""
+_PLAIN_TRAINERS: Final = ("Trainer", "Seq2SeqTrainer", "SFTTrainer", "BaseTrainer", "_BaseTrainer")
+"""Classes of transformers and TRL that train on the loss of the next token, as a federation does."""
+
+
+def not_called(trainer: Any) -> list[str]:
+    """What of a Trainer never runs in a federation, which trains in FedLoRA's own loop; and which arguments make no difference.
+
+    Law: an argument that a script has set is in the plan, or is named by :func:`not_taken` or here; but ``output_dir``, which
+    every script sets.
+    """
+    code = [name for name in _ATTRIBUTES if getattr(trainer, name, None) is not None]
+    code += [f"callback {type(one).__name__}" for one in trainer.callback_handler.callbacks if not _added_by_library(type(one))]
+    if trainer.optimizer is not None and not trainer.state.global_step:
+        code.append("optimizer")
+    for kind in type(trainer).__mro__[:-1]:
+        if kind.__module__.partition(".")[0] not in ("transformers", "trl"):
+            code += [f"{kind.__name__}.{name}" for name, own in vars(kind).items() if callable(own) and name != "__init__"]
+        elif kind.__name__ not in _PLAIN_TRAINERS and kind.__module__.startswith("trl."):
+            code.append(f"the loss of {kind.__name__}")
+    idle = _idle(trainer.args)
+    said = [f"not run, as a federation trains in FedLoRA's own loop: {', '.join(code)}"] if code else []
+    return said + ([f"not used, and nothing of what is trained depends on it: {', '.join(idle)}"] if idle else [])
+
+
+def _added_by_library(callback: type[Any]) -> bool:
+    of_reports = callback.__module__.startswith("transformers.integrations")
+    return of_reports or (callback.__name__ in _CALLED_ANYWAY and callback.__module__.startswith("transformers."))
+
+
+_FILLED_IN: Final[dict[str, tuple[Any, ...]]] = {
+    "activation_checkpointing": (False,),
+    "debug": (None,),
+    "disable_tqdm": (False,),
+    "report_to": (None,),
+}
+"""Arguments that change nothing -> what the library itself makes of one that nobody has set, besides its default. New arguments
+cannot be made to look at: that resets the state of accelerate, on which the Trainer at hand counts."""
+
+
+def _idle(args: Any) -> list[str]:
+    """Names of arguments that are not as the library makes them for a script that sets none, and that change nothing trained."""
+    found = []
+    for field in dataclasses.fields(args):
+        if field.name == "output_dir" or field.name in _TAKEN or not field.name.startswith(_HARMLESS):
+            continue
+        held = getattr(args, field.name)
+        plain = [_default(field), *_FILLED_IN.get(field.name, ())]
+        if field.name == "accelerator_config" and not isinstance(held, str | dict | None):
+            plain.append(type(held)())
+        if field.name == "dataloader_pin_memory" and args.use_cpu:
+            plain.append(False)
+        found += [field.name] if _word(held) not in plain else []
+    return found
+
+
 def _others(settings: Any) -> list[str]:
     """All fields that are not at their library's default, but for those that the plan has and those that change nothing."""
     found = []

@@ -14,7 +14,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import Data
 from fedlora.core.plan import Plan
 from fedlora.core.tables.data import SiteData
-from fedlora.core.tables.lab import SiteRows
+from fedlora.core.tables.lab import Reading, SiteRows
 from fedlora.core.tables.simulation import Simulation
 from fedlora.core.words import FEW, counted
 from fedlora.data import Conversation, Tokenizer, TokenReport, Tokens, check_apart
@@ -135,6 +135,9 @@ def read_simulation(plan: Plan, *, root: Path, toys: Path, report: Report) -> Si
         else:
             report(event, facts)
 
+    if plan.simulation is not None:
+        path = plan.simulation.data.path
+        report(Event.READING, Reading(what=path if isinstance(path, str) else ", ".join(path)))
     try:
         return _read_simulation(plan, root, toys, told)
     except (ConfigError, DataError) as e:
