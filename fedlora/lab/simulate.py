@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ from fedlora.core.records import ArmRecord, ArmSeconds, General, Results, RoundR
 from fedlora.data.prompt import prompt_of
 from fedlora.flower.enrol import make_roster
 from fedlora.formats.files import load_adapter, read_file, save_adapter, write_atomic
-from fedlora.formats.keys import Identity, PublicIdentity, load_identity
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
@@ -36,14 +34,14 @@ from fedlora.lab.comparison import arms_table, long_form, write_long, write_tabl
 from fedlora.lab.leakage import audit_simulation
 from fedlora.lab.notes import notes_of, settled, write_notes
 from fedlora.lab.personal.arm import choices_of, personal_arms
-from fedlora.lab.private import private_learners, private_tables
+from fedlora.lab.private import private_learners
 from fedlora.lab.progress.telling import shown
 from fedlora.lab.report import REWRITE, write_html
 from fedlora.lab.surroundings import dataset, environment
 from fedlora.lab.tables import summary
-from fedlora.lab.testing import open_policy
 from fedlora.lab.tracking.live import tracked
 from fedlora.lab.tracking.trackers import check_installed
+from fedlora.lab.virtual.sites import identity_of, virtual_site
 from fedlora.lab.ways import Lost, check_way
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.server import ServerRun, start_run
@@ -51,10 +49,7 @@ from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Dropouts, LocalTransport, parse_dropouts
 from fedlora.rules import BUILT_IN, rule_of
 from fedlora.rules.own import check_encode
-from fedlora.site.first import Firsts
-from fedlora.site.parts import site_of
-from fedlora.site.site_file import SiteFile
-from fedlora.site.work import Learner, Site
+from fedlora.site.work import Learner
 
 if TYPE_CHECKING:
     from fedlora.learn.simulated.rows import SimulatedRows
@@ -305,16 +300,16 @@ def _in_process(lab: Lab, out: Path, lost: Lost, report: Report) -> RunStore:
     from fedlora.lab.rehearse import simulated_run
 
     directory = out / "federated"
-    server = _identity(out / "keys" / "server.key", "server", lab.plan)
-    identities = {n: _identity(out / "keys" / f"{n}.key", n, lab.plan) for n in lab.simulation.sites}
+    server = identity_of(out / "keys" / "server.key", "server", lab.plan)
+    identities = {n: identity_of(out / "keys" / f"{n}.key", n, lab.plan) for n in lab.simulation.sites}
     publics = {n: i.public for n, i in identities.items()}
     roster, digest = out / "keys" / "roster.json", ""
     if mode_of(lab.plan).needs_roster:
-        coordinator = _identity(out / "keys" / "coordinator.key", "coordinator", lab.plan)
+        coordinator = identity_of(out / "keys" / "coordinator.key", "coordinator", lab.plan)
         digest = make_roster(roster, server.public, list(publics.values()), coordinator)
     learners = _learners(lab, report)
     sites = {
-        n: _virtual_site(lab, i, server.public, out / "sites" / n, digest, report, learners[n]) for n, i in identities.items()
+        n: virtual_site(lab, i, server.public, out / "sites" / n, digest, report, learners[n]) for n, i in identities.items()
     }
     if RunStore.holds(directory):
         store = RunStore.open(directory, lab.plan)
@@ -358,36 +353,6 @@ def _learners(lab: Lab, report: Report) -> Mapping[str, Learner]:
 
     together = JointLearners(alone)
     return {name: together.one(name) for name in alone}
-
-
-def _virtual_site(
-    lab: Lab, identity: Identity, server: PublicIdentity, state: Path, roster: str, report: Report, learner: Learner
-) -> Site:
-    file = SiteFile(
-        name=identity.name,
-        roster=roster,
-        models={lab.plan.model.model_name_or_path: str(lab.base)},
-        policy=open_policy(protect=(lab.plan.protect.mode,)),  # who simulates has written the plan
-        **private_tables(lab.plan, lab.simulation.data, population=identity.name),
-    )
-
-    quiet = partial(_named, identity.name, report)
-    if lab.plan.lora.init:
-        Firsts(state, "approved").keep(lab.first)
-    return site_of(identity, server, file, make_learner=lambda plan: learner, state=state, report=quiet)
-
-
-def _named(site: str, report: Report, event: Event, facts: Mapping[str, Any]) -> None:
-    report(event, {"site": site, **facts})
-
-
-def _identity(path: Path, name: str, plan: Plan) -> Identity:
-    if not path.exists():
-        from fedlora.lab.rehearse import rehearsed
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rehearsed(name, plan).save(path)
-    return load_identity(path)
 
 
 # --- facts ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Sites of a simulation that run in its own process."""
