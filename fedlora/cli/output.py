@@ -109,6 +109,11 @@ def command_of(words: Sequence[str], app: Any) -> str:
 
 _SILENCE_S = 20.0
 """Longest silence while something loads."""
+_AGAIN_S = 3600.0
+"""After so long a line is said again although nothing has changed."""
+_NEWS = frozenset(["start", "round", "round-void", "void", "final", "trained", "evaluated"])
+_ASKED_AGAIN = frozenset(["ask", "session", "update", "rejected", "erred", "blocked", "failed"])
+"""What each attempt at one round says again, at the server and at a site, in the same words; until one of the news above."""
 
 
 class Screen:
@@ -125,6 +130,7 @@ class Screen:
         self._bars: Progress | None = None
         self._arm = ""
         self._spoken = threading.Event()
+        self._told: dict[str, float] = {}
 
     def __enter__(self) -> Screen:
         if not self._quiet and self._command is None and sys.stderr.isatty():
@@ -155,12 +161,24 @@ class Screen:
             self._step(facts)
         elif event not in QUIET and not self._quiet:
             known = event in LINES
-            self._print(
-                LINES[event if known else "other"].format_map(_FlatFacts(facts if known else {"name": event}, arm=self._arm))
-            )
+            text = LINES[event if known else "other"].format_map(_FlatFacts(facts if known else {"name": event}, arm=self._arm))
+            if not self._repeats(event, text):
+                self._print(text)
 
         if event == "load" and not self._quiet:
             self._say_again(f"still loading {facts['model']}: this machine is busy, or the files are large")
+
+    def _repeats(self, event: Event, text: str) -> bool:
+        """Whether this line is one that was said not long ago, of a round that is asked again every minute until people act."""
+        if event in _NEWS:
+            self._told.clear()
+        if event not in _ASKED_AGAIN:
+            return False
+        now, before = time.monotonic(), self._told.get(text)
+        if before is None or now - before > _AGAIN_S:
+            self._told[text] = now
+            return False
+        return True
 
     def _say_again(self, text: str) -> None:
         """Until the next event: libraries and weights are loaded by code that says nothing."""
@@ -260,6 +278,7 @@ LINES: Mapping[str, str] = {
     "majority": "  {site} has {percent} % of the round's weight: it alone decides more than all others together",
     "round-void": "round {round} is void ({void}): too few sites stayed until the end of its session; the adapter is unchanged",
     "void": "{at}, attempt {attempt}: too few sites; asking again",
+    "blocked": "{at}: {said}",
     "damaged": "{file} is damaged and was set aside; its round is repeated",
     "mended": "{file} was damaged or missing; it has been written again",
     "evaluation-again": "{file} is damaged and was set aside; the last evaluation is repeated",

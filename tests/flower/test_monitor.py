@@ -332,6 +332,36 @@ def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(
         assert (ones, told[site]) == ([word], word)
 
 
+def test_a_round_that_waits_for_people_says_so_of_the_run_and_of_each_site(home, monkeypatch):
+    names = ["a-ready", "b-refuses"]
+    for name in names:
+        (home / "sites" / f"{name}.pub").write_text("a key\n")
+    seen = Sightings(home, clock=lambda: 1000.0)
+    for name in names:
+        seen.through(lambda event, facts: None)(Event.SITE_ONLINE, SiteName(site=name))
+    record = (
+        RunStore.open(home / "runs" / "toy")
+        .records()[-1]
+        .model_copy(
+            update={"round": 2, "asked": tuple(names), "sites": {}, "missing": {"a-ready": "lone-change", "b-refuses": "data"}}
+        )
+    )
+    at = Progress(round=1, rounds=3)
+    at.take(990.0, Event.BLOCKED, {"record": record, "sites": {"b-refuses": "data"}})
+    at.take(1000.0, Event.ASK, {"round": 2, "kind": "train", "sites": names})
+    monkeypatch.setattr(looking, "progress", lambda home, name: at)
+    monkeypatch.setattr(looking, "live", lambda home: {"job": Job("toy.toml", resume=False, name="toy")})
+    monkeypatch.setattr(looking, "_server", lambda home: (True, "fed:8443", 1, "up"))
+    found = look(home, now=1001.0)
+    (run,) = [one for one in found["runs"] if one["name"] == "toy"]
+    assert (run["state"], run["missing"]) == ("waiting", ["b-refuses"])
+    assert "round 2 of 3: waits for people" in run["said"]
+    standing = {one["site"]: one for one in found["sites"]}
+    assert (standing["a-ready"]["standing"], standing["b-refuses"]["standing"]) == ("idle", "degraded")
+    assert "waits for b-refuses" in standing["a-ready"]["said"]
+    assert "it runs `fedlora check PLAN --site SITE`" in standing["b-refuses"]["said"]
+
+
 def test_a_site_that_signs_off_and_comes_back_is_not_said_to_pause_when_it_is_lost_later(home, monkeypatch):
     monkeypatch.setattr(looking, "_server", lambda home: (True, "fed:8443", 1, "up"))
     seen = Sightings(home)

@@ -8,6 +8,8 @@ from typing import Any, Final, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from fedlora.core.records import RoundRecord
+
 _exact = with_config(ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False))
 
 
@@ -31,6 +33,20 @@ class SiteFinding(TypedDict):
     """the exit status that it would end a command with; 0 unless it is ``later`` or ``wrong``"""
     numbers: Mapping[str, float]
     """counts, by name"""
+
+
+@_exact
+class Blocked(TypedDict):
+    """A round has too few sites without those that only people there can bring back; it is asked again and again."""
+
+    record: RoundRecord
+    """of the attempt"""
+    sites: Mapping[str, str]
+    """those sites, each with the code that it has answered"""
+    waits_s: float
+    """longest wait for them, seconds"""
+    said: str
+    """what is missing, at whom, and what is done about it there"""
 
 
 @_exact

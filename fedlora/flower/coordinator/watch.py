@@ -23,8 +23,8 @@ from fedlora.gateway.doors import GOODBYES, SENDING
 from fedlora.rounds.audit import NO_FACTS, run_facts
 
 _PASSED_ON = (
-    Event.START, Event.WAITING, Event.WAITING_FOR, Event.REJECTED, Event.ERRED, Event.AWAY, Event.VOID, Event.ROUND,
-    Event.ROUND_VOID, Event.FINAL, Event.RUN,
+    Event.START, Event.WAITING, Event.WAITING_FOR, Event.REJECTED, Event.ERRED, Event.AWAY, Event.VOID, Event.BLOCKED,
+    Event.ROUND, Event.ROUND_VOID, Event.FINAL, Event.RUN,
 )  # fmt: skip
 """Of a run's events, what the coordinator sees at `server up` too."""
 
