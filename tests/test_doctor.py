@@ -15,9 +15,10 @@ from fedlora.cli import main
 from fedlora.core.deployment.digests import grouped
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.plan import Plan
+from fedlora.core.tables.data import SiteData
 from fedlora.core.toml import dump_toml
 from fedlora.doctor import gpus
-from fedlora.doctor.examine import at_home, examine, settle
+from fedlora.doctor.examine import at_home, examine, online, settle
 from fedlora.doctor.files import room
 from fedlora.doctor.findings import FAULTS, worst
 from fedlora.formats.epochs import first_epoch
@@ -26,8 +27,9 @@ from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.lock import hold
 from fedlora.formats.state.memory import FileMemory
 from fedlora.gateway.certificates import make_node_key, make_tls
+from fedlora.gateway.probe import Finding
 from fedlora.site.admission import Begun, Runs
-from fedlora.site.site_file import load_site_file
+from fedlora.site.site_file import SiteFile, load_site_file
 
 DIGESTS = {"model": {"digest": "a" * 64}, "lora": {"init_digest": "b" * 64}}
 SECAGG = {"protect": {"mode": "secagg"}, "aggregate": {"weighting": "uniform"}}
@@ -343,6 +345,29 @@ def test_what_may_go_away_by_itself_ends_nothing(place):
     place.change(data={"path": "rows.jsonl"})
     with pytest.raises(FedLoRAError, match="cannot be used"):
         settle(at_home(place.file), lambda e, f: None)
+
+
+@pytest.mark.parametrize("key", ["data", "models", "server"])
+def test_what_is_still_the_samples_is_wrong_and_not_waited_for(place, key, monkeypatch):
+    """Nobody mounts the disk on which the sample's rows lie."""
+    away = Finding("no-name", {"host": "fed.example.org", "server": "fed.example.org:8443"})
+    monkeypatch.setattr("fedlora.doctor.examine.probe", lambda *args, **more: away)
+    mine = {"data": {"path": "elsewhere.jsonl"}, "models": {MODEL: "elsewhere"}, "server": "elsewhere:8443"}
+    sample = {"data": {"path": SiteData().path}, "models": SiteFile().models, "server": SiteFile().server}
+    part = {"models": "base"}.get(key, key)
+
+    def verdict():
+        found = [*looked(place), *online(load_site_file(place.file), place.root)]
+        return next(f for f in found if f.part == part and f.verdict in ("later", "wrong"))
+
+    place.change(**{key: mine[key]})
+    assert verdict().verdict == "later"
+    place.change(**{key: sample[key]})
+    assert verdict().verdict == "wrong"
+    assert "still the sample's: set it" in verdict().fix
+    if key != "server":
+        with pytest.raises(FedLoRAError):
+            settle(at_home(place.file), lambda e, f: None)
 
 
 def test_every_fault_of_the_table_is_seeded():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from fedlora.core.codes import Code, exit_status
@@ -189,6 +189,17 @@ class Found:
         cause = CAUSES[name]
         code: Code = {"accepted": "unknown-site", "process": "local-port"}.get(cause.part, "connection")  # type: ignore[assignment]
         return cls(cause.part, name, "wrong" if cause.lasts else "later", cause.sentence(facts), cause.remedy(facts), code)
+
+    def lasting(self, *, sample: str = "") -> Found:
+        """The same as a fault that does not go away by itself.
+
+        Args:
+            sample: key of the site file that still has the sample's value; empty: the finding stays as it is.
+        """
+        if not sample or self.verdict != "later":
+            return self
+        fix = f"{sample} in the site file is still the sample's: set it. {self.fix[:1].upper()}{self.fix[1:]}"
+        return replace(self, verdict="wrong", fix=fix)
 
     @property
     def status(self) -> int:

@@ -137,7 +137,7 @@ def bases(file: SiteFile, root: Path, plans: Sequence[Plan]) -> Iterator[Found]:
     try:
         check_bases(file, root)
     except FedLoRAError as e:
-        yield Found.of("base", "no-base", e, verdict="later")
+        yield Found.of("base", "no-base", e, verdict="later").lasting(sample="[models]" if file.is_sample("models") else "")
         return
     pinned = {plan.model.digest: plan for plan in plans if plan.is_pinned and plan.model.model_name_or_path in file.models}
     if not pinned:

@@ -63,7 +63,8 @@ class Joining(TypedDict):
     """A step of `site join` is done."""
 
     step: str
-    """``server``: it is the invitation's; ``keys``: were made; ``words``: it has asked, and people compare these"""
+    """``aside``: what an unanswered attempt has left made room; ``server``: it is the invitation's; ``keys``: were made;
+    ``words``: it has asked, and people compare these"""
     said: str
 
 
