@@ -22,7 +22,6 @@ from fedlora.data.deal import SPLITS, deal, three_ways
 from fedlora.data.files.sources import check_sheets, promised_format
 from fedlora.data.holdout import components, split
 from fedlora.data.report import SHOWN
-from fedlora.learn.bases.digest import check_there
 from fedlora.learn.rows import counted_tokens, read_rows
 from fedlora.learn.simulated.columns import by_column
 from fedlora.learn.simulated.overlap import Shared, label_counts, shared, shared_line
@@ -152,8 +151,6 @@ def _read_simulation(plan: Plan, root: Path, toys: Path, report: Report) -> Simu
             f"simulation.base: {base} does not exist",
             hint="a directory or GGUF file of the base model, relative to the plan file; `toy` needs none",
         )
-    if base is not None and base.is_dir():
-        check_there(base)
     if base is not None and base.is_file() and not _is_gguf(base):
         raise ConfigError(
             f"simulation.base: {base} is a file, and no GGUF file",
