@@ -31,7 +31,7 @@ def test_a_base_that_is_none_is_said_before_anything_heavy_is_loaded(tmp_path, c
     (tmp_path / "empty").mkdir()
     adapter(tmp_path / "adapter")
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    data = {"base": base, "sites": 2, "data": {"path": "rows.jsonl"}}
+    data = {"base": base}
     (tmp_path / "plan.toml").write_text(dump_toml(Plan(simulation=data) if command == "simulate" else Plan()))
     words = {
         "pin": ["plan.toml", "--model", base, "--out", "pinned"],
