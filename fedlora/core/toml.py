@@ -90,7 +90,8 @@ def _line(e: ErrorDetails, section: type[Section]) -> str:
     if e["type"] == "string_pattern_mismatch":
         return f"{dotted}: {_in_words(e['ctx']['pattern'], e['input'])}"
     if e["type"] != "extra_forbidden":
-        return f"{dotted or 'file'}: {e['msg'][0].lower()}{e['msg'][1:]}"
+        said = f"{e['msg'][0].lower()}{e['msg'][1:]}"
+        return f"{dotted}: {said}" if dotted else said
     if dotted in _MOVED:
         return f"{dotted}: {_MOVED[dotted]}"
     table: type[Section] | None = section
