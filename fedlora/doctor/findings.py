@@ -70,6 +70,10 @@ FAULTS: Final[Mapping[str, tuple[str, str]]] = {
         "this site's own policy refuses the plan",
         "The message names the key; change it in the site file, or talk to the coordinator.",
     ),
+    "lone-change": (
+        "by what this site has given on the plan's base model, it would answer the plan with lone-change",
+        "The message names the way out: another base model, the earlier plan again, or `fedlora site approve --uncovers`.",
+    ),
     "no-roster": (
         "the plan needs a roster, and none is approved",
         "Set `roster` in the site file to the digest that the coordinators read to you from `fedlora roster show`.",
