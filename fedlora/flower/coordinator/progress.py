@@ -14,6 +14,11 @@ from fedlora.core.words import number
 
 _LAST = 5
 """So many rounds say how long the next one may take."""
+_PHASES = {
+    Event.SESSION: "; their session is open, masked updates are to come",
+    Event.MASKED: "; their masked updates are here: they vote on one set of them, then the sum is opened",
+    Event.SUM: "; the sum is opened",
+}
 _AT_ONCE_S = 10.0
 """A refusal, or an answer from a journal, comes within so many seconds."""
 
@@ -26,6 +31,7 @@ class Progress:
         round: rounds that are done.
         rounds: of the plan; 0 before the run has begun.
         now: round of the attempt that goes on; 0: none does.
+        phase: of a session of secure aggregation, in words; empty before it.
         since: when that attempt began, seconds since 1970.
         answers: site that was asked -> None before its answer; then an empty string if it counts, or its error code.
         there, missing, need: while it waits for sites: who is there, who is not, how many are needed.
@@ -38,6 +44,7 @@ class Progress:
     rounds: int = 0
     now: int = 0
     kind: str = ""
+    phase: str = ""
     since: float = 0.0
     answers: dict[str, str | None] = field(default_factory=dict)
     waiting: bool = False
@@ -59,10 +66,14 @@ class Progress:
         elif event == Event.ASK:
             self.waiting, self.since = False, at
             self.now, self.kind, self.answers = facts["round"], facts["kind"], dict.fromkeys(facts["sites"])
+            self.phase = ""
         elif event in (Event.UPDATE, Event.REJECTED, Event.ERRED):
             self.answers[facts["site"]] = facts.get("code", "")
         elif event in (Event.MASKED, Event.SUM):
             self.answers |= dict.fromkeys(facts["sites"], "")
+            self.phase = _PHASES[event]
+        elif event == Event.SESSION:
+            self.phase = _PHASES[event]
         elif event in (Event.ROUND, Event.ROUND_VOID, Event.VOID, Event.BLOCKED, Event.FINAL):
             self.record, self.now = facts["record"], 0
             self.blocked = dict(facts["sites"]) if event == Event.BLOCKED else {}
@@ -110,7 +121,8 @@ class Progress:
             return f"{at}: between two rounds"
         answered = [s for s, code in self.answers.items() if code is not None]
         still = ", ".join(s for s, code in self.answers.items() if code is None)
-        return f"{at}: {len(answered)} of {len(self.answers)} sites have answered{f'; not yet: {still}' if still else ''}"
+        counted = f"{at}: {len(answered)} of {len(self.answers)} sites have answered"
+        return f"{counted}{f'; not yet: {still}' if still else ''}{self.phase}"
 
     def _needs(self) -> Iterator[str]:
         for site, code in self.blocked.items():
