@@ -13,6 +13,7 @@ from test_best import overfitted
 from test_rounds import interrupted
 
 from fedlora.cli import main
+from fedlora.core.deployment.live import in_page
 from fedlora.core.messages import Reply
 from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.lab.page.deployment import contents, load
@@ -68,7 +69,8 @@ def test_the_page_says_how_far_who_took_part_what_was_rejected_and_which_round_w
 def test_a_run_that_goes_on_has_a_page_that_is_read_again(home):
     assert main(["report", str(home / "runs" / "part"), "--figures", str(home / "figures")]) == 0
     page = home / "runs" / "part" / "report.html"
-    assert 'http-equiv="refresh" content="30"' in page.read_text()
+    assert 'http-equiv="refresh" content="10"' in page.read_text()
+    assert "<h2>Now</h2>" in in_page(page.read_text(), "<h2>Now</h2>")  # `server up` says there what goes on
     assert "3 of 8 rounds are done" in text_of(page)
     assert "Every site counted in every round." in text_of(page) or "Who did not count" in text_of(page)
     assert (home / "figures" / "run-participation.png").exists()
@@ -88,3 +90,14 @@ def test_names_of_codes_and_sites_cannot_break_out_of_the_page(home, tmp_path):
     assert "<script" not in page
     assert "<b>alert" not in page
     assert "<i>x" not in page
+
+
+def test_a_run_that_has_just_begun_has_a_page_and_one_that_is_done_says_nothing_of_the_present(home, tmp_path):
+    fed = overfitted(tmp_path)
+    fed.store()
+    shutil.copytree(tmp_path / "run", home / "runs" / "begun")
+    assert main(["report", str(home / "runs" / "begun")]) == 0
+    assert "<h2>Now</h2>" in in_page((home / "runs" / "begun" / "report.html").read_text(), "<h2>Now</h2>")
+    assert main(["report", str(home / "runs" / "done")]) == 0
+    done = (home / "runs" / "done" / "report.html").read_text()
+    assert in_page(done, "<h2>Now</h2>") == done

@@ -15,19 +15,24 @@ from fedlora.cli import main
 from fedlora.core.deployment.digests import grouped
 from fedlora.core.errors import FedLoRAError
 from fedlora.core.plan import Plan
+from fedlora.core.tables.data import SiteData
 from fedlora.core.toml import dump_toml
 from fedlora.doctor import gpus
-from fedlora.doctor.examine import at_home, examine, settle
+from fedlora.doctor.examine import at_home, examine, online, settle
 from fedlora.doctor.files import room
 from fedlora.doctor.findings import FAULTS, worst
 from fedlora.formats.epochs import first_epoch
-from fedlora.formats.keys import Identity, load_public
+from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.lock import hold
 from fedlora.formats.state.memory import FileMemory
 from fedlora.gateway.certificates import make_node_key, make_tls
+from fedlora.gateway.probe import Finding
+from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
+from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
-from fedlora.site.site_file import load_site_file
+from fedlora.site.foresight import foreseen
+from fedlora.site.site_file import SiteFile, load_site_file
 
 DIGESTS = {"model": {"digest": "a" * 64}, "lora": {"init_digest": "b" * 64}}
 SECAGG = {"protect": {"mode": "secagg"}, "aggregate": {"weighting": "uniform"}}
@@ -134,6 +139,16 @@ def accepted(p, *, days=0, epochs=1):
     return last, first
 
 
+def lone_change(p):
+    p.approve(plan(**SECAGG))
+    memory, key = FileMemory(p.root / "state" / "memory"), load_identity(p.root / "alpha" / "alpha.key")
+    p.change(roster=accepted(p)[0].digest())
+    other = Contribution.of([load_public(p.root / "alpha" / "alpha.pub")], {"training.learning_rate": "1"})
+    ledger = Ledger().after(Base.of(plan(**SECAGG)), other)
+    ContributionStore(memory, key, lambda n: bytes(n)).save(ledger)
+    return "this site will answer lone-change: this site's group on the roster is"
+
+
 def other_roster(p):
     accepted(p)
     p.change(roster="f" * 64)
@@ -197,7 +212,7 @@ def few_held_out(p):
 TABLE = [
     (key_missing, 3), (key_open, 3), (bad_key, 3), (foreign_key, 3), (foreign_node_key, 3), (bad_ca, 4),
     (state_not_writable, 3), (port_taken, 3), (no_approval, 0), (approvals_spent, 0), (plan_unknown, 0), (plan_refused, 5),
-    (no_roster, 3), (other_roster, 0), (roster_expired, 4), (bad_roster, 3), (no_base, 3), (bad_base, 3),
+    (no_roster, 3), (lone_change, 5), (other_roster, 0), (roster_expired, 4), (bad_roster, 3), (no_base, 3), (bad_base, 3),
     (no_data, 3), (bad_data, 3), (rows_dropped, 0), (no_group_key, 0), (held_out_larger, 0), (few_held_out, 0),
 ]  # fmt: skip
 
@@ -336,6 +351,48 @@ def test_a_plan_that_needs_a_roster_does_not_pass_the_check_of_a_site_without_on
     assert "`roster` in the site file is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("roster", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "the same", "another plan", "sealed", "allow"])
+@pytest.mark.parametrize("mode", ["secagg", "sealed"])
+def test_a_site_foresees_what_it_will_answer_by_what_it_has_given(place, before, mode, roster):
+    """As protect/ledger.py decides when the task comes; without a roster what is certain whatever the group will be."""
+    one = plan(**SECAGG) if mode == "secagg" else plan()
+    place.change(roster=accepted(place)[0].digest())
+    memory, base = FileMemory(place.root / "state" / "memory"), Base.of(one)
+    members = [load_public(place.root / "alpha" / "alpha.pub")]
+    if roster:
+        known = SignedRoster.parse(memory.get("roster")).roster
+        members = [known.site(name) for name in known.groups()[0]]
+    else:
+        for file in memory.files("roster"):
+            file.unlink()
+    given = {
+        "nothing": Ledger(), "sealed": Ledger().after_sealed(base), "allow": Ledger().after(base, None),
+        "the same": Ledger().after(base, Contribution.of(members, measure(plan(**SECAGG)))),
+        "another plan": Ledger().after(base, Contribution.of(members, {"training.learning_rate": "1"})),
+    }[before]  # fmt: skip
+    key = load_identity(place.root / "alpha" / "alpha.key")
+    ContributionStore(memory, key, lambda n: bytes(n)).save(given)
+    file = load_site_file(place.file)
+    refuses = {"secagg": ("another plan", "sealed", "allow"), "sealed": ("the same", "another plan")}[mode]
+    found = foreseen(one, file, place.root)
+    assert (found is not None) == (before in refuses)
+    assert found is None or found.hint
+
+
+def test_what_another_plan_may_not_give_is_a_note_while_one_plan_can_run(place):
+    lone_change(place)
+    assert named(looked(place))["lone-change"].verdict == "wrong"
+    with pytest.raises(FedLoRAError, match="lone-change"):
+        settle(at_home(place.file), lambda e, f: None)
+    elsewhere = plan(**SECAGG).model.model_copy(update={"model_name_or_path": "other/base", "digest": "cd" * 32})
+    place.approve(plan(**SECAGG).model_copy(update={"model": elsewhere}))
+    place.change(models={MODEL: str(place.base), "other/base": str(place.base)})
+    assert named(looked(place))["lone-change"].verdict == "note"
+    Runs(FileMemory(place.root / "state" / "memory")).save([Begun("c" * 64, plan(**SECAGG).digest())])
+    assert "lone-change" not in named(looked(place))  # that run has begun here: what it gave is no news
+
+
 def test_what_may_go_away_by_itself_ends_nothing(place):
     no_data(place)
     settle(at_home(place.file), lambda e, f: None)
@@ -343,6 +400,29 @@ def test_what_may_go_away_by_itself_ends_nothing(place):
     place.change(data={"path": "rows.jsonl"})
     with pytest.raises(FedLoRAError, match="cannot be used"):
         settle(at_home(place.file), lambda e, f: None)
+
+
+@pytest.mark.parametrize("key", ["data", "models", "server"])
+def test_what_is_still_the_samples_is_wrong_and_not_waited_for(place, key, monkeypatch):
+    """Nobody mounts the disk on which the sample's rows lie."""
+    away = Finding("no-name", {"host": "fed.example.org", "server": "fed.example.org:8443"})
+    monkeypatch.setattr("fedlora.doctor.examine.probe", lambda *args, **more: away)
+    mine = {"data": {"path": "elsewhere.jsonl"}, "models": {MODEL: "elsewhere"}, "server": "elsewhere:8443"}
+    sample = {"data": {"path": SiteData().path}, "models": SiteFile().models, "server": SiteFile().server}
+    part = {"models": "base"}.get(key, key)
+
+    def verdict():
+        found = [*looked(place), *online(load_site_file(place.file), place.root)]
+        return next(f for f in found if f.part == part and f.verdict in ("later", "wrong"))
+
+    place.change(**{key: mine[key]})
+    assert verdict().verdict == "later"
+    place.change(**{key: sample[key]})
+    assert verdict().verdict == "wrong"
+    assert "still the sample's: set it" in verdict().fix
+    if key != "server":
+        with pytest.raises(FedLoRAError):
+            settle(at_home(place.file), lambda e, f: None)
 
 
 def test_every_fault_of_the_table_is_seeded():

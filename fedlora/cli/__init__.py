@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import sys
 import traceback
 from typing import TYPE_CHECKING
@@ -97,10 +98,15 @@ def _options(words: list[str]) -> list[str]:
     return words[: words.index("--")] if "--" in words else words
 
 
+_NEAR = re.compile(r" \(?(Did you mean [^?]*\?)\)?")
+
+
 def _usage(e: click.ClickException, called: str, command: str | None) -> int:
     """A command line that is wrong, answered as every other error."""
-    hint = f"fedlora {called} --help".replace("  ", " ")
-    return fail(e.format_message(), hint=hint, code="usage", status=e.exit_code, command=command)
+    hint, text = f"fedlora {called} --help".replace("  ", " "), e.format_message()
+    if text.startswith("No such") and (near := _NEAR.findall(text)):  # click says it, and typer says it again
+        text = f"{_NEAR.sub('', text)} {near[0]}"
+    return fail(text, hint=hint, code="usage", status=e.exit_code, command=command)
 
 
 def _interrupted(words: list[str], command: str | None) -> int:

@@ -90,4 +90,4 @@ def _told(plan: Path) -> list[str]:
 
 
 def _said(asked: Any, count: int, *, json: bool, text: str) -> None:
-    emit(asked.facts(approved=count), [text], as_json=json)
+    emit(asked.facts(approved=count), [text, *asked.warning()], as_json=json)

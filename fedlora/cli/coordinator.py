@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from fedlora.core.deployment.status import RunStatus, ServerStatus, SiteStanding
 
 Home = Annotated[Path, typer.Argument(help="The server's directory, from `fedlora server init`.")]
-Page = Annotated[bool, typer.Option("--page", help="Write HOME/runs/NAME/report.html again whenever a round is done.")]
+Page = Annotated[
+    bool,
+    typer.Option(
+        "--page", help="Write HOME/runs/NAME/report.html when a run begins and after each round, and in it what goes on now."
+    ),
+]
 Monitor = Annotated[
     int | None,
     typer.Option(

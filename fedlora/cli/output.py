@@ -108,6 +108,13 @@ def command_of(words: Sequence[str], app: Any) -> str:
     return " ".join(found)
 
 
+_AGAIN_S = 3600.0
+"""After so long a line is said again although nothing has changed."""
+_NEWS = frozenset(["start", "round", "round-void", "void", "final", "trained", "evaluated"])
+_ASKED_AGAIN = frozenset(["ask", "session", "update", "rejected", "erred", "blocked", "failed"])
+"""What each attempt at one round says again, at the server and at a site, in the same words; until one of the news above."""
+
+
 class Screen:
     """Progress of long work, told by events. Bars on a terminal, one line an event elsewhere, nothing when quiet.
 
@@ -122,6 +129,7 @@ class Screen:
         self._bars: Progress | None = None
         self._arm = ""
         self._pulse = Pulse(self._say_again)
+        self._told: dict[str, float] = {}
 
     def __enter__(self) -> Screen:
         if not self._quiet and self._command is None and sys.stderr.isatty():
@@ -150,9 +158,23 @@ class Screen:
         if event == "step":
             self._step(facts)
         elif event not in QUIET and not self._quiet:
-            self._print(line_of(event, facts, arm=self._arm))
+            text = line_of(event, facts, arm=self._arm)
+            if not self._repeats(event, text):
+                self._print(text)
         if not self._quiet:
             self._pulse.heard(event, facts, shown=event not in QUIET)
+
+    def _repeats(self, event: Event, text: str) -> bool:
+        """Whether this line is one that was said not long ago, of a round that is asked again every minute until people act."""
+        if event in _NEWS:
+            self._told.clear()
+        if event not in _ASKED_AGAIN:
+            return False
+        now, before = time.monotonic(), self._told.get(text)
+        if before is None or now - before > _AGAIN_S:
+            self._told[text] = now
+            return False
+        return True
 
     def _say_again(self, text: str) -> None:
         if self._bars is None or not self._bars.tasks:  # a bar that moves says as much

@@ -37,9 +37,9 @@ def pull(
     kept = sorted(journal.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
     fitting = [p for p in kept if p.stem.startswith(run)]
     if not fitting:
-        known = ", ".join(p.stem[:12] for p in kept) or "none"
+        known = ", ".join(p.stem[:12] for p in kept)
         raise StoreError(
-            f"no run {run or 'at all'} has come to its end here; done are: {known}",
+            f"no run {run} has come to its end here; done are: {known}" if kept else "no run has come to its end here",
             hint="the adapter comes with the last evaluation; `fedlora site status` says how far a run is. A site that was away "
             "then asks the coordinator for it, who has it by `fedlora server pull`",
         )

@@ -55,7 +55,7 @@ from fedlora.core.facts import (
     Trained,
     Waiting,
 )
-from fedlora.core.sites.facts import Evaluated, Joining, Paused, Sent, SiteAsks, SiteFinding
+from fedlora.core.sites.facts import Blocked, Evaluated, Joining, Paused, Sent, SiteAsks, SiteFinding
 from fedlora.core.tables.lab import Reading, Sweep, SweepRun
 
 
@@ -73,6 +73,7 @@ class Event(StrEnum):
     ERRED = "erred"
     AWAY = "away"
     VOID = "void"
+    BLOCKED = "blocked"
     ROUND = "round"
     ROUND_VOID = "round-void"
     MAJORITY = "majority"
@@ -144,6 +145,7 @@ FACTS: Mapping[Event, type[Any]] = {
     Event.ERRED: Rejected,
     Event.AWAY: Away,
     Event.VOID: Recorded,
+    Event.BLOCKED: Blocked,
     Event.ROUND: Recorded,
     Event.ROUND_VOID: Recorded,
     Event.MAJORITY: Majority,

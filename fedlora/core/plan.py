@@ -180,7 +180,7 @@ class Federation(Section):
     round_deadline: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
     """seconds from the request to the last update that counts"""
     round_attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    """attempts at a round before the run stops; it can be resumed"""
+    """attempts at a round before the run stops; it can be resumed. What only people at a site can mend uses up none"""
 
     @model_validator(mode="after")
     def _steps(self) -> Self:

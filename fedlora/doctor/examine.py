@@ -13,6 +13,7 @@ from fedlora.doctor import files, plans, rows
 from fedlora.doctor.findings import Found, worst
 from fedlora.doctor.gpus import gpus
 from fedlora.gateway.clock import MAX_CORRECTION_S
+from fedlora.gateway.entry.stage import asked_words
 from fedlora.gateway.probe import enrolled, probe
 from fedlora.site.site_file import SiteFile, load_site_file
 
@@ -51,7 +52,7 @@ def online(file: SiteFile, root: Path, *, timeout_s: float = 5.0) -> Iterator[Fo
     ca = root / file.ca
     finding = probe(file.server, ca=ca, timeout_s=timeout_s)
     if finding.cause:
-        yield Found.caused(finding.cause, finding.facts)
+        yield Found.caused(finding.cause, finding.facts).lasting(sample="server" if file.is_sample("server") else "")
         return
     yield Found.right("server", f"{file.server} answers, and its certificate is of the authority in {ca}")
     ahead_s = finding.ahead_s or 0.0
@@ -62,7 +63,9 @@ def online(file: SiteFile, root: Path, *, timeout_s: float = 5.0) -> Iterator[Fo
     corrected = "; what is signed is corrected, and NTP would mend it" if abs(ahead_s) > _AMISS_S else ""
     yield Found.right("clock", f"this machine's clock is {ahead_s:+.1f} s off the server's{corrected}", ahead_s=ahead_s)
     admitted = enrolled(file.server, ca=ca, node_key=root / file.node_key, ahead_s=ahead_s, timeout_s=timeout_s)
-    if admitted.cause:
+    if admitted.cause == "not-enrolled" and (words := asked_words(file, root)):
+        yield Found.caused("awaits-approval", {**admitted.facts, "site": file.name, "words": " ".join(words)})
+    elif admitted.cause:
         yield Found.caused(admitted.cause, admitted.facts)
     else:
         yield Found.right("accepted", f"{file.server} knows this site's node key")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from fedlora.core.codes import Code, exit_status
@@ -69,6 +69,10 @@ FAULTS: Final[Mapping[str, tuple[str, str]]] = {
     "plan-refused": (
         "this site's own policy refuses the plan",
         "The message names the key; change it in the site file, or talk to the coordinator.",
+    ),
+    "lone-change": (
+        "by what this site has given on the plan's base model, it would answer the plan with lone-change",
+        "The message names the way out: another base model, the earlier plan again, or `fedlora site approve --uncovers`.",
     ),
     "no-roster": (
         "the plan needs a roster, and none is approved",
@@ -189,6 +193,17 @@ class Found:
         cause = CAUSES[name]
         code: Code = {"accepted": "unknown-site", "process": "local-port"}.get(cause.part, "connection")  # type: ignore[assignment]
         return cls(cause.part, name, "wrong" if cause.lasts else "later", cause.sentence(facts), cause.remedy(facts), code)
+
+    def lasting(self, *, sample: str = "") -> Found:
+        """The same as a fault that does not go away by itself.
+
+        Args:
+            sample: key of the site file that still has the sample's value; empty: the finding stays as it is.
+        """
+        if not sample or self.verdict != "later":
+            return self
+        fix = f"{sample} in the site file is still the sample's: set it. {self.fix[:1].upper()}{self.fix[1:]}"
+        return replace(self, verdict="wrong", fix=fix)
 
     @property
     def status(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlora.core.deployment.digests import grouped
@@ -18,6 +20,7 @@ from fedlora.formats.state.memory import FileMemory
 from fedlora.learn.bases.digest import arithmetic, base_digest
 from fedlora.site.admission import Runs
 from fedlora.site.approve import kept_plan
+from fedlora.site.foresight import foreseen
 from fedlora.site.policy import refused
 from fedlora.site.private import private_refusals
 from fedlora.site.site_file import NO_ROSTER, SET_ROSTER, SiteFile
@@ -46,9 +49,14 @@ def approved(file: SiteFile, root: Path, *, named: Plan | None) -> Iterator[Foun
     else:
         plans = known_plans(file, root)
         yield from _counted(file, root, plans)
+    lone = [found for plan in _open(plans, file, root, named=named) if (found := _lone(plan, file, root)) is not None]
     refused = [found for plan in plans if (found := _refused(plan, file)) is not None]
     if refused and len(refused) == len(plans):  # else there is one that this site takes part in
         yield refused[0]
+    elif lone and len(lone) + len(refused) == len(plans):
+        yield lone[0]
+    else:
+        yield from (replace(found, verdict="note") for found in lone)
     yield from _roster(file, root)
 
 
@@ -74,6 +82,26 @@ def _counted(file: SiteFile, root: Path, plans: Sequence[Plan]) -> Iterator[Foun
         )  # fmt: skip
     else:
         yield Found.right("approved", said, runs=len(file.plans), begun=begun)
+
+
+def _open(plans: Sequence[Plan], file: SiteFile, root: Path, *, named: Plan | None) -> list[Plan]:
+    """Those of which another run may begin here, or goes on: what has been given for an older one is over."""
+    if not plans or named is not None or file.agreed.approve == "any-within-policy":
+        return list(plans)
+    begun = Counter(one.plan for one in Runs(FileMemory(root / file.state / "memory")).load())
+    return [plan for plan in plans if file.plans.count(plan.digest()) > begun[plan.digest()]]
+
+
+def _lone(plan: Plan, file: SiteFile, root: Path) -> Found | None:
+    """What this site would answer a plan for what it has given before."""
+    try:
+        found: FedLoRAError | None = foreseen(plan, file, root)
+    except FedLoRAError as e:
+        found = e
+    if found is None:
+        return None
+    said = f"plan {plan.digest()[:12]}: this site will answer lone-change: {found}"
+    return Found("approved", "lone-change", "wrong", said, found.hint, "plan-refused")
 
 
 def _refused(plan: Plan, file: SiteFile) -> Found | None:
@@ -137,7 +165,7 @@ def bases(file: SiteFile, root: Path, plans: Sequence[Plan]) -> Iterator[Found]:
     try:
         check_bases(file, root)
     except FedLoRAError as e:
-        yield Found.of("base", "no-base", e, verdict="later")
+        yield Found.of("base", "no-base", e, verdict="later").lasting(sample="[models]" if file.is_sample("models") else "")
         return
     pinned = {plan.model.digest: plan for plan in plans if plan.is_pinned and plan.model.model_name_or_path in file.models}
     if not pinned:

@@ -22,7 +22,8 @@ def data(file: SiteFile, root: Path, *, seed: int) -> Iterator[Found]:
     try:
         check_data(file, root)
     except DataError as e:
-        yield Found.of("data", "no-data", e, verdict="later")  # its disk may not be mounted yet
+        lacking = Found.of("data", "no-data", e, verdict="later")  # its disk may not be mounted yet
+        yield lacking.lasting(sample="data.path" if file.is_sample("data") else "")
         return
     table = file.data
     try:

@@ -128,16 +128,20 @@ def pin_plan(plan_file: Path, model: Path, out: Path, *, init: Path | None = Non
         ConfigError: the base does not carry this plan, see :func:`fedlora.learn.proof.check_proven`; or its noise does not
             give the epsilon that it claims, see :func:`fedlora.privacy.claims.with_noise`.
     """
-    from fedlora.data.prompt import prompt_of
+    from fedlora.learn.bases.digest import check_there
+
+    if out.exists():
+        raise StoreError(f"{out} exists", hint="choose another --out; a pinned plan is not changed under its run")
+    plan = load_plan(plan_file).model_copy(update={"simulation": None})
+    check_there(model)
+    plan = with_noise(plan)
+    from fedlora.data.prompt import prompt_of  # all that loads a base takes seconds
     from fedlora.learn.base import load_base, machine_for
     from fedlora.learn.lora import layout_of
     from fedlora.learn.proof import check_proven, prove
     from fedlora.learn.published.begun import begun_with
     from fedlora.rules.first import first_adapter
 
-    if out.exists():
-        raise StoreError(f"{out} exists", hint="choose another --out; a pinned plan is not changed under its run")
-    plan = with_noise(load_plan(plan_file).model_copy(update={"simulation": None}))
     base = load_base(plan.model, model, machine_for(plan, device="cpu"))
     layout = layout_of(base, plan.lora)
     earlier = init is not None or bool(plan.lora.init)

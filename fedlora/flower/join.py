@@ -6,10 +6,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
 
 from fedlora.answers.enrollment import Joined
 from fedlora.core.errors import ConfigError, ConnectionFailed
@@ -21,12 +19,10 @@ from fedlora.formats.files import write_atomic
 from fedlora.formats.invitations import Invitation, words_of
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.gateway.certificates import node_key_private
-from fedlora.gateway.joining import ServerFiles, State, ask, save_server_files, server_files
-from fedlora.gateway.probe import Away
+from fedlora.gateway.entry.patience import Patience
+from fedlora.gateway.entry.stage import note_stage, set_aside, stage_of, undo
+from fedlora.gateway.joining import ServerFiles, ask, save_server_files, server_files
 from fedlora.site.site_file import SiteFile, load_site_file
-
-_AGAIN_S: Final = 3.0
-T = TypeVar("T")
 
 
 def join(
@@ -40,24 +36,36 @@ def join(
         report: told each step.
         pause: waits so many seconds.
 
+    What a refused attempt has made is deleted, and keys that no server has taken make room for those of another line.
+
     Raises:
         ConfigError: other files lie there already; nothing was sent.
         ConnectionFailed: no way to the server, another server than the invitation's (before anything was sent), or it refuses.
         KeyFileError: the keys cannot be written or read.
     """
     file, keys = directory / "site.toml", directory / "keys"
-    _check_place(invitation, file, keys)
 
     def say(step: str, said: str) -> None:
         report(Event.JOINING, Joining(step=step, said=said))
 
-    patience = _Patience(wait_s, pause, say)
+    def make_room(*paths: Path) -> None:
+        if moved := set_aside(*paths):
+            where = ", ".join(map(str, moved))
+            say("aside", f"what an earlier attempt has left, which no server has taken, was set aside: {where}")
+
+    if stage_of(keys) == "made" and _of_another(invitation, file, keys):
+        make_room(file, keys)
+    _check_place(invitation, file, keys)
+    patience = Patience(wait_s, pause, say)
     found = patience.through(partial(server_files, invitation))
     say("server", f"{invitation.server} is the server of this invitation (compared before anything was sent)")
+    if stage_of(keys) == "made" and not _of_server(found, keys):
+        make_room(keys)
+    made = [path for path in (keys, file) if not path.exists()]
     if not keys.exists():
         _make_keys(invitation.site, found, keys)
         say("keys", f"keys of {invitation.site} are in {keys}; the .key files never leave this machine")
-    elif [(keys / name).read_bytes() for name in ("ca.crt", "server.pub")] != [found.authority, found.public]:
+    elif not _of_server(found, keys):
         raise ConfigError(f"{keys} holds the keys for another server", hint="join in another directory: --out")
     public = (keys / f"{invitation.site}.pub").read_bytes()
     send = partial(
@@ -66,17 +74,39 @@ def join(
     )  # fmt: skip
     if not file.exists():
         write_atomic(file, dump_toml(_site_file(invitation)).encode())
-    state = patience.through(send)
     words = words_of(invitation.pin, public)
-    if state == "waiting":
-        say("words", f"read these words to the coordinator over the telephone: {' '.join(words)}")
-        state = patience.decided(send)
+    try:
+        state = patience.through(send)
+        note_stage(keys, "waiting")
+        if state == "waiting":
+            say("words", f"read these words to the coordinator over the telephone: {' '.join(words)}")
+            state = patience.decided(send)
+    except ConnectionFailed as e:
+        if e.code == "unknown-site":  # refused; where no answer has come, the server may have taken these keys
+            if stage_of(keys):  # else these keys may be enrolled
+                note_stage(keys, "made")
+            undo(*made)
+        raise
+    if state == "enrolled":
+        note_stage(keys, "")
     own = load_public(keys / f"{invitation.site}.pub").fingerprint()
     server = load_public(keys / "server.pub").fingerprint()
     return Joined(
         site=invitation.site, server=invitation.server, file=str(file), state=state, words=list(words),
         fingerprint=own, server_fingerprint=server,
     )  # fmt: skip
+
+
+def _of_another(invitation: Invitation, file: Path, keys: Path) -> bool:
+    """Whether an earlier attempt was with a line for another site or another address."""
+    if not (keys / f"{invitation.site}.pub").exists():
+        return True
+    there = load_site_file(file) if file.exists() else None
+    return there is not None and (there.name, there.server) != (invitation.site, invitation.server)
+
+
+def _of_server(found: ServerFiles, keys: Path) -> bool:
+    return [(keys / name).read_bytes() for name in ("ca.crt", "server.pub")] == [found.authority, found.public]
 
 
 def _check_place(invitation: Invitation, file: Path, keys: Path) -> None:
@@ -101,54 +131,10 @@ def _make_keys(site: str, found: ServerFiles, keys: Path) -> None:
     shutil.rmtree(new, ignore_errors=True)
     save_server_files(found, new)
     make_site_keys(site, new)
+    note_stage(new, "made")
     os.replace(new, keys)
 
 
 def _site_file(invitation: Invitation) -> SiteFile:
     name = invitation.site
     return SiteFile(name=name, server=invitation.server, key=f"keys/{name}.key", node_key=f"keys/{name}.node.key")
-
-
-@dataclass(slots=True)
-class _Patience:
-    """Waits that share one limit. Each reason to wait is said once."""
-
-    wait_s: float
-    pause: Callable[[float], None]
-    say: Callable[[str, str], None]
-    waited_s: float = 0.0
-    said: bool = False
-
-    def _once_more(self) -> bool:
-        if self.waited_s >= self.wait_s:
-            return False
-        self.pause(_AGAIN_S)
-        self.waited_s += _AGAIN_S
-        return True
-
-    def through(self, call: Callable[[], T]) -> T:
-        """What the call gives; while nothing answers there, it is made again."""
-        while True:
-            try:
-                return call()
-            except Away as e:
-                if not self.said and self.wait_s:
-                    self.say("away", f"{e}; {e.hint}. It is asked again for up to {self.wait_s:.0f} s")
-                    self.said = True
-                if not self._once_more():
-                    raise
-
-    def decided(self, send: Callable[[], State]) -> State:
-        """Asks again until the coordinator has decided or the time is over; a line that is away for a while is no decision."""
-        state: State = "waiting"
-        if self.wait_s:
-            self.say(
-                "waiting", f"waiting for the coordinator's approval, up to {self.wait_s:.0f} s; this command may be repeated"
-            )
-        while state == "waiting" and self._once_more():
-            try:
-                state = send()
-            except ConnectionFailed as e:
-                if e.code != "connection":
-                    raise
-        return state

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def _serve(
 ) -> object:
     from fedlora import assemble  # in here, so that even a broken installation becomes an outcome
 
-    return assemble.server(home, plan_file, resume=resume, report=report).run(transport, between=between)
+    return assemble.server(home, plan_file, resume=resume, report=report).run(transport, between=between, wait=time.sleep)
 
 
 def main(serve: Serve = _serve) -> int:

@@ -34,6 +34,7 @@ from fedlora.formats.state.memory import FileMemory
 from fedlora.formats.state.outbox import NAME, Outbox
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import node_key_public
+from fedlora.gateway.entry.stage import asked_words, note_stage
 from fedlora.gateway.probe import probe
 from fedlora.processes.causes import CAUSES
 from fedlora.processes.death import Cause, Working
@@ -195,8 +196,10 @@ class _Up:
         def remember() -> None:
             if not (mark.is_file() and mark.read_text(errors="replace") == mine):
                 write_atomic(mark, mine.encode())
+                note_stage((self.root / self.file.key).parent, "")
 
         facts = {"server": self.file.server, "host": host, "port": str(self.file.local_port), "ca": str(ca)}
+        facts |= {"site": self.file.name, "words": " ".join(asked_words(self.file, self.root))}
         return StatusTracker(
             self.file.name,
             facts=facts | {"log": str(log / "supernode.log"), "secret": str(secret)},

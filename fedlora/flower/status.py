@@ -39,7 +39,8 @@ class StatusTracker:
     0: none) and ``said``, which is all of it in one line for people.
 
     Args:
-        facts: values for the sentences: ``server``, ``host``, ``port``, ``ca``, ``log``, ``secret``.
+        facts: values for the sentences: ``server``, ``host``, ``port``, ``ca``, ``log``, ``secret``, ``site``, ``words`` (empty
+            unless this site waits for approval).
         known: whether the server accepted this node key before; then an unknown key means that it was withdrawn.
         on_accepted: called whenever the server accepts this site.
         on_lost: called when the connection is lost, so that the server can be probed.
@@ -148,8 +149,8 @@ class StatusTracker:
     def _refused(self, rest: str) -> None:
         why, _, seconds = rest.partition(" ")
         code = _REFUSALS.get(why, "refused")
-        if code == "not-enrolled" and self._known:
-            code = "withdrawn"
+        if code == "not-enrolled" and (self._known or self._facts.get("words")):
+            code = "withdrawn" if self._known else "awaits-approval"
         self._connected = self._child_accepted = False
         self._flicker = None
         self._missing.pop("server", None)  # it has answered

@@ -66,6 +66,7 @@ _IN_GENERAL: Final[Mapping[str, str]] = {
     "timeout": "some", "detail": "the message says more", "until": "the day that the message names",
     "begin": "the day that the message names", "today": "another day", "names": "other names", "seconds": "N",
     "way": "ahead or behind", "secret": "the file with it", "log": "the log that the message names",
+    "site": "NAME", "words": "the six that `fedlora site join` has printed",
 }  # fmt: skip
 """What `fedlora explain` says in the place of a fact."""
 
@@ -130,6 +131,13 @@ CAUSES: Final[Mapping[str, Cause]] = {
         "accepted",
         "{server} does not know this site's node key",
         "send this site's .pub file to the coordinator, who puts it into `sites/`",
+        10.0,
+    ),
+    "awaits-approval": Cause(
+        "accepted",
+        "{server} has this site's request to join, and the coordinator has not approved it yet; nothing is wrong here",
+        "read these words to the coordinator by telephone, who compares them and runs `fedlora server approve HOME {site}`: "
+        "{words}. Then it goes on by itself. If the request was taken back there, ask for a new line",
         10.0,
     ),
     "withdrawn": Cause(

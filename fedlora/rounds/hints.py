@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 LOG_HINT = "resume the run: damaged records are then written again from the checkpoints, as far as these are kept"
 LAST_RESORT = "restore the directory from a backup; without one, start the run again under another run.name"
+
+
+def other_runs(directory: Path, *, start: str = "`fedlora simulate` or `fedlora server start`") -> str:
+    """For a directory without a run: the one beside it that may be meant, else all of them, else what starts one."""
+    there = sorted(p.parent.name for p in directory.parent.glob("*/run.json"))
+    if near := difflib.get_close_matches(directory.name, there, n=1):
+        return f"did you mean {directory.with_name(near[0])}?"
+    more = ", ..." * (len(there) > 5)
+    return f"runs beside it: {', '.join(there[:5])}{more}" if there else f"start one with {start}"
 
 
 def repair_command(directory: Path) -> str:

@@ -27,6 +27,7 @@ from fedlora.core.messages import Kind, Reply, Request, Task
 from fedlora.core.metrics import finish, pool
 from fedlora.core.plan import Plan
 from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
+from fedlora.core.sites.facts import Blocked
 from fedlora.core.tables.audit import shared_metrics
 from fedlora.core.tables.privacy import sends_gradients
 from fedlora.privacy.claims import spent_after
@@ -35,6 +36,7 @@ from fedlora.protect.modes import brings_work, mode_of
 from fedlora.rounds.best import keep_best
 from fedlora.rounds.checkpoint import Checkpoint
 from fedlora.rounds.failure import too_few
+from fedlora.rounds.patience import Patience, Wait, blockers, in_words
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Transport, drive
 from fedlora.rules import Accumulator, Aggregator, State, add, max_site_weight, optimizer_of, rounded
@@ -52,6 +54,7 @@ def run(
     enrolled: Collection[str],
     report: Report,
     between: Callable[[int, int], None] = lambda done, rounds: None,
+    wait: Wait | None = None,
 ) -> Checkpoint:
     """Runs the remaining rounds, then one last evaluation; returns the last checkpoint.
 
@@ -59,12 +62,14 @@ def run(
         enrolled: the sites of the federation. The record of a round without one of them says ``partial``.
         between: called before each round and the last evaluation, with the rounds that are done and those of the plan; it may
             wait, or raise to end the run there.
+        wait: waits so many seconds for people at the sites, at most ``round_deadline`` in a round, if a round has too few sites
+            without those that only they can bring back; None: there are none, and such a round is tried as often as any.
 
     Raises:
-        RunFailed (quorum): a round stayed below ``min_sites`` in every attempt, or as many rounds in a row were void, not counted
-            those that showed a new liar. The run can be resumed.
+        RunFailed (quorum): a round stayed below ``min_sites`` in every attempt, or people were waited for in vain, or as many
+            rounds as a round has attempts were void in a row, not counted those that showed a new liar. The run can be resumed.
     """
-    parts = _Parts(plan, protection, transport, enrolled, report)
+    parts = _Parts(plan, protection, transport, enrolled, report, wait)
     void, liars, rounds = 0, set[str](), plan.federation.num_rounds
     checkpoint = store.at_rest(store.resume(report))
     report(Event.START, Start(run=store.run, round=checkpoint.round, rounds=rounds))
@@ -102,6 +107,7 @@ class _Parts:
     transport: Transport
     enrolled: Collection[str]
     report: Report
+    wait: Wait | None
 
 
 def _start(aggregator: Aggregator, checkpoint: Checkpoint, cohort: int) -> Accumulator:
@@ -172,14 +178,23 @@ def _ask(task: Task, parts: _Parts, start: Callable[[int], Accumulator | None]) 
         start: makes the sums for this many sites; None for an evaluation.
 
     Raises:
-        RunFailed (quorum): too few sites delivered in every attempt.
+        RunFailed (quorum): too few sites delivered in every attempt, or people were waited for in vain.
     """
     federation, meter = parts.plan.federation, _Meter(parts.transport)
     attempt, allowed, liars = 0, federation.round_attempts, set[str]()
+    patience = Patience(federation.round_deadline, parts.wait)
     while True:
         tally, record = _attempt(replace(task, attempt=attempt), parts, meter=meter, start=start)
         if len(tally.accepted) >= federation.min_sites or tally.voided is not None:
             return tally, record
+        missing = partial(parts.protection.missing, task)
+        if parts.wait is not None and (sites := blockers(record, tally.answered, need=federation.min_sites, missing=missing)):
+            said = in_words(sites, limit_s=patience.limit_s)
+            parts.report(Event.BLOCKED, Blocked(record=record, sites=sites, waits_s=patience.limit_s, said=said))
+            if not patience.once_more():
+                raise too_few(task, record, federation, waited_s=patience.waited_s, people=sites)
+            attempt, allowed = attempt + 1, allowed + 1
+            continue
         parts.report(Event.VOID, Recorded(record=record))
         if new := tally.liars - liars:  # left out from now on: each of them grants one more attempt, once
             liars |= new
@@ -270,6 +285,7 @@ class _Tally:
         metrics_to_share: names of the metrics that the plan lists.
         max_weight: largest weight of one site; 0 in an evaluation.
         summed: the sum of all sites' numbers, where single ones are not known.
+        rejected: site that does not count -> the code of the reason; answered: the same, where the site has said so itself.
         counters: of each site that counts, where they are known.
         voided: why no further attempt of this round can succeed.
     """
@@ -280,6 +296,7 @@ class _Tally:
     max_weight: int = 0
     accepted: dict[str, Numbers] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+    answered: dict[str, str] = field(default_factory=dict)
     summed: Numbers | None = None
     counters: dict[str, dict[str, int]] = field(default_factory=dict)
     voided: FedLoRAError | None = None
@@ -335,6 +352,8 @@ class _Tally:
     def reject(self, site: str, error: FedLoRAError) -> None:
         code = error.remote_code if isinstance(error, RemoteError) else error.code
         self.rejected[site] = code
+        if isinstance(error, RemoteError):
+            self.answered[site] = code
         self.report(Event.REJECTED, Rejected(site=site, code=code))
 
     def missing(self, asked: Sequence[str], at_hand: Sequence[str], enrolled: Collection[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from fedlora.formats.state.audit import note
 from fedlora.formats.state.damage import Finding, alone, damaged_values, problem_text
 from fedlora.formats.state.memory import FileMemory, words
 from fedlora.protect.link import raise_number
+from fedlora.rounds.hints import other_runs
 from fedlora.rounds.store import RunStore
 
 _RAISE = "--raise-numbers: number its next messages above all that sites have seen; nothing else changes; then resume the run"
@@ -38,7 +39,7 @@ class ServerRepair:
         self.name = name
         self.directory = home / "runs" / name
         if name and not self.directory.is_dir():
-            raise StoreError(f"no run in {self.directory}", hint="start one with `fedlora server start`")
+            raise StoreError(f"no run in {self.directory}", hint=other_runs(self.directory, start="`fedlora server start`"))
         self.memory = FileMemory(self.directory / "memory")
 
     def look(self) -> list[Finding]:

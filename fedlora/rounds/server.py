@@ -27,6 +27,7 @@ from fedlora.protect.mode import ServerParts
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.checkpoint import Checkpoint
 from fedlora.rounds.loop import run as run_rounds
+from fedlora.rounds.patience import Wait
 from fedlora.rounds.store import RunStore
 from fedlora.rounds.transport import Transport
 from fedlora.rules import rule_of
@@ -52,14 +53,20 @@ class ServerRun:
     roster: Path
     report: Report
 
-    def run(self, transport: Transport, *, between: Callable[[int, int], None] = lambda done, rounds: None) -> Checkpoint:
+    def run(
+        self,
+        transport: Transport,
+        *,
+        between: Callable[[int, int], None] = lambda done, rounds: None,
+        wait: Wait | None = None,
+    ) -> Checkpoint:
         """Runs the remaining rounds.
 
         The run's key is made when the run starts and deleted when it ends: server keys stolen later cannot open updates that were
         recorded during the run.
 
         Args:
-            between: called before each round; see :func:`fedlora.rounds.loop.run`.
+            between: called before each round; see :func:`fedlora.rounds.loop.run`, as for ``wait``.
 
         Raises:
             ConfigError: fewer sites are enrolled than a round needs, or lora.ranks names another one.
@@ -91,6 +98,7 @@ class ServerRun:
             enrolled=self.sites.keys(),
             report=self.report,
             between=between,
+            wait=wait,
         )
         _delete_run_key(store.directory)
         return last

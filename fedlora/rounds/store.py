@@ -38,7 +38,7 @@ from fedlora.formats.records import dump_round, dump_text, facts_of, parse_facts
 from fedlora.formats.state.memory import FileMemory
 from fedlora.protect.modes import mode_of
 from fedlora.rounds.checkpoint import Checkpoint, at_rest
-from fedlora.rounds.hints import LAST_RESORT, LOG_HINT, checkpoint_hint, memory_hint, plan_hint, repair_command
+from fedlora.rounds.hints import LAST_RESORT, LOG_HINT, checkpoint_hint, memory_hint, other_runs, plan_hint, repair_command
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class RunStore:
         """
         mark = directory / "run.json"
         if not cls.holds(directory):
-            raise StoreError(f"no run in {directory}", hint="start one with `fedlora simulate` or `fedlora server start`")
+            raise StoreError(f"no run in {directory}", hint=other_runs(directory))
         facts, kept, damage = _facts_of(mark), _plan_of(directory / "plan.json"), []
         digest = facts.get("plan") or (kept.digest() if kept is not None else "")
         if plan is not None and digest not in ("", plan.digest()):

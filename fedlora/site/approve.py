@@ -18,16 +18,15 @@ from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.tables.audit import audited
 from fedlora.formats.files import write_atomic
-from fedlora.formats.keys import load_identity
-from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.memory import FileMemory
 from fedlora.privacy.claims import claim_lines, claim_of
-from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
+from fedlora.protect.ledger import Base
 from fedlora.protect.mode import SumExposure
 from fedlora.protect.modes import mode_of
 from fedlora.site.admission import Runs
 from fedlora.site.changes import Change, changed_keys, shown
 from fedlora.site.first import Firsts, begins, unknown_first
+from fedlora.site.foresight import contribution_of, foreseen, ledger_of
 from fedlora.site.site_file import SiteFile, load_site_file
 
 
@@ -97,6 +96,7 @@ class Question:
         named: the same with those that are added now.
         before: what sums may show beside others, of other plans and earlier contributions on this base model too, in sentences.
         uncovered: sites whose update this plan could reveal beside earlier contributions; None if no roster is known here yet.
+        foreseen: what a task of this plan would be refused for by what was given, see :func:`fedlora.site.foresight.foreseen`.
     """
 
     digest: str
@@ -110,6 +110,7 @@ class Question:
     named: Sequence[str]
     before: Sequence[str]
     uncovered: Sequence[str] | None
+    foreseen: LoneChange | None = None
 
     def facts(self, *, approved: int) -> Approved:
         """The answer for a program; ``approved`` is the number of approved runs."""
@@ -140,7 +141,16 @@ class Question:
         out += [f"  {topic:{width}}  no longer said; was: {was}" for topic, was in self.last.items() if topic not in self.words]
         out.append("* differs from the plan that was approved last" if self.last else "no earlier plan to compare with")
         out += [f"this site refuses it: {reason}" for reason in self.refusals]
-        return [*out, *self._runs(again=again), *self._uncovered()]
+        return [*out, *self._runs(again=again), *self._uncovered(), *self.warning()]
+
+    def warning(self) -> list[str]:
+        """That this site will refuse the plan although it is approved, and the way out; none if it will not."""
+        if self.foreseen is None or self.refusals:
+            return []
+        why = f"{self.foreseen}; {self.foreseen.hint}"
+        if self.uncovered:  # the lines above say it; there may be 256 names
+            why = "agree on another base model, or run the earlier plan again, or name all of those above"
+        return [f"THIS SITE WILL REFUSE IT ALL THE SAME (lone-change): {why}"]
 
     def _runs(self, *, again: bool) -> list[str]:
         out = [f"runs approved before: {self.approved}, begun: {self.begun}"] if self.approved or self.begun else []
@@ -213,6 +223,7 @@ def question(plan: Plan, site_file: Path, *, uncovers: Collection[str] = ()) -> 
         named=sorted({*file.uncovers.get(digest, ()), *uncovers}),
         before=before,
         uncovered=uncovered,
+        foreseen=foreseen(plan, file, root, uncovers=uncovers),
     )
 
 
@@ -235,16 +246,9 @@ def _copy(state: Path, digest: str) -> Path:
     return state / "approved" / f"{digest}.json"
 
 
-def _ledger(file: SiteFile, root: Path) -> Ledger:
-    memory = FileMemory(root / file.state / "memory")
-    if not ContributionStore.begun(memory):
-        return Ledger()
-    return ContributionStore(memory, load_identity(root / file.key), lambda n: bytes(n)).load()  # only read here
-
-
 def _unlike(plan: Plan, told: SumExposure, file: SiteFile, root: Path) -> list[str]:
     try:
-        _ledger(file, root).check_alike(Base.of(plan), alone=told.alone)
+        ledger_of(file, root).check_alike(Base.of(plan), alone=told.alone)
     except LoneChange as error:
         return [f"{error}. {error.hint}"]
     return []
@@ -290,17 +294,14 @@ _AGAIN = (
 
 def _beside(plan: Plan, told: SumExposure | None, file: SiteFile, root: Path) -> tuple[list[str], list[str] | None]:
     """A plan compared with earlier contributions on its base model, and the sites whose update it could reveal."""
-    memory, ledger, base = FileMemory(root / file.state / "memory"), _ledger(file, root), Base.of(plan)
+    ledger, base = ledger_of(file, root), Base.of(plan)
     if told is None:
         return ledger.unlike(base, None) if ledger.before(base) else [], sorted(ledger.shown(base, None))
     if told.alone or not (ledger.before(base) or ledger.read(base)):
         return [], []
     again = [_AGAIN] if ledger.before(base) else []
-    if (blob := memory.get("roster")) is None:
+    if (contribution := contribution_of(told, file, root)) is None:
         return again, None
-    roster = SignedRoster.parse(blob).roster
-    group = next((group for group in roster.groups() if file.name in group), frozenset[str]())
-    contribution = Contribution.of(map(roster.site, group), told.measure)
     return [*again, *ledger.unlike(base, contribution)], sorted(ledger.shown(base, contribution))
 
 

@@ -97,6 +97,11 @@ class SiteFile(Section):
             return self.policy
         return self.policy.model_copy(update={"protect": default_modes(roster=bool(self.roster))})
 
+    def is_sample(self, key: Literal["server", "models", "data"]) -> bool:
+        """Whether what a key points to is still that of the sample, so that waiting for it is in vain."""
+        fields = SiteFile.model_fields
+        return self.data.path == SiteData().path if key == "data" else bool(getattr(self, key) == fields[key].default)
+
     def lacks_roster(self, plan: Plan) -> bool:
         """Whether a plan needs a roster and nobody here has set one."""
         return mode_of(plan).needs_roster and not self.roster

@@ -268,11 +268,14 @@ def test_whose_update_could_be_uncovered_is_said_and_has_to_be_named(grown, caps
     out = capsys.readouterr().out
     assert "nobody. The aggregator learns the sum" in out
     assert "could reveal the update of guys, marys, north, south" in out
+    assert out.count("THIS SITE WILL REFUSE IT ALL THE SAME (lone-change)") == 2  # before the yes, and behind it
     assert load_site_file(grown / "site.toml").uncovers == {}
     named = [word for name in four for word in ("--uncovers", name)]
     assert " ".join(named) in out
     assert main(["site", "approve", "secret.toml", "--yes", *named]) == 0
-    assert "YOU AGREE that its sums, compared with earlier ones, may reveal the update of guys" in capsys.readouterr().out
+    agreed = capsys.readouterr().out
+    assert "YOU AGREE that its sums, compared with earlier ones, may reveal the update of guys" in agreed
+    assert "WILL REFUSE" not in agreed
     assert load_site_file(grown / "site.toml").uncovers == {SECAGG.digest(): four}
     assert plans(grown) == (SECAGG.digest(),)  # one entry still
     assert main(["site", "approve", "secret.toml", "--yes", "--uncovers", "Not A Site"]) == 3

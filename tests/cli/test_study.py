@@ -67,7 +67,7 @@ def is_typed(command: str, file: list[tuple[str, str]]) -> bool:
 
 @pytest.mark.parametrize(
     ("page", "until"),
-    [("README.md", "With `protect.mode"), ("server/README.md", "## Secure aggregation"), ("client/README.md", "## The rows")],
+    [("README.md", "With `protect.mode"), ("server/README.md", "## Try the whole way"), ("client/README.md", "## The rows")],
 )
 def test_every_command_of_a_guide_is_followed(page, until):
     found = commands((ROOT / page).read_text("utf-8").partition(until)[0])

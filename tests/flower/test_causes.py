@@ -733,7 +733,21 @@ def test_the_line_that_matters_is_taken_from_a_log(lines, told):
 
 
 def test_every_cause_has_one_sentence_and_all_its_facts():
-    known = {"server", "host", "port", "ca", "log", "secret", "timeout", "proxy", "detail", "until", "begin", "today", "names"}
+    known = {
+        "server",
+        "host",
+        "port",
+        "ca",
+        "log",
+        "secret",
+        "timeout",
+        "proxy",
+        "detail",
+        "until",
+        "begin",
+        "today",
+        "names",
+    } | {"site", "words"}
     for code, cause in CAUSES.items():
         filled = cause.sentence(dict.fromkeys(known | {"seconds", "way"}, "x"))
         assert "?" not in filled, code

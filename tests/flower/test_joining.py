@@ -27,6 +27,7 @@ from fedlora.cli import main
 from fedlora.core.canonical import canonical
 from fedlora.core.errors import ConfigError, ConnectionFailed, FedLoRAError
 from fedlora.core.limits import MAX_SITES
+from fedlora.doctor.examine import online
 from fedlora.flower import join as joining
 from fedlora.flower.enrol import make_server_home, make_site_keys
 from fedlora.flower.jobs import Address, save_address
@@ -37,6 +38,7 @@ from fedlora.formats.state.lock import hold
 from fedlora.gateway import invitations
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import load_node_keys, node_key_private
+from fedlora.gateway.entry.stage import note_stage
 from fedlora.gateway.invitations import JOIN, Invitations, Refusal, answer_join, dump_ask
 from fedlora.site.site_file import load_site_file
 
@@ -547,10 +549,14 @@ def test_killed_anywhere_the_same_line_goes_on_with_the_same_keys(live, tmp_path
     with pytest.raises(KeyboardInterrupt):
         joining.join(invitation, tmp_path, wait_s=0, report=lambda e, f: None)
     monkeypatch.undo()
-    first = {p.name: p.read_bytes() for p in (tmp_path / "keys").glob("*")} if (tmp_path / "keys").exists() else {}
+
+    def keys():
+        return {p.name: p.read_bytes() for p in (tmp_path / "keys").glob("*.*")}  # and how far it has come, beside them
+
+    first = keys()
     done = joining.join(invitation, tmp_path, wait_s=0, report=lambda e, f: None)
     assert done["state"] == "waiting"
-    now = {p.name: p.read_bytes() for p in (tmp_path / "keys").glob("*")}
+    now = keys()
     assert len(now) == 5
     assert not first or first == now
 
@@ -569,6 +575,77 @@ def test_nothing_of_another_site_is_written_over(live, tmp_path):
     before.pop(tmp_path / "site.toml")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert [a.state for a in book.asking() if a.site == "two"] == ["invited"]  # its line is not used up
+
+
+@pytest.mark.parametrize("line", ["unknown", "expired", "used"])
+@pytest.mark.parametrize("before", ["nothing", "keys"])
+def test_a_refused_line_leaves_what_was_there_before_it(live, tmp_path, line, before):
+    home, server = live
+    name, clock, place = f"{line}-{before}", [time.time()], tmp_path / "place"
+    book = Invitations(home, lambda: clock[0])
+    if before == "keys":  # of a site that was enrolled once
+        joining.join(book.invite(name, address=server, hours=1), place, wait_s=0, report=lambda e, f: None)
+        book.approve(name, *[a.digest for a in book.asking() if a.site == name])
+        note_stage(place / "keys", "")
+        book.revoke(name)
+    there = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    clock[0] -= 7200 if line == "expired" else 0
+    made = book.invite(name, address=server, hours=1)
+    if line == "unknown":
+        made = Invitation(name, made.pin, "A" * 22, server)
+    if line == "used":
+        joining.join(made, tmp_path / "thief", wait_s=0, report=lambda e, f: None)
+    assert main(["site", "join", made.line(), "--out", str(place), "--wait", "0"]) == 4
+    assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == there
+    assert place.exists() == (before == "keys")
+
+
+@pytest.mark.parametrize("other", ["name", "address", "server"])
+def test_what_no_server_has_taken_makes_room_for_another_line(live, tmp_path, other):
+    """The answer to the first line was cut off; nobody knows of these keys, or nobody will ask for them."""
+    home, server = live
+    names = {"name": ["one-first", "one-then"], "address": ["two"] * 2, "server": ["three"] * 2}[other]
+    book, told = Invitations(home, time.time), []
+    first = book.invite(names[0], address=server, hours=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joining, "ask", lambda *a, **more: (_ for _ in ()).throw(ConnectionFailed("cut", hint="")))
+        with pytest.raises(ConnectionFailed):
+            joining.join(first, tmp_path, wait_s=0, report=lambda e, f: None)
+    kept = (tmp_path / "keys" / f"{names[0]}.key").read_bytes()
+    if other == "server":
+        (tmp_path / "keys" / "ca.crt").write_bytes(b"of a server that was set up anew")
+    then = book.invite(names[1], address=server.replace("127.0.0.1", "localhost") if other == "address" else server, hours=1)
+    assert joining.join(then, tmp_path, wait_s=0, report=lambda e, f: told.append(f))["state"] == "waiting"
+    assert [f["step"] for f in told if f["step"] == "aside"] == ["aside"]
+    assert (tmp_path / "keys.unused-1" / f"{names[0]}.key").read_bytes() == kept
+    assert load_site_file(tmp_path / "site.toml").name == names[1]
+
+
+def test_keys_that_a_coordinator_decides_on_make_room_for_nothing(live, tmp_path):
+    home, server = live
+    book = Invitations(home, time.time)
+    lines = [book.invite(name, address=server, hours=1) for name in ("decided-a", "decided-b")]
+    joining.join(lines[0], tmp_path, wait_s=0, report=lambda e, f: None)
+    with pytest.raises(ConfigError, match="of decided-a at"):
+        joining.join(lines[1], tmp_path, wait_s=0, report=lambda e, f: None)
+    assert not [*tmp_path.glob("*.unused*")]
+
+
+def test_the_doctor_of_a_site_that_waits_for_approval_says_that_nothing_is_wrong_there(live, tmp_path):
+    home, server = live
+    book = Invitations(home, time.time)
+    done = joining.join(book.invite("patiently", address=server, hours=1), tmp_path, wait_s=0, report=lambda e, f: None)
+
+    def looked():
+        return next(f for f in online(load_site_file(tmp_path / "site.toml"), tmp_path) if f.part == "accepted")
+
+    found = looked()
+    assert (found.name, found.verdict) == ("awaits-approval", "later")
+    assert "nothing is wrong here" in found.why
+    assert "`fedlora server approve HOME patiently`" in found.fix
+    assert " ".join(done["words"]) in found.fix
+    note_stage(tmp_path / "keys", "")
+    assert looked().name == "not-enrolled"  # keys of `keygen site`: their file has to be sent
 
 
 @pytest.mark.parametrize("lost", [("ca.crt", "server.pub"), ("server.pub",), ("one.key",), ("one.node.key",)])

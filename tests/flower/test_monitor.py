@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import socket
@@ -23,6 +24,7 @@ from test_best import overfitted
 from test_rounds import interrupted
 
 from fedlora.cli import main
+from fedlora.core.deployment.live import MARKS
 from fedlora.core.deployment.status import RunState
 from fedlora.core.errors import NotInstalled, StoreError
 from fedlora.core.events import Event
@@ -32,10 +34,11 @@ from fedlora.flower import server
 from fedlora.flower.coordinator import look as looking
 from fedlora.flower.coordinator import pages
 from fedlora.flower.coordinator.health import Health
+from fedlora.flower.coordinator.live import Live
 from fedlora.flower.coordinator.look import look
 from fedlora.flower.coordinator.progress import Progress
 from fedlora.flower.coordinator.runs import live, running
-from fedlora.flower.coordinator.watch import Runs, Sightings
+from fedlora.flower.coordinator.watch import Runs, Sightings, _Watched
 from fedlora.flower.jobs import Events, Job, new_job
 from fedlora.gateway.certificates import make_node_key, node_key_pem
 from fedlora.processes.monitor import answering
@@ -330,6 +333,86 @@ def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(
     for site, word in (expected | {"e-sends": "training"}).items():
         ones = re.findall(rf'fedlora_site_standing\{{site="{site}",standing="([a-z]+)"\}} 1\n', text)
         assert (ones, told[site]) == ([word], word)
+
+
+def test_a_round_that_waits_for_people_says_so_of_the_run_and_of_each_site(home, monkeypatch):
+    names = ["a-ready", "b-refuses"]
+    for name in names:
+        (home / "sites" / f"{name}.pub").write_text("a key\n")
+    seen = Sightings(home, clock=lambda: 1000.0)
+    for name in names:
+        seen.through(lambda event, facts: None)(Event.SITE_ONLINE, SiteName(site=name))
+    record = (
+        RunStore.open(home / "runs" / "toy")
+        .records()[-1]
+        .model_copy(
+            update={"round": 2, "asked": tuple(names), "sites": {}, "missing": {"a-ready": "lone-change", "b-refuses": "data"}}
+        )
+    )
+    at = Progress(round=1, rounds=3)
+    at.take(990.0, Event.BLOCKED, {"record": record, "sites": {"b-refuses": "data"}})
+    at.take(1000.0, Event.ASK, {"round": 2, "kind": "train", "sites": names})
+    monkeypatch.setattr(looking, "progress", lambda home, name: at)
+    monkeypatch.setattr(looking, "live", lambda home: {"job": Job("toy.toml", resume=False, name="toy")})
+    monkeypatch.setattr(looking, "_server", lambda home: (True, "fed:8443", 1, "up"))
+    found = look(home, now=1001.0)
+    (run,) = [one for one in found["runs"] if one["name"] == "toy"]
+    assert (run["state"], run["missing"]) == ("waiting", ["b-refuses"])
+    assert "round 2 of 3: waits for people" in run["said"]
+    standing = {one["site"]: one for one in found["sites"]}
+    assert (standing["a-ready"]["standing"], standing["b-refuses"]["standing"]) == ("idle", "degraded")
+    assert "waits for b-refuses" in standing["a-ready"]["said"]
+    assert "it runs `fedlora check PLAN --site SITE`" in standing["b-refuses"]["said"]
+
+
+def test_the_page_says_what_status_says_within_a_round_and_once_more_when_the_run_has_ended(home, monkeypatch):
+    """Refreshed without drawing; texts from elsewhere are text."""
+    page = home / "runs" / "toy" / "report.html"
+    page.write_text(f"<html>before{''.join(MARKS)}after</html>")
+    (home / "sites" / "alpha.pub").write_text("a key\n")
+    seen = Sightings(home, clock=lambda: 1000.0)
+    seen.through(lambda event, facts: None)(Event.SITE_ONLINE, SiteName(site="alpha"))
+    at, there = Progress(round=1, rounds=3), {"job": Job("toy.toml", resume=False, name="toy")}
+    at.take(990.0, Event.ASK, {"round": 2, "kind": "train", "sites": ["alpha", "<b>"]})
+    monkeypatch.setattr(looking, "progress", lambda home, name: at)
+    monkeypatch.setattr(looking, "live", lambda home: there)
+    monkeypatch.setattr(looking, "_server", lambda home: (True, "fed:8443", 1, "up"))
+    shown = Live(home)
+    shown.look(1005.0)
+    found, text = look(home, now=1005.0), page.read_text()
+    run = next(r for r in found["runs"] if r["name"] == "toy")
+    assert html.escape(run["said"]) in text
+    assert "&lt;b&gt;" in text
+    assert all(html.escape(site["said"]) in text for site in found["sites"])
+    assert "training: round 2 of 3, training for 15 s" in text
+    assert text.startswith("<html>before")
+    assert text.endswith("after</html>")
+    at.take(1006.0, Event.UPDATE, {"site": "alpha"})
+    shown.look(1007.0)
+    assert page.read_text() == text  # every five seconds
+    shown.look(1011.0)
+    assert "idle: it has answered in round 2 of 3" in page.read_text()
+    assert page.read_text().count("<h2>Now</h2>") == 1
+    with answering(Health(home, gateway=lambda: True).answer, 0) as port:
+        assert "<h2>Now</h2>" in get(port, "/")[1]
+    there.clear()
+    shown.look(1020.0)
+    assert "interrupted" in page.read_text()
+    assert "Sites now" not in page.read_text()
+    page.write_text("done")  # drawn anew, without the part
+    shown.look(1030.0)
+    assert page.read_text() == "done"
+
+
+def test_a_page_is_wanted_when_a_run_begins(home, monkeypatch):
+    wanted = []
+    monkeypatch.setattr("fedlora.flower.coordinator.watch.read_events", lambda home, name, offset: ([(1.0, *BEGUN)], 1))
+    runs = Runs(home, report=lambda e, f: None, on_round=wanted.append)
+    runs._pass_on("job", _Watched(Job("toy.toml", resume=False, name="toy")))
+    assert wanted == ["toy"]
+
+
+BEGUN = (Event.START, {"run": "ab", "round": 0, "rounds": 3})
 
 
 def test_a_site_that_signs_off_and_comes_back_is_not_said_to_pause_when_it_is_lost_later(home, monkeypatch):

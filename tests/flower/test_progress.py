@@ -53,6 +53,16 @@ def test_each_answer_is_counted_and_the_last_evaluation_is_no_round():
     assert told(done(9), 8).startswith("last evaluation, after 8 rounds")
 
 
+def test_the_step_of_a_session_of_secure_aggregation_is_said_until_the_next_attempt():
+    opened = (31.0, Event.SESSION, {"round": 4, "sites": ["a", "b", "c"], "threshold": 3})
+    masked = (33.0, Event.MASKED, {"round": 4, "sites": ["a", "b", "c"]})
+    total = (34.0, Event.SUM, {"sites": ["a", "b", "c"], "weight": 3, "metrics": {}})
+    assert after(*ROUNDS, ASKED, opened).said().endswith("not yet: a, b, c; their session is open, masked updates are to come")
+    assert "they vote on one set of them" in after(*ROUNDS, ASKED, opened, masked).said()
+    assert after(*ROUNDS, ASKED, opened, masked, total).said().endswith("; the sum is opened")
+    assert "session" not in after(*ROUNDS, ASKED, opened, ASKED).said()
+
+
 @pytest.mark.parametrize(("have", "said"), [("abc", ""), ("ab", " (of 2 of 3 sites)"), ("a", " (of 1 of 3 sites)"), ("", "")])
 def test_a_loss_over_all_says_of_how_many_sites_it_is(have, said, capsys):
     """A board takes it for three hospitals' result."""

@@ -18,14 +18,14 @@ FACTS = {"server": "fed.example.org:8443", "host": "fed.example.org", "port": "9
 class Told:
     """A standing, its clock and what it has said."""
 
-    def __init__(self, *, known: bool = False) -> None:
+    def __init__(self, *, known: bool = False, **facts: str) -> None:
         self.said: list[dict[str, Any]] = []
         self.clocks: list[dict[str, Any]] = []
         self.now = 0.0
         self.accepted = self.probes = 0
         self.standing = StatusTracker(
             "alpha",
-            facts=FACTS,
+            facts={**FACTS, **facts},
             report=lambda e, f: (self.said if e == "site" else self.clocks).append(dict(f)),
             known=known,
             on_accepted=lambda: setattr(self, "accepted", self.accepted + 1),
@@ -146,6 +146,15 @@ def test_refusals_are_told_apart_and_why_it_ended_is_the_refusal(line, known, ca
     assert told.states()[-1] == ("refused", cause)
     why, _ = told.standing.ended(0, ["SuperNode terminated gracefully."])
     assert why == told.said[-1]["why"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_who_waits_for_the_coordinators_approval_is_told_so_until_it_was_let_in_once(known):
+    told = Told(known=known, words="one two")
+    told.read_line("refused unknown")
+    assert told.states()[-1] == ("refused", "withdrawn" if known else "awaits-approval")
+    assert told.said[-1]["standing"] == ("revoked" if known else "pending")
+    assert known or ("nothing is wrong here" in told.said[-1]["why"] and "one two" in told.said[-1]["cure"])
 
 
 def test_an_end_without_any_cause_is_said_with_the_line_that_matters(told):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,9 +67,15 @@ def join(
         text = invitation or (sys.stdin.read(1 << 20) if str(from_file) == "-" else Path(str(from_file)).read_text())
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"cannot read {from_file}", hint="save the e-mail as plain text") from None
+    line, there = Invitation.parse(text), out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with Screen(quiet=quiet, as_json=json) as screen:
-        done = library(Invitation.parse(text), out, wait_s=wait, report=screen)
+    try:
+        with Screen(quiet=quiet, as_json=json) as screen:
+            done = library(line, out, wait_s=wait, report=screen)
+    finally:
+        if not there:
+            with suppress(OSError):  # a failed attempt leaves nothing; what a successful one has made keeps it
+                out.rmdir()
     file = done["file"]
     if done["state"] == "waiting":
         lines = [

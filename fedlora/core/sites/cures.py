@@ -37,3 +37,9 @@ CURES: Final[Mapping[str, tuple[str, str]]] = {
     "quorum": ("too few sites", ""),
 }
 """Code with which a site answered -> what that site lacks, and the way out."""
+
+GOES_ON: Final = ("late", "node-unavailable", "offline", "not-drawn", "quorum")
+"""What is over when the site is back: nothing else has to be done."""
+
+FOR_PEOPLE: Final = frozenset(CURES.keys() - {*GOES_ON, "site-process"})
+"""Answers that stay the same until somebody at the site acts, and may be others then, while the run waits."""

@@ -8,6 +8,8 @@ from typing import Any, Final, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from fedlora.core.records import RoundRecord
+
 _exact = with_config(ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False))
 
 
@@ -34,6 +36,20 @@ class SiteFinding(TypedDict):
 
 
 @_exact
+class Blocked(TypedDict):
+    """A round has too few sites without those that only people there can bring back; it is asked again and again."""
+
+    record: RoundRecord
+    """of the attempt"""
+    sites: Mapping[str, str]
+    """those sites, each with the code that it has answered"""
+    waits_s: float
+    """longest wait for them, seconds"""
+    said: str
+    """what is missing, at whom, and what is done about it there"""
+
+
+@_exact
 class SiteAsks(TypedDict):
     """A site asks to join; a person compares the words with it."""
 
@@ -47,7 +63,8 @@ class Joining(TypedDict):
     """A step of `site join` is done."""
 
     step: str
-    """``server``: it is the invitation's; ``keys``: were made; ``words``: it has asked, and people compare these"""
+    """``aside``: what an unanswered attempt has left made room; ``server``: it is the invitation's; ``keys``: were made;
+    ``words``: it has asked, and people compare these"""
     said: str
 
 

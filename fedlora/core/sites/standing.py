@@ -46,7 +46,7 @@ def standing_of(link: str, *, cause: str, known: bool, doing: Doing, paused: boo
     if cause == "withdrawn":
         return "revoked"
     if link == "refused":
-        return "pending" if cause == "not-enrolled" else "refused"
+        return "pending" if cause in ("not-enrolled", "awaits-approval") else "refused"
     if link == "connected":
         return "degraded" if cause else "connected"
     if link == "connecting":

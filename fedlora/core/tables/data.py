@@ -30,7 +30,8 @@ ENCODINGS = (
 
 def _format(name: str) -> str:
     if name != "auto" and name not in READERS:
-        raise PydanticCustomError("format", "{text}, or auto", {"text": READERS.unknown(name)})
+        said = READERS.unknown(name)
+        raise PydanticCustomError("format", "{text}", {"text": said if said.endswith("?") else f"{said}, or auto"})
     return name
 
 

@@ -84,6 +84,7 @@ LINES: Mapping[str, str] = {
     "majority": "  {site} has {percent} % of the round's weight: it alone decides more than all others together",
     "round-void": "round {round} is void ({void}): too few sites stayed until the end of its session; the adapter is unchanged",
     "void": "{at}, attempt {attempt}: too few sites; asking again",
+    "blocked": "{at}: {said}",
     "damaged": "{file} is damaged and was set aside; its round is repeated",
     "mended": "{file} was damaged or missing; it has been written again",
     "evaluation-again": "{file} is damaged and was set aside; the last evaluation is repeated",

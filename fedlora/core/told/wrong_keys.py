@@ -60,7 +60,8 @@ def _line(e: ErrorDetails, section: type[Section]) -> str:
     if not isinstance(e["input"], dict) and "object" in e["msg"] and (said := _no_table(at, section)):
         return said
     if e["type"] != "extra_forbidden":
-        return f"{dotted or 'file'}: {e['msg'][0].lower()}{e['msg'][1:]}"
+        said = f"{e['msg'][0].lower()}{e['msg'][1:]}"
+        return f"{dotted}: {said}" if dotted else said
     if dotted in MOVED:
         return f"{dotted}: {MOVED[dotted]}"
     table: type[Section] | None = section

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
+from fedlora.core.deployment.live import in_page
 from fedlora.core.deployment.status import RunState, ServerStatus
 from fedlora.core.sites.standing import STANDINGS
+from fedlora.flower.coordinator.live import live_part
 from fedlora.flower.coordinator.look import look
 from fedlora.flower.jobs import full
 from fedlora.processes.monitor import EXPOSITION, STALE_S, TEXT, labels, metric, probed
@@ -79,11 +81,12 @@ class Health:
 
     def _page(self) -> tuple[int, str, str]:
         """The page of the run that goes on, or of the last one."""
-        for run in look(self._home)["runs"]:
+        found = look(self._home)
+        for run in found["runs"]:
             page = self._home / "runs" / run["name"] / "report.html"
             if page.is_file():
-                return 200, _HTML, page.read_text(encoding="utf-8")
-        return 404, TEXT, "there is no page yet: `server up --page` makes one when a round is done\n"
+                return 200, _HTML, in_page(page.read_text(encoding="utf-8"), live_part(run, found, now=time.time()))
+        return 404, TEXT, "there is no page yet: `server up --page` makes one when a run begins\n"
 
 
 def _numbers(found: ServerStatus) -> list[str]:

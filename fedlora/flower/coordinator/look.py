@@ -45,7 +45,7 @@ def look(home: Path, *, now: float | None = None) -> ServerStatus:
     open_jobs = live(home) if up else {}
     runs = [_live_run(home, name, job, place, now) for place, (name, job) in enumerate(open_jobs.items(), 1)]
     last = next(iter(open_jobs or reversed(list(jobs(home)))), None)
-    at = progress(home, last) if last is not None else Progress()
+    at = _progress(home, last, now) if last is not None else Progress()
     runs += _past_runs(home, {run["name"] for run in runs})
     seen, looked = load_seen(home), last_look(home)
     sites = [
@@ -70,11 +70,18 @@ def _server(home: Path) -> tuple[bool, str, int, str]:
     return True, address, by.pid, f"up, sites are let in at {address}: {by}"
 
 
+def _progress(home: Path, job: str, now: float) -> Progress:
+    at = progress(home, job)
+    if at.held(now):
+        at.now = 0  # it has just asked again, and waits on a moment later
+    return at
+
+
 # --- runs ---------------------------------------------------------------------------------------------------------------
 
 
 def _live_run(home: Path, job_name: str, job: Job, place: int, now: float) -> RunStatus:
-    at = progress(home, job_name)
+    at = _progress(home, job_name, now)
     last = at.record or _records(home, job.name)[1]
     state: RunState = at.state if place == 1 or at.rounds else "queued"
     eta = at.eta_s(now)
@@ -82,10 +89,11 @@ def _live_run(home: Path, job_name: str, job: Job, place: int, now: float) -> Ru
     if eta is not None and state == "running":
         said += f"; ready in about {duration(eta)}"
     asked = at.answers if at.now else {}
+    missing = at.missing if at.waiting else [*at.blocked] if state == "waiting" else []
     return RunStatus(
         name=job.name, state=state, plan=job.digest, round=at.round, rounds=at.rounds, place=place,
         asked=[*asked], answered=[s for s, code in asked.items() if code is not None],
-        missing=at.missing if at.waiting else [], need=at.need if at.waiting else 0, last=_facts(last), eta_s=eta,
+        missing=missing, need=at.need if at.waiting else 0, last=_facts(last), eta_s=eta,
         code="", why="", cure="", said=said,
     )  # fmt: skip
 
@@ -193,6 +201,8 @@ def _online(site: str, seen: Seen, at: Progress, *, now: float) -> SiteStanding:
         if not answer:
             return _standing(site, "idle", said=f"idle: it has answered in {where}")
         return _degraded(site, answer, where)
+    if record is not None and at.blocked and not at.now and site in record.asked and site not in at.blocked:
+        return _standing(site, "idle", said=f"idle: {step(record.round, at.rounds)} waits for {', '.join(at.blocked)}")
     if record is not None and (code := record.missing.get(site, "")) not in _NOT_ASKED:
         return _degraded(site, code, step(record.round, at.rounds))
     if record is not None and site in record.sites:

@@ -1,4 +1,4 @@
-"""Has the page of a run written again whenever a round is done, by `fedlora report` in a process of its own.
+"""Has the page of a run written again whenever it begins or a round is done, by `fedlora report` in a process of its own.
 
 Drawing takes seconds, and nothing of a deployment depends on what draws.
 """
@@ -10,11 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from fedlora.core.errors import NotInstalled
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Process
+from fedlora.flower.coordinator.live import Live
 from fedlora.processes.parent import die_with_parent
 
 
@@ -33,7 +35,7 @@ class Pages:
         for module in ("jinja2", "vl_convert"):
             if importlib.util.find_spec(module) is None:
                 raise NotInstalled(module, extra="report", what="the page and its figures")
-        self._home, self._report = home, report
+        self._home, self._report, self._live = home, report, Live(home)
         self._wanted: dict[str, None] = {}
         self._child: tuple[str, subprocess.Popen[bytes]] | None = None
 
@@ -43,6 +45,7 @@ class Pages:
 
     def look(self) -> None:
         """Looks after the process that draws, and starts the next one. To be called about once a second."""
+        self._live.look(time.time())
         if self._child is not None:
             name, process = self._child
             if (status := process.poll()) is None:

@@ -23,8 +23,8 @@ from fedlora.gateway.doors import GOODBYES, SENDING
 from fedlora.rounds.audit import NO_FACTS, run_facts
 
 _PASSED_ON = (
-    Event.START, Event.WAITING, Event.WAITING_FOR, Event.REJECTED, Event.ERRED, Event.AWAY, Event.VOID, Event.ROUND,
-    Event.ROUND_VOID, Event.FINAL, Event.RUN,
+    Event.START, Event.WAITING, Event.WAITING_FOR, Event.REJECTED, Event.ERRED, Event.AWAY, Event.VOID, Event.BLOCKED,
+    Event.ROUND, Event.ROUND_VOID, Event.FINAL, Event.RUN,
 )  # fmt: skip
 """Of a run's events, what the coordinator sees at `server up` too."""
 
@@ -144,7 +144,7 @@ class Runs:
     """Reports what becomes of each run: that it begins, its rounds, what it waits for, and how it ends and why.
 
     Args:
-        on_round: called with a run's name whenever its page would change: a round or the run has ended.
+        on_round: called with a run's name whenever its page would change: it begins, a round or the run has ended.
         clock: seconds since 1970.
     """
 
@@ -200,7 +200,7 @@ class Runs:
             watched.progress.take(at, event, facts)
             if event in _PASSED_ON:
                 report(event, facts)
-            if event in (Event.ROUND, Event.ROUND_VOID, Event.FINAL):
+            if event in (Event.START, Event.ROUND, Event.ROUND_VOID, Event.FINAL):
                 self._on_round(watched.job.name)
 
     def _end(self, name: str, watched: _Watched) -> None:

@@ -40,5 +40,5 @@ def check_there(adapter: Path, base: Path) -> None:
         ModelError: no base there.
     """
     name = made_for(adapter)
-    if not base.exists():
+    if not base.is_file() and not (base / "config.json").is_file():
         raise ModelError(f"no base model in {base}", hint=f"--base names a directory; the adapter was made for {name}")

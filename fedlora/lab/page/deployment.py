@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedlora.core.deployment.live import MARKS
 from fedlora.core.errors import FedLoRAError, NotInstalled, plain
 from fedlora.core.plan import Plan
 from fedlora.core.records import Results, RoundRecord, Traffic
@@ -74,7 +75,7 @@ def load(run: Path) -> Deployed:
 
 def write_page(run: Path, page: Path, *, figures: Path | None = None) -> list[Path]:
     """Writes one self-contained page about a run of a server: no script, no network. While the run goes on, a browser reads it
-    again twice a minute.
+    again every ten seconds, and `server up` says in it what goes on.
 
     Args:
         figures: directory for each figure as PDF and as PNG; None: none is written.
@@ -120,6 +121,7 @@ def contents(run: Deployed) -> dict[str, Any]:
         "sections": [rounds, rejected, *costs] if run.rounds else [rounds],
         "facts": {"Run": _facts(run)},
         "goes_on": not run.complete,
+        "now": "" if run.complete else "".join(MARKS),
     }
 
 

@@ -48,7 +48,17 @@ def document(title: str, sections: Sequence[Section], **more: Any) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else plain(value),
     )
     environment.filters["digest"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    empty = {"heading": "", "lead": "", "honest": "", "tiles": (), "seeds": (), "facts": {}, "command": "", "goes_on": False}
+    empty = {
+        "heading": "",
+        "lead": "",
+        "honest": "",
+        "tiles": (),
+        "seeds": (),
+        "facts": {},
+        "command": "",
+        "goes_on": False,
+        "now": "",
+    }
     shown = [s for section in sections if (s := section.shown())]
     return environment.get_template("page.html.j2").render({**empty, **more, "title": title, "sections": shown, "colors": COLORS})
 

@@ -112,6 +112,22 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def check_there(path: Path) -> None:
+    """Confirms by names and headers that a base may be here, before seconds go into what loads one.
+
+    Args:
+        path: a Hugging Face directory, or a GGUF file.
+
+    Raises:
+        ModelError: nothing usable is there.
+    """
+    if not path.is_file():
+        read_config(path)
+        weight_files(path)
+    elif path.suffix != ".gguf":
+        raise ModelError(f"{path} is neither a directory nor a .gguf file", hint="give the directory that holds config.json")
+
+
 def has_template(directory: Path) -> bool | None:
     """Whether a base's files hold a chat template; None: they do not say, or cannot be read."""
     if any(directory.glob("chat_template.*")) or (directory / "additional_chat_templates").is_dir():

@@ -99,7 +99,7 @@ class Federation:
     def handle(self, request):
         return self.sites[request.site].handle(request)
 
-    def run(self, transport=None, **lost):
+    def run(self, transport=None, wait=None, **lost):
         transport = transport or LocalTransport(dict.fromkeys(self.sites, self.handle))
         drop = Dropouts(transport, parse_dropouts([f"{s}@{step}" for s, step in lost.items()], sites=self.sites, plan=self.plan))
 
@@ -109,7 +109,7 @@ class Federation:
 
         publics = {n: self.keys[n].public for n in self.sites}
         store = self.store()
-        at = ServerRun(store, self.keys["server"], publics, self.roster, report).run(drop)
+        at = ServerRun(store, self.keys["server"], publics, self.roster, report).run(drop, wait=wait)
         return at, store
 
 
@@ -251,6 +251,36 @@ def test_a_site_whose_policy_wants_secure_aggregation_refuses_less_and_never_tra
     with raising(RunFailed, code="quorum"):
         federation.run()
     assert {f["code"] for e, f in federation.events if e == "rejected"} == {"policy-protect"}
+
+
+@pytest.mark.parametrize("code", ["plan-not-approved", "policy-min-sites", "lone-change", "data"])
+def test_a_round_waits_for_people_at_the_one_site_that_refuses(tmp_path, code):
+    """Without it no group is whole, and the other three could not be added up."""
+    plan = secagg_plan(rounds=1)
+    patient = plan.federation.model_copy(update={"round_deadline": 600.0})
+    federation = Federation(tmp_path, plan.model_copy(update={"federation": patient}))
+    refusals, pauses = {"d": code}, []
+
+    def handle(request):
+        refused = refusals.get(request.site)
+        return Reply(request.site, error=refused) if refused else federation.handle(request)
+
+    def wait(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            refusals.clear()
+
+    _, store = federation.run(LocalTransport(dict.fromkeys(federation.sites, handle)), wait=wait)
+    assert [sorted(f["sites"]) for e, f in federation.events if e == "blocked"] == [["d"]] * 4
+    assert not [e for e, _ in federation.events if e == "void"]
+    assert [list(r.sites) for r in store.records()] == [list("abcd")]
+
+
+def test_a_round_under_secure_aggregation_does_not_wait_for_people_if_a_site_is_away(tmp_path):
+    federation, pauses = Federation(tmp_path, secagg_plan(rounds=1)), []
+    with raising(RunFailed, code="quorum", match="attempts"):
+        federation.run(wait=pauses.append, d="train")
+    assert pauses == []
 
 
 def test_a_revoked_site_is_out_from_the_next_round_on_and_a_new_epoch_travels_by_itself(tmp_path):

@@ -1,0 +1,69 @@
+"""How far a request to join has come, noted beside the keys that it is made with, until the coordinator has approved it."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Literal
+
+from fedlora.core.errors import FedLoRAError
+from fedlora.formats.files import write_atomic
+from fedlora.formats.invitations import pin_of, words_of
+from fedlora.site.site_file import SiteFile
+
+Stage = Literal["made", "waiting", ""]
+"""made: no server has taken these keys; waiting: one has, and its coordinator decides; empty: nothing is under way here."""
+
+_NOTE: Final = "joining"
+
+
+def stage_of(keys: Path) -> Stage:
+    """How far the request with these keys has come."""
+    with suppress(OSError, UnicodeDecodeError):
+        found = (keys / _NOTE).read_text("ascii").strip()
+        if found in ("made", "waiting"):
+            return found  # type: ignore[return-value]  # one of the two
+    return ""
+
+
+def note_stage(keys: Path, stage: Stage) -> None:
+    """Notes it. Once nothing is under way any more there is no note."""
+    if stage:
+        write_atomic(keys / _NOTE, f"{stage}\n".encode(), mode=0o644)
+    else:
+        (keys / _NOTE).unlink(missing_ok=True)
+
+
+def asked_words(file: SiteFile, root: Path) -> tuple[str, ...]:
+    """The six words that a coordinator compares before approving this site; none if its request does not wait for that.
+
+    Args:
+        root: directory of the site file.
+    """
+    keys = (root / file.key).parent
+    if stage_of(keys) != "waiting":
+        return ()
+    try:
+        pin = pin_of((root / file.ca).read_bytes(), (root / file.server_key).read_bytes())
+        return words_of(pin, (keys / f"{file.name}.pub").read_bytes())
+    except (OSError, FedLoRAError):
+        return ()
+
+
+def set_aside(*paths: Path) -> list[Path]:
+    """Renames what no server has taken, so that another line finds room; returns where it lies now."""
+    moved = []
+    for path in (p for p in paths if p.exists()):
+        number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.unused-{n}").exists())
+        moved.append(path.rename(path.with_name(f"{path.name}.unused-{number}")))
+    return moved
+
+
+def undo(*paths: Path) -> None:
+    """Deletes what a refused request has made, and nothing that was there before it."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
