@@ -27,6 +27,9 @@ pytestmark = pytest.mark.torch
 PLAN = """
 [run]
 name = "private"
+[model]
+load_in_4bit = false
+dtype = "float32"
 [training]
 max_length = 256
 learning_rate = 0.02

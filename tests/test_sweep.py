@@ -27,7 +27,7 @@ from fedlora.lab.sweep import combinations
 
 PLAN = """
 run.name = "toy"
-model.model_name_or_path = "fedlora/toy"
+model = { model_name_or_path = "fedlora/toy", load_in_4bit = false, dtype = "float32" }
 lora.r = 2
 training = { per_device_train_batch_size = 2, max_length = 64, learning_rate = 1e-2 }
 federation = { num_rounds = 1, local_steps = 1 }
