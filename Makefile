@@ -18,8 +18,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 test: $(VENV)/.ready  ## style, types, all tests
 	$(RUN)/ruff format --check . && $(RUN)/ruff check .
-	$(RUN)/mypy && $(RUN)/mypy simulations
-	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not mutant and not long'
+	@# mypy works while tests wait for processes; what it says comes behind their result, and either fails the target.
+	@{ $(RUN)/mypy && $(RUN)/mypy simulations; } > $(VENV)/types.txt 2>&1 & types=$$!; \
+	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not mutant and not long'; tests=$$?; \
+	wait $$types; types=$$?; echo "mypy:"; cat $(VENV)/types.txt; \
+	[ $$tests -eq 0 ] || echo "FAILED: tests"; [ $$types -eq 0 ] || echo "FAILED: mypy"; \
+	[ $$tests -eq 0 ] && [ $$types -eq 0 ]
 
 long: $(VENV)/.ready  ## before a release: more examples of what `make test` tries
 	$(RUN)/python -m pytest --numprocesses 2 --dist worksteal -m long

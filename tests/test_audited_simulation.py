@@ -11,6 +11,9 @@ pytestmark = pytest.mark.torch
 PLAN = """
 [run]
 name = "audited"
+[model]
+load_in_4bit = false
+dtype = "float32"
 [training]
 max_length = 128
 [lora]
@@ -29,8 +32,16 @@ arms = ["federated"]
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_extractions():
+    """Seconds, not half a minute: to find what leaks out of more texts is for learn/test_audit_planted.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedlora.learn.audit.measured.TRIED", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, few_extractions):
     path = tmp_path_factory.mktemp("audited")
     (path / "plan.toml").write_text(PLAN)
     assert main(["simulate", str(path / "plan.toml"), "--out", str(path / "out"), "-q"]) == 0

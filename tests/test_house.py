@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -383,16 +384,15 @@ def read_from_the_wheel(installed, cwd):
     """Far from a checkout: the guides, the sample files and the commands that the README begins with."""
     cwd.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    code = "import sys; from fedlora.cli import main; from fedlora.cli.guides import place; sys.exit(main(sys.argv[1:]))"
-    for words in (
-        ["docs", "--out", "."],
-        ["check", "simulations/plans/toy.toml"],
-        ["check", "server/plan.toml"],
-        ["docs", "site"],
-    ):
-        done = subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, (words, done.stderr)
-    assert done.stdout.startswith("# ")
+    commands = [["docs", "--out", "."], ["check", "simulations/plans/toy.toml"], ["check", "server/plan.toml"], ["docs", "site"]]
+    code = (
+        "import json, sys\nfrom fedlora.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n    print('-' * 9)\n    if main(words): sys.exit(f'{words} failed')"
+    )
+    argv = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rpartition("-" * 9)[2].startswith("\n# ")
     for where, _ in GUIDES.values():
         assert (cwd / where).read_bytes() == (ROOT / where).read_bytes()
 

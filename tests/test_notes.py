@@ -12,6 +12,8 @@ PLAN = """
 federation = { num_rounds = 1, local_steps = 1, min_sites = 2 }
 training = { per_device_train_batch_size = 2, max_length = 16, prompt = "plain" }
 lora.r = 2
+model.load_in_4bit = false
+model.dtype = "float32"
 [simulation]
 arms = ["base", "local", "federated"]
 split = "by:ward"

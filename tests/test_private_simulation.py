@@ -27,6 +27,9 @@ pytestmark = pytest.mark.torch
 PLAN = """
 [run]
 name = "private"
+[model]
+load_in_4bit = false
+dtype = "float32"
 [training]
 max_length = 256
 learning_rate = 0.02
@@ -121,8 +124,9 @@ def test_17_epsilon_of_the_report_is_recomputed_from_what_each_site_was_charged(
 AUDIT = "[audit]\ncanaries_per_site = 16\nrepeats = [1, 4]\nmax_rows_share = 1.0\n[simulation]\n"
 
 
-def test_an_audited_private_run_sends_guesses_at_its_end_and_no_metric_else(tmp_path):
+def test_an_audited_private_run_sends_guesses_at_its_end_and_no_metric_else(tmp_path, monkeypatch):
     """As many from each site, whatever its rows: how many are right is all that differs."""
+    monkeypatch.setattr("fedlora.learn.audit.measured.TRIED", 2)
     assert simulate(tmp_path, PLAN.replace("[simulation]\n", AUDIT, 1)) == 0
     store = RunStore.open(tmp_path / "out" / "seed-0" / "federated")
     assert [{s: dict(n.metrics) for s, n in r.sites.items()} for r in store.records()] == [{"site-1": {}, "site-2": {}}] * 2

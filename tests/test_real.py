@@ -1,5 +1,6 @@
 """The real model and the real text of the demo, for a minute: SmolLM2-135M in NF4, two hospital specialties, two rounds."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -58,8 +59,26 @@ def real_file():
     return file
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_reading():
+    """The file's 100,000 words of vocabulary are read once, not by our code and four times by transformers, seconds each.
+
+    They are slices of a plain array: those of a mapped one take twice as long to make.
+    """
+    import gguf
+
+    class Plain(gguf.GGUFReader):
+        def _get(self, *where, **more):
+            self.data = self.data.view(np.ndarray)
+            return super()._get(*where, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(Plain))
+        yield
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, one_reading):
     """Base, data and the finished run of PLAN."""
     from fedlora.learn.bases.gguf import convert_gguf
 

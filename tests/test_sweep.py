@@ -27,7 +27,7 @@ from fedlora.lab.sweep import combinations
 
 PLAN = """
 run.name = "toy"
-model.model_name_or_path = "fedlora/toy"
+model = { model_name_or_path = "fedlora/toy", load_in_4bit = false, dtype = "float32" }
 lora.r = 2
 training = { per_device_train_batch_size = 2, max_length = 64, learning_rate = 1e-2 }
 federation = { num_rounds = 1, local_steps = 1 }
@@ -238,13 +238,6 @@ class Stubborn(fedlora.Rule):
 """
 
 
-def fedlora(*words, path=()):
-    command = [sys.executable, "-m", "fedlora", *map(str, words)]
-    root = EXAMPLE.parents[1]
-    env = {"PYTHONPATH": ":".join(map(str, [root, *path])), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
-
-
 def write(path, text):
     path.write_text(text)
     return path
@@ -312,11 +305,11 @@ def test_a_run_that_fails_ends_no_other_and_is_named_with_its_reason(plan, tmp_p
         (None, "no such file"),
     ],
 )
-def test_a_script_that_is_no_rule_is_said_with_the_place(plan, tmp_path, text, said):
+def test_a_script_that_is_no_rule_is_said_with_the_place(plan, tmp_path, text, said, capsys):
     if text:
         (tmp_path / "wrong.py").write_text(text)
-    done = fedlora("simulate", plan, "--rule", tmp_path / "wrong.py", "--out", tmp_path / "out")
-    assert (done.returncode, said in done.stderr) == (3, True)
+    status = main(["simulate", str(plan), "--rule", str(tmp_path / "wrong.py"), "--out", str(tmp_path / "out")])
+    assert (status, said in capsys.readouterr().err) == (3, True)
 
 
 def test_a_script_that_failed_once_is_not_taken_for_a_rule_the_next_time(tmp_path):
@@ -351,7 +344,7 @@ def test_a_ctrl_c_ends_no_process_that_was_there_before(monkeypatch, tmp_path):
         theirs.join()
 
 
-def test_an_installed_rule_is_loaded_because_she_names_it_and_never_because_a_plan_does(plan, tmp_path):
+def test_an_installed_rule_is_loaded_because_she_names_it_and_never_because_a_plan_does(plan, tmp_path, monkeypatch, capsys):
     package = tmp_path / "site-packages"
     (package / "ours-1.0.dist-info").mkdir(parents=True)
     (package / "ours-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: ours\nVersion: 1.0\n")
@@ -360,12 +353,16 @@ def test_an_installed_rule_is_loaded_because_she_names_it_and_never_because_a_pl
         f"open({str(tmp_path / 'loaded')!r}, 'w').close()\nimport fedlora\n\nclass Part(fedlora.Rule):\n    needs = 'sum'\n"
         "    def finish(self, sums, adapter, *, scale, round, state): pass\n"
     )
+    monkeypatch.syspath_prepend(package)
     plan.write_text(PLAN.replace('[aggregate.fedavg]\nshare = "AB"', 'aggregate.name = "part"'))
-    for words in (["check", plan], ["simulate", plan, "--out", tmp_path / "out"]):
-        done = fedlora(*words, path=[package])
-        assert (done.returncode, "no rule is called 'part'" in done.stderr) == (3, True)
+    for words in (["check", str(plan)], ["simulate", str(plan), "--out", str(tmp_path / "out")]):
+        status = main(words)
+        assert (status, "no rule is called 'part'" in capsys.readouterr().err) == (3, True)
+    assert main(["simulate", str(plan), "--rule", "par"]) != 0
+    assert "installed are part" in capsys.readouterr().err
     assert not (tmp_path / "loaded").exists()
-    unknown = fedlora("simulate", plan, "--rule", "par", path=[package])
-    assert "installed are part" in unknown.stderr
-    done = fedlora("check", plan, "--rule", "part", path=[package])
-    assert (done.returncode, (tmp_path / "loaded").exists()) == (0, True)
+    try:
+        assert (main(["check", str(plan), "--rule", "part"]), (tmp_path / "loaded").exists()) == (0, True)
+    finally:
+        RULES.forget("part")
+        sys.modules.pop("ours", None)

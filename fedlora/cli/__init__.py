@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     from fedlora.cli.asking import Declined
     from fedlora.core.errors import FedLoRAError
 
+    READER_GONE.clear()  # of a command before this one, in a program that runs several
     words, program = sys.argv[1:] if argv is None else argv, _program()
     command = command_of(words, program) if "--json" in _options(words) else None  # as which a program is answered
     try:
@@ -111,7 +112,6 @@ def _usage(e: click.ClickException, called: str, command: str | None) -> int:
 
 def _interrupted(words: list[str], command: str | None) -> int:
     if READER_GONE:
-        READER_GONE.clear()
         return _SIGNALED
     hint = _INTERRUPTED.get(words[0] if words else "", "")
     return fail("interrupted", hint=hint, code="interrupted", status=_SIGNALED, command=command)

@@ -92,46 +92,24 @@ class Follower:
         return self.error[0] if self.error else None
 
 
-@flower
-@pytest.mark.fault(
-    "E31",
-    "`server up` is stopped in order (SIGTERM, as systemd does) while a run goes on",
-    says="`stopped`: the server was stopped during the run; the resume command",
-)
-def test_a_server_that_is_stopped_says_so_to_who_follows_the_run(tmp_path):
-    with serving(tmp_path) as federation:
-        follower = Follower(federation, "wait")
-        until(lambda: follower.said("start"))
-        assert federation.server.end() == 0
-        error = follower.ended()
-    assert (error.code, error.exit_status) == ("stopped", 1)
-    assert "the server was stopped during the run" in str(error)
-    assert "fedlora server up" in error.hint
-    assert "--resume" in error.hint
+@dataclass
+class Place:
+    """A home whose server comes and goes."""
+
+    root: Path
+    stack: contextlib.ExitStack
+    federation: Federation = None
+
+    def up(self) -> Federation:
+        self.federation = self.stack.enter_context(serving(self.root))
+        return self.federation
 
 
-@flower
-@pytest.mark.fault(
-    "E6",
-    "`server up` is killed, and may come back on another port, while `server start` follows a run",
-    says="the server died or was restarted during the run; the resume command",
-)
-def test_a_server_that_died_leaves_its_follower_with_the_resume_command(tmp_path):
-    with serving(tmp_path) as federation:
-        follower = Follower(federation, "wait")
-        until(lambda: follower.said("start"))
-        below = list(descendants(federation.server.process.pid))
-        federation.server.process.kill()
-        federation.server.process.wait()
-        until(lambda: not any(running(p) for p in below))
-        error = follower.ended()
-        assert isinstance(error, ConnectionFailed)
-        assert "during the run" in str(error)
-        assert f"fedlora server start {federation.home}" in error.hint
-        assert "--resume" in error.hint
-    with serving(tmp_path) as again:  # the way on is one
-        follower = Follower(again, "quick", resume=True)
-        assert follower.ended() is None
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Iterator[Place]:
+    """The next three tests share it, in this order: one leaves the server running, one kills it, one stops the next."""
+    with contextlib.ExitStack() as stack:
+        yield Place(tmp_path_factory.mktemp("stops"), stack)
 
 
 @flower
@@ -140,19 +118,61 @@ def test_a_server_that_died_leaves_its_follower_with_the_resume_command(tmp_path
     "`server start` is killed, or a second one is called, while a run goes on",
     says="another run goes on (its name); this one is number 2 in the queue; a second start of the same run follows it",
 )
-def test_a_second_start_says_at_once_that_another_run_goes_on(tmp_path):
-    with serving(tmp_path) as federation:
-        first = Follower(federation, "wait")
-        until(lambda: first.said("start"))
-        second = Follower(federation, "quick", resume=True)
-        until(lambda: second.said("another-run"))
-        assert first.thread.is_alive()
-        assert second.thread.is_alive()
-        assert dict(second.events)["another-run"] == {"name": "wait", "place": 2}
-        (run,) = {int(f["name"].split()[1]) for e, f in first.events if e == "process"}
-        assert stop_run(federation.home, run)
-        assert first.ended().code == "stopped"
-        assert second.ended() is None
+def test_a_second_start_says_at_once_that_another_run_goes_on(place):
+    federation = place.up()
+    first = Follower(federation, "wait")
+    until(lambda: first.said("start"))
+    second = Follower(federation, "quick", resume=True)
+    until(lambda: second.said("another-run"))
+    assert first.thread.is_alive()
+    assert second.thread.is_alive()
+    assert dict(second.events)["another-run"] == {"name": "wait", "place": 2}
+    (run,) = {int(f["name"].split()[1]) for e, f in first.events if e == "process"}
+    assert stop_run(federation.home, run)
+    assert first.ended().code == "stopped"
+    assert second.ended() is None
+
+
+@flower
+@pytest.mark.fault(
+    "E6",
+    "`server up` is killed, and may come back on another port, while `server start` follows a run",
+    says="the server died or was restarted during the run; the resume command",
+)
+def test_a_server_that_died_leaves_its_follower_with_the_resume_command(place):
+    federation = place.federation or place.up()
+    follower = Follower(federation, "wait")
+    until(lambda: follower.said("start"))
+    below = list(descendants(federation.server.process.pid))
+    federation.server.process.kill()
+    federation.server.process.wait()
+    until(lambda: not any(running(p) for p in below))
+    error = follower.ended()
+    assert isinstance(error, ConnectionFailed)
+    assert "during the run" in str(error)
+    assert f"fedlora server start {federation.home}" in error.hint
+    assert "--resume" in error.hint
+    # the way on is one
+    follower = Follower(place.up(), "quick", resume=True)
+    assert follower.ended() is None
+
+
+@flower
+@pytest.mark.fault(
+    "E31",
+    "`server up` is stopped in order (SIGTERM, as systemd does) while a run goes on",
+    says="`stopped`: the server was stopped during the run; the resume command",
+)
+def test_a_server_that_is_stopped_says_so_to_who_follows_the_run(place):
+    federation = place.federation or place.up()
+    follower = Follower(federation, "wait")
+    until(lambda: follower.said("start"))
+    assert federation.server.end() == 0
+    error = follower.ended()
+    assert (error.code, error.exit_status) == ("stopped", 1)
+    assert "the server was stopped during the run" in str(error)
+    assert "fedlora server up" in error.hint
+    assert "--resume" in error.hint
 
 
 @pytest.fixture
