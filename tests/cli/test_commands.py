@@ -253,12 +253,15 @@ def test_a_bug_has_its_own_exit_status_and_says_so(monkeypatch, capsys):
     ],
 )
 def test_what_the_world_does_is_no_bug(raised, status, said, monkeypatch, capsys):
+    import fedlora.cli.terminal
     import fedlora.formats.plans
 
     def fails(path):
         raise raised
 
     monkeypatch.setattr(fedlora.formats.plans, "load_plan", fails)
+    monkeypatch.setattr("fedlora.cli.terminal.READER_GONE", [True])  # of a command before, in a program that runs several
+    monkeypatch.setattr("fedlora.cli.READER_GONE", fedlora.cli.terminal.READER_GONE)
     assert main(["check", "plan.toml", "--json"]) == status
     out = capsys.readouterr()
     assert said in out.err
