@@ -35,6 +35,12 @@ Listed = TypeVar("Listed")
 Metric = Literal["train/loss", "eval/nll", "eval/exact_match", "eval/coarse_match", "eval/tokens", "eval/examples"]
 
 
+Block = Annotated[int, Field(ge=0, lt=10_000)]
+Blocks = Annotated[
+    str, worded(r"^(all|(upper|lower):(0\.\d{1,6}|1(\.0{1,6})?))$", "all, upper:SHARE or lower:SHARE, as upper:0.5")
+]
+
+
 def _once(listed: Listed) -> Listed:
     if isinstance(listed, tuple) and len(set(listed)) < len(listed):
         raise PydanticCustomError("twice", "one of its values stands in it twice")
@@ -97,6 +103,8 @@ class Lora(Section):
     """dropout probability on the adapter's input during training"""
     target_modules: Annotated[tuple[Name, ...] | Literal["all-linear"], AfterValidator(_once)] = "all-linear"
     """names of the modules that get an adapter, or all-linear"""
+    layers_to_transform: Annotated[tuple[Block, ...] | Blocks, AfterValidator(_once)] = "all"
+    """which blocks get one: all, a share (upper:0.5, lower:0.25), or their numbers from 0; fewer blocks, fewer bytes"""
     use_rslora: bool = False
     """scale by lora_alpha / sqrt(r) instead"""
     ranks: dict[Name, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(default_factory=dict)
@@ -114,7 +122,15 @@ class Lora(Section):
             raise PydanticCustomError("init", "lora.init and lora.init_digest name different adapters: use `fedlora pin --init`")
         if self.target_modules == ():
             raise PydanticCustomError("targets", "target_modules is empty; name modules or say 'all-linear'")
+        if self.layers_to_transform == () or (self.layers_to_transform[:6] in ("upper:", "lower:") and self.block_share == 0):
+            raise PydanticCustomError("blocks", "layers_to_transform names no block; say 'all', a share above 0, or numbers")
         return self
+
+    @property
+    def block_share(self) -> float:
+        """The share of blocks that ``upper:`` or ``lower:`` names; 1 of all."""
+        chosen = self.layers_to_transform
+        return float(chosen.partition(":")[2] or 1) if isinstance(chosen, str) else 1.0
 
     @property
     def scale(self) -> float:
@@ -267,14 +283,14 @@ class Plan(Section):
 
     def canonical(self) -> bytes:
         """The agreed part as canonical JSON: sorted keys, no spaces, ASCII, no default left out. All but ``simulation``, and
-        but ``privacy``, ``audit`` and ``lora.init`` where there is none."""
+        but ``privacy`` and ``audit`` where there is none, and ``lora.init`` and ``lora.layers_to_transform`` at their default."""
         return canonical(self.agreed())
 
     def agreed(self) -> dict[str, Any]:
         """What :meth:`canonical` writes, as a table of tables."""
         absent: dict[str, Any] = {name: True for name in ("privacy", "audit") if getattr(self, name) is None}
-        if not self.lora.init:
-            absent["lora"] = {"init"}
+        new = {"init": "", "layers_to_transform": "all"}  # keys of later releases: plans that do not use them keep their digest
+        absent["lora"] = {key for key, default in new.items() if getattr(self.lora, key) == default}
         return self.model_dump(mode="json", exclude={"simulation": True, **absent})
 
     def digest(self) -> str:

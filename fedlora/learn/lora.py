@@ -216,7 +216,7 @@ def layout_of(base: Base, settings: Lora) -> Layout:
         ConfigError: see :func:`attach`.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in adapted_layers(base.model, settings.target_modules):
+    for name in adapted_layers(base.model, settings):
         layer = base.model.get_submodule(name)
         shapes[f"base_model.model.{name}.lora_A.weight"] = (settings.r, layer.in_features)
         shapes[f"base_model.model.{name}.lora_B.weight"] = (layer.out_features, settings.r)
@@ -266,7 +266,7 @@ def _config(base: Base, settings: Lora) -> peft.LoraConfig:
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=adapted_layers(base.model, settings.target_modules),
+        target_modules=adapted_layers(base.model, settings),
         use_rslora=settings.use_rslora,
         bias="none",
         task_type="CAUSAL_LM",

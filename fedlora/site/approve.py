@@ -40,7 +40,7 @@ def in_words(plan: Plan) -> dict[str, str]:
         "name": f"{plan.run.name}, seed {plan.run.seed}",
         "base model": f"{shown(m.model_name_or_path, 200)} at {shown(m.revision, 200)}, loaded in {bits}, "
         f"content {m.digest[:16] or 'not pinned'}",
-        "adapter": f"rank {plan.lora.r}, alpha {plan.lora.lora_alpha}, on {_listed(plan.lora.target_modules)}",
+        "adapter": f"rank {plan.lora.r}, alpha {plan.lora.lora_alpha}, on {_listed(plan.lora.target_modules)}{_blocks(plan)}",
         "training": f"{f.num_rounds} rounds of {work}, learning rate {t.learning_rate:g}, rows of {t.max_length} tokens",
         "sites": f"at least {f.min_sites} in a round",
         "rule": f"{plan.aggregate.name}{optimizer}",
@@ -63,6 +63,11 @@ def in_words(plan: Plan) -> dict[str, str]:
         )
     words = {topic: plain(sentence) for topic, sentence in words.items()}
     return words | mode_of(plan).words(plan, words)
+
+
+def _blocks(plan: Plan) -> str:
+    said = plan.lora.layers_to_transform
+    return "" if said == "all" else f", in {f'the share {said}' if isinstance(said, str) else 'some'} of the blocks"
 
 
 def _weight(plan: Plan) -> str:

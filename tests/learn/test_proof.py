@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from fedlora.cli import main
 from fedlora.core.errors import ConfigError, DataError, FedLoRAError, ModelError, ResourceError
-from fedlora.core.plan import Plan
+from fedlora.core.plan import Lora, Plan
 from fedlora.core.records import Check, Proof
 from fedlora.core.toml import dump_toml
 from fedlora.core.words import differences
@@ -195,7 +195,7 @@ def test_all_that_is_wrong_is_named_at_once():
 
 
 def layers(base: Path, targets: Any = "all-linear") -> set[str]:
-    return set(adapted_layers(load_base(plan_of().model, base, Machine()).model, targets))
+    return set(adapted_layers(load_base(plan_of().model, base, Machine()).model, Lora(target_modules=targets)))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])

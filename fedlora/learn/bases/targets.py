@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.errors import ConfigError
+from fedlora.core.plan import Lora
 from fedlora.learn.bases._internals import taken_for_experts
 
 _FUSED = ("out_proj", "conv1d")
@@ -18,8 +20,49 @@ _READ_ASIDE = ("dt_proj", "x_proj")
 """Layers of state spaces whose weight some code reads without calling the layer."""
 
 
-def adapted_layers(model: Any, target_modules: tuple[str, ...] | str) -> list[str]:
-    """Full names of the layers that a plan's ``target_modules`` mean, in the model's order.
+def adapted_layers(model: Any, settings: Lora) -> list[str]:
+    """Full names of the layers that a plan's ``target_modules`` and ``layers_to_transform`` mean, in the model's order.
+
+    Raises:
+        ConfigError: see :func:`_targeted`; or a block is named that the base does not have, or holds none of the targets.
+    """
+    found = _targeted(model, settings.target_modules)
+    if settings.layers_to_transform == "all":
+        return found
+    numbers = {n: _block(n) for n in language_model(model)}
+    blocks = sorted({b for b in numbers.values() if b is not None})
+    if not blocks:
+        raise ConfigError("layers_to_transform: this base has no numbered blocks", hint="say 'all'")
+    chosen = _chosen(settings, blocks)
+    kept = [n for n in found if numbers[n] in chosen]
+    if not kept:
+        raise ConfigError(
+            "layers_to_transform: the blocks that it names hold none of the layers of target_modules",
+            hint="name other blocks, or target_modules = 'all-linear'",
+        )
+    return kept
+
+
+def _block(name: str) -> int | None:
+    """The number of the block in which a module is: the first number of its name; None outside of all blocks."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _chosen(settings: Lora, blocks: list[int]) -> set[int]:
+    said = settings.layers_to_transform
+    if not isinstance(said, str):
+        if beyond := sorted(set(said) - set(blocks)):
+            raise ConfigError(
+                f"layers_to_transform: this base has no block {', '.join(map(str, beyond))}",
+                hint=f"its {len(blocks)} blocks have the numbers {blocks[0]} to {blocks[-1]}",
+            )
+        return set(said)
+    count = math.ceil(round(settings.block_share * len(blocks), 6))  # 0.1 of 30 blocks is 3, whatever floats say
+    return set(blocks[-count:] if said.startswith("upper") else blocks[:count])
+
+
+def _targeted(model: Any, target_modules: tuple[str, ...] | str) -> list[str]:
+    """Full names of the layers that ``target_modules`` means, in the model's order.
 
     ``all-linear`` is every linear layer of the language model but its head, routers, experts and what kernels fuse; shared
     experts are in it. Names are looked for in the language model only, whatever else in a wrapper has the same.

@@ -152,7 +152,8 @@ def _targets(modules: Sequence[str], lora: Lora) -> Sequence[str]:
     """Last names of the adapted layers, or full ones where another part of the base has layers of the same last names."""
     last = {m.rpartition(".")[2] for m in modules} if lora.target_modules == "all-linear" else set(lora.target_modules)
     wrapped = any({"language_model", "text_model"} & set(m.split(".")) for m in modules)
-    return sorted(modules if wrapped or any(name.isdigit() for name in last) else last)
+    some = lora.layers_to_transform != "all"  # the last names would mean the other blocks, too
+    return sorted(modules if wrapped or some or any(name.isdigit() for name in last) else last)
 
 
 def _card(config: Mapping[str, Any], *, dtype: str, quantization: str, run: RunFacts) -> str:

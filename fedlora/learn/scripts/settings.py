@@ -17,7 +17,7 @@ _ROUNDS: Final = 10
 _TAKEN: Final = frozenset([
     "learning_rate", "warmup_steps", "warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay",
     "max_grad_norm", "gradient_checkpointing", "max_length", "max_seq_length", "packing", "seed", "max_steps",
-    "num_train_epochs", "bf16", "fp16", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+    "num_train_epochs", "bf16", "fp16", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
 ])  # fmt: skip
 """Arguments that the plan has, or that :func:`not_taken` says itself."""
 _HARMLESS: Final = (
@@ -211,8 +211,14 @@ def _lora(model: Any) -> dict[str, Any]:
         "lora_alpha": int(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
         "use_rslora": bool(config.use_rslora),
+        "layers_to_transform": _blocks(config.layers_to_transform),
         "target_modules": "all-linear" if names is None or isinstance(names, str) else sorted(names),
     }
+
+
+def _blocks(said: Any) -> Any:
+    """PEFT's None is all blocks, and a number a list of one."""
+    return "all" if said is None else [said] if isinstance(said, int) else sorted(said)
 
 
 def _model(model: Any) -> dict[str, Any]:
