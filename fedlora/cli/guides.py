@@ -17,6 +17,7 @@ GUIDES: Final = {
     "privacy": ("server/PRIVACY.md", "differential privacy in plain words: what it promises, and what a site controls"),
     "faults": ("server/FAULTS.md", "the faults that were tried, and what is said of each"),
     "rules": ("server/RULES.md", "which aggregation rule when"),
+    "methods": ("server/METHODS.md", "LoRA and the names around it: what is here, what is not, and why"),
     "researcher": ("simulations/README.md", "simulations, arms, data sets and numbers"),
     "example": ("fedlora/EXAMPLE.md", "a rule of your own, and a Trainer that you have, in a script"),
     "bases": ("fedlora/BASES.md", "families of base models: what works, what is refused and why"),
