@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +83,8 @@ def personalize(
 ) -> Made:
     """Trains further from a published adapter on the site's own rows, and writes what its held-out rows choose.
 
-    What was trained is kept under the site's state directory: called again, it goes on where it was cut off.
+    What was trained is kept under the site's state directory until the result is there: called again, it goes on where it was
+    cut off.
 
     Args:
         adapter: directory of PEFT, as `fedlora site pull` writes it.
@@ -126,6 +128,7 @@ def personalize(
         chosen, choice = choose(start, ends, choosing, scorer(lora, choosing, plan.training))
     before, behind = (_nats(lora, one, apart, plan) for one in (start, chosen))
     _write(chosen, out, plan, published, choice)
+    shutil.rmtree(directory, ignore_errors=True)  # each value of an adapter once more, of use only to what was cut off
     return Made(choice, len(apart), before, behind, tokens, steps)
 
 

@@ -63,13 +63,18 @@ def choose(
     if not validation:
         raise DataError("no validation rows: nothing says whether an adapter of one's own is better", hint="hold rows out")
     named: list[tuple[Way, float]] = [("global", 0.0), *((way, share) for way in ends for share in SHARES)]
-    candidates = [start if way == "global" else between(start, ends[way], share) for way, share in named]
-    nats = np.stack([score(candidate) for candidate in candidates])
+    reach = {way: _distance(start, end) for way, end in ends.items()}
+
+    def candidate(at: int) -> Adapter:  # made again when it is chosen: nine of them are more than a small machine holds
+        way, share = named[at]
+        return start if way == "global" else between(start, ends[way], share)
+
+    nats = np.stack([score(candidate(at)) for at in range(len(named))])
     tokens = np.array([int((e.labels != IGNORE).sum()) for e in validation], np.float64)
     clusters = _clusters(validation)
     best = int(np.argmin(nats.sum(1)))
     behind = [_behind(row - nats[best], tokens, clusters) for row in nats]
-    distance = [_distance(start, candidate) for candidate in candidates]
+    distance = [0.0 if way == "global" else share * reach[way] for way, share in named]
     at = min((i for i, errors in enumerate(behind) if errors <= 1), key=lambda i: (distance[i], i))
     tried = tuple(
         Candidate(
@@ -81,10 +86,9 @@ def choose(
         )
         for i, (way, share) in enumerate(named)
     )
-    choice = Choice(
-        start=start.digest(), adapter=candidates[at].digest(), chosen=tried[at], tried=tried, examples=len(validation)
-    )
-    return candidates[at], choice
+    chosen = candidate(at)
+    choice = Choice(start=start.digest(), adapter=chosen.digest(), chosen=tried[at], tried=tried, examples=len(validation))
+    return chosen, choice
 
 
 def _distance(start: Adapter, end: Adapter) -> float:
