@@ -400,7 +400,7 @@ def test_any_within_policy_wants_every_limit_said_and_lists_what_is_missing(tmp_
     file.write_text('[policy]\napprove = "any-within-policy"\nmin_sites = 3\n')
     with pytest.raises(ConfigError) as missing:
         load_site_file(file)
-    left = set(Policy.model_fields) - {"approve", "min_sites", "init"}  # whose default is the strictest
+    left = set(Policy.model_fields) - {"approve", "min_sites", "init", "max_canary_share"}  # whose default is the strictest
     assert all(key in str(missing.value).rpartition("missing: ")[2] for key in left)
     file.write_text(dump_toml(SiteFile(policy=open_policy())))
     assert load_site_file(file).policy == open_policy()
@@ -433,6 +433,12 @@ def test_where_a_roster_is_set_secure_aggregation_alone_is_taken_by_default(tmp_
             {"share": ("eval/tokens",)},
             "share",
             "asks for eval/nll, which",
+        ),
+        (
+            {"audit": {"canaries_per_site": 16, "max_rows_share": 0.5}},
+            {},
+            "max-canary-share",
+            "mix in 50% of this site's rows as canaries, more than 10%",
         ),
     ],
 )

@@ -24,6 +24,7 @@ BEFORE = {
     3: "config data held key-file local-port model not-installed state-lost store",
     4: "connection exposed revoked-site roster-expired roster-invalid roster-rollback unknown-site wrong-secret",
     5: "audit budget impossible-adapter plan-not-approved plan-refused policy-allowed-models policy-init policy-lone-change "
+    "policy-max-canary-share "
     "policy-max-first-range "
     "policy-max-local-steps policy-max-rounds policy-max-update-bytes policy-min-sites policy-protect policy-share "
     "run-not-approved sits-out version-unsupported wrong-base",

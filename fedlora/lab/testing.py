@@ -50,6 +50,7 @@ def open_policy(**limits: object) -> Policy:
         "init": "approved",
         "lone_change": "allow",
         "min_cell": 1,
+        "max_canary_share": 100.0,
     }
     return Policy(**{**Policy().model_dump(), **wide, **limits})
 

@@ -12,6 +12,7 @@ from fedlora.core.errors import ConfigError, PlanRefused
 from fedlora.core.plan import Metric, Plan
 from fedlora.core.registry import MODES
 from fedlora.core.section import Section
+from fedlora.core.tables.audit import audited
 from fedlora.protect.modes import mode_of
 from fedlora.site.pause import minutes
 
@@ -37,6 +38,10 @@ def _hours(text: str) -> str:
 def default_modes(*, roster: bool) -> tuple[str, ...]:
     """Modes that a site accepts whose policy names none: secagg where a roster says who takes part, else sealed."""
     return ("secagg",) if roster else ("sealed",)
+
+
+_STRICT = ("init", "max_canary_share")
+"""Keys of later releases whose default takes nothing that sites without them have ever agreed to."""
 
 
 class Policy(Section):
@@ -68,6 +73,8 @@ class Policy(Section):
     """secagg: refuse: only plans that guard against sums that differ by one site; allow: also plans that do not"""
     share: tuple[Metric, ...] = get_args(Metric)
     """metrics that may leave, each as the counts behind it; sealed: others are withheld; secagg: plans with others are refused"""
+    max_canary_share: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """largest audit.max_rows_share accepted: canary rows that an audit mixes in, over this site's own rows"""
     min_cell: Count = 20
     """fewest held-out rows whose evaluation leaves this site; with fewer, zeros are sent and the site still trains. 1: any"""
 
@@ -83,7 +90,7 @@ class Policy(Section):
         return self
 
     def _unsaid(self) -> list[str]:
-        compulsory = [key for key in type(self).model_fields if key != "init"]  # whose default is the least that there is
+        compulsory = [key for key in type(self).model_fields if key not in _STRICT]
         return [key for key in compulsory if key not in self.model_fields_set or (key == "protect" and not self.protect)]
 
     def refusals(self, plan: Plan, *, models: frozenset[str]) -> dict[Code, str]:
@@ -107,6 +114,11 @@ class Policy(Section):
             no["policy-max-rounds"] = f"{f.num_rounds} rounds are more than {self.max_rounds}"
         if f.local_steps > self.max_local_steps:
             no["policy-max-local-steps"] = f"{f.local_steps} steps a round are more than {self.max_local_steps}"
+        if (audit := audited(plan)) is not None and audit.max_rows_share > self.max_canary_share:
+            no["policy-max-canary-share"] = (
+                f"an audit may mix in {audit.max_rows_share:.0%} of this site's rows as canaries, more than "
+                f"{self.max_canary_share:.0%}"
+            )
         if not plan.is_pinned:
             no["plan-refused"] = "the plan does not pin both the base and the first adapter by content"
         return {**no, **dict(mode_of(plan).refusals(plan, self))}
