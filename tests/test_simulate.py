@@ -268,6 +268,23 @@ def test_sites_in_one_pass_are_for_one_process(tmp_path, capsys):
     assert "--batch-sites" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("missing", [("lora", "init"), ("lora", "layers_to_transform"), ("simulation", "personal"), ("audit",)])
+def test_a_simulation_that_an_earlier_version_began_goes_on(tmp_path, missing):
+    """A key that it did not have has its default, and is no other plan."""
+    plan = load_plan(TOY)
+    claim(tmp_path, plan, Options(tmp_path))
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    *path, last = missing
+    table = facts["plan"]
+    for key in path:
+        table = table[key]
+    del table[last]
+    (tmp_path / "plan.json").write_text(json.dumps(facts))
+    claim(tmp_path, plan, Options(tmp_path, resume=True))
+    with pytest.raises(StoreError, match="another plan"):
+        claim(tmp_path, plan.model_copy(update={"lora": plan.lora.model_copy(update={"r": 2})}), Options(tmp_path, resume=True))
+
+
 @pytest.mark.parametrize(
     ("made", "free"),
     [

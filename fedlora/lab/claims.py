@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
@@ -168,7 +169,11 @@ def _parsed(facts: bytes) -> dict[str, Any]:
 
 
 def _without_rule(facts: bytes) -> dict[str, Any]:
-    return {key: value for key, value in _parsed(facts).items() if key != "rule"}
+    """The same, the plan as this version reads it: an earlier one had fewer keys, which have their default."""
+    found = {key: value for key, value in _parsed(facts).items() if key != "rule"}
+    with suppress(ValueError):
+        found["plan"] = Plan.model_validate_json(json.dumps(found.get("plan"))).model_dump(mode="json")
+    return found
 
 
 def _facts(plan: Plan, options: Options) -> bytes:
