@@ -42,7 +42,7 @@ from fedlora.core.words import number, with_interval, with_sd
 from fedlora.formats.plans import load_plan
 from fedlora.lab import simulate
 from fedlora.lab.arms import arms_of
-from fedlora.lab.report import interval, spread
+from fedlora.lab.spreads import interval, spread
 from fedlora.learn.simulated.rows import read_simulation, tokens_of
 from fedlora.rounds.store import RunStore
 

@@ -72,7 +72,7 @@ class Child:
             with contextlib.suppress(queue.Empty):
                 self._new.get(timeout=0.2)
 
-    def end(self, *, timeout_s: float = 20) -> int:
+    def end(self, *, timeout_s: float = PATIENCE_S) -> int:
         """Asks it to stop and returns its status; kills it if it does not."""
         self.process.terminate()
         try:
