@@ -171,6 +171,8 @@ class Evaluation(TypedDict):
     nll_low: float
     """of the change, 95 %"""
     nll_high: float
+    groups: int
+    """of examples of one patient or customer, or equal ones: what interval and p count"""
     gained: int
     """exact answers of the adapter alone"""
     lost: int

@@ -36,7 +36,7 @@ FAR, NEAR = (Adapter(np.full(LAYOUT.size, value, np.float32), LAYOUT) for value 
 
 
 def example(line, tokens, group=""):
-    ids = np.arange(tokens + 1, dtype=np.int32)
+    ids = np.arange(tokens + 1, dtype=np.int32) + 100 * line  # no two alike
     return Tokens(ids, np.concatenate([[-100], ids[1:]]).astype(np.int32), line, group)
 
 

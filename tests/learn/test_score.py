@@ -30,6 +30,7 @@ from fedlora.learn.evaluate import evaluate
 from fedlora.learn.export import export_adapter
 from fedlora.learn.published import sides
 from fedlora.learn.published.ask import answers
+from fedlora.learn.published.clusters import clusters
 from fedlora.learn.published.loaded import load
 from fedlora.learn.published.score import interval, mcnemar, score
 from fedlora.learn.published.sides import forced
@@ -151,19 +152,56 @@ def test_mcnemar_is_the_share_of_all_ways_to_part_them_that_are_as_uneven(pairs)
     gained, n = sum(a and not b for b, a in pairs), sum(a != b for b, a in pairs)
     ways = [sum(heads) for heads in product((0, 1), repeat=n)]
     uneven = sum(abs(2 * heads - n) >= abs(2 * gained - n) for heads in ways) / len(ways)
-    assert mcnemar(before, after) == pytest.approx(uneven)
+    assert mcnemar(before, after, np.arange(len(before))) == pytest.approx(uneven)
 
 
 def test_the_interval_is_that_of_a_mean_and_weighs_tokens():
     random = np.random.default_rng(3)
     differences, tokens = random.normal(-0.3, 1.0, 400), np.ones(400, np.int64)
-    low, high = interval(differences, tokens)
+    low, high = interval(differences, tokens, np.arange(len(tokens)))
     error = 1.96 * differences.std() / math.sqrt(400)
     assert (low, high) == pytest.approx((differences.mean() - error, differences.mean() + error), abs=0.02)
-    assert interval(differences, tokens) == (low, high)  # the same for the same rows
+    assert interval(differences, tokens, np.arange(len(tokens))) == (low, high)  # the same for the same rows
     differences, tokens = np.repeat([1.0, -1.0], 500), np.repeat([19, 1], 500)  # a mean of means would be near -0.47
-    low, high = interval(differences, tokens)
+    low, high = interval(differences, tokens, np.arange(len(tokens)))
     assert -0.02 < low < 0 < high < 0.02
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(1, 3)), min_size=1, max_size=12))
+def test_one_patient_or_one_text_is_one_observation_and_what_shares_an_example_joins_them(rows):
+    examples = [row_of(i, f"g{group}" if group else "", text) for i, (group, text, _) in enumerate(rows)]
+    of = clusters(examples)
+
+    def together(i, j):  # by definition: reachable over shared groups and equal texts
+        seen, todo = {i}, [i]
+        while todo:
+            a = todo.pop()
+            for b in range(len(rows)):
+                same = rows[a][1] == rows[b][1] or (rows[a][0] and rows[a][0] == rows[b][0])
+                if same and b not in seen:
+                    seen.add(b)
+                    todo.append(b)
+        return j in seen
+
+    assert all((of[i] == of[j]) == together(i, j) for i in range(len(rows)) for j in range(len(rows)))
+    assert sorted(set(of)) == list(range(max(of) + 1))
+
+
+def row_of(line, group, text):
+    ids = np.array([1, 2, 3 + text], np.int32)
+    return Tokens(ids, np.array([IGNORE, 2, 3 + text], np.int32), line, group)
+
+
+@given(times=st.integers(1, 9), seed=st.integers(0, 99))
+def test_rows_that_are_there_several_times_make_no_interval_narrower_and_no_p_smaller(times, seed):
+    random = np.random.default_rng(seed)
+    n = 12
+    differences, tokens, of = random.normal(-0.3, 1, n), random.integers(1, 9, n), np.arange(n)
+    before, after = random.random(n) < 0.4, random.random(n) < 0.6
+    one = interval(differences, tokens, of), mcnemar(before, after, of)
+    many = [np.tile(values, times) for values in (differences, tokens, of, before, after)]
+    assert interval(*many[:3]) == pytest.approx(one[0])
+    assert mcnemar(*many[3:], many[2]) == pytest.approx(one[1])
 
 
 def test_the_command_says_both_sides_and_shows_rows_only_where_it_is_asked_to(published, toy, tmp_path, capsys):
@@ -213,7 +251,7 @@ def test_rows_that_a_site_trains_on_are_no_test_of_its_adapter(published, toy, t
     site = tmp_path / "site.toml"
     site.write_text(dump_toml(SiteFile(name="alpha", data={"path": "rows.jsonl", "held_out_path": "held.jsonl"})))
     words = ["evaluate", str(out), "--base", str(toy), "--site", str(site)]
-    for on in (str(file), str(tmp_path / "." / "rows.jsonl")):
+    for on in (str(file), str(tmp_path / "." / "rows.jsonl"), str(tmp_path / "ro*.jsonl"), str(tmp_path)):
         assert main([*words, "--on", on]) == 3
         assert "this site trains on most of its rows" in capsys.readouterr().err
     held = tmp_path / "held.jsonl"

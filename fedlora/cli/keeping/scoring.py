@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,13 +66,26 @@ def _data_of(site: Path, on: list[Path]) -> SiteData:
     from fedlora.site.site_file import load_site_file
 
     data = load_site_file(site).data
-    own = {path.resolve() for path in data.paths(site.resolve().parent)}
-    if trained := [path for path in on if path.resolve() in own]:
+    own = set(_files(data.paths(site.resolve().parent)))
+    if trained := [path for path in _files(on) if path in own]:
         raise ConfigError(
-            f"{trained[0]} is data.path of {site}: this site trains on most of its rows, and they say nothing about new ones",
-            hint="give rows that no run has trained on, as those of data.held_out_path; without --site any file is taken",
+            f"{trained[0].name} is of data.path of {site}: this site trains on most of its rows, and they say nothing about new "
+            "ones",
+            hint="give rows that no run has trained on, as those of data.held_out_path",
         )
     return data
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    """What files, directories and patterns mean; what is not there is said when it is read."""
+    from fedlora.core.errors import DataError
+    from fedlora.data.files.sources import find
+
+    found = []
+    for path in paths:
+        with suppress(OSError, DataError):
+            found += [file.resolve() for file in find(path)[0]]
+    return found
 
 
 def _examples(found: Scored) -> list[str]:
@@ -109,6 +124,7 @@ def _evaluation(found: Scored) -> Evaluation:
         nll_change=found.nll(found.adapter) - found.nll(found.base),
         nll_low=found.interval[0],
         nll_high=found.interval[1],
+        groups=int(found.clusters.max()) + 1,
         gained=found.gained,
         lost=found.lost,
         p=found.p,

@@ -25,6 +25,7 @@ from fedlora.core.tables.personal import Candidate, Choice, Way
 from fedlora.data import IGNORE, Tokens
 from fedlora.learn.audit.scores import losses
 from fedlora.learn.lora import LoraModel
+from fedlora.learn.published.clusters import clusters
 
 F64: TypeAlias = NDArray[np.float64]
 SHARES: Final = (0.25, 0.5, 0.75, 1.0)
@@ -71,9 +72,9 @@ def choose(
 
     nats = np.stack([score(candidate(at)) for at in range(len(named))])
     tokens = np.array([int((e.labels != IGNORE).sum()) for e in validation], np.float64)
-    clusters = _clusters(validation)
+    of = clusters(validation)
     best = int(np.argmin(nats.sum(1)))
-    behind = [_behind(row - nats[best], tokens, clusters) for row in nats]
+    behind = [_behind(row - nats[best], tokens, of) for row in nats]
     distance = [0.0 if way == "global" else share * reach[way] for way, share in named]
     at = min((i for i, errors in enumerate(behind) if errors <= 1), key=lambda i: (distance[i], i))
     tried = tuple(
@@ -95,14 +96,7 @@ def _distance(start: Adapter, end: Adapter) -> float:
     return float(np.linalg.norm(end.vector.astype(np.float64) - start.vector.astype(np.float64)))
 
 
-def _clusters(examples: Sequence[Tokens]) -> NDArray[np.int64]:
-    """The group of each example, numbered; a row without one is a group of its own, however many examples it gave."""
-    names = [("group", e.group) if e.group else ("row", f"{e.file}\0{e.line}") for e in examples]
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return np.array([number[name] for name in names], np.int64)
-
-
-def _behind(more: F64, tokens: F64, clusters: NDArray[np.int64]) -> float:
+def _behind(more: F64, tokens: F64, of: NDArray[np.int64]) -> float:
     """Standard errors by which a mean of losses a token is above another one.
 
     That of a ratio of sums over clusters (Cochran, Sampling Techniques, 3rd edition, 1977, section 6.4), n / (n - 1) in it. One
@@ -111,12 +105,13 @@ def _behind(more: F64, tokens: F64, clusters: NDArray[np.int64]) -> float:
     Args:
         more: (examples,) float64, nats by which each example's loss is higher.
         tokens: (examples,) float64, its supervised tokens.
+        of: (examples,) int64, its cluster.
     """
     mean = math.fsum(more) / math.fsum(tokens)
     if mean <= 0:
         return 0.0
-    n = int(clusters.max()) + 1
-    apart = np.bincount(clusters, more - mean * tokens)
+    n = int(of.max()) + 1
+    apart = np.bincount(of, more - mean * tokens)
     error = math.sqrt(math.fsum(apart**2) * n / max(n - 1, 1)) / math.fsum(tokens)
     return mean / error if n > 1 and error > 0 else math.inf
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fedlora.core.adapter import Adapter, Layout
-from fedlora.core.errors import ModelError, WrongContext
+from fedlora.core.errors import ConfigError, ModelError, WrongContext
 from fedlora.core.grids import to_bfloat16
 from fedlora.core.limits import MAX_RANK
 from fedlora.core.plan import Plan
@@ -26,7 +26,7 @@ def begun_with(source: Path, layout: Layout, *, plan: Plan, base: str) -> Adapte
     """What a run is to begin with, rounded to bfloat16 as every first adapter is.
 
     Args:
-        source: a run's directory (of a server, or ``seed-0/federated`` of a simulation), a file with an adapter (of a site's
+        source: a run's directory (of a server, or a simulation's own or that of a seed), a file with an adapter (of a site's
             journal, or a simulation's ``adapter.safetensors``), or a directory of PEFT that was exported by us.
         layout: of the base under the new plan.
         plan: the new plan; its scale is taken out of what was exported.
@@ -40,7 +40,7 @@ def begun_with(source: Path, layout: Layout, *, plan: Plan, base: str) -> Adapte
     if (source / "adapter_config.json").is_file():
         adapter, trained_on = read_factors(source, layout, scale=plan.lora.scale), _published_base(source)
     elif source.is_dir():
-        store = RunStore.open(source)
+        store = RunStore.open(_run_in(source))
         adapter, trained_on = store.load().adapter, store.plan.model.digest
     else:
         adapter, facts = load_adapter(source)
@@ -53,6 +53,25 @@ def begun_with(source: Path, layout: Layout, *, plan: Plan, base: str) -> Adapte
         )
     check_begun(adapter, layout)
     return Adapter(to_bfloat16(adapter.vector), adapter.layout)
+
+
+def _run_in(directory: Path) -> Path:
+    """A run's directory: this one, or the only one of a simulation.
+
+    Raises:
+        ConfigError: a simulation of several seeds.
+    """
+    if RunStore.holds(directory):
+        return directory
+    inside = [*directory.glob("federated"), *directory.glob("seed-*/federated")]
+    inside += [*directory.glob("flower/server/runs/*"), *directory.glob("seed-*/flower/server/runs/*")]
+    found = sorted(run for run in inside if RunStore.holds(run))
+    if len(found) > 1:
+        raise ConfigError(
+            f"{directory} holds {len(found)} runs: which one is to be gone on from?",
+            hint=f"name one of them: {', '.join(map(str, found[:4]))}",
+        )
+    return found[0] if found else directory
 
 
 def _published_base(directory: Path) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedlora.core.events import Report
 from fedlora.core.tables.data import SiteData
+from fedlora.learn.published.clusters import clusters
 from fedlora.learn.published.loaded import load
 from fedlora.learn.published.sides import Side, Writing, examples_of, expected, prompt, side, text
 from fedlora.learn.rows import read_rows
@@ -39,8 +40,10 @@ class Scored:
     Attributes:
         tokens: (n,) int64, supervised tokens of each.
         labels: names, empty: none were given.
-        interval: of the adapter's loss a token minus the base's, 95 %, by drawing examples anew.
-        p: of McNemar's exact test: how likely chance alone parts the examples that only one of the two has right as unevenly.
+        clusters: (n,) int64, see :func:`fedlora.learn.published.clusters.clusters`: what is one observation.
+        interval: of the adapter's loss a token minus the base's, 95 %, by drawing clusters anew.
+        p: of McNemar's exact test: how likely chance alone parts the clusters in which only one of the two has more right as
+            unevenly.
         writing: of base and adapter; None: nothing was written out.
         shown: the first of those that were written out.
     """
@@ -49,6 +52,7 @@ class Scored:
     labels: tuple[str, ...]
     base: Side
     adapter: Side
+    clusters: NDArray[np.int64]
     interval: tuple[float, float]
     p: float
     writing: tuple[Writing, Writing] | None
@@ -80,8 +84,10 @@ class Scored:
             *self._label_lines(),
             *self._writing_lines(),
         ]
-        if n < 20:
-            found.append(f"  {n} examples say little")
+        if (of := int(self.clusters.max()) + 1) < n:
+            found.append(f"  interval and p are over {of} groups of examples: of one patient or customer, or equal")
+        if of < 20:
+            found.append(f"  {of} {'examples' if of == n else 'groups'} say little")
         return [*found, "Rows that the adapter was trained on say nothing about new ones."]
 
     def _label_lines(self) -> list[str]:
@@ -138,8 +144,9 @@ def score(
         asked.labels,
         before,
         after,
-        interval(after.nats - before.nats, tokens),
-        mcnemar(before.right, after.right),
+        of := clusters(asked.tokens),
+        interval(after.nats - before.nats, tokens, of),
+        mcnemar(before.right, after.right, of),
         (Writing.of(spoken, before.written), Writing.of(spoken, after.written)) if write else None,
         tuple(
             Shown(e.line, text(loaded, prompt(e))[-_SHOWN_CHARS:], said, one, other)
@@ -148,25 +155,32 @@ def score(
     )
 
 
-def interval(differences: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[float, float]:
-    """Percentile bootstrap of a difference a token, 95 %; the same for the same numbers.
+def interval(differences: NDArray[np.float64], tokens: NDArray[np.int64], of: NDArray[np.int64]) -> tuple[float, float]:
+    """Percentile bootstrap of a difference a token over clusters, 95 %; the same for the same numbers.
 
     Args:
         differences: (n,) nats.
         tokens: (n,).
+        of: (n,), the cluster of each.
     """
-    random, n = np.random.default_rng(0), len(tokens)
+    nats, counted = np.bincount(of, differences), np.bincount(of, tokens)
+    random, n = np.random.default_rng(0), len(counted)
     drawn = np.empty(_DRAWS)
     for k in range(_DRAWS):
         counts = random.multinomial(n, np.full(n, 1 / n))
-        drawn[k] = counts @ differences / (counts @ tokens)
+        drawn[k] = counts @ nats / (counts @ counted)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
 
 
-def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> float:
-    """McNemar's exact test, two-sided: the binomial tail of the examples in which the two differ."""
-    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_], of: NDArray[np.int64]) -> float:
+    """McNemar's exact test, two-sided: the binomial tail of the clusters in which one of the two has more right.
+
+    Where every example is a cluster of its own this is McNemar's test itself, else the sign test of Dixon and Mood (1946) on
+    the clusters.
+    """
+    net = np.bincount(of, after.astype(float) - before.astype(float))
+    gained, lost = int((net > 0).sum()), int((net < 0).sum())
     n, few = gained + lost, min(gained, lost)
     tail = sum(math.comb(n, k) for k in range(few + 1))
     return min(1.0, 2 * tail / (1 << n))
