@@ -226,6 +226,9 @@ def test_a_run_goes_on_from_where_the_earlier_one_ended(earlier, tmp_path, rule)
     if rule != "secagg":
         before, after = rounds_of(earlier / "out")[-1], rounds_of(tmp_path / "out")[0]
         assert after["together"]["metrics"]["eval/nll"] == before["together"]["metrics"]["eval/nll"]
+    said = (tmp_path / "out" / "summary.txt").read_text()
+    assert f"begins with adapter {last.digest()[:12]} of an earlier run" in " ".join(said.split())
+    assert "Begins with adapter" in (tmp_path / "out" / "report.html").read_text()
     store = RunStore.open(tmp_path / "out" / "seed-0" / "federated")
     assert store.plan.lora.init == store.plan.lora.init_digest == last.digest()
     now, was = store.load().adapter.tensors(), last.tensors()
@@ -239,7 +242,13 @@ def test_pin_takes_an_earlier_adapter_in_every_form(earlier, tmp_path, capsys):
     last = load_adapter(seed / "adapter.safetensors")[0]
     (tmp_path / "plan.toml").write_text(PLAN.replace('name = "toy"', 'name = "more"'))
     assert main(["export", str(seed / "federated"), str(tmp_path / "exported")]) == 0
-    forms = {"run": seed / "federated", "file": seed / "adapter.safetensors", "peft": tmp_path / "exported"}
+    forms = {
+        "run": seed / "federated",
+        "seed": seed,
+        "simulation": earlier / "out",
+        "file": seed / "adapter.safetensors",
+        "peft": tmp_path / "exported",
+    }
     for name, source in forms.items():
         words = ["--model", str(base), "--out", str(tmp_path / name), "--init", str(source)]
         assert main(["pin", str(tmp_path / "plan.toml"), *words]) == 0, name
@@ -277,3 +286,32 @@ def test_an_adapter_of_another_base_is_no_beginning(earlier, tmp_path):
         begun_with(store.directory, toy_layout().at_rank(4), plan=store.plan, base=store.plan.model.digest)
     with pytest.raises(StoreError):
         begun_with(tmp_path / "none", layout, plan=store.plan, base=store.plan.model.digest)
+
+
+@pytest.mark.torch
+def test_the_base_is_the_base_also_where_a_run_begins_with_an_adapter(earlier, tmp_path):
+    last = load_adapter(earlier / "out" / "seed-0" / "adapter.safetensors")[0]
+    save_adapter(tmp_path / "first.safetensors", last, {})
+    shutil.copytree(earlier / "toy", tmp_path / "toy")
+    scores = []
+    for name, init in (("anew", ""), ("on", last.digest())):
+        text = PLAN.replace("[lora]", f'[lora]\ninit = "{init}"') + SIMULATION.replace('["federated"]', '["base"]')
+        (tmp_path / f"{name}.toml").write_text(text)
+        assert main(["simulate", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name), "-q"]) == 0
+        scores.append(json.loads((tmp_path / name / "seed-0" / "results.json").read_text())["arms"]["base"]["sites"])
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.torch
+def test_a_simulation_of_several_seeds_is_asked_which_one(earlier, tmp_path, capsys):
+    for seed in ("seed-0", "seed-1"):
+        shutil.copytree(earlier / "out" / "seed-0", tmp_path / "runs" / seed)
+    (tmp_path / "plan.toml").write_text(PLAN + SIMULATION)
+    base = str(earlier / "toy" / "base")
+    words = ["pin", str(tmp_path / "plan.toml"), "--model", base, "--out", str(tmp_path / "next"), "--init"]
+    assert main([*words, str(tmp_path / "runs")]) == 3
+    said = capsys.readouterr().err
+    assert "holds 2 runs" in said
+    assert str(tmp_path / "runs" / "seed-1" / "federated") in said
+    assert main([*words, str(tmp_path / "runs" / "seed-1")]) == 0
+    assert "to simulate it: lora.init = " in capsys.readouterr().out

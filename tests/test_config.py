@@ -9,7 +9,7 @@ from fedlora.core.errors import ConfigError, PlanRefused
 from fedlora.core.plan import FIRST_KEYS, Model, Plan, parse_plan
 from fedlora.core.registry import MODES, OPTIMIZERS, RULES
 from fedlora.core.section import WORDS, Section
-from fedlora.core.tables.data import READERS
+from fedlora.core.tables.data import READERS, SiteData
 from fedlora.core.tables.simulation import Simulation
 from fedlora.core.told.wrong_keys import MOVED, PLANS, SITES, homes
 from fedlora.core.toml import dump_toml, sample, short_sample
@@ -451,3 +451,18 @@ def test_a_text_that_does_not_fit_is_answered_in_words(tmp_path, text, load, sai
         load(tmp_path / "f.toml")
     assert said in str(error.value)
     assert "pattern" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("utf8", "utf-8"), ("UTF-8", "utf-8"), ("latin1", "latin-1"), ("ISO-8859-1", "latin-1"), ("L1", "latin-1"),
+     ("windows-1252", "cp1252"), ("ISO8859-15", "iso-8859-15"), ("sjis", "shift_jis"), ("auto", "auto")],
+)  # fmt: skip
+def test_an_encoding_goes_by_any_of_its_names(said, meant):
+    assert SiteData(encoding=said).encoding == meant
+
+
+@pytest.mark.parametrize("said", ["utf-7", "rot13", "base64", "a\0b", "", "no-such"])
+def test_what_is_no_encoding_of_ours_is_refused(said):
+    with pytest.raises(ValueError, match="no encoding is called"):
+        SiteData(encoding=said)

@@ -195,6 +195,7 @@ def pin(
     from fedlora.core.deployment.digests import grouped
     from fedlora.core.words import proof_lines
     from fedlora.flower.enrol import pin_plan
+    from fedlora.formats.plans import FIRST, load_plan
     from fedlora.library.leakage import audit_lines
     from fedlora.privacy.claims import claim_lines, claim_of
 
@@ -203,7 +204,9 @@ def pin(
     facts = Pinned(plan=pinned.digest(), base=pinned.model.digest, init=pinned.lora.init_digest, proof=proof, privacy=claim)
     text = f"plan {facts['plan'][:12]}, base {facts['base'][:12]}: {out / 'plan.toml'}"
     aloud = f"plan digest, to compare over the telephone: {grouped(facts['plan'])}"
-    emit(facts, [text, aloud, *claim_lines(claim), *audit_lines(pinned), *proof_lines(proof)], as_json=json)
+    if pinned.lora.init and load_plan(plan).simulation is not None:
+        text += f"\nto simulate it: lora.init = '{pinned.lora.init}' in {plan}, and a copy of {out / FIRST} beside that file"
+    emit(facts, [*text.split("\n"), aloud, *claim_lines(claim), *audit_lines(pinned), *proof_lines(proof)], as_json=json)
 
 
 app.command()(simulate)

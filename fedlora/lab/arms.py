@@ -50,7 +50,8 @@ class Alone:
         from fedlora.learn.local import step_reporter
 
         if not self.rounds:
-            return lab.first, Cost(tokens=0, steps=0, seconds=0.0, learning_rate=None)
+            base = Adapter(0 * lab.first.vector, lab.first.layout)  # also where the run begins with an earlier one's adapter
+            return base, Cost(tokens=0, steps=0, seconds=0.0, learning_rate=None)
         plan = self._plan(lab.plan)
         rate = plan.training.learning_rate
         rows = [t for s in self.sites for t in lab.rows[s]["train"]]

@@ -274,7 +274,15 @@ def setting_of(directory: Path) -> Setting:
         told = TypeAdapter(tuple[str, ...]).validate_json(notes) if notes else ()
     except (OSError, ValueError, KeyError, TypeError):
         return NO_SETTING
-    return Setting(plan, dealt, tuple(audits_of(directory)), told)
+    begun = (_BEGUN.format(plan.lora.init[:12]),) if plan.lora.init else ()
+    return Setting(plan, dealt, tuple(audits_of(directory)), (*begun, *told))
+
+
+_BEGUN = (
+    "begins with adapter {} of an earlier run, as do the arms local, personal and pooled, for every seed: what it cost is in no "
+    "number here, gains are against sites that have it too, and rows that are scored now may have been trained on then, unless "
+    "they were dealt alike"
+)
 
 
 def _of_a_seed(directory: Path, name: str) -> bytes:

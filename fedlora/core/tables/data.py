@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import AfterValidator, Field
@@ -43,8 +45,15 @@ def _shape(name: str) -> str:
     return name
 
 
+_CODECS = {codecs.lookup(name).name: name for name in ENCODINGS}
+
+
 def _encoding(name: str) -> str:
+    """By any of Python's names for it: ``utf8``, ``latin1``, ``ISO-8859-1``."""
     if name != "auto" and name not in ENCODINGS:
+        with suppress(LookupError, ValueError):
+            if (known := _CODECS.get(codecs.lookup(name).name)) is not None:
+                return known
         near = difflib.get_close_matches(name, ENCODINGS, n=1)
         more = f"did you mean {near[0]!r}?" if near else f"known: auto, {', '.join(ENCODINGS)}"
         raise PydanticCustomError("encoding", "{text}", {"text": f"no encoding is called {name[:80]!r}; {more}"})
