@@ -12,7 +12,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Load
 from fedlora.core.plan import Plan
-from fedlora.core.tables.simulation import Simulation, is_toy
+from fedlora.core.tables.simulation import Simulation, is_toy, made_beside
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.files import load_adapter
 from fedlora.formats.keys import load_public
@@ -145,7 +145,7 @@ def lab(
     from fedlora.learn.simulated.rows import read_simulation, tokens_of
     from fedlora.learn.toy import toy_base
 
-    toys = out.parent / "toy"  # beside the runs, not the plan: a checkout may be read-only
+    toys = made_beside(out)  # beside the runs, not the plan: a checkout may be read-only
     found = found or read_simulation(plan, root=root, toys=toys / "data", report=report)
     begun = load_init(root / "plan.toml", plan) if plan.lora.init else None
     base = found.base or toy_base(toys / "base")

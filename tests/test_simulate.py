@@ -268,6 +268,20 @@ def test_sites_in_one_pass_are_for_one_process(tmp_path, capsys):
     assert "--batch-sites" in capsys.readouterr().err
 
 
+@pytest.mark.torch
+def test_the_sample_simulation_runs_where_its_results_go_by_default(tmp_path, monkeypatch):
+    """Its run is called toy, as are the base and rows that are made for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.toml").write_bytes(TOY.read_bytes())
+    short = [
+        w for key in ("federation.num_rounds=1", "federation.local_steps=1", 'simulation.arms=["base"]') for w in ("--set", key)
+    ]
+    for more in ([], ["--resume"]):
+        assert main(["simulate", "toy.toml", *short, "-q", *more]) == 0
+    assert (tmp_path / "runs" / "toy" / "summary.txt").is_file()
+    assert (tmp_path / "runs" / "toy.made" / "base").is_dir()
+
+
 @pytest.mark.parametrize("missing", [("lora", "init"), ("lora", "layers_to_transform"), ("simulation", "personal"), ("audit",)])
 def test_a_simulation_that_an_earlier_version_began_goes_on(tmp_path, missing):
     """A key that it did not have has its default, and is no other plan."""

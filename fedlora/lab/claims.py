@@ -96,7 +96,7 @@ Kind: TypeAlias = Literal["simulation", "sweep", "comparison of rules"]
 """What a directory of results is of, for good."""
 _MARKS: Mapping[Kind, str] = {"simulation": "plan.json", "comparison of rules": f"tune/{ORDER}", "sweep": ORDER}
 """The file that is written first. A comparison of rules has that of a sweep, too."""
-_NOBODYS = (".gitkeep", ".gitignore", ".DS_Store", "toy")
+_NOBODYS = (".gitkeep", ".gitignore", ".DS_Store", "toy", "toy.made")
 """What a directory may hold before it is claimed; a base and rows that are generated come before the mark."""
 
 

@@ -19,6 +19,7 @@ from fedlora.core.errors import FedLoRAError, ResourceError
 from fedlora.core.events import Event, Report
 from fedlora.core.plan import Plan
 from fedlora.core.tables.lab import SweepRun
+from fedlora.core.tables.simulation import is_toy, made_beside
 from fedlora.lab.claims import Options
 from fedlora.lab.own_rules import own_errors, use_rules
 from fedlora.lab.progress.pulse import Pulse
@@ -116,8 +117,8 @@ def _make_toys(units: Sequence[Unit]) -> None:
     """The generated base, before several processes would make it at once."""
     from fedlora.learn.toy import toy_base
 
-    for directory in {out.parent for _, plan, out, _ in units if plan.simulation and plan.simulation.base == "toy"}:
-        toy_base(directory / "toy" / "base")
+    for directory in {made_beside(out) for _, plan, out, _ in units if is_toy(plan.simulation)}:
+        toy_base(directory / "base")
 
 
 _TOLD: Final = frozenset([Event.ARM, Event.READING, Event.ROUND, Event.LOAD, Event.FINAL])

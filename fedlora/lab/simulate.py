@@ -23,6 +23,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.facts import Arm as ArmName
 from fedlora.core.plan import Plan
 from fedlora.core.records import ArmRecord, ArmSeconds, General, Results, RoundRecord, Score, Traffic
+from fedlora.core.tables.simulation import made_beside
 from fedlora.data.prompt import prompt_of
 from fedlora.flower.enrol import make_roster
 from fedlora.formats.files import load_adapter, read_file, save_adapter, write_atomic
@@ -108,7 +109,7 @@ def _simulate(plan: Plan, out: Path, wanted: Sequence[int], options: Options) ->
 
     look(out, plan, options)  # what is refused anyway is refused before anything is read
     root, report, batch_sites = options.root, _simulated(options.report), options.batch_sites
-    found = read_simulation(plan, root=root, toys=out.parent / "toy" / "data", report=report)
+    found = read_simulation(plan, root=root, toys=made_beside(out) / "data", report=report)
     found.tell(report)
     lost = parse_dropouts(options.drop, sites=found.simulation.sites, plan=plan)
     check_way(plan, options, found, lost)

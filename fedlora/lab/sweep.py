@@ -17,6 +17,7 @@ from fedlora.core.events import Event, Report
 from fedlora.core.plan import Plan
 from fedlora.core.records import Results
 from fedlora.core.tables.lab import Compared, Sweep, SweepRun
+from fedlora.core.tables.simulation import made_beside
 from fedlora.core.told.wrong_keys import homes
 from fedlora.formats.files import write_atomic
 from fedlora.formats.plans import load_plan
@@ -247,7 +248,7 @@ def _look(found: Sequence[Combination], directories: Mapping[str, Path], options
         look(directory, one.plan, options)
         if (what := (one.plan.simulation, one.plan.federation.min_sites)) not in seen:
             told: Report = options.report if not seen else lambda event, facts: None
-            rows = read_simulation(one.plan, root=options.root, toys=directory.parent / "toy" / "data", report=told)
+            rows = read_simulation(one.plan, root=options.root, toys=made_beside(directory) / "data", report=told)
             rows.tell(told)
             seen.append(what)
             scored.setdefault((rows.simulation.evaluate_on, tuple(rows.simulation.sites)), one.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,6 +11,18 @@ from fedlora.core.limits import MAX_SITES
 from fedlora.core.section import Section, SiteName, worded
 from fedlora.core.tables.data import SiteData
 
+
+class Directory(Protocol):
+    """A path, as far as this module asks: it touches no disk."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def parent(self) -> Self: ...
+    def __truediv__(self, name: str, /) -> Self: ...
+
+
+P = TypeVar("P", bound=Directory)
 _SPLITS = "a split is files, iid, dirichlet, or by: and the name of a column, as by:hospital"
 _DEFAULT_SITES = ("site-1", "site-2", "site-3")
 TOY_BASE = "fedlora/toy"
@@ -115,3 +127,8 @@ class Simulation(Section):
 def is_toy(table: Simulation | None) -> bool:
     """Whether the base is the generated one."""
     return table is not None and table.base == "toy"
+
+
+def made_beside(out: P) -> P:
+    """Where a generated base and generated rows lie: beside the results, and not in those of a run that is itself called toy."""
+    return out.parent / ("toy" if out.name != "toy" else "toy.made")
