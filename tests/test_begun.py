@@ -259,9 +259,12 @@ def test_pin_takes_an_earlier_adapter_in_every_form(earlier, tmp_path, capsys):
     assert main(again) == 0  # from the plan that names it, with the adapter beside it
     assert load_plan(tmp_path / "again" / "plan.toml") == load_plan(tmp_path / "run" / "plan.toml")
     (tmp_path / "rank.toml").write_text(PLAN.replace("r = 4", "r = 8"))
+    (tmp_path / "seed.toml").write_text(PLAN.replace('name = "toy"', 'name = "toy"\nseed = 7', 1))
     for plan, source, code, words in (
         ("rank.toml", forms["run"], 3, "rank {4}, the plan says lora.r = 8"),
         ("plan.toml", tmp_path / "nothing", 3, "nothing"),
+        ("seed.toml", forms["run"], 3, "measure the adapter on rows that it was trained on"),
+        ("seed.toml", forms["peft"], 3, "run.seed = 0; sites leave"),
     ):
         capsys.readouterr()
         assert (

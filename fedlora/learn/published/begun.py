@@ -35,21 +35,27 @@ def begun_with(source: Path, layout: Layout, *, plan: Plan, base: str) -> Adapte
     Raises:
         StoreError: no adapter there, or it is damaged.
         WrongContext (wrong-base): it was trained on another base, where that is known.
-        ConfigError: it has other layers, or another rank.
+        ConfigError: it has other layers, or another rank; or its run had another seed, by which sites hold rows out.
     """
     if (source / "adapter_config.json").is_file():
-        adapter, trained_on = read_factors(source, layout, scale=plan.lora.scale), _published_base(source)
+        adapter, (trained_on, seed) = read_factors(source, layout, scale=plan.lora.scale), _published(source)
     elif source.is_dir():
         store = RunStore.open(_run_in(source))
-        adapter, trained_on = store.load().adapter, store.plan.model.digest
+        adapter, trained_on, seed = store.load().adapter, store.plan.model.digest, store.plan.run.seed
     else:
         adapter, facts = load_adapter(source)
-        trained_on = _stored_base(facts.get("plan"))
+        trained_on, seed = _stored(facts.get("plan"))
     if trained_on not in ("", base):
         raise WrongContext(
             f"the adapter in {source} was trained on base {trained_on[:12]}, this plan's is {base[:12]}",
             hint="pin the plan to the base of the earlier run, loaded in the same way ([model] of its plan)",
             code="wrong-base",
+        )
+    if seed is not None and seed != plan.run.seed:
+        raise ConfigError(
+            f"the earlier run has run.seed = {seed}, this plan {plan.run.seed}: sites hold rows out by it, and would measure the "
+            "adapter on rows that it was trained on",
+            hint=f"run.seed = {seed}; sites leave their rows and data.held_out_fraction as they were",
         )
     check_begun(adapter, layout)
     return Adapter(to_bfloat16(adapter.vector), adapter.layout)
@@ -74,17 +80,22 @@ def _run_in(directory: Path) -> Path:
     return found[0] if found else directory
 
 
-def _published_base(directory: Path) -> str:
+def _published(directory: Path) -> tuple[str, int | None]:
+    """Base and seed of the run that an exported adapter came of."""
     file = directory / "fedlora_run.json"
-    return parse_text(Published, file.read_bytes(), where=str(file), hint=AGAIN).base if file.is_file() else ""
+    if not file.is_file():
+        return "", None
+    found = parse_text(Published, file.read_bytes(), where=str(file), hint=AGAIN)
+    return found.base, found.seed
 
 
-def _stored_base(plan: object) -> str:
-    """The base of the plan that lies with an adapter; empty where none does."""
+def _stored(plan: object) -> tuple[str, int | None]:
+    """The same of the plan that lies with an adapter, where one does."""
     try:
-        return str(json.loads(plan)["model"]["digest"]) if isinstance(plan, str) and plan.startswith("{") else ""
+        found = json.loads(plan) if isinstance(plan, str) and plan.startswith("{") else {}
+        return str(found["model"]["digest"]), int(found["run"]["seed"])
     except (ValueError, KeyError, TypeError):
-        return ""
+        return "", None
 
 
 def read_factors(directory: Path, layout: Layout, *, scale: float) -> Adapter:
