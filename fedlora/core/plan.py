@@ -161,6 +161,8 @@ class Training(Section):
     """fill each row with several examples, none of which sees another, where the base keeps them apart; false: one in a row"""
     optim: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
     """optimizer; the paged ones need CUDA"""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=64)] = 1.0
+    """LoRA+: learning rate of B over that of A, which is learning_rate; in sealed mode without [privacy]"""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """weight decay on the factors A and B"""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -257,6 +259,13 @@ class Evaluation(Section):
     """metrics that are sent with an update; a site's policy may withhold some"""
 
 
+_LATER: Final[dict[str, dict[str, Any]]] = {
+    "lora": {"init": "", "layers_to_transform": "all"},
+    "training": {"loraplus_lr_ratio": 1.0},
+}
+"""Keys that came when there were plans without them, with their default."""
+
+
 class Plan(Section):
     """Everything that the sites agree on. The plan's SHA-256 identifies it. It holds no path, no device and no secret."""
 
@@ -283,14 +292,14 @@ class Plan(Section):
 
     def canonical(self) -> bytes:
         """The agreed part as canonical JSON: sorted keys, no spaces, ASCII, no default left out. All but ``simulation``, and
-        but ``privacy`` and ``audit`` where there is none, and ``lora.init`` and ``lora.layers_to_transform`` at their default."""
+        but ``privacy`` and ``audit`` where there is none, and keys of later releases at their default."""
         return canonical(self.agreed())
 
     def agreed(self) -> dict[str, Any]:
         """What :meth:`canonical` writes, as a table of tables."""
         absent: dict[str, Any] = {name: True for name in ("privacy", "audit") if getattr(self, name) is None}
-        new = {"init": "", "layers_to_transform": "all"}  # keys of later releases: plans that do not use them keep their digest
-        absent["lora"] = {key for key, default in new.items() if getattr(self.lora, key) == default}
+        for name, keys in _LATER.items():  # plans that do not use them keep their digest
+            absent[name] = {key for key, default in keys.items() if getattr(getattr(self, name), key) == default}
         return self.model_dump(mode="json", exclude={"simulation": True, **absent})
 
     def digest(self) -> str:
@@ -332,6 +341,11 @@ def _misfits(plan: Plan) -> Iterator[str]:
                 f"lora.ranks under protect.mode = {p.mode!r}: no rule that sees sums alone takes sites of different rank: leave "
                 f"lora.ranks out, or choose protect.mode = {shown} with aggregate.name = 'product'"
             )
+    if plan.training.loraplus_lr_ratio != 1 and (mode.reveals == "sum" or plan.privacy is not None):
+        yield (
+            "training.loraplus_lr_ratio: the bounds on what a sum or a private step can hold are of one rate for A and B: set it "
+            "to 1, or protect.mode = 'sealed' without [privacy]"
+        )
     for entry in (rule, plan.server_optimizer.entry, mode):
         yield from entry.conflicts(plan)
     yield from private_misfits(plan)

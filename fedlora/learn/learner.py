@@ -251,7 +251,7 @@ class HFLearner:
         if training.optimizer_state == "keep" or training.optim != "adamw_torch":
             optimizer = self._optimizer = self._optimizer or make_optimizer(self._model, training, factors=factors)
         else:  # moments that no one keeps: one optimizer serves all learners of the model
-            key = (training.weight_decay, *over)
+            key = (training.weight_decay, training.loraplus_lr_ratio, *over)
             optimizer = self._model.spare_optimizer(key, lambda: make_optimizer(self._model, training, factors=factors))
         if moments and training.optimizer_state == "keep":
             load_moments(optimizer, moments)

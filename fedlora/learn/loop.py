@@ -17,6 +17,7 @@ from fedlora.data import Batch
 from fedlora.learn.bases.memory import is_out_of_memory
 from fedlora.learn.hooks import MicroBatches, ProcessGroup
 from fedlora.learn.lora import LoraModel
+from fedlora.learn.optimizer import set_rate
 from fedlora.learn.options import Checkpointing
 
 OnStep = Callable[[int, int, float], None]
@@ -185,8 +186,7 @@ def _optimizer_step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteUpdate(f"step {step + 1}: loss {loss}, gradient norm {norm}", hint="lower learning_rate")
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(optimizer, rate)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

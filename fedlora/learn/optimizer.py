@@ -25,7 +25,7 @@ def make_optimizer(model: LoraModel, training: Training, *, factors: Factors = "
         RunFailed: the trainable parameters are not exactly the adapter's.
     """
     model.check_trainable(factors)
-    parameters = model.trainable(factors)
+    parameters = _grouped(model, training.loraplus_lr_ratio, factors)
     if training.optim == "adamw_torch":
         # fused: one pass over the parameters instead of a dozen; the same formula.
         return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
@@ -38,7 +38,24 @@ def make_optimizer(model: LoraModel, training: Training, *, factors: Factors = "
     return _paged(parameters, training)
 
 
-def _paged(parameters: Sequence[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
+_RATIO = "loraplus_lr_ratio"
+
+
+def _grouped(model: LoraModel, ratio: float, factors: Factors) -> list[torch.nn.Parameter] | list[dict[str, Any]]:
+    """The factors, or a group of each where B learns at another rate: LoRA+ (Hayou et al., arXiv 2402.12354, 2024)."""
+    if ratio == 1:
+        return model.trainable(factors)
+    wanted: list[tuple[Factors, float]] = [("A", 1.0), ("B", ratio)]
+    return [{"params": model.trainable(one), _RATIO: by} for one, by in wanted if one in factors]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of the next step: of A, and of B in its ratio to that."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(_RATIO, 1.0)
+
+
+def _paged(parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]], training: Training) -> torch.optim.Optimizer:
     from bitsandbytes import optim
 
     kind = {"paged_adamw_8bit": optim.PagedAdamW8bit, "paged_adamw_32bit": optim.PagedAdamW32bit}[training.optim]

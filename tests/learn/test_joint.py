@@ -37,7 +37,9 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("factors", ["AB", "B"])
-@pytest.mark.parametrize("options", [{}, {"proximal_mu": 0.5, "max_grad_norm": 0.01, "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"loraplus_lr_ratio": 4.0}, {"proximal_mu": 0.5, "max_grad_norm": 0.01, "gradient_accumulation_steps": 2}]
+)
 @pytest.mark.parametrize("held", [{}, {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}])
 def test_each_site_gets_what_it_gets_alone(
     sites: Callable[..., Any], moved: Callable[..., Any], options: dict[str, Any], held: dict[str, Any], factors: Any

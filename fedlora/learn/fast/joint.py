@@ -25,7 +25,7 @@ from fedlora.learn.bases.memory import is_out_of_memory
 from fedlora.learn.fast.documents import LENGTH_MULTIPLE
 from fedlora.learn.learner import HFLearner, dump_state
 from fedlora.learn.loop import add_proximal_term, count_supervised, rate_of
-from fedlora.learn.optimizer import make_optimizer
+from fedlora.learn.optimizer import make_optimizer, set_rate
 from fedlora.site.work import Trained
 
 I64: TypeAlias = NDArray[np.int64]
@@ -118,8 +118,7 @@ class JointLearners:
         for step in range(steps):
             groups, places = zip(*(learner.group(at) for learner, at in zip(learners, places, strict=True)), strict=True)
             losses = _step(self, groups, parameters, anchors)
-            for group in optimizer.param_groups:
-                group["lr"] = rate_of(self._plan, round=round, step=step, steps=steps)
+            set_rate(optimizer, rate_of(self._plan, round=round, step=step, steps=steps))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             for one, own, loss, learner in zip(spent, groups, losses, learners, strict=True):
