@@ -3,6 +3,8 @@
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from raising import raising
 from test_rounds import Federation, plan
 
@@ -14,7 +16,7 @@ from fedlora.core.records import Bytes as Sent
 from fedlora.core.records import RoundRecord, Seconds
 from fedlora.core.sites.cures import CURES, FOR_PEOPLE, GOES_ON
 from fedlora.flower.coordinator.progress import Progress
-from fedlora.rounds.patience import blockers
+from fedlora.rounds.patience import Patience, blockers
 
 
 class People:
@@ -65,6 +67,26 @@ def test_people_are_waited_for_until_the_deadline_of_a_round_and_the_end_says_th
     assert sum(people.pauses) == 600.0
     assert max(people.pauses) == 60.0
     assert "it runs `fedlora site approve PLAN`" in failed.value.hint
+
+
+@given(st.lists(st.floats(0, 600), min_size=1, max_size=40), st.floats(1, 3600))
+def test_a_site_that_answers_late_each_time_holds_a_round_up_no_longer(answers_after, limit_s):
+    """Whatever each attempt takes: nothing is asked again once the limit has passed since the first."""
+    now, begun = [5.0], []
+
+    def wait(seconds):
+        now[0] += seconds
+
+    patience = Patience(limit_s, wait, lambda: now[0])
+    for seconds in (*answers_after, *[0.0] * 200):
+        now[0] += seconds
+        begun.append(now[0])
+        if not patience.once_more():
+            break
+    else:
+        raise AssertionError("it is waited for without end")
+    assert all(at < begun[0] + limit_s for at in begun[:-1])
+    assert patience.waited_s > limit_s - 1e-2
 
 
 def test_waiting_for_people_uses_up_no_attempt(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from fedlora.core.words import duration
 _AWAY = frozenset({*GOES_ON, "site-process", "dropped-out"})
 _FIRST_S = 5.0
 _LONGEST_S = 60.0
+_LEAST_S = 1e-3
 
 Wait = Callable[[float], None]
 """Waits so many seconds."""
@@ -54,21 +56,32 @@ class Patience:
     """How long a round has waited for people. The pauses grow to a minute: each attempt sends the adapter again.
 
     Args:
-        limit_s: longest wait, seconds, without the time of the attempts themselves.
+        limit_s: longest wait, seconds, from the first attempt that was in vain on. The attempts count: a site that answers late
+            each time holds a round up no longer than one that answers at once, but for one attempt.
         wait: None: nobody could mend anything meanwhile, as in a simulation.
+        clock: seconds, rising.
     """
 
     limit_s: float
     wait: Wait | None
-    waited_s: float = field(default=0.0, init=False)
+    clock: Callable[[], float] = time.monotonic
+    _began: float | None = field(default=None, init=False)
+    _paused_s: float = field(default=0.0, init=False)
     _next_s: float = field(default=_FIRST_S, init=False)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds since the first attempt that was in vain, and no less than all pauses."""
+        return 0.0 if self._began is None else max(self.clock() - self._began, self._paused_s)
 
     def once_more(self) -> bool:
         """Waits a while; False if there is no time left."""
+        if self._began is None:
+            self._began = self.clock()
         pause = min(self._next_s, self.limit_s - self.waited_s)
-        if self.wait is None or pause <= 0:
+        if self.wait is None or pause < _LEAST_S:
             return False
         self.wait(pause)
-        self.waited_s += pause
+        self._paused_s += pause
         self._next_s = min(2 * self._next_s, _LONGEST_S)
         return True
