@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from raising import raising
 
 from fedlora.cli import main
 from fedlora.cli.schema import schema_of
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.claims import PrivacyClaim
-from fedlora.core.errors import DataError, FedLoRAError, ModelError, StoreError, WrongContext
+from fedlora.core.errors import DataError, FedLoRAError, ModelError, PlanRefused, StoreError, WrongContext
 from fedlora.core.tables.personal import Choice
 from fedlora.data import Tokens
 from fedlora.formats.files import load_adapter, save_adapter
@@ -279,7 +280,7 @@ def test_called_again_it_goes_on_where_it_was(site, capsys, monkeypatch):
     for name in ("went-on", "whole"):
         assert main([*words, "--out", str(site / name)]) == 0
         outs.append((site / name / "adapter_model.safetensors").read_bytes())
-        assert not list((site / "state" / "personal").iterdir())  # nothing is left of it
+        assert [p.name for p in (site / "state" / "personal").iterdir()] == ["lock"]  # nothing is left of it
     assert outs[0] == outs[1]
     assert len(steps) == 3
 
@@ -295,6 +296,36 @@ def test_with_a_plan_of_its_own_choosing_nothing_is_trained(site):
         personalize(site / "adapter", site / "site.toml", site / "x", plan_file=site / "other.toml", **quiet)
     assert not (site / "state" / "personal").exists()
     assert load_plan(site / "other.toml").run.name == "toy"
+
+
+@pytest.mark.parametrize("run", ["../../evil", "/etc/passwd", "x" * 300, "AB" * 32, ""])
+def test_a_run_id_that_is_none_is_no_path(site, run):
+    """An adapter comes from elsewhere: what it says of itself is looked at before it is used."""
+    file = site / "adapter" / "fedlora_run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"run": run}))
+    with pytest.raises(StoreError, match="its run is no run id"):
+        personalize(site / "adapter", site / "site.toml", site / "x", report=lambda event, facts: None)
+
+
+def test_a_plan_that_this_site_would_refuse_is_not_trained_further(site):
+    (site / "site.toml").write_text((site / "site.toml").read_text() + "\n[policy]\nmax_rounds = 1\n")
+    with pytest.raises(PlanRefused, match="2 rounds are more than 1"):
+        personalize(site / "adapter", site / "site.toml", site / "x", report=lambda event, facts: None)
+
+
+def test_another_base_is_refused(site, monkeypatch):
+    monkeypatch.setattr("fedlora.learn.lora.LoraModel.base_digest", property(lambda self: "0" * 64))
+    with raising(WrongContext, code="wrong-base"):
+        personalize(site / "adapter", site / "site.toml", site / "x", report=lambda event, facts: None)
+
+
+def test_what_another_attempt_left_is_gone_when_the_next_begins(site):
+    """It holds what was trained on rows that may have been erased since."""
+    left = site / "state" / "personal" / ("ab" * 16)
+    left.mkdir(parents=True)
+    (left / "x").write_bytes(b"adapter")
+    personalize(site / "adapter", site / "site.toml", site / "own", rounds=1, alone=False, report=lambda event, facts: None)
+    assert [p.name for p in (site / "state" / "personal").iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize("what", ["names", "values", "bytes", "no run"])

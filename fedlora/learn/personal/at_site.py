@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ import numpy as np
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.canonical import canonical
-from fedlora.core.errors import DataError, StoreError
+from fedlora.core.errors import DataError, PlanRefused, StoreError, WrongContext
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Arm
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.tables.personal import Choice, Way
 from fedlora.data import IGNORE, Tokens
-from fedlora.formats.files import load_adapter, refuse_existing
+from fedlora.formats.files import Damaged, load_adapter, refuse_existing
 from fedlora.formats.plans import load_plan
 from fedlora.formats.published.directory import AGAIN, made_for
 from fedlora.formats.published.records import Published, RunFacts
@@ -43,6 +44,7 @@ from fedlora.site.first import Firsts
 from fedlora.site.site_file import SiteFile, load_site_file
 
 FILE: Final = "personal.json"
+_MOST: Final = 1 << 20
 LEAST: Final = 20
 """Held-out examples from which on half of them is kept apart, to say what the choice is worth."""
 _CARD: Final = (
@@ -105,8 +107,19 @@ def personalize(
     file, root = load_site_file(site_file), site_file.resolve().parent
     published = _published(adapter)
     plan = _plan(published, root / file.state / "journal", plan_file)
+    if no := file.refusals(plan):
+        raise PlanRefused("; ".join(no), hint="change [policy], or take the adapter of a run that this site would take part in")
+    firsts = Firsts(root / file.state, "approved")
+    if alone:
+        firsts.check(plan)  # before anything is trained
     ours = _trained_further(plan, rounds=rounds, learning_rate=learning_rate)
     lora = load_lora_of(file, root, ours, report=report)
+    if lora.base_digest != plan.model.digest:
+        raise WrongContext(
+            f"the adapter was trained on base {plan.model.digest[:12]}, this site's copy is {lora.base_digest[:12]}",
+            hint="compare weights, tokenizer and chat template; `fedlora site doctor` looks at the base",
+            code="wrong-base",
+        )
     report_base(lora, ours, report)
     start = read_factors(adapter, lora.layout, scale=plan.lora.scale)
     train, held_out = load_tokens(file.data, root, tokenizer=lora.tokenizer, plan=ours, report=report)
@@ -116,19 +129,23 @@ def personalize(
             hint="data.held_out_fraction or data.held_out_path in the site file, with rows that no run has trained on",
         )
     choosing, apart = halves(held_out, seed=plan.run.seed)
-    directory = root / file.state / "personal" / _key(published, ours, train)[:32]
-    with hold(directory, what="fedlora personalize"):
+    place = root / file.state / "personal"
+    directory = place / _key(start, ours, train)[:32]
+    with hold(place, what="fedlora personalize"):
+        for other in place.iterdir():  # of other rows, or an adapter of before: nothing of it is to stay here
+            if other.is_dir() and other != directory:
+                shutil.rmtree(other)
         learn = partial(_learn, lora, file, train, report=report)
         after, spent = learn(ours, "further", start, directory / "further")
         ends: dict[Way, Adapter] = {"further": after}
         tokens, steps = spent
-        if alone and (first := Firsts(root / file.state, "approved").of(plan, lora.layout)).layout == start.layout:
+        if alone and (first := firsts.of(plan, lora.layout)).layout == start.layout:
             ends["alone"], more = learn(_trained_further(plan, rounds=0, learning_rate=0.0), "alone", first, directory / "alone")
             tokens, steps = tokens + more[0], steps + more[1]
         chosen, choice = choose(start, ends, choosing, scorer(lora, choosing, plan.training))
+        _write(chosen, out, plan, published, choice)
+        shutil.rmtree(directory)  # each value of an adapter once more, of use only to what was cut off
     before, behind = (_nats(lora, one, apart, plan) for one in (start, chosen))
-    _write(chosen, out, plan, published, choice)
-    shutil.rmtree(directory, ignore_errors=True)  # each value of an adapter once more, of use only to what was cut off
     return Made(choice, len(apart), before, behind, tokens, steps)
 
 
@@ -136,7 +153,11 @@ def _published(adapter: Path) -> Published:
     file = adapter / "fedlora_run.json"
     if not file.is_file():
         raise StoreError(f"{file} is not there: another program has made this adapter", hint="give one of `fedlora site pull`")
-    return parse_text(Published, file.read_bytes(), where=str(file), hint=AGAIN)
+    with file.open("rb") as text:
+        found = parse_text(Published, text.read(_MOST), where=str(file), hint=AGAIN)
+    if not re.fullmatch("[0-9a-f]{64}", found.run):
+        raise Damaged(f"{file} is damaged: its run is no run id", hint=AGAIN)
+    return found
 
 
 def _plan(published: Published, journal: Path, plan_file: Path | None) -> Plan:
@@ -173,9 +194,9 @@ def _trained_further(plan: Plan, *, rounds: int, learning_rate: float) -> Plan:
     )
 
 
-def _key(published: Published, plan: Plan, train: Sequence[Tokens]) -> str:
-    """Digest of all that decides what is trained."""
-    h = hashlib.sha256(canonical([published.adapter, plan.agreed()]))
+def _key(start: Adapter, plan: Plan, train: Sequence[Tokens]) -> str:
+    """Digest of all that decides what is trained: the base is the plan's."""
+    h = hashlib.sha256(canonical([start.digest(), plan.agreed()]))
     for example in train:
         h.update(len(example).to_bytes(4, "little") + example.input_ids.tobytes() + example.labels.tobytes())
     return h.hexdigest()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from fedlora.core.adapter import Adapter, Layout
@@ -111,10 +111,10 @@ def read_factors(directory: Path, layout: Layout, *, scale: float) -> Adapter:
     made_for(directory)
     file = directory / "adapter_model.safetensors"
     try:
-        tensors = {name: t.float().numpy() for name, t in load_file(file).items()}
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as e:
         raise Damaged(f"{file} is damaged: {type(e).__name__}", hint=AGAIN) from None
-    shapes = {name: t.shape for name, t in tensors.items()}
     ranks = {shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.weight") and len(shape) == 2}
     if len(ranks) == 1 and 1 <= (rank := ranks.pop()) <= MAX_RANK:
         layout = layout.at_rank(rank)  # rules may end with another one than the plan's
@@ -122,6 +122,7 @@ def read_factors(directory: Path, layout: Layout, *, scale: float) -> Adapter:
         raise ModelError(
             "the adapter's layers are not those of this base under the plan", hint="is it the adapter of another run, or base?"
         )
+    tensors = {name: t.float().numpy() for name, t in load_file(file).items()}  # as many values as the adapter has
     if not all(np.isfinite(t).all() for t in tensors.values()):
         raise Damaged(f"{file} is damaged: it holds values that are no finite numbers", hint=AGAIN)
     return Adapter.of({n: t / np.float32(scale) if n.endswith(".lora_B.weight") else t for n, t in tensors.items()})
