@@ -5,17 +5,21 @@ import shutil
 
 import numpy as np
 import pytest
+from privacy.test_distributed import shared
 from raising import raising
 from test_approvals import KEYS, MODEL, RUN, SEALED, SECAGG, One, pinning
 
 from fedlora.cli import main
-from fedlora.core.adapter import Adapter
+from fedlora.core.adapter import Adapter, Update
 from fedlora.core.errors import ConfigError, PlanRefused, StoreError, WrongContext
 from fedlora.core.grids import to_bfloat16
-from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.plan import Aggregate, Plan, parse_plan
 from fedlora.core.toml import dump_toml
+from fedlora.formats import update as wire
 from fedlora.formats.files import load_adapter, save_adapter
 from fedlora.formats.plans import load_plan
+from fedlora.formats.state.journal import Entry, Journal
+from fedlora.formats.state.memory import FileMemory
 from fedlora.lab.testing import TOY_BASE, toy_adapter, toy_layout
 from fedlora.rounds.store import RunStore
 from fedlora.site.approve import approve, question
@@ -31,9 +35,14 @@ def beginning(plan, adapter=EARLIER):
     return plan.pinned(base=TOY_BASE, init=adapter.digest(), earlier=True)
 
 
-def ended(one, adapter=EARLIER, run="ef" * 32):
-    """This site has taken part in a run that came to this adapter."""
-    save_adapter(one.path / "state" / "journal" / f"{run}.safetensors", adapter, {"run": run, "plan": "{}"})
+def ended(state, adapter=EARLIER, run="ef" * 32, *, plan=SEALED, trained=True):
+    """A site has trained in a run that came to this adapter; or it was sent one at the end of a run that it never trained."""
+    journal = Journal(state / "journal", FileMemory(state / "memory"))
+    plan = plan if plan.model.digest else plan.pinned(base=TOY_BASE, init=toy_adapter().digest())
+    journal.save_own(run, adapter, plan)
+    if trained:
+        update = wire.dump_update(Update(adapter.vector, 1, {}), adapter.layout, dtype="float32")
+        journal.save(run, 1, Entry("train/x", update, b""))
 
 
 def test_a_plan_that_begins_anew_has_the_digest_that_it_had():
@@ -49,6 +58,10 @@ def test_a_plan_does_not_begin_with_two_adapters():
         Plan.model_validate({"lora": {"init": "ab" * 32, "init_digest": "cd" * 32}})
 
 
+def plan_before(mode):
+    return SECAGG if mode == "secagg" else SEALED
+
+
 def said(one, plan, **options):
     return one.secagg(plan, **options) if plan.protect.mode == "secagg" else one.sealed(plan, **options)
 
@@ -62,12 +75,53 @@ def said(one, plan, **options):
 def test_an_adapter_that_came_of_no_run_of_this_site_is_refused_before_a_base_is_loaded(tmp_path, mode):
     plan = beginning(SEALED if mode == "sealed" else SECAGG)
     one = One(tmp_path, **pinning(plan, roster=mode == "secagg"))
-    ended(one, OTHER)
+    ended(tmp_path / "state", OTHER, plan=plan_before(mode))
     Firsts(tmp_path / "state").keep(EARLIER)  # lay beside the plan, and nobody here has said that this is enough
     assert said(one, plan, adapter=EARLIER) == "policy-init"
     assert one.idle
-    ended(one, EARLIER, "12" * 32)
+    ended(tmp_path / "state", EARLIER, "12" * 32, plan=plan_before(mode))
     assert said(one, plan, adapter=EARLIER) == ""  # the refusal has used up no approval
+
+
+def test_a_run_is_known_also_when_its_journal_has_made_room_for_the_next(tmp_path):
+    ended(tmp_path)
+    journal = Journal(tmp_path / "journal", FileMemory(tmp_path / "memory"))
+    update = wire.dump_update(Update(EARLIER.vector, 1, {}), EARLIER.layout, dtype="float32")
+    journal.save("ef" * 32, 3, Entry("evaluate/x", update, b""))
+    journal.save("ab" * 32, 1, Entry("train/x", update, b""))
+    assert not (tmp_path / "journal" / ("ef" * 32)).exists()
+    assert Firsts(tmp_path).run_of(beginning(SEALED)) == journal.own("ef" * 32)
+
+
+OTHER_BASE = SEALED.model_copy(update={"model": SEALED.model.model_copy(update={"digest": "77" * 32})})
+OTHER_SEED = SEALED.model_copy(update={"run": SEALED.run.model_copy(update={"seed": 9})})
+OWN_FACTOR = SEALED.model_copy(update={"aggregate": Aggregate(name="fedavg", fedavg={"share": "A"})})
+
+
+@pytest.mark.attack(
+    "C11",
+    "a site is sent a made-up adapter as the end of a run that it never trained, and then a plan that begins with it",
+    stops="the end of a run counts only if this site has trained in it, on this base, with this seed; under secure aggregation "
+    "only of a run under secure aggregation",
+)
+@pytest.mark.parametrize(
+    ("mode", "of"),
+    [
+        ("sealed", {"trained": False}),
+        ("secagg", {"plan": SECAGG, "trained": False}),
+        ("secagg", {"plan": SEALED}),
+        ("sealed", {"plan": OTHER_BASE}),
+        ("sealed", {"plan": OTHER_SEED}),
+        ("sealed", {"plan": OWN_FACTOR}),
+    ],
+)
+def test_what_a_server_sent_at_the_end_of_another_run_is_its_word_alone(tmp_path, mode, of):
+    plan = beginning(plan_before(mode))
+    one = One(tmp_path, **pinning(plan, roster=mode == "secagg"))
+    ended(tmp_path / "state", **of)
+    assert said(one, plan, adapter=EARLIER) == "policy-init"
+    assert one.idle
+    assert Firsts(tmp_path / "state").run_of(plan) is None
 
 
 @pytest.mark.parametrize("mode", ["sealed", "secagg"])
@@ -85,7 +139,7 @@ def test_a_site_that_joins_later_takes_what_a_person_approved(tmp_path, mode):
 def test_under_secure_aggregation_later_adapters_are_measured_from_the_earlier_one(tmp_path):
     plan = beginning(SECAGG)
     one = One(tmp_path, **pinning(plan))
-    ended(one)
+    ended(tmp_path / "state", plan=SECAGG)
     assert one.secagg(plan, adapter=EARLIER) == ""
     assert one.secagg(plan, adapter=OTHER, round=2) == "impossible-adapter"
 
@@ -96,8 +150,8 @@ def test_an_adapter_of_a_rule_that_rounds_nothing_is_known_by_what_a_run_begins_
     rounded = Adapter(to_bfloat16(exact.vector), exact.layout)
     assert exact.digest() != rounded.digest()
     one = One(tmp_path, **pinning(beginning(SECAGG, rounded)))
-    ended(one, OTHER, "0a" * 32)
-    ended(one, exact)
+    ended(tmp_path / "state", OTHER, "0a" * 32, plan=SECAGG)
+    ended(tmp_path / "state", exact, plan=SECAGG)
     firsts = Firsts(tmp_path / "state")
     assert firsts.of(beginning(SECAGG, rounded), toy_layout()).digest() == rounded.digest()
     assert one.secagg(beginning(SECAGG, rounded), adapter=rounded) == ""
@@ -144,10 +198,10 @@ def test_approval_says_where_the_adapter_comes_from_and_keeps_it(tmp_path, capsy
     assert main(words) == 0
     assert Firsts(tmp_path / "new" / "state", "approved").of(plan, toy_layout()).digest() == EARLIER.digest()
     known = site_in(tmp_path / "known", plan)
-    save_adapter(tmp_path / "known" / "state" / "journal" / f"{RUN}.safetensors", EARLIER, {"run": RUN, "plan": "{}"})
+    ended(tmp_path / "known" / "state", run=RUN)
     asked = question(plan, known)
     assert not asked.refusals
-    assert any(f"of run {RUN[:12]}, which this site took part in" in line for line in asked.lines(again=False))
+    assert any(f"of run {RUN[:12]}, in which this site has trained" in line for line in asked.lines(again=False))
     approve(plan, known, again=False, first=EARLIER)
     assert not (tmp_path / "known" / "state" / "first").exists()  # it has it already
     assert load_site_file(known).plans == (plan.digest(),)
@@ -318,3 +372,10 @@ def test_a_simulation_of_several_seeds_is_asked_which_one(earlier, tmp_path, cap
     assert str(tmp_path / "runs" / "seed-1" / "federated") in said
     assert main([*words, str(tmp_path / "runs" / "seed-1")]) == 0
     assert "to simulate it: lora.init = " in capsys.readouterr().out
+
+
+def test_a_plan_with_privacy_begins_anew():
+    """Its epsilon would be published as that of an adapter that holds more."""
+    private = shared().model_dump()
+    with pytest.raises(ValueError, match="begin anew"):
+        Plan.model_validate(private | {"lora": private["lora"] | {"init": "ab" * 32, "init_digest": "ab" * 32}})

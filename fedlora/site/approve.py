@@ -325,7 +325,7 @@ def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[st
     """
     file, digest = load_site_file(site_file), plan.digest()
     state = site_file.resolve().parent / file.state
-    if first is not None and Firsts(state).run_of(plan.lora.init) is None:
+    if first is not None and Firsts(state).run_of(plan) is None:
         Firsts(state).keep(first)
     write_atomic(_copy(state, digest), plan.canonical(), shared=True)
     add = again or digest not in file.plans

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,8 +10,12 @@ from typing import Literal
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.errors import FedLoRAError, PlanRefused
 from fedlora.core.grids import to_bfloat16
-from fedlora.core.plan import Plan
+from fedlora.core.plan import Plan, parse_plan
+from fedlora.core.registry import MODES
 from fedlora.formats.files import load_adapter, save_adapter, stated_digest
+from fedlora.formats.state.journal import Journal
+from fedlora.formats.state.memory import FileMemory
+from fedlora.rules import rule_of
 from fedlora.rules.first import first_adapter
 from fedlora.site.policy import refused
 
@@ -25,7 +30,7 @@ class Firsts:
     update show more of single rows than one from the seed.
 
     Attributes:
-        state: the site's state directory: ``journal/RUN.safetensors`` of runs that it took part in to their end, and
+        state: the site's state directory: ``journal/RUN.safetensors`` of runs that it took part in, and
             ``first/DIGEST.safetensors`` of what lay beside a plan that a person approved.
         takes: ``known``: the former only.
     """
@@ -45,7 +50,7 @@ class Firsts:
         if not plan.lora.init:
             return first_adapter(layout, seed=plan.run.seed)
         self.check(plan)
-        file = self.run_of(plan.lora.init) or self._copy(plan.lora.init)
+        file = self.run_of(plan) or self._copy(plan.lora.init)
         try:
             adapter = load_adapter(file)[0]
         except FedLoRAError as e:
@@ -72,12 +77,12 @@ class Firsts:
             PlanRefused: it has not.
         """
         init = plan.lora.init
-        if not init or self.run_of(init) is not None:
+        if not init or self.run_of(plan) is not None:
             return
         if self.takes == "known":
             raise refused(
                 "policy-init",
-                f"the plan begins with adapter {init[:12]}, which came of no run that this site took part in to its end",
+                f"the plan begins with adapter {init[:12]}, which came of no run in which this site has trained on this base",
             )
         if not self._copy(init).is_file():
             raise PlanRefused(
@@ -85,16 +90,20 @@ class Firsts:
                 hint="approve the plan again, from the whole directory that the coordinator sent: the adapter lies beside it",
             )
 
-    def run_of(self, init: str) -> Path | None:
-        """The file of a run of this site that ended with this adapter, or with one that is this one once it is rounded."""
-        files = sorted((self.state / "journal").glob("*.safetensors"))
+    def run_of(self, plan: Plan) -> Path | None:
+        """The file of a run of this site that came to the adapter with which a plan begins, or to one that is this one rounded.
+
+        What a site keeps when a run ends is what the server has sent. So it counts only of a run in which this site has trained,
+        on the same base and with the same seed, by which rows are held out; and for a plan under which the server sees sums
+        alone only of such a run, where what is sent is bounded by what sums can give.
+        """
+        journal = Journal(self.state / "journal", FileMemory(self.state / "memory"))  # which remembers runs that went
+        files = sorted(journal.directory.glob("*.safetensors"))
         for digest in (stated_digest, _rounded_digest):  # the second reads all values; only some rules end off the grid
             for file in files:
-                try:
-                    if digest(file) == init:
+                with suppress(FedLoRAError):  # `fedlora site repair` names what is damaged
+                    if digest(file) == plan.lora.init and _vouches(file, plan) and journal.trained(file.stem):
                         return file
-                except FedLoRAError:
-                    continue  # `fedlora site repair` names it
         return None
 
     def keep(self, adapter: Adapter) -> None:
@@ -110,8 +119,8 @@ def begins(plan: Plan, firsts: Firsts) -> list[str]:
     """Whether the adapter with which a plan begins is known here."""
     if not plan.lora.init:
         return []
-    if (of := firsts.run_of(plan.lora.init)) is not None:
-        return [f"it begins with the adapter of run {of.stem[:12]}, which this site took part in to its end"]
+    if (of := firsts.run_of(plan)) is not None:
+        return [f"it begins with the adapter of run {of.stem[:12]}, in which this site has trained"]
     return [
         "IT BEGINS WITH AN ADAPTER THAT CAME OF NO RUN OF THIS SITE: nothing here says what is in it, and a made-up one can make "
         "this site's updates show more of single rows than a new one. Ask those who took part for its digest"
@@ -120,7 +129,7 @@ def begins(plan: Plan, firsts: Firsts) -> list[str]:
 
 def unknown_first(plan: Plan, firsts: Firsts) -> list[str]:
     """Why this site would refuse the adapter with which a plan begins; what lies beside an approved plan is kept with it."""
-    if not plan.lora.init or firsts.takes == "approved" or firsts.run_of(plan.lora.init) is not None:
+    if not plan.lora.init or firsts.takes == "approved" or firsts.run_of(plan) is not None:
         return []
     return ["the adapter with which it begins came of no run of this site, and policy.init is 'known'"]
 
@@ -128,6 +137,18 @@ def unknown_first(plan: Plan, firsts: Firsts) -> list[str]:
 def _rounded(adapter: Adapter) -> Adapter:
     """As a run begins with it."""
     return Adapter(to_bfloat16(adapter.vector), adapter.layout)
+
+
+def _vouches(file: Path, plan: Plan) -> bool:
+    """Whether the run that a file came of is one whose end this site may begin with under a plan."""
+    stored = load_adapter(file)[1].get("plan")
+    earlier = parse_plan(stored.encode()) if isinstance(stored, str) else Plan()
+    summed = MODES[plan.protect.mode].reveals == "sum"
+    return (
+        (earlier.model.digest, earlier.run.seed) == (plan.model.digest, plan.run.seed)
+        and not (summed and MODES[earlier.protect.mode].reveals != "sum")
+        and not rule_of(earlier).keeps_local_factor
+    )
 
 
 def _rounded_digest(file: Path) -> str:

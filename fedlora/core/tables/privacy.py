@@ -81,6 +81,11 @@ def private_misfits(plan: Any) -> Iterator[str]:
         yield f"[privacy] is not built for aggregate.name = {a.name!r}: choose {', '.join(PRIVATE_RULES)}"
     elif getattr(a.settings, "share", "AB") != "AB":
         yield "[privacy] is not built for a factor that stays at each site: leave aggregate.fedavg.share out"
+    if plan.lora.init:
+        yield (
+            "[privacy] with lora.init: what the earlier run has learned of anybody's rows is no part of this plan's epsilon, "
+            "which would be published as the adapter's: begin anew, or leave [privacy] out"
+        )
     if plan.lora.ranks:
         yield "[privacy] is not built for sites of different rank: leave lora.ranks out"
     if "train/loss" in plan.evaluation.share:
