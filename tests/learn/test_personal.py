@@ -81,6 +81,22 @@ def test_the_nearest_candidate_within_a_standard_error_of_the_best_is_chosen(row
     assert (choice.chosen.way == "global") == (adapter is START)
 
 
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 9))
+def test_who_prefers_all_takes_the_nearest_that_is_no_worse_than_alone(seed, rows):
+    draw = np.random.default_rng(seed)
+    validation = [example(i, 2) for i in range(rows)]
+    tried = [draw.normal(1.0, 0.5, rows) for _ in range(9)]
+    waiting = iter(tried)
+    _, choice = choose(START, {"further": FAR, "alone": NEAR}, validation, lambda _: next(waiting), prefer="all")
+    alone = sum(tried[-1])
+    good = [one.distance for one, nats in zip(choice.tried, tried, strict=True) if sum(nats) <= alone]
+    assert choice.chosen.distance == min(good)
+    waiting = iter(tried[:5])
+    _, without = choose(START, {"further": FAR}, validation, lambda _: next(waiting), prefer="all")
+    waiting = iter(tried[:5])
+    assert without == choose(START, {"further": FAR}, validation, lambda _: next(waiting))[1]
+
+
 def test_what_lies_between_is_the_mean_in_double_precision_and_the_ends_are_exact():
     draw = np.random.default_rng(0)
     one, two = (Adapter(draw.normal(size=LAYOUT.size).astype(np.float32), LAYOUT) for _ in range(2))

@@ -28,28 +28,46 @@ def personalize(
     alone: Annotated[
         bool, typer.Option("--alone/--no-alone", help="Also train from the beginning, as without a federation.")
     ] = True,
+    prefer: Annotated[
+        str,
+        typer.Option(help="own: as good on rows of this site as can be; all: on the others' too, and here no worse than alone."),
+    ] = "own",
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Make the adapter of a run this site's own, by more training on its rows, if its held-out rows say that this helps.
 
     Tried are the global adapter, what comes of further steps here, what this site learns alone, and what lies between. The
-    choice is the one nearest to the global adapter that held-out rows cannot tell from the best. A power cut loses nothing: the
-    same command goes on.
+    choice is the one nearest to the global adapter that held-out rows cannot tell from the best; with --prefer all the nearest
+    that is no worse than what this site learns alone. A power cut loses nothing: the same command goes on.
 
     The result remembers this site's rows, and nothing protects them in it: keep it where the rows are. Nothing is sent.
 
     Example: fedlora personalize adapter --site site.toml
     """
+    import click
+
     from fedlora.formats.files import refuse_existing
     from fedlora.formats.published.directory import made_for
 
+    if prefer not in ("own", "all") or (prefer == "all" and not alone):
+        raise click.UsageError("--prefer is own, or all, which compares with --alone")
     refuse_existing(out)
     made_for(adapter)
     from fedlora.learn.personal.at_site import personalize as make  # which takes seconds to load
 
     with Screen(quiet=quiet, as_json=json) as screen:
-        made = make(adapter, site, out, plan_file=plan, rounds=rounds, learning_rate=learning_rate, alone=alone, report=screen)
+        made = make(
+            adapter,
+            site,
+            out,
+            plan_file=plan,
+            rounds=rounds,
+            learning_rate=learning_rate,
+            alone=alone,
+            prefer="all" if prefer == "all" else "own",
+            report=screen,
+        )
     emit(_answer(out, made), [*_lines(made), *_next(out, adapter, made)], as_json=json)
 
 

@@ -11,6 +11,8 @@ from fedlora.core.records import Count, Filed, Record
 
 Way: TypeAlias = Literal["global", "further", "alone"]
 """To which adapter a line from the global one goes: none; that after more steps at the site; what the site learned alone."""
+Prefer: TypeAlias = Literal["own", "all"]
+"""What a site's own adapter is to be good at: its own rows as far as can be; or the others' too, and its own no worse than alone."""
 _WORDS: dict[Way, str] = {
     "global": "the global adapter",
     "further": "the global adapter after more steps on its own rows",

@@ -56,6 +56,13 @@ class Arm(Section):
     """peak learning rate, tuned for this arm on the validation split"""
 
 
+class PersonalArm(Arm):
+    """Settings of the arm `personal`."""
+
+    prefer: Literal["own", "all"] = "own"
+    """own: as good on its own rows as can be; all: as near to the federated adapter as is no worse there than alone"""
+
+
 class Simulation(Section):
     """For `fedlora simulate` only: not part of the plan's digest, refused in a deployment."""
 
@@ -87,7 +94,7 @@ class Simulation(Section):
     """settings of the arm `pooled-steps`: as many steps as one site, on batches as large as those of all sites together"""
     pooled_tokens: Arm | None = None
     """settings of the arm `pooled-tokens`: as many steps as all sites together"""
-    personal: Arm | None = None
+    personal: PersonalArm | None = None
     """settings of the arm `personal`: each site trains on from the federated adapter, as many steps as in the federation"""
     evaluate_on: Literal["validation", "test"] = "test"
     """split that the table of arms reports; tune on validation, read test once"""

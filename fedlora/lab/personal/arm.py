@@ -48,7 +48,8 @@ class Personal:
         own, alone = self.alone.train(lab, out, report)
         if own.layout == start.layout:  # a rule may end with another rank
             ends["alone"] = own
-        adapter, choice = choose(start, ends, rows, scorer(lab.lora, rows, lab.plan.training))
+        prefer = lab.simulation.personal.prefer if lab.simulation.personal else "own"
+        adapter, choice = choose(start, ends, rows, scorer(lab.lora, rows, lab.plan.training), prefer=prefer)
         save_adapter(out / DIRECTORY / f"{self.site}.safetensors", adapter, {"site": self.site})
         write_atomic(out / DIRECTORY / f"{self.site}.json", dump_text(choice), mode=0o644)
         steps = None if cost.steps is None or alone.steps is None else cost.steps + alone.steps

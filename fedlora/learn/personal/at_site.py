@@ -23,7 +23,7 @@ from fedlora.core.errors import DataError, PlanRefused, StoreError, WrongContext
 from fedlora.core.events import Event, Report
 from fedlora.core.facts import Arm
 from fedlora.core.plan import Plan, parse_plan
-from fedlora.core.tables.personal import Choice, Way
+from fedlora.core.tables.personal import Choice, Prefer, Way
 from fedlora.data import IGNORE, Tokens
 from fedlora.formats.files import Damaged, load_adapter, refuse_existing
 from fedlora.formats.plans import load_plan
@@ -81,6 +81,7 @@ def personalize(
     rounds: int = 0,
     learning_rate: float = 0.0,
     alone: bool = True,
+    prefer: Prefer = "own",
     report: Report,
 ) -> Made:
     """Trains further from a published adapter on the site's own rows, and writes what its held-out rows choose.
@@ -94,6 +95,7 @@ def personalize(
         plan_file: the plan of the run, where this site has not kept it.
         rounds: of further training, each of the plan's steps; 0: as many as the plan has.
         learning_rate: peak of further training; 0: the plan's.
+        prefer: ``all``: as near to the global adapter as is no worse here than alone, which needs ``alone``.
         alone: also train from the first adapter, as if there had been no federation, and try what lies towards that.
 
     Raises:
@@ -142,7 +144,7 @@ def personalize(
         if alone and (first := firsts.of(plan, lora.layout)).layout == start.layout:
             ends["alone"], more = learn(_trained_further(plan, rounds=0, learning_rate=0.0), "alone", first, directory / "alone")
             tokens, steps = tokens + more[0], steps + more[1]
-        chosen, choice = choose(start, ends, choosing, scorer(lora, choosing, plan.training))
+        chosen, choice = choose(start, ends, choosing, scorer(lora, choosing, plan.training), prefer=prefer)
         _write(chosen, out, plan, published, choice)
         shutil.rmtree(directory)  # each value of an adapter once more, of use only to what was cut off
     before, behind = (_nats(lora, one, apart, plan) for one in (start, chosen))

@@ -6,7 +6,8 @@ began at the first adapter of one run, so that their factors are of one basis; w
 
 The choice is the candidate nearest to G whose loss is within one standard error of the least one (Breiman et al., Classification
 and Regression Trees, 1984, section 3.4.3): what validation rows cannot tell apart is not worth going away from what all sites
-have learned. The standard error is of the difference to the best candidate, over groups of rows.
+have learned. The standard error is of the difference to the best candidate, over groups of rows. A site that wants to be good at
+the others' rows, too, prefers ``all``: the nearest candidate whose loss is no higher than that of what the site learns alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import DataError, WrongContext
 from fedlora.core.plan import Training
-from fedlora.core.tables.personal import Candidate, Choice, Way
+from fedlora.core.tables.personal import Candidate, Choice, Prefer, Way
 from fedlora.data import IGNORE, Tokens
 from fedlora.learn.audit.scores import losses
 from fedlora.learn.lora import LoraModel
@@ -47,7 +48,12 @@ def between(start: Adapter, end: Adapter, share: float) -> Adapter:
 
 
 def choose(
-    start: Adapter, ends: Mapping[Way, Adapter], validation: Sequence[Tokens], score: Callable[[Adapter], F64]
+    start: Adapter,
+    ends: Mapping[Way, Adapter],
+    validation: Sequence[Tokens],
+    score: Callable[[Adapter], F64],
+    *,
+    prefer: Prefer = "own",
 ) -> tuple[Adapter, Choice]:
     """Tries the candidates and chooses one.
 
@@ -56,6 +62,7 @@ def choose(
         ends: what the site has trained, by the way to it.
         validation: rows that none of them was trained on.
         score: (examples,) float64, loss of each validation example, the sum over its supervised tokens in nats.
+        prefer: ``all`` needs the way ``alone`` among the ends, and is ``own`` where no candidate is as good as that.
 
     Raises:
         DataError: no validation rows; there is nothing to choose by.
@@ -76,7 +83,11 @@ def choose(
     best = int(np.argmin(nats.sum(1)))
     behind = [_behind(row - nats[best], tokens, of) for row in nats]
     distance = [0.0 if way == "global" else share * reach[way] for way, share in named]
-    at = min((i for i, errors in enumerate(behind) if errors <= 1), key=lambda i: (distance[i], i))
+    good = [i for i, errors in enumerate(behind) if errors <= 1]
+    if prefer == "all" and ("alone", 1.0) in named:
+        alone = nats[named.index(("alone", 1.0))].sum()
+        good = [i for i, row in enumerate(nats) if row.sum() <= alone]  # which is one of them
+    at = min(good, key=lambda i: (distance[i], i))
     tried = tuple(
         Candidate(
             way=way,
