@@ -284,7 +284,7 @@ def test_a_run_that_fails_ends_no_other_and_is_named_with_its_reason(plan, tmp_p
         (theirs, 2, "stubborn,agreed", f"({theirs / 'stubborn.py'}, line 9)"),  # an error of her own code
     ):
         out = tmp_path / f"out-{at_once}"
-        words = ["--set", f"aggregate.name={names}", "--at_once", at_once, "--out", out, "-q"]
+        words = ["--set", f"aggregate.name={names}", "--jobs", at_once, "--out", out, "-q"]
         for rule in names.replace(",fedavg", "").split(","):
             words += ["--rule", at / f"{rule}.py"]
         try:
