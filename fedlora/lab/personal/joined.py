@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from fedlora.core.errors import plain
 from fedlora.core.records import Results
 from fedlora.core.words import number, percent, with_interval
-from fedlora.lab.spreads import interval, mean, minus, spread
+from fedlora.lab.spreads import FEWEST, interval, mean, minus, spread
 
 Side: TypeAlias = Literal["own", "others"]
 Arm: TypeAlias = Literal["alone", "federated", "personal"]
@@ -70,7 +70,7 @@ def is_personal(rows: Sequence[Joined]) -> bool:
 
 
 def gain_of(row: Joined) -> dict[str, Any]:
-    """Mean, and with several seeds sd and 95 % interval, of what a site gains on its own rows."""
+    """Mean, and with two seeds sd, with three or more a 95 % interval as well, of what a site gains on its own rows."""
     return {**spread(row.gains), **interval(row.gains)}
 
 
@@ -108,7 +108,7 @@ def lines(runs: Sequence[Results]) -> list[str]:
     if not rows:
         return []
     titles = ["alone", "federated", "personal"] if is_personal(rows) else ["alone", "federated"]
-    heads_ = [*titles, "gain, 95 %" if len(runs) > 1 else "gain", *titles, *(["kept"] if is_personal(rows) else [])]
+    heads_ = [*titles, "gain, 95 %" if len(runs) >= FEWEST else "gain", *titles, *(["kept"] if is_personal(rows) else [])]
     widths = [{"gain, 95 %": 26, "personal": 9, "federated": 10}.get(name, 8) for name in heads_]
 
     def line(first: str, parts: Sequence[str]) -> str:
