@@ -70,7 +70,7 @@ def run(
             rounds as a round has attempts were void in a row, not counted those that showed a new liar. The run can be resumed.
     """
     parts = _Parts(plan, protection, transport, enrolled, report, wait)
-    void, liars, rounds = 0, set[str](), plan.federation.num_rounds
+    void, liars, named, rounds = 0, set[str](), set[str](), plan.federation.num_rounds
     checkpoint = store.at_rest(store.resume(report))
     report(Event.START, Start(run=store.run, round=checkpoint.round, rounds=rounds))
     while checkpoint.round < rounds:
@@ -84,8 +84,10 @@ def run(
         store.save(checkpoint)
         checkpoint = store.at_rest(checkpoint)
         report(Event.ROUND if tally.voided is None else Event.ROUND_VOID, Recorded(record=record))
-        for site, fraction in tally.majority().items():
-            report(Event.MAJORITY, Majority(site=site, percent=100 * fraction))
+        for site, fraction in tally.majority().items() if len(tally.accepted) > 2 else ():  # of two, one nearly always has it
+            if site not in named:
+                report(Event.MAJORITY, Majority(site=site, percent=100 * fraction))
+            named.add(site)
         if void >= plan.federation.round_attempts and tally.voided is not None:
             hint = "look at the sites, then resume the run"
             raise RunFailed(f"{void} rounds in a row were void: {tally.voided}", hint=hint, code="quorum")
