@@ -59,7 +59,7 @@ def compare_rules(
     from fedlora.lab.own_rules import told_of, use_rules
     from fedlora.lab.rules import compare_rules as side_by_side
     from fedlora.lab.rules import variants
-    from fedlora.lab.sweep import parse_seeds
+    from fedlora.lab.seeds import parse_seeds
     from fedlora.lab.tracking.trackers import check_installed
 
     check_installed(tracker or "")

@@ -75,7 +75,8 @@ def simulate(
     from fedlora.lab.jobs import Jobs
     from fedlora.lab.own_rules import told_of, use_rules
     from fedlora.lab.report import load
-    from fedlora.lab.sweep import combinations, parse_seeds, run_all
+    from fedlora.lab.seeds import parse_seeds
+    from fedlora.lab.sweep import combinations, run_all
     from fedlora.lab.tracking.trackers import check_installed
 
     check_installed(tracker or "")

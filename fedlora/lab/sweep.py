@@ -298,20 +298,3 @@ def written(
     write_tables(table, out)
     write_atomic(out / "summary.txt", table.text().encode() + b"\n", mode=0o644)
     return compared
-
-
-def parse_seeds(text: str, *, default: int) -> list[int]:
-    """``"0,1,2"`` to numbers; ``default`` alone if the text is empty.
-
-    Raises:
-        ConfigError: not numbers, or one of them twice.
-    """
-    try:
-        seeds = [int(word) for word in text.split(",")] if text else [default]
-    except ValueError:
-        seeds = []
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"a seed stands twice in {text!r}", hint="leave out the repetition: the same seed is no other sample")
-    if not seeds or min(seeds) < 0:
-        raise ConfigError(f"not a list of seeds: {text!r}", hint="for example --seeds 0,1,2")
-    return seeds
