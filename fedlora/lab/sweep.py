@@ -17,7 +17,8 @@ from fedlora.core.events import Event, Report
 from fedlora.core.plan import Plan
 from fedlora.core.records import Results
 from fedlora.core.tables.lab import Compared, Sweep, SweepRun
-from fedlora.core.told.wrong_keys import homes
+from fedlora.core.told.lists import no_list
+from fedlora.core.told.wrong_keys import field_of, homes
 from fedlora.formats.files import write_atomic
 from fedlora.formats.plans import load_plan
 from fedlora.lab.claims import ORDER, Options, check_kind, claim, left_of, look
@@ -108,6 +109,9 @@ def _parsed(setting: str) -> tuple[str, list[str]]:
         raise ConfigError(f"--set {key}: a plan has this key in a table, which has to be said", hint=ways)
     if key == "run.seed":
         raise ConfigError("--set run.seed: seeds are no setting to compare", hint="--seeds 0,1,2")
+    field = field_of(Plan, key.split("."))
+    if field is not None and (form := no_list(field, [_value(word) for word in words])):
+        raise ConfigError(f"--set {key}: its value is a list, and {text} is none", hint=f"--set '{key}={form}'")
     if len({repr(_value(word)) for word in words}) < len(words):
         raise ConfigError(f"--set {key} has a value twice", hint="leave out the repetition")
     return key, words
