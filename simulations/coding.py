@@ -26,7 +26,7 @@ from fedlora.core.plan import Aggregate, Plan, Protect, Wire
 from fedlora.core.registry import RULES
 from fedlora.formats.plans import load_plan
 from fedlora.lab import simulate
-from fedlora.lab.seeds import parse_seeds
+from fedlora.lab.asked.seeds import parse_seeds
 from fedlora.protect.secagg.protocol.rings import PROFILES, Profile, encode, scales_for, sum_to_mean
 from fedlora.protect.secagg.terms import reach
 from fedlora.rules import FedAvg, Sums

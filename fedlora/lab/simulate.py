@@ -30,6 +30,7 @@ from fedlora.formats.plans import home_of, plan_of
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
+from fedlora.lab.asked.seeds import seeds_of
 from fedlora.lab.claims import ROWS, Options, audits_of, claim, left_of, look
 from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
 from fedlora.lab.leakage import audit_simulation
@@ -38,7 +39,6 @@ from fedlora.lab.personal.arm import choices_of, personal_arms
 from fedlora.lab.private import private_learners
 from fedlora.lab.progress.telling import shown
 from fedlora.lab.report import REWRITE, write_html
-from fedlora.lab.seeds import seeds_of
 from fedlora.lab.surroundings import dataset, environment
 from fedlora.lab.tables import summary
 from fedlora.lab.tracking.live import tracked

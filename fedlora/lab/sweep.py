@@ -21,7 +21,8 @@ from fedlora.core.told.lists import no_list
 from fedlora.core.told.wrong_keys import field_of, homes
 from fedlora.formats.files import write_atomic
 from fedlora.formats.plans import load_plan
-from fedlora.lab.claims import ORDER, Options, check_kind, claim, left_of, look
+from fedlora.lab.asked.going_on import check_none_left_out
+from fedlora.lab.claims import ORDER, Options, check_kind, claim, is_begun, left_of, look, runs_inside
 from fedlora.lab.comparison import compare, compared_table, long_form, write_long, write_tables
 from fedlora.lab.jobs import Jobs
 from fedlora.lab.notes import notes_side_by_side, settled
@@ -152,7 +153,8 @@ def run_all(found: Sequence[Combination], *, out: Path, seeds: Sequence[int], op
 
     Raises:
         ConfigError: a file that a plan names is missing or unusable. Nothing has run then.
-        StoreError: a directory holds what has begun, and ``options.resume`` is not asked; or it is of another kind.
+        StoreError: a directory holds what has begun, and ``options.resume`` is not asked; or it is of another kind; or runs that
+            would be left out of its table.
         RunFailed: runs failed; those that did not are in the table.
     """
     if len(found) == 1 and (jobs.count == 1 or len(seeds) == 1):
@@ -164,6 +166,7 @@ def run_all(found: Sequence[Combination], *, out: Path, seeds: Sequence[int], op
         return None
     if len(found) > 1:
         check_kind(out, "sweep", resume=options.resume)
+        check_none_left_out(out, [run for run in runs_inside(out) if is_begun(run)], {one.folder for one in found})
     done, failed = run_each(found, out=out, seeds=seeds, options=options, jobs=jobs)
     compared = written(found, done, out, {one.name: out / one.folder for one in found}) if done and len(found) > 1 else None
     if failed:
