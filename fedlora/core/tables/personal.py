@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from fedlora.core.records import Count, Filed, Record
 
 Way: TypeAlias = Literal["global", "further", "alone"]
 """To which adapter a line from the global one goes: none; that after more steps at the site; what the site learned alone."""
+PERSONAL: Final = "personal"
+"""Among the facts of an adapter's file: it was made by further training at a site, which no noise protects."""
 _WORDS: dict[Way, str] = {
     "global": "the global adapter",
     "further": "the global adapter after more steps on its own rows",
