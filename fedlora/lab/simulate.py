@@ -77,7 +77,7 @@ def simulate(
 
         out/plan.toml  report.html  summary.txt  results.csv (long form)  table.md  table.tex
         out/seed-0/    results.json  arms/*.json  federated/ (checkpoints)  sites/ (journals)  adapter.safetensors
-                   tracking/ (where a tracker is asked for)
+                   personal/SITE.safetensors (of that arm)  tracking/ (where a tracker is asked for)
 
     Args:
         plan: as :func:`fedlora.load_plan` reads it, or its file.
