@@ -186,7 +186,7 @@ _COLUMNS = {
     "others": "a site alone, on the test rows of all other sites",
     "coarse": "the first characters match, as evaluation.coarse_chars says; a dash: not asked",
     "steps": "optimizer steps; of the federated arm, at each site",
-    "tokens": "supervised tokens that the arm was trained on; about equal for the federation, all sites alone together, and pooled",
+    "tokens": "supervised tokens that the arm was trained on; about equal for federation, all sites alone together, and pooled",
 }
 
 
