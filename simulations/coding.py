@@ -25,7 +25,8 @@ from fedlora.core.events import Event
 from fedlora.core.plan import Aggregate, Plan, Protect, Wire
 from fedlora.core.registry import RULES
 from fedlora.formats.plans import load_plan
-from fedlora.lab import simulate, sweep
+from fedlora.lab import simulate
+from fedlora.lab.asked.seeds import parse_seeds
 from fedlora.protect.secagg.protocol.rings import PROFILES, Profile, encode, scales_for, sum_to_mean
 from fedlora.protect.secagg.terms import reach
 from fedlora.rules import FedAvg, Sums
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     plan = plan.model_copy(update=parts)
     lab = None
-    for seed in sweep.parse_seeds(given.seeds, default=plan.run.seed):
+    for seed in parse_seeds(given.seeds, default=plan.run.seed):
         seeded = plan.model_copy(update={"run": plan.run.model_copy(update={"seed": seed})})
         lab = lab.reseeded(seeded) if lab else assemble.lab(seeded, root=given.plan.parent, out=given.out, report=_tell)
         heard.clear()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_sweep import PLAN
 
@@ -73,7 +74,8 @@ def test_the_documentation_has_every_name_and_the_example(tmp_path):
 PATHS = {
     "load_plan": ["path"],
     "load_adapter": ["path"],
-    "simulate": ["out", "root"],
+    "run": ["plan"],
+    "simulate": ["plan", "out", "root"],
     "results_frame": ["results"],
     "attach": ["study", "site", "base"],
     "export_adapter": ["out"],
@@ -92,6 +94,55 @@ def test_every_path_of_a_public_function_may_be_text():
             if paths := [n for n, kind in said.items() if "PathLike" in kind]:
                 found[name] = paths
     assert found == PATHS
+
+
+def takes_plan():
+    """Public functions with an argument ``plan``, each with nothing else that would be used before it."""
+    functions = {name: getattr(fedlora, name) for name in fedlora.__all__}
+    found = {n: inspect.signature(f).parameters for n, f in functions.items() if inspect.isfunction(f)}
+    return {n: [p.name for p in of.values() if p.default is p.empty] for n, of in found.items() if "plan" in of}
+
+
+@pytest.mark.torch
+def test_whatever_takes_a_plan_takes_its_file_and_names_what_is_neither(tmp_path):
+    """The law over the public functions: a wrong thing in place of a plan is a named error before anything else is looked at."""
+    assert takes_plan().keys() == {"run", "simulate"}
+    (tmp_path / "wrong.toml").write_text("[lora]\nrank = 4")
+    for name, arguments in takes_plan().items():
+        others = {key: None for key in arguments if key != "plan"} | ({"out": tmp_path / "out"} if name == "simulate" else {})
+        for kind in (str, Named, Path):
+            with pytest.raises(fedlora.FedLoRAError, match=r"use lora\.r"):  # it was read
+                getattr(fedlora, name)(kind(tmp_path / "wrong.toml"), **others)
+            with pytest.raises(fedlora.FedLoRAError, match="cannot read"):
+                getattr(fedlora, name)(kind(tmp_path / "none.toml"), **others)
+        for wrong in (None, {}, 3, b"plan.toml"):
+            with pytest.raises(fedlora.FedLoRAError, match="a plan is expected") as refused:
+                getattr(fedlora, name)(wrong, **others)
+            assert "fedlora.load_plan" in refused.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.torch
+def test_the_paths_of_a_plan_are_seen_from_its_file_unless_a_root_is_said(tmp_path, monkeypatch):
+    (tmp_path / "study").mkdir()
+    file = tmp_path / "study" / "plan.toml"
+    file.write_text(PLAN + 'split = "iid"\n[simulation.data]\npath = "pool.csv"\n')
+    lines = [f"question {n},answer {n % 3}" for n in range(60)]
+    (tmp_path / "study" / "pool.csv").write_text("\n".join(["prompt,completion", *lines]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    for seeds, found in ((np.arange(2, 3), [2]), (None, [0]), ([], [0])):
+        done = fedlora.simulate(str(file), out=tmp_path / f"out-{seeds}", quiet=True, seeds=seeds)
+        assert [one.seed for one in done] == found
+    with pytest.raises(fedlora.FedLoRAError, match=r"pool\.csv"):
+        fedlora.simulate(str(file), out=tmp_path / "other", root=tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize("seeds", [["0"], 1, "0", "0,1", [0.0], [None], [-1], [0, 0], [[0]], 1.5])
+def test_seeds_that_are_none_are_a_named_error_at_once(tmp_path, seeds):
+    (tmp_path / "exp.toml").write_text(PLAN)
+    with pytest.raises(fedlora.FedLoRAError, match=r"a list of seeds|a seed stands twice"):
+        fedlora.simulate(tmp_path / "exp.toml", out=tmp_path / "out", seeds=seeds)
+    assert not (tmp_path / "out").exists()
 
 
 class Named:

@@ -21,8 +21,11 @@ def test_a_difference_is_of_pairs_of_one_seed_with_its_interval():
     first, second = compare({"first": typed(FIRST), "second": typed(SECOND)})["runs"]
     assert first["scores"]["union_nll"]["mean"] == pytest.approx(1.125)  # 30 tokens at 1.0 and 10 at 1.5
     assert second["scores"]["union_nll"] == {"mean": pytest.approx(0.925), "sd": pytest.approx(0.1)}
-    change = second["differences"]["union_nll"]  # -0.1 and -0.3: sd 0.1414, t(1) = 12.706
-    assert (change["mean"], change["high"] - change["low"]) == (pytest.approx(-0.2), pytest.approx(2 * 1.2706))
+    change = second["differences"]["union_nll"]  # -0.1 and -0.3: two seeds give no interval
+    assert change == {"mean": pytest.approx(-0.2), "low": None, "high": None}
+    three = compare({"first": typed([*FIRST, run(2)]), "second": typed(SECOND)})["runs"][1]["differences"]["union_nll"]
+    assert three["mean"] == pytest.approx(-0.2)  # sd 0.1, t(2) = 4.303
+    assert three["high"] - three["low"] == pytest.approx(2 * 4.303 * 0.1 / 3**0.5)
     assert first["differences"] == {}
     alone = compare({"first": typed(FIRST), "second": typed([run(9)])})["runs"][1]
     assert alone["differences"] == {}  # no seed in common: no pair

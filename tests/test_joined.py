@@ -42,7 +42,9 @@ def test_over_seeds_a_gain_has_its_interval_and_one_seed_without_an_arm_is_no_me
     runs = [results(0), results(1, better=0.25)]
     (north, _) = joined(runs)
     assert north.nats["own", "federated"] == pytest.approx(2.375)
-    assert "95 %" in "\n".join(lines(runs))
+    for seeds in (2, 3):
+        said = "\n".join(lines([results(seed, better=0.1 * seed) for seed in range(seeds)]))
+        assert ("95 %" in said, "[" in said) == (seeds == 3, seeds == 3)  # two give no usable interval
     (north, _) = joined([results(0), results(1, personal=False)])
     assert (north.nats["own", "personal"], north.kept) == (None, None)
     assert north.gains == (-0.5, -0.5)  # of the federated adapter, which both have
@@ -66,3 +68,52 @@ def test_it_fits_a_terminal(personal, seeds):
 def test_nothing_is_said_where_sites_have_no_arm_of_their_own():
     only = {"federated": results().arms["federated"]}
     assert lines([results().model_copy(update={"arms": only})]) == []
+
+
+def with_steps(found, **steps):
+    """Steps of arms, by the first word of their name, or of ``arm_site`` alone."""
+    arms = {
+        name: one.model_copy(update={"steps": steps.get(name.replace(":", "_"), steps.get(name.partition(":")[0], one.steps))})
+        for name, one in found.arms.items()
+    }
+    return found.model_copy(update={"arms": arms})
+
+
+STEPS = {
+    "alike": (
+        {"local": 8, "federated": 8, "personal": 16},
+        "alone 8; federated 8; personal: from the federated adapter 8 further",
+    ),
+    "no rows to validate": (
+        {"local": 8, "federated": 8, "personal": 16, "personal_south": 0},
+        "alone 8; federated 8; personal: from the federated adapter 0 to 8 further",
+    ),
+    "passes over the rows": (
+        {"local_north": 6, "local_south": 1000, "federated": None, "personal_north": 12, "personal_south": 2000},
+        "alone 6 to 1,000; federated not counted (passes over the rows); personal: from the federated adapter 6 to 1,000 further",
+    ),
+    "never counted": (
+        {"local": None, "federated": 8, "personal": None},
+        "federated 8; personal: from the federated adapter not counted (passes over the rows) further",
+    ),
+}
+
+
+@pytest.mark.parametrize(("steps", "said"), STEPS.values(), ids=STEPS)
+def test_the_steps_of_each_arm_stand_by_its_gain_on_page_and_terminal(steps, said):
+    found = [with_steps(results(), **steps)]
+    page, terminal = note(found, joined(found)), " ".join(" ".join(lines(found)).split())
+    for text in (page, terminal):
+        assert said in text
+        assert "More steps alone may bring a part of the gain" in text
+
+
+def test_without_personal_adapters_steps_are_alike_and_nothing_is_said_of_more():
+    found = [with_steps(results(personal=False), local=8, federated=8)]
+    text = note(found, joined(found))
+    assert "alone 8; federated 8." in text
+    assert "More steps" not in text
+
+
+def test_the_rows_of_the_others_are_the_others():
+    assert "the others' rows" in "\n".join(lines([results()]))

@@ -5,7 +5,11 @@ import re
 import pytest
 from test_report import across, arm, run, summarize, table, table_across, typed, write_html
 
+from fedlora.core.plan import Plan
+from fedlora.lab.claims import Setting
 from fedlora.lab.comparison import arms_table, compare, compared_table
+from fedlora.lab.page import simulation
+from fedlora.lab.simulate import write_summary
 
 pytestmark = pytest.mark.slow  # figures
 
@@ -49,7 +53,37 @@ def test_a_site_is_worse_or_better_off_only_beyond_the_noise(tmp_path, gains, ve
     if len(runs) == 1:
         assert ("cannot tell from noise: north" in " ".join(text.split())) == (verdict == "within the noise")
     else:
-        assert re.search(rf"  north .*\[.*\] +{verdict}", text)
+        assert re.search(rf"  north .* +{verdict}", text)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4])
+def test_no_interval_is_printed_where_none_is_usable(tmp_path, seeds):
+    runs = [gained(seed, 0.1 * seed) for seed in range(seeds)]
+    compared = compared_table(compare({"a": typed(runs), "b": typed([gained(seed, 0.2 + 0.3 * seed) for seed in range(seeds)])}))
+    for text in (compared.text(), table_across(runs), page(runs, tmp_path)):
+        assert bool(re.search(r"\[[-+][\d.]+, [-+][\d.]+\]", text)) == (seeds >= 3), text
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_what_numbers_rest_on_is_said_without_a_federation_too(tmp_path, seeds):
+    """Rounds as the plan has them, seeds and few rows, for every set of arms without the federated one."""
+    for kinds in (("local:",), ("base",), ("base", "local:", "pooled-steps"), ("pooled-tokens",)):
+        runs = []
+        for seed in range(seeds):
+            one = run(seed)
+            one |= {"rounds": [], "traffic": None}
+            one["arms"] = {name: of for name, of in one["arms"].items() if name.startswith(kinds)}
+            runs.append(one)
+        plan = Plan.model_validate_json('{"federation": {"num_rounds": 7}}')
+        write_summary(tmp_path, typed(runs), plan)
+        text = " ".join((tmp_path / "summary.txt").read_text().split())
+        assert "2 sites, 7 rounds" in text
+        assert text.count("take three or more") == (seeds < 3)
+        assert text.count("over training seeds on the same 20 test rows") == (seeds > 1)
+        assert text.count("fewer than 20 test rows, so little can be said of them alone: north 10, south 10") == 1
+        assert page(runs, tmp_path).count("over training seeds on the same 20 test rows") == (seeds > 1)
+        contents = simulation.contents(typed(runs), [summarize(one) for one in runs], across(runs), Setting(plan))
+        assert "7 rounds" in contents["lead"]
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])

@@ -54,12 +54,12 @@ def compare_rules(
     Example: fedlora compare-rules plan.toml --rules fedavg,product --rates 5e-4,1e-3,2e-3
     """
     from fedlora.formats.plans import load_plan
+    from fedlora.lab.asked.seeds import parse_seeds
     from fedlora.lab.claims import Options
     from fedlora.lab.jobs import Jobs
     from fedlora.lab.own_rules import told_of, use_rules
     from fedlora.lab.rules import compare_rules as side_by_side
     from fedlora.lab.rules import variants
-    from fedlora.lab.sweep import parse_seeds
     from fedlora.lab.tracking.trackers import check_installed
 
     check_installed(tracker or "")

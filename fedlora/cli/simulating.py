@@ -71,11 +71,12 @@ def simulate(
     Example: fedlora simulate toy.toml --seeds 0,1,2 --out runs/toy-3
     """
     from fedlora.answers import Simulated
+    from fedlora.lab.asked.seeds import parse_seeds
     from fedlora.lab.claims import Options
     from fedlora.lab.jobs import Jobs
     from fedlora.lab.own_rules import told_of, use_rules
     from fedlora.lab.report import load
-    from fedlora.lab.sweep import combinations, parse_seeds, run_all
+    from fedlora.lab.sweep import combinations, run_all
     from fedlora.lab.tracking.trackers import check_installed
 
     check_installed(tracker or "")

@@ -11,6 +11,7 @@ from pathlib import Path
 from fedlora.core.errors import DataError
 from fedlora.core.tables.data import ENCODINGS, READERS
 from fedlora.data.files.json_files import parsed
+from fedlora.data.files.names import has_instead
 from fedlora.data.files.rows import NOT_TEXT, OTHER_SHAPE, PYTHON_LIST, Row
 from fedlora.data.files.sources import Source, find, format_of
 from fedlora.data.files.tables import HEADER_HINT
@@ -21,7 +22,6 @@ from fedlora.data.turns import BadRow, Turn, plain_text
 _FEW = 0.01
 """Up to this fraction, rows of another shape are treated as errors in the file; more of them mean two files in one."""
 _MOST_ROWS = 50_000_000
-_NOT_READ = "; without it, `fedlora check` names the columns that nothing reads (`not read: ...`)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ def read(
 
     Raises:
         DataError: a file cannot be read, a setting fits no row, the rows have several shapes or hold preference pairs, more
-            rows are bad than may be, or no row of a file can be used. No error quotes a row, a column name of the file, or
-            chains an error that does.
+            rows are bad than may be, or no row of a file can be used. No error quotes a row, or chains an error that does; of
+            the file's columns it says what :func:`fedlora.data.files.names.is_name` lets stand.
     """
     _check_settings(format, shape, columns, encoding)
     paths = [path] if isinstance(path, Path) else list(path)
@@ -175,6 +175,7 @@ class _Reading:
     shapes: Counter[str] = field(default_factory=Counter)
     reads: dict[str, frozenset[str]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # columns that no row has had yet -> the setting that names them
+    there: Counter[str] = field(default_factory=Counter)  # columns -> rows that have them, while some are missing
 
     def __post_init__(self) -> None:
         named = {theirs: f"data.columns.{ours}" for ours, theirs in self.columns.items()}
@@ -198,9 +199,11 @@ class _Reading:
                 part.bad.append((line, row))
                 continue
             if self.missing:
+                self.there.update(key for key, value in row.items() if value is not None)
                 self.missing = {theirs: setting for theirs, setting in self.missing.items() if row.get(theirs) is None}
             self._row(part, line, row)
         part.unread.update({f"column {key}": count for key, count in source.unread.items()})
+        self.there.update(source.unread)
         part.notes = source.notes
         if encoding not in ("auto", "utf-8"):
             part.bad = [(line, f"not {encoding} text" if why == NOT_TEXT else why) for line, why in part.bad]
@@ -272,12 +275,13 @@ class _Reading:
     def _check_columns(self, name: str) -> None:
         """Some row has each column that a setting names. The names are the operator's, so they may be shown."""
         readable = sum(part.rows for part in self.parts) > sum(len(part.bad) for part in self.parts) or self.shapes
+        rows = sum(part.rows for part in self.parts)
         for theirs, setting in self.missing.items():
             if readable:
+                has = has_instead(theirs, self.there, known=self.wanted(), rows=rows)
                 raise DataError(
                     f"{name}: no row has the column {theirs!r} that {setting.removeprefix('data.')} names",
-                    hint=f"correct {setting}: as the file spells it, capital letters and spaces too"
-                    + _NOT_READ * (not setting.startswith("data.columns")),
+                    hint=f"correct {setting}: as the file spells it, capital letters and spaces too" + f"; {has}" * bool(has),
                 )
 
     def _agreed(self, name: str) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedlora.core.errors import DataError
+from fedlora.data.files.names import is_name
 from fedlora.data.files.rows import NOT_CLOSED, NOT_FIELDS, NOT_JSON, NOT_OBJECT, OTHER_SHAPE, PYTHON_LIST
 
 SHOWN = 20
 """Lines, names or files that are told, at most."""
-_NAME = re.compile(r"(?:column |key )?[^\W\d][\w.-]{0,31}(?: [\w.-]{1,20}){0,2}(?: of a [a-z]+(?: of the [a-z]+)?)?")
-"""What may be shown as a name of a column: up to three words of letters, digits, points and dashes."""
 
 _CURES = {
     NOT_JSON: "each row must be one whole JSON object",
@@ -74,7 +72,7 @@ class ReadReport:
 
     def _unread(self) -> list[str]:
         """Names that most rows have and that look like names: others may be values, of a file whose first line is missing."""
-        names = [(name, count) for name, count in self.unread if 2 * count >= self.rows and _NAME.fullmatch(name)]
+        names = [(name, count) for name, count in self.unread if is_name(name, count, rows=self.rows)]
         others = len(self.unread) - len(names)
         told = [*([listed(names)] if names else []), *([f"{others:,} that few rows have or that are no names"] if others else [])]
         return [f"not read: {' and '.join(told)}"] if told else []

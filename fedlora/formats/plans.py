@@ -33,6 +33,27 @@ def load_plan(path: str | os.PathLike[str], *, changes: Mapping[str, Any] = {}) 
     return load_toml(Path(path), Plan, changes=changes)
 
 
+def plan_of(plan: Plan | str | os.PathLike[str]) -> Plan:
+    """A plan that a script has, or the one in the file that it names.
+
+    Raises:
+        ConfigError: it is neither; or as :func:`load_plan`.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, str | os.PathLike):
+        raise ConfigError(
+            f"a plan is expected, or the path of its file, and not a {type(plan).__name__}",
+            hint='plan = fedlora.load_plan("plan.toml")',
+        )
+    return load_plan(plan)
+
+
+def home_of(plan: Plan | str | os.PathLike[str]) -> Path:
+    """Directory of a plan's file, against which its paths are; the present one of a plan that is no file."""
+    return Path(plan).parent if isinstance(plan, str | os.PathLike) else Path()
+
+
 def load_toml(path: Path, section: type[S], *, changes: Mapping[str, Any] = {}) -> S:
     """Reads a file of one kind.
 

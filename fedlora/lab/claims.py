@@ -21,6 +21,7 @@ from fedlora.core.tables.lab import SiteRows
 from fedlora.core.toml import dump_toml
 from fedlora.core.words import counted
 from fedlora.formats.files import write_atomic
+from fedlora.lab.asked.going_on import began_otherwise
 from fedlora.lab.own_rules import source_of
 from fedlora.library.leakage import load_audit
 
@@ -129,11 +130,9 @@ def look(out: Path, plan: Plan, options: Options) -> None:
     """Refuses what :func:`claim` would, and writes nothing."""
     check_kind(out, "simulation", resume=options.resume)
     mark = out / "plan.json"
-    if mark.exists() and options.resume and _without_rule(mark.read_bytes()) != _without_rule(_facts(plan, options)):
-        raise StoreError(
-            f"{out} holds the simulation of another plan, over another transport, with other dropouts or --batch-sites",
-            hint="choose another --out; none of them can change under a run",
-        )
+    then, now = (_without_rule(blob) for blob in (mark.read_bytes() if mark.exists() else b"", _facts(plan, options)))
+    if mark.exists() and options.resume and then != now:
+        raise began_otherwise(out, then, now)
     if options.resume and (said := _changed_rule(out, plan, options)) and any(map(_has_rounds, out.glob("seed-*"))):
         raise StoreError(
             f"{out} was made with another text of the rule {plan.aggregate.name!r}: {said}; scores of both would be mixed",

@@ -150,7 +150,7 @@ def compared_table(found: Compared) -> Table:
         )
         for row in found["runs"]
     ]
-    told = "change: against the first run, seed by seed, with its 95 % interval; exact match in points"
+    told = "change: against the first run, seed by seed, with its 95 % interval from three seeds on; exact match in points"
     return Table(head, tuple(rows), (f"arm {found['arm']}; {told}", *found["about"], *found["warnings"]))
 
 

@@ -57,7 +57,7 @@ class Jobs:
         """
         _make_toys(units)
         report, quiet = options.report, replace(options, report=_silent, resume=True)
-        threads, began, failed = max(1, (os.cpu_count() or 1) // self.count), time.monotonic(), {}
+        threads, failed = max(1, (os.cpu_count() or 1) // self.count), {}
         context = get_context("spawn")  # a fork of a process that has loaded torch may hang
         told: Told = context.SimpleQueue()
         listener = Thread(target=_listen, args=(told, report, units), daemon=True)
@@ -65,15 +65,16 @@ class Jobs:
         others = set(active_children())  # of the notebook or script that calls this
         start = (os.getpid(), threads, self.rules, told)
         with ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin, initargs=start) as pool:
-            going: dict[Future[str], Unit] = {}
+            going: dict[Future[tuple[str, float]], Unit] = {}
             try:
                 with _deaf():  # the children for good: their parent ends them
                     going = {pool.submit(_one, unit, quiet): unit for unit in units}
                 for done in as_completed(going):
                     name, _, _, seed = unit = going[done]
-                    if why := done.result():
+                    why, seconds = done.result()
+                    if why:
                         failed[name] = why
-                    state = f"seed {seed} {'failed' if why else 'done'} after {time.monotonic() - began:.0f} s"
+                    state = f"seed {seed} {'failed' if why else 'done'} after {seconds:.0f} s"
                     report(Event.SWEEP_RUN, SweepRun(run=name, number=units.index(unit) + 1, of=len(units), state=state))
             except BrokenProcessPool:
                 raise ResourceError(
@@ -134,11 +135,11 @@ def _begin(parent: int, threads: int, rules: tuple[str, ...], told: Told) -> Non
     _told.append(told)
 
 
-def _one(unit: Unit, options: Options) -> str:
-    """Runs a unit; returns why it failed, or nothing."""
+def _one(unit: Unit, options: Options) -> tuple[str, float]:
+    """Runs a unit; returns why it failed, or nothing, and how many seconds it took without the wait for a process."""
     from fedlora.learn.simulated.rows import CUT
 
-    name, plan, out, seed = unit
+    began, (name, plan, out, seed) = time.monotonic(), unit
 
     def say(text: str) -> None:
         _told[0].put((name, seed, text))
@@ -162,7 +163,7 @@ def _one(unit: Unit, options: Options) -> str:
         with own_errors():
             simulate(plan, out=out, seeds=[seed], **replace(options, report=listen).keywords())
     except FedLoRAError as e:
-        return f"{e}" + f" ({e.hint})" * bool(e.hint)
+        return f"{e}" + f" ({e.hint})" * bool(e.hint), time.monotonic() - began
     finally:
         pulse.close()
-    return ""
+    return "", time.monotonic() - began

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from fedlora.core.records import Results
+from fedlora.lab.spreads import FEWEST
 
 LEAST = 0.02
 """Nats below which a difference of one seed or two is called nothing: seeds alone move a loss by that much."""
-FEWEST = 3
-"""Seeds of a usable 95 % interval: with two, Student's t is 12.7."""
 Verdict: TypeAlias = Literal["better off", "worse off", "within the noise"]
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,11 @@ from fedlora.core.tables.simulation import made_beside
 from fedlora.data.prompt import prompt_of
 from fedlora.flower.enrol import make_roster
 from fedlora.formats.files import load_adapter, read_file, save_adapter, write_atomic
+from fedlora.formats.plans import home_of, plan_of
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.formats.state.journal import Journal
 from fedlora.lab.arms import Cost, Trained, arms_of
+from fedlora.lab.asked.seeds import seeds_of
 from fedlora.lab.claims import ROWS, Options, audits_of, claim, left_of, look
 from fedlora.lab.comparison import arms_table, long_form, write_long, write_tables
 from fedlora.lab.leakage import audit_simulation
@@ -57,11 +59,11 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    plan: Plan,
+    plan: Plan | str | os.PathLike[str],
     *,
     out: str | os.PathLike[str],
     root: str | os.PathLike[str] = "",
-    seeds: Sequence[int] = (),
+    seeds: Iterable[int] | None = None,
     resume: bool = False,
     transport: str = "local",
     report: Report | None = None,
@@ -75,12 +77,14 @@ def simulate(
     ::
 
         out/plan.toml  report.html  summary.txt  results.csv (long form)  table.md  table.tex
-        out/seed-0/    results.json  table.txt  arms/*.json  federated/ (checkpoints)  sites/ (journals)  adapter.safetensors
-                   tracking/ (where a tracker is asked for)
+        out/seed-0/    results.json  arms/*.json  federated/ (checkpoints)  sites/ (journals)  adapter.safetensors
+                   personal/SITE.safetensors (of that arm)  tracking/ (where a tracker is asked for)
 
     Args:
-        root: directory against which the plan's data and base are resolved.
-        seeds: each replaces ``run.seed``; the arms of one seed share it, so that they can be compared in pairs. None: the plan's.
+        plan: as :func:`fedlora.load_plan` reads it, or its file.
+        root: directory against which the plan's data and base are resolved; empty: that of the plan's file, or the present one.
+        seeds: each replaces ``run.seed``; the arms of one seed share it, so that they can be compared in pairs. None: that of the
+            plan alone.
         resume: go on in ``out`` rather than refuse it.
         transport: ``local`` (this process) or ``flower`` (real processes on loopback).
         report: called with each event and its facts (FORMAT.md, 11.5). None: a line on stderr for each round and arm, and after
@@ -94,14 +98,16 @@ def simulate(
         The contents of each ``results.json``.
 
     Raises:
-        ConfigError: no ``[simulation]`` table, or files that it names are missing.
+        ConfigError: no ``[simulation]`` table, or files that it names are missing; or ``seeds`` are none.
         NotInstalled: what the tracker needs is missing.
         StoreError: ``out`` holds a simulation that has begun, and ``resume`` is not asked; or it belongs to another plan.
     """
     check_installed(tracker)
+    root, plan = root or home_of(plan), plan_of(plan)
+    wanted = seeds_of(seeds, default=plan.run.seed)
     with shown(report, quiet=quiet) as told:
         options = Options(Path(root), resume, transport, tuple(drop), batch_sites, told, tracker)
-        return _simulate(settled(plan), Path(out), list(seeds or (plan.run.seed,)), options)
+        return _simulate(settled(plan), Path(out), wanted, options)
 
 
 def _simulate(plan: Plan, out: Path, wanted: Sequence[int], options: Options) -> list[Results]:

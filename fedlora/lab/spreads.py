@@ -10,9 +10,11 @@ import numpy as np
 
 from fedlora.core.words import finite
 
-# Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom: NIST/SEMATECH e-Handbook of Statistical Methods,
+FEWEST = 3
+"""Seeds of a usable 95 % interval: with two, Student's t is 12.7."""
+# Two-sided 95 % points of Student's t for 2 to 9 degrees of freedom: NIST/SEMATECH e-Handbook of Statistical Methods,
 # table 1.3.6.7.2, column 0.975.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def mean(values: Sequence[Any]) -> float | None:
@@ -35,9 +37,12 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def interval(values: Sequence[float | None]) -> dict[str, float | None]:
-    """95 % t-interval of the mean. Beyond ten seeds the factor for ten is kept, which makes it a little too wide."""
+    """95 % t-interval of the mean; none of fewer than :data:`FEWEST`.
+
+    Beyond ten seeds the factor for ten is kept, which makes it a little too wide.
+    """
     s = spread(values)
-    if s["mean"] is None or s["sd"] is None:
+    if s["mean"] is None or s["sd"] is None or len(values) < FEWEST:
         return {"low": None, "high": None}
-    half = _T95[min(len(values) - 2, len(_T95) - 1)] * s["sd"] / math.sqrt(len(values))
+    half = _T95[min(len(values) - FEWEST, len(_T95) - 1)] * s["sd"] / math.sqrt(len(values))
     return {"low": s["mean"] - half, "high": s["mean"] + half}

@@ -18,10 +18,12 @@ from fedlora.core.plan import Plan
 from fedlora.core.records import Results
 from fedlora.core.tables.lab import Compared, Sweep, SweepRun
 from fedlora.core.tables.simulation import made_beside
-from fedlora.core.told.wrong_keys import homes
+from fedlora.core.told.lists import no_list
+from fedlora.core.told.wrong_keys import field_of, homes
 from fedlora.formats.files import write_atomic
 from fedlora.formats.plans import load_plan
-from fedlora.lab.claims import ORDER, Options, check_kind, claim, left_of, look
+from fedlora.lab.asked.going_on import check_none_left_out
+from fedlora.lab.claims import ORDER, Options, check_kind, claim, is_begun, left_of, look, runs_inside
 from fedlora.lab.comparison import compare, compared_table, long_form, write_long, write_tables
 from fedlora.lab.jobs import Jobs
 from fedlora.lab.notes import notes_side_by_side, settled
@@ -109,6 +111,9 @@ def _parsed(setting: str) -> tuple[str, list[str]]:
         raise ConfigError(f"--set {key}: a plan has this key in a table, which has to be said", hint=ways)
     if key == "run.seed":
         raise ConfigError("--set run.seed: seeds are no setting to compare", hint="--seeds 0,1,2")
+    field = field_of(Plan, key.split("."))
+    if field is not None and (form := no_list(field, [_value(word) for word in words])):
+        raise ConfigError(f"--set {key}: its value is a list, and {text} is none", hint=f"--set '{key}={form}'")
     if len({repr(_value(word)) for word in words}) < len(words):
         raise ConfigError(f"--set {key} has a value twice", hint="leave out the repetition")
     return key, words
@@ -149,7 +154,8 @@ def run_all(found: Sequence[Combination], *, out: Path, seeds: Sequence[int], op
 
     Raises:
         ConfigError: a file that a plan names is missing or unusable. Nothing has run then.
-        StoreError: a directory holds what has begun, and ``options.resume`` is not asked; or it is of another kind.
+        StoreError: a directory holds what has begun, and ``options.resume`` is not asked; or it is of another kind; or runs that
+            would be left out of its table.
         RunFailed: runs failed; those that did not are in the table.
     """
     if len(found) == 1 and (jobs.count == 1 or len(seeds) == 1):
@@ -161,6 +167,7 @@ def run_all(found: Sequence[Combination], *, out: Path, seeds: Sequence[int], op
         return None
     if len(found) > 1:
         check_kind(out, "sweep", resume=options.resume)
+        check_none_left_out(out, [run for run in runs_inside(out) if is_begun(run)], {one.folder for one in found})
     done, failed = run_each(found, out=out, seeds=seeds, options=options, jobs=jobs)
     compared = written(found, done, out, {one.name: out / one.folder for one in found}) if done and len(found) > 1 else None
     if failed:
@@ -299,20 +306,3 @@ def written(
     write_tables(table, out)
     write_atomic(out / "summary.txt", table.text().encode() + b"\n", mode=0o644)
     return compared
-
-
-def parse_seeds(text: str, *, default: int) -> list[int]:
-    """``"0,1,2"`` to numbers; ``default`` alone if the text is empty.
-
-    Raises:
-        ConfigError: not numbers, or one of them twice.
-    """
-    try:
-        seeds = [int(word) for word in text.split(",")] if text else [default]
-    except ValueError:
-        seeds = []
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"a seed stands twice in {text!r}", hint="leave out the repetition: the same seed is no other sample")
-    if not seeds or min(seeds) < 0:
-        raise ConfigError(f"not a list of seeds: {text!r}", hint="for example --seeds 0,1,2")
-    return seeds

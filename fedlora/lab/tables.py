@@ -13,6 +13,7 @@ from fedlora.core.records import Results
 from fedlora.core.words import (
     HONEST,
     counted,
+    few_rows,
     label,
     majority_line,
     number,
@@ -27,6 +28,7 @@ from fedlora.core.words import (
 from fedlora.lab.noise import LEAST, of_seeds
 from fedlora.lab.personal.joined import lines as joined_lines
 from fedlora.lab.report import across, summarize
+from fedlora.lab.spreads import FEWEST
 from fedlora.privacy.claims import claim_lines, claim_of
 
 
@@ -36,25 +38,31 @@ def _line(text: str, *cells: str, width: int, first: int = 26) -> str:
     return (f"{head:<{first}}" + "".join(f"{c:>{width}}" for c in cells)).rstrip()
 
 
-def _title(run: Results, seeds: str) -> str:
-    about = f"{plain(run.split)} split, {counted(len(run.sites), 'site')}, {counted(round_count(run), 'round')}"
+def _title(run: Results, seeds: str, rounds: int) -> str:
+    """Rounds are those of the plan where there was no federation: every arm trains as long as one."""
+    about = f"{plain(run.split)} split, {counted(len(run.sites), 'site')}, {counted(round_count(run) or rounds, 'round')}"
     return f"{plain(run.name)[:36]}: {about}, {seeds}"[:100]
 
 
 def summary(runs: Sequence[Results], plan: Plan) -> str:
     """The table of one run or of several seeds, and what the plan's [privacy] claims for the arm ``federated``."""
-    lines = [table(runs[0]) if len(runs) == 1 else table_across(runs)]
+    rounds = plan.federation.num_rounds
+    lines = [table(runs[0], rounds=rounds) if len(runs) == 1 else table_across(runs, rounds=rounds)]
     if plan.privacy is not None and any("federated" in run.arms for run in runs):
         for said in claim_lines(claim_of(plan)):
             lines += textwrap.wrap(said.strip(), 100, subsequent_indent="  ")
     return "\n".join(lines)
 
 
-def table(results: Results) -> str:
-    """The arms of one run as plain text, at most 100 columns wide."""
+def table(results: Results, *, rounds: int = 0) -> str:
+    """The arms of one run as plain text, at most 100 columns wide.
+
+    Args:
+        rounds: of the plan, for runs without the arm ``federated``.
+    """
     s = summarize(results)
     lines = [
-        _title(results, f"seed {results.seed}, plan {plain(results.plan)[:12]}"),
+        _title(results, f"seed {results.seed}, plan {plain(results.plan)[:12]}", rounds),
         "",
         *joined_lines([results]),
         _line("", "nats per token (less is better)", "exact match (more is better)", "", width=32)[:98],
@@ -66,7 +74,13 @@ def table(results: Results) -> str:
         exact = (arm["exact_match"], own.get("exact_match"), others.get("exact_match"))
         shares = [percent(v) for v in (*exact, arm["coarse_match"])]
         lines.append(_line(label(name), *nats, *shares, number(arm["forgetting"], sign="+"), width=8))
-    return "\n".join([*lines, *_recovery_lines(s), *_worse_lines(s), *_fact_lines(results)])
+    return "\n".join([*lines, *_recovery_lines(s), *_worse_lines(s), "", *_rest_lines([results]), *_fact_lines(results)])
+
+
+def _rest_lines(runs: Sequence[Results], *, told: bool = False) -> list[str]:
+    """What the numbers rest on: seeds, unless that is told above; and few rows."""
+    said = [*([] if told else [of_seeds(runs)]), *few_rows(runs[0])]
+    return [line for one in said for line in textwrap.wrap(one, 98, subsequent_indent="  ")]
 
 
 def _recovery_lines(s: Mapping[str, Any]) -> list[str]:
@@ -106,7 +120,7 @@ def _worse_lines(s: Mapping[str, Any]) -> list[str]:
 
 
 def _fact_lines(run: Results) -> list[str]:
-    lines = [""]
+    lines = []
     if sent := run.traffic:
         total = sent.up + sent.down
         share = f"; together {total / sent.base:.3g} x the base ({size(sent.base)})" if sent.base else ""
@@ -121,8 +135,11 @@ def _fact_lines(run: Results) -> list[str]:
     return [*lines, *([HONEST] if data.get("note") else [])]
 
 
-def table_across(runs: Sequence[Results]) -> str:
+def table_across(runs: Sequence[Results], *, rounds: int = 0) -> str:
     """Several seeds of one plan as plain text, at most 100 columns wide.
+
+    Args:
+        rounds: as of :func:`table`.
 
     Raises:
         ConfigError: the runs cannot be averaged; see :func:`across`.
@@ -130,7 +147,7 @@ def table_across(runs: Sequence[Results]) -> str:
     over = across(runs)
     seeds = ", ".join(str(s) for s in over["seeds"])
     lines = [
-        _title(runs[0], f"seeds {seeds}"),
+        _title(runs[0], f"seeds {seeds}", rounds),
         "",
         *joined_lines(runs),
         f"mean and standard deviation over {len(runs)} seed{'s' * (len(runs) > 1)}",
@@ -140,7 +157,8 @@ def table_across(runs: Sequence[Results]) -> str:
         nats, shares = [row[m] for m in ("union_nll", "forgetting")], [row[m] for m in ("exact_match", "coarse_match")]
         cells = (with_sd(nats[0]), *(with_sd(v, unit="%") for v in shares), with_sd(nats[1]))
         lines.append(_line(label(name), *cells, width=18))
-    return "\n".join([*lines, *_difference_lines(runs, over), *_gain_lines(over), *_verdict_lines(over), *_fact_lines(runs[0])])
+    lines += [*_difference_lines(runs, over), *_gain_lines(over), *_verdict_lines(over), ""]
+    return "\n".join([*lines, *_rest_lines(runs, told=bool(over["differences"])), *_fact_lines(runs[0])])
 
 
 def _difference_lines(runs: Sequence[Results], over: Mapping[str, Any]) -> list[str]:
@@ -149,17 +167,21 @@ def _difference_lines(runs: Sequence[Results], over: Mapping[str, Any]) -> list[
     lines = [
         "",
         *textwrap.wrap(of_seeds(runs), 98),
-        _line("federated minus", "nats per token, 95 %", "exact match, points, 95 %", width=32),
+        _line("federated minus", f"nats per token{_interval(over)}", f"exact match, points{_interval(over)}", width=32),
     ]
     for name, row in over["differences"].items():
         lines.append(_line(label(name), with_interval(row["union_nll"]), with_interval(row["exact_match"], unit="%"), width=32))
     return lines
 
 
+def _interval(over: Mapping[str, Any]) -> str:
+    return ", 95 %" * (len(over["seeds"]) >= FEWEST)
+
+
 def _gain_lines(over: Mapping[str, Any]) -> list[str]:
     if not over["gains"]:
         return []
-    lines = ["", _line("federated against alone", "gain in nats, 95 %", "on its own test", width=32)]
+    lines = ["", _line("federated against alone", f"gain in nats{_interval(over)}", "on its own test", width=32)]
     return [*lines, *(_line(f"  {plain(s)}", with_interval(g), g["verdict"], width=32) for s, g in over["gains"].items())]
 
 

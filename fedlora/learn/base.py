@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import logging as transformers_logging
 
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.plan import Model, Plan
@@ -19,6 +18,7 @@ from fedlora.learn.bases.digest import base_digest, read_config
 from fedlora.learn.bases.failures import check_known, why_not_loaded
 from fedlora.learn.bases.libraries import bitsandbytes as bnb
 from fedlora.learn.bases.quantized import check_quantized
+from fedlora.learn.bases.quiet import without_bars
 from fedlora.learn.bases.shards import file_digest
 from fedlora.learn.hooks import fast
 from fedlora.learn.options import Device, Machine, one_type
@@ -198,10 +198,8 @@ def _load_model(directory: Path, settings: Model, machine: Machine, device: torc
 
 
 def _quietly(directory: Path, settings: Model, device: torch.device, *, attention: str) -> tuple[Any, dict[str, Any]]:
-    """from_pretrained without its progress bar: printing belongs to the command line."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    """from_pretrained without its progress bar."""
+    with without_bars():
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=getattr(torch, settings.dtype),
@@ -213,9 +211,6 @@ def _quietly(directory: Path, settings: Model, device: torch.device, *, attentio
             use_safetensors=True,
             output_loading_info=True,
         )
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     return model, info
 
 

@@ -17,6 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedlora.learn.bases.quiet import without_bars
+
 _COLORS = ("red", "blue", "green", "black", "white", "brown")
 _THINGS = ("apple", "stone", "river", "cloud", "table", "horse", "paper", "glass", "bread", "chair", "lemon", "metal")
 
@@ -46,7 +48,8 @@ def toy_base(directory: Path) -> Path:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     finally:
         torch.random.set_rng_state(state)
-    model.save_pretrained(new, safe_serialization=True)
+    with without_bars():
+        model.save_pretrained(new, safe_serialization=True)
     _byte_tokenizer().save_pretrained(new)
     return _appeared(new, directory)
 

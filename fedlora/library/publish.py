@@ -15,6 +15,7 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.errors import ConfigError, FedLoRAError, StoreError, WrongContext
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.records import Results
+from fedlora.core.tables.personal import PERSONAL
 from fedlora.data.prompt import unseen
 from fedlora.formats.files import load_adapter, refuse_existing
 from fedlora.formats.keys import Identity
@@ -48,7 +49,8 @@ def export_run(
     """Publishes a run's last adapter, signed by the server if the run lies in the server's directory, ``HOME/runs/NAME``.
 
     Args:
-        run: a server's run directory, one seed of a simulation, or the file with a site's own adapter.
+        run: a server's run directory, one seed of a simulation, or the file with a site's own adapter; in a simulation,
+            ``seed-N/personal/SITE.safetensors``.
         out: directory to make; must not exist.
         dtype: bfloat16 or float16.
         to: ``peft``, or ``gguf``: for llama.cpp, which needs ``base``.
@@ -282,7 +284,8 @@ def _own(file: Path) -> tuple[Plan, Adapter, RunFacts]:
             f"{file} holds the adapter of another run", hint="a site names the file after the run: ask for the right one"
         )
     plan = parse_plan(stored["plan"].encode())
-    alone = rule_of(plan).keeps_local_factor  # else a site keeps it when the last round is done
+    personal = stored.get(PERSONAL) is True
+    alone = personal or rule_of(plan).keeps_local_factor  # else a site keeps it when the last round is done
     facts = RunFacts(
         of="site" if alone else "federation",
         run=str(stored["run"]),
@@ -297,7 +300,7 @@ def _own(file: Path) -> tuple[Plan, Adapter, RunFacts]:
         sites=None,
         share=rule_of(plan).down(),
         prompt=unseen(plan),
-        privacy=claim_of(plan),
+        privacy=None if personal else claim_of(plan),  # trained further without noise
         audit=None,
     )
     return plan, adapter, facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from fedlora.core.records import Bytes, Numbers, Outcome, RoundRecord, Seconds
 from fedlora.core.sites.facts import Blocked
 from fedlora.core.tables.audit import shared_metrics
 from fedlora.core.tables.privacy import sends_gradients
+from fedlora.formats.plans import plan_of
 from fedlora.privacy.claims import spent_after
 from fedlora.protect import Protection
 from fedlora.protect.modes import brings_work, mode_of
@@ -45,7 +47,7 @@ from fedlora.rules.rounding import is_finite
 
 
 def run(
-    plan: Plan,
+    plan: Plan | str | os.PathLike[str],
     *,
     store: RunStore,
     aggregator: Aggregator,
@@ -59,6 +61,7 @@ def run(
     """Runs the remaining rounds, then one last evaluation; returns the last checkpoint.
 
     Args:
+        plan: or its file.
         enrolled: the sites of the federation. The record of a round without one of them says ``partial``.
         between: called before each round and the last evaluation, with the rounds that are done and those of the plan; it may
             wait, or raise to end the run there.
@@ -69,8 +72,9 @@ def run(
         RunFailed (quorum): a round stayed below ``min_sites`` in every attempt, or people were waited for in vain, or as many
             rounds as a round has attempts were void in a row, not counted those that showed a new liar. The run can be resumed.
     """
+    plan = plan_of(plan)
     parts = _Parts(plan, protection, transport, enrolled, report, wait)
-    void, liars, rounds = 0, set[str](), plan.federation.num_rounds
+    void, liars, named, rounds = 0, set[str](), set[str](), plan.federation.num_rounds
     checkpoint = store.at_rest(store.resume(report))
     report(Event.START, Start(run=store.run, round=checkpoint.round, rounds=rounds))
     while checkpoint.round < rounds:
@@ -84,8 +88,10 @@ def run(
         store.save(checkpoint)
         checkpoint = store.at_rest(checkpoint)
         report(Event.ROUND if tally.voided is None else Event.ROUND_VOID, Recorded(record=record))
-        for site, fraction in tally.majority().items():
-            report(Event.MAJORITY, Majority(site=site, percent=100 * fraction))
+        for site, fraction in tally.majority().items() if len(tally.accepted) > 2 else ():  # of two, one nearly always has it
+            if site not in named:
+                report(Event.MAJORITY, Majority(site=site, percent=100 * fraction))
+            named.add(site)
         if void >= plan.federation.round_attempts and tally.voided is not None:
             hint = "look at the sites, then resume the run"
             raise RunFailed(f"{void} rounds in a row were void: {tally.voided}", hint=hint, code="quorum")

@@ -17,6 +17,7 @@ from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange, plain
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.tables.audit import audited
+from fedlora.core.told.changes import Change, changed_keys, shown
 from fedlora.formats.files import write_atomic
 from fedlora.formats.state.memory import FileMemory
 from fedlora.privacy.claims import claim_lines, claim_of
@@ -24,7 +25,6 @@ from fedlora.protect.ledger import Base
 from fedlora.protect.mode import SumExposure
 from fedlora.protect.modes import mode_of
 from fedlora.site.admission import Runs
-from fedlora.site.changes import Change, changed_keys, shown
 from fedlora.site.first import Firsts, begins, unknown_first
 from fedlora.site.foresight import contribution_of, foreseen, ledger_of
 from fedlora.site.site_file import SiteFile, load_site_file

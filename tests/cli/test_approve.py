@@ -20,6 +20,7 @@ from fedlora.cli.terminal import wrapped
 from fedlora.core.columns import columns
 from fedlora.core.errors import plain
 from fedlora.core.plan import Plan, Protect
+from fedlora.core.told.changes import changed_keys
 from fedlora.core.toml import dump_toml
 from fedlora.flower.enrol import make_roster, make_site_keys
 from fedlora.formats.epochs import first_epoch
@@ -31,7 +32,6 @@ from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.approve import Question, in_words, question, with_approval
-from fedlora.site.changes import changed_keys
 from fedlora.site.policy import Policy
 from fedlora.site.site_file import SiteFile, load_site_file
 

@@ -189,6 +189,16 @@ def test_what_is_not_used_and_what_may_leak_is_said(tree, capsys):
     assert "few rows: fewer than 20 rows to test, so its numbers say little: " in text
 
 
+@pytest.mark.parametrize(("part", "words"), [("validation", "rows to validate"), ("test", "rows to test")])
+def test_few_rows_are_named_by_what_they_are_for(tree, capsys, part, words):
+    table(tree / "pool.csv", [(f"p{n}", ("east", "north")[n % 2]) for n in range(60)])
+    simulation = f'split = "by:ward"\nevaluate_on = "{part}"'
+    (tree / "plan.toml").write_text(PLAN.format(simulation=simulation, data=GROUPED.format(path="pool.csv")))
+    assert main(["check", str(tree / "plan.toml")]) == 0
+    out = capsys.readouterr()
+    assert f"fewer than 20 {words}, so its numbers" in out.out + out.err
+
+
 @pytest.mark.torch
 def test_generated_rows_of_other_sites_stay_and_the_same_ones_are_made_once(tmp_path):
     from fedlora.learn.toy import _appeared, toy_data

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from privacy.test_site import private
 from raising import raising
 
 from fedlora.cli import main
@@ -16,14 +17,16 @@ from fedlora.cli.schema import schema_of
 from fedlora.core.adapter import Adapter, Layout
 from fedlora.core.claims import PrivacyClaim
 from fedlora.core.errors import DataError, FedLoRAError, ModelError, PlanRefused, StoreError, WrongContext
-from fedlora.core.tables.personal import Choice
+from fedlora.core.tables.personal import PERSONAL, Choice
 from fedlora.data import Tokens
 from fedlora.formats.files import load_adapter, save_adapter
 from fedlora.formats.plans import load_plan
 from fedlora.formats.published.records import Published
 from fedlora.formats.records import dump_text, parse_text
+from fedlora.lab.testing import toy_adapter
 from fedlora.learn.personal.at_site import LEAST, halves, personalize
 from fedlora.learn.personal.search import SHARES, between, choose
+from fedlora.library import publish
 
 pytestmark = pytest.mark.torch
 
@@ -193,6 +196,29 @@ def test_each_site_of_a_simulation_gets_an_adapter_that_its_validation_rows_chos
     assert said.index("what each site gains by joining") < said.index("nats per token (less is better)")
     assert "personal:a: " in said
     assert "What each site gains by joining" in (simulated / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("site", ["a", "b"])
+def test_a_personal_adapter_of_a_simulation_is_exported_as_what_a_site_keeps_for_itself(simulated, tmp_path, site):
+    seed = simulated / "out" / "seed-0"
+    assert main(["export", str(seed / "personal" / f"{site}.safetensors"), str(tmp_path / "own")]) == 0
+    assert main(["export", str(seed), str(tmp_path / "all")]) == 0
+    own, everybodys = (
+        parse_text(Published, (tmp_path / name / "fedlora_run.json").read_bytes(), where="", hint="") for name in ("own", "all")
+    )
+    assert own == everybodys.model_copy(
+        update={"of": "site", "adapter": choice_of(simulated, site).adapter, "rounds": None, "complete": None, "sites": None}
+        | {"prompt": own.prompt}
+    )
+
+
+def test_a_personal_adapter_claims_no_privacy_of_the_plan(tmp_path):
+    plan = private()
+    for personal in (False, True):
+        facts = {"run": "0" * 64, "plan": plan.canonical().decode(), **({PERSONAL: True} if personal else {})}
+        save_adapter(tmp_path / "a.safetensors", toy_adapter(), facts)
+        _, _, found = publish._own(tmp_path / "a.safetensors")
+        assert (found.privacy is None, found.of) == ((True, "site") if personal else (False, "federation"))
 
 
 def test_a_simulation_that_was_cut_off_chooses_alike(simulated, tmp_path):

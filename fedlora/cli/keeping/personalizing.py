@@ -30,7 +30,7 @@ def personalize(
     ] = True,
     prefer: Annotated[
         str,
-        typer.Option(help="own: as good on rows of this site as can be; all: on the others' too, and here no worse than alone."),
+        typer.Option(help="own: as good as can be here; all: on the others' rows too, and here no worse than alone."),
     ] = "own",
     quiet: Quiet = False,
     json: Json = False,

@@ -45,7 +45,7 @@ class Difference(TypedDict):
 
     mean: float | None
     low: float | None
-    """of the 95 % t-interval; null for one seed"""
+    """of the 95 % t-interval; null for fewer than three seeds"""
     high: float | None
 
 

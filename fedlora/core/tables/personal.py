@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -12,7 +12,9 @@ from fedlora.core.records import Count, Filed, Record
 Way: TypeAlias = Literal["global", "further", "alone"]
 """To which adapter a line from the global one goes: none; that after more steps at the site; what the site learned alone."""
 Prefer: TypeAlias = Literal["own", "all"]
-"""What a site's own adapter is to be good at: its own rows as far as can be; or the others' too, and its own no worse than alone."""
+"""What a site's own adapter is to be good at: its own rows as far as can be; or others' too, and its own no worse than alone."""
+PERSONAL: Final = "personal"
+"""Among the facts of an adapter's file: it was made by further training at a site, which no noise protects."""
 _WORDS: dict[Way, str] = {
     "global": "the global adapter",
     "further": "the global adapter after more steps on its own rows",

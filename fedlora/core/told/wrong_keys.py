@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fedlora.core.errors import ConfigError, plain
 from fedlora.core.section import SITE_NAME, WORDS, Section, site_name
 from fedlora.core.tagged import Tagged
+from fedlora.core.told import lists
 
 MOVED: Final = {
     "training.max_steps": "use federation.local_steps, the number of steps in one round",
@@ -43,7 +45,7 @@ _ROWS: Final = "the rows of a simulation are in [simulation.data], those of a si
 def readable(error: ValidationError, section: type[Section], name: str) -> ConfigError:
     """Everything that validation has found, in words."""
     found = error.errors(include_url=False)
-    lines = [_line(e, section) for e in found]
+    lines = [said for e in found if (said := _line(e, section))]
     plans = ["simulation" if "simulation" in e["loc"][:1] else "plan --all" for e in found]
     wanted = " and ".join(
         f"`fedlora new {kind}`" for kind in dict.fromkeys(plans if "simulation" in section.model_fields else ["site"])
@@ -55,6 +57,8 @@ def readable(error: ValidationError, section: type[Section], name: str) -> Confi
 def _line(e: ErrorDetails, section: type[Section]) -> str:
     at = [plain(x) for x in e["loc"]]
     dotted = ".".join(at)
+    if (said := _in_list(e, section)) is not None:
+        return said
     if e["type"] == "string_pattern_mismatch":
         return f"{dotted}: {_in_words(e['ctx']['pattern'], e['input'])}"
     if not isinstance(e["input"], dict) and "object" in e["msg"] and (said := _no_table(at, section)):
@@ -79,6 +83,24 @@ def _line(e: ErrorDetails, section: type[Section]) -> str:
         return f"{dotted}: unknown key; did you mean {' or '.join(meant)}?"
     near = difflib.get_close_matches(at[-1], known, n=1)
     return f"{dotted}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})")
+
+
+def field_of(section: type[Section], keys: Sequence[str]) -> FieldInfo | None:
+    """A key with its tables; None: it is unknown."""
+    table: type[Section] | None = section
+    for key in keys[:-1]:
+        table = below(table, key) if table is not None else None
+    return table.model_fields.get(keys[-1]) if table is not None and keys else None
+
+
+def _in_list(e: ErrorDetails, section: type[Section]) -> str | None:
+    """What is wrong in a key that takes a list; empty: another of its errors says it; None: it takes none."""
+    at = e["loc"]
+    for end in range(len(at), 0, -1):
+        keys = [str(one) for one in at[:end]]
+        if (field := field_of(section, keys)) is not None:
+            return lists.line(e, field, ".".join(map(plain, keys)), at[end:]) if lists.takes_list(field) else None
+    return None
 
 
 def _no_table(at: list[str], section: type[Section]) -> str:

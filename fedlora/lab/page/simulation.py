@@ -98,7 +98,8 @@ def _shown(sections: Sequence[Section]) -> list[Section]:
 def _lead(runs: Sequence[Results], setting: Setting) -> str:
     run, several = runs[0], len(runs) > 1
     seeds = f"seed{'s' * several} {', '.join(str(r.seed) for r in runs)}"
-    words = [counted(len(run.sites), "site"), counted(round_count(run), "round"), f"{run.split} split", seeds]
+    rounds = round_count(run) or (setting.plan.federation.num_rounds if setting.plan else 0)
+    words = [counted(len(run.sites), "site"), counted(rounds, "round"), f"{run.split} split", seeds]
     words = [f"base {base_of(setting.plan)}", f"rule {plain(setting.plan.aggregate.name)}", *words] if setting.plan else words
     with_plan = words if several else [*words, f"plan {plain(run.plan)[:12]}"]  # the seed is part of the plan
     return " · ".join([*with_plan, *made_with(run.environment)])
@@ -185,7 +186,7 @@ _COLUMNS = {
     "others": "a site alone, on the test rows of all other sites",
     "coarse": "the first characters match, as evaluation.coarse_chars says; a dash: not asked",
     "steps": "optimizer steps; of the federated arm, at each site",
-    "tokens": "supervised tokens that the arm was trained on; equal for the federation, all sites alone together, and pooled",
+    "tokens": "supervised tokens that the arm was trained on; about equal for federation, all sites alone together, and pooled",
 }
 
 
@@ -213,11 +214,12 @@ def _arms_spread(over: Mapping[str, Any], said: str) -> Section:
     units = {"union_nll": "", "nll": "", "exact_match": "%", "coarse_match": "%", "forgetting": ""}
     rows = [[label(n), *(_sd(row[m], unit) for m, unit in units.items())] for n, row in over["arms"].items()]
     head = ["arm", "nats, all", "nats, mean of sites", "exact match", "coarse match", "forgets, nats"]
-    spread = Table(f"Mean ± standard deviation over {len(over['seeds'])} seeds.", head, rows, "federated")
+    of, rests = f"Mean ± standard deviation over {len(over['seeds'])} seeds.", f" {said[:1].upper()}{said[1:]}."
+    spread = Table(of + rests * (not over["differences"]), head, rows, "federated")
     paired = {"union_nll": "", "exact_match": "%", "forgetting": ""}
     rows = [[label(n), *(with_interval(r[m], unit=u) for m, u in paired.items())] for n, r in over["differences"].items()]
-    note = "Federated minus each arm, paired by seed, with 95 % t-intervals. Loss: below zero is better; match: above; a dash: "
-    note += f"no answer right in either. {said[:1].upper()}{said[1:]}."
+    note = "Federated minus each arm, paired by seed, with 95 % t-intervals from three seeds on. Loss: below zero is better; "
+    note += f"match: above; a dash: no answer right in either.{rests}"
     minus = Table(note, ["arm", "nats, all", "exact match, points", "forgets, nats"], rows)
     rows = [[label(p), *(_quoted(r[m]) for m in ("union_nll", "exact_match"))] for p, r in over["recovery"].items()]
     note = (
@@ -305,8 +307,8 @@ def _joined(runs: Sequence[Results]) -> list[Section]:
 
 
 def _gains(over: Mapping[str, Any]) -> Table:
-    note = "Gain in nats from federating, on each site's own test, over the seeds, with its 95 % t-interval. Within the noise: "
-    note += f"the interval holds 0; with two seeds, less than {LEAST:g} nats."
+    note = "Gain in nats from federating, on each site's own test, over the seeds, with its 95 % t-interval from three on. "
+    note += f"Within the noise: the interval holds 0; with two seeds, less than {LEAST:g} nats."
     rows = [[plain(site), with_interval(gain), gain["verdict"]] for site, gain in over["gains"].items()]
     return Table(note, ["site", "gain, nats", "by loss"], rows)
 

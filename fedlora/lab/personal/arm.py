@@ -10,13 +10,14 @@ from fedlora.assemble import Lab
 from fedlora.core.adapter import Adapter
 from fedlora.core.errors import FedLoRAError, plain
 from fedlora.core.events import Report
-from fedlora.core.tables.personal import Choice, Way
+from fedlora.core.tables.personal import PERSONAL, Choice, Way
 from fedlora.formats.files import save_adapter, write_atomic
 from fedlora.formats.records import dump_text, parse_text
 from fedlora.lab.arms import Alone, Cost, Trained
 
 DIRECTORY = "personal"
-"""In the directory of a seed: ``SITE.safetensors`` and ``SITE.json``, the adapter of each site and how it was chosen."""
+"""In the directory of a seed: ``SITE.safetensors``, which `fedlora export` takes, and ``SITE.json``: the adapter of each
+site that has validation rows, and how it was chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Personal:
 
     def train(self, lab: Lab, out: Path, report: Report) -> tuple[Adapter, Cost]:
         """Trains what is not there yet, and chooses; the global adapter where the site has no validation rows."""
+        from fedlora.lab.rehearse import simulated_run
         from fedlora.learn.personal.search import choose, scorer
 
         given = self.federated()
@@ -50,7 +52,8 @@ class Personal:
             ends["alone"] = own
         prefer = lab.simulation.personal.prefer if lab.simulation.personal else "own"
         adapter, choice = choose(start, ends, rows, scorer(lab.lora, rows, lab.plan.training), prefer=prefer)
-        save_adapter(out / DIRECTORY / f"{self.site}.safetensors", adapter, {"site": self.site})
+        facts = {"site": self.site, "run": simulated_run(lab.plan), "plan": lab.plan.canonical().decode(), PERSONAL: True}
+        save_adapter(out / DIRECTORY / f"{self.site}.safetensors", adapter, facts)
         write_atomic(out / DIRECTORY / f"{self.site}.json", dump_text(choice), mode=0o644)
         steps = None if cost.steps is None or alone.steps is None else cost.steps + alone.steps
         return adapter, Cost(cost.tokens + alone.tokens, steps, cost.seconds + alone.seconds, cost.learning_rate)

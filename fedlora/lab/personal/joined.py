@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -9,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from fedlora.core.errors import plain
 from fedlora.core.records import Results
 from fedlora.core.words import number, percent, with_interval
-from fedlora.lab.spreads import interval, mean, minus, spread
+from fedlora.lab.spreads import FEWEST, interval, mean, minus, spread
 
 Side: TypeAlias = Literal["own", "others"]
 Arm: TypeAlias = Literal["alone", "federated", "personal"]
@@ -69,7 +70,7 @@ def is_personal(rows: Sequence[Joined]) -> bool:
 
 
 def gain_of(row: Joined) -> dict[str, Any]:
-    """Mean, and with several seeds sd and 95 % interval, of what a site gains on its own rows."""
+    """Mean, and with two seeds sd, with three or more a 95 % interval as well, of what a site gains on its own rows."""
     return {**spread(row.gains), **interval(row.gains)}
 
 
@@ -93,10 +94,11 @@ def note(runs: Sequence[Results], rows: Sequence[Joined]) -> str:
     """What the columns are."""
     said = f"Loss in nats a token on {runs[0].split} rows, less is better: on the site's own, then the mean on the other sites'. "
     if not is_personal(rows):
-        return f"{said}Gain: alone minus federated, on its own rows."
+        return f"{said}Gain: alone minus federated, on its own rows. {steps_taken(runs, rows)}"
     return (
         f"{said}Gain: alone minus personal, on its own rows. Kept: share of what the federated adapter gains over alone on the "
-        "others' rows that the personal one still has. Personal: further steps at the site, chosen on its validation rows."
+        "others' rows that the personal one still has. Personal: further steps at the site, chosen on its validation rows. "
+        f"{steps_taken(runs, rows)}"
     )
 
 
@@ -106,7 +108,7 @@ def lines(runs: Sequence[Results]) -> list[str]:
     if not rows:
         return []
     titles = ["alone", "federated", "personal"] if is_personal(rows) else ["alone", "federated"]
-    heads_ = [*titles, "gain, 95 %" if len(runs) > 1 else "gain", *titles, *(["kept"] if is_personal(rows) else [])]
+    heads_ = [*titles, "gain, 95 %" if len(runs) >= FEWEST else "gain", *titles, *(["kept"] if is_personal(rows) else [])]
     widths = [{"gain, 95 %": 26, "personal": 9, "federated": 10}.get(name, 8) for name in heads_]
 
     def line(first: str, parts: Sequence[str]) -> str:
@@ -116,6 +118,33 @@ def lines(runs: Sequence[Results]) -> list[str]:
     own, others = sum(widths[: len(titles) + 1]), sum(widths[len(titles) + 1 : 2 * len(titles) + 1])
     found = [
         "what each site gains by joining, nats a token:",
-        f"{'':12}{'its own rows':>{own}}{'the others rows':>{others}}".rstrip(),
+        f"{'':12}" + "its own rows".rjust(own) + "the others' rows".rjust(others),
     ]
-    return [*found, line("site", heads_), *(line(plain(row.site), cells(row, rows)) for row in rows), ""]
+    below = textwrap.wrap(f"({steps_taken(runs, rows)})", 98, initial_indent="  ", subsequent_indent="  ")
+    return [*found, line("site", heads_), *(line(plain(row.site), cells(row, rows)) for row in rows), *below, ""]
+
+
+def steps_taken(runs: Sequence[Results], rows: Sequence[Joined]) -> str:
+    """How many optimizer steps each arm took at a site, and that a gain may come of more steps alone."""
+    alone, personal = ([_steps(run, f"{arm}:{row.site}") for run in runs for row in rows] for arm in ("local", "personal"))
+    federated = [_steps(run, "federated") for run in runs]
+    said = f"Optimizer steps at a site: alone {_range(alone)}; federated {_range(federated)}"
+    if not is_personal(rows):
+        return f"{said}."
+    # The record of a personal arm counts its further steps and those of the site alone, whose adapter is one of its choices.
+    further = [None if p is None or a is None else max(0, p - a) for p, a in zip(personal, alone, strict=True)]
+    return (
+        f"{said}; personal: from the federated adapter {_range(further)} further, and the adapter alone to choose from. "
+        "More steps alone may bring a part of the gain."
+    )
+
+
+def _steps(run: Results, arm: str) -> int | None:
+    return run.arms[arm].steps if arm in run.arms else None
+
+
+def _range(counts: Sequence[int | None]) -> str:
+    known = sorted({count for count in counts if count is not None})
+    if not known or None in counts:
+        return "not counted (passes over the rows)"
+    return f"{known[0]:,}" if len(known) == 1 else f"{known[0]:,} to {known[-1]:,}"

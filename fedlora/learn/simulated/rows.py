@@ -88,7 +88,7 @@ class SimulatedRows:
         ]
         for least, kind in ((_FEWEST, "train"), (FEW, self.simulation.evaluate_on)):
             few = [f"{c['site']} {c[kind]}" for c in self.counts() if c[kind] < least]  # type: ignore[literal-required]
-            to = "train on" if kind == "train" else kind
+            to = "train on" if kind == "train" else _TO[kind]
             if few:
                 lines.append(("few rows", f"fewer than {least} rows to {to}, so its numbers say little: {', '.join(few)}"))
         return [*lines, *self.notes()]

@@ -35,7 +35,12 @@ class Change:
 
 def changed_keys(old: Plan, new: Plan) -> list[Change]:
     """The keys of what two plans agree on that have another value in the second, in its order."""
-    was, now = (dict(_flat(p.agreed())) for p in (old, new))
+    return differing(old.agreed(), new.agreed())
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """The keys of two tables of tables that have another value in the second, in its order."""
+    was, now = dict(_flat(old)), dict(_flat(new))
     return [
         Change(plain(key), plain(was.get(key, "not said")), plain(now.get(key, "not said")))
         for key in dict.fromkeys((*now, *was))
