@@ -32,6 +32,7 @@ from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.foresight import foreseen
+from fedlora.site.pause import leave
 from fedlora.site.site_file import SiteFile, load_site_file
 
 DIGESTS = {"model": {"digest": "a" * 64}, "lora": {"init_digest": "b" * 64}}
@@ -100,6 +101,11 @@ def port_taken(p):
 
     p.keep = socket.create_server(("127.0.0.1", p.settings["local_port"]))
     return f"port {p.settings['local_port']} on loopback"
+
+
+def has_left(p):
+    leave(p.root / "state", at=1)
+    return "`fedlora site leave` was run here"
 
 
 def no_approval(p):
@@ -211,9 +217,9 @@ def few_held_out(p):
 
 TABLE = [
     (key_missing, 3), (key_open, 3), (bad_key, 3), (foreign_key, 3), (foreign_node_key, 3), (bad_ca, 4),
-    (state_not_writable, 3), (port_taken, 3), (no_approval, 0), (approvals_spent, 0), (plan_unknown, 0), (plan_refused, 5),
-    (no_roster, 3), (lone_change, 5), (other_roster, 0), (roster_expired, 4), (bad_roster, 3), (no_base, 3), (bad_base, 3),
-    (no_data, 3), (bad_data, 3), (rows_dropped, 0), (no_group_key, 0), (held_out_larger, 0), (few_held_out, 0),
+    (state_not_writable, 3), (port_taken, 3), (has_left, 5), (no_approval, 0), (approvals_spent, 0), (plan_unknown, 0),
+    (plan_refused, 5), (no_roster, 3), (lone_change, 5), (other_roster, 0), (roster_expired, 4), (bad_roster, 3), (no_base, 3),
+    (bad_base, 3),     (no_data, 3), (bad_data, 3), (rows_dropped, 0), (no_group_key, 0), (held_out_larger, 0), (few_held_out, 0),
 ]  # fmt: skip
 
 

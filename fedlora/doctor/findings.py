@@ -42,6 +42,10 @@ FAULTS: Final[Mapping[str, tuple[str, str]]] = {
         "the disk is nearly full",
         "Make room: each round keeps an update there.",
     ),
+    "has-left": (
+        "somebody here has said that this site leaves the federation",
+        "To come back, join with a new line from the coordinator: `fedlora site join` makes new keys.",
+    ),
     "in-use": (
         "another process works in the state directory",
         "Wait for its end, or stop it: the message has its number.",

@@ -17,6 +17,7 @@ _HINTS: Final = {
     _PAUSED: "`fedlora site resume` removes it, and this site takes tasks; `fedlora site pause` writes it anew",
     _LEFT: "if this site is to leave, run `fedlora site leave` again, which writes it anew; if it is to stay, delete this file",
 }
+COMES_BACK: Final = "a site that comes back joins with a new line from the coordinator: `fedlora site join` makes new keys"
 _TIME: Final = re.compile(r"([0-9]{1,2}):([0-9]{1,2})")
 _DAY_S: Final = 24 * 60
 

@@ -15,7 +15,8 @@ from fedlora.cli.output import Json, Quiet, Screen, emit
 
 if TYPE_CHECKING:
     from fedlora.answers import enrollment as answers
-    from fedlora.gateway.invitations import Asking, Invitations
+    from fedlora.gateway.entry.asking import Asking
+    from fedlora.gateway.invitations import Invitations
 
 Home = Annotated[Path, typer.Argument(help="The server's directory, from `fedlora server init`.")]
 Site = Annotated[str, typer.Argument(help="Name of the site.", show_default=False)]
