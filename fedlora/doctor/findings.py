@@ -59,8 +59,9 @@ FAULTS: Final[Mapping[str, tuple[str, str]]] = {
         "`fedlora site approve PLAN.toml --site SITE.toml` shows what a plan asks for, and approves one run.",
     ),
     "approvals-spent": (
-        "every approved run has begun; a further one is refused",
-        "To allow one more run of a plan: `fedlora site approve PLAN.toml --site SITE.toml --again`.",
+        "every approved run has begun, and a further one was refused",
+        "Nothing, if nobody agreed to a further run: it can show a site's update. To allow one more run: "
+        "`fedlora site approve PLAN.toml --site SITE.toml --again`.",
     ),
     "plan-unknown": (
         "an approved plan's text is not here: its digest was typed in",
