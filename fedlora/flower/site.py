@@ -265,6 +265,7 @@ class _Up:
                 threading.Event().wait(_FAREWELL_S)  # the SuperNode passes the last reply on
             self.status.stop()
             watcher.join()
+            self._go(self.going or "stopped")
             self.supervisor.stop()
 
     def _watch(self) -> None:
@@ -285,6 +286,7 @@ class _Up:
             if self.refused.is_set() and now - secret_at > _NEW_SECRET_S:
                 self.refused.clear()
                 secret_at, self.password = now, secrets.token_bytes(32)
+                self._go("stopped")
                 self.supervisor.restart("supernode")
             if now >= check_at:
                 check_at = now + _CHECK_S
@@ -298,7 +300,7 @@ class _Up:
         state = self.root / self.file.state
         try:
             if has_left(state):
-                say_goodbye(state / "flower" / "going", "left")
+                self._go("left")
                 self.stop.set()
                 return
             why = away(state, self.file.policy.hours, now=time.time())

@@ -293,7 +293,10 @@ def test_prometheus_takes_rules_and_metrics_and_each_alert_begins_when_it_should
 
 def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(home, monkeypatch, capsys):
     """All that a server can know of a site, each by what it has seen; the words are those of the site's own table."""
-    now, notes = [1000.0], {"a-paused": "paused", "b-left": "left", "c-stopped": "stopped", "e-sends": "sending"}
+    now, notes = (
+        [1000.0],
+        {"a-paused": "paused", "b-left": "left", "c-stopped": "stopped", "e-sends": "sending", "m-orphaned": "orphaned"},
+    )
     names = [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "i-refused", "j-new", "k-back", "l-silent"]
     for name in names:
         (home / "sites" / f"{name}.pub").write_text("a key\n")
@@ -302,7 +305,7 @@ def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(
     for name in [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "k-back", "l-silent"]:
         report(Event.SITE_ONLINE, SiteName(site=name))
     report(Event.SITE_REFUSED, SiteRefused(site="i-refused", cause="clock", why="its clock is behind"))
-    for name in ("a-paused", "b-left", "c-stopped", "d-lost"):
+    for name in ("a-paused", "b-left", "c-stopped", "d-lost", "m-orphaned"):
         report(Event.SITE_OFFLINE, SiteName(site=name))
     report(Event.SITE_SILENT, Silent(site="l-silent", since=984, said=""))
     for name, word in notes.items():
@@ -317,19 +320,20 @@ def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(
     expected = {
         "a-paused": "paused", "b-left": "left", "c-stopped": "lost", "d-lost": "lost", "e-sends": "uploading",
         "f-trains": "training", "g-answered": "idle", "h-failed": "degraded", "i-refused": "refused", "j-new": "enrolled",
-        "k-back": "connected", "l-silent": "lost",
+        "k-back": "connected", "l-silent": "lost", "m-orphaned": "lost",
     }  # fmt: skip
     assert {site: found[site]["standing"] for site in names} == expected
     assert set(expected.values()) <= set(STANDINGS)
     assert all(found[site]["said"].startswith(word) for site, word in expected.items())
     assert "in order" in found["c-stopped"]["why"]
+    assert "as when it is killed" in found["m-orphaned"]["why"]
     assert "no sign of life for 21 s" in found["l-silent"]["why"]
     assert "policy.min_sites does not allow the plan's federation.min_sites" in found["h-failed"]["why"]
     assert {s["site"]: s["standing"] for s in look(home, now=1020.0)["sites"]}["e-sends"] == "training"  # it has stopped sending
     text = Health(home, gateway=lambda: True).metrics()
     assert main(["server", "status", str(home)]) == 0
     screen = capsys.readouterr().out
-    told = dict(re.findall(r"^  ([a-l]-[a-z]+) +([a-z]+)", screen, re.M))
+    told = dict(re.findall(r"^  ([a-m]-[a-z]+) +([a-z]+)", screen, re.M))
     for site, word in (expected | {"e-sends": "training"}).items():
         ones = re.findall(rf'fedlora_site_standing\{{site="{site}",standing="([a-z]+)"\}} 1\n', text)
         assert (ones, told[site]) == ([word], word)
