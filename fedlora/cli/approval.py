@@ -79,7 +79,7 @@ def _told(plan: Path) -> list[str]:
     except FedLoRAError as e:
         return [f"the proof beside the plan cannot be read: {e}"]
     if proof is None:
-        return []
+        return [f"no {PROOF} of the coordinator lies beside {plan}: it may not be the plan that was pinned"]
     other = [f"  {c.name}: {c.found[:300]}" for c in proof.checks if c.verdict != "right"]
     if len(other) > _MOST:
         other[_MOST:] = [f"  and {len(other) - _MOST} more, in {plan.with_name(PROOF)}"]

@@ -13,6 +13,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from fedlora.answers import Approved
 from fedlora.core.adapter import Adapter
+from fedlora.core.deployment.digests import grouped
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange, plain
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
@@ -137,7 +138,7 @@ class Question:
         width = max(map(len, self.words))
         keys = _few([f"  {one.brief()}" for one in self.changed], "  and {} more: compare the files")
         out = ["keys with other values than in the plan that was approved last:", *keys] if keys else []
-        out.append(f"plan {self.digest}")
+        out.append(f"plan {grouped(self.digest)}, to be compared with the coordinator by telephone")
         for topic, sentence in self.words.items():
             was = self.last.get(topic, "") if self.last else sentence
             out.append(f"{'*' if was != sentence else ' '} {topic:{width}}  {sentence}")

@@ -18,6 +18,7 @@ from fedlora.cli import main
 from fedlora.cli.output import fail
 from fedlora.cli.terminal import wrapped
 from fedlora.core.columns import columns
+from fedlora.core.deployment.digests import grouped
 from fedlora.core.errors import plain
 from fedlora.core.plan import Plan, Protect
 from fedlora.core.toml import dump_toml
@@ -70,7 +71,10 @@ def test_a_yes_adds_the_digest_and_leaves_everything_else_as_it_was(home, capsys
     assert after.replace(f'plans = ["{SEALED.digest()}"]', "plans = []") == before
     assert (home / "site.toml").stat().st_mode & 0o777 == 0o640
     out = capsys.readouterr().out
-    assert SEALED.digest() in out
+    assert (
+        f"plan {grouped(SEALED.digest())}, to be compared with the coordinator by telephone\n" in out
+    )  # as `fedlora pin` has it
+    assert "no proof.json of the coordinator lies beside sealed.toml" in out
     for words in ("3 rounds of 1 steps", "at least 3", "supervised tokens", "eval/exact_match", "the aggregator"):
         assert words in out
     assert (home / "state" / "approved" / f"{SEALED.digest()}.json").read_bytes() == SEALED.canonical()
@@ -211,7 +215,8 @@ def test_a_long_proof_moves_nothing_out_of_sight(home, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum("FOUND" in line for line in lines) == 12
     assert lines[13] == "  and 288 more, in proof.json"
-    assert lines[14] == f"plan {SEALED.digest()}"
+    assert lines[14].startswith(f"plan {grouped(SEALED.digest())}, to be compared")
+    assert lines[14].startswith(f"plan {grouped(SEALED.digest())}, to be compared")
 
 
 @pytest.mark.attack(
