@@ -30,7 +30,7 @@ from fedlora.core.limits import MAX_SITES
 from fedlora.doctor.examine import online
 from fedlora.flower import join as joining
 from fedlora.flower.enrol import make_server_home, make_site_keys
-from fedlora.flower.jobs import Address, save_address
+from fedlora.flower.jobs import Address, Job, new_job, save_address
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.invitations import Invitation, pin_of, words_of
 from fedlora.formats.keys import PublicIdentity, load_identity
@@ -736,6 +736,20 @@ def test_keys_that_were_taken_back_are_refused_by_name_at_the_door_and_at_the_ap
     assert not (study.home / "sites" / "north.pub").exists()
     (study.home / "requests" / "north.pub").unlink()
     assert study.book.ask(study.asks(line, study.site("north", keys="new"), by="new")) == "waiting"
+
+
+def test_an_approval_during_a_run_says_when_the_site_will_be_asked(study, capsys, monkeypatch):
+    for name, running in (("north", False), ("south", True)):
+        line = study.book.invite(name, address="127.0.0.1:8443", hours=1)
+        study.book.ask(study.asks(line, study.site(name), by=name))
+        with contextlib.ExitStack() as stack:
+            if running:
+                new_job(study.home, Job("toy.toml", resume=False, name="toy"))
+                save_address(study.home, Address("0.0.0.0:8543", 1))
+                stack.enter_context(hold(study.home / "flower", what="a test"))
+            capsys.readouterr()
+            assert main(["server", "approve", str(study.home), name, "--yes"]) == 0
+            assert ("run toy has begun without it" in capsys.readouterr().out) is running
 
 
 @pytest.mark.parametrize("what", ["released", "runs"])

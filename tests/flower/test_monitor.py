@@ -29,6 +29,7 @@ from fedlora.core.deployment.status import RunState
 from fedlora.core.errors import NotInstalled, StoreError
 from fedlora.core.events import Event
 from fedlora.core.facts import Silent, SiteName, SiteRefused, Start
+from fedlora.core.records import RoundRecord
 from fedlora.core.sites.standing import STANDINGS
 from fedlora.flower import server
 from fedlora.flower.coordinator import look as looking
@@ -289,6 +290,25 @@ def test_prometheus_takes_rules_and_metrics_and_each_alert_begins_when_it_should
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
     (tmp_path / "cases.yml").write_text(cases.replace("RULES", str(tmp_path / "rules.yml")))
     promtool("test", "rules", str(tmp_path / "cases.yml"))
+
+
+@pytest.mark.parametrize(
+    ("site", "later"), [("asked", False), ("away", False), ("not-drawn", False), ("later", True), ("waited-for", False)]
+)
+def test_a_site_that_was_enrolled_after_a_run_had_begun_is_said_to_be_asked_when_it_is_started_again(
+    home, monkeypatch, capsys, site, later
+):
+    (home / "sites" / f"{site}.pub").write_text("a key\n")
+    Sightings(home, clock=lambda: 1000.0).through(lambda event, facts: None)(Event.SITE_ONLINE, SiteName(site=site))
+    missing = {"away": "offline", "not-drawn": "not-drawn"}
+    record = RoundRecord.model_construct(round=1, kind="train", asked=("asked",), sites={}, missing=missing)
+    at = Progress(round=1, rounds=3, record=record, missing=["waited-for"])
+    monkeypatch.setattr(looking, "progress", lambda home, name: at)
+    monkeypatch.setattr(looking, "live", lambda home: {"job": Job("toy.toml", resume=False, name="toy")})
+    monkeypatch.setattr(looking, "_server", lambda home: (True, "fed:8443", 1, "up"))
+    monkeypatch.setattr(looking, "_live_run", lambda *words: {"name": "toy"})
+    [found] = [s for s in look(home, now=1005.0)["sites"] if s["site"] == site]
+    assert ("it was enrolled after this run had begun, and is asked once" in found["said"]) is later
 
 
 def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(home, monkeypatch, capsys):

@@ -207,6 +207,8 @@ def _online(site: str, seen: Seen, at: Progress, *, now: float) -> SiteStanding:
         return _degraded(site, code, step(record.round, at.rounds))
     if record is not None and site in record.sites:
         return _standing(site, "ready", said="ready: it counted in the last round")
+    if record is not None and site not in {*record.asked, *record.missing, *at.answers, *at.there, *at.missing}:
+        return _standing(site, "connected", said=f"connected; {_CAME_LATER}")
     return _standing(site, "connected", said="connected; whether it is ready shows in the first round")
 
 
@@ -221,6 +223,10 @@ def _between_runs(site: str, at: Progress) -> SiteStanding:
     return _standing(site, "connected", said="connected; whether it is ready shows in the first round")
 
 
+_CAME_LATER = (
+    "it was enrolled after this run had begun, and is asked once the run is started again: `fedlora server stop --after-round`, "
+    "then `fedlora server start ... --resume`"
+)
 _ENDED = {"stopped": "was ended there, in order", "orphaned": "has ended there without saying so, as when it is killed"}
 """How a site's `site up` has ended, by the word with which its SuperNode has signed off."""
 _SENDING_S = 15.0
