@@ -63,7 +63,8 @@ MEANINGS: Final[dict[str, tuple[str, str]]] = {
     "state-lost": ("This site's state of earlier rounds is gone, and going on would give another result.",
                    "Run `fedlora site repair site.toml`: it lists the choices."),
     "store": ("A record of a run is missing, damaged, or belongs to another run.",
-              "Run `fedlora site repair site.toml` or `fedlora server repair HOME`: it lists the choices."),
+              "The message names the file and its hint the way out. Where it says that a file is damaged, `fedlora site repair "
+              "site.toml` or `fedlora server repair HOME` lists the choices."),
     # 4: connection and enrollment
     "connection": ("The other side does not answer.", "Check address, port, proxy and network; the message says what was tried."),
     "exposed": ("A port is open to the network that must not be: everybody could start runs there.",

@@ -18,7 +18,7 @@ from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange, plain
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.tables.audit import audited
-from fedlora.formats.files import write_atomic
+from fedlora.formats.files import private_directory, write_atomic
 from fedlora.formats.state.memory import FileMemory
 from fedlora.privacy.claims import claim_lines, claim_of
 from fedlora.protect.ledger import Base
@@ -326,6 +326,7 @@ def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[st
     """
     file, digest = load_site_file(site_file), plan.digest()
     state = site_file.resolve().parent / file.state
+    private_directory(state)
     if first is not None and Firsts(state).run_of(plan.lora.init) is None:
         Firsts(state).keep(first)
     write_atomic(_copy(state, digest), plan.canonical(), shared=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from fedlora.core.errors import ConfigError, StoreError
-from fedlora.formats.files import load_record, save_record
+from fedlora.formats.files import load_record, private_directory, save_record
 
 _PAUSED: Final = "paused.json"
 _LEFT: Final = "left.json"
@@ -41,6 +41,7 @@ def pause(state: Path, *, until: int) -> None:
     Args:
         until: seconds since 1970; 0: until :func:`resume`.
     """
+    private_directory(state)
     save_record(state / _PAUSED, "paused", {"until": until})
 
 
@@ -53,6 +54,7 @@ def resume(state: Path) -> bool:
 
 def leave(state: Path, *, at: int) -> None:
     """A running `site up` ends, and none begins again here."""
+    private_directory(state)
     save_record(state / _LEFT, "left", {"at": at})
 
 
