@@ -39,7 +39,7 @@ from fedlora.flower.coordinator.live import Live
 from fedlora.flower.coordinator.look import look
 from fedlora.flower.coordinator.progress import Progress
 from fedlora.flower.coordinator.runs import live, running
-from fedlora.flower.coordinator.watch import Runs, Sightings, _Watched
+from fedlora.flower.coordinator.watch import Runs, Sightings, _Watched, load_seen
 from fedlora.flower.jobs import Events, Job, new_job
 from fedlora.gateway.certificates import make_node_key, node_key_pem
 from fedlora.processes.monitor import answering
@@ -290,6 +290,23 @@ def test_prometheus_takes_rules_and_metrics_and_each_alert_begins_when_it_should
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
     (tmp_path / "cases.yml").write_text(cases.replace("RULES", str(tmp_path / "rules.yml")))
     promtool("test", "rules", str(tmp_path / "cases.yml"))
+
+
+@pytest.mark.parametrize(
+    ("void", "now", "known"), [(None, 1005.0, True), (None, 1029.0, True), (None, 1031.0, False), ("quorum", 1005.0, False)]
+)
+def test_no_end_is_foreseen_while_a_round_does_not_end(void, now, known):
+    record = RoundRecord.model_construct(round=1, kind="train", asked=(), sites={}, missing={}, void=void)
+    at = Progress(round=1, rounds=3, now=2, since=1000.0, record=record, took_s=[8.0, 12.0])
+    assert (at.eta_s(now) is not None) is known
+
+
+def test_a_site_that_was_away_before_the_server_began_again_is_away_since_then(home):
+    now = [1000.0]
+    for at, event in ((1000.0, Event.SITE_ONLINE), (1100.0, Event.SITE_OFFLINE), (1200.0, Event.SITE_OFFLINE)):
+        now[0] = at
+        Sightings(home, clock=lambda: now[0]).through(lambda event, facts: None)(event, SiteName(site="away"))
+    assert load_seen(home)["away"].since == 1100.0
 
 
 @pytest.mark.parametrize(
