@@ -228,6 +228,20 @@ def test_a_count_of_adapters_that_is_lost_begins_anew_in_no_run(tmp_path, damage
     assert one.learner.trained == [1]
 
 
+@pytest.mark.parametrize(
+    ("plans", "says"),
+    [
+        ([], "; no plan is approved here"),
+        (["b" * 64, "c" * 64, "b" * 64], "; approved here: plan bbbbbbbbbbbb, cccccccccccc"),
+        ([f"{n:064x}"[::-1] for n in range(9)], " and 3 more"),
+    ],
+)
+def test_a_refusal_of_a_plan_says_which_are_approved(plans, says):
+    with pytest.raises(PlanRefused, match="nobody at this site has approved plan aaaa") as e:
+        admit([], Begun("1" * 64, "a" * 64), plans=plans)
+    assert str(e.value).endswith(says)
+
+
 def test_nothing_is_trained_and_no_base_loaded_for_a_plan_that_nobody_approved(tmp_path):
     one = One(tmp_path)
     assert one.sealed(SEALED) == "plan-not-approved"

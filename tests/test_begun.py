@@ -193,7 +193,9 @@ def test_approval_says_where_the_adapter_comes_from_and_keeps_it(tmp_path, capsy
     assert any("CAME OF NO RUN OF THIS SITE" in line for line in asked.lines(again=False))
     assert asked.refusals == ["the adapter with which it begins came of no run of this site, and policy.init is 'known'"]
     words = ["site", "approve", str(tmp_path / "new" / "plan" / "plan.toml"), "--site", str(file), "--yes"]
-    assert main(words) == 5
+    assert main([*words, "--json"]) == 5
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert (error["code"], 'set policy.init = "approved"' in error["hint"]) == ("policy-init", True)
     file.write_text(dump_toml(SiteFile(name="a", models={MODEL: "x"}, policy=Policy(init="approved"))))
     assert main(words) == 0
     assert Firsts(tmp_path / "new" / "state", "approved").of(plan, toy_layout()).digest() == EARLIER.digest()

@@ -24,14 +24,18 @@ from fedlora.doctor.findings import FAULTS, worst
 from fedlora.formats.epochs import first_epoch
 from fedlora.formats.keys import Identity, load_identity, load_public
 from fedlora.formats.signed_roster import SignedRoster
+from fedlora.formats.state.history import NAME as HISTORY
+from fedlora.formats.state.history import Answered, note
 from fedlora.formats.state.lock import hold
 from fedlora.formats.state.memory import FileMemory
+from fedlora.formats.state.outbox import Outbox
 from fedlora.gateway.certificates import make_node_key, make_tls
 from fedlora.gateway.probe import Finding
 from fedlora.protect.ledger import Base, Contribution, ContributionStore, Ledger
 from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.foresight import foreseen
+from fedlora.site.pause import leave
 from fedlora.site.site_file import SiteFile, load_site_file
 
 DIGESTS = {"model": {"digest": "a" * 64}, "lora": {"init_digest": "b" * 64}}
@@ -102,6 +106,11 @@ def port_taken(p):
     return f"port {p.settings['local_port']} on loopback"
 
 
+def has_left(p):
+    leave(p.root / "state", at=1)
+    return "`fedlora site leave` was run here"
+
+
 def no_approval(p):
     return "no plan is approved"
 
@@ -109,7 +118,21 @@ def no_approval(p):
 def approvals_spent(p):
     digest = p.approve(plan()).digest()
     Runs(FileMemory(p.root / "state" / "memory")).save([Begun("c" * 64, digest)])
-    return "1 run approved, 1 begun"
+    refuse_further(p, at=100)
+    return "1 run approved, 1 begun: the run that has begun goes on; a further run was refused, last on 1970-01-01"
+
+
+def refuse_further(p, *, at):
+    outbox = Outbox(p.root / "state" / "outbox.jsonl", FileMemory(p.root / "state" / "memory"), Identity.generate("alpha"))
+    outbox.count("run-not-approved", at=at)
+
+
+def answered(p, run, *, round, at=50, kind="train"):
+    line = Answered(
+        at=at, run=run, round=round, rounds=2, kind=kind, steps=1, before=None, after=None, held_out={}, size_bytes=1,
+        sha256="0" * 64, seconds=1.0,
+    )  # fmt: skip
+    note(p.root / "state" / HISTORY, line)
 
 
 def plan_unknown(p):
@@ -211,9 +234,9 @@ def few_held_out(p):
 
 TABLE = [
     (key_missing, 3), (key_open, 3), (bad_key, 3), (foreign_key, 3), (foreign_node_key, 3), (bad_ca, 4),
-    (state_not_writable, 3), (port_taken, 3), (no_approval, 0), (approvals_spent, 0), (plan_unknown, 0), (plan_refused, 5),
-    (no_roster, 3), (lone_change, 5), (other_roster, 0), (roster_expired, 4), (bad_roster, 3), (no_base, 3), (bad_base, 3),
-    (no_data, 3), (bad_data, 3), (rows_dropped, 0), (no_group_key, 0), (held_out_larger, 0), (few_held_out, 0),
+    (state_not_writable, 3), (port_taken, 3), (has_left, 5), (no_approval, 0), (approvals_spent, 0), (plan_unknown, 0),
+    (plan_refused, 5), (no_roster, 3), (lone_change, 5), (other_roster, 0), (roster_expired, 4), (bad_roster, 3), (no_base, 3),
+    (bad_base, 3),     (no_data, 3), (bad_data, 3), (rows_dropped, 0), (no_group_key, 0), (held_out_larger, 0), (few_held_out, 0),
 ]  # fmt: skip
 
 
@@ -276,6 +299,50 @@ def test_a_plan_that_is_named_is_the_one_that_is_looked_at(place):
     assert "no-roster" not in named(looked(place))
     found = named(looked(place, about=plan(**SECAGG)))
     assert {"plan-not-approved", "no-roster"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "refused", "says", "again"),
+    [
+        ([], 0, "1 run approved, 1 begun: the run that has begun goes on", False),
+        ([1, 2], 0, "1 run approved, 1 begun: the run that has begun goes on", False),
+        ([1, 2], 40, "1 run approved, 1 begun: the run that has begun goes on", False),  # of before this run
+        ([1, 2], 60, "1 run approved, 1 begun: the run that has begun goes on; a further run was refused", True),
+        ([1, 2, 3], 0, "1 run approved, 1 begun, and over", False),
+        ([1, 2, 3], 60, "1 run approved, 1 begun: a further run was refused", True),
+    ],
+)
+def test_a_further_run_is_offered_only_where_one_was_refused(place, rounds, refused, says, again):
+    """A restart in the middle of a run is none: who approves it then lets a second run show a site's update."""
+    run = Begun("c" * 64, place.approve(plan()).digest())
+    Runs(FileMemory(place.root / "state" / "memory")).save([run])
+    for round in rounds:
+        answered(place, run.run, round=round)
+    if refused:
+        refuse_further(place, at=refused)
+    [found] = [f for f in at_home(place.file) if "approved, 1 begun" in f.why]
+    assert found.why.startswith(says)
+    assert ("--again" in found.facts()["said"], found.verdict) == (again, "note" if again else "right")
+
+
+@pytest.mark.parametrize("beside", ["nothing", "a plan that fits", "a plan that is over"])
+@pytest.mark.parametrize("begun", ["not begun", "under way", "over"])
+def test_a_plan_that_the_policy_refuses_now_is_said_until_it_is_over(place, begun, beside):
+    about = place.approve(plan(federation={"min_sites": 3, "local_steps": 90, "num_rounds": 2}))
+    runs = [Begun("c" * 64, about.digest())] * (begun != "not begun")
+    if beside != "nothing":
+        other = place.approve(plan(federation={"min_sites": 3, "local_steps": 1, "num_rounds": 2}))
+        runs += [Begun("d" * 64, other.digest())] * (beside == "a plan that is over")
+    Runs(FileMemory(place.root / "state" / "memory")).save(runs)
+    for one in runs:
+        answered(place, one.run, round=3 if begun == "over" or one.run[0] == "d" else 1)
+    place.change(policy={"max_local_steps": 50})
+    found = named(at_home(place.file)).get("plan-refused")
+    if begun == "over":
+        assert found is None
+    else:
+        assert "90 steps a round are more than 50" in found.why
+        assert found.verdict == ("note" if beside == "a plan that fits" else "wrong")
 
 
 def test_one_plan_that_fits_is_enough(place):

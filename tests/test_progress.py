@@ -99,12 +99,32 @@ def test_the_words_are_one_set():
         ("ready", {"doing": "training"}, "training"),
         ("ready", {"doing": "uploading"}, "uploading"),
         ("ready", {"doing": "idle"}, "idle"),
+        ("ready", {"doing": "idle", "failed": True}, "degraded"),
+        ("ready", {"doing": "training", "failed": True}, "training"),
         ("ready", {"doing": "training", "paused": True}, "paused"),
         ("lost", {"paused": True, "left": True}, "left"),
     ],
 )
 def test_each_word_has_its_case(link, facts, word):
     assert standing_of(link, **{"cause": "", "known": False, "doing": "ready", **facts}) == word
+
+
+def test_a_site_whose_last_task_was_refused_is_not_idle(tmp_path):
+    progress, errors = Progress("a", "s:1", tmp_path, lambda e, f: None), iter(["plan-not-approved", ""])
+    progress(Event.SITE, {"state": "ready", "cause": "", "standing": "ready", "why": "", "cure": ""})
+    words = []
+
+    def answer(request):
+        if error := next(errors):
+            progress(Event.FAILED, {"code": error, "why": "nobody here has approved it", "cure": ""})
+        return Reply("a", error=error)
+
+    handle = progress.handling(answer)
+    for _ in range(2):
+        handle(Request("a", "train", b""))
+        progress.waits()
+        words.append(load_state(tmp_path)["standing"])
+    assert words == ["degraded", "idle"]
 
 
 def test_a_site_goes_from_ready_over_training_and_uploading_to_idle(tmp_path):

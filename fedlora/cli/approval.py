@@ -37,10 +37,11 @@ def approve(
     """
     import click
 
-    from fedlora.core.errors import PlanRefused
     from fedlora.formats.plans import load_init, load_plan
     from fedlora.site import approve as library
-    from fedlora.site.site_file import NO_ROSTER, SET_ROSTER
+    from fedlora.site.first import Firsts
+    from fedlora.site.refusing import not_approved
+    from fedlora.site.site_file import load_site_file
 
     found, named = load_plan(plan), uncovers or []
     first = load_init(plan, found) if found.lora.init else None
@@ -48,8 +49,9 @@ def approve(
     if not json:
         emit({}, [*_told(plan), *asked.lines(again=again)], as_json=False)  # what is decided on stands last
     if asked.refusals:
-        way = SET_ROSTER if NO_ROSTER in asked.refusals else "change [policy] first, or talk to the coordinator"
-        raise PlanRefused("; ".join(asked.refusals), hint=f"nothing was approved: {way}")
+        file = load_site_file(site)
+        firsts = Firsts(site.resolve().parent / file.state, file.agreed.init)
+        raise not_approved(found, file, firsts, reasons=asked.refusals)
     adds = again or not asked.approved
     if not adds and set(named) <= set(asked.agreed):
         _said(asked, asked.approved, json=json, text="approved already: nothing was changed. --again allows one more run")
@@ -79,7 +81,7 @@ def _told(plan: Path) -> list[str]:
     except FedLoRAError as e:
         return [f"the proof beside the plan cannot be read: {e}"]
     if proof is None:
-        return []
+        return [f"no {PROOF} of the coordinator lies beside {plan}: it may not be the plan that was pinned"]
     other = [f"  {c.name}: {c.found[:300]}" for c in proof.checks if c.verdict != "right"]
     if len(other) > _MOST:
         other[_MOST:] = [f"  and {len(other) - _MOST} more, in {plan.with_name(PROOF)}"]

@@ -63,7 +63,8 @@ MEANINGS: Final[dict[str, tuple[str, str]]] = {
     "state-lost": ("This site's state of earlier rounds is gone, and going on would give another result.",
                    "Run `fedlora site repair site.toml`: it lists the choices."),
     "store": ("A record of a run is missing, damaged, or belongs to another run.",
-              "Run `fedlora site repair site.toml` or `fedlora server repair HOME`: it lists the choices."),
+              "The message names the file and its hint the way out. Where it says that a file is damaged, `fedlora site repair "
+              "site.toml` or `fedlora server repair HOME` lists the choices."),
     # 4: connection and enrollment
     "connection": ("The other side does not answer.", "Check address, port, proxy and network; the message says what was tried."),
     "exposed": ("A port is open to the network that must not be: everybody could start runs there.",
@@ -91,7 +92,9 @@ MEANINGS: Final[dict[str, tuple[str, str]]] = {
                      "The site's own log says which part; talk to it."),
     "run-not-approved": ("This site has approved the plan for fewer runs.",
                          "Approve one more run: `fedlora site approve` says what it could show beside the earlier ones."),
-    "sits-out": ("This site's operator has taken it out of this run.", "Nothing; it takes part in the next run."),
+    "sits-out": ("This site's operator has taken it out of this run, or out of the federation (`fedlora site leave`).",
+                 "Out of a run: nothing, it takes part in the next one. If it has left: it comes back with a new line, by "
+                 "`fedlora site join`, which makes new keys."),
     "version-unsupported": ("The two ends have versions of FedLoRA that do not fit.", "Install the same version at both ends."),
     "wrong-base": ("This site's copy of the base model is not the one that the plan is pinned to.",
                    "Copy the directory again from the source that the coordinator names, all files of it."),

@@ -99,7 +99,7 @@ def leave(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     lines = [
         f"{found.name} has left. What it has given stays in the adapters of rounds that are done",
-        f"tell the coordinator, who deletes sites/{found.name}.pub and runs `fedlora roster revoke`",
+        f"tell the coordinator, who runs `fedlora server revoke HOME {found.name}`, with a roster also `fedlora roster revoke`",
         *(f"deleted: {path}" for path in doomed),
     ]
     emit(Gone(site=found.name, erased=[str(p) for p in doomed]), lines, as_json=json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from fedlora.core.errors import FedLoRAError, NotInstalled
@@ -13,8 +14,9 @@ from fedlora.doctor import files, plans, rows
 from fedlora.doctor.findings import Found, worst
 from fedlora.doctor.gpus import gpus
 from fedlora.gateway.clock import MAX_CORRECTION_S
-from fedlora.gateway.entry.stage import asked_words
+from fedlora.gateway.entry.stage import asked_words, was_accepted
 from fedlora.gateway.probe import enrolled, probe
+from fedlora.site.pause import COMES_BACK, has_left
 from fedlora.site.site_file import SiteFile, load_site_file
 
 _AMISS_S = 5.0
@@ -33,10 +35,19 @@ def at_home(site_file: Path, *, plan: Plan | None = None) -> Iterator[Found]:
     keys = [*files.connection_keys(file, root), *files.identity_keys(file, root)]
     yield from keys
     yield from files.disk(file, root)
+    yield from left(file, root)
     if worst(keys) is not None:
         return
     yield from gpus(file)
     yield from of_training(file, root, plan=plan)
+
+
+def left(file: SiteFile, root: Path) -> Iterator[Found]:
+    """Whether somebody here has said that this site leaves. A damaged note of that is said by `site repair`, and by `site up`."""
+    with suppress(FedLoRAError):
+        if has_left(root / file.state):
+            said = f"{file.name} has left this federation: `fedlora site leave` was run here"
+            yield Found("accepted", "has-left", "wrong", said, COMES_BACK, "sits-out")
 
 
 def of_training(file: SiteFile, root: Path, *, plan: Plan | None) -> Iterator[Found]:
@@ -65,6 +76,8 @@ def online(file: SiteFile, root: Path, *, timeout_s: float = 5.0) -> Iterator[Fo
     admitted = enrolled(file.server, ca=ca, node_key=root / file.node_key, ahead_s=ahead_s, timeout_s=timeout_s)
     if admitted.cause == "not-enrolled" and (words := asked_words(file, root)):
         yield Found.caused("awaits-approval", {**admitted.facts, "site": file.name, "words": " ".join(words)})
+    elif admitted.cause == "not-enrolled" and was_accepted(file, root):
+        yield Found.caused("withdrawn", admitted.facts)
     elif admitted.cause:
         yield Found.caused(admitted.cause, admitted.facts)
     else:

@@ -42,6 +42,10 @@ FAULTS: Final[Mapping[str, tuple[str, str]]] = {
         "the disk is nearly full",
         "Make room: each round keeps an update there.",
     ),
+    "has-left": (
+        "somebody here has said that this site leaves the federation",
+        "To come back, join with a new line from the coordinator: `fedlora site join` makes new keys.",
+    ),
     "in-use": (
         "another process works in the state directory",
         "Wait for its end, or stop it: the message has its number.",
@@ -55,8 +59,9 @@ FAULTS: Final[Mapping[str, tuple[str, str]]] = {
         "`fedlora site approve PLAN.toml --site SITE.toml` shows what a plan asks for, and approves one run.",
     ),
     "approvals-spent": (
-        "every approved run has begun; a further one is refused",
-        "To allow one more run of a plan: `fedlora site approve PLAN.toml --site SITE.toml --again`.",
+        "every approved run has begun, and a further one was refused",
+        "Nothing, if nobody agreed to a further run: it can show a site's update. To allow one more run: "
+        "`fedlora site approve PLAN.toml --site SITE.toml --again`.",
     ),
     "plan-unknown": (
         "an approved plan's text is not here: its digest was typed in",

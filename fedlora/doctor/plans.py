@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from fedlora.core.deployment.digests import grouped
 from fedlora.core.errors import FedLoRAError, RosterExpired
 from fedlora.core.plan import Plan
+from fedlora.doctor.begun import BegunRuns
 from fedlora.doctor.files import check_bases
 from fedlora.doctor.findings import Found
 from fedlora.formats.files import Damaged, load_record, save_record
@@ -18,9 +18,9 @@ from fedlora.formats.roster import Roster
 from fedlora.formats.signed_roster import SignedRoster
 from fedlora.formats.state.memory import FileMemory
 from fedlora.learn.bases.digest import arithmetic, base_digest
-from fedlora.site.admission import Runs
 from fedlora.site.approve import kept_plan
 from fedlora.site.foresight import foreseen
+from fedlora.site.pause import clock_time
 from fedlora.site.policy import refused
 from fedlora.site.private import private_refusals
 from fedlora.site.site_file import NO_ROSTER, SET_ROSTER, SiteFile
@@ -49,14 +49,15 @@ def approved(file: SiteFile, root: Path, *, named: Plan | None) -> Iterator[Foun
     else:
         plans = known_plans(file, root)
         yield from _counted(file, root, plans)
-    lone = [found for plan in _open(plans, file, root, named=named) if (found := _lone(plan, file, root)) is not None]
+    plans, may_begin = _open(plans, file, root, named=named)
+    lone = [found for plan in may_begin if (found := _lone(plan, file, root)) is not None]
     refused = [found for plan in plans if (found := _refused(plan, file)) is not None]
     if refused and len(refused) == len(plans):  # else there is one that this site takes part in
         yield refused[0]
     elif lone and len(lone) + len(refused) == len(plans):
         yield lone[0]
     else:
-        yield from (replace(found, verdict="note") for found in lone)
+        yield from (replace(found, verdict="note") for found in (*refused, *lone))
     yield from _roster(file, root)
 
 
@@ -73,23 +74,31 @@ def _counted(file: SiteFile, root: Path, plans: Sequence[Plan]) -> Iterator[Foun
             "approved", "plan-unknown", "note", f"the text of the approved plan {unknown[0][:12]} is not here: nobody can say "
             "whether this site's policy, roster and base fit it", _APPROVE,
         )  # fmt: skip
-    begun = len(Runs(FileMemory(root / file.state / "memory")).load())
+    found = BegunRuns.of(file, root)
+    begun, on = len(found.runs), len(found.going_on)
     said = f"{len(file.plans)} run{'s' * (len(file.plans) > 1)} approved, {begun} begun"
-    if begun >= len(file.plans):
+    if on:
+        said += ": the run that has begun goes on" if on == 1 else f": {on} runs that have begun go on"
+    if begun >= len(file.plans) and found.refused:
+        at = clock_time(found.refused)
         yield Found(
-            "approved", "approvals-spent", "note", f"{said}: a further run is refused",
-            "to allow one more run of a plan: `fedlora site approve PLAN.toml --site SITE.toml --again`",
+            "approved", "approvals-spent", "note", f"{said}{';' if on else ':'} a further run was refused, last on {at}",
+            "nothing, if nobody here has agreed to a further run: it can show a site's update. To allow one more run all the "
+            "same: `fedlora site approve PLAN.toml --site SITE.toml --again`",
         )  # fmt: skip
     else:
-        yield Found.right("approved", said, runs=len(file.plans), begun=begun)
+        over = "" if on or begun < len(file.plans) else ", and over: this site takes part in what is approved next"
+        yield Found.right("approved", f"{said}{over}", runs=len(file.plans), begun=begun)
 
 
-def _open(plans: Sequence[Plan], file: SiteFile, root: Path, *, named: Plan | None) -> list[Plan]:
-    """Those of which another run may begin here, or goes on: what has been given for an older one is over."""
+def _open(plans: Sequence[Plan], file: SiteFile, root: Path, *, named: Plan | None) -> tuple[list[Plan], list[Plan]]:
+    """Those of which a run may begin here, or goes on: the policy is asked in each round. And those of which one may begin: what
+    has been given for another is no news."""
     if not plans or named is not None or file.agreed.approve == "any-within-policy":
-        return list(plans)
-    begun = Counter(one.plan for one in Runs(FileMemory(root / file.state / "memory")).load())
-    return [plan for plan in plans if file.plans.count(plan.digest()) > begun[plan.digest()]]
+        return [*plans], [*plans]
+    begun = BegunRuns.of(file, root)
+    may_begin = [plan for plan in plans if begun.may_begin(file, plan.digest())]
+    return [plan for plan in plans if plan in may_begin or begun.goes_on(plan.digest())], may_begin
 
 
 def _lone(plan: Plan, file: SiteFile, root: Path) -> Found | None:

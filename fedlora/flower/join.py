@@ -19,9 +19,11 @@ from fedlora.formats.files import write_atomic
 from fedlora.formats.invitations import Invitation, words_of
 from fedlora.formats.keys import load_identity, load_public
 from fedlora.gateway.certificates import node_key_private
+from fedlora.gateway.entry.anew import begin_anew
 from fedlora.gateway.entry.patience import Patience
+from fedlora.gateway.entry.place import check_place, check_stays
 from fedlora.gateway.entry.stage import note_stage, set_aside, stage_of, undo
-from fedlora.gateway.joining import ServerFiles, ask, save_server_files, server_files
+from fedlora.gateway.joining import KeysRemoved, ServerFiles, State, ask, save_server_files, server_files
 from fedlora.site.site_file import SiteFile, load_site_file
 
 
@@ -36,7 +38,8 @@ def join(
         report: told each step.
         pause: waits so many seconds.
 
-    What a refused attempt has made is deleted, and keys that no server has taken make room for those of another line.
+    What a refused attempt has made is deleted, and keys that no server has taken make room for those of another line. So do keys
+    that the server has removed for good, see :func:`fedlora.gateway.entry.anew.begin_anew`.
 
     Raises:
         ConfigError: other files lie there already; nothing was sent.
@@ -55,7 +58,7 @@ def join(
 
     if stage_of(keys) == "made" and _of_another(invitation, file, keys):
         make_room(file, keys)
-    _check_place(invitation, file, keys)
+    check_place(invitation, file, keys)
     patience = Patience(wait_s, pause, say)
     found = patience.through(partial(server_files, invitation))
     say("server", f"{invitation.server} is the server of this invitation (compared before anything was sent)")
@@ -67,17 +70,23 @@ def join(
         say("keys", f"keys of {invitation.site} are in {keys}; the .key files never leave this machine")
     elif not _of_server(found, keys):
         raise ConfigError(f"{keys} holds the keys for another server", hint="join in another directory: --out")
-    public = (keys / f"{invitation.site}.pub").read_bytes()
-    send = partial(
-        ask, invitation, keys / "ca.crt", public,
-        identity=load_identity(keys / f"{invitation.site}.key"), node=node_key_private(keys / f"{invitation.site}.node.key"),
-    )  # fmt: skip
     if not file.exists():
         write_atomic(file, dump_toml(_site_file(invitation)).encode())
-    words = words_of(invitation.pin, public)
+    send = partial(_send, invitation, keys)
     try:
-        state = patience.through(send)
+        try:
+            state = patience.through(send)
+        except KeysRemoved:
+            where = ", ".join(map(str, begin_anew(file, keys)))
+            say(
+                "aside",
+                f"the coordinator has taken back the enrollment of the keys here: they were set aside, with their state: {where}",
+            )
+            _make_keys(invitation.site, found, keys)
+            say("keys", f"new keys of {invitation.site} are in {keys}; no plan is approved any more")
+            state = patience.through(send)
         note_stage(keys, "waiting")
+        words = words_of(invitation.pin, (keys / f"{invitation.site}.pub").read_bytes())
         if state == "waiting":
             say("words", f"read these words to the coordinator over the telephone: {' '.join(words)}")
             state = patience.decided(send)
@@ -88,6 +97,7 @@ def join(
             undo(*made)
         raise
     if state == "enrolled":
+        check_stays(file)
         note_stage(keys, "")
     own = load_public(keys / f"{invitation.site}.pub").fingerprint()
     server = load_public(keys / "server.pub").fingerprint()
@@ -95,6 +105,14 @@ def join(
         site=invitation.site, server=invitation.server, file=str(file), state=state, words=list(words),
         fingerprint=own, server_fingerprint=server,
     )  # fmt: skip
+
+
+def _send(invitation: Invitation, keys: Path) -> State:
+    """Asks with the keys that lie there now."""
+    public = (keys / f"{invitation.site}.pub").read_bytes()
+    identity = load_identity(keys / f"{invitation.site}.key")
+    node = node_key_private(keys / f"{invitation.site}.node.key")
+    return ask(invitation, keys / "ca.crt", public, identity=identity, node=node)
 
 
 def _of_another(invitation: Invitation, file: Path, keys: Path) -> bool:
@@ -107,22 +125,6 @@ def _of_another(invitation: Invitation, file: Path, keys: Path) -> bool:
 
 def _of_server(found: ServerFiles, keys: Path) -> bool:
     return [(keys / name).read_bytes() for name in ("ca.crt", "server.pub")] == [found.authority, found.public]
-
-
-def _check_place(invitation: Invitation, file: Path, keys: Path) -> None:
-    """Nothing of another site is written over, and the secret is not used up for nothing."""
-    if file.exists():
-        there = load_site_file(file)
-        if (there.name, there.server) != (invitation.site, invitation.server):
-            raise ConfigError(f"{file} is of {there.name} at {there.server}", hint="join in another directory: --out")
-    if keys.exists() and not (keys / f"{invitation.site}.pub").exists():
-        raise ConfigError(f"{keys} holds other keys", hint="join in another directory: --out")
-    files = ("ca.crt", "server.pub", f"{invitation.site}.key", f"{invitation.site}.node.key")
-    if keys.exists() and (lacks := [name for name in files if not (keys / name).is_file()]):
-        raise ConfigError(
-            f"{keys} holds no {', no '.join(lacks)}: it was not made by `fedlora site join`, or has lost files since",
-            hint="join in another directory: --out. Keys of `fedlora keygen site` need no joining: their .pub file is enrolled",
-        )
 
 
 def _make_keys(site: str, found: ServerFiles, keys: Path) -> None:

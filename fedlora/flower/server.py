@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -333,7 +334,9 @@ def _check_free(listen: str) -> None:
         try:
             s.bind((host, port))
         except OSError as e:
-            raise ConfigError(f"cannot listen on {listen}: {e.strerror}") from None
+            taken = "another program, or another `fedlora server up`, listens there: stop it, or name another port by --listen"
+            hint = taken if e.errno == errno.EADDRINUSE else "name an address of this host, and a port that this user may open"
+            raise ConfigError(f"cannot listen on {listen}: {e.strerror}", hint=hint) from None
 
 
 def sync_sites(home: Path, *, report: Report) -> dict[str, str]:

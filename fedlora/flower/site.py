@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import secrets
 import signal
@@ -34,7 +33,7 @@ from fedlora.formats.state.memory import FileMemory
 from fedlora.formats.state.outbox import NAME, Outbox
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import node_key_public
-from fedlora.gateway.entry.stage import asked_words, note_stage
+from fedlora.gateway.entry.stage import ACCEPTED, accepted_mark, asked_words, note_stage, was_accepted
 from fedlora.gateway.probe import probe
 from fedlora.processes.causes import CAUSES
 from fedlora.processes.death import Cause, Working
@@ -42,7 +41,7 @@ from fedlora.processes.monitor import monitored
 from fedlora.processes.supervisor import Service, Supervisor, rotating_log, signals
 from fedlora.site.health import SiteHealth
 from fedlora.site.parts import load_site_key
-from fedlora.site.pause import Away, away, has_left
+from fedlora.site.pause import COMES_BACK, Away, away, has_left
 from fedlora.site.progress import Progress
 from fedlora.site.site_file import SiteFile, load_site_file
 from fedlora.site.work import Site
@@ -94,7 +93,7 @@ def up(
         if has_left(root / file.state):
             raise PlanRefused(
                 f"{file.name} has left this federation: `fedlora site leave` was run here",
-                hint="a site that comes back needs new keys and a directory of its own for `state`",
+                hint=COMES_BACK,
                 code="sits-out",
             )
         checks: dict[str, Callable[[SiteFile, Path], None]] = {}
@@ -190,8 +189,8 @@ class _Up:
     def _status_tracker(self, flower: Path, secret: Path, log: Path) -> StatusTracker:
         host, _ = split_address(self.file.server)
         ca = self.root / self.file.ca
-        mark, mine = flower / "accepted", hashlib.sha256(self.pem + ca.read_bytes()).hexdigest()
-        known = mark.is_file() and mark.read_text(errors="replace") == mine
+        mark, mine = self.root / self.file.state / ACCEPTED, accepted_mark(self.pem, ca)
+        known = was_accepted(self.file, self.root)
 
         def remember() -> None:
             if not (mark.is_file() and mark.read_text(errors="replace") == mine):
@@ -266,6 +265,7 @@ class _Up:
                 threading.Event().wait(_FAREWELL_S)  # the SuperNode passes the last reply on
             self.status.stop()
             watcher.join()
+            self._go(self.going or "stopped")
             self.supervisor.stop()
 
     def _watch(self) -> None:
@@ -286,6 +286,7 @@ class _Up:
             if self.refused.is_set() and now - secret_at > _NEW_SECRET_S:
                 self.refused.clear()
                 secret_at, self.password = now, secrets.token_bytes(32)
+                self._go("stopped")
                 self.supervisor.restart("supernode")
             if now >= check_at:
                 check_at = now + _CHECK_S
@@ -299,7 +300,7 @@ class _Up:
         state = self.root / self.file.state
         try:
             if has_left(state):
-                say_goodbye(state / "flower" / "going", "left")
+                self._go("left")
                 self.stop.set()
                 return
             why = away(state, self.file.policy.hours, now=time.time())

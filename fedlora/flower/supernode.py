@@ -179,7 +179,7 @@ def main() -> None:
     authority = authority_digest(Path(sys.argv[sys.argv.index("--root-certificates") + 1]))
     going = Path(os.environ.get(GOING, ""))
     signer = CallSigner(_say, process=os.urandom(8).hex(), goodbye=lambda: said_goodbye(going))
-    rest = PollInterval(say=_say, pausing=lambda: said_goodbye(going) != "stopped")
+    rest = PollInterval(say=_say, pausing=lambda: said_goodbye(going) in ("paused", "left"))
     supernode.run(rest, signer, authority=authority, listening=leaving.set)
 
 
@@ -190,12 +190,12 @@ def say_goodbye(going: Path, word: str) -> None:
 
 
 def said_goodbye(going: Path) -> str:
-    """That word; ``stopped`` where none was left."""
+    """That word; ``orphaned`` where none was left: nobody has asked for it."""
     try:
         word = going.read_text("ascii")
     except (OSError, ValueError):
-        return "stopped"
-    return word if word in GOODBYES else "stopped"
+        return "orphaned"
+    return word if word in GOODBYES else "orphaned"
 
 
 def _until_flower_listens() -> threading.Event:

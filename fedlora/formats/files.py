@@ -90,6 +90,16 @@ def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600, flus
             flush_directory(path.parent)
 
 
+def private_directory(path: Path) -> None:
+    """Makes a directory that its owner alone may enter; one that is there stays as it is.
+
+    Raises:
+        ResourceError, StoreError: it cannot be made.
+    """
+    with named_disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
 def flush_directory(directory: Path) -> None:
     """Flushes to the disk which names a directory holds.
 

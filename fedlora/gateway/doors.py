@@ -31,8 +31,9 @@ PROCESS_HEADER = "x-fedlora-process"
 """Random name of a SuperNode's process."""
 GOODBYE_HEADER = "x-fedlora-goodbye"
 """On the call by which a SuperNode signs off: why, one of :data:`GOODBYES`."""
-GOODBYES = ("paused", "left", "stopped")
-"""It takes no tasks for now; it has left the federation; it was ended in order, and nothing more is known."""
+GOODBYES = ("paused", "left", "stopped", "orphaned")
+"""It takes no tasks for now; it has left the federation; it was ended in order; its `site up` has ended without asking it to sign
+off, as when that was killed. A word that is none of these counts as ``stopped``, which earlier versions say in either case."""
 SENDING = "sending"
 """Of a notice: the node has sent a part of an answer. Said again every few seconds while it goes on."""
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -32,9 +32,10 @@ from fedlora.core.messages import check_site_name
 from fedlora.formats.files import load_record, read_file, save_record, write_atomic
 from fedlora.formats.invitations import Invitation, pin_of, secret_digest, words_of
 from fedlora.formats.keys import Identity, PublicIdentity
-from fedlora.formats.state.audit import note
+from fedlora.formats.state.audit import note, removed_keys
 from fedlora.gateway.addresses import split_address
 from fedlora.gateway.certificates import certificate_hosts, node_key_pem
+from fedlora.gateway.entry.asking import Asking
 
 JOIN: Final = "/v1/join"
 _KIND: Final = "invitation"
@@ -42,29 +43,6 @@ _HINT: Final = "invite the site again"
 _MOST_UNFIT: Final = 5  # files of keys that do not fit, before a line counts as used
 
 log = logging.getLogger(__name__)
-
-State = Literal["invited", "expired", "asks"]
-
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """A site that was invited.
-
-    Attributes:
-        site: its name.
-        state: invited: its invitation was not used yet; asks: its keys wait for a person's approval.
-        until: end of its invitation, seconds since 1970; 0 for a site that asks.
-        fingerprint: of its keys; empty: none came.
-        words: that its operator sees too; empty: none came.
-        digest: of the file that came, SHA-256, hex; empty: none came.
-    """
-
-    site: str
-    state: State
-    until: int
-    fingerprint: str
-    words: tuple[str, ...]
-    digest: str
 
 
 class Refusal(Exception):
@@ -168,7 +146,7 @@ class Invitations:
 
         Raises:
             ConfigError: it has not asked, or another file came since.
-            KeyFileError, BadSignature: its file is damaged, or shares a key with another site's.
+            KeyFileError, BadSignature: its file is damaged, shares a key with another site's, or holds keys that were removed.
         """
         with self._alone():
             blob = read_file(self._asked(site))
@@ -179,6 +157,11 @@ class Invitations:
                     f"other keys came for {site} in the meantime: nothing was enrolled", hint="compare the words anew"
                 )
             _check_keys(site, blob, self._enrolled_keys())
+            if self._removed(blob):
+                raise KeyFileError(
+                    f"{site} asks with keys that were enrolled here and taken back: the relay never lets them in again",
+                    hint=f"`fedlora server revoke {self.home} {site}`, then invite it anew: that line makes new keys",
+                )
             write_atomic(self._enrolled(site), blob, mode=0o644)
             self._asked(site).unlink(missing_ok=True)
         note(self.home, "approve", site=site, fingerprint=PublicIdentity.parse(blob.decode("ascii")).fingerprint())
@@ -222,7 +205,7 @@ class Invitations:
             ``waiting`` for a person, or ``enrolled``.
 
         Raises:
-            Refusal: malformed, unknown, expired or used. Without the secret it is unknown, whatever there is.
+            Refusal: malformed, unknown, expired, used or removed. Without the secret it is unknown, whatever there is.
         """
         site, secret, public, proof = _fields(body)
         self._known(site, secret)
@@ -260,9 +243,15 @@ class Invitations:
         except FedLoRAError:
             save_record(self._file(site), _KIND, {**facts, "unfit": facts["unfit"] + 1})
             raise Refusal("malformed") from None
+        if self._removed(public):  # the line stays good: its site makes new keys
+            raise Refusal("removed")
         save_record(self._file(site), _KIND, {**facts, "key": hashlib.sha256(public).hexdigest()})
 
     # --- what they share ------------------------------------------------------------------------------------------
+
+    def _removed(self, blob: bytes) -> bool:
+        """Whether these keys were enrolled here once and are not any more: Flower never takes a key again that was removed."""
+        return PublicIdentity.parse(blob.decode("ascii")).fingerprint() in removed_keys(self.home)
 
     def _public(self) -> tuple[bytes, bytes]:
         found = read_file(self.home / "tls" / "ca.crt"), read_file(self.home / "server.pub")

@@ -37,8 +37,16 @@ _REFUSED: Final = {
         "the invitation was used already, with other keys than those here",
         "if nobody at this site did it, tell the coordinator at once, by telephone: somebody else has the invitation",
     ),
+    "removed": (
+        "the coordinator has taken back the enrollment of these keys, for good",
+        "join with a new line, which makes new keys",
+    ),
     "malformed": ("the server cannot read these keys", "compare `fedlora version` with the coordinator's"),
 }
+
+
+class KeysRemoved(ConnectionFailed):
+    """The keys of this site were enrolled at this server once, and taken back. The line is still good, for other keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,7 @@ def ask(invitation: Invitation, authority: Path, public: bytes, *, identity: Ide
 
     Raises:
         ConnectionFailed: no way to the server, or its certificate does not hold; unknown-site: it refuses.
+        KeysRemoved (unknown-site): it refuses these keys, and takes others with the same line.
     """
     finding = probe(invitation.server, ca=authority, timeout_s=_TIMEOUT_S)
     if finding.cause and finding.cause != "relay-down":
@@ -95,8 +104,9 @@ def ask(invitation: Invitation, authority: Path, public: bytes, *, identity: Ide
         facts = {}
     if status == 200 and facts.get("state") in ("waiting", "enrolled"):
         return "enrolled" if facts["state"] == "enrolled" else "waiting"
-    said, hint = _REFUSED.get(str(facts.get("why", "")), (f"the server answers with status {status}", "try again"))
-    raise ConnectionFailed(said, hint=hint, code="unknown-site" if status == 403 else None)
+    why = str(facts.get("why", ""))
+    said, hint = _REFUSED.get(why, (f"the server answers with status {status}", "try again"))
+    raise (KeysRemoved if why == "removed" else ConnectionFailed)(said, hint=hint, code="unknown-site" if status == 403 else None)
 
 
 def _call(server: str, context: ssl.SSLContext, method: str, body: bytes = b"") -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from fedlora.core.errors import BadSignature, EnvelopeError, StoreError
@@ -40,10 +41,8 @@ def verify(directory: Path, server: PublicIdentity) -> Statement:
         with (directory / FILE).open("rb") as file:
             envelope = file.read(MAX_BYTES + 1)
     except OSError:
-        raise BadSignature(
-            f"{directory} is not signed: it has no {FILE}",
-            hint="export the run where the server's key lies (HOME/runs/NAME); a simulation has no server and is not signed",
-        ) from None
+        hint = _BY_A_SITE if _is_of_a_federation(directory) else _NO_SERVER
+        raise BadSignature(f"{directory} is not signed: it has no {FILE}", hint=hint) from None
     statement = verified(envelope, server)
     there = {entry.name: entry for entry in directory.iterdir() if entry.name != FILE}
     for name in sorted(statement.files.keys() - there.keys()):
@@ -54,6 +53,22 @@ def verify(directory: Path, server: PublicIdentity) -> Statement:
         if not entry.is_file() or entry.is_symlink() or file_digest(entry) != statement.files[name]:
             raise _differs(f"{entry} is not the file that was signed")
     return statement
+
+
+_NO_SERVER = "export the run where the server's key lies (HOME/runs/NAME); a simulation has no server and is not signed"
+_BY_A_SITE = (
+    "`fedlora site pull` and merged models are not signed. At a site the task that brought the adapter was, by the server that "
+    "it pins, and that was checked then. A signed one is written where the server's key lies: `fedlora server pull`"
+)
+
+
+def _is_of_a_federation(directory: Path) -> bool:
+    """Whether the record beside an adapter says so; it is not signed, and only chooses what to advise."""
+    try:
+        found = json.loads((directory / "fedlora_run.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("of") == "federation"
 
 
 def _differs(what: str) -> EnvelopeError:

@@ -143,7 +143,7 @@ CAUSES: Final[Mapping[str, Cause]] = {
     "withdrawn": Cause(
         "accepted",
         "{server} has withdrawn this site's node key: its file was removed there",
-        "ask the coordinator; a key that was removed never comes back, `fedlora keygen site` makes a new one",
+        "ask the coordinator for a new line: `fedlora site join` with it makes new keys; a key that was removed never comes back",
         30.0,
     ),
     "in-use": Cause(

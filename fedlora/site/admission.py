@@ -77,7 +77,7 @@ def admit(begun: Sequence[Begun], one: Begun, *, plans: Sequence[str] | None) ->
     allowed, number = plans.count(one.plan), [b for b in after if b.plan == one.plan].index(one) + 1
     if not allowed:
         raise PlanRefused(
-            f"nobody at this site has approved plan {one.plan}",
+            f"nobody at this site has approved plan {one.plan}; {_approved(plans)}",
             hint="run `fedlora site approve PLAN.toml --site site.toml`: it shows what the plan asks for and approves one run",
             code="plan-not-approved",
         )
@@ -90,6 +90,14 @@ def admit(begun: Sequence[Begun], one: Begun, *, plans: Sequence[str] | None) ->
     return after
 
 
+def _approved(plans: Sequence[str]) -> str:
+    """Which plans are, the last approved first: it may have been changed by a word since."""
+    known = [digest[:12] for digest in dict.fromkeys(reversed(plans))]
+    more = f" and {len(known) - _MOST} more" if len(known) > _MOST else ""
+    return f"approved here: plan {', '.join(known[:_MOST])}{more}" if known else "no plan is approved here"
+
+
+_MOST = 6
 _WAY = (
     "empty `plans` in the site file, delete both copies, and approve again (`fedlora site approve`) each plan that may continue: "
     "once for each run, also for the run in progress"

@@ -13,12 +13,13 @@ from tomlkit.exceptions import TOMLKitError
 
 from fedlora.answers import Approved
 from fedlora.core.adapter import Adapter
+from fedlora.core.deployment.digests import grouped
 from fedlora.core.errors import ConfigError, FedLoRAError, LoneChange, plain
 from fedlora.core.metrics import counters_of
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.tables.audit import audited
 from fedlora.core.told.changes import Change, changed_keys, shown
-from fedlora.formats.files import write_atomic
+from fedlora.formats.files import private_directory, write_atomic
 from fedlora.formats.state.memory import FileMemory
 from fedlora.privacy.claims import claim_lines, claim_of
 from fedlora.protect.ledger import Base
@@ -137,7 +138,7 @@ class Question:
         width = max(map(len, self.words))
         keys = _few([f"  {one.brief()}" for one in self.changed], "  and {} more: compare the files")
         out = ["keys with other values than in the plan that was approved last:", *keys] if keys else []
-        out.append(f"plan {self.digest}")
+        out.append(f"plan {grouped(self.digest)}, to be compared with the coordinator by telephone")
         for topic, sentence in self.words.items():
             was = self.last.get(topic, "") if self.last else sentence
             out.append(f"{'*' if was != sentence else ' '} {topic:{width}}  {sentence}")
@@ -325,6 +326,7 @@ def approve(plan: Plan, site_file: Path, *, again: bool, uncovers: Collection[st
     """
     file, digest = load_site_file(site_file), plan.digest()
     state = site_file.resolve().parent / file.state
+    private_directory(state)
     if first is not None and Firsts(state).run_of(plan) is None:
         Firsts(state).keep(first)
     write_atomic(_copy(state, digest), plan.canonical(), shared=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from fedlora.core.errors import ConfigError, StoreError
-from fedlora.formats.files import load_record, save_record
+from fedlora.formats.files import load_record, private_directory, save_record
 
 _PAUSED: Final = "paused.json"
 _LEFT: Final = "left.json"
@@ -17,6 +17,7 @@ _HINTS: Final = {
     _PAUSED: "`fedlora site resume` removes it, and this site takes tasks; `fedlora site pause` writes it anew",
     _LEFT: "if this site is to leave, run `fedlora site leave` again, which writes it anew; if it is to stay, delete this file",
 }
+COMES_BACK: Final = "a site that comes back joins with a new line from the coordinator: `fedlora site join` makes new keys"
 _TIME: Final = re.compile(r"([0-9]{1,2}):([0-9]{1,2})")
 _DAY_S: Final = 24 * 60
 
@@ -40,6 +41,7 @@ def pause(state: Path, *, until: int) -> None:
     Args:
         until: seconds since 1970; 0: until :func:`resume`.
     """
+    private_directory(state)
     save_record(state / _PAUSED, "paused", {"until": until})
 
 
@@ -52,6 +54,7 @@ def resume(state: Path) -> bool:
 
 def leave(state: Path, *, at: int) -> None:
     """A running `site up` ends, and none begins again here."""
+    private_directory(state)
     save_record(state / _LEFT, "left", {"at": at})
 
 

@@ -136,5 +136,7 @@ class Policy(Section):
 def refused(code: Code, text: str) -> PlanRefused:
     """The refusal of a plan, with the keys at both ends of which one has to change."""
     key = "[models] or policy.allowed_models" if code == "policy-allowed-models" else policy_key(code)
-    keys = f"{key} in the site file, or {REFUSES[code]} in the plan" if code in REFUSES else "the plan"
-    return PlanRefused(text, hint=f"change {keys}; the coordinator sees the name of the key and not its value", code=code)
+    keys = f"change {key} in the site file, or {REFUSES[code]} in the plan" if code in REFUSES else "change the plan"
+    if code == "policy-init":
+        keys = f'set {key} = "approved" in the site file if people here agree to it, or change {REFUSES[code]} in the plan'
+    return PlanRefused(text, hint=f"{keys}; the coordinator sees the name of the key and not its value", code=code)

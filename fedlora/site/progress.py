@@ -217,7 +217,10 @@ class Progress:
             log.warning("the history: %s", e)
 
     def _change(self) -> None:
-        word = standing_of(self._link, cause=self._cause, known=self._known, doing=self._doing, paused=self._paused)
+        word = standing_of(
+            self._link, cause=self._cause, known=self._known, doing=self._doing, paused=self._paused,
+            failed=self._facts["refused"] is not None,
+        )  # fmt: skip
         if word != self._facts["standing"]:
             self._facts |= {"standing": word, "since": int(self.clock())}
         self._write()

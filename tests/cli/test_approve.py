@@ -18,6 +18,7 @@ from fedlora.cli import main
 from fedlora.cli.output import fail
 from fedlora.cli.terminal import wrapped
 from fedlora.core.columns import columns
+from fedlora.core.deployment.digests import grouped
 from fedlora.core.errors import plain
 from fedlora.core.plan import Plan, Protect
 from fedlora.core.told.changes import changed_keys
@@ -33,6 +34,7 @@ from fedlora.protect.secagg.settings import measure
 from fedlora.site.admission import Begun, Runs
 from fedlora.site.approve import Question, in_words, question, with_approval
 from fedlora.site.policy import Policy
+from fedlora.site.private import SitePrivacy
 from fedlora.site.site_file import SiteFile, load_site_file
 
 MODEL = Plan().model.model_name_or_path
@@ -70,7 +72,10 @@ def test_a_yes_adds_the_digest_and_leaves_everything_else_as_it_was(home, capsys
     assert after.replace(f'plans = ["{SEALED.digest()}"]', "plans = []") == before
     assert (home / "site.toml").stat().st_mode & 0o777 == 0o640
     out = capsys.readouterr().out
-    assert SEALED.digest() in out
+    assert (
+        f"plan {grouped(SEALED.digest())}, to be compared with the coordinator by telephone\n" in out
+    )  # as `fedlora pin` has it
+    assert "no proof.json of the coordinator lies beside sealed.toml" in out
     for words in ("3 rounds of 1 steps", "at least 3", "supervised tokens", "eval/exact_match", "the aggregator"):
         assert words in out
     assert (home / "state" / "approved" / f"{SEALED.digest()}.json").read_bytes() == SEALED.canonical()
@@ -136,6 +141,40 @@ def test_a_roster_is_typed_as_it_is_read_aloud_and_a_wrong_or_a_missing_one_is_s
     error = capsys.readouterr().err
     assert "`roster` in the site file is empty\nhint: nothing was approved: set `roster`" in error
     assert "[policy]" not in error
+
+
+@pytest.mark.parametrize(
+    ("site", "code", "hint"),
+    [
+        ({"models": {"other": "x"}}, "policy-allowed-models", "change [models] or policy.allowed_models in the site file"),
+        ({"models": "sample"}, "policy-allowed-models", "[models] in the site file is still the sample's"),
+        ({"policy": Policy(max_rounds=1, protect=("sealed",))}, "policy-max-rounds", "change policy.max_rounds in the site file"),
+        ({"policy": Policy(min_sites=9, protect=("sealed",))}, "policy-min-sites", "change policy.min_sites in the site file"),
+        ({"privacy": SitePrivacy(required=True, population="p")}, "plan-refused", "talk to the coordinator"),
+    ],
+)
+def test_a_refused_approval_has_the_code_of_the_key_and_its_way_out(home, capsys, site, code, hint):
+    """As a task of that plan would be refused, so that `fedlora explain` says the same."""
+    models = {"models": SiteFile().models if site.get("models") == "sample" else site.get("models", {MODEL: "x"})}
+    file = SiteFile(**{"name": "guys", "key": "keys/guys.key", **site, **models})
+    (home / "site.toml").write_text(dump_toml(file))
+    plan = SEALED.model_copy(update={"model": SEALED.model.model_copy(update={"model_name_or_path": "big/base"})})
+    (home / "plan.toml").write_text(dump_toml(plan if "models" in site else SEALED))
+    assert main(["site", "approve", "plan.toml", "--yes", "--json"]) == 5
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert error["code"] == code
+    assert error["hint"].startswith("nothing was approved: ")
+    assert hint in error["hint"]
+
+
+@pytest.mark.parametrize("command", [["approve", "sealed.toml", "--yes", "--site"], ["pause"], ["leave", "--yes"]])
+def test_whatever_makes_the_state_directory_makes_it_for_its_owner_alone(home, command):
+    before = os.umask(0o022)
+    try:
+        assert main(["site", *command, "site.toml"]) == 0
+    finally:
+        os.umask(before)
+    assert (home / "state").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_plan_that_is_approved_already_is_not_added_twice_unless_again(home, capsys):
@@ -211,7 +250,8 @@ def test_a_long_proof_moves_nothing_out_of_sight(home, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum("FOUND" in line for line in lines) == 12
     assert lines[13] == "  and 288 more, in proof.json"
-    assert lines[14] == f"plan {SEALED.digest()}"
+    assert lines[14].startswith(f"plan {grouped(SEALED.digest())}, to be compared")
+    assert lines[14].startswith(f"plan {grouped(SEALED.digest())}, to be compared")
 
 
 @pytest.mark.attack(

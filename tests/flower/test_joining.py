@@ -30,16 +30,17 @@ from fedlora.core.limits import MAX_SITES
 from fedlora.doctor.examine import online
 from fedlora.flower import join as joining
 from fedlora.flower.enrol import make_server_home, make_site_keys
-from fedlora.flower.jobs import Address, save_address
+from fedlora.flower.jobs import Address, Job, new_job, save_address
 from fedlora.formats.enrolled import load_enrolled
 from fedlora.formats.invitations import Invitation, pin_of, words_of
 from fedlora.formats.keys import PublicIdentity, load_identity
 from fedlora.formats.state.lock import hold
 from fedlora.gateway import invitations
 from fedlora.gateway.addresses import split_address
-from fedlora.gateway.certificates import load_node_keys, node_key_private
-from fedlora.gateway.entry.stage import note_stage
+from fedlora.gateway.certificates import load_node_keys, node_key_private, node_key_public
+from fedlora.gateway.entry.stage import ACCEPTED, accepted_mark, note_stage
 from fedlora.gateway.invitations import JOIN, Invitations, Refusal, answer_join, dump_ask
+from fedlora.site.pause import has_left, leave
 from fedlora.site.site_file import load_site_file
 
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True).filter(lambda n: n != "server")
@@ -679,3 +680,123 @@ def test_a_wrong_command_line_says_so(tmp_path, capsys, monkeypatch, words, code
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert said(capsys, "site join", *words, ok=False)["code"] == code
     assert not list(itertools.chain(tmp_path.glob("keys"), tmp_path.glob("site.toml")))
+
+
+# --- a site that was taken off, and comes back ---------------------------------------------------------------------
+
+
+def enrolled_once(home: Path, server: str, name: str, place: Path) -> Invitations:
+    """A site that has joined, was approved and had a plan approved; its line is used up."""
+    book = Invitations(home, time.time)
+    joining.join(book.invite(name, address=server, hours=1), place, wait_s=0, report=lambda e, f: None)
+    book.approve(name, *[a.digest for a in book.asking() if a.site == name])
+    note_stage(place / "keys", "")
+    file = place / "site.toml"
+    file.write_text("# ours\n" + file.read_text().replace("plans = []", f'plans = ["{"d" * 64}"]'))
+    (place / "state" / "memory").mkdir(parents=True)
+    return book
+
+
+@pytest.mark.parametrize("how", ["left", "revoked"])
+def test_a_site_that_was_taken_off_comes_back_in_its_own_directory_with_new_keys(live, tmp_path, capsys, how):
+    home, server = live
+    name, told = f"back-{how}", []
+    book = enrolled_once(home, server, name, tmp_path)
+    old = (tmp_path / "keys" / f"{name}.pub").read_bytes()
+    if how == "left":
+        assert main(["site", "leave", str(tmp_path / "site.toml"), "--yes"]) == 0
+        assert "`fedlora server revoke HOME" in capsys.readouterr().out
+    book.revoke(name)
+    done = joining.join(
+        book.invite(name, address=server, hours=1), tmp_path, wait_s=0, report=lambda e, f: told.append(f["step"])
+    )
+    assert (done["state"], told) == ("waiting", ["server", "aside", "keys", "words"])
+    assert (tmp_path / "keys.removed-1" / f"{name}.pub").read_bytes() == old != (tmp_path / "keys" / f"{name}.pub").read_bytes()
+    assert not has_left(tmp_path / "state")
+    assert load_site_file(tmp_path / "site.toml").plans == ()  # or what has begun would be allowed once more
+    assert (tmp_path / "site.toml").read_text().startswith("# ours\n")
+    (asks,) = [a for a in book.asking() if a.site == name]
+    assert list(asks.words) == done["words"]
+    book.approve(name, asks.digest)
+    assert load_enrolled(home / "sites")[name].fingerprint() == done["fingerprint"]
+
+
+def test_keys_that_were_taken_back_are_refused_by_name_at_the_door_and_at_the_approval(study):
+    study.enroll("north")
+    old = study.site("north")
+    study.book.revoke("north")
+    line = study.book.invite("north", address="127.0.0.1:8443", hours=1)
+    for _ in range(9):  # it does not use up the line
+        with pytest.raises(Refusal, match="removed"):
+            study.book.ask(study.asks(line, old, by="north"))
+    (study.home / "requests" / "north.pub").write_bytes(old)  # as an earlier version has taken it
+    with pytest.raises(FedLoRAError, match="keys that were enrolled here and taken back") as e:
+        study.book.approve("north", study.book.asking()[0].digest)
+    assert "`fedlora server revoke" in e.value.hint
+    assert not (study.home / "sites" / "north.pub").exists()
+    (study.home / "requests" / "north.pub").unlink()
+    assert study.book.ask(study.asks(line, study.site("north", keys="new"), by="new")) == "waiting"
+
+
+def test_an_approval_during_a_run_says_when_the_site_will_be_asked(study, capsys, monkeypatch):
+    for name, running in (("north", False), ("south", True)):
+        line = study.book.invite(name, address="127.0.0.1:8443", hours=1)
+        study.book.ask(study.asks(line, study.site(name), by=name))
+        with contextlib.ExitStack() as stack:
+            if running:
+                new_job(study.home, Job("toy.toml", resume=False, name="toy"))
+                save_address(study.home, Address("0.0.0.0:8543", 1))
+                stack.enter_context(hold(study.home / "flower", what="a test"))
+            capsys.readouterr()
+            assert main(["server", "approve", str(study.home), name, "--yes"]) == 0
+            assert ("run toy has begun without it" in capsys.readouterr().out) is running
+
+
+@pytest.mark.parametrize("what", ["released", "runs"])
+def test_what_new_keys_cannot_continue_is_not_set_aside(live, tmp_path, what):
+    home, server = live
+    book = enrolled_once(home, server, f"kept-{what}", tmp_path)
+    book.revoke(f"kept-{what}")
+    if what == "released":
+        (tmp_path / "state" / "privacy").mkdir()
+    there = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    line = book.invite(f"kept-{what}", address=server, hours=1)
+    with contextlib.ExitStack() as stack:
+        if what == "runs":
+            stack.enter_context(hold(tmp_path / "state", what="fedlora site up"))
+        with pytest.raises(ConfigError, match="record of what" if what == "released" else "fedlora site up") as e:
+            joining.join(line, tmp_path, wait_s=0, report=lambda e, f: None)
+    assert ("--out" if what == "released" else "stop it") in e.value.hint
+    assert {p: p.read_bytes() for p in there} == there
+    assert not [*tmp_path.glob("*.removed*")]
+
+
+def test_a_site_that_has_left_is_not_brought_back_by_the_line_that_it_joined_with(live, tmp_path):
+    home, server = live
+    book = Invitations(home, time.time)
+    line = book.invite("undecided", address=server, hours=1)
+    joining.join(line, tmp_path, wait_s=0, report=lambda e, f: None)
+    book.approve("undecided", *[a.digest for a in book.asking() if a.site == "undecided"])
+    (tmp_path / "state").mkdir()
+    leave(tmp_path / "state", at=1)
+    with pytest.raises(ConfigError, match="undecided has left") as e:
+        joining.join(line, tmp_path, wait_s=0, report=lambda e, f: None)
+    assert "`fedlora server revoke`" in e.value.hint
+
+
+def test_the_doctor_of_a_site_whose_keys_were_taken_back_says_that_and_not_that_its_file_is_to_be_sent(live, tmp_path):
+    home, server = live
+    book = enrolled_once(home, server, "taken-back", tmp_path)
+    book.revoke("taken-back")
+    file = load_site_file(tmp_path / "site.toml")
+
+    def looked():
+        return next(f for f in online(file, tmp_path) if f.part == "accepted")
+
+    assert looked().name == "not-enrolled"  # it was never let in here
+    mark = tmp_path / "state" / ACCEPTED
+    mark.parent.mkdir()
+    mark.write_text(accepted_mark(node_key_public(tmp_path / file.node_key), tmp_path / file.ca))
+    found = looked()
+    assert found.name == "withdrawn"
+    assert "`fedlora site join` with it makes new keys" in found.fix

@@ -29,6 +29,7 @@ from fedlora.core.deployment.status import RunState
 from fedlora.core.errors import NotInstalled, StoreError
 from fedlora.core.events import Event
 from fedlora.core.facts import Silent, SiteName, SiteRefused, Start
+from fedlora.core.records import RoundRecord
 from fedlora.core.sites.standing import STANDINGS
 from fedlora.flower import server
 from fedlora.flower.coordinator import look as looking
@@ -38,7 +39,7 @@ from fedlora.flower.coordinator.live import Live
 from fedlora.flower.coordinator.look import look
 from fedlora.flower.coordinator.progress import Progress
 from fedlora.flower.coordinator.runs import live, running
-from fedlora.flower.coordinator.watch import Runs, Sightings, _Watched
+from fedlora.flower.coordinator.watch import Runs, Sightings, _Watched, load_seen
 from fedlora.flower.jobs import Events, Job, new_job
 from fedlora.gateway.certificates import make_node_key, node_key_pem
 from fedlora.processes.monitor import answering
@@ -291,9 +292,48 @@ def test_prometheus_takes_rules_and_metrics_and_each_alert_begins_when_it_should
     promtool("test", "rules", str(tmp_path / "cases.yml"))
 
 
+@pytest.mark.parametrize(
+    ("void", "now", "known"), [(None, 1005.0, True), (None, 1029.0, True), (None, 1031.0, False), ("quorum", 1005.0, False)]
+)
+def test_no_end_is_foreseen_while_a_round_does_not_end(void, now, known):
+    record = RoundRecord.model_construct(round=1, kind="train", asked=(), sites={}, missing={}, void=void)
+    at = Progress(round=1, rounds=3, now=2, since=1000.0, record=record, took_s=[8.0, 12.0])
+    assert (at.eta_s(now) is not None) is known
+
+
+def test_a_site_that_was_away_before_the_server_began_again_is_away_since_then(home):
+    now = [1000.0]
+    for at, event in ((1000.0, Event.SITE_ONLINE), (1100.0, Event.SITE_OFFLINE), (1200.0, Event.SITE_OFFLINE)):
+        now[0] = at
+        Sightings(home, clock=lambda: now[0]).through(lambda event, facts: None)(event, SiteName(site="away"))
+    assert load_seen(home)["away"].since == 1100.0
+
+
+@pytest.mark.parametrize(
+    ("site", "later"), [("asked", False), ("away", False), ("not-drawn", False), ("later", True), ("waited-for", False)]
+)
+def test_a_site_that_was_enrolled_after_a_run_had_begun_is_said_to_be_asked_when_it_is_started_again(
+    home, monkeypatch, capsys, site, later
+):
+    (home / "sites" / f"{site}.pub").write_text("a key\n")
+    Sightings(home, clock=lambda: 1000.0).through(lambda event, facts: None)(Event.SITE_ONLINE, SiteName(site=site))
+    missing = {"away": "offline", "not-drawn": "not-drawn"}
+    record = RoundRecord.model_construct(round=1, kind="train", asked=("asked",), sites={}, missing=missing)
+    at = Progress(round=1, rounds=3, record=record, missing=["waited-for"])
+    monkeypatch.setattr(looking, "progress", lambda home, name: at)
+    monkeypatch.setattr(looking, "live", lambda home: {"job": Job("toy.toml", resume=False, name="toy")})
+    monkeypatch.setattr(looking, "_server", lambda home: (True, "fed:8443", 1, "up"))
+    monkeypatch.setattr(looking, "_live_run", lambda *words: {"name": "toy"})
+    [found] = [s for s in look(home, now=1005.0)["sites"] if s["site"] == site]
+    assert ("it was enrolled after this run had begun, and is asked once" in found["said"]) is later
+
+
 def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(home, monkeypatch, capsys):
     """All that a server can know of a site, each by what it has seen; the words are those of the site's own table."""
-    now, notes = [1000.0], {"a-paused": "paused", "b-left": "left", "c-stopped": "stopped", "e-sends": "sending"}
+    now, notes = (
+        [1000.0],
+        {"a-paused": "paused", "b-left": "left", "c-stopped": "stopped", "e-sends": "sending", "m-orphaned": "orphaned"},
+    )
     names = [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "i-refused", "j-new", "k-back", "l-silent"]
     for name in names:
         (home / "sites" / f"{name}.pub").write_text("a key\n")
@@ -302,7 +342,7 @@ def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(
     for name in [*notes, "d-lost", "f-trains", "g-answered", "h-failed", "k-back", "l-silent"]:
         report(Event.SITE_ONLINE, SiteName(site=name))
     report(Event.SITE_REFUSED, SiteRefused(site="i-refused", cause="clock", why="its clock is behind"))
-    for name in ("a-paused", "b-left", "c-stopped", "d-lost"):
+    for name in ("a-paused", "b-left", "c-stopped", "d-lost", "m-orphaned"):
         report(Event.SITE_OFFLINE, SiteName(site=name))
     report(Event.SITE_SILENT, Silent(site="l-silent", since=984, said=""))
     for name, word in notes.items():
@@ -317,19 +357,20 @@ def test_a_sites_word_is_the_same_at_both_ends_on_screen_in_json_and_in_metrics(
     expected = {
         "a-paused": "paused", "b-left": "left", "c-stopped": "lost", "d-lost": "lost", "e-sends": "uploading",
         "f-trains": "training", "g-answered": "idle", "h-failed": "degraded", "i-refused": "refused", "j-new": "enrolled",
-        "k-back": "connected", "l-silent": "lost",
+        "k-back": "connected", "l-silent": "lost", "m-orphaned": "lost",
     }  # fmt: skip
     assert {site: found[site]["standing"] for site in names} == expected
     assert set(expected.values()) <= set(STANDINGS)
     assert all(found[site]["said"].startswith(word) for site, word in expected.items())
     assert "in order" in found["c-stopped"]["why"]
+    assert "as when it is killed" in found["m-orphaned"]["why"]
     assert "no sign of life for 21 s" in found["l-silent"]["why"]
     assert "policy.min_sites does not allow the plan's federation.min_sites" in found["h-failed"]["why"]
     assert {s["site"]: s["standing"] for s in look(home, now=1020.0)["sites"]}["e-sends"] == "training"  # it has stopped sending
     text = Health(home, gateway=lambda: True).metrics()
     assert main(["server", "status", str(home)]) == 0
     screen = capsys.readouterr().out
-    told = dict(re.findall(r"^  ([a-l]-[a-z]+) +([a-z]+)", screen, re.M))
+    told = dict(re.findall(r"^  ([a-m]-[a-z]+) +([a-z]+)", screen, re.M))
     for site, word in (expected | {"e-sends": "training"}).items():
         ones = re.findall(rf'fedlora_site_standing\{{site="{site}",standing="([a-z]+)"\}} 1\n', text)
         assert (ones, told[site]) == ([word], word)

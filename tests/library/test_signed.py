@@ -100,8 +100,13 @@ def test_where_no_servers_key_is_at_hand_it_says_that_nobody_has_signed(home, tm
     assert "training.prompt is 'any'" in said
     assert "--base" in said
     assert not (tmp_path / "out" / FILE).exists()
-    with raising(BadSignature, code="bad-signature", match="is not signed"):
+    with raising(BadSignature, code="bad-signature", match="is not signed") as e:
         verify(tmp_path / "out", load_public(home / "server.pub"))
+    assert "`fedlora site pull` and merged models are not signed. At a site the task that brought the adapter was" in e.value.hint
+    (tmp_path / "out" / "fedlora_run.json").write_text('{"of": "simulation"}')
+    with raising(BadSignature, code="bad-signature", match="is not signed") as e:
+        verify(tmp_path / "out", load_public(home / "server.pub"))
+    assert "a simulation has no server" in e.value.hint
     with raising(StoreError, code="store", match="no directory"):
         verify(tmp_path / "nowhere", load_public(home / "server.pub"))
 

@@ -15,7 +15,8 @@ from fedlora.cli.output import Json, Quiet, Screen, emit
 
 if TYPE_CHECKING:
     from fedlora.answers import enrollment as answers
-    from fedlora.gateway.invitations import Asking, Invitations
+    from fedlora.gateway.entry.asking import Asking
+    from fedlora.gateway.invitations import Invitations
 
 Home = Annotated[Path, typer.Argument(help="The server's directory, from `fedlora server init`.")]
 Site = Annotated[str, typer.Argument(help="Name of the site.", show_default=False)]
@@ -209,7 +210,7 @@ def approve(
         ask("\ndoes the site read these six words?")
     book.approve(name, found.digest)
     file = home / "sites" / f"{name}.pub"
-    lines = [f"{name} is enrolled", *_roster_lines(home, f"fedlora roster add {home / 'roster.json'} {file}")]
+    lines = [f"{name} is enrolled", *_runs_lines(home), *_roster_lines(home, f"fedlora roster add {home / 'roster.json'} {file}")]
     emit(Enrolled(site=name, fingerprint=found.fingerprint, file=str(file)), lines, as_json=json)
 
 
@@ -338,6 +339,19 @@ def _asking_lines(home: Path, one: Asking) -> list[str]:
     if one.state == "invited":
         return [f"{one.site} is invited until {_when(one.until)} and has not joined yet"]
     return [f"{one.site}: the invitation has expired; `fedlora server invite {home} {one.site}` makes another one"]
+
+
+def _runs_lines(home: Path) -> list[str]:
+    """That a run that goes on does not ask who is enrolled now."""
+    from fedlora.flower.coordinator.runs import live
+
+    job = next(iter(live(home).values()), None)
+    if job is None or not _port(home):
+        return []
+    return [
+        f"run {job.name} has begun without it, and does not ask it until it is started again: `fedlora server stop {home} "
+        f"{job.name} --after-round`, then `fedlora server start ... --resume`"
+    ]
 
 
 def _roster_lines(home: Path, command: str) -> list[str]:

@@ -38,7 +38,7 @@ def personalize(
     """Make the adapter of a run this site's own, by more training on its rows, if its held-out rows say that this helps.
 
     Tried are the global adapter, what comes of further steps here, what this site learns alone, and what lies between. The
-    choice is the one nearest to the global adapter that held-out rows cannot tell from the best; with --prefer all the nearest
+    choice is the one nearest to the global adapter that held-out rows cannot tell from the best; who prefers all gets the nearest
     that is no worse than what this site learns alone. A power cut loses nothing: the same command goes on.
 
     The result remembers this site's rows, and nothing protects them in it: keep it where the rows are. Nothing is sent.

@@ -22,7 +22,7 @@ STANDINGS: Final[Mapping[Standing, str]] = {
     "uploading": "the answer to a task is on the way",
     "idle": "waits for the next task",
     "paused": "takes no tasks, as somebody here has said",
-    "degraded": "let in, but its base or its data is not there",
+    "degraded": "let in, but its base or its data is not there, or it has not done the last task",
     "lost": "was connected; the server is away",
     "refused": "the server is there and does not let it in",
     "left": "has left, as somebody here has said",
@@ -30,7 +30,9 @@ STANDINGS: Final[Mapping[Standing, str]] = {
 }
 
 
-def standing_of(link: str, *, cause: str, known: bool, doing: Doing, paused: bool = False, left: bool = False) -> Standing:
+def standing_of(
+    link: str, *, cause: str, known: bool, doing: Doing, paused: bool = False, left: bool = False, failed: bool = False
+) -> Standing:
     """The word for a site.
 
     Args:
@@ -40,6 +42,7 @@ def standing_of(link: str, *, cause: str, known: bool, doing: Doing, paused: boo
         doing: what it does while it is ready.
         paused: somebody here has said that it takes no tasks.
         left: somebody here has said that it has left.
+        failed: the last task was not done, refused or failed.
     """
     if left or paused:
         return "left" if left else "paused"
@@ -51,4 +54,6 @@ def standing_of(link: str, *, cause: str, known: bool, doing: Doing, paused: boo
         return "degraded" if cause else "connected"
     if link == "connecting":
         return "enrolled" if known else "invited"
-    return doing if link == "ready" else "lost"
+    if link == "ready":
+        return "degraded" if failed and doing == "idle" else doing
+    return "lost"

@@ -176,9 +176,9 @@ def _site(site: str, seen: Seen, at: Progress, *, up: bool, live: bool, looked: 
     if seen.gone == "paused" and not seen.online:
         why = f"it has said so, {ago} ago: `fedlora site pause`, or the hours of its policy"
         return _standing(site, "paused", part="server", why=why, cure="it comes back by itself, or when somebody there says so")
-    if seen.gone == "stopped" and not seen.online:
-        why, cure = f"its `fedlora site up` was ended there, in order, {ago} ago", "ask when it is started again"
-        return _standing(site, "lost", part="server", cause="stopped", why=why, cure=cure)
+    if seen.gone in _ENDED and not seen.online:
+        why, cure = f"its `fedlora site up` {_ENDED[seen.gone]}, {ago} ago", "ask when it is started again"
+        return _standing(site, "lost", part="server", cause=seen.gone, why=why, cure=cure)
     if not seen.online:
         why, cure = f"no call for {ago}", "ask whether `fedlora site up` runs there and what it says"
         return _standing(site, "lost", part="server", cause="lost", why=why, cure=cure)
@@ -207,6 +207,8 @@ def _online(site: str, seen: Seen, at: Progress, *, now: float) -> SiteStanding:
         return _degraded(site, code, step(record.round, at.rounds))
     if record is not None and site in record.sites:
         return _standing(site, "ready", said="ready: it counted in the last round")
+    if record is not None and site not in {*record.asked, *record.missing, *at.answers, *at.there, *at.missing}:
+        return _standing(site, "connected", said=f"connected; {_CAME_LATER}")
     return _standing(site, "connected", said="connected; whether it is ready shows in the first round")
 
 
@@ -221,6 +223,12 @@ def _between_runs(site: str, at: Progress) -> SiteStanding:
     return _standing(site, "connected", said="connected; whether it is ready shows in the first round")
 
 
+_CAME_LATER = (
+    "it was enrolled after this run had begun, and is asked once the run is started again: `fedlora server stop --after-round`, "
+    "then `fedlora server start ... --resume`"
+)
+_ENDED = {"stopped": "was ended there, in order", "orphaned": "has ended there without saying so, as when it is killed"}
+"""How a site's `site up` has ended, by the word with which its SuperNode has signed off."""
 _SENDING_S = 15.0
 """So long after its last part a site still sends; the gateway says so every five seconds."""
 

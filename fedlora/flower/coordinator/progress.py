@@ -95,13 +95,16 @@ class Progress:
         return bool(self.blocked) and not (self.waiting or self.paused) and (not self.now or now - self.since < _AT_ONCE_S)
 
     def eta_s(self, now: float) -> float | None:
-        """Seconds until the end, if rounds last as long as the last five of this process did; None before one is done.
+        """Seconds until the end, if rounds last as long as the last five of this process did; None before one is done, and while
+        the present one does not end: its last attempt was void, or it lasts twice as long as those.
 
         The last evaluation is counted as a round. Waiting for sites is not foreseen.
         """
         if not self.took_s:
             return None
         mean = sum(self.took_s) / len(self.took_s)
+        if (self.record is not None and self.record.void) or (self.now and now - self.since > 2 * mean + _AT_ONCE_S):
+            return None
         left = self.rounds + 1 - self.round
         return max(mean * left - (min(now - self.since, mean) if self.now else 0.0), 0.0)
 

@@ -116,7 +116,11 @@ class Sightings:
         if event == Event.SITE_ONLINE:
             self._seen[facts["site"]] = Seen(True, self._clock())
         elif event == Event.SITE_OFFLINE:
-            self._seen[facts["site"]] = Seen(False, self._clock())
+            before = self._seen.get(facts["site"], Seen())
+            if before.since and not before.online:  # it was away before this server began, and is since then
+                self._seen[facts["site"]] = replace(before, cause="", why="")
+            else:
+                self._seen[facts["site"]] = Seen(False, self._clock())
         elif event == Event.SITE_SILENT:
             self._seen[facts["site"]] = replace(self._seen.get(facts["site"], Seen(True)), silent=float(facts["since"]))
         elif event == Event.SITE_REFUSED:

@@ -152,6 +152,17 @@ def _enrolled(lines: list[Line]) -> dict[str, str]:
     return found
 
 
+def removed_keys(home: Path) -> set[str]:
+    """Fingerprints of keys that were enrolled here once and are not any more, as far as the log goes back.
+
+    Raises:
+        KeyFileError: ``server.pub`` is missing or damaged.
+    """
+    lines, _ = read(home)
+    ever = {str(line.facts["fingerprint"]) for line in lines if line.what in ("approve", "site-file")}
+    return ever - {*_enrolled(lines).values(), "", "damaged"}
+
+
 def _fingerprints(home: Path) -> Iterator[tuple[str, str]]:
     for path in (home / "sites").glob("*.pub"):
         try:

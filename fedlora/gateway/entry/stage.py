@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Final, Literal
 from fedlora.core.errors import FedLoRAError
 from fedlora.formats.files import write_atomic
 from fedlora.formats.invitations import pin_of, words_of
+from fedlora.gateway.certificates import node_key_public
 from fedlora.site.site_file import SiteFile
 
 Stage = Literal["made", "waiting", ""]
 """made: no server has taken these keys; waiting: one has, and its coordinator decides; empty: nothing is under way here."""
 
 _NOTE: Final = "joining"
+ACCEPTED: Final = "flower/accepted"
+"""Below the state directory: that the server has let this site in, see :func:`accepted_mark`."""
 
 
 def stage_of(keys: Path) -> Stage:
@@ -51,12 +55,30 @@ def asked_words(file: SiteFile, root: Path) -> tuple[str, ...]:
         return ()
 
 
-def set_aside(*paths: Path) -> list[Path]:
-    """Renames what no server has taken, so that another line finds room; returns where it lies now."""
+def was_accepted(file: SiteFile, root: Path) -> bool:
+    """Whether the server has let in the node key that lies here, at some time."""
+    try:
+        mine = accepted_mark(node_key_public(root / file.node_key), root / file.ca)
+        return (root / file.state / ACCEPTED).read_text(errors="replace") == mine
+    except (OSError, FedLoRAError):
+        return False
+
+
+def accepted_mark(pem: bytes, ca: Path) -> str:
+    """What stands in :data:`ACCEPTED`: which node key, by which server."""
+    return hashlib.sha256(pem + ca.read_bytes()).hexdigest()
+
+
+def set_aside(*paths: Path, why: Literal["unused", "removed"] = "unused") -> list[Path]:
+    """Renames what another line needs the room of; returns where it lies now.
+
+    Args:
+        why: no server has taken it, or the server has removed it for good.
+    """
     moved = []
     for path in (p for p in paths if p.exists()):
-        number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.unused-{n}").exists())
-        moved.append(path.rename(path.with_name(f"{path.name}.unused-{number}")))
+        number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.{why}-{n}").exists())
+        moved.append(path.rename(path.with_name(f"{path.name}.{why}-{number}")))
     return moved
 
 
