@@ -22,7 +22,7 @@ from fedlora.gateway.certificates import node_key_private
 from fedlora.gateway.entry.anew import begin_anew
 from fedlora.gateway.entry.patience import Patience
 from fedlora.gateway.entry.place import check_place, check_stays
-from fedlora.gateway.entry.stage import note_stage, set_aside, stage_of, undo
+from fedlora.gateway.entry.stage import contents, note_stage, set_aside, stage_of, undo
 from fedlora.gateway.joining import KeysRemoved, ServerFiles, State, ask, save_server_files, server_files
 from fedlora.site.site_file import SiteFile, load_site_file
 
@@ -72,7 +72,7 @@ def join(
         raise ConfigError(f"{keys} holds the keys for another server", hint="join in another directory: --out")
     if not file.exists():
         write_atomic(file, dump_toml(_site_file(invitation)).encode())
-    send = partial(_send, invitation, keys)
+    ours, send = contents(*made), partial(_send, invitation, keys)
     try:
         try:
             state = patience.through(send)
@@ -94,7 +94,8 @@ def join(
         if e.code == "unknown-site":  # refused; where no answer has come, the server may have taken these keys
             if stage_of(keys):  # else these keys may be enrolled
                 note_stage(keys, "made")
-            undo(*made)
+            if left := undo(ours, *made):
+                say("aside", f"what was written here meanwhile was set aside: {', '.join(map(str, left))}")
         raise
     if state == "enrolled":
         check_stays(file)

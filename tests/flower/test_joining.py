@@ -601,6 +601,29 @@ def test_a_refused_line_leaves_what_was_there_before_it(live, tmp_path, line, be
     assert place.exists() == (before == "keys")
 
 
+@pytest.mark.parametrize("written", ["site.toml", "keys/mine.key", ""])
+def test_what_is_written_while_the_coordinator_decides_is_not_deleted(live, tmp_path, written):
+    home, server = live
+    name, told = f"busy-{len(written)}", []
+    book = Invitations(home, time.time)
+
+    def decides(seconds):
+        if written:
+            with (tmp_path / written).open("a") as file:
+                file.write("# of the operator\n")
+        book.revoke(name)
+
+    with pytest.raises(ConnectionFailed):
+        joining.join(
+            book.invite(name, address=server, hours=1), tmp_path, wait_s=30, report=lambda e, f: told.append(f), pause=decides
+        )
+    assert not (tmp_path / "site.toml").exists()  # there is room for another line
+    assert not (tmp_path / "keys").exists()
+    kept = [p for p in tmp_path.rglob("*") if p.is_file() and "# of the operator" in p.read_text()]
+    assert len(kept) == bool(written)
+    assert [f["step"] for f in told if f["step"] == "aside"] == ["aside"] * bool(written)
+
+
 @pytest.mark.parametrize("other", ["name", "address", "server"])
 def test_what_no_server_has_taken_makes_room_for_another_line(live, tmp_path, other):
     """The answer to the first line was cut off; nobody knows of these keys, or nobody will ask for them."""

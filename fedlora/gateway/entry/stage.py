@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
@@ -82,10 +83,28 @@ def set_aside(*paths: Path, why: Literal["unused", "removed"] = "unused") -> lis
     return moved
 
 
-def undo(*paths: Path) -> None:
-    """Deletes what a refused request has made, and nothing that was there before it."""
+def contents(*paths: Path) -> dict[Path, bytes]:
+    """The files at and below these paths but the note of how far a request has come, each with the SHA-256 of its bytes."""
+    found = [p for path in paths for p in (path, *sorted(path.rglob("*"))) if p.is_file() and p.name != _NOTE]
+    return {path: hashlib.sha256(path.read_bytes()).digest() for path in found}
+
+
+def undo(made: Mapping[Path, bytes], *paths: Path) -> list[Path]:
+    """Deletes what a refused request has made, and nothing that was there before it.
+
+    Where somebody has written there meanwhile, it is set aside: an operator fills in a site file while a coordinator decides.
+
+    Args:
+        made: :func:`contents` of the paths when they were made.
+
+    Returns:
+        Where it lies now, if it was set aside.
+    """
+    if contents(*paths) != made:
+        return set_aside(*paths)
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+    return []
