@@ -74,7 +74,7 @@ class Policy(Section):
     share: tuple[Metric, ...] = get_args(Metric)
     """metrics that may leave, each as the counts behind it; sealed: others are withheld; secagg: plans with others are refused"""
     max_canary_share: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """largest audit.max_rows_share accepted: canary rows that an audit mixes in, over this site's own rows"""
+    """largest audit.max_rows_share accepted: canary rows over this site's own; with [privacy] over the plan's units_per_site"""
     min_cell: Count = 20
     """fewest held-out rows whose evaluation leaves this site; with fewer, zeros are sent and the site still trains. 1: any"""
 
