@@ -302,11 +302,27 @@ def test_no_end_is_foreseen_while_a_round_does_not_end(void, now, known):
 
 
 def test_a_site_that_was_away_before_the_server_began_again_is_away_since_then(home):
+    """Or, if that server was killed while the site was there, since it looked last."""
     now = [1000.0]
-    for at, event in ((1000.0, Event.SITE_ONLINE), (1100.0, Event.SITE_OFFLINE), (1200.0, Event.SITE_OFFLINE)):
-        now[0] = at
-        Sightings(home, clock=lambda: now[0]).through(lambda event, facts: None)(event, SiteName(site="away"))
-    assert load_seen(home)["away"].since == 1100.0
+
+    def see(*events, begins):
+        if begins:
+            servers.append(Sightings(home, clock=lambda: now[0]))
+        for event in events:
+            servers[-1].through(lambda event, facts: None)(event, SiteName(site="away"))
+        servers[-1].tick()
+        return load_seen(home)["away"].since
+
+    servers = []
+    see(Event.SITE_ONLINE, begins=True)
+    now[0] = 1100.0
+    assert see(Event.SITE_OFFLINE, begins=False) == 1100.0
+    now[0] = 1200.0
+    assert see(Event.SITE_OFFLINE, begins=True) == 1100.0
+    now[0] = 1300.0
+    see(Event.SITE_ONLINE, begins=False)
+    now[0] = 1400.0
+    assert see(Event.SITE_OFFLINE, begins=True) == 1300.0
 
 
 @pytest.mark.parametrize(
