@@ -40,7 +40,7 @@ def changed_keys(old: Plan, new: Plan) -> list[Change]:
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """The keys of two tables of tables that have another value in the second, in its order."""
-    was, now = dict(_flat(old)), dict(_flat(new))
+    was, now = dict(flat(old)), dict(flat(new))
     return [
         Change(plain(key), plain(was.get(key, "not said")), plain(now.get(key, "not said")))
         for key in dict.fromkeys((*now, *was))
@@ -51,10 +51,10 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 _ABSENT = object()
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """A table with nested keys joined by dots, also those of mappings with free names."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from fedlora.core.canonical import canonical
 from fedlora.core.plan import Plan
 from fedlora.core.section import Section
+from fedlora.core.told.changes import flat
 
 
 class Settings(Section):
@@ -52,13 +52,5 @@ def measure(plan: Plan) -> dict[str, str]:
     Sums with two measures are two equations for one group's updates: they may weigh the sites differently, clip elsewhere, or
     train one site differently and leave all others as they were. So a site uses one measure per base model.
     """
-    flat = _flat(json.loads(plan.canonical()))
-    return {key: canonical(value).decode() for key, value in flat if key not in SAYS_NOTHING}
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    keys = flat(json.loads(plan.canonical()))
+    return {key: canonical(value).decode() for key, value in keys if key not in SAYS_NOTHING}
