@@ -12,23 +12,22 @@ from fedlora.cli.output import Json, Quiet, Screen, emit
 from fedlora.cli.simulating import BatchSites, Drop, Transport
 from fedlora.cli.tracking import Tracker
 
+Variants = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME:KEY=VALUE[;KEY=VALUE]: other keys of the plan under a name. May be repeated.", show_default=False),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE: what stands in the plan of all of them instead. May be repeated.", show_default=False),
+]
+
 
 def compare_rules(
     plan: PlanFile,
     rules: Annotated[str, typer.Option(help="Names of rules, separated by commas; the first is what they are compared with.")],
     rates: Annotated[str, typer.Option(help="Peak learning rates from which each rule has its best, separated by commas.")],
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME:KEY=VALUE[;KEY=VALUE]: other keys of the plan under a name. May be repeated.", show_default=False
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="KEY=VALUE: what stands in the plan of all of them instead. May be repeated.", show_default=False
-        ),
-    ] = None,
+    variant: Variants = None,
+    settings: Settings = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the results; default: runs/NAME-rules.", show_default=False)
     ] = None,
