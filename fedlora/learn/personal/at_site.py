@@ -86,21 +86,21 @@ def personalize(
 ) -> Made:
     """Trains further from a published adapter on the site's own rows, and writes what its held-out rows choose.
 
-    What was trained is kept under the site's state directory until the result is there: called again, it goes on where it was
-    cut off.
+    What was trained is kept in the site's state until the result is there: called again, it goes on where it was cut off.
 
     Args:
         adapter: directory of PEFT, as `fedlora site pull` writes it.
         out: directory to create, for this user alone.
         plan_file: the plan of the run, where this site has not kept it.
-        rounds: of further training, each of the plan's steps; 0: as many as the plan has.
-        learning_rate: peak of further training; 0: the plan's.
+        rounds, learning_rate: of further training, each round of the plan's steps; its peak. 0: as the plan has them.
         prefer: ``all``: as near to the global adapter as is no worse here than alone, which needs ``alone``.
         alone: also train from the first adapter, as if there had been no federation, and try what lies towards that.
 
     Raises:
         StoreError: ``out`` exists, there is no such adapter, or its plan is not known here.
         ModelError: the adapter does not fit the site's base.
+        PlanRefused: the site's policy refuses the plan, or it begins with an adapter that is not here.
+        WrongContext (wrong-base): the site has another base.
         DataError: nothing to train on, or no held-out rows to choose by.
         Held: another process makes this adapter.
     """
@@ -108,47 +108,30 @@ def personalize(
     made_for(adapter)
     file, root = load_site_file(site_file), site_file.resolve().parent
     published = _published(adapter)
-    plan = _plan(published, root / file.state / "journal", plan_file)
-    if no := file.refusals(plan):
-        raise PlanRefused("; ".join(no), hint="change [policy], or take the adapter of a run that this site would take part in")
+    plan = _plan(published, file, root, plan_file)
     firsts = Firsts(root / file.state, "approved")
     if alone:
         firsts.check(plan)  # before anything is trained
     ours = _trained_further(plan, rounds=rounds, learning_rate=learning_rate)
-    lora = load_lora_of(file, root, ours, report=report)
-    if lora.base_digest != plan.model.digest:
-        raise WrongContext(
-            f"the adapter was trained on base {plan.model.digest[:12]}, this site's copy is {lora.base_digest[:12]}",
-            hint="compare weights, tokenizer and chat template; `fedlora site doctor` looks at the base",
-            code="wrong-base",
-        )
-    report_base(lora, ours, report)
+    lora = _lora(file, root, ours, report)
     start = read_factors(adapter, lora.layout, scale=plan.lora.scale)
-    train, held_out = load_tokens(file.data, root, tokenizer=lora.tokenizer, plan=ours, report=report)
-    if not held_out:
-        raise DataError(
-            "no rows are held out at this site: nothing says whether an adapter of its own is better",
-            hint="data.held_out_fraction or data.held_out_path in the site file, with rows that no run has trained on",
-        )
+    train, held_out = _rows(file, root, lora, ours, report)
     choosing, apart = halves(held_out, seed=plan.run.seed)
     place = root / file.state / "personal"
     directory = place / _key(start, ours, train)[:32]
     with hold(place, what="fedlora personalize"):
-        for other in place.iterdir():  # of other rows, or an adapter of before: nothing of it is to stay here
-            if other.is_dir() and other != directory:
-                shutil.rmtree(other)
+        _clear(place, but=directory)
         learn = partial(_learn, lora, file, train, report=report)
         after, spent = learn(ours, "further", start, directory / "further")
         ends: dict[Way, Adapter] = {"further": after}
-        tokens, steps = spent
         if alone and (first := firsts.of(plan, lora.layout)).layout == start.layout:
             ends["alone"], more = learn(_trained_further(plan, rounds=0, learning_rate=0.0), "alone", first, directory / "alone")
-            tokens, steps = tokens + more[0], steps + more[1]
+            spent = spent[0] + more[0], spent[1] + more[1]
         chosen, choice = choose(start, ends, choosing, scorer(lora, choosing, plan.training), prefer=prefer)
         _write(chosen, out, plan, published, choice)
         shutil.rmtree(directory)  # each value of an adapter once more, of use only to what was cut off
     before, behind = (_nats(lora, one, apart, plan) for one in (start, chosen))
-    return Made(choice, len(apart), before, behind, tokens, steps)
+    return Made(choice, len(apart), before, behind, *spent)
 
 
 def _published(adapter: Path) -> Published:
@@ -162,9 +145,40 @@ def _published(adapter: Path) -> Published:
     return found
 
 
-def _plan(published: Published, journal: Path, plan_file: Path | None) -> Plan:
-    """The plan that an adapter was trained by: what this site has kept, or the file that is given."""
-    kept = journal / f"{published.run}.safetensors"
+def _lora(file: SiteFile, root: Path, plan: Plan, report: Report) -> LoraModel:
+    """The site's copy of the plan's base, with an adapter on it."""
+    lora = load_lora_of(file, root, plan, report=report)
+    if lora.base_digest != plan.model.digest:
+        raise WrongContext(
+            f"the adapter was trained on base {plan.model.digest[:12]}, this site's copy is {lora.base_digest[:12]}",
+            hint="compare weights, tokenizer and chat template; `fedlora site doctor` looks at the base",
+            code="wrong-base",
+        )
+    report_base(lora, plan, report)
+    return lora
+
+
+def _rows(file: SiteFile, root: Path, lora: LoraModel, plan: Plan, report: Report) -> tuple[list[Tokens], list[Tokens]]:
+    """The site's examples for training and, some at least, for evaluation."""
+    train, held_out = load_tokens(file.data, root, tokenizer=lora.tokenizer, plan=plan, report=report)
+    if not held_out:
+        raise DataError(
+            "no rows are held out at this site: nothing says whether an adapter of its own is better",
+            hint="data.held_out_fraction or data.held_out_path in the site file, with rows that no run has trained on",
+        )
+    return train, held_out
+
+
+def _clear(place: Path, *, but: Path) -> None:
+    """Deletes what was trained on other rows or from another adapter: nothing of it is to stay here."""
+    for other in place.iterdir():
+        if other.is_dir() and other != but:
+            shutil.rmtree(other)
+
+
+def _plan(published: Published, file: SiteFile, root: Path, plan_file: Path | None) -> Plan:
+    """The plan that an adapter was trained by: what this site has kept, or the file that is given; within its policy."""
+    kept = root / file.state / "journal" / f"{published.run}.safetensors"
     if plan_file is not None:
         plan = parse_plan(plan_file.read_bytes()) if plan_file.suffix == ".json" else load_plan(plan_file)
     elif kept.is_file():
@@ -180,6 +194,8 @@ def _plan(published: Published, journal: Path, plan_file: Path | None) -> Plan:
             f"the adapter was trained by plan {published.plan[:12]}, this is {plan.digest()[:12]}",
             hint="give the file of that plan with --plan, as the coordinator has pinned it",
         )
+    if no := file.refusals(plan):
+        raise PlanRefused("; ".join(no), hint="change [policy], or take the adapter of a run that this site would take part in")
     return plan
 
 
