@@ -21,10 +21,9 @@ from fedlora.formats.keys import load_identity, load_public
 from fedlora.gateway.certificates import node_key_private
 from fedlora.gateway.entry.anew import begin_anew
 from fedlora.gateway.entry.patience import Patience
-from fedlora.gateway.entry.place import check_place, check_stays
+from fedlora.gateway.entry.place import check_place, check_stays, of_another, site_file_of
 from fedlora.gateway.entry.stage import contents, note_stage, set_aside, stage_of, undo
 from fedlora.gateway.joining import KeysRemoved, ServerFiles, State, ask, save_server_files, server_files
-from fedlora.site.site_file import SiteFile, load_site_file
 
 
 def join(
@@ -51,45 +50,11 @@ def join(
     def say(step: str, said: str) -> None:
         report(Event.JOINING, Joining(step=step, said=said))
 
-    def make_room(*paths: Path) -> None:
-        if moved := set_aside(*paths):
-            where = ", ".join(map(str, moved))
-            say("aside", f"what an earlier attempt has left, which no server has taken, was set aside: {where}")
-
-    if stage_of(keys) == "made" and _of_another(invitation, file, keys):
-        make_room(file, keys)
-    check_place(invitation, file, keys)
     patience = Patience(wait_s, pause, say)
-    found = patience.through(partial(server_files, invitation))
-    say("server", f"{invitation.server} is the server of this invitation (compared before anything was sent)")
-    if stage_of(keys) == "made" and not _of_server(found, keys):
-        make_room(keys)
-    made = [path for path in (keys, file) if not path.exists()]
-    if not keys.exists():
-        _make_keys(invitation.site, found, keys)
-        say("keys", f"keys of {invitation.site} are in {keys}; the .key files never leave this machine")
-    elif not _of_server(found, keys):
-        raise ConfigError(f"{keys} holds the keys for another server", hint="join in another directory: --out")
-    if not file.exists():
-        write_atomic(file, dump_toml(_site_file(invitation)).encode())
-    ours, send = contents(*made), partial(_send, invitation, keys)
+    found, made = _prepared(invitation, file, keys, patience)
+    ours = contents(*made)
     try:
-        try:
-            state = patience.through(send)
-        except KeysRemoved:
-            where = ", ".join(map(str, begin_anew(file, keys)))
-            say(
-                "aside",
-                f"the coordinator has taken back the enrollment of the keys here: they were set aside, with their state: {where}",
-            )
-            _make_keys(invitation.site, found, keys)
-            say("keys", f"new keys of {invitation.site} are in {keys}; no plan is approved any more")
-            state = patience.through(send)
-        note_stage(keys, "waiting")
-        words = words_of(invitation.pin, (keys / f"{invitation.site}.pub").read_bytes())
-        if state == "waiting":
-            say("words", f"read these words to the coordinator over the telephone: {' '.join(words)}")
-            state = patience.decided(send)
+        state, words = _asked(invitation, found, file, keys, patience)
     except ConnectionFailed as e:
         if e.code == "unknown-site":  # refused; where no answer has come, the server may have taken these keys
             if stage_of(keys):  # else these keys may be enrolled
@@ -100,12 +65,57 @@ def join(
     if state == "enrolled":
         check_stays(file)
         note_stage(keys, "")
-    own = load_public(keys / f"{invitation.site}.pub").fingerprint()
-    server = load_public(keys / "server.pub").fingerprint()
+    own, server = (load_public(keys / name).fingerprint() for name in (f"{invitation.site}.pub", "server.pub"))
     return Joined(
-        site=invitation.site, server=invitation.server, file=str(file), state=state, words=list(words),
+        site=invitation.site, server=invitation.server, file=str(file), state=state, words=words,
         fingerprint=own, server_fingerprint=server,
     )  # fmt: skip
+
+
+def _prepared(invitation: Invitation, file: Path, keys: Path, patience: Patience) -> tuple[ServerFiles, list[Path]]:
+    """The server's files, once keys and site file lie there; and which of the two were made now."""
+
+    def make_room(*paths: Path) -> None:
+        if moved := set_aside(*paths):
+            where = ", ".join(map(str, moved))
+            patience.say("aside", f"what an earlier attempt has left, which no server has taken, was set aside: {where}")
+
+    if stage_of(keys) == "made" and of_another(invitation, file, keys):
+        make_room(file, keys)
+    check_place(invitation, file, keys)
+    found = patience.through(partial(server_files, invitation))
+    patience.say("server", f"{invitation.server} is the server of this invitation (compared before anything was sent)")
+    if stage_of(keys) == "made" and not _of_server(found, keys):
+        make_room(keys)
+    made = [path for path in (keys, file) if not path.exists()]
+    if not keys.exists():
+        _make_keys(invitation.site, found, keys)
+        patience.say("keys", f"keys of {invitation.site} are in {keys}; the .key files never leave this machine")
+    elif not _of_server(found, keys):
+        raise ConfigError(f"{keys} holds the keys for another server", hint="join in another directory: --out")
+    if not file.exists():
+        write_atomic(file, dump_toml(site_file_of(invitation)).encode())
+    return found, made
+
+
+def _asked(invitation: Invitation, found: ServerFiles, file: Path, keys: Path, patience: Patience) -> tuple[State, list[str]]:
+    """What the server and its coordinator have decided, and the words to compare."""
+    send = partial(_send, invitation, keys)
+    try:
+        state = patience.through(send)
+    except KeysRemoved:
+        where = ", ".join(map(str, begin_anew(file, keys)))
+        taken = "the coordinator has taken back the enrollment of the keys here: they were set aside, with their state"
+        patience.say("aside", f"{taken}: {where}")
+        _make_keys(invitation.site, found, keys)
+        patience.say("keys", f"new keys of {invitation.site} are in {keys}; no plan is approved any more")
+        state = patience.through(send)
+    note_stage(keys, "waiting")
+    words = list(words_of(invitation.pin, (keys / f"{invitation.site}.pub").read_bytes()))
+    if state == "waiting":
+        patience.say("words", f"read these words to the coordinator over the telephone: {' '.join(words)}")
+        state = patience.decided(send)
+    return state, words
 
 
 def _send(invitation: Invitation, keys: Path) -> State:
@@ -114,14 +124,6 @@ def _send(invitation: Invitation, keys: Path) -> State:
     identity = load_identity(keys / f"{invitation.site}.key")
     node = node_key_private(keys / f"{invitation.site}.node.key")
     return ask(invitation, keys / "ca.crt", public, identity=identity, node=node)
-
-
-def _of_another(invitation: Invitation, file: Path, keys: Path) -> bool:
-    """Whether an earlier attempt was with a line for another site or another address."""
-    if not (keys / f"{invitation.site}.pub").exists():
-        return True
-    there = load_site_file(file) if file.exists() else None
-    return there is not None and (there.name, there.server) != (invitation.site, invitation.server)
 
 
 def _of_server(found: ServerFiles, keys: Path) -> bool:
@@ -136,8 +138,3 @@ def _make_keys(site: str, found: ServerFiles, keys: Path) -> None:
     make_site_keys(site, new)
     note_stage(new, "made")
     os.replace(new, keys)
-
-
-def _site_file(invitation: Invitation) -> SiteFile:
-    name = invitation.site
-    return SiteFile(name=name, server=invitation.server, key=f"keys/{name}.key", node_key=f"keys/{name}.node.key")

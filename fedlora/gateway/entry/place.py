@@ -7,7 +7,7 @@ from pathlib import Path
 from fedlora.core.errors import ConfigError
 from fedlora.formats.invitations import Invitation
 from fedlora.site.pause import has_left
-from fedlora.site.site_file import load_site_file
+from fedlora.site.site_file import SiteFile, load_site_file
 
 
 def check_place(invitation: Invitation, file: Path, keys: Path) -> None:
@@ -34,3 +34,17 @@ def check_stays(file: Path) -> None:
             f"{found.name} has left (`fedlora site leave` was run here), and the server still has its keys enrolled",
             hint="ask the coordinator to run `fedlora server revoke`, and for a new line: joining with that one makes new keys",
         )
+
+
+def of_another(invitation: Invitation, file: Path, keys: Path) -> bool:
+    """Whether an earlier attempt was with a line for another site or another address."""
+    if not (keys / f"{invitation.site}.pub").exists():
+        return True
+    there = load_site_file(file) if file.exists() else None
+    return there is not None and (there.name, there.server) != (invitation.site, invitation.server)
+
+
+def site_file_of(invitation: Invitation) -> SiteFile:
+    """The file of the invited site, as far as the line says it."""
+    name = invitation.site
+    return SiteFile(name=name, server=invitation.server, key=f"keys/{name}.key", node_key=f"keys/{name}.node.key")
