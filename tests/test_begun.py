@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from learn.plans import TWO_SITES
 from privacy.test_distributed import shared
 from raising import raising
 from test_approvals import KEYS, MODEL, RUN, SEALED, SECAGG, One, pinning
@@ -226,28 +227,6 @@ def test_a_plan_whose_adapter_does_not_lie_beside_it_cannot_be_approved(tmp_path
 
 # --- a real base ----------------------------------------------------------------------------------------------------
 
-PLAN = """
-[run]
-name = "toy"
-
-[model]
-model_name_or_path = "fedlora/toy"
-
-[lora]
-r = 4
-lora_alpha = 8
-
-[training]
-prompt = "plain"
-learning_rate = 1e-2
-per_device_train_batch_size = 2
-max_length = 64
-
-[federation]
-num_rounds = 2
-local_steps = 2
-min_sites = 2
-"""
 SIMULATION = '\n[simulation]\nsites = ["a", "b"]\narms = ["federated"]\n'
 
 
@@ -255,7 +234,7 @@ SIMULATION = '\n[simulation]\nsites = ["a", "b"]\narms = ["federated"]\n'
 def earlier(tmp_path_factory):
     """A run that was done, as a simulation."""
     where = tmp_path_factory.mktemp("earlier")
-    (where / "plan.toml").write_text(PLAN + SIMULATION)
+    (where / "plan.toml").write_text(TWO_SITES + SIMULATION)
     assert main(["simulate", str(where / "plan.toml"), "--out", str(where / "out"), "-q"]) == 0
     return where
 
@@ -270,7 +249,7 @@ def test_a_run_goes_on_from_where_the_earlier_one_ended(earlier, tmp_path, rule)
     """Also where the rule sends B alone: A is then the earlier one's, and not the seed's."""
     last = load_adapter(earlier / "out" / "seed-0" / "adapter.safetensors")[0]
     save_adapter(tmp_path / "first.safetensors", last, {})
-    text = PLAN.replace("[lora]", f'[lora]\ninit = "{last.digest()}"')
+    text = TWO_SITES.replace("[lora]", f'[lora]\ninit = "{last.digest()}"')
     text += '\n[aggregate]\nname = "ffa"\n' if rule == "ffa" else ""
     if rule == "secagg":
         text = text.replace("min_sites = 2", "min_sites = 3")
@@ -296,7 +275,7 @@ def test_a_run_goes_on_from_where_the_earlier_one_ended(earlier, tmp_path, rule)
 def test_pin_takes_an_earlier_adapter_in_every_form(earlier, tmp_path, capsys):
     seed, base = earlier / "out" / "seed-0", earlier / "toy" / "base"
     last = load_adapter(seed / "adapter.safetensors")[0]
-    (tmp_path / "plan.toml").write_text(PLAN.replace('name = "toy"', 'name = "more"'))
+    (tmp_path / "plan.toml").write_text(TWO_SITES.replace('name = "toy"', 'name = "more"'))
     assert main(["export", str(seed / "federated"), str(tmp_path / "exported")]) == 0
     forms = {
         "run": seed / "federated",
@@ -314,8 +293,8 @@ def test_pin_takes_an_earlier_adapter_in_every_form(earlier, tmp_path, capsys):
     again = ["pin", str(tmp_path / "run" / "plan.toml"), "--model", str(base), "--out", str(tmp_path / "again")]
     assert main(again) == 0  # from the plan that names it, with the adapter beside it
     assert load_plan(tmp_path / "again" / "plan.toml") == load_plan(tmp_path / "run" / "plan.toml")
-    (tmp_path / "rank.toml").write_text(PLAN.replace("r = 4", "r = 8"))
-    (tmp_path / "seed.toml").write_text(PLAN.replace('name = "toy"', 'name = "toy"\nseed = 7', 1))
+    (tmp_path / "rank.toml").write_text(TWO_SITES.replace("r = 4", "r = 8"))
+    (tmp_path / "seed.toml").write_text(TWO_SITES.replace('name = "toy"', 'name = "toy"\nseed = 7', 1))
     for plan, source, code, words in (
         ("rank.toml", forms["run"], 3, "rank {4}, the plan says lora.r = 8"),
         ("plan.toml", tmp_path / "nothing", 3, "nothing"),
@@ -354,7 +333,7 @@ def test_the_base_is_the_base_also_where_a_run_begins_with_an_adapter(earlier, t
     shutil.copytree(earlier / "toy", tmp_path / "toy")
     scores = []
     for name, init in (("anew", ""), ("on", last.digest())):
-        text = PLAN.replace("[lora]", f'[lora]\ninit = "{init}"') + SIMULATION.replace('["federated"]', '["base"]')
+        text = TWO_SITES.replace("[lora]", f'[lora]\ninit = "{init}"') + SIMULATION.replace('["federated"]', '["base"]')
         (tmp_path / f"{name}.toml").write_text(text)
         assert main(["simulate", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name), "-q"]) == 0
         scores.append(json.loads((tmp_path / name / "seed-0" / "results.json").read_text())["arms"]["base"]["sites"])
@@ -365,7 +344,7 @@ def test_the_base_is_the_base_also_where_a_run_begins_with_an_adapter(earlier, t
 def test_a_simulation_of_several_seeds_is_asked_which_one(earlier, tmp_path, capsys):
     for seed in ("seed-0", "seed-1"):
         shutil.copytree(earlier / "out" / "seed-0", tmp_path / "runs" / seed)
-    (tmp_path / "plan.toml").write_text(PLAN + SIMULATION)
+    (tmp_path / "plan.toml").write_text(TWO_SITES + SIMULATION)
     base = str(earlier / "toy" / "base")
     words = ["pin", str(tmp_path / "plan.toml"), "--model", base, "--out", str(tmp_path / "next"), "--init"]
     assert main([*words, str(tmp_path / "runs")]) == 3

@@ -15,3 +15,28 @@ def plan_of(**keys: Any) -> Plan:
     if keys:
         raise ValueError(f"not of these sections: {', '.join(keys)}")
     return Plan.model_validate({**given, "aggregate": {"weighting": "uniform"}})  # epochs go with no other without a largest one
+
+
+TWO_SITES = """
+[run]
+name = "toy"
+
+[model]
+model_name_or_path = "fedlora/toy"
+
+[lora]
+r = 4
+lora_alpha = 8
+
+[training]
+prompt = "plain"
+learning_rate = 1e-2
+per_device_train_batch_size = 2
+max_length = 64
+
+[federation]
+num_rounds = 2
+local_steps = 2
+min_sites = 2
+"""
+"""A plan file of two short rounds on the toy base."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from learn.plans import TWO_SITES
 from privacy.test_site import private
 from raising import raising
 
@@ -142,29 +143,7 @@ def test_half_of_the_groups_say_what_the_choice_is_worth(rows, seed):
         assert counts == [len(names) // 2, len(names) - len(names) // 2]
 
 
-PLAN = """
-[run]
-name = "toy"
-
-[lora]
-r = 4
-lora_alpha = 8
-
-[training]
-prompt = "plain"
-learning_rate = 1e-2
-per_device_train_batch_size = 2
-max_length = 64
-
-[federation]
-num_rounds = 2
-local_steps = 2
-min_sites = 2
-
-[simulation]
-sites = ["a", "b"]
-arms = ["local", "federated", "personal"]
-"""
+PLAN = TWO_SITES + '\n[simulation]\nsites = ["a", "b"]\narms = ["local", "federated", "personal"]\n'
 
 
 @pytest.fixture(scope="module")
