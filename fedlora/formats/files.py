@@ -332,14 +332,14 @@ def load_adapter(path: str | os.PathLike[str]) -> tuple[Adapter, dict[str, Any]]
     return adapter, facts
 
 
-def stated_digest(path: Path) -> str:
-    """The adapter digest that such a file states, without a look at its values.
+def stated_facts(path: Path) -> dict[str, Any]:
+    """The facts that such a file states, ``digest`` of the adapter among them, without a look at its values.
 
     Raises:
         StoreError: unreadable, or not ours.
     """
     with _named_damage(path), safe_open(path, framework="numpy") as file:
-        return str(check_facts(json.loads((file.metadata() or {})[_META])).get("digest"))
+        return check_facts(json.loads((file.metadata() or {})[_META]))
 
 
 def load_vectors(path: Path) -> tuple[Adapter, dict[str, Any], dict[str, Adapter]]:

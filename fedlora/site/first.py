@@ -12,7 +12,7 @@ from fedlora.core.errors import FedLoRAError, PlanRefused
 from fedlora.core.grids import to_bfloat16
 from fedlora.core.plan import Plan, parse_plan
 from fedlora.core.registry import MODES
-from fedlora.formats.files import load_adapter, save_adapter, stated_digest
+from fedlora.formats.files import load_adapter, save_adapter, stated_facts
 from fedlora.formats.state.journal import Journal
 from fedlora.formats.state.memory import FileMemory
 from fedlora.rules import rule_of
@@ -50,7 +50,7 @@ class Firsts:
         if not plan.lora.init:
             return first_adapter(layout, seed=plan.run.seed)
         self.check(plan)
-        file = self.run_of(plan) or self._copy(plan.lora.init)
+        file = self._approved(plan) or self.run_of(plan) or self._copy(plan.lora.init)
         try:
             adapter = load_adapter(file)[0]
         except FedLoRAError as e:
@@ -77,7 +77,7 @@ class Firsts:
             PlanRefused: it has not.
         """
         init = plan.lora.init
-        if not init or self.run_of(plan) is not None:
+        if not init or self._approved(plan) is not None or self.run_of(plan) is not None:
             return
         if self.takes == "known":
             raise refused(
@@ -90,6 +90,11 @@ class Firsts:
                 hint="approve the plan again, from the whole directory that the coordinator sent: the adapter lies beside it",
             )
 
+    def _approved(self, plan: Plan) -> Path | None:
+        """What lay beside a plan that was approved, where the policy takes that. Looked for first: it costs no reading."""
+        copy = self._copy(plan.lora.init)
+        return copy if self.takes == "approved" and copy.is_file() else None
+
     def run_of(self, plan: Plan) -> Path | None:
         """The file of a run of this site that came to the adapter with which a plan begins, or to one that is this one rounded.
 
@@ -99,7 +104,7 @@ class Firsts:
         """
         journal = Journal(self.state / "journal", FileMemory(self.state / "memory"))  # which remembers runs that went
         files = sorted(journal.directory.glob("*.safetensors"))
-        for digest in (stated_digest, _rounded_digest):  # the second reads all values; only some rules end off the grid
+        for digest in (_stated_digest, _rounded_digest):  # the second reads all values; only some rules end off the grid
             for file in files:
                 with suppress(FedLoRAError):  # `fedlora site repair` names what is damaged
                     if digest(file) == plan.lora.init and _vouches(file, plan) and journal.trained(file.stem):
@@ -141,7 +146,7 @@ def _rounded(adapter: Adapter) -> Adapter:
 
 def _vouches(file: Path, plan: Plan) -> bool:
     """Whether the run that a file came of is one whose end this site may begin with under a plan."""
-    stored = load_adapter(file)[1].get("plan")
+    stored = stated_facts(file).get("plan")  # once it is taken, it is read whole and its digest is checked
     earlier = parse_plan(stored.encode()) if isinstance(stored, str) else Plan()
     summed = MODES[plan.protect.mode].reveals == "sum"
     return (
@@ -149,6 +154,10 @@ def _vouches(file: Path, plan: Plan) -> bool:
         and not (summed and MODES[earlier.protect.mode].reveals != "sum")
         and not rule_of(earlier).keeps_local_factor
     )
+
+
+def _stated_digest(file: Path) -> str:
+    return str(stated_facts(file).get("digest"))
 
 
 def _rounded_digest(file: Path) -> str:
